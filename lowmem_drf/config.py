@@ -1,0 +1,207 @@
+"""Preset TOML + overrides -> one frozen, typed tree (``schema.Config``).
+
+``load_config`` reads a preset (a name or a path), applies ``key=value`` overrides, checks everything and reports **all** problems at
+once, each with the place it came from and its key. The tree is complete: every field has a default, and a preset holds only what
+differs. Only ``run/`` and ``cli.py`` see the whole tree; everything below takes flat arguments.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+import lowmem_drf
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.schema import Config, Node
+
+DEFAULT_PRESET = "toy"
+
+def known_keys(node: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the tree, sections left out."""
+    keys: list[str] = []
+    for name, info in node.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            keys += known_keys(kind, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def presets() -> dict[str, Path]:
+    """Name -> file of every preset of the package, sorted by name."""
+    folders = [Path(root) / "presets" for root in lowmem_drf.__path__]
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.toml"))}
+
+
+def preset_path(preset: str) -> Path:
+    """The file of a preset's name or path. Raises BadInputError with the names there are."""
+    if preset in presets():
+        return presets()[preset]
+    path = Path(preset).expanduser()
+    if path.suffix == ".toml" or "/" in preset:
+        if path.is_file():
+            return path
+        raise BadInputError(f"preset file {preset} does not exist. See the presets of this package with: lowmem-drf presets list")
+    near = difflib.get_close_matches(preset, presets(), n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise BadInputError(f"there is no preset {preset!r}.{hint} Presets: {', '.join(presets())}; or give a path to a TOML file.")
+
+
+def preset_summary(path: Path) -> str:
+    """The first line of a preset's header comment: what it is for."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.lstrip("# ").strip()
+
+
+def copy_preset(preset: str, target: Path | None = None) -> Path:
+    """Copies a preset to a new file (default: its name in the current folder). Raises BadInputError rather than overwrite."""
+    source = preset_path(preset)
+    path = target or Path(source.name)
+    if path.is_dir():
+        path /= source.name
+    if path.exists():
+        raise BadInputError(f"{path} exists already. Give another name: lowmem-drf presets copy {preset} OTHER.toml")
+    if not path.parent.is_dir():
+        raise BadInputError(f"the folder {path.parent} does not exist. Make it first.")
+    path.write_bytes(source.read_bytes())
+    return path
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """``key=value`` -> (key, value). The value is TOML; what is not TOML is a string (``-s critic.mode=vanilla``)."""
+    key, equals, raw = text.partition("=")
+    key, raw = key.strip(), raw.strip()
+    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
+        raise BadInputError(f"-s {text}: write it as key=value, for example -s optim.lr=1e-4")
+    try:
+        return key, tomllib.loads(f"v = {raw}")["v"]
+    except tomllib.TOMLDecodeError:
+        return key, float(raw) if re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", raw) else raw
+
+
+def load_config(preset: str | Path = DEFAULT_PRESET, overrides: Iterable[str] = ()) -> Config:
+    """The configuration of a preset with overrides on top. Raises BadInputError that lists every problem."""
+    path = preset_path(preset) if isinstance(preset, str) else preset
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadInputError(f"{path}: cannot be read as a TOML file: {error}") from error
+    values = {key: (value, str(path)) for key, value in _flat(table)}
+    problems: list[str] = []
+    for text in overrides:
+        try:
+            key, value = parse_override(text)
+            values |= {k: (v, f"-s {text}") for k, v in ([(key, value)] if key in known_keys() else _flat({key: value}))}
+        except BadInputError as error:
+            problems.append(str(error))
+    return _validate(values, problems)
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _validate(values: Mapping[str, tuple[Any, str]], problems: list[str]) -> Config:
+    sources = {key: source for key, (_, source) in values.items()}
+    tree: dict[str, Any] = {}
+    for key, (value, source) in values.items():
+        if key not in known_keys():
+            problems.append(f"{source}: there is no key {key!r}.{_did_you_mean(key)}")
+            continue
+        *sections, leaf = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = value
+    wrong: dict[str, str] = {}
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        wrong = _type_problems(error)
+        problems += [f"{sources.get(key, 'default')}: {key}: {message}" for key, message in wrong.items()]
+        config = Config.model_validate(_without(tree, wrong))
+    problems += _cross_problems(config, sources, wrong)
+    if problems:
+        raise BadInputError("the configuration cannot be used:\n  " + "\n  ".join(problems))
+    return config
+
+
+def _without(tree: Mapping[str, Any], keys: Iterable[str], prefix: str = "") -> dict[str, Any]:
+    """The tree without the leaves of these keys."""
+    return {
+        name: _without(value, keys, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+        for name, value in tree.items()
+        if prefix + name not in keys
+    }
+
+
+def _type_problems(error: ValidationError) -> dict[str, str]:
+    """One message a key: the branches of a union are said together."""
+    messages: dict[str, list[str]] = {}
+    for item in error.errors():
+        where = [str(part) for part in item["loc"]]
+        key = next((".".join(where[:n]) for n in range(len(where), 0, -1) if ".".join(where[:n]) in known_keys()), ".".join(where))
+        said = item["msg"][0].lower() + item["msg"][1:]
+        if item["type"] == "string_pattern_mismatch":
+            said = 'should be "exact" or "window:n", for example "window:3"'
+        is_value = len(where) <= key.count(".") + 1 and ", not " not in said
+        messages.setdefault(key, []).append(said + (f", not {item['input']!r}" if is_value else ""))
+    return {key: " or ".join(dict.fromkeys(said)) for key, said in messages.items()}
+
+
+def _cross_problems(node: Node, sources: Mapping[str, str], wrong: Iterable[str], prefix: str = "") -> list[str]:
+    """What ``problems`` says of each section, those left out that hold a key already reported as wrong."""
+    found: list[str] = []
+    if not any(key.startswith(prefix) for key in wrong):
+        found = [f"{sources.get(prefix + field, 'default')}: {prefix}{field}: {message}" for field, message in node.problems()]
+    for name in type(node).model_fields:
+        if isinstance(child := getattr(node, name), Node):
+            found += _cross_problems(child, sources, wrong, f"{prefix}{name}.")
+    return found
+
+
+def _did_you_mean(key: str) -> str:
+    keys = known_keys()
+    if inside := [known for known in keys if known.startswith(f"{key}.")]:
+        return f" It is a section; its keys: {', '.join(inside)}"
+    leaf = key.rpartition(".")[2]
+    same_leaf = [known for known in keys if known.rpartition(".")[2] == leaf]
+    near = same_leaf[:1] or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    near = near or [k for k in keys if k.rpartition(".")[2] in difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in keys], n=1)]
+    return f" Did you mean {near[0]}?" if near else " See every key with: lowmem-drf train --dry-run"
+
+
+def to_toml(config: Config) -> str:
+    """The complete configuration as TOML that ``load_config`` reads back to an equal tree."""
+    return "\n".join(_toml_lines(config.model_dump())) + "\n"
+
+
+def _toml_lines(table: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for key, value in table.items():
+        if not isinstance(value, Mapping):
+            yield f"{key} = {_toml_value(value)}"
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from ("", f"[{path}{key}]")
+            yield from _toml_lines(value, f"{path}{key}.")
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

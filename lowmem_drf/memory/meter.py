@@ -1,0 +1,72 @@
+"""A clock and a peak meter around the stages of a step: ``Parts.stage``.
+
+On CUDA the peak is the allocator's. On the CPU it is the process's resident memory, whose high-water mark Linux lets a process reset
+(``/proc/self/clear_refs``, see proc(5)); on other systems the mark cannot be reset and the peak is that of the whole process so far.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+GIB = 1024**3
+
+
+class Meter:
+    """Seconds and peak GiB by stage name, since the last ``take``. A stage entered several times: seconds add up, the largest peak counts."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds: dict[str, float] = {}
+        self._peak_gib: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measures the block. Waits for the device at both ends, so that a stage's work counts as its own."""
+        self._synchronize()
+        _reset_peak(self._device)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._synchronize()
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            self._peak_gib[name] = max(self._peak_gib.get(name, 0.0), _peak_gib(self._device))
+
+    def take(self) -> tuple[dict[str, float], dict[str, float]]:
+        """(seconds by stage, peak GiB by stage), and starts anew."""
+        taken = self._seconds, self._peak_gib
+        self._seconds, self._peak_gib = {}, {}
+        return taken
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        try:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+        except OSError:  # some containers forbid it: the mark then covers the whole process so far
+            return
+
+
+def _peak_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    if sys.platform == "linux":
+        with open("/proc/self/status") as file:
+            return next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM")), 0) / GIB
+    if sys.platform == "win32":  # the standard library has no peak there
+        return float("nan")
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GIB  # bytes on macOS

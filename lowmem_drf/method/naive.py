@@ -1,0 +1,63 @@
+"""One step of Diffusion-DRF as a single autograd graph, with no saving whatever: the oracle that ``step.drf_step`` must equal.
+
+Only ungraded steps run without gradient. Memory grows with the number of graded steps and of frames. Not for training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowmem_drf.method.reward import mean_reward
+from lowmem_drf.method.schedule import euler_step, guided, renoise
+from lowmem_drf.types import StepStats
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from lowmem_drf.method.step import StepPlan
+    from lowmem_drf.types import Parts, Question
+
+
+def naive_step(
+    parts: Parts,
+    plan: StepPlan,
+    noise_BCFhw: Tensor,
+    cond: Any,
+    uncond: Any,
+    questions: Sequence[Sequence[Question]],
+    lv_generator: Generator | None = None,
+) -> StepStats:
+    """Adds the gradient of -reward (mean over clips) to the ``.grad`` of ``parts.lora``. The arguments are those of ``drf_step``.
+
+    Raises:
+        ValueError: ``plan.vae_window`` is set; one graph has no truncation.
+    """
+    if plan.vae_window is not None:
+        raise ValueError("naive_step is one exact graph: it has no vae_window")
+    sigmas = plan.sigmas.tolist()
+
+    def step(x: Tensor, k: int) -> Tensor:
+        graded = k in plan.graded
+        with torch.set_grad_enabled(graded):
+            seen = x if graded and plan.chain == "full" else x.detach()
+            v = guided(parts.velocity, seen, sigmas[k], cond, uncond, plan.guidance, plan.guidance_grad)
+        return euler_step(x, v, sigmas[k], sigmas[k + 1])
+
+    def reward(x_0: Tensor) -> tuple[Tensor, StepStats]:
+        frames = parts.decoder.decode(x_0)[:, list(plan.kept)]
+        mean, by_aspect, by_question = mean_reward(parts.critic(frames, questions), questions, plan.reward)
+        return mean, StepStats(mean.item(), by_aspect, by_question, x_0.detach(), frames.detach())
+
+    with torch.enable_grad():
+        x = noise_BCFhw
+        for k in range(plan.steps):
+            x = step(x, k)
+        total, stats = reward(x)
+        last = plan.steps - 1
+        for _ in range(plan.lv_samples):
+            total = total + reward(step(renoise(x, sigmas[last], plan.lv_source(lv_generator)), last))[0]
+        (-total / (1 + plan.lv_samples)).backward(inputs=list(parts.lora))
+    return stats

@@ -1,0 +1,111 @@
+"""The sampler: sigmas, noise, guidance, the Euler update and the choice of graded steps.
+
+Flow matching: x_sigma = (1 - sigma) x_0 + sigma eps, velocity v = dx/dsigma = eps - x_0, sigma from 1 (noise) to 0 (clip).
+Step k of N goes from ``sigmas[k]`` to ``sigmas[k + 1]``. Higher-order solvers are left out: with them a step's update depends on
+earlier velocities, and the gradient of a graded step would no longer be one pass through one step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from lowmem_drf.errors import BadInputError
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from lowmem_drf.types import Velocity
+
+GuidanceGrad = Literal["cond", "both"]
+"""Where the gradient of a guided step goes: through the conditional pass alone, or through both passes."""
+
+
+def flow_sigmas(steps: int, shift: float) -> Tensor:
+    """Noise levels of the sampler, fp64, shape (steps + 1,), falling from 1 - 1e-6 to exactly 0.
+
+    The grid of ``diffusers`` 0.42 ``UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=shift)``, which Wan's pipelines ship;
+    with ``solver_order=1`` and its corrector off, that scheduler is the Euler update below, so ``WanPipeline`` reproduces our clips.
+    In contrast to ``FlowMatchEulerDiscreteScheduler`` the last step is not nearly empty, so grading it alone (K = 1) trains something.
+
+    Raises:
+        BadInputError: fewer than one step, or a shift that is not positive.
+    """
+    if steps < 1:
+        raise BadInputError(f"sampler.steps is {steps}: the sampler needs at least 1 step")
+    if not shift > 0:
+        raise BadInputError(f"sampler.shift is {shift}: it must be above 0 (1 is no shift; Wan uses 3 to 8)")
+    unshifted = torch.linspace(1, 1e-3, steps + 1, dtype=torch.float64)[:-1]
+    sigmas = shift * unshifted / (1 + (shift - 1) * unshifted)
+    sigmas[0] -= 1e-6  # as UniPC has it, whose log-SNR is infinite at 1
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def euler_step(x_BCFhw: Tensor, velocity_BCFhw: Tensor, sigma: float, sigma_next: float) -> Tensor:
+    """x at ``sigma_next``. Linear: d x_next / d x = identity, d x_next / d velocity = sigma_next - sigma."""
+    return x_BCFhw + (sigma_next - sigma) * velocity_BCFhw
+
+
+def draw_noise(shape_CFhw: Sequence[int], seeds: Sequence[int]) -> Tensor:
+    """Standard normal fp32 noise (B, C, F, h, w) on the CPU, one generator per clip.
+
+    A clip's noise depends on its own seed only: not on the batch it is in, nor on the device.
+    """
+    return torch.stack([torch.randn(*shape_CFhw, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+
+def renoise(x_0_BCFhw: Tensor, sigma: float, generator: Generator) -> Tensor:
+    """(1 - sigma) sg(x_0) + sigma eps with fresh eps from a CPU generator: a DRaFT-LV sample (arXiv 2309.17400)."""
+    eps = torch.randn(x_0_BCFhw.shape, generator=generator).to(x_0_BCFhw)
+    return (1 - sigma) * x_0_BCFhw.detach() + sigma * eps
+
+
+def choose_graded(mode: str | Sequence[int], steps: int, k: int, generator: Generator | None = None) -> tuple[int, ...]:
+    """The steps that carry gradient, ascending.
+
+    Args:
+        mode: ``"tail"`` the last ``k``; ``"last"`` the last one (``k`` is not used); ``"random"`` ``k`` different steps drawn anew in
+            every call; or the steps themselves (``k`` is not used; negative ones count from the end).
+        generator: of ``"random"``.
+
+    Raises:
+        BadInputError: an unknown mode, ``k`` not in 1..steps, a listed step that does not exist.
+    """
+    if not isinstance(mode, str):
+        bad = [i for i in mode if not -steps <= i < steps]
+        if bad or not mode:
+            raise BadInputError(f"sampler.graded is {list(mode)}: give one step or more, each in 0..{steps - 1}")
+        return tuple(sorted({i % steps for i in mode}))
+    if mode == "last":
+        return (steps - 1,)
+    if mode not in ("tail", "random"):
+        raise BadInputError(f"sampler.graded is {mode!r}: it must be 'tail', 'last', 'random' or a list of steps")
+    if not 1 <= k <= steps:
+        raise BadInputError(f"sampler.graded_steps is {k}: it must be in 1..{steps} (sampler.steps is {steps})")
+    if mode == "tail":
+        return tuple(range(steps - k, steps))
+    return tuple(sorted(torch.randperm(steps, generator=generator)[:k].tolist()))
+
+
+def guided(velocity: Velocity, x_BCFhw: Tensor, sigma: float, cond: Any, uncond: Any, scale: float, grad: GuidanceGrad = "cond") -> Tensor:
+    """Velocity under classifier-free guidance: v_u + scale (v_c - v_u). Scale 1 is no guidance and costs one pass.
+
+    With ``grad="cond"`` v_u is a constant, both for the weights and for x.
+    """
+    if scale == 1:
+        return velocity(x_BCFhw, sigma, cond)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and grad == "both"):
+        v_uncond = velocity(x_BCFhw, sigma, uncond)
+    return v_uncond + scale * (velocity(x_BCFhw, sigma, cond) - v_uncond)
+
+
+def gradient_passes(cond: Any, uncond: Any, scale: float, grad: GuidanceGrad) -> tuple[tuple[Any, float], ...]:
+    """The transformer passes that carry gradient in a ``guided`` step, each with its factor d v / d v_pass.
+
+    Guidance is linear in its two passes, so a backward can take them one after the other, and never needs a constant one.
+    """
+    if scale == 1 or grad == "cond":
+        return ((cond, scale),)
+    return (cond, scale), (uncond, 1 - scale)

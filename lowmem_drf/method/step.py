@@ -1,0 +1,265 @@
+"""The relay: one step of Diffusion-DRF whose memory grows neither with the graded steps K nor with the frames.
+
+The chain rule allows cuts, and the cuts are exact: the graph from reward to LoRA is cut at the kept pixel frames, at the latents,
+between decode chunks (at the VAE's causal caches) and between graded steps. Each piece is run forward without gradient first, then
+recomputed with gradient when its cotangent is known, one piece live at a time. ``naive.naive_step`` is the same step as one graph.
+
+Clipping, the refusal of non-finite LoRA gradients, the optimizer and all device moves but those of the caches are the caller's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from lowmem_drf.errors import BadInputError, NonFiniteError
+from lowmem_drf.method.frames import ChunkVisit, backward_chunks
+from lowmem_drf.method.reward import RewardSpec, mean_reward
+from lowmem_drf.method.schedule import GuidanceGrad, euler_step, gradient_passes, guided, renoise
+from lowmem_drf.types import StepStats
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+
+    from lowmem_drf.types import Critic, Decoder, Parts, Question, Velocity
+
+Chain = Literal["full", "drtune"]
+
+Caches = tuple[Any, ...]
+Cotangents = tuple["Tensor | None", ...]
+"""Of caches, one each; ``None`` for a cache that is no tensor. Empty: none."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a step does, apart from its models and its data."""
+
+    sigmas: Tensor
+    """``schedule.flow_sigmas``: (N + 1,)."""
+    graded: tuple[int, ...]
+    """The K steps that carry gradient, ascending. The velocity of any other step is a constant."""
+    kept: tuple[int, ...]
+    """The pixel frames the critic sees, ascending."""
+    chain: Chain = "full"
+    """``full``: the gradient passes through the transformer's input from graded step to graded step. ``drtune`` (arXiv 2405.00760): it
+    passes through the update's identity alone."""
+    guidance: float = 1.0
+    guidance_grad: GuidanceGrad = "cond"
+    vae_window: int | None = None
+    """See ``frames.backward_chunks``. ``None``: exact."""
+    lv_samples: int = 0
+    """DRaFT-LV: n noised copies of the clip that the last step denoises again; the gradient is the mean over 1 + n.
+    Only where the last step is the one graded step."""
+    reward: RewardSpec = field(default_factory=RewardSpec)
+
+    def __post_init__(self) -> None:
+        if not self.graded or list(self.graded) != sorted(set(self.graded) & set(range(self.steps))):
+            raise BadInputError(f"the graded steps are {self.graded}: they must be ascending, in 0..{self.steps - 1}, and at least one")
+        if not self.kept or list(self.kept) != sorted(set(self.kept)) or self.kept[0] < 0:
+            raise BadInputError(f"the kept frames are {self.kept}: they must be ascending and at least one")
+        if self.chain not in ("full", "drtune"):
+            raise BadInputError(f"sampler.chain is {self.chain!r}: it must be 'full' or 'drtune'")
+        if self.guidance_grad not in ("cond", "both"):
+            raise BadInputError(f"the guidance gradient is {self.guidance_grad!r}: it must be 'cond' or 'both'")
+        if self.vae_window is not None and self.vae_window < 0:
+            raise BadInputError(f"the VAE window is {self.vae_window}: it must be 0 chunks or more")
+        if self.lv_samples < 0 or (self.lv_samples and self.graded != (self.steps - 1,)):
+            raise BadInputError(f"lv_samples is {self.lv_samples}: it must be 0, or the last step the only graded step")
+
+    @property
+    def steps(self) -> int:
+        """N."""
+        return len(self.sigmas) - 1
+
+    @staticmethod
+    def lv_source(generator: Generator | None) -> Generator:
+        """The CPU generator of the DRaFT-LV noise, which must be given: global random state would break exact resume."""
+        if generator is None:
+            raise ValueError("lv_samples needs lv_generator")
+        return generator
+
+
+def drf_step(
+    parts: Parts,
+    plan: StepPlan,
+    noise_BCFhw: Tensor,
+    cond: Any,
+    uncond: Any,
+    questions: Sequence[Sequence[Question]],
+    lv_generator: Generator | None = None,
+) -> StepStats:
+    """Adds the gradient of -reward (mean over clips) to the ``.grad`` of ``parts.lora``.
+
+    Args:
+        noise_BCFhw: sigma = 1 latents, on the transformer's device, fp32 (or fp64).
+        cond, uncond: what ``parts.velocity`` takes as condition. ``uncond`` is used where ``plan.guidance`` is not 1.
+        questions: per clip.
+        lv_generator: CPU generator, needed with ``plan.lv_samples``.
+
+    Returns:
+        What happened on the sampled trajectory (DRaFT-LV's copies add to the gradient, not to the statistics).
+
+    Raises:
+        NonFiniteError: the reward, or the gradient at the frames or at a latent, is NaN or infinite. Nothing was added from it; what
+            pieces before it added (later steps, other DRaFT-LV copies) is still there, so drop the ``.grad``.
+    """
+    with parts.stage("rollout"):
+        x_0, entering = rollout(parts.velocity, plan.sigmas, noise_BCFhw, cond, uncond, plan.guidance, keep=plan.graded)
+        trajectories = [(x_0, entering)] + [lv_copy(parts.velocity, plan, x_0, cond, uncond, lv_generator) for _ in range(plan.lv_samples)]
+    all_stats = []
+    for x_0, entering in trajectories:
+        with parts.stage("decode"):
+            frames, caches = decode(parts.decoder, x_0, plan.kept, plan.vae_window)
+        with parts.stage("critic"):
+            stats, d_frames = critic_backward(parts.critic, frames, questions, plan.reward, 1 / len(trajectories))
+        with parts.stage("vae_backward"):
+            d_x_0 = vae_backward(parts.decoder, x_0, caches, d_frames, plan.kept, plan.vae_window)
+        with parts.stage("denoise_backward"):
+            denoise_backward(parts, plan, entering, d_x_0, cond, uncond)
+        all_stats.append(replace(stats, latents_BCFhw=x_0))
+    return all_stats[0]
+
+
+@torch.no_grad()
+def rollout(
+    velocity: Velocity,
+    sigmas: Tensor,
+    noise_BCFhw: Tensor,
+    cond: Any,
+    uncond: Any,
+    guidance: float = 1.0,
+    keep: Collection[int] = (),
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """All denoising steps, without gradient. Also the plain sampler.
+
+    Returns:
+        The clean latents x_0, and the latents that enter each step in ``keep``.
+    """
+    levels = sigmas.tolist()
+    x, entering = noise_BCFhw, {}
+    for k, (sigma, sigma_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+        if k in keep:
+            entering[k] = x
+        x = euler_step(x, guided(velocity, x, sigma, cond, uncond, guidance), sigma, sigma_next)
+    return x, entering
+
+
+@torch.no_grad()
+def lv_copy(
+    velocity: Velocity, plan: StepPlan, x_0_BCFhw: Tensor, cond: Any, uncond: Any, generator: Generator | None
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """A DRaFT-LV sample: x_0 noised back to the last step's sigma, and denoised by that step. Returns what ``rollout`` returns."""
+    last = plan.steps - 1
+    noised = renoise(x_0_BCFhw, plan.sigmas[last].item(), plan.lv_source(generator))
+    return rollout(velocity, plan.sigmas[last:], noised, cond, uncond, plan.guidance)[0], {last: noised}
+
+
+@torch.no_grad()
+def decode(decoder: Decoder, x_0_BCFhw: Tensor, kept: Sequence[int], window: int | None = None) -> tuple[Tensor, dict[int, Caches]]:
+    """The kept frames (B, T, C, H, W) in [0, 1], chunk by chunk, and on the host the caches that enter the chunks of ``vae_backward``.
+
+    Chunks after the last kept frame are not decoded.
+    """
+    visits = {visit.chunk: visit for visit in backward_chunks(kept, decoder.temporal_factor, window)}
+    caches = decoder.start(x_0_BCFhw.shape[0])
+    frames, entering = [], {}
+    for chunk in range(max(visits) + 1):
+        visit = visits.get(chunk)
+        if visit:
+            entering[chunk] = tuple(cache.cpu() if isinstance(cache, torch.Tensor) else cache for cache in caches)
+        made_BtCHW, caches = decoder.chunk(x_0_BCFhw[:, :, chunk : chunk + 1], caches)
+        if visit:
+            frames.append(made_BtCHW[:, list(visit.local)])
+    return torch.cat(frames, dim=1), entering
+
+
+def critic_backward(
+    critic: Critic, frames_BTCHW: Tensor, questions: Sequence[Sequence[Question]], spec: RewardSpec, share: float = 1.0
+) -> tuple[StepStats, Tensor]:
+    """One pass of the critic. Returns the statistics (latents: empty) and the gradient of -share * reward at the frames."""
+    frames = frames_BTCHW.detach().requires_grad_()
+    with torch.enable_grad():
+        reward, by_aspect, by_question = mean_reward(critic(frames, questions), questions, spec)
+    if not reward.detach().isfinite():
+        bad = [name for name, value in by_question.items() if not torch.tensor(value).isfinite()]
+        raise NonFiniteError(f"the reward is {reward.item()} (questions: {', '.join(bad)}): run the critic in bfloat16 or float32")
+    (d_frames,) = torch.autograd.grad(reward, frames, torch.full_like(reward, -share))
+    _refuse_non_finite(d_frames, "the gradient at the frames the critic saw")
+    return StepStats(reward.item(), by_aspect, by_question, frames.new_empty(0), frames.detach()), d_frames
+
+
+def vae_backward(
+    decoder: Decoder,
+    x_0_BCFhw: Tensor,
+    entering: Mapping[int, Caches],
+    d_frames_BTCHW: Tensor,
+    kept: Sequence[int],
+    window: int | None = None,
+) -> Tensor:
+    """Gradient at the latents from the gradient at the kept frames: one chunk at a time, in reverse time order.
+
+    The caches that a chunk hands on are outputs too: their cotangents are the next chunk's gradient at its entering caches.
+    """
+    d_x_0 = torch.zeros_like(x_0_BCFhw)
+    d_handed: Cotangents = ()
+    for visit in backward_chunks(kept, decoder.temporal_factor, window):
+        here = slice(visit.chunk, visit.chunk + 1)
+        d_made = d_frames_BTCHW[:, list(visit.slots)]
+        d_x_0[:, :, here], d_handed = _chunk_backward(decoder, x_0_BCFhw[:, :, here], entering[visit.chunk], visit, d_made, d_handed)
+    _refuse_non_finite(d_x_0, "the gradient at the latents (behind the VAE)")
+    return d_x_0
+
+
+def _chunk_backward(
+    decoder: Decoder, latent_BC1hw: Tensor, stored: Caches, visit: ChunkVisit, d_made_BtCHW: Tensor, d_handed: Cotangents
+) -> tuple[Tensor, Cotangents]:
+    """Recomputes one chunk with gradient. Returns the gradients at its latent frame and at its entering caches (empty where they stop).
+
+    A function of its own, so that its caches (1.8 GiB for Wan at 832x480) are gone before the next chunk's arrive.
+    """
+    z = latent_BC1hw.detach().requires_grad_()
+    caches = tuple(_leaf(cache, z.device, visit.hands_back) for cache in stored)
+    with torch.enable_grad():
+        made, handed = decoder.chunk(z, caches)
+    pairs = [(made[:, list(visit.local)], d_made_BtCHW)] if visit.local else []
+    if d_handed:
+        pairs += [(out, d) for out, d in zip(handed, d_handed, strict=True) if d is not None and out.requires_grad]
+    if not pairs:  # no later chunk depends on this one: a decoder without caches
+        return torch.zeros_like(z), ()
+    leaves = [i for i, cache in enumerate(caches) if isinstance(cache, torch.Tensor) and cache.requires_grad]
+    outputs, cotangents = zip(*pairs, strict=True)
+    d_z, *d_leaves = torch.autograd.grad(outputs, [z, *(caches[i] for i in leaves)], cotangents, materialize_grads=True)
+    by_index = dict(zip(leaves, d_leaves, strict=True))
+    return d_z, tuple(by_index.get(i) for i in range(len(caches))) if visit.hands_back else ()
+
+
+def denoise_backward(parts: Parts, plan: StepPlan, entering: Mapping[int, Tensor], d_x_0_BCFhw: Tensor, cond: Any, uncond: Any) -> None:
+    """The graded steps, last to first, one transformer pass at a time; adds to the ``.grad`` of ``parts.lora``.
+
+    The Euler update hands its cotangent on unchanged, and (sigma_next - sigma) times it to the velocity. Ungraded steps only hand it on.
+    """
+    sigmas, d_x = plan.sigmas.tolist(), d_x_0_BCFhw
+    for k in reversed(plan.graded):
+        # nothing trainable lies before the first graded step
+        x = entering[k].detach().requires_grad_(plan.chain == "full" and k != plan.graded[0])
+        for condition, factor in gradient_passes(cond, uncond, plan.guidance, plan.guidance_grad):
+            with torch.enable_grad():
+                v = parts.velocity(x, sigmas[k], condition)
+            d_v = factor * (sigmas[k + 1] - sigmas[k]) * d_x
+            v.backward(d_v.to(v.dtype), inputs=[*parts.lora, x] if x.requires_grad else list(parts.lora))
+        if x.grad is not None:
+            d_x = d_x + x.grad
+            _refuse_non_finite(d_x, f"the gradient at the latents that enter step {k}")
+
+
+def _leaf(cache: Any, device: torch.device, requires_grad: bool) -> Any:
+    """A stored cache, back on the device. Whatever is no tensor (an empty cache) stays as it is."""
+    return cache.to(device).detach().requires_grad_(requires_grad) if isinstance(cache, torch.Tensor) else cache
+
+
+def _refuse_non_finite(tensor: Tensor, what: str) -> None:
+    if not tensor.isfinite().all():
+        raise NonFiniteError(f"{what} is NaN or infinite; lower the learning rate, or run the models in bfloat16 or float32")

@@ -1,0 +1,176 @@
+"""LoRA (arXiv 2106.09685) on the Wan transformer through peft: y = W x + (alpha / rank) B A x, with W frozen.
+
+Names are those of diffusers without the ``transformer.`` prefix and without peft's adapter name: ``blocks.0.attn1.to_q.lora_A.weight``
+(rank, in) and ``….lora_B.weight`` (out, rank). A starts Kaiming-uniform from its own generator, B at zero, so an untrained adapter changes
+nothing. Files are read and written by ``lora_formats``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lowmem_drf.errors import BadInputError, LowmemError
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+    from peft.tuners.lora import LoraLayer
+    from torch import Tensor
+
+ADAPTER = "default"
+DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+"""Every Linear of self-attention, cross-attention and feed-forward in each block; the endings of their names."""
+
+
+def add_lora(transformer: WanTransformer3DModel, rank: int, alpha: float, targets: Sequence[str] = DEFAULT_TARGETS, seed: int = 0) -> None:
+    """Freezes the transformer and puts a LoRA on every Linear whose name is, or ends in, one of ``targets``.
+
+    The adapter's weights are fp32 whatever the transformer's dtype (fp64 on an fp64 transformer), and depend on ``seed`` and the
+    architecture alone.
+
+    Raises:
+        BadInputError: a rank below 1, an alpha that is not positive, a target that matches no Linear.
+        LowmemError: the transformer has a LoRA already.
+    """
+    from peft import LoraConfig
+
+    if rank < 1 or not alpha > 0:
+        raise BadInputError(f"lora.rank is {rank} and lora.alpha is {alpha}: the rank must be at least 1 and alpha above 0")
+    if lora_layers(transformer):
+        raise LowmemError("the transformer has a LoRA already: remove_lora it first, or load into it with load_lora_state")
+    linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    unmatched = [target for target in targets if not any(name == target or name.endswith(f".{target}") for name in linears)]
+    if unmatched or not targets:
+        endings = sorted({name.split(".", 2)[-1] if name.startswith("blocks.") else name for name in linears})
+        raise BadInputError(f"lora.targets {unmatched or list(targets)} match no Linear of this model. It has: {', '.join(endings)}")
+    transformer.requires_grad_(False)
+    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)), adapter_name=ADAPTER)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in lora_layers(transformer).values():
+        for matrix in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
+            dtype = torch.promote_types(matrix.weight.dtype, torch.float32)
+            matrix.weight = nn.Parameter(torch.zeros_like(matrix.weight, dtype=dtype))
+        weight = layer.lora_A[ADAPTER].weight
+        bound = 1 / math.sqrt(weight.shape[1])  # kaiming_uniform_(a=sqrt(5)), peft's and LoRA's own choice
+        with torch.no_grad():
+            weight.copy_((2 * torch.rand(weight.shape, generator=generator) - 1) * bound)
+
+
+def remove_lora(transformer: WanTransformer3DModel) -> None:
+    """Takes the LoRA off again; the transformer is the base, to the bit."""
+    transformer.unload_lora()
+
+
+def lora_layers(transformer: nn.Module) -> dict[str, LoraLayer]:
+    """The layers that carry a LoRA, by module name, in the order of the model."""
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+
+
+def lora_parameters(transformer: nn.Module) -> list[nn.Parameter]:
+    """The trainable tensors, in the order of ``lora_state``: what the optimizer gets."""
+    return list(_named(transformer).values())
+
+
+def lora_state(transformer: nn.Module) -> dict[str, Tensor]:
+    """Copies of the LoRA's tensors on the CPU, in their own dtype (fp32)."""
+    return {name: parameter.detach().cpu().clone().contiguous() for name, parameter in _named(transformer).items()}
+
+
+def load_lora_state(transformer: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copies ``state`` into the transformer's LoRA. All or nothing.
+
+    Raises:
+        BadInputError: modules missing or unknown, another rank or shape, values that are not finite. Nothing was changed.
+    """
+    own = _named(transformer)
+    _refuse_other_model({name: tuple(parameter.shape) for name, parameter in own.items()}, state)
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+
+
+def attach_lora(transformer: WanTransformer3DModel, state: Mapping[str, Tensor], alpha: float) -> None:
+    """Adds a LoRA of exactly the modules and the rank of ``state``, with its values.
+
+    Raises:
+        BadInputError: the transformer lacks one of the modules, or its shape differs: a LoRA of another model. Nothing was changed.
+    """
+    shapes = dict(_linear_shapes(transformer))
+    modules = [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]
+    ranks = {int(state[f"{module}.lora_A.weight"].shape[0]) for module in modules}
+    if len(ranks) != 1:
+        raise BadInputError(f"the LoRA file holds modules of ranks {sorted(ranks)}: one rank for all is expected" if ranks else "the file holds no LoRA")
+    (rank,) = ranks
+    expected = {
+        f"{module}.lora_{side}.weight": (rank, shapes[module][1]) if side == "A" else (shapes[module][0], rank)
+        for module in modules
+        if module in shapes
+        for side in "AB"
+    }
+    _refuse_other_model(expected, state)
+    add_lora(transformer, rank=rank, alpha=alpha, targets=modules)
+    load_lora_state(transformer, state)
+
+
+@contextmanager
+def lora_scale(transformer: nn.Module, scale: float) -> Iterator[None]:
+    """Within the block the LoRA acts ``scale`` times as strongly; 0 is the base model, to the bit and at its speed.
+
+    A backward with checkpointing recomputes: it must run inside the block too.
+    """
+    layers = list(lora_layers(transformer).values())
+    before = [(layer.scaling[ADAPTER], layer._disable_adapters) for layer in layers]
+    try:
+        for layer in layers:
+            layer.scaling[ADAPTER] *= scale
+            layer._disable_adapters = layer._disable_adapters or scale == 0
+        yield
+    finally:
+        for layer, (scaling, disabled) in zip(layers, before, strict=True):
+            layer.scaling[ADAPTER], layer._disable_adapters = scaling, disabled
+
+
+def _named(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        f"{name}.lora_{side}.weight": matrices[ADAPTER].weight
+        for name, layer in lora_layers(transformer).items()
+        for side, matrices in (("A", layer.lora_A), ("B", layer.lora_B))
+    }
+
+
+def _linear_shapes(transformer: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+    for name, module in transformer.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name, (module.out_features, module.in_features)
+
+
+def _refuse_other_model(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> None:
+    """Raises BadInputError with all that differs between the names and shapes wanted and those given."""
+    problems = []
+    if missing := sorted(expected.keys() - state.keys()):
+        problems.append(f"{len(missing)} tensors are missing from it ({_some(missing)})")
+    if unknown := sorted(state.keys() - expected.keys()):
+        problems.append(f"{len(unknown)} of its tensors belong to no LoRA module of this model ({_some(unknown)})")
+    common = expected.keys() & state.keys()
+    differing = sorted(name for name in common if tuple(state[name].shape) != expected[name])
+    if differing:
+        name = differing[0]
+        what = f"{name} is {list(state[name].shape)}, this model has {list(expected[name])}"
+        problems.append(f"{len(differing)} tensors have another shape, so another rank or width ({what})")
+    if not_finite := sorted(name for name in common if not bool(torch.isfinite(state[name]).all())):
+        problems.append(f"{len(not_finite)} tensors hold NaN or infinity ({_some(not_finite)})")
+    if problems:
+        raise BadInputError(
+            "The LoRA does not fit this model: " + "; ".join(problems) + ". Use the model, rank and targets it was trained with (see the run's config.toml)."
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -1,0 +1,135 @@
+"""Prompt files, and the seeded, resumable stream of prompts.
+
+``txt``: one prompt a line; blank lines and lines that start with ``#`` are skipped. ``jsonl``: one object a line,
+``{"prompt": str, "id"?: str, "questions"?: [...], "reference_video"?: str}`` where a question is
+``{"aspect": "TA"|"Phy"|"VQ", "text": str, "answer": str, "kind"?: "yesno"|"dense", "weight"?: number, "name"?: str}``.
+UTF-8, with or without a byte order mark.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.types import Aspect, Kind, Prompt, Question
+
+_PROMPT_KEYS = {"prompt", "id", "questions", "reference_video"}
+_QUESTION_KEYS = {"aspect", "text", "answer", "kind", "weight", "name"}
+
+
+def load_prompts(path: str | Path) -> tuple[Prompt, ...]:
+    """Every prompt of a file, in its order. Raises BadInputError with file and line."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise BadInputError(f"prompt file {path} does not exist. Write one prompt a line into it, or give another file with --prompts.")
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise BadInputError(f"{path}:{line}: not UTF-8 (byte {error.start}). Save the file as UTF-8.") from error
+    except OSError as error:
+        raise BadInputError(f"prompt file {path} cannot be read: {error.strerror}") from error
+    is_json = path.suffix.lower() in (".jsonl", ".json")
+    rows = [(n, text.strip()) for n, text in enumerate(lines, 1) if text.strip() and (is_json or not text.lstrip().startswith("#"))]
+    if not rows:
+        raise BadInputError(f"prompt file {path} holds no prompt. Write one prompt a line into it.")
+    prompts = tuple(_from_json(f"{path}:{n}", n, text, path.parent) if is_json else Prompt(id=f"{n:04d}", text=text) for n, text in rows)
+    seen: dict[str, int] = {}
+    for (n, _), prompt in zip(rows, prompts, strict=True):
+        if prompt.id in seen:
+            raise BadInputError(f"{path}:{n}: id {prompt.id!r} is already used in line {seen[prompt.id]}. Give each prompt its own.")
+        seen[prompt.id] = n
+    return prompts
+
+
+def as_prompts(texts: Iterable[str]) -> tuple[Prompt, ...]:
+    """Prompts from plain texts, numbered from 0001 as the lines of a txt file are."""
+    return tuple(Prompt(id=f"{n:04d}", text=text) for n, text in enumerate(texts, 1))
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """A hash of all that training uses of the prompts: a resumed run checks that they are the same."""
+    return hashlib.sha256(repr(tuple(prompts)).encode()).hexdigest()
+
+
+def _from_json(where: str, number: int, text: str, folder: Path) -> Prompt:
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BadInputError(f'{where}: not JSON ({error.msg}). Write one object a line: {{"prompt": "..."}}') from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+        raise BadInputError(f'{where}: there is no "prompt". Write one object a line: {{"prompt": "..."}}')
+    if unknown := sorted(set(row) - _PROMPT_KEYS):
+        raise BadInputError(f"{where}: unknown key {unknown[0]!r}. Keys: {', '.join(sorted(_PROMPT_KEYS))}")
+    video = row.get("reference_video")
+    if video is not None and not (isinstance(video, str) and (folder / video).is_file()):
+        raise BadInputError(f"{where}: reference_video {video!r} does not exist (paths are relative to the prompt file).")
+    questions = row.get("questions", [])
+    if not isinstance(questions, list):
+        raise BadInputError(f"{where}: questions is to be a list of objects.")
+    return Prompt(
+        id=str(row.get("id", f"{number:04d}")),
+        text=row["prompt"].strip(),
+        questions=tuple(_question(f"{where}: question {n}", item) for n, item in enumerate(questions, 1)),
+        reference_video=None if video is None else str(folder / video),
+    )
+
+
+def _question(where: str, item: Any) -> Question:
+    if not isinstance(item, dict):
+        raise BadInputError(f"{where}: is to be an object with {', '.join(sorted(_QUESTION_KEYS))}.")
+    if unknown := sorted(set(item) - _QUESTION_KEYS):
+        raise BadInputError(f"{where}: unknown key {unknown[0]!r}. Keys: {', '.join(sorted(_QUESTION_KEYS))}")
+    kind = item.get("kind", "yesno")
+    for key, allowed in (("aspect", get_args(Aspect)), ("kind", get_args(Kind)), ("answer", ("yes", "no") if kind == "yesno" else ())):
+        value = item.get(key, "yesno" if key == "kind" else None)
+        if allowed and value not in allowed:
+            raise BadInputError(f"{where}: {key} {value!r} is to be one of {', '.join(allowed)}.")
+    for key in ("text", "answer"):
+        if not isinstance(item.get(key), str) or not item[key].strip():
+            raise BadInputError(f'{where}: there is no "{key}".')
+    weight = item.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0:
+        raise BadInputError(f"{where}: weight {weight!r} is to be a number of at least 0.")
+    return Question(item["aspect"], item["text"], item["answer"], kind, float(weight), str(item.get("name", "")))
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """Where a stream stands: the next prompt is number ``index`` of pass ``epoch``."""
+
+    epoch: int = 0
+    index: int = 0
+
+
+class PromptStream:
+    """Endless passes over the prompts, each shuffled by (seed, epoch): a cursor alone brings the stream back to its place."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int, cursor: Cursor | None = None) -> None:
+        self._prompts = tuple(prompts)
+        self._seed = seed
+        self.cursor = cursor or Cursor()
+
+    def take(self, count: int) -> tuple[Prompt, ...]:
+        """The next ``count`` prompts; the cursor moves on."""
+        taken: list[Prompt] = []
+        epoch, index = self.cursor.epoch, self.cursor.index
+        while len(taken) < count:
+            order = self._order(epoch)[index : index + count - len(taken)]
+            taken += [self._prompts[i] for i in order]
+            index += len(order)
+            if index == len(self._prompts):
+                epoch, index = epoch + 1, 0
+        self.cursor = Cursor(epoch, index)
+        return tuple(taken)
+
+    def _order(self, epoch: int) -> list[int]:
+        order = list(range(len(self._prompts)))
+        random.Random(f"{self._seed}/{epoch}").shuffle(order)
+        return order

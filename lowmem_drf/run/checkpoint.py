@@ -1,0 +1,148 @@
+"""Checkpoints: all or nothing on disk, exact on resume.
+
+A checkpoint is written into a folder of another name, every file is flushed to the disk (fsync), and the folder is renamed; a process that is
+killed at any moment leaves the earlier checkpoints whole and at most a folder that the next save removes. Resumed, a run gives the
+same LoRA bytes on the CPU as an unbroken one: the optimizer's moments, the random state and the prompts' cursor are kept, and all noise is
+drawn from (seed, update, clip).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowmem_drf.errors import BadInputError, LowmemError
+from lowmem_drf.prompts import Cursor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+_FOLDER = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state after ``step`` updates."""
+
+    step: int
+    lora: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    """``pack_optimizer``."""
+    cursor: Cursor
+    prompts: str
+    """``prompts.fingerprint``: a resumed run must have the same prompts."""
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    """The steps of the run's complete checkpoints, ascending."""
+    found = (_FOLDER.fullmatch(path.name) for path in (run / "checkpoints").glob("step-*") if path.is_dir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def checkpoint_folder(run: Path, step: int | None = None) -> Path:
+    """The folder of a step's checkpoint, or of the last. Raises BadInputError if it does not exist."""
+    steps = checkpoint_steps(run)
+    if not steps:
+        raise BadInputError(f"{run} has no checkpoint yet. Go on training: lowmem-drf train --resume --output {run}")
+    if step is not None and step not in steps:
+        raise BadInputError(f"{run} has no checkpoint of step {step}. Steps: {', '.join(map(str, steps))}")
+    return run / "checkpoints" / f"step-{steps[-1] if step is None else step:06d}"
+
+
+def save_checkpoint(run: Path, checkpoint: Checkpoint, alpha: float, keep: int) -> Path:
+    """Writes ``lora.safetensors`` (``alpha`` in its header), ``state.safetensors`` and ``cursor.json``, then deletes all but the last
+    ``keep`` checkpoints. Returns the folder."""
+    from safetensors.torch import save_file
+
+    parent = run / "checkpoints"
+    parent.mkdir(parents=True, exist_ok=True)
+    for left in parent.glob(".step-*"):
+        shutil.rmtree(left)
+    aside, final = parent / f".step-{checkpoint.step:06d}", parent / f"step-{checkpoint.step:06d}"
+    aside.mkdir()
+    # one entry only: safetensors writes several in random order, and equal LoRAs are to be equal files
+    save_file(dict(checkpoint.lora), aside / "lora.safetensors", metadata={"alpha": repr(alpha)})
+    save_file({**checkpoint.optimizer, **_random_state()}, aside / "state.safetensors")
+    cursor = {"step": checkpoint.step, **asdict(checkpoint.cursor), "prompts": checkpoint.prompts}
+    (aside / "cursor.json").write_text(json.dumps(cursor, indent=2) + "\n", encoding="utf-8")
+    for path in (*aside.iterdir(), aside):
+        _flush(path)
+    if final.exists():
+        _discard(final)
+    os.replace(aside, final)
+    _flush(parent)
+    for step in checkpoint_steps(run)[:-keep]:
+        _discard(parent / f"step-{step:06d}")
+    return final
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Reads a checkpoint and sets the global random state to the one saved. Raises LowmemError if it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        row = json.loads((folder / "cursor.json").read_text(encoding="utf-8"))
+        lora, state = load_file(folder / "lora.safetensors"), load_file(folder / "state.safetensors")
+        checkpoint = Checkpoint(
+            step=row["step"],
+            lora=lora,
+            optimizer={name: tensor for name, tensor in state.items() if not name.startswith("rng.")},
+            cursor=Cursor(row["epoch"], row["index"]),
+            prompts=row["prompts"],
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise LowmemError(f"the checkpoint {folder} is damaged ({error}). Delete the folder; --resume then takes the one before it.") from error
+    torch.set_rng_state(state["rng.cpu"])
+    if "rng.cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["rng.cuda"])
+    return checkpoint
+
+
+def pack_optimizer(optimizer: Optimizer, names: list[str]) -> dict[str, Tensor]:
+    """The optimizer's tensors as ``<parameter>.<moment>``; ``names`` in the order of its parameters. Its rates are the schedule's."""
+    state = optimizer.state_dict()["state"]
+    return {f"{names[i]}.{key}": tensor.detach().cpu().contiguous() for i, moments in state.items() for key, tensor in moments.items()}
+
+
+def unpack_optimizer(optimizer: Optimizer, names: list[str], packed: Mapping[str, Tensor]) -> None:
+    """Puts ``pack_optimizer``'s tensors back."""
+    state: dict[int, dict[str, Any]] = {}
+    for full_name, tensor in packed.items():
+        name, _, key = full_name.rpartition(".")
+        state.setdefault(names.index(name), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _random_state() -> dict[str, Tensor]:
+    state = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["rng.cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _discard(folder: Path) -> None:
+    """Deletes a checkpoint; it loses its name first, so that a half-deleted one is never taken for a whole one."""
+    doomed = folder.with_name(f".{folder.name}.deleted")
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file or a folder's entries are on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders, and journals their entries
+        return
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

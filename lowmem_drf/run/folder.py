@@ -1,0 +1,89 @@
+"""A run's folder: made, found, refused. Its contents are listed in the README.
+
+    config.toml  metrics.jsonl  tensorboard/  samples/step-000050/  checkpoints/step-000050/
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from lowmem_drf.config import load_config
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.schema import Config
+
+RUNS = Path("runs")
+_CONTENTS = ("config.toml", "metrics.jsonl", "checkpoints", "samples", "tensorboard")
+
+
+def default_output(preset: str) -> Path:
+    """``runs/<preset>-<time>``, of a name that does not exist yet."""
+    stem = f"{Path(preset).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, number = RUNS / stem, 1
+    while path.exists():
+        number += 1
+        path = RUNS / f"{stem}-{number}"
+    return path
+
+
+def claim(folder: Path) -> list[Path]:
+    """Makes the folder of a new run and proves that it can be written to. Returns the folders it made, for ``release``.
+
+    Raises BadInputError: it holds a run already, is a file, or cannot be written to.
+    """
+    held = [name for name in _CONTENTS if (folder / name).exists()]
+    if held:
+        raise BadInputError(
+            f"{folder} already holds a run ({', '.join(held)}). "
+            f"Go on with it: lowmem-drf train --resume --output {folder}; or give another --output."
+        )
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        release(missing)
+        raise BadInputError(f"{folder} cannot be written to: {error.strerror}. Give another folder with --output.") from error
+    return missing
+
+
+def release(made: list[Path]) -> None:
+    """Removes folders of ``claim`` that are still empty: a run that did not start leaves nothing behind."""
+    for path in made:
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def find_run(folder: Path | None = None) -> Path:
+    """The given run, or the one under ``runs/`` that was written to last. Raises BadInputError if there is none."""
+    if folder is not None:
+        if not (folder / "config.toml").is_file():
+            raise BadInputError(f"{folder} is not a run: it has no config.toml. Train one with: lowmem-drf train")
+        return folder
+    found = [path.parent for path in RUNS.glob("*/config.toml")]
+    if not found:
+        raise BadInputError("there is no run under runs/ yet. Train one with: lowmem-drf train; or name a run's folder.")
+    return max(found, key=_last_written)
+
+
+def run_config(folder: Path) -> Config:
+    """The resolved configuration of a run."""
+    return load_config(folder / "config.toml")
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Writes a whole file under another name, then renames it: a reader sees the old text or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.part")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def _last_written(run: Path) -> tuple[float, str]:
+    files = [run / "config.toml", run / "metrics.jsonl"]
+    return max(file.stat().st_mtime for file in files if file.exists()), run.name

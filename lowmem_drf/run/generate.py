@@ -1,0 +1,49 @@
+"""Clips without gradient: for samples, comparisons and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lowmem_drf.method.schedule import flow_sigmas
+from lowmem_drf.method.step import rollout
+from lowmem_drf.run.parts import Models
+from lowmem_drf.schema import Sampler
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One batch of clips."""
+
+    frames_BTCHW: Tensor
+    """Float in [0, 1], on the models' device."""
+    velocity_norm: float
+    """Root mean square of the velocity, mean over steps."""
+
+
+@torch.no_grad()
+def generate(models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequence[int]) -> Generated:
+    """A clip per text and seed, with whatever LoRA is on. A clip depends on its own text and seed only."""
+    sigmas = flow_sigmas(sampler.steps, sampler.shift)
+    cond, uncond = models.condition(texts), models.no_condition(len(texts))
+    steps = range(sampler.steps)
+    x_0, entering = rollout(models.velocity, sigmas, models.noise(seeds), cond, uncond, sampler.guidance, keep=steps)
+    path = [*(entering[k] for k in steps), x_0]
+    # the Euler update backwards: v = (x_next - x) / (sigma_next - sigma)
+    norms = [((path[k + 1] - path[k]) / (sigmas[k + 1] - sigmas[k]).item()).pow(2).mean().sqrt().item() for k in steps]
+    return Generated(models.decoder.decode(x_0), sum(norms) / len(norms))
+
+
+def batches(
+    models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequence[int], size: int
+) -> Iterator[tuple[range, Generated]]:
+    """``generate`` in batches of ``size``: (positions in ``texts``, clips)."""
+    for first in range(0, len(texts), size):
+        here = range(first, min(first + size, len(texts)))
+        yield here, generate(models, sampler, texts[first : first + size], seeds[first : first + size])

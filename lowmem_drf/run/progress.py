@@ -1,0 +1,121 @@
+"""What a person watches: three lines on a terminal that are drawn anew with every update, plain lines in a log file."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from lowmem_drf.run.update import UpdateReport
+
+PLAIN_EVERY_S = 5.0
+SMOOTH = 10
+"""Updates that the shown rates are averaged over: one update's few clips say little."""
+ASPECTS = {"TA": "text", "Phy": "physics", "VQ": "quality"}
+BARS = "▁▂▃▄▅▆▇█"
+
+
+class Eta:
+    """Seconds an update, from all but the first (which warms up), samples and saves not counted."""
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+
+    def add(self, update_s: float) -> None:
+        self._seconds.append(update_s)
+
+    @property
+    def update_s(self) -> float:
+        counted = self._seconds[1:] or self._seconds
+        return sum(counted) / len(counted)
+
+    def left(self, updates: int) -> str:
+        return clock(self.update_s * updates)
+
+
+class TrainProgress:
+    """Shows the updates of a run. Enter ``live`` around the training."""
+
+    def __init__(self, console: Console, steps: int, done: int) -> None:
+        self._console = console
+        self._steps = steps
+        self._done = done
+        self._eta = Eta()
+        self._recent: deque[UpdateReport] = deque(maxlen=SMOOTH)
+        self._rewards: list[float] = []
+        self._live: Live | None = None
+        self._last_line = 0.0
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        if not self._console.is_terminal:
+            yield
+            return
+        with Live(Text("first update …", style="dim"), console=self._console, refresh_per_second=4) as self._live:
+            yield
+        self._live = None
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def update(self, report: UpdateReport) -> None:
+        self._eta.add(report.update_s)
+        self._recent.append(report)
+        self._rewards.append(report.reward)
+        if self._live is not None:
+            self._live.update(self._panel(report))
+        elif report.step in (self._done + 1, self._steps) or time.monotonic() - self._last_line > PLAIN_EVERY_S:
+            self._last_line = time.monotonic()
+            self.note(f"update {self._head(report)} | {self._rates()} | {_stages(report)}")
+
+    def _panel(self, report: UpdateReport) -> Group:
+        top = Table.grid(padding=(0, 1))
+        top.add_row(ProgressBar(total=self._steps, completed=report.step, width=30), Text(self._head(report)))
+        return Group(top, Text.assemble((sparkline(self._rewards, 30), "cyan"), " ", self._rates()), Text(_stages(report), style="dim"))
+
+    def _head(self, report: UpdateReport) -> str:
+        eta = self._eta.left(self._steps - report.step)
+        return f"{report.step}/{self._steps}  {self._eta.update_s:.2f} s/update  ETA {eta}"
+
+    def _rates(self) -> str:
+        aspects = {name: self._average([r.reward_by_aspect[name] for r in self._recent if name in r.reward_by_aspect]) for name in ASPECTS}
+        shown = [f"reward {self._average([r.reward for r in self._recent]):+.3f}"]
+        shown += [f"{ASPECTS[name]} {value:+.3f}" for name, value in aspects.items() if value == value]
+        judged = [r.oracle for r in self._recent if r.oracle]
+        if judged:
+            rates = [f"{name} {self._average([row[name] for row in judged]):.0%}" for name in ("all", "physics", "quality")]
+            shown.append("oracle: " + " ".join(rates))
+        return "  ".join(shown)
+
+    @staticmethod
+    def _average(values: list[float]) -> float:
+        return sum(values) / len(values) if values else float("nan")
+
+
+def _stages(report: UpdateReport) -> str:
+    seconds = "  ".join(f"{name} {value:.2f} s" for name, value in report.stage_s.items())
+    return f"{seconds}  peak {max(report.stage_peak_gib.values()):.2f} GiB"
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """The course of ``values`` in ``width`` characters, each the mean of its share."""
+    size = max(1, -(-len(values) // width))
+    means = [sum(part) / len(part) for part in (values[i : i + size] for i in range(0, len(values), size))]
+    low, high = min(means), max(means)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BARS[round((value - low) * scale)] for value in means).ljust(width)
+
+
+def clock(seconds: float) -> str:
+    """75 -> 1:15; 3700 -> 1:01:40."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

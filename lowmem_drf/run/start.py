@@ -1,0 +1,141 @@
+"""``lowmem-drf train``: from what the user typed to a run, its training, and the table at its end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowmem_drf import __version__
+from lowmem_drf.config import DEFAULT_PRESET, known_keys, load_config, to_toml
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.models.sources import TOYWORLD
+from lowmem_drf.run.checkpoint import checkpoint_steps
+from lowmem_drf.run.folder import RUNS, claim, default_output, find_run, release, write_aside
+from lowmem_drf.schema import Config
+from lowmem_drf.types import Prompt
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lowmem_drf.run.evaluate import Trial
+    from lowmem_drf.run.parts import Models
+
+MAY_CHANGE = ("steps", "micro_batch", "device", "log.", "memory.checkpoint", "optim.lr", "optim.grad_clip", "optim.schedule", "optim.warmup_steps")
+"""Keys that a resumed run may override: none of them changes what is trained on what."""
+
+
+def train_command(
+    preset: str | None,
+    prompts: Path | None,
+    output: Path | None,
+    steps: int | None,
+    seed: int | None,
+    resume: bool,
+    overrides: Sequence[str],
+    dry_run: bool,
+) -> None:
+    """Resolves the configuration, then prints it (``dry_run``), or trains and shows base against tuned."""
+    flags = {"prompts": None if prompts is None else json.dumps(str(prompts)), "steps": steps, "seed": seed}
+    overrides = [*overrides, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
+    run, config = _resumed(preset, output, overrides) if resume else (None, _absolute(load_config(preset or DEFAULT_PRESET, overrides)))
+    if dry_run:
+        print(to_toml(config), end="")
+        return
+    start(config, run, output or default_output(preset or DEFAULT_PRESET), f"preset {preset or DEFAULT_PRESET + ' (the default)'}")
+
+
+def start(config: Config, resumed: Path | None, output: Path, origin: str) -> None:
+    """Checks everything that can be checked without a model, loads the models, and only then writes to the run's folder."""
+    from rich.console import Console
+
+    from lowmem_drf.models.lora import add_lora
+    from lowmem_drf.run.evaluate import make_trial
+    from lowmem_drf.run.parts import all_questions, derive_seed, load_models, run_prompts
+    from lowmem_drf.run.previews import preview_texts
+    from lowmem_drf.run.train import train
+
+    console = Console(soft_wrap=True)
+    prompts = run_prompts(config)
+    questions = all_questions(prompts, config.critic.mode)
+    trial = make_trial(config, prompts, config.log.eval_prompts, config.log.eval_seeds) if config.log.eval_prompts else None
+    run = resumed or output
+    made = [] if resumed else claim(output)
+    try:
+        previews = preview_texts(config, prompts)
+        texts = [prompt.text for prompt in (*prompts, *(trial.prompts if trial else ()))]
+        models = load_models(config, [*texts, *previews])
+        add_lora(models.transformer, config.lora.rank, config.lora.alpha, config.lora.targets, derive_seed(config.seed, "lora"))
+        write_aside(run / "config.toml", to_toml(config))
+    except BaseException:
+        release(made)
+        raise
+    _announce(console, config, run, models, prompts, f"resumed after update {done_steps(run)}" if resumed else origin)
+    train(config, run, models, prompts, questions, previews, console)
+    _finish(console, config, run, models, trial)
+
+
+def done_steps(run: Path) -> int:
+    """Updates that are saved."""
+    return max(checkpoint_steps(run), default=0)
+
+
+def _absolute(config: Config) -> Config:
+    """The prompt file by its absolute path: the run can be resumed from anywhere."""
+    if config.prompts in ("", TOYWORLD):
+        return config
+    return config.model_copy(update={"prompts": str(Path(config.prompts).expanduser().absolute())})
+
+
+def _resumed(preset: str | None, output: Path | None, overrides: Sequence[str]) -> tuple[Path, Config]:
+    """The run to go on with and its configuration. Raises BadInputError where it would become another run, or is complete."""
+    if preset is not None:
+        raise BadInputError("--preset does not go with --resume: the run keeps its own configuration. Leave it out.")
+    run = find_run(output)
+    before, config = load_config(run / "config.toml"), _absolute(load_config(run / "config.toml", overrides))
+    changed = [key for key in known_keys() if _value(before, key) != _value(config, key) and not key.startswith(MAY_CHANGE)]
+    if changed:
+        raise BadInputError(
+            f"{run} cannot go on with another {', '.join(changed)}. Start a new run, or change only: {', '.join(MAY_CHANGE)}."
+        )
+    done = done_steps(run)
+    if done >= config.steps:
+        raise BadInputError(f"{run} is complete: {done} of {config.steps} updates. To train on: --resume --output {run} --steps {2 * done}")
+    return run, config
+
+
+def _value(config: Config, key: str) -> object:
+    value: object = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _announce(console: Console, config: Config, run: Path, models: Models, prompts: Sequence[Prompt], origin: str) -> None:
+    lines = [
+        f"lowmem-drf {__version__}: {origin}, on {models.device}, {config.dtype}",
+        f"{len(prompts)} prompts, {config.steps} updates of {config.batch} clips, "
+        f"{config.sampler.graded_steps} of {config.sampler.steps} steps graded, critic {config.critic.mode}",
+        f"run: {run}",
+    ]
+    if unused := sum(prompt.reference_video is not None for prompt in prompts):
+        lines.append(f"Note: reference_video of {unused} prompts is not used by yes/no questions.")
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
+def _finish(console: Console, config: Config, run: Path, models: Models, trial: Trial | None) -> None:
+    from lowmem_drf.run.evaluate import describe, print_table, with_progress
+
+    if trial:
+        console.print(f"\nBase against tuned: {describe(trial)}", highlight=False, markup=False)
+        print_table(with_progress(config, models, trial, console), console)
+    here = run.parent == RUNS
+    console.print("Next:", highlight=False)
+    for command in (
+        "lowmem-drf sample --compare" + ("" if here else f" --run {run}"),
+        "lowmem-drf export-lora" + ("" if here else f" {run}"),
+        "lowmem-drf eval" + ("" if here else f" {run}"),
+    ):
+        console.print(f"  {command}", highlight=False, markup=False)

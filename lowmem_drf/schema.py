@@ -1,0 +1,179 @@
+"""The configuration of a run as a frozen, typed tree (pydantic). Its defaults are the product's; a preset holds only what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Node(BaseModel):
+    """A section. ``problems`` yields (field, message) for what one field's type cannot say."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from ()
+
+
+class Video(Node):
+    width: Positive = 832
+    height: Positive = 480
+    frames: Positive = 81
+    """Pixel frames: 4n + 1, one for the first latent frame and four for every other."""
+    fps: Positive = 16
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for name, value in (("width", self.width), ("height", self.height)):
+            if value % 8:
+                yield name, f"{value} is not a multiple of 8; nearest: {max(8, round(value / 8) * 8)}"
+        if self.frames % 4 != 1:
+            low = max(1, (self.frames - 1) // 4 * 4 + 1)
+            yield "frames", f"{self.frames} is not 4n + 1 (the VAE makes 1 + 4n frames); nearest: {low} or {low + 4}"
+
+
+class Model(Node):
+    id: Name = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    """A diffusers folder, a Hugging Face id, or ``toyworld`` for the models in this package."""
+    text_tokens: Positive = 512
+    """Prompts are padded or cut to this many tokens, as ``WanPipeline`` does."""
+
+
+class Sampler(Node):
+    steps: Positive = 20
+    graded_steps: Positive = 3
+    """K: how many steps carry gradient."""
+    graded: Literal["tail", "last", "random"] | list[NonNegative] = "tail"
+    """Which: the last K (``tail``), the very last one (``last``), K at random each update, or an explicit list of step numbers."""
+    chain: Literal["full", "drtune"] = "full"
+    """``drtune`` stops the gradient at the transformer's input; ``full`` lets it through to earlier graded steps."""
+    guidance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 5.0
+    """1 is no guidance and one transformer pass a step; above 1 there are two."""
+    guidance_grad: Literal["cond", "both"] = "cond"
+    """Gradient through the conditional branch alone, or through both."""
+    shift: PositiveFloat = 3.0
+    lv_samples: NonNegative = 0
+    """DRaFT-LV: extra noise draws at the last step that average its gradient. 0 is off."""
+    negative_prompt: str = ""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.graded_steps > self.steps:
+            yield "graded_steps", f"{self.graded_steps} graded steps do not fit in sampler.steps = {self.steps}"
+        if self.graded == "last" and self.graded_steps != 1:
+            yield "graded_steps", f'graded = "last" is one step, graded_steps = {self.graded_steps}; set it to 1, or graded = "tail"'
+        if isinstance(self.graded, list):
+            if len(set(self.graded)) != len(self.graded) or any(k >= self.steps for k in self.graded):
+                yield "graded", f"{self.graded} is to hold different step numbers from 0 to {self.steps - 1}"
+            elif len(self.graded) != self.graded_steps:
+                yield "graded_steps", f"graded lists {len(self.graded)} steps, graded_steps says {self.graded_steps}; make them agree"
+        if self.lv_samples and self.graded != "last":
+            yield "lv_samples", 'DRaFT-LV works on the last step only; set graded = "last" and graded_steps = 1'
+
+
+class Weights(Node):
+    TA: NonNegativeFloat = 1.0
+    Phy: NonNegativeFloat = 1.0
+    VQ: NonNegativeFloat = 1.0
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.TA + self.Phy + self.VQ == 0:
+            yield "TA", "all three weights are 0: there would be no reward"
+
+
+class Critic(Node):
+    id: Name = "Qwen/Qwen2.5-VL-7B-Instruct"
+    """A transformers folder, a Hugging Face id, or ``toyworld``."""
+    mode: Literal["structured", "vanilla"] = "structured"
+    """``structured``: questions of all three aspects. ``vanilla``: one global question, the baseline that collapses."""
+    frames: Positive = 8
+    """How many of the clip's frames the critic sees."""
+    frame_sampling: Literal["uniform", "random_phase"] = "uniform"
+    reward: Literal["yes_logprob", "yes_margin"] = "yes_logprob"
+    hinge: Literal["off"] | float = "off"
+    """Stop pushing a question whose reward is above this."""
+    weights: Weights = Weights()
+
+
+class Lora(Node):
+    rank: Positive = 32
+    alpha: PositiveFloat = 32.0
+    targets: list[Name] = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not self.targets:
+            yield "targets", "is empty: nothing would be trained"
+
+
+class Optim(Node):
+    name: Literal["adamw"] = "adamw"
+    lr: PositiveFloat = 1e-4
+    weight_decay: NonNegativeFloat = 0.0
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
+    eps: PositiveFloat = 1e-8
+    grad_clip: PositiveFloat = 1.0
+    warmup_steps: NonNegative = 0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """After the warm-up: hold the rate, or let it fall to 0 at the last update."""
+
+
+class Memory(Node):
+    vae_backward: Annotated[str, Field(pattern=r"^(exact|window:\d+)$")] = "exact"
+    """``exact``, or ``window:n``: cache gradients stop after n chunks (ChopGrad)."""
+    checkpoint: bool = True
+    """Recompute each transformer block in its backward."""
+
+
+class Log(Node):
+    checkpoint_every: Positive = 25
+    keep: Positive = 3
+    """Checkpoints kept; older ones are deleted."""
+    sample_every: NonNegative = 50
+    """Write sample clips every so many updates, and at the end. 0 is never."""
+    sample_prompts: Positive = 4
+    eval_prompts: NonNegative = 8
+    """Prompts of the table after training. 0 is no table."""
+    eval_seeds: Positive = 2
+    eval_batch: Positive = 1
+    """Clips made at once where there is no gradient (samples, evaluation)."""
+
+
+class Config(Node):
+    """The whole configuration of a run."""
+
+    prompts: str = ""
+    """A prompt file (txt or jsonl), or ``toyworld`` for the prompts of the toy world."""
+    steps: Positive = 500
+    """Updates of the LoRA."""
+    batch: Positive = 4
+    """Prompts (clips) of one update."""
+    micro_batch: Positive = 1
+    """Clips of one relay pass, at most; memory grows with it, the gradient is that of ``batch``."""
+    seed: NonNegative = 0
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Of the transformer, the text encoder and the critic. The VAE (bands in bf16), LoRA weights, reward and optimizer are fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    video: Video = Video()
+    model: Model = Model()
+    sampler: Sampler = Sampler()
+    critic: Critic = Critic()
+    lora: Lora = Lora()
+    optim: Optim = Optim()
+    memory: Memory = Memory()
+    log: Log = Log()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.micro_batch > self.batch:
+            yield "micro_batch", f"{self.micro_batch} is more than batch = {self.batch}; lower it too: -s micro_batch={self.batch}"
+        if self.critic.frames > self.video.frames:
+            yield "critic.frames", f"the critic cannot see {self.critic.frames} of video.frames = {self.video.frames}; lower it"
+
+    @property
+    def vae_window(self) -> int | None:
+        return None if self.memory.vae_backward == "exact" else int(self.memory.vae_backward.split(":")[1])

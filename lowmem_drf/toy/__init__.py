@@ -1,0 +1,1 @@
+"""ToyWorld: a small world in which the truth can be computed (docs/toyworld.md)."""

@@ -1,0 +1,133 @@
+"""The words of lowmem-drf as types, and the legend of shape letters.
+
+Shape letters, used as name suffixes at the joints (``frames_BTCHW``):
+
+    B  clips of an update           T  pixel frames            H W  pixels, height and width
+    C  channels                     F  latent frames           h w  latent height and width
+    N  denoising steps              K  graded steps            V    vocabulary of the critic
+    L  tokens of a text             A  tokens of an answer
+
+Pixel frames are in [0, 1] wherever a name ends in ``_BTCHW`` or ``_TCHW``; the VAE's own range [-1, 1] does not leave
+``models/decoder.py``. Latents are the transformer's (normalised by the VAE's mean and standard deviation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Aspect = Literal["TA", "Phy", "VQ"]
+"""TA: text-video alignment. Phy: physical fidelity. VQ: visual quality."""
+
+Kind = Literal["yesno", "dense"]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One thing asked about a clip."""
+
+    aspect: Aspect
+    text: str
+    answer: str
+    """The answer wanted: ``"yes"`` or ``"no"`` for ``yesno``, the reference explanation for ``dense``."""
+    kind: Kind = "yesno"
+    weight: float = 1.0
+    name: str = ""
+    """Short key for metrics (``color``, ``jump``). Empty: the aspect stands for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One line of a prompt file."""
+
+    id: str
+    text: str
+    questions: tuple[Question, ...] = ()
+    """Questions given by the user. Empty: they are made from ``text``."""
+    reference_video: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """A finished clip with what it was made from."""
+
+    frames_TCHW: Tensor  # float, [0, 1]
+    prompt: str
+    seed: int
+    fps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the critic says to one question about one clip."""
+
+    logits_AV: Tensor
+    """fp32 logits at the positions that predict the wanted answer's tokens. ``yesno``: A = 1."""
+    target_A: Tensor
+    """int64 token ids of the wanted answer. For ``yesno``: of its first casing; all casings are in ``yes`` and ``no``."""
+    yes: tuple[int, ...] = ()
+    no: tuple[int, ...] = ()
+
+
+class Decoder(Protocol):
+    """A causal video VAE decoder, whole and in chunks. A chunk is one latent frame and the pixel frames it makes."""
+
+    temporal_factor: int
+    """Pixel frames per latent frame (4 for Wan). The first latent frame makes one pixel frame."""
+
+    def decode(self, latents_BCFhw: Tensor) -> Tensor:
+        """All frames at once, as the model library does it. Returns (B, T, C, H, W) in [0, 1]. Differentiable."""
+        ...
+
+    def start(self, batch: int) -> tuple[Any, ...]:
+        """The caches that enter the first chunk: a tuple of tensors and ``None``."""
+        ...
+
+    def chunk(self, latents_BC1hw: Tensor, caches: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+        """Latent frame + entering caches -> (frames (B, t, C, H, W) in [0, 1], caches handed on). Pure and differentiable in both;
+        the frames are bitwise those of ``decode``."""
+        ...
+
+
+Velocity = Callable[["Tensor", float, Any], "Tensor"]
+"""(latents x_BCFhw, sigma in (0, 1], condition) -> velocity dx/dsigma, the same shape. The LoRA is on."""
+
+Critic = Callable[["Tensor", "Sequence[Sequence[Question]]"], "list[list[Answer]]"]
+"""(frames_BTCHW in [0, 1], questions of each clip) -> an answer per clip and question. Differentiable in the frames."""
+
+
+def _no_stage(name: str) -> AbstractContextManager[Any]:
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The models of a step, as callables. ``method/`` knows nothing else of them."""
+
+    velocity: Velocity
+    decoder: Decoder
+    critic: Critic
+    lora: Sequence[Tensor]
+    """The trainable tensors: their ``.grad`` is what a step adds to."""
+    stage: Callable[[str], AbstractContextManager[Any]] = field(default=_no_stage)
+    """Entered around each stage (``rollout``, ``decode``, ``critic``, ``vae_backward``, ``denoise_backward``): residency, peak meter, clock."""
+
+
+@dataclass(slots=True)
+class StepStats:
+    """What one step reports."""
+
+    reward: float
+    """Mean over clips of the weighted mean over questions."""
+    reward_by_aspect: dict[str, float]
+    reward_by_question: dict[str, float]
+    """Keyed by ``Question.name``, mean over clips."""
+    latents_BCFhw: Tensor
+    """The rollout's end: for monitors (velocity norm, samples). No gradient."""
+    frames_BTCHW: Tensor
+    """The frames the critic saw. No gradient."""

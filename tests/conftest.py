@@ -1,0 +1,91 @@
+"""Fixtures that several test files share: model folders of tiny random models, a preset on them, a run trained on it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+TINY_PRESET = """\
+# Tiny random models: nothing is learned, everything runs.
+prompts = "toyworld"
+steps = 4
+batch = 3
+micro_batch = 2
+dtype = "fp32"
+device = "cpu"
+
+[video]
+width = 16
+height = 16
+frames = 9
+fps = 8
+
+[model]
+id = "{generator}"
+text_tokens = 12
+
+[sampler]
+steps = 3
+graded_steps = 2
+graded = "random"
+guidance = 2.0
+
+[critic]
+id = "{critic}"
+frames = 3
+frame_sampling = "random_phase"
+
+[lora]
+rank = 2
+alpha = 2.0
+
+[memory]
+checkpoint = false
+
+[log]
+checkpoint_every = 1
+keep = 2
+sample_every = 2
+sample_prompts = 1
+eval_prompts = 0
+eval_batch = 4
+"""
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_threads():
+    """Tiny models are slower on many threads than on one, and sums depend on their number."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory):
+    """(generator folder, critic folder) as diffusers and transformers write them."""
+    from _tiny import save_tiny_critic, save_tiny_generator
+
+    folder = tmp_path_factory.mktemp("models")
+    return save_tiny_generator(folder / "generator"), save_tiny_critic(folder / "critic")
+
+
+@pytest.fixture(scope="session")
+def tiny_preset(tiny_folders, tmp_path_factory):
+    """A preset file on the tiny models: random graded steps, random frames, guidance, an uneven last micro-batch."""
+    path = tmp_path_factory.mktemp("presets") / "tiny.toml"
+    generator, critic = (folder.as_posix() for folder in tiny_folders)
+    path.write_text(TINY_PRESET.format(generator=generator, critic=critic), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_preset, tmp_path_factory):
+    """The folder of a complete run of 4 updates. Tests read it only."""
+    from lowmem_drf.run.start import train_command
+
+    run = tmp_path_factory.mktemp("runs") / "run"
+    train_command(str(tiny_preset), None, run, None, None, False, [], False)
+    return run

@@ -1,0 +1,142 @@
+"""Presets, overrides, and errors that say everything at once."""
+
+import pytest
+
+from lowmem_drf.config import known_keys, load_config, parse_override, preset_path, to_toml
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.schema import Config
+
+
+def refusal(*overrides, preset="toy"):
+    with pytest.raises(BadInputError) as caught:
+        load_config(preset, overrides)
+    return str(caught.value)
+
+
+def test_a_preset_is_laid_over_the_defaults():
+    config = load_config("toy")
+    assert (config.video.width, config.model.id, config.critic.id) == (32, "toyworld", "toyworld")
+    assert config.optim.betas == Config().optim.betas
+
+
+def test_the_tree_is_frozen():
+    with pytest.raises(Exception, match="frozen"):
+        load_config("toy").video.width = 64
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("optim.lr=1e-3", 1e-3),
+        ("optim.lr = 0.5", 0.5),
+        ("steps=12", 12),
+        ("memory.checkpoint=true", True),
+        ("sampler.graded=[0, 2]", [0, 2]),
+        ("critic.mode=vanilla", "vanilla"),
+        ('critic.mode="vanilla"', "vanilla"),
+        ("model.id=a/b-c", "a/b-c"),
+        ("sampler.negative_prompt=a=b", "a=b"),
+        ("sampler.negative_prompt=", ""),
+    ],
+)
+def test_override_values_are_toml_and_bare_words_are_strings(text, value):
+    parsed = parse_override(text)[1]
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+def test_overrides_win_and_the_last_one_counts():
+    config = load_config("toy", ["optim.lr=1e-2", "critic.weights.Phy=2", "optim.lr=3e-2"])
+    assert config.optim.lr == 3e-2
+    assert config.critic.weights.Phy == 2.0
+
+
+def test_a_whole_section_as_an_inline_table():
+    assert load_config("toy", ["critic.weights={TA=0.5, VQ=0}"]).critic.weights.model_dump() == {"TA": 0.5, "Phy": 1.0, "VQ": 0.0}
+
+
+def test_the_resolved_configuration_is_complete_and_reads_back(tmp_path):
+    overrides = ["sampler.graded=[7, 9]", "sampler.graded_steps=2", 'sampler.negative_prompt="a \\"b\\" \\\\ é\\n"', "critic.hinge=-0.1"]
+    config = load_config("toy", overrides)
+    file = tmp_path / "config.toml"
+    file.write_text(to_toml(config), encoding="utf-8")
+    assert load_config(file) == config
+    for key in known_keys():
+        assert key.rpartition(".")[2] + " = " in to_toml(config), key
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("sampler.step", "sampler.steps"),
+        ("optm.lr", "optim.lr"),
+        ("lr", "optim.lr"),
+        ("video.widht", "video.width"),
+        ("lora.ranks", "lora.rank"),
+        ("stepz", "steps"),
+    ],
+)
+def test_a_typo_in_a_key_is_answered_with_the_key_that_was_meant(typo, meant):
+    assert f"'{typo}'. Did you mean {meant}?" in refusal(f"{typo}=3")
+
+
+def test_a_section_in_place_of_a_key_is_answered_with_its_keys():
+    assert "video.width, video.height" in refusal("video=3")
+
+
+def test_every_problem_is_reported_at_once_with_its_source():
+    message = refusal("optm.lr=1", "sampler.chain=ful", "video.frames=8", "batch=0", "nonsense")
+    for part in ("-s optm.lr=1: there is no key", "sampler.chain: ", "-s video.frames=8: video.frames: 8 is not 4n + 1", "-s batch=0: batch: ", "nonsense"):
+        assert part in message
+
+
+def test_problems_of_a_file_name_the_file(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text("steps = 'many'\n[video]\nwidht = 8\n", encoding="utf-8")
+    message = refusal(preset=str(file))
+    assert f"{file}: steps: " in message
+    assert f"{file}: there is no key 'video.widht'. Did you mean video.width?" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["sampler.graded_steps=11"], "do not fit in sampler.steps = 10"),
+        (["video.frames=10"], "nearest: 9 or 13"),
+        (["video.width=30"], "multiple of 8"),
+        (["sampler.lv_samples=2"], 'set graded = "last"'),
+        (["sampler.graded=last"], "set it to 1"),
+        (["sampler.graded=[1, 1]", "sampler.graded_steps=2"], "different step numbers"),
+        (["sampler.graded=[1, 2]"], "make them agree"),
+        (["micro_batch=9"], "micro_batch=8"),
+        (["critic.frames=10"], "cannot see 10"),
+        (["critic.weights={TA=0, Phy=0, VQ=0}"], "no reward"),
+        (["lora.targets=[]"], "nothing would be trained"),
+        (["memory.vae_backward=window"], "window:n"),
+        (["optim.lr=0"], "greater than 0"),
+        (["optim.lr=nan"], "optim.lr: "),
+        (["steps=1.5"], "integer"),
+        (["memory.checkpoint=1"], "boolean"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(overrides, said):
+    assert said in refusal(*overrides)
+
+
+def test_a_valid_neighbour_of_each_refusal_is_taken():
+    config = load_config("toy", ["sampler.graded=last", "sampler.graded_steps=1", "sampler.lv_samples=2", "memory.vae_backward=window:2"])
+    assert config.vae_window == 2
+    assert load_config("toy").vae_window is None
+
+
+def test_unknown_presets_are_answered_with_those_there_are():
+    with pytest.raises(BadInputError, match="Did you mean toy\\? Presets: .*toy"):
+        preset_path("toi")
+    with pytest.raises(BadInputError, match="does not exist"):
+        preset_path("nowhere/mine.toml")
+
+
+def test_a_file_that_is_not_toml_is_named(tmp_path):
+    file = tmp_path / "bad.toml"
+    file.write_text("steps = = 3", encoding="utf-8")
+    assert str(file) in refusal(preset=str(file))

@@ -1,0 +1,80 @@
+"""Kept frames are sorted, unique and inside the clip; every kept frame belongs to exactly one visited chunk."""
+
+import pytest
+import torch
+
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.method.frames import backward_chunks, chunk_of_frame, frames_of_chunk, kept_frames
+
+
+@pytest.mark.parametrize(
+    ("n_frames", "n_keep", "expected"), [(21, 4, (0, 6, 13, 20)), (9, 9, tuple(range(9))), (9, 1, (4,)), (81, 2, (0, 80))]
+)
+def test_uniform_frames(n_frames, n_keep, expected):
+    assert kept_frames(n_frames, n_keep) == expected
+
+
+@pytest.mark.parametrize("mode", ["uniform", "random_phase"])
+@pytest.mark.parametrize(("n_frames", "n_keep"), [(1, 1), (9, 4), (9, 9), (81, 1), (81, 16), (81, 80)])
+def test_frames_are_sorted_unique_and_inside(n_frames, n_keep, mode):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        kept = kept_frames(n_frames, n_keep, mode, generator)
+        assert len(set(kept)) == n_keep
+        assert list(kept) == sorted(kept)
+        assert 0 <= kept[0] <= kept[-1] < n_frames
+
+
+def test_random_phase_reaches_every_frame_and_is_evenly_spaced():
+    generator = torch.Generator().manual_seed(0)
+    draws = [kept_frames(21, 4, "random_phase", generator) for _ in range(300)]
+    assert {frame for draw in draws for frame in draw} == set(range(21))
+    assert all(b - a in (5, 6) for draw in draws for a, b in zip(draw[:-1], draw[1:], strict=True))
+    generator.manual_seed(0)
+    assert kept_frames(21, 4, "random_phase", generator) == draws[0]
+
+
+@pytest.mark.parametrize(("n_keep", "mode", "what"), [(0, "uniform", "critic.frames"), (10, "uniform", "1..9"), (3, "odd", "frame mode")])
+def test_bad_choice_is_refused(n_keep, mode, what):
+    with pytest.raises(BadInputError, match=what):
+        kept_frames(9, n_keep, mode)
+
+
+@pytest.mark.parametrize("temporal_factor", [1, 2, 4])
+def test_chunks_partition_the_frames(temporal_factor):
+    chunks = 6
+    made = [frame for chunk in range(chunks) for frame in frames_of_chunk(chunk, temporal_factor)]
+    assert made == list(range(1 + temporal_factor * (chunks - 1)))
+    assert all(frame in frames_of_chunk(chunk_of_frame(frame, temporal_factor), temporal_factor) for frame in made)
+
+
+@pytest.mark.parametrize("window", [None, 0, 1, 2, 5, 50])
+@pytest.mark.parametrize("kept", [(0,), (20,), (0, 6, 13, 20), (3, 4, 5), tuple(range(21))], ids=str)
+def test_every_kept_frame_is_visited_once(kept, window):
+    visits = backward_chunks(kept, 4, window)
+    assert [visit.chunk for visit in visits] == sorted({visit.chunk for visit in visits}, reverse=True)
+    assert visits[0].chunk == chunk_of_frame(kept[-1], 4)
+    assert sorted(slot for visit in visits for slot in visit.slots) == list(range(len(kept)))
+    for visit in visits:
+        assert [kept[slot] for slot in visit.slots] == [frames_of_chunk(visit.chunk, 4)[i] for i in visit.local]
+    for visit, following in zip(visits, [*visits[1:], None], strict=True):
+        assert not visit.hands_back or (following is not None and following.chunk == visit.chunk - 1)
+
+
+@pytest.mark.parametrize(
+    ("kept", "window", "chunks", "handing_back"),
+    [
+        ((20,), None, [5, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1]),
+        ((20,), 5, [5, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1]),
+        ((20,), 2, [5, 4, 3], [5, 4]),
+        ((20,), 0, [5], []),
+        ((0, 6, 13, 20), 0, [5, 4, 2, 0], []),
+        ((0, 6, 13, 20), 1, [5, 4, 3, 2, 1, 0], [5, 4, 2]),
+        ((0,), None, [0], []),
+    ],
+    ids=str,
+)
+def test_the_window_ends_below_the_last_kept_chunk_passed(kept, window, chunks, handing_back):
+    visits = backward_chunks(kept, 4, window)
+    assert [visit.chunk for visit in visits] == chunks
+    assert [visit.chunk for visit in visits if visit.hands_back] == handing_back

@@ -1,0 +1,127 @@
+"""The differentiable preprocess gives Hugging Face's patches, in Hugging Face's order.
+
+Oracle: transformers' numpy/PIL image processor, which needs no torchvision. It repeats an image over a temporal patch, so the frame at
+place i of a temporal patch must give column block i of it what that frame, as an image, gives any column block.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as hf_smart_resize
+
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.method.preprocess import VideoGeometry, smart_resize, video_patches
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+QWEN = VideoGeometry(14, 2, 2, min_pixels=128 * 28 * 28, max_pixels=768 * 28 * 28, mean=MEAN, std=STD)
+TOY = VideoGeometry(4, 2, 2, min_pixels=64, max_pixels=4096, mean=MEAN, std=STD)
+THREE = VideoGeometry(2, 3, 3, min_pixels=36, max_pixels=4096, mean=MEAN, std=STD)
+
+
+def clips(batch, frames, height, width, low=0, high=256):
+    generator = np.random.default_rng(0)
+    return generator.integers(low, high, (batch, frames, height, width, 3), dtype=np.uint8)
+
+
+def hugging_face(clip_THWC, geometry):
+    """Patches of one clip, frame by frame: (frames, patches of a frame, C, pixels), and the grid of a frame."""
+    processor = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": geometry.min_pixels, "longest_edge": geometry.max_pixels}, patch_size=geometry.patch,
+        temporal_patch_size=geometry.temporal_patch, merge_size=geometry.merge, image_mean=list(MEAN), image_std=list(STD),
+    )  # fmt: skip
+    result = processor(images=[Image.fromarray(frame) for frame in clip_THWC], return_tensors="pt")
+    patches = result["pixel_values"].reshape(len(clip_THWC), -1, 3, geometry.temporal_patch, geometry.patch**2)
+    return patches[:, :, :, 0], result["image_grid_thw"][0, 1:].tolist()
+
+
+def expected_patches(clips_BTHWC, geometry):
+    rows = []
+    for clip in clips_BTHWC:
+        padded = np.concatenate([clip, *[clip[-1:]] * (-len(clip) % geometry.temporal_patch)])
+        frames, grid = hugging_face(padded, geometry)
+        frames = frames.unflatten(0, (-1, geometry.temporal_patch))  # time, frame, patch, channel, pixel
+        rows.append(frames.permute(0, 2, 3, 1, 4).flatten(2).flatten(0, 1))
+    return torch.cat(rows), [len(padded) // geometry.temporal_patch, *grid]
+
+
+def as_frames(clips_BTHWC):
+    return torch.from_numpy(clips_BTHWC).permute(0, 1, 4, 2, 3).float() / 255
+
+
+@pytest.mark.parametrize(
+    ("geometry", "batch", "frames", "height", "width"),
+    [(TOY, 2, 4, 32, 32), (TOY, 2, 9, 16, 40), (TOY, 1, 1, 8, 8), (THREE, 2, 4, 12, 18), (QWEN, 1, 3, 28 * 10, 28 * 13)],
+    ids=["toy", "odd", "one-frame", "three", "qwen"],
+)
+def test_patches_are_hugging_face_patches(geometry, batch, frames, height, width):
+    clip = clips(batch, frames, height, width)
+    expected, grid = expected_patches(clip, geometry)
+    patches, grid_thw = video_patches(as_frames(clip), geometry)
+    assert grid_thw.tolist() == [grid] * batch
+    assert grid_thw.dtype == torch.int64
+    assert patches.shape == expected.shape
+    # both round fp32 at the division by 255, the subtraction and the division by the standard deviation
+    assert (patches - expected).abs().max() <= 2 * 3 * torch.finfo(torch.float32).eps / min(STD)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "height", "width"), [(TOY, 30, 41), (TOY, 100, 60), (TOY, 5, 5), (QWEN, 240, 416)], ids=["near", "down", "up", "qwen"]
+)
+def test_resized_patches_are_hugging_face_patches_up_to_its_rounding_to_uint8(geometry, height, width):
+    """PIL resizes in two passes and rounds to 1/255 after each: half a level after the second, and half a level carried through the second
+    pass's weights, whose absolute values sum up to 1.25 (bicubic, a = -1/2)."""
+    clip = clips(1, 2, height, width, low=80, high=170)  # away from black and white, where PIL saturates between its passes
+    expected, grid = expected_patches(clip, geometry)
+    patches, grid_thw = video_patches(as_frames(clip), geometry)
+    assert grid_thw.tolist() == [grid]
+    assert (patches - expected).abs().max() <= (0.5 + 0.5 * 1.25) / 255 / min(STD) * (1 + 1e-3)
+
+
+def test_overshoot_saturates():
+    edge = torch.zeros(1, 2, 3, 30, 40)
+    edge[..., 15:, :] = 1
+    patches, _ = video_patches(edge, TOY)
+    values = patches.reshape(-1, 3, 2 * TOY.patch**2) * torch.tensor(STD)[:, None] + torch.tensor(MEAN)[:, None]
+    assert values.min() > -1e-6
+    assert values.max() < 1 + 1e-6
+
+
+def test_a_batch_is_its_clips_one_after_the_other():
+    frames = torch.rand(3, 5, 3, 16, 24)
+    together, grid = video_patches(frames, TOY)
+    alone = [video_patches(clip[None], TOY) for clip in frames]
+    assert torch.equal(together, torch.cat([patches for patches, _ in alone]))
+    assert torch.equal(grid, torch.cat([grid for _, grid in alone]))
+
+
+@pytest.mark.parametrize("size", [(8, 16), (10, 13)], ids=["as-is", "resized"])
+def test_gradients(size):
+    frames = (0.3 + 0.4 * torch.rand(1, 3, 3, *size, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: video_patches(x, TOY)[0], frames, fast_mode=True)
+
+
+def test_the_last_frame_gets_the_gradient_of_its_repetition():
+    frames = torch.rand(1, 3, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(video_patches(frames, TOY)[0].sum(), frames)
+    assert (gradient[:, 2] / gradient[:, 0]).sub(2).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("geometry", [QWEN, TOY], ids=["qwen", "toy"])
+def test_smart_resize_is_hugging_face(geometry):
+    sizes = [
+        (h, w) for h in (5, 14, 31, 56, 240, 480, 704, 1080) for w in (7, 28, 50, 416, 832, 1280, 1920) if max(h, w) <= 200 * min(h, w)
+    ]
+    assert len(sizes) > 40
+    for height, width in sizes:
+        expected = hf_smart_resize(height, width, geometry.patch * geometry.merge, geometry.min_pixels, geometry.max_pixels)
+        assert smart_resize(height, width, geometry) == expected
+        assert math.prod(expected) % (geometry.patch * geometry.merge) ** 2 == 0
+
+
+def test_extreme_aspect_ratio_is_refused():
+    with pytest.raises(BadInputError, match="aspect ratio"):
+        video_patches(torch.rand(1, 2, 3, 2, 402), TOY)

@@ -1,0 +1,48 @@
+"""Every preset of the package loads, is short, and says what it is."""
+
+import pytest
+from conftest import ROOT
+
+from lowmem_drf.config import DEFAULT_PRESET, copy_preset, load_config, preset_summary, presets
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.schema import Config
+
+NAMES = {"toy"}
+
+
+def test_these_presets_and_no_others_are_in_the_package():
+    assert set(presets()) == {path.stem for path in (ROOT / "presets").rglob("*.toml")} == NAMES
+    assert DEFAULT_PRESET in NAMES
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_a_preset_loads_and_holds_only_what_differs_from_the_defaults(name):
+    config, defaults = load_config(name).model_dump(), Config().model_dump()
+    text = presets()[name].read_text(encoding="utf-8")
+    for section, value in config.items():
+        if isinstance(value, dict):
+            assert (f"[{section}]" in text) == (value != defaults[section]), section
+        else:
+            assert (f"\n{section} = " in text) == (value != defaults[section]), section
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_a_preset_is_short_and_its_header_says_what_and_how(name):
+    lines = presets()[name].read_text(encoding="utf-8").splitlines()
+    header = "\n".join(line for line in lines if line.startswith("#"))
+    assert len([line for line in lines if line and not line.startswith("#")]) <= 40
+    assert len(preset_summary(presets()[name])) > 20
+    for word in ("lowmem-drf train", "GPU: "):
+        assert word in header
+
+
+def test_copy_never_overwrites(tmp_path):
+    path = copy_preset("toy", tmp_path / "mine.toml")
+    assert load_config(path) == load_config("toy")
+    path.write_text("steps = 3\n")
+    with pytest.raises(BadInputError, match="exists already"):
+        copy_preset("toy", path)
+    assert path.read_text() == "steps = 3\n"
+    assert copy_preset("toy", tmp_path) == tmp_path / "toy.toml"
+    with pytest.raises(BadInputError, match="Make it first"):
+        copy_preset("toy", tmp_path / "none" / "mine.toml")
