@@ -1,7 +1,10 @@
 """The command line. Commands are short and import inside, so that ``--help`` needs no torch."""
 
 import functools
+import logging
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,15 +29,19 @@ def _example(*lines: str) -> str:
 
 
 def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors on stderr in a few lines with the cure; exit code 1 failed, 2 bad input, 130 interrupted. ``--debug`` lets them through."""
+    """Errors on stderr in a few lines with the cure; exit code 1 failed, 2 bad input, 130 interrupted. ``--debug`` shows where."""
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of an accelerator that is not used here
         try:
             command(*args, **kwargs)
         except (Exception, KeyboardInterrupt) as error:
-            if isinstance(error, typer.Exit) or DEBUG in _flags:
+            if isinstance(error, typer.Exit):
                 raise
+            if DEBUG in _flags:
+                traceback.print_exception(error)
             message, code = _explain(error)
             typer.echo(message, err=True)
             raise typer.Exit(code) from error
@@ -73,7 +80,10 @@ def _main(
 @app.command(epilog=_example("lowmem-drf train", "lowmem-drf train --prompts prompts.txt --steps 300 -s optim.lr=1e-4"))
 @_reports_errors
 def train(
-    preset: Annotated[str | None, typer.Option(help="A preset's name or a TOML file. Default: toy.", show_default=False)] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="A preset's name or a TOML file. Default: toy without a CUDA card, else the largest that fits the card.", show_default=False),
+    ] = None,
     prompts: PromptFile = None,
     output: Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/<preset>-<time>.", show_default=False)] = None,
     steps: Annotated[int | None, typer.Option(help="Updates.", show_default=False)] = None,
@@ -111,8 +121,8 @@ def sample(
 def export_lora(
     run: Run = None,
     step: Annotated[int | None, typer.Option(help="The checkpoint's step. Default: the last.", show_default=False)] = None,
-    format_: Annotated[str, typer.Option("--format", help="comfyui (diffusers loads it too), diffusers or kohya.")] = "comfyui",
-    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    format_: Annotated[str, typer.Option("--format", help="comfyui (diffusers loads it too), diffusers, or kohya (musubi-tuner).")] = "comfyui",
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. Default: the run's own (ToyWorld: fp32).", show_default=False)] = None,
     output: Annotated[Path | None, typer.Option(help="The file. Default: in the run.", show_default=False)] = None,
     merge: Annotated[Path | None, typer.Option(help="Write a whole model with the LoRA merged in here.", show_default=False)] = None,
 ) -> None:
@@ -139,11 +149,11 @@ def evaluate(
 @presets_app.command("list", epilog=_example("lowmem-drf presets list"))
 @_reports_errors
 def presets_list() -> None:
-    """Name and purpose of every preset."""
-    from lowmem_drf.config import preset_summary, presets
+    """Name, card and purpose of every preset."""
+    from lowmem_drf.config import preset_card, preset_summary, presets
 
     for name, path in presets().items():
-        typer.echo(f"{name:<20} {preset_summary(path)}")
+        typer.echo(f"{name:<20} {preset_summary(path)}\n{'':<20} GPU: {preset_card(path)}")
 
 
 @presets_app.command("show", epilog=_example("lowmem-drf presets show toy"))

@@ -23,6 +23,8 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.schema import Config, Node
 
 DEFAULT_PRESET = "toy"
+"""What ``load_config`` loads when nothing is named, and ``train`` where no card is: it runs anywhere."""
+
 
 def known_keys(node: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     """Every dotted key of the tree, sections left out."""
@@ -60,6 +62,26 @@ def preset_summary(path: Path) -> str:
     """The first line of a preset's header comment: what it is for."""
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     return first.lstrip("# ").strip()
+
+
+def preset_card(path: Path) -> str:
+    """What a preset's header comment says after ``GPU:``; it begins with the card's size (``24 GB``) where one is needed."""
+    found = re.search(r"^# GPU: *(.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return found[1].strip() if found else "not stated"
+
+
+def default_preset(card_gb: float | None) -> str:
+    """``toy`` without a card (``None``), else the preset that asks for the most of the GB (10^9 bytes) there are; of equals the first by
+    name. ``toy`` asks for none, so there always is one."""
+    sizes = {name: _card_gb(path) for name, path in presets().items()}
+    fitting = {name: size for name, size in sizes.items() if card_gb is not None and size is not None and size <= card_gb}
+    return max(fitting, key=lambda name: fitting[name] or 0.0) if fitting else DEFAULT_PRESET
+
+
+def _card_gb(path: Path) -> float | None:
+    """``None`` where the header names no size."""
+    found = re.match(r"(\d+) GB", preset_card(path))
+    return float(found[1]) if found else None
 
 
 def copy_preset(preset: str, target: Path | None = None) -> Path:
@@ -142,9 +164,7 @@ def _validate(values: Mapping[str, tuple[Any, str]], problems: list[str]) -> Con
 def _without(tree: Mapping[str, Any], keys: Iterable[str], prefix: str = "") -> dict[str, Any]:
     """The tree without the leaves of these keys."""
     return {
-        name: _without(value, keys, f"{prefix}{name}.") if isinstance(value, Mapping) else value
-        for name, value in tree.items()
-        if prefix + name not in keys
+        name: _without(value, keys, f"{prefix}{name}.") if isinstance(value, Mapping) else value for name, value in tree.items() if prefix + name not in keys
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ def load_prompts(path: str | Path) -> tuple[Prompt, ...]:
     if not path.is_file():
         raise BadInputError(f"prompt file {path} does not exist. Write one prompt a line into it, or give another file with --prompts.")
     try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # splitlines also breaks at characters that JSON strings may hold
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise BadInputError(f"{path}:{line}: not UTF-8 (byte {error.start}). Save the file as UTF-8.") from error
@@ -95,7 +96,7 @@ def _question(where: str, item: Any) -> Question:
         if not isinstance(item.get(key), str) or not item[key].strip():
             raise BadInputError(f'{where}: there is no "{key}".')
     weight = item.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight >= 0:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
         raise BadInputError(f"{where}: weight {weight!r} is to be a number of at least 0.")
     return Question(item["aspect"], item["text"], item["answer"], kind, float(weight), str(item.get("name", "")))
 

@@ -96,7 +96,7 @@ class Critic(Node):
     """How many of the clip's frames the critic sees."""
     frame_sampling: Literal["uniform", "random_phase"] = "uniform"
     reward: Literal["yes_logprob", "yes_margin"] = "yes_logprob"
-    hinge: Literal["off"] | float = "off"
+    hinge: Literal["off"] | Annotated[float, Field(allow_inf_nan=False)] = "off"
     """Stop pushing a question whose reward is above this."""
     weights: Weights = Weights()
 
@@ -115,7 +115,7 @@ class Optim(Node):
     name: Literal["adamw"] = "adamw"
     lr: PositiveFloat = 1e-4
     weight_decay: NonNegativeFloat = 0.0
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     eps: PositiveFloat = 1e-8
     grad_clip: PositiveFloat = 1.0
     warmup_steps: NonNegative = 0

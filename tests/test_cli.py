@@ -1,10 +1,13 @@
 """The command line: help, exit codes, errors that carry their cure, and every command once on tiny models."""
 
+import errno
 import inspect
 import json
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import typer
@@ -99,7 +102,12 @@ def test_dry_run_prints_a_configuration_that_loads_and_writes_nothing(run_cli, t
         (["train", "--prompts", "missing.txt"], "missing.txt does not exist"),
         (["train", "--prompts", "empty.txt"], "holds no prompt"),
         (["train", "--prompts", "latin.txt"], "latin.txt:1: not UTF-8"),
-        (["train", "--output", "empty.txt/run"], "cannot be written to"),
+        (["train", "--output", "empty.txt/run"], "empty.txt/run cannot be written to"),
+        (["train", "--output", "empty.txt"], "empty.txt cannot be written to"),
+        (["train", "--output", "/proc/none/run"], "/proc/none/run cannot be written to"),
+        (["train", "--output", "n" * 300], "cannot be written to: File name too long"),
+        (["train", "-s", "critic.mode=vanilla", "-s", "critic.weights.TA=0"], "none of its questions has a weight above 0"),
+        (["train", "-s", "critic.hinge=nan"], "critic.hinge"),
         (["train", "--resume"], "no run under runs/"),
         (["train", "--resume", "--output", "nowhere"], "is not a run"),
         (["train", "--steps", "0"], "greater than or equal to 1"),
@@ -148,13 +156,59 @@ def test_failures_end_in_few_lines_with_their_exit_code(run_cli, monkeypatch, er
 
 def test_debug_shows_the_traceback_wherever_it_stands():
     done = subprocess.run([sys.executable, "cli.py", "train", "--preset", "toi", "--debug"], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "Traceback" in done.stderr
     assert "BadInputError" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("Error: there is no preset 'toi'.")
+
+
+def test_an_interruption_stays_130_under_debug(run_cli, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt("Saved.")
+
+    monkeypatch.setattr("lowmem_drf.run.start.train_command", interrupt)
+    monkeypatch.setattr(cli, "_flags", {cli.DEBUG})
+    assert run_cli("train")[0] == 130
+
+
+def test_a_read_only_place_is_refused_and_left_as_it_was(run_cli, tmp_path, monkeypatch):
+    def read_only(path, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "touch", read_only)  # root may write wherever mode bits forbid it
+    code, out, err = run_cli("train", "--output", "a/run")
+    assert (code, out) == (2, "")
+    assert err == "Error: a/run cannot be written to: Read-only file system. Give another folder with --output.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_a_run_is_refused_with_the_way_to_go_on(run_cli, tiny_run, tiny_preset):
+    code, out, err = run_cli("train", "--preset", str(tiny_preset), "--output", str(tiny_run))
+    assert (code, out) == (2, "")
+    assert (
+        f"already holds a run (config.toml, metrics.jsonl, checkpoints, samples, tensorboard). Go on with it: lowmem-drf train --resume --output {tiny_run}"
+        in err
+    )
+
+
+def test_the_default_preset_is_named_with_its_reason(run_cli, tmp_path, tiny_preset, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("lowmem_drf.run.start.default_preset", lambda card_gb: str(tiny_preset))
+    code, out, err = run_cli("train", "--steps", "1")
+    assert code == 0, err
+    assert f"preset {tiny_preset} (the default: there is no CUDA card)" in out
+
+
+def test_a_prompt_file_may_have_any_name(run_cli, tmp_path):
+    (tmp_path / "🎬 clips.txt").write_text(PROMPT)
+    code, out, err = run_cli("train", "--prompts", "🎬 clips.txt", "--dry-run")
+    assert code == 0, err
+    assert f'prompts = "{tmp_path / "🎬 clips.txt"}"' in out
 
 
 def test_presets(run_cli, tmp_path):
     assert "ToyWorld" in run_cli("presets", "list")[1]
+    assert "GPU: none needed" in run_cli("presets", "list")[1]
     assert 'id = "toyworld"' in run_cli("presets", "show", "toy")[1]
     code, out, _ = run_cli("presets", "copy", "toy", "mine.toml")
     assert code == 0
@@ -174,6 +228,8 @@ def test_train_then_sample_then_export_without_arguments(run_cli, tmp_path, tiny
     assert read_mp4(tmp_path / out.strip())[0].shape == (9, 3, 256, 256)
     code, out, err = run_cli("export-lora")
     assert code == 0, err
+    assert "fp32" in out  # the tiny models' dtype
+    assert "maximum difference from the tuned model's output" in out
     assert [path for path in run.iterdir() if path.suffix == ".safetensors"]
 
 
@@ -210,7 +266,13 @@ def test_sample_of_several_prompts_writes_a_folder(run_cli, tmp_path, tiny_run):
     code, _, err = run_cli("sample", "--run", str(tiny_run), "--prompts", "p.txt", "--output", "clips")
     assert code == 0, err
     assert len(list((tmp_path / "clips").glob("*.mp4"))) == 2
-    for arguments, said in ((["--prompts", "p.txt", "--output", "one.mp4"], "Give a folder"), (["--output", "a.gif"], ".mp4"), (["--prompt", " "], "empty")):
+    (tmp_path / "old.mp4").mkdir()
+    for arguments, said in (
+        (["--prompts", "p.txt", "--output", "one.mp4"], "Give a folder"),
+        (["--output", "a.gif"], ".mp4"),
+        (["--output", "old.mp4"], "is a folder"),
+        (["--prompt", " "], "empty"),
+    ):
         code, _, err = run_cli("sample", "--run", str(tiny_run), *arguments)
         assert code == 2
         assert said in err

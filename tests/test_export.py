@@ -254,6 +254,15 @@ def test_export_run_defaults(run: Path) -> None:
     assert {"lowmem_drf.critic", "lowmem_drf.graded_steps", "lowmem_drf.config_sha256", "ss_base_model_version"} <= metadata.keys()
 
 
+def test_the_default_dtype_is_the_runs(run: Path) -> None:
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace('dtype = "bf16"', 'dtype = "fp32"'))
+    exported = export_run(run)
+    assert {tensor.dtype for tensor in load_file(exported.paths[0]).values()} == {torch.float32}
+    assert ", fp32, rank 2)" in str(exported)
+    assert (by_diffusers(exported.paths[0]) - velocity(trained()[1])).abs().max() < 1e-4
+
+
 def test_export_run_reproduces_the_tuned_model_in_fp32(run: Path, tmp_path) -> None:
     for form in ("comfyui", "diffusers"):
         exported = export_run(run, form=form, dtype="fp32", output=tmp_path / f"new/{form}.safetensors")

@@ -7,9 +7,7 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.frames import backward_chunks, chunk_of_frame, frames_of_chunk, kept_frames
 
 
-@pytest.mark.parametrize(
-    ("n_frames", "n_keep", "expected"), [(21, 4, (0, 6, 13, 20)), (9, 9, tuple(range(9))), (9, 1, (4,)), (81, 2, (0, 80))]
-)
+@pytest.mark.parametrize(("n_frames", "n_keep", "expected"), [(21, 4, (0, 6, 13, 20)), (9, 9, tuple(range(9))), (9, 1, (4,)), (81, 2, (0, 80))])
 def test_uniform_frames(n_frames, n_keep, expected):
     assert kept_frames(n_frames, n_keep) == expected
 

@@ -68,9 +68,7 @@ def test_patches_are_hugging_face_patches(geometry, batch, frames, height, width
     assert (patches - expected).abs().max() <= 2 * 3 * torch.finfo(torch.float32).eps / min(STD)
 
 
-@pytest.mark.parametrize(
-    ("geometry", "height", "width"), [(TOY, 30, 41), (TOY, 100, 60), (TOY, 5, 5), (QWEN, 240, 416)], ids=["near", "down", "up", "qwen"]
-)
+@pytest.mark.parametrize(("geometry", "height", "width"), [(TOY, 30, 41), (TOY, 100, 60), (TOY, 5, 5), (QWEN, 240, 416)], ids=["near", "down", "up", "qwen"])
 def test_resized_patches_are_hugging_face_patches_up_to_its_rounding_to_uint8(geometry, height, width):
     """PIL resizes in two passes and rounds to 1/255 after each: half a level after the second, and half a level carried through the second
     pass's weights, whose absolute values sum up to 1.25 (bicubic, a = -1/2)."""
@@ -112,9 +110,7 @@ def test_the_last_frame_gets_the_gradient_of_its_repetition():
 
 @pytest.mark.parametrize("geometry", [QWEN, TOY], ids=["qwen", "toy"])
 def test_smart_resize_is_hugging_face(geometry):
-    sizes = [
-        (h, w) for h in (5, 14, 31, 56, 240, 480, 704, 1080) for w in (7, 28, 50, 416, 832, 1280, 1920) if max(h, w) <= 200 * min(h, w)
-    ]
+    sizes = [(h, w) for h in (5, 14, 31, 56, 240, 480, 704, 1080) for w in (7, 28, 50, 416, 832, 1280, 1920) if max(h, w) <= 200 * min(h, w)]
     assert len(sizes) > 40
     for height, width in sizes:
         expected = hf_smart_resize(height, width, geometry.patch * geometry.merge, geometry.min_pixels, geometry.max_pixels)

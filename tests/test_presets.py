@@ -3,7 +3,7 @@
 import pytest
 from conftest import ROOT
 
-from lowmem_drf.config import DEFAULT_PRESET, copy_preset, load_config, preset_summary, presets
+from lowmem_drf.config import DEFAULT_PRESET, copy_preset, default_preset, load_config, preset_card, preset_summary, presets
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.schema import Config
 
@@ -34,6 +34,18 @@ def test_a_preset_is_short_and_its_header_says_what_and_how(name):
     assert len(preset_summary(presets()[name])) > 20
     for word in ("lowmem-drf train", "GPU: "):
         assert word in header
+
+
+def test_the_default_is_the_largest_preset_that_fits_the_card(tmp_path, monkeypatch):
+    files = {}
+    for name, card in {"toy": "none needed", "rtx3060": "12 GB", "rtx4090": "24 GB (Ada)", "rtx4090-long": "24 GB"}.items():
+        files[name] = tmp_path / f"{name}.toml"
+        files[name].write_text(f"# what\n#\n# GPU: {card}\n")
+    assert preset_card(files["rtx4090"]) == "24 GB (Ada)"
+    assert default_preset(None) == default_preset(1000.0) == "toy"  # of this package's
+    monkeypatch.setattr("lowmem_drf.config.presets", lambda: files)
+    chosen = [default_preset(gb) for gb in (None, 8.0, 12.6, 23.0, 25.4, 140.0)]
+    assert chosen == ["toy", "toy", "rtx3060", "rtx3060", "rtx4090", "rtx4090"]
 
 
 def test_copy_never_overwrites(tmp_path):

@@ -20,6 +20,12 @@ def test_txt_skips_blank_lines_and_comments(tmp_path):
     assert [(p.id, p.text) for p in prompts] == [("0003", "a red circle"), ("0004", "une fleur bleue é")]
 
 
+def test_only_a_newline_ends_a_line(tmp_path):
+    odd = "one\u2028two\x85three"
+    rows = json.dumps({"prompt": odd}, ensure_ascii=False) + "\r\n" + '{"prompt": "a dog"}\r\n'
+    assert [(p.id, p.text) for p in load_prompts(write(tmp_path, rows, "p.jsonl"))] == [("0001", odd), ("0002", "a dog")]
+
+
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
 def test_a_byte_order_mark_is_no_part_of_the_first_prompt(tmp_path, name):
     line = "a cat" if name == "p.txt" else '{"prompt": "a cat"}'
@@ -54,6 +60,7 @@ def test_jsonl_takes_ids_questions_and_a_reference(tmp_path):
         ('{"prompt": "a", "questions": [{"aspect": "XX", "text": "b", "answer": "yes"}]}', "p.jsonl", "question 1: aspect 'XX'"),
         ('{"prompt": "a", "questions": [{"aspect": "TA", "text": "b", "answer": "maybe"}]}', "p.jsonl", "answer 'maybe'"),
         ('{"prompt": "a", "questions": [{"aspect": "TA", "text": "b", "answer": "yes", "weight": -1}]}', "p.jsonl", "weight -1"),
+        ('{"prompt": "a", "questions": [{"aspect": "TA", "text": "b", "answer": "yes", "weight": Infinity}]}', "p.jsonl", "weight inf"),
         ('{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}', "p.jsonl", r"p\.jsonl:2: id 'x' is already used in line 1"),
     ],
 )

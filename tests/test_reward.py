@@ -41,9 +41,7 @@ def test_dense_is_the_mean_logprob_of_the_reference(kind):
     assert question_reward(Answer(logits, target), DENSE, RewardSpec(kind)).item() == pytest.approx(expected.item())
 
 
-@pytest.mark.parametrize(
-    ("given", "reward"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)], ids=str
-)
+@pytest.mark.parametrize(("given", "reward"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)], ids=str)
 @pytest.mark.parametrize("question", [WANTS_YES, DENSE], ids=["yesno", "dense"])
 def test_arithmetic_is_in_fp32_or_higher(question, given, reward):
     answer = yesno([0.1, 0.2, 0.1, 0.35, 0.15, 0.1], given)

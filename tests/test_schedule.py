@@ -50,9 +50,7 @@ def test_euler_is_unipc_of_order_1():
     assert (actual - expected).abs().max() < steps * 8 * torch.finfo(torch.float32).eps * actual.abs().max()
 
 
-@pytest.mark.parametrize(
-    ("steps", "shift", "key"), [(0, 3.0, "sampler.steps"), (4, 0.0, "sampler.shift"), (4, float("nan"), "sampler.shift")]
-)
+@pytest.mark.parametrize(("steps", "shift", "key"), [(0, 3.0, "sampler.steps"), (4, 0.0, "sampler.shift"), (4, float("nan"), "sampler.shift")])
 def test_bad_schedule_is_refused(steps, shift, key):
     with pytest.raises(BadInputError, match=key):
         flow_sigmas(steps, shift)

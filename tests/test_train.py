@@ -1,24 +1,18 @@
 """The loop on tiny models: what a run leaves behind, what an update computes, and what stops it."""
 
-import json
 import math
 import os
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError, NonFiniteError
 from lowmem_drf.prompts import as_prompts
-from lowmem_drf.run.evaluate import diversity
+from lowmem_drf.run.evaluate import Trial, diversity, measure
 from lowmem_drf.run.folder import claim, find_run, release, run_config
 from lowmem_drf.run.metrics import read_metrics
 from lowmem_drf.run.parts import all_questions, derive_seed, load_models, step_plan
-from lowmem_drf.run.progress import clock, sparkline
 from lowmem_drf.run.start import train_command
 from lowmem_drf.run.update import learning_rate, make_optimizer, update
 from lowmem_drf.run.video import read_mp4, side_by_side, write_mp4
@@ -146,10 +140,12 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path, tiny_preset):
         train_command(str(tiny_preset), None, tmp_path / "file" / "run", None, None, False, [], False)
 
 
-@pytest.mark.parametrize("override", ["lora.targets=[\"nothing\"]", "model.id=/no/such/model", "video.width=20", "critic.mode=structured"])
+@pytest.mark.parametrize(
+    "override", ['lora.targets=["nothing"]', "model.id=/no/such/model", "video.width=20", "critic.mode=structured", "critic.weights={TA = 0, Phy = 0, VQ = 0}"]
+)
 def test_a_run_that_cannot_start_leaves_nothing_behind(tmp_path, tiny_preset, override):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a dog on a skateboard\n" if override.startswith("critic") else PROMPTS[0])
+    prompts.write_text("a dog on a skateboard\n" if override == "critic.mode=structured" else PROMPTS[0])
     with pytest.raises(BadInputError):
         train_command(str(tiny_preset), prompts, tmp_path / "a" / "run", None, None, False, [override], False)
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
@@ -187,22 +183,29 @@ def test_the_latest_run_is_the_one_written_to_last(tmp_path, monkeypatch):
         find_run(tmp_path)
 
 
-def test_ctrl_c_finishes_the_update_saves_and_exits_130(tiny_preset, tmp_path):
-    command = [sys.executable, "-m", "lowmem_drf.cli", "train", "--preset", str(tiny_preset), "--output", str(tmp_path / "run"), "--steps", "10000"]
-    # checkpoints far apart: the one that is found was made because of the signal
-    command += ["-s", "log.checkpoint_every=10000", "-s", "log.sample_every=0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    for line in process.stdout:
-        if line.startswith("update"):
-            break
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "Interrupted after update" in err
-    assert "Traceback" not in err
-    (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
-    step = json.loads((folder / "cursor.json").read_text())["step"]
-    assert step == read_metrics(tmp_path / "run")[-1]["step"]
+def test_texts_are_what_the_encoder_makes_of_them_but_kept_short(ready):
+    from lowmem_drf.models.text import load_text
+
+    config, models, *_ = ready()
+    expected = load_text(config.model.id).encode([*PROMPTS, ""], config.model.text_tokens)
+    assert torch.equal(models.condition([*PROMPTS, ""]), expected)
+    assert len(models.texts[""]) < config.model.text_tokens
+    assert models.texts[""].untyped_storage().nbytes() == models.texts[""].nbytes
+
+
+def test_measures_do_not_depend_on_the_batch_and_name_every_aspect(ready):
+    measured = []
+    for size in (1, 3, 4):
+        config, models, *_ = ready(f"log.eval_batch={size}", "critic.mode=vanilla")
+        prompts = as_prompts(PROMPTS)
+        trial = Trial(prompts, 2, all_questions(prompts, config.critic.mode), {}, "of the test")
+        measured.append(measure(config, models, trial, lambda clips: None))
+    for name in ("reward", "diversity", "motion", "velocity_norm"):
+        assert measured[0][name] > 0 or name == "reward"
+        # fp32 kernels may sum in another order for another batch
+        assert [m[name] for m in measured[1:]] == pytest.approx([measured[0][name]] * 2, rel=1e-4)
+    assert set(measured[0]["reward_by_aspect"]) == {"TA", "Phy", "VQ"}
+    assert measured[0]["reward_by_aspect"]["Phy"] is measured[0]["heldout_reward"] is None
 
 
 def test_mp4_round_trip_pads_odd_sizes(tmp_path):
@@ -229,7 +232,19 @@ def test_diversity_is_the_distance_over_seeds_of_one_prompt():
     assert diversity(clips[:, :1]) == 0
 
 
-def test_progress_words():
-    assert (clock(75), clock(3700)) == ("1:15", "1:01:40")
-    assert sparkline([0.0, 1.0], 4) == "▁█  "
-    assert len(sparkline([float(i) for i in range(101)], 30)) == 30
+def test_the_oracle_judges_toyworlds_clips_and_nothing_else(tiny_preset):
+    from lowmem_drf.run.truth import RATES, oracle_for
+    from lowmem_drf.toy.captions import caption
+    from lowmem_drf.toy.scenes import combos_of, draw_tracks, render
+
+    combos = combos_of("heldout")
+    texts = [caption(combo) for combo in combos]
+    frames = render(draw_tracks(combos, torch.Generator().manual_seed(0)))
+    judge = oracle_for(load_config("toy"), texts)
+    right, wrong = judge(frames, texts), judge(frames, texts[1:] + texts[:1])
+    assert tuple(right) == RATES
+    assert min(right.values()) > 0.9
+    assert wrong["all"] < 0.5 < wrong["physics"]
+    assert oracle_for(load_config("toy"), ["a dog on a skateboard"]) is None
+    assert oracle_for(load_config(tiny_preset), texts) is None
+    assert oracle_for(load_config("toy", ["video.width=64"]), texts) is None

@@ -70,9 +70,7 @@ def _wanted_and_other(answer: Answer, question: Question) -> tuple[list[int], li
     raise BadInputError(f"the yes/no question {question.text!r} wants {question.answer!r}: give yes or no, or make its kind dense")
 
 
-def total_reward(
-    answers: Sequence[Answer], questions: Sequence[Question], spec: RewardSpec
-) -> tuple[Tensor, dict[str, float], dict[str, float]]:
+def total_reward(answers: Sequence[Answer], questions: Sequence[Question], spec: RewardSpec) -> tuple[Tensor, dict[str, float], dict[str, float]]:
     """Reward of one clip.
 
     Returns:

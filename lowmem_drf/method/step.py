@@ -148,9 +148,7 @@ def rollout(
 
 
 @torch.no_grad()
-def lv_copy(
-    velocity: Velocity, plan: StepPlan, x_0_BCFhw: Tensor, cond: Any, uncond: Any, generator: Generator | None
-) -> tuple[Tensor, dict[int, Tensor]]:
+def lv_copy(velocity: Velocity, plan: StepPlan, x_0_BCFhw: Tensor, cond: Any, uncond: Any, generator: Generator | None) -> tuple[Tensor, dict[int, Tensor]]:
     """A DRaFT-LV sample: x_0 noised back to the last step's sigma, and denoised by that step. Returns what ``rollout`` returns."""
     last = plan.steps - 1
     noised = renoise(x_0_BCFhw, plan.sigmas[last].item(), plan.lv_source(generator))

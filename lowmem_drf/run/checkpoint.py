@@ -100,9 +100,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             cursor=Cursor(row["epoch"], row["index"]),
             prompts=row["prompts"],
         )
+        torch.set_rng_state(state["rng.cpu"])
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise LowmemError(f"the checkpoint {folder} is damaged ({error}). Delete the folder; --resume then takes the one before it.") from error
-    torch.set_rng_state(state["rng.cpu"])
     if "rng.cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["rng.cuda"])
     return checkpoint

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -19,9 +19,10 @@ from lowmem_drf.models.sources import TOYWORLD
 from lowmem_drf.prompts import as_prompts, load_prompts
 from lowmem_drf.run.generate import batches
 from lowmem_drf.run.parts import Models, all_questions, derive_seed, load_models, reward_spec, run_prompts
+from lowmem_drf.run.progress import clips_bar
 from lowmem_drf.run.truth import oracle_for
 from lowmem_drf.schema import Config
-from lowmem_drf.types import Prompt, Question
+from lowmem_drf.types import Aspect, Prompt, Question
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,36 +73,42 @@ def compare(config: Config, models: Models, trial: Trial, advance: Callable[[int
 def measure(config: Config, models: Models, trial: Trial, advance: Callable[[int], None]) -> dict[str, Any]:
     """The measures of the model as it is, over prompts x seeds.
 
-    ``diversity``: mean pairwise root mean square distance between the clips of one prompt. ``motion``: mean absolute difference of successive
-    frames. ``velocity_norm``: root mean square of the velocity, mean over steps. ``heldout_reward``: ``null`` without held-out questions.
+    ``reward_by_aspect``: ``null`` for an aspect nobody asks about. ``heldout_reward``: ``null`` without held-out questions. ``diversity``: mean
+    pairwise root mean square distance between the clips of one prompt. ``motion``: mean absolute difference of successive frames.
+    ``velocity_norm``: root mean square of the velocity, mean over steps. Clips are dropped as soon as they are measured: a real one takes
+    0.4 GB.
     """
     prompts = [prompt for prompt in trial.prompts for _ in range(trial.seeds)]
     texts = [prompt.text for prompt in prompts]
     seeds = [derive_seed("eval", i // trial.seeds, i % trial.seeds) for i in range(len(prompts))]
     kept = list(kept_frames(config.video.frames, config.critic.frames))
     spec = reward_spec(config)
-    rewards, heldout, norms, clips = _Mean(), _Mean(), _Mean(), []
-    for here, made in batches(models, config.sampler, texts, seeds, config.log.eval_batch):
-        frames, some = made.frames_BTCHW, [prompts[i] for i in here]
-        seen, size = frames[:, kept], len(some)
-        rewards.add(_ask(models, seen, some, trial.questions, spec), size)
-        if trial.heldout:
-            heldout.add({"reward": _ask(models, seen, some, trial.heldout, spec)["reward"]}, size)
-        norms.add({"velocity_norm": made.velocity_norm}, size)
-        clips.append(frames.float().cpu())
-        advance(size)
-    frames_BTCHW = torch.cat(clips)
-    asked = rewards.means()
-    measures: dict[str, Any] = {
-        "reward": asked.pop("reward"),
-        "reward_by_aspect": asked,
-        "heldout_reward": heldout.means().get("reward"),
-        "diversity": diversity(frames_BTCHW.unflatten(0, (-1, trial.seeds))),
-        "motion": (frames_BTCHW[:, 1:] - frames_BTCHW[:, :-1]).abs().mean().item() if frames_BTCHW.shape[1] > 1 else 0.0,
-        "velocity_norm": norms.means()["velocity_norm"],
-    }
     judge = oracle_for(config, texts)
-    return measures | ({"oracle": dict(judge(frames_BTCHW, texts))} if judge else {})
+    by_clip, by_prompt, oracle = _Mean(), _Mean(), _Mean()
+    of_a_prompt: list[Tensor] = []
+    for here, made in batches(models, config.sampler, texts, seeds, config.log.eval_batch):
+        frames, some, size = made.frames_BTCHW, [prompts[i] for i in here], len(here)
+        by_clip.add(_ask(models, frames[:, kept], some, trial.questions, spec), size)
+        if trial.heldout:
+            by_clip.add({"heldout_reward": _ask(models, frames[:, kept], some, trial.heldout, spec)["reward"]}, size)
+        motion = (frames[:, 1:] - frames[:, :-1]).abs().mean().item() if frames.shape[1] > 1 else 0.0
+        by_clip.add({"motion": motion, "velocity_norm": made.velocity_norm}, size)
+        if judge:
+            oracle.add(judge(frames, [prompt.text for prompt in some]), size)
+        for clip in frames.float().cpu():
+            of_a_prompt.append(clip)
+            if len(of_a_prompt) == trial.seeds:
+                by_prompt.add({"diversity": diversity(torch.stack(of_a_prompt)[None])}, 1)
+                of_a_prompt.clear()
+        advance(size)
+    means = by_clip.means() | by_prompt.means()
+    measures: dict[str, Any] = {
+        "reward": means["reward"],
+        "reward_by_aspect": {aspect: means.get(aspect) for aspect in get_args(Aspect)},
+        "heldout_reward": means.get("heldout_reward"),
+        **{name: means[name] for name in ("diversity", "motion", "velocity_norm")},
+    }
+    return measures | ({"oracle": oracle.means()} if judge else {})
 
 
 def diversity(clips_PSTCHW: Tensor) -> float:
@@ -134,13 +141,9 @@ def eval_command(run_folder: Path | None, file: Path | None, as_json: bool) -> N
 
 
 def with_progress(config: Config, models: Models, trial: Trial, console: Console) -> dict[str, Any]:
-    """``compare`` with a bar on a terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("clips", total=2 * trial.seeds * len(trial.prompts))
-        return compare(config, models, trial, lambda done: bar.advance(task, done))
+    """``compare``, with how far it is and how long it will take."""
+    with clips_bar(console, 2 * trial.seeds * len(trial.prompts)) as advance:
+        return compare(config, models, trial, advance)
 
 
 def describe(trial: Trial) -> str:
@@ -161,16 +164,14 @@ def print_table(result: Mapping[str, Any], console: Console) -> None:
 
 def _rows(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[tuple[str, float, float, str]]:
     rows = [("reward", base["reward"], tuned["reward"], ".3f")]
-    rows += [(f"  {name}", value, tuned["reward_by_aspect"][name], ".3f") for name, value in base["reward_by_aspect"].items()]
+    rows += [(f"  {name}", value, tuned["reward_by_aspect"][name], ".3f") for name, value in base["reward_by_aspect"].items() if value is not None]
     if base["heldout_reward"] is not None:
         rows.append(("reward, questions not trained on", base["heldout_reward"], tuned["heldout_reward"], ".3f"))
     rows += [(f"oracle: {name}", value, tuned["oracle"][name], ".1%") for name, value in base.get("oracle", {}).items()]
     return rows + [(name, base[name], tuned[name], ".4f") for name in ("diversity", "motion", "velocity_norm")]
 
 
-def _ask(
-    models: Models, frames_BTCHW: Tensor, prompts: Sequence[Prompt], questions: Mapping[str, Sequence[Question]], spec: RewardSpec
-) -> dict[str, float]:
+def _ask(models: Models, frames_BTCHW: Tensor, prompts: Sequence[Prompt], questions: Mapping[str, Sequence[Question]], spec: RewardSpec) -> dict[str, float]:
     """Mean reward of these clips under ``reward``, and by aspect."""
     if models.critic is None:
         raise ValueError("the models were loaded without a critic")

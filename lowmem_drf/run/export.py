@@ -47,12 +47,13 @@ class Exported:
 
 
 def export_run(
-    run: Path, step: int | None = None, form: str = "comfyui", dtype: str = "bf16", output: Path | None = None, merge: Path | None = None
+    run: Path, step: int | None = None, form: str = "comfyui", dtype: str | None = None, output: Path | None = None, merge: Path | None = None
 ) -> Exported:
     """Exports the LoRA of a run's checkpoint (``step``; the last one by default).
 
-    ``output``: the file; by default ``<run>/<run's name>-step-NNNNNN.<format>.safetensors``. ``merge``: a folder for the base transformer
-    with the LoRA merged in; the LoRA file is then written only if ``output`` is given too.
+    ``dtype``: by default that of the run's base model; a bf16 file for a model that runs in fp32 would throw precision away. ``output``: the
+    file; by default ``<run>/<run's name>-step-NNNNNN.<format>.safetensors``. ``merge``: a folder for the base transformer with the LoRA
+    merged in; the LoRA file is then written only if ``output`` is given too.
 
     Raises:
         BadInputError: no such run, step, format or dtype; an output that cannot be written. Nothing is left behind.
@@ -60,12 +61,13 @@ def export_run(
     """
     if form not in FORMATS:
         raise BadInputError(f"--format {form} does not exist. Choose one of: {', '.join(FORMATS)}.")
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise BadInputError(f"--dtype {dtype} does not exist. Choose one of: {', '.join(DTYPES)}.")
     folder = checkpoint_folder(run, step)
     if merge is not None and merge.exists() and (not merge.is_dir() or any(merge.iterdir())):
         raise BadInputError(f"{merge} exists already. Give --merge a folder that does not.")
     config, lora = run_config(run), read_lora(folder / "lora.safetensors")
+    dtype = dtype or config.dtype
     transformer = load_denoiser(resolve(config.model.id, "generator"))
     paths, lines = [], []
     if merge is None or output is not None:

@@ -1,6 +1,6 @@
 """A run's folder: made, found, refused. Its contents are listed in the README.
 
-    config.toml  metrics.jsonl  tensorboard/  samples/step-000050/  checkpoints/step-000050/
+config.toml  metrics.jsonl  tensorboard/  samples/step-000050/  checkpoints/step-000050/
 """
 
 from __future__ import annotations
@@ -32,13 +32,21 @@ def claim(folder: Path) -> list[Path]:
 
     Raises BadInputError: it holds a run already, is a file, or cannot be written to.
     """
-    held = [name for name in _CONTENTS if (folder / name).exists()]
+    # os.path: Path.exists raises where a folder on the way may not be looked into
+    held = [name for name in _CONTENTS if os.path.exists(folder / name)]
     if held:
         raise BadInputError(
-            f"{folder} already holds a run ({', '.join(held)}). "
-            f"Go on with it: lowmem-drf train --resume --output {folder}; or give another --output."
+            f"{folder} already holds a run ({', '.join(held)}). Go on with it: lowmem-drf train --resume --output {folder}; or give another --output."
         )
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    return make_writable(folder)
+
+
+def make_writable(folder: Path) -> list[Path]:
+    """Makes a folder and proves that files can be made in it. Returns the folders it made.
+
+    Raises BadInputError: it is a file, or cannot be written to. Nothing is left behind.
+    """
+    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     probe = folder / f".writable-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +61,7 @@ def claim(folder: Path) -> list[Path]:
 def release(made: list[Path]) -> None:
     """Removes folders of ``claim`` that are still empty: a run that did not start leaves nothing behind."""
     for path in made:
-        if path.is_dir() and not any(path.iterdir()):
+        if os.path.isdir(path) and not os.listdir(path):
             path.rmdir()
 
 
@@ -77,11 +85,14 @@ def run_config(folder: Path) -> Config:
 def write_aside(path: Path, text: str) -> None:
     """Writes a whole file under another name, then renames it: a reader sees the old text or the new one, never a part."""
     aside = path.with_name(f".{path.name}.part")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _last_written(run: Path) -> tuple[float, str]:

@@ -24,7 +24,7 @@ class Generated:
     frames_BTCHW: Tensor
     """Float in [0, 1], on the models' device."""
     velocity_norm: float
-    """Root mean square of the velocity, mean over steps."""
+    """Root mean square of a clip's velocity, mean over steps and clips."""
 
 
 @torch.no_grad()
@@ -36,13 +36,11 @@ def generate(models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequ
     x_0, entering = rollout(models.velocity, sigmas, models.noise(seeds), cond, uncond, sampler.guidance, keep=steps)
     path = [*(entering[k] for k in steps), x_0]
     # the Euler update backwards: v = (x_next - x) / (sigma_next - sigma)
-    norms = [((path[k + 1] - path[k]) / (sigmas[k + 1] - sigmas[k]).item()).pow(2).mean().sqrt().item() for k in steps]
+    norms = [((path[k + 1] - path[k]) / (sigmas[k + 1] - sigmas[k]).item()).pow(2).flatten(1).mean(1).sqrt().mean().item() for k in steps]
     return Generated(models.decoder.decode(x_0), sum(norms) / len(norms))
 
 
-def batches(
-    models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequence[int], size: int
-) -> Iterator[tuple[range, Generated]]:
+def batches(models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequence[int], size: int) -> Iterator[tuple[range, Generated]]:
     """``generate`` in batches of ``size``: (positions in ``texts``, clips)."""
     for first in range(0, len(texts), size):
         here = range(first, min(first + size, len(texts)))

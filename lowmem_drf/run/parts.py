@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,6 +78,13 @@ def all_questions(prompts: Sequence[Prompt], mode: str) -> dict[str, tuple[Quest
     return made
 
 
+def require_weights(questions: Mapping[str, Sequence[Question]], spec: RewardSpec) -> None:
+    """Raises BadInputError for the first prompt none of whose questions counts: its clips would have no reward."""
+    for prompt, asked in questions.items():
+        if not any(question.weight * spec.weights[question.aspect] > 0 for question in asked):
+            raise BadInputError(f"prompt {prompt}: none of its questions has a weight above 0. Raise critic.weights, or the questions' own weights.")
+
+
 def reward_spec(config: Config) -> RewardSpec:
     hinge = None if config.critic.hinge == "off" else config.critic.hinge
     return RewardSpec(config.critic.reward, hinge, config.critic.weights.model_dump())
@@ -110,7 +116,10 @@ class Models:
     decoder: WanDecoder
     critic: QwenCritic | None
     texts: Mapping[str, Tensor]
-    """Text -> (L, D), the negative prompt's among them."""
+    """Text -> (l, D) on the host, without the zeros after its end, the negative prompt's among them: padded, a thousand prompts of Wan's
+    would take 4 GiB."""
+    text_tokens: int
+    """L: what they are padded to."""
     negative_prompt: str
     latent_shape: tuple[int, int, int, int]
     device: torch.device
@@ -123,8 +132,9 @@ class Models:
         return Parts(self.velocity, self.decoder, self.critic, lora, self.meter.stage)
 
     def condition(self, texts: Sequence[str]) -> Tensor:
-        """(B, L, D)."""
-        return torch.stack([self.texts[text] for text in texts])
+        """(B, L, D) on the device."""
+        rows = [self.texts[text] for text in texts]
+        return torch.stack([torch.nn.functional.pad(row, (0, 0, 0, self.text_tokens - len(row))) for row in rows]).to(self.device)
 
     def no_condition(self, batch: int) -> Tensor:
         """The negative prompt, (B, L, D)."""
@@ -140,7 +150,7 @@ def load_models(config: Config, texts: Sequence[str], with_critic: bool = True) 
 
     Raises BadInputError: a model cannot be found, or the video's size does not fit it.
     """
-    _quiet_libraries(config)
+    _hide_loading_bars(config)
     from lowmem_drf.models.decoder import WanDecoder, load_vae
     from lowmem_drf.models.denoiser import as_velocity, load_denoiser, set_checkpointing
 
@@ -156,6 +166,7 @@ def load_models(config: Config, texts: Sequence[str], with_critic: bool = True) 
         decoder=decoder,
         critic=_load_critic(config, device) if with_critic else None,
         texts=encoded,
+        text_tokens=config.model.text_tokens,
         negative_prompt=config.sampler.negative_prompt,
         latent_shape=_latent_shape(config, transformer, decoder),
         device=device,
@@ -163,11 +174,9 @@ def load_models(config: Config, texts: Sequence[str], with_critic: bool = True) 
     )
 
 
-def _quiet_libraries(config: Config) -> None:
-    """Before the libraries are imported: no warnings about kernels we do not use, and no loading bars where nothing is downloaded."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if all(Path(resolve(name, role)).is_dir() for name, role in ((config.model.id, "generator"), (config.critic.id, "critic"))):
+def _hide_loading_bars(config: Config) -> None:
+    """Where nothing is downloaded. To be called before the libraries are imported."""
+    if Path(resolve(config.model.id, "generator")).is_dir() and Path(resolve(config.critic.id, "critic")).is_dir():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
@@ -177,12 +186,18 @@ def _encode(generator: str, config: Config, texts: Sequence[str], device: torch.
     encoder = load_text(generator, DTYPES[config.dtype], device)
     unique = list(dict.fromkeys(texts))
     chunks = [unique[i : i + TEXT_BATCH] for i in range(0, len(unique), TEXT_BATCH)]
-    encoded = {text: row for chunk in chunks for text, row in zip(chunk, encoder.encode(chunk, config.model.text_tokens), strict=True)}
+    encoded = {text: _without_padding(row.cpu()) for chunk in chunks for text, row in zip(chunk, encoder.encode(chunk, config.model.text_tokens), strict=True)}
     del encoder
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return encoded
+
+
+def _without_padding(row_LD: Tensor) -> Tensor:
+    """Without the rows of zeros at the end; a copy, so that the batch it came from is freed."""
+    used = row_LD.any(dim=1).nonzero()
+    return row_LD[: int(used.max()) + 1 if len(used) else 0].clone()
 
 
 def _load_critic(config: Config, device: torch.device) -> QwenCritic:
@@ -211,5 +226,3 @@ def _latent_shape(config: Config, transformer: Any, decoder: WanDecoder) -> tupl
 def toyworld_models(config: Config) -> bool:
     """The oracle can judge: ToyWorld's generator at the size its oracle measures."""
     return config.model.id == TOYWORLD and config.video.width == config.video.height == 32
-
-

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +19,7 @@ from rich.text import Text
 from lowmem_drf.run.update import UpdateReport
 
 PLAIN_EVERY_S = 5.0
+PLAIN_CLIPS_EVERY_S = 20.0
 SMOOTH = 10
 """Updates that the shown rates are averaged over: one update's few clips say little."""
 ASPECTS = {"TA": "text", "Phy": "physics", "VQ": "quality"}
@@ -52,13 +56,15 @@ class TrainProgress:
         self._rewards: list[float] = []
         self._live: Live | None = None
         self._last_line = 0.0
+        self._shown: RenderableType = Text("first update …", style="dim")
+        self._notice = ""
 
     @contextmanager
     def live(self) -> Iterator[None]:
         if not self._console.is_terminal:
             yield
             return
-        with Live(Text("first update …", style="dim"), console=self._console, refresh_per_second=4) as self._live:
+        with Live(get_renderable=self._screen, console=self._console, refresh_per_second=4) as self._live:
             yield
         self._live = None
 
@@ -71,10 +77,26 @@ class TrainProgress:
         self._recent.append(report)
         self._rewards.append(report.reward)
         if self._live is not None:
-            self._live.update(self._panel(report))
+            self._shown = self._panel(report)
         elif report.step in (self._done + 1, self._steps) or time.monotonic() - self._last_line > PLAIN_EVERY_S:
             self._last_line = time.monotonic()
             self.note(f"update {self._head(report)} | {self._rates()} | {_stages(report)}")
+
+    def notice(self, text: str) -> None:
+        """A line for the moment, from a signal handler: nothing is printed through ``sys.stdout`` or rich here, whose locks the interrupted code
+        may hold."""
+        if self._live is not None:
+            self._notice = text
+        else:
+            os.write(sys.stderr.fileno(), f"{text}\n".encode())
+
+    def leave(self, text: str) -> None:
+        """The last line of a process that a signal handler is about to end."""
+        show_cursor = "\n\x1b[?25h" if self._live is not None else ""
+        os.write(sys.stderr.fileno(), f"{show_cursor}{text}\n".encode())
+
+    def _screen(self) -> Group:
+        return Group(self._shown, Text(self._notice, style="yellow")) if self._notice else Group(self._shown)
 
     def _panel(self, report: UpdateReport) -> Group:
         top = Table.grid(padding=(0, 1))
@@ -98,6 +120,28 @@ class TrainProgress:
     @staticmethod
     def _average(values: list[float]) -> float:
         return sum(values) / len(values) if values else float("nan")
+
+
+@contextmanager
+def clips_bar(console: Console, total: int) -> Iterator[Callable[[int], None]]:
+    """Yields the function to tell of clips done: a bar with ETA on a terminal, elsewhere a plain line every ``PLAIN_CLIPS_EVERY_S``."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    done, start = 0, time.monotonic()
+    last_line = start
+    # stdout may be a pipe while the bar is on stderr: what is printed meanwhile must not be taken to the terminal then
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty()) as bar:
+        task = bar.add_task("clips", total=total)
+
+        def advance(clips: int) -> None:
+            nonlocal done, last_line
+            done += clips
+            bar.advance(task, clips)
+            now = time.monotonic()
+            if not console.is_terminal and done < total and now - last_line > PLAIN_CLIPS_EVERY_S:
+                last_line = now
+                console.print(f"clips {done}/{total}  ETA {clock((now - start) / done * (total - done))}", highlight=False, markup=False)
+
+        yield advance
 
 
 def _stages(report: UpdateReport) -> str:

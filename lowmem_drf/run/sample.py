@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,11 +11,12 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.lora import lora_scale
 from lowmem_drf.models.sources import TOYWORLD
 from lowmem_drf.prompts import load_prompts
-from lowmem_drf.run.folder import find_run, run_config
-from lowmem_drf.run.generate import batches
+from lowmem_drf.run.folder import find_run, make_writable, run_config
+from lowmem_drf.run.generate import generate
 from lowmem_drf.run.lora_file import load_lora_file, load_run_lora
 from lowmem_drf.run.parts import Models, load_models, run_prompts
 from lowmem_drf.run.previews import preview_texts, slug
+from lowmem_drf.run.progress import clips_bar
 from lowmem_drf.run.video import side_by_side, watchable_upscale, write_mp4
 from lowmem_drf.schema import Config
 
@@ -39,6 +40,8 @@ def sample_command(
     """
     if not math.isfinite(scale):
         raise BadInputError(f"--lora-scale {scale} is not a number that can be used; 1 is the tuned model, 0 the base.")
+    from rich.console import Console
+
     run = find_run(run_folder)
     config = run_config(run)
     wanted = _texts(config, texts, file)
@@ -49,25 +52,31 @@ def sample_command(
     else:
         source = f"step-{load_run_lora(models.transformer, run, config):06d}"
     paths = _paths(output or run / "samples" / source, wanted, seed, compare, is_folder=output is None)
-    for path, clip in zip(paths, make_clips(config, models, wanted, scale, seed, compare), strict=True):
-        print(write_mp4(path, clip, config.video.fps))
-
-
-def make_clips(config: Config, models: Models, texts: Sequence[str], scale: float, seed: int, compare: bool) -> list[Tensor]:
-    """Frames (T, 3, H, W) in [0, 1] of each text, big enough to watch; with ``compare`` base and tuned from the same noise, labelled."""
-    upscale = watchable_upscale(config.video.height, config.video.width)
-    tuned = _frames(config, models, texts, scale, seed)
-    if not compare:
-        return [clip.repeat_interleave(upscale, -1).repeat_interleave(upscale, -2) for clip in tuned]
-    base = _frames(config, models, texts, 0.0, seed)
     label = "tuned" if scale == 1 else f"tuned, LoRA x {scale:g}"
-    return [side_by_side(pair, ("base", label), upscale) for pair in zip(base, tuned, strict=True)]
+    upscale = watchable_upscale(config.video.height, config.video.width)
+    with clips_bar(Console(stderr=True), len(wanted)) as advance:
+        for path, (base, tuned) in zip(paths, base_and_tuned(config, models, wanted, seed, scale, with_base=compare), strict=True):
+            clip, factor = (tuned, upscale) if base is None else (side_by_side((base, tuned), ("base", label), upscale), 1)
+            print(write_mp4(path, clip, config.video.fps, factor), flush=True)
+            advance(1)
 
 
-def _frames(config: Config, models: Models, texts: Sequence[str], scale: float, seed: int) -> list[Tensor]:
-    with lora_scale(models.transformer, scale):
-        made = batches(models, config.sampler, texts, [seed] * len(texts), config.log.eval_batch)
-        return [clip.float().cpu() for _, batch in made for clip in batch.frames_BTCHW]
+def base_and_tuned(
+    config: Config, models: Models, texts: Sequence[str], seed: int, scale: float = 1.0, with_base: bool = True
+) -> Iterator[tuple[Tensor | None, Tensor]]:
+    """For each text the base model's clip (``None`` unless ``with_base``) and the tuned model's, from the same noise: frames (T, 3, H, W),
+    fp32 in [0, 1], on the host. Made ``log.eval_batch`` at a time."""
+    size = config.log.eval_batch
+    for first in range(0, len(texts), size):
+        some = texts[first : first + size]
+        seeds = [seed] * len(some)
+        with lora_scale(models.transformer, scale):
+            tuned = list(generate(models, config.sampler, some, seeds).frames_BTCHW.float().cpu())
+        base: list[Tensor | None] = [None] * len(some)
+        if with_base:
+            with lora_scale(models.transformer, 0.0):
+                base = list(generate(models, config.sampler, some, seeds).frames_BTCHW.float().cpu())
+        yield from zip(base, tuned, strict=True)
 
 
 def _texts(config: Config, texts: Sequence[str], file: Path | None) -> list[str]:
@@ -92,8 +101,7 @@ def _paths(output: Path, texts: Sequence[str], seed: int, compare: bool, is_fold
 
 
 def _writable(path: Path) -> Path:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInputError(f"{path.parent} cannot be written to: {error.strerror}. Give another --output.") from error
+    if path.is_dir():
+        raise BadInputError(f"--output {path} is a folder. Give a name that does not end in .mp4, or another file.")
+    make_writable(path.parent)
     return path

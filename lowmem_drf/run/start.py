@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_drf import __version__
-from lowmem_drf.config import DEFAULT_PRESET, known_keys, load_config, to_toml
+from lowmem_drf.config import default_preset, known_keys, load_config, to_toml
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.sources import TOYWORLD
 from lowmem_drf.run.checkpoint import checkpoint_steps
-from lowmem_drf.run.folder import RUNS, claim, default_output, find_run, release, write_aside
+from lowmem_drf.run.folder import RUNS, claim, default_output, find_run, make_writable, release, write_aside
 from lowmem_drf.schema import Config
 from lowmem_drf.types import Prompt
 
@@ -37,31 +37,49 @@ def train_command(
     dry_run: bool,
 ) -> None:
     """Resolves the configuration, then prints it (``dry_run``), or trains and shows base against tuned."""
-    flags = {"prompts": None if prompts is None else json.dumps(str(prompts)), "steps": steps, "seed": seed}
+    flags = {"prompts": None if prompts is None else json.dumps(str(prompts), ensure_ascii=False), "steps": steps, "seed": seed}
     overrides = [*overrides, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
-    run, config = _resumed(preset, output, overrides) if resume else (None, _absolute(load_config(preset or DEFAULT_PRESET, overrides)))
+    if resume:
+        run, config = _resumed(preset, output, overrides)
+        origin = f"resumed after update {done_steps(run)}"
+    else:
+        name, why = (preset, "") if preset else _chosen_preset()
+        run, config, origin = output or default_output(name), _absolute(load_config(name, overrides)), f"preset {name}{why}"
     if dry_run:
         print(to_toml(config), end="")
         return
-    start(config, run, output or default_output(preset or DEFAULT_PRESET), f"preset {preset or DEFAULT_PRESET + ' (the default)'}")
+    start(config, run, resume, origin)
 
 
-def start(config: Config, resumed: Path | None, output: Path, origin: str) -> None:
-    """Checks everything that can be checked without a model, loads the models, and only then writes to the run's folder."""
+def _chosen_preset() -> tuple[str, str]:
+    """The default preset, and why it is that one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return default_preset(None), " (the default: there is no CUDA card)"
+    card = torch.cuda.get_device_properties(0)
+    return default_preset(card.total_memory / 1e9), f" (the default: the largest that fits the {card.name}, {card.total_memory / 1e9:.0f} GB)"
+
+
+def start(config: Config, run: Path, resume: bool, origin: str) -> None:
+    """Checks everything that can be checked without a model, loads the models, and only then writes to the run's folder.
+
+    ``origin``: where the configuration comes from, in words.
+    """
     from rich.console import Console
 
     from lowmem_drf.models.lora import add_lora
     from lowmem_drf.run.evaluate import make_trial
-    from lowmem_drf.run.parts import all_questions, derive_seed, load_models, run_prompts
+    from lowmem_drf.run.parts import all_questions, derive_seed, load_models, require_weights, reward_spec, run_prompts
     from lowmem_drf.run.previews import preview_texts
     from lowmem_drf.run.train import train
 
     console = Console(soft_wrap=True)
     prompts = run_prompts(config)
     questions = all_questions(prompts, config.critic.mode)
+    require_weights(questions, reward_spec(config))
     trial = make_trial(config, prompts, config.log.eval_prompts, config.log.eval_seeds) if config.log.eval_prompts else None
-    run = resumed or output
-    made = [] if resumed else claim(output)
+    made = make_writable(run) if resume else claim(run)
     try:
         previews = preview_texts(config, prompts)
         texts = [prompt.text for prompt in (*prompts, *(trial.prompts if trial else ()))]
@@ -71,7 +89,7 @@ def start(config: Config, resumed: Path | None, output: Path, origin: str) -> No
     except BaseException:
         release(made)
         raise
-    _announce(console, config, run, models, prompts, f"resumed after update {done_steps(run)}" if resumed else origin)
+    _announce(console, config, run, models, prompts, origin)
     train(config, run, models, prompts, questions, previews, console)
     _finish(console, config, run, models, trial)
 
@@ -96,9 +114,7 @@ def _resumed(preset: str | None, output: Path | None, overrides: Sequence[str]) 
     before, config = load_config(run / "config.toml"), _absolute(load_config(run / "config.toml", overrides))
     changed = [key for key in known_keys() if _value(before, key) != _value(config, key) and not key.startswith(MAY_CHANGE)]
     if changed:
-        raise BadInputError(
-            f"{run} cannot go on with another {', '.join(changed)}. Start a new run, or change only: {', '.join(MAY_CHANGE)}."
-        )
+        raise BadInputError(f"{run} cannot go on with another {', '.join(changed)}. Start a new run, or change only: {', '.join(MAY_CHANGE)}.")
     done = done_steps(run)
     if done >= config.steps:
         raise BadInputError(f"{run} is complete: {done} of {config.steps} updates. To train on: --resume --output {run} --steps {2 * done}")

@@ -53,6 +53,7 @@ def train(
 
     Raises:
         KeyboardInterrupt: Ctrl-C; the update in progress was finished and saved.
+        BadInputError: the prompts are not those of the run's checkpoint.
         NonFiniteError: see ``update``.
     """
     parts = models.parts(lora_parameters(models.transformer))
@@ -64,19 +65,21 @@ def train(
     try:
         if done == 0 and config.log.sample_every:
             write_previews(config, run, models, previews, step=0)
-        with progress.live(), _finish_on_interrupt(progress) as stop:
+        with progress.live(), _finish_on_interrupt(progress, run) as stop:
             for step in range(done, config.steps):
                 report = update(config, models, parts, optimizer, step, stream.take(config.batch), questions, judge)
                 metrics.write(report)
                 progress.update(report)
-                if report.step % config.log.checkpoint_every == 0 or report.step == config.steps or stop:
+                last = report.step == config.steps
+                if saved := last or report.step % config.log.checkpoint_every == 0:
                     _save(config, run, models, optimizer, report.step, stream.cursor, prompts)
-                if config.log.sample_every and (report.step % config.log.sample_every == 0 or report.step == config.steps):
+                if config.log.sample_every and not stop and (last or report.step % config.log.sample_every == 0):
                     write_previews(config, run, models, previews, report.step)
-                if stop and report.step < config.steps:
-                    raise KeyboardInterrupt(
-                        f"Interrupted after update {report.step}; it is saved. Go on with: lowmem-drf train --resume --output {run}"
-                    )
+                if stop:  # asked at any moment, the samples' included
+                    if not saved:
+                        _save(config, run, models, optimizer, report.step, stream.cursor, prompts)
+                    cure = "The run is complete." if last else f"Go on with: lowmem-drf train --resume --output {run}"
+                    raise KeyboardInterrupt(f"Interrupted after update {report.step}; it is saved. {cure}")
     finally:
         metrics.close()
 
@@ -92,24 +95,24 @@ def _restore(run: Path, models: Models, optimizer: Optimizer, prompts: Sequence[
     return checkpoint.cursor, checkpoint.step
 
 
-def _save(
-    config: Config, run: Path, models: Models, optimizer: Optimizer, step: int, cursor: Cursor, prompts: Sequence[Prompt]
-) -> None:
+def _save(config: Config, run: Path, models: Models, optimizer: Optimizer, step: int, cursor: Cursor, prompts: Sequence[Prompt]) -> None:
     lora = lora_state(models.transformer)
     checkpoint = Checkpoint(step, lora, pack_optimizer(optimizer, list(lora)), cursor, fingerprint(prompts))
     save_checkpoint(run, checkpoint, config.lora.alpha, config.log.keep)
 
 
 @contextmanager
-def _finish_on_interrupt(progress: TrainProgress) -> Iterator[list[int]]:
+def _finish_on_interrupt(progress: TrainProgress, run: Path) -> Iterator[list[int]]:
     """Within the block the first Ctrl-C (or SIGTERM) only fills the list; the second ends the process at once, which costs nothing that is saved."""
     asked: list[int] = []
 
     def on_signal(number: int, frame: object) -> None:
         if asked:
+            saved = max(checkpoint_steps(run), default=0)
+            progress.leave(f"Stopped at once; update {saved} is the last one saved. Go on with: lowmem-drf train --resume --output {run}")
             os._exit(130)
         asked.append(number)
-        progress.note("Finishing this update, then saving. Press Ctrl-C again to stop at once.")
+        progress.notice("Finishing this update, then saving. Press Ctrl-C again to stop at once.")
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

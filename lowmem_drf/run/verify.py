@@ -19,7 +19,8 @@ from torch import Tensor
 from lowmem_drf.errors import LowmemError
 from lowmem_drf.models.denoiser import as_velocity, load_denoiser
 from lowmem_drf.models.lora import attach_lora, lora_layers, lora_scale, remove_lora
-from lowmem_drf.models.lora_formats import LoraFile, diffusers_reads_kohya, read_lora
+from lowmem_drf.models.lora_formats import LoraFile, diffusers_reads_kohya
+from lowmem_drf.models.lora_readers import attach_as_diffusers, attach_as_lowmem_drf
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -42,8 +43,8 @@ class Verified:
 
     def __str__(self) -> str:
         return (
-            f"Verified: read back by {self.by}, its output differs from the tuned model's by at most {self.difference:.1e}; "
-            f"the LoRA changes it by {self.effect:.1e}."
+            f"Verified: read back by {self.by}; maximum difference from the tuned model's output {self.difference:.1e} "
+            f"(the LoRA itself changes the output by {self.effect:.1e})."
         )
 
 
@@ -84,11 +85,7 @@ def verify_export(path: Path, lora: LoraFile, form: str, dtype: torch.dtype, tra
     tuned = probe_lora(transformer, lora)
     by_diffusers = form != "kohya" or diffusers_reads_kohya(lora.state)
     try:
-        if by_diffusers:
-            _load_as_diffusers(path, transformer)
-        else:
-            file = read_lora(path)
-            attach_lora(transformer, file.state, file.alpha)
+        (attach_as_diffusers if by_diffusers else attach_as_lowmem_drf)(transformer, path)
         deltas = {name: _delta(layer) for name, layer in lora_layers(transformer).items()}
         output = _run(transformer)
     except Exception as error:
@@ -120,13 +117,6 @@ def verify_merge(folder: Path, transformer: WanTransformer3DModel, tuned: Probe)
     if changed := [name for name, value in own.items() if name not in other or not torch.equal(value.float(), other[name])]:
         raise LowmemError(f"The merged model was not written correctly: {changed[0]} differs. It was deleted; check the disk.")
     return Verified(_largest(_run(read_back) - tuned.tuned), tuned.effect, "diffusers")
-
-
-def _load_as_diffusers(path: Path, transformer: WanTransformer3DModel) -> None:
-    from diffusers import WanPipeline
-
-    pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer)
-    pipe.load_lora_weights(str(path.parent), weight_name=path.name, local_files_only=True)
 
 
 def _delta(layer: LoraLayer) -> Tensor:

@@ -35,14 +35,17 @@ def write_mp4(path: Path, frames_TCHW: Tensor, fps: int, upscale: int = 1) -> Pa
     pixels_THWC = _to_uint8(frames_TCHW, upscale)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.part")
-    with av.open(str(aside), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(CRF)})
-        stream.height, stream.width = pixels_THWC.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for pixels_HWC in pixels_THWC:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels_HWC, format="rgb24")))
-        container.mux(stream.encode())
-    os.replace(aside, path)
+    try:
+        with av.open(str(aside), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(CRF)})
+            stream.height, stream.width = pixels_THWC.shape[1:3]
+            stream.pix_fmt = "yuv420p"
+            for pixels_HWC in pixels_THWC:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels_HWC, format="rgb24")))
+            container.mux(stream.encode())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
     return path
 
 

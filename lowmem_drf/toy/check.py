@@ -70,7 +70,7 @@ def check_generator(prompts: int = 256, seeds: int = 2, steps: int = 10) -> dict
     clips = []
     for start in range(0, len(texts), 64):
         part = texts[start : start + 64]
-        noise = draw_noise((8, 3, 8, 8), [start + i for i in range(len(part))])
+        noise = draw_noise((16, 3, 8, 8), [start + i for i in range(len(part))])
         latents, _ = rollout(velocity, flow_sigmas(steps, SHIFT), noise, text.encode(part, TEXT_TOKENS), None)
         clips.append(decoder.decode(latents))
     return _rates(torch.cat(clips), [combo for combo in (parse(t) for t in texts) if combo is not None])

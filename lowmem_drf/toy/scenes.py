@@ -24,8 +24,10 @@ SHAPES, COLORS, MOTIONS, BACKGROUNDS = (ATTRIBUTES[name] for name in ("shape", "
 RGB = torch.tensor([[0.90, 0.10, 0.10], [0.10, 0.70, 0.15], [0.12, 0.20, 0.92], [0.95, 0.85, 0.10], [0.65, 0.10, 0.80], [0.10, 0.80, 0.88]])
 SHADE = torch.tensor([0.06, 0.46, 0.90])
 SHADE_JITTER, RGB_JITTER = 0.05, 0.04
-RADIUS = (4.6, 6.2)  # radius of the circle of the same area, pixels
-SPEED = (1.0, 1.5)  # pixels a frame
+RADIUS = (5.4, 6.8)  # radius of the circle of the same area, pixels
+SPEED = (0.8, 1.2)  # pixels a frame
+EXTENT = torch.tensor([[[1.0, 1.0], [1.0, 1.0]], [[0.886, 0.886], [0.886, 0.886]], [[1.347, 1.555], [1.347, 0.778]]])
+"""How far each form reaches from its centre, in radii: [form][towards 0 | away from 0][x | y]."""
 DIRECTION = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, -1.0], [0.0, 1.0], [0.0, 0.0]])  # x to the right, y down
 
 
@@ -86,9 +88,9 @@ def draw_tracks(combos: list[Combo] | Tensor, generator: torch.Generator) -> Tra
     speed = _uniform(*SPEED, n, generator)
     step = DIRECTION[c[:, 2]] * speed[:, None]  # (B, 2) pixels a frame
     travel = step * (FRAMES - 1)
-    extent = radius * torch.tensor([1.0, 0.89, 1.5])[c[:, 0]] + 0.5  # half the size of the shape's box; the triangle's is the largest
-    low = extent[:, None] - travel.clamp(max=0)
-    high = SIZE - extent[:, None] - travel.clamp(min=0)
+    reach = EXTENT[c[:, 0]] * radius[:, None, None] + 0.5
+    low = reach[:, 0] - travel.clamp(max=0)
+    high = SIZE - reach[:, 1] - travel.clamp(min=0)
     start = low + (high - low) * torch.rand(n, 2, generator=generator)
     t = torch.arange(FRAMES)
     place = start[:, None] + step[:, None] * t[None, :, None]  # (B, T, 2)

@@ -1,0 +1,187 @@
+"""The critic's language model: yes/no, short free-form answers and explanations, all questions of a clip packed in one pass.
+
+First on cached tokens of the frozen tower, then both together with the generator's own clips, labelled by the oracle, among the drawn ones.
+Yes and no weigh the same for every kind of question: raw accuracy would reward a critic that always says no (docs/toyworld.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+from lowmem_drf.method.questions.toyworld import ALIGNMENT, ATTRIBUTES, GLOBAL, PHYSICS, QUALITY
+from lowmem_drf.models.critic import QwenCritic
+from lowmem_drf.toy.build.loop import Schedule, half_products, train
+from lowmem_drf.toy.build.tower import draw_labelled
+from lowmem_drf.toy.captions import WORDINGS, caption
+from lowmem_drf.toy.defects import DEFECTS
+from lowmem_drf.toy.oracle import measure
+from lowmem_drf.toy.scenes import Combo
+from lowmem_drf.types import Question
+
+CLIPS = 9600  # cached for the first part
+BATCH = 24
+SPOILS = {"morph": ("shape",), "recolor": ("color",), "jump": ("direction",), "jitter": ("direction",), "vanish": ("direction",)}
+"""What cannot be asked about a clip with the defect, because there is no one answer."""
+EXPLAIN = {
+    "jump": "it jumps", "jitter": "it shakes", "vanish": "it vanishes", "morph": "its form changes", "pulse": "its size changes",
+    "recolor": "its color changes", "noise": "the clip is noisy", "blur": "the clip is blurry", "flicker": "the light flickers",
+}  # fmt: skip
+OPEN = {"color": "what color is it ?", "shape": "what form is it ?", "direction": "where does it move ?", "background": "what is the background ?"}
+
+
+class Label:
+    """What is true of one clip: attributes (index, or -1 for none) and defects."""
+
+    def __init__(self, combo: list[int], defects: set[str]) -> None:
+        self.value = dict(zip(("shape", "color", "direction", "background"), combo, strict=True))
+        self.defects = defects
+        for defect in defects:
+            for name in SPOILS.get(defect, ()):
+                self.value[name] = -1
+
+    @property
+    def combo(self) -> Combo | None:
+        return Combo(*self.value.values()) if min(self.value.values()) >= 0 else None
+
+
+def drawn_labels(combos: Tensor, defect: Tensor) -> list[Label]:
+    """Labels of clips from ``draw_labelled``."""
+    return [Label(c, {DEFECTS[d]} if d >= 0 else set()) for c, d in zip(combos.tolist(), defect.tolist(), strict=True)]
+
+
+def measured_labels(frames_BTCHW: Tensor) -> list[Label]:
+    """Labels of any clips, by the oracle."""
+    seen = measure(frames_BTCHW)
+    values = torch.stack([seen.shape, seen.color, seen.motion, seen.background], 1).tolist()
+    return [Label(v, {d for d in DEFECTS if getattr(seen, d)[i]}) for i, v in enumerate(values)]
+
+
+def ask(label: Label, generator: torch.Generator) -> list[tuple[Question, float]]:
+    """Questions about one clip with their true answers and loss weights: attributes, defects, one global, two open, one description."""
+
+    def pick(n: int) -> int:
+        return int(torch.randint(n, (1,), generator=generator))
+
+    out: list[tuple[Question, float]] = []
+    for name, wordings in ALIGNMENT.items():
+        true = label.value[name]
+        if true >= 0:
+            values = ATTRIBUTES[name]
+            yes = pick(2) == 0
+            asked = true if yes else (true + 1 + pick(len(values) - 1)) % len(values)
+            out.append((Question("TA", wordings[pick(2)].format(value=values[asked]), "yes" if yes else "no", name=name), 1.0))
+    # a defect is there in 1 clip of 15 and asked whenever it is; the others are asked 3 at a time: a "no" is 5 times as common
+    absent = [d for d in DEFECTS if d not in label.defects]
+    order = torch.randperm(len(absent), generator=generator).tolist()[:3]
+    for defect in [*label.defects, *(absent[i] for i in order)]:
+        there = defect in label.defects
+        wording = (PHYSICS | QUALITY)[defect][pick(2)]
+        out.append((Question("VQ" if defect in QUALITY else "Phy", wording, "yes" if there else "no", name=defect), 1.0 if there else 0.2))
+    if label.combo is not None:
+        yes, told = pick(2) == 0, list(label.combo)
+        if not yes:
+            at = pick(4)
+            options = len(ATTRIBUTES[list(label.value)[at]])
+            told[at] = (told[at] + 1 + pick(options - 1)) % options
+        text = GLOBAL[pick(2)].format(caption=caption(Combo(*told), pick(WORDINGS)))
+        out.append((Question("TA", text, "yes" if yes else "no", name="global"), 1.0))
+        out.append((Question("TA", "describe the clip .", caption(label.combo), kind="dense", name="describe"), 0.5))
+    known = [n for n in OPEN if label.value[n] >= 0]
+    if known:
+        name = known[pick(len(known))]
+        out.append((Question("TA", OPEN[name], ATTRIBUTES[name][label.value[name]], kind="dense", name=f"open_{name}"), 0.5))
+    if len(label.defects) <= 1:
+        wrong = EXPLAIN[next(iter(label.defects))] if label.defects else "nothing"
+        out.append((Question("Phy", "what is wrong ?", wrong, kind="dense", name="open_wrong"), 0.5 if label.defects else 0.2))
+    return out
+
+
+def answer_loss(critic: QwenCritic, features: Tensor, grid: Tensor, asked: list[list[tuple[Question, float]]]) -> tuple[Tensor, dict[str, float]]:
+    """Weighted cross-entropy of the answers' tokens; besides, the share of yes/no answers that are right, for each answer."""
+    questions = [[q for q, _ in clip] for clip in asked]
+    with half_products():
+        logits, sizes = critic.scored_logits(features, grid, questions)
+    logits = logits.float()
+    flat = [pair for clip in asked for pair in clip]
+    targets = torch.tensor([token for q, _ in flat for token in critic.conversation.ask(q).target])
+    weights = torch.tensor([w / size for (_, w), size in zip(flat, sizes, strict=True) for _ in range(size)])
+    loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
+    yes, no = critic.conversation.yes[0], critic.conversation.no[0]
+    said = (logits[:, yes] > logits[:, no]).detach()
+    is_yes, is_no = targets == yes, targets == no
+    return loss, {"yes": said[is_yes].float().mean().item(), "no": (~said[is_no]).float().mean().item()}
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKLWan, frames_BTCHW: Tensor) -> Tensor:
+    """Clips through the VAE and back, in [0, 1]."""
+    y = vae.decode(vae.encode(frames_BTCHW.transpose(1, 2) * 2 - 1).latent_dist.mode()).sample
+    return (y.transpose(1, 2) + 1) / 2
+
+
+def half_reconstructed(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
+    """Every other clip through the VAE: the critic is to judge what the VAE makes."""
+    frames = frames.clone()
+    frames[::2] = reconstruct(vae, frames[::2])
+    return frames
+
+
+class Language(nn.Module):
+    """What the first part trains."""
+
+    def __init__(self, critic: QwenCritic) -> None:
+        super().__init__()
+        self.language_model, self.lm_head = critic.model.model.language_model, critic.model.lm_head
+
+
+def train_language(critic: QwenCritic, vae: AutoencoderKLWan, folder: Path, seed: int, scale: float = 1.0, log: Callable[[str], None] = print) -> None:
+    """First part: the tower is frozen, its tokens are cached."""
+    draw = torch.Generator().manual_seed(seed + 1)
+    features, labels = [], []
+    critic.model.requires_grad_(False)
+    with torch.no_grad():
+        for _ in range(max(1, int(CLIPS * min(1.0, scale)) // 96)):
+            frames, _, combos, defect = draw_labelled(96, draw, clean_share=0.4)
+            tokens, grid = critic.embed_video(half_reconstructed(vae, frames))
+            features.append(tokens.half())
+            labels += drawn_labels(combos, defect)
+    cached = torch.cat(features)
+    log(f"language: {len(cached)} clips cached")
+    language = Language(critic).train()
+    language.requires_grad_(True)
+    schedule = Schedule(steps=int(3000 * scale), lr=2e-3, warmup=min(100, max(1, int(300 * scale))), ema=0.995, log_every=100)
+
+    def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        rows = torch.randint(len(cached), (BATCH,), generator=generator)
+        asked = [ask(labels[i], generator) for i in rows.tolist()]
+        return answer_loss(critic, cached[rows].float(), grid[:1].expand(BATCH, -1), asked)
+
+    train("language", language, loss, schedule, folder, seed, log=log)
+
+
+def train_together(
+    critic: QwenCritic, vae: AutoencoderKLWan, samples: Tensor, folder: Path, seed: int, scale: float = 1.0, log: Callable[[str], None] = print
+) -> None:
+    """Second part: tower and language model together, a third of each batch the generator's clips (``samples``: frames_BTCHW), oracle-labelled."""
+    labels = measured_labels(samples)
+    critic.model.train().requires_grad_(True)
+    schedule = Schedule(steps=int(1000 * scale), lr=6e-4, warmup=min(100, max(1, int(300 * scale))), ema=0.995, log_every=50)
+    own = BATCH // 3
+
+    def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        frames, _, combos, defect = draw_labelled(BATCH - own, generator, clean_share=0.4)
+        rows = torch.randint(len(samples), (own,), generator=generator)
+        clips = torch.cat([half_reconstructed(vae, frames), samples[rows]])
+        asked = [ask(label, generator) for label in [*drawn_labels(combos, defect), *(labels[i] for i in rows.tolist())]]
+        with half_products():
+            features, grid = critic.embed_video(clips)
+        return answer_loss(critic, features, grid, asked)
+
+    train("critic", critic.model, loss, schedule, folder, seed, log=log)
+    critic.model.eval().requires_grad_(False)

@@ -1,0 +1,67 @@
+"""The README's measurements and picture, on tiny models that stand in for ToyWorld's."""
+
+import copy
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+sys.path.insert(0, str(ROOT))
+
+from bench import picture, toy_seeds
+
+OVERRIDES = ["model.id=toyworld", "critic.id=toyworld", "video.width=32", "video.height=32", "log.sample_every=0"]
+
+
+@pytest.fixture
+def tiny_toyworld(tiny_folders, monkeypatch):
+    """``toyworld`` is the tiny random models."""
+    folders = dict(zip(("generator", "critic"), map(str, tiny_folders), strict=True))
+    monkeypatch.setattr("lowmem_drf.run.parts.resolve", lambda model_id, role: folders[role])
+    monkeypatch.setattr(toy_seeds, "EVAL_PROMPTS", 3)
+
+
+def test_seeds_then_picture(tiny_toyworld, tiny_preset, tmp_path, capsys):
+    arguments = ["--seeds", "0", "4", "--preset", str(tiny_preset), "--output", str(tmp_path), "--json", str(tmp_path / "made" / "out.json")]
+    arguments += [part for override in [*OVERRIDES, "steps=1"] for part in ("-s", override)]
+    assert toy_seeds.main(arguments) == 1  # random models learn nothing
+    out = capsys.readouterr().out
+    assert "seed 4: broken: all-correct rises by 35 points" in out
+    result = json.loads((tmp_path / "made" / "out.json").read_text())
+    assert [row["seed"] for row in result["rows"]] == [0, 4]
+    for row in result["rows"]:
+        assert set(row) == {"seed", "train_s", "updates_s", "base", "tuned", "verdicts"}
+        assert row["train_s"] > row["updates_s"] > 0
+        assert row["base"]["oracle"]["all"] == 0
+    assert result["rows"][0]["base"] == result["rows"][1]["base"]
+    assert result["rows"][0]["tuned"] != result["rows"][1]["tuned"]
+
+    file = tmp_path / "images" / "pair.png"
+    assert picture.main([str(tmp_path / "seed-0"), "--output", str(file), "--prompts", "2"]) == 0
+    with Image.open(file) as image:
+        assert image.width == 2 * picture.MARGIN + picture.LABEL + 9 * (32 * picture.ZOOM + picture.GAP) - picture.GAP
+        assert image.getpixel((0, 0)) == (255, 255, 255)
+        assert len(image.getcolors(2**24)) > 100
+
+
+def test_bad_input_is_a_message_and_its_exit_code(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert picture.main([]) == 2
+    assert "there is no run under runs/" in capsys.readouterr().err
+    assert toy_seeds.main(["-s", "optim.lrr=1"]) == 2
+    assert "Did you mean optim.lr?" in capsys.readouterr().err
+
+
+def test_a_promise_is_kept_or_named():
+    base = {"oracle": {"all": 0.3, "physics": 0.8, "quality": 0.9}, "diversity": 0.1}
+    tuned = {"oracle": {"all": 0.66, "physics": 0.8, "quality": 0.9}, "diversity": 0.081}
+    assert all(toy_seeds.verdicts(base, tuned).values())
+    for where, value in ((("oracle", "all"), 0.64), (("oracle", "physics"), 0.79), (("oracle", "quality"), 0.89), (("diversity",), 0.079)):
+        worse = copy.deepcopy(tuned)
+        node = worse
+        for key in where[:-1]:
+            node = node[key]
+        node[where[-1]] = value
+        assert list(toy_seeds.verdicts(base, worse).values()).count(False) == 1
