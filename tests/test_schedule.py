@@ -73,9 +73,9 @@ def test_noise_leaves_the_global_generator_alone():
 
 def test_renoise():
     x = torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True)
-    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
-    noised = renoise(x, 0.25, torch.Generator().manual_seed(1))
-    assert torch.equal(noised, 0.75 * x.detach() + 0.25 * eps)
+    eps = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(1)).double()
+    noised = renoise(x, 0.25, [torch.Generator().manual_seed(1)])
+    assert torch.equal(noised, 0.75 * x.detach() + 0.25 * eps[None])
     assert not noised.requires_grad
 
 

@@ -23,11 +23,11 @@ def parts():
 
 
 def assert_equal_steps(parts, plan, size=1, seed=None):
-    def generator():
-        return None if seed is None else torch.Generator().manual_seed(seed)
+    def generators():
+        return () if seed is None else [torch.Generator().manual_seed(seed + i) for i in range(size)]
 
-    expected, expected_stats = lora_gradients(naive_step, parts, plan, *batch_of(size), generator())
-    actual, stats = lora_gradients(drf_step, parts, plan, *batch_of(size), generator())
+    expected, expected_stats = lora_gradients(naive_step, parts, plan, *batch_of(size), generators())
+    actual, stats = lora_gradients(drf_step, parts, plan, *batch_of(size), generators())
     assert relative_difference(actual, expected) < LIMIT
     assert relative_difference(stats.frames_BTCHW, expected_stats.frames_BTCHW) < LIMIT
     assert stats.reward == pytest.approx(expected_stats.reward)
@@ -62,12 +62,12 @@ def test_relay_is_naive_for_draft_lv(parts, samples, guidance, size):
 def test_draft_lv_is_the_mean_over_the_clip_and_its_copies(parts):
     plan = plan_of((STEPS - 1,), lv_samples=2)
     noise, cond, uncond, questions = batch_of(1)
-    together, _ = lora_gradients(drf_step, parts, plan, noise, cond, uncond, questions, torch.Generator().manual_seed(3))
+    together, _ = lora_gradients(drf_step, parts, plan, noise, cond, uncond, questions, [torch.Generator().manual_seed(3)])
     alone, _ = lora_gradients(drf_step, parts, replace(plan, lv_samples=0), noise, cond, uncond, questions)
     x_0, _ = rollout(parts.velocity, plan.sigmas, noise, cond, uncond)
     last, generator = plan.sigmas[-2:], torch.Generator().manual_seed(3)
     for _ in range(2):
-        noised = (1 - last[0]) * x_0 + last[0] * torch.randn(x_0.shape, generator=generator).double()
+        noised = (1 - last[0]) * x_0 + last[0] * torch.randn(x_0.shape[1:], generator=generator).double()
         gradient, _ = lora_gradients(drf_step, parts, StepPlan(last, (0,), KEPT), noised, cond, uncond, questions)
         alone = alone + gradient
     assert relative_difference(together, alone / 3) < LIMIT
@@ -224,8 +224,8 @@ def test_an_impossible_plan_is_refused(changes, what):
 
 
 @pytest.mark.parametrize("step", [drf_step, naive_step])
-def test_draft_lv_without_a_generator_is_refused(parts, step):
-    with pytest.raises(ValueError, match="lv_generator"):
+def test_draft_lv_without_its_generators_is_refused(parts, step):
+    with pytest.raises(ValueError, match="lv_generators, one per clip: 1, not 0"):
         step(parts, plan_of((STEPS - 1,), lv_samples=1), *batch_of(1))
 
 

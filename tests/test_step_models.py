@@ -45,11 +45,11 @@ def plan_of(graded, **changes):
 
 
 def assert_equal_steps(parts, plan, size, seed=None):
-    def generator():
-        return None if seed is None else torch.Generator().manual_seed(seed)
+    def generators():
+        return () if seed is None else [torch.Generator().manual_seed(seed + i) for i in range(size)]
 
-    expected, expected_stats = lora_gradients(naive_step, parts, plan, *batch_of(size), generator())
-    actual, stats = lora_gradients(drf_step, parts, plan, *batch_of(size), generator())
+    expected, expected_stats = lora_gradients(naive_step, parts, plan, *batch_of(size), generators())
+    actual, stats = lora_gradients(drf_step, parts, plan, *batch_of(size), generators())
     assert relative_difference(actual, expected) < LIMIT
     assert relative_difference(stats.frames_BTCHW, expected_stats.frames_BTCHW) < LIMIT
     assert stats.reward == pytest.approx(expected_stats.reward)

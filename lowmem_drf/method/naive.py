@@ -28,7 +28,7 @@ def naive_step(
     cond: Any,
     uncond: Any,
     questions: Sequence[Sequence[Question]],
-    lv_generator: Generator | None = None,
+    lv_generators: Sequence[Generator] = (),
 ) -> StepStats:
     """Adds the gradient of -reward (mean over clips) to the ``.grad`` of ``parts.lora``. The arguments are those of ``drf_step``.
 
@@ -58,6 +58,6 @@ def naive_step(
         total, stats = reward(x)
         last = plan.steps - 1
         for _ in range(plan.lv_samples):
-            total = total + reward(step(renoise(x, sigmas[last], plan.lv_source(lv_generator)), last))[0]
+            total = total + reward(step(renoise(x, sigmas[last], plan.lv_sources(lv_generators, len(x))), last))[0]
         (-total / (1 + plan.lv_samples)).backward(inputs=list(parts.lora))
     return stats

@@ -56,9 +56,9 @@ def draw_noise(shape_CFhw: Sequence[int], seeds: Sequence[int]) -> Tensor:
     return torch.stack([torch.randn(*shape_CFhw, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
-def renoise(x_0_BCFhw: Tensor, sigma: float, generator: Generator) -> Tensor:
-    """(1 - sigma) sg(x_0) + sigma eps with fresh eps from a CPU generator: a DRaFT-LV sample (arXiv 2309.17400)."""
-    eps = torch.randn(x_0_BCFhw.shape, generator=generator).to(x_0_BCFhw)
+def renoise(x_0_BCFhw: Tensor, sigma: float, generators: Sequence[Generator]) -> Tensor:
+    """(1 - sigma) sg(x_0) + sigma eps with fresh eps from a CPU generator per clip: a DRaFT-LV sample (arXiv 2309.17400)."""
+    eps = torch.stack([torch.randn(x_0_BCFhw.shape[1:], generator=generator) for generator in generators]).to(x_0_BCFhw)
     return (1 - sigma) * x_0_BCFhw.detach() + sigma * eps
 
 

@@ -75,11 +75,12 @@ class StepPlan:
         return len(self.sigmas) - 1
 
     @staticmethod
-    def lv_source(generator: Generator | None) -> Generator:
-        """The CPU generator of the DRaFT-LV noise, which must be given: global random state would break exact resume."""
-        if generator is None:
-            raise ValueError("lv_samples needs lv_generator")
-        return generator
+    def lv_sources(generators: Sequence[Generator], clips: int) -> Sequence[Generator]:
+        """The CPU generators of the DRaFT-LV noise, one per clip: global random state would break exact resume, and one generator for
+        all clips would make a clip's noise depend on its batch."""
+        if len(generators) != clips:
+            raise ValueError(f"lv_samples needs lv_generators, one per clip: {clips}, not {len(generators)}")
+        return generators
 
 
 def drf_step(
@@ -89,7 +90,7 @@ def drf_step(
     cond: Any,
     uncond: Any,
     questions: Sequence[Sequence[Question]],
-    lv_generator: Generator | None = None,
+    lv_generators: Sequence[Generator] = (),
 ) -> StepStats:
     """Adds the gradient of -reward (mean over clips) to the ``.grad`` of ``parts.lora``.
 
@@ -97,7 +98,7 @@ def drf_step(
         noise_BCFhw: sigma = 1 latents, on the transformer's device, fp32 (or fp64).
         cond, uncond: what ``parts.velocity`` takes as condition. ``uncond`` is used where ``plan.guidance`` is not 1.
         questions: per clip.
-        lv_generator: CPU generator, needed with ``plan.lv_samples``.
+        lv_generators: CPU generators, one per clip; needed with ``plan.lv_samples``.
 
     Returns:
         What happened on the sampled trajectory (DRaFT-LV's copies add to the gradient, not to the statistics).
@@ -108,7 +109,7 @@ def drf_step(
     """
     with parts.stage("rollout"):
         x_0, entering = rollout(parts.velocity, plan.sigmas, noise_BCFhw, cond, uncond, plan.guidance, keep=plan.graded)
-        trajectories = [(x_0, entering)] + [lv_copy(parts.velocity, plan, x_0, cond, uncond, lv_generator) for _ in range(plan.lv_samples)]
+        trajectories = [(x_0, entering)] + [lv_copy(parts.velocity, plan, x_0, cond, uncond, lv_generators) for _ in range(plan.lv_samples)]
     all_stats = []
     for x_0, entering in trajectories:
         with parts.stage("decode"):
@@ -148,10 +149,10 @@ def rollout(
 
 
 @torch.no_grad()
-def lv_copy(velocity: Velocity, plan: StepPlan, x_0_BCFhw: Tensor, cond: Any, uncond: Any, generator: Generator | None) -> tuple[Tensor, dict[int, Tensor]]:
+def lv_copy(velocity: Velocity, plan: StepPlan, x_0_BCFhw: Tensor, cond: Any, uncond: Any, generators: Sequence[Generator]) -> tuple[Tensor, dict[int, Tensor]]:
     """A DRaFT-LV sample: x_0 noised back to the last step's sigma, and denoised by that step. Returns what ``rollout`` returns."""
     last = plan.steps - 1
-    noised = renoise(x_0_BCFhw, plan.sigmas[last].item(), plan.lv_source(generator))
+    noised = renoise(x_0_BCFhw, plan.sigmas[last].item(), plan.lv_sources(generators, len(x_0_BCFhw)))
     return rollout(velocity, plan.sigmas[last:], noised, cond, uncond, plan.guidance)[0], {last: noised}
 
 

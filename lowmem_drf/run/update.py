@@ -130,11 +130,11 @@ def _accumulate(
         some, its_seeds = prompts[first : first + config.micro_batch], seeds[first : first + config.micro_batch]
         texts = [prompt.text for prompt in some]
         weight = len(some) / len(prompts)
-        lv_generator = torch.Generator().manual_seed(derive_seed(config.seed, "lv", step, first))
+        lv_generators = [torch.Generator().manual_seed(derive_seed("lv", seed)) for seed in its_seeds]
         try:
             stat = drf_step(
                 parts, plan, models.noise(its_seeds), models.condition(texts), models.no_condition(len(some)),
-                [questions[prompt.id] for prompt in some], lv_generator,
+                [questions[prompt.id] for prompt in some], lv_generators,
             )  # fmt: skip
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}\nThis happened in {_where(step, some, its_seeds)}") from error

@@ -11,6 +11,8 @@ from lowmem_drf.toy.captions import vocabulary
 OPEN_QUESTIONS = ("what color is it ?", "what form is it ?", "where does it move ?", "what is the background ?", "what is wrong ?", "describe the clip .")
 """Free-form questions the critic learns besides the yes/no ones."""
 
+ANSWER_WORDS = "yes no nothing it jumps shakes vanishes changes form size color the clip is noisy blurry light flickers and thing something else wrong with"
+
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 
 CHAT_TEMPLATE = (
@@ -23,33 +25,7 @@ CHAT_TEMPLATE = (
 def _question_words() -> list[str]:
     pairs = [*ALIGNMENT.values(), *PHYSICS.values(), *QUALITY.values(), GLOBAL]
     text = " ".join([*(q for pair in pairs for q in pair), *OPEN_QUESTIONS])
-    extra = [
-        "yes",
-        "no",
-        "nothing",
-        "it",
-        "jumps",
-        "shakes",
-        "vanishes",
-        "changes",
-        "form",
-        "size",
-        "color",
-        "the",
-        "clip",
-        "is",
-        "noisy",
-        "blurry",
-        "light",
-        "flickers",
-        "and",
-        "thing",
-        "something",
-        "else",
-        "wrong",
-        "with",
-    ]
-    return [w for w in [*text.replace("{value}", "").replace("{caption}", "").split(), *extra] if w]
+    return [w for w in [*text.replace("{value}", "").replace("{caption}", "").split(), *ANSWER_WORDS.split()] if w]
 
 
 def _tokenizer(words: list[str], special: list[str], pad: str, end: str, add_end: bool = False) -> PreTrainedTokenizerFast:
