@@ -109,7 +109,7 @@ def check_critic(critic: QwenCritic | None = None, clips: int = 1200, seed: int 
         frames, _, combos, defect = draw_labelled(60, generator, clean_share=0.4, splits=("unseen",))
         labels = drawn_labels(combos, defect)
         questions = [_truths(label, c, (start // 60) % 2, generator) for label, c in zip(labels, combos.tolist(), strict=True)]
-        for asked, answers in zip(questions, critic(half_reconstructed(vae, frames), questions), strict=True):
+        for asked, answers in zip(questions, critic(half_reconstructed(vae, frames, defect), questions), strict=True):
             for question, answer in zip(asked, answers, strict=True):
                 row = answer.logits_AV[0]
                 said = "yes" if row[list(answer.yes)].max() > row[list(answer.no)].max() else "no"

@@ -40,17 +40,17 @@ def build(output: Path, work: Path, seed: int, scale: float, stages: list[str], 
 
     work.mkdir(parents=True, exist_ok=True)
     vae = train_vae(work, seed, scale, log)
-    generator = None
-    if "generator" in stages or "critic" in stages:
-        generator = train_generator(vae, work, seed, scale, compiled, log)
-        save_generator(generator, vae, output / "generator")
+    if "generator" in stages:
+        save_generator(train_generator(vae, work, seed, scale, compiled, log=log), vae, output / "generator")
     if {"tower", "language", "critic"} & set(stages):
         critic = build_critic(seed)
         train_tower(critic, work, seed, scale, log)
-        if stages[-1] != "tower":
+        if {"language", "critic"} & set(stages):
             train_language(critic, vae, work, seed, scale, log)
-        if generator is not None and "critic" in stages:
-            train_together(critic, vae, draw_samples(generator, vae, seed, max(24, int(1536 * min(1.0, scale)))), work, seed, scale, log)
+        if "critic" in stages:
+            # the clips of the generator's first part: more of them break physics, which is what the critic is to learn from
+            first = train_generator(vae, work, seed, scale, compiled, parts=1, log=log)
+            train_together(critic, vae, draw_samples(first, vae, seed, max(24, int(1536 * min(1.0, scale)))), work, seed, scale, log)
             save_critic(critic.model, output / "critic")
 
 

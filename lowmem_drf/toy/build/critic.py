@@ -125,10 +125,13 @@ def reconstruct(vae: AutoencoderKLWan, frames_BTCHW: Tensor) -> Tensor:
     return (y.transpose(1, 2) + 1) / 2
 
 
-def half_reconstructed(vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
-    """Every other clip through the VAE: the critic is to judge what the VAE makes."""
+def half_reconstructed(vae: AutoencoderKLWan, frames: Tensor, defect: Tensor) -> Tensor:
+    """Every other clip through the VAE: the critic is to judge what the VAE makes. Not those with a defect of quality: the VAE mends noise
+    and flicker, so their labels would be wrong."""
+    rows = torch.tensor([i for i in range(0, len(frames), 2) if defect[i] < len(PHYSICS)])
     frames = frames.clone()
-    frames[::2] = reconstruct(vae, frames[::2])
+    if len(rows):
+        frames[rows] = reconstruct(vae, frames[rows])
     return frames
 
 
@@ -148,7 +151,7 @@ def train_language(critic: QwenCritic, vae: AutoencoderKLWan, folder: Path, seed
     with torch.no_grad():
         for _ in range(max(1, int(CLIPS * min(1.0, scale)) // 96)):
             frames, _, combos, defect = draw_labelled(96, draw, clean_share=0.4)
-            tokens, grid = critic.embed_video(half_reconstructed(vae, frames))
+            tokens, grid = critic.embed_video(half_reconstructed(vae, frames, defect))
             features.append(tokens.half())
             labels += drawn_labels(combos, defect)
     cached = torch.cat(features)
@@ -171,13 +174,13 @@ def train_together(
     """Second part: tower and language model together, a third of each batch the generator's clips (``samples``: frames_BTCHW), oracle-labelled."""
     labels = measured_labels(samples)
     critic.model.train().requires_grad_(True)
-    schedule = Schedule(steps=int(1000 * scale), lr=6e-4, warmup=min(100, max(1, int(300 * scale))), ema=0.995, log_every=50)
+    schedule = Schedule(steps=int(700 * scale), lr=8e-4, warmup=min(100, max(1, int(300 * scale))), ema=0.995, log_every=50)
     own = BATCH // 3
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         frames, _, combos, defect = draw_labelled(BATCH - own, generator, clean_share=0.4)
         rows = torch.randint(len(samples), (own,), generator=generator)
-        clips = torch.cat([half_reconstructed(vae, frames), samples[rows]])
+        clips = torch.cat([half_reconstructed(vae, frames, defect), samples[rows]])
         asked = [ask(label, generator) for label in [*drawn_labels(combos, defect), *(labels[i] for i in rows.tolist())]]
         with half_products():
             features, grid = critic.embed_video(clips)
