@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,7 +51,8 @@ def build(output: Path, work: Path, seed: int, scale: float, stages: list[str], 
         if "critic" in stages:
             # the clips of the generator's first part: more of them break physics, which is what the critic is to learn from
             first = train_generator(vae, work, seed, scale, compiled, parts=1, log=log)
-            train_together(critic, vae, draw_samples(first, vae, seed, max(24, int(1536 * min(1.0, scale)))), work, seed, scale, log)
+            clips = partial(draw_samples, first, vae, seed, max(24, int(1536 * min(1.0, scale))))
+            train_together(critic, vae, clips, work, seed, scale, log)
             save_critic(critic.model, output / "critic")
 
 

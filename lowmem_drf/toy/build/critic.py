@@ -7,6 +7,7 @@ Yes and no weigh the same for every kind of question: raw accuracy would reward 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -143,41 +144,52 @@ class Language(nn.Module):
         self.language_model, self.lm_head = critic.model.model.language_model, critic.model.lm_head
 
 
+@torch.no_grad()
+def cache_tokens(critic: QwenCritic, vae: AutoencoderKLWan, seed: int, batches: int) -> tuple[Tensor, Tensor, list[Label]]:
+    """-> the tower's tokens of 96 clips a batch (n, tokens, width) in fp16, the patch grid (1, 3), the labels."""
+    draw = torch.Generator().manual_seed(seed)
+    features, labels = [], []
+    for _ in range(batches):
+        frames, _, combos, defect = draw_labelled(96, draw, clean_share=0.4)
+        tokens, grid = critic.embed_video(half_reconstructed(vae, frames, defect))
+        features.append(tokens.half())
+        labels += drawn_labels(combos, defect)
+    return torch.cat(features), grid[:1], labels
+
+
 def train_language(critic: QwenCritic, vae: AutoencoderKLWan, folder: Path, seed: int, scale: float = 1.0, log: Callable[[str], None] = print) -> None:
     """First part: the tower is frozen, its tokens are cached."""
-    draw = torch.Generator().manual_seed(seed + 1)
-    features, labels = [], []
     critic.model.requires_grad_(False)
-    with torch.no_grad():
-        for _ in range(max(1, int(CLIPS * min(1.0, scale)) // 96)):
-            frames, _, combos, defect = draw_labelled(96, draw, clean_share=0.4)
-            tokens, grid = critic.embed_video(half_reconstructed(vae, frames, defect))
-            features.append(tokens.half())
-            labels += drawn_labels(combos, defect)
-    cached = torch.cat(features)
-    log(f"language: {len(cached)} clips cached")
+    data = cache(partial(cache_tokens, critic, vae, seed + 1, max(1, int(CLIPS * min(1.0, scale)) // 96)))  # not made for a finished training
     language = Language(critic).train()
     language.requires_grad_(True)
     schedule = Schedule(steps=int(3000 * scale), lr=2e-3, warmup=min(100, max(1, int(300 * scale))), ema=0.995, log_every=100)
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        rows = torch.randint(len(cached), (BATCH,), generator=generator)
+        tokens, grid, labels = data()
+        rows = torch.randint(len(tokens), (BATCH,), generator=generator)
         asked = [ask(labels[i], generator) for i in rows.tolist()]
-        return answer_loss(critic, cached[rows].float(), grid[:1].expand(BATCH, -1), asked)
+        return answer_loss(critic, tokens[rows].float(), grid.expand(BATCH, -1), asked)
 
     train("language", language, loss, schedule, folder, seed, log=log)
 
 
 def train_together(
-    critic: QwenCritic, vae: AutoencoderKLWan, samples: Tensor, folder: Path, seed: int, scale: float = 1.0, log: Callable[[str], None] = print
+    critic: QwenCritic, vae: AutoencoderKLWan, draw: Callable[[], Tensor], folder: Path, seed: int, scale: float = 1.0, log: Callable[[str], None] = print
 ) -> None:
-    """Second part: tower and language model together, a third of each batch the generator's clips (``samples``: frames_BTCHW), oracle-labelled."""
-    labels = measured_labels(samples)
+    """Second part: tower and language model together, a third of each batch the generator's clips (``draw()``: frames_BTCHW), oracle-labelled."""
+
+    @cache  # not made for a training that is finished
+    def data() -> tuple[Tensor, list[Label]]:
+        samples = draw()
+        return samples, measured_labels(samples)
+
     critic.model.train().requires_grad_(True)
     schedule = Schedule(steps=int(700 * scale), lr=8e-4, warmup=min(100, max(1, int(300 * scale))), ema=0.995, log_every=50)
     own = BATCH // 3
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        samples, labels = data()
         frames, _, combos, defect = draw_labelled(BATCH - own, generator, clean_share=0.4)
         rows = torch.randint(len(samples), (own,), generator=generator)
         clips = torch.cat([half_reconstructed(vae, frames, defect), samples[rows]])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -82,7 +82,7 @@ def train_generator(
 ) -> Generator:
     """Flow matching (Lipman et al. 2023): x_s = (1 - s) x_0 + s e, the transformer tells e - x_0. ``parts``: 1 stops before the better captions."""
     model = Generator(seed).train()
-    latents, combos = cache_latents(vae, seed, max(64, int(CLIPS * min(1.0, scale))))
+    data = cache(partial(cache_latents, vae, seed, max(64, int(CLIPS * min(1.0, scale)))))  # not made for a training that is finished
     ids, mask, row = caption_table(model.tokenizer)
     first = torch.zeros(3, 6, 5, 3, dtype=torch.long)
     for combo, i in row.items():
@@ -92,7 +92,7 @@ def train_generator(
     warmup = min(200, max(1, int(300 * scale)))
 
     def loss(swap_rate: float, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        n = 64
+        n, (latents, combos) = 64, data()
         rows = torch.randint(len(latents), (n,), generator=generator)
         told = combos[rows].clone()
         swap = torch.rand(n, 3, generator=generator) < swap_rate

@@ -14,7 +14,7 @@ from lowmem_drf.toy.build.loop import Schedule, train
 from lowmem_drf.toy.defects import PHYSICS, break_physics
 from lowmem_drf.toy.scenes import combos_of, draw_tracks, render
 
-CONFIG = dict(base_dim=8, z_dim=16, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[True, True])
+CONFIG = dict(base_dim=8, z_dim=16, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[True, True], scale_factor_temporal=4, scale_factor_spatial=4)
 KL_WEIGHT = 2e-4
 
 
