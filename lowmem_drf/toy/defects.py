@@ -47,10 +47,10 @@ def break_physics(tracks: Tracks, kind: str, generator: torch.Generator) -> Trac
         shift = _moment(n, 2, FRAMES - 2, g) * _rand(n, 8, 13, g)[:, None]
         x = _reflect(tracks.x + shift * angle.cos()[:, None], tracks.radius)
         y = _reflect(tracks.y + shift * angle.sin()[:, None], tracks.radius)
-        # a shift that folding brought back to less than 6 pixels would be no jump: send those to the other side instead
-        short = ((x - tracks.x) ** 2 + (y - tracks.y) ** 2).sqrt().amax(1, keepdim=True) < 6
+        # where folding brings the shape back to less than 8 pixels from its path, send it to the other side instead
+        short = ((x - tracks.x) ** 2 + (y - tracks.y) ** 2).sqrt().amax(1, keepdim=True) < 8
         opposite = torch.where(shift > 0, SIZE - tracks.x, tracks.x), torch.where(shift > 0, SIZE - tracks.y, tracks.y)
-        far = ((opposite[0] - tracks.x) ** 2 + (opposite[1] - tracks.y) ** 2).sqrt().amax(1, keepdim=True) >= 6
+        far = ((opposite[0] - tracks.x) ** 2 + (opposite[1] - tracks.y) ** 2).sqrt().amax(1, keepdim=True) >= 8
         other = torch.where(far, opposite[0], torch.where(shift > 0, (tracks.x + SIZE / 2) % SIZE, tracks.x))
         x = torch.where(short, other.clamp(6, SIZE - 6), x)
         y = torch.where(short & far, opposite[1], torch.where(short, tracks.y, y))
