@@ -1,4 +1,4 @@
-"""Prints what ToyWorld's parts are worth: ``python -m lowmem_drf.toy.check [--json]``. About two minutes on 2 CPU cores.
+"""Prints what ToyWorld's parts are worth: ``python -m lowmem_drf.toy.check [--json]``.
 
 The oracle against scenes whose truth is known, the VAE's fidelity, the base generator in the oracle's eyes, and the critic's recall of yes
 and of no, for every kind of question in both wordings, on clips of combinations that no model was trained on, half of them VAE reconstructions.

@@ -1,6 +1,6 @@
 """``python -m lowmem_drf.toy.build``: trains ToyWorld's four models from nothing and writes them as model folders.
 
-About an hour and a half on 2 CPU cores. A build that was stopped goes on where it was when it is started again with the same ``--work``.
+A build that was stopped goes on where it was when it is started again with the same ``--work``.
 """
 
 from __future__ import annotations
