@@ -1,10 +1,12 @@
 """Kept frames are sorted, unique and inside the clip; every kept frame belongs to exactly one visited chunk."""
 
+import math
+
 import pytest
 import torch
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.method.frames import backward_chunks, chunk_of_frame, frames_of_chunk, kept_frames
+from lowmem_drf.method.frames import backward_chunks, chunk_of_frame, frames_at_rate, frames_of_chunk, kept_fps, kept_frames
 
 
 @pytest.mark.parametrize(("n_frames", "n_keep", "expected"), [(21, 4, (0, 6, 13, 20)), (9, 9, tuple(range(9))), (9, 1, (4,)), (81, 2, (0, 80))])
@@ -36,6 +38,57 @@ def test_random_phase_reaches_every_frame_and_is_evenly_spaced():
 def test_bad_choice_is_refused(n_keep, mode, what):
     with pytest.raises(BadInputError, match=what):
         kept_frames(9, n_keep, mode)
+
+
+def hugging_face_frames(total, fps, rate, patch, low=4, high=768):
+    """``Qwen2VLVideoProcessor.sample_frames`` of transformers 5.23, word by word: the class itself needs torchvision."""
+    max_frames = math.floor(min(high, total) / patch) * patch
+    num_frames = total / fps * rate
+    num_frames = min(max(num_frames, low), max_frames, total)
+    return math.floor(num_frames / patch) * patch
+
+
+@pytest.mark.parametrize("patch", [1, 2, 3])
+@pytest.mark.parametrize("rate", [0.1, 1, 2, 7.5, 24, 100])
+def test_frames_at_a_rate_are_hugging_faces(rate, patch):
+    for total in (patch, 5, 9, 81, 240, 2000, 100_000):
+        for fps in (8, 16, 23.976, 30):
+            expected = hugging_face_frames(total, fps, rate, patch)
+            assert frames_at_rate(total, fps, rate, patch) == expected
+            assert 1 <= expected <= total
+
+
+def test_number_of_frames_of_a_preset_and_of_short_clips():
+    assert frames_at_rate(81, 16, 2) == 10
+    assert frames_at_rate(1, 16, 2) == 1  # Hugging Face fails: no frame is left
+    assert frames_at_rate(3, 16, 2) == 2
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_rate_that_cannot_be_used_is_refused(rate):
+    with pytest.raises(BadInputError, match="above 0"):
+        frames_at_rate(81, 16, rate)
+
+
+@pytest.mark.parametrize("fps", [0.0, float("nan")])
+def test_a_rate_needs_a_frame_rate(fps):
+    with pytest.raises(BadInputError, match="number of frames"):
+        frames_at_rate(81, fps, 2)
+
+
+@pytest.mark.parametrize("mode", ["uniform", "random_phase"])
+@pytest.mark.parametrize(("n_frames", "n_keep"), [(81, 9), (81, 41), (9, 9), (2000, 8)])
+def test_the_rate_of_kept_frames_is_that_of_their_times(n_frames, n_keep, mode):
+    """The mean step of the kept frames' places, each of which is rounded down to a frame: by less than one frame over all steps."""
+    kept = kept_frames(n_frames, n_keep, mode, torch.Generator().manual_seed(0))
+    seconds = (kept[-1] - kept[0]) / 24 / (n_keep - 1)
+    assert abs(1 / kept_fps(n_frames, 24, n_keep, mode) - seconds) * 24 * (n_keep - 1) < 1
+    if mode == "uniform":
+        assert kept_fps(n_frames, 24, n_keep) == pytest.approx(1 / seconds)
+
+
+def test_the_rate_of_one_frame_is_that_of_its_clip():
+    assert kept_fps(48, 24, 1) == 0.5
 
 
 @pytest.mark.parametrize("temporal_factor", [1, 2, 4])

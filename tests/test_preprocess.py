@@ -1,10 +1,14 @@
 """The differentiable preprocess gives Hugging Face's patches, in Hugging Face's order.
 
-Oracle: transformers' numpy/PIL image processor, which needs no torchvision. It repeats an image over a temporal patch, so the frame at
-place i of a temporal patch must give column block i of it what that frame, as an image, gives any column block.
+Oracles: what Hugging Face's video and image processors, which need torchvision, made of the same frames (``golden/preprocess.npz``, written
+by ``golden/make_preprocess.py``); and, run here, transformers' numpy/PIL image processor, which needs none. That one repeats an image over
+a temporal patch, so the frame at place i of a temporal patch must give column block i of it what that frame, as an image, gives any column
+block.
 """
 
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +16,13 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as hf_smart_resize
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as hf_smart_resize_clip
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.preprocess import VideoGeometry, smart_resize, video_patches
+
+sys.path.insert(0, str(Path(__file__).parent / "golden"))
+from preprocess_cases import CASES, FILE, GEOMETRIES, MUTED, frames_THWC, stored_places
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 QWEN = VideoGeometry(14, 2, 2, min_pixels=128 * 28 * 28, max_pixels=768 * 28 * 28, mean=MEAN, std=STD)
@@ -50,6 +58,52 @@ def expected_patches(clips_BTHWC, geometry):
 
 def as_frames(clips_BTHWC):
     return torch.from_numpy(clips_BTHWC).permute(0, 1, 4, 2, 3).float() / 255
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with np.load(FILE) as file:
+        return dict(file)
+
+
+def stored_patches(case, levels=(0, 255)):
+    """Our patches at the places the file keeps; black, white and a level's step there; the grid."""
+    geometry = GEOMETRIES[case.geometry]
+    frames = torch.from_numpy(frames_THWC(case, *levels)).permute(0, 3, 1, 2).float() / 255
+    patches, grid = video_patches(frames[None], geometry)
+    places = torch.from_numpy(stored_places(patches.numel()))
+    channel = places // (geometry.temporal_patch * geometry.patch**2) % 3
+    mean, std = torch.tensor(geometry.mean)[channel], torch.tensor(geometry.std)[channel]
+    return patches.flatten()[places], (0 - mean) / std, (1 - mean) / std, grid.tolist()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_patches_are_those_of_hugging_face_processors(case, golden):
+    """Video and image, Qwen2.5-VL's rule and Qwen3-VL's, as-is, up and down, odd, portrait and landscape: within 1e-5 of the range from
+    black to white; the grid exactly. What overshoots black or white saturates here."""
+    patches, black, white, grid = stored_patches(case)
+    assert grid == golden[f"{case.name}/grid"].tolist()
+    expected = torch.from_numpy(golden[f"{case.name}/float"]).clamp(black, white)
+    assert len(expected) >= 1000
+    assert ((patches - expected).abs() / (white - black)).max() < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_patches_of_uint8_frames_differ_by_their_rounding(case, golden):
+    """torch resizes uint8 in two passes, rounds to a level after each, and rounds the filter's weights to 15 bits: half a level after the
+    second pass; half a level carried through its weights, whose absolute values sum up to 1.25 (bicubic, a = -1/2); and the weights'
+    rounding, under a hundredth of a level. As-is, there is nothing to round."""
+    patches, black, white, _ = stored_patches(case, MUTED)
+    levels = (patches - black) / (white - black) * 255
+    expected = torch.from_numpy(golden[f"{case.name}/uint8"])
+    resized = smart_resize(case.height, case.width, GEOMETRIES[case.geometry], case.frames) != (case.height, case.width)
+    assert (levels - expected).abs().max() <= (0.5 + 0.5 * 1.25 + 0.01 if resized else 1e-3)
+
+
+def test_the_file_holds_every_case_and_kind():
+    assert len({(case.height, case.width) for case in CASES}) >= 10
+    assert {case.is_image for case in CASES} == {False, True}
+    assert {geometry.bounds for geometry in GEOMETRIES.values()} == {"frame", "clip"}
 
 
 @pytest.mark.parametrize(
@@ -116,6 +170,24 @@ def test_smart_resize_is_hugging_face(geometry):
         expected = hf_smart_resize(height, width, geometry.patch * geometry.merge, geometry.min_pixels, geometry.max_pixels)
         assert smart_resize(height, width, geometry) == expected
         assert math.prod(expected) % (geometry.patch * geometry.merge) ** 2 == 0
+
+
+@pytest.mark.parametrize("geometry", ["qwen3", "toy3"])
+def test_smart_resize_of_a_clip_is_hugging_face(geometry):
+    geometry = GEOMETRIES[geometry]
+    factor = geometry.factor
+    for frames in (2, 3, 5, 8, 9, 81):
+        for height, width in ((5, 7), (32, 32), (31, 64), (240, 416), (480, 832), (1080, 1920), (1920, 1080), (50, 1000)):
+            capped = max(min(768 * factor**2, geometry.max_pixels // frames), int(geometry.min_pixels * 1.05)) * frames
+            expected = hf_smart_resize_clip(frames, height, width, 2, factor, geometry.min_pixels, capped)
+            assert smart_resize(height, width, geometry, frames) == expected
+
+
+def test_a_long_clip_shares_its_pixels():
+    """Qwen2.5-VL's cap (``cap_pixels_per_frame``) leaves 300 frames alone, and holds 600 below 90% of 128000 tokens."""
+    assert smart_resize(720, 1280, QWEN, 300) == smart_resize(720, 1280, QWEN)
+    rows, columns = smart_resize(720, 1280, QWEN, 600)
+    assert 0.8 * 0.9 * 128_000 < rows * columns // 28**2 * 300 <= 0.9 * 128_000
 
 
 def test_extreme_aspect_ratio_is_refused():

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 FrameMode = Literal["uniform", "random_phase"]
 
+MIN_FRAMES, MAX_FRAMES = 4, 768
+"""At a rate, a clip gives at least and at most so many frames (as far as it has them): Hugging Face's and qwen-vl-utils' own bounds."""
+
 
 def kept_frames(n_frames: int, n_keep: int, mode: FrameMode = "uniform", generator: Generator | None = None) -> tuple[int, ...]:
     """Ascending, unique pixel frames for the critic.
@@ -37,6 +40,36 @@ def kept_frames(n_frames: int, n_keep: int, mode: FrameMode = "uniform", generat
         phase = torch.rand((), generator=generator, dtype=torch.float64).item()
         return tuple(int((i + phase) * n_frames / n_keep) for i in range(n_keep))
     raise BadInputError(f"the frame mode is {mode!r}: it must be 'uniform' or 'random_phase'")
+
+
+def frames_at_rate(n_frames: int, fps: float, rate: float, temporal_patch: int = 2) -> int:
+    """How many frames of a clip of ``n_frames`` at ``fps`` the critic sees at ``rate`` frames a second.
+
+    The rule of ``Qwen2VLVideoProcessor.sample_frames`` (transformers 5.23): a multiple of ``temporal_patch``, rounded down, in 4..768 and no
+    more than there are. A clip shorter than one temporal patch gives all it has (Hugging Face fails there); ``video_patches`` fills it up.
+
+    Raises:
+        BadInputError: a rate that is not above 0; a clip without a frame rate.
+    """
+    if not 0 < rate < float("inf"):
+        raise BadInputError(f'critic.frames = "fps:{rate:g}": the rate must be above 0, for example "fps:2"')
+    if not 0 < fps < float("inf"):
+        raise BadInputError(f'critic.frames = "fps:{rate:g}" needs a clip with a frame rate, and this one has none. Give a number of frames instead.')
+    most = min(MAX_FRAMES, n_frames) // temporal_patch * temporal_patch
+    wanted = min(max(n_frames / fps * rate, MIN_FRAMES), most)
+    return int(wanted // temporal_patch) * temporal_patch or min(n_frames, temporal_patch)
+
+
+def kept_fps(n_frames: int, fps: float, n_keep: int, mode: FrameMode = "uniform") -> float:
+    """Kept frames per second of the clip: one over the mean time between two neighbours of ``kept_frames``. A critic's
+    ``second_per_grid_ts`` is its temporal patch over this.
+
+    Hugging Face's ``sampled_fps`` is ``n_keep / n_frames * fps``, true of frames at a spacing of ``n_frames / n_keep`` (``random_phase``);
+    ``uniform`` takes both ends, so its frames lie ``(n_frames - 1) / (n_keep - 1)`` apart.
+    """
+    if mode == "uniform" and n_keep > 1:
+        return fps * (n_keep - 1) / (n_frames - 1)
+    return fps * n_keep / n_frames
 
 
 def chunk_of_frame(frame: int, temporal_factor: int) -> int:
