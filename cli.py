@@ -146,6 +146,42 @@ def evaluate(
     eval_command(run, prompts, json_)
 
 
+@app.command(epilog=_example('lowmem-drf score clip.mp4 --prompt "a red circle moves left on a gray background" --saliency heat.mp4'))
+@_reports_errors
+def score(
+    video: Annotated[Path, typer.Argument(help="Any video: MP4, MOV, WebM, MKV, GIF.")],
+    prompt: Annotated[str, typer.Option(help="What it should show.")],
+    saliency: Annotated[Path | None, typer.Option(help="Write an MP4 that shows where the reward's gradient points.", show_default=False)] = None,
+    preset: Annotated[str | None, typer.Option(help="Whose critic is asked. Default: as train chooses.", show_default=False)] = None,
+    critic: Annotated[str | None, typer.Option(help="A transformers folder, a Hugging Face id, or toyworld.", show_default=False)] = None,
+    quant: Annotated[str | None, typer.Option(help="none or nf4.", show_default=False)] = None,
+    frames: Annotated[str | None, typer.Option(help='How many frames it sees, or a rate: "fps:2".', show_default=False)] = None,
+    mode: Annotated[str | None, typer.Option(help="yesno, dense, both or vanilla.", show_default=False)] = None,
+    set_: Set = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the critic's answer to every question about a video, and where its gradient points."""
+    from lowmem_drf.run.score import score_command
+
+    score_command(video, prompt, saliency, json_, preset, critic, quant, frames, mode, set_ or [])
+
+
+@app.command(epilog=_example('lowmem-drf questions "a red ball rolls off a table"', "lowmem-drf questions --prompts prompts.txt --output questions.json"))
+@_reports_errors
+def questions(
+    prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="A prompt.", show_default=False)] = None,
+    prompts: PromptFile = None,
+    preset: Annotated[str | None, typer.Option(help="Whose critic.mode and critic.questions are taken.", show_default=False)] = None,
+    set_: Set = None,
+    output: Annotated[Path | None, typer.Option(help="Write them as JSON to edit; train -s critic.questions=FILE reads it.", show_default=False)] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the questions a prompt gives, or write them to a file to edit."""
+    from lowmem_drf.run.questions import questions_command
+
+    questions_command(prompt, prompts, preset, set_ or [], json_, output)
+
+
 @presets_app.command("list", epilog=_example("lowmem-drf presets list"))
 @_reports_errors
 def presets_list() -> None:

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 from lowmem_drf import __version__, cli
 from lowmem_drf.config import load_config
-from lowmem_drf.run.video import read_mp4
+from lowmem_drf.run.video import read_video
 
 PROMPT = "a red circle moves left on a gray background"
-COMMANDS = ("train", "sample", "export-lora", "eval", "presets list", "presets show", "presets copy")
+COMMANDS = ("train", "sample", "export-lora", "eval", "score", "questions", "presets list", "presets show", "presets copy")
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def test_train_then_sample_then_export_without_arguments(run_cli, tmp_path, tiny
     assert run.name.startswith("tiny-")
     code, out, err = run_cli("sample")
     assert code == 0, err
-    assert read_mp4(tmp_path / out.strip())[0].shape == (9, 3, 256, 256)
+    assert read_video(tmp_path / out.strip())[0].shape == (9, 3, 256, 256)
     code, out, err = run_cli("export-lora")
     assert code == 0, err
     assert "fp32" in out  # the tiny models' dtype
@@ -237,7 +237,7 @@ def test_sample_compare_shows_base_and_tuned_from_the_same_noise(run_cli, tmp_pa
     common = ["sample", "--run", str(tiny_run), "--prompt", PROMPT, "--seed", "3"]
     assert run_cli(*common, "--compare", "--output", "both.mp4")[0] == 0
     assert run_cli(*common, "--lora-scale", "0", "--output", "base.mp4")[0] == 0
-    both, base = read_mp4(tmp_path / "both.mp4")[0], read_mp4(tmp_path / "base.mp4")[0]
+    both, base = read_video(tmp_path / "both.mp4")[0], read_video(tmp_path / "base.mp4")[0]
     assert both.shape == (9, 3, 256 + 18, 2 * 256 + 4)
     assert (both[..., 18:, :256] - base).abs().mean() < 4 / 255  # two codings of the same clip
     assert {path.name for path in tmp_path.iterdir()} == {"both.mp4", "base.mp4"}
