@@ -22,6 +22,12 @@ import lowmem_drf
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.schema import Config, Node
 
+_PATTERNS = {
+    "memory.vae_backward": 'should be "exact" or "window:n", for example "window:3"',
+    "critic.frames": 'should be a number of frames or "fps:rate", for example "fps:2"',
+}
+"""What the patterns of ``schema`` mean."""
+
 DEFAULT_PRESET = "toy"
 """What ``load_config`` loads when nothing is named, and ``train`` where no card is: it runs anywhere."""
 
@@ -176,7 +182,7 @@ def _type_problems(error: ValidationError) -> dict[str, str]:
         key = next((".".join(where[:n]) for n in range(len(where), 0, -1) if ".".join(where[:n]) in known_keys()), ".".join(where))
         said = item["msg"][0].lower() + item["msg"][1:]
         if item["type"] == "string_pattern_mismatch":
-            said = 'should be "exact" or "window:n", for example "window:3"'
+            said = _PATTERNS[key]
         is_value = len(where) <= key.count(".") + 1 and ", not " not in said
         messages.setdefault(key, []).append(said + (f", not {item['input']!r}" if is_value else ""))
     return {key: " or ".join(dict.fromkeys(said)) for key, said in messages.items()}

@@ -77,12 +77,13 @@ def _from_json(where: str, number: int, text: str, folder: Path) -> Prompt:
     return Prompt(
         id=str(row.get("id", f"{number:04d}")),
         text=row["prompt"].strip(),
-        questions=tuple(_question(f"{where}: question {n}", item) for n, item in enumerate(questions, 1)),
+        questions=tuple(parse_question(f"{where}: question {n}", item) for n, item in enumerate(questions, 1)),
         reference_video=None if video is None else str(folder / video),
     )
 
 
-def _question(where: str, item: Any) -> Question:
+def parse_question(where: str, item: Any) -> Question:
+    """A question of a prompt file, a questions file or a writer. ``where`` opens the message of the BadInputError."""
     if not isinstance(item, dict):
         raise BadInputError(f"{where}: is to be an object with {', '.join(sorted(_QUESTION_KEYS))}.")
     if unknown := sorted(set(item) - _QUESTION_KEYS):

@@ -90,10 +90,23 @@ class Weights(Node):
 class Critic(Node):
     id: Name = "Qwen/Qwen2.5-VL-7B-Instruct"
     """A transformers folder, a Hugging Face id, or ``toyworld``."""
-    mode: Literal["structured", "vanilla"] = "structured"
-    """``structured``: questions of all three aspects. ``vanilla``: one global question, the baseline that collapses."""
-    frames: Positive = 8
-    """How many of the clip's frames the critic sees."""
+    quant: Literal["none", "nf4"] = "nf4"
+    """``nf4``: the language layers in 4 bit (bitsandbytes), vision tower and lm_head in ``dtype``. ``none``: all in ``dtype``."""
+    mode: Literal["yesno", "dense", "both", "vanilla"] = "both"
+    """``yesno``: yes/no questions of all three aspects. ``dense``: explanation queries of all three, scored token by token. ``both``.
+    ``vanilla``: one global yes/no question, the baseline that collapses."""
+    questions: Name = "templates"
+    """Who writes them: ``templates``, ``critic`` (the critic itself, once, before training; cached), or a JSON file in the form that
+    ``lowmem-drf questions --json`` prints. Questions in a prompt file come before all of these."""
+    reference: Literal["auto", "prompt"] = "auto"
+    """Where the answers wanted of dense questions come from. ``auto``: what the critic says of the prompt's ``reference_video``, where
+    there is one. ``prompt``: always the writer's, made from the prompt."""
+    token_weights: Literal["contrast", "uniform"] = "contrast"
+    """Of a dense answer. ``contrast``: a token weighs what seeing the clip does for it; words the critic would say anyway weigh little."""
+    normalize: bool = False
+    """Divide each question's reward by how much it has varied so far."""
+    frames: Positive | Annotated[str, Field(pattern=r"^fps:\d+(\.\d+)?$")] = 8
+    """How many of the clip's frames the critic sees, or how many a second (``"fps:2"``)."""
     frame_sampling: Literal["uniform", "random_phase"] = "uniform"
     reward: Literal["yes_logprob", "yes_margin"] = "yes_logprob"
     hinge: Literal["off"] | Annotated[float, Field(allow_inf_nan=False)] = "off"
@@ -171,8 +184,10 @@ class Config(Node):
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.micro_batch > self.batch:
             yield "micro_batch", f"{self.micro_batch} is more than batch = {self.batch}; lower it too: -s micro_batch={self.batch}"
-        if self.critic.frames > self.video.frames:
-            yield "critic.frames", f"the critic cannot see {self.critic.frames} of video.frames = {self.video.frames}; lower it"
+        if isinstance(frames := self.critic.frames, int) and frames > self.video.frames:
+            yield "critic.frames", f"the critic cannot see {frames} of video.frames = {self.video.frames}; lower it"
+        if isinstance(frames, str) and not 0 < float(frames.removeprefix("fps:")) <= self.video.fps:
+            yield "critic.frames", f"{frames!r}: the clip has {self.video.fps} frames a second (video.fps); give a rate above 0 and no higher"
 
     @property
     def vae_window(self) -> int | None:

@@ -39,6 +39,8 @@ class Question:
     weight: float = 1.0
     name: str = ""
     """Short key for metrics (``color``, ``jump``). Empty: the aspect stands for it."""
+    token_weights: tuple[float, ...] = ()
+    """``dense``: the weight of each token of the answer in its reward, as the critic's tokenizer cuts it. Empty: all alike."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 TINY_PRESET = """\
-# Tiny random models: nothing is learned, everything runs.
+# Tiny random models: nothing is learned, everything runs. Four updates: the last one has scales of the normalisation.
 prompts = "toyworld"
 steps = 4
 batch = 3
@@ -35,6 +35,8 @@ guidance = 2.0
 
 [critic]
 id = "{critic}"
+quant = "none"
+normalize = true
 frames = 3
 frame_sampling = "random_phase"
 

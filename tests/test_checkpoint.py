@@ -27,10 +27,10 @@ from lowmem_drf.run.start import train_command
 MOMENTS = {
     "before the first save": ("lowmem_drf.run.train.save_checkpoint", 1),
     "between the files of the second save": ("safetensors.torch.save_file", 4),
-    "before the rename of the second save": ("os.replace", 4),
+    "before the rename of the second save": ("os.replace", 5),
     "in the rotation": ("shutil.rmtree", 1),
     "between an update and its line": ("lowmem_drf.run.metrics.Metrics.write", 3),
-    "in the last save": ("os.fsync", 18),
+    "in the last save": ("os.fsync", 19),
 }
 """Moment of death -> the function in whose n-th call the process kills itself."""
 
@@ -160,5 +160,5 @@ def test_the_optimizer_goes_on_where_it_was():
 
 def test_the_cursor_is_plain_json(tiny_run):
     row = json.loads((checkpoint_folder(tiny_run) / "cursor.json").read_text())
-    assert {"step", "epoch", "index", "prompts"} == set(row)
+    assert {"step", "epoch", "index", "prompts", "spread"} == set(row)
     assert (row["step"], row["index"]) == (4, 12)

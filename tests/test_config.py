@@ -52,7 +52,7 @@ def test_overrides_win_and_the_last_one_counts():
 
 
 def test_a_whole_section_as_an_inline_table():
-    assert load_config("toy", ["critic.weights={TA=0.5, VQ=0}"]).critic.weights.model_dump() == {"TA": 0.5, "Phy": 1.0, "VQ": 0.0}
+    assert load_config("toy", ["critic.weights={TA=0.5, VQ=0}"]).critic.weights.model_dump() == {"TA": 0.5, "Phy": 2.0, "VQ": 0.0}
 
 
 def test_the_resolved_configuration_is_complete_and_reads_back(tmp_path):
@@ -110,6 +110,11 @@ def test_problems_of_a_file_name_the_file(tmp_path):
         (["sampler.graded=[1, 2]"], "make them agree"),
         (["micro_batch=9"], "micro_batch=8"),
         (["critic.frames=10"], "cannot see 10"),
+        (["critic.frames=fps:9"], "8 frames a second"),
+        (["critic.frames=fps:0"], "above 0"),
+        (["critic.frames=often"], '"fps:rate"'),
+        (["critic.quant=int3"], "nf4"),
+        (["critic.mode=structured"], "vanilla"),
         (["critic.weights={TA=0, Phy=0, VQ=0}"], "no reward"),
         (["lora.targets=[]"], "nothing would be trained"),
         (["memory.vae_backward=window"], "window:n"),
@@ -126,6 +131,7 @@ def test_values_that_cannot_work_are_refused(overrides, said):
 def test_a_valid_neighbour_of_each_refusal_is_taken():
     config = load_config("toy", ["sampler.graded=last", "sampler.graded_steps=1", "sampler.lv_samples=2", "memory.vae_backward=window:2"])
     assert config.vae_window == 2
+    assert load_config("toy", ["critic.frames=fps:8"]).critic.frames == "fps:8"
     assert load_config("toy").vae_window is None
 
 

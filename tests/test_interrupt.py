@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lowmem_drf.run.checkpoint import checkpoint_folder
 from lowmem_drf.run.metrics import read_metrics
-from lowmem_drf.run.progress import TrainProgress, clips_bar, clock, sparkline
+from lowmem_drf.run.progress import TrainProgress, clock, sparkline, work_bar
 from lowmem_drf.run.start import train_command
 
 
@@ -83,9 +83,9 @@ def test_a_notice_is_seen_on_a_terminal_and_in_a_log(capfd):
 
 
 def test_clips_are_counted_in_a_log(monkeypatch):
-    monkeypatch.setattr("lowmem_drf.run.progress.PLAIN_CLIPS_EVERY_S", -1.0)
+    monkeypatch.setattr("lowmem_drf.run.progress.PLAIN_WORK_EVERY_S", -1.0)
     log = Console(file=io.StringIO())
-    with clips_bar(log, 4) as advance:
+    with work_bar(log, "clips", 4) as advance:
         for _ in range(2):
             advance(2)
     assert log.file.getvalue().startswith("clips 2/4  ETA 0:0")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.method.reward import RewardSpec, mean_reward, question_reward, total_reward
+from lowmem_drf.method.reward import RewardSpec, Spread, mean_reward, question_reward, token_probabilities, total_reward
 from lowmem_drf.types import Answer, Question
 
 YES, NO = (1, 2), (3, 4)
@@ -65,14 +65,20 @@ def test_hinge_caps_the_reward_and_stops_the_gradient():
         assert bool(gradient.any()) == pushed
 
 
-def test_total_is_the_weighted_mean():
+def test_total_is_the_weighted_mean_of_the_aspects_means():
     answers = [yesno([0.0, p, 0.0, 1 - p, 0.0, 0.0]) for p in (0.9, 0.8, 0.3)]
     a, b, c = math.log(0.9), math.log(0.8), math.log(0.7)
     questions = [replace(WANTS_YES, weight=3.0), replace(WANTS_YES, name=""), replace(WANTS_NO, weight=0.5)]
-    total, by_aspect, by_question = total_reward(answers, questions, RewardSpec(weights={"TA": 1.0, "Phy": 2.0}))
-    assert total.item() == pytest.approx((3 * a + b + 0.5 * 2 * c) / 5)
+    total, by_aspect, by_question = total_reward(answers, questions, RewardSpec(weights={"TA": 1.0, "Phy": 2.0, "VQ": 5.0}))
     assert by_aspect == pytest.approx({"TA": (3 * a + b) / 4, "Phy": c})
+    assert total.item() == pytest.approx((by_aspect["TA"] + 2 * c) / 3)
     assert by_question == pytest.approx({"color": a, "TA": b, "jump": c})
+
+
+def test_asking_more_questions_gives_an_aspect_no_more_say():
+    few, many = ([WANTS_YES] * n + [WANTS_NO] for n in (1, 7))
+    rewards = [total_reward([ANSWER] * len(asked), asked, RewardSpec())[0].item() for asked in (few, many)]
+    assert rewards[0] == pytest.approx(rewards[1])
 
 
 def test_an_aspect_without_weight_is_reported_and_not_pushed():
@@ -96,18 +102,74 @@ def test_names_that_only_some_clips_have_are_averaged_over_those():
     ("questions", "spec", "what"),
     [
         ([], RewardSpec(), "no question"),
+        ([WANTS_YES], RewardSpec(scales={"color": 1.0}, weights={"TA": 0.0, "Phy": 1.0}), "weight above 0"),
         ([replace(WANTS_YES, weight=0.0)], RewardSpec(), "weight above 0"),
         ([WANTS_YES], RewardSpec(weights={"TA": 0.0}), "weight above 0"),
         ([replace(WANTS_YES, answer="red")], RewardSpec(), "give yes or no"),
     ],
-    ids=["none", "weightless", "weightless-aspect", "neither-yes-nor-no"],
+    ids=["none", "weightless-scaled", "weightless", "weightless-aspect", "neither-yes-nor-no"],
 )
 def test_unusable_questions_are_refused(questions, spec, what):
     with pytest.raises(BadInputError, match=what):
         total_reward([ANSWER] * len(questions), questions, spec)
 
 
-@pytest.mark.parametrize(("changes", "what"), [({"kind": "no_margin"}, "yes_margin"), ({"weights": {"TA": -1.0}}, "aspect TA")], ids=str)
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [({"kind": "no_margin"}, "yes_margin"), ({"weights": {"TA": -1.0}}, "aspect TA"), ({"scales": {"color": 0.0}}, "scale of question color")],
+    ids=str,
+)
 def test_bad_spec_is_refused(changes, what):
     with pytest.raises(BadInputError, match=what):
         RewardSpec(**changes)
+
+
+DENSE_LOGITS = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+DENSE_ANSWER = Answer(DENSE_LOGITS, torch.tensor([5, 0, 2]))
+
+
+def test_token_weights_say_which_words_of_an_explanation_count():
+    logp = [DENSE_LOGITS[i].softmax(-1)[token].log().item() for i, token in enumerate(DENSE_ANSWER.target_A)]
+    weighted = question_reward(DENSE_ANSWER, replace(DENSE, token_weights=(1.0, 0.0, 3.0)), RewardSpec())
+    assert weighted.item() == pytest.approx((logp[0] + 3 * logp[2]) / 4)
+    alike = question_reward(DENSE_ANSWER, replace(DENSE, token_weights=(0.2, 0.2, 0.2)), RewardSpec())
+    assert alike.item() == pytest.approx(question_reward(DENSE_ANSWER, DENSE, RewardSpec()).item())
+    assert token_probabilities(DENSE_ANSWER).log().tolist() == pytest.approx(logp)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.0, 0.0, 0.0)], ids=["too-few", "none-counts"])
+def test_unusable_token_weights_are_refused(weights):
+    with pytest.raises(BadInputError, match="one weight a token"):
+        question_reward(DENSE_ANSWER, replace(DENSE, token_weights=weights), RewardSpec())
+
+
+def test_scales_divide_what_counts_and_not_what_is_reported():
+    questions = [WANTS_YES, WANTS_NO]
+    total, by_aspect, by_question = total_reward([ANSWER, ANSWER], questions, RewardSpec(scales={"color": 0.5}))
+    yes, no = math.log(0.3), math.log(0.5)
+    assert total.item() == pytest.approx((yes / 0.5 + no) / 2)
+    assert by_aspect == pytest.approx({"TA": yes, "Phy": no}) and by_question == pytest.approx({"color": yes, "jump": no})
+
+
+def test_spread_gives_what_varies_more_a_larger_scale_and_nothing_a_vanishing_one():
+    spread = Spread()
+    for update in range(40):
+        assert (spread.scales() == {}) == (update < spread.warmup)
+        spread.add({"wild": -2.0 + (-1.0) ** update, "calm": -0.5 + 0.25 * (-1.0) ** update, "solved": -0.01})
+    scales = spread.scales()
+    # standard deviations of 1, 1/4 and 0, their mean 5/12; the floor is a tenth of that. The running mean follows each value by 1 - decay = 0.05
+    assert scales["wild"] == pytest.approx((1 / (5 / 12) + 0.1) / 1.1, rel=0.05) and scales["wild"] > scales["calm"] > scales["solved"]
+    assert scales["solved"] == pytest.approx(0.1 / 1.1) and sum(scales.values()) / 3 == pytest.approx(1.0)
+
+
+def test_spread_goes_on_from_what_was_saved():
+    whole, first = Spread(), Spread()
+    rewards = [{"a": -(i % 3) / 2, "b": -(i % 5) / 7} for i in range(20)]
+    for row in rewards:
+        whole.add(row)
+    for row in rewards[:9]:
+        first.add(row)
+    second = Spread(seen=dict(first.seen))
+    for row in rewards[9:]:
+        second.add(row)
+    assert second.scales() == whole.scales() != {}

@@ -8,14 +8,17 @@ import torch
 
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError, NonFiniteError
+from lowmem_drf.method.questions.file import load_questions
 from lowmem_drf.prompts import as_prompts
 from lowmem_drf.run.evaluate import Trial, diversity, measure
 from lowmem_drf.run.folder import claim, find_run, release, run_config
 from lowmem_drf.run.metrics import read_metrics
-from lowmem_drf.run.parts import all_questions, derive_seed, load_models, step_plan
+from lowmem_drf.run.parts import critic_frames, critic_rate, derive_seed, load_models, step_plan
+from lowmem_drf.run.questions import draft_questions
 from lowmem_drf.run.start import train_command
 from lowmem_drf.run.update import learning_rate, make_optimizer, update
-from lowmem_drf.run.video import read_mp4, side_by_side, write_mp4
+from lowmem_drf.run.video import read_video, side_by_side, write_mp4
+from lowmem_drf.toy.captions import train_prompts
 
 PROMPTS = ["a red circle moves left on a gray background", "a blue square moves up on a black background", "a green circle moves right on a white background"]
 
@@ -30,14 +33,15 @@ def ready(tiny_preset):
         models = load_models(config, PROMPTS)
         add_lora(models.transformer, config.lora.rank, config.lora.alpha, config.lora.targets, seed=0)
         prompts = as_prompts(PROMPTS)
-        return config, models, models.parts(lora_parameters(models.transformer)), prompts, all_questions(prompts, config.critic.mode)
+        return config, models, models.parts(lora_parameters(models.transformer)), prompts, draft_questions(config, prompts)
 
     return make
 
 
 def test_a_run_leaves_what_the_contract_says(tiny_run):
-    assert {path.name for path in tiny_run.iterdir()} == {"config.toml", "metrics.jsonl", "tensorboard", "samples", "checkpoints"}
+    assert {path.name for path in tiny_run.iterdir()} == {"config.toml", "questions.json", "metrics.jsonl", "tensorboard", "samples", "checkpoints"}
     assert run_config(tiny_run).lora.rank == 2
+    assert set(load_questions(tiny_run / "questions.json")) == set(train_prompts())
     assert sorted(path.name for path in (tiny_run / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
     assert {path.name for path in (tiny_run / "checkpoints" / "step-000004").iterdir()} == {"lora.safetensors", "state.safetensors", "cursor.json"}
     assert sorted(path.name for path in (tiny_run / "samples").iterdir()) == ["step-000000", "step-000002", "step-000004"]
@@ -58,7 +62,7 @@ def test_metrics_have_a_complete_line_per_update(tiny_run):
 
 def test_samples_are_playable_and_big_enough(tiny_run):
     (file,) = (tiny_run / "samples" / "step-000004").iterdir()
-    frames, fps = read_mp4(file)
+    frames, fps = read_video(file)
     assert (frames.shape, fps) == ((9, 3, 256, 256), 8)
 
 
@@ -119,6 +123,34 @@ def test_random_choices_of_an_update_depend_on_seed_and_update_alone(tiny_preset
     assert [step_plan(other, step).kept for step in range(12)] != [plan.kept for plan in plans]
 
 
+def test_the_critic_sees_a_number_of_frames_or_so_many_a_second():
+    """9 frames at 8 a second."""
+    for frames, count, rate in (("3", 3, 2.0), ("9", 9, 8.0), ('"fps:4"', 4, 3.0), ('"fps:8"', 8, 7.0)):
+        config = load_config("toy", [f"critic.frames={frames}"])
+        assert (len(step_plan(config, 0).kept), critic_frames(config), critic_rate(config)) == (count, count, rate)
+    config = load_config("toy", ["critic.frames=3", "critic.frame_sampling=random_phase"])
+    assert critic_rate(config) == 8 / 3  # a grid of three frames' spacing
+
+
+def test_scales_of_the_normalisation_change_the_step(ready):
+    _, models, parts, prompts, questions = ready("micro_batch=3")
+    config, *_ = ready("micro_batch=3")
+    gradients = []
+    for scales in ({}, {"color": 0.1, "jump": 5.0}):
+        update(config, models, parts, _keep_gradients(parts.lora, gradients), 0, prompts, questions, None, scales)
+    assert len(gradients) == 2 and not torch.allclose(gradients[0], gradients[1])
+
+
+def _keep_gradients(lora, kept):
+    """An optimizer that changes nothing and keeps the gradient it is given."""
+
+    class Keep(torch.optim.SGD):
+        def step(self, closure=None):
+            kept.append(torch.cat([tensor.grad.flatten() for tensor in lora]))
+
+    return Keep(lora, lr=1.0)
+
+
 def test_learning_rate_schedules():
     optim = load_config("toy", ["optim.lr=1.0", "optim.warmup_steps=4", "optim.schedule=linear"]).optim
     assert [learning_rate(optim, step, 8) for step in range(8)] == [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]
@@ -141,11 +173,19 @@ def test_an_output_that_cannot_be_written_is_refused(tmp_path, tiny_preset):
 
 
 @pytest.mark.parametrize(
-    "override", ['lora.targets=["nothing"]', "model.id=/no/such/model", "video.width=20", "critic.mode=structured", "critic.weights={TA = 0, Phy = 0, VQ = 0}"]
+    "override",
+    [
+        'lora.targets=["nothing"]',
+        "model.id=/no/such/model",
+        "video.width=20",
+        "critic.id=toyworld",
+        "critic.questions=/no/such.json",
+        "critic.weights={TA = 0, Phy = 0, VQ = 0}",
+    ],
 )
 def test_a_run_that_cannot_start_leaves_nothing_behind(tmp_path, tiny_preset, override):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a dog on a skateboard\n" if override == "critic.mode=structured" else PROMPTS[0])
+    prompts.write_text("a dog on a skateboard\n" if override == "critic.id=toyworld" else PROMPTS[0])
     with pytest.raises(BadInputError):
         train_command(str(tiny_preset), prompts, tmp_path / "a" / "run", None, None, False, [override], False)
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
@@ -198,7 +238,7 @@ def test_measures_do_not_depend_on_the_batch_and_name_every_aspect(ready):
     for size in (1, 3, 4):
         config, models, *_ = ready(f"log.eval_batch={size}", "critic.mode=vanilla")
         prompts = as_prompts(PROMPTS)
-        trial = Trial(prompts, 2, all_questions(prompts, config.critic.mode), {}, "of the test")
+        trial = Trial(prompts, 2, draft_questions(config, prompts), {}, "of the test")
         measured.append(measure(config, models, trial, lambda clips: None))
     for name in ("reward", "diversity", "motion", "velocity_norm"):
         assert measured[0][name] > 0 or name == "reward"
@@ -210,7 +250,7 @@ def test_measures_do_not_depend_on_the_batch_and_name_every_aspect(ready):
 
 def test_mp4_round_trip_pads_odd_sizes(tmp_path):
     smooth = torch.linspace(0, 1, 33).expand(5, 3, 31, 33)
-    frames, fps = read_mp4(write_mp4(tmp_path / "new" / "clip.mp4", smooth, fps=12))
+    frames, fps = read_video(write_mp4(tmp_path / "new" / "clip.mp4", smooth, fps=12))
     assert (frames.shape, fps) == ((5, 3, 32, 34), 12)
     assert (frames[:, :, :31, :33] - smooth).abs().mean() < 4 / 255  # chroma subsampling and quantisation: a few grey levels
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["clip.mp4"]

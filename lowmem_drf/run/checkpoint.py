@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,8 @@ class Checkpoint:
     cursor: Cursor
     prompts: str
     """``prompts.fingerprint``: a resumed run must have the same prompts."""
+    spread: Mapping[str, tuple[int, float, float]] = field(default_factory=dict)
+    """``reward.Spread.seen``."""
 
 
 def checkpoint_steps(run: Path) -> list[int]:
@@ -72,7 +74,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, alpha: float, keep: int) 
     # one entry only: safetensors writes several in random order, and equal LoRAs are to be equal files
     save_file(dict(checkpoint.lora), aside / "lora.safetensors", metadata={"alpha": repr(alpha)})
     save_file({**checkpoint.optimizer, **_random_state()}, aside / "state.safetensors")
-    cursor = {"step": checkpoint.step, **asdict(checkpoint.cursor), "prompts": checkpoint.prompts}
+    cursor = {"step": checkpoint.step, **asdict(checkpoint.cursor), "prompts": checkpoint.prompts, "spread": dict(checkpoint.spread)}
     (aside / "cursor.json").write_text(json.dumps(cursor, indent=2) + "\n", encoding="utf-8")
     for path in (*aside.iterdir(), aside):
         _flush(path)
@@ -99,6 +101,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             optimizer={name: tensor for name, tensor in state.items() if not name.startswith("rng.")},
             cursor=Cursor(row["epoch"], row["index"]),
             prompts=row["prompts"],
+            spread={name: (count, mean, variance) for name, (count, mean, variance) in row["spread"].items()},
         )
         torch.set_rng_state(state["rng.cpu"])
     except (OSError, ValueError, KeyError, SafetensorError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -12,14 +12,16 @@ import torch
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.frames import kept_frames
-from lowmem_drf.method.questions import make_questions
+from lowmem_drf.method.questions import Grammar, make_questions
 from lowmem_drf.method.reward import RewardSpec, mean_reward
 from lowmem_drf.models.lora import lora_scale
 from lowmem_drf.models.sources import TOYWORLD
 from lowmem_drf.prompts import as_prompts, load_prompts
 from lowmem_drf.run.generate import batches
-from lowmem_drf.run.parts import Models, all_questions, derive_seed, load_models, reward_spec, run_prompts
-from lowmem_drf.run.progress import clips_bar
+from lowmem_drf.run.parts import Models, critic_frames, derive_seed, load_models, reward_spec, run_prompts
+from lowmem_drf.run.progress import work_bar
+from lowmem_drf.run.questions import draft_questions, grammar_of
+from lowmem_drf.run.references import finish_questions
 from lowmem_drf.run.truth import oracle_for
 from lowmem_drf.schema import Config
 from lowmem_drf.types import Aspect, Prompt, Question
@@ -27,6 +29,8 @@ from lowmem_drf.types import Aspect, Prompt, Question
 if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
+
+    from lowmem_drf.models.critic import QwenCritic
 
 EVAL_PROMPTS = 128
 EVAL_SEEDS = 2
@@ -38,7 +42,7 @@ class Trial:
 
     prompts: tuple[Prompt, ...]
     seeds: int
-    questions: Mapping[str, Sequence[Question]]
+    questions: Mapping[str, tuple[Question, ...]]
     """By prompt id: those training asks."""
     heldout: Mapping[str, Sequence[Question]]
     """By prompt id: those training never asks. Empty where they cannot be made."""
@@ -56,8 +60,13 @@ def make_trial(config: Config, prompts: Sequence[Prompt], count: int, seeds: int
         chosen, source = as_prompts(heldout_prompts(count, seed=0)), "held out from training"
     else:
         chosen, source = tuple(prompts[:count]), "of the training file, with other noise (give held-out ones: lowmem-drf eval --prompts FILE)"
-    heldout = _heldout_questions(chosen)
-    return Trial(chosen, seeds, all_questions(chosen, config.critic.mode), heldout, source)
+    heldout = _heldout_questions(chosen, grammar_of(config))
+    return Trial(chosen, seeds, draft_questions(config, chosen), heldout, source)
+
+
+def finish_trial(config: Config, trial: Trial, critic: QwenCritic, console: Console) -> Trial:
+    """With the questions as training has them (``references.finish_questions``)."""
+    return replace(trial, questions=finish_questions(config, trial.prompts, trial.questions, critic, console))
 
 
 def compare(config: Config, models: Models, trial: Trial, advance: Callable[[int], None]) -> dict[str, Any]:
@@ -81,7 +90,7 @@ def measure(config: Config, models: Models, trial: Trial, advance: Callable[[int
     prompts = [prompt for prompt in trial.prompts for _ in range(trial.seeds)]
     texts = [prompt.text for prompt in prompts]
     seeds = [derive_seed("eval", i // trial.seeds, i % trial.seeds) for i in range(len(prompts))]
-    kept = list(kept_frames(config.video.frames, config.critic.frames))
+    kept = list(kept_frames(config.video.frames, critic_frames(config)))
     spec = reward_spec(config)
     judge = oracle_for(config, texts)
     by_clip, by_prompt, oracle = _Mean(), _Mean(), _Mean()
@@ -132,6 +141,7 @@ def eval_command(run_folder: Path | None, file: Path | None, as_json: bool) -> N
     models = load_models(config, [prompt.text for prompt in trial.prompts])
     step = load_run_lora(models.transformer, run, config)
     console = Console(stderr=as_json)
+    trial = finish_trial(config, trial, models.asked_critic, console)
     console.print(f"{run}, step {step}: {describe(trial)}", highlight=False, markup=False, soft_wrap=True)
     result = with_progress(config, models, trial, console)
     if as_json:
@@ -142,7 +152,7 @@ def eval_command(run_folder: Path | None, file: Path | None, as_json: bool) -> N
 
 def with_progress(config: Config, models: Models, trial: Trial, console: Console) -> dict[str, Any]:
     """``compare``, with how far it is and how long it will take."""
-    with clips_bar(console, 2 * trial.seeds * len(trial.prompts)) as advance:
+    with work_bar(console, "clips", 2 * trial.seeds * len(trial.prompts)) as advance:
         return compare(config, models, trial, advance)
 
 
@@ -173,17 +183,15 @@ def _rows(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[tuple[str, 
 
 def _ask(models: Models, frames_BTCHW: Tensor, prompts: Sequence[Prompt], questions: Mapping[str, Sequence[Question]], spec: RewardSpec) -> dict[str, float]:
     """Mean reward of these clips under ``reward``, and by aspect."""
-    if models.critic is None:
-        raise ValueError("the models were loaded without a critic")
     asked = [questions[prompt.id] for prompt in prompts]
-    total, by_aspect, _ = mean_reward(models.critic(frames_BTCHW, asked), asked, spec)
+    total, by_aspect, _ = mean_reward(models.asked_critic(frames_BTCHW, asked), asked, spec)
     return {"reward": total.item(), **by_aspect}
 
 
-def _heldout_questions(prompts: Sequence[Prompt]) -> dict[str, tuple[Question, ...]]:
+def _heldout_questions(prompts: Sequence[Prompt], grammar: Grammar) -> dict[str, tuple[Question, ...]]:
     """Questions that training does not ask; empty unless they can be made of every prompt."""
     try:
-        return {prompt.id: make_questions(prompt.text, "heldout") for prompt in prompts}
+        return {prompt.id: make_questions(prompt.text, "heldout", grammar) for prompt in prompts}
     except BadInputError:
         return {}
 

@@ -1,6 +1,6 @@
 """A run's folder: made, found, refused. Its contents are listed in the README.
 
-config.toml  metrics.jsonl  tensorboard/  samples/step-000050/  checkpoints/step-000050/
+config.toml  questions.json  metrics.jsonl  tensorboard/  samples/step-000050/  checkpoints/step-000050/
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def run_config(folder: Path) -> Config:
 
 def write_aside(path: Path, text: str) -> None:
     """Writes a whole file under another name, then renames it: a reader sees the old text or the new one, never a part."""
-    aside = path.with_name(f".{path.name}.part")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with aside.open("w", encoding="utf-8") as file:
             file.write(text)

@@ -6,7 +6,7 @@ import gc
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +14,14 @@ import torch
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.memory.meter import Meter
-from lowmem_drf.method.frames import kept_frames
-from lowmem_drf.method.questions import make_questions
+from lowmem_drf.method.frames import frames_at_rate, kept_fps, kept_frames
 from lowmem_drf.method.reward import RewardSpec
 from lowmem_drf.method.schedule import choose_graded, draw_noise, flow_sigmas
 from lowmem_drf.method.step import StepPlan
 from lowmem_drf.models.sources import TOYWORLD, resolve
 from lowmem_drf.prompts import as_prompts, load_prompts
 from lowmem_drf.schema import Config
-from lowmem_drf.types import Parts, Prompt, Question
+from lowmem_drf.types import Parts, Prompt
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,52 +57,36 @@ def run_prompts(config: Config) -> tuple[Prompt, ...]:
     return load_prompts(config.prompts)
 
 
-def questions_for(prompt: Prompt, mode: str) -> tuple[Question, ...]:
-    """The prompt's own questions, or else those made from its text. Raises BadInputError where neither is possible."""
-    return prompt.questions or make_questions(prompt.text, mode)
-
-
-def all_questions(prompts: Sequence[Prompt], mode: str) -> dict[str, tuple[Question, ...]]:
-    """Questions by prompt id; every prompt that gives none is named, not only the first."""
-    made: dict[str, tuple[Question, ...]] = {}
-    refused: list[tuple[Prompt, BadInputError]] = []
-    for prompt in prompts:
-        try:
-            made[prompt.id] = questions_for(prompt, mode)
-        except BadInputError as error:
-            refused.append((prompt, error))
-    if refused:
-        others = ", ".join(prompt.id for prompt, _ in refused[1:6]) + (", …" if len(refused) > 6 else "")
-        raise BadInputError(f"prompt {refused[0][0].id}: {refused[0][1]}" + (f"\nThe same holds for prompts {others}." if others else ""))
-    return made
-
-
-def require_weights(questions: Mapping[str, Sequence[Question]], spec: RewardSpec) -> None:
-    """Raises BadInputError for the first prompt none of whose questions counts: its clips would have no reward."""
-    for prompt, asked in questions.items():
-        if not any(question.weight * spec.weights[question.aspect] > 0 for question in asked):
-            raise BadInputError(f"prompt {prompt}: none of its questions has a weight above 0. Raise critic.weights, or the questions' own weights.")
-
-
 def reward_spec(config: Config) -> RewardSpec:
     hinge = None if config.critic.hinge == "off" else config.critic.hinge
     return RewardSpec(config.critic.reward, hinge, config.critic.weights.model_dump())
 
 
-def step_plan(config: Config, step: int) -> StepPlan:
-    """The plan of update ``step``: its random choices depend on the run's seed and on ``step`` alone."""
+def critic_frames(config: Config) -> int:
+    """How many frames of a clip the critic sees."""
+    frames, video = config.critic.frames, config.video
+    return frames if isinstance(frames, int) else frames_at_rate(video.frames, video.fps, float(frames.removeprefix("fps:")))
+
+
+def critic_rate(config: Config) -> float:
+    """Frames a second of what the critic sees."""
+    return kept_fps(config.video.frames, config.video.fps, critic_frames(config), config.critic.frame_sampling)
+
+
+def step_plan(config: Config, step: int, scales: Mapping[str, float] | None = None) -> StepPlan:
+    """The plan of update ``step``: its random choices depend on the run's seed and on ``step`` alone. ``scales``: ``RewardSpec.scales``."""
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "plan", step))
     sampler, critic = config.sampler, config.critic
     return StepPlan(
         sigmas=flow_sigmas(sampler.steps, sampler.shift),
         graded=choose_graded(sampler.graded, sampler.steps, sampler.graded_steps, generator),
-        kept=kept_frames(config.video.frames, critic.frames, critic.frame_sampling, generator),
+        kept=kept_frames(config.video.frames, critic_frames(config), critic.frame_sampling, generator),
         chain=sampler.chain,
         guidance=sampler.guidance,
         guidance_grad=sampler.guidance_grad,
         vae_window=config.vae_window,
         lv_samples=sampler.lv_samples,
-        reward=reward_spec(config),
+        reward=replace(reward_spec(config), scales=scales or {}),
     )
 
 
@@ -125,11 +108,16 @@ class Models:
     device: torch.device
     meter: Meter = field(compare=False)
 
-    def parts(self, lora: Sequence[Tensor]) -> Parts:
-        """For training. The critic must have been loaded."""
+    @property
+    def asked_critic(self) -> QwenCritic:
+        """The critic, which must have been loaded."""
         if self.critic is None:
             raise ValueError("the models were loaded without a critic")
-        return Parts(self.velocity, self.decoder, self.critic, lora, self.meter.stage)
+        return self.critic
+
+    def parts(self, lora: Sequence[Tensor]) -> Parts:
+        """For training."""
+        return Parts(self.velocity, self.decoder, self.asked_critic, lora, self.meter.stage)
 
     def condition(self, texts: Sequence[str]) -> Tensor:
         """(B, L, D) on the device."""
@@ -164,7 +152,7 @@ def load_models(config: Config, texts: Sequence[str], with_critic: bool = True) 
         transformer=transformer,
         velocity=as_velocity(transformer),
         decoder=decoder,
-        critic=_load_critic(config, device) if with_critic else None,
+        critic=load_run_critic(config) if with_critic else None,
         texts=encoded,
         text_tokens=config.model.text_tokens,
         negative_prompt=config.sampler.negative_prompt,
@@ -200,12 +188,14 @@ def _without_padding(row_LD: Tensor) -> Tensor:
     return row_LD[: int(used.max()) + 1 if len(used) else 0].clone()
 
 
-def _load_critic(config: Config, device: torch.device) -> QwenCritic:
+def load_run_critic(config: Config) -> QwenCritic:
+    """The critic alone, as a run has it."""
+    _hide_loading_bars(config)
     from lowmem_drf.models.critic import load_critic
 
     # ToyWorld's critic was trained at the one frame rate that its folder names; a real one is told how fast its frames pass
-    fps = None if config.critic.id == TOYWORLD else config.video.fps * config.critic.frames / config.video.frames
-    critic = load_critic(resolve(config.critic.id, "critic"), DTYPES[config.dtype], device, fps)
+    fps = None if config.critic.id == TOYWORLD else critic_rate(config)
+    critic = load_critic(resolve(config.critic.id, "critic"), DTYPES[config.dtype], resolve_device(config.device), fps, config.critic.quant)
     critic.set_checkpointing(config.memory.checkpoint)
     return critic
 

@@ -6,8 +6,9 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -19,7 +20,7 @@ from rich.text import Text
 from lowmem_drf.run.update import UpdateReport
 
 PLAIN_EVERY_S = 5.0
-PLAIN_CLIPS_EVERY_S = 20.0
+PLAIN_WORK_EVERY_S = 20.0
 SMOOTH = 10
 """Updates that the shown rates are averaged over: one update's few clips say little."""
 ASPECTS = {"TA": "text", "Phy": "physics", "VQ": "quality"}
@@ -122,24 +123,36 @@ class TrainProgress:
         return sum(values) / len(values) if values else float("nan")
 
 
+Item = TypeVar("Item")
+
+
+def counted(console: Console, what: str, items: Sequence[Item]) -> Iterator[Item]:
+    """The items one by one, with a ``work_bar`` where there are any."""
+    if items:
+        with work_bar(console, what, len(items)) as advance:
+            for item in items:
+                yield item
+                advance(1)
+
+
 @contextmanager
-def clips_bar(console: Console, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields the function to tell of clips done: a bar with ETA on a terminal, elsewhere a plain line every ``PLAIN_CLIPS_EVERY_S``."""
+def work_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yields the function to tell of work done: a bar with ETA on a terminal, elsewhere a plain line every ``PLAIN_WORK_EVERY_S``."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     done, start = 0, time.monotonic()
     last_line = start
     # stdout may be a pipe while the bar is on stderr: what is printed meanwhile must not be taken to the terminal then
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty()) as bar:
-        task = bar.add_task("clips", total=total)
+        task = bar.add_task(what, total=total)
 
-        def advance(clips: int) -> None:
+        def advance(count: int) -> None:
             nonlocal done, last_line
-            done += clips
-            bar.advance(task, clips)
+            done += count
+            bar.advance(task, count)
             now = time.monotonic()
-            if not console.is_terminal and done < total and now - last_line > PLAIN_CLIPS_EVERY_S:
+            if not console.is_terminal and done < total and now - last_line > PLAIN_WORK_EVERY_S:
                 last_line = now
-                console.print(f"clips {done}/{total}  ETA {clock((now - start) / done * (total - done))}", highlight=False, markup=False)
+                console.print(f"{what} {done}/{total}  ETA {clock((now - start) / done * (total - done))}", highlight=False, markup=False)
 
         yield advance
 

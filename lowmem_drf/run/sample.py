@@ -16,7 +16,7 @@ from lowmem_drf.run.generate import generate
 from lowmem_drf.run.lora_file import load_lora_file, load_run_lora
 from lowmem_drf.run.parts import Models, load_models, run_prompts
 from lowmem_drf.run.previews import preview_texts, slug
-from lowmem_drf.run.progress import clips_bar
+from lowmem_drf.run.progress import work_bar
 from lowmem_drf.run.video import side_by_side, watchable_upscale, write_mp4
 from lowmem_drf.schema import Config
 
@@ -54,7 +54,7 @@ def sample_command(
     paths = _paths(output or run / "samples" / source, wanted, seed, compare, is_folder=output is None)
     label = "tuned" if scale == 1 else f"tuned, LoRA x {scale:g}"
     upscale = watchable_upscale(config.video.height, config.video.width)
-    with clips_bar(Console(stderr=True), len(wanted)) as advance:
+    with work_bar(Console(stderr=True), "clips", len(wanted)) as advance:
         for path, (base, tuned) in zip(paths, base_and_tuned(config, models, wanted, seed, scale, with_base=compare), strict=True):
             clip, factor = (tuned, upscale) if base is None else (side_by_side((base, tuned), ("base", label), upscale), 1)
             print(write_mp4(path, clip, config.video.fps, factor), flush=True)

@@ -43,7 +43,7 @@ def train_command(
         run, config = _resumed(preset, output, overrides)
         origin = f"resumed after update {done_steps(run)}"
     else:
-        name, why = (preset, "") if preset else _chosen_preset()
+        name, why = (preset, "") if preset else chosen_preset()
         run, config, origin = output or default_output(name), _absolute(load_config(name, overrides)), f"preset {name}{why}"
     if dry_run:
         print(to_toml(config), end="")
@@ -51,7 +51,7 @@ def train_command(
     start(config, run, resume, origin)
 
 
-def _chosen_preset() -> tuple[str, str]:
+def chosen_preset() -> tuple[str, str]:
     """The default preset, and why it is that one."""
     import torch
 
@@ -68,16 +68,19 @@ def start(config: Config, run: Path, resume: bool, origin: str) -> None:
     """
     from rich.console import Console
 
+    from lowmem_drf.method.questions.file import to_json
     from lowmem_drf.models.lora import add_lora
-    from lowmem_drf.run.evaluate import make_trial
-    from lowmem_drf.run.parts import all_questions, derive_seed, load_models, require_weights, reward_spec, run_prompts
+    from lowmem_drf.run.evaluate import finish_trial, make_trial
+    from lowmem_drf.run.parts import derive_seed, load_models, reward_spec, run_prompts
     from lowmem_drf.run.previews import preview_texts
+    from lowmem_drf.run.questions import draft_questions, require_weights
+    from lowmem_drf.run.references import finish_questions
     from lowmem_drf.run.train import train
 
     console = Console(soft_wrap=True)
     prompts = run_prompts(config)
-    questions = all_questions(prompts, config.critic.mode)
-    require_weights(questions, reward_spec(config))
+    draft = draft_questions(config, prompts)
+    require_weights(draft, reward_spec(config))
     trial = make_trial(config, prompts, config.log.eval_prompts, config.log.eval_seeds) if config.log.eval_prompts else None
     made = make_writable(run) if resume else claim(run)
     try:
@@ -85,7 +88,10 @@ def start(config: Config, run: Path, resume: bool, origin: str) -> None:
         texts = [prompt.text for prompt in (*prompts, *(trial.prompts if trial else ()))]
         models = load_models(config, [*texts, *previews])
         add_lora(models.transformer, config.lora.rank, config.lora.alpha, config.lora.targets, derive_seed(config.seed, "lora"))
+        questions = finish_questions(config, prompts, draft, models.asked_critic, console)
+        trial = finish_trial(config, trial, models.asked_critic, console) if trial else None
         write_aside(run / "config.toml", to_toml(config))
+        write_aside(run / "questions.json", to_json({prompt.text: questions[prompt.id] for prompt in prompts}))
     except BaseException:
         release(made)
         raise
@@ -100,10 +106,13 @@ def done_steps(run: Path) -> int:
 
 
 def _absolute(config: Config) -> Config:
-    """The prompt file by its absolute path: the run can be resumed from anywhere."""
-    if config.prompts in ("", TOYWORLD):
-        return config
-    return config.model_copy(update={"prompts": str(Path(config.prompts).expanduser().absolute())})
+    """The files it names by their absolute paths: the run can be resumed from anywhere."""
+    if config.prompts not in ("", TOYWORLD):
+        config = config.model_copy(update={"prompts": str(Path(config.prompts).expanduser().absolute())})
+    if config.critic.questions not in ("templates", "critic"):
+        path = str(Path(config.critic.questions).expanduser().absolute())
+        config = config.model_copy(update={"critic": config.critic.model_copy(update={"questions": path})})
+    return config
 
 
 def _resumed(preset: str | None, output: Path | None, overrides: Sequence[str]) -> tuple[Path, Config]:
@@ -135,8 +144,6 @@ def _announce(console: Console, config: Config, run: Path, models: Models, promp
         f"{config.sampler.graded_steps} of {config.sampler.steps} steps graded, critic {config.critic.mode}",
         f"run: {run}",
     ]
-    if unused := sum(prompt.reference_video is not None for prompt in prompts):
-        lines.append(f"Note: reference_video of {unused} prompts is not used by yes/no questions.")
     for line in lines:
         console.print(line, highlight=False, markup=False)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.method.reward import Spread
 from lowmem_drf.models.lora import load_lora_state, lora_parameters, lora_state
 from lowmem_drf.prompts import Cursor, PromptStream, fingerprint
 from lowmem_drf.run.checkpoint import (
@@ -58,7 +59,7 @@ def train(
     """
     parts = models.parts(lora_parameters(models.transformer))
     optimizer = make_optimizer(config.optim, parts.lora)
-    cursor, done = _restore(run, models, optimizer, prompts)
+    cursor, done, spread = _restore(run, models, optimizer, prompts)
     stream = PromptStream(prompts, config.seed, cursor)
     judge = oracle_for(config, [prompt.text for prompt in prompts])
     metrics, progress = Metrics(run, done), TrainProgress(console, config.steps, done)
@@ -67,37 +68,39 @@ def train(
             write_previews(config, run, models, previews, step=0)
         with progress.live(), _finish_on_interrupt(progress, run) as stop:
             for step in range(done, config.steps):
-                report = update(config, models, parts, optimizer, step, stream.take(config.batch), questions, judge)
+                scales = spread.scales() if config.critic.normalize else {}
+                report = update(config, models, parts, optimizer, step, stream.take(config.batch), questions, judge, scales)
+                spread.add(report.reward_by_question)
                 metrics.write(report)
                 progress.update(report)
                 last = report.step == config.steps
                 if saved := last or report.step % config.log.checkpoint_every == 0:
-                    _save(config, run, models, optimizer, report.step, stream.cursor, prompts)
+                    _save(config, run, models, optimizer, report.step, stream.cursor, prompts, spread)
                 if config.log.sample_every and not stop and (last or report.step % config.log.sample_every == 0):
                     write_previews(config, run, models, previews, report.step)
                 if stop:  # asked at any moment, the samples' included
                     if not saved:
-                        _save(config, run, models, optimizer, report.step, stream.cursor, prompts)
+                        _save(config, run, models, optimizer, report.step, stream.cursor, prompts, spread)
                     cure = "The run is complete." if last else f"Go on with: lowmem-drf train --resume --output {run}"
                     raise KeyboardInterrupt(f"Interrupted after update {report.step}; it is saved. {cure}")
     finally:
         metrics.close()
 
 
-def _restore(run: Path, models: Models, optimizer: Optimizer, prompts: Sequence[Prompt]) -> tuple[Cursor, int]:
+def _restore(run: Path, models: Models, optimizer: Optimizer, prompts: Sequence[Prompt]) -> tuple[Cursor, int, Spread]:
     if not checkpoint_steps(run):
-        return Cursor(), 0
+        return Cursor(), 0, Spread()
     checkpoint = load_checkpoint(checkpoint_folder(run))
     if checkpoint.prompts != fingerprint(prompts):
         raise BadInputError(f"the prompts of {run} have changed since its last checkpoint. Restore the file, or start a new run.")
     load_lora_state(models.transformer, checkpoint.lora)
     unpack_optimizer(optimizer, list(lora_state(models.transformer)), checkpoint.optimizer)
-    return checkpoint.cursor, checkpoint.step
+    return checkpoint.cursor, checkpoint.step, Spread(seen=dict(checkpoint.spread))
 
 
-def _save(config: Config, run: Path, models: Models, optimizer: Optimizer, step: int, cursor: Cursor, prompts: Sequence[Prompt]) -> None:
+def _save(config: Config, run: Path, models: Models, optimizer: Optimizer, step: int, cursor: Cursor, prompts: Sequence[Prompt], spread: Spread) -> None:
     lora = lora_state(models.transformer)
-    checkpoint = Checkpoint(step, lora, pack_optimizer(optimizer, list(lora)), cursor, fingerprint(prompts))
+    checkpoint = Checkpoint(step, lora, pack_optimizer(optimizer, list(lora)), cursor, fingerprint(prompts), spread.seen)
     save_checkpoint(run, checkpoint, config.lora.alpha, config.log.keep)
 
 

@@ -31,6 +31,7 @@ class UpdateReport:
     step: int
     """Updates done, this one included."""
     reward: float
+    """The one number whose gradient is taken: with ``critic.normalize``, of the scaled rewards. Those below are as the critic gave them."""
     reward_by_aspect: dict[str, float]
     reward_by_question: dict[str, float]
     grad_norm: float
@@ -71,18 +72,20 @@ def update(
     prompts: Sequence[Prompt],
     questions: Mapping[str, Sequence[Question]],
     judge: Judge | None,
+    scales: Mapping[str, float] | None = None,
 ) -> UpdateReport:
     """Update ``step`` (from 0) on these prompts, one clip each.
 
     Args:
         questions: by prompt id.
         judge: measures the clips where the critic sees all their frames.
+        scales: what each question's reward is divided by (``RewardSpec.scales``).
 
     Raises:
         NonFiniteError: a reward or a gradient is NaN or infinite. Names the update, prompts and seeds; the weights were not changed.
     """
     start = time.perf_counter()
-    plan = step_plan(config, step)
+    plan = step_plan(config, step, scales)
     seeds = [derive_seed(config.seed, "noise", step, clip) for clip in range(len(prompts))]
     lr = learning_rate(config.optim, step, config.steps)
     for group in optimizer.param_groups:

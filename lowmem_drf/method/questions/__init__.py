@@ -1,25 +1,40 @@
-"""Prompt -> the questions that the critic is asked about its clip."""
+"""Prompt -> the questions that the critic is asked about its clip.
+
+Templates need no model: ``english`` takes any English prompt apart, ``toyworld`` knows ToyWorld's grammar. ``writer`` has a language model write
+them, ``file`` reads what a user wrote.
+"""
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.method.questions import toyworld
+from lowmem_drf.method.questions import english, toyworld
 from lowmem_drf.types import Question
 
-MODES = ("structured", "vanilla", "heldout")
+Grammar = Literal["english", "toyworld"]
+"""Whose words the critic understands."""
+
+MODES = ("yesno", "dense", "both", "vanilla", "heldout")
 
 
-def make_questions(prompt: str, mode: str = "structured") -> tuple[Question, ...]:
-    """Questions for a prompt of ToyWorld's grammar.
+def make_questions(prompt: str, mode: str = "yesno", grammar: Grammar = "english") -> tuple[Question, ...]:
+    """Questions from templates.
 
-    mode: ``structured`` asks for every attribute, for physics and for quality; ``vanilla`` asks one global question; ``heldout`` is
-    ``structured`` in wordings that training never uses, for evaluation.
+    mode: ``yesno`` asks for every part of the prompt, for physics and for quality; ``dense`` asks for explanations of all three; ``both``;
+    ``vanilla`` asks one global question; ``heldout`` is ``yesno`` in wordings that training never uses, for evaluation.
 
     Raises:
-        BadInputError: the prompt does not name one shape, one colour, one motion and one background.
+        BadInputError: an unknown mode or grammar; ``toyworld``: the prompt does not name one shape, one colour, one motion and one background.
     """
     if mode not in MODES:
         raise BadInputError(f"critic.mode = {mode!r} is unknown. Use one of: {', '.join(MODES)}.")
+    if grammar not in get_args(Grammar):
+        raise BadInputError(f"the grammar {grammar!r} is unknown. Use one of: {', '.join(get_args(Grammar))}.")
+    return _toyworld_questions(prompt, mode) if grammar == "toyworld" else english.questions(prompt, mode)
+
+
+def _toyworld_questions(prompt: str, mode: str) -> tuple[Question, ...]:
     values = toyworld.attributes(prompt)
     if values is None:
         wanted = "; ".join(f"{name}: {', '.join(options)}" for name, options in toyworld.ATTRIBUTES.items())
@@ -28,6 +43,11 @@ def make_questions(prompt: str, mode: str = "structured") -> tuple[Question, ...
             'Example: "a red circle moves left on a gray background". '
             'Or give the questions yourself in a .jsonl prompt file ("questions").'
         )
-    if mode == "vanilla":
-        return toyworld.vanilla(" ".join(prompt.lower().replace("grey", "gray").replace(",", " ,").split()))
-    return toyworld.structured(values, wording=1 if mode == "heldout" else 0)
+    match mode:
+        case "vanilla":
+            return toyworld.vanilla(prompt)
+        case "dense":
+            return toyworld.dense(values)
+        case "both":
+            return (*toyworld.yesno(values), *toyworld.dense(values))
+    return toyworld.yesno(values, wording=1 if mode == "heldout" else 0)
