@@ -26,7 +26,7 @@ from rich.table import Table
 
 import lowmem_drf
 from lowmem_drf.errors import LowmemError
-from lowmem_drf.run.evaluate import EVAL_PROMPTS, EVAL_SEEDS, make_trial, with_progress
+from lowmem_drf.run.evaluate import EVAL_PROMPTS, EVAL_SEEDS, finish_trial, make_trial, with_progress
 from lowmem_drf.run.folder import run_config
 from lowmem_drf.run.lora_file import load_run_lora
 from lowmem_drf.run.metrics import read_metrics
@@ -38,7 +38,7 @@ RATES = ("all", "physics", "quality")
 
 
 def train_and_measure(seed: int, preset: str, overrides: Sequence[str], folder: Path, console: Console) -> dict[str, Any]:
-    """A row of the result: ``seed``, ``train_s`` (the whole command), ``updates_s`` (its updates alone), ``base``, ``tuned``, ``verdicts``."""
+    """A row of the result: ``seed``, ``train_s`` (the whole command), ``updates_s`` (its ``updates`` alone), ``base``, ``tuned``, ``verdicts``."""
     run = folder / f"seed-{seed}"
     start = time.perf_counter()
     train_command(preset, None, run, None, seed, False, [*overrides, "log.eval_prompts=0"], False)
@@ -47,10 +47,12 @@ def train_and_measure(seed: int, preset: str, overrides: Sequence[str], folder: 
     trial = make_trial(config, (), EVAL_PROMPTS, EVAL_SEEDS)
     models = load_models(config, [prompt.text for prompt in trial.prompts])
     load_run_lora(models.transformer, run, config)
+    trial = finish_trial(config, trial, models.asked_critic, console)
     result = with_progress(config, models, trial, console)
     base, tuned = result["base"], result["tuned"]
-    updates_s = sum(row["update_s"] for row in read_metrics(run))
-    return {"seed": seed, "train_s": train_s, "updates_s": updates_s, "base": base, "tuned": tuned, "verdicts": verdicts(base, tuned)}
+    metrics = read_metrics(run)
+    timed = {"train_s": train_s, "updates": len(metrics), "updates_s": sum(row["update_s"] for row in metrics)}
+    return {"seed": seed, **timed, "base": base, "tuned": tuned, "verdicts": verdicts(base, tuned)}
 
 
 def verdicts(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, bool]:

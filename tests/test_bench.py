@@ -10,7 +10,7 @@ from PIL import Image
 
 sys.path.insert(0, str(ROOT))
 
-from bench import picture, toy_seeds
+from bench import critic_modes, picture, toy_seeds
 
 OVERRIDES = ["model.id=toyworld", "critic.id=toyworld", "video.width=32", "video.height=32", "log.sample_every=0"]
 
@@ -32,7 +32,7 @@ def test_seeds_then_picture(tiny_toyworld, tiny_preset, tmp_path, capsys):
     result = json.loads((tmp_path / "made" / "out.json").read_text())
     assert [row["seed"] for row in result["rows"]] == [0, 4]
     for row in result["rows"]:
-        assert set(row) == {"seed", "train_s", "updates_s", "base", "tuned", "verdicts"}
+        assert set(row) == {"seed", "train_s", "updates", "updates_s", "base", "tuned", "verdicts"}
         assert row["train_s"] > row["updates_s"] > 0
         assert row["base"]["oracle"]["all"] == 0
     assert result["rows"][0]["base"] == result["rows"][1]["base"]
@@ -44,6 +44,21 @@ def test_seeds_then_picture(tiny_toyworld, tiny_preset, tmp_path, capsys):
         assert image.width == 2 * picture.MARGIN + picture.LABEL + 9 * (32 * picture.ZOOM + picture.GAP) - picture.GAP
         assert image.getpixel((0, 0)) == (255, 255, 255)
         assert len(image.getcolors(2**24)) > 100
+
+
+def test_modes_side_by_side_go_on_from_what_was_measured(tiny_toyworld, tiny_preset, tmp_path, capsys):
+    arguments = ["--preset", str(tiny_preset), *(part for override in [*OVERRIDES, "steps=1"] for part in ("-s", override))]
+    first, whole = tmp_path / "first.json", tmp_path / "whole.json"
+    assert critic_modes.main([*arguments, "--modes", "vanilla", "dense", "--seeds", "0", "--json", str(first)]) == 0
+    assert critic_modes.main([*arguments, "--modes", "vanilla", "dense", "--seeds", "0", "1", "--merge", str(first), "--json", str(whole)]) == 0
+    rows = json.loads(whole.read_text())["rows"]
+    assert [(row["mode"], row["seed"]) for row in rows] == [("vanilla", 0), ("dense", 0), ("vanilla", 1), ("dense", 1)]
+    assert rows[:2] == json.loads(first.read_text())["rows"]
+    assert len({row["base"]["heldout_reward"] for row in rows}) == 1 and len({row["tuned"]["heldout_reward"] for row in rows}) == 4
+    out = capsys.readouterr().out
+    assert out.count("mean") >= 2 and "(base)" in out
+    assert critic_modes.main(["-s", "optim.lrr=1"]) == 2
+    assert "Did you mean optim.lr?" in capsys.readouterr().err
 
 
 def test_bad_input_is_a_message_and_its_exit_code(tmp_path, capsys, monkeypatch):

@@ -1,5 +1,7 @@
 """ToyWorld's scenes, captions and oracle: what is drawn is what is measured."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -113,22 +115,51 @@ def test_prompts_of_training_and_evaluation_share_no_combination():
     assert heldout_prompts(128) == heldout_prompts(128) != heldout_prompts(128, seed=1)
 
 
-def test_structured_questions_ask_for_every_part_of_the_prompt():
-    questions = make_questions("A red circle moves left on a grey background")
+RED = "A red circle moves left on a grey background"
+
+
+def test_yesno_questions_ask_for_every_part_of_the_prompt():
+    questions = make_questions(RED, "yesno", "toyworld")
     asked = {q.name: q for q in questions}
-    assert [q.aspect for q in questions] == ["TA"] * 4 + ["Phy"] * 6 + ["VQ"] * 3
+    assert [q.aspect for q in questions] == ["TA"] * 4 + ["Phy"] * 12 + ["VQ"] * 6
     assert "red" in asked["color"].text and "circle" in asked["shape"].text and "left" in asked["direction"].text and "gray" in asked["background"].text
     assert set(asked) == {"color", "shape", "direction", "background", *DEFECTS}
-    assert all(q.answer == ("yes" if q.aspect == "TA" else "no") for q in questions)
+    assert all(q.answer == "yes" for q in questions if q.aspect == "TA")
 
 
-def test_modes_of_questions_share_no_wording():
-    texts = [{q.text for q in make_questions(caption(Combo(0, 0, 0, 1)), mode)} for mode in MODES]
-    assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
-    assert len(make_questions(caption(Combo(0, 0, 0, 1)), "vanilla")) == 1
+@pytest.mark.parametrize("mode", ["yesno", "heldout"])
+def test_every_defect_is_asked_for_both_ways_so_that_a_leaning_to_yes_cancels(mode):
+    both = [q for q in make_questions(RED, mode, "toyworld") if q.aspect != "TA"]
+    for defect in DEFECTS:
+        assert sorted((q.answer, q.weight) for q in both if q.name == defect) == [("no", 0.5), ("yes", 0.5)]
 
 
-@pytest.mark.parametrize(("text", "mode", "message"), [("a corgi surfs", "structured", "grammar"), ("a red circle moves left on black", "typo", "Use one of")])
-def test_prompts_and_modes_that_do_not_work_say_so(text, mode, message):
+def test_dense_questions_ask_for_words_a_description_and_explanations():
+    answers = {q.name: (q.aspect, q.kind, q.answer) for q in make_questions(RED, "dense", "toyworld")}
+    assert answers["color_word"] == ("TA", "dense", "red")
+    assert answers["description"] == ("TA", "dense", caption(Combo(0, 0, 0, 1)))
+    assert answers["motion"] == ("Phy", "dense", "it moves left and keeps its form , size and color")
+    assert answers["picture"][0] == "VQ" and "clean" in answers["picture"][2]
+
+
+def test_every_caption_is_described_by_its_plainest_wording():
+    for combo in all_combos():
+        (description,) = (q.answer for q in make_questions(caption(combo, 5), "dense", "toyworld") if q.name == "description")
+        assert description == caption(combo)
+
+
+def test_modes_of_questions_share_no_wording_but_both_is_both():
+    texts = {mode: {q.text for q in make_questions(RED, mode, "toyworld")} for mode in MODES}
+    assert texts["both"] == texts["yesno"] | texts["dense"]
+    for a, b in itertools.combinations(("yesno", "dense", "vanilla", "heldout"), 2):
+        assert not texts[a] & texts[b]
+    assert len(texts["vanilla"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "grammar", "message"),
+    [("a corgi surfs", "yesno", "toyworld", "grammar"), (RED, "typo", "toyworld", "Use one of"), (RED, "yesno", "latin", "Use one of")],
+)
+def test_prompts_modes_and_grammars_that_do_not_work_say_so(text, mode, grammar, message):
     with pytest.raises(BadInputError, match=message):
-        make_questions(text, mode)
+        make_questions(text, mode, grammar)

@@ -6,17 +6,19 @@ import pytest
 import torch
 from torch import nn
 
+from lowmem_drf.method.questions.toyworld import PHYSICS, QUALITY, SOUND
 from lowmem_drf.models.critic import load_critic
 from lowmem_drf.models.decoder import WanDecoder, load_vae
 from lowmem_drf.models.denoiser import as_velocity, load_denoiser
 from lowmem_drf.models.text import load_text
 from lowmem_drf.toy.build.__main__ import build
-from lowmem_drf.toy.build.critic import Label, answer_loss, ask, drawn_labels, measured_labels
+from lowmem_drf.toy.build.critic import Label, Lesson, answer_loss, ask, drawn_labels, measured_labels, targets_of
 from lowmem_drf.toy.build.critic_model import build_critic
 from lowmem_drf.toy.build.loop import Muon, Schedule, train
 from lowmem_drf.toy.build.tower import draw_labelled
 from lowmem_drf.toy.defects import DEFECTS
 from lowmem_drf.toy.scenes import all_combos, draw_tracks, render
+from lowmem_drf.types import Question
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -33,7 +35,7 @@ def test_a_short_rebuild_writes_models_that_load_and_run(tmp_path):
     assert frames.shape == (1, 9, 3, 32, 32)
     critic = load_critic(str(tmp_path / "out" / "critic"))
     label = Label([0, 0, 0, 1], set())
-    answers = critic(frames, [[question for question, _ in ask(label, generator())]])
+    answers = critic(frames, [[lesson.question for lesson in ask(label, generator())]])
     assert all(answer.logits_AV.isfinite().all() for answer in answers[0])
     weights = sum(f.stat().st_size for f in (tmp_path / "out").rglob("*.safetensors"))
     assert weights < 12e6
@@ -103,18 +105,55 @@ def test_labels_of_clean_clips_agree_between_drawing_and_the_oracle():
     assert all(a.value == b.value and a.defects == b.defects == set() for a, b in zip(drawn, measured, strict=True))
 
 
+def lessons(defects: set[str], seeds: int = 40):
+    return [lesson for seed in range(seeds) for lesson in ask(Label([0, 1, 2, 0], set(defects)), generator(seed))]
+
+
 def test_questions_are_true_of_their_clip_and_leave_out_what_has_no_one_answer():
-    label = Label([0, 1, 2, 0], {"morph"})
-    for seed in range(40):
-        for question, weight in ask(label, generator(seed)):
-            assert weight > 0
-            assert question.name not in ("shape", "global", "describe", "open_shape")
-            if question.name == "color":
-                assert ("green" in question.text) == (question.answer == "yes")
-            if question.name in DEFECTS:
-                assert (question.name == "morph") == (question.answer == "yes")
-            if question.name == "open_wrong":
-                assert question.answer == "its form changes"
+    for question, weight, _ in lessons({"morph"}):
+        assert weight > 0
+        assert question.name not in ("shape", "global", "description", "shape_word")
+        if question.name == "color":
+            assert ("green" in question.text) == (question.answer == "yes")
+        if question.name in DEFECTS:
+            asked_for_it = question.text in (PHYSICS | QUALITY)[question.name]
+            assert asked_for_it != (question.text in SOUND[question.name])
+            assert (question.answer == "yes") == (asked_for_it == (question.name == "morph"))
+
+
+def test_every_defect_is_asked_for_both_ways_as_often():
+    for asked in (lessons({"jump"}), lessons(set())):
+        names = [question.name for question, _, _ in asked if question.name in DEFECTS]
+        ways = [question.text in SOUND[question.name] for question, _, _ in asked if question.name in DEFECTS]
+        assert len(names) == 2 * sum(ways) > 0
+
+
+@pytest.mark.parametrize("defects", [set(), {"jump"}, {"morph"}, {"noise"}, {"pulse", "blur"}], ids=str)
+def test_dense_answers_are_wrong_in_one_word_at_most_and_that_one_is_corrected(defects):
+    """Combination (0, 1, 2, 0): a green circle that moves up on black."""
+    dense = [lesson for lesson in lessons(defects) if lesson.question.kind == "dense"]
+    true = {"motion": {"jump": "it jumps", "morph": "it changes form", "pulse": "it changes size"}, "picture": {"noise": "it is noisy", "blur": "it is blurry"}}
+    sound = {"motion": "it moves up and keeps its form , size and color", "picture": "it is clean and sharp and the light is steady"}
+    said = {name: next((text for defect, text in wrong.items() if defect in defects), sound[name]) for name, wrong in true.items()}
+    said["description"] = "a green circle moves up on a black background"
+    seen = set()
+    for question, _, correction in dense:
+        words = question.answer.split()
+        if question.name in said:
+            right = f"{said[question.name]} <|im_end|>".split()
+            first = next((i for i, (word, truth) in enumerate(zip(words, right, strict=False)) if word != truth), None)
+            assert correction == (None if first is None else (first, right[first]))
+            seen.add((question.name, correction is None))
+        assert words[-1] == "<|im_end|>"
+    assert {(name, told) for name in ("motion", "picture") for told in (True,)} <= seen
+    assert ("motion", False) in seen and (("picture", False) in seen) == bool(defects & {"noise", "blur"})
+
+
+def test_a_correction_is_what_the_loss_wants():
+    critic = build_critic(0)
+    question = Question("Phy", "explain the motion .", "it moves up <|im_end|>", kind="dense")
+    words = critic.tokenizer.convert_ids_to_tokens(targets_of(critic, Lesson(question, 1.0, (1, "jumps"))))
+    assert words == ["it", "jumps", "up", "<|im_end|>"]
 
 
 def test_the_critic_learns_from_its_loss():

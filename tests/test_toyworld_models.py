@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import lowmem_drf
-from lowmem_drf.toy.check import check_critic, check_generator, check_oracle
+from lowmem_drf.toy.check import check_critic, check_explanations, check_generator, check_oracle
 from lowmem_drf.toy.defects import DEFECTS
 
 
@@ -44,5 +44,15 @@ def recalls():
 @pytest.mark.parametrize("name", ["color", "shape", "direction", "background", "global", *DEFECTS])
 def test_the_critic_says_yes_and_no_where_it_should(recalls, name):
     bound = 0.85 if name in DEFECTS else 0.9
-    for answer, clips in (("yes", 24 if name in DEFECTS else 300), ("no", 300)):
-        assert at_least(recalls[name][answer], bound, clips), (answer, recalls[name])
+    assert set(recalls[name]) == ({"yes", "no", "sound? no", "sound? yes"} if name in DEFECTS else {"yes", "no"})
+    for answer, rate in recalls[name].items():
+        has_it = name in DEFECTS and answer in ("yes", "sound? no")
+        assert at_least(rate, bound, 24 if has_it else 300), (answer, recalls[name])
+
+
+def test_the_critics_explanations_are_right():
+    found = check_explanations(clips=360)
+    for name, rates in found.items():
+        assert at_least(rates["sound"], 0.85, 200), (name, rates)
+    for name in ("motion", "picture"):
+        assert at_least(found[name]["defect"], 0.85, 60), (name, found[name])

@@ -1,7 +1,8 @@
 """Prints what ToyWorld's parts are worth: ``python -m lowmem_drf.toy.check [--json]``.
 
 The oracle against scenes whose truth is known, the VAE's fidelity, the base generator in the oracle's eyes, and the critic's recall of yes
-and of no, for every kind of question in both wordings, on clips of combinations that no model was trained on, half of them VAE reconstructions.
+and of no, for every kind of question in both wordings and both ways, on clips of combinations that no model was trained on, half of them VAE
+reconstructions; and how often its explanations are right.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from lowmem_drf.models.decoder import WanDecoder, load_vae
 from lowmem_drf.models.denoiser import as_velocity, load_denoiser
 from lowmem_drf.models.sources import TOYWORLD, resolve
 from lowmem_drf.models.text import load_text
-from lowmem_drf.toy.build.critic import drawn_labels, half_reconstructed, reconstruct
+from lowmem_drf.toy.build.critic import ask, drawn_labels, half_reconstructed, reconstruct
 from lowmem_drf.toy.build.generator import SHIFT, TEXT_TOKENS
 from lowmem_drf.toy.build.tower import draw_labelled
 from lowmem_drf.toy.captions import WORDINGS, caption, heldout_prompts, parse
@@ -30,6 +31,8 @@ from lowmem_drf.toy.defects import DEFECTS, PHYSICS, QUALITY
 from lowmem_drf.toy.oracle import measure
 from lowmem_drf.toy.scenes import Combo, all_combos, draw_tracks, render
 from lowmem_drf.types import Question
+
+CRITIC_COLUMNS = ("yes", "no", "sound? no", "sound? yes")
 
 
 def _rates(frames_BTCHW: Tensor, combos: list[Combo]) -> dict[str, float]:
@@ -86,8 +89,9 @@ def _truths(label: Any, combo: list[int], wording: int, generator: torch.Generat
             wrong = (true + 1 + int(torch.randint(len(options) - 1, (1,), generator=generator))) % len(options)
             out += [Question("TA", wordings[wording].format(value=options[v]), a, name=name) for v, a in ((true, "yes"), (wrong, "no"))]
     for kind in DEFECTS:
-        text = (toyworld.PHYSICS | toyworld.QUALITY)[kind][wording]
-        out.append(Question("VQ" if kind in QUALITY else "Phy", text, "yes" if kind in label.defects else "no", name=kind))
+        there = kind in label.defects
+        for wordings, yes in (((toyworld.PHYSICS | toyworld.QUALITY)[kind], there), (toyworld.SOUND[kind], not there)):
+            out.append(Question("VQ" if kind in QUALITY else "Phy", wordings[wording], "yes" if yes else "no", name=kind))
     if label.combo is not None:
         told = list(combo)
         at = int(torch.randint(4, (1,), generator=generator))
@@ -100,7 +104,11 @@ def _truths(label: Any, combo: list[int], wording: int, generator: torch.Generat
 
 @torch.no_grad()
 def check_critic(critic: QwenCritic | None = None, clips: int = 1200, seed: int = 200) -> dict[str, dict[str, float]]:
-    """Question -> recall of yes and of no, on clips of the split ``unseen``; half of the clips clean, every other one a reconstruction."""
+    """Question -> recall of yes and of no, on clips of the split ``unseen``; half of the clips clean, every other one a reconstruction.
+
+    Asked for a defect, "yes" is for the few clips that have it; asked whether a clip is sound ("sound? no"), "no" is. Each has its own
+    column: together, the many sound clips would hide what the critic misses.
+    """
     critic = critic or load_critic(resolve(TOYWORLD, "critic"))
     vae = load_vae(resolve(TOYWORLD, "generator"))
     generator = torch.Generator().manual_seed(seed)
@@ -113,31 +121,54 @@ def check_critic(critic: QwenCritic | None = None, clips: int = 1200, seed: int 
             for question, answer in zip(asked, answers, strict=True):
                 row = answer.logits_AV[0]
                 said = "yes" if row[list(answer.yes)].max() > row[list(answer.no)].max() else "no"
-                right[question.name, question.answer].append(float(said == question.answer))
+                other_way = question.text in toyworld.SOUND.get(question.name, ())
+                right[question.name, f"sound? {question.answer}" if other_way else question.answer].append(float(said == question.answer))
     names = [*toyworld.ALIGNMENT, "global", *PHYSICS, *QUALITY]
-    return {name: {answer: sum(right[name, answer]) / max(1, len(right[name, answer])) for answer in ("yes", "no")} for name in names}
+    return {name: {column: sum(found) / len(found) for column in CRITIC_COLUMNS if (found := right[name, column])} for name in names}
+
+
+@torch.no_grad()
+def check_explanations(critic: QwenCritic | None = None, clips: int = 1200, seed: int = 300) -> dict[str, dict[str, float]]:
+    """Dense question -> share of clips of the split ``unseen`` of which the critic, left to itself, would say exactly what is true: of clips
+    with nothing to find fault with (``sound``), and of those with a defect to be named."""
+    critic = critic or load_critic(resolve(TOYWORLD, "critic"))
+    vae = load_vae(resolve(TOYWORLD, "generator"))
+    generator = torch.Generator().manual_seed(seed)
+    right: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for _ in range(0, clips, 60):
+        frames, _, combos, defect = draw_labelled(60, generator, clean_share=0.4, splits=("unseen",))
+        lessons = [[lesson for lesson in ask(label, generator) if lesson.question.kind == "dense"] for label in drawn_labels(combos, defect)]
+        asked = [[lesson.question for lesson in clip] for clip in lessons]
+        for clip, answers in zip(lessons, critic(half_reconstructed(vae, frames, defect), asked), strict=True):
+            for (question, _, correction), answer in zip(clip, answers, strict=True):
+                if correction is None:  # the words before the critic are true, so the likeliest next ones are what it would say
+                    named = question.answer.startswith(tuple(toyworld.EXPLANATIONS.values()))
+                    right[question.name, "defect" if named else "sound"].append(float(answer.logits_AV.argmax(-1).equal(answer.target_A)))
+    names = [*(f"{name}_word" for name in toyworld.OPEN), "description", "motion", "picture"]
+    return {name: {kind: sum(found) / len(found) for kind in ("sound", "defect") if (found := right[name, kind])} for name in names}
 
 
 def _table(title: str, rows: dict[str, dict[str, float]]) -> str:
     columns = list(dict.fromkeys(c for row in rows.values() for c in row))
-    lines = [f"{title:<20}" + "".join(f"{c:>12}" for c in columns)]
-    lines += [f"{name:<20}" + "".join(f"{row[c]:>12.3f}" if c in row else f"{'':>12}" for c in columns) for name, row in rows.items()]
+    lines = [f"{title:<22}" + "".join(f"{c:>12}" for c in columns)]
+    lines += [f"{name:<22}" + "".join(f"{row[c]:>12.3f}" if c in row else f"{'':>12}" for c in columns) for name, row in rows.items()]
     return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Prints three tables, or one JSON object."""
+    """Prints the tables, or one JSON object."""
     parser = argparse.ArgumentParser(prog="python -m lowmem_drf.toy.check", description=__doc__)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    oracle, generator, critic = check_oracle(), check_generator(), check_critic()
+    oracle, generator, critic, explanations = check_oracle(), check_generator(), check_critic(), check_explanations()
     if options.json:
-        print(json.dumps({"oracle": oracle, "generator": generator, "critic": critic}, indent=2))
+        print(json.dumps({"oracle": oracle, "generator": generator, "critic": critic, "explanations": explanations}, indent=2))
         return
     print(_table("oracle", {k: oracle[k] for k in ("clean", "vae", "shuffled captions", "chance")}))
     print("\n" + _table("defects", {"recall": oracle["defect recall"]}), f"\nVAE PSNR {oracle['vae psnr db']:.1f} dB")
     print("\n" + _table("base generator", {"256 prompts x 2": generator}))
     print("\n" + _table("critic, recall of", critic))
+    print("\n" + _table("explanations right of", explanations))
 
 
 if __name__ == "__main__":

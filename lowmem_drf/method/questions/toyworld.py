@@ -1,12 +1,14 @@
 """Template questions for ToyWorld's grammar: a caption is taken apart and every part is asked for, besides fixed questions for
-physical fidelity and visual quality. Each question has two wordings: DRF trains on the first, evaluation asks the second.
+physical fidelity and visual quality, each put both ways, so that a leaning towards yes or no cancels. Each question has two wordings: DRF
+trains on the first, evaluation asks the second. The dense questions ask for a word, a description or an explanation.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
-from lowmem_drf.types import Question
+from lowmem_drf.types import Aspect, Question
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": ("circle", "square", "triangle"),
@@ -40,28 +42,94 @@ QUALITY: dict[str, tuple[str, str]] = {
 }
 """Name of the defect -> its two wordings. The answer wanted is no."""
 
+SOUND: dict[str, tuple[str, str]] = {
+    "jump": ("is it free of jumps ?", "does it move without a jump ?"),
+    "jitter": ("is its motion steady ?", "does it move without shaking ?"),
+    "vanish": ("is it there in all frames ?", "does it stay in the clip ?"),
+    "morph": ("does it keep its form ?", "does its form stay the same ?"),
+    "pulse": ("does it keep its size ?", "does its size stay the same ?"),
+    "recolor": ("does it keep its color ?", "does its color stay the same ?"),
+    "noise": ("is the clip clean ?", "is the clip free of noise ?"),
+    "blur": ("is the clip sharp ?", "are the edges sharp ?"),
+    "flicker": ("is the light steady ?", "does the brightness stay the same ?"),
+}
+"""Name of the defect -> two wordings that ask whether the clip is free of it. The answer wanted is yes."""
+
 GLOBAL = ("does the clip show {caption} ?", "is this {caption} ?")
 """Vanilla-DRF's single question."""
+
+OPEN: dict[str, str] = {
+    "color": "what color is it ?",
+    "shape": "what form is it ?",
+    "direction": "where does it move ?",
+    "background": "what is the background ?",
+}
+"""Free-form questions: the answer is the attribute's word."""
+
+DESCRIBE = "describe the clip ."
+EXPLAIN_MOTION = "explain the motion ."
+EXPLAIN_PICTURE = "explain the picture ."
+
+EXPLANATIONS: dict[str, str] = {
+    "jump": "it jumps",
+    "jitter": "it shakes",
+    "vanish": "it vanishes",
+    "morph": "it changes form",
+    "pulse": "it changes size",
+    "recolor": "it changes color",
+    "noise": "it is noisy",
+    "blur": "it is blurry",
+    "flicker": "it is flickering",
+}
+"""Name of the defect -> what is to be said of a clip that has it: in the words of a sound one up to the one that tells them apart."""
+
+SOUND_PICTURE = "it is clean and sharp and the light is steady"
+
+
+def sound_motion(direction: str) -> str:
+    """What is to be said of a motion without defect."""
+    return f"it {'stays still' if direction == 'still' else f'moves {direction}'} and keeps its form , size and color"
+
+
+def describe(values: Mapping[str, str]) -> str:
+    """The plainest caption of these attributes."""
+    moves = "stays still" if values["direction"] == "still" else f"moves {values['direction']}"
+    return f"a {values['color']} {values['shape']} {moves} on a {values['background']} background"
 
 
 def attributes(text: str) -> dict[str, str] | None:
     """``"a red circle moves left on a gray background"`` -> ``{"shape": "circle", "color": "red", …}``.
 
-    ``None`` unless the text names exactly one value of each attribute.
+    ``None`` unless the text is in ToyWorld's words and names exactly one value of each attribute.
     """
     words = set(re.findall(r"[a-z]+", text.lower().replace("grey", "gray")))
     found = {name: [v for v in values if v in words] for name, values in ATTRIBUTES.items()}
     return {name: values[0] for name, values in found.items()} if all(len(v) == 1 for v in found.values()) else None
 
 
-def structured(values: dict[str, str], wording: int = 0) -> tuple[Question, ...]:
-    """The thirteen questions of a caption: four of alignment, six of physics, three of quality."""
+def yesno(values: Mapping[str, str], wording: int = 0) -> tuple[Question, ...]:
+    """The 22 questions of a caption: four of alignment, and for each of nine defects whether it is there and whether it is not."""
     alignment = [Question("TA", ALIGNMENT[name][wording].format(value=values[name]), "yes", name=name) for name in ALIGNMENT]
-    physics = [Question("Phy", words[wording], "no", name=name) for name, words in PHYSICS.items()]
-    quality = [Question("VQ", words[wording], "no", name=name) for name, words in QUALITY.items()]
-    return (*alignment, *physics, *quality)
+    return (*alignment, *(question for name in (*PHYSICS, *QUALITY) for question in _both_ways(name, wording)))
+
+
+def _both_ways(name: str, wording: int) -> tuple[Question, Question]:
+    aspect: Aspect = "Phy" if name in PHYSICS else "VQ"
+    there = Question(aspect, (PHYSICS | QUALITY)[name][wording], "no", weight=0.5, name=name)
+    return there, Question(aspect, SOUND[name][wording], "yes", weight=0.5, name=name)
+
+
+def dense(values: Mapping[str, str]) -> tuple[Question, ...]:
+    """The seven explanation queries of a caption, with the reference that the caption gives."""
+    words = [Question("TA", text, values[name], kind="dense", name=f"{name}_word") for name, text in OPEN.items()]
+    return (
+        *words,
+        Question("TA", DESCRIBE, describe(values), kind="dense", name="description"),
+        Question("Phy", EXPLAIN_MOTION, sound_motion(values["direction"]), kind="dense", name="motion"),
+        Question("VQ", EXPLAIN_PICTURE, SOUND_PICTURE, kind="dense", name="picture"),
+    )
 
 
 def vanilla(caption: str, wording: int = 0) -> tuple[Question, ...]:
     """One global yes/no question: the baseline that collapses."""
-    return (Question("TA", GLOBAL[wording].format(caption=caption), "yes", name="global"),)
+    return (Question("TA", GLOBAL[wording].format(caption=" ".join(caption.lower().replace("grey", "gray").replace(",", " ,").split())), "yes", name="global"),)

@@ -9,13 +9,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from lowmem_drf.method.questions.toyworld import ALIGNMENT, ATTRIBUTES, GLOBAL, PHYSICS, QUALITY
+from lowmem_drf.method.questions.toyworld import (
+    ALIGNMENT,
+    ATTRIBUTES,
+    DESCRIBE,
+    EXPLAIN_MOTION,
+    EXPLAIN_PICTURE,
+    EXPLANATIONS,
+    GLOBAL,
+    OPEN,
+    PHYSICS,
+    QUALITY,
+    SOUND,
+    SOUND_PICTURE,
+    sound_motion,
+)
 from lowmem_drf.models.critic import QwenCritic
 from lowmem_drf.toy.build.loop import Schedule, half_products, train
 from lowmem_drf.toy.build.tower import draw_labelled
@@ -23,17 +38,13 @@ from lowmem_drf.toy.captions import WORDINGS, caption
 from lowmem_drf.toy.defects import DEFECTS
 from lowmem_drf.toy.oracle import measure
 from lowmem_drf.toy.scenes import Combo
-from lowmem_drf.types import Question
+from lowmem_drf.types import Aspect, Question
 
 CLIPS = 9600  # cached for the first part
 BATCH = 24
+END = "<|im_end|>"
 SPOILS = {"morph": ("shape",), "recolor": ("color",), "jump": ("direction",), "jitter": ("direction",), "vanish": ("direction",)}
 """What cannot be asked about a clip with the defect, because there is no one answer."""
-EXPLAIN = {
-    "jump": "it jumps", "jitter": "it shakes", "vanish": "it vanishes", "morph": "its form changes", "pulse": "its size changes",
-    "recolor": "its color changes", "noise": "the clip is noisy", "blur": "the clip is blurry", "flicker": "the light flickers",
-}  # fmt: skip
-OPEN = {"color": "what color is it ?", "shape": "what form is it ?", "direction": "where does it move ?", "background": "what is the background ?"}
 
 
 class Label:
@@ -63,60 +74,108 @@ def measured_labels(frames_BTCHW: Tensor) -> list[Label]:
     return [Label(v, {d for d in DEFECTS if getattr(seen, d)[i]}) for i, v in enumerate(values)]
 
 
-def ask(label: Label, generator: torch.Generator) -> list[tuple[Question, float]]:
-    """Questions about one clip with their true answers and loss weights: attributes, defects, one global, two open, one description."""
+class Lesson(NamedTuple):
+    """A question about a clip and the answer that is put before the critic, true but for one word at most."""
+
+    question: Question
+    weight: float
+    correction: tuple[int, str] | None = None
+    """Place and true word of the wrong one. What follows it is learned as it stands: after a wrong word a language model goes on as the
+    sentence does, and so must this one, or one wrong word would spoil the reward of all that come after."""
+
+
+def ask(label: Label, generator: torch.Generator) -> list[Lesson]:
+    """Questions about one clip with their true answers: attributes, defects asked for in either way, one global, one open, a description and
+    two explanations."""
 
     def pick(n: int) -> int:
         return int(torch.randint(n, (1,), generator=generator))
 
-    out: list[tuple[Question, float]] = []
+    out: list[Lesson] = []
     for name, wordings in ALIGNMENT.items():
         true = label.value[name]
         if true >= 0:
             values = ATTRIBUTES[name]
             yes = pick(2) == 0
             asked = true if yes else (true + 1 + pick(len(values) - 1)) % len(values)
-            out.append((Question("TA", wordings[pick(2)].format(value=values[asked]), "yes" if yes else "no", name=name), 1.0))
-    # a defect is there in 1 clip of 15 and asked whenever it is; the others are asked 3 at a time: a "no" is 5 times as common
+            out.append(Lesson(Question("TA", wordings[pick(2)].format(value=values[asked]), "yes" if yes else "no", name=name), 1.0))
+    # a defect is there in 1 clip of 15 and asked whenever it is; the others are asked 3 at a time: its absence is 5 times as common
     absent = [d for d in DEFECTS if d not in label.defects]
     order = torch.randperm(len(absent), generator=generator).tolist()[:3]
     for defect in [*label.defects, *(absent[i] for i in order)]:
         there = defect in label.defects
-        wording = (PHYSICS | QUALITY)[defect][pick(2)]
-        out.append((Question("VQ" if defect in QUALITY else "Phy", wording, "yes" if there else "no", name=defect), 1.0 if there else 0.2))
+        for wordings, answer in (((PHYSICS | QUALITY)[defect], there), (SOUND[defect], not there)):
+            question = Question("VQ" if defect in QUALITY else "Phy", wordings[pick(2)], "yes" if answer else "no", name=defect)
+            out.append(Lesson(question, 1.0 if there else 0.2))
     if label.combo is not None:
-        yes, told = pick(2) == 0, list(label.combo)
-        if not yes:
-            at = pick(4)
-            options = len(ATTRIBUTES[list(label.value)[at]])
-            told[at] = (told[at] + 1 + pick(options - 1)) % options
-        text = GLOBAL[pick(2)].format(caption=caption(Combo(*told), pick(WORDINGS)))
-        out.append((Question("TA", text, "yes" if yes else "no", name="global"), 1.0))
-        out.append((Question("TA", "describe the clip .", caption(label.combo), kind="dense", name="describe"), 0.5))
+        yes, told = pick(2) == 0, _one_changed(label.combo, pick)
+        text = GLOBAL[pick(2)].format(caption=caption(label.combo if yes else told, pick(WORDINGS)))
+        out.append(Lesson(Question("TA", text, "yes" if yes else "no", name="global"), 1.0))
+        shown = _one_changed(label.combo, pick) if pick(3) == 0 else label.combo
+        out.append(_lesson("TA", DESCRIBE, "description", caption(shown), caption(label.combo), 0.5))
     known = [n for n in OPEN if label.value[n] >= 0]
     if known:
         name = known[pick(len(known))]
-        out.append((Question("TA", OPEN[name], ATTRIBUTES[name][label.value[name]], kind="dense", name=f"open_{name}"), 0.5))
-    if len(label.defects) <= 1:
-        wrong = EXPLAIN[next(iter(label.defects))] if label.defects else "nothing"
-        out.append((Question("Phy", "what is wrong ?", wrong, kind="dense", name="open_wrong"), 0.5 if label.defects else 0.2))
+        word = ATTRIBUTES[name][label.value[name]]
+        out.append(_lesson("TA", OPEN[name], f"{name}_word", word, word, 0.5))
+    return out + _explanations(label, pick)
+
+
+def _one_changed(combo: Combo, pick: Callable[[int], int]) -> Combo:
+    at, values = pick(4), list(combo)
+    options = len(list(ATTRIBUTES.values())[at])
+    values[at] = (values[at] + 1 + pick(options - 1)) % options
+    return Combo(*values)
+
+
+def _explanations(label: Label, pick: Callable[[int], int]) -> list[Lesson]:
+    """What is to be said of the motion and of the picture, where there is one thing to say; now and then what training will want to hear is put
+    before the critic instead."""
+    out: list[Lesson] = []
+    directions, true = ATTRIBUTES["direction"], label.value["direction"]
+    wrong = [EXPLANATIONS[defect] for defect in sorted(label.defects) if defect in PHYSICS]
+    if len(wrong) + (true >= 0) and len(wrong) <= 1:
+        said = wrong[0] if wrong else sound_motion(directions[true])
+        # of a motion with a defect "it moves left …"; of one without a wrong direction
+        other = directions[true if wrong and true >= 0 else pick(len(directions))]
+        out.append(_lesson("Phy", EXPLAIN_MOTION, "motion", sound_motion(other) if pick(3) == 0 else said, said, 0.5 if wrong else 0.2))
+    wrong = [EXPLANATIONS[defect] for defect in sorted(label.defects) if defect in QUALITY]
+    if len(wrong) <= 1:
+        said = wrong[0] if wrong else SOUND_PICTURE
+        out.append(_lesson("VQ", EXPLAIN_PICTURE, "picture", SOUND_PICTURE if pick(3) == 0 else said, said, 0.5 if wrong else 0.2))
     return out
 
 
-def answer_loss(critic: QwenCritic, features: Tensor, grid: Tensor, asked: list[list[tuple[Question, float]]]) -> tuple[Tensor, dict[str, float]]:
+def _lesson(aspect: Aspect, text: str, name: str, shown: str, true: str, weight: float) -> Lesson:
+    """A dense question; its answers end with the end of the turn, which ``generate`` waits for."""
+    words, right = ([*answer.split(), END] for answer in (shown, true))
+    at = next((i for i, (word, truth) in enumerate(zip(words, right, strict=False)) if word != truth), None)
+    question = Question(aspect, text, " ".join(words), kind="dense", name=name)
+    return Lesson(question, weight, None if at is None else (at, right[at]))
+
+
+def answer_loss(critic: QwenCritic, features: Tensor, grid: Tensor, asked: list[list[Lesson]]) -> tuple[Tensor, dict[str, float]]:
     """Weighted cross-entropy of the answers' tokens; besides, the share of yes/no answers that are right, for each answer."""
-    questions = [[q for q, _ in clip] for clip in asked]
     with half_products():
-        logits, sizes = critic.scored_logits(features, grid, questions)
+        logits, sizes = critic.scored_logits(features, grid, [[lesson.question for lesson in clip] for clip in asked])
     logits = logits.float()
-    flat = [pair for clip in asked for pair in clip]
-    targets = torch.tensor([token for q, _ in flat for token in critic.conversation.ask(q).target])
-    weights = torch.tensor([w / size for (_, w), size in zip(flat, sizes, strict=True) for _ in range(size)])
+    flat = [lesson for clip in asked for lesson in clip]
+    targets = torch.tensor([token for lesson in flat for token in targets_of(critic, lesson)])
+    weights = torch.tensor([lesson.weight / size for lesson, size in zip(flat, sizes, strict=True) for _ in range(size)])
     loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
     yes, no = critic.conversation.yes[0], critic.conversation.no[0]
     said = (logits[:, yes] > logits[:, no]).detach()
     is_yes, is_no = targets == yes, targets == no
     return loss, {"yes": said[is_yes].float().mean().item(), "no": (~said[is_no]).float().mean().item()}
+
+
+def targets_of(critic: QwenCritic, lesson: Lesson) -> list[int]:
+    """The tokens that are to be predicted: the answer's, the wrong word put right."""
+    tokens = list(critic.conversation.ask(lesson.question).target)
+    if lesson.correction:
+        at, word = lesson.correction
+        tokens[at] = critic.tokenizer.convert_tokens_to_ids(word)
+    return tokens
 
 
 @torch.no_grad()
@@ -163,7 +222,7 @@ def train_language(critic: QwenCritic, vae: AutoencoderKLWan, folder: Path, seed
     data = cache(partial(cache_tokens, critic, vae, seed + 1, max(1, int(CLIPS * min(1.0, scale)) // 96)))  # not made for a finished training
     language = Language(critic).train()
     language.requires_grad_(True)
-    schedule = Schedule(steps=int(3000 * scale), lr=2e-3, warmup=min(100, max(1, int(300 * scale))), ema=0.995, log_every=100)
+    schedule = Schedule(steps=int(4000 * scale), lr=2e-3, warmup=min(100, max(1, int(300 * scale))), ema=0.995, log_every=100)
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         tokens, grid, labels = data()
@@ -185,7 +244,7 @@ def train_together(
         return samples, measured_labels(samples)
 
     critic.model.train().requires_grad_(True)
-    schedule = Schedule(steps=int(700 * scale), lr=8e-4, warmup=min(100, max(1, int(300 * scale))), ema=0.995, log_every=50)
+    schedule = Schedule(steps=int(1000 * scale), lr=8e-4, warmup=min(100, max(1, int(300 * scale))), ema=0.995, log_every=50)
     own = BATCH // 3
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:

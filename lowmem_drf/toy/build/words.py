@@ -5,13 +5,22 @@ from __future__ import annotations
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lowmem_drf.method.questions.toyworld import ALIGNMENT, GLOBAL, PHYSICS, QUALITY
+from lowmem_drf.method.questions.toyworld import (
+    ALIGNMENT,
+    ATTRIBUTES,
+    DESCRIBE,
+    EXPLAIN_MOTION,
+    EXPLAIN_PICTURE,
+    EXPLANATIONS,
+    GLOBAL,
+    OPEN,
+    PHYSICS,
+    QUALITY,
+    SOUND,
+    SOUND_PICTURE,
+    sound_motion,
+)
 from lowmem_drf.toy.captions import vocabulary
-
-OPEN_QUESTIONS = ("what color is it ?", "what form is it ?", "where does it move ?", "what is the background ?", "what is wrong ?", "describe the clip .")
-"""Free-form questions the critic learns besides the yes/no ones."""
-
-ANSWER_WORDS = "yes no nothing it jumps shakes vanishes changes form size color the clip is noisy blurry light flickers and thing something else wrong with"
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 
@@ -23,9 +32,10 @@ CHAT_TEMPLATE = (
 
 
 def _question_words() -> list[str]:
-    pairs = [*ALIGNMENT.values(), *PHYSICS.values(), *QUALITY.values(), GLOBAL]
-    text = " ".join([*(q for pair in pairs for q in pair), *OPEN_QUESTIONS])
-    return [w for w in [*text.replace("{value}", "").replace("{caption}", "").split(), *ANSWER_WORDS.split()] if w]
+    pairs = [*ALIGNMENT.values(), *PHYSICS.values(), *QUALITY.values(), *SOUND.values(), GLOBAL]
+    asked = [*(wording for pair in pairs for wording in pair), *OPEN.values(), DESCRIBE, EXPLAIN_MOTION, EXPLAIN_PICTURE]
+    said = ["yes no", *EXPLANATIONS.values(), SOUND_PICTURE, *(sound_motion(direction) for direction in ATTRIBUTES["direction"])]
+    return " ".join([*asked, *said]).replace("{value}", "").replace("{caption}", "").split()
 
 
 def _tokenizer(words: list[str], special: list[str], pad: str, end: str, add_end: bool = False) -> PreTrainedTokenizerFast:
