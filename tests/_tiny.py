@@ -26,7 +26,8 @@ PROMPT_WORDS = str.split(
 )
 QUESTION_WORDS = str.split(
     "yes Yes YES no No NO ? . , : is the a in this video red green blue circle square moving moves left right up down does it jump flicker "
-    "vanish sharp what describe motion object stays whole clip answer or system user assistant You are helpful"
+    "vanish sharp what describe motion object stays whole clip answer or system user assistant You are helpful "
+    "< > seconds 0 1 2 3 4 5 6 7 8 9"
 )
 CHAT_TEMPLATE = """\
 {% for m in messages %}<|im_start|>{{ m['role'] }}
@@ -141,65 +142,74 @@ def tiny_critic_tokenizer() -> Any:
     return fast
 
 
-def tiny_critic_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Any, Any]:
-    """(Qwen2_5_VLForConditionalGeneration, its tokenizer). Patch 4, merge 2, temporal patch 2, grouped queries, windowed vision blocks.
-    Frozen, eval."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
+def tiny_critic_config(family: str = "qwen2_5_vl", layers: int = 2, depth: int = 2, width: int = 24, dropout: float = 0.0) -> dict[str, Any]:
+    """A configuration of the real class. Patch 4, merge 2, temporal patch 2, grouped queries; windowed vision blocks (Qwen2.5-VL), or a
+    learned 4x4 position grid and DeepStack features of the first and last but one block (Qwen3-VL)."""
     tokenizer = tiny_critic_tokenizer()
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end", "pad", "im_end")}
+    vision = dict(depth=depth, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=PATCH, spatial_merge_size=MERGE, out_hidden_size=width)
+    vision |= {
+        "qwen2_5_vl": dict(tokens_per_second=4, window_size=16, fullatt_block_indexes=[*range(1, depth, 2)]),
+        "qwen3_vl": dict(num_position_embeddings=16, deepstack_visual_indexes=sorted({0, max(0, depth - 2)})),
+    }[family]
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=width * 4 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=width // 2,
+        max_position_embeddings=1024,
+        attention_dropout=dropout,
+        bos_token_id=None,
+        eos_token_id=ids["im_end"],
+        pad_token_id=ids["pad"],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [width // 12] * 3},
+    )
+    if family == "qwen2_5_vl":
+        del text["head_dim"]
+    return dict(
+        model_type=family,
+        vision_config=vision | dict(temporal_patch_size=TEMPORAL_PATCH),
+        text_config=text,
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"],
+        tie_word_embeddings=False,
+    )
+
+
+def tiny_critic_model(dtype: torch.dtype = torch.float32, seed: int = 0, family: str = "qwen2_5_vl", **config: Any) -> tuple[Any, Any]:
+    """(Qwen2_5_VLForConditionalGeneration or Qwen3VLForConditionalGeneration, its tokenizer). ``config``: ``tiny_critic_config``'s.
+    Frozen, eval."""
+    import transformers
+
+    config_class, model_class = {
+        "qwen2_5_vl": (transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration),
+        "qwen3_vl": (transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration),
+    }[family]
     with _seeded(seed) as generator:
-        config = Qwen2_5_VLConfig(
-            vision_config=dict(
-                depth=2,
-                hidden_size=16,
-                intermediate_size=24,
-                num_heads=2,
-                patch_size=PATCH,
-                spatial_merge_size=MERGE,
-                temporal_patch_size=TEMPORAL_PATCH,
-                tokens_per_second=4,
-                window_size=16,
-                out_hidden_size=24,
-                fullatt_block_indexes=[1],
-            ),
-            text_config=dict(
-                vocab_size=len(tokenizer),
-                hidden_size=24,
-                intermediate_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                max_position_embeddings=1024,
-                bos_token_id=None,
-                eos_token_id=ids["im_end"],
-                pad_token_id=ids["pad"],
-                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]},
-            ),
-            image_token_id=ids["image_pad"],
-            video_token_id=ids["video_pad"],
-            vision_start_token_id=ids["vision_start"],
-            vision_end_token_id=ids["vision_end"],
-            tie_word_embeddings=False,
-        )
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        settings = tiny_critic_config(family, **config)
+        del settings["model_type"]
+        model = model_class(config_class(**settings))
         _spread(model, 1.0, generator)
     model = model.to(dtype).eval().requires_grad_(False)
     if dtype == torch.float64:
         _lift_norms(model)
-    return model, tokenizer
+    return model, tiny_critic_tokenizer()
 
 
 def _lift_norms(model: nn.Module) -> None:
     """Qwen's RMSNorm computes in fp32 whatever the model's dtype. In an fp64 oracle its backward would round to fp32 (1e-7), and hide what
     is tested."""
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
     def forward(self: Any, x: Tensor) -> Tensor:
         return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
     for module in model.modules():
-        if isinstance(module, Qwen2_5_VLRMSNorm):
+        if type(module).__name__ in ("Qwen2_5_VLRMSNorm", "Qwen3VLTextRMSNorm"):
             module.forward = MethodType(forward, module)
 
 
@@ -217,11 +227,11 @@ def tiny_video_settings() -> dict[str, Any]:
     }
 
 
-def tiny_critic(dtype: torch.dtype = torch.float32, seed: int = 0, fps: float | None = None) -> Any:
+def tiny_critic(dtype: torch.dtype = torch.float32, seed: int = 0, fps: float | None = None, family: str = "qwen2_5_vl", **config: Any) -> Any:
     """``lowmem_drf.models.critic.QwenCritic`` on the tiny model: a ``types.Critic``."""
     from lowmem_drf.models.critic import QwenCritic, video_geometry
 
-    model, tokenizer = tiny_critic_model(dtype, seed)
+    model, tokenizer = tiny_critic_model(dtype, seed, family, **config)
     return QwenCritic(model, tokenizer, video_geometry(tiny_video_settings()), fps=fps or 2.0)
 
 
@@ -294,10 +304,10 @@ def save_tiny_generator(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def save_tiny_critic(folder: Path, seed: int = 0) -> Path:
+def save_tiny_critic(folder: Path, seed: int = 0, family: str = "qwen2_5_vl", **config: Any) -> Path:
     """Writes a complete transformers folder of the tiny critic (config, weights, tokenizer, chat template, video preprocessor) and returns
     it."""
-    model, tokenizer = tiny_critic_model(seed=seed)
+    model, tokenizer = tiny_critic_model(seed=seed, family=family, **config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "video_preprocessor_config.json").write_text(json.dumps(tiny_video_settings(), indent=2))

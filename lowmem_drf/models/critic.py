@@ -1,195 +1,213 @@
-"""Qwen2.5-VL as a ``types.Critic``: frames in [0, 1] and questions -> the logits of the answers, differentiable in the frames.
+"""A Qwen VLM as a ``types.Critic``: frames in [0, 1] and questions -> the logits of the answers, differentiable in the frames.
 
 The vision tower runs once per clip, all questions of a clip share one sequence (``packing``), logits are computed only where answers are
-scored. Position ids are computed here, as ``get_rope_index`` of transformers 5.23 does: before 5.18 it truncated the seconds per grid to
-an integer, and without them it takes a wrong default. 4-bit weights are not here. Written after ``modeling_qwen2_5_vl.py`` of transformers
-5.23 (5.17 agrees in all that is used).
+scored. What differs between the model families is in ``families``; position ids are computed there, as ``get_rope_index`` does. Written
+after transformers 5.23 (5.17 agrees in all that is used).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.method.preprocess import VideoGeometry, video_patches
+from lowmem_drf.method.preprocess import VideoGeometry
+from lowmem_drf.models.critic_files import check_geometry, check_tokenizer, load_tokenizer, video_geometry, video_settings
+from lowmem_drf.models.families import Family, Prefix, family_of, make_prefix
 from lowmem_drf.models.packing import Conversation
+from lowmem_drf.models.quant import Quant, check_quantised, loading_arguments, require_library
 from lowmem_drf.models.sources import complete, loading
 from lowmem_drf.models.vision import speed_up_vision
 from lowmem_drf.types import Answer, Question
 
-if TYPE_CHECKING:
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
 DEFAULT_FPS = 2.0
-"""Qwen2.5-VL's own sampling rate."""
+"""The sampling rate of Qwen2.5-VL and Qwen3-VL."""
 
 
-def load_critic(folder_or_id: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", fps: float | None = None) -> QwenCritic:
-    """A Qwen2.5-VL in transformers layout, frozen, eval.
+def load_critic(
+    folder_or_id: str,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    fps: float | None = None,
+    quant: Quant = "none",
+) -> QwenCritic:
+    """A Qwen2.5-VL or Qwen3-VL in transformers layout, frozen, eval.
 
     ``fps``: frames per second of what the critic will be shown; ``None`` takes the rate in the model's preprocessor settings (2 where
-    there is none). Raises BadInputError if the folder is not a Qwen2.5-VL, or cannot be loaded.
-    """
-    from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+    there is none). ``quant="nf4"``: the linears of the language model's layers in 4 bit, all else in ``dtype``.
 
+    Raises:
+        BadInputError: not a model of a known family, it cannot be loaded, its files do not belong together, or bitsandbytes is missing.
+        LowmemError: it was not quantised as asked.
+    """
+    from transformers import AutoConfig
+
+    require_library(quant)
     with loading("the critic", folder_or_id):
         config = AutoConfig.from_pretrained(folder_or_id)
-        if config.model_type != "qwen2_5_vl":
-            raise ValueError(f"it is a {config.model_type!r} model, and the critic must be a 'qwen2_5_vl' (Qwen2.5-VL)")
-        model = complete(Qwen2_5_VLForConditionalGeneration.from_pretrained(folder_or_id, dtype=dtype, attn_implementation="sdpa", output_loading_info=True))
-        tokenizer = AutoTokenizer.from_pretrained(folder_or_id)
-        if not tokenizer.chat_template:  # before transformers 4.50 the template stood in a file of its own
-            tokenizer.chat_template = _read_json(folder_or_id, "chat_template.json").get("chat_template")
-        settings = _video_settings(folder_or_id)
-    model = model.to(device).eval().requires_grad_(False)
-    return QwenCritic(model, tokenizer, video_geometry(settings), fps=fps or float(settings.get("fps") or DEFAULT_FPS))
-
-
-def video_geometry(settings: Mapping[str, Any]) -> VideoGeometry:
-    """A preprocessor's JSON -> the numbers of ``method/preprocess.py``. Raises BadInputError where one is missing."""
-    size = settings.get("size") or {}
-    try:
-        return VideoGeometry(
-            patch=int(settings["patch_size"]),
-            temporal_patch=int(settings["temporal_patch_size"]),
-            merge=int(settings["merge_size"]),
-            min_pixels=int(settings.get("min_pixels") or size["shortest_edge"]),
-            max_pixels=int(settings.get("max_pixels") or size["longest_edge"]),
-            mean=tuple(settings["image_mean"]),
-            std=tuple(settings["image_std"]),
-        )
-    except KeyError as error:
-        raise BadInputError(f"The critic's video preprocessor settings lack {error}: use the model's complete folder.") from error
+        cls = family_of(config.model_type).model_class()
+        already = bool(getattr(config, "quantization_config", None))
+        if quant == "none" and already:
+            raise ValueError("its weights are quantised already; -s critic.quant=nf4 takes those of bitsandbytes")
+        settings, tokenizer = video_settings(folder_or_id), load_tokenizer(folder_or_id)
+        arguments = loading_arguments(quant, dtype, device, already)
+        model = complete(cls.from_pretrained(folder_or_id, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **arguments))
+    check_quantised(model, quant, dtype)
+    if quant == "none":
+        model = model.to(device)
+    return QwenCritic(model.eval().requires_grad_(False), tokenizer, video_geometry(settings), fps=fps or float(settings.get("fps") or DEFAULT_FPS))
 
 
 class QwenCritic:
-    """``types.Critic`` on a Qwen2.5-VL. Called with (frames_BTCHW in [0, 1], questions of each clip); gradient to the frames, none to the
-    weights unless they were thawed.
+    """``types.Critic`` on a Qwen2.5-VL or Qwen3-VL. Called with (frames_BTCHW in [0, 1], questions of each clip); gradient to the frames,
+    none to the weights unless they were thawed.
 
-    ``fps``: frames per second of the frames it is given; two temporal patches lie ``temporal_patch / fps`` seconds apart in its position
-    ids.
+    ``fps``: frames per second of the frames it is given: they reach the model as time positions or as times in words.
+
+    Raises:
+        BadInputError: tokenizer, preprocessor and model do not belong together, or there is no usable chat template.
     """
 
-    def __init__(self, model: Qwen2_5_VLForConditionalGeneration, tokenizer: Any, geometry: VideoGeometry, fps: float = DEFAULT_FPS) -> None:
+    def __init__(self, model: Any, tokenizer: Any, geometry: VideoGeometry, fps: float = DEFAULT_FPS) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.geometry = geometry
         self.fps = fps
+        self.geometry = replace(geometry, bounds=self.family.BOUNDS)
+        check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings)
+        check_geometry(geometry, model.config.vision_config)
         self.conversation = Conversation(tokenizer, model.config.video_token_id)
-        self._positions: dict[tuple[float, ...], tuple[Tensor, int]] = {}
+        self._prefixes: dict[tuple[float, ...], Prefix] = {}
         speed_up_vision(model.model.visual)
 
+    @property
+    def family(self) -> Family:
+        """What differs between model families. A module, so not kept: critics can be copied."""
+        return family_of(self.model.config.model_type)
+
     def __call__(self, frames_BTCHW: Tensor, questions: Sequence[Sequence[Question]]) -> list[list[Answer]]:
-        features_BND, grid_B3 = self.embed_video(frames_BTCHW)
-        return self.answer_from_features(features_BND, grid_B3, questions)
+        features_BND, grid = self.embed_video(frames_BTCHW)
+        return self.answer_from_features(features_BND, grid, questions)
 
     def embed_video(self, frames_BTCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Frames in [0, 1] -> the vision tower's tokens (B, n, D) and the patch grid (B, 3) int64 (time, rows, columns before merging)."""
-        visual = self.model.model.visual
-        pixels, grid_B3 = video_patches(frames_BTCHW, self.geometry)
-        features = visual(pixels.to(visual.dtype), grid_thw=grid_B3.to(pixels.device)).pooler_output
-        return features.view(frames_BTCHW.shape[0], -1, features.shape[-1]), grid_B3
+        """Frames in [0, 1] -> what the vision tower says, (B, n, D) with n tokens of the language model a clip, and its grid, int64 on the
+        CPU: (B, 3) time, rows, columns before merging; Qwen3-VL's (B, 4) has the number of frames besides."""
+        pixels, grid = self.family.patches(frames_BTCHW, self.geometry)
+        return self.family.watch(self.model, pixels, grid), grid
 
-    def answer_from_features(self, features_BND: Tensor, grid_B3: Tensor, questions: Sequence[Sequence[Question]]) -> list[list[Answer]]:
-        """An answer per clip and question from ``embed_video``'s tokens. All clips have one grid; the number of questions may differ, and
-        be 0."""
+    def answer_from_features(self, features_BND: Tensor, grid: Tensor, questions: Sequence[Sequence[Question]]) -> list[list[Answer]]:
+        """An answer per clip and question from ``embed_video``'s results. All clips have one grid; the number of questions may differ,
+        and be 0."""
         if not any(questions):
             return [[] for _ in questions]
-        logits_RV, sizes = self.scored_logits(features_BND, grid_B3, questions)
+        logits_RV, sizes = self.scored_logits(features_BND, grid, questions)
         rows = iter(logits_RV.split(sizes))
         conversation = self.conversation
         return [[Answer(next(rows), torch.tensor(conversation.ask(q).target), yes=conversation.yes, no=conversation.no) for q in clip] for clip in questions]
 
-    def scored_logits(self, features_BND: Tensor, grid_B3: Tensor, questions: Sequence[Sequence[Question]]) -> tuple[Tensor, list[int]]:
+    def scored_logits(self, features_BND: Tensor, grid: Tensor, questions: Sequence[Sequence[Question]]) -> tuple[Tensor, list[int]]:
         """The logits of all answers in one tensor (R, V), fp32 (fp64 of an fp64 model), and the answer tokens of each question, flat over
-        clips: the vectorised form for who trains a critic."""
-        packed = self.conversation.pack(self._prefix_length(features_BND), questions)
-        device, embed = features_BND.device, self.model.get_input_embeddings()
-        before, after = (
-            torch.tensor([ids], device=device).expand(len(questions), -1) for ids in (self.conversation.before_video, self.conversation.after_video)
-        )
-        tail_BSD = embed(torch.cat([after, packed.ids_BS.to(device)], dim=1))
-        inputs_BLD = torch.cat([embed(before), features_BND.to(tail_BSD.dtype), tail_BSD], dim=1)
-        prefix_3P, start = self._prefix_positions(grid_B3)
-        question_BS = packed.offset_BS + start
-        positions_3BL = torch.cat([prefix_3P[:, None].expand(-1, len(questions), -1), question_BS.expand(3, -1, -1)], dim=-1)
-        hidden_BLD = self.model.model.language_model(
-            inputs_embeds=inputs_BLD, attention_mask=packed.mask_B1LL.to(device), position_ids=positions_3BL.to(device), use_cache=False
-        ).last_hidden_state
-        place_R = packed.place_R + prefix_3P.shape[1]
-        logits_RV = self.model.lm_head(hidden_BLD[packed.clip_R.to(device), place_R.to(device)])
+        clips: the vectorised form for who trains a critic.
+
+        Raises:
+            BadInputError: clips of different sizes, or more tokens than the model was made for.
+        """
+        prefix, device = self.prefix(grid), features_BND.device
+        length = len(prefix.ids_P)
+        self._require_room(prefix, max(len(self.conversation.ask(q).ids) for clip in questions for q in clip))
+        packed = self.conversation.pack(length, questions)
+        ids_BL = torch.cat([prefix.ids_P.expand(len(questions), -1), packed.ids_BS], dim=1)
+        question_BS = packed.offset_BS + prefix.start
+        positions_3BL = torch.cat([prefix.positions_3P[:, None].expand(-1, len(questions), -1), question_BS.expand(3, -1, -1)], dim=-1)
+        hidden_BLD = self._read(ids_BL, positions_3BL, features_BND, prefix, packed.mask_B1LL.to(device), use_cache=False).last_hidden_state
+        logits_RV = self.model.lm_head(hidden_BLD[packed.clip_R.to(device), (packed.place_R + length).to(device)])
         return logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)), packed.sizes
 
-    def set_checkpointing(self, on: bool) -> None:
-        """Layer-wise gradient checkpointing of the vision tower and the language model.
+    @torch.no_grad()
+    def generate(self, text: str, frames_TCHW: Tensor | None = None, max_new_tokens: int = 256) -> str:
+        """The model's answer to a user's text, with or without a clip in [0, 1] before it: greedy, without special tokens.
 
-        transformers' layers checkpoint only in training mode, and a frozen model is in ``eval``: the mode is set on the layers themselves,
-        not on what is in them, so nothing else behaves as in training. A later ``model.train()`` or ``model.eval()`` undoes that: call
-        this again after it.
+        As ``model.generate(do_sample=False)`` of transformers, but for a repetition penalty in the model's own settings, which is not applied.
+
+        Raises:
+            BadInputError: more tokens than the model was made for.
         """
-        from torch.utils.checkpoint import checkpoint
+        from lowmem_drf.models.generation import greedy
+
+        features, prefix, device = None, None, self.model.get_input_embeddings().weight.device
+        if frames_TCHW is None:
+            ids = torch.tensor(self.conversation.prompt(text))
+            positions_3L = torch.arange(len(ids)).expand(3, -1)
+        else:
+            features, grid = self.embed_video(frames_TCHW[None].to(device))
+            prefix = self.prefix(grid)
+            tail = torch.tensor(self.conversation.tail(text))
+            self._require_room(prefix, len(tail) + max_new_tokens)
+            ids = torch.cat([prefix.ids_P, tail])
+            positions_3L = torch.cat([prefix.positions_3P, (prefix.start + torch.arange(len(tail))).expand(3, -1)], dim=1)
+
+        def step(ids_1L: Tensor, positions_31L: Tensor, cache: Any) -> tuple[Tensor, Any]:
+            seen = (features, prefix) if cache is None else (None, None)
+            out = self._read(ids_1L, positions_31L, *seen, mask=None, past_key_values=cache, use_cache=True)
+            return self.model.lm_head(out.last_hidden_state[:, -1]), out.past_key_values
+
+        said = greedy(step, ids, positions_3L, self._ends(), max_new_tokens)
+        return str(self.tokenizer.decode(said, skip_special_tokens=True)).strip()
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Layer-wise gradient checkpointing of the vision tower and the language model, whatever mode they are in.
+
+        transformers' layers checkpoint only in training mode, and a frozen model is in ``eval``. Here each layer's ``forward`` is recomputed
+        in the backward as it is: no module changes its mode, so dropout stays off, and without gradients (``generate``) nothing changes.
+        """
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         for module in self.model.modules():
             if isinstance(module, GradientCheckpointingLayer):
-                module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-                module.gradient_checkpointing = module.training = on
+                module.__dict__.pop("forward", None)
+                if on:
+                    module.forward = partial(_recomputed, module.forward)
 
-    def _prefix_length(self, features_BND: Tensor) -> int:
-        return len(self.conversation.before_video) + features_BND.shape[1] + len(self.conversation.after_video)
-
-    def _prefix_positions(self, grid_B3: Tensor) -> tuple[Tensor, int]:
-        """Positions (3, P) of the prefix on the CPU (time, row, column; equal for text), and where the text after it starts."""
-        t, rows, columns = (int(n) for n in grid_B3[0])
-        if bool((grid_B3 != grid_B3[0]).any()):
+    def prefix(self, grid: Tensor) -> Prefix:
+        """Everything before the question for clips of one grid. Raises BadInputError where the clips differ."""
+        if bool((grid != grid[0]).any()):
             raise BadInputError("The clips of one call must have the same size and number of frames.")
-        vision = self.model.config.vision_config
-        interval = vision.tokens_per_second * vision.temporal_patch_size / self.fps
-        key = (t, rows, columns, interval)
-        if key not in self._positions:
-            rows, columns = rows // vision.spatial_merge_size, columns // vision.spatial_merge_size
-            axes = (torch.arange(t) * interval).long(), torch.arange(rows), torch.arange(columns)
-            before = len(self.conversation.before_video)
-            video_3N = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1) + before
-            start = before + max(rows, columns)  # where HF continues, even if the time axis reaches further
-            after = start + len(self.conversation.after_video)
-            text = [torch.arange(*span).expand(3, -1) for span in ((0, before), (start, after))]
-            self._positions[key] = torch.cat([text[0], video_3N, text[1]], dim=1), after
-        return self._positions[key]
+        key = (*(int(n) for n in grid[0]), self.fps)
+        if key not in self._prefixes:
+            self._prefixes[key] = make_prefix(self.family, self.conversation, self.model.config.vision_config, grid[0].tolist(), self.fps)
+        return self._prefixes[key]
+
+    def _read(self, ids_BL: Tensor, positions_3BL: Tensor, features: Tensor | None, prefix: Prefix | None, mask: Tensor | None, **arguments: Any) -> Any:
+        """The language model over token ids, the video's features in the places that ``prefix`` keeps for them."""
+        embed = self.model.get_input_embeddings()
+        device, slots = embed.weight.device, None
+        inputs_BLD = embed(ids_BL.to(device))
+        if features is not None and prefix is not None:
+            slots, features = prefix.slots_N.to(device), features.to(inputs_BLD.dtype)
+            inputs_BLD = inputs_BLD.index_copy(1, slots, features[..., : inputs_BLD.shape[-1]])
+        return self.family.read(self.model, inputs_BLD, features, slots, attention_mask=mask, position_ids=positions_3BL.to(device), **arguments)
+
+    def _require_room(self, prefix: Prefix, more: int) -> None:
+        limit = self.model.config.get_text_config().max_position_embeddings
+        if (tokens := len(prefix.ids_P) + more) > limit:
+            raise BadInputError(
+                f"The critic would read {tokens} tokens, {len(prefix.slots_N)} of them the video's, and was made for {limit} (max_position_embeddings). "
+                "Show it fewer frames (critic.frames) or smaller ones (video.width, video.height)."
+            )
+
+    def _ends(self) -> set[int]:
+        """The tokens after which nothing more is said."""
+        ends = self.model.generation_config.eos_token_id
+        return {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id} - {None}
 
 
-def _video_settings(folder_or_id: str) -> dict[str, Any]:
-    """The video processor's settings, where transformers looks for them, newest place first. Read as JSON: the class itself needs
-    torchvision."""
-    for settings in (
-        _read_json(folder_or_id, "video_preprocessor_config.json"),
-        _read_json(folder_or_id, "processor_config.json").get("video_processor"),
-        _read_json(folder_or_id, "preprocessor_config.json"),
-    ):
-        if settings:
-            return dict(settings)
-    raise OSError("it has no video_preprocessor_config.json, processor_config.json or preprocessor_config.json")
+def _recomputed(forward: Callable[..., Any], *inputs: Any, **arguments: Any) -> Any:
+    from torch.utils.checkpoint import checkpoint
 
-
-def _read_json(folder_or_id: str, name: str) -> dict[str, Any]:
-    """A JSON file of a model folder or of the hub; empty where there is none."""
-    from transformers.utils import cached_file
-
-    path = cached_file(
-        folder_or_id,
-        name,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if path is None:
-        return {}
-    content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-    return content
+    if not torch.is_grad_enabled():
+        return forward(*inputs, **arguments)
+    return checkpoint(forward, *inputs, use_reentrant=False, **arguments)

@@ -7,7 +7,7 @@ rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.types import Question
 
 _SENTINEL = "lowmemdrfquestion"
+_VIDEO_TOKEN = "<|video_pad|>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +62,28 @@ class Conversation:
 
     def __post_init__(self) -> None:
         before, self._after = _split_template(self.tokenizer)
-        ids = self._encode(before)
-        if ids.count(self.video_token_id) != 1:
-            raise BadInputError(f"The critic's chat template must place exactly one video token for a clip; it placed {ids.count(self.video_token_id)}.")
-        at = ids.index(self.video_token_id)
-        self.before_video, self.after_video = ids[:at], ids[at + 1 :]
+        placed = self._encode(before).count(self.video_token_id)
+        if placed != 1:
+            raise BadInputError(self._misplaced(placed))
+        self._video_token: str = self.tokenizer.convert_ids_to_tokens(self.video_token_id)
+        self._around_video = before.split(self._video_token)
         self.yes, self.no = (_casings(self.tokenizer, word) for word in ("yes", "no"))
         self._asked: dict[tuple[str, str, str], Asked] = {}
         self._layouts: dict[tuple[tuple[tuple[int, int], ...], ...], tuple[Tensor, ...]] = {}
+
+    def prefix(self, spell: Callable[[str], str]) -> list[int]:
+        """Tokens up to the question, one video token for each block of the video's tokens. ``spell``: the video token -> the text that
+        stands for the clip in its place."""
+        before, after = self._around_video
+        return self._encode(before + spell(self._video_token) + after)
+
+    def prompt(self, text: str) -> list[int]:
+        """Tokens of a user's message without a video, end of turn and generation prompt included."""
+        return self._encode(_rendered(self.tokenizer, [{"type": "text", "text": text}]))
+
+    def tail(self, text: str) -> list[int]:
+        """Tokens of a user's text behind the prefix, end of turn and generation prompt included."""
+        return self._encode(text + self._after)
 
     def ask(self, question: Question) -> Asked:
         """Tokens of a question; remembered, since a training run asks the same few thousand again and again."""
@@ -88,7 +103,7 @@ class Conversation:
         return Packed(ids_BS, mask, offset, clip_R, place_R, [len(a.target) for clip in asked for a in clip])
 
     def _tokenise(self, question: Question) -> Asked:
-        prompt = self._encode(question.text + self._after)
+        prompt = self.tail(question.text)
         if question.kind == "dense":
             answer = self._encode(question.answer.strip())
             if not answer:
@@ -102,6 +117,15 @@ class Conversation:
         if key not in self._layouts:
             self._layouts = {key: _lay_out(prefix, layout, longest)}
         return self._layouts[key]
+
+    def _misplaced(self, placed: int) -> str:
+        known = self.tokenizer.get_vocab().get(_VIDEO_TOKEN)
+        if known is not None and known != self.video_token_id:
+            return (
+                f"The critic's tokenizer and model do not belong together: the model's video token is {self.video_token_id} (video_token_id in "
+                f"config.json), and {_VIDEO_TOKEN} is {known} in the tokenizer. Take config.json and the tokenizer's files from one model."
+            )
+        return f"The critic's chat template must place exactly one video token for a clip; it placed {placed}."
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -134,16 +158,20 @@ def _lay_out(prefix: int, layout: tuple[tuple[tuple[int, int], ...], ...], longe
 
 def _split_template(tokenizer: Any) -> tuple[str, str]:
     """The chat template's text before and after the question."""
-    message = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": _SENTINEL}]}
     if not getattr(tokenizer, "chat_template", None):
         raise BadInputError(
             "The critic's tokenizer has no chat template. Use an instruction-tuned model whose folder holds chat_template.jinja or chat_template.json."
         )
-    text: str = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    text = _rendered(tokenizer, [{"type": "video"}, {"type": "text", "text": _SENTINEL}])
     if text.count(_SENTINEL) != 1:
         raise BadInputError("The critic's chat template does not show the user's text exactly once, so questions cannot be placed in it.")
     before, after = text.split(_SENTINEL)
     return before, after
+
+
+def _rendered(tokenizer: Any, content: list[dict[str, str]]) -> str:
+    text: str = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    return text
 
 
 def _casings(tokenizer: Any, word: str) -> tuple[int, ...]:

@@ -17,21 +17,22 @@ from torch.nn import functional as F
 
 
 def speed_up_vision(visual: Any) -> None:
-    """Replaces ``forward`` of the patch embedding and of every attention in a Qwen2.5-VL vision tower. Parameters stay as they are,
-    outputs up to rounding."""
+    """Replaces ``forward`` of the patch embedding and of every attention in a Qwen2.5-VL or Qwen3-VL vision tower. Parameters stay as
+    they are, outputs up to rounding."""
     visual.patch_embed.forward = MethodType(_linear_patch_embed, visual.patch_embed)
     for block in visual.blocks:
         block.attn.forward = MethodType(_batched_attention, block.attn)
 
 
 def _linear_patch_embed(self: Any, hidden_states: Tensor) -> Tensor:
-    """As ``Qwen2_5_VisionPatchEmbed.forward``: patches (S, C * t * p * p) -> (S, D)."""
+    """As ``forward`` of ``Qwen2_5_VisionPatchEmbed`` and ``Qwen3VLVisionPatchEmbed``: patches (S, C * t * p * p) -> (S, D)."""
     weight = self.proj.weight.flatten(1)
-    return F.linear(hidden_states.to(weight.dtype), weight)
+    return F.linear(hidden_states.to(weight.dtype), weight, self.proj.bias)
 
 
 def _batched_attention(self: Any, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any) -> Tensor:
-    """As ``Qwen2_5_VLVisionAttention.forward`` (transformers 5.23): hidden_states (S, D), windows given by their cumulative lengths."""
+    """As ``forward`` of ``Qwen2_5_VLVisionAttention`` and ``Qwen3VLVisionAttention`` (transformers 5.23): hidden_states (S, D), windows
+    given by their cumulative lengths."""
     rows = hidden_states.shape[0]
     query, key, value = self.qkv(hidden_states).view(rows, 3, self.num_heads, -1).unbind(1)
     query, key = (_rotate(x, *position_embeddings) for x in (query, key))

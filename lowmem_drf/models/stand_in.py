@@ -1,0 +1,61 @@
+"""A tokenizer for critics whose weights are random: bytes, the answer words, and the special tokens at the ids that the model expects.
+
+A question has about four times the tokens that the real tokenizer would make of it.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+TEMPLATE = """\
+<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% for m in messages %}<|im_start|>{{ m['role'] }}
+{% for c in m['content'] %}{% if c['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+WORDS = ("yes", "Yes", "YES", "no", "No", "NO")
+
+
+def stand_in_tokenizer(config: Mapping[str, Any]) -> Any:
+    """A byte-level BPE tokenizer of transformers with a chat template of Qwen's form, for a model of this ``config.json``, whose vocabulary
+    must have room for some 300 tokens."""
+    from transformers import PreTrainedTokenizerFast
+
+    special = {
+        "<|image_pad|>": config["image_token_id"],
+        "<|video_pad|>": config["video_token_id"],
+        "<|vision_start|>": config["vision_start_token_id"],
+        "<|vision_end|>": config["vision_end_token_id"],
+        "<|im_end|>": config["text_config"]["eos_token_id"],
+    }
+    parts = [word[:end] for word in WORDS for end in range(2, len(word) + 1)]
+    ordinary = dict.fromkeys([*_byte_letters(), *parts, "<|im_start|>", "<|endoftext|>"])
+    free = (index for index in range(len(ordinary) + len(special)) if index not in special.values())
+    vocabulary = dict(zip(ordinary, free, strict=False)) | special
+    added = [{"id": index, "content": token, "special": True} for token, index in vocabulary.items() if token.startswith("<|")]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    content = {
+        "version": "1.0",
+        "added_tokens": [token | flags for token in added],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": [f"{part[:-1]} {part[-1]}" for part in dict.fromkeys(parts)]},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tokenizer.json"
+        file.write_text(json.dumps(content), encoding="utf-8")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def _byte_letters() -> list[str]:
+    """The 256 letters that stand for bytes in a byte-level vocabulary, as GPT-2 chose them."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    return [chr(byte) for byte in sorted(printable)] + [chr(256 + i) for i in range(256 - len(printable))]
