@@ -238,10 +238,9 @@ def test_a_question_that_fails_on_the_real_clip_is_left_out(tmp_path, own_cache,
 def test_words_that_the_critic_would_say_anyway_weigh_little(quiet, critic):
     config, prompts = load_config("toy", ["critic.mode=dense"]), as_prompts([RED])
     made = {q.name: q for q in finish_questions(config, prompts, draft_questions(config, prompts), critic, quiet)["0001"]}
-    words = made["motion"].answer.split()
-    weights = dict(zip(words, made["motion"].token_weights, strict=True))
-    assert len(made["motion"].token_weights) == len(words)
-    for telling in ("moves", "left"):
-        for idle in ("and", "its", "size", "color"):
-            assert weights[telling] > 2 * weights[idle]
+    for name, telling, idle in (("motion", {"left"}, {"and", "its", "size", "color"}), ("description", {"red", "circle", "left"}, {"a", "on", "background"})):
+        words, weights = made[name].answer.split(), made[name].token_weights
+        assert len(words) == len(weights) and telling | idle <= set(words)
+        said = list(zip(words, weights, strict=True))
+        assert min(weight for word, weight in said if word in telling) > 2 * max(weight for word, weight in said if word in idle), said
     assert all(WEIGHT_FLOOR <= weight <= 1 for q in made.values() for weight in q.token_weights)

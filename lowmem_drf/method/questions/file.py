@@ -30,7 +30,8 @@ def load_questions(path: str | Path) -> dict[str, tuple[Question, ...]]:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise BadInputError(
-            f"critic.questions = {str(path)!r}: there is no such file. Use templates, critic, or a file made with: lowmem-drf questions --prompts F --json > Q.json"
+            f"critic.questions = {str(path)!r}: there is no such file. Use templates, critic, or a file made with: "
+            "lowmem-drf questions --prompts PROMPTS.txt --output QUESTIONS.json"
         ) from error
     except (OSError, ValueError) as error:
         raise BadInputError(f"the questions {path} cannot be read as JSON: {error}") from error
