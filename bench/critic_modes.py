@@ -20,7 +20,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.toy_seeds import train_and_measure, versions
+from bench.toy_seeds import LIBRARIES, train_and_measure
+from bench.versions import versions
 from lowmem_drf.errors import LowmemError
 
 MODES = ("vanilla", "yesno", "dense", "both")
@@ -86,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _save(file: Path | None, preset: str, overrides: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        result = {"preset": preset, "set": overrides, "threads": torch.get_num_threads(), "versions": versions(), "rows": rows}
+        result = {"preset": preset, "set": overrides, "threads": torch.get_num_threads(), "versions": versions(*LIBRARIES), "rows": rows}
         file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench.versions import versions
 from lowmem_drf.errors import LowmemError
 from lowmem_drf.method.questions import toyworld
 from lowmem_drf.method.reward import RewardSpec, question_reward
@@ -166,9 +165,8 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(table(f"{name} against the reference, {len(frames)} clips", row))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in ("torch", "transformers", "bitsandbytes")}}
         chosen = {"critic": options.random or options.critic, "random": bool(options.random), "layers": options.layers, "reference": options.reference}
-        result = {**chosen, "device": options.device, "clips": len(frames), "versions": versions, **rows}
+        result = {**chosen, "device": options.device, "clips": len(frames), "versions": versions("torch", "transformers", "bitsandbytes"), **rows}
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
 

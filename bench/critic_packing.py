@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench.versions import versions
 from lowmem_drf.errors import LowmemError
 from lowmem_drf.method.questions import toyworld
 from lowmem_drf.method.reward import RewardSpec, total_reward
@@ -181,9 +180,15 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(f"{count} questions packed take {ratio:.2f} times one question's time: the promise of {bound:g} is {'kept' if ratio <= bound else 'BROKEN'}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        versions = {"python": platform.python_version(), **{name: metadata.version(name) for name in ("torch", "transformers")}}
         device = torch.cuda.get_device_name(options.device) if frames.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        result = {"clips": options.clips, "repeats": options.repeats, "device": device, "versions": versions, "ratio": ratio, "rows": rows}
+        result = {
+            "clips": options.clips,
+            "repeats": options.repeats,
+            "device": device,
+            "versions": versions("torch", "transformers"),
+            "ratio": ratio,
+            "rows": rows,
+        }
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0 if ratio <= bound else 1
 

@@ -11,12 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import lowmem_drf
+from bench.versions import versions
 from lowmem_drf.errors import LowmemError
 from lowmem_drf.run.evaluate import EVAL_PROMPTS, EVAL_SEEDS, finish_trial, make_trial, with_progress
 from lowmem_drf.run.folder import run_config
@@ -35,6 +33,8 @@ from lowmem_drf.run.start import train_command
 
 RISE, KEPT_DIVERSITY = 0.35, 0.8
 RATES = ("all", "physics", "quality")
+LIBRARIES = ("torch", "diffusers", "transformers", "peft")
+"""The figures depend on these."""
 
 
 def train_and_measure(seed: int, preset: str, overrides: Sequence[str], folder: Path, console: Console) -> dict[str, Any]:
@@ -78,12 +78,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return made
 
 
-def versions() -> dict[str, str]:
-    """Of Python and the libraries the figures depend on."""
-    libraries = ("torch", "diffusers", "transformers", "peft")
-    return {"python": platform.python_version(), "lowmem-drf": lowmem_drf.__version__, **{name: metadata.version(name) for name in libraries}}
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.toy_seeds", description=__doc__.partition("\n")[0] if __doc__ else None)
@@ -107,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"preset": options.preset, "set": options.overrides, "threads": torch.get_num_threads(), "versions": versions(), "rows": rows}
+        result = {"preset": options.preset, "set": options.overrides, "threads": torch.get_num_threads(), "versions": versions(*LIBRARIES), "rows": rows}
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0 if all(kept for row in rows for kept in row["verdicts"].values()) else 1
 
