@@ -25,6 +25,8 @@ from bench.versions import versions
 from lowmem_drf.errors import LowmemError
 
 MODES = ("vanilla", "yesno", "dense", "both")
+LOG_COLUMNS = 160
+"""Of the table where there is no terminal."""
 RATES = ("all", "color", "shape", "direction", "physics", "quality")
 
 
@@ -64,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--merge", type=Path, nargs="+", default=[], help="JSON files of earlier runs of this command: their rows come first")
     parser.add_argument("--json", type=Path, help="write the rows to this file too")
     options = parser.parse_args(arguments)
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else LOG_COLUMNS)
     rows: list[dict[str, Any]] = [row for file in options.merge for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
     done = {(row["mode"], row["seed"]) for row in rows}
     wanted = [(mode, seed) for mode in options.modes for seed in options.seeds if (mode, seed) not in done]
