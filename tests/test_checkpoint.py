@@ -11,6 +11,7 @@ import torch
 from _killed import train_until_killed
 
 from lowmem_drf.errors import BadInputError, LowmemError
+from lowmem_drf.method.questions.file import to_json
 from lowmem_drf.prompts import Cursor
 from lowmem_drf.run.checkpoint import (
     Checkpoint,
@@ -23,6 +24,7 @@ from lowmem_drf.run.checkpoint import (
 )
 from lowmem_drf.run.metrics import read_metrics
 from lowmem_drf.run.start import train_command
+from lowmem_drf.types import Question
 
 MOMENTS = {
     "before the first save": ("lowmem_drf.run.train.save_checkpoint", 1),
@@ -86,6 +88,22 @@ def test_changed_prompts_are_refused(tiny_run, tiny_preset, tmp_path):
     prompts.write_text("a blue circle moves left on a gray background\n")
     with pytest.raises(BadInputError, match="prompts of .* have changed"):
         train_command(None, None, run, 2, None, True, [], False)
+
+
+def test_changed_questions_are_refused_and_the_runs_own_stay(tiny_preset, tmp_path):
+    prompt = "a red circle moves left on a gray background"
+    prompts, file, run = tmp_path / "prompts.txt", tmp_path / "questions.json", tmp_path / "run"
+    prompts.write_text(prompt + "\n")
+    file.write_text(to_json({prompt: [Question("TA", "is it red ?", "yes")]}))
+    train_command(str(tiny_preset), prompts, run, 1, None, False, [f"critic.questions={file}"], False)
+    asked = (run / "questions.json").read_text()
+    file.write_text(to_json({prompt: [Question("TA", "is it blue ?", "yes")]}))
+    with pytest.raises(BadInputError, match="questions of .* have changed"):
+        train_command(None, None, run, 2, None, True, [], False)
+    assert (run / "questions.json").read_text() == asked
+    file.write_text(asked)
+    train_command(None, None, run, 2, None, True, [], False)
+    assert checkpoint_steps(run)[-1] == 2
 
 
 @pytest.fixture

@@ -90,8 +90,11 @@ def start(config: Config, run: Path, resume: bool, origin: str) -> None:
         add_lora(models.transformer, config.lora.rank, config.lora.alpha, config.lora.targets, derive_seed(config.seed, "lora"))
         questions = finish_questions(config, prompts, draft, models.asked_critic, console)
         trial = finish_trial(config, trial, models.asked_critic, console) if trial else None
+        asked = to_json({prompt.text: questions[prompt.id] for prompt in prompts})
+        if resume:
+            _require_same_questions(run, asked)
         write_aside(run / "config.toml", to_toml(config))
-        write_aside(run / "questions.json", to_json({prompt.text: questions[prompt.id] for prompt in prompts}))
+        write_aside(run / "questions.json", asked)
     except BaseException:
         release(made)
         raise
@@ -128,6 +131,14 @@ def _resumed(preset: str | None, output: Path | None, overrides: Sequence[str]) 
     if done >= config.steps:
         raise BadInputError(f"{run} is complete: {done} of {config.steps} updates. To train on: --resume --output {run} --steps {2 * done}")
     return run, config
+
+
+def _require_same_questions(run: Path, asked: str) -> None:
+    """Of the same prompts; that the prompts are the same is ``train``'s to say."""
+    file = run / "questions.json"
+    before, now = ({row["prompt"]: row for row in json.loads(text)} for text in (file.read_text(encoding="utf-8") if file.is_file() else asked, asked))
+    if before.keys() == now.keys() and before != now:
+        raise BadInputError(f"the questions of {run} have changed since it began ({file} has those it was trained on). Restore them, or start a new run.")
 
 
 def _value(config: Config, key: str) -> object:
