@@ -13,6 +13,7 @@ import torch
 
 from lowmem_drf.errors import BadInputError, NonFiniteError
 from lowmem_drf.method.preprocess import resized
+from lowmem_drf.method.questions import toyworld
 from lowmem_drf.method.reward import RewardSpec, question_reward, token_probabilities, total_reward
 from lowmem_drf.models.sources import TOYWORLD
 from lowmem_drf.types import Answer, Question
@@ -127,13 +128,18 @@ def score_command(
     config = load_config(preset or chosen_preset()[0], [*overrides, *flagged])
     target = None if saliency is None else _target(saliency)
     prompts = as_prompts([prompt])
-    draft = draft_questions(config, prompts, "toyworld" if config.critic.id == TOYWORLD else "english")
+    toy = config.critic.id == TOYWORLD
+    if toy and preset is None and toyworld.attributes(prompt) is None:
+        raise BadInputError(
+            "ToyWorld's critic, the default where there is no CUDA card, knows ToyWorld's words only. Name a real one: --critic Qwen/Qwen2.5-VL-3B-Instruct"
+        )
+    draft = draft_questions(config, prompts, "toyworld" if toy else "english")
     require_weights(draft, reward_spec(config))
     shown_TCHW, fps = read_video(video, *_wanted(config.critic.frames if frames is None else frames))
 
     console = Console(stderr=as_json, soft_wrap=True)
     model = load_run_critic(config)
-    if config.critic.id != TOYWORLD:  # ToyWorld's knows one frame rate, that of its training
+    if not toy:  # ToyWorld's knows one frame rate, that of its training
         model.fps = fps
     questions = finish_questions(config, prompts, draft, model, console)[prompts[0].id]
     seen_TCHW = resized(shown_TCHW[None].to(model.model.device), model.geometry)[0]
