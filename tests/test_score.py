@@ -170,7 +170,8 @@ def test_score_with_a_critic_in_a_folder_on_another_video(clips, tiny_folders, c
     ("options", "message"),
     [
         (dict(prompt="  "), "prompt is empty"),
-        (dict(prompt="two brown dogs"), "Name a real one: --critic"),
+        (dict(prompt="two brown dogs"), "ToyWorld's grammar"),
+        (dict(prompt="two brown dogs", preset=None), "Name a real one: --critic"),
         (dict(frames="many"), "--frames many"),
         (dict(frames="0"), "--frames 0"),
         (dict(frames="fps:-2"), "--frames fps:-2"),
