@@ -141,6 +141,15 @@ def test_scales_of_the_normalisation_change_the_step(ready):
     assert len(gradients) == 2 and not torch.allclose(gradients[0], gradients[1])
 
 
+@pytest.mark.parametrize("mode", ["vanilla", "yesno", "dense", "both"])
+def test_every_mode_trains_with_a_4_bit_critic(ready, mode):
+    config, models, parts, prompts, questions = ready(f"critic.mode={mode}", "critic.quant=nf4", "memory.checkpoint=true")
+    assert {type(layer.self_attn.q_proj).__name__ for layer in models.critic.model.model.language_model.layers} == {"Linear4bit"}
+    report = update(config, models, parts, make_optimizer(config.optim, parts.lora), 0, prompts, questions, None)
+    assert math.isfinite(report.reward) and report.grad_norm > 0
+    assert set(report.reward_by_aspect) == ({"TA"} if mode == "vanilla" else {"TA", "Phy", "VQ"})
+
+
 def _keep_gradients(lora, kept):
     """An optimizer that changes nothing and keeps the gradient it is given."""
 
