@@ -156,7 +156,7 @@ def score(
     critic: Annotated[str | None, typer.Option(help="A transformers folder, a Hugging Face id, or toyworld.", show_default=False)] = None,
     quant: Annotated[str | None, typer.Option(help="none or nf4.", show_default=False)] = None,
     frames: Annotated[str | None, typer.Option(help='How many frames it sees, or a rate: "fps:2".', show_default=False)] = None,
-    mode: Annotated[str | None, typer.Option(help="yesno, dense, both or vanilla.", show_default=False)] = None,
+    mode: Annotated[str | None, typer.Option(help="yesno, dense, both (the default) or vanilla.", show_default=False)] = None,
     set_: Set = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -139,7 +139,7 @@ def run_score(video, prompt, **options):
 
 def test_json_has_the_contracts_keys_and_the_rewards_of_the_table(clips, capsys, tmp_path):
     combo, path, _ = clips[0]
-    run_score(path, caption(combo), as_json=True, mode="both")
+    run_score(path, caption(combo), as_json=True)
     printed = json.loads(capsys.readouterr().out)
     assert {"reward", "questions"} <= printed.keys()
     assert all({"aspect", "kind", "text", "answer", "p_answer", "reward"} <= row.keys() for row in printed["questions"])

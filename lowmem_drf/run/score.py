@@ -125,7 +125,7 @@ def score_command(
         raise BadInputError('the prompt is empty. Say what the video should show: --prompt "a corgi surfing a wave"')
     flags = {"critic.id": critic, "critic.quant": quant, "critic.mode": mode}
     flagged = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flags.items() if value is not None]
-    config = load_config(preset or chosen_preset()[0], [*overrides, *flagged])
+    config = load_config(preset or chosen_preset()[0], ["critic.mode=both", *overrides, *flagged])  # whatever trains, all is shown
     target = None if saliency is None else _target(saliency)
     prompts = as_prompts([prompt])
     toy = config.critic.id == TOYWORLD
