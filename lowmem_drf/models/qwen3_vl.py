@@ -4,7 +4,7 @@ transformers 5.23.
 Every slice of a video is a block of its own behind its time in words (``<0.3 seconds>``), so positions know nothing of seconds. Features of
 some blocks of the vision tower are added to the first layers of the language model (DeepStack). Their grid has a fourth column, the number of
 frames: the time of a slice that was filled up to ``temporal_patch_size`` frames depends on it. The template's own ``<|vision_start|>`` and
-``<|vision_end|>`` stay around the blocks, as they do since transformers 5; 4.57 dropped them.
+``<|vision_end|>`` stay around the blocks, as in transformers 5.17 to 5.23.
 """
 
 from __future__ import annotations
