@@ -221,6 +221,14 @@ def test_the_critic_looking_at_a_real_clip_says_what_a_good_answer_is(tmp_path, 
     assert list(own_cache.rglob("*.json"))  # the words are kept: a resumed run does not ask again
 
 
+def test_an_answer_that_stands_in_the_prompt_file_stays(tmp_path, own_cache, quiet, critic):
+    own = (Question("TA", "what color is it ?", "red", kind="dense"), Question("TA", "does it move up ?", "yes"))
+    prompt = Prompt("0001", "a blue square moves up on a black background", own, clip(tmp_path / "real.mp4", Combo(1, 2, 2, 0)))
+    config = load_config("toy", ["critic.token_weights=uniform"])
+    assert finish_questions(config, [prompt], {"0001": own}, critic, quiet)["0001"] == own
+    assert "left out" not in quiet.export_text()
+
+
 def replace_reference(config):
     return config.model_copy(update={"critic": config.critic.model_copy(update={"reference": "prompt"})})
 

@@ -53,9 +53,11 @@ def finish_questions(config: Config, prompts: Sequence[Prompt], draft: Mapping[s
     seen: dict[str, list[Tensor]] = {}
     if config.critic.reference == "auto":
         guided = [prompt for prompt in prompts if prompt.reference_video]
+        left_out = 0
         for prompt in counted(console, "looking at reference videos", guided):
-            questions[prompt.id], seen[prompt.id] = _guided_by_clip(config, prompt, questions[prompt.id], critic)
-        left_out = sum(question.weight == 0 for prompt in guided for question in questions[prompt.id])
+            before = questions[prompt.id]
+            questions[prompt.id], seen[prompt.id] = _guided_by_clip(config, prompt, before, critic)
+            left_out += sum(old.weight > 0 == new.weight for old, new in zip(before, questions[prompt.id], strict=True))
         if left_out:
             console.print(f"{left_out} yes/no questions are left out: the critic does not answer them as wanted even of the real clip.", highlight=False)
     return _weighted_tokens(questions, seen, critic, console) if config.critic.token_weights == "contrast" else questions
@@ -74,7 +76,7 @@ def _guided_by_clip(config: Config, prompt: Prompt, questions: Sequence[Question
     cache = Cache(cache_folder() / "references")
     guided = []
     for question in questions:
-        if question.kind == "dense":
+        if question.kind == "dense" and not prompt.questions:  # an answer that stands in the prompt file is the user's
             key = {"question": question.text, "video": digest, "frames": len(frames), "fps": critic.fps, "version": VERSION, **critic_key(config)}
             said = cache.get(key)
             if said is None:
