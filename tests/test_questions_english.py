@@ -80,6 +80,7 @@ def test_questions_cover_the_facts_that_a_reader_finds(heldout):
             hit[fact[0]] += found(fact, asked)
             missed += [] if found(fact, asked) else [(fact, case["prompt"][:50])]
     rates = {kind: f"{hit[kind]}/{n}" for kind, n in total.items()}
+    print(f"facts found, {'held-out' if heldout else 'other'} prompts: {hit.total()} of {total.total()}  {rates}")  # seen with pytest -s
     assert hit.total() >= 0.9 * total.total(), f"{rates}\n{missed}"
 
 

@@ -2,11 +2,12 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+from conftest import ROOT
 
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError, NonFiniteError
@@ -22,9 +23,12 @@ from lowmem_drf.toy.captions import caption
 from lowmem_drf.toy.scenes import BACKGROUNDS, FPS, Combo, combos_of, coverage, draw_tracks, render
 from lowmem_drf.types import Answer, Question
 
+sys.path.insert(0, str(ROOT))
+
+from bench.saliency import main as bench_saliency
+from bench.saliency import ratios
+
 SEED = 0
-MERGED_PIXELS = 8
-"""A token of ToyWorld's critic covers 8 x 8 pixels."""
 
 
 @pytest.fixture(scope="module")
@@ -63,21 +67,25 @@ def test_answers_about_a_file_are_right(critic, clips):
 
 def test_saliency_lies_on_the_object(critic, clips):
     """Mean |d reward / d pixel| on the object at least 5 times the background's, for the alignment questions about the object and for their
-    joint reward. A token that the object touches holds both, so the background begins a token's width away from it.
+    joint reward (``bench.saliency``, which has gray too).
 
     On black and white: gray is the processor's mean, where a flat patch is all but zero after normalisation and the tower's first RMSNorm
-    divides by its length. The gradient there is real, and huge.
+    divides by its length. The gradient there is real, huge, and not on the object.
     """
     plain = [clip for clip in clips if BACKGROUNDS[clip[0].background] != "gray"]
     assert len(plain) >= 5
     for combo, path, mask_THW in plain:
-        questions = [q for q in make_questions(caption(combo), "yesno", "toyworld") if q.aspect == "TA"]
-        found = saliency(critic, seen_by(critic, path), questions, RewardSpec())
-        near = F.max_pool2d(mask_THW[:, None], 2 * MERGED_PIXELS + 1, 1, MERGED_PIXELS)[:, 0] > 0
-        maps = {"all": found.total_THW} | {q.name: m for q, m in zip(questions, found.by_question_QTHW, strict=True) if q.name != "background"}
-        assert len(maps) == 4
-        for name, map_THW in maps.items():
-            assert map_THW[mask_THW > 0.5].mean() > 5 * map_THW[~near].mean(), (caption(combo), name)
+        found = ratios(critic, seen_by(critic, path), mask_THW, combo)
+        assert set(found) == {"all", "color", "shape", "direction"}
+        assert min(found.values()) > 5, (caption(combo), found)
+
+
+def test_the_bench_prints_every_background(tmp_path, capsys):
+    assert bench_saliency(["--json", str(tmp_path / "made" / "out.json")]) == 0
+    rows = json.loads((tmp_path / "made" / "out.json").read_text())["rows"]
+    assert set(rows) == set(BACKGROUNDS) and sum(row["clips"] for row in rows.values()) == len(combos_of("heldout", "unseen"))
+    out = capsys.readouterr().out
+    assert all(f"{row['least']:.2f}" in out and f"{row['median']:.2f}" in out for row in rows.values())
 
 
 class Linear:

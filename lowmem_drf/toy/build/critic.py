@@ -16,21 +16,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from lowmem_drf.method.questions.toyworld import (
-    ALIGNMENT,
-    ATTRIBUTES,
-    DESCRIBE,
-    EXPLAIN_MOTION,
-    EXPLAIN_PICTURE,
-    EXPLANATIONS,
-    GLOBAL,
-    OPEN,
-    PHYSICS,
-    QUALITY,
-    SOUND,
-    SOUND_PICTURE,
-    sound_motion,
-)
+from lowmem_drf.method.questions import toyworld
 from lowmem_drf.models.critic import QwenCritic
 from lowmem_drf.toy.build.loop import Schedule, half_products, train
 from lowmem_drf.toy.build.tower import draw_labelled
@@ -92,10 +78,10 @@ def ask(label: Label, generator: torch.Generator) -> list[Lesson]:
         return int(torch.randint(n, (1,), generator=generator))
 
     out: list[Lesson] = []
-    for name, wordings in ALIGNMENT.items():
+    for name, wordings in toyworld.ALIGNMENT.items():
         true = label.value[name]
         if true >= 0:
-            values = ATTRIBUTES[name]
+            values = toyworld.ATTRIBUTES[name]
             yes = pick(2) == 0
             asked = true if yes else (true + 1 + pick(len(values) - 1)) % len(values)
             out.append(Lesson(Question("TA", wordings[pick(2)].format(value=values[asked]), "yes" if yes else "no", name=name), 1.0))
@@ -104,26 +90,26 @@ def ask(label: Label, generator: torch.Generator) -> list[Lesson]:
     order = torch.randperm(len(absent), generator=generator).tolist()[:3]
     for defect in [*label.defects, *(absent[i] for i in order)]:
         there = defect in label.defects
-        for wordings, answer in (((PHYSICS | QUALITY)[defect], there), (SOUND[defect], not there)):
-            question = Question("VQ" if defect in QUALITY else "Phy", wordings[pick(2)], "yes" if answer else "no", name=defect)
+        for wordings, answer in (((toyworld.PHYSICS | toyworld.QUALITY)[defect], there), (toyworld.SOUND[defect], not there)):
+            question = Question("VQ" if defect in toyworld.QUALITY else "Phy", wordings[pick(2)], "yes" if answer else "no", name=defect)
             out.append(Lesson(question, 1.0 if there else 0.2))
     if label.combo is not None:
         yes, told = pick(2) == 0, _one_changed(label.combo, pick)
-        text = GLOBAL[pick(2)].format(caption=caption(label.combo if yes else told, pick(WORDINGS)))
+        text = toyworld.GLOBAL[pick(2)].format(caption=caption(label.combo if yes else told, pick(WORDINGS)))
         out.append(Lesson(Question("TA", text, "yes" if yes else "no", name="global"), 1.0))
         shown = _one_changed(label.combo, pick) if pick(3) == 0 else label.combo
-        out.append(_lesson("TA", DESCRIBE, "description", caption(shown), caption(label.combo), 0.5))
-    known = [n for n in OPEN if label.value[n] >= 0]
+        out.append(_lesson("TA", toyworld.DESCRIBE, "description", caption(shown), caption(label.combo), 0.5))
+    known = [n for n in toyworld.OPEN if label.value[n] >= 0]
     if known:
         name = known[pick(len(known))]
-        word = ATTRIBUTES[name][label.value[name]]
-        out.append(_lesson("TA", OPEN[name], f"{name}_word", word, word, 0.5))
+        word = toyworld.ATTRIBUTES[name][label.value[name]]
+        out.append(_lesson("TA", toyworld.OPEN[name], f"{name}_word", word, word, 0.5))
     return out + _explanations(label, pick)
 
 
 def _one_changed(combo: Combo, pick: Callable[[int], int]) -> Combo:
     at, values = pick(4), list(combo)
-    options = len(list(ATTRIBUTES.values())[at])
+    options = len(list(toyworld.ATTRIBUTES.values())[at])
     values[at] = (values[at] + 1 + pick(options - 1)) % options
     return Combo(*values)
 
@@ -132,17 +118,17 @@ def _explanations(label: Label, pick: Callable[[int], int]) -> list[Lesson]:
     """What is to be said of the motion and of the picture, where there is one thing to say; now and then what training will want to hear is put
     before the critic instead."""
     out: list[Lesson] = []
-    directions, true = ATTRIBUTES["direction"], label.value["direction"]
-    wrong = [EXPLANATIONS[defect] for defect in sorted(label.defects) if defect in PHYSICS]
+    directions, true = toyworld.ATTRIBUTES["direction"], label.value["direction"]
+    wrong = [toyworld.EXPLANATIONS[defect] for defect in sorted(label.defects) if defect in toyworld.PHYSICS]
     if len(wrong) + (true >= 0) and len(wrong) <= 1:
-        said = wrong[0] if wrong else sound_motion(directions[true])
+        said = wrong[0] if wrong else toyworld.sound_motion(directions[true])
         # of a motion with a defect "it moves left …"; of one without a wrong direction
         other = directions[true if wrong and true >= 0 else pick(len(directions))]
-        out.append(_lesson("Phy", EXPLAIN_MOTION, "motion", sound_motion(other) if pick(3) == 0 else said, said, 0.5 if wrong else 0.2))
-    wrong = [EXPLANATIONS[defect] for defect in sorted(label.defects) if defect in QUALITY]
+        out.append(_lesson("Phy", toyworld.EXPLAIN_MOTION, "motion", toyworld.sound_motion(other) if pick(3) == 0 else said, said, 0.5 if wrong else 0.2))
+    wrong = [toyworld.EXPLANATIONS[defect] for defect in sorted(label.defects) if defect in toyworld.QUALITY]
     if len(wrong) <= 1:
-        said = wrong[0] if wrong else SOUND_PICTURE
-        out.append(_lesson("VQ", EXPLAIN_PICTURE, "picture", SOUND_PICTURE if pick(3) == 0 else said, said, 0.5 if wrong else 0.2))
+        said = wrong[0] if wrong else toyworld.SOUND_PICTURE
+        out.append(_lesson("VQ", toyworld.EXPLAIN_PICTURE, "picture", toyworld.SOUND_PICTURE if pick(3) == 0 else said, said, 0.5 if wrong else 0.2))
     return out
 
 
@@ -188,7 +174,7 @@ def reconstruct(vae: AutoencoderKLWan, frames_BTCHW: Tensor) -> Tensor:
 def half_reconstructed(vae: AutoencoderKLWan, frames: Tensor, defect: Tensor) -> Tensor:
     """Every other clip through the VAE: the critic is to judge what the VAE makes. Not those with a defect of quality: the VAE mends noise
     and flicker, so their labels would be wrong."""
-    rows = torch.tensor([i for i in range(0, len(frames), 2) if defect[i] < len(PHYSICS)])
+    rows = torch.tensor([i for i in range(0, len(frames), 2) if defect[i] < len(toyworld.PHYSICS)])
     frames = frames.clone()
     if len(rows):
         frames[rows] = reconstruct(vae, frames[rows])

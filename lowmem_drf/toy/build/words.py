@@ -5,21 +5,7 @@ from __future__ import annotations
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lowmem_drf.method.questions.toyworld import (
-    ALIGNMENT,
-    ATTRIBUTES,
-    DESCRIBE,
-    EXPLAIN_MOTION,
-    EXPLAIN_PICTURE,
-    EXPLANATIONS,
-    GLOBAL,
-    OPEN,
-    PHYSICS,
-    QUALITY,
-    SOUND,
-    SOUND_PICTURE,
-    sound_motion,
-)
+from lowmem_drf.method.questions import toyworld
 from lowmem_drf.toy.captions import vocabulary
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -32,9 +18,14 @@ CHAT_TEMPLATE = (
 
 
 def _question_words() -> list[str]:
-    pairs = [*ALIGNMENT.values(), *PHYSICS.values(), *QUALITY.values(), *SOUND.values(), GLOBAL]
-    asked = [*(wording for pair in pairs for wording in pair), *OPEN.values(), DESCRIBE, EXPLAIN_MOTION, EXPLAIN_PICTURE]
-    said = ["yes no", *EXPLANATIONS.values(), SOUND_PICTURE, *(sound_motion(direction) for direction in ATTRIBUTES["direction"])]
+    pairs = [*toyworld.ALIGNMENT.values(), *toyworld.PHYSICS.values(), *toyworld.QUALITY.values(), *toyworld.SOUND.values(), toyworld.GLOBAL]
+    asked = [*(wording for pair in pairs for wording in pair), *toyworld.OPEN.values(), toyworld.DESCRIBE, toyworld.EXPLAIN_MOTION, toyworld.EXPLAIN_PICTURE]
+    said = [
+        "yes no",
+        *toyworld.EXPLANATIONS.values(),
+        toyworld.SOUND_PICTURE,
+        *(toyworld.sound_motion(direction) for direction in toyworld.ATTRIBUTES["direction"]),
+    ]
     return " ".join([*asked, *said]).replace("{value}", "").replace("{caption}", "").split()
 
 
