@@ -12,6 +12,7 @@ from rich.console import Console
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.questions import make_questions
+from lowmem_drf.method.questions.english.wording import ANSWER
 from lowmem_drf.method.questions.file import load_questions, to_json
 from lowmem_drf.method.questions.writer import UnusableError, read_questions, write_questions
 from lowmem_drf.models.critic import load_critic
@@ -58,7 +59,7 @@ class Model:
 def test_what_models_write_is_read(said):
     model = Model(said)
     questions = write_questions(DOGS, "yesno", model)
-    assert [(q.aspect, q.text, q.answer, q.kind, q.weight) for q in questions] == [(q["aspect"], q["text"], q["answer"], "yesno", 1.0) for q in GOOD]
+    assert [(q.aspect, q.text, q.answer, q.kind, q.weight) for q in questions] == [(q["aspect"], q["text"] + ANSWER, q["answer"], "yesno", 1.0) for q in GOOD]
     assert DOGS in model.heard[0]
 
 
@@ -128,7 +129,7 @@ def test_the_writers_questions_replace_the_templates_of_alignment_and_are_cached
     config, prompts = config_of(), as_prompts([DOGS])
     draft = draft_questions(config, prompts)
     written = written_questions(config, prompts, draft, Writer(json.dumps(GOOD)), quiet)["0001"]
-    assert [q.text for q in written[:3]] == [q["text"] for q in GOOD]
+    assert [q.text for q in written[:3]] == [q["text"] + ANSWER for q in GOOD]
     assert written[3:] == tuple(q for q in draft["0001"] if q.aspect != "TA") != ()
     assert written_questions(config, prompts, draft, Writer(), quiet)["0001"] == written  # a writer without lines: it was not asked
     for other in (config_of("critic.mode=both"), config_of("critic.id=another/critic"), config_of("critic.quant=nf4")):

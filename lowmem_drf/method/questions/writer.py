@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.method.questions.english.wording import ANSWER
 from lowmem_drf.prompts import parse_question
 from lowmem_drf.types import Question
 
@@ -76,7 +78,7 @@ def write_questions(prompt: str, mode: str, generate: Generate) -> tuple[Questio
 
 
 def read_questions(said: str, mode: str) -> tuple[Question, ...]:
-    """The first JSON array in a text, checked, without repetitions. Raises UnusableError."""
+    """The first JSON array in a text, checked, without repetitions; yes/no questions end in the templates' instruction. Raises UnusableError."""
     rows = _first_array(said)
     made: dict[str, Question] = {}
     for number, row in enumerate(rows, 1):
@@ -93,7 +95,8 @@ def read_questions(said: str, mode: str) -> tuple[Question, ...]:
         raise UnusableError(f"it holds {len(made)} different questions, and there are to be {FEWEST} to {MOST}")
     if all(question.aspect != "TA" for question in made.values()):
         raise UnusableError('no question has aspect "TA"')
-    return tuple(made.values())
+    # as the templates end theirs: the answer is scored where the first word is to be said
+    return tuple(replace(q, text=q.text.strip() + ANSWER) if q.kind == "yesno" else q for q in made.values())
 
 
 def _first_array(said: str) -> list[Any]:
