@@ -21,7 +21,9 @@ PREPROCESSOR = {
     "merge_size": 2,
     "min_pixels": 32 * 32,
     "max_pixels": 32 * 32,
-    "image_mean": [0.5, 0.5, 0.5],
+    # not [0.5] * 3: a flat patch of the mean's colour is the zero vector after the tower's patch embedding, which has no bias, and the RMSNorm
+    # behind it blows its gradient up. Of all colours this one is the furthest from the three shades a background has (docs/decisions.md).
+    "image_mean": [1.0, 0.0, 1.0],
     "image_std": [0.5, 0.5, 0.5],
     "rescale_factor": 1 / 255,
     "do_resize": True,
