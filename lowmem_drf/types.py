@@ -95,6 +95,38 @@ class Decoder(Protocol):
         the frames are bitwise those of ``decode``."""
         ...
 
+    def advance(self, latents_BC1hw: Tensor, caches: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The caches that ``chunk`` hands on, computed again for ``chunk_backward``, in its number format."""
+        ...
+
+    def store(self, caches: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Caches as ``chunk`` handed them on -> as they wait for ``chunk_backward``: anything that it and ``chunk`` take as entering caches."""
+        ...
+
+    def chunk_backward(
+        self,
+        latents_BC1hw: Tensor,
+        caches: tuple[Any, ...],
+        local: Sequence[int],
+        d_made_BtCHW: Tensor,
+        d_handed: tuple[Any, ...],
+        hands_back: bool,
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """The pull-back of one chunk.
+
+        Args:
+            caches: that entered it, stored.
+            local: the frames of the chunk that have a gradient, as positions in it. May be empty.
+            d_made_BtCHW: their gradients, in this order.
+            d_handed: what the next chunk's ``chunk_backward`` returned as gradients at the caches, which may be overwritten. Empty: zero.
+            hands_back: whether gradients at ``caches`` are wanted.
+
+        Returns:
+            The gradient at the latents (B, C, 1, h, w), and those at the caches in any form that ``chunk_backward`` takes as ``d_handed``
+            (empty if not wanted).
+        """
+        ...
+
 
 Velocity = Callable[["Tensor", float, Any], "Tensor"]
 """(latents x_BCFhw, sigma in (0, 1], condition) -> velocity dx/dsigma, the same shape. The LoRA is on."""

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from lowmem_drf.method.schedule import draw_noise, flow_sigmas
 from lowmem_drf.method.step import StepPlan
+from lowmem_drf.method.vae_stream import pull_back_chunk
 from lowmem_drf.types import Answer, Parts, Question
 
 STEPS = 6
@@ -51,6 +52,9 @@ class ToyDecoder(nn.Module):
     def start(self, batch):
         return (None, None)
 
+    def advance(self, latents_BC1hw, caches):
+        return self.chunk(latents_BC1hw, caches)[1]
+
     def chunk(self, latents_BC1hw, caches):
         x, handed = latents_BC1hw, []
         for conv, cache in zip((self.first, self.second), caches, strict=True):
@@ -58,6 +62,12 @@ class ToyDecoder(nn.Module):
             x = torch.tanh(conv(torch.cat([torch.zeros_like(x) if cache is None else cache, x], dim=2)))
         frames = self._pixels(x)
         return frames[:, :1] if caches[0] is None else frames, tuple(handed)
+
+    def store(self, caches):
+        return caches
+
+    def chunk_backward(self, *args):
+        return pull_back_chunk(self, *args)
 
     def decode(self, latents_BCFhw):
         x = latents_BCFhw

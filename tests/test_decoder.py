@@ -5,17 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from _tiny import relative_difference, save_tiny_generator, tiny_latents, tiny_vae
+from _vae import CONFIGS
 from torch import Tensor
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.decoder import WanDecoder, load_vae
-
-# the tiny VAE; Wan 2.1's own pattern of time upsampling; Wan 2.2's residual blocks and pixel patches
-CONFIGS = {
-    "toy": {},
-    "wan21": dict(dim_mult=[1, 2, 2, 2], temperal_downsample=[False, True, True], scale_factor_spatial=8),
-    "wan22": dict(is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=8),
-}
 
 
 def chunked(decoder: WanDecoder, latents: Tensor) -> tuple[list[Tensor], list[tuple]]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.method.frames import backward_chunks, chunk_of_frame, frames_at_rate, frames_of_chunk, kept_fps, kept_frames
+from lowmem_drf.method.frames import backward_chunks, chunk_of_frame, frames_at_rate, frames_of_chunk, kept_fps, kept_frames, motion_frames
 
 
 @pytest.mark.parametrize(("n_frames", "n_keep", "expected"), [(21, 4, (0, 6, 13, 20)), (9, 9, tuple(range(9))), (9, 1, (4,)), (81, 2, (0, 80))])
@@ -129,3 +129,21 @@ def test_the_window_ends_below_the_last_kept_chunk_passed(kept, window, chunks, 
     visits = backward_chunks(kept, 4, window)
     assert [visit.chunk for visit in visits] == chunks
     assert [visit.chunk for visit in visits if visit.hands_back] == handing_back
+
+
+@pytest.mark.parametrize(("n_frames", "n_keep"), [(9, 1), (9, 2), (9, 9), (81, 8), (81, 40), (33, 16)])
+def test_motion_frames_are_sorted_unique_and_have_both_ends(n_frames, n_keep):
+    x_0 = torch.randn(2, 3, (n_frames - 1) // 4 + 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    chosen = motion_frames(x_0, n_frames, n_keep, 4)
+    assert len(chosen) == n_keep and list(chosen) == sorted(set(chosen))
+    assert n_keep == 1 or (chosen[0], chosen[-1]) == (0, n_frames - 1)
+
+
+def test_motion_frames_lie_where_the_clip_moves():
+    x_0 = torch.zeros(1, 2, 21, 4, 4)
+    still = motion_frames(x_0, 81, 8, 4)
+    assert max(b - a for a, b in zip(still, still[1:], strict=False)) <= 12  # as evenly as 8 frames can lie in 81
+    x_0[:, :, 10:] = 1.0  # all the change is in latent frame 10, which makes the pixel frames 37 to 40
+    moving = motion_frames(x_0, 81, 8, 4)
+    assert sum(frame in frames_of_chunk(10, 4) for frame in moving) >= 4
+    assert moving[0] == 0 and moving[-1] == 80

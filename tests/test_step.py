@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from _relay import LIMIT, lora_gradients, relative_difference
-from _toys import KEPT, LATENT_FRAMES, SIDE, STEPS, TEMPORAL_FACTOR, ToyCritic, ToyDecoder, batch_of, plan_of, toy_parts
+from _toys import CHANNELS, KEPT, LATENT_FRAMES, SIDE, STEPS, TEMPORAL_FACTOR, ToyCritic, ToyDecoder, batch_of, plan_of, toy_parts
 from torch import nn
 
 from lowmem_drf.errors import BadInputError, NonFiniteError
@@ -57,6 +57,13 @@ def test_relay_is_naive_for_any_set_of_graded_steps(parts, graded, grad, chain):
 @pytest.mark.parametrize("samples", [1, 3])
 def test_relay_is_naive_for_draft_lv(parts, samples, guidance, size):
     assert_equal_steps(parts, plan_of((STEPS - 1,), lv_samples=samples, guidance=guidance), size, seed=7)
+
+
+@pytest.mark.parametrize("lv", [0, 2])
+def test_relay_is_naive_where_the_frames_follow_the_motion(parts, lv):
+    """Every DRaFT-LV copy is a clip of its own, and has its own frames."""
+    graded = (STEPS - 1,) if lv else (STEPS - 2, STEPS - 1)
+    assert_equal_steps(parts, plan_of(graded=graded, lv_samples=lv, follow_motion=True), seed=3 if lv else None)
 
 
 def test_draft_lv_is_the_mean_over_the_clip_and_its_copies(parts):
@@ -133,6 +140,23 @@ def test_a_window_cuts_the_gradient_of_the_caches_where_it_says(parts, window):
     exact, _ = lora_gradients(naive_step, parts, replace(plan, vae_window=None), *batch)
     assert relative_difference(actual, expected) < LIMIT
     assert relative_difference(actual, exact) > LIMIT
+
+
+@pytest.mark.parametrize("window", [None, 1])
+@pytest.mark.parametrize("every", [2, 3, 9])
+def test_caches_that_are_computed_again_change_nothing(parts, every, window):
+    plan, batch = plan_of((4, 5), vae_window=window), batch_of(2)
+    expected, _ = lora_gradients(drf_step, parts, plan, *batch)
+    assert torch.equal(lora_gradients(drf_step, parts, replace(plan, vae_cache_every=every), *batch)[0], expected)
+
+
+def test_caches_are_stored_for_every_so_many_chunks_and_let_go(parts):
+    latents = torch.randn(1, CHANNELS, 9, SIDE, SIDE, dtype=torch.float64)
+    kept = (4, 16)  # chunks 2 and 8, and in a window of 3 those below
+    frames, entering = decode(parts.decoder, latents, kept, 3, 2)
+    assert sorted(entering) == [0, 2, 6, 8]  # of 0 1 2 5 6 7 8
+    vae_backward(parts.decoder, latents, entering, torch.randn_like(frames), kept, 3)
+    assert not entering
 
 
 def test_chunks_after_the_last_kept_frame_are_never_decoded(parts):
@@ -213,6 +237,7 @@ def test_a_non_finite_gradient_between_graded_steps_names_the_step(parts):
         ({"chain": "half"}, "chain"),
         ({"guidance_grad": "none"}, "guidance gradient"),
         ({"vae_window": -1}, "window"),
+        ({"vae_cache_every": 0}, "vae_cache_every"),
         ({"lv_samples": 1, "graded": (4, 5)}, "lv_samples"),
         ({"lv_samples": -1}, "lv_samples"),
     ],

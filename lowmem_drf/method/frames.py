@@ -5,6 +5,7 @@ A chunk is one latent frame. Chunk 0 makes pixel frame 0; chunk c > 0 makes fram
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -14,9 +15,9 @@ import torch
 from lowmem_drf.errors import BadInputError
 
 if TYPE_CHECKING:
-    from torch import Generator
+    from torch import Generator, Tensor
 
-FrameMode = Literal["uniform", "random_phase"]
+FrameMode = Literal["uniform", "random_phase", "motion"]
 
 MIN_FRAMES, MAX_FRAMES = 4, 768
 """At a rate, a clip gives at least and at most so many frames (as far as it has them): Hugging Face's and qwen-vl-utils' own bounds."""
@@ -28,18 +29,48 @@ def kept_frames(n_frames: int, n_keep: int, mode: FrameMode = "uniform", generat
     Args:
         mode: ``"uniform"``: evenly spaced with both ends (one frame: the middle one). ``"random_phase"``: a grid of spacing
             ``n_frames / n_keep`` with one random phase, so that over many updates every frame is judged and none can be sacrificed.
+            ``"motion"``: as ``"uniform"``, until ``motion_frames`` knows the clip.
 
     Raises:
         BadInputError: ``n_keep`` not in 1..n_frames, or an unknown mode.
     """
     if not 1 <= n_keep <= n_frames:
         raise BadInputError(f"critic.frames is {n_keep}: it must be in 1..{n_frames} (video.frames is {n_frames})")
-    if mode == "uniform":
+    if mode in ("uniform", "motion"):
         return tuple(i * (n_frames - 1) // (n_keep - 1) for i in range(n_keep)) if n_keep > 1 else (n_frames // 2,)
     if mode == "random_phase":
         phase = torch.rand((), generator=generator, dtype=torch.float64).item()
         return tuple(int((i + phase) * n_frames / n_keep) for i in range(n_keep))
-    raise BadInputError(f"the frame mode is {mode!r}: it must be 'uniform' or 'random_phase'")
+    raise BadInputError(f"the frame mode is {mode!r}: it must be 'uniform', 'random_phase' or 'motion'")
+
+
+def motion_frames(x_0_BCFhw: Tensor, n_frames: int, n_keep: int, temporal_factor: int) -> tuple[int, ...]:
+    """Ascending, unique pixel frames: both ends, and between them more where the clip changes.
+
+    The change from one latent frame to the next (mean absolute difference over clips, channels and places) is spread evenly over the pixel
+    frames of the later one; a half of the mean is added everywhere, so that a still passage is looked at too. The frames cut the sum into
+    equal parts.
+    """
+    change = (x_0_BCFhw[:, :, 1:].float() - x_0_BCFhw[:, :, :-1].float()).abs().mean(dim=(0, 1, 3, 4))
+    rates = [change[chunk].item() for chunk in range(len(change))]
+    floor = 0.5 * sum(rates) / max(len(rates), 1) or 1.0
+    total, passed = 0.0, [0.0]
+    for frame in range(1, n_frames):
+        total += rates[chunk_of_frame(frame, temporal_factor) - 1] + floor
+        passed.append(total)
+    return _cut_evenly(passed, n_keep)
+
+
+def _cut_evenly(passed: Sequence[float], n_keep: int) -> tuple[int, ...]:
+    """The first frames at which the ascending ``passed`` reaches 0, 1/(n-1), 2/(n-1) .. of its end; ascending and unique (one frame: the middle)."""
+    if n_keep == 1:
+        return (bisect_left(passed, 0.5 * passed[-1]),)
+    chosen: list[int] = []
+    for i in range(n_keep):
+        wanted = bisect_left(passed, passed[-1] * i / (n_keep - 1) * (1 - 1e-12))
+        least, most = (chosen[-1] + 1 if chosen else 0), len(passed) - (n_keep - i)
+        chosen.append(min(max(wanted, least), most))
+    return tuple(chosen)
 
 
 def frames_at_rate(n_frames: int, fps: float, rate: float, temporal_patch: int = 2) -> int:
@@ -65,9 +96,9 @@ def kept_fps(n_frames: int, fps: float, n_keep: int, mode: FrameMode = "uniform"
     ``second_per_grid_ts`` is its temporal patch over this.
 
     Hugging Face's ``sampled_fps`` is ``n_keep / n_frames * fps``, true of frames at a spacing of ``n_frames / n_keep`` (``random_phase``);
-    ``uniform`` takes both ends, so its frames lie ``(n_frames - 1) / (n_keep - 1)`` apart.
+    ``uniform`` and ``motion`` take both ends, so their frames lie ``(n_frames - 1) / (n_keep - 1)`` apart (``motion``: on average).
     """
-    if mode == "uniform" and n_keep > 1:
+    if mode != "random_phase" and n_keep > 1:
         return fps * (n_keep - 1) / (n_frames - 1)
     return fps * n_keep / n_frames
 

@@ -47,7 +47,7 @@ def naive_step(
         return euler_step(x, v, sigmas[k], sigmas[k + 1])
 
     def reward(x_0: Tensor) -> tuple[Tensor, StepStats]:
-        frames = parts.decoder.decode(x_0)[:, list(plan.kept)]
+        frames = parts.decoder.decode(x_0)[:, list(plan.seen(x_0, parts.decoder.temporal_factor))]
         mean, by_aspect, by_question = mean_reward(parts.critic(frames, questions), questions, plan.reward)
         return mean, StepStats(mean.item(), by_aspect, by_question, x_0.detach(), frames.detach())
 

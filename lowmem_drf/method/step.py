@@ -16,21 +16,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lowmem_drf.errors import BadInputError, NonFiniteError
-from lowmem_drf.method.frames import ChunkVisit, backward_chunks
+from lowmem_drf.method.frames import motion_frames
 from lowmem_drf.method.reward import RewardSpec, mean_reward
 from lowmem_drf.method.schedule import GuidanceGrad, euler_step, gradient_passes, guided, renoise
+from lowmem_drf.method.vae_stream import decode, refuse_non_finite, vae_backward
 from lowmem_drf.types import StepStats
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from lowmem_drf.types import Critic, Decoder, Parts, Question, Velocity
+    from lowmem_drf.types import Critic, Parts, Question, Velocity
 
 Chain = Literal["full", "drtune"]
-
-Caches = tuple[Any, ...]
-Cotangents = tuple["Tensor | None", ...]
-"""Of caches, one each; ``None`` for a cache that is no tensor. Empty: none."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,8 @@ class StepPlan:
     """The K steps that carry gradient, ascending. The velocity of any other step is a constant."""
     kept: tuple[int, ...]
     """The pixel frames the critic sees, ascending."""
+    follow_motion: bool = False
+    """As many frames as in ``kept``, and those that ``frames.motion_frames`` chooses."""
     chain: Chain = "full"
     """``full``: the gradient passes through the transformer's input from graded step to graded step. ``drtune`` (arXiv 2405.00760): it
     passes through the update's identity alone."""
@@ -50,6 +49,8 @@ class StepPlan:
     guidance_grad: GuidanceGrad = "cond"
     vae_window: int | None = None
     """See ``frames.backward_chunks``. ``None``: exact."""
+    vae_cache_every: int = 1
+    """The caches that enter the chunks of the VAE backward are stored for one of them in so many; the others are computed again, group by group."""
     lv_samples: int = 0
     """DRaFT-LV: n noised copies of the clip that the last step denoises again; the gradient is the mean over 1 + n.
     Only where the last step is the one graded step."""
@@ -66,6 +67,8 @@ class StepPlan:
             raise BadInputError(f"the guidance gradient is {self.guidance_grad!r}: it must be 'cond' or 'both'")
         if self.vae_window is not None and self.vae_window < 0:
             raise BadInputError(f"the VAE window is {self.vae_window}: it must be 0 chunks or more")
+        if self.vae_cache_every < 1:
+            raise BadInputError(f"vae_cache_every is {self.vae_cache_every}: it must be 1 chunk or more")
         if self.lv_samples < 0 or (self.lv_samples and self.graded != (self.steps - 1,)):
             raise BadInputError(f"lv_samples is {self.lv_samples}: it must be 0, or the last step the only graded step")
 
@@ -73,6 +76,13 @@ class StepPlan:
     def steps(self) -> int:
         """N."""
         return len(self.sigmas) - 1
+
+    def seen(self, x_0_BCFhw: Tensor, temporal_factor: int) -> tuple[int, ...]:
+        """The pixel frames of these clips that the critic sees."""
+        if not self.follow_motion:
+            return self.kept
+        frames = (x_0_BCFhw.shape[2] - 1) * temporal_factor + 1
+        return motion_frames(x_0_BCFhw.detach(), frames, len(self.kept), temporal_factor)
 
     @staticmethod
     def lv_sources(generators: Sequence[Generator], clips: int) -> Sequence[Generator]:
@@ -112,12 +122,13 @@ def drf_step(
         trajectories = [(x_0, entering)] + [lv_copy(parts.velocity, plan, x_0, cond, uncond, lv_generators) for _ in range(plan.lv_samples)]
     all_stats = []
     for x_0, entering in trajectories:
+        kept = plan.seen(x_0, parts.decoder.temporal_factor)
         with parts.stage("decode"):
-            frames, caches = decode(parts.decoder, x_0, plan.kept, plan.vae_window)
+            frames, caches = decode(parts.decoder, x_0, kept, plan.vae_window, plan.vae_cache_every)
         with parts.stage("critic"):
             stats, d_frames = critic_backward(parts.critic, frames, questions, plan.reward, 1 / len(trajectories))
         with parts.stage("vae_backward"):
-            d_x_0 = vae_backward(parts.decoder, x_0, caches, d_frames, plan.kept, plan.vae_window)
+            d_x_0 = vae_backward(parts.decoder, x_0, caches, d_frames, kept, plan.vae_window)
         with parts.stage("denoise_backward"):
             denoise_backward(parts, plan, entering, d_x_0, cond, uncond)
         all_stats.append(replace(stats, latents_BCFhw=x_0))
@@ -156,25 +167,6 @@ def lv_copy(velocity: Velocity, plan: StepPlan, x_0_BCFhw: Tensor, cond: Any, un
     return rollout(velocity, plan.sigmas[last:], noised, cond, uncond, plan.guidance)[0], {last: noised}
 
 
-@torch.no_grad()
-def decode(decoder: Decoder, x_0_BCFhw: Tensor, kept: Sequence[int], window: int | None = None) -> tuple[Tensor, dict[int, Caches]]:
-    """The kept frames (B, T, C, H, W) in [0, 1], chunk by chunk, and on the host the caches that enter the chunks of ``vae_backward``.
-
-    Chunks after the last kept frame are not decoded.
-    """
-    visits = {visit.chunk: visit for visit in backward_chunks(kept, decoder.temporal_factor, window)}
-    caches = decoder.start(x_0_BCFhw.shape[0])
-    frames, entering = [], {}
-    for chunk in range(max(visits) + 1):
-        visit = visits.get(chunk)
-        if visit:
-            entering[chunk] = tuple(cache.cpu() if isinstance(cache, torch.Tensor) else cache for cache in caches)
-        made_BtCHW, caches = decoder.chunk(x_0_BCFhw[:, :, chunk : chunk + 1], caches)
-        if visit:
-            frames.append(made_BtCHW[:, list(visit.local)])
-    return torch.cat(frames, dim=1), entering
-
-
 def critic_backward(
     critic: Critic, frames_BTCHW: Tensor, questions: Sequence[Sequence[Question]], spec: RewardSpec, share: float = 1.0
 ) -> tuple[StepStats, Tensor]:
@@ -186,53 +178,8 @@ def critic_backward(
         bad = [name for name, value in by_question.items() if not torch.tensor(value).isfinite()]
         raise NonFiniteError(f"the reward is {reward.item()} (questions: {', '.join(bad)}): run the critic in bfloat16 or float32")
     (d_frames,) = torch.autograd.grad(reward, frames, torch.full_like(reward, -share))
-    _refuse_non_finite(d_frames, "the gradient at the frames the critic saw")
+    refuse_non_finite(d_frames, "the gradient at the frames the critic saw")
     return StepStats(reward.item(), by_aspect, by_question, frames.new_empty(0), frames.detach()), d_frames
-
-
-def vae_backward(
-    decoder: Decoder,
-    x_0_BCFhw: Tensor,
-    entering: Mapping[int, Caches],
-    d_frames_BTCHW: Tensor,
-    kept: Sequence[int],
-    window: int | None = None,
-) -> Tensor:
-    """Gradient at the latents from the gradient at the kept frames: one chunk at a time, in reverse time order.
-
-    The caches that a chunk hands on are outputs too: their cotangents are the next chunk's gradient at its entering caches.
-    """
-    d_x_0 = torch.zeros_like(x_0_BCFhw)
-    d_handed: Cotangents = ()
-    for visit in backward_chunks(kept, decoder.temporal_factor, window):
-        here = slice(visit.chunk, visit.chunk + 1)
-        d_made = d_frames_BTCHW[:, list(visit.slots)]
-        d_x_0[:, :, here], d_handed = _chunk_backward(decoder, x_0_BCFhw[:, :, here], entering[visit.chunk], visit, d_made, d_handed)
-    _refuse_non_finite(d_x_0, "the gradient at the latents (behind the VAE)")
-    return d_x_0
-
-
-def _chunk_backward(
-    decoder: Decoder, latent_BC1hw: Tensor, stored: Caches, visit: ChunkVisit, d_made_BtCHW: Tensor, d_handed: Cotangents
-) -> tuple[Tensor, Cotangents]:
-    """Recomputes one chunk with gradient. Returns the gradients at its latent frame and at its entering caches (empty where they stop).
-
-    A function of its own, so that its caches (1.8 GiB for Wan at 832x480) are gone before the next chunk's arrive.
-    """
-    z = latent_BC1hw.detach().requires_grad_()
-    caches = tuple(_leaf(cache, z.device, visit.hands_back) for cache in stored)
-    with torch.enable_grad():
-        made, handed = decoder.chunk(z, caches)
-    pairs = [(made[:, list(visit.local)], d_made_BtCHW)] if visit.local else []
-    if d_handed:
-        pairs += [(out, d) for out, d in zip(handed, d_handed, strict=True) if d is not None and out.requires_grad]
-    if not pairs:  # no later chunk depends on this one: a decoder without caches
-        return torch.zeros_like(z), ()
-    leaves = [i for i, cache in enumerate(caches) if isinstance(cache, torch.Tensor) and cache.requires_grad]
-    outputs, cotangents = zip(*pairs, strict=True)
-    d_z, *d_leaves = torch.autograd.grad(outputs, [z, *(caches[i] for i in leaves)], cotangents, materialize_grads=True)
-    by_index = dict(zip(leaves, d_leaves, strict=True))
-    return d_z, tuple(by_index.get(i) for i in range(len(caches))) if visit.hands_back else ()
 
 
 def denoise_backward(parts: Parts, plan: StepPlan, entering: Mapping[int, Tensor], d_x_0_BCFhw: Tensor, cond: Any, uncond: Any) -> None:
@@ -251,14 +198,4 @@ def denoise_backward(parts: Parts, plan: StepPlan, entering: Mapping[int, Tensor
             v.backward(d_v.to(v.dtype), inputs=[*parts.lora, x] if x.requires_grad else list(parts.lora))
         if x.grad is not None:
             d_x = d_x + x.grad
-            _refuse_non_finite(d_x, f"the gradient at the latents that enter step {k}")
-
-
-def _leaf(cache: Any, device: torch.device, requires_grad: bool) -> Any:
-    """A stored cache, back on the device. Whatever is no tensor (an empty cache) stays as it is."""
-    return cache.to(device).detach().requires_grad_(requires_grad) if isinstance(cache, torch.Tensor) else cache
-
-
-def _refuse_non_finite(tensor: Tensor, what: str) -> None:
-    if not tensor.isfinite().all():
-        raise NonFiniteError(f"{what} is NaN or infinite; lower the learning rate, or run the models in bfloat16 or float32")
+            refuse_non_finite(d_x, f"the gradient at the latents that enter step {k}")

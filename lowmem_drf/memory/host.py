@@ -1,0 +1,248 @@
+"""Where tensors wait off the card: packed, pinned host memory and the streams that copy to it and back.
+
+Pinned memory comes in arenas of ``ARENA`` bytes, a power of two: PyTorch's pinned allocator rounds every request up to one, so tensors that were
+pinned one by one would take up to twice their size. A tensor lies in as many pieces of arenas as it needs, so no gap is too small to be used.
+
+One compute stream is assumed, as everywhere in this package: tensors are made on the stream that is current when ``put`` is called.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem_drf.errors import LowmemError
+from lowmem_drf.memory.ledger import Ledger
+
+ARENA = 64 * 1024**2
+"""Bytes. Long enough for full speed over PCIe, short enough that the last one, half empty, costs nothing worth counting."""
+
+ALIGN = 256
+"""Bytes. Pieces begin at multiples of it."""
+
+IN_FLIGHT = 256 * 1024**2
+"""Bytes of the card that may wait for their copy to the host to end. The newest tensor may in any case: its copy runs beside the computation."""
+
+Piece = tuple[int, int, int]
+"""Arena, offset, length."""
+
+
+class Held:
+    """A tensor that waits on the host. ``nbytes``: what it takes there. When nobody holds it any more, its host memory is used again."""
+
+    def __init__(self, nbytes: int, fetch: Callable[[], Callable[[], Tensor]]) -> None:
+        self.nbytes = nbytes
+        self._fetch = fetch
+        self._coming: Callable[[], Tensor] | None = None
+
+    def prefetch(self) -> None:
+        """Starts the copy to the card, beside what is computed there; from now on its bytes are the card's. The next ``get`` takes it."""
+        if self._coming is None:
+            self._coming = self._fetch()
+
+    def get(self) -> Tensor:
+        """On the card: shape, dtype and values of what was put, contiguous, no gradient. May be called again. Do not write into it: on the
+        CPU it is the very tensor that waits."""
+        self.prefetch()
+        coming, self._coming = self._coming, None
+        assert coming is not None
+        return coming()
+
+
+class HostStore:
+    """Puts tensors aside. One per run.
+
+    On a CPU run card and host are the same memory and nothing is copied, except under a ``Ledger``: there ``put`` makes a copy that counts as the
+    host's and ``get`` one that counts as the card's, so that the bytes are those of a run with a card.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._pinned = _Pinned(device) if device.type == "cuda" else None
+
+    def put(self, tensor: Tensor) -> Held:
+        """Starts the copy to the host. The caller may drop the card's tensor at once, and must not write into it. On CUDA its memory is free
+        again once the copy has ended, at the latest when later ``put``s (see ``IN_FLIGHT``) or ``settle`` make the computation wait for it.
+
+        Raises:
+            LowmemError: there is not enough host memory.
+        """
+        tensor = tensor.detach()
+        if self._pinned is not None:
+            return Held(tensor.nbytes, self._pinned.put(tensor).fetch)
+        ledger = Ledger.active()
+        if ledger is not None:
+            copy = tensor.clone(memory_format=torch.contiguous_format)
+            ledger.on_host(copy)
+            return Held(tensor.nbytes, lambda: _arrived(copy.clone()))
+        # a view would keep the whole storage it looks into
+        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        own = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+        return Held(tensor.nbytes, lambda: _arrived(own))
+
+    def settle(self) -> None:
+        """Lets go of all tensors of the card whose copies are under way: what is computed from here on waits for those copies."""
+        if self._pinned is not None:
+            self._pinned.settle()
+
+
+def _arrived(tensor: Tensor) -> Callable[[], Tensor]:
+    return lambda: tensor
+
+
+class _Pinned:
+    """The arenas of one card, and its two copy streams."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._to_host, self._to_card = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._arenas: list[Tensor] = []
+        self._free: list[Piece] = []
+        self._returned: deque[list[Piece]] = deque()
+        self._leaving: deque[tuple[Tensor, Any]] = deque()
+        self._pinning = True
+
+    def put(self, tensor: Tensor) -> _OnHost:
+        pieces = self._take(tensor.nbytes)
+        source = tensor.contiguous()
+        if source.device.type != self._device.type:  # weights that were loaded in host memory
+            self._to_host.synchronize()  # copies from and to who had this memory before
+            self._to_card.synchronize()
+            for given, on_host in self._pairs(source, pieces):
+                on_host.copy_(given)
+            return _OnHost(self, pieces, self._to_host.record_event(), tensor.shape, tensor.dtype)
+        # The values are computed there. And whoever had this host memory before has been read from it: the computation waited for that in ``_Coming``.
+        self._to_host.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._to_host):
+            for on_card, on_host in self._pairs(source, pieces):
+                on_host.copy_(on_card, non_blocking=True)
+        written = self._to_host.record_event()
+        # Held here and not by record_stream: the CPU runs far ahead of the card, so the allocator would find none of the copies finished, and
+        # would keep the tensors of all blocks.
+        self._leaving.append((source, written))
+        while len(self._leaving) > 1 and sum(waiting.nbytes for waiting, _ in self._leaving) > IN_FLIGHT:
+            self._let_go()
+        return _OnHost(self, pieces, written, tensor.shape, tensor.dtype)
+
+    def settle(self) -> None:
+        while self._leaving:
+            self._let_go()
+
+    def fetch(self, held: _OnHost) -> _Coming:
+        while self._leaving and self._leaving[0][1].query():
+            self._let_go()
+        current = torch.cuda.current_stream(self._device)
+        tensor = torch.empty(held.shape, dtype=held.dtype, device=self._device)
+        self._to_card.wait_stream(current)  # where whoever had this memory before may still be at work
+        self._to_card.wait_event(held.written)
+        with torch.cuda.stream(self._to_card):
+            for on_card, on_host in self._pairs(tensor, held.pieces):
+                on_card.copy_(on_host, non_blocking=True)
+        return _Coming(tensor, self._to_card.record_event(), current)
+
+    def give_back(self, pieces: list[Piece]) -> None:
+        """From a destructor, which may run inside any other method: nothing but an append."""
+        self._returned.append(pieces)
+
+    def _let_go(self) -> None:
+        source, written = self._leaving.popleft()
+        torch.cuda.current_stream(self._device).wait_event(written)  # or its memory would be written before it is copied
+        del source
+
+    def _pairs(self, tensor: Tensor, pieces: list[Piece]) -> list[tuple[Tensor, Tensor]]:
+        """The tensor's bytes on the card beside those on the host, piece by piece."""
+        flat, start, pairs = tensor.view(-1).view(torch.uint8), 0, []
+        for arena, offset, length in pieces:
+            used = min(length, len(flat) - start)
+            pairs.append((flat[start : start + used], self._arenas[arena][offset : offset + used]))
+            start += used
+        return pairs
+
+    def _take(self, nbytes: int) -> list[Piece]:
+        self._collect()
+        missing, pieces = -(-nbytes // ALIGN) * ALIGN, []
+        while missing > 0:
+            arena, offset, length = self._free.pop() if self._free else self._new_arena()
+            used = min(length, missing)
+            pieces.append((arena, offset, used))
+            if used < length:
+                self._free.append((arena, offset + used, length - used))
+            missing -= used
+        return pieces
+
+    def _collect(self) -> None:
+        """Takes in what was given back, and joins neighbours."""
+        if not self._returned:
+            return
+        while self._returned:
+            self._free += self._returned.popleft()
+        joined: list[Piece] = []
+        for arena, offset, length in sorted(self._free):
+            if joined and joined[-1][0] == arena and joined[-1][1] + joined[-1][2] == offset:
+                joined[-1] = (arena, joined[-1][1], joined[-1][2] + length)
+            else:
+                joined.append((arena, offset, length))
+        self._free = joined
+
+    def _new_arena(self) -> Piece:
+        try:
+            self._arenas.append(self._allocate())
+        except RuntimeError as error:
+            taken = len(self._arenas) * ARENA / 1024**3
+            raise LowmemError(
+                f"There is no more host memory: {taken:.1f} GiB wait there for the card, and {ARENA // 1024**2} MiB more are refused. "
+                "Close other programs, or let less wait (memory.park, memory.checkpoint, memory.vae_caches)."
+            ) from error
+        return len(self._arenas) - 1, 0, ARENA
+
+    def _allocate(self) -> Tensor:
+        if self._pinning:
+            try:
+                return torch.empty(ARENA, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError as error:
+                self._pinning = False
+                warnings.warn(
+                    f"Host memory cannot be pinned ({str(error).splitlines()[0]}): copies between card and host stop the computation and run at about "
+                    "half the speed. In a container raise its limit of locked memory (ulimit -l unlimited).",
+                    stacklevel=2,
+                )
+        return torch.empty(ARENA, dtype=torch.uint8)
+
+
+class _OnHost:
+    """A tensor's bytes in the arenas."""
+
+    def __init__(self, pinned: _Pinned, pieces: list[Piece], written: Any, shape: torch.Size, dtype: torch.dtype) -> None:
+        self._pinned = pinned
+        self.pieces, self.written, self.shape, self.dtype = pieces, written, shape, dtype
+
+    def fetch(self) -> Callable[[], Tensor]:
+        return self._pinned.fetch(self)
+
+    def __del__(self) -> None:
+        self._pinned.give_back(self.pieces)
+
+
+class _Coming:
+    """A tensor on its way to the card: called once, it waits and gives the tensor."""
+
+    def __init__(self, tensor: Tensor, read: Any, stream: Any) -> None:
+        self._tensor: Tensor | None = tensor
+        self._read, self._stream = read, stream
+
+    def __call__(self) -> Tensor:
+        tensor, self._tensor = self._tensor, None
+        assert tensor is not None
+        current = torch.cuda.current_stream(tensor.device)
+        current.wait_event(self._read)
+        if current != self._stream:
+            tensor.record_stream(current)
+        return tensor
+
+    def __del__(self) -> None:
+        if self._tensor is not None:  # nobody took it: neither memory may be used again before the copy has ended
+            self._stream.wait_event(self._read)

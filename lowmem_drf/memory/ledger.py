@@ -1,0 +1,275 @@
+"""Counts live bytes, operations and traffic of whatever runs under it: the plan's instrument, and the tests'.
+
+A dispatch mode sees every storage that PyTorch makes and learns when it dies, so it counts what a caching allocator would be asked for, on real
+tensors as on fake ones (``fakes``). On a machine without CUDA fake tensors are fake CPU tensors; what would wait in host memory is booked there by
+``HostStore`` (``on_host``).
+
+Not seen: workspaces inside a kernel (cuDNN, cuBLAS), the CUDA context and the allocator's fragmentation. ``plan`` states them apart.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from lowmem_drf.memory.fakes import tensors_of
+
+LOOKED_AT = 0.005
+"""What the peak is made of is noted whenever it has grown by this share: the list may be that much short of the peak itself."""
+
+
+def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    """Two products: scores, and scores times values. GQA: ``q`` has more heads than ``k``."""
+    return 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (q.shape[3] + v.shape[3])
+
+
+def _attention_backward_flops(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    """Five products for the forward's two."""
+    return _attention_flops(q, k, v) * 5 // 2
+
+
+_aten = torch.ops.aten
+FLOPS = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+"""What ``torch.utils.flop_counter`` does not know: attention of (fake) CPU tensors."""
+
+CONVOLUTIONS = {_aten.convolution, _aten.convolution_backward}
+
+WORKSPACE = {_aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda d_out, q, *_: 4 * q.numel()}
+"""Bytes that the CUDA kernel asks of the allocator and the CPU's does not: FlashAttention-2 sums the gradient of q in fp32 (flash_bwd's ``dq_accum``)."""
+
+
+T = TypeVar("T")
+Key = tuple[str, tuple[int, ...], str]
+"""Operator, shape, dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Storages that were alive at a peak, added up by what made them."""
+
+    op: str
+    """The operator, or what ``adopt`` said."""
+    shape: tuple[int, ...]
+    dtype: str
+    count: int
+    bytes: int
+
+    @property
+    def key(self) -> Key:
+        return self.op, self.shape, self.dtype
+
+    def __str__(self) -> str:
+        many = f"{self.count} x " if self.count > 1 else ""
+        return f"{many}{self.op} {'x'.join(map(str, self.shape))} {self.dtype.removeprefix('torch.')}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What something takes, above what was there before: bytes of card and host at most, operations, seconds, bytes sent to the host."""
+
+    card: int
+    host: int
+    flops: int
+    seconds: float
+    to_host: int
+    items: tuple[Item, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a card does in a second, for the estimate of time."""
+
+    flops: Mapping[torch.dtype, float]
+    """Matrix products, and convolutions in 16 bit, by dtype."""
+    convolution: float
+    """Convolutions of fp32 tensors: cuDNN takes TF32 for them, as PyTorch sets it."""
+    bytes: float
+    """Read and written in the card's memory."""
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes alive on the card and on the host, in total and at most; with ``rates`` the seconds that the operations would take.
+
+    Args:
+        block: every storage counts as a multiple of so many bytes (the CUDA allocator's is 512).
+        rates: of the card. Each operation takes as long as its arithmetic or its memory traffic, whichever is longer.
+    """
+
+    _stack: ClassVar[list[Ledger]] = []
+
+    def __init__(self, block: int = 1, rates: Rates | None = None) -> None:
+        super().__init__()
+        self.card_bytes = self.host_bytes = self.peak_card_bytes = self.peak_host_bytes = 0
+        self.flops = self.to_host_bytes = 0
+        self.seconds = 0.0
+        self.at_peak: tuple[Item, ...] = ()
+        """What ``peak_card_bytes`` was made of, the largest first."""
+        self._block, self._rates = block, rates
+        self._live: dict[int, tuple[int, bool, Key]] = {}
+        self._known: dict[Hashable, _Known] = {}
+        self._refs: dict[int, weakref.ref[Any]] = {}
+        self._noted_bytes = 0
+        self._rising = False
+
+    @classmethod
+    def active(cls) -> Ledger | None:
+        """The innermost ledger that is counting."""
+        return cls._stack[-1] if cls._stack else None
+
+    def __enter__(self) -> Ledger:
+        self._stack.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._stack.remove(self)
+
+    def reset_peak(self) -> None:
+        """The peaks begin again at what is alive now."""
+        self.peak_card_bytes, self.peak_host_bytes = self.card_bytes, self.host_bytes
+        self._noted_bytes, self._rising = 0, True
+
+    def adopt(self, tensors: Iterable[Tensor], name: str = "weights") -> None:
+        """Counts tensors that were made before: weights."""
+        for tensor in tensors:
+            self._see(tensor, name)
+
+    def on_host(self, tensor: Tensor) -> None:
+        """The tensor's storage is in host memory: it moves from the card's account to the host's. Views share a storage."""
+        self._see(tensor, "host")
+        key = tensor.untyped_storage()._cdata
+        size, host, what = self._live[key]
+        if not host:
+            self._live[key] = (size, True, what)
+            self.card_bytes -= size
+            self.host_bytes += size
+            self.to_host_bytes += size
+            self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes)
+
+    def on_card(self, tensors: Iterable[Tensor]) -> int:
+        """Bytes of those of the tensors' storages that are on the card, each counted once."""
+        keys = {tensor.untyped_storage()._cdata for tensor in tensors}
+        return sum(size for size, host, _ in (self._live[key] for key in keys if key in self._live) if not host)
+
+    def replay(self, key: Hashable, run: Callable[[], T], again: Callable[[], T]) -> T:
+        """``run()``, and its bytes, operations and seconds are remembered by ``key``. From the second time on ``again()``, which makes something of the
+        same size as the result of ``run``, and what is remembered counts as if it had been done.
+
+        True only where ``run`` leaves nothing else behind: no graph, and no more on card and host than ``again`` does.
+        """
+        known = self._known.get(key)
+        if known is not None:
+            self._touch(known.card, *known.items)
+            self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes + known.host)
+            self.flops += known.flops
+            self.seconds += known.seconds
+            self.to_host_bytes += known.to_host
+            return again()
+        before = (self.card_bytes, self.host_bytes, self.flops, self.seconds, self.to_host_bytes)
+        outside = (self.peak_card_bytes, self.peak_host_bytes, self.at_peak, self._noted_bytes, self._rising)
+        alive = {item.key: item for item in self._items()}
+        self.reset_peak()
+        result = run()
+        peak, host_peak = self.peak_card_bytes, self.peak_host_bytes
+        items = tuple(item for item in self.close_peak() if item.key not in alive or item.bytes > alive[item.key].bytes)
+        self._known[key] = _Known(
+            peak - before[0], host_peak - before[1], self.flops - before[2], self.seconds - before[3], self.to_host_bytes - before[4], items
+        )
+        if outside[0] >= peak:
+            self.peak_card_bytes, _, self.at_peak, self._noted_bytes, self._rising = outside
+        self.peak_host_bytes = max(outside[1], host_peak)
+        return result
+
+    def close_peak(self) -> tuple[Item, ...]:
+        """``at_peak``, brought up to date where nothing was freed since the peak."""
+        if self._rising:
+            self._note()
+        return self.at_peak
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # a question, and by far the most frequent call
+            return func(*args)
+        inputs = tensors_of(args, kwargs)
+        out = func(*args, **kwargs)
+        outputs = tensors_of((out,))
+        name = str(func.name()).removeprefix("aten::")
+        for tensor in outputs:
+            self._see(tensor, name)
+        if func.overloadpacket in WORKSPACE:
+            size = WORKSPACE[func.overloadpacket](*args)
+            self._touch(size, Item(f"{name}, its workspace", (size // 4,), "float32", 1, size))
+        self._clock(func, args, kwargs, out, inputs, outputs)
+        return out
+
+    def _see(self, tensor: Tensor, op: str) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return
+        size = -(-storage.nbytes() // self._block) * self._block
+        self._live[key] = (size, False, (op, tuple(tensor.shape), str(tensor.dtype)))
+        self._refs[key] = weakref.ref(storage, lambda _, key=key: self._gone(key))
+        self.card_bytes += size
+        if self.card_bytes > self.peak_card_bytes:
+            self.peak_card_bytes, self._rising = self.card_bytes, True
+
+    def _touch(self, size: int, *items: Item) -> None:
+        """``size`` bytes, ``items``, were alive for a moment."""
+        if self.card_bytes + size > self.peak_card_bytes:
+            self.peak_card_bytes, self._rising = self.card_bytes + size, True
+            self._note(*items)
+
+    def _gone(self, key: int) -> None:
+        if self._rising:
+            self._note()
+        size, host, _ = self._live.pop(key)
+        del self._refs[key]
+        if host:
+            self.host_bytes -= size
+        else:
+            self.card_bytes -= size
+
+    def _note(self, *besides: Item) -> None:
+        self._rising = False
+        if self.peak_card_bytes <= self._noted_bytes * (1 + LOOKED_AT):
+            return
+        self._noted_bytes = self.peak_card_bytes
+        self.at_peak = tuple(sorted([*self._items(), *besides], key=lambda item: -item.bytes))
+
+    def _items(self) -> list[Item]:
+        """What is alive on the card."""
+        count: Counter[Key] = Counter()
+        total: Counter[Key] = Counter()
+        for size, host, what in self._live.values():
+            if not host:
+                count[what] += 1
+                total[what] += size
+        return [Item(*what, count[what], size) for what, size in total.items()]
+
+    def _clock(self, func: Any, args: Any, kwargs: Any, out: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        count = FLOPS.get(func.overloadpacket) or flop_registry.get(func.overloadpacket)
+        flops = int(count(*args, **kwargs, out_val=out)) if count else 0
+        self.flops += flops
+        if self._rates is not None and not func.is_view:
+            moved = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
+            self.seconds += max(flops / self._rate(func, outputs) if flops else 0.0, moved / self._rates.bytes)
+
+    def _rate(self, func: Any, outputs: list[Tensor]) -> float:
+        assert self._rates is not None
+        dtype = outputs[0].dtype
+        if dtype is torch.float32 and func.overloadpacket in CONVOLUTIONS:
+            return self._rates.convolution
+        return self._rates.flops.get(dtype, self._rates.flops[torch.float32])

@@ -1,0 +1,71 @@
+"""What the tests of the VAE stream share: three tiny VAEs, and diffusers' own decoder as one graph, to compare with."""
+
+import pytest
+import torch
+from _tiny import Z_DIM, tiny_vae
+
+from lowmem_drf.method.frames import backward_chunks
+from lowmem_drf.method.vae_stream import decode, vae_backward
+
+# the tiny VAE; Wan 2.1's own pattern of time upsampling; Wan 2.2's residual blocks and pixel patches
+CONFIGS = {
+    "toy": {},
+    "wan21": dict(dim_mult=[1, 2, 2, 2], temperal_downsample=[False, True, True], scale_factor_spatial=8),
+    "wan22": dict(is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=8),
+}
+
+
+@pytest.fixture
+def fp64_throughout(monkeypatch):
+    """Diffusers upsamples Wan's activations in fp32 (``x.float()``), in an fp64 model too. Sums of gradients would be rounded to 1e-7."""
+    to_fp32 = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_fp32(x))
+
+
+def some_latents(frames, height=3, width=2, batch=1, dtype=torch.float64):
+    return torch.randn(batch, Z_DIM, frames, height, width, generator=torch.Generator().manual_seed(11), dtype=torch.float64).to(dtype)
+
+
+def library_graph(vae, latents_BCFhw, cuts=()):
+    """Frames in [-1, 1] before the clamp, by ``AutoencoderKLWan._decode`` of diffusers; no gradient passes the caches that enter chunks in ``cuts``."""
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    z = vae.post_quant_conv(latents_BCFhw / (1.0 / std).to(latents_BCFhw) + mean.to(latents_BCFhw))
+    vae.clear_cache()
+    made = []
+    for i in range(z.shape[2]):
+        if i in cuts:
+            vae._feat_map = [cache.detach() if isinstance(cache, torch.Tensor) else cache for cache in vae._feat_map]
+        made.append(vae.decoder(z[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=[0], first_chunk=i == 0))
+    vae.clear_cache()
+    x = torch.cat(made, dim=2)
+    if vae.config.patch_size is not None:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+        x = unpatchify(x, patch_size=vae.config.patch_size)
+    return x
+
+
+def oracle(vae, latents, kept, d_frames_BTCHW, cuts=()):
+    """The gradient at the latents by one graph; that of saturated pixels as ``InwardClamp`` says it in words."""
+    latents = latents.detach().requires_grad_()
+    x = library_graph(vae, latents, cuts)
+    d = torch.zeros_like(x)
+    d[:, :, list(kept)] = 0.5 * d_frames_BTCHW.transpose(1, 2)
+    inside = (x.detach() >= -1) & (x.detach() <= 1)
+    comes_back = ((x.detach() > 1) & (d > 0)) | ((x.detach() < -1) & (d < 0))
+    return torch.autograd.grad(x, latents, d * (inside | comes_back))[0]
+
+
+def stream_gradient(decoder, latents, kept, window=None, cache_every=1, seed=1):
+    """(gradient at the latents by the stream, the frames, the upstream gradient that was used)"""
+    frames, entering = decode(decoder, latents, kept, window, cache_every)
+    visited = len(backward_chunks(kept, decoder.temporal_factor, window))
+    assert len(entering) == -(-visited // cache_every)
+    d_frames = torch.randn(frames.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(frames)
+    gradient = vae_backward(decoder, latents, entering, d_frames, kept, window)
+    assert not entering
+    return gradient, frames, d_frames
+
+
+def vae_of(name, dtype=torch.float64, **changes):
+    return tiny_vae(dtype, **(CONFIGS[name] | changes))
