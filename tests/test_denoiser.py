@@ -9,7 +9,7 @@ from _tiny import SavedBytes, save_tiny_generator, tiny_condition, tiny_latents,
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.denoiser import as_velocity, load_denoiser, set_checkpointing, timestep_of
+from lowmem_drf.models.denoiser import as_velocity, load_denoiser, set_activations, timestep_of
 from lowmem_drf.models.lora import add_lora, lora_parameters
 
 
@@ -70,7 +70,7 @@ def test_checkpointing_fires_and_changes_no_gradient() -> None:
     velocity, x, condition = as_velocity(transformer), tiny_latents(2), tiny_condition(2)
     saved, flops, gradients = {}, {}, {}
     for on in (False, True):
-        set_checkpointing(transformer, on)
+        set_activations(transformer, on)
         transformer.zero_grad()
         with SavedBytes(transformer) as bytes_kept:
             out = velocity(x, 0.5, condition)

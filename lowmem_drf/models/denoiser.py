@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from lowmem_drf.memory.activations import BlockPolicy
 from lowmem_drf.models.sources import complete, loading
+from lowmem_drf.models.wan_block import SlicedForward
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
     from torch import Tensor
 
+    from lowmem_drf.memory.host import HostStore
     from lowmem_drf.types import Velocity
 
 TRAIN_TIMESTEPS = 1000
@@ -27,15 +30,39 @@ def load_denoiser(folder_or_id: str, dtype: torch.dtype = torch.float32, device:
     return transformer.to(device).eval().requires_grad_(False)
 
 
-def set_checkpointing(transformer: WanTransformer3DModel, on: bool) -> None:
-    """Block-wise gradient checkpointing: a graded step keeps one hidden state per block and recomputes the rest.
+def set_activations(
+    transformer: WanTransformer3DModel,
+    checkpoint: bool | Literal["host"] = True,
+    keep_blocks: int = 0,
+    slices: int = 1,
+    store: HostStore | None = None,
+) -> None:
+    """What the blocks keep of a forward with gradient. May be called again, with or without a LoRA on. No setting changes what is computed
+    but for the rounding of matrix products over ``slices``.
 
     Diffusers checkpoints whenever gradients are enabled, in ``eval`` too (unlike transformers), so nothing else has to be switched.
+
+    Args:
+        checkpoint: ``True``: each block keeps its input, and is computed again in its backward. ``"host"``: and the inputs wait in ``store``.
+            ``False``: each block keeps all it needs.
+        keep_blocks: so many blocks at the end keep all in any case.
+        slices: what a block does token by token is done in so many slices of tokens, with gradient and without (see ``wan_block``). 1: as in
+            diffusers.
+        store: of ``"host"``.
+
+    Raises:
+        BadInputError: slices of an image-to-video transformer.
     """
-    if on:
-        transformer.enable_gradient_checkpointing()
-    else:
+    for block in transformer.blocks:
+        block.__dict__.pop("forward", None)
+        if slices > 1:
+            block.forward = SlicedForward(block, slices)
+    if checkpoint is False:
         transformer.disable_gradient_checkpointing()
+        return
+    if checkpoint == "host" and store is None:
+        raise ValueError('checkpoint = "host" needs a store')
+    transformer.enable_gradient_checkpointing(BlockPolicy(list(transformer.blocks), keep_blocks, store if checkpoint == "host" else None))
 
 
 def timestep_of(sigma: float) -> int:

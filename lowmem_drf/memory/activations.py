@@ -1,0 +1,167 @@
+"""What a transformer keeps of its forward for its backward: a policy per block, and slices of tokens inside a block.
+
+A block that is recomputed keeps its input alone, on the card or on the host. All else that its forward was given (text embeddings, time, rotary
+embedding) is shared by the blocks and kept once. Recompute is PyTorch's (``torch.utils.checkpoint``, not reentrant), which stops as soon as all
+that the backward needs is there; random numbers are not replayed: nothing here draws any.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from lowmem_drf.memory.host import Held, HostStore
+
+
+class BlockPolicy:
+    """A ``gradient_checkpointing_func`` of diffusers' models: called with (block, hidden states, what else the block takes) for every block in
+    order, under gradient.
+
+    The last ``keep`` blocks keep all they need: they run no second forward. The others keep their input: on the card, or in ``store``, where the
+    next one that the backward needs is fetched while the present one is computed.
+
+    A block whose ``forward`` has a method ``unread`` is recomputed by that: the same, but nobody will read what it returns.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], keep: int, store: HostStore | None) -> None:
+        self._first = blocks[0]
+        self._kept = frozenset(map(id, blocks[len(blocks) - min(keep, len(blocks)) :]))
+        self._store = store
+        self._newest: Callable[[], Held | None] = _nothing
+
+    def __call__(self, block: Any, hidden: Tensor, *rest: Any) -> Tensor:
+        if id(block) in self._kept:
+            return block(hidden, *rest)
+        unread = getattr(block.forward, "unread", block)
+        fetch, differentiable = self._put_aside(block, hidden), hidden.requires_grad
+        inputs = [hidden]  # the closure must not hold it after the forward
+
+        def run(*rest: Any) -> Tensor:
+            if inputs:
+                return block(inputs.pop(), *rest)
+            return unread(fetch().detach().requires_grad_(differentiable), *rest)
+
+        del hidden
+        return checkpoint(run, *rest, use_reentrant=False, preserve_rng_state=False)
+
+    def _put_aside(self, block: nn.Module, hidden: Tensor) -> Callable[[], Tensor]:
+        """Where the block's input comes from when it is recomputed."""
+        if self._store is None:
+            kept = hidden.detach()
+            return lambda: kept
+        store = self._store
+        held = store.put(hidden)
+        before = _nothing if block is self._first else self._newest
+        self._newest = weakref.ref(held)
+
+        def fetch() -> Tensor:
+            store.settle()  # the forward is over: what it put aside last is not on the card any more
+            arrived, following = held.get(), before()
+            if following is not None:
+                following.prefetch()
+            return arrived
+
+        return fetch
+
+
+def _nothing() -> None:
+    return None
+
+
+def in_slices(
+    function: Callable[..., tuple[Tensor, ...]],
+    count: int,
+    sliced: Sequence[Tensor],
+    shared: Sequence[Tensor] = (),
+    parameters: Iterable[Tensor] = (),
+    unread: bool = False,
+) -> tuple[Tensor, ...]:
+    """``function(*sliced, *shared)``, computed in ``count`` slices of dimension 1, each recomputed by itself in the backward: what is alive
+    inside ``function`` is alive for one slice at a time.
+
+    Args:
+        function: works on each place of dimension 1 by itself. All it returns has that dimension, as long as the inputs'.
+        sliced: (B, L, …), kept for the backward.
+        shared: given whole to every slice, and kept.
+        parameters: the trainable tensors inside ``function``: their gradients are returned to autograd, as those of the inputs.
+        unread: nobody will read the results: the recompute of a checkpoint around this call, which only wants to know what is kept. They are
+            not computed; all of them must be shaped like the first of ``sliced``.
+    """
+    step = -(-sliced[0].shape[1] // count)
+    tensors = (*sliced, *shared, *parameters)
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        return _run(function, step, sliced, shared)
+    return _Sliced.apply(function, step, len(sliced), len(shared), unread, *tensors)
+
+
+def _cut(tensors: Sequence[Tensor], start: int, step: int) -> list[Tensor]:
+    return [tensor[:, start : start + step] for tensor in tensors]
+
+
+@torch.no_grad()
+def _run(function: Callable[..., tuple[Tensor, ...]], step: int, sliced: Sequence[Tensor], shared: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    results: tuple[Tensor, ...] = ()
+    length = sliced[0].shape[1]
+    for start in range(0, length, step):
+        made = function(*_cut(sliced, start, step), *shared)
+        results = results or tuple(part.new_empty(part.shape[0], length, *part.shape[2:]) for part in made)
+        for result, part in zip(results, made, strict=True):
+            result[:, start : start + step] = part
+    return results
+
+
+class _Sliced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Any, step: int, sliced: int, shared: int, unread: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs = tensors[: sliced + shared]
+        ctx.save_for_backward(*inputs)
+        ctx.function, ctx.step, ctx.sliced, ctx.parameters = function, step, sliced, tensors[sliced + shared :]
+        if unread:
+            return (tensors[0].new_empty(()).expand_as(tensors[0]),)
+        return _run(function, step, inputs[:sliced], inputs[sliced:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[5:]
+        inputs = ctx.saved_tensors
+        sliced = inputs[: ctx.sliced]
+        shared = [tensor.detach().requires_grad_(need) for tensor, need in zip(inputs[ctx.sliced :], needed[ctx.sliced :], strict=False)]
+        d_sliced = [torch.zeros_like(tensor) if need else None for tensor, need in zip(sliced, needed, strict=False)]
+        whole = [tensor for tensor in (*shared, *ctx.parameters) if tensor.requires_grad]
+        d_whole: list[Tensor | None] = [None] * len(whole)
+        for start in range(0, sliced[0].shape[1], ctx.step):
+            parts = [part.detach().requires_grad_(need) for part, need in zip(_cut(sliced, start, ctx.step), needed, strict=False)]
+            with torch.enable_grad():
+                made = ctx.function(*parts, *shared)
+            pairs = [(out, d) for out, d in zip(made, _cut(cotangents, start, ctx.step), strict=True) if out.requires_grad]
+            outputs, d_outputs = zip(*pairs, strict=True)
+            wanted = [part for part in parts if part.requires_grad]
+            gradients = torch.autograd.grad(outputs, [*wanted, *whole], d_outputs, allow_unused=True)
+            del made, outputs, pairs  # the slice's graph, before the next one is made
+            for d, gradient in zip([d for d in d_sliced if d is not None], gradients, strict=False):
+                if gradient is not None:
+                    d[:, start : start + ctx.step] = gradient
+            for i, gradient in enumerate(gradients[len(wanted) :]):
+                d_whole[i] = _add(d_whole[i], gradient)
+        totals = iter(d_whole)
+        rest = [_cast(next(totals), tensor.dtype) if tensor.requires_grad else None for tensor in (*shared, *ctx.parameters)]
+        return (None, None, None, None, None, *d_sliced, *rest)
+
+
+def _add(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    """Sums over slices are at least fp32: in bf16 each slice would round the whole sum again."""
+    if more is None:
+        return total
+    more = more.to(torch.promote_types(more.dtype, torch.float32))
+    return more if total is None else total.add_(more)
+
+
+def _cast(total: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if total is None else total.to(dtype)
