@@ -19,14 +19,14 @@ ROOMS = {
     "prompts": (0, set()),
     "method": (2, {"torch"}),
     "memory": (3, {"torch", "deepspeed"}),
-    "models": (4, {"torch", "diffusers", "transformers", "peft", "bitsandbytes", "safetensors"}),
+    "models": (4, {"torch", "diffusers", "transformers", "peft", "bitsandbytes", "safetensors", "huggingface_hub"}),
     "run": (5, {"torch", "safetensors", "rich", "av", "PIL", "numpy"}),
     "toy": (5, {"torch", "diffusers", "transformers", "peft", "tokenizers", "safetensors", "matplotlib", "av", "PIL", "numpy"}),
     "cli": (6, {"typer"}),
 }
 LIGHT = {"errors", "schema", "config", "prompts", "cli", "__init__"}
 """Rooms that import no third-party package but pydantic and typer when they are imported."""
-HEAVY = {"diffusers", "transformers", "peft", "bitsandbytes", "deepspeed", "xformers", "triton", "tensorboard", "av", "PIL", "safetensors"}
+HEAVY = {"diffusers", "transformers", "peft", "bitsandbytes", "deepspeed", "xformers", "triton", "tensorboard", "av", "PIL", "safetensors", "huggingface_hub"}
 
 TOY = ROOT / "lowmem_drf" / "toy"
 

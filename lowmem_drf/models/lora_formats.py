@@ -25,25 +25,15 @@ import torch
 from torch import Tensor
 
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.models.wan_names import BLOCK_LINEARS
 
 LoraFormat = Literal["comfyui", "diffusers", "kohya"]
 FORMATS: tuple[str, ...] = get_args(LoraFormat)
 
-_WAN = {
-    **{f"attn1.to_{x}": f"self_attn.{x}" for x in "qkv"},
-    **{f"attn2.to_{x}": f"cross_attn.{x}" for x in "qkv"},
-    "attn1.to_out.0": "self_attn.o",
-    "attn2.to_out.0": "cross_attn.o",
-    "attn2.add_k_proj": "cross_attn.k_img",
-    "attn2.add_v_proj": "cross_attn.v_img",
-    "ffn.net.0.proj": "ffn.0",
-    "ffn.net.2": "ffn.2",
-}
-"""diffusers' name inside a block -> Wan's own."""
-_DIFFUSERS = {wan: name for name, wan in _WAN.items()}
-_UNDERSCORED = {wan.replace(".", "_"): name for name, wan in _WAN.items()}
+_DIFFUSERS = {wan: name for name, wan in BLOCK_LINEARS.items()}
+_UNDERSCORED = {wan.replace(".", "_"): name for name, wan in BLOCK_LINEARS.items()}
 _SUFFIXES = {"lora_A.weight": "A", "lora_down.weight": "A", "lora_B.weight": "B", "lora_up.weight": "B", "alpha": "alpha"}
-_ADAPTER_METADATA = "lora_adapter_metadata"
+ADAPTER_METADATA = "lora_adapter_metadata"
 
 
 @dataclass(frozen=True)
@@ -98,7 +88,7 @@ def adapter_metadata(state: Mapping[str, Tensor], alpha: float, rank: int) -> di
     modules = sorted({name.rsplit(".lora_", 1)[0] for name in state})
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules).to_dict()
     plain = {f"transformer.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    return {_ADAPTER_METADATA: json.dumps(plain, sort_keys=True, default=str)}
+    return {ADAPTER_METADATA: json.dumps(plain, sort_keys=True, default=str)}
 
 
 def read_lora(path: Path) -> LoraFile:
@@ -107,6 +97,15 @@ def read_lora(path: Path) -> LoraFile:
     Raises:
         BadInputError: no such file, no safetensors, no LoRA of a Wan transformer in it.
     """
+    tensors, metadata = read_tensors(path)
+    try:
+        return from_format(tensors, metadata)
+    except BadInputError as error:
+        raise BadInputError(f"{path}: {error}") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a file and its metadata. Raises BadInputError: no such file, no safetensors."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -114,13 +113,9 @@ def read_lora(path: Path) -> LoraFile:
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (safe_open is no mapping)
     except (OSError, SafetensorError) as error:
         raise BadInputError(f"{path} is not a readable safetensors file ({error}). Give a LoRA in safetensors format.") from error
-    try:
-        return from_format(tensors, metadata)
-    except BadInputError as error:
-        raise BadInputError(f"{path}: {error}") from error
 
 
 def from_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> LoraFile:
@@ -141,7 +136,7 @@ def from_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> L
     if len(ranks) > 1:
         raise BadInputError(f"its modules have ranks {sorted(ranks)}; one rank for all is supported")
     (rank,) = ranks
-    default = _header_alpha(metadata, rank)
+    default = header_alpha(metadata, rank)
     alphas = {module: float(pair["alpha"]) if "alpha" in pair else default for module, pair in pairs.items()}
     one = len(set(alphas.values())) == 1
     state: dict[str, Tensor] = {}
@@ -155,7 +150,7 @@ def diffusers_reads_kohya(state: Mapping[str, Tensor]) -> bool:
     """diffusers 0.42.1 converts a kohya file only if it holds every attention and feed-forward Linear of blocks 0 to n - 1."""
     modules = {name.rsplit(".lora_", 1)[0] for name in state}
     blocks = {int(module.split(".")[1]) for module in modules if module.startswith("blocks.")}
-    wanted = {f"blocks.{i}.{name}" for i in range(len(blocks)) for name in _WAN if "add_" not in name}
+    wanted = {f"blocks.{i}.{name}" for i in range(len(blocks)) for name in BLOCK_LINEARS if "add_" not in name}
     return bool(blocks) and wanted <= modules
 
 
@@ -167,9 +162,9 @@ def model_hash(file: bytes) -> str:
 
 def _wan_name(module: str, form: str) -> str:
     match = re.fullmatch(r"(blocks\.\d+)\.(.+)", module)
-    if match is None or match[2] not in _WAN:
+    if match is None or match[2] not in BLOCK_LINEARS:
         raise BadInputError(f"The {form} format has no name for a LoRA on {module}. Export with --format diffusers.")
-    return f"{match[1]}.{_WAN[match[2]]}"
+    return f"{match[1]}.{BLOCK_LINEARS[match[2]]}"
 
 
 def _split_key(key: str) -> tuple[str, str]:
@@ -194,11 +189,11 @@ def _module_name(stem: str) -> str:
     return f"{match[1].replace('_', '.')}.{known[name]}"
 
 
-def _header_alpha(metadata: Mapping[str, str], rank: int) -> float:
+def header_alpha(metadata: Mapping[str, str], rank: int) -> float:
     """Alpha by the header of a diffusers file or of a checkpoint; without one alpha is the rank, as everywhere."""
     try:
-        if _ADAPTER_METADATA in metadata:
-            return float(json.loads(metadata[_ADAPTER_METADATA]).get("transformer.lora_alpha", rank))
+        if ADAPTER_METADATA in metadata:
+            return float(json.loads(metadata[ADAPTER_METADATA]).get("transformer.lora_alpha", rank))
         return float(metadata.get("alpha", rank))
     except (ValueError, TypeError) as error:
         raise BadInputError(f"its header is damaged: {error}") from error

@@ -19,6 +19,9 @@ Quant = Literal["none", "nf4"]
 KEPT = ["model.visual", "model.language_model.embed_tokens", "lm_head"]
 """Module names as transformers 5.17 to 5.23 match them."""
 
+QUANTISED = "model.language_model.layers."
+"""How the names of the linears in 4 bit begin."""
+
 
 def require_library(quant: Quant) -> None:
     """Raises BadInputError for NF4 without bitsandbytes, and for an unknown ``quant``."""
@@ -79,7 +82,7 @@ def check_quantised(model: Any, quant: Quant, dtype: torch.dtype) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Embedding):
             continue
-        in_layers = name.startswith("model.language_model.layers.")
+        in_layers = name.startswith(QUANTISED)
         if not isinstance(module, bnb.nn.Linear4bit):
             if in_layers or not module.weight.dtype.is_floating_point:
                 raise LowmemError(_wrong(name, f"is {module.weight.dtype}" + (", and should be NF4" if in_layers else "")))

@@ -18,13 +18,11 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.critic import DEFAULT_FPS, QwenCritic
 from lowmem_drf.models.critic_files import load_tokenizer, video_geometry, video_settings
 from lowmem_drf.models.families import family_of
+from lowmem_drf.models.filling import fill, random_value
 from lowmem_drf.models.known_critics import KNOWN
-from lowmem_drf.models.quant import Quant, check_quantised, quantised_linear, require_library
+from lowmem_drf.models.quant import QUANTISED, Quant, check_quantised, quantised_linear, require_library
 from lowmem_drf.models.sources import loading
 from lowmem_drf.models.stand_in import stand_in_tokenizer
-
-STD = 0.02
-"""Of matrices and embeddings: the ``initializer_range`` of all these models."""
 
 
 def random_critic(
@@ -47,26 +45,30 @@ def random_critic(
         BadInputError: neither a known id nor a usable folder, or bitsandbytes is missing.
     """
     require_library(quant)
-    if name_or_folder in KNOWN:
-        known = KNOWN[name_or_folder]
-        config, settings = known.config, known.settings
-        tokenizer = stand_in_tokenizer(config)
-    elif Path(name_or_folder).is_dir():
-        from transformers import AutoConfig
-
-        with loading("the critic", name_or_folder):
-            config = AutoConfig.from_pretrained(name_or_folder).to_dict()
-            family_of(config["model_type"])
-            settings, tokenizer = video_settings(name_or_folder), load_tokenizer(name_or_folder)
-    else:
-        raise BadInputError(f"No configuration of {name_or_folder!r} is known here. Give a model's folder, or one of: {', '.join(KNOWN)}.")
+    config, settings, tokenizer = described(name_or_folder)
     model = random_model(config, dtype, device, quant, seed, layers)
     return QwenCritic(model, tokenizer, video_geometry(settings), fps=fps or float(settings.get("fps") or DEFAULT_FPS))
+
+
+def described(name_or_folder: str) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """A critic's config.json, the settings of its video preprocessor, and a tokenizer: all of it but the weights. Raises BadInputError."""
+    if name_or_folder in KNOWN:
+        known = KNOWN[name_or_folder]
+        return known.config, known.settings, stand_in_tokenizer(known.config)
+    if not Path(name_or_folder).is_dir():
+        raise BadInputError(f"No configuration of {name_or_folder!r} is known here. Give a model's folder, or one of: {', '.join(KNOWN)}.")
+    from transformers import AutoConfig
+
+    with loading("the critic", name_or_folder):
+        config = AutoConfig.from_pretrained(name_or_folder).to_dict()
+        family_of(config["model_type"])
+        return config, video_settings(name_or_folder), load_tokenizer(name_or_folder)
 
 
 def random_model(config: Mapping[str, Any], dtype: torch.dtype, device: str | torch.device, quant: Quant, seed: int, layers: int | None = None) -> Any:
     """The family's class of transformers, filled at random, frozen, eval. ``config``: that of config.json."""
     model = empty_model(config, layers)
+    remake_rotary(model, device)
     generator = torch.Generator(device).manual_seed(seed)
     tied = model.config.tie_word_embeddings
     for name, module in list(model.named_modules()):
@@ -88,6 +90,14 @@ def empty_model(config: Mapping[str, Any], layers: int | None = None) -> Any:
         return cls(cls.config_class(**settings))
 
 
+def remake_rotary(model: Any, device: str | torch.device = "cpu") -> None:
+    """Rotary embeddings from ``meta`` anew on the device: their buffers are in no checkpoint."""
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            made: Any = type(module)
+            model.set_submodule(name, made(module.config).to(device))
+
+
 def _shorten(settings: dict[str, Any], layers: int) -> None:
     text, vision = settings["text_config"], settings["vision_config"]
     text["num_hidden_layers"] = min(layers, text["num_hidden_layers"])
@@ -99,17 +109,6 @@ def _shorten(settings: dict[str, Any], layers: int) -> None:
 
 
 def _fill(model: Any, name: str, module: nn.Module, dtype: torch.dtype, device: torch.device, quant: Quant, generator: torch.Generator) -> None:
-    """Matrices get normal noise, the scales of norms 1, biases 0. Rotary embeddings are made anew, for their buffers' sake."""
-    if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-        made: Any = type(module)
-        model.set_submodule(name, made(module.config).to(device))
-        return
-    for key, parameter in list(module.named_parameters(recurse=False)):
-        value = torch.empty(parameter.shape, dtype=dtype, device=device)
-        if parameter.ndim > 1:
-            value.normal_(0, STD, generator=generator)
-        else:
-            value.fill_(0 if key == "bias" else 1)
-        setattr(module, key, nn.Parameter(value, requires_grad=False))
-    if quant == "nf4" and isinstance(module, nn.Linear) and name.startswith("model.language_model.layers."):
+    fill(module, random_value(dtype, device, generator), recurse=False)
+    if quant == "nf4" and isinstance(module, nn.Linear) and name.startswith(QUANTISED):
         model.set_submodule(name, quantised_linear(module.weight.data, None if module.bias is None else module.bias.data, dtype))

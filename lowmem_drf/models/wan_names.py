@@ -1,0 +1,58 @@
+"""The two names of every module of a Wan transformer: diffusers' and Wan's own, which ComfyUI, LoRA files and original checkpoints use.
+
+    blocks.0.attn1.to_q                            blocks.0.self_attn.q
+    condition_embedder.time_embedder.linear_1      time_embedding.0
+    proj_out                                       head.head
+
+As ``convert_wan_transformer_to_diffusers`` of diffusers 0.42.1 (``loaders/single_file_utils.py``) renames them, text-to-video models only. Note
+that ``norm2`` and ``norm3`` change places.
+"""
+
+from __future__ import annotations
+
+import re
+
+BLOCK_LINEARS = {
+    **{f"attn1.to_{x}": f"self_attn.{x}" for x in "qkv"},
+    **{f"attn2.to_{x}": f"cross_attn.{x}" for x in "qkv"},
+    "attn1.to_out.0": "self_attn.o",
+    "attn2.to_out.0": "cross_attn.o",
+    "attn2.add_k_proj": "cross_attn.k_img",
+    "attn2.add_v_proj": "cross_attn.v_img",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+}
+"""diffusers' name inside a block -> Wan's own."""
+
+_BLOCK = {
+    **BLOCK_LINEARS,
+    **{f"attn{i}.norm_{x}": f"{attention}.norm_{x}" for i, attention in ((1, "self_attn"), (2, "cross_attn")) for x in "qk"},
+    "norm2": "norm3",
+    "norm3": "norm2",
+    "scale_shift_table": "modulation",
+}
+_OUTSIDE = {
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "patch_embedding": "patch_embedding",
+    "proj_out": "head.head",
+    "scale_shift_table": "head.modulation",
+}
+
+
+def wan_name(name: str) -> str:
+    """diffusers' name of a module or parameter -> Wan's own. Raises KeyError for one that a text-to-video model of Wan's does not have."""
+    block = re.fullmatch(r"(blocks\.\d+)\.(.+)", name)
+    if block:
+        return f"{block[1]}.{_renamed(block[2], _BLOCK)}"
+    return _renamed(name, _OUTSIDE)
+
+
+def _renamed(name: str, names: dict[str, str]) -> str:
+    for theirs, own in names.items():
+        if name == theirs or name.startswith(f"{theirs}."):
+            return own + name[len(theirs) :]
+    raise KeyError(name)
