@@ -182,6 +182,34 @@ def questions(
     questions_command(prompt, prompts, preset, set_ or [], json_, output)
 
 
+@app.command(epilog=_example("lowmem-drf plan --preset rtx4090", "lowmem-drf plan --preset rtx4090 --vram 16GB -s video.frames=49"))
+@_reports_errors
+def plan(
+    preset: Annotated[str | None, typer.Option(help="A preset's name or a TOML file. Default: as train chooses.", show_default=False)] = None,
+    vram: Annotated[str | None, typer.Option(help="The card's memory, for example 24GB. Default: that of the preset's card.", show_default=False)] = None,
+    set_: Set = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Predict the peak memory and the time of every stage, without a GPU and without weights; say what to change where it does not fit."""
+    from lowmem_drf.run.fit import plan_command
+
+    plan_command(preset, vram, set_ or [], json_)
+
+
+@app.command(epilog=_example("lowmem-drf bench --preset rtx4090 --vram 24GB", "lowmem-drf bench --preset toy --json"))
+@_reports_errors
+def bench(
+    preset: Annotated[str | None, typer.Option(help="A preset's name or a TOML file. Default: as train chooses.", show_default=False)] = None,
+    vram: Annotated[str | None, typer.Option(help="Let the allocator have no more than this, for example 24GB.", show_default=False)] = None,
+    set_: Set = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure one update of a preset at true size with random weights on this machine, beside its plan. Downloads nothing."""
+    from lowmem_drf.run.bench import bench_command
+
+    bench_command(preset, vram, set_ or [], json_)
+
+
 @presets_app.command("list", epilog=_example("lowmem-drf presets list"))
 @_reports_errors
 def presets_list() -> None:

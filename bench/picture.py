@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lowmem_drf.errors import LowmemError
 from lowmem_drf.run.folder import find_run, make_writable, run_config
+from lowmem_drf.run.loading import load_models
 from lowmem_drf.run.lora_file import load_run_lora
-from lowmem_drf.run.parts import load_models
 from lowmem_drf.run.sample import base_and_tuned
 from lowmem_drf.toy.captions import heldout_prompts
 from lowmem_drf.toy.oracle import Verdict, judge

@@ -26,9 +26,9 @@ from bench.versions import versions
 from lowmem_drf.errors import LowmemError
 from lowmem_drf.run.evaluate import EVAL_PROMPTS, EVAL_SEEDS, finish_trial, make_trial, with_progress
 from lowmem_drf.run.folder import run_config
+from lowmem_drf.run.loading import load_models
 from lowmem_drf.run.lora_file import load_run_lora
 from lowmem_drf.run.metrics import read_metrics
-from lowmem_drf.run.parts import load_models
 from lowmem_drf.run.start import train_command
 
 RISE, KEPT_DIVERSITY = 0.35, 0.8
@@ -47,6 +47,7 @@ def train_and_measure(seed: int, preset: str, overrides: Sequence[str], folder: 
     trial = make_trial(config, (), EVAL_PROMPTS, EVAL_SEEDS)
     models = load_models(config, [prompt.text for prompt in trial.prompts])
     load_run_lora(models.transformer, run, config)
+    models.awake("critic")
     trial = finish_trial(config, trial, models.asked_critic, console)
     result = with_progress(config, models, trial, console)
     base, tuned = result["base"], result["tuned"]

@@ -76,12 +76,18 @@ def preset_card(path: Path) -> str:
     return found[1].strip() if found else "not stated"
 
 
-def default_preset(card_gb: float | None) -> str:
-    """``toy`` without a card (``None``), else the preset that asks for the most of the GB (10^9 bytes) there are; of equals the first by
-    name. ``toy`` asks for none, so there always is one."""
+def default_preset(card_gb: float | None, card: str = "") -> str:
+    """``toy`` without a card (``None``), else the preset that asks for the most of the GB (10^9 bytes) there are; of equals one made for a card of
+    this name, then the first by name. ``toy`` asks for none, so there always is one."""
     sizes = {name: _card_gb(path) for name, path in presets().items()}
     fitting = {name: size for name, size in sizes.items() if card_gb is not None and size is not None and size <= card_gb}
-    return max(fitting, key=lambda name: fitting[name] or 0.0) if fitting else DEFAULT_PRESET
+    return max(fitting, key=lambda name: (fitting[name] or 0.0, _is_for(name, card))) if fitting else DEFAULT_PRESET
+
+
+def _is_for(preset: str, card: str) -> bool:
+    """Whether the header names the card: ``24 GB (RTX 4090)`` and "NVIDIA GeForce RTX 4090"."""
+    named = re.search(r"\((.+?)\)", preset_card(presets()[preset]))
+    return bool(named and card and named[1].lower() in card.lower())
 
 
 def _card_gb(path: Path) -> float | None:
@@ -123,7 +129,15 @@ def load_config(preset: str | Path = DEFAULT_PRESET, overrides: Iterable[str] = 
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadInputError(f"{path}: cannot be read as a TOML file: {error}") from error
-    values = {key: (value, str(path)) for key, value in _flat(table)}
+    return _overridden({key: (value, str(path)) for key, value in _flat(table)}, overrides)
+
+
+def change(config: Config, overrides: Iterable[str]) -> Config:
+    """The configuration with ``key=value`` overrides on top. Raises as ``load_config``."""
+    return _overridden({key: (value, "configuration") for key, value in _flat(config.model_dump())}, overrides)
+
+
+def _overridden(values: dict[str, tuple[Any, str]], overrides: Iterable[str]) -> Config:
     problems: list[str] = []
     for text in overrides:
         try:

@@ -11,6 +11,7 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Parked = Literal["critic", "vae", "transformer"]
 Name = Annotated[str, Field(min_length=1)]
 
 
@@ -42,6 +43,12 @@ class Video(Node):
 class Model(Node):
     id: Name = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     """A diffusers folder, a Hugging Face id, or ``toyworld`` for the models in this package."""
+    transformer: str = ""
+    """A single safetensors file (as ComfyUI's) in place of the transformer of ``id``. Empty: that of ``id``."""
+    base_lora: str = ""
+    """A LoRA that is merged into the frozen base before training, for example a step-distillation one: a safetensors file, or
+    ``owner/repo/file.safetensors`` on the hub. Empty: none."""
+    base_lora_scale: PositiveFloat = 1.0
     text_tokens: Positive = 512
     """Prompts are padded or cut to this many tokens, as ``WanPipeline`` does."""
 
@@ -107,7 +114,9 @@ class Critic(Node):
     """Divide each question's reward by how much it has varied so far."""
     frames: Positive | Annotated[str, Field(pattern=r"^fps:\d+(\.\d+)?$")] = 8
     """How many of the clip's frames the critic sees, or how many a second (``"fps:2"``)."""
-    frame_sampling: Literal["uniform", "random_phase"] = "uniform"
+    frame_sampling: Literal["uniform", "random_phase", "motion"] = "uniform"
+    """Which: evenly spaced with both ends (``uniform``), a grid with a random phase every update (``random_phase``), or denser where the
+    clip moves (``motion``)."""
     reward: Literal["yes_logprob", "yes_margin"] = "yes_logprob"
     hinge: Literal["off"] | Annotated[float, Field(allow_inf_nan=False)] = "off"
     """Stop pushing a question whose reward is above this."""
@@ -139,8 +148,28 @@ class Optim(Node):
 class Memory(Node):
     vae_backward: Annotated[str, Field(pattern=r"^(exact|window:\d+)$")] = "exact"
     """``exact``, or ``window:n``: cache gradients stop after n chunks (ChopGrad)."""
-    checkpoint: bool = True
-    """Recompute each transformer block in its backward."""
+    vae_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the decode whose frames the critic sees. In bf16 the Wan VAE bands."""
+    vae_grad_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the VAE's recompute with gradient."""
+    vae_strips: Positive = 1
+    """Strips of rows in which a decode chunk is recomputed with gradient."""
+    vae_cache_every: Positive = 1
+    """What enters a decode chunk is kept on the host for one chunk in so many, and computed again between."""
+    vae_caches: Literal["card", "host"] = "card"
+    """Where the running caches of the decode wait between two uses."""
+    checkpoint: bool | Literal["host"] = True
+    """Recompute each transformer block in its backward; ``"host"``: and what enters the blocks waits on the host. ``false`` keeps all."""
+    keep_blocks: NonNegative = 0
+    """The last so many transformer blocks keep all they need for their backward, whatever ``checkpoint`` says."""
+    token_slices: Positive = 1
+    """Slices of tokens in which a transformer block does what it does token by token: all but its self-attention."""
+    park: list[Parked] = []
+    """Whose weights wait on the host outside their stages."""
+    text_device: Literal["card", "host"] = "card"
+    """Where the text encoder runs, once for all prompts: ``"host"`` takes minutes, and none of the card."""
+    vram_gib: NonNegativeFloat = 0.0
+    """The budget of the whole process on the card: ``train`` refuses a plan above it. 0: what the card has."""
 
 
 class Log(Node):

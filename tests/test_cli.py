@@ -19,7 +19,7 @@ from lowmem_drf.config import load_config
 from lowmem_drf.run.video import read_video
 
 PROMPT = "a red circle moves left on a gray background"
-COMMANDS = ("train", "sample", "export-lora", "eval", "score", "questions", "presets list", "presets show", "presets copy")
+COMMANDS = ("train", "sample", "export-lora", "eval", "score", "questions", "plan", "bench", "presets list", "presets show", "presets copy")
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from lowmem_drf.method.questions.file import load_questions
 from lowmem_drf.prompts import as_prompts
 from lowmem_drf.run.evaluate import Trial, diversity, measure
 from lowmem_drf.run.folder import claim, find_run, release, run_config
+from lowmem_drf.run.loading import load_models
 from lowmem_drf.run.metrics import read_metrics
-from lowmem_drf.run.parts import critic_frames, critic_rate, derive_seed, load_models, step_plan
+from lowmem_drf.run.parts import critic_frames, critic_rate, derive_seed, step_plan
 from lowmem_drf.run.questions import draft_questions
 from lowmem_drf.run.start import train_command
 from lowmem_drf.run.update import learning_rate, make_optimizer, update

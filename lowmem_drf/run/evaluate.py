@@ -18,7 +18,8 @@ from lowmem_drf.models.lora import lora_scale
 from lowmem_drf.models.sources import TOYWORLD
 from lowmem_drf.prompts import as_prompts, load_prompts
 from lowmem_drf.run.generate import batches
-from lowmem_drf.run.parts import Models, critic_frames, derive_seed, load_models, reward_spec, run_prompts
+from lowmem_drf.run.loading import load_models
+from lowmem_drf.run.parts import Models, critic_frames, derive_seed, reward_spec, run_prompts
 from lowmem_drf.run.progress import work_bar
 from lowmem_drf.run.questions import draft_questions, grammar_of
 from lowmem_drf.run.references import finish_questions
@@ -141,6 +142,7 @@ def eval_command(run_folder: Path | None, file: Path | None, as_json: bool) -> N
     models = load_models(config, [prompt.text for prompt in trial.prompts])
     step = load_run_lora(models.transformer, run, config)
     console = Console(stderr=as_json)
+    models.awake("critic")
     trial = finish_trial(config, trial, models.asked_critic, console)
     console.print(f"{run}, step {step}: {describe(trial)}", highlight=False, markup=False, soft_wrap=True)
     result = with_progress(config, models, trial, console)
@@ -184,6 +186,7 @@ def _rows(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[tuple[str, 
 def _ask(models: Models, frames_BTCHW: Tensor, prompts: Sequence[Prompt], questions: Mapping[str, Sequence[Question]], spec: RewardSpec) -> dict[str, float]:
     """Mean reward of these clips under ``reward``, and by aspect."""
     asked = [questions[prompt.id] for prompt in prompts]
+    models.awake("critic")
     total, by_aspect, _ = mean_reward(models.asked_critic(frames_BTCHW, asked), asked, spec)
     return {"reward": total.item(), **by_aspect}
 

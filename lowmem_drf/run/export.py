@@ -15,11 +15,10 @@ import torch
 
 from lowmem_drf import __version__
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.denoiser import load_denoiser
 from lowmem_drf.models.lora_formats import FORMATS, LoraFile, LoraFormat, adapter_metadata, model_hash, read_lora, to_format
-from lowmem_drf.models.sources import resolve
 from lowmem_drf.run.checkpoint import checkpoint_folder
 from lowmem_drf.run.folder import run_config
+from lowmem_drf.run.loading import load_transformer, prepare_generator
 from lowmem_drf.run.verify import Verified, probe_lora, require_same_model, verify_export, verify_merge
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def export_run(
         raise BadInputError(f"{merge} exists already. Give --merge a folder that does not.")
     config, lora = run_config(run), read_lora(folder / "lora.safetensors")
     dtype = dtype or config.dtype
-    transformer = load_denoiser(resolve(config.model.id, "generator"))
+    transformer = load_transformer(config, prepare_generator(config), torch.float32, torch.device("cpu"))
     paths, lines = [], []
     if merge is None or output is not None:
         file = _output_file(output, f"{run.resolve().name}-{folder.name}.{form}.safetensors", run)
@@ -179,6 +178,7 @@ def _metadata(config: Config, checkpoint: str, transformer: WanTransformer3DMode
         "version": __version__,
         "method": "Diffusion-DRF (arXiv 2601.04153)",
         "model": config.model.id,
+        "base_lora": f"{config.model.base_lora} x {config.model.base_lora_scale:g}" if config.model.base_lora else "none",
         "critic": critic.id,
         "questions": critic.mode,
         "reward": critic.reward,

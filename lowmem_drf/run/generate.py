@@ -33,10 +33,12 @@ def generate(models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequ
     sigmas = flow_sigmas(sampler.steps, sampler.shift)
     cond, uncond = models.condition(texts), models.no_condition(len(texts))
     steps = range(sampler.steps)
+    models.awake("transformer")
     x_0, entering = rollout(models.velocity, sigmas, models.noise(seeds), cond, uncond, sampler.guidance, keep=steps)
     path = [*(entering[k] for k in steps), x_0]
     # the Euler update backwards: v = (x_next - x) / (sigma_next - sigma)
     norms = [((path[k + 1] - path[k]) / (sigmas[k + 1] - sigmas[k]).item()).pow(2).flatten(1).mean(1).sqrt().mean().item() for k in steps]
+    models.awake("vae")
     return Generated(models.decoder.decode(x_0), sum(norms) / len(norms))
 
 

@@ -1,26 +1,26 @@
-"""Configuration -> the models of a step (``types.Parts``), the prompts with their text embeddings, and their questions."""
+"""Configuration -> the prompts of a run, the plan of an update, and loaded models put together as ``types.Parts``."""
 
 from __future__ import annotations
 
-import gc
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.memory.meter import Meter
+from lowmem_drf.memory.host import HostStore
+from lowmem_drf.memory.residency import Residency
 from lowmem_drf.method.frames import frames_at_rate, kept_fps, kept_frames
 from lowmem_drf.method.reward import RewardSpec
 from lowmem_drf.method.schedule import choose_graded, draw_noise, flow_sigmas
 from lowmem_drf.method.step import StepPlan
-from lowmem_drf.models.sources import TOYWORLD, resolve
+from lowmem_drf.models.sources import TOYWORLD
 from lowmem_drf.prompts import as_prompts, load_prompts
-from lowmem_drf.schema import Config
+from lowmem_drf.run.texts import DTYPES
+from lowmem_drf.schema import Config, Parked
 from lowmem_drf.types import Parts, Prompt
 
 if TYPE_CHECKING:
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from lowmem_drf.models.critic import QwenCritic
     from lowmem_drf.models.decoder import WanDecoder
     from lowmem_drf.types import Velocity
-
-TEXT_BATCH = 32
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def derive_seed(*words: object) -> int:
@@ -81,13 +78,27 @@ def step_plan(config: Config, step: int, scales: Mapping[str, float] | None = No
         sigmas=flow_sigmas(sampler.steps, sampler.shift),
         graded=choose_graded(sampler.graded, sampler.steps, sampler.graded_steps, generator),
         kept=kept_frames(config.video.frames, critic_frames(config), critic.frame_sampling, generator),
+        follow_motion=critic.frame_sampling == "motion",
         chain=sampler.chain,
         guidance=sampler.guidance,
         guidance_grad=sampler.guidance_grad,
         vae_window=config.vae_window,
+        vae_cache_every=config.memory.vae_cache_every,
         lv_samples=sampler.lv_samples,
         reward=replace(reward_spec(config), scales=scales or {}),
     )
+
+
+class StageMeter(Protocol):
+    """Measures the stages of an update: ``memory.meter.Meter``, or the plan's."""
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """Entered around each stage."""
+        ...
+
+    def take(self) -> tuple[dict[str, float], dict[str, float]]:
+        """(seconds by stage, peak GiB by stage) since the last time."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -106,18 +117,23 @@ class Models:
     negative_prompt: str
     latent_shape: tuple[int, int, int, int]
     device: torch.device
-    meter: Meter = field(compare=False)
+    meter: StageMeter = field(compare=False)
+    residency: Residency = field(compare=False)
 
     @property
     def asked_critic(self) -> QwenCritic:
-        """The critic, which must have been loaded."""
+        """The critic, which must have been loaded. Outside the stages of a step ``awake`` comes first."""
         if self.critic is None:
             raise ValueError("the models were loaded without a critic")
         return self.critic
 
+    def awake(self, *names: Parked) -> None:
+        """Outside the stages of a step: from here on these models are on the card, and no other one that may be parked."""
+        self.residency.need(*names)
+
     def parts(self, lora: Sequence[Tensor]) -> Parts:
         """For training."""
-        return Parts(self.velocity, self.decoder, self.asked_critic, lora, self.meter.stage)
+        return Parts(self.velocity, self.decoder, self.asked_critic, lora, self.residency.stage)
 
     def condition(self, texts: Sequence[str]) -> Tensor:
         """(B, L, D) on the device."""
@@ -133,71 +149,35 @@ class Models:
         return draw_noise(self.latent_shape, seeds).to(self.device)
 
 
-def load_models(config: Config, texts: Sequence[str], with_critic: bool = True) -> Models:
-    """Loads every model the configuration names; the text encoder is freed once all ``texts`` are encoded. The LoRA is the caller's.
+def assemble(
+    config: Config, transformer: Any, vae: Any, critic: QwenCritic | None, texts: Mapping[str, Tensor], device: torch.device, meter: StageMeter
+) -> Models:
+    """Loaded models with the configuration's memory settings on them. ``texts``: see ``Models``.
 
-    Raises BadInputError: a model cannot be found, or the video's size does not fit it.
+    Raises BadInputError: the video's size does not fit the models.
     """
-    _hide_loading_bars(config)
-    from lowmem_drf.models.decoder import WanDecoder, load_vae
-    from lowmem_drf.models.denoiser import as_velocity, load_denoiser, set_checkpointing
+    from lowmem_drf.models.decoder import WanDecoder
+    from lowmem_drf.models.denoiser import as_velocity, set_activations
 
-    device, dtype = resolve_device(config.device), DTYPES[config.dtype]
-    generator = resolve(config.model.id, "generator")
-    encoded = _encode(generator, config, [*texts, config.sampler.negative_prompt], device)
-    transformer = load_denoiser(generator, dtype, device)
-    set_checkpointing(transformer, config.memory.checkpoint)
-    decoder = WanDecoder(load_vae(generator, torch.float32, device))
+    memory, store = config.memory, HostStore(device)
+    set_activations(transformer, memory.checkpoint, memory.keep_blocks, memory.token_slices, store)
+    if critic is not None:
+        critic.set_checkpointing(bool(memory.checkpoint))
+    decoder = WanDecoder(vae, grad_dtype=DTYPES[memory.vae_grad_dtype], strips=memory.vae_strips, caches=memory.vae_caches, store=store)
+    modules = {"transformer": transformer, "vae": vae} | ({} if critic is None else {"critic": critic.model})
     return Models(
         transformer=transformer,
         velocity=as_velocity(transformer),
         decoder=decoder,
-        critic=load_run_critic(config) if with_critic else None,
-        texts=encoded,
+        critic=critic,
+        texts=texts,
         text_tokens=config.model.text_tokens,
         negative_prompt=config.sampler.negative_prompt,
         latent_shape=_latent_shape(config, transformer, decoder),
         device=device,
-        meter=Meter(device),
+        meter=meter,
+        residency=Residency(modules, modules.keys() & set(memory.park), device, store, meter.stage),
     )
-
-
-def _hide_loading_bars(config: Config) -> None:
-    """Where nothing is downloaded. To be called before the libraries are imported."""
-    if Path(resolve(config.model.id, "generator")).is_dir() and Path(resolve(config.critic.id, "critic")).is_dir():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def _encode(generator: str, config: Config, texts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
-    from lowmem_drf.models.text import load_text
-
-    encoder = load_text(generator, DTYPES[config.dtype], device)
-    unique = list(dict.fromkeys(texts))
-    chunks = [unique[i : i + TEXT_BATCH] for i in range(0, len(unique), TEXT_BATCH)]
-    encoded = {text: _without_padding(row.cpu()) for chunk in chunks for text, row in zip(chunk, encoder.encode(chunk, config.model.text_tokens), strict=True)}
-    del encoder
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return encoded
-
-
-def _without_padding(row_LD: Tensor) -> Tensor:
-    """Without the rows of zeros at the end; a copy, so that the batch it came from is freed."""
-    used = row_LD.any(dim=1).nonzero()
-    return row_LD[: int(used.max()) + 1 if len(used) else 0].clone()
-
-
-def load_run_critic(config: Config) -> QwenCritic:
-    """The critic alone, as a run has it."""
-    _hide_loading_bars(config)
-    from lowmem_drf.models.critic import load_critic
-
-    # ToyWorld's critic was trained at the one frame rate that its folder names; a real one is told how fast its frames pass
-    fps = None if config.critic.id == TOYWORLD else critic_rate(config)
-    critic = load_critic(resolve(config.critic.id, "critic"), DTYPES[config.dtype], resolve_device(config.device), fps, config.critic.quant)
-    critic.set_checkpointing(config.memory.checkpoint)
-    return critic
 
 
 def _latent_shape(config: Config, transformer: Any, decoder: WanDecoder) -> tuple[int, int, int, int]:

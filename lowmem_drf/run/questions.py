@@ -120,7 +120,7 @@ def questions_command(prompt: str | None, file: Path | None, preset: str | None,
     console = Console(stderr=as_json, soft_wrap=True)
     questions = draft_questions(config, prompts, "english" if free else None)
     if needs_writer(config):
-        from lowmem_drf.run.parts import load_run_critic
+        from lowmem_drf.run.loading import load_run_critic
 
         questions = written_questions(config, prompts, questions, load_run_critic(config), console)
     text = to_json({p.text: questions[p.id] for p in prompts})

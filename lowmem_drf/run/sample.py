@@ -13,8 +13,9 @@ from lowmem_drf.models.sources import TOYWORLD
 from lowmem_drf.prompts import load_prompts
 from lowmem_drf.run.folder import find_run, make_writable, run_config
 from lowmem_drf.run.generate import generate
+from lowmem_drf.run.loading import load_models
 from lowmem_drf.run.lora_file import load_lora_file, load_run_lora
-from lowmem_drf.run.parts import Models, load_models, run_prompts
+from lowmem_drf.run.parts import Models, run_prompts
 from lowmem_drf.run.previews import preview_texts, slug
 from lowmem_drf.run.progress import work_bar
 from lowmem_drf.run.video import side_by_side, watchable_upscale, write_mp4

@@ -115,7 +115,8 @@ def score_command(
 
     from lowmem_drf.config import load_config
     from lowmem_drf.prompts import as_prompts
-    from lowmem_drf.run.parts import load_run_critic, reward_spec
+    from lowmem_drf.run.loading import load_run_critic
+    from lowmem_drf.run.parts import reward_spec
     from lowmem_drf.run.questions import draft_questions, require_weights
     from lowmem_drf.run.references import finish_questions
     from lowmem_drf.run.start import chosen_preset

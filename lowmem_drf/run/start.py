@@ -22,7 +22,11 @@ if TYPE_CHECKING:
     from lowmem_drf.run.evaluate import Trial
     from lowmem_drf.run.parts import Models
 
-MAY_CHANGE = ("steps", "micro_batch", "device", "log.", "memory.checkpoint", "optim.lr", "optim.grad_clip", "optim.schedule", "optim.warmup_steps")
+MAY_CHANGE = (
+    *("steps", "micro_batch", "device", "log.", "optim.lr", "optim.grad_clip", "optim.schedule", "optim.warmup_steps"),
+    *(f"memory.{key}" for key in ("checkpoint", "keep_blocks", "token_slices", "park", "text_device", "vram_gib")),
+    *(f"memory.{key}" for key in ("vae_strips", "vae_caches", "vae_cache_every")),
+)
 """Keys that a resumed run may override: none of them changes what is trained on what."""
 
 
@@ -58,7 +62,7 @@ def chosen_preset() -> tuple[str, str]:
     if not torch.cuda.is_available():
         return default_preset(None), " (the default: there is no CUDA card)"
     card = torch.cuda.get_device_properties(0)
-    return default_preset(card.total_memory / 1e9), f" (the default: the largest that fits the {card.name}, {card.total_memory / 1e9:.0f} GB)"
+    return default_preset(card.total_memory / 1e9, card.name), f" (the default: the largest that fits the {card.name}, {card.total_memory / 1e9:.0f} GB)"
 
 
 def start(config: Config, run: Path, resume: bool, origin: str) -> None:
@@ -71,7 +75,9 @@ def start(config: Config, run: Path, resume: bool, origin: str) -> None:
     from lowmem_drf.method.questions.file import to_json
     from lowmem_drf.models.lora import add_lora
     from lowmem_drf.run.evaluate import finish_trial, make_trial
-    from lowmem_drf.run.parts import derive_seed, load_models, reward_spec, run_prompts
+    from lowmem_drf.run.fit import require_fit
+    from lowmem_drf.run.loading import load_models
+    from lowmem_drf.run.parts import derive_seed, reward_spec, run_prompts
     from lowmem_drf.run.previews import preview_texts
     from lowmem_drf.run.questions import draft_questions, require_weights
     from lowmem_drf.run.references import finish_questions
@@ -82,12 +88,14 @@ def start(config: Config, run: Path, resume: bool, origin: str) -> None:
     draft = draft_questions(config, prompts)
     require_weights(draft, reward_spec(config))
     trial = make_trial(config, prompts, config.log.eval_prompts, config.log.eval_seeds) if config.log.eval_prompts else None
+    require_fit(config, console)
     made = make_writable(run) if resume else claim(run)
     try:
         previews = preview_texts(config, prompts)
         texts = [prompt.text for prompt in (*prompts, *(trial.prompts if trial else ()))]
         models = load_models(config, [*texts, *previews])
         add_lora(models.transformer, config.lora.rank, config.lora.alpha, config.lora.targets, derive_seed(config.seed, "lora"))
+        models.awake("critic")
         questions = finish_questions(config, prompts, draft, models.asked_critic, console)
         trial = finish_trial(config, trial, models.asked_critic, console) if trial else None
         asked = to_json({prompt.text: questions[prompt.id] for prompt in prompts})
@@ -112,6 +120,8 @@ def _absolute(config: Config) -> Config:
     """The files it names by their absolute paths: the run can be resumed from anywhere."""
     if config.prompts not in ("", TOYWORLD):
         config = config.model_copy(update={"prompts": str(Path(config.prompts).expanduser().absolute())})
+    files = {name: str(Path(value).expanduser().absolute()) for name in ("transformer", "base_lora") if Path(value := getattr(config.model, name)).is_file()}
+    config = config.model_copy(update={"model": config.model.model_copy(update=files)})
     if config.critic.questions not in ("templates", "critic"):
         path = str(Path(config.critic.questions).expanduser().absolute())
         config = config.model_copy(update={"critic": config.critic.model_copy(update={"questions": path})})

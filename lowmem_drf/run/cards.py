@@ -1,0 +1,61 @@
+"""What cards can do: the figures behind the plan's seconds.
+
+From NVIDIA's architecture whitepapers (Ampere GA102, Ada, Blackwell RTX) and data sheets: dense tensor-core rates with fp32 accumulation, memory
+bandwidth, and what a PCIe link of the card's generation carries in practice with pinned memory.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from lowmem_drf.errors import BadInputError
+
+GIB = 1024**3
+
+USABLE = 0.9
+"""The share of a card's memory that a plan may fill. The rest is for the CUDA context (about 0.5 GiB), workspaces inside kernels, what the allocator
+cannot use, and the desktop."""
+
+MATMUL_SHARE, BANDWIDTH_SHARE = 0.6, 0.8
+"""Of the peak rates, what long products and long copies reach: an assumption, until measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """Rates: TFLOP/s in bf16 and in TF32 (convolutions of fp32 tensors) and in plain fp32, GB/s of its memory and of its link to the host."""
+
+    name: str
+    gib: float
+    bf16: float
+    tf32: float
+    fp32: float
+    memory: float
+    link: float
+
+
+CARDS = {
+    card.name: card
+    for card in (
+        Card("RTX 3090", 24, 71, 35.5, 35.6, 936, 22),
+        Card("RTX 4090", 24, 165, 82.6, 82.6, 1008, 22),
+        Card("RTX 5090", 32, 209, 104.8, 104.8, 1792, 45),
+        Card("RTX 4080", 16, 97.5, 48.7, 48.7, 717, 22),
+        Card("RTX 3060", 12, 25.4, 12.7, 12.7, 360, 22),
+        Card("RTX 4060", 8, 30.2, 15.1, 15.1, 272, 11),
+        Card("H200", 141, 989, 495, 67, 4800, 45),
+    )
+}
+
+
+def card_named(text: str, default: str = "RTX 4090") -> Card:
+    """The card whose name is in ``text`` (a preset's ``GPU:`` line, what CUDA calls the device), else ``default``."""
+    return next((card for name, card in CARDS.items() if name.lower() in text.lower()), CARDS[default])
+
+
+def parse_vram(text: str) -> float:
+    """``24GB``, ``24 GiB``, ``24`` -> 24.0. A card that is sold as 24 GB has 24 GiB; both words mean that here. Raises BadInputError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?\s*", text, re.IGNORECASE)
+    if not found or not float(found[1]) > 0:
+        raise BadInputError(f"--vram {text}: give the card's memory, for example --vram 24GB")
+    return float(found[1])

@@ -1,0 +1,113 @@
+"""``lowmem-drf plan``, and the plan that ``train`` makes before it loads anything."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lowmem_drf.config import change, load_config, preset_card, preset_path
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.run.cards import Card, card_named, parse_vram
+from lowmem_drf.schema import Config
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lowmem_drf.run.plan import Plan
+
+
+def plan_command(preset: str | None, vram: str | None, overrides: Sequence[str], as_json: bool) -> None:
+    """A table, or JSON. Where it does not fit: what to change."""
+    from rich.console import Console
+
+    from lowmem_drf.run.start import chosen_preset
+
+    name = preset or chosen_preset()[0]
+    config = load_config(name, overrides)
+    card = card_named(preset_card(preset_path(name)))
+    console = Console(stderr=as_json, soft_wrap=True)
+    plan = planned(config, card, parse_vram(vram) if vram else config.memory.vram_gib or card.gib, console)
+    if as_json:
+        print(json.dumps(plan.as_json(name), indent=2))
+        return
+    print_plan(plan, name, console)
+
+
+def planned(config: Config, card: Card, vram_gib: float, console: Console) -> Plan:
+    """The plan, with the changes that make it fit where it does not."""
+    from lowmem_drf.run.advise import advise
+    from lowmem_drf.run.plan import make_plan
+
+    with console.status("planning one update on tensors without values …") as status:
+        plan = make_plan(config, card, vram_gib)
+        return advise(config, card, plan, lambda text: status.update(f"it does not fit; trying {text}"))
+
+
+def require_fit(config: Config, console: Console) -> None:
+    """Plans for the card that is here, and says so in a line. Nothing on the CPU.
+
+    Raises:
+        BadInputError: it does not fit; with the stage that is too large, and what would make it fit.
+    """
+    import torch
+
+    from lowmem_drf.run.parts import resolve_device
+
+    if resolve_device(config.device).type != "cuda":
+        return
+    here = torch.cuda.get_device_properties(0)
+    vram_gib = min(config.memory.vram_gib or float("inf"), here.total_memory / 1024**3)
+    plan = planned(config, card_named(here.name), vram_gib, console)
+    if not plan.fits:
+        raise BadInputError(refusal(plan))
+    console.print(f"planned peak: {plan.peak_gib:.1f} of {vram_gib:.1f} GiB ({plan.largest}), {plan.host_gib:.1f} GiB of host memory", highlight=False)
+
+
+def refusal(plan: Plan) -> str:
+    """Why a plan does not fit, and the cure."""
+    stage = plan.stages[plan.largest]
+    cure = (
+        "It would fit with: " + " ".join(f"-s {_quoted(text)}" for text in plan.changes)
+        if plan.changes
+        else "No change of settings that is known here makes it fit."
+    )
+    return (
+        f"this does not fit: {plan.largest} would take {stage.peak_gib:.1f} GiB, and of {plan.vram_gib:.0f} GiB {plan.usable_gib:.1f} can be planned with "
+        f"(largest: {stage.what}).\n{cure}"
+    )
+
+
+def followed(config: Config, plan: Plan) -> Config:
+    """The configuration with the plan's changes."""
+    return change(config, plan.changes)
+
+
+def _quoted(text: str) -> str:
+    return f"'{text}'" if any(letter in text for letter in ' "[]') else text
+
+
+def print_plan(plan: Plan, name: str, console: Console) -> None:
+    """The table, and whether it fits."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("stage", title=Text(f"{name}, planned for {plan.card}, {plan.vram_gib:g} GiB"), title_justify="left")
+    for heading in ("peak GiB", "weights", "kept", "host GiB", "s"):
+        table.add_column(heading, justify="right")
+    table.add_column("the largest at the peak, weights apart", overflow="fold")
+    for stage, row in plan.stages.items():
+        figures = (f"{value:.2f}" for value in (row.peak_gib, row.weights_gib, row.kept_gib, row.host_gib))
+        table.add_row(Text(stage, style="bold" if stage == plan.largest else ""), *figures, f"{row.s:,.1f}", Text(row.what))
+    console.print(table)
+    verdict = "fits" if plan.fits else "does not fit"
+    console.print(
+        f"{verdict}: peak {plan.peak_gib:.2f} GiB ({plan.largest}) of the {plan.usable_gib:.1f} that can be planned with; host memory {plan.host_gib:.1f} GiB; "
+        f"about {plan.update_s:,.0f} s an update",
+        style="green" if plan.fits else "red", highlight=False,
+    )  # fmt: skip
+    console.print(
+        "Bytes: those PyTorch's allocator is asked for. Seconds: an estimate from operations, traffic and the card's rates.", style="dim", highlight=False
+    )
+    if not plan.fits:
+        console.print(Text(refusal(plan).partition("\n")[2]), soft_wrap=True)

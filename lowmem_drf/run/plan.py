@@ -1,0 +1,418 @@
+"""The plan: the real update, run on fake tensors under a ledger. No card, no weights, no download.
+
+``run.update`` is called as in training, on models of the true size whose tensors have shapes and no values (``models/fake.py``), so that the plan
+cannot drift from what it plans. What only repeats is done once: two steps are graded (what the others would keep is there), of the ungraded ones one is
+done, of a batch one micro-batch is made, and blocks and chunks that leave no graph are replayed (``Ledger.replay``). None of this changes a peak
+(``tests/test_plan.py``); the seconds are scaled up again.
+
+The bytes are those that PyTorch's allocator is asked for, in its blocks of 512. What it cannot see is in ``cards.USABLE``. The seconds are an
+estimate from operations, traffic and the card's rates, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowmem_drf.memory.fakes import Fakes
+from lowmem_drf.memory.ledger import Item, Ledger, Rates
+from lowmem_drf.models.known_critics import KNOWN
+from lowmem_drf.models.known_generators import GeneratorConfig, generator_config
+from lowmem_drf.models.lora import add_lora, lora_parameters
+from lowmem_drf.prompts import as_prompts
+from lowmem_drf.run.cards import BANDWIDTH_SHARE, GIB, MATMUL_SHARE, USABLE, Card
+from lowmem_drf.run.parts import Models, assemble, critic_rate, run_prompts
+from lowmem_drf.run.questions import draft_questions
+from lowmem_drf.run.texts import BATCH, DTYPES, LARGE_BYTES
+from lowmem_drf.schema import Config
+from lowmem_drf.types import Answer, Decoder, Parts, Prompt, Question
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+STAGES = ("text", "rollout", "decode", "critic", "vae_backward", "denoise_backward", "update")
+ONCE = ("text", "update")
+"""Not once for every micro-batch."""
+
+WEIGHTS = "weights"
+
+ALLOCATOR_BLOCK = 512
+"""Bytes: the CUDA caching allocator rounds every request up to a multiple."""
+
+SAMPLE_PROMPT = (
+    "A close-up shot of two brown dogs running side by side along a wide sandy beach at sunset, splashing through the shallow water while a small red "
+    "boat drifts behind them to the left of a wooden pier, warm golden light, shallow depth of field, the camera slowly tracking them from the right."
+)
+"""Stands for the prompts where none are given: as long as those of prompt sets for video models are."""
+
+CHARACTERS_PER_TOKEN = 4
+"""Of English, about. The stand-in tokenizer of a model that is not here makes a token of every character."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of the update. GiB of the card, but for ``host_gib``."""
+
+    peak_gib: float
+    weights_gib: float
+    """Of the models that are awake."""
+    kept_gib: float
+    """What else was there when the stage began."""
+    host_gib: float
+    s: float
+    """An estimate."""
+    tflop: float
+    what: str
+    """The largest things alive at the peak, weights apart."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a configuration takes."""
+
+    card: str
+    vram_gib: float
+    """The whole card."""
+    stages: dict[str, StagePlan]
+    update_s: float
+    changes: tuple[str, ...] = field(default=())
+    """Settings (``key=value``) that make it fit, where it does not."""
+
+    @property
+    def peak_gib(self) -> float:
+        """Of the whole run."""
+        return self.stages[self.largest].peak_gib
+
+    @property
+    def largest(self) -> str:
+        """The stage whose peak is that of the run."""
+        return max(self.stages, key=lambda name: self.stages[name].peak_gib)
+
+    @property
+    def host_gib(self) -> float:
+        return max(stage.host_gib for stage in self.stages.values())
+
+    @property
+    def usable_gib(self) -> float:
+        return self.vram_gib * USABLE
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_gib <= self.usable_gib
+
+    def as_json(self, preset: str) -> dict[str, Any]:
+        return {
+            "preset": preset,
+            "card": self.card,
+            "vram_gib": self.vram_gib,
+            "usable_gib": self.usable_gib,
+            "fits": self.fits,
+            "peak_gib": self.peak_gib,
+            "host_gib": self.host_gib,
+            "update_s": self.update_s,
+            "stages": {name: asdict(stage) for name, stage in self.stages.items()},
+            "changes": list(self.changes),
+        }
+
+
+class PlanMeter:
+    """Stands where the run's ``Meter`` does: books each stage's bytes and estimated seconds."""
+
+    def __init__(self, ledger: Ledger, card: Card) -> None:
+        self.stages: dict[str, StagePlan] = {}
+        self._models: list[Any] = []
+        self._ledger, self._card = ledger, card
+
+    def load(self, models: Sequence[torch.nn.Module]) -> None:
+        """These are on the card from now on."""
+        self._models = list(models)
+        self._ledger.adopt(self._tensors(), WEIGHTS)
+
+    def unload(self) -> None:
+        self._models = []
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        for model in self._models:
+            yield from model.parameters()
+            yield from model.buffers()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measures the block; a stage that is entered again keeps its larger peak, and its seconds add up."""
+        ledger = self._ledger
+        ledger.reset_peak()
+        kept, seconds, flops, moved = ledger.card_bytes, ledger.seconds, ledger.flops, ledger.to_host_bytes
+        asleep = ledger.on_card(self._tensors())
+        yield
+        weights = ledger.on_card(self._tensors())
+        # what goes to the host comes back; none of it is taken to be hidden behind computation
+        link_s = 2 * (ledger.to_host_bytes - moved) / (self._card.link * 1e9)
+        now = StagePlan(
+            peak_gib=ledger.peak_card_bytes / GIB,
+            weights_gib=weights / GIB,
+            kept_gib=(kept - asleep) / GIB,
+            host_gib=ledger.peak_host_bytes / GIB,
+            s=ledger.seconds - seconds + link_s,
+            tflop=(ledger.flops - flops) / 1e12,
+            what=_what(ledger.close_peak()),
+        )
+        before = self.stages.get(name)
+        larger = now if before is None or now.peak_gib >= before.peak_gib else before
+        self.stages[name] = larger if before is None else replace(larger, s=before.s + now.s, tflop=before.tflop + now.tflop)
+
+    def take(self) -> tuple[dict[str, float], dict[str, float]]:
+        """As ``Meter.take``; nothing is started anew."""
+        return {name: stage.s for name, stage in self.stages.items()}, {name: stage.peak_gib for name, stage in self.stages.items()}
+
+
+def make_plan(config: Config, card: Card, vram_gib: float | None = None, only: str | None = None, whole: bool = False) -> Plan:
+    """Runs one update of ``config`` on fake tensors.
+
+    Args:
+        vram_gib: the card's memory; default its own.
+        only: a stage whose bytes alone are wanted. The models of other stages are left out where they work (not where they lie); the other
+            stages' figures then mean nothing.
+        whole: all steps of the sampler, and all graded ones: slow, and no different.
+
+    Raises:
+        BadInputError: the configuration of a model is not known here, or the settings do not go together.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from lowmem_drf.run.update import make_optimizer, update
+
+    config = config.model_copy(update={"device": "cpu"})
+    short = one_micro_batch(config) if whole else _shortened(config, 1 if only else 2)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    generator = generator_config(config.model.id)
+    ungraded = config.sampler.graded_steps - short.sampler.graded_steps
+    with Fakes(mode), Ledger(ALLOCATOR_BLOCK, _rates(card)) as ledger:
+        meter = PlanMeter(ledger, card)
+        if only in (None, "text"):
+            _encode_text(config, generator, mode, meter)
+        models, prompts, questions = _fake_models(short, generator, mode, meter)
+        parts = models.parts(lora_parameters(models.transformer))
+        if only:
+            parts = _only(parts, only, models)
+        if not whole:
+            parts = _with_replays(parts, models, ledger)
+        latents = [torch.zeros(config.micro_batch, *models.latent_shape) for _ in range(ungraded)]
+        update(short, models, parts, make_optimizer(config.optim, parts.lora), 0, prompts, questions, None)
+        del latents
+    return _scaled(config, short, meter.stages, card, vram_gib or card.gib)
+
+
+def _rates(card: Card) -> Rates:
+    matmul = {torch.bfloat16: card.bf16, torch.float16: card.bf16, torch.float32: card.fp32}
+    return Rates({dtype: rate * 1e12 * MATMUL_SHARE for dtype, rate in matmul.items()}, card.tf32 * 1e12 * MATMUL_SHARE, card.memory * 1e9 * BANDWIDTH_SHARE)
+
+
+def _shortened(config: Config, graded: int) -> Config:
+    """The same update with so many steps graded at most, one ungraded one before them if there is any, and one micro-batch."""
+    sampler = config.sampler
+    graded = min(graded, sampler.graded_steps)
+    steps = graded + (sampler.steps > sampler.graded_steps)
+    short = sampler.model_copy(update={"steps": steps, "graded_steps": graded, "graded": "last" if graded == 1 else "tail"})
+    return one_micro_batch(config.model_copy(update={"sampler": short}))
+
+
+def one_micro_batch(config: Config) -> Config:
+    """The configuration of an update of one micro-batch: it has the peak of every other."""
+    return config.model_copy(update={"batch": config.micro_batch})
+
+
+def _scaled(config: Config, short: Config, stages: dict[str, StagePlan], card: Card, vram_gib: float) -> Plan:
+    """Undoes ``_shortened`` in the seconds and the operations."""
+    batches = -(-config.batch // config.micro_batch)
+    sampler, done = config.sampler, short.sampler
+    repeats = {"rollout": sampler.steps / done.steps, "denoise_backward": sampler.graded_steps / done.graded_steps}
+    scaled = {}
+    for name in (name for name in STAGES if name in stages):
+        factor = 1.0 if name in ONCE else batches * repeats.get(name, 1.0)
+        scaled[name] = replace(stages[name], s=stages[name].s * factor, tflop=stages[name].tflop * factor)
+    return Plan(card.name, vram_gib, scaled, sum(stage.s for name, stage in scaled.items() if name != "text"))
+
+
+def _with_replays(parts: Parts, models: Models, ledger: Ledger) -> Parts:
+    """Whatever is done without leaving a graph, again on tensors of the same shapes, is done once: a block of the rollout, a chunk of the VAE."""
+    for block in models.transformer.blocks:
+        block.forward = _ReplayedBlock(block.forward, ledger)
+    return replace(parts, decoder=_ReplayedDecoder(parts.decoder, ledger))
+
+
+class _ReplayedBlock:
+    """A block's ``forward``. Under gradient nothing is replayed."""
+
+    def __init__(self, forward: Any, ledger: Ledger) -> None:
+        self._forward, self._ledger = forward, ledger
+        if hasattr(forward, "unread"):
+            self.unread = forward.unread
+
+    def __call__(self, hidden_BLD: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            return self._forward(hidden_BLD, *rest)
+        run = partial(self._forward, hidden_BLD, *rest)
+        return self._ledger.replay(("block", hidden_BLD.shape), run, partial(torch.zeros_like, hidden_BLD))
+
+
+class _ReplayedDecoder:
+    """A decoder whose chunks are replayed once what one hands on is as large as what entered it."""
+
+    def __init__(self, decoder: Decoder, ledger: Ledger) -> None:
+        self._decoder, self._ledger = decoder, ledger
+        self._steady: dict[Hashable, bool] = {}
+        self.temporal_factor = decoder.temporal_factor
+        self.start, self.store, self.decode = decoder.start, decoder.store, decoder.decode
+
+    def chunk(self, latents_BC1hw: torch.Tensor, caches: tuple[Any, ...]) -> tuple[torch.Tensor, tuple[Any, ...]]:
+        entering = _sizes(caches)
+        key = ("chunk", latents_BC1hw.shape, entering)
+
+        def run() -> tuple[torch.Tensor, tuple[Any, ...]]:
+            made, handed = self._decoder.chunk(latents_BC1hw, caches)
+            self._steady[key] = _sizes(handed) == entering
+            self._blank = partial(torch.zeros, made.shape, dtype=made.dtype, device=made.device)
+            return made, handed
+
+        if not self._steady.get(key, True):
+            return run()
+        return self._ledger.replay(key, run, lambda: (self._blank(), caches))
+
+    def advance(self, latents_BC1hw: torch.Tensor, caches: tuple[Any, ...]) -> tuple[Any, ...]:
+        entering = _sizes(caches)
+        key = ("advance", latents_BC1hw.shape, entering)
+
+        def run() -> tuple[Any, ...]:
+            handed = self._decoder.advance(latents_BC1hw, caches)
+            self._steady[key] = _sizes(handed) == entering
+            return handed
+
+        return self._ledger.replay(key, run, lambda: caches) if self._steady.get(key, True) else run()
+
+    def chunk_backward(
+        self, latents_BC1hw: torch.Tensor, caches: tuple[Any, ...], local: Sequence[int], d_made: torch.Tensor, d_handed: tuple[Any, ...], hands_back: bool
+    ) -> tuple[torch.Tensor, tuple[Any, ...]]:
+        handed = _sizes(d_handed)
+        key = ("pull back", latents_BC1hw.shape, d_made.shape, _sizes(caches), handed, hands_back)
+
+        def run() -> tuple[torch.Tensor, tuple[Any, ...]]:
+            d_z, d_caches = self._decoder.chunk_backward(latents_BC1hw, caches, local, d_made, d_handed, hands_back)
+            self._steady[key] = _sizes(d_caches) == handed
+            return d_z, d_caches
+
+        if not self._steady.get(key, True):
+            return run()
+        return self._ledger.replay(key, run, lambda: (torch.zeros_like(latents_BC1hw), d_handed))
+
+
+def _sizes(caches: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What tells whether two tuples of caches take the same room in the same places."""
+    return tuple((type(cache).__name__, cache.nbytes) if hasattr(cache, "nbytes") else cache for cache in caches)
+
+
+def _only(parts: Parts, stage: str, models: Models) -> Parts:
+    """The parts of a step with all models left out that do not work in ``stage``."""
+    if stage not in ("rollout", "denoise_backward"):
+        first = parts.lora[0]
+        parts = replace(parts, velocity=lambda x, sigma, cond: x + first.sum().to(x.dtype))
+    if stage not in ("decode", "vae_backward"):
+        parts = replace(parts, decoder=_NoDecoder(models.decoder.temporal_factor, models.decoder.spatial_factor))
+    if stage != "critic":
+        parts = replace(parts, critic=_no_critic)
+    return parts
+
+
+class _NoDecoder:
+    """A ``types.Decoder`` of the same shapes that computes nothing."""
+
+    def __init__(self, temporal_factor: int, spatial_factor: int) -> None:
+        self.temporal_factor, self.spatial_factor = temporal_factor, spatial_factor
+
+    def start(self, batch: int) -> tuple[Any, ...]:
+        return (True,)
+
+    def decode(self, latents_BCFhw: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("an update decodes in chunks")
+
+    def advance(self, latents_BC1hw: torch.Tensor, caches: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (False,)
+
+    def store(self, caches: tuple[Any, ...]) -> tuple[Any, ...]:
+        return caches
+
+    def chunk(self, latents_BC1hw: torch.Tensor, caches: tuple[Any, ...]) -> tuple[torch.Tensor, tuple[Any, ...]]:
+        (first,) = caches
+        batch, _, _, height, width = latents_BC1hw.shape
+        size = (height * self.spatial_factor, width * self.spatial_factor)
+        return latents_BC1hw.mean() + torch.zeros(batch, 1 if first else self.temporal_factor, 3, *size), (False,)
+
+    def chunk_backward(self, latents_BC1hw: torch.Tensor, *_: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
+        return torch.zeros_like(latents_BC1hw), ()
+
+
+def _no_critic(frames_BTCHW: torch.Tensor, questions: Sequence[Sequence[Question]]) -> list[list[Answer]]:
+    logits = frames_BTCHW.mean().float() * torch.ones(1, 2)
+    return [[Answer(logits, torch.tensor([0]), yes=(0,), no=(1,)) for _ in asked] for asked in questions]
+
+
+def _encode_text(config: Config, generator: GeneratorConfig, mode: FakeTensorMode, meter: PlanMeter) -> None:
+    """The text encoder, alone on the card, over as many prompts as it reads at once."""
+    from lowmem_drf.models.fake import fake_text
+
+    encoder = fake_text(generator.text, DTYPES[config.dtype], mode)
+    if config.memory.text_device == "host":
+        meter.stages["text"] = StagePlan(0.0, 0.0, 0.0, sum(parameter.nbytes for parameter in encoder.parameters()) / GIB, 0.0, 0.0, "it runs on the host")
+        return
+    meter.load([encoder])
+    large = sum(parameter.nbytes for parameter in encoder.parameters()) >= LARGE_BYTES
+    ids_BL = torch.ones(1 if large else BATCH, config.model.text_tokens, dtype=torch.int64)
+    with meter.stage("text"), torch.no_grad():
+        encoder(ids_BL, torch.ones_like(ids_BL))
+    meter.unload()
+
+
+def _fake_models(
+    config: Config, generator: GeneratorConfig, mode: FakeTensorMode, meter: PlanMeter
+) -> tuple[Models, list[Prompt], dict[str, tuple[Question, ...]]]:
+    """The models at their true size, and the prompts of one micro-batch with their questions."""
+    from lowmem_drf.models.fake import empty_lora, fake_critic, fake_transformer, fake_vae
+
+    dtype = DTYPES[config.dtype]
+    prompts, questions = plan_prompts(config)
+    transformer = fake_transformer(generator.transformer, dtype, mode)
+    add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets)
+    empty_lora(transformer, mode)
+    text_dim = generator.transformer["text_dim"]
+    texts = {text: torch.zeros(config.model.text_tokens, text_dim, dtype=dtype) for text in [*(p.text for p in prompts), config.sampler.negative_prompt]}
+    critic = fake_critic(config.critic.id, dtype, critic_rate(config), config.critic.quant, mode=mode)
+    vae = fake_vae(generator.vae, DTYPES[config.memory.vae_dtype], mode)
+    meter.load([transformer, vae, critic.model])
+    return assemble(config, transformer, vae, critic, texts, torch.device("cpu"), meter), prompts, questions
+
+
+def plan_prompts(config: Config) -> tuple[list[Prompt], dict[str, tuple[Question, ...]]]:
+    """Of the first hundred prompts a batch of those with the longest questions, and these by prompt id."""
+    candidates = run_prompts(config)[:100] if config.prompts else as_prompts([SAMPLE_PROMPT])
+    draft = draft_questions(config, candidates)
+    if config.critic.id in KNOWN:
+        draft = {key: tuple(_shorter(question) for question in asked) for key, asked in draft.items()}
+    by_length = sorted(candidates, key=lambda prompt: -sum(len(question.text) + len(question.answer) for question in draft[prompt.id]))
+    chosen = [by_length[clip % len(by_length)] for clip in range(config.batch)]
+    return chosen, {prompt.id: draft[prompt.id] for prompt in chosen}
+
+
+def _shorter(question: Question) -> Question:
+    """As many characters as the question has tokens, about: what a stand-in tokenizer makes a token of."""
+    answer = question.answer if question.kind == "yesno" else question.answer[: -(-len(question.answer) // CHARACTERS_PER_TOKEN)]
+    return replace(question, text=question.text[: -(-len(question.text) // CHARACTERS_PER_TOKEN)], answer=answer, token_weights=())
+
+
+def _what(items: Sequence[Item]) -> str:
+    """The three largest."""
+    others = [item for item in items if item.op != WEIGHTS]
+    return "; ".join(f"{item} ({item.bytes / GIB:.2f} GiB)" for item in others[:3])
