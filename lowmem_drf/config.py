@@ -78,10 +78,10 @@ def preset_card(path: Path) -> str:
 
 def default_preset(card_gb: float | None, card: str = "") -> str:
     """``toy`` without a card (``None``), else the preset that asks for the most of the GB (10^9 bytes) there are; of equals one made for a card of
-    this name, then the first by name. ``toy`` asks for none, so there always is one."""
+    this name, then the shortest name (``rtx4090`` before ``rtx4090-fast``). ``toy`` asks for none, so there always is one."""
     sizes = {name: _card_gb(path) for name, path in presets().items()}
     fitting = {name: size for name, size in sizes.items() if card_gb is not None and size is not None and size <= card_gb}
-    return max(fitting, key=lambda name: (fitting[name] or 0.0, _is_for(name, card))) if fitting else DEFAULT_PRESET
+    return max(fitting, key=lambda name: (fitting[name] or 0.0, _is_for(name, card), -len(name))) if fitting else DEFAULT_PRESET
 
 
 def _is_for(preset: str, card: str) -> bool:
