@@ -10,9 +10,10 @@ Not seen: workspaces inside a kernel (cuDNN, cuBLAS), the CUDA context and the a
 from __future__ import annotations
 
 import weakref
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from lowmem_drf.memory.fakes import tensors_of
+from lowmem_drf.memory.fakes import DEVICE_OF, key_of, tensors_of
 
 LOOKED_AT = 0.005
 """What the peak is made of is noted whenever it has grown by this share: the list may be that much short of the peak itself."""
@@ -37,7 +38,7 @@ def _attention_backward_flops(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_
 
 
 _aten = torch.ops.aten
-FLOPS = {
+FLOPS: dict[Any, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
@@ -45,12 +46,12 @@ FLOPS = {
 
 CONVOLUTIONS = {_aten.convolution, _aten.convolution_backward}
 
-WORKSPACE = {_aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda d_out, q, *_: 4 * q.numel()}
+WORKSPACE: dict[Any, Callable[..., int]] = {_aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda d_out, q, *_: 4 * q.numel()}
 """Bytes that the CUDA kernel asks of the allocator and the CPU's does not: FlashAttention-2 sums the gradient of q in fp32 (flash_bwd's ``dq_accum``)."""
 
 
 T = TypeVar("T")
-Key = tuple[str, tuple[int, ...], str]
+Key = tuple[str, tuple[int, ...], torch.dtype]
 """Operator, shape, dtype."""
 
 
@@ -61,7 +62,7 @@ class Item:
     op: str
     """The operator, or what ``adopt`` said."""
     shape: tuple[int, ...]
-    dtype: str
+    dtype: torch.dtype
     count: int
     bytes: int
 
@@ -71,7 +72,15 @@ class Item:
 
     def __str__(self) -> str:
         many = f"{self.count} x " if self.count > 1 else ""
-        return f"{many}{self.op} {'x'.join(map(str, self.shape))} {self.dtype.removeprefix('torch.')}"
+        return f"{many}{self.op} {'x'.join(map(str, self.shape))} {str(self.dtype).removeprefix('torch.')}"
+
+
+@dataclass(slots=True)
+class _Kind:
+    """Storages on the card that are alive now and were made by the same operator in the same size."""
+
+    count: int = 0
+    bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +93,13 @@ class _Known:
     seconds: float
     to_host: int
     items: tuple[Item, ...]
+
+
+@cache
+def _facts(func: Any) -> tuple[str, Callable[..., int] | None, Callable[..., int] | None]:
+    """An operator's name, its operations and its workspace."""
+    packet = func.overloadpacket
+    return str(func.name()).removeprefix("aten::"), FLOPS.get(packet) or flop_registry.get(packet), WORKSPACE.get(packet)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +132,16 @@ class Ledger(TorchDispatchMode):
         self.at_peak: tuple[Item, ...] = ()
         """What ``peak_card_bytes`` was made of, the largest first."""
         self._block, self._rates = block, rates
-        self._live: dict[int, tuple[int, bool, Key]] = {}
+        self._live: dict[int, tuple[int, bool, _Kind, weakref.ref[Any]]] = {}
+        self._kinds: defaultdict[Key, _Kind] = defaultdict(_Kind)
+        self._flops: dict[Hashable, int] = {}
         self._known: dict[Hashable, _Known] = {}
-        self._refs: dict[int, weakref.ref[Any]] = {}
         self._noted_bytes = 0
         self._rising = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in ``Fakes``
 
     @classmethod
     def active(cls) -> Ledger | None:
@@ -150,10 +171,10 @@ class Ledger(TorchDispatchMode):
         """The tensor's storage is in host memory: it moves from the card's account to the host's. Views share a storage."""
         self._see(tensor, "host")
         key = tensor.untyped_storage()._cdata
-        size, host, what = self._live[key]
+        size, host, kind, ref = self._live[key]
         if not host:
-            self._live[key] = (size, True, what)
-            self.card_bytes -= size
+            self._live[key] = (size, True, kind, ref)
+            self._count(size, kind, -1)
             self.host_bytes += size
             self.to_host_bytes += size
             self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes)
@@ -161,7 +182,7 @@ class Ledger(TorchDispatchMode):
     def on_card(self, tensors: Iterable[Tensor]) -> int:
         """Bytes of those of the tensors' storages that are on the card, each counted once."""
         keys = {tensor.untyped_storage()._cdata for tensor in tensors}
-        return sum(size for size, host, _ in (self._live[key] for key in keys if key in self._live) if not host)
+        return sum(size for size, host, *_ in (self._live[key] for key in keys if key in self._live) if not host)
 
     def replay(self, key: Hashable, run: Callable[[], T], again: Callable[[], T]) -> T:
         """``run()``, and its bytes, operations and seconds are remembered by ``key``. From the second time on ``again()``, which makes something of the
@@ -199,19 +220,19 @@ class Ledger(TorchDispatchMode):
         return self.at_peak
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE_OF:
+            return args[0].device
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # a question, and by far the most frequent call
-            return func(*args)
-        inputs = tensors_of(args, kwargs)
         out = func(*args, **kwargs)
+        name, flops, workspace = _facts(func)
         outputs = tensors_of((out,))
-        name = str(func.name()).removeprefix("aten::")
         for tensor in outputs:
             self._see(tensor, name)
-        if func.overloadpacket in WORKSPACE:
-            size = WORKSPACE[func.overloadpacket](*args)
-            self._touch(size, Item(f"{name}, its workspace", (size // 4,), "float32", 1, size))
-        self._clock(func, args, kwargs, out, inputs, outputs)
+        if workspace:
+            size = workspace(*args)
+            self._touch(size, Item(f"{name}, its workspace", (size // 4,), torch.float32, 1, size))
+        if flops or not func.is_view:
+            self._clock(func, args, kwargs, out, outputs, flops)
         return out
 
     def _see(self, tensor: Tensor, op: str) -> None:
@@ -220,9 +241,9 @@ class Ledger(TorchDispatchMode):
         if key in self._live:
             return
         size = -(-storage.nbytes() // self._block) * self._block
-        self._live[key] = (size, False, (op, tuple(tensor.shape), str(tensor.dtype)))
-        self._refs[key] = weakref.ref(storage, lambda _, key=key: self._gone(key))
-        self.card_bytes += size
+        kind = self._kinds[op, tensor.shape, tensor.dtype]
+        self._live[key] = (size, False, kind, weakref.ref(storage, partial(self._gone, key)))
+        self._count(size, kind)
         if self.card_bytes > self.peak_card_bytes:
             self.peak_card_bytes, self._rising = self.card_bytes, True
 
@@ -232,15 +253,14 @@ class Ledger(TorchDispatchMode):
             self.peak_card_bytes, self._rising = self.card_bytes + size, True
             self._note(*items)
 
-    def _gone(self, key: int) -> None:
+    def _gone(self, key: int, _: Any) -> None:
         if self._rising:
             self._note()
-        size, host, _ = self._live.pop(key)
-        del self._refs[key]
+        size, host, kind, _ = self._live.pop(key)
         if host:
             self.host_bytes -= size
         else:
-            self.card_bytes -= size
+            self._count(size, kind, -1)
 
     def _note(self, *besides: Item) -> None:
         self._rising = False
@@ -251,20 +271,23 @@ class Ledger(TorchDispatchMode):
 
     def _items(self) -> list[Item]:
         """What is alive on the card."""
-        count: Counter[Key] = Counter()
-        total: Counter[Key] = Counter()
-        for size, host, what in self._live.values():
-            if not host:
-                count[what] += 1
-                total[what] += size
-        return [Item(*what, count[what], size) for what, size in total.items()]
+        return [Item(*what, kind.count, kind.bytes) for what, kind in self._kinds.items() if kind.count]
 
-    def _clock(self, func: Any, args: Any, kwargs: Any, out: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        count = FLOPS.get(func.overloadpacket) or flop_registry.get(func.overloadpacket)
-        flops = int(count(*args, **kwargs, out_val=out)) if count else 0
-        self.flops += flops
+    def _count(self, size: int, kind: _Kind, sign: int = 1) -> None:
+        kind.count += sign
+        kind.bytes += sign * size
+        self.card_bytes += sign * size
+
+    def _clock(self, func: Any, args: Any, kwargs: Any, out: Any, outputs: list[Tensor], count: Callable[..., int] | None) -> None:
+        flops = 0
+        if count:
+            key = key_of(func, args, kwargs)
+            if key not in self._flops:
+                self._flops[key] = int(count(*args, **kwargs, out_val=out))
+            flops = self._flops[key]
+            self.flops += flops
         if self._rates is not None and not func.is_view:
-            moved = sum(tensor.numel() * tensor.element_size() for tensor in (*inputs, *outputs))
+            moved = sum([tensor.numel() * tensor.element_size() for tensor in (*tensors_of(args, kwargs), *outputs)])
             self.seconds += max(flops / self._rate(func, outputs) if flops else 0.0, moved / self._rates.bytes)
 
     def _rate(self, func: Any, outputs: list[Tensor]) -> float:
