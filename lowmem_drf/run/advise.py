@@ -1,7 +1,7 @@
 """What to change where a plan does not fit: the settings that cost least, tried by planning with them.
 
 Every stage has its ladder: first what costs time alone, last what changes the clip. The stage that is largest climbs its own until it fits, then the
-next; afterwards every change that turns out not to be needed is taken back.
+one that is largest now; afterwards every change that turns out not to be needed is taken back.
 """
 
 from __future__ import annotations
@@ -114,14 +114,13 @@ def advise(config: Config, card: Card, plan: Plan, say: Callable[[str], None] = 
     """
     if plan.fits:
         return plan
-    budget, first = plan.usable_gib, config
-    peaks = {name: stage.peak_gib for name, stage in plan.stages.items()}
+    first, now = config, plan
+    rungs = {name: iter(ladder) for name, ladder in LADDERS.items()}
     applied: list[str] = []
-    for name in sorted(peaks, key=lambda name: -peaks[name]):
-        rungs = iter(LADDERS[name])
-        peak = _peak(config, card, plan, name) if applied else peaks[name]
-        while peak > budget:
-            override = _next(rungs, config)
+    while not now.fits:
+        name, peak = now.largest, now.peak_gib
+        while True:
+            override = _next(rungs[name], config)
             if override is None:
                 return plan
             say(f"{name}: {override}")
@@ -130,6 +129,9 @@ def advise(config: Config, card: Card, plan: Plan, say: Callable[[str], None] = 
             if changed and after < peak * (1 - SAVES):
                 config, peak = changed, after
                 applied.append(override)
+                if peak <= plan.usable_gib:
+                    break
+        now = make_plan(config, card, plan.vram_gib)
     needed = list(_pruned(first, applied, card, plan, say))
     return replace(plan, changes=tuple(needed)) if needed else plan
 
@@ -151,9 +153,10 @@ def _changed(config: Config, *overrides: str) -> Config | None:
 
 
 def _pruned(config: Config, overrides: list[str], card: Card, plan: Plan, say: Callable[[str], None]) -> Iterator[str]:
-    """Without those that are not needed, the costliest first; of one key the last. Nothing where all of them together do not do."""
+    """Without those that are not needed, the costliest first; of one key the last."""
     last = {override.partition("=")[0]: override for override in overrides}
-    if not _all_fit(config, list(last.values()), card, plan):
+    if len(last) == 1:
+        yield from next(iter(last.values())).split()
         return
     for key in reversed(list(last)):
         others = [override for other, override in last.items() if other != key]

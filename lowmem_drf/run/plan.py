@@ -187,7 +187,7 @@ def make_plan(config: Config, card: Card, vram_gib: float | None = None, only: s
     from lowmem_drf.run.update import make_optimizer, update
 
     config = config.model_copy(update={"device": "cpu"})
-    short = one_micro_batch(config) if whole else _shortened(config, 1 if only else 2)
+    short = one_micro_batch(config) if whole else _shortened(config, 2 if only in (None, "denoise_backward") else 1)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     generator = generator_config(config.model.id)
     ungraded = config.sampler.graded_steps - short.sampler.graded_steps
