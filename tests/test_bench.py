@@ -19,7 +19,8 @@ OVERRIDES = ["model.id=toyworld", "critic.id=toyworld", "video.width=32", "video
 def tiny_toyworld(tiny_folders, monkeypatch):
     """``toyworld`` is the tiny random models."""
     folders = dict(zip(("generator", "critic"), map(str, tiny_folders), strict=True))
-    monkeypatch.setattr("lowmem_drf.run.parts.resolve", lambda model_id, role: folders[role])
+    for room in ("models.downloads", "run.loading"):
+        monkeypatch.setattr(f"lowmem_drf.{room}.resolve", lambda model_id, role: folders[role])
     monkeypatch.setattr(toy_seeds, "EVAL_PROMPTS", 3)
 
 

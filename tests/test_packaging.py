@@ -61,7 +61,7 @@ def test_an_installed_package_works_away_from_the_checkout(installed, tmp_path):
     assert where.splitlines() == [str([str(installed / "lowmem_drf")]), str(installed / "lowmem_drf" / "cli.py")]
     assert run(installed, tmp_path, "-m", "lowmem_drf.cli", "--version") == f"lowmem-drf {__version__}\n"
     script = "import sys; from lowmem_drf.cli import main; sys.exit(main())"  # the console script's own lines
-    assert run(installed, tmp_path, "-c", script, "presets", "list").startswith("toy ")
+    assert "\ntoy " in run(installed, tmp_path, "-c", script, "presets", "list")
     assert 'id = "toyworld"' in run(installed, tmp_path, "-c", script, "presets", "show", "toy")
 
 
