@@ -6,12 +6,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from lowmem_drf.config import load_config
+from lowmem_drf.config import change, load_config
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.run.advise import LADDERS, advise
 from lowmem_drf.run.bench import measure
 from lowmem_drf.run.cards import CARDS, USABLE, card_named, parse_vram
-from lowmem_drf.run.fit import followed, refusal
+from lowmem_drf.run.fit import refusal
 from lowmem_drf.run.plan import STAGES, make_plan
 
 CARD = card_named("")
@@ -88,7 +88,7 @@ def test_following_the_advice_makes_it_fit(thousandths, overrides):
     assert not plan.fits
     advised = advise(config, CARD, plan)
     assert advised.changes and advised.largest in refusal(advised) and advised.changes[0].partition("=")[0] in refusal(advised)
-    assert make_plan(followed(config, advised), CARD, vram).fits
+    assert make_plan(change(config, advised.changes), CARD, vram).fits
 
 
 def test_no_advice_where_nothing_helps():

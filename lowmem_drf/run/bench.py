@@ -68,7 +68,7 @@ def bench_command(preset: str | None, vram: str | None, overrides: Sequence[str]
 
 
 def measure(config: Config, device: torch.device, cap_gib: float | None, console: Console) -> Measured:
-    """Two updates on random weights; the second is measured.
+    """Updates on random weights; the last is measured, once the libraries have chosen their kernels.
 
     ``cap_gib``: on CUDA the allocator fails above it (less half a GiB for the CUDA context, as on a card of that size).
 
@@ -86,7 +86,8 @@ def measure(config: Config, device: torch.device, cap_gib: float | None, console
                 _updates(config, models, prompts, questions, count=2)
                 seconds, peaks = _updates(config, models, prompts, questions)
         except torch.OutOfMemoryError as error:
-            raise LowmemError(f"out of memory under {cap_gib or 'the'} GiB cap: {error}\nAsk for a change that fits: lowmem-drf plan") from error
+            where = f"under a cap of {cap_gib:g} GiB" if cap_gib else "on this card"
+            raise LowmemError(f"out of memory {where}: {error}\nAsk for a change that fits: lowmem-drf plan --preset NAME --vram GB") from error
         return Measured(peaks, seconds, torch.cuda.get_device_name(device))
     _refuse_large(config)
     with console.status("measuring …"), Ledger(ALLOCATOR_BLOCK) as ledger:

@@ -6,8 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lowmem_drf.config import change, load_config, preset_card, preset_path
+from lowmem_drf.config import load_config, preset_card, preset_path
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.models.sources import TOYWORLD
 from lowmem_drf.run.cards import Card, card_named, parse_vram
 from lowmem_drf.schema import Config
 
@@ -58,10 +59,25 @@ def require_fit(config: Config, console: Console) -> None:
         return
     here = torch.cuda.get_device_properties(0)
     vram_gib = min(config.memory.vram_gib or float("inf"), here.total_memory / 1024**3)
-    plan = planned(config, card_named(here.name), vram_gib, console)
+    plan = planned(_laid_out(config), card_named(here.name), vram_gib, console)
     if not plan.fits:
         raise BadInputError(refusal(plan))
     console.print(f"planned peak: {plan.peak_gib:.1f} of {vram_gib:.1f} GiB ({plan.largest}), {plan.host_gib:.1f} GiB of host memory", highlight=False)
+
+
+def _laid_out(config: Config) -> Config:
+    """Models whose configuration is not known here, by the folders they are in; downloaded first, if they have to be."""
+    from lowmem_drf.models.downloads import prepare
+    from lowmem_drf.models.known_critics import KNOWN
+    from lowmem_drf.models.known_generators import KNOWN_GENERATORS
+    from lowmem_drf.run.loading import prepare_generator, say
+
+    model, critic = config.model, config.critic
+    if model.id not in (TOYWORLD, *KNOWN_GENERATORS):
+        model = model.model_copy(update={"id": str(prepare_generator(config))})
+    if critic.id not in (TOYWORLD, *KNOWN):
+        critic = critic.model_copy(update={"id": str(prepare(critic.id, "critic", say))})
+    return config.model_copy(update={"model": model, "critic": critic})
 
 
 def refusal(plan: Plan) -> str:
@@ -76,11 +92,6 @@ def refusal(plan: Plan) -> str:
         f"this does not fit: {plan.largest} would take {stage.peak_gib:.1f} GiB, and of {plan.vram_gib:.0f} GiB {plan.usable_gib:.1f} can be planned with "
         f"(largest: {stage.what}).\n{cure}"
     )
-
-
-def followed(config: Config, plan: Plan) -> Config:
-    """The configuration with the plan's changes."""
-    return change(config, plan.changes)
 
 
 def _quoted(text: str) -> str:

@@ -113,7 +113,7 @@ class _NoDecoder:
         return (True,)
 
     def decode(self, latents_BCFhw: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError("an update decodes in chunks")
+        return self._blank(latents_BCFhw, (latents_BCFhw.shape[2] - 1) * self.temporal_factor + 1)
 
     def advance(self, latents_BC1hw: torch.Tensor, caches: tuple[Any, ...]) -> tuple[Any, ...]:
         return (False,)
@@ -123,12 +123,14 @@ class _NoDecoder:
 
     def chunk(self, latents_BC1hw: torch.Tensor, caches: tuple[Any, ...]) -> tuple[torch.Tensor, tuple[Any, ...]]:
         (first,) = caches
-        batch, _, _, height, width = latents_BC1hw.shape
-        size = (height * self.spatial_factor, width * self.spatial_factor)
-        return latents_BC1hw.mean() + torch.zeros(batch, 1 if first else self.temporal_factor, 3, *size), (False,)
+        return self._blank(latents_BC1hw, 1 if first else self.temporal_factor), (False,)
 
     def chunk_backward(self, latents_BC1hw: torch.Tensor, *_: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
         return torch.zeros_like(latents_BC1hw), ()
+
+    def _blank(self, latents_BCFhw: torch.Tensor, frames: int) -> torch.Tensor:
+        batch, _, _, height, width = latents_BCFhw.shape
+        return latents_BCFhw.mean() + torch.zeros(batch, frames, 3, height * self.spatial_factor, width * self.spatial_factor)
 
 
 def _no_critic(frames_BTCHW: torch.Tensor, questions: Sequence[Sequence[Question]]) -> list[list[Answer]]:
