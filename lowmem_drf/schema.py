@@ -164,12 +164,33 @@ class Memory(Node):
     """The last so many transformer blocks keep all they need for their backward, whatever ``checkpoint`` says."""
     token_slices: Positive = 1
     """Slices of tokens in which a transformer block does what it does token by token: all but its self-attention."""
+    keep_attention: Literal["none", "card", "host"] = "none"
+    """Under ``checkpoint``, blocks keep the results of their attentions, and no graded step computes one twice."""
+    record_rollout: bool = False
+    """At the graded steps the rollout leaves on the host what their backward needs, and they run no forward of their own."""
     park: list[Parked] = []
     """Whose weights wait on the host outside their stages."""
     text_device: Literal["card", "host"] = "card"
     """Where the text encoder runs, once for all prompts: ``"host"`` takes minutes, and none of the card."""
     vram_gib: NonNegativeFloat = 0.0
     """The budget of the whole process on the card: ``train`` refuses a plan above it. 0: what the card has."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for name, on in (("keep_attention", self.keep_attention != "none"), ("record_rollout", self.record_rollout)):
+            if on and self.checkpoint is False:
+                yield name, "blocks that keep everything (memory.checkpoint = false) have nothing to take from it; set checkpoint = true or leave it out"
+        if self.record_rollout and self.keep_blocks:
+            yield "keep_blocks", "with record_rollout no block keeps anything on the card; set keep_blocks = 0"
+
+
+class Kernels(Node):
+    ops: Literal["auto", "fused", "naive"] = "auto"
+    """Norms, modulation, rotary embedding and gates of the transformer, norm and SiLU of the VAE: our Triton kernels (``fused``), or as diffusers
+    computes them (``naive``). ``auto``: ``fused`` on a CUDA card."""
+    attention: Literal["auto", "triton", "sdpa", "xformers", "flash"] = "auto"
+    """Of the transformer. ``auto``: the fastest on this card, timed at the start."""
+    rollout_attention: Literal["same", "int8"] = "same"
+    """Wherever there is no gradient (rollout, samples): ``int8`` is faster and inexact. Graded steps are never computed with it."""
 
 
 class Log(Node):
@@ -208,6 +229,7 @@ class Config(Node):
     lora: Lora = Lora()
     optim: Optim = Optim()
     memory: Memory = Memory()
+    kernels: Kernels = Kernels()
     log: Log = Log()
 
     def problems(self) -> Iterator[tuple[str, str]]:

@@ -135,6 +135,26 @@ Critic = Callable[["Tensor", "Sequence[Sequence[Question]]"], "list[list[Answer]
 """(frames_BTCHW in [0, 1], questions of each clip) -> an answer per clip and question. Differentiable in the frames."""
 
 
+class Recorder(Protocol):
+    """Lets a graded step use what the rollout's own pass at that step computed. See ``memory.records``."""
+
+    def record(self, step: int, conditions: Sequence[Any]) -> AbstractContextManager[None]:
+        """Around one step of the rollout: its passes of the velocity with these very conditions are recorded."""
+        ...
+
+    def replay(self, step: int, condition: Any) -> AbstractContextManager[None]:
+        """Around one graded pass of the velocity: it is taken from the record, if there is one, which is used up by its backward."""
+        ...
+
+
+class _NoRecorder:
+    def record(self, step: int, conditions: Sequence[Any]) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def replay(self, step: int, condition: Any) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
 def _no_stage(name: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
@@ -150,6 +170,8 @@ class Parts:
     """The trainable tensors: their ``.grad`` is what a step adds to."""
     stage: Callable[[str], AbstractContextManager[Any]] = field(default=_no_stage)
     """Entered around each stage (``rollout``, ``decode``, ``critic``, ``vae_backward``, ``denoise_backward``): residency, peak meter, clock."""
+    recorder: Recorder = field(default_factory=_NoRecorder)
+    """By default every graded step runs its own forward."""
 
 
 @dataclass(slots=True)

@@ -1,9 +1,14 @@
 """Fixtures that several test files share: model folders of tiny random models, a preset on them, a run trained on it."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, by whomever
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -60,8 +65,6 @@ eval_batch = 4
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads():
     """Tiny models are slower on many threads than on one, and sums depend on their number."""
-    import torch
-
     torch.set_num_threads(1)
 
 

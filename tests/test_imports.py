@@ -17,6 +17,7 @@ ROOMS = {
     "schema": (0, {"pydantic"}),
     "config": (0, {"pydantic"}),
     "prompts": (0, set()),
+    "ops": (1, {"torch"}),
     "method": (2, {"torch"}),
     "memory": (3, {"torch", "deepspeed"}),
     "models": (4, {"torch", "diffusers", "transformers", "peft", "bitsandbytes", "safetensors", "huggingface_hub"}),
@@ -108,7 +109,12 @@ def test_nothing_of_the_product_imports_the_programs_of_toyworld():
 def test_kernels_know_nothing_of_the_package_and_shadow_no_one():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     for path in (ROOT / "kernels").rglob("*.py"):
-        assert not [name for name in imports(path) if name.startswith("lowmem_drf")], path
+        others = [name for name in imports(path) if name.startswith("lowmem_drf") and not name.startswith("lowmem_drf.kernels.")]
+        assert not others, path
+
+
+def test_ops_is_the_only_door_to_kernels():
+    assert {room for room, path in sources() if any(name.startswith("lowmem_drf.kernels") for name in imports(path))} == {"ops"}
 
 
 def test_the_reader_sees_every_form_of_import(tmp_path):

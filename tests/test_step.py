@@ -88,6 +88,14 @@ def test_step_adds_to_gradients(parts):
     assert relative_difference(torch.cat([p.grad.flatten() for p in parts.lora]), 2 * once) < LIMIT
 
 
+def test_shares_of_a_batch_add_up_to_it(parts):
+    plan, (noise, cond, uncond, questions) = plan_of((3, 5), guidance=2.0), batch_of(2)
+    together, _ = lora_gradients(drf_step, parts, plan, noise, cond, uncond, questions)
+    for step in (drf_step, naive_step):
+        alone = [lora_gradients(step, parts, plan, *(part[i : i + 1] for part in (noise, cond, uncond, questions)), (), 0.5)[0] for i in (0, 1)]
+        assert relative_difference(alone[0] + alone[1], together) < LIMIT
+
+
 def test_gradient_raises_the_reward(parts):
     plan, batch = plan_of(range(STEPS)), batch_of(2)
     before = drf_step(parts, plan, *batch).reward

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lowmem_drf.memory.host import Held, HostStore
+from lowmem_drf.memory.records import Recorder, replayed
+from lowmem_drf.memory.tape import Tape
 
 
 class BlockPolicy:
@@ -24,31 +26,67 @@ class BlockPolicy:
     order, under gradient.
 
     The last ``keep`` blocks keep all they need: they run no second forward. The others keep their input: on the card, or in ``store``, where the
-    next one that the backward needs is fetched while the present one is computed.
+    next one that the backward needs is fetched while the present one is computed. With ``attentions`` they keep the results of their attentions too
+    (``Tape``); the blocks' ``forward`` then takes an argument ``tape``.
 
     A block whose ``forward`` has a method ``unread`` is recomputed by that: the same, but nobody will read what it returns.
+
+    Args:
+        store: for the inputs. ``None``: they stay on the card.
+        attentions: ``None``, or where the attentions' results are kept.
+        attention_store: of ``attentions = "host"``.
+        recorder: has the forwards that the rollout ran already.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], keep: int, store: HostStore | None) -> None:
-        self._first = blocks[0]
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        keep: int,
+        store: HostStore | None,
+        attentions: Literal["card", "host"] | None = None,
+        attention_store: HostStore | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self._places = {id(block): place for place, block in enumerate(blocks)}
         self._kept = frozenset(map(id, blocks[len(blocks) - min(keep, len(blocks)) :]))
         self._store = store
+        self._attentions, self._attention_store = attentions, attention_store
         self._newest: Callable[[], Held | None] = _nothing
+        self._newest_tape: Callable[[], Tape | None] = _nothing
+        self._recorder = recorder
 
     def __call__(self, block: Any, hidden: Tensor, *rest: Any) -> Tensor:
+        if self._recorder is not None and self._recorder.replaying is not None:
+            place = self._places[id(block)]
+            return replayed(self._recorder.replaying, block, place, place == len(self._places) - 1, hidden, rest)
         if id(block) in self._kept:
             return block(hidden, *rest)
         unread = getattr(block.forward, "unread", block)
         fetch, differentiable = self._put_aside(block, hidden), hidden.requires_grad
+        tape, before = self._new_tape(block)
         inputs = [hidden]  # the closure must not hold it after the forward
 
         def run(*rest: Any) -> Tensor:
             if inputs:
-                return block(inputs.pop(), *rest)
-            return unread(fetch().detach().requires_grad_(differentiable), *rest)
+                return block(inputs.pop(), *rest, **tape)
+            for one in tape.values():
+                one.rewind()
+            again = fetch().detach().requires_grad_(differentiable)
+            if (following := before()) is not None:
+                following.prefetch()
+            return unread(again, *rest, **tape)
 
         del hidden
         return checkpoint(run, *rest, use_reentrant=False, preserve_rng_state=False)
+
+    def _new_tape(self, block: nn.Module) -> tuple[dict[str, Tape], Callable[[], Tape | None]]:
+        """The block's tape as an argument, and that of the block before it."""
+        if self._attentions is None:
+            return {}, _nothing
+        tape = Tape(self._attention_store if self._attentions == "host" else None)
+        before = self._newest_tape if self._places[id(block)] else _nothing
+        self._newest_tape = weakref.ref(tape)
+        return {"tape": tape}, before
 
     def _put_aside(self, block: nn.Module, hidden: Tensor) -> Callable[[], Tensor]:
         """Where the block's input comes from when it is recomputed."""
@@ -57,7 +95,7 @@ class BlockPolicy:
             return lambda: kept
         store = self._store
         held = store.put(hidden)
-        before = _nothing if block is self._first else self._newest
+        before = self._newest if self._places[id(block)] else _nothing
         self._newest = weakref.ref(held)
 
         def fetch() -> Tensor:

@@ -29,8 +29,9 @@ def naive_step(
     uncond: Any,
     questions: Sequence[Sequence[Question]],
     lv_generators: Sequence[Generator] = (),
+    share: float = 1.0,
 ) -> StepStats:
-    """Adds the gradient of -reward (mean over clips) to the ``.grad`` of ``parts.lora``. The arguments are those of ``drf_step``.
+    """Adds the gradient of -share * reward (mean over clips) to the ``.grad`` of ``parts.lora``. The arguments are those of ``drf_step``.
 
     Raises:
         ValueError: ``plan.vae_window`` is set; one graph has no truncation.
@@ -59,5 +60,5 @@ def naive_step(
         last = plan.steps - 1
         for _ in range(plan.lv_samples):
             total = total + reward(step(renoise(x, sigmas[last], plan.lv_sources(lv_generators, len(x))), last))[0]
-        (-total / (1 + plan.lv_samples)).backward(inputs=list(parts.lora))
+        (-share * total / (1 + plan.lv_samples)).backward(inputs=list(parts.lora))
     return stats

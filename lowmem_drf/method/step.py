@@ -9,8 +9,10 @@ Clipping, the refusal of non-finite LoRA gradients, the optimizer and all device
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -101,14 +103,16 @@ def drf_step(
     uncond: Any,
     questions: Sequence[Sequence[Question]],
     lv_generators: Sequence[Generator] = (),
+    share: float = 1.0,
 ) -> StepStats:
-    """Adds the gradient of -reward (mean over clips) to the ``.grad`` of ``parts.lora``.
+    """Adds the gradient of -share * reward (mean over clips) to the ``.grad`` of ``parts.lora``.
 
     Args:
         noise_BCFhw: sigma = 1 latents, on the transformer's device, fp32 (or fp64).
         cond, uncond: what ``parts.velocity`` takes as condition. ``uncond`` is used where ``plan.guidance`` is not 1.
         questions: per clip.
         lv_generators: CPU generators, one per clip; needed with ``plan.lv_samples``.
+        share: of a larger batch.
 
     Returns:
         What happened on the sampled trajectory (DRaFT-LV's copies add to the gradient, not to the statistics).
@@ -118,7 +122,8 @@ def drf_step(
             pieces before it added (later steps, other DRaFT-LV copies) is still there, so drop the ``.grad``.
     """
     with parts.stage("rollout"):
-        x_0, entering = rollout(parts.velocity, plan.sigmas, noise_BCFhw, cond, uncond, plan.guidance, keep=plan.graded)
+        record = partial(parts.recorder.record, conditions=[one for one, _ in gradient_passes(cond, uncond, plan.guidance, plan.guidance_grad)])
+        x_0, entering = rollout(parts.velocity, plan.sigmas, noise_BCFhw, cond, uncond, plan.guidance, plan.graded, record)
         trajectories = [(x_0, entering)] + [lv_copy(parts.velocity, plan, x_0, cond, uncond, lv_generators) for _ in range(plan.lv_samples)]
     all_stats = []
     for x_0, entering in trajectories:
@@ -126,7 +131,7 @@ def drf_step(
         with parts.stage("decode"):
             frames, caches = decode(parts.decoder, x_0, kept, plan.vae_window, plan.vae_cache_every)
         with parts.stage("critic"):
-            stats, d_frames = critic_backward(parts.critic, frames, questions, plan.reward, 1 / len(trajectories))
+            stats, d_frames = critic_backward(parts.critic, frames, questions, plan.reward, share / len(trajectories))
         with parts.stage("vae_backward"):
             d_x_0 = vae_backward(parts.decoder, x_0, caches, d_frames, kept, plan.vae_window)
         with parts.stage("denoise_backward"):
@@ -144,8 +149,9 @@ def rollout(
     uncond: Any,
     guidance: float = 1.0,
     keep: Collection[int] = (),
+    record: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext(),
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """All denoising steps, without gradient. Also the plain sampler.
+    """All denoising steps, without gradient. Also the plain sampler. ``record`` is entered around each step in ``keep``.
 
     Returns:
         The clean latents x_0, and the latents that enter each step in ``keep``.
@@ -155,7 +161,9 @@ def rollout(
     for k, (sigma, sigma_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
         if k in keep:
             entering[k] = x
-        x = euler_step(x, guided(velocity, x, sigma, cond, uncond, guidance), sigma, sigma_next)
+        with record(k) if k in keep else nullcontext():
+            v = guided(velocity, x, sigma, cond, uncond, guidance)
+        x = euler_step(x, v, sigma, sigma_next)
     return x, entering
 
 
@@ -192,7 +200,7 @@ def denoise_backward(parts: Parts, plan: StepPlan, entering: Mapping[int, Tensor
         # nothing trainable lies before the first graded step
         x = entering[k].detach().requires_grad_(plan.chain == "full" and k != plan.graded[0])
         for condition, factor in gradient_passes(cond, uncond, plan.guidance, plan.guidance_grad):
-            with torch.enable_grad():
+            with torch.enable_grad(), parts.recorder.replay(k, condition):
                 v = parts.velocity(x, sigmas[k], condition)
             d_v = factor * (sigmas[k + 1] - sigmas[k]) * d_x
             v.backward(d_v.to(v.dtype), inputs=[*parts.lora, x] if x.requires_grad else list(parts.lora))

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from lowmem_drf.memory.activations import BlockPolicy
+from lowmem_drf.memory.records import RecordedForward
+from lowmem_drf.models.attention import attention_named
 from lowmem_drf.models.sources import complete, loading
-from lowmem_drf.models.wan_block import SlicedForward
+from lowmem_drf.models.wan_block import BlockForward
+from lowmem_drf.ops import naive_ops
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
     from torch import Tensor
 
     from lowmem_drf.memory.host import HostStore
+    from lowmem_drf.memory.records import Recorder
+    from lowmem_drf.ops import Attention, RowOps
     from lowmem_drf.types import Velocity
 
 TRAIN_TIMESTEPS = 1000
@@ -36,11 +42,14 @@ def set_activations(
     keep_blocks: int = 0,
     slices: int = 1,
     store: HostStore | None = None,
+    rows: RowOps | None = None,
+    attention: Attention | None = None,
+    keep_attention: Literal["none", "card", "host"] = "none",
+    recorder: Recorder | None = None,
+    rollout_attention: Any = None,
 ) -> None:
-    """What the blocks keep of a forward with gradient. May be called again, with or without a LoRA on. No setting changes what is computed
-    but for the rounding of matrix products over ``slices``.
-
-    Diffusers checkpoints whenever gradients are enabled, in ``eval`` too (unlike transformers), so nothing else has to be switched.
+    """How the blocks compute, and what they keep of a forward with gradient. May be called again, with or without a LoRA on. Where memory is saved
+    nothing else changes but the rounding of matrix products over ``slices``.
 
     Args:
         checkpoint: ``True``: each block keeps its input, and is computed again in its backward. ``"host"``: and the inputs wait in ``store``.
@@ -49,20 +58,33 @@ def set_activations(
         slices: what a block does token by token is done in so many slices of tokens, with gradient and without (see ``wan_block``). 1: as in
             diffusers.
         store: of ``"host"``.
+        rows, attention: the form of the operations; by default diffusers' arithmetic and PyTorch's SDPA.
+        keep_attention: under ``checkpoint``, blocks keep the results of their attentions too, and never compute one twice.
+        recorder: decides about forwards that are taken from the rollout.
+        rollout_attention: (q, k, v) -> out, among the tokens, wherever there is no gradient and nothing is recorded.
 
     Raises:
-        BadInputError: slices of an image-to-video transformer.
+        BadInputError: an image-to-video transformer.
     """
-    for block in transformer.blocks:
-        block.__dict__.pop("forward", None)
-        if slices > 1:
-            block.forward = SlicedForward(block, slices)
+    needs_store = checkpoint == "host" or keep_attention == "host"
+    if needs_store and store is None:
+        raise ValueError("what waits on the host needs a store")
+    blocks = list(transformer.blocks)
+    for block in blocks:
+        forward = BlockForward(block, rows or naive_ops(), attention or attention_named("sdpa"), slices, rollout_attention)
+        block.forward = forward if recorder is None else RecordedForward(forward, block is blocks[-1], recorder)
     if checkpoint is False:
         transformer.disable_gradient_checkpointing()
         return
-    if checkpoint == "host" and store is None:
-        raise ValueError('checkpoint = "host" needs a store')
-    transformer.enable_gradient_checkpointing(BlockPolicy(list(transformer.blocks), keep_blocks, store if checkpoint == "host" else None))
+    policy = BlockPolicy(
+        blocks,
+        keep_blocks,
+        store if checkpoint == "host" else None,
+        None if keep_attention == "none" else keep_attention,
+        store,
+        recorder,
+    )
+    transformer.enable_gradient_checkpointing(policy)
 
 
 def timestep_of(sigma: float) -> int:
@@ -70,7 +92,7 @@ def timestep_of(sigma: float) -> int:
     return int(sigma * TRAIN_TIMESTEPS)
 
 
-def as_velocity(transformer: WanTransformer3DModel) -> Velocity:
+def as_velocity(transformer: WanTransformer3DModel, recorder: Recorder | None = None) -> Velocity:
     """``f(x_BCFhw, sigma, text_BLD) -> v_BCFhw`` in the dtype of ``x``; computed in the dtype of the transformer. Differentiable in ``x``
     and the LoRA."""
 
@@ -78,7 +100,8 @@ def as_velocity(transformer: WanTransformer3DModel) -> Velocity:
         # patch_embedding's, not transformer.dtype: that answers with the dtype of whatever parameter comes last, an fp32 LoRA's for one
         dtype = transformer.patch_embedding.weight.dtype
         timestep = torch.full((x_BCFhw.shape[0],), timestep_of(sigma), dtype=torch.int64, device=x_BCFhw.device)
-        v = transformer(x_BCFhw.to(dtype), timestep, cond.to(x_BCFhw.device, dtype), return_dict=False)[0]
+        with nullcontext() if recorder is None else recorder.during(cond):
+            v = transformer(x_BCFhw.to(dtype), timestep, cond.to(x_BCFhw.device, dtype), return_dict=False)[0]
         return v.to(x_BCFhw.dtype)
 
     return velocity

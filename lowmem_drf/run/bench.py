@@ -23,7 +23,7 @@ from lowmem_drf.run.cards import GIB, card_named, parse_vram
 from lowmem_drf.run.parts import Models, assemble, critic_rate, resolve_device
 from lowmem_drf.run.plan import ALLOCATOR_BLOCK, Plan, PlanMeter, make_plan, one_micro_batch, plan_prompts
 from lowmem_drf.run.texts import DTYPES
-from lowmem_drf.run.update import make_optimizer, update
+from lowmem_drf.run.update import fill_states, make_optimizer, update
 from lowmem_drf.schema import Config
 from lowmem_drf.types import Prompt, Question
 
@@ -126,6 +126,7 @@ def _updates(
     """Seconds and peak GiB by stage of the last of ``count`` updates."""
     parts = models.parts(lora_parameters(models.transformer))
     optimizer = make_optimizer(config.optim, parts.lora)
+    fill_states(optimizer)
     for step in range(count):
         report = update(config, models, parts, optimizer, step, prompts, questions, None)
     return report.stage_s, report.stage_peak_gib

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ import torch
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.memory.host import HostStore
+from lowmem_drf.memory.records import Recorder
 from lowmem_drf.memory.residency import Residency
 from lowmem_drf.method.frames import frames_at_rate, kept_fps, kept_frames
 from lowmem_drf.method.reward import RewardSpec
@@ -19,6 +21,7 @@ from lowmem_drf.method.schedule import choose_graded, draw_noise, flow_sigmas
 from lowmem_drf.method.step import StepPlan
 from lowmem_drf.models.sources import TOYWORLD
 from lowmem_drf.prompts import as_prompts, load_prompts
+from lowmem_drf.run.kernels import Chosen, choose
 from lowmem_drf.run.texts import DTYPES
 from lowmem_drf.schema import Config, Parked
 from lowmem_drf.types import Parts, Prompt
@@ -119,6 +122,9 @@ class Models:
     device: torch.device
     meter: StageMeter = field(compare=False)
     residency: Residency = field(compare=False)
+    recorder: Recorder | None = field(compare=False, default=None)
+    kernels: str = ""
+    """The form of the operations, in words."""
 
     @property
     def asked_critic(self) -> QwenCritic:
@@ -133,7 +139,8 @@ class Models:
 
     def parts(self, lora: Sequence[Tensor]) -> Parts:
         """For training."""
-        return Parts(self.velocity, self.decoder, self.asked_critic, lora, self.residency.stage)
+        parts = Parts(self.velocity, self.decoder, self.asked_critic, lora, self.residency.stage)
+        return parts if self.recorder is None else replace(parts, recorder=self.recorder)
 
     def condition(self, texts: Sequence[str]) -> Tensor:
         """(B, L, D) on the device."""
@@ -150,38 +157,64 @@ class Models:
 
 
 def assemble(
-    config: Config, transformer: Any, vae: Any, critic: QwenCritic | None, texts: Mapping[str, Tensor], device: torch.device, meter: StageMeter
+    config: Config,
+    transformer: Any,
+    vae: Any,
+    critic: QwenCritic | None,
+    texts: Mapping[str, Tensor],
+    device: torch.device,
+    meter: StageMeter,
+    chosen: Chosen | None = None,
 ) -> Models:
     """Loaded models with the configuration's memory settings on them. ``texts``: see ``Models``.
 
-    Raises BadInputError: the video's size does not fit the models.
+    ``chosen``: the form of the operations; ``None``: it is chosen here, for ``device``.
+
+    Raises BadInputError: the video's size does not fit the models, or a kernel that is asked for cannot run.
     """
     from lowmem_drf.models.decoder import WanDecoder
     from lowmem_drf.models.denoiser import as_velocity, set_activations
 
     memory, store = config.memory, HostStore(device)
-    set_activations(transformer, memory.checkpoint, memory.keep_blocks, memory.token_slices, store)
+    shape = latent_shape(config, transformer, vae)
+    chosen = chosen or choose(config, device, attention_shape(config, transformer, shape), DTYPES[config.dtype])
+    recorder = Recorder(store, memory.keep_attention != "none") if memory.record_rollout else None
+    set_activations(
+        transformer, memory.checkpoint, memory.keep_blocks, memory.token_slices, store,
+        chosen.rows, chosen.attention, memory.keep_attention, recorder, chosen.rollout_attention,
+    )  # fmt: skip
     if critic is not None:
         critic.set_checkpointing(bool(memory.checkpoint))
-    decoder = WanDecoder(vae, grad_dtype=DTYPES[memory.vae_grad_dtype], strips=memory.vae_strips, caches=memory.vae_caches, store=store)
+    decoder = WanDecoder(
+        vae, grad_dtype=DTYPES[memory.vae_grad_dtype], strips=memory.vae_strips, caches=memory.vae_caches, store=store
+    )
     modules = {"transformer": transformer, "vae": vae} | ({} if critic is None else {"critic": critic.model})
     return Models(
         transformer=transformer,
-        velocity=as_velocity(transformer),
+        velocity=as_velocity(transformer, recorder),
         decoder=decoder,
         critic=critic,
         texts=texts,
         text_tokens=config.model.text_tokens,
         negative_prompt=config.sampler.negative_prompt,
-        latent_shape=_latent_shape(config, transformer, decoder),
+        latent_shape=shape,
         device=device,
         meter=meter,
         residency=Residency(modules, modules.keys() & set(memory.park), device, store, meter.stage),
+        recorder=recorder,
+        kernels=str(chosen),
     )
 
 
-def _latent_shape(config: Config, transformer: Any, decoder: WanDecoder) -> tuple[int, int, int, int]:
-    video, factor = config.video, decoder.spatial_factor
+def attention_shape(config: Config, transformer: Any, latent: Sequence[int]) -> tuple[int, int, int, int]:
+    """(B, L, H, d) of the transformer's self-attention over latents of this shape (C, F, h, w)."""
+    tokens = math.prod(side // patch for side, patch in zip(latent[1:], transformer.config.patch_size, strict=True))
+    return config.micro_batch, tokens, transformer.config.num_attention_heads, transformer.config.attention_head_dim
+
+
+def latent_shape(config: Config, transformer: Any, vae: Any) -> tuple[int, int, int, int]:
+    """(C, F, h, w). Raises BadInputError: the video's size does not fit the models."""
+    video, factor = config.video, vae.config.scale_factor_spatial
     _, patch_height, patch_width = transformer.config.patch_size
     for name, value, unit in (("width", video.width, factor * patch_width), ("height", video.height, factor * patch_height)):
         if value % unit:
@@ -189,7 +222,7 @@ def _latent_shape(config: Config, transformer: Any, decoder: WanDecoder) -> tupl
                 f"video.{name} = {value} is not a multiple of {unit}, the patch grid of {config.model.id}. "
                 f"Nearest: -s video.{name}={max(unit, round(value / unit) * unit)}"
             )
-    frames = (video.frames - 1) // decoder.temporal_factor + 1
+    frames = (video.frames - 1) // vae.config.scale_factor_temporal + 1
     return transformer.config.in_channels, frames, video.height // factor, video.width // factor
 
 

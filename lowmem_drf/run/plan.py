@@ -25,6 +25,7 @@ from lowmem_drf.models.known_generators import GeneratorConfig, generator_config
 from lowmem_drf.models.lora import add_lora, lora_parameters
 from lowmem_drf.prompts import as_prompts
 from lowmem_drf.run.cards import BANDWIDTH_SHARE, GIB, MATMUL_SHARE, USABLE, Card
+from lowmem_drf.run.kernels import choose_planned
 from lowmem_drf.run.parts import Models, assemble, critic_rate, run_prompts
 from lowmem_drf.run.questions import draft_questions
 from lowmem_drf.run.replays import one_stage, with_replays
@@ -184,7 +185,7 @@ def make_plan(config: Config, card: Card, vram_gib: float | None = None, only: s
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from lowmem_drf.run.update import make_optimizer, update
+    from lowmem_drf.run.update import fill_states, make_optimizer, update
 
     config = config.model_copy(update={"device": "cpu"})
     short = one_micro_batch(config) if whole else _shortened(config, 2 if only in (None, "denoise_backward") else 1)
@@ -202,7 +203,9 @@ def make_plan(config: Config, card: Card, vram_gib: float | None = None, only: s
         if not whole:
             parts = with_replays(parts, models, ledger)
         latents = [torch.zeros(config.micro_batch, *models.latent_shape) for _ in range(ungraded)]
-        update(short, models, parts, make_optimizer(config.optim, parts.lora), 0, prompts, questions, None)
+        optimizer = make_optimizer(config.optim, parts.lora)
+        fill_states(optimizer)
+        update(short, models, parts, optimizer, 0, prompts, questions, None)
         del latents
     return _scaled(config, short, meter.stages, card, vram_gib or card.gib)
 
@@ -270,7 +273,7 @@ def _fake_models(
     critic = fake_critic(config.critic.id, dtype, critic_rate(config), config.critic.quant, mode=mode)
     vae = fake_vae(generator.vae, DTYPES[config.memory.vae_dtype], mode)
     meter.load([transformer, vae, critic.model])
-    return assemble(config, transformer, vae, critic, texts, torch.device("cpu"), meter), prompts, questions
+    return assemble(config, transformer, vae, critic, texts, torch.device("cpu"), meter, choose_planned(config)), prompts, questions
 
 
 def plan_prompts(config: Config) -> tuple[list[Prompt], dict[str, tuple[Question, ...]]]:

@@ -22,16 +22,15 @@ def with_replays(parts: Parts, models: Models, ledger: Ledger) -> Parts:
 
 
 class _ReplayedBlock:
-    """A block's ``forward``. Under gradient nothing is replayed."""
+    """A block's ``forward``. Under gradient, and where what it computes is recorded, nothing is replayed."""
 
     def __init__(self, forward: Any, ledger: Ledger) -> None:
         self._forward, self._ledger = forward, ledger
-        if hasattr(forward, "unread"):
-            self.unread = forward.unread
+        self.unread = forward.unread
 
-    def __call__(self, hidden_BLD: torch.Tensor, *rest: Any) -> torch.Tensor:
-        if torch.is_grad_enabled():
-            return self._forward(hidden_BLD, *rest)
+    def __call__(self, hidden_BLD: torch.Tensor, *rest: Any, **arguments: Any) -> torch.Tensor:
+        if torch.is_grad_enabled() or getattr(self._forward, "recording", False):
+            return self._forward(hidden_BLD, *rest, **arguments)
         run = partial(self._forward, hidden_BLD, *rest)
         return self._ledger.replay(("block", hidden_BLD.shape), run, partial(torch.zeros_like, hidden_BLD))
 

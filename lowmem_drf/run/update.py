@@ -63,6 +63,16 @@ def make_optimizer(optim: Optim, lora: Sequence[Tensor]) -> Optimizer:
     return torch.optim.AdamW(lora, lr=optim.lr, betas=(beta_1, beta_2), eps=optim.eps, weight_decay=optim.weight_decay)
 
 
+def fill_states(optimizer: Optimizer) -> None:
+    """Makes the state that the first ``step`` would make. Changes no weight."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # each update sets it
+        for tensor in group["params"]:
+            tensor.grad = torch.zeros_like(tensor)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def update(
     config: Config,
     models: Models,
@@ -127,7 +137,8 @@ def _accumulate(
     questions: Mapping[str, Sequence[Question]],
 ) -> list[tuple[StepStats, float]]:
     """Leaves in ``.grad`` the gradient of -(mean reward of the batch), micro-batch by micro-batch. Returns each one's statistics and weight."""
-    total = [torch.zeros_like(tensor) for tensor in parts.lora]
+    for tensor in parts.lora:
+        tensor.grad = torch.zeros_like(tensor)
     stats: list[tuple[StepStats, float]] = []
     for first in range(0, len(prompts), config.micro_batch):
         some, its_seeds = prompts[first : first + config.micro_batch], seeds[first : first + config.micro_batch]
@@ -137,17 +148,11 @@ def _accumulate(
         try:
             stat = drf_step(
                 parts, plan, models.noise(its_seeds), models.condition(texts), models.no_condition(len(some)),
-                [questions[prompt.id] for prompt in some], lv_generators,
+                [questions[prompt.id] for prompt in some], lv_generators, weight,
             )  # fmt: skip
         except NonFiniteError as error:
             raise NonFiniteError(f"{error}\nThis happened in {_where(step, some, its_seeds)}") from error
         stats.append((replace(stat, latents_BCFhw=stat.latents_BCFhw[:0]), weight))
-        for tensor, sum_so_far in zip(parts.lora, total, strict=True):
-            if tensor.grad is not None:
-                sum_so_far.add_(tensor.grad, alpha=weight)
-                tensor.grad = None
-    for tensor, summed in zip(parts.lora, total, strict=True):
-        tensor.grad = summed
     return stats
 
 

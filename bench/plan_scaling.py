@@ -1,0 +1,39 @@
+"""What the peaks do not depend on, and what the exact VAE backward costs: plans at true size, 832x480.
+
+    python -m bench.plan_scaling
+
+Prints the peak of the transformer's stage for K = 1 and K = 10 graded steps (81 frames), of the VAE's stage for 17 and 81 frames (exact gradients,
+caches on the host), and the operations of ``exact`` beside ``window:2`` for 8 evenly spaced kept frames of 81. Needs no card and no weights; a
+few minutes on one core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lowmem_drf.config import load_config
+from lowmem_drf.run.cards import card_named
+from lowmem_drf.run.plan import StagePlan, make_plan
+
+PRESET, CARD = "rtx4090", "24 GB (RTX 4090)"
+EIGHT = ("critic.frames=8", "critic.frame_sampling=uniform")
+
+
+def stage(name: str, *overrides: str) -> StagePlan:
+    """One stage of the preset with settings changed."""
+    return make_plan(load_config(PRESET, overrides), card_named(CARD), only=name).stages[name]
+
+
+def lines() -> Iterator[str]:
+    """A comparison each."""
+    one, ten = (stage("denoise_backward", f"sampler.graded_steps={k}").peak_gib for k in (1, 10))
+    yield f"denoise_backward, peak: K = 1 {one:.3f} GiB, K = 10 {ten:.3f} GiB, {100 * (ten / one - 1):+.2f}%"
+    short, long = (stage("vae_backward", f"video.frames={frames}", "memory.vae_caches=host", *EIGHT).peak_gib for frames in (17, 81))
+    yield f"vae_backward, peak: 17 frames {short:.3f} GiB, 81 frames {long:.3f} GiB, {100 * (long / short - 1):+.2f}%"
+    exact, window = (stage("vae_backward", f"memory.vae_backward={how}", *EIGHT).tflop for how in ("exact", "window:2"))
+    yield f"vae_backward, operations: exact {exact:.0f} TFLOP, window:2 {window:.0f} TFLOP, {exact / window:.2f} times"
+
+
+if __name__ == "__main__":
+    for line in lines():
+        print(line, flush=True)

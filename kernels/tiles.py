@@ -1,0 +1,85 @@
+"""Which tiles a kernel runs with, on which card, and why: the vocabulary of the tables at the head of each kernel file.
+
+A table is a tuple of ``Tile``. On a card Triton's autotuner times those that name it and keeps the fastest for each key (``tuned``). Interpreted
+(``TRITON_INTERPRET=1``: on the CPU, for tests and for ToyWorld) the first one is taken: the autotuner needs a driver. Every kernel file lists what
+may be launched (``variants``), and ``tests/kernels/test_compile.py`` compiles all of it ahead of time for every card here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+"""Triton reads it when a kernel is defined, so this does too."""
+
+CARDS = (80, 86, 89, 90, 120)
+"""Compute capabilities: A100; RTX 3090; RTX 4090; H100 and H200; RTX 5090."""
+
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
+"""Shared memory that one block may use (CUDA C++ Programming Guide, table of technical specifications by compute capability)."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One choice."""
+
+    sizes: Mapping[str, int]
+    """Constants of the kernel, for example ``{"BLOCK_M": 128, "BLOCK_N": 64}``."""
+    warps: int
+    stages: int
+    cards: tuple[int, ...]
+    """Of ``CARDS``: where it is tried."""
+    why: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel as it may be launched: what ahead-of-time compilation needs."""
+
+    kernel: Any
+    """The ``triton.jit`` function, not the autotuner around it."""
+    tile: Tile
+    types: Mapping[str, str]
+    """Every argument that is no constant, in order: ``"*bf16"``, ``"i32"``, ``"fp32"``."""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    """The other constants: head dimensions, switches."""
+
+    @property
+    def name(self) -> str:
+        details = "-".join(f"{key.lower()}{value}" for key, value in (*self.constants.items(), *self.tile.sizes.items()))
+        element = next((kind.lstrip("*") for kind in self.types.values() if kind.startswith("*")), "")
+        return f"{self.kernel.__name__}-{element}-{details}-w{self.tile.warps}-s{self.tile.stages}"
+
+
+def tiles_for(tiles: Sequence[Tile], card: int) -> list[Tile]:
+    """The tiles of a card; of one that is not in ``CARDS`` those of the next older one."""
+    known = max((one for one in CARDS if one <= card), default=CARDS[0])
+    return [tile for tile in tiles if known in tile.cards]
+
+
+def this_card() -> int:
+    """The compute capability of the current CUDA device as a number: 8.9 is 89."""
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def tuned(tiles: Sequence[Tile], key: Sequence[str]) -> Callable[[Any], Any]:
+    """Decorates a ``triton.jit`` function: ``kernel[grid](…)`` is called without the tile's constants, and the tile is the fastest of this card's.
+
+    Args:
+        key: arguments of the kernel; where one of them changes, the tiles are timed again.
+    """
+    configs = [triton.Config(dict(tile.sizes), num_warps=tile.warps, num_stages=tile.stages) for tile in tiles]
+
+    def mine(_: Any, named: Mapping[str, Any], **__: Any) -> Iterator[triton.Config]:
+        chosen = tiles_for(tiles, this_card())
+        return [config for config, tile in zip(configs, tiles, strict=True) if tile in chosen]
+
+    if INTERPRETED:
+        return triton.autotune(configs[:1], key=list(key))
+    return triton.autotune(configs, key=list(key), prune_configs_by={"early_config_prune": mine})

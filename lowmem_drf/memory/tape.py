@@ -1,0 +1,53 @@
+"""Fused attention checkpointing: a recomputed block repeats its matrix products, but not its attentions.
+
+Their outputs and log-sum-exps, all that an attention's backward needs besides q, k and v, were kept: on the card, or on the host.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from torch import Tensor
+
+from lowmem_drf.memory.host import Held, HostStore
+
+
+class Tape:
+    """The results of one block's attentions, in the order in which they are computed. Written in a forward, read once in its recompute.
+
+    ``store``: where they wait. ``None``: on the card.
+    """
+
+    def __init__(self, store: HostStore | None) -> None:
+        self._store = store
+        self._results: deque[tuple[Tensor | Held, Tensor | Held]] = deque()
+        self.reading = False
+
+    def write(self, out: Tensor, lse: Tensor) -> None:
+        if self._store is None:
+            self._results.append((out.detach(), lse.detach()))
+        else:
+            self._results.append((self._store.put(out), self._store.put(lse)))
+
+    def rewind(self) -> None:
+        """From here on it is read. Raises RuntimeError the second time: a tape is used up by one backward."""
+        if self.reading:
+            raise RuntimeError("the attentions of a block were kept for one backward, and this is another one: run the forward again")
+        self.reading = True
+
+    def prefetch(self) -> None:
+        """Starts the copy of the next result to the card."""
+        for kept in self._results[0] if self._results else ():
+            if isinstance(kept, Held):
+                kept.prefetch()
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """(out, lse) of the next attention, on the card."""
+        out, lse = self._results.popleft()
+        found = _arrived(out), _arrived(lse)
+        self.prefetch()
+        return found
+
+
+def _arrived(kept: Tensor | Held) -> Tensor:
+    return kept.get() if isinstance(kept, Held) else kept
