@@ -48,10 +48,12 @@ class RowOps:
     """(q, k, weight_q, weight_k, cos, sin, heads, eps): RMSNorm over all channels, split in heads, rotated: two (B, L, H, d)."""
     norm_silu: Callable[[Tensor, Tensor], Tensor] | None
     """(x_BCTHW, gamma_C): SiLU of the VAE's RMSNorm over channels. ``None``: diffusers' own modules."""
+    lean_linears: bool
+    """Linear layers with a LoRA as in ``models/lora_linear.py``, and not as in peft."""
 
 
 def naive_ops() -> RowOps:
-    return RowOps("naive", _norm_modulate, _layer_norm, _gate_residual, _rms_norm, _rope_qk, None)
+    return RowOps("naive", _norm_modulate, _layer_norm, _gate_residual, _rms_norm, _rope_qk, None, False)
 
 
 def fused_ops() -> RowOps:
@@ -71,6 +73,7 @@ def fused_ops() -> RowOps:
         rms_norm,
         rope_qk,
         norm_silu,
+        True,
     )
 
 
@@ -151,6 +154,13 @@ def triton_attention() -> Attention:
     return Attention("triton", attention, (attention_forward, attention_backward))
 
 
+def ranged_attention() -> tuple[Callable[[Tensor, Tensor, Tensor, float, Tensor], Tensor], tuple[int, ...]]:
+    """The same kernel for the critic, which tells it what each query sees, and the sizes of heads that it knows. Imports Triton."""
+    from lowmem_drf.kernels.attention import HEAD_DIMS, attention
+
+    return attention, HEAD_DIMS
+
+
 def sdpa_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """FlashAttention as PyTorch has it: of the card (16 bit), of the CPU (and of the plan, which has fake CPU tensors); in fp32 on a card the
     memory-efficient one."""
@@ -170,14 +180,10 @@ def sdpa_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(d, *heads, result, lse, 0.0, False)
     elif q.dtype == torch.float32:
         no_seed = torch.zeros((), dtype=torch.int64, device=q.device)
-        grads = _aten._scaled_dot_product_efficient_attention_backward(
-            d, *heads, None, result, lse, no_seed, no_seed, 0.0, [True, True, True, False]
-        )[:3]
+        grads = _aten._scaled_dot_product_efficient_attention_backward(d, *heads, None, result, lse, no_seed, no_seed, 0.0, [True, True, True, False])[:3]
     else:
         no_seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        grads = _aten._scaled_dot_product_flash_attention_backward(
-            d, *heads, result, lse, None, None, q.shape[1], k.shape[1], 0.0, False, no_seed, no_seed
-        )
+        grads = _aten._scaled_dot_product_flash_attention_backward(d, *heads, result, lse, None, None, q.shape[1], k.shape[1], 0.0, False, no_seed, no_seed)
     dq, dk, dv = (x.transpose(1, 2) for x in grads)
     return dq, dk, dv
 

@@ -188,7 +188,7 @@ class Kernels(Node):
     """Norms, modulation, rotary embedding and gates of the transformer, norm and SiLU of the VAE: our Triton kernels (``fused``), or as diffusers
     computes them (``naive``). ``auto``: ``fused`` on a CUDA card."""
     attention: Literal["auto", "triton", "sdpa", "xformers", "flash"] = "auto"
-    """Of the transformer. ``auto``: the fastest on this card, timed at the start."""
+    """Of the transformer; with ``triton`` the critic's too. ``auto``: the fastest on this card, timed at the start."""
     rollout_attention: Literal["same", "int8"] = "same"
     """Wherever there is no gradient (rollout, samples): ``int8`` is faster and inexact. Graded steps are never computed with it."""
 

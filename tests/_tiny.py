@@ -142,12 +142,14 @@ def tiny_critic_tokenizer() -> Any:
     return fast
 
 
-def tiny_critic_config(family: str = "qwen2_5_vl", layers: int = 2, depth: int = 2, width: int = 24, dropout: float = 0.0) -> dict[str, Any]:
+def tiny_critic_config(
+    family: str = "qwen2_5_vl", layers: int = 2, depth: int = 2, width: int = 24, dropout: float = 0.0, vision_width: int = 16
+) -> dict[str, Any]:
     """A configuration of the real class. Patch 4, merge 2, temporal patch 2, grouped queries; windowed vision blocks (Qwen2.5-VL), or a
     learned 4x4 position grid and DeepStack features of the first and last but one block (Qwen3-VL)."""
     tokenizer = tiny_critic_tokenizer()
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end", "pad", "im_end")}
-    vision = dict(depth=depth, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=PATCH, spatial_merge_size=MERGE, out_hidden_size=width)
+    vision = dict(depth=depth, hidden_size=vision_width, intermediate_size=24, num_heads=2, patch_size=PATCH, spatial_merge_size=MERGE, out_hidden_size=width)
     vision |= {
         "qwen2_5_vl": dict(tokens_per_second=4, window_size=16, fullatt_block_indexes=[*range(1, depth, 2)]),
         "qwen3_vl": dict(num_position_embeddings=16, deepstack_visual_indexes=sorted({0, max(0, depth - 2)})),

@@ -10,8 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, by whomever
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 TINY_PRESET = """\
 # Tiny random models: nothing is learned, everything runs. Four updates: the last one has scales of the normalisation.

@@ -5,7 +5,7 @@ import json
 import sys
 
 import pytest
-from conftest import ROOT
+from _root import ROOT
 from PIL import Image
 
 sys.path.insert(0, str(ROOT))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import ROOT
+from _root import ROOT
 from typer.testing import CliRunner
 
 from lowmem_drf import __version__, cli

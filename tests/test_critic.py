@@ -55,7 +55,7 @@ def test_batch_is_one_clip_at_a_time(family: str) -> None:
 
 def test_same_questions_for_all_clips_share_one_mask() -> None:
     critic, frames, asked = tiny_critic(torch.float64), clips(3), [questions(4)] * 3
-    assert critic.conversation.pack(10, asked).mask_B1LL.shape[0] == 1
+    assert critic.conversation.pack(10, asked).mask.shape[0] == 1
     shared = critic(frames, asked)
     ragged = critic(frames, [*asked[:2], [*questions(4), LONG]])
     for a, b in zip([x for clip in shared for x in clip], [x for clip in ragged for x in clip[:4]], strict=True):

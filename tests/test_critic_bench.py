@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
+from _root import ROOT
 from _tiny import SavedBytes, save_tiny_critic, tiny_critic
-from conftest import ROOT
 
 sys.path.insert(0, str(ROOT))
 

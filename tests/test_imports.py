@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from _root import ROOT
 
 ROOMS = {
     # room: (layer, third-party packages it may import)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from _root import ROOT
 from rich.console import Console
 
 from lowmem_drf.run.checkpoint import checkpoint_folder

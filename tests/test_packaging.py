@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from _root import ROOT
 
 from lowmem_drf import __version__
 

@@ -20,7 +20,14 @@ HOST = ("memory.vae_caches=host", 'memory.checkpoint="host"', 'memory.park=["cri
 LARGE = ("micro_batch=2", "batch=2", "video.width=64", "video.height=64", "sampler.steps=3", "sampler.graded_steps=2")
 
 
-@pytest.mark.parametrize("overrides", [SMALL, (*SMALL, *HOST, "memory.vae_cache_every=2"), (*LARGE, "memory.checkpoint=false")], ids=["plain", "host", "keep"])
+RECORDED = ("memory.record_rollout=true", "memory.keep_attention=host", "memory.token_slices=2")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [SMALL, (*SMALL, *HOST, "memory.vae_cache_every=2"), (*LARGE, "memory.checkpoint=false"), (*SMALL, "memory.keep_attention=card"), (*SMALL, *RECORDED)],
+    ids=["plain", "host", "keep", "attentions", "recorded"],
+)
 def test_planned_bytes_are_those_of_a_real_update(overrides):
     """ToyWorld, real tensors of real models, all steps. 5% is the issue's bound; what is left out (one step for many) is far below it."""
     config = load_config("toy", overrides)
@@ -31,17 +38,20 @@ def test_planned_bytes_are_those_of_a_real_update(overrides):
         assert plan.stages[stage].peak_gib == pytest.approx(gib, rel=0.05), stage
 
 
-def test_what_is_done_once_stands_for_all():
+@pytest.mark.parametrize("recorded", [(), ("memory.record_rollout=true", "memory.keep_attention=host")], ids=["forwards", "recorded"])
+def test_what_is_done_once_stands_for_all(recorded):
     """Replays, two graded steps of four, one ungraded one of three: against the plan that does everything. 21 frames: chunks in the steady state."""
-    config = load_config("toy", [*SMALL, "sampler.steps=7", "sampler.graded_steps=4", "video.frames=21", "memory.vae_cache_every=2"])
+    config = load_config("toy", [*SMALL, "sampler.steps=7", "sampler.graded_steps=4", "video.frames=21", "memory.vae_cache_every=2", *recorded])
     short, whole = make_plan(config, CARD), make_plan(config, CARD, whole=True)
     latents = 4 * config.micro_batch * 16 * 6 * 8 * 8 / 1024**3
     for stage in STAGES:
         one, other = short.stages[stage], whole.stages[stage]
         # the latents of steps left out are there for the whole update, and not from their step on
         assert abs(one.peak_gib - other.peak_gib) <= 2.001 * latents, stage
-        assert one.host_gib == pytest.approx(other.host_gib), stage
+        if stage != "update" or not recorded:  # where the records of steps that were left out are not missed any more
+            assert one.host_gib == pytest.approx(other.host_gib), stage
         assert one.tflop == pytest.approx(other.tflop, rel=0.01), stage
+        assert one.s == pytest.approx(other.s, rel=0.02), stage
 
 
 def test_memory_does_not_grow_with_graded_steps():

@@ -3,7 +3,7 @@
 import tomllib
 
 import pytest
-from conftest import ROOT
+from _root import ROOT
 
 from lowmem_drf.config import DEFAULT_PRESET, copy_preset, default_preset, load_config, preset_card, preset_summary, presets
 from lowmem_drf.errors import BadInputError

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 
 import pytest
-from conftest import ROOT
+from _root import ROOT
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.questions.english import parse, questions

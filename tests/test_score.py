@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from _root import ROOT
 
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError, NonFiniteError

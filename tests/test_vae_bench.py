@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from _root import ROOT
 
 sys.path.insert(0, str(ROOT))
 

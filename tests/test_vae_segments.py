@@ -7,15 +7,18 @@ import torch
 from _relay import LIMIT, relative_difference
 from _vae import CONFIGS, fp64_throughout, some_latents, vae_of
 
-from lowmem_drf.models.wan_vae import InwardClamp, pull_back, segments_of, strips_of
+from lowmem_drf.kernels.norm_silu import norm_silu_naive
+from lowmem_drf.models.wan_fused import Wants
+from lowmem_drf.models.wan_strips import in_strips, pull_back, sizes_of, strips_of
+from lowmem_drf.models.wan_vae import InwardClamp, segments_of
 
 pytestmark = pytest.mark.usefixtures(fp64_throughout.__name__)
 
 
-def segment_runs(name):
+def segment_runs(name, norm_silu=None):
     """(segment, x, entering caches, first, shortcut) of every segment in the first, second and third chunk."""
     vae, runs, shortcut = vae_of(name), [], None
-    segments = segments_of(vae.decoder, vae.config.patch_size)
+    segments = segments_of(vae.decoder, vae.config.patch_size, norm_silu)
     z, caches = vae.post_quant_conv(some_latents(3, 3, 2)), [(None,) * segment.slots for segment in segments]
     for chunk in range(3):
         x = z[:, :, chunk : chunk + 1]
@@ -27,12 +30,20 @@ def segment_runs(name):
     return runs
 
 
+def replaced_runs(name, norm_silu):
+    """Each of ``segment_runs`` behind the segment with ``norm_silu`` in its place."""
+    vae = vae_of(name)
+    segments = segments_of(vae.decoder, vae.config.patch_size, norm_silu)
+    return [(segments[i % len(segments)], *run) for i, run in enumerate(segment_runs(name))]
+
+
 @pytest.mark.parametrize("hands_back", [True, False], ids=["hands back", "keeps"])
+@pytest.mark.parametrize("norm_silu", [None, norm_silu_naive], ids=["diffusers", "fused"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_segment_in_strips_of_any_height_is_the_segment(name, hands_back):
+def test_a_segment_in_strips_of_any_height_is_the_segment(name, norm_silu, hands_back):
     """All its gradients, down to strips of one row, that are lower than their halo."""
     seen = 0
-    for segment, x, caches, first, shortcut in segment_runs(name):
+    for segment, x, caches, first, shortcut in segment_runs(name, norm_silu):
         if segment.halo is None:
             continue
         generator = torch.Generator().manual_seed(5)
@@ -42,7 +53,7 @@ def test_a_segment_in_strips_of_any_height_is_the_segment(name, hands_back):
 
         def pulled(strips, *cotangents, segment=segment, x=x, caches=caches, first=first, shortcut=shortcut):
             own = [d if d is None else d.clone() for d in cotangents]  # they may be overwritten
-            d_x, d_shortcut, d_caches = pull_back(segment, x, caches, first, shortcut, own[0], tuple(own[1:]), hands_back, strips)
+            d_x, d_shortcut, d_caches = pull_back(segment, x.clone(), caches, first, shortcut, own[0], tuple(own[1:]), hands_back, strips)
             return [d_x, d_shortcut, *d_caches]
 
         no_handed = [None for _ in d_handed]
@@ -58,6 +69,34 @@ def test_a_segment_in_strips_of_any_height_is_the_segment(name, hands_back):
     assert seen > 100
 
 
+@pytest.mark.parametrize("norm_silu", [None, norm_silu_naive], ids=["diffusers", "fused"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_segment_without_gradient_in_strips_of_any_height_is_the_segment(name, norm_silu):
+    """Its output and the caches it hands on, and its values are those of diffusers."""
+    seen = 0
+    for segment, own, x, caches, first, shortcut in replaced_runs(name, norm_silu):
+        with torch.no_grad():
+            expected, handed = own(x, caches, first, shortcut)
+            for strips in {1, 2, x.shape[3]} if segment.halo is not None else {1}:
+                out, made = in_strips(segment, x, caches, first, shortcut, strips)
+                for a, b in zip((out, *made), (expected, *handed), strict=True):
+                    assert a == b if isinstance(b, str | None) else relative_difference(a, b) < LIMIT
+                    seen += 1
+                only, none = in_strips(segment, x, caches, first, shortcut, strips, Wants.OUTPUT)
+                assert torch.equal(only, out) and none == ()
+    assert seen > 100
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sizes_are_those_of_the_segments(name):
+    runs = segment_runs(name)
+    segments = [run[0] for run in runs[: len(runs) // 3]]
+    for chunk in range(3):
+        inputs = [run[1] for run in runs[chunk * len(segments) : (chunk + 1) * len(segments)]]
+        counts = [x.numel() for x in inputs]
+        assert sizes_of(segments, inputs[0].shape, chunk == 0) == [*map(max, counts[:-1], counts[1:]), counts[-1]]
+
+
 def test_a_narrower_halo_would_not_do():
     """The halos are no wider than they must be, and the test above would see narrower ones."""
     checked = 0
@@ -67,9 +106,9 @@ def test_a_narrower_halo_would_not_do():
         with torch.no_grad():
             out, handed = segment(x, caches, first, shortcut)
         d_out, d_handed = torch.randn_like(out), (None,) * len(handed)
-        expected = pull_back(segment, x, caches, first, shortcut, d_out.clone(), d_handed, False)[0]
+        expected = pull_back(segment, x.clone(), caches, first, shortcut, d_out.clone(), d_handed, False)[0]
         narrower = replace(segment, halo=segment.halo - 1)
-        assert relative_difference(pull_back(narrower, x, caches, first, shortcut, d_out, d_handed, False, 3)[0], expected) > LIMIT
+        assert relative_difference(pull_back(narrower, x.clone(), caches, first, shortcut, d_out, d_handed, False, 3)[0], expected) > LIMIT
         checked += 1
     assert checked
 

@@ -30,6 +30,12 @@ class Record:
         self._tapes: list[Tape | None] = []
         self._output: Held | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Of what has not been taken yet."""
+        held = [*self._inputs, self._output] if self._output is not None else self._inputs
+        return sum(one.nbytes for one in held if one is not None) + sum(tape.nbytes for tape in self._tapes if tape is not None)
+
     def enter(self, hidden: Tensor) -> Tape | None:
         """The next block's input; returns the tape for its attentions."""
         self._inputs.append(self._store.put(hidden))
@@ -68,6 +74,8 @@ class Recorder:
         """Blocks that run without gradient write into it."""
         self.replaying: Record | None = None
         """Blocks that run with gradient are taken from it."""
+        self.step_bytes = 0
+        """Of the records of one step, the last one that was recorded."""
 
     @contextmanager
     def record(self, step: int, conditions: Sequence[Any]) -> Iterator[None]:
@@ -76,6 +84,7 @@ class Recorder:
             yield
         finally:
             self._wanted = None
+        self.step_bytes = sum(record.nbytes for (of, _), record in self._records.items() if of == step)
 
     @contextmanager
     def replay(self, step: int, condition: Any) -> Iterator[None]:

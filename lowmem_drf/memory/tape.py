@@ -22,8 +22,11 @@ class Tape:
         self._store = store
         self._results: deque[tuple[Tensor | Held, Tensor | Held]] = deque()
         self.reading = False
+        self.nbytes = 0
+        """Of all that was written."""
 
     def write(self, out: Tensor, lse: Tensor) -> None:
+        self.nbytes += out.nbytes + lse.nbytes
         if self._store is None:
             self._results.append((out.detach(), lse.detach()))
         else:

@@ -7,7 +7,7 @@ after transformers 5.23 (5.17 agrees in all that is used).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.preprocess import VideoGeometry
+from lowmem_drf.models.critic_attention import RangedAttention, use_ranges
 from lowmem_drf.models.critic_files import check_geometry, check_tokenizer, load_tokenizer, video_geometry, video_settings
 from lowmem_drf.models.families import Family, Prefix, family_of, make_prefix
 from lowmem_drf.models.packing import Conversation
@@ -82,6 +83,7 @@ class QwenCritic:
         check_geometry(geometry, model.config.vision_config)
         self.conversation = Conversation(tokenizer, model.config.video_token_id)
         self._prefixes: dict[tuple[float, ...], Prefix] = {}
+        self._ranges = False
         speed_up_vision(model.model.visual)
 
     @property
@@ -119,11 +121,11 @@ class QwenCritic:
         prefix, device = self.prefix(grid), features_BND.device
         length = len(prefix.ids_P)
         self._require_room(prefix, max(len(self.conversation.ask(q).ids) for clip in questions for q in clip))
-        packed = self.conversation.pack(length, questions)
+        packed = self.conversation.pack(length, questions, self._ranges)
         ids_BL = torch.cat([prefix.ids_P.expand(len(questions), -1), packed.ids_BS], dim=1)
         question_BS = packed.offset_BS + prefix.start
         positions_3BL = torch.cat([prefix.positions_3P[:, None].expand(-1, len(questions), -1), question_BS.expand(3, -1, -1)], dim=-1)
-        hidden_BLD = self._read(ids_BL, positions_3BL, features_BND, prefix, packed.mask_B1LL.to(device), use_cache=False).last_hidden_state
+        hidden_BLD = self._read(ids_BL, positions_3BL, features_BND, prefix, packed.mask.to(device), use_cache=False).last_hidden_state
         logits_RV = self.model.lm_head(hidden_BLD[packed.clip_R.to(device), (packed.place_R + length).to(device)])
         return logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)), packed.sizes
 
@@ -157,6 +159,15 @@ class QwenCritic:
 
         said = greedy(step, ids, positions_3L, self._ends(), max_new_tokens)
         return str(self.tokenizer.decode(said, skip_special_tokens=True)).strip()
+
+    def set_attention(self, attention: RangedAttention | None, head_dims: Collection[int] = ()) -> None:
+        """The kernel for the attentions of language model and vision tower, each where its heads are of one of ``head_dims``. ``None``: PyTorch's SDPA,
+        with a mask of tokens x tokens for the questions."""
+        text, vision = self.model.config.get_text_config(), self.model.config.vision_config
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        self._ranges = attention is not None and width in head_dims
+        use_ranges(self.model, attention if self._ranges else None)
+        speed_up_vision(self.model.model.visual, attention if vision.hidden_size // vision.num_heads in head_dims else None)
 
     def set_checkpointing(self, on: bool) -> None:
         """Layer-wise gradient checkpointing of the vision tower and the language model, whatever mode they are in.

@@ -18,7 +18,9 @@ import torch
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.memory.host import Held, HostStore
 from lowmem_drf.models.sources import complete, loading
-from lowmem_drf.models.wan_vae import Caches, pull_back, segments_of, strips_of
+from lowmem_drf.models.wan_fused import NormSilu, Wants
+from lowmem_drf.models.wan_strips import in_strips, pull_back, sizes_of, strips_of
+from lowmem_drf.models.wan_vae import Caches, segments_of
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -45,13 +47,17 @@ class WanDecoder:
         vae: its dtype is that of ``decode`` and ``chunk``, whose frames the critic sees.
         grad_dtype: of ``chunk_backward`` and of the caches that are stored for it. ``None``: the VAE's.
         strips: of rows, in which ``chunk_backward`` recomputes the largest pieces of the decoder, those of full resolution; smaller ones are cut
-            into fewer, so that no strip is larger (``wan_vae.strips_of``). The gradient is the same.
+            into fewer, so that no strip is larger (``wan_strips.strips_of``). The gradient is the same. With ``norm_silu`` what has no gradient is
+            computed in these strips too.
         caches: ``"host"``: the running caches of a decode, and in ``chunk_backward`` the inputs of the segments and the gradients of the caches,
             wait in host memory between their uses, and the card holds those of one segment (and of the next, on their way).
         store: the host memory of the run. What ``store`` keeps for the backward is there in any case.
+        norm_silu: the function of a kernel for (x_BCTHW, gamma_C) -> silu(WanRMS_norm(x)). With it the decoder runs on less memory
+            (``wan_fused``); frames and gradients are the same but for rounding. ``None``: on diffusers' own modules.
 
     Raises:
         BadInputError: fewer than one strip.
+        ValueError: ``norm_silu`` and weights that are not frozen: they would get no gradient.
     """
 
     def __init__(
@@ -62,16 +68,19 @@ class WanDecoder:
         strips: int = 1,
         caches: Literal["card", "host"] = "card",
         store: HostStore | None = None,
+        norm_silu: NormSilu | None = None,
     ) -> None:
+        if norm_silu is not None and any(weight.requires_grad for weight in vae.decoder.parameters()):
+            raise ValueError("with norm_silu the decoder's weights get no gradient: freeze them, vae.requires_grad_(False)")
         if strips < 1:
             raise BadInputError(f"memory.vae_strips is {strips}: it must be 1 or more")
         self.vae = vae
         self.temporal_factor: int = vae.config.scale_factor_temporal
         self.spatial_factor: int = vae.config.scale_factor_spatial
         self._grad_dtype = grad_dtype or vae.dtype
-        self._strips, self._waits = strips, caches == "host"
+        self._strips, self._waits, self._fused = strips, caches == "host", norm_silu is not None
         self._host = store or HostStore(vae.device)
-        self._segments = segments_of(vae.decoder, vae.config.patch_size)
+        self._segments = segments_of(vae.decoder, vae.config.patch_size, norm_silu)
         ends = list(accumulate(segment.slots for segment in self._segments))
         self._slots = [slice(end - segment.slots, end) for segment, end in zip(self._segments, ends, strict=True)]
 
@@ -91,7 +100,8 @@ class WanDecoder:
     def chunk(self, latents_BC1hw: Tensor, caches: Caches) -> tuple[Tensor, Caches]:
         """(B, C, 1, h, w) and the caches that enter -> frames (B, 1 or 4, 3, H, W) in [0, 1] and the caches handed on.
 
-        Pure: ``caches`` is not changed. Differentiable in the latents and in every tensor of ``caches``. Bitwise the frames of ``decode``.
+        Pure: ``caches`` is not changed. Differentiable in the latents and in every tensor of ``caches``. Bitwise the frames of ``decode``, but
+        where ``norm_silu`` and several strips round them otherwise.
         """
         y, handed = self._run(self._into(latents_BC1hw, self.vae.dtype), caches)
         return _frames(y), handed
@@ -117,12 +127,14 @@ class WanDecoder:
         hands_back: bool,
     ) -> tuple[Tensor, Caches]:
         """See ``types.Decoder``. One forward without gradient, that keeps what enters each segment; then the segments in reverse, each recomputed
-        with gradient, the large ones in strips of rows. One segment's graph is live at a time."""
+        with gradient, the large ones in strips of rows. One segment's graph is live at a time. Gradients at the caches take the memory of
+        ``d_handed``."""
         first, dtype = _is_first(caches), self._grad_dtype
         z = latents_BC1hw.detach().requires_grad_()
         with torch.enable_grad():
             stem = self._into(z, dtype)
-        inputs, sizes = self._inputs(stem.detach(), caches, first)
+        counts = self._counts(stem.shape, first)
+        inputs = self._inputs(stem.detach(), caches, first, counts)
         d_x = None
         if len(local):
             frames = 1 if first else self.temporal_factor
@@ -133,15 +145,12 @@ class WanDecoder:
         d_shortcut = None
         for i in reversed(range(len(self._segments))):
             segment, slots = self._segments[i], self._slots[i]
-            opener = max((j for j in range(i) if self._segments[j].opens_shortcut), default=0)
-            x = _get(inputs.pop())
-            shortcut = _get(inputs[opener]) if segment.ends_shortcut else None
-            entering, d_out = tuple(map(_get, caches[slots])), tuple(map(_get, d_handed[slots]))
+            x, shortcut = self._input(i, inputs, caches, first, counts), self._shortcut(i, inputs)
+            inputs.pop()
+            entering, d_out = self._entering(i, caches, x), tuple(map(_get, d_handed[slots]))
             if i:
-                before = self._slots[i - 1]
-                _prefetch([inputs[-1], *caches[before], *d_handed[before]])
-            strips = strips_of(segment, sizes[i], max(sizes), self._strips)
-            d_x, d_end, made = pull_back(segment, x, entering, first, shortcut, d_x, d_out, hands_back, strips)
+                _prefetch([*inputs[-2 if inputs[-1] is None else -1 :], *self._read(i - 1, caches), *d_handed[self._slots[i - 1]]])
+            d_x, d_end, made = pull_back(segment, x, entering, first, shortcut, d_x, d_out, hands_back, counts[i])
             del x, shortcut, entering, d_out
             d_caches[slots] = [self._wait(d) for d in made]
             del made
@@ -154,37 +163,66 @@ class WanDecoder:
             return torch.zeros_like(z), tuple(d_caches) if hands_back else ()
         return torch.autograd.grad(stem, z, d_x)[0], tuple(d_caches) if hands_back else ()
 
+    def _counts(self, shape_BCTHW: Sequence[int], first: bool) -> list[int]:
+        """Into how many strips each segment is cut, where the first one's input has this shape."""
+        sizes = sizes_of(self._segments, shape_BCTHW, first)
+        return [strips_of(segment, size, max(sizes), self._strips) for segment, size in zip(self._segments, sizes, strict=True)]
+
     @torch.no_grad()
-    def _inputs(self, x: Tensor, caches: Caches, first: bool) -> tuple[list[Any], list[int]]:
-        """What enters each segment, and the elements of its input or output, whichever is larger."""
-        inputs, sizes, shortcut = [], [], None
-        for i, (segment, slots) in enumerate(zip(self._segments, self._slots, strict=True)):
-            inputs.append(self._wait(x))
-            sizes.append(x.numel())
-            if i:
-                sizes[i - 1] = max(sizes[i - 1], x.numel())
-            if i == len(self._segments) - 1:  # the frames are not needed
-                break
-            if segment.opens_shortcut:
-                shortcut = x
-            entering = tuple(map(_get, caches[slots]))
-            _prefetch(caches[self._slots[i + 1]])
-            # as it comes back from the host: upsampling leaves other strides, and sums over channels depend on them in their last bit
-            x = segment(x, entering, first, shortcut)[0].contiguous()
-            if segment.ends_shortcut:
-                shortcut = None
-        return inputs, sizes
+    def _inputs(self, x: Tensor, caches: Caches, first: bool, counts: Sequence[int]) -> list[Any]:
+        """What enters each segment; ``None`` where it is better computed again."""
+        inputs: list[Any] = []
+        for i in range(len(self._segments)):
+            inputs.append(None if i and self._segments[i - 1].cheap else self._wait(x))
+            if i < len(self._segments) - 1:  # the frames are not needed
+                _prefetch(caches[self._slots[i + 1]])
+                x = self._output(i, x, self._shortcut(i, inputs), caches, first, counts)
+        return inputs
+
+    @torch.no_grad()
+    def _input(self, i: int, inputs: Sequence[Any], caches: Caches, first: bool, counts: Sequence[int]) -> Tensor:
+        """What enters a segment, kept or computed again."""
+        if inputs[i] is not None:
+            return _get(inputs[i])
+        return self._output(i - 1, _get(inputs[i - 1]), self._shortcut(i - 1, inputs), caches, first, counts)
+
+    def _output(self, i: int, x: Tensor, shortcut: Tensor | None, caches: Caches, first: bool, counts: Sequence[int]) -> Tensor:
+        """What a segment makes, as it comes back from the host: upsampling leaves other strides, and sums over channels depend on them in their
+        last bit."""
+        strips = counts[i] if self._fused else 1
+        return in_strips(self._segments[i], x, tuple(map(_get, caches[self._slots[i]])), first, shortcut, strips, Wants.OUTPUT)[0].contiguous()
+
+    def _shortcut(self, i: int, inputs: Sequence[Any]) -> Tensor | None:
+        """The shortcut that ends at a segment, if one does."""
+        if not self._segments[i].ends_shortcut:
+            return None
+        return _get(inputs[max(j for j in range(i) if self._segments[j].opens_shortcut)])
+
+    def _read(self, i: int, caches: Caches) -> list[Any]:
+        """The caches that enter a segment whose values its pull-back reads."""
+        return [cache for place, cache in enumerate(caches[self._slots[i]]) if place not in self._segments[i].unread]
+
+    def _entering(self, i: int, caches: Caches, x: Tensor) -> Caches:
+        """The caches that enter a segment, on the card, for its pull-back. Of those that it does not read, the shape."""
+        entering = list(caches[self._slots[i]])
+        for place, channels in self._segments[i].unread.items():
+            waiting = entering[place]
+            if isinstance(waiting, Held):
+                one_frame = len(x) * channels * x.shape[3] * x.shape[4] * x.element_size()
+                entering[place] = x.new_zeros(()).expand(len(x), channels, waiting.nbytes // one_frame, *x.shape[3:])
+        return tuple(map(_get, entering))
 
     def _run(self, x: Tensor, caches: Caches) -> tuple[Tensor, Caches]:
         """All segments of one chunk."""
         first, handed, shortcut = _is_first(caches), [], None
+        counts = self._counts(x.shape, first) if self._fused and not torch.is_grad_enabled() else [1] * len(self._segments)
         for i, (segment, slots) in enumerate(zip(self._segments, self._slots, strict=True)):
             if segment.opens_shortcut:
                 shortcut = x
             entering = tuple(cache.to(x) if isinstance(cache, torch.Tensor) else cache for cache in map(_get, caches[slots]))
             if i + 1 < len(self._segments):
                 _prefetch(caches[self._slots[i + 1]])
-            x, made = segment(x, entering, first, shortcut)
+            x, made = in_strips(segment, x, entering, first, shortcut, counts[i])
             del entering
             handed += [self._wait(cache) for cache in made]
             del made

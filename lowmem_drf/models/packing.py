@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.models.critic_attention import packed_ranges
 from lowmem_drf.types import Question
 
 _SENTINEL = "lowmemdrfquestion"
@@ -37,9 +38,9 @@ class Packed:
 
     ids_BS: Tensor
     """int64."""
-    mask_B1LL: Tensor
-    """bool, L = P + S: True where a row may attend to a column. First dimension 1 where all clips have the same layout. Padding is never
-    attended."""
+    mask: Tensor
+    """L = P + S: bool (B, 1, L, L), True where a row may attend to a column, or int32 ranges (B, 1, L, 3) of what it may attend to
+    (``critic_attention``). First dimension 1 where all clips have the same layout. Padding is never attended."""
     offset_BS: Tensor
     """int64: a token's place in its question."""
     clip_R: Tensor
@@ -92,14 +93,14 @@ class Conversation:
             self._asked[key] = self._tokenise(question)
         return self._asked[key]
 
-    def pack(self, prefix: int, questions: Sequence[Sequence[Question]]) -> Packed:
-        """The questions of each clip, behind prefixes of ``prefix`` tokens, on the CPU."""
+    def pack(self, prefix: int, questions: Sequence[Sequence[Question]], ranges: bool = False) -> Packed:
+        """The questions of each clip, behind prefixes of ``prefix`` tokens, on the CPU. ``ranges``: the form of the mask."""
         asked = [[self.ask(question) for question in clip] for clip in questions]
         layout = tuple(tuple((len(a.ids), len(a.target)) for a in clip) for clip in asked)
         longest = max(sum(len(a.ids) for a in clip) for clip in asked)
         ids = [[token for a in clip for token in a.ids] for clip in asked]
         ids_BS = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
-        mask, offset, clip_R, place_R = self._layout(prefix, layout, longest)
+        mask, offset, clip_R, place_R = self._layout(prefix, layout, longest, ranges)
         return Packed(ids_BS, mask, offset, clip_R, place_R, [len(a.target) for clip in asked for a in clip])
 
     def _tokenise(self, question: Question) -> Asked:
@@ -111,11 +112,11 @@ class Conversation:
             return Asked((*prompt, *answer[:-1]), tuple(answer))
         return Asked(tuple(prompt), (self.no if question.answer.strip().lower() == "no" else self.yes)[:1])
 
-    def _layout(self, prefix: int, layout: tuple[tuple[tuple[int, int], ...], ...], longest: int) -> tuple[Tensor, ...]:
+    def _layout(self, prefix: int, layout: tuple[tuple[tuple[int, int], ...], ...], longest: int, ranges: bool) -> tuple[Tensor, ...]:
         """Mask, offsets and scored rows depend on lengths alone. The last layout is kept: within a run the same one often comes again."""
-        key = (((prefix, longest),), *layout)
+        key = (((prefix, longest), (int(ranges), 0)), *layout)
         if key not in self._layouts:
-            self._layouts = {key: _lay_out(prefix, layout, longest)}
+            self._layouts = {key: _lay_out(prefix, layout, longest, ranges)}
         return self._layouts[key]
 
     def _misplaced(self, placed: int) -> str:
@@ -132,7 +133,7 @@ class Conversation:
         return ids
 
 
-def _lay_out(prefix: int, layout: tuple[tuple[tuple[int, int], ...], ...], longest: int) -> tuple[Tensor, ...]:
+def _lay_out(prefix: int, layout: tuple[tuple[tuple[int, int], ...], ...], longest: int, ranges: bool) -> tuple[Tensor, ...]:
     same = all(clip == layout[0] for clip in layout)
     rows = layout[:1] if same else layout
     segment = torch.full((len(rows), prefix + longest), -1)  # 0: prefix, 1, 2, …: questions, -1: padding
@@ -148,12 +149,17 @@ def _lay_out(prefix: int, layout: tuple[tuple[tuple[int, int], ...], ...], longe
             start += length
             scored.extend(range(start - answer, start))
         places.append(scored)
-    order = torch.arange(prefix + longest)
-    mask = ((segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])) & (order[:, None] >= order)
+    mask = packed_ranges(prefix, [[length for length, _ in clip] for clip in rows], longest) if ranges else _mask(segment)
     if same:
         offset, places = offset.expand(len(layout), -1), places * len(layout)
     clip_R = torch.tensor([b for b, scored in enumerate(places) for _ in scored])
-    return mask[:, None], offset, clip_R, torch.tensor([place for scored in places for place in scored])
+    return mask, offset, clip_R, torch.tensor([place for scored in places for place in scored])
+
+
+def _mask(segment_BL: Tensor) -> Tensor:
+    order = torch.arange(segment_BL.shape[1])
+    mask = ((segment_BL[:, None, :] == 0) | (segment_BL[:, None, :] == segment_BL[:, :, None])) & (order[:, None] >= order)
+    return mask[:, None]
 
 
 def _split_template(tokenizer: Any) -> tuple[str, str]:

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowmem_drf.models.critic_attention import RangedAttention, window_ranges
 
-def speed_up_vision(visual: Any) -> None:
+
+def speed_up_vision(visual: Any, attention: RangedAttention | None = None) -> None:
     """Replaces ``forward`` of the patch embedding and of every attention in a Qwen2.5-VL or Qwen3-VL vision tower. Parameters stay as
-    they are, outputs up to rounding."""
+    they are, outputs up to rounding. ``attention``: a kernel that does all windows of a layer in one call, as they lie."""
     visual.patch_embed.forward = MethodType(_linear_patch_embed, visual.patch_embed)
     for block in visual.blocks:
+        block.attn.ranged_attention = attention
         block.attn.forward = MethodType(_batched_attention, block.attn)
 
 
@@ -36,6 +39,9 @@ def _batched_attention(self: Any, hidden_states: Tensor, cu_seqlens: Tensor, pos
     rows = hidden_states.shape[0]
     query, key, value = self.qkv(hidden_states).view(rows, 3, self.num_heads, -1).unbind(1)
     query, key = (_rotate(x, *position_embeddings) for x in (query, key))
+    if self.ranged_attention is not None:
+        ranges = _ranges(tuple(cu_seqlens.tolist())).to(hidden_states.device)
+        return self.proj(self.ranged_attention(query[None], key[None], value[None], self.scaling, ranges).reshape(rows, -1))
     groups, back = _windows(tuple(cu_seqlens.tolist()))
     outputs = []
     for length, index in groups:
@@ -55,6 +61,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _take(x: Tensor, index: Tensor | None) -> Tensor:
     return x if index is None else x[index.to(x.device)]
+
+
+@lru_cache(maxsize=8)
+def _ranges(cu_seqlens: tuple[int, ...]) -> Tensor:
+    return window_ranges(cu_seqlens)
 
 
 @lru_cache(maxsize=64)

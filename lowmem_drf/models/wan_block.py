@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.memory.activations import in_slices
+from lowmem_drf.models.lora_linear import APPROXIMATE, linear
 
 if TYPE_CHECKING:
     from lowmem_drf.memory.tape import Tape
@@ -53,9 +54,7 @@ class BlockForward:
         """For a recompute: keeps what ``__call__`` keeps, and, in slices, leaves out what comes after the self-attention, which keeps only its inputs."""
         return self._forward(hidden_BLD, text_BLD, time_B6D, rotary, tape, unread=True)
 
-    def _forward(
-        self, hidden_BLD: Tensor, text_BLD: Tensor, time_B6D: Tensor, rotary: tuple[Tensor, Tensor], tape: Tape | None, unread: bool
-    ) -> Tensor:
+    def _forward(self, hidden_BLD: Tensor, text_BLD: Tensor, time_B6D: Tensor, rotary: tuple[Tensor, Tensor], tape: Tape | None, unread: bool) -> Tensor:
         block = self._block
         attn1, attn2 = block.attn1, block.attn2
         modulation_B6D = block.scale_shift_table + time_B6D.float()
@@ -77,18 +76,33 @@ class BlockForward:
         block, attn = self._block, self._block.attn1
         shift, scale = modulation.chunk(6, dim=1)[:2]
         x = self._rows.norm_modulate(hidden, scale, shift, block.norm1.eps)
-        q, k = self._rows.rope_qk(attn.to_q(x), attn.to_k(x), attn.norm_q.weight, attn.norm_k.weight, cos, sin, attn.heads, attn.norm_q.eps)
-        return q, k, attn.to_v(x).unflatten(2, (attn.heads, -1))
+        q, k = self._linear(attn.to_q, x), self._linear(attn.to_k, x)
+        q, k = self._rows.rope_qk(q, k, attn.norm_q.weight, attn.norm_k.weight, cos, sin, attn.heads, attn.norm_q.eps)
+        return q, k, self._linear(attn.to_v, x).unflatten(2, (attn.heads, -1))
 
     def _after(self, tape: Tape | None, hidden: Tensor, attended: Tensor, modulation: Tensor, text_k: Tensor, text_v: Tensor) -> tuple[Tensor]:
         block, attn, rows = self._block, self._block.attn2, self._rows
         gate, ff_shift, ff_scale, ff_gate = modulation.chunk(6, dim=1)[2:]
-        hidden = rows.gate_residual(hidden, _out(block.attn1, attended), gate)
+        hidden = rows.gate_residual(hidden, self._out(block.attn1, attended), gate)
         x = rows.layer_norm(hidden, block.norm2.weight, block.norm2.bias, block.norm2.eps) if isinstance(block.norm2, nn.LayerNorm) else hidden
-        q = rows.rms_norm(attn.to_q(x), attn.norm_q.weight, attn.norm_q.eps).unflatten(2, (attn.heads, -1))
-        hidden = hidden + _out(attn, self._attend(q, text_k, text_v, tape))
+        q = rows.rms_norm(self._linear(attn.to_q, x), attn.norm_q.weight, attn.norm_q.eps).unflatten(2, (attn.heads, -1))
+        hidden = hidden + self._out(attn, self._attend(q, text_k, text_v, tape))
         x = rows.norm_modulate(hidden, ff_scale, ff_shift, block.norm3.eps)
-        return (rows.gate_residual(hidden, block.ffn(x), ff_gate),)
+        return (rows.gate_residual(hidden, self._feed_forward(x), ff_gate),)
+
+    def _linear(self, layer: nn.Module, x: Tensor) -> Tensor:
+        return linear(layer, x) if self._rows.lean_linears else layer(x)
+
+    def _out(self, attn: Any, attended_BLHd: Tensor) -> Tensor:
+        """The projection after the attention. What follows it in diffusers is a dropout of 0."""
+        return self._linear(attn.to_out[0], attended_BLHd.flatten(2, 3))
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        ffn = self._block.ffn
+        if not self._rows.lean_linears or getattr(ffn.net[0], "approximate", None) != APPROXIMATE:
+            result: Tensor = ffn(x)
+            return result
+        return linear(ffn.net[2], linear(ffn.net[0].proj, x), gelu=True)  # between them diffusers has a dropout of 0
 
     def _attend(self, q_BLHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, tape: Tape | None) -> Tensor:
         return self._attention.call(q_BLHd, k_BLHd, v_BLHd) if tape is None else self._attention.taped(q_BLHd, k_BLHd, v_BLHd, tape)
@@ -97,11 +111,6 @@ class BlockForward:
 def _whole(function: Any, sliced: list[Tensor], shared: list[Tensor]) -> tuple[Tensor, ...]:
     result: tuple[Tensor, ...] = function(*sliced, *shared)
     return result
-
-
-def _out(attn: Any, attended_BLHd: Tensor) -> Tensor:
-    """The projection after the attention. What follows it in diffusers is a dropout of 0."""
-    return attn.to_out[0](attended_BLHd.flatten(2, 3))
 
 
 def _trainable(*modules: nn.Module) -> Iterator[Tensor]:

@@ -20,6 +20,7 @@ from lowmem_drf.method.reward import RewardSpec
 from lowmem_drf.method.schedule import choose_graded, draw_noise, flow_sigmas
 from lowmem_drf.method.step import StepPlan
 from lowmem_drf.models.sources import TOYWORLD
+from lowmem_drf.ops import ranged_attention
 from lowmem_drf.prompts import as_prompts, load_prompts
 from lowmem_drf.run.kernels import Chosen, choose
 from lowmem_drf.run.texts import DTYPES
@@ -185,8 +186,9 @@ def assemble(
     )  # fmt: skip
     if critic is not None:
         critic.set_checkpointing(bool(memory.checkpoint))
+        critic.set_attention(*(ranged_attention() if chosen.attention.name == "triton" else (None,)))
     decoder = WanDecoder(
-        vae, grad_dtype=DTYPES[memory.vae_grad_dtype], strips=memory.vae_strips, caches=memory.vae_caches, store=store
+        vae, grad_dtype=DTYPES[memory.vae_grad_dtype], strips=memory.vae_strips, caches=memory.vae_caches, store=store, norm_silu=chosen.rows.norm_silu
     )
     modules = {"transformer": transformer, "vae": vae} | ({} if critic is None else {"critic": critic.model})
     return Models(

@@ -207,7 +207,8 @@ def make_plan(config: Config, card: Card, vram_gib: float | None = None, only: s
         fill_states(optimizer)
         update(short, models, parts, optimizer, 0, prompts, questions, None)
         del latents
-    return _scaled(config, short, meter.stages, card, vram_gib or card.gib)
+    stages = meter.stages if whole else _with_records(config, short, meter.stages, models.recorder.step_bytes if models.recorder else 0, card)
+    return _scaled(config, short, stages, card, vram_gib or card.gib)
 
 
 def _rates(card: Card) -> Rates:
@@ -227,6 +228,17 @@ def _shortened(config: Config, graded: int) -> Config:
 def one_micro_batch(config: Config) -> Config:
     """The configuration of an update of one micro-batch: it has the peak of every other."""
     return config.model_copy(update={"batch": config.micro_batch})
+
+
+def _with_records(config: Config, short: Config, stages: dict[str, StagePlan], step_bytes: int, card: Card) -> dict[str, StagePlan]:
+    """The host memory of the graded steps that ``_shortened`` left out, and only their copies: those of a rollout's other steps are taken back."""
+    left_out = config.sampler.graded_steps - short.sampler.graded_steps
+    more = {name: replace(stage, host_gib=stage.host_gib + left_out * step_bytes / GIB) for name, stage in stages.items() if name not in ONCE}
+    if "rollout" in more:
+        repeats = config.sampler.steps / short.sampler.steps
+        copied = (config.sampler.graded_steps / repeats - short.sampler.graded_steps) * 2 * step_bytes / (card.link * 1e9)
+        more["rollout"] = replace(more["rollout"], s=more["rollout"].s + copied)
+    return stages | more
 
 
 def _scaled(config: Config, short: Config, stages: dict[str, StagePlan], card: Card, vram_gib: float) -> Plan:

@@ -1,0 +1,294 @@
+"""Attention that keeps its log-sum-exp: FlashAttention-2 (Dao 2023, arXiv 2307.08691, algorithm 1), forward pass and public functions.
+
+With S = scale q k^T, query i over the keys j that it sees::
+
+    lse_i = log sum_j exp(S_ij)      out_i = sum_j exp(S_ij - lse_i) v_j
+
+``attention_backward.py`` has the backward pass. Nothing of size L x M is ever made; what is kept for it are q, k, v, out and lse.
+
+Shapes, as diffusers has them: q and out (B, L, H, d); k, v (B, M, G, d), H a multiple of G (grouped queries: head h reads key head h // (H / G)), any
+strides with the last dimension contiguous; lse (B, H, L) fp32, natural logarithm, as PyTorch's flash attention gives it. d is 16, 32, 64, 80, 96 or 128
+(the tensor cores see 80 and 96 as 128). bf16 and fp16, and fp32 exactly (for tests and toy models: slowly). Sums and exponentials are fp32.
+
+``ranges`` says what a query sees: int32 (B or 1, L, 3), rows (prefix, start, stop) for the keys [0, prefix) and [start, stop), their union where they
+overlap. Causal: (0, 0, i + 1). Windows: (0, start, stop). Questions behind one prefix: (prefix, start of the question, i + 1). A row (0, 0, 0) sees
+nothing: out 0, lse -inf, no gradient. Blocks of keys that no query of a block sees are skipped; blocks that all of them see whole need no mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from lowmem_drf.kernels.attention_backward import (
+    CASES,
+    FP32_TILES,
+    LOG2E,
+    attention_backward_op,
+    describe,
+    dot,
+    launchable,
+    load_ranges,
+    load_tile,
+    seen_blocks,
+    store_tile,
+)
+from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tiles_for, tuned
+
+LN2 = tl.constexpr(0.6931471805599453)
+HEAD_DIMS = (16, 32, 64, 80, 96, 128)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+TILES = (
+    Tile({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3, CARDS, "16 rows a warp, and 96 KiB: all that the smaller cards have; 128 KiB on Hopper"),
+    Tile({"BLOCK_M": 128, "BLOCK_N": 32}, 8, 3, (86, 89, 120), "FlashAttention-2's choice on these cards: 64 KiB; less is wasted on a ragged end"),
+    Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2, (80,), "two blocks on a multiprocessor: one multiplies while the other one exponentiates; 56 KiB"),
+    Tile({"BLOCK_M": 128, "BLOCK_N": 128}, 8, 2, (90,), "two warp groups of 64 queries, wide products; 160 KiB"),
+)
+
+
+def attention_naive(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, ranges: Tensor | None = None) -> Tensor:
+    """The formula in plain PyTorch, differentiable, with the (L, M) matrix. Computes in fp32 (fp64 inputs: in fp64)."""
+    B, L, H, d = q.shape
+    M, G = k.shape[1:3]
+    upcast = torch.promote_types(q.dtype, torch.float32)
+    q_BGHLd = q.to(upcast).unflatten(2, (G, H // G)).permute(0, 2, 3, 1, 4)
+    k_BGLd, v_BGLd = (x.to(upcast).transpose(1, 2) for x in (k, v))
+    s_BGHLM = q_BGHLd @ k_BGLd[:, :, None].mT * (d**-0.5 if scale is None else scale)
+    if ranges is None:
+        p_BGHLM = s_BGHLM.softmax(-1)
+    else:
+        key, (prefix, start, stop) = torch.arange(M, device=q.device), ranges[..., None].unbind(2)
+        seen = ((key < prefix) | ((key >= start) & (key < stop)))[:, None, None]
+        p_BGHLM = s_BGHLM.masked_fill(~seen, torch.finfo(upcast).min).softmax(-1) * seen
+    return (p_BGHLM @ v_BGLd[:, :, None]).permute(0, 3, 1, 2, 4).flatten(2, 3).to(q.dtype)
+
+
+@triton.jit
+def _forward_step(
+    b_acc, b_max, b_sum, b_q, b_prefix, b_start, b_stop, p_k, p_v, block, stride_kl, stride_vl, scale_log2, M,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PARTLY: tl.constexpr,
+):  # fmt: skip
+    """One block of keys: the running maximum (of scores in units of log 2), the sum of exponentials and the weighted values."""
+    start_n = block * BLOCK_N
+    b_k = load_tile(p_k, start_n, M, stride_kl, D, BLOCK_D, BLOCK_N)
+    b_v = load_tile(p_v, start_n, M, stride_vl, D, BLOCK_D, BLOCK_N)
+    b_s = dot(b_q, tl.trans(b_k))  # [BM, BN]
+    if PARTLY:
+        o_n = (start_n + tl.arange(0, BLOCK_N))[None, :]
+        if b_prefix is None:
+            b_s = tl.where(o_n < M, b_s, float("-inf"))
+        else:
+            b_s = tl.where((o_n < b_prefix[:, None]) | ((o_n >= b_start[:, None]) & (o_n < b_stop[:, None])), b_s, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
+    b_p = tl.exp2(tl.fma(b_s, scale_log2, -b_new[:, None]))
+    b_old = tl.exp2(b_max - b_new)
+    b_sum = b_sum * b_old + tl.sum(b_p, 1)
+    b_acc = dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None])
+    return b_acc, b_new, b_sum
+
+
+@triton.jit
+def attention_forward_kernel(
+    p_q, p_k, p_v, p_ranges, p_out, p_lse,
+    stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh, stride_rb,
+    scale, L, M, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    i_h, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    H = tl.num_programs(1)
+    start_m = tl.program_id(0) * BLOCK_M
+    o_m = start_m + tl.arange(0, BLOCK_M)
+    b_q = load_tile(p_q + i_b * stride_qb + i_h * stride_qh, start_m, L, stride_ql, D, BLOCK_D, BLOCK_M)
+    p_k += i_b * stride_kb + i_h // GROUP * stride_kh
+    p_v += i_b * stride_vb + i_h // GROUP * stride_vh
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    b_max = tl.full([BLOCK_M], -1e30, tl.float32)  # finite: where nothing is seen, exp2(-inf - b_max) is 0 and not NaN
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    scale_log2 = scale * LOG2E
+    if p_ranges is None:
+        b_prefix, b_start, b_stop = None, None, None
+        a, b = M // BLOCK_N, tl.cdiv(M, BLOCK_N)
+        c, d, e, f = b, b, b, b
+    else:
+        b_prefix, b_start, b_stop = load_ranges(p_ranges + i_b * stride_rb, o_m, L, M)
+        a, b, c, d, e, f = seen_blocks(b_prefix, b_start, b_stop, M, BLOCK_N)
+    for i in range(a + e - d):
+        block = i
+        if p_ranges is not None:
+            block = tl.where(i < a, i, d + i - a)
+        b_acc, b_max, b_sum = _forward_step(
+            b_acc, b_max, b_sum, b_q, b_prefix, b_start, b_stop, p_k, p_v, block, stride_kl, stride_vl, scale_log2, M, D, BLOCK_D, BLOCK_N, False
+        )
+    for i in range(b - a + d - c + f - e):
+        block = tl.where(i < b - a, a + i, tl.where(i < b - a + d - c, c + i - (b - a), e + i - (b - a + d - c)))
+        b_acc, b_max, b_sum = _forward_step(
+            b_acc, b_max, b_sum, b_q, b_prefix, b_start, b_stop, p_k, p_v, block, stride_kl, stride_vl, scale_log2, M, D, BLOCK_D, BLOCK_N, True
+        )
+    b_none = b_sum == 0.0
+    b_sum = tl.where(b_none, 1.0, b_sum)
+    b_lse = tl.where(b_none, float("-inf"), (b_max + tl.log2(b_sum)) * LN2)
+    b_acc = b_acc / b_sum[:, None]
+    store_tile(p_out + (i_b * L * H + i_h) * D, b_acc, start_m, L, H * D, D, BLOCK_D, BLOCK_M)
+    tl.store(p_lse + (i_b * H + i_h) * L + o_m, b_lse, mask=o_m < L)
+
+
+_tuned_forward, _tuned_forward_fp32 = (tuned(tiles, key=["D"])(attention_forward_kernel) for tiles in (TILES, FP32_TILES))
+
+
+@torch.library.custom_op("lowmem_drf::attention_forward", mutates_args=())
+def attention_forward_op(q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse), and nothing else is allocated."""
+    q, k, v, ranges = launchable(q), launchable(k), launchable(v), None if ranges is None else ranges.contiguous()
+    B, L, H, d = q.shape
+    M, G = k.shape[1:3]
+    out, lse = q.new_empty(q.shape), q.new_empty(B, H, L, dtype=torch.float32)
+    strides = [n for x in (q, k, v) for n in x.stride()[:3]]
+    rows = 0 if ranges is None or len(ranges) == 1 else ranges.stride(0)
+    (_tuned_forward_fp32 if q.dtype is torch.float32 else _tuned_forward)[lambda meta: (triton.cdiv(L, meta["BLOCK_M"]), H, B)](
+        q, k, v, ranges, out, lse, *strides, rows, scale, L, M, GROUP=H // G, D=d, BLOCK_D=triton.next_power_of_2(d)
+    )
+    return out, lse
+
+
+@attention_forward_op.register_fake
+def _(q, k, v, scale, ranges=None):
+    return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+
+
+@register_flop_formula(torch.ops.lowmem_drf.attention_forward)
+def _(q_shape, k_shape, *_, **__) -> int:
+    """As PyTorch counts its own: all queries with all keys. What ranges leave out is not known from shapes."""
+    B, L, H, d = q_shape
+    return 4 * B * H * L * k_shape[1] * d
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None) -> Tensor:
+        out, lse = attention_forward_op(q, k, v, scale, ranges)
+        ctx.save_for_backward(q, k, v, out, lse, ranges)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, ranges = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        found = attention_backward_op(d_out, q, k, v, out, lse, ctx.scale, ranges, wanted[0], wanted[1] or wanted[2])
+        return *(gradient if want else None for gradient, want in zip(found, wanted, strict=False)), None, None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, ranges: Tensor | None = None) -> Tensor:
+    """softmax(scale q k^T) v, differentiable in q, k and v. What nobody wants the gradient of costs nothing.
+
+    Args:
+        q: (B, L, H, d), bf16, fp16 or fp32.
+        k: (B, M, G, d), the same dtype, H a multiple of G.
+        v: as k.
+        scale: positive; d ** -0.5 where it is None.
+        ranges: (B or 1, L, 3) int32, what each query sees; all keys where it is None.
+
+    Returns:
+        (B, L, H, d).
+
+    Raises:
+        TypeError: a dtype that the kernels do not have.
+        ValueError: shapes or devices that do not fit together.
+    """
+    return _Attention.apply(q, k, v, _checked(q, k, v, scale, ranges), ranges)
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, ranges: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of ``attention``, outside autograd: lse (B, H, L) fp32. With ``attention_backward`` for whoever keeps them himself."""
+    return attention_forward_op(q, k, v, _checked(q, k, v, scale, ranges), ranges)
+
+
+def attention_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float | None = None,
+    ranges: Tensor | None = None,
+    wanted_q: bool = True,
+    wanted_kv: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv) from what ``attention_forward`` gave and the gradient of out; those that are not wanted have no elements. Checks as ``attention``."""
+    scale = _checked(q, k, v, scale, ranges)
+    for name, x in (("d_out", d_out), ("out", out)):
+        if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} must be as q, {tuple(q.shape)} {q.dtype} on {q.device}; got {tuple(x.shape)} {x.dtype} on {x.device}.")
+    B, L, H, _ = q.shape
+    if lse.shape != (B, H, L) or lse.dtype is not torch.float32 or lse.device != q.device:
+        raise ValueError(
+            f"lse must be {(B, H, L)} torch.float32 on {q.device}, as attention_forward gives it; got {tuple(lse.shape)} {lse.dtype}, {lse.device}."
+        )
+    return attention_backward_op(d_out, q, k, v, out, lse, scale, ranges, wanted_q, wanted_kv)
+
+
+def _checked(q: Tensor, k: Tensor, v: Tensor, scale: float | None, ranges: Tensor | None) -> float:
+    """The scale to use, once everything fits."""
+    tensors = {"q": q, "k": k, "v": v} | ({} if ranges is None else {"ranges": ranges})
+    if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in DTYPES:
+        got = ", ".join(f"{name} {x.dtype}" for name, x in tensors.items())
+        raise TypeError(f"q, k and v must have one dtype, bfloat16, float16 or float32; got {got}. For float64 take attention_naive.")
+    if len({x.device for x in tensors.values()}) > 1 or q.device.type not in ("cuda", "cpu"):
+        raise ValueError(f"All tensors must be on one CUDA card; got {', '.join(f'{name} on {x.device}' for name, x in tensors.items())}.")
+    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or 0 in (*q.shape, *k.shape):
+        raise ValueError(f"q must be (B, L, H, d), k and v (B, M, G, d), none of them empty; got {shapes}.")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"The heads of q must be a multiple of those of k; got {shapes}.")
+    if q.shape[3] not in HEAD_DIMS:
+        raise ValueError(f"The head dimension must be one of {HEAD_DIMS}; got {shapes}. Take attention_naive or PyTorch's attention.")
+    if ranges is not None and ranges.dtype is not torch.int32:
+        raise TypeError(f"ranges must be int32, got {ranges.dtype}.")
+    if ranges is not None and ranges.shape not in ((1, q.shape[1], 3), (q.shape[0], q.shape[1], 3)):
+        raise ValueError(f"ranges must be (B or 1, L, 3); got {shapes}.")
+    if scale is not None and scale <= 0:
+        raise ValueError(f"scale must be positive, got {scale}.")
+    return q.shape[3] ** -0.5 if scale is None else float(scale)
+
+
+def causal_ranges(L: int, device: torch.device | str) -> Tensor:
+    """(1, L, 3): query i sees the keys up to its own."""
+    return window_ranges([0, L], device, causal=True)
+
+
+def window_ranges(bounds: Sequence[int], device: torch.device | str, causal: bool = False) -> Tensor:
+    """(1, L, 3) for windows [bounds[n], bounds[n + 1]) of a sequence (cu_seqlens): a query sees its own window; ``causal``: of that, up to itself."""
+    windows = [torch.tensor([0, start, stop]).repeat(stop - start, 1) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    return _ranges(torch.cat(windows), causal, device)
+
+
+def packed_ranges(prefix: int, lengths: Sequence[int], L: int, device: torch.device | str) -> Tensor:
+    """(1, L, 3) for a causal prefix and questions behind it, each seeing the prefix and itself up to the query; what follows is padding and sees nothing."""
+    ranges = torch.zeros(L, 3, dtype=torch.int64)
+    end = prefix + sum(lengths)
+    ranges[:end] = window_ranges([0, prefix, *(prefix + torch.tensor(lengths).cumsum(0)).tolist()], "cpu", causal=True)[0]
+    ranges[prefix:end, 0] = prefix
+    return _ranges(ranges, False, device)
+
+
+def _ranges(ranges: Tensor, causal: bool, device: torch.device | str) -> Tensor:
+    if causal:
+        ranges[:, 2] = torch.arange(1, len(ranges) + 1)
+    return ranges[None].to(device, torch.int32)
+
+
+def variants(card: int) -> Iterator[Variant]:
+    """The forward kernel with every tile of a card, for each case in both 16-bit dtypes, and the fp32 tile once."""
+    runs = [(element, *case, TILES) for element in ("bf16", "fp16") for case in CASES] + [("fp32", 32, True, 1, FP32_TILES)]
+    for element, d, ranges, group, tiles in runs:
+        described = describe(element, d, ranges, group, "q k v ranges out lse", "qkv", "stride_rb scale L M")
+        for tile in tiles_for(tiles, card):
+            yield Variant(attention_forward_kernel, tile, *described)

@@ -1,0 +1,253 @@
+"""The Wan VAE's RMSNorm and SiLU in one pass over memory.
+
+    n = x / max(|x|, 1e-12)          |x|: over the C channels of a position, in fp32
+    u = sqrt(C) * n * gamma
+    y = silu(u) = u * sigmoid(u)     or u itself
+
+Shapes: x and y (B, C, T, H, W), gamma (C). Dtypes: bf16, fp16 or fp32, each its own; y has that of x. Arithmetic in fp32, one rounding at the end.
+Source: ``WanRMS_norm`` and ``SiLU`` as ``WanResidualBlock`` of diffusers 0.42.1 has them (``autoencoder_kl_wan.py``), whose ``F.normalize`` keeps x in
+fp32, its square, its norms and two quotients, and whose ``SiLU`` keeps its input.
+
+Saved for the backward: x alone. A program holds all channels of its positions, so that their norm costs no second reading, and a saved one would
+save nothing. With s = sigmoid(u) and v = sqrt(C) * gamma * d * s * (1 + u * (1 - s)), for an upstream gradient d:
+
+    dx     = (v - n * sum_C(v * n)) / |x|        (v / 1e-12 where the norm is clamped)
+    dgamma = sum over positions of v * n / gamma
+
+Tiles are channels x positions. Positions are what is contiguous in memory, so a warp reads them along; in channels-last memory the compiler turns the
+tile round by itself, for the stride of the channels is 1. No tensor is copied, strips of rows and of frames are read where they lie, as long as H and W
+are one dimension of memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lowmem_drf.kernels.tiles import CARDS, INTERPRETED, Tile, Variant, tiles_for, tuned
+
+ELEMENTS = 8192
+"""Of a tile: all channels, the next power of two, times as many positions as that leaves. Of 96 channels 64: in bf16 128 bytes, a line of the cache;
+of 384 still 32 bytes, the least that memory transfers."""
+TILES: tuple[Tile, ...] = (
+    Tile({"ELEMENTS": ELEMENTS}, 8, 1, CARDS, "32 elements a thread, at most 128 registers: two programs share a multiprocessor, one loads while one computes"),
+    Tile({"ELEMENTS": ELEMENTS}, 16, 1, CARDS, "16 elements a thread: twice the warps to compute while others wait, more of them to add up over"),
+)
+EPS = tl.constexpr(1e-12)
+"""Of ``F.normalize``."""
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def norm_silu_naive(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool = True) -> Tensor:
+    """The formula in plain PyTorch."""
+    exact = torch.promote_types(x_BCTHW.dtype, torch.float32)
+    n = torch.nn.functional.normalize(x_BCTHW.to(exact), dim=1)
+    u = n * x_BCTHW.shape[1] ** 0.5 * gamma_C.to(exact).view(-1, 1, 1, 1)
+    return (torch.nn.functional.silu(u) if silu else u).to(x_BCTHW.dtype)
+
+
+@triton.jit
+def _places(C, T, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """This program's batch element, frame, channels [BLOCK_C, 1] and positions [1, BLOCK_P], and which of these there are."""
+    blocks = tl.cdiv(P, BLOCK_P)
+    i_bt = tl.program_id(0) // blocks
+    o_c = tl.arange(0, BLOCK_C)[:, None]
+    o_p = ((tl.program_id(0) % blocks) * BLOCK_P + tl.arange(0, BLOCK_P))[None, :]
+    return (i_bt // T).to(tl.int64), (i_bt % T).to(tl.int64), o_c.to(tl.int64), o_p.to(tl.int64), (o_c < C) & (o_p < P)
+
+
+@triton.jit
+def _of_channels(p_gamma, C, BLOCK_C: tl.constexpr):
+    """[BLOCK_C, 1] in fp32. Loaded as a row: a column's load would lay out the whole computation, so that a warp has one position only."""
+    o_c = tl.arange(0, BLOCK_C)
+    return tl.load(p_gamma + o_c, mask=o_c < C, other=0.0).to(tl.float32)[:, None]
+
+
+@triton.jit
+def _sigmoid(b_u):
+    b_root = tl.math.rsqrt(1.0 + tl.exp(-b_u))
+    return b_root * b_root  # a division takes four times the instructions, and on the fastest memory this kernel is near their limit
+
+
+@tuned(TILES, key=["C"])
+@triton.jit
+def norm_silu_forward_kernel(
+    p_x, p_gamma, p_y, C, T, P, root,
+    stride_xb, stride_xc, stride_xt, step_x, stride_yb, stride_yc, stride_yt, step_y,
+    SILU: tl.constexpr, BLOCK_C: tl.constexpr, ELEMENTS: tl.constexpr,
+):  # fmt: skip
+    i_b, i_t, o_c, o_p, m = _places(C, T, P, BLOCK_C, ELEMENTS // BLOCK_C)
+    b_x = tl.load(p_x + i_b * stride_xb + i_t * stride_xt + o_c * stride_xc + o_p * step_x, mask=m, other=0.0).to(tl.float32)  # [BLOCK_C, BLOCK_P]
+    b_gamma = _of_channels(p_gamma, C, BLOCK_C)
+    b_norm = tl.sqrt(tl.sum(b_x * b_x, axis=0))[None, :]  # [1, BLOCK_P]
+    b_y = b_x * (root / tl.maximum(b_norm, EPS)) * b_gamma
+    if SILU:
+        b_y = b_y * _sigmoid(b_y)
+    tl.store(p_y + i_b * stride_yb + i_t * stride_yt + o_c * stride_yc + o_p * step_y, b_y.to(p_y.dtype.element_ty), mask=m)
+
+
+@tuned(TILES, key=["C"])
+@triton.jit
+def norm_silu_backward_kernel(
+    p_d, p_x, p_gamma, p_dx, p_dgamma, C, T, P, root,
+    stride_db, stride_dc, stride_dt, step_d, stride_xb, stride_xc, stride_xt, step_x, stride_dxb, stride_dxc, stride_dxt, step_dx,
+    SILU: tl.constexpr, DX: tl.constexpr, DGAMMA: tl.constexpr, BLOCK_C: tl.constexpr, ELEMENTS: tl.constexpr,
+):  # fmt: skip
+    i_b, i_t, o_c, o_p, m = _places(C, T, P, BLOCK_C, ELEMENTS // BLOCK_C)
+    b_x = tl.load(p_x + i_b * stride_xb + i_t * stride_xt + o_c * stride_xc + o_p * step_x, mask=m, other=0.0).to(tl.float32)  # [BLOCK_C, BLOCK_P]
+    b_d = tl.load(p_d + i_b * stride_db + i_t * stride_dt + o_c * stride_dc + o_p * step_d, mask=m, other=0.0).to(tl.float32)  # [BLOCK_C, BLOCK_P]
+    b_gamma = root * _of_channels(p_gamma, C, BLOCK_C)
+    b_norm = tl.sqrt(tl.sum(b_x * b_x, axis=0))[None, :]  # [1, BLOCK_P]
+    b_inverse = 1.0 / tl.maximum(b_norm, EPS)
+    b_n = b_x * b_inverse
+    if SILU:
+        b_u = b_n * b_gamma
+        b_s = _sigmoid(b_u)
+        b_d = b_d * b_s * (1.0 + b_u * (1.0 - b_s))
+    if DGAMMA:
+        o_row = tl.arange(0, BLOCK_C)
+        tl.store(p_dgamma + tl.program_id(0).to(tl.int64) * C + o_row, root * tl.sum(b_d * b_n, axis=1), mask=o_row < C)
+    if DX:
+        b_v = b_d * b_gamma
+        b_along = tl.where(b_norm > EPS, tl.sum(b_v * b_n, axis=0)[None, :], 0.0)
+        b_dx = (b_v - b_n * b_along) * b_inverse
+        tl.store(p_dx + i_b * stride_dxb + i_t * stride_dxt + o_c * stride_dxc + o_p * step_dx, b_dx.to(p_dx.dtype.element_ty), mask=m)
+
+
+def _extent(*tensors: Tensor) -> tuple[int, int]:
+    """Frames, and positions of each; one long frame where frames follow one another in the memory of all these tensors."""
+    _, _, frames, height, width = tensors[0].shape
+    if all(frames == 1 or x.stride(2) == height * width * _strides(x)[3] for x in tensors):
+        return 1, frames * height * width
+    return frames, height * width
+
+
+def _programs(x: Tensor, frames: int, positions: int) -> int:
+    return x.shape[0] * frames * triton.cdiv(positions, ELEMENTS // _block_c(x))
+
+
+def _block_c(x: Tensor) -> int:
+    return triton.next_power_of_2(x.shape[1])
+
+
+def _flat(x: Tensor) -> Tensor:
+    """With H and W one dimension of memory, copied where they are not: of strips of columns and of transposed frames."""
+    return x if x.shape[3] == 1 or x.shape[4] == 1 or x.stride(3) == x.shape[4] * x.stride(4) else x.contiguous()
+
+
+def _require_launchable(x: Tensor) -> None:
+    """Here and not at the door: fake tensors of the CPU stand for a card's."""
+    if x.device.type != "cuda" and not INTERPRETED:
+        raise ValueError(f"norm_silu runs on a CUDA card; x is on {x.device}. On the CPU take norm_silu_naive, or set TRITON_INTERPRET=1 before Python starts")
+
+
+def _strides(x: Tensor) -> tuple[int, int, int, int]:
+    """Of batch, channels, frames and positions."""
+    return x.stride(0), x.stride(1), x.stride(2), x.stride(3 if x.shape[4] == 1 else 4)
+
+
+@torch.library.custom_op("lowmem_drf::norm_silu_forward", mutates_args=())
+def norm_silu_forward(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool) -> Tensor:
+    """y, in memory as x where x has no gaps."""
+    _require_launchable(x_BCTHW)
+    x, gamma = _flat(x_BCTHW), gamma_C.contiguous()
+    y = torch.empty_like(x)
+    if x.numel():
+        frames, positions = _extent(x, y)
+        with torch.cuda.device_of(x):
+            norm_silu_forward_kernel[(_programs(x, frames, positions),)](
+                x, gamma, y, x.shape[1], frames, positions, x.shape[1] ** 0.5, *_strides(x), *_strides(y), SILU=silu, BLOCK_C=_block_c(x)
+            )
+    return y
+
+
+@norm_silu_forward.register_fake
+def _(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool) -> Tensor:
+    return torch.empty_like(_flat(x_BCTHW))
+
+
+@torch.library.custom_op("lowmem_drf::norm_silu_backward", mutates_args=())
+def norm_silu_backward(d_BCTHW: Tensor, x_BCTHW: Tensor, gamma_C: Tensor, silu: bool, wants_x: bool, wants_gamma: bool) -> tuple[Tensor, Tensor]:
+    """Gradients at x, in memory as x where x has no gaps, and at gamma; empty where not wanted.
+
+    Where gamma's is wanted, a row of C fp32 numbers for each program waits for its sum: a 64th of x in fp32 at 96 channels, a 16th at 1024.
+    """
+    _require_launchable(x_BCTHW)
+    d, x, gamma = _flat(d_BCTHW), _flat(x_BCTHW), gamma_C.contiguous()
+    dx = torch.empty_like(x) if wants_x else x.new_empty(0)
+    frames, positions = _extent(d, x, *([dx] if wants_x else []))
+    programs = _programs(x, frames, positions)
+    rows = torch.empty(programs if wants_gamma else 0, x.shape[1], dtype=torch.float32, device=x.device)
+    if x.numel():
+        with torch.cuda.device_of(x):
+            norm_silu_backward_kernel[(programs,)](
+                d, x, gamma, dx, rows, x.shape[1], frames, positions, x.shape[1] ** 0.5, *_strides(d), *_strides(x),
+                *(_strides(dx) if wants_x else (0, 0, 0, 0)), SILU=silu, DX=wants_x, DGAMMA=wants_gamma, BLOCK_C=_block_c(x),
+            )  # fmt: skip
+    return dx, rows.sum(0).to(gamma.dtype) if wants_gamma else gamma.new_empty(0)
+
+
+@norm_silu_backward.register_fake
+def _(d_BCTHW: Tensor, x_BCTHW: Tensor, gamma_C: Tensor, silu: bool, wants_x: bool, wants_gamma: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(_flat(x_BCTHW)) if wants_x else x_BCTHW.new_empty(0), gamma_C.new_empty(gamma_C.shape if wants_gamma else 0)
+
+
+class _NormSilu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, silu: bool) -> Tensor:
+        ctx.save_for_backward(x, gamma)
+        ctx.silu = silu
+        return norm_silu_forward(x, gamma, silu)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        wants_x, wants_gamma, _ = ctx.needs_input_grad
+        dx, dgamma = norm_silu_backward(d, *ctx.saved_tensors, ctx.silu, wants_x, wants_gamma)
+        return dx if wants_x else None, dgamma if wants_gamma else None, None
+
+
+def norm_silu(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool = True) -> Tensor:
+    """``silu(normalize(x_BCTHW, dim=1) * sqrt(C) * gamma_C)``, differentiable in both.
+
+    Args:
+        x_BCTHW: bf16, fp16 or fp32, of up to 1024 channels.
+        gamma_C: one of these dtypes too.
+        silu: ``False``: the norm alone.
+
+    Returns:
+        The shape and dtype of ``x_BCTHW``.
+
+    Raises:
+        TypeError: another dtype. fp64 has ``norm_silu_naive``.
+        ValueError: other shapes, or tensors that are not on one device, or not on a card (where Triton interprets, on the CPU or a card).
+    """
+    for name, tensor in (("x_BCTHW", x_BCTHW), ("gamma_C", gamma_C)):
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"norm_silu takes bf16, fp16 and fp32; {name} is {tensor.dtype}. norm_silu_naive takes fp64")
+    if x_BCTHW.ndim != 5 or not 1 <= x_BCTHW.shape[1] <= 1024 or gamma_C.shape != (x_BCTHW.shape[1],):
+        shapes = f"{tuple(x_BCTHW.shape)} and {tuple(gamma_C.shape)}"
+        raise ValueError(f"norm_silu takes x of shape (B, C, T, H, W) with 1 to 1024 channels, and gamma of shape (C); it got {shapes}")
+    if x_BCTHW.device != gamma_C.device or x_BCTHW.device.type == "meta":
+        raise ValueError(f"norm_silu takes tensors with values, on one device; x is on {x_BCTHW.device}, gamma on {gamma_C.device}")
+    return _NormSilu.apply(x_BCTHW, gamma_C, silu)
+
+
+def variants(card: int) -> Iterator[Variant]:
+    """Every width of the VAEs of Wan 2.1 (96, 192, 384) and 2.2 (256, 512, 1024), with frozen weights, channels one after the other in memory."""
+    sizes = {"C": "i32:16", "T": "i32", "P": "i32:16", "root": "fp32"}
+    for kernel, pointers, own, tensors, switches in (
+        (norm_silu_forward_kernel, ("p_x", "p_gamma", "p_y"), {}, ("x", "y"), {}),
+        (norm_silu_backward_kernel, ("p_d", "p_x", "p_gamma", "p_dx"), {"p_dgamma": "*fp32"}, ("d", "x", "dx"), {"DX": True, "DGAMMA": False}),
+    ):
+        strides = {f"stride_{tensor}{dimension}": "i32" for tensor in tensors for dimension in "bct"}
+        constants = {"SILU": True} | switches | {f"step_{tensor}": 1 for tensor in tensors}
+        for element, block_c, tile in itertools.product(("bf16", "fp32"), (128, 256, 512, 1024), tiles_for(TILES, card)):
+            yield Variant(kernel.fn, tile, dict.fromkeys(pointers, f"*{element}") | own | sizes | strides, constants | {"BLOCK_C": block_c})
