@@ -9,7 +9,7 @@ from _vae import CONFIGS
 from torch import Tensor
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.decoder import WanDecoder, load_vae
+from lowmem_drf.models.decoder import WanDecoder, drop_encoder, load_vae
 
 
 def chunked(decoder: WanDecoder, latents: Tensor) -> tuple[list[Tensor], list[tuple]]:
@@ -98,3 +98,12 @@ def test_weights_of_another_vae_are_refused(tmp_path) -> None:
     config.write_text(config.read_text().replace('"num_res_blocks": 1', '"num_res_blocks": 2'))
     with pytest.raises(BadInputError, match="lack"):
         load_vae(str(folder))
+
+
+def test_without_its_encoder_a_vae_decodes_as_before() -> None:
+    vae = tiny_vae()
+    latents = torch.randn(1, vae.config.z_dim, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    wanted, weights = WanDecoder(vae).decode(latents), sum(p.nbytes for p in vae.parameters())
+    drop_encoder(vae)
+    assert torch.equal(WanDecoder(vae).decode(latents), wanted)
+    assert sum(p.nbytes for p in vae.parameters()) < 0.75 * weights

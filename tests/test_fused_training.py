@@ -27,6 +27,7 @@ from lowmem_drf.types import Parts
 
 TEXT = "a red circle moves right on a gray background"
 SMALL = ("batch=1", "micro_batch=1", "sampler.steps=2", "sampler.graded_steps=1", "memory.checkpoint=true", "log.eval_prompts=0", "log.sample_every=0")
+SHORT = ("video.frames=5", "critic.frames=3", "critic.token_weights=uniform")
 
 
 def test_gradients_of_toyworld(monkeypatch):
@@ -59,7 +60,7 @@ def test_gradients_of_toyworld(monkeypatch):
 
 def test_two_updates_of_toyworld(tmp_path, capsys):
     run = tmp_path / "run"
-    train_command("toy", None, run, 2, None, False, [*SMALL, "kernels.ops=fused", "kernels.attention=triton"], False)
+    train_command("toy", None, run, 2, None, False, [*SMALL, *SHORT, "kernels.ops=fused", "kernels.attention=triton"], False)
     assert "kernels: fused; attention: triton (as asked)" in capsys.readouterr().out
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]

@@ -40,6 +40,11 @@ def load_vae(folder_or_id: str, dtype: torch.dtype = torch.float32, device: str 
     return vae.to(device).eval().requires_grad_(False)
 
 
+def drop_encoder(vae: AutoencoderKLWan) -> None:
+    """Lets go of what only encoding needs: nearly half of the Wan VAE's weights. ``decode`` works on."""
+    vae.encoder = vae.quant_conv = None
+
+
 class WanDecoder:
     """``types.Decoder`` on an ``AutoencoderKLWan``. Latents are the transformer's; frames are in [0, 1], in the VAE's dtype.
 

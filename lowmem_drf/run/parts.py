@@ -167,15 +167,16 @@ def assemble(
     meter: StageMeter,
     chosen: Chosen | None = None,
 ) -> Models:
-    """Loaded models with the configuration's memory settings on them. ``texts``: see ``Models``.
+    """Loaded models with the configuration's memory settings on them, the VAE without its encoder. ``texts``: see ``Models``.
 
     ``chosen``: the form of the operations; ``None``: it is chosen here, for ``device``.
 
     Raises BadInputError: the video's size does not fit the models, or a kernel that is asked for cannot run.
     """
-    from lowmem_drf.models.decoder import WanDecoder
+    from lowmem_drf.models.decoder import WanDecoder, drop_encoder
     from lowmem_drf.models.denoiser import as_velocity, set_activations
 
+    drop_encoder(vae)
     memory, store = config.memory, HostStore(device)
     shape = latent_shape(config, transformer, vae)
     chosen = chosen or choose(config, device, attention_shape(config, transformer, shape), DTYPES[config.dtype])
