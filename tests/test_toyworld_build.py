@@ -128,7 +128,7 @@ def test_every_defect_is_asked_for_both_ways_as_often():
         assert len(names) == 2 * sum(ways) > 0
 
 
-@pytest.mark.parametrize("defects", [set(), {"jump"}, {"morph"}, {"noise"}, {"pulse", "blur"}], ids=str)
+@pytest.mark.parametrize("defects", [set(), {"jump"}, {"morph"}, {"noise"}, {"pulse", "blur"}], ids=lambda names: "-".join(sorted(names)) or "none")
 def test_dense_answers_are_wrong_in_one_word_at_most_and_that_one_is_corrected(defects):
     """Combination (0, 1, 2, 0): a green circle that moves up on black."""
     dense = [lesson for lesson in lessons(defects) if lesson.question.kind == "dense"]
