@@ -53,11 +53,12 @@ class RowOps:
 
 
 def naive_ops() -> RowOps:
+    """As diffusers computes them, to the bit."""
     return RowOps("naive", _norm_modulate, _layer_norm, _gate_residual, _rms_norm, _rope_qk, None, False)
 
 
 def fused_ops() -> RowOps:
-    """Imports Triton."""
+    """The kernels. Imports Triton."""
     from lowmem_drf.kernels.modulate import gate_residual, norm_modulate
     from lowmem_drf.kernels.norm_silu import norm_silu
     from lowmem_drf.kernels.rope_qk import rms_norm, rope_qk

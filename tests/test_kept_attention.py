@@ -130,6 +130,24 @@ def test_a_recorded_rollout_gives_the_same_gradients(relay, changes, attentions,
     assert recorded["rollout"] == plain["rollout"]
 
 
+@pytest.mark.parametrize("attentions", [True, False], ids=["attentions", "inputs-alone"])
+def test_what_is_recorded_is_exact_whatever_the_rollout_is(relay, attentions):
+    """Another attention without gradient changes the clip, and the graded steps are differentiated at its latents, exactly."""
+    calls = []
+
+    def rough(q, k, v):
+        calls.append(torch.is_grad_enabled())
+        return torch.nn.functional.scaled_dot_product_attention(*((0.9 * x).transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    plan = plan_of((3, 4, 5), guidance=3.0)
+    exact, _, _ = relay(plan, True, attentions)
+    got, _, _ = relay(plan, True, attentions, rollout_attention=rough)
+    steps, blocks = 6, 2
+    # every pass of every block, but for the conditional passes of the recorded steps
+    assert calls == [False] * (blocks * (2 * steps - 3))
+    assert not torch.equal(got, exact)
+
+
 def test_records_are_used_up(relay):
     with Ledger() as ledger:
         relay(plan_of((3, 4, 5), guidance=3.0), True)

@@ -120,7 +120,7 @@ class RecordedForward:
         record = self._recorder.recording
         if record is None or torch.is_grad_enabled():
             return self._forward(hidden, *rest, **arguments)
-        out = self._forward(hidden, *rest, tape=record.enter(hidden))
+        out = self._forward(hidden, *rest, tape=record.enter(hidden), recorded=True)
         if self._is_last:
             record.leave(out)
         return out

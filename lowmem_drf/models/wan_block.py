@@ -32,7 +32,7 @@ class BlockForward:
 
     Args:
         count: slices of tokens. 1: the whole sequence, recomputed by nobody but a checkpoint around the block.
-        rollout_attention: among the tokens, where there is no gradient and nothing is kept. ``None``: ``attention``.
+        rollout_attention: among the tokens, where there is no gradient and nothing is recorded. ``None``: ``attention``.
 
     Raises:
         BadInputError: an image-to-video block.
@@ -40,30 +40,29 @@ class BlockForward:
 
     def __init__(self, block: Any, rows: RowOps, attention: Attention, count: int = 1, rollout_attention: Any = None) -> None:
         if block.attn2.add_k_proj is not None:
-            raise BadInputError(
-                "the transformer is an image-to-video one: slices of tokens, kept attentions and fused kernels know text-to-video blocks only. "
-                "Use -s memory.token_slices=1 -s memory.keep_attention=none -s memory.record_rollout=false -s kernels.ops=naive"
-            )
+            raise BadInputError("the transformer is an image-to-video one: its blocks attend to an image besides. Take a text-to-video model.")
         self._block, self._rows, self._attention, self._count = block, rows, attention, count
         self._rollout_attention = rollout_attention
 
-    def __call__(self, hidden_BLD: Tensor, text_BLD: Tensor, time_B6D: Tensor, rotary: tuple[Tensor, Tensor], tape: Tape | None = None) -> Tensor:
-        return self._forward(hidden_BLD, text_BLD, time_B6D, rotary, tape, unread=False)
+    def __call__(
+        self, hidden_BLD: Tensor, text_BLD: Tensor, time_B6D: Tensor, rotary: tuple[Tensor, Tensor], tape: Tape | None = None, recorded: bool = False
+    ) -> Tensor:
+        exact = recorded or self._rollout_attention is None or torch.is_grad_enabled()
+        return self._forward(hidden_BLD, text_BLD, time_B6D, rotary, tape, unread=False, exact=exact)
 
     def unread(self, hidden_BLD: Tensor, text_BLD: Tensor, time_B6D: Tensor, rotary: tuple[Tensor, Tensor], tape: Tape | None = None) -> Tensor:
         """For a recompute: keeps what ``__call__`` keeps, and, in slices, leaves out what comes after the self-attention, which keeps only its inputs."""
-        return self._forward(hidden_BLD, text_BLD, time_B6D, rotary, tape, unread=True)
+        return self._forward(hidden_BLD, text_BLD, time_B6D, rotary, tape, unread=True, exact=True)
 
-    def _forward(self, hidden_BLD: Tensor, text_BLD: Tensor, time_B6D: Tensor, rotary: tuple[Tensor, Tensor], tape: Tape | None, unread: bool) -> Tensor:
+    def _forward(
+        self, hidden_BLD: Tensor, text_BLD: Tensor, time_B6D: Tensor, rotary: tuple[Tensor, Tensor], tape: Tape | None, unread: bool, exact: bool
+    ) -> Tensor:
         block = self._block
         attn1, attn2 = block.attn1, block.attn2
         modulation_B6D = block.scale_shift_table + time_B6D.float()
         before = partial(in_slices, count=self._count, parameters=_trainable(attn1.to_q, attn1.to_k, attn1.to_v)) if self._count > 1 else _whole
         q, k, v = before(self._before, sliced=[hidden_BLD, *rotary], shared=[modulation_B6D])
-        if self._rollout_attention is not None and tape is None and not torch.is_grad_enabled():
-            attended_BLHd = self._rollout_attention(q, k, v)
-        else:
-            attended_BLHd = self._attend(q, k, v, tape)
+        attended_BLHd = self._attend(q, k, v, tape) if exact else self._rollout_attention(q, k, v)
         del q, k, v
         text_k = self._rows.rms_norm(attn2.to_k(text_BLD), attn2.norm_k.weight, attn2.norm_k.eps).unflatten(2, (attn2.heads, -1))
         text_v = attn2.to_v(text_BLD).unflatten(2, (attn2.heads, -1))
