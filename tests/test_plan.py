@@ -88,6 +88,7 @@ ADVISED = [  # GiB / 1000 of a card that is too small, and settings
     (25, (*SMALL, "video.width=64", "video.height=64")),
     (18, ("micro_batch=2", "batch=2", *SMALL[2:])),
     (14, (*SMALL, "critic.mode=both")),
+    (17, (*SMALL, "memory.keep_attention=card")),
 ]
 
 
