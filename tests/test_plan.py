@@ -80,7 +80,7 @@ def test_json_is_complete():
 ADVISED = [  # GiB / 1000 of a card that is too small, and settings
     (20, SMALL[:-1]),
     (21, (*SMALL[:-1], "memory.checkpoint=false")),
-    (16, SMALL),
+    (16.5, SMALL),
     (17, SMALL),
     (24, LARGE),
     (17, (*SMALL, "video.frames=21")),
