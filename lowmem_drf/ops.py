@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -160,6 +160,20 @@ def ranged_attention() -> tuple[Callable[[Tensor, Tensor, Tensor, float, Tensor]
     from lowmem_drf.kernels.attention import HEAD_DIMS, attention
 
     return attention, HEAD_DIMS
+
+
+def packed_ranges(prefix: int, lengths: Sequence[int], tokens: int) -> Tensor:
+    """(1, tokens, 3) for that kernel, on the CPU: questions of these lengths behind a prefix, each seeing the prefix and itself; padding sees nothing."""
+    from lowmem_drf.kernels import attention
+
+    return attention.packed_ranges(prefix, lengths, tokens, "cpu")
+
+
+def window_ranges(bounds: Sequence[int]) -> Tensor:
+    """(1, L, 3) for that kernel, on the CPU: the windows [bounds[n], bounds[n + 1]) of a sequence."""
+    from lowmem_drf.kernels import attention
+
+    return attention.window_ranges(bounds, "cpu")
 
 
 def sdpa_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

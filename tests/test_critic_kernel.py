@@ -7,7 +7,6 @@ import torch
 from _close import assert_within_budget
 from _tiny import tiny_critic
 
-from lowmem_drf.models.critic_attention import packed_ranges, window_ranges
 from lowmem_drf.ops import ranged_attention
 from lowmem_drf.types import Question
 
@@ -31,11 +30,6 @@ def test_ranges_are_the_mask(clips):
     lengths = [sum(len(conversation.ask(q).ids) for q in clip) for clip in clips]
     assert (~padding).sum(1).tolist() == [11 + length for length in lengths]
     assert not seen[padding].any()
-
-
-def test_windows():
-    assert window_ranges([0, 2, 3]).tolist() == [[[0, 0, 2], [0, 0, 2], [0, 2, 3]]]
-    assert packed_ranges(2, [[1]], 2).tolist() == [[[[0, 0, 1], [0, 0, 2], [2, 2, 3], [0, 0, 0]]]]
 
 
 def answers(critic, frames):

@@ -31,7 +31,7 @@ SHORT = ("video.frames=5", "critic.frames=3", "critic.token_weights=uniform")
 
 
 def test_gradients_of_toyworld(monkeypatch):
-    """All that has a kernel at once: rows, attention, the VAE's norms, LoRA layers. Against fp64, twice what PyTorch's own fp32 is off."""
+    """All that has a kernel at once: rows, attention and its kept results, the VAE's norms, LoRA layers. Against fp64, twice what PyTorch's own fp32 is off."""
     config = load_config("toy", SMALL)
     models = load_models(config, [TEXT])
     plan, cond = step_plan(config, 0), models.condition([TEXT])
@@ -41,7 +41,7 @@ def test_gradients_of_toyworld(monkeypatch):
         transformer, vae = deepcopy(models.transformer).to(dtype), deepcopy(models.decoder.vae).to(dtype)
         add_lora(transformer, rank=4, alpha=4.0)
         randomise_lora(transformer)
-        set_activations(transformer, rows=rows, attention=attention)
+        set_activations(transformer, rows=rows, attention=attention, keep_attention="card")
         judge = QwenCritic(deepcopy(critic.model).to(dtype), critic.tokenizer, critic.geometry, critic.fps)
         for parameter in lora_parameters(transformer):
             parameter.data = parameter.data.to(dtype)

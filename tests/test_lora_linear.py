@@ -9,7 +9,7 @@ from _tiny import randomise_lora, tiny_transformer
 from torch.nn import functional as F
 
 from lowmem_drf.memory.ledger import Ledger
-from lowmem_drf.models.lora import add_lora, lora_scale
+from lowmem_drf.models.lora import ADAPTER, add_lora, lora_scale
 from lowmem_drf.models.lora_linear import linear
 
 
@@ -30,7 +30,7 @@ def gradients(layer, call, x):
     x = x.clone().requires_grad_()
     y = call(layer, x)
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=y.dtype)
-    lora = [matrices["default"].weight if "default" in matrices else next(iter(matrices.values())).weight for matrices in (layer.lora_A, layer.lora_B)]
+    lora = [matrices[ADAPTER].weight for matrices in (layer.lora_A, layer.lora_B)]
     return [y.detach(), *torch.autograd.grad(y, [x, *lora], upstream)]
 
 
@@ -87,8 +87,6 @@ def test_bytes():
     block = torch.nn.Linear(wide, narrow)
     holder = torch.nn.ModuleDict({"blocks": torch.nn.ModuleDict({"ffn": block})}).requires_grad_(False)
     from peft import LoraConfig, inject_adapter_in_model
-
-    from lowmem_drf.models.lora import ADAPTER
 
     inject_adapter_in_model(LoraConfig(r=2, lora_alpha=2, target_modules=["ffn"]), holder, adapter_name=ADAPTER)
     layer = holder["blocks"]["ffn"]

@@ -6,10 +6,9 @@ stop) sees the keys [0, prefix) and [start, stop).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 NAME = "lowmem_drf_ranges"
@@ -41,24 +40,3 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_ma
 
         return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **arguments)
     return module.ranged_attention(*(x.transpose(1, 2) for x in (query, key, value)), scaling, attention_mask[:, 0]), None
-
-
-def packed_ranges(prefix: int, layout: Sequence[Sequence[int]], longest: int) -> Tensor:
-    """(clips, 1, L, 3) for questions of these lengths behind a prefix, padded to ``longest`` tokens: the mask of ``packing``. Padding sees nothing."""
-    ranges = torch.zeros(len(layout), 1, prefix + longest, 3, dtype=torch.int32)
-    ranges[..., :prefix, 2] = torch.arange(1, prefix + 1)
-    for clip, lengths in enumerate(layout):
-        start = prefix
-        for length in lengths:
-            rows = ranges[clip, 0, start : start + length]
-            rows[:, 0], rows[:, 1] = prefix, start
-            rows[:, 2] = torch.arange(start + 1, start + length + 1)
-            start += length
-    return ranges
-
-
-def window_ranges(bounds: Sequence[int]) -> Tensor:
-    """(1, L, 3) for windows [bounds[n], bounds[n + 1]) of a sequence (``cu_seqlens``)."""
-    lengths = torch.tensor(bounds).diff()
-    starts = torch.tensor(bounds[:-1]).repeat_interleave(lengths)
-    return torch.stack([torch.zeros_like(starts), starts, starts + lengths.repeat_interleave(lengths)], dim=1)[None].int()

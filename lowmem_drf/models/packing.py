@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.critic_attention import packed_ranges
+from lowmem_drf.ops import packed_ranges
 from lowmem_drf.types import Question
 
 _SENTINEL = "lowmemdrfquestion"
@@ -149,11 +149,15 @@ def _lay_out(prefix: int, layout: tuple[tuple[tuple[int, int], ...], ...], longe
             start += length
             scored.extend(range(start - answer, start))
         places.append(scored)
-    mask = packed_ranges(prefix, [[length for length, _ in clip] for clip in rows], longest) if ranges else _mask(segment)
+    mask = _ranges(prefix, rows, longest) if ranges else _mask(segment)
     if same:
         offset, places = offset.expand(len(layout), -1), places * len(layout)
     clip_R = torch.tensor([b for b, scored in enumerate(places) for _ in scored])
     return mask, offset, clip_R, torch.tensor([place for scored in places for place in scored])
+
+
+def _ranges(prefix: int, rows: Sequence[tuple[tuple[int, int], ...]], longest: int) -> Tensor:
+    return torch.stack([packed_ranges(prefix, [length for length, _ in clip], prefix + longest) for clip in rows])
 
 
 def _mask(segment_BL: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowmem_drf.models.critic_attention import RangedAttention, window_ranges
+from lowmem_drf.models.critic_attention import RangedAttention
+from lowmem_drf.ops import window_ranges
 
 
 def speed_up_vision(visual: Any, attention: RangedAttention | None = None) -> None:
