@@ -7,7 +7,7 @@ may be launched (``variants``), and ``tests/kernels/test_compile.py`` compiles a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,7 +76,7 @@ def tuned(tiles: Sequence[Tile], key: Sequence[str]) -> Callable[[Any], Any]:
     """
     configs = [triton.Config(dict(tile.sizes), num_warps=tile.warps, num_stages=tile.stages) for tile in tiles]
 
-    def mine(_: Any, named: Mapping[str, Any], **__: Any) -> Iterator[triton.Config]:
+    def mine(_: Any, named: Mapping[str, Any], **__: Any) -> list[triton.Config]:
         chosen = tiles_for(tiles, this_card())
         return [config for config, tile in zip(configs, tiles, strict=True) if tile in chosen]
 
