@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import random
 import weakref
-from contextlib import contextmanager
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from _streams import Stream, late_store
 
 from lowmem_drf.errors import LowmemError
 from lowmem_drf.memory import host
@@ -54,85 +52,9 @@ def test_under_a_ledger_the_bytes_are_those_of_a_card_and_a_host():
         assert (ledger.card_bytes, ledger.host_bytes) == (0, 0)
 
 
-class Event:
-    """A place in a stream's work. Called, that work runs."""
-
-    def __init__(self, stream):
-        self.stream, self.position = stream, len(stream.work)
-
-    def __call__(self):
-        self.stream.run(self.position)
-
-    def query(self):
-        return self.stream.done >= self.position
-
-
-class Stream:
-    """A CUDA stream that does its work as late as it may: when an event of it is waited for. ``eager``: the stream that computes."""
-
-    def __init__(self, eager=False):
-        self.eager, self.work, self.done = eager, [], 0
-
-    def record_event(self):
-        return Event(self)
-
-    def run(self, position):
-        while self.done < position:
-            work, self.done = self.work[self.done], self.done + 1
-            work()
-
-    def wait_event(self, event):
-        event() if self.eager else self.work.append(event)
-
-    def wait_stream(self, other):
-        assert other.eager  # its work is done when it is asked for
-
-    def synchronize(self):
-        self.run(len(self.work))
-
-
-class LateCopies(TorchDispatchMode):
-    """Copies go to the stream, with addresses instead of tensors: whoever frees a tensor before the copy has run is found out."""
-
-    def __init__(self, stream):
-        super().__init__()
-        self.stream = stream
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is not torch.ops.aten.copy_.default:
-            return func(*args, **(kwargs or {}))
-        to, source = args[:2]
-        storages = [weakref.ref(tensor.untyped_storage()) for tensor in (to, source)]
-        addresses, length = (to.data_ptr(), source.data_ptr()), to.nbytes
-        assert to.nbytes == source.nbytes
-
-        def copy():
-            assert all(storage() is not None for storage in storages), "memory was given back before its copy had ended"
-            ctypes.memmove(*addresses, length)
-
-        self.stream.work.append(copy)
-        return to
-
-
 @pytest.fixture
 def pinned_store(monkeypatch):
-    """A store that takes the CUDA path, on simulated streams, with arenas of 4 KiB that are not pinned."""
-    compute = Stream(eager=True)
-
-    @contextmanager
-    def on(stream):
-        with LateCopies(stream):
-            yield
-
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
-    monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(host, "ARENA", 4096)
-    monkeypatch.setattr(host, "IN_FLIGHT", 2000)
-    monkeypatch.setattr(host._Pinned, "_allocate", lambda self: torch.zeros(host.ARENA, dtype=torch.uint8))
-    store = HostStore(CPU)
-    store._pinned = host._Pinned(CPU)
-    return store
+    return late_store(monkeypatch)
 
 
 def test_copies_are_ordered_whatever_their_streams_are_late_with(pinned_store):
@@ -210,8 +132,9 @@ def test_memory_that_cannot_be_pinned_is_said_once_and_used_all_the_same(monkeyp
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
     pinned = host._Pinned(CPU)
+    pinned._arenas = [torch.zeros(1)] * 16
     monkeypatch.setattr(torch, "empty", refuse)
-    with pytest.warns(UserWarning, match=r"cannot be pinned \(CUDA error: out of memory\)"):
+    with pytest.warns(UserWarning, match=r"No more than 1.0 GiB of host memory can be pinned \(CUDA error: out of memory\)"):
         assert pinned._allocate().nbytes == host.ARENA
     assert pinned._allocate().nbytes == host.ARENA  # a second warning would be an error (pyproject has none, pytest.warns took the first)
 

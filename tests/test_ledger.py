@@ -1,6 +1,7 @@
 """The ledger: bytes alive on card and host, on real and on fake tensors; operations against PyTorch's own count."""
 
 import gc
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from lowmem_drf.memory.costs import Rates
 from lowmem_drf.memory.fakes import Fakes
-from lowmem_drf.memory.ledger import Ledger, Rates
+from lowmem_drf.memory.host import HostStore
+from lowmem_drf.memory.ledger import Ledger
 
 MIB = 1024**2
 
@@ -60,7 +63,7 @@ def test_the_host_has_its_own_account():
         a, b = floats(1), floats(2)
         ledger.on_host(b)
         ledger.on_host(b)
-        assert (ledger.card_bytes, ledger.host_bytes, ledger.to_host_bytes) == (MIB, 2 * MIB, 2 * MIB)
+        assert (ledger.card_bytes, ledger.host_bytes) == (MIB, 2 * MIB)
         assert (ledger.on_card([a, a[1:], b]), ledger.on_card([b])) == (MIB, 0)
         del b
         assert (ledger.host_bytes, ledger.peak_host_bytes) == (0, 2 * MIB)
@@ -119,13 +122,12 @@ def test_fake_tensors_count_as_real_ones_do():
 
 
 def test_what_is_replayed_counts_as_if_it_were_done():
-    rates = Rates({torch.float32: 1e9}, 2e9, 1e6)
-    x = floats(1).view(512, 512)
+    rates = Rates({torch.float32: 1e9}, 2e9, 1e6, 1e6)
+    x, store = floats(1).view(512, 512), HostStore(torch.device("cpu"))
 
     def run():
         y = x.mm(x).exp()
-        waits = y.clone()
-        Ledger.active().on_host(waits)
+        store.put(y).get()
         return y * 2
 
     def twice(step):
@@ -140,7 +142,8 @@ def test_what_is_replayed_counts_as_if_it_were_done():
     assert done.peak_card_bytes == replayed.peak_card_bytes == 5 * MIB
     assert done.peak_host_bytes == replayed.peak_host_bytes == MIB
     assert done.flops == replayed.flops == 2 * 2 * 512**3
-    assert done.to_host_bytes == replayed.to_host_bytes == 2 * MIB
+    assert astuple(done.spent) == pytest.approx(astuple(replayed.spent)) and done.spent.to_host == done.spent.to_card == 2 * MIB
+    assert done.stalled == pytest.approx(2 * 2 * MIB / 1e6)  # to the host and back, twice
     assert [str(item) for item in done.close_peak()] == [str(item) for item in replayed.close_peak()]
 
 

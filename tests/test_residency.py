@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from _relay import LIMIT, lora_gradients, relative_difference
@@ -24,6 +23,7 @@ from lowmem_drf.models.critic import load_critic
 from lowmem_drf.models.decoder import WanDecoder
 from lowmem_drf.models.denoiser import as_velocity, set_activations
 from lowmem_drf.models.lora import add_lora, lora_parameters
+from lowmem_drf.models.packed import PackedLinear
 from lowmem_drf.types import Parts, Question
 
 CPU = torch.device("cpu")
@@ -37,12 +37,7 @@ def tuned_transformer(dtype=torch.float64):
 
 
 def storages_of(module):
-    """All tensors of a module, those of 4-bit states among them."""
-    tensors = []
-    for tensor in (*module.parameters(), *module.buffers()):
-        state = getattr(tensor, "quant_state", None)
-        tensors += [tensor.detach()] if state is None else [tensor.detach(), state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
-    return tensors
+    return [tensor.detach() for tensor in (*module.parameters(), *module.buffers())]
 
 
 def sizes_of(module):
@@ -103,7 +98,7 @@ def test_a_vae_parked_and_woken_is_the_same():
 
 def test_a_4_bit_critic_parked_and_woken_is_the_same(tmp_path):
     critic = load_critic(str(save_tiny_critic(tmp_path, width=96)), torch.float32, quant="nf4")
-    assert any(isinstance(module, bnb.nn.Linear4bit) for module in critic.model.modules())
+    assert any(isinstance(module, PackedLinear) for module in critic.model.modules())
     frames = torch.rand(1, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     asked = [[Question("TA", "is the circle red ?", "yes")]]
 

@@ -17,16 +17,13 @@ import torch
 from torch import Tensor
 
 from lowmem_drf.errors import LowmemError
-from lowmem_drf.memory.ledger import Ledger
+from lowmem_drf.memory.ledger import IN_FLIGHT, Ledger
 
 ARENA = 64 * 1024**2
 """Bytes. Long enough for full speed over PCIe, short enough that the last one, half empty, costs nothing worth counting."""
 
 ALIGN = 256
 """Bytes. Pieces begin at multiples of it."""
-
-IN_FLIGHT = 256 * 1024**2
-"""Bytes of the card that may wait for their copy to the host to end. The newest tensor may in any case: its copy runs beside the computation."""
 
 Piece = tuple[int, int, int]
 """Arena, offset, length."""
@@ -44,6 +41,10 @@ class Held:
         """Starts the copy to the card, beside what is computed there; from now on its bytes are the card's. The next ``get`` takes it."""
         if self._coming is None:
             self._coming = self._fetch()
+
+    def forget(self) -> None:
+        """What is on its way to the card, or there, and was not taken is not wanted."""
+        self._coming = None
 
     def get(self) -> Tensor:
         """On the card: shape, dtype and values of what was put, contiguous, no gradient. May be called again. Do not write into it: on the
@@ -76,9 +77,7 @@ class HostStore:
             return Held(tensor.nbytes, self._pinned.put(tensor).fetch)
         ledger = Ledger.active()
         if ledger is not None:
-            copy = tensor.clone(memory_format=torch.contiguous_format)
-            ledger.on_host(copy)
-            return Held(tensor.nbytes, lambda: _arrived(copy.clone()))
+            return Held(tensor.nbytes, _Booked(tensor, ledger).fetch)
         # a view would keep the whole storage it looks into
         whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
         own = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
@@ -86,8 +85,36 @@ class HostStore:
 
     def settle(self) -> None:
         """Lets go of all tensors of the card whose copies are under way: what is computed from here on waits for those copies."""
+        ledger = Ledger.active()
         if self._pinned is not None:
             self._pinned.settle()
+        elif ledger is not None:
+            ledger.wait(ledger.link.sent(ledger.seconds))
+
+
+class _Booked:
+    """A tensor that waits on the host as far as the ledger knows."""
+
+    def __init__(self, tensor: Tensor, ledger: Ledger) -> None:
+        with ledger.off_the_clock():
+            self._copy = tensor.clone(memory_format=torch.contiguous_format)
+        ledger.on_host(self._copy)
+        self._written, until = ledger.link.send(ledger.seconds, tensor.nbytes)
+        ledger.wait(until)
+
+    def fetch(self) -> Callable[[], Tensor]:
+        ledger = Ledger.active()
+        if ledger is None:
+            return _arrived(self._copy.clone())
+        arrival = ledger.link.fetch(ledger.seconds, self._copy.nbytes, self._written)
+        with ledger.off_the_clock():
+            tensor = self._copy.clone()
+
+        def wait() -> Tensor:
+            ledger.wait(arrival)
+            return tensor
+
+        return wait
 
 
 def _arrived(tensor: Tensor) -> Callable[[], Tensor]:
@@ -205,9 +232,12 @@ class _Pinned:
                 return torch.empty(ARENA, dtype=torch.uint8, pin_memory=True)
             except RuntimeError as error:
                 self._pinning = False
+                pinned = len(self._arenas) * ARENA / 1024**3
                 warnings.warn(
-                    f"Host memory cannot be pinned ({str(error).splitlines()[0]}): copies between card and host stop the computation and run at about "
-                    "half the speed. In a container raise its limit of locked memory (ulimit -l unlimited).",
+                    f"No more than {pinned:.1f} GiB of host memory can be pinned ({str(error).splitlines()[0]}): copies between the card and what waits in "
+                    "the rest stop the computation and run at about half the speed. In a container raise its limit of locked memory (ulimit -l unlimited); "
+                    "WSL2 lets about half of its memory be pinned (memory= in .wslconfig); or let less wait: memory.checkpoint=true, "
+                    "a higher memory.vae_cache_every, model.quant=int8.",
                     stacklevel=2,
                 )
         return torch.empty(ARENA, dtype=torch.uint8)

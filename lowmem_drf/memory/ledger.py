@@ -9,45 +9,28 @@ Not seen: workspaces inside a kernel (cuDNN, cuBLAS), the CUDA context and the a
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from lowmem_drf.memory.costs import CONVOLUTIONS, Counters, Rates, facts
 from lowmem_drf.memory.fakes import DEVICE_OF, key_of, tensors_of
+from lowmem_drf.memory.link import Link
+
+IN_FLIGHT = 256 * 1024**2
+"""Bytes of the card that may wait for their copy to the host to end (``host``). The newest tensor may in any case: its copy runs beside the computation."""
 
 LOOKED_AT = 0.005
 """What the peak is made of is noted whenever it has grown by this share: the list may be that much short of the peak itself."""
-
-
-def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    """Two products: scores, and scores times values. GQA: ``q`` has more heads than ``k``."""
-    return 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (q.shape[3] + v.shape[3])
-
-
-def _attention_backward_flops(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    """Five products for the forward's two."""
-    return _attention_flops(q, k, v) * 5 // 2
-
-
-_aten = torch.ops.aten
-FLOPS: dict[Any, Callable[..., int]] = {
-    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-}
-"""What ``torch.utils.flop_counter`` does not know: attention of (fake) CPU tensors."""
-
-CONVOLUTIONS = {_aten.convolution, _aten.convolution_backward}
-
-WORKSPACE: dict[Any, Callable[..., int]] = {_aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda d_out, q, *_: 4 * q.numel()}
-"""Bytes that the CUDA kernel asks of the allocator and the CPU's does not: FlashAttention-2 sums the gradient of q in fp32 (flash_bwd's ``dq_accum``)."""
 
 
 T = TypeVar("T")
@@ -85,33 +68,12 @@ class _Kind:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What something takes, above what was there before: bytes of card and host at most, operations, seconds, bytes sent to the host."""
+    """What something takes, above what was there before: bytes of card and host at most, and what it adds to the counters."""
 
     card: int
     host: int
-    flops: int
-    seconds: float
-    to_host: int
+    spent: Counters
     items: tuple[Item, ...]
-
-
-@cache
-def _facts(func: Any) -> tuple[str, Callable[..., int] | None, Callable[..., int] | None]:
-    """An operator's name, its operations and its workspace."""
-    packet = func.overloadpacket
-    return str(func.name()).removeprefix("aten::"), FLOPS.get(packet) or flop_registry.get(packet), WORKSPACE.get(packet)
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """What a card does in a second, for the estimate of time."""
-
-    flops: Mapping[torch.dtype, float]
-    """Matrix products, and convolutions in 16 bit, by dtype."""
-    convolution: float
-    """Convolutions of fp32 tensors: cuDNN takes TF32 for them, as PyTorch sets it."""
-    bytes: float
-    """Read and written in the card's memory."""
 
 
 class Ledger(TorchDispatchMode):
@@ -127,11 +89,14 @@ class Ledger(TorchDispatchMode):
     def __init__(self, block: int = 1, rates: Rates | None = None) -> None:
         super().__init__()
         self.card_bytes = self.host_bytes = self.peak_card_bytes = self.peak_host_bytes = 0
-        self.flops = self.to_host_bytes = 0
-        self.seconds = 0.0
+        self.flops = 0
+        self.seconds = self.stalled = 0.0
         self.at_peak: tuple[Item, ...] = ()
         """What ``peak_card_bytes`` was made of, the largest first."""
         self._block, self._rates = block, rates
+        self.link = Link(rates.link if rates else math.inf, IN_FLIGHT)
+        self._earlier = Counters()
+        self._paused = False
         self._live: dict[int, tuple[int, bool, _Kind, weakref.ref[Any]]] = {}
         self._kinds: defaultdict[Key, _Kind] = defaultdict(_Kind)
         self._flops: dict[Hashable, int] = {}
@@ -176,7 +141,6 @@ class Ledger(TorchDispatchMode):
             self._live[key] = (size, True, kind, ref)
             self._count(size, kind, -1)
             self.host_bytes += size
-            self.to_host_bytes += size
             self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes)
 
     def on_card(self, tensors: Iterable[Tensor]) -> int:
@@ -194,24 +158,48 @@ class Ledger(TorchDispatchMode):
         if known is not None:
             self._touch(known.card, *known.items)
             self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes + known.host)
-            self.flops += known.flops
-            self.seconds += known.seconds
-            self.to_host_bytes += known.to_host
-            return again()
-        before = (self.card_bytes, self.host_bytes, self.flops, self.seconds, self.to_host_bytes)
+            self._add(known.spent)
+            with self.off_the_clock():
+                return again()
+        before = (self.card_bytes, self.host_bytes, self.spent)
         outside = (self.peak_card_bytes, self.peak_host_bytes, self.at_peak, self._noted_bytes, self._rising)
         alive = {item.key: item for item in self._items()}
         self.reset_peak()
         result = run()
         peak, host_peak = self.peak_card_bytes, self.peak_host_bytes
         items = tuple(item for item in self.close_peak() if item.key not in alive or item.bytes > alive[item.key].bytes)
-        self._known[key] = _Known(
-            peak - before[0], host_peak - before[1], self.flops - before[2], self.seconds - before[3], self.to_host_bytes - before[4], items
-        )
+        self._known[key] = _Known(peak - before[0], host_peak - before[1], self.spent - before[2], items)
         if outside[0] >= peak:
             self.peak_card_bytes, _, self.at_peak, self._noted_bytes, self._rising = outside
         self.peak_host_bytes = max(outside[1], host_peak)
         return result
+
+    @property
+    def spent(self) -> Counters:
+        """All that was counted."""
+        link = self.link
+        return self._earlier + Counters(self.flops, self.seconds, self.stalled, link.busy_s, link.down_bytes, link.up_bytes)
+
+    def wait(self, until: float) -> None:
+        """Nothing is computed before this time."""
+        if until > self.seconds:
+            self.stalled += until - self.seconds
+            self.seconds = until
+
+    @contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """What is done in the block takes no time of the card's: a copy of the link's."""
+        paused, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = paused
+
+    def _add(self, spent: Counters) -> None:
+        self.flops += spent.flops
+        self.seconds += spent.seconds
+        self.stalled += spent.stalled
+        self._earlier += Counters(copying=spent.copying, to_host=spent.to_host, to_card=spent.to_card)
 
     def close_peak(self) -> tuple[Item, ...]:
         """``at_peak``, brought up to date where nothing was freed since the peak."""
@@ -224,7 +212,7 @@ class Ledger(TorchDispatchMode):
             return args[0].device
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        name, flops, workspace = _facts(func)
+        name, flops, workspace = facts(func)
         outputs = tensors_of((out,))
         for tensor in outputs:
             self._see(tensor, name)
@@ -286,7 +274,7 @@ class Ledger(TorchDispatchMode):
                 self._flops[key] = int(count(*args, **kwargs, out_val=out))
             flops = self._flops[key]
             self.flops += flops
-        if self._rates is not None and not func.is_view:
+        if self._rates is not None and not func.is_view and not self._paused:
             moved = sum([tensor.numel() * tensor.element_size() for tensor in (*tensors_of(args, kwargs), *outputs)])
             self.seconds += max(flops / self._rate(func, outputs) if flops else 0.0, moved / self._rates.bytes)
 

@@ -109,18 +109,17 @@ class RecordedForward:
     """A block's ``forward`` that, without gradient, writes into the recorder's ``recording``, where there is one."""
 
     def __init__(self, forward: Any, is_last: bool, recorder: Recorder) -> None:
-        self._forward, self._is_last, self._recorder = forward, is_last, recorder
-        self.unread = forward.unread
+        self.forward = forward
+        self._is_last, self._recorder = is_last, recorder
 
-    @property
-    def recording(self) -> bool:
-        return self._recorder.recording is not None
+    def unread(self, *inputs: Any, **arguments: Any) -> Any:
+        return self.forward.unread(*inputs, **arguments)
 
     def __call__(self, hidden: Tensor, *rest: Any, **arguments: Any) -> Tensor:
         record = self._recorder.recording
         if record is None or torch.is_grad_enabled():
-            return self._forward(hidden, *rest, **arguments)
-        out = self._forward(hidden, *rest, tape=record.enter(hidden), recorded=True)
+            return self.forward(hidden, *rest, **arguments)
+        out = self.forward(hidden, *rest, tape=record.enter(hidden), recorded=True)
         if self._is_last:
             record.leave(out)
         return out

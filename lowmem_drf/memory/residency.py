@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lowmem_drf.errors import LowmemError
 from lowmem_drf.memory.host import Held, HostStore
+from lowmem_drf.memory.streaming import Streamed
 
 NEEDS: Mapping[str, frozenset[str]] = {
     "text": frozenset(),
@@ -31,7 +32,7 @@ NEEDS: Mapping[str, frozenset[str]] = {
 
 
 class Parked:
-    """A module whose frozen weights (parameters that need no gradient, buffers, the states of 4-bit weights) live on the host, and on ``device``
+    """A module whose frozen weights (parameters that need no gradient, buffers) live on the host, and on ``device``
     while it is awake. Trainable ones are moved to ``device`` and stay there.
 
     It begins parked, wherever its weights were: a module loaded in host memory is on the card for the first time when it is woken. Parameters
@@ -92,8 +93,10 @@ class Residency:
     """Parks and wakes models around the stages of a step.
 
     Args:
-        modules: the models by name, of ``critic``, ``vae`` and ``transformer``.
+        modules: the models by name: ``critic``, ``vae``, ``transformer``, ``expert``.
         parked: the names of those whose weights wait on the host outside their stages. The others are left alone, on the card.
+        streamed: by name the layers whose weights come one at a time. None is on the card outside the model's stages.
+        needs: the models that are awake in each stage from its beginning.
         inner: entered inside each stage once the models it does not need are gone, before those it needs come: a peak meter, which so counts
             the weights of no other stage, and the time that waking takes.
     """
@@ -105,28 +108,39 @@ class Residency:
         device: torch.device,
         store: HostStore,
         inner: Callable[[str], AbstractContextManager[Any]],
+        streamed: Mapping[str, Streamed] | None = None,
+        needs: Mapping[str, Collection[str]] = NEEDS,
     ) -> None:
         unknown = set(parked) - set(modules)
         if unknown:
             raise ValueError(f"to be parked, but not among the modules: {sorted(unknown)}")
         self._models = {name: Parked(name, modules[name], device, store) for name in parked}
+        self._streamed, self._needs = streamed or {}, needs
         self._inner = inner
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """``Parts.stage``: in the block the models of ``NEEDS[name]`` are awake, and no other one of those parked."""
-        needed = NEEDS[name]
+        """``Parts.stage``: in the block the models that the stage needs are awake, and no other one of those parked."""
+        needed = self._needs[name]
         self._park_but(needed)
         with self._inner(name):
             self._wake(needed)
             yield
 
+    def need_for(self, stage: str) -> None:
+        """Outside a step: as at the beginning of a stage."""
+        self.need(*self._needs[stage])
+
     def need(self, *names: str) -> None:
-        """Outside a step (samples, checks): from here to the next stage these are awake, and no other one of those parked."""
+        """Outside a step (samples, checks), and where two models share a stage: from here to the next stage these are awake, and no other one of those
+        parked."""
         self._park_but(names)
         self._wake(names)
 
     def _park_but(self, names: Collection[str]) -> None:
+        for name, layers in self._streamed.items():
+            if name not in names:
+                layers.drop()
         for name, model in self._models.items():
             if name not in names:
                 model.park()
@@ -135,6 +149,13 @@ class Residency:
         for name, model in self._models.items():
             if name in names:
                 model.wake()
+
+
+def bring(module: nn.Module, device: torch.device) -> None:
+    """Moves to ``device`` what lies elsewhere. By tensors: ``to`` of diffusers' and transformers' models refuses some that were quantised."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type != device.type:
+            tensor.data = tensor.data.to(device)
 
 
 def _point(tensors: Sequence[Tensor], data: Tensor) -> None:
@@ -146,21 +167,6 @@ def _frozen(module: nn.Module) -> Iterator[Tensor]:
     """Each tensor object once, in the order of the module."""
     seen: set[int] = set()
     for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.requires_grad:
-            continue
-        for part in (tensor, *_quantisation(tensor)):
-            if id(part) not in seen:
-                seen.add(id(part))
-                yield part
-
-
-def _quantisation(parameter: Tensor) -> Iterator[Tensor]:
-    """The tensors of bitsandbytes' ``QuantState`` of a 4-bit weight: the blocks' scales, quantised themselves, and the code tables."""
-    states = [getattr(parameter, "quant_state", None)]
-    while states:
-        state = states.pop()
-        for value in vars(state).values() if state is not None else ():
-            if isinstance(value, Tensor):
-                yield value
-            elif type(value) is type(state):
-                states.append(value)
+        if not tensor.requires_grad and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield tensor

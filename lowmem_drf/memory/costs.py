@@ -1,0 +1,79 @@
+"""What operators cost, and what has been spent: the figures behind the ledger's clock."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+
+def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    """Two products: scores, and scores times values. GQA: ``q`` has more heads than ``k``."""
+    return 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (q.shape[3] + v.shape[3])
+
+
+def _attention_backward_flops(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    """Five products for the forward's two."""
+    return _attention_flops(q, k, v) * 5 // 2
+
+
+_aten = torch.ops.aten
+FLOPS: dict[Any, Callable[..., int]] = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+"""What ``torch.utils.flop_counter`` does not know: attention of (fake) CPU tensors."""
+
+CONVOLUTIONS = {_aten.convolution, _aten.convolution_backward}
+
+WORKSPACE: dict[Any, Callable[..., int]] = {_aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda d_out, q, *_: 4 * q.numel()}
+"""Bytes that the CUDA kernel asks of the allocator and the CPU's does not: FlashAttention-2 sums the gradient of q in fp32 (flash_bwd's ``dq_accum``)."""
+
+
+@cache
+def facts(func: Any) -> tuple[str, Callable[..., int] | None, Callable[..., int] | None]:
+    """An operator's name, its operations and its workspace."""
+    packet = func.overloadpacket
+    return str(func.name()).removeprefix("aten::"), FLOPS.get(packet) or flop_registry.get(packet), WORKSPACE.get(packet)
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a card does in a second, for the estimate of time."""
+
+    flops: Mapping[torch.dtype, float]
+    """Matrix products, and convolutions in 16 bit, by dtype."""
+    convolution: float
+    """Convolutions of fp32 tensors: cuDNN takes TF32 for them, as PyTorch sets it."""
+    bytes: float
+    """Read and written in the card's memory."""
+    link: float = math.inf
+    """Bytes to the host, and as many to the card at the same time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """What only grows."""
+
+    flops: int = 0
+    seconds: float = 0.0
+    """Computation, and waiting for copies."""
+    stalled: float = 0.0
+    """Seconds of waiting for copies between card and host."""
+    copying: float = 0.0
+    """Seconds that the copies took, each by itself."""
+    to_host: int = 0
+    to_card: int = 0
+    """Bytes."""
+
+    def __add__(self, other: Counters) -> Counters:
+        return Counters(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self, other: Counters) -> Counters:
+        return Counters(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
