@@ -237,19 +237,54 @@ def tiny_critic(dtype: torch.dtype = torch.float32, seed: int = 0, fps: float | 
     return QwenCritic(model, tokenizer, video_geometry(tiny_video_settings()), fps=fps or 2.0)
 
 
-def tiny_parts(dtype: torch.dtype = torch.float64, seed: int = 0, rank: int = 2, b_std: float = 0.3) -> Any:
-    """``types.Parts`` of tiny models, LoRA on with a non-zero B (with B = 0 the gradient of A vanishes and would prove nothing)."""
+GENERATORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "wan2.1-1.3b": ({}, {}),
+    "wan2.1-14b": (dict(num_attention_heads=4, ffn_dim=48, layers=3), dict(dim_mult=[1, 2, 2, 2], temperal_downsample=[False, True, True])),
+    "wan2.2-5b": (
+        dict(num_attention_heads=3, layers=3, in_channels=6, out_channels=6),
+        dict(
+            z_dim=6,
+            latents_mean=[0.1, -0.2, 0.3, 0.0, 0.2, -0.1],
+            latents_std=[1.5, 0.8, 1.1, 2.0, 0.9, 1.2],
+            decoder_base_dim=6,
+            dim_mult=[1, 2, 2, 2],
+            temperal_downsample=[False, True, True],
+            is_residual=True,
+            patch_size=2,
+            in_channels=12,
+            out_channels=12,
+            scale_factor_spatial=16,
+        ),
+    ),
+    "wan2.2-a14b": (dict(num_attention_heads=4, ffn_dim=48, layers=3), {}),
+}
+"""What tells the published generators apart, tiny: (of the transformer, of the VAE). The last one has two transformers."""
+BOUNDARY = 0.875
+
+
+def tiny_parts(
+    dtype: torch.dtype = torch.float64, seed: int = 0, rank: int = 2, b_std: float = 0.3, generator: str = "wan2.1-1.3b", expert: str = "low"
+) -> Any:
+    """``types.Parts`` of tiny models, LoRA on with a non-zero B (with B = 0 the gradient of A vanishes and would prove nothing).
+
+    ``generator``: of ``GENERATORS``; ``expert``: of its two transformers, the one that has the LoRA.
+    """
     from lowmem_drf.models.decoder import WanDecoder
     from lowmem_drf.models.denoiser import as_velocity
+    from lowmem_drf.models.experts import two_experts
     from lowmem_drf.models.lora import DEFAULT_TARGETS, add_lora, lora_parameters
     from lowmem_drf.types import Parts
 
-    transformer = tiny_transformer(dtype, seed)
+    of_transformer, of_vae = GENERATORS[generator]
+    transformer = tiny_transformer(dtype, seed, **of_transformer)
     add_lora(transformer, rank=rank, alpha=float(rank), targets=DEFAULT_TARGETS, seed=seed)
     randomise_lora(transformer, b_std, seed)
+    velocity = as_velocity(transformer)
+    if generator == "wan2.2-a14b":
+        velocity = two_experts(velocity, as_velocity(tiny_transformer(dtype, seed + 50, **of_transformer)), expert, BOUNDARY, lambda name: None)
     return Parts(
-        velocity=as_velocity(transformer),
-        decoder=WanDecoder(tiny_vae(dtype, seed)),
+        velocity=velocity,
+        decoder=WanDecoder(tiny_vae(dtype, seed, **of_vae)),
         critic=tiny_critic(dtype, seed),
         lora=lora_parameters(transformer),
     )
@@ -275,8 +310,9 @@ def tiny_latents(batch: int, frames: int = 3, size: int = 4, dtype: torch.dtype 
     return torch.randn(batch, Z_DIM, frames, size, size, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def save_tiny_generator(folder: Path, seed: int = 0) -> Path:
-    """Writes a complete diffusers folder (model_index.json, transformer, vae, text_encoder, tokenizer, scheduler) and returns it."""
+def save_tiny_generator(folder: Path, seed: int = 0, experts: bool = False) -> Path:
+    """Writes a complete diffusers folder (model_index.json, transformer, vae, text_encoder, tokenizer, scheduler) and returns it. ``experts``: with a
+    second transformer."""
     from diffusers import UniPCMultistepScheduler
 
     text, tokenizer = tiny_text(seed=seed)
@@ -302,6 +338,9 @@ def save_tiny_generator(folder: Path, seed: int = 0) -> Path:
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
+    if experts:
+        tiny_transformer(seed=seed + 50).save_pretrained(folder / "transformer_2")
+        index |= {"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": BOUNDARY}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
     return folder
 
@@ -325,10 +364,10 @@ def relative_difference(got: Tensor, wanted: Tensor) -> float:
 
 
 class SavedBytes:
-    """Context manager: the bytes autograd saves for backward inside it, each storage once, parameters left out."""
+    """Context manager: the bytes autograd saves for backward inside it, each storage once, parameters and buffers left out."""
 
     def __init__(self, *models: nn.Module) -> None:
-        self._skip = {p.untyped_storage().data_ptr() for model in models for p in model.parameters()}
+        self._skip = {t.untyped_storage().data_ptr() for model in models for t in (*model.parameters(), *model.buffers())}
         self._seen: dict[int, int] = {}
         self._keep: list[Tensor] = []
 

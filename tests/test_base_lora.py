@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 from types import SimpleNamespace
 
@@ -13,12 +12,34 @@ from _tiny import randomise_lora, tiny_condition, tiny_latents, tiny_transformer
 from safetensors.torch import save_file
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.base_lora import merge_base_lora
-from lowmem_drf.models.denoiser import as_velocity
+from lowmem_drf.models.base_lora import base_changes
+from lowmem_drf.models.denoiser import as_velocity, load_denoiser
 from lowmem_drf.models.lora import add_lora, lora_state
 from lowmem_drf.models.lora_formats import FORMATS, LoraFile, adapter_metadata, to_format
+from lowmem_drf.models.packed import PackedLinear
 
 RANK, ALPHA = 3, 7.0
+SHAPES = {name: tuple(parameter.shape) for name, parameter in tiny_transformer().named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    """A folder with ``tiny_transformer`` in fp32."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_transformer().save_pretrained(folder / "transformer")
+    return str(folder)
+
+
+def merged_into(base: str, file, scale: float = 1.0, dtype: torch.dtype = torch.float32, **arguments):
+    """The transformer loaded with the file's changes, and how many there are."""
+    count = []
+
+    def changes(shapes):
+        found = base_changes(str(file), shapes, quiet, scale)
+        count.append(len(found))
+        return found
+
+    return load_denoiser(base, dtype, changes=changes, **arguments), *count
 
 
 def quiet(text: str) -> None:
@@ -45,32 +66,31 @@ def trained():
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize("form", FORMATS)
-def test_our_own_exports_merge_to_the_tuned_weights(trained, form: str, scale: float, file) -> None:
+def test_our_own_exports_merge_to_the_tuned_weights(trained, form: str, scale: float, file, base: str) -> None:
     _, state = trained
     save_file(to_format(state, ALPHA, RANK, form, torch.float32), file, metadata=adapter_metadata(state, ALPHA, RANK) if form == "diffusers" else None)
-    base, merged = tiny_transformer(torch.float64), tiny_transformer(torch.float64)
-    assert merge_base_lora(merged, str(file), quiet, scale) == len(state) / 2
-    weights, before = dict(merged.named_parameters()), dict(base.named_parameters())
+    merged, count = merged_into(base, file, scale)
+    assert count == len(state) / 2
+    weights, before = dict(merged.named_parameters()), dict(tiny_transformer().named_parameters())
     deltas = LoraFile(state, ALPHA, {}).deltas()
     for name, value in weights.items():
         delta = deltas.get(name.removesuffix(".weight"), None) if name.endswith(".weight") else None
         if delta is None:
             assert torch.equal(value, before[name])
         else:
-            # comfyui's file has alpha / rank multiplied into A, in fp32: two roundings of 2^-24 a term
-            bound = scale * ALPHA / RANK * (state[name.replace(".weight", ".lora_B.weight")].abs() @ state[name.replace(".weight", ".lora_A.weight")].abs())
-            assert (((value - before[name]) - scale * delta).abs() <= 4 * 2.0**-24 * bound.double() + 4 * torch.finfo(torch.float64).eps).all()
+            # comfyui's file has alpha / rank multiplied into A; a sum of 3 products, two factors, and the sum with the weight: 8 roundings of 2^-24
+            b, a = (state[name.replace(".weight", f".lora_{side}.weight")].abs() for side in "BA")
+            bound = scale * ALPHA / RANK * (b @ a) + before[name].abs()
+            assert (((value.double() - before[name].double()) - scale * delta.double()).abs() <= 8 * 2.0**-24 * bound.double()).all()
 
 
-def test_the_merged_model_says_what_the_tuned_one_says(trained, file) -> None:
+def test_the_merged_model_says_what_the_tuned_one_says(trained, file, base: str) -> None:
     tuned, state = trained
     save_file(to_format(state, ALPHA, RANK, "kohya", torch.float32), file)
-    merged = tiny_transformer(torch.float64)
-    merge_base_lora(merged, str(file), quiet)
-    base = tiny_transformer(torch.float64)
+    merged, _ = merged_into(base, file)
     x, cond = tiny_latents(1), tiny_condition(1)
-    said, wanted, before = (as_velocity(model)(x, 0.5, cond) for model in (merged, tuned, base))
-    # the file's fp32 rounds the LoRA; what the LoRA does is far larger
+    said, wanted, before = (as_velocity(model.double())(x, 0.5, cond) for model in (merged, tuned, tiny_transformer()))
+    # fp32 rounds the LoRA and the sum; what the LoRA does is far larger
     assert (said - wanted).abs().max() < 1e-4 * (wanted - before).abs().max()
 
 
@@ -109,12 +129,10 @@ def product(tensors, stem: str) -> torch.Tensor:
     return up @ down
 
 
-def test_what_lightx2v_writes(file) -> None:
+def test_what_lightx2v_writes(file, base: str) -> None:
     tensors = lightx2v()
     save_file(tensors, file)
-    base, merged = (dict(tiny_transformer().named_parameters()) for _ in range(2))
-    transformer = tiny_transformer()
-    merged = dict(transformer.named_parameters())
+    merged, count = merged_into(base, file)
     of = {name.removeprefix("diffusion_model."): value for name, value in tensors.items()}
     wanted = {
         "blocks.0.attn1.to_q.weight": 2.0 * product(tensors, "blocks.0.self_attn.q"),
@@ -133,29 +151,44 @@ def test_what_lightx2v_writes(file) -> None:
         "patch_embedding.weight": product(tensors, "patch_embedding").reshape(24, 4, 1, 2, 2),
         "patch_embedding.bias": of["patch_embedding.diff_b"],
     }
-    assert merge_base_lora(transformer, str(file), quiet) == len(wanted)
-    for name, value in merged.items():
-        assert torch.equal(value, base[name] + wanted[name] if name in wanted else base[name]), name
+    assert count == len(wanted)
+    before = dict(tiny_transformer().named_parameters())
+    for name, value in merged.named_parameters():
+        assert torch.equal(value, before[name] + wanted[name] if name in wanted else before[name]), name
 
 
-def test_a_weight_may_change_in_both_ways(file) -> None:
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_packed_weights_are_changed_before_they_are_packed(quant: str, file, base: str) -> None:
+    """And the rest of the file reaches what is not packed."""
+    save_file(lightx2v(), file)
+    plain, packed = merged_into(base, file)[0], merged_into(base, file, quant=quant)[0]
+    others = dict(packed.named_parameters())
+    for name, value in plain.named_parameters():
+        module = packed.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, PackedLinear) and name.endswith(".weight"):
+            wanted = PackedLinear(module.in_features, module.out_features, False, quant)
+            wanted.pack(value)
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(module.packed(), wanted.packed(), strict=True))
+        else:
+            assert torch.equal(others[name], value), name
+
+
+def test_a_weight_may_change_in_both_ways(file, base: str) -> None:
     tensors = {f"diffusion_model.head.head.{key}": value for key, value in {"lora_down.weight": noise(2, 24), "lora_up.weight": noise(16, 2)}.items()}
     save_file(tensors | {"diffusion_model.head.head.diff": noise(16, 24)}, file)
-    base, transformer = tiny_transformer().proj_out.weight, tiny_transformer()
-    assert merge_base_lora(transformer, str(file), quiet) == 1
-    assert torch.equal(transformer.proj_out.weight, base + (product(tensors, "head.head") + noise(16, 24)))
+    merged, count = merged_into(base, file)
+    assert count == 1
+    assert torch.equal(merged.proj_out.weight, tiny_transformer().proj_out.weight + (product(tensors, "head.head") + noise(16, 24)))
 
 
-def test_16_bit_weights_are_rounded_once(file) -> None:
+def test_16_bit_weights_are_rounded_once(file, base: str) -> None:
     """The sum is made in fp32: a bf16 product would be lost in a bf16 weight."""
     tensors = lightx2v()
     save_file({name: value.bfloat16() for name, value in tensors.items()}, file)
-    transformer = tiny_transformer(torch.bfloat16)
-    base = copy.deepcopy(transformer)
-    merge_base_lora(transformer, str(file), quiet)
+    merged, _ = merged_into(base, file, dtype=torch.bfloat16)
     rounded = {name: value.bfloat16().float() for name, value in tensors.items()}
-    wanted = (base.blocks[1].ffn.net[2].weight.float() + product(rounded, "blocks.1.ffn.2")).bfloat16()
-    assert transformer.blocks[1].ffn.net[2].weight.dtype == torch.bfloat16 and torch.equal(transformer.blocks[1].ffn.net[2].weight, wanted)
+    wanted = (tiny_transformer().blocks[1].ffn.net[2].weight + product(rounded, "blocks.1.ffn.2")).bfloat16()
+    assert merged.blocks[1].ffn.net[2].weight.dtype == torch.bfloat16 and torch.equal(merged.blocks[1].ffn.net[2].weight, wanted)
 
 
 def without(tensors: dict, *names: str) -> dict:
@@ -178,12 +211,11 @@ def without(tensors: dict, *names: str) -> dict:
     ],
     ids=["block", "dora", "image", "text encoder", "half", "shape", "bias", "no bias", "nan", "empty"],
 )
-def test_what_cannot_be_used_is_named_and_nothing_is_changed(tensors, message: str, file) -> None:
+def test_what_cannot_be_used_is_named(tensors, message: str, file, base: str) -> None:
     save_file(tensors, file)
-    transformer, base = tiny_transformer(), tiny_transformer().state_dict()
-    with pytest.raises(BadInputError, match=message):
-        merge_base_lora(transformer, str(file), quiet)
-    assert all(torch.equal(value, base[name]) for name, value in transformer.state_dict().items())
+    with pytest.raises(BadInputError, match=message) as caught:
+        merged_into(base, file)
+    assert str(caught.value).startswith(f"model.base_lora, {file}")
 
 
 def test_an_alpha_of_single_modules_in_the_header(trained, file) -> None:
@@ -193,10 +225,10 @@ def test_an_alpha_of_single_modules_in_the_header(trained, file) -> None:
     tensors = to_format(state, ALPHA, RANK, "diffusers", torch.float32)
     save_file(tensors, file, metadata={key: text.replace('"transformer.alpha_pattern": {}', '"transformer.alpha_pattern": {"blocks.0.attn1.to_q": 1}')})
     with pytest.raises(BadInputError, match=r"blocks\.0\.attn1\.to_q"):
-        merge_base_lora(tiny_transformer(), str(file), quiet)
+        base_changes(str(file), SHAPES, quiet)
     save_file(tensors, file, metadata={key: "{"})
     with pytest.raises(BadInputError, match="header is damaged"):
-        merge_base_lora(tiny_transformer(), str(file), quiet)
+        base_changes(str(file), SHAPES, quiet)
 
 
 @pytest.mark.parametrize("source", ["someone/loras/sub/distill.safetensors", "someone/loras:sub/distill.safetensors"])
@@ -214,11 +246,11 @@ def test_from_the_hub(source: str, file, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub, "model_info", lambda repository, files_metadata: info)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     said = []
-    assert merge_base_lora(tiny_transformer(), source, said.append) == 15
+    assert len(base_changes(source, SHAPES, said.append)) == 15
     assert said[0].startswith("someone/loras: 0.7 GB to download")
 
 
 @pytest.mark.parametrize("source", ["no/such/file.pt", "nothing", "/no/such/lora.safetensors"])
 def test_what_there_is_not(source: str) -> None:
     with pytest.raises(BadInputError, match="neither a file nor owner/repo/file"):
-        merge_base_lora(tiny_transformer(), source, quiet)
+        base_changes(source, SHAPES, quiet)

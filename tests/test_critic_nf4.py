@@ -10,10 +10,13 @@ import torch
 from _critic import FAMILIES, clips, questions
 from _tiny import SavedBytes, save_tiny_critic
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 from lowmem_drf.errors import BadInputError, LowmemError
+from lowmem_drf.models import critic as module
 from lowmem_drf.models import quant
 from lowmem_drf.models.critic import load_critic
+from lowmem_drf.models.packed import PackedLinear, unpack
 from lowmem_drf.models.quant import check_quantised
 
 WIDTH = 96
@@ -35,9 +38,8 @@ def dequantised(folder, dtype: torch.dtype):
     modules = dict(small.model.named_modules())
     with torch.no_grad():
         for name, module in linears(plain.model).items():
-            if isinstance(modules[name], bnb.nn.Linear4bit):
-                weight = modules[name].weight
-                module.weight.copy_(bnb.functional.dequantize_4bit(weight.data, weight.quant_state))
+            if isinstance(modules[name], PackedLinear):
+                module.weight.copy_(unpack("nf4", modules[name].shape, modules[name].packed(), dtype))
     return plain
 
 
@@ -51,9 +53,10 @@ def test_what_is_quantised(folder) -> None:
     critic = load_critic(str(folder), torch.bfloat16, quant="nf4")
     found = linears(critic.model)
     inside = {name for name in found if name.startswith("model.language_model.layers.")}
-    assert len(inside) == 2 * 7 and {name for name, m in found.items() if isinstance(m, bnb.nn.Linear4bit)} == inside
+    assert len(inside) == 2 * 7 and {name for name, m in found.items() if isinstance(m, PackedLinear)} == inside
     assert {found[name].weight.dtype for name in inside} == {torch.uint8}
-    assert {found[name].compute_dtype for name in inside} == {torch.bfloat16}
+    assert {found[name].quant for name in inside} == {"nf4"}
+    assert not any(isinstance(m, bnb.nn.Linear4bit) for m in critic.model.modules())
     rest = [p for name, p in critic.model.named_parameters() if name.removesuffix(".weight") not in inside]
     assert len(rest) > 30 and {p.dtype for p in rest} == {torch.bfloat16}
     assert not any(p.requires_grad for p in critic.model.parameters()) and not critic.model.training
@@ -102,14 +105,13 @@ def test_its_weights_cost_no_activation_memory(folder) -> None:
 
 
 def test_a_forward_without_gradient_changes_nothing_for_the_next_one_with_it(folder) -> None:
-    """On processors with AVX512-BF16 bitsandbytes would repack the weights then, and the gradient would silently be cut."""
+    """On processors with AVX512-BF16 bitsandbytes' own module would repack the weights then, and the gradient would silently be cut."""
     critic, frames, asked = load_critic(str(folder), quant="nf4"), clips(1, dtype=torch.float32), [questions(3)]
     before, _ = gradient(critic, frames, asked)
     said = critic.generate("red?", frames[0], 3)
     after, _ = gradient(critic, frames, asked)
     assert said == critic.generate("red?", frames[0], 3)
     assert torch.equal(before, after)
-    assert not any(m.support_avx512bf16_for_cpu for m in linears(critic.model).values() if isinstance(m, bnb.nn.Linear4bit))
 
 
 @pytest.mark.parametrize(
@@ -128,16 +130,31 @@ def test_what_is_not_as_it_should_be_is_named(spoil, name: str, folder, monkeypa
     assert not isinstance(caught.value, BadInputError)
 
 
-def test_other_4_bit_settings_are_not_taken_for_nf4(folder) -> None:
+@pytest.mark.parametrize("settings", [{"bnb_4bit_quant_type": "fp4"}, {"bnb_4bit_use_double_quant": False}], ids=["fp4", "one quantisation"])
+def test_other_4_bit_settings_are_not_taken_for_nf4(folder, settings, monkeypatch) -> None:
+    usual = quant.loading_arguments
+
+    def other(*arguments):
+        made = usual(*arguments)
+        return made | {"quantization_config": BitsAndBytesConfig(**made["quantization_config"].to_dict() | settings)}
+
+    monkeypatch.setattr(module, "loading_arguments", other)
+    with pytest.raises(LowmemError, match=r"layers.0.self_attn.q_proj is not NF4 with double quantisation"):
+        load_critic(str(folder), quant="nf4")
+
+
+def test_8_bit_layers_are_not_taken_for_nf4(folder) -> None:
     critic = load_critic(str(folder), quant="nf4")
     layer = critic.model.model.language_model.layers[1].mlp
-    layer.down_proj.weight.quant_state.quant_type = "fp4"
-    with pytest.raises(LowmemError, match="layers.1.mlp.down_proj is not NF4"):
-        check_quantised(critic.model, "nf4", torch.float32)
+    layer.down_proj = PackedLinear(layer.down_proj.in_features, layer.down_proj.out_features, False, "int8")
+    with pytest.raises(LowmemError, match="layers.1.mlp.down_proj is INT8"):
+        check_quantised(critic.model, "nf4", quant.in_critic)
 
 
 def test_a_checkpoint_that_is_quantised_already(folder, tmp_path) -> None:
-    load_critic(str(folder), quant="nf4").model.save_pretrained(tmp_path)
+    arguments = quant.loading_arguments("nf4", torch.float32, "cpu", already=False)
+    cls = type(load_critic(str(folder)).model)
+    cls.from_pretrained(folder, dtype=torch.float32, **arguments).save_pretrained(tmp_path)
     for file in folder.iterdir():
         if not (tmp_path / file.name).exists():
             (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -146,9 +163,9 @@ def test_a_checkpoint_that_is_quantised_already(folder, tmp_path) -> None:
     frames, asked = clips(1, dtype=torch.float32), [questions(3)]
     first, again = (gradient(load_critic(str(place), quant="nf4"), frames, asked)[0] for place in (folder, tmp_path))
     assert torch.equal(first, again)
-    assert {m.compute_dtype for m in linears(load_critic(str(tmp_path), torch.bfloat16, quant="nf4").model).values() if hasattr(m, "compute_dtype")} == {
-        torch.bfloat16
-    }
+    again = load_critic(str(tmp_path), torch.bfloat16, quant="nf4")
+    assert {p.dtype for p in again.model.parameters()} == {torch.bfloat16, torch.uint8}
+    assert again(clips(1, dtype=torch.bfloat16), [questions(1)])[0][0].logits_AV.isfinite().all()
 
 
 def test_without_bitsandbytes(folder, monkeypatch) -> None:

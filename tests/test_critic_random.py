@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import bitsandbytes as bnb
+import weakref
+
 import pytest
 import torch
 from _critic import FAMILIES, SHORT, clips, questions
@@ -12,6 +13,7 @@ from torch import nn
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models import random_critic as module
 from lowmem_drf.models.known_critics import KNOWN, KnownCritic
+from lowmem_drf.models.packed import PackedLinear
 from lowmem_drf.models.random_critic import empty_model, random_critic, random_model
 
 TINY = "tiny"
@@ -57,9 +59,10 @@ def test_the_same_weights_in_4_bit_and_without(tiny_known: str) -> None:
     assert any(not torch.equal(plain[name], other[name]) for name in plain)
     small = random_critic(tiny_known, quant="nf4").model
     for name, layer in small.named_modules():
-        if isinstance(layer, bnb.nn.Linear4bit):
-            packed, state = bnb.functional.quantize_4bit(plain[f"{name}.weight"], quant_type="nf4", compress_statistics=True)
-            assert torch.equal(layer.weight.data, packed) and torch.equal(layer.weight.quant_state.absmax, state.absmax)
+        if isinstance(layer, PackedLinear):
+            wanted = PackedLinear(layer.in_features, layer.out_features, False, "nf4")
+            wanted.pack(plain[f"{name}.weight"])
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(layer.packed(), wanted.packed(), strict=True))
         elif isinstance(layer, nn.Linear | nn.Embedding):
             assert torch.equal(layer.weight, plain[f"{name}.weight"])
 
@@ -76,16 +79,16 @@ def test_a_rotary_embedding_is_that_of_the_configuration(tiny_known: str) -> Non
 
 def test_a_layer_is_quantised_before_the_next_is_drawn(tiny_known: str, monkeypatch) -> None:
     """So that no more than one matrix of them is ever there in 16 bit."""
-    fill, left = module._fill, []
+    pack, drawn = PackedLinear.pack, []
 
-    def watched(model, *arguments) -> None:
-        fill(model, *arguments)
-        layers = model.model.language_model.layers.modules()
-        left.append(sum(type(layer) is nn.Linear and not layer.weight.is_meta for layer in layers))
+    def watched(layer, weight, home) -> None:
+        assert not any(ref() is not None for ref in drawn)
+        pack(layer, weight, home)
+        drawn.append(weakref.ref(weight))
 
-    monkeypatch.setattr(module, "_fill", watched)
+    monkeypatch.setattr(PackedLinear, "pack", watched)
     random_critic(tiny_known, quant="nf4")
-    assert len(left) > 40 and not any(left)
+    assert len(drawn) == 2 * 7
 
 
 def test_a_tied_head_is_not_filled_twice(tmp_path) -> None:

@@ -14,9 +14,10 @@ from lowmem_drf.memory.fakes import Fakes
 from lowmem_drf.models.critic import load_critic
 from lowmem_drf.models.decoder import WanDecoder, load_vae
 from lowmem_drf.models.denoiser import as_velocity, load_denoiser
-from lowmem_drf.models.fake import Linear4bit, empty_lora, fake_critic, fake_text, fake_transformer, fake_vae
+from lowmem_drf.models.fake import empty_lora, fake_critic, fake_text, fake_transformer, fake_vae
 from lowmem_drf.models.known_generators import KNOWN_GENERATORS, generator_config
 from lowmem_drf.models.lora import add_lora, lora_parameters
+from lowmem_drf.models.packed import PackedLinear, unpack
 from lowmem_drf.models.random_generator import random_text, random_transformer, random_vae
 from lowmem_drf.models.text import load_text
 
@@ -146,40 +147,51 @@ def test_a_fake_critic_runs_as_a_real_one(family: str, quant: str, checkpointing
     assert gradient.shape == frames.shape and isinstance(gradient, FakeTensor)
 
 
-def test_4_bit_bytes_are_those_of_bitsandbytes(tmp_path, mode) -> None:
-    import bitsandbytes as bnb
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_packed_weights_have_the_bytes_of_real_ones(generator, quant: str, mode) -> None:
+    config = generator_config(str(generator)).transformer
+    real, fake = random_transformer(config, torch.bfloat16, quant=quant), fake_transformer(config, torch.bfloat16, mode, quant)
+    assert layout(real) == layout(fake) and layout(real) != layout(random_transformer(config, torch.bfloat16))
+    assert layout(real) == layout(load_denoiser(str(generator), torch.bfloat16, quant=quant))
 
+
+def test_a_packed_critic_has_the_bytes_of_a_real_one(tmp_path, mode) -> None:
     folder = str(save_tiny_critic(tmp_path, width=96))
     real, fake = load_critic(folder, quant="nf4").model, fake_critic(folder, torch.float32, None, "nf4", mode).model
-    layers = {name: module for name, module in real.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
-    assert layers.keys() == {name for name, module in fake.named_modules() if isinstance(module, Linear4bit)}
-    for name, layer in layers.items():
-        state, stand_in = layer.weight.quant_state, fake.get_submodule(name)
-        pairs = [
-            (stand_in.weight, layer.weight),
-            (stand_in.absmax, state.absmax),
-            (stand_in.nested_absmax, state.state2.absmax),
-            (stand_in.nested_code, state.state2.code),
-            (stand_in.offset, state.offset),
-        ]
-        assert [(ours.shape, ours.dtype) for ours, _ in pairs] == [(theirs.shape, theirs.dtype) for _, theirs in pairs]
-        assert (stand_in.bias is None) == (layer.bias is None)
+    assert layout(real) == layout(fake)
 
 
-def test_4_bit_arithmetic_is_that_of_bitsandbytes(mode) -> None:
-    """With values in the places of the fakes."""
-    import bitsandbytes as bnb
-    from torch import nn
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_packed_weights_are_those_that_are_not_packed(generator, quant: str) -> None:
+    """The same draws; only the linears of the blocks' attentions and feed-forwards are packed, within half a step of their format."""
+    config = generator_config(str(generator)).transformer
+    plain, packed = random_transformer(config), random_transformer(config, quant=quant)
+    found = {name for name, module in packed.named_modules() if isinstance(module, PackedLinear)}
+    inside = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
+    assert found == {f"blocks.{block}.{name}" for block in range(2) for name in (*inside, "ffn.net.0.proj", "ffn.net.2")}
+    others = dict(packed.named_parameters())
+    for name, wanted in plain.named_parameters():
+        module = name.removesuffix(".weight")
+        if module not in found:
+            assert torch.equal(others[name], wanted) and wanted.dtype.is_floating_point
+            continue
+        layer = packed.get_submodule(module)
+        got = unpack(quant, layer.shape, layer.packed(), torch.float32)
+        largest = wanted.abs().amax(1, keepdim=True) if quant == "int8" else wanted.abs().max()
+        step = largest / 254 if quant == "int8" else 0.16 * largest  # nf4: half of its widest gap, 0.304, and the rounding of the scale
+        assert ((got - wanted).abs() <= step * 1.001).all()
 
-    from lowmem_drf.models.quant import quantised_linear
 
-    plain = nn.Linear(96, 160)
-    real, stand_in = quantised_linear(plain.weight.data, plain.bias.data, torch.float32), Linear4bit(plain, torch.float32, mode)
-    state = real.weight.quant_state
-    stand_in.weight = nn.Parameter(real.weight.data, requires_grad=False)
-    stand_in.absmax, stand_in.nested_absmax, stand_in.nested_code, stand_in.offset = state.absmax, state.state2.absmax, state.state2.code, state.offset
-    x = torch.randn(7, 96, requires_grad=True)
-    ours, theirs = stand_in(x), nn.functional.linear(x, bnb.functional.dequantize_4bit(real.weight.data, state), plain.bias)
-    upstream = torch.randn(7, 160)
-    assert torch.equal(ours, theirs)
-    assert torch.equal(torch.autograd.grad(ours, x, upstream)[0], torch.autograd.grad(real(x), x, upstream)[0])
+def test_a_fake_packed_transformer_runs_forward_and_backward(generator, mode) -> None:
+    config = generator_config(str(generator)).transformer
+    for quant in ("nf4", "int8"):
+        transformer = fake_transformer(config, torch.bfloat16, mode, quant)
+        add_lora(transformer, rank=2, alpha=2.0)
+        empty_lora(transformer, mode)
+        with Fakes(mode):
+            with mode:
+                x = torch.empty(1, 4, 3, 4, 4, requires_grad=True)
+                text = torch.empty(1, 6, 16)
+            velocity = as_velocity(transformer)(x, 0.5, text)
+            velocity.sum().backward()
+        assert isinstance(x.grad, FakeTensor) and all(parameter.grad is not None for parameter in lora_parameters(transformer))

@@ -1,4 +1,4 @@
-"""``model.base_lora``: a published LoRA merged into the frozen base before training, for example one that distils a generator to four steps.
+"""``model.base_lora``: a published LoRA merged into the frozen base as it is loaded, for example one that distils a generator to four steps.
 
     comfyui    diffusion_model.blocks.0.self_attn.q.lora_A.weight (or lora_down), .alpha
     diffusers  transformer.blocks.0.attn1.to_q.lora_A.weight, alpha in the header
@@ -17,15 +17,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.downloads import hub_file
 from lowmem_drf.models.lora_formats import ADAPTER_METADATA, header_alpha, read_tensors
 from lowmem_drf.models.wan_names import wan_name
+from lowmem_drf.models.weight_reader import Change
 
 if TYPE_CHECKING:
-    from diffusers import WanTransformer3DModel
+    import torch
     from torch import Tensor
 
 _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
@@ -35,36 +34,26 @@ _WHOLE = {"diff": "weight", "diff_b": "bias", "diff_m": "scale_shift_table"}
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)[:/](.+\.safetensors)")
 
 
-def merge_base_lora(transformer: WanTransformer3DModel, source: str, say: Callable[[str], None], scale: float = 1.0) -> int:
-    """Adds ``scale`` times a LoRA to the transformer's weights. To be called before ``add_lora``.
-
-    Each tensor is computed in fp32 (fp64 of an fp64 model) on its device and written back in its own dtype.
+def base_changes(source: str, shapes: Mapping[str, tuple[int, ...]], say: Callable[[str], None], scale: float = 1.0) -> dict[str, Change]:
+    """What ``scale`` times a LoRA adds to the parameters of a transformer, for ``load_denoiser`` and ``load_single_file``.
 
     Args:
         source: a safetensors file, or ``owner/repo/file.safetensors`` (also ``owner/repo:file.safetensors``) on the hub, downloaded once.
+        shapes: of the transformer's parameters, by diffusers' names.
         say: is told of a download.
-
-    Returns:
-        How many of the transformer's tensors were changed.
 
     Raises:
         BadInputError: there is no such file; it cannot be read; a tensor of it belongs to nothing in this transformer, has another shape or
-            is not finite. Nothing was changed.
+            is not finite.
         LowmemError: the download failed.
     """
     path = find_base_lora(source, say)
     tensors, metadata = read_tensors(path)
-    parameters = dict(transformer.named_parameters())
     try:
-        changes = read_changes(tensors, metadata, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
+        changes = read_changes(tensors, metadata, shapes)
     except BadInputError as error:
         raise BadInputError(f"model.base_lora, {source}: {error}") from error
-    with torch.no_grad():
-        for name, make in changes.items():
-            parameter = parameters[name]
-            exact = torch.promote_types(parameter.dtype, torch.float32)
-            parameter.copy_(parameter.to(exact) + scale * make(parameter.device, exact))
-    return len(changes)
+    return {name: _scaled(change, scale) for name, change in changes.items()}
 
 
 def find_base_lora(source: str, say: Callable[[str], None]) -> Path:
@@ -77,10 +66,6 @@ def find_base_lora(source: str, say: Callable[[str], None]) -> Path:
     raise BadInputError(
         f"model.base_lora = {source!r} is neither a file nor owner/repo/file.safetensors on the Hugging Face hub. Only safetensors files are read."
     )
-
-
-Change = Callable[[torch.device, torch.dtype], "Tensor"]
-"""(device, dtype) -> what is added to a parameter, in its shape."""
 
 
 def read_changes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Change]:
@@ -100,7 +85,7 @@ def read_changes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], sha
         module = known.get(stem)
         if module is None or suffix not in _SIDES | _WHOLE:
             unused.append(key)
-        elif not bool(torch.isfinite(value).all()):
+        elif not bool(value.isfinite().all()):
             misfits.append(f"{key} holds NaN or infinity")
         elif suffix in _SIDES:
             pairs.setdefault(module, {})[_SIDES[suffix]] = value
@@ -167,6 +152,10 @@ def _product(down: Tensor, up: Tensor, factor: float, shape: tuple[int, ...]) ->
         return (factor * product).reshape(shape)
 
     return change
+
+
+def _scaled(change: Change, scale: float) -> Change:
+    return lambda device, dtype: scale * change(device, dtype)
 
 
 def _sum(changes: list[Change]) -> Change:

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.memory.host import HostStore
+from lowmem_drf.memory.streaming import HostEmbedding, Streamed
 from lowmem_drf.method.preprocess import VideoGeometry
 from lowmem_drf.models.critic_attention import RangedAttention, use_ranges
 from lowmem_drf.models.critic_files import check_geometry, check_tokenizer, load_tokenizer, video_geometry, video_settings
 from lowmem_drf.models.families import Family, Prefix, family_of, make_prefix
 from lowmem_drf.models.packing import Conversation
-from lowmem_drf.models.quant import Quant, check_quantised, loading_arguments, require_library
+from lowmem_drf.models.quant import Quant, check_quantised, in_critic, loading_arguments, require_library, take_over
 from lowmem_drf.models.sources import complete, loading
 from lowmem_drf.models.vision import speed_up_vision
 from lowmem_drf.types import Answer, Question
@@ -58,9 +60,11 @@ def load_critic(
         settings, tokenizer = video_settings(folder_or_id), load_tokenizer(folder_or_id)
         arguments = loading_arguments(quant, dtype, device, already)
         model = complete(cls.from_pretrained(folder_or_id, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **arguments))
-    check_quantised(model, quant, dtype)
     if quant == "none":
         model = model.to(device)
+    else:
+        take_over(model, dtype)
+        check_quantised(model, quant, in_critic)
     return QwenCritic(model.eval().requires_grad_(False), tokenizer, video_geometry(settings), fps=fps or float(settings.get("fps") or DEFAULT_FPS))
 
 
@@ -79,17 +83,30 @@ class QwenCritic:
         self.tokenizer = tokenizer
         self.fps = fps
         self.geometry = replace(geometry, bounds=self.family.BOUNDS)
-        check_tokenizer(tokenizer, model.get_input_embeddings().num_embeddings)
+        check_tokenizer(tokenizer, self._embedding.num_embeddings)
         check_geometry(geometry, model.config.vision_config)
         self.conversation = Conversation(tokenizer, model.config.video_token_id)
         self._prefixes: dict[tuple[float, ...], Prefix] = {}
         self._ranges = False
+        self._streamed: Streamed | None = None
+        self._streamed_modules: list[Any] = []
         speed_up_vision(model.model.visual)
 
     @property
     def family(self) -> Family:
         """What differs between model families. A module, so not kept: critics can be copied."""
         return family_of(self.model.config.model_type)
+
+    @property
+    def _embedding(self) -> Any:
+        """``nn.Embedding``, or ``HostEmbedding``."""
+        return self.model.get_input_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        embedding = self._embedding
+        return embedding.device if isinstance(embedding, HostEmbedding) else torch.device(embedding.weight.device)
 
     def __call__(self, frames_BTCHW: Tensor, questions: Sequence[Sequence[Question]]) -> list[list[Answer]]:
         features_BND, grid = self.embed_video(frames_BTCHW)
@@ -140,7 +157,7 @@ class QwenCritic:
         """
         from lowmem_drf.models.generation import greedy
 
-        features, prefix, device = None, None, self.model.get_input_embeddings().weight.device
+        features, prefix, device = None, None, self.device
         if frames_TCHW is None:
             ids = torch.tensor(self.conversation.prompt(text))
             positions_3L = torch.arange(len(ids)).expand(3, -1)
@@ -177,11 +194,29 @@ class QwenCritic:
         """
         from transformers.modeling_layers import GradientCheckpointingLayer
 
-        for module in self.model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
+        layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        for module in layers:
+            module.__dict__.pop("forward", None)
+        if self._streamed is not None:
+            for place, module in enumerate(self._streamed_modules):
                 module.__dict__.pop("forward", None)
-                if on:
-                    module.forward = partial(_recomputed, module.forward)
+                module.forward = self._streamed.forward(place, module.forward)
+        for module in layers if on else ():
+            module.forward = partial(_recomputed, module.forward)
+
+    def embedding_on_host(self, device: torch.device) -> None:
+        """The token embedding, a GiB of the 7B model, stays in host memory from here on; the critic computes on ``device``."""
+        if not isinstance(self._embedding, HostEmbedding):
+            self.model.set_input_embeddings(HostEmbedding(self._embedding, device))
+
+    def stream(self, device: torch.device, store: HostStore) -> Streamed:
+        """From here on the weights of the vision tower's blocks, of the language model's layers and of lm_head come to ``device`` one after another, whenever
+        they are needed, and the embedding stays on the host. ``set_checkpointing`` comes after it: a layer that is not computed again in its backward
+        keeps its weights till then."""
+        self.embedding_on_host(device)
+        self._streamed_modules = [*self.model.model.visual.blocks, *self.model.model.language_model.layers, self.model.lm_head]
+        self._streamed = Streamed(self._streamed_modules, device, store)
+        return self._streamed
 
     def prefix(self, grid: Tensor) -> Prefix:
         """Everything before the question for clips of one grid. Raises BadInputError where the clips differ."""
@@ -194,9 +229,8 @@ class QwenCritic:
 
     def _read(self, ids_BL: Tensor, positions_3BL: Tensor, features: Tensor | None, prefix: Prefix | None, mask: Tensor | None, **arguments: Any) -> Any:
         """The language model over token ids, the video's features in the places that ``prefix`` keeps for them."""
-        embed = self.model.get_input_embeddings()
-        device, slots = embed.weight.device, None
-        inputs_BLD = embed(ids_BL.to(device))
+        device, slots = self.device, None
+        inputs_BLD = self._embedding(ids_BL.to(device))
         if features is not None and prefix is not None:
             slots, features = prefix.slots_N.to(device), features.to(inputs_BLD.dtype)
             inputs_BLD = inputs_BLD.index_copy(1, slots, features[..., : inputs_BLD.shape[-1]])

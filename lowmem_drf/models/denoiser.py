@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
 from lowmem_drf.memory.activations import BlockPolicy
 from lowmem_drf.memory.records import RecordedForward
 from lowmem_drf.models.attention import attention_named
-from lowmem_drf.models.sources import complete, loading
+from lowmem_drf.models.quant import Quant
+from lowmem_drf.models.random_generator import empty_transformer
+from lowmem_drf.models.sources import loading
 from lowmem_drf.models.wan_block import BlockForward
+from lowmem_drf.models.weight_reader import Changes, TensorFiles, files_in, fill_from_files, require_complete
 from lowmem_drf.ops import naive_ops
 
 if TYPE_CHECKING:
@@ -20,20 +24,50 @@ if TYPE_CHECKING:
 
     from lowmem_drf.memory.host import HostStore
     from lowmem_drf.memory.records import Recorder
+    from lowmem_drf.memory.streaming import Streamed
     from lowmem_drf.ops import Attention, RowOps
     from lowmem_drf.types import Velocity
 
 TRAIN_TIMESTEPS = 1000
 
 
-def load_denoiser(folder_or_id: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> WanTransformer3DModel:
-    """The transformer in subfolder ``transformer`` of a diffusers model: frozen, eval. In 16 bits diffusers keeps norms and the time
-    embedding in fp32. Raises BadInputError if it cannot be loaded."""
+def load_denoiser(
+    folder_or_id: str,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    quant: Quant = "none",
+    subfolder: str = "transformer",
+    home: str | torch.device | None = None,
+    changes: Changes | None = None,
+) -> WanTransformer3DModel:
+    """The transformer in a subfolder of a diffusers model: frozen, eval. In 16 bits norms and the time embedding stay in fp32, as
+    ``from_pretrained`` has it.
+
+    Tensors are read, changed and packed one by one: neither the host nor the card holds anything in more bits than it stays in, but for one tensor.
+
+    Args:
+        quant: what the linears of the blocks are kept in (see ``quant``).
+        home: where the model stays. Default: ``device``, where weights are changed and packed.
+        changes: of the base's weights: ``base_lora``'s.
+
+    Raises:
+        BadInputError: it cannot be loaded, its weights are quantised already, or bitsandbytes is missing.
+    """
     from diffusers import WanTransformer3DModel
 
     with loading("the transformer", folder_or_id):
-        transformer = complete(WanTransformer3DModel.from_pretrained(folder_or_id, subfolder="transformer", torch_dtype=dtype, output_loading_info=True))
-    return transformer.to(device).eval().requires_grad_(False)
+        folder = Path(folder_or_id) if Path(folder_or_id).is_dir() else _downloaded(folder_or_id, subfolder)
+        model = empty_transformer(WanTransformer3DModel.load_config(folder, subfolder=subfolder), quant=quant)
+        files = TensorFiles(files_in(folder / subfolder))
+        require_complete(files, model)
+        return cast("WanTransformer3DModel", fill_from_files(model, files, {name: name for name in files.entries}, dtype, device, home, changes))
+
+
+def _downloaded(hub_id: str, subfolder: str) -> Path:
+    """A subfolder of a repository, in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(hub_id, allow_patterns=[f"{subfolder}/*.json", f"{subfolder}/*.safetensors"]))
 
 
 def set_activations(
@@ -47,6 +81,7 @@ def set_activations(
     keep_attention: Literal["none", "card", "host"] = "none",
     recorder: Recorder | None = None,
     rollout_attention: Any = None,
+    streamed: Streamed | None = None,
 ) -> None:
     """How the blocks compute, and what they keep of a forward with gradient. May be called again, with or without a LoRA on. Where memory is saved
     nothing else changes but the rounding of matrix products over ``slices``.
@@ -62,6 +97,7 @@ def set_activations(
         keep_attention: under ``checkpoint``, blocks keep the results of their attentions too, and never compute one twice.
         recorder: decides about forwards that are taken from the rollout.
         rollout_attention: (q, k, v) -> out, among the tokens, wherever there is no gradient and nothing is recorded.
+        streamed: the blocks, where their weights are streamed.
 
     Raises:
         BadInputError: an image-to-video transformer.
@@ -70,8 +106,10 @@ def set_activations(
     if needs_store and store is None:
         raise ValueError("what waits on the host needs a store")
     blocks = list(transformer.blocks)
-    for block in blocks:
-        forward = BlockForward(block, rows or naive_ops(), attention or attention_named("sdpa"), slices, rollout_attention)
+    for place, block in enumerate(blocks):
+        weights = streamed.layers[place] if streamed else None
+        forward: Any = BlockForward(block, rows or naive_ops(), attention or attention_named("sdpa"), slices, rollout_attention, weights)
+        forward = streamed.forward(place, forward) if streamed else forward
         block.forward = forward if recorder is None else RecordedForward(forward, block is blocks[-1], recorder)
     if checkpoint is False:
         transformer.disable_gradient_checkpointing()

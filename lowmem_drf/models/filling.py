@@ -1,6 +1,6 @@
-"""Values for models that were laid out on ``meta``: random ones on the device, or whatever a caller makes, tensor by tensor.
+"""Values for models that were laid out on ``meta``: read, drawn, or whatever a caller makes, tensor by tensor.
 
-Nothing is ever there twice: a parameter is made in its final dtype where it is to stay.
+Nothing is ever there twice: a parameter is made where it is to stay, and a weight that is to be packed is gone before the next one is made.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from lowmem_drf.models.packed import PackedLinear
+
 STD = 0.02
 """Of matrices and embeddings: the ``initializer_range`` of Qwen's models."""
 
 Value = Callable[[str, Sequence[int]], Tensor]
-"""(name of a parameter, shape) -> its value."""
+"""(name of a parameter, shape) -> its value. Of a weight that is to be packed, the shape is that of the unpacked one."""
 
 
 def random_value(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Value:
@@ -29,12 +31,22 @@ def random_value(dtype: torch.dtype, device: torch.device, generator: torch.Gene
     return value
 
 
-def fill(module: nn.Module, value: Value, recurse: bool = True) -> None:
-    """Gives the parameters of a module new values, frozen; one that several submodules share stays one. ``recurse``: those of its children
-    too."""
+def fill(module: nn.Module, value: Value, recurse: bool = True, home: str | torch.device | None = None) -> None:
+    """Gives the parameters of a module new values, frozen; one that several submodules share stays one. Weights of a ``PackedLinear`` are packed where
+    their values were made.
+
+    Args:
+        recurse: those of its children too.
+        home: where they are to stay. Default: where they were made.
+    """
     made: dict[int, nn.Parameter] = {}
     for name, parameter in list(module.named_parameters(recurse=recurse, remove_duplicate=False)):
+        path, _, key = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if isinstance(owner, PackedLinear) and key == "weight":
+            owner.pack(value(name, owner.shape), home)
+            continue
         if id(parameter) not in made:
-            made[id(parameter)] = nn.Parameter(value(name, parameter.shape), requires_grad=False)
-        owner, _, key = name.rpartition(".")
-        setattr(module.get_submodule(owner), key, made[id(parameter)])
+            tensor = value(name, parameter.shape)
+            made[id(parameter)] = nn.Parameter(tensor if home is None else tensor.to(home), requires_grad=False)
+        setattr(owner, key, made[id(parameter)])

@@ -1,4 +1,4 @@
-"""LoRA files put on a transformer by the code that their users will read them with."""
+"""LoRA files put on a transformer, and merged transformers loaded, by the code that their users will read them with."""
 
 from __future__ import annotations
 
@@ -24,3 +24,11 @@ def attach_as_lowmem_drf(transformer: WanTransformer3DModel, path: Path) -> None
     """By ``read_lora``. Raises BadInputError: no LoRA, or one of another model."""
     file = read_lora(path)
     attach_lora(transformer, file.state, file.alpha)
+
+
+def load_as_diffusers(folder: Path, subfolder: str) -> WanTransformer3DModel:
+    """A merged transformer, by ``from_pretrained``."""
+    from diffusers import WanTransformer3DModel
+
+    transformer: WanTransformer3DModel = WanTransformer3DModel.from_pretrained(folder, subfolder=subfolder)
+    return transformer.eval()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.critic import DEFAULT_FPS, QwenCritic
@@ -20,7 +19,7 @@ from lowmem_drf.models.critic_files import load_tokenizer, video_geometry, video
 from lowmem_drf.models.families import family_of
 from lowmem_drf.models.filling import fill, random_value
 from lowmem_drf.models.known_critics import KNOWN
-from lowmem_drf.models.quant import QUANTISED, Quant, check_quantised, quantised_linear, require_library
+from lowmem_drf.models.quant import Quant, check_quantised, in_critic, lay_out, require_library
 from lowmem_drf.models.sources import loading
 from lowmem_drf.models.stand_in import stand_in_tokenizer
 
@@ -69,14 +68,15 @@ def random_model(config: Mapping[str, Any], dtype: torch.dtype, device: str | to
     """The family's class of transformers, filled at random, frozen, eval. ``config``: that of config.json."""
     model = empty_model(config, layers)
     remake_rotary(model, device)
-    generator = torch.Generator(device).manual_seed(seed)
+    lay_out(model, quant, in_critic)
+    value = random_value(dtype, torch.device(device), torch.Generator(device).manual_seed(seed))
     tied = model.config.tie_word_embeddings
-    for name, module in list(model.named_modules()):
+    for module in model.modules():
         if not (tied and module is model.lm_head):
-            _fill(model, name, module, dtype, torch.device(device), quant, generator)
+            fill(module, value, recurse=False)
     if tied:
         model.tie_weights()
-    check_quantised(model, quant, dtype)
+    check_quantised(model, quant, in_critic)
     return model.eval().requires_grad_(False)
 
 
@@ -106,9 +106,3 @@ def _shorten(settings: dict[str, Any], layers: int) -> None:
     for key in ("fullatt_block_indexes", "deepstack_visual_indexes"):
         if key in vision:
             vision[key] = [index for index in vision[key] if index < depth]
-
-
-def _fill(model: Any, name: str, module: nn.Module, dtype: torch.dtype, device: torch.device, quant: Quant, generator: torch.Generator) -> None:
-    fill(module, random_value(dtype, device, generator), recurse=False)
-    if quant == "nf4" and isinstance(module, nn.Linear) and name.startswith(QUANTISED):
-        model.set_submodule(name, quantised_linear(module.weight.data, None if module.bias is None else module.bias.data, dtype))

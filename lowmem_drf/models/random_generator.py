@@ -1,8 +1,8 @@
 """Generators with random weights at their true size: what a benchmark needs before anyone downloads 28 GB.
 
 Laid out on ``meta`` and filled module by module on the device, in the dtypes that loading the real weights ends in: norms, the time embedding
-and the tables of the adaptive norms of a 16-bit transformer stay in fp32, as diffusers has it. Such a model makes noise; its memory and its
-time are the real one's.
+and the tables of the adaptive norms of a 16-bit transformer stay in fp32, as diffusers has it, and its blocks' linears are packed one by one where
+``model.quant`` says so. Such a model makes noise; its memory and its time are the real one's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem_drf.models.filling import Value, fill, random_value
+from lowmem_drf.models.quant import Quant, check_quantised, in_transformer, lay_out, require_library
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -20,28 +21,46 @@ if TYPE_CHECKING:
 
 
 def random_transformer(
-    config: Mapping[str, Any], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0, layers: int | None = None
+    config: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    layers: int | None = None,
+    quant: Quant = "none",
+    home: str | torch.device | None = None,
 ) -> WanTransformer3DModel:
-    """A frozen transformer of this ``config.json``; the same weights for the same seed, device and dtype. ``layers``: at most so many
-    blocks, at full width."""
-    return fill_as_loaded(empty_transformer(config, layers), dtype, _random(device, seed)).to(device)
+    """A frozen transformer of this ``config.json``; the same weights for the same seed, device and dtype, whatever ``quant`` is.
+
+    Args:
+        device: where they are drawn and packed.
+        layers: at most so many blocks, at full width.
+        quant: as ``load_denoiser``'s.
+        home: where they stay. Default: ``device``.
+
+    Raises:
+        BadInputError: bitsandbytes is missing.
+    """
+    return fill_as_loaded(empty_transformer(config, layers, quant), dtype, _random(device, seed), home or device)
 
 
 def random_vae(config: Mapping[str, Any], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0) -> AutoencoderKLWan:
     """A frozen VAE of this ``config.json``."""
-    return fill_as_loaded(empty_vae(config), dtype, _random(device, seed)).to(device)
+    return fill_as_loaded(empty_vae(config), dtype, _random(device, seed), device)
 
 
 def random_text(
     config: Mapping[str, Any], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0, layers: int | None = None
 ) -> UMT5EncoderModel:
     """A frozen text encoder of this ``config.json``, without a tokenizer. ``layers``: at most so many."""
-    return fill_as_loaded(empty_text(config, layers), dtype, _random(device, seed)).to(device)
+    return fill_as_loaded(empty_text(config, layers), dtype, _random(device, seed), device)
 
 
-def empty_transformer(config: Mapping[str, Any], layers: int | None = None) -> Any:
-    """The transformer on ``meta``, but for its rotary tables, which no checkpoint holds: they are on the CPU, fp32 or fp64."""
+def empty_transformer(config: Mapping[str, Any], layers: int | None = None, quant: Quant = "none") -> Any:
+    """The transformer on ``meta``, but for its rotary tables, which no checkpoint holds: they are on the CPU, fp32 or fp64. Raises BadInputError where
+    bitsandbytes is missing."""
     from diffusers import WanTransformer3DModel
+
+    require_library(quant, "model.quant", ("none", "nf4", "int8"))
 
     settings = dict(config)
     if layers is not None:
@@ -50,6 +69,8 @@ def empty_transformer(config: Mapping[str, Any], layers: int | None = None) -> A
         model = WanTransformer3DModel.from_config(settings)
     rope: Any = model.rope
     model.rope = type(rope)(rope.attention_head_dim, rope.patch_size, rope.max_seq_len)
+    lay_out(model, quant, in_transformer)
+    check_quantised(model, quant, in_transformer, "transformer")
     return model
 
 
@@ -72,11 +93,14 @@ def empty_text(config: Mapping[str, Any], layers: int | None = None) -> Any:
         return UMT5EncoderModel(UMT5Config.from_dict(settings))
 
 
-def fill_as_loaded(model: Any, dtype: torch.dtype, value_of: Callable[[torch.dtype], Value]) -> Any:
+def fill_as_loaded(model: Any, dtype: torch.dtype, value_of: Callable[[torch.dtype], Value], home: str | torch.device | None = None) -> Any:
     """Fills a model from ``meta``; each parameter in the dtype that ``from_pretrained`` would leave it in. Frozen, eval.
 
     diffusers keeps the modules of ``_keep_in_fp32_modules`` in fp32 in any dtype; the same name in a class of transformers matters to fp16
     alone, and UMT5 is not run in it.
+
+    Args:
+        home: where the model is to stay, its buffers too. Default: where ``value_of`` makes its values.
     """
     from diffusers import ModelMixin
 
@@ -86,8 +110,8 @@ def fill_as_loaded(model: Any, dtype: torch.dtype, value_of: Callable[[torch.dty
     def value(name: str, shape: Sequence[int]) -> Any:
         return (exact if kept.intersection(name.split(".")) else plain)(name, shape)
 
-    fill(model, value)
-    return model.eval().requires_grad_(False)
+    fill(model, value, home=home)
+    return (model if home is None else model.to(home)).eval().requires_grad_(False)
 
 
 def _random(device: str | torch.device, seed: int) -> Callable[[torch.dtype], Value]:

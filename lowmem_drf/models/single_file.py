@@ -1,79 +1,78 @@
 """``model.transformer``: one safetensors file with a Wan transformer, as ComfyUI and Wan's own repositories have it, in place of a folder's.
 
 Its tensors have Wan's own names, bare or behind ``diffusion_model.`` or ``model.diffusion_model.``, or diffusers' names. It says nothing of the
-model's configuration: that is the one of ``model.id``, and the file must fit it exactly. Each tensor is converted by itself: the host never
-holds the model twice.
+model's configuration: that is the one of ``model.id``, and the file must fit it exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.known_generators import generator_config
-from lowmem_drf.models.random_generator import empty_transformer, fill_as_loaded
+from lowmem_drf.models.quant import Quant
+from lowmem_drf.models.random_generator import empty_transformer
 from lowmem_drf.models.wan_names import wan_name
-from lowmem_drf.models.weight_files import PICKLES, damage, read_header
+from lowmem_drf.models.weight_files import PICKLES, damage
+from lowmem_drf.models.weight_reader import DTYPES, Changes, Entry, TensorFiles, fill_from_files, parameter_shapes
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
-    from torch import Tensor
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _OTHER_KINDS = {"img_emb.": "an image-to-video", "vace_blocks.": "a VACE", "face_adapter.": "an Animate", "motion_encoder.": "an Animate"}
 
 
-def load_single_file(file: str | Path, folder_or_id: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> WanTransformer3DModel:
+def load_single_file(
+    file: str | Path,
+    folder_or_id: str,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    quant: Quant = "none",
+    home: str | torch.device | None = None,
+    changes: Changes | None = None,
+) -> WanTransformer3DModel:
     """The transformer in a single file: frozen, eval, in the dtypes of ``load_denoiser``.
 
     Args:
         folder_or_id: ``model.id``, whose configuration it has (``generator_config``).
+        quant, home, changes: as ``load_denoiser``'s.
 
     Raises:
-        BadInputError: no such file, another format, quantised weights, a cut file, or not a transformer of this configuration.
+        BadInputError: no such file, another format, quantised weights, a cut file, not a transformer of this configuration, or bitsandbytes is missing.
     """
-    from safetensors import safe_open
-
     path = Path(file).expanduser()
-    header = _checked_header(path)
-    model = empty_transformer(generator_config(folder_or_id).transformer)
-    shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    names = _matched(path, header, shapes, folder_or_id)
-    with safe_open(path, framework="pt") as stream:
-
-        def value_of(wanted: torch.dtype) -> Callable[[str, Sequence[int]], Tensor]:
-            # a copy, for a tensor that needs no conversion is a view of the file, which may change
-            return lambda name, shape: stream.get_tensor(names[name]).to(device, wanted, copy=True)
-
-        return fill_as_loaded(model, dtype, value_of).to(device)
+    files = _checked(path)
+    model = empty_transformer(generator_config(folder_or_id).transformer, quant=quant)
+    names = _matched(path, files.entries, parameter_shapes(model), folder_or_id)
+    return fill_from_files(model, files, names, dtype, device, home, changes)
 
 
-def _checked_header(path: Path) -> dict[str, Any]:
-    """The file's tensors by name: dtype and shape."""
+def _checked(path: Path) -> TensorFiles:
+    """The file's tensors. Raises BadInputError where they are not to be read."""
     advice = "Give the 16-bit safetensors file of the model."
     if path.suffix == ".gguf":
-        raise BadInputError(f"model.transformer, {path}: GGUF files hold quantised weights, which are not trained on. {advice}")
+        raise BadInputError(f"model.transformer, {path}: GGUF files hold quantised weights; model.quant quantises full ones. {advice}")
     if path.suffix in PICKLES:
         raise BadInputError(f"model.transformer, {path}: only safetensors files are loaded; pickles can run code. {advice}")
     if not path.is_file():
         raise BadInputError(f"model.transformer: there is no file {path}. {advice}")
     if what := damage(path):
         raise BadInputError(f"model.transformer, {path} {what}. Get it anew.")
-    header = {name: entry for name, entry in read_header(path)[0].items() if name != "__metadata__"}
-    low = sorted(name for name, entry in header.items() if entry["dtype"] not in _FLOATS)
-    scaled = sorted(name for name in header if name.rpartition(".")[2] in ("scale_weight", "scale_input", "weight_scale", "scaled_fp8", "comfy_quant"))
+    files = TensorFiles([path])
+    low = sorted(name for name, entry in files.entries.items() if entry.dtype not in DTYPES)
+    scaled = sorted(name for name in files.entries if name.rpartition(".")[2] in ("scale_weight", "scale_input", "weight_scale", "scaled_fp8", "comfy_quant"))
     if low or scaled:
         first = (low or scaled)[0]
-        raise BadInputError(f"model.transformer, {path} is quantised ({first} is {header[first]['dtype']}): a LoRA is trained on full weights. {advice}")
-    return header
+        raise BadInputError(f"model.transformer, {path} is quantised ({first} is {files.entries[first].dtype}); model.quant quantises full weights. {advice}")
+    return files
 
 
-def _matched(path: Path, header: Mapping[str, Any], shapes: Mapping[str, list[int]], folder_or_id: str) -> dict[str, str]:
+def _matched(path: Path, header: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]], folder_or_id: str) -> dict[str, str]:
     """diffusers' name of each parameter -> its name in the file. Raises BadInputError where the two do not match one to one."""
     prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in header)), "")
     in_file = {name.removeprefix(prefix): name for name in header}
@@ -88,9 +87,9 @@ def _matched(path: Path, header: Mapping[str, Any], shapes: Mapping[str, list[in
     if unexpected := sorted(in_file.keys() - wanted.keys()):
         problems.append(f"has {len(unexpected)} that it has not ({_some(unexpected)})")
     common = sorted(wanted.keys() & in_file.keys())
-    if other := [own for own in common if list(header[in_file[own]]["shape"]) != shapes[wanted[own]]]:
+    if other := [own for own in common if header[in_file[own]].shape != shapes[wanted[own]]]:
         own = other[0]
-        problems.append(f"has {len(other)} of another shape ({own} is {header[in_file[own]]['shape']}, wanted is {shapes[wanted[own]]})")
+        problems.append(f"has {len(other)} of another shape ({own} is {list(header[in_file[own]].shape)}, wanted is {list(shapes[wanted[own]])})")
     if problems:
         raise BadInputError(
             f"model.transformer, {path}, does not fit the configuration of {folder_or_id}: it {'; '.join(problems)}.\n"

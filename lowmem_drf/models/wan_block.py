@@ -20,9 +20,11 @@ from torch import Tensor, nn
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.memory.activations import in_slices
+from lowmem_drf.memory.streaming import Resident
 from lowmem_drf.models.lora_linear import APPROXIMATE, linear
 
 if TYPE_CHECKING:
+    from lowmem_drf.memory.streaming import Layer
     from lowmem_drf.memory.tape import Tape
     from lowmem_drf.ops import Attention, RowOps
 
@@ -33,16 +35,18 @@ class BlockForward:
     Args:
         count: slices of tokens. 1: the whole sequence, recomputed by nobody but a checkpoint around the block.
         rollout_attention: among the tokens, where there is no gradient and nothing is recorded. ``None``: ``attention``.
+        weights: the block's, where they are streamed.
 
     Raises:
         BadInputError: an image-to-video block.
     """
 
-    def __init__(self, block: Any, rows: RowOps, attention: Attention, count: int = 1, rollout_attention: Any = None) -> None:
+    def __init__(self, block: Any, rows: RowOps, attention: Attention, count: int = 1, rollout_attention: Any = None, weights: Layer | None = None) -> None:
         if block.attn2.add_k_proj is not None:
             raise BadInputError("the transformer is an image-to-video one: its blocks attend to an image besides. Take a text-to-video model.")
         self._block, self._rows, self._attention, self._count = block, rows, attention, count
         self._rollout_attention = rollout_attention
+        self._weights = weights or Resident()
 
     def __call__(
         self, hidden_BLD: Tensor, text_BLD: Tensor, time_B6D: Tensor, rotary: tuple[Tensor, Tensor], tape: Tape | None = None, recorded: bool = False
@@ -61,14 +65,17 @@ class BlockForward:
         attn1, attn2 = block.attn1, block.attn2
         modulation_B6D = block.scale_shift_table + time_B6D.float()
         before = partial(in_slices, count=self._count, parameters=_trainable(attn1.to_q, attn1.to_k, attn1.to_v)) if self._count > 1 else _whole
-        q, k, v = before(self._before, sliced=[hidden_BLD, *rotary], shared=[modulation_B6D])
+        # in slices these are called again in the backward, when the block's weights may have left it: they are handed them
+        weights = self._weights if self._count > 1 else Resident()
+        q, k, v = before(weights.bound(self._before), sliced=[hidden_BLD, *rotary], shared=[modulation_B6D, *weights.tensors()])
         attended_BLHd = self._attend(q, k, v, tape) if exact else self._rollout_attention(q, k, v)
         del q, k, v
         text_k = self._rows.rms_norm(attn2.to_k(text_BLD), attn2.norm_k.weight, attn2.norm_k.eps).unflatten(2, (attn2.heads, -1))
         text_v = attn2.to_v(text_BLD).unflatten(2, (attn2.heads, -1))
         parameters = _trainable(attn1.to_out, attn2.to_q, attn2.to_out, block.ffn)
         after = partial(in_slices, count=self._count, parameters=parameters, unread=unread) if self._count > 1 else _whole
-        (out_BLD,) = after(partial(self._after, tape), sliced=[hidden_BLD, attended_BLHd], shared=[modulation_B6D, text_k, text_v])
+        shared = [modulation_B6D, text_k, text_v, *weights.tensors()]
+        (out_BLD,) = after(weights.bound(partial(self._after, tape)), sliced=[hidden_BLD, attended_BLHd], shared=shared)
         return out_BLD
 
     def _before(self, hidden: Tensor, cos: Tensor, sin: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
