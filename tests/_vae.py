@@ -7,11 +7,20 @@ from _tiny import Z_DIM, tiny_vae
 from lowmem_drf.method.frames import backward_chunks
 from lowmem_drf.method.vae_stream import decode, vae_backward
 
-# the tiny VAE; Wan 2.1's own pattern of time upsampling; Wan 2.2's residual blocks and pixel patches
+# the tiny VAE; Wan 2.1's own pattern of time upsampling; Wan 2.2's, its residual blocks, pixel patches and a decoder of its own width
 CONFIGS = {
     "toy": {},
     "wan21": dict(dim_mult=[1, 2, 2, 2], temperal_downsample=[False, True, True], scale_factor_spatial=8),
-    "wan22": dict(is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=8),
+    "wan22": dict(
+        decoder_base_dim=6,
+        dim_mult=[1, 2, 2, 2],
+        temperal_downsample=[False, True, True],
+        is_residual=True,
+        patch_size=2,
+        in_channels=12,
+        out_channels=12,
+        scale_factor_spatial=16,
+    ),
 }
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from _tiny import SavedBytes, save_tiny_generator, tiny_condition, tiny_latents, tiny_text, tiny_transformer, tiny_vae
+from _tiny import GENERATORS, SavedBytes, relative_difference, save_tiny_generator, tiny_condition, tiny_latents, tiny_text, tiny_transformer, tiny_vae
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.method.schedule import flow_sigmas
+from lowmem_drf.method.step import rollout
 from lowmem_drf.models.denoiser import as_velocity, load_denoiser, set_activations, timestep_of
 from lowmem_drf.models.lora import add_lora, lora_parameters
 
@@ -47,6 +49,43 @@ def test_euler_with_the_velocity_is_wan_pipeline() -> None:
             x = x + (following - sigma) * velocity(x, sigma, condition)
     # UniPC works in half-log-SNR: each step costs it a few more roundings than ours
     assert (x - wanted).abs().max() < 5 * 16 * torch.finfo(torch.float32).eps * wanted.abs().max()
+
+
+def test_a_timestep_for_each_token_is_one_for_the_clip(monkeypatch) -> None:
+    """Wan2.2-TI2V-5B's pipeline expands the timestep to every token (``expand_timesteps``), for videos that begin with an image. Without one all are the
+    same, and a timestep per clip is the same computation: to rounding in fp64."""
+    to_fp32 = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_fp32(x))
+    transformer, x, text = tiny_transformer(torch.float64, **GENERATORS["wan2.2-5b"][0]), torch.randn(2, 6, 3, 4, 2, dtype=torch.float64), tiny_condition(2)
+    for sigma in (0.999999, 0.857, 0.25):
+        expanded = torch.full((2, 3 * 2 * 1), float(timestep_of(sigma)))
+        wanted = transformer(x, expanded, text, return_dict=False)[0]
+        assert relative_difference(as_velocity(transformer)(x, sigma, text), wanted) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["wan2.1-1.3b", "wan2.2-5b"])
+def test_the_frames_are_those_of_the_pipeline(name: str) -> None:
+    """From noise to pixels, with the pipeline's own settings: for Wan2.2-TI2V-5B ``expand_timesteps`` and a VAE of 16 x 16 pixels."""
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
+    from lowmem_drf.models.decoder import WanDecoder
+    from lowmem_drf.models.text import TextEncoder
+
+    (of_transformer, of_vae), (model, tokenizer) = GENERATORS[name], tiny_text()
+    transformer, vae = tiny_transformer(**of_transformer), tiny_vae(**of_vae)
+    factor = vae.config.scale_factor_spatial
+    noise = torch.randn(1, transformer.config.in_channels, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=1, disable_corrector=[*range(3)])
+    pipe = WanPipeline(tokenizer, model, vae, scheduler, transformer, expand_timesteps=name == "wan2.2-5b")
+    pipe.set_progress_bar_config(disable=True)
+    call = dict(height=4 * factor, width=4 * factor, num_frames=9, num_inference_steps=3, max_sequence_length=12, output_type="pt")
+    wanted = pipe("a red circle", "blue", latents=noise.clone(), guidance_scale=2.0, **call).frames
+    encoder = TextEncoder(model, tokenizer)
+    x_0, _ = rollout(as_velocity(transformer), flow_sigmas(3, 3.0), noise, encoder.encode(["a red circle"], 12), encoder.encode(["blue"], 12), 2.0)
+    with torch.no_grad():
+        frames = WanDecoder(vae).decode(x_0)
+    assert frames.shape == wanted.shape
+    assert (frames - wanted).abs().max() < 1e-4  # a fortieth of what 8 bits of a pixel show
 
 
 def test_a_clip_does_not_depend_on_its_batch() -> None:

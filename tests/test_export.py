@@ -17,6 +17,7 @@ from lowmem_drf.models.denoiser import as_velocity, load_denoiser
 from lowmem_drf.models.lora import add_lora, attach_lora, lora_layers, lora_state
 from lowmem_drf.models.lora_formats import LoraFile, diffusers_reads_kohya, from_format, model_hash, read_lora, to_format
 from lowmem_drf.run.export import DTYPES, export_lora, export_run, merge_lora
+from lowmem_drf.run.folder import run_config
 from lowmem_drf.run.verify import verify_export
 
 ALPHA, RANK = 3.0, 2  # alpha / rank is no power of two: folding really rounds
@@ -278,6 +279,19 @@ def test_export_run_step_folder_and_merge(run: Path, tmp_path) -> None:
     assert (velocity(load_denoiser(str(tmp_path / "merged"))) - velocity(trained()[1])).abs().max() < 1e-4
     both = export_run(run, dtype="fp32", output=tmp_path / "l.safetensors", merge=tmp_path / "merged2")
     assert [p.exists() for p in both.paths] == [True, True]
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_a_run_on_packed_weights_is_exported_from_full_ones(quant: str, run: Path, tmp_path) -> None:
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace('quant = "none"', f'quant = "{quant}"', 1))
+    assert run_config(run).model.quant == quant
+    exported = export_run(run, dtype="fp32", output=tmp_path / "l.safetensors", merge=tmp_path / "merged")
+    assert f"sampled on {quant} ones" in str(exported)
+    for said in (by_diffusers(exported.paths[0]), velocity(load_denoiser(str(tmp_path / "merged")))):
+        assert (said - velocity(trained()[1])).abs().max() < 1e-4
+    with safe_open(exported.paths[0], "pt") as file:
+        assert file.metadata()["lowmem_drf.quant"] == quant
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from _tiny import save_tiny_generator
 
+from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.known_generators import KNOWN_GENERATORS, SUBFOLDERS, generator_config
 from lowmem_drf.models.random_generator import empty_text, empty_transformer, empty_vae
+from lowmem_drf.run.cards import card_named
+from lowmem_drf.run.plan import make_plan
 
 
 @pytest.fixture
@@ -33,12 +37,29 @@ def hub_cache(tmp_path, monkeypatch):
 def test_sizes_are_those_written_down(name: str) -> None:
     known = KNOWN_GENERATORS[name]
     models = {"transformer": empty_transformer(known.config.transformer), "vae": empty_vae(known.config.vae), "text": empty_text(known.config.text)}
+    if known.config.transformer_2:
+        models["transformer_2"] = empty_transformer(known.config.transformer_2)
+    assert models.keys() == known.parameters.keys()
     for field, model in models.items():
         assert sum(parameter.numel() for parameter in model.parameters()) == known.parameters[field], field
         assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     transformer, vae = models["transformer"].config, models["vae"].config
     assert transformer.in_channels == transformer.out_channels == vae.z_dim == len(vae.latents_mean) == len(vae.latents_std)
     assert transformer.text_dim == models["text"].config.d_model
+
+
+@pytest.mark.parametrize("name", KNOWN_GENERATORS)
+def test_every_one_can_be_planned(name: str, monkeypatch) -> None:
+    """Two blocks at their true width, on ToyWorld's clips. Of two transformers one is on the card."""
+    known = KNOWN_GENERATORS[name].config
+    short = {field: config | {"num_layers": 2} for field in ("transformer", "transformer_2") if (config := getattr(known, field))}
+    monkeypatch.setattr("lowmem_drf.run.plan.generator_config", lambda place: replace(known, **short))
+    settings = ("video.width=64", "video.height=64", "batch=1", "micro_batch=1", "sampler.graded_steps=1", "sampler.steps=2", 'memory.park=["transformer"]')
+    plan = make_plan(load_config("toy", [f'model.id="{name}"', *settings]), card_named("RTX 4090"), only="denoise_backward")
+    parameters = sum(parameter.numel() for parameter in empty_transformer(short["transformer"]).parameters())
+    for stage in ("rollout", "denoise_backward"):
+        gone = plan.stages[stage].weights_gib - plan.stages["decode"].weights_gib
+        assert gone == pytest.approx(4 * parameters / 1024**3, rel=0.01), stage
 
 
 def test_what_diffusers_has_as_defaults() -> None:

@@ -44,12 +44,13 @@ def plan_of(graded, **changes):
     return StepPlan(flow_sigmas(STEPS, 3.0), tuple(graded), **{"kept": KEPT, **changes})
 
 
-def assert_equal_steps(parts, plan, size, seed=None):
+def assert_equal_steps(parts, plan, size, seed=None, batch=None):
     def generators():
         return () if seed is None else [torch.Generator().manual_seed(seed + i) for i in range(size)]
 
-    expected, expected_stats = lora_gradients(naive_step, parts, plan, *batch_of(size), generators())
-    actual, stats = lora_gradients(drf_step, parts, plan, *batch_of(size), generators())
+    batch = batch or batch_of(size)
+    expected, expected_stats = lora_gradients(naive_step, parts, plan, *batch, generators())
+    actual, stats = lora_gradients(drf_step, parts, plan, *batch, generators())
     assert relative_difference(actual, expected) < LIMIT
     assert relative_difference(stats.frames_BTCHW, expected_stats.frames_BTCHW) < LIMIT
     assert stats.reward == pytest.approx(expected_stats.reward)
@@ -61,6 +62,36 @@ def assert_equal_steps(parts, plan, size, seed=None):
 @pytest.mark.parametrize("k", [1, 2, 5, STEPS], ids=lambda k: f"K{k}")
 def test_relay_is_naive(parts, k, chain, guidance, grad, size):
     assert_equal_steps(parts, plan_of(range(STEPS - k, STEPS), chain=chain, guidance=guidance, guidance_grad=grad), size)
+
+
+@pytest.mark.parametrize("chain", ["full", "drtune"])
+@pytest.mark.parametrize(
+    ("generator", "expert", "graded"),
+    [
+        ("wan2.1-14b", "low", (1, 4, 5)),
+        ("wan2.2-5b", "low", (3, 4, 5)),
+        ("wan2.2-a14b", "low", (2, 3, 5)),
+        ("wan2.2-a14b", "low", (5,)),
+        ("wan2.2-a14b", "high", (0, 1)),
+        ("wan2.2-a14b", "high", (1,)),
+    ],
+    ids=str,
+)
+def test_relay_is_naive_for_every_generator(generator, expert, graded, chain):
+    """Of the two experts the one for high noise denoises steps 0 and 1; the gradient passes the other's steps unchanged."""
+    parts = tiny_parts(generator=generator, expert=expert)
+    channels = len(parts.decoder.vae.config.latents_mean)
+    noise, condition = draw_noise((channels, 3, 4, 2), [0]).double(), tiny_condition(1, seed=0)
+    assert_equal_steps(
+        parts, plan_of(graded, chain=chain, guidance=4.7, guidance_grad="both"), 1, batch=(noise, condition, tiny_condition(1, seed=1), [QUESTIONS])
+    )
+
+
+def test_the_frozen_expert_never_runs_with_gradient():
+    parts = tiny_parts(generator="wan2.2-a14b")
+    for step in (drf_step, naive_step):
+        with pytest.raises(ValueError, match="not that of the trained expert"):
+            lora_gradients(step, parts, plan_of((1, 2)), *batch_of(1))
 
 
 @pytest.mark.parametrize("kept", [(0,), (6,), (2, 4), (8,)], ids=str)

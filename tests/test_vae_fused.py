@@ -79,8 +79,8 @@ def test_where_and_how_often_caches_wait_changes_no_bit(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_one_graph_is_the_stream(name):
     """``decode`` under autograd, for the oracle of the step."""
-    latents = some_latents(3).requires_grad_()
-    upstream = torch.randn(1, 9, 3, 12 if name == "toy" else 24, 8 if name == "toy" else 16, dtype=torch.float64)
+    latents, factor = some_latents(3).requires_grad_(), vae_of(name).config.scale_factor_spatial
+    upstream = torch.randn(1, 9, 3, 3 * factor, 2 * factor, dtype=torch.float64)
     expected, got = (torch.autograd.grad(make(vae_of(name)).decode(latents), latents, upstream)[0] for make in (WanDecoder, naive))
     assert relative_difference(got, expected) < LIMIT
 

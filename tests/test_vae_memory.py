@@ -14,10 +14,14 @@ from lowmem_drf.memory.ledger import Ledger
 from lowmem_drf.method.frames import kept_frames
 from lowmem_drf.method.vae_stream import decode, vae_backward
 from lowmem_drf.models.decoder import WanDecoder
+from lowmem_drf.models.fake import fake_vae
+from lowmem_drf.models.known_generators import KNOWN_GENERATORS
 from lowmem_drf.run.parts import DTYPES
 from lowmem_drf.schema import Memory
 
 GIB = 1024**3
+FAKES = Fakes(FakeTensorMode(allow_non_fake_inputs=True))
+"""One for all tests: most of what they run are the same operators on the same shapes."""
 WAN21 = dict(base_dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[], temperal_downsample=[False, True, True])
 LATENT_HEIGHT, LATENT_WIDTH = 60, 104  # 832x480 pixels
 
@@ -38,11 +42,11 @@ def true_vae(mode):
 
 def true_size(frames, grad_dtype, strips):
     """Peak bytes of (decode, backward) of a clip of 832x480 with 8 kept frames, the weights of the whole VAE in fp32 included."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FAKES.mode
     vae = true_vae(mode)
     latents = mode.from_tensor(torch.empty(1, 16, (frames - 1) // 4 + 1, LATENT_HEIGHT, LATENT_WIDTH))
     kept = kept_frames(frames, 8)
-    with Fakes(mode), Ledger() as ledger:
+    with FAKES, Ledger() as ledger:
         ledger.adopt(vae.parameters())
         assert 0.47 * GIB < ledger.card_bytes < 0.48 * GIB
         decoder = WanDecoder(vae, grad_dtype=grad_dtype, strips=strips, caches="host", store=HostStore(torch.device("cpu")))
@@ -62,12 +66,34 @@ def test_the_vae_stage_stays_under_6_gib_whatever_the_frames():
         assert many == pytest.approx(few, rel=0.05)  # the bound that the project promises
 
 
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_that_of_wan_2_2_stays_under_8_gib_at_1280x704(grad_dtype):
+    """Above its weights, whatever the frames; with the kernel, as on a card."""
+    peaks = []
+    for frames in (3, 6):
+        mode = FAKES.mode
+        vae = fake_vae(KNOWN_GENERATORS["Wan-AI/Wan2.2-TI2V-5B-Diffusers"].config.vae, torch.float32, mode)
+        latents, kept = mode.from_tensor(torch.empty(1, 48, frames, 44, 80)), range(0, 4 * frames - 3, 4)
+        with FAKES, Ledger() as ledger:
+            ledger.adopt(vae.parameters())
+            weights = ledger.card_bytes
+            decoder = WanDecoder(vae, grad_dtype=grad_dtype, strips=4, caches="host", store=HostStore(torch.device("cpu")), norm_silu=norm_silu)
+            made, entering = decode(decoder, latents, kept)
+            decoded = ledger.peak_card_bytes - weights
+            ledger.reset_peak()
+            vae_backward(decoder, latents, entering, torch.empty_like(made), kept)
+            peaks += [decoded, ledger.peak_card_bytes - weights]
+    assert max(peaks) < 8 * GIB
+    for few, many in zip(peaks[:2], peaks[2:], strict=True):
+        assert many == pytest.approx(few, rel=0.05)
+
+
 @pytest.fixture(scope="module")
 def entering_shapes():
     """Of the caches that enter the third chunk, and all later ones, at true size."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FAKES.mode
     decoder, latents = WanDecoder(true_vae(mode), norm_silu=norm_silu), mode.from_tensor(torch.empty(1, 16, 1, LATENT_HEIGHT, LATENT_WIDTH))
-    with Fakes(mode), torch.no_grad():
+    with FAKES, torch.no_grad():
         caches = decoder.start(1)
         for _ in range(2):
             caches = decoder.chunk(latents, caches)[1]
@@ -77,10 +103,10 @@ def entering_shapes():
 def chunk_peaks(shapes, memory, fused):
     """Peak bytes of one chunk (without gradient, in its pull-back), weights and all that waits on the card included, and of the pull-back the
     operations."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FAKES.mode
     vae = true_vae(mode)
     grad_dtype = DTYPES[memory.vae_grad_dtype]
-    with Fakes(mode), Ledger() as ledger, torch.no_grad():
+    with FAKES, Ledger() as ledger, torch.no_grad():
         ledger.adopt(vae.parameters())
         store = HostStore(torch.device("cpu"))
         wait = store.put if memory.vae_caches == "host" else lambda tensor: tensor

@@ -14,11 +14,14 @@ from pathlib import Path
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.models.sources import resolve
 from lowmem_drf.models.weight_files import (
+    MODEL_INDEX,
+    SECOND,
     SUBFOLDERS,
     Problem,
     Role,
     find_problems,
     refuse_pickles,
+    subfolders,
     weight_count,
     weight_files,
     weight_indices,
@@ -60,13 +63,15 @@ def prepare(folder_or_id: str, role: Role, say: Say, without: tuple[str, ...] = 
 
 def check_host_memory(folder: Path, role: Role, bytes_per_number: int, without: tuple[str, ...] = ()) -> None:
     """The largest of a folder's models must fit into the host's free memory on its way to the card: they are loaded one after another, in the
-    run's dtype. Where the system does not say what is free, nothing is checked.
+    run's dtype; two transformers count as one. Where the system does not say what is free, nothing is checked.
 
     Raises:
         LowmemError: it does not fit.
     """
     free = available_host_bytes()
-    needs = {subfolder: bytes_per_number * weight_count(folder / subfolder) for subfolder in SUBFOLDERS[role] if subfolder not in without}
+    needs = {subfolder: bytes_per_number * weight_count(folder / subfolder) for subfolder in subfolders(folder, role) if subfolder not in without}
+    if SECOND in needs:
+        needs["transformer"] = needs.get("transformer", 0) + needs.pop(SECOND)
     largest = max(needs, key=lambda subfolder: needs[subfolder])
     if free is not None and needs[largest] + HOST_MARGIN > free:
         what = f"{largest} of the generator" if largest else "critic"
@@ -124,8 +129,9 @@ def _sizes(hub_id: str) -> dict[str, int]:
 
 def _wanted(hub_id: str, role: Role, sizes: dict[str, int], without: tuple[str, ...]) -> dict[str, int]:
     """The files that loading reads. Raises BadInputError where the weights are no safetensors, or there are none."""
-    wanted = [name for name in sizes if name == "model_index.json" or name.startswith("tokenizer/")] if role == "generator" else []
-    for subfolder in SUBFOLDERS[role]:
+    wanted = [name for name in sizes if name == MODEL_INDEX or name.startswith("tokenizer/")] if role == "generator" else []
+    second = [SECOND] if role == "generator" and f"{SECOND}/config.json" in sizes else []
+    for subfolder in (*SUBFOLDERS[role], *second):
         if subfolder in without:
             wanted += [name for name in sizes if name == f"{subfolder}/config.json"]
             continue

@@ -1,7 +1,7 @@
 """Configurations of published video generators, to lay them out at true size without a download, and the configuration of any other.
 
 Written down without the repositories at hand. Wan2.1-14B's transformer and Wan2.1's VAE are the defaults of diffusers 0.42.1, and a test holds them
-to those; nothing offline holds the others (Wan2.1-1.3B's and Wan2.2-5B's transformers, UMT5-XXL, Wan2.2's VAE and the statistics of its latents).
+to those; nothing offline holds the others (Wan2.1-1.3B's and Wan2.2's transformers, UMT5-XXL, Wan2.2-5B's VAE and the statistics of its latents).
 They serve random and fake weights, a single-file transformer, which must fit its configuration tensor by tensor, and the plan; a model that is on
 this machine brings its own. ``parameters`` is what each configuration counts, each tensor once.
 """
@@ -16,20 +16,25 @@ from typing import Any
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.sources import resolve
+from lowmem_drf.models.weight_files import MODEL_INDEX, SECOND, has_second, read_model_index
 
 SUBFOLDERS = {"transformer": "transformer", "vae": "vae", "text": "text_encoder"}
 """Field of ``GeneratorConfig`` -> subfolder of a diffusers model."""
-_KINDS = {"transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan", "text": "umt5"}
+_KINDS = {"transformer": "WanTransformer3DModel", SECOND: "WanTransformer3DModel", "vae": "AutoencoderKLWan", "text_encoder": "umt5"}
 """What a configuration names itself: ``_class_name`` in diffusers, ``model_type`` in transformers."""
 
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """What the three ``config.json`` of a generator say."""
+    """What the ``config.json`` of a generator's models say, and its ``model_index.json``."""
 
     transformer: dict[str, Any]
     vae: dict[str, Any]
     text: dict[str, Any]
+    transformer_2: dict[str, Any] | None = None
+    """Of a generator of two experts (see ``experts``): the one for low noise. ``transformer`` is the one for high noise then."""
+    boundary: float | None = None
+    """``boundary_ratio``, in (0, 1): between the two. ``None`` where there is one."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def _transformer(heads: int, ffn: int, layers: int, channels: int) -> dict[str, 
 
 _UMT5_XXL = {
     "architectures": ["UMT5EncoderModel"],
-    "model_type": _KINDS["text"],
+    "model_type": _KINDS["text_encoder"],
     "vocab_size": 256384,
     "d_model": 4096,
     "d_kv": 64,
@@ -124,6 +129,8 @@ _VAE_2_2 = _VAE | {
     ],
 }
 
+_WAN_14B = _transformer(heads=40, ffn=13824, layers=40, channels=16)
+
 _TEXT_PARAMETERS = 5_680_910_336
 
 KNOWN_GENERATORS: dict[str, KnownGenerator] = {
@@ -132,12 +139,16 @@ KNOWN_GENERATORS: dict[str, KnownGenerator] = {
         {"transformer": 1_418_996_800, "vae": 126_892_531, "text": _TEXT_PARAMETERS},
     ),
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": KnownGenerator(
-        GeneratorConfig(_transformer(heads=40, ffn=13824, layers=40, channels=16), _VAE, _UMT5_XXL),
+        GeneratorConfig(_WAN_14B, _VAE, _UMT5_XXL),
         {"transformer": 14_288_491_584, "vae": 126_892_531, "text": _TEXT_PARAMETERS},
     ),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": KnownGenerator(
         GeneratorConfig(_transformer(heads=24, ffn=14336, layers=30, channels=48), _VAE_2_2, _UMT5_XXL),
         {"transformer": 4_999_787_712, "vae": 704_688_668, "text": _TEXT_PARAMETERS},
+    ),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": KnownGenerator(
+        GeneratorConfig(_WAN_14B, _VAE, _UMT5_XXL, _WAN_14B, boundary=0.875),
+        {"transformer": 14_288_491_584, "transformer_2": 14_288_491_584, "vae": 126_892_531, "text": _TEXT_PARAMETERS},
     ),
 }
 
@@ -153,13 +164,19 @@ def generator_config(folder_or_id: str) -> GeneratorConfig:
         BadInputError: the configuration is not here, cannot be read, or is not that of a Wan generator.
     """
     place = resolve(folder_or_id, "generator")
-    if Path(place).is_dir():
-        found: dict[str, Path | None] = {field: Path(place) / subfolder / "config.json" for field, subfolder in SUBFOLDERS.items()}
-    else:
-        found = {field: _cached(place, f"{subfolder}/config.json") for field, subfolder in SUBFOLDERS.items()}
-    files = {field: file for field, file in found.items() if file is not None}
-    if len(files) == len(SUBFOLDERS):
-        return GeneratorConfig(**{field: _read(field, file, place) for field, file in files.items()})
+
+    def find(name: str) -> Path | None:
+        return Path(place) / name if Path(place).is_dir() else _cached(place, name)
+
+    files = {field: file for field, subfolder in SUBFOLDERS.items() if (file := find(f"{subfolder}/config.json")) is not None}
+    if len(files) == len(SUBFOLDERS) and (index := find(MODEL_INDEX)) is not None:
+        models = {field: _read(SUBFOLDERS[field], file, place) for field, file in files.items()}
+        _refuse_image_to_video(models, place)
+        boundary = _boundary(read_model_index(index))
+        second = find(f"{SECOND}/config.json") if boundary is not None else None
+        if boundary is None or second is not None:
+            expert = None if second is None else _read(SECOND, second, place)
+            return GeneratorConfig(models["transformer"], models["vae"], models["text"], expert, boundary)
     if place in KNOWN_GENERATORS:
         return KNOWN_GENERATORS[place].config
     raise BadInputError(
@@ -181,8 +198,25 @@ def _cached(hub_id: str, name: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def _read(field: str, file: Path, place: str) -> dict[str, Any]:
-    subfolder = SUBFOLDERS[field]
+def _refuse_image_to_video(models: Mapping[str, dict[str, Any]], place: str) -> None:
+    taken, made = models["transformer"].get("in_channels"), models["vae"].get("z_dim")
+    if taken != made:
+        raise BadInputError(
+            f"The transformer of {place} takes {taken} channels, and its VAE's latents have {made}: it is an image-to-video model. Take a text-to-video one."
+        )
+
+
+def _boundary(index: Mapping[str, Any]) -> float | None:
+    """``boundary_ratio`` where there are two experts. Without one diffusers never calls a second transformer."""
+    ratio = index.get("boundary_ratio")
+    if ratio is None:
+        return None
+    if not isinstance(ratio, float) or not 0 < ratio < 1 or not has_second(index):
+        raise BadInputError(f"{MODEL_INDEX} has boundary_ratio = {ratio!r}: it is to be a number between 0 and 1, beside a {SECOND}.")
+    return ratio
+
+
+def _read(subfolder: str, file: Path, place: str) -> dict[str, Any]:
     if not file.is_file():
         raise BadInputError(f"{place} lacks {subfolder}/config.json: give the complete folder of a diffusers model.")
     try:
@@ -190,6 +224,8 @@ def _read(field: str, file: Path, place: str) -> dict[str, Any]:
         kind = config.get("_class_name") or config.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise BadInputError(f"{file} cannot be read as a configuration ({error}). Get it anew.") from error
-    if kind != _KINDS[field]:
-        raise BadInputError(f"{place} holds a {kind} in {subfolder}, and a {_KINDS[field]} is expected there: this program trains Wan's text-to-video models.")
+    if kind != _KINDS[subfolder]:
+        raise BadInputError(
+            f"{place} holds a {kind} in {subfolder}, and a {_KINDS[subfolder]} is expected there: this program trains Wan's text-to-video models."
+        )
     return config

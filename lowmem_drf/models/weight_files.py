@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,11 @@ from lowmem_drf.errors import BadInputError
 Role = Literal["generator", "critic"]
 
 SUBFOLDERS: dict[Role, tuple[str, ...]] = {"generator": ("transformer", "vae", "text_encoder"), "critic": ("",)}
-"""Where a model folder holds weights, each with a config.json."""
+"""Where a model folder holds weights, each with a config.json. A generator of two experts has ``SECOND`` besides."""
+
+SECOND = "transformer_2"
+MODEL_INDEX = "model_index.json"
+"""Of a generator: which models it has."""
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safetensors")
@@ -41,7 +45,7 @@ def find_problems(folder: Path, role: Role, without: tuple[str, ...] = ()) -> li
         BadInputError: weights in another format than safetensors.
     """
     problems: list[Problem] = []
-    for subfolder in SUBFOLDERS[role]:
+    for subfolder in subfolders(folder, role):
         if subfolder in without:
             continue
         place, prefix = folder / subfolder, f"{subfolder}/" if subfolder else ""
@@ -61,9 +65,34 @@ def find_problems(folder: Path, role: Role, without: tuple[str, ...] = ()) -> li
                     problems.append(Problem(prefix + name, what, False))
             else:
                 problems.append(Problem(prefix + name, "is missing", True))
-    if role == "generator" and not (folder / "tokenizer").is_dir():
-        problems.append(Problem("tokenizer/", "is missing", True))
+    if role == "generator":
+        if not (folder / "tokenizer").is_dir():
+            problems.append(Problem("tokenizer/", "is missing", True))
+        if not (folder / MODEL_INDEX).is_file():
+            problems.append(Problem(MODEL_INDEX, "is missing", True))
     return problems
+
+
+def subfolders(folder: Path, role: Role) -> tuple[str, ...]:
+    """Where this model folder is to hold weights."""
+    index = folder / MODEL_INDEX
+    second = role == "generator" and index.is_file() and has_second(read_model_index(index))
+    return (*SUBFOLDERS[role], SECOND) if second else SUBFOLDERS[role]
+
+
+def read_model_index(file: Path) -> dict[str, Any]:
+    """Raises BadInputError where it cannot be read."""
+    try:
+        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        index.get("boundary_ratio")
+    except (OSError, ValueError, AttributeError) as error:
+        raise BadInputError(f"{file} cannot be read ({error}). Get it anew.") from error
+    return index
+
+
+def has_second(index: Mapping[str, Any]) -> bool:
+    """Whether a ``model_index.json`` names a second transformer that its pipeline uses: without a boundary it uses the first alone."""
+    return index.get("boundary_ratio") is not None and bool((index.get(SECOND) or [None])[-1])
 
 
 def weight_files(names: list[str]) -> list[str]:
