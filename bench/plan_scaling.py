@@ -12,16 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lowmem_drf.config import load_config
+from lowmem_drf.memory.fakes import Fakes
 from lowmem_drf.run.cards import card_named
-from lowmem_drf.run.plan import StagePlan, make_plan
+from lowmem_drf.run.plan import make_plan
+from lowmem_drf.run.stages import StagePlan
 
 PRESET, CARD = "rtx4090", "24 GB (RTX 4090)"
 EIGHT = ("critic.frames=8", "critic.frame_sampling=uniform")
 
 
-def stage(name: str, *overrides: str) -> StagePlan:
-    """One stage of the preset with settings changed."""
-    return make_plan(load_config(PRESET, overrides), card_named(CARD), only=name).stages[name]
+def stage(name: str, *overrides: str, fakes: Fakes | None = None) -> StagePlan:
+    """One stage of the preset with settings changed. ``fakes``: see ``make_plan``."""
+    return make_plan(load_config(PRESET, overrides), card_named(CARD), only=name, fakes=fakes).stages[name]
 
 
 KEPT = {

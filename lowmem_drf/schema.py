@@ -12,6 +12,7 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Parked = Literal["critic", "vae", "transformer"]
+Streamable = Literal["critic", "transformer"]
 Name = Annotated[str, Field(min_length=1)]
 
 
@@ -45,10 +46,15 @@ class Model(Node):
     """A diffusers folder, a Hugging Face id, or ``toyworld`` for the models in this package."""
     transformer: str = ""
     """A single safetensors file (as ComfyUI's) in place of the transformer of ``id``. Empty: that of ``id``."""
+    expert: Literal["low", "high"] = "low"
+    """Of a generator of two transformers (Wan2.2-T2V-A14B): the LoRA is trained on the one for low noise, or on that for high noise. All graded steps
+    are to be its own."""
     base_lora: str = ""
     """A LoRA that is merged into the frozen base before training, for example a step-distillation one: a safetensors file, or
     ``owner/repo/file.safetensors`` on the hub. Empty: none."""
     base_lora_scale: PositiveFloat = 1.0
+    quant: Literal["none", "nf4", "int8"] = "none"
+    """What the linears of the frozen base's blocks are kept in: ``nf4`` (bitsandbytes' 4 bit), ``int8``, or ``dtype`` (``none``)."""
     text_tokens: Positive = 512
     """Prompts are padded or cut to this many tokens, as ``WanPipeline`` does."""
 
@@ -62,7 +68,7 @@ class Sampler(Node):
     chain: Literal["full", "drtune"] = "full"
     """``drtune`` stops the gradient at the transformer's input; ``full`` lets it through to earlier graded steps."""
     guidance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 5.0
-    """1 is no guidance and one transformer pass a step; above 1 there are two."""
+    """1 is no guidance and one transformer pass a step; above 1 there are two. A generator of two transformers has it for both."""
     guidance_grad: Literal["cond", "both"] = "cond"
     """Gradient through the conditional branch alone, or through both."""
     shift: PositiveFloat = 3.0
@@ -134,7 +140,8 @@ class Lora(Node):
 
 
 class Optim(Node):
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    """``adamw8bit``: moments in 8 bit (bitsandbytes), a quarter of the bytes. ``paged_adamw8bit``: and they move to the host when the card is full."""
     lr: PositiveFloat = 1e-4
     weight_decay: NonNegativeFloat = 0.0
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
@@ -170,8 +177,11 @@ class Memory(Node):
     """At the graded steps the rollout leaves on the host what their backward needs, and they run no forward of their own."""
     park: list[Parked] = []
     """Whose weights wait on the host outside their stages."""
-    text_device: Literal["card", "host"] = "card"
-    """Where the text encoder runs, once for all prompts: ``"host"`` takes minutes, and none of the card."""
+    stream: list[Streamable] = []
+    """Whose layers wait on the host in their stages too, and come to the card one after another as they are needed."""
+    text_device: Literal["card", "stream", "host"] = "card"
+    """Where the text encoder runs, once for all prompts: on the card; there too, its layers coming from the host one after another (``"stream"``: the
+    same embeddings, under a second more for a prompt); or on the host, which takes minutes and none of the card."""
     vram_gib: NonNegativeFloat = 0.0
     """The budget of the whole process on the card: ``train`` refuses a plan above it. 0: what the card has."""
 
@@ -179,6 +189,8 @@ class Memory(Node):
         for name, on in (("keep_attention", self.keep_attention != "none"), ("record_rollout", self.record_rollout)):
             if on and self.checkpoint is False:
                 yield name, "blocks that keep everything (memory.checkpoint = false) have nothing to take from it; set checkpoint = true or leave it out"
+        if self.stream and self.checkpoint is False:
+            yield "stream", "layers that keep everything (memory.checkpoint = false) keep their weights too; set checkpoint = true"
         if self.record_rollout and self.keep_blocks:
             yield "keep_blocks", "with record_rollout no block keeps anything on the card; set keep_blocks = 0"
 

@@ -9,7 +9,8 @@ from lowmem_drf.config import DEFAULT_PRESET, copy_preset, default_preset, load_
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.schema import Config
 
-NAMES = {"toy", "rtx3090", "rtx4090", "rtx5090", "rtx3090-fast", "rtx4090-fast", "rtx5090-fast"}
+CARDS = ("rtx3060", "rtx3090", "rtx4060", "rtx4080", "rtx4090", "rtx5090")
+NAMES = {"toy", *CARDS, *(f"{card}-fast" for card in CARDS), "rtx4090-wan14b", "rtx4090-wan22-5b"}
 
 
 def test_these_presets_and_no_others_are_in_the_package():
@@ -41,7 +42,8 @@ def test_the_default_is_the_largest_preset_that_fits_the_card(tmp_path, monkeypa
         files[name] = tmp_path / f"{name}.toml"
         files[name].write_text(f"# what\n#\n# GPU: {card}\n")
     assert preset_card(files["rtx4090"]) == "24 GB (Ada)"
-    assert (default_preset(None), default_preset(8.0), default_preset(1000.0)) == ("toy", "toy", "rtx5090")  # of this package's
+    of_this_package = [default_preset(gb) for gb in (None, 7.9, 8.5, 12.6, 16.9, 1000.0)]
+    assert of_this_package == ["toy", "toy", "rtx4060", "rtx3060", "rtx4080", "rtx5090"]
     for card, name in (("RTX 4090", "rtx4090"), ("RTX 3090", "rtx3090"), ("another", "rtx3090")):
         assert default_preset(25.3, f"NVIDIA GeForce {card}") == name
     monkeypatch.setattr("lowmem_drf.config.presets", lambda: files)

@@ -105,6 +105,18 @@ def test_the_encoder_is_gone_afterwards(generator, cache, large, loads, tiny_pre
     assert encoder() is None
 
 
+def test_a_streamed_encoder_is_gone_too_and_shares_the_cache(generator, cache, large, loads, tiny_preset) -> None:
+    streamed = encode_texts(configuration(tiny_preset, "memory.text_device=stream"), str(generator), TEXTS, CPU)
+    gc.collect()
+    ((encoder, _),) = loads
+    assert encoder() is None
+    resident = encode_texts(configuration(tiny_preset), str(generator), TEXTS, CPU)
+    assert len(loads) == 1
+    shutil.rmtree(cache)
+    assert all(torch.equal(streamed[text], row) for text, row in encode_texts(configuration(tiny_preset), str(generator), TEXTS, CPU).items())
+    assert resident.keys() == streamed.keys()
+
+
 def test_another_encoder_or_setting_has_its_own(generator, cache, large, loads, tiny_preset, tmp_path) -> None:
     encode_texts(configuration(tiny_preset), str(generator), TEXTS[:1], CPU)
     other = save_tiny_generator(tmp_path / "other", seed=1)

@@ -9,6 +9,7 @@ import torch
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError, NonFiniteError
 from lowmem_drf.method.questions.file import load_questions
+from lowmem_drf.models.optimizers import make_optimizer
 from lowmem_drf.prompts import as_prompts
 from lowmem_drf.run.evaluate import Trial, diversity, measure
 from lowmem_drf.run.folder import claim, find_run, release, run_config
@@ -17,7 +18,7 @@ from lowmem_drf.run.metrics import read_metrics
 from lowmem_drf.run.parts import critic_frames, critic_rate, derive_seed, step_plan
 from lowmem_drf.run.questions import draft_questions
 from lowmem_drf.run.start import train_command
-from lowmem_drf.run.update import learning_rate, make_optimizer, update
+from lowmem_drf.run.update import learning_rate, update
 from lowmem_drf.run.video import read_video, side_by_side, write_mp4
 from lowmem_drf.toy.captions import train_prompts
 
@@ -145,7 +146,7 @@ def test_scales_of_the_normalisation_change_the_step(ready):
 @pytest.mark.parametrize("mode", ["vanilla", "yesno", "dense", "both"])
 def test_every_mode_trains_with_a_4_bit_critic(ready, mode):
     config, models, parts, prompts, questions = ready(f"critic.mode={mode}", "critic.quant=nf4", "memory.checkpoint=true")
-    assert {type(layer.self_attn.q_proj).__name__ for layer in models.critic.model.model.language_model.layers} == {"Linear4bit"}
+    assert {type(layer.self_attn.q_proj).__name__ for layer in models.critic.model.model.language_model.layers} == {"PackedLinear"}
     report = update(config, models, parts, make_optimizer(config.optim, parts.lora), 0, prompts, questions, None)
     assert math.isfinite(report.reward) and report.grad_norm > 0
     assert set(report.reward_by_aspect) == ({"TA"} if mode == "vanilla" else {"TA", "Phy", "VQ"})

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lowmem_drf.memory.host import HostStore
+from lowmem_drf.memory.streaming import HostEmbedding, Streamed
 from lowmem_drf.models.sources import complete, loading
 
 if TYPE_CHECKING:
@@ -45,11 +47,34 @@ class TextEncoder:
         return embeds_BLD.masked_fill(mask_BL[..., None] == 0, 0)
 
 
-def load_text(folder_or_id: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> TextEncoder:
-    """Subfolders ``text_encoder`` and ``tokenizer`` of a diffusers model: frozen, eval. Raises BadInputError if they cannot be loaded."""
+def load_text(folder_or_id: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", stream: bool = False) -> TextEncoder:
+    """Subfolders ``text_encoder`` and ``tokenizer`` of a diffusers model: frozen, eval.
+
+    Args:
+        device: where it computes.
+        stream: its weights stay in host memory (see ``stream_text``).
+
+    Raises:
+        BadInputError: they cannot be loaded.
+    """
     from transformers import AutoTokenizer, UMT5EncoderModel
 
+    device = torch.device(device)
     with loading("the text encoder", folder_or_id):
         model = complete(UMT5EncoderModel.from_pretrained(folder_or_id, subfolder="text_encoder", dtype=dtype, output_loading_info=True))
         tokenizer = AutoTokenizer.from_pretrained(folder_or_id, subfolder="tokenizer")
-    return TextEncoder(model.to(device).eval().requires_grad_(False), tokenizer)
+    model.eval().requires_grad_(False)
+    if stream:
+        stream_text(model, device, HostStore(device))
+    return TextEncoder(model.to(device), tokenizer)
+
+
+def stream_text(model: UMT5EncoderModel, device: torch.device, store: HostStore) -> None:
+    """From here on the weights of the encoder's blocks come to ``device`` one block after another, in every pass, and the token embedding (2 GiB of Wan's
+    in 16 bit) stays in host memory, where rows are looked up. The embeddings are bitwise those of a resident encoder. What is left, the last norm, is
+    the caller's to move."""
+    model.set_input_embeddings(HostEmbedding(model.get_input_embeddings(), device))
+    blocks: list[Any] = list(model.encoder.block)
+    streamed = Streamed(blocks, device, store)
+    for place, block in enumerate(blocks):
+        block.forward = streamed.forward(place, block.forward)

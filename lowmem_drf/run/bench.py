@@ -17,13 +17,17 @@ from lowmem_drf.config import load_config, preset_card, preset_path
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.memory.ledger import Ledger
 from lowmem_drf.memory.meter import Meter
+from lowmem_drf.models.experts import make_transformers
 from lowmem_drf.models.known_generators import generator_config
 from lowmem_drf.models.lora import add_lora, lora_parameters
+from lowmem_drf.models.optimizers import fill_states, make_optimizer
 from lowmem_drf.run.cards import GIB, card_named, parse_vram
 from lowmem_drf.run.parts import Models, assemble, critic_rate, resolve_device
-from lowmem_drf.run.plan import ALLOCATOR_BLOCK, Plan, PlanMeter, make_plan, one_micro_batch, plan_prompts
+from lowmem_drf.run.plan import ALLOCATOR_BLOCK, PlanMeter, make_plan, plan_prompts
+from lowmem_drf.run.shortening import one_micro_batch
+from lowmem_drf.run.stages import Plan
 from lowmem_drf.run.texts import DTYPES
-from lowmem_drf.run.update import fill_states, make_optimizer, update
+from lowmem_drf.run.update import update
 from lowmem_drf.schema import Config
 from lowmem_drf.types import Prompt, Question
 
@@ -91,9 +95,9 @@ def measure(config: Config, device: torch.device, cap_gib: float | None, console
         return Measured(peaks, seconds, torch.cuda.get_device_name(device))
     _refuse_large(config)
     with console.status("measuring …"), Ledger(ALLOCATOR_BLOCK) as ledger:
-        counted = PlanMeter(ledger, card_named(""))
+        counted = PlanMeter(ledger)
         models, prompts, questions = _random_models(config, device, counted)
-        counted.load([models.transformer, models.decoder.vae, models.asked_critic.model])
+        counted.load([models.transformer, models.decoder.vae, models.asked_critic.model, *([models.expert] if models.expert else [])])
         _updates(config, models, prompts, questions)
     clock = Meter(device)
     models, prompts, questions = _random_models(config, device, clock)
@@ -108,7 +112,10 @@ def _random_models(config: Config, device: torch.device, meter: Any) -> tuple[Mo
 
     generator, dtype = generator_config(config.model.id), DTYPES[config.dtype]
     prompts, questions = plan_prompts(config)
-    transformer = random_transformer(generator.transformer, dtype, device)
+    home = torch.device("cpu") if "transformer" in (*config.memory.park, *config.memory.stream) else device
+    transformer, other = make_transformers(
+        generator, config, lambda name: random_transformer(getattr(generator, name), dtype, device, quant=config.model.quant, home=home)
+    )
     add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets)
     width = generator.transformer["text_dim"]
     noise = torch.Generator().manual_seed(0)
@@ -117,7 +124,7 @@ def _random_models(config: Config, device: torch.device, meter: Any) -> tuple[Mo
     }
     critic = random_critic(resolve(config.critic.id, "critic"), dtype, device, critic_rate(config), config.critic.quant)
     vae = random_vae(generator.vae, DTYPES[config.memory.vae_dtype], device)
-    return assemble(config, transformer, vae, critic, texts, device, meter), prompts, questions
+    return assemble(config, transformer, vae, critic, texts, device, meter, other=other), prompts, questions
 
 
 def _updates(

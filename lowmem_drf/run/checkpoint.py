@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -24,7 +24,6 @@ from lowmem_drf.prompts import Cursor
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.optim import Optimizer
 
 _FOLDER = re.compile(r"step-(\d{6,})")
 
@@ -36,7 +35,7 @@ class Checkpoint:
     step: int
     lora: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
-    """``pack_optimizer``."""
+    """``optimizers.pack_optimizer``."""
     cursor: Cursor
     prompts: str
     """``prompts.fingerprint``: a resumed run must have the same prompts."""
@@ -109,21 +108,6 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     if "rng.cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["rng.cuda"])
     return checkpoint
-
-
-def pack_optimizer(optimizer: Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """The optimizer's tensors as ``<parameter>.<moment>``; ``names`` in the order of its parameters. Its rates are the schedule's."""
-    state = optimizer.state_dict()["state"]
-    return {f"{names[i]}.{key}": tensor.detach().cpu().contiguous() for i, moments in state.items() for key, tensor in moments.items()}
-
-
-def unpack_optimizer(optimizer: Optimizer, names: list[str], packed: Mapping[str, Tensor]) -> None:
-    """Puts ``pack_optimizer``'s tensors back."""
-    state: dict[int, dict[str, Any]] = {}
-    for full_name, tensor in packed.items():
-        name, _, key = full_name.rpartition(".")
-        state.setdefault(names.index(name), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _random_state() -> dict[str, Tensor]:

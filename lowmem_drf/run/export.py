@@ -15,6 +15,8 @@ import torch
 
 from lowmem_drf import __version__
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.models.experts import subfolders_of
+from lowmem_drf.models.known_generators import generator_config
 from lowmem_drf.models.lora_formats import FORMATS, LoraFile, LoraFormat, adapter_metadata, model_hash, read_lora, to_format
 from lowmem_drf.run.checkpoint import checkpoint_folder
 from lowmem_drf.run.folder import run_config
@@ -54,6 +56,8 @@ def export_run(
     file; by default ``<run>/<run's name>-step-NNNNNN.<format>.safetensors``. ``merge``: a folder for the base transformer with the LoRA
     merged in; the LoRA file is then written only if ``output`` is given too.
 
+    A LoRA is verified on, and merged into, the base's full weights, whatever ``model.quant`` it was trained on.
+
     Raises:
         BadInputError: no such run, step, format or dtype; an output that cannot be written. Nothing is left behind.
         LowmemError: what was written does not reproduce the tuned model. It is deleted.
@@ -67,18 +71,23 @@ def export_run(
         raise BadInputError(f"{merge} exists already. Give --merge a folder that does not.")
     config, lora = run_config(run), read_lora(folder / "lora.safetensors")
     dtype = dtype or config.dtype
-    transformer = load_transformer(config, prepare_generator(config), torch.float32, torch.device("cpu"))
+    generator = prepare_generator(config)
+    subfolder, other = subfolders_of(generator_config(str(generator)), config.model.expert)
+    expert = config.model.expert if other else ""
+    transformer = load_transformer(config, generator, torch.float32, torch.device("cpu"), subfolder, quant="none")
     paths, lines = [], []
     if merge is None or output is not None:
-        file = _output_file(output, f"{run.resolve().name}-{folder.name}.{form}.safetensors", run)
-        metadata = _metadata(config, folder.name, transformer)
+        file = _output_file(output, f"{run.resolve().name}-{folder.name}{f'-{expert}-noise' if expert else ''}.{form}.safetensors", run)
+        metadata = _metadata(config, folder.name, transformer, expert)
         path, verified = export_lora(lora, form, DTYPES[dtype], file, transformer, metadata)  # type: ignore[arg-type]
         paths.append(path)
-        lines += [f"{path} ({path.stat().st_size / 2**20:.1f} MiB, {dtype}, rank {lora.rank}) loads in {_READERS[form]}.", str(verified)]
+        lines += [f"{path} ({path.stat().st_size / 2**20:.1f} MiB, {dtype}, rank {lora.rank}) loads in {_READERS[form]}{_place(expert)}.", str(verified)]
     if merge is not None:
-        verified = merge_lora(lora, DTYPES[dtype], merge, transformer)
+        verified = merge_lora(lora, DTYPES[dtype], merge, transformer, subfolder)
         paths.append(merge)
-        lines += [f'{merge} ({dtype}) loads with WanTransformer3DModel.from_pretrained("{merge}", subfolder="transformer").', str(verified)]
+        lines += [f'{merge} ({dtype}) loads with WanTransformer3DModel.from_pretrained("{merge}", subfolder="{subfolder}").', str(verified)]
+        if config.model.quant != "none":
+            lines.append(f"It is the base's full weights with the LoRA in them; the run trained and sampled on {config.model.quant} ones (model.quant).")
     return Exported(tuple(paths), tuple(lines))
 
 
@@ -117,8 +126,8 @@ def export_lora(
     return output, verified
 
 
-def merge_lora(lora: LoraFile, dtype: torch.dtype, folder: Path, transformer: WanTransformer3DModel) -> Verified:
-    """Writes ``folder/transformer`` (diffusers layout): W + (alpha / rank) B A in fp32, then rounded to ``dtype``, but for the norms and
+def merge_lora(lora: LoraFile, dtype: torch.dtype, folder: Path, transformer: WanTransformer3DModel, subfolder: str = "transformer") -> Verified:
+    """Writes ``folder/subfolder`` (diffusers layout): W + (alpha / rank) B A in fp32, then rounded to ``dtype``, but for the norms and
     the time embedding, which diffusers keeps in fp32. ``transformer`` (the base, fp32, without LoRA) becomes the merged model.
 
     Raises:
@@ -137,8 +146,8 @@ def merge_lora(lora: LoraFile, dtype: torch.dtype, folder: Path, transformer: Wa
     aside = folder.with_name(f".{folder.name}.part")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        transformer.save_pretrained(aside / "transformer")
-        verified = verify_merge(aside, transformer, tuned)
+        transformer.save_pretrained(aside / subfolder)
+        verified = verify_merge(aside, transformer, tuned, subfolder)
         if folder.exists():
             folder.rmdir()  # empty, as export_run made sure
         os.replace(aside, folder)
@@ -147,6 +156,11 @@ def merge_lora(lora: LoraFile, dtype: torch.dtype, folder: Path, transformer: Wa
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return verified
+
+
+def _place(expert: str) -> str:
+    """Where a LoRA of one of two experts goes, in words."""
+    return f", for the {expert}-noise model{' (diffusers: load_into_transformer_2=True)' if expert == 'low' else ''}" if expert else ""
 
 
 def _output_file(output: Path | None, name: str, run: Path) -> Path:
@@ -168,16 +182,19 @@ def _write(path: Path, data: bytes) -> None:
         raise BadInputError(f"{path.parent} cannot be written to: {error.strerror}. Give another file with --output.") from error
 
 
-def _metadata(config: Config, checkpoint: str, transformer: WanTransformer3DModel) -> dict[str, str]:
-    """What a file says of itself: ``modelspec.*`` (Stability's specification), ``ss_*`` (kohya), and how it was trained."""
-    # Wan2.2-TI2V-5B is the one Wan with 48 latent channels
-    family = "wan2.2" if transformer.config.in_channels == 48 else "wan2.1"
+def _metadata(config: Config, checkpoint: str, transformer: WanTransformer3DModel, expert: str) -> dict[str, str]:
+    """What a file says of itself: ``modelspec.*`` (Stability's specification), ``ss_*`` (kohya), and how it was trained. ``expert``: empty where there
+    is one transformer."""
+    # of Wan, the models with two experts and the one with 48 latent channels (TI2V-5B) are 2.2
+    family = "wan2.2" if expert or transformer.config.in_channels == 48 else "wan2.1"
     video, sampler, critic = config.video, config.sampler, config.critic
     step = str(int(checkpoint.removeprefix("step-")))
     own = {
         "version": __version__,
         "method": "Diffusion-DRF (arXiv 2601.04153)",
         "model": config.model.id,
+        "quant": config.model.quant,
+        **({"expert": f"{expert} noise"} if expert else {}),
         "base_lora": f"{config.model.base_lora} x {config.model.base_lora_scale:g}" if config.model.base_lora else "none",
         "critic": critic.id,
         "questions": critic.mode,
@@ -193,8 +210,8 @@ def _metadata(config: Config, checkpoint: str, transformer: WanTransformer3DMode
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{family}/lora",
-        "modelspec.implementation": "https://github.com/Wan-Video/Wan2.1",
-        "modelspec.title": f"lowmem-drf {config.model.id} step {step}",
+        "modelspec.implementation": f"https://github.com/Wan-Video/{family.capitalize()}",
+        "modelspec.title": f"lowmem-drf {config.model.id}{f' {expert} noise' if expert else ''} step {step}",
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
         "modelspec.resolution": f"{video.width}x{video.height}",
         "ss_base_model_version": family,

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 from lowmem_drf.config import load_config, preset_card, preset_path
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.sources import TOYWORLD
-from lowmem_drf.run.cards import Card, card_named, parse_vram
+from lowmem_drf.run.cards import GIB, Card, card_named, parse_vram
 from lowmem_drf.schema import Config
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lowmem_drf.run.plan import Plan
+    from lowmem_drf.run.stages import Plan
 
 
 def plan_command(preset: str | None, vram: str | None, overrides: Sequence[str], as_json: bool) -> None:
@@ -62,7 +62,21 @@ def require_fit(config: Config, console: Console) -> None:
     plan = planned(_laid_out(config), card_named(here.name), vram_gib, console)
     if not plan.fits:
         raise BadInputError(refusal(plan))
+    _require_host_memory(plan)
     console.print(f"planned peak: {plan.peak_gib:.1f} of {vram_gib:.1f} GiB ({plan.largest}), {plan.host_gib:.1f} GiB of host memory", highlight=False)
+
+
+def _require_host_memory(plan: Plan) -> None:
+    """Raises BadInputError where what waits on the host would not fit into what is free there. Where the system does not say, nothing is checked."""
+    from lowmem_drf.models.downloads import HOST_MARGIN, available_host_bytes
+
+    free = available_host_bytes()
+    if free is not None and plan.host_gib * GIB + HOST_MARGIN > free:
+        raise BadInputError(
+            f"host memory: {plan.host_gib:.1f} GiB would wait there for the card, and {HOST_MARGIN / GIB:.0f} GiB are for everything else; "
+            f"{free / GIB:.1f} GiB are free. Close other programs or add swap, or let less wait: a higher memory.vae_cache_every, memory.record_rollout=false, "
+            'memory.keep_attention="none", memory.checkpoint=true, a smaller or quantised model.'
+        )
 
 
 def _laid_out(config: Config) -> Config:
@@ -104,18 +118,24 @@ def print_plan(plan: Plan, name: str, console: Console) -> None:
     from rich.text import Text
 
     table = Table("stage", title=Text(f"{name}, planned for {plan.card}, {plan.vram_gib:g} GiB"), title_justify="left")
-    for heading in ("peak GiB", "weights", "kept", "host GiB", "s"):
+    for heading in ("peak GiB", "weights", "kept", "host GiB", "s", "waits s"):
         table.add_column(heading, justify="right")
     table.add_column("the largest at the peak, weights apart", overflow="fold")
     for stage, row in plan.stages.items():
         figures = (f"{value:.2f}" for value in (row.peak_gib, row.weights_gib, row.kept_gib, row.host_gib))
-        table.add_row(Text(stage, style="bold" if stage == plan.largest else ""), *figures, f"{row.s:,.1f}", Text(row.what))
+        seconds = (f"{row.s:,.1f}", f"{row.stall_s:,.1f}")
+        table.add_row(Text(stage, style="bold" if stage == plan.largest else ""), *figures, *seconds, Text(row.what))
     console.print(table)
     verdict = "fits" if plan.fits else "does not fit"
     console.print(
         f"{verdict}: peak {plan.peak_gib:.2f} GiB ({plan.largest}) of the {plan.usable_gib:.1f} that can be planned with; host memory {plan.host_gib:.1f} GiB; "
         f"about {plan.update_s:,.0f} s an update",
         style="green" if plan.fits else "red", highlight=False,
+    )  # fmt: skip
+    console.print(
+        f"copies between card and host: {sum(row.moved_gib for row in plan.stages.values()):,.0f} GiB, {plan.hidden_share:.0%} of their time behind "
+        f"computation; waiting for them is {plan.stall_share:.1%} of an update",
+        highlight=False,
     )  # fmt: skip
     console.print(
         "Bytes: those PyTorch's allocator is asked for. Seconds: an estimate from operations, traffic and the card's rates.", style="dim", highlight=False

@@ -12,13 +12,17 @@ import torch
 
 from lowmem_drf.memory.meter import Meter
 from lowmem_drf.models.downloads import check_host_memory, prepare
+from lowmem_drf.models.known_generators import generator_config
 from lowmem_drf.models.sources import TOYWORLD, resolve
+from lowmem_drf.models.weight_files import SECOND
 from lowmem_drf.run.parts import Models, assemble, critic_rate, resolve_device
 from lowmem_drf.run.texts import DTYPES, encode_texts
-from lowmem_drf.schema import Config
+from lowmem_drf.schema import Config, Parked
 
 if TYPE_CHECKING:
     from lowmem_drf.models.critic import QwenCritic
+    from lowmem_drf.models.quant import Quant
+    from lowmem_drf.models.weight_reader import Change, Shapes
 
 
 def load_models(config: Config, texts: Sequence[str], with_critic: bool = True) -> Models:
@@ -32,17 +36,30 @@ def load_models(config: Config, texts: Sequence[str], with_critic: bool = True) 
     """
     _hide_loading_bars(config)
     from lowmem_drf.models.decoder import load_vae
+    from lowmem_drf.models.experts import make_transformers, require_expert
 
     device = resolve_device(config.device)
     generator = prepare_generator(config)
+    described = generator_config(str(generator))
+    require_expert(config, described)
     if with_critic:
         prepare(config.critic.id, "critic", say)
-    check_host_memory(generator, "generator", DTYPES[config.dtype].itemsize, _without(config))
+    home = _home(config, "transformer", device)
+    # on their way to the card, or packed, transformers are never here in full
+    passing = () if home.type == "cpu" and config.model.quant == "none" else ("transformer", SECOND)
+    check_host_memory(generator, "generator", DTYPES[config.dtype].itemsize, (*_without(config), *passing))
     text_device = torch.device("cpu") if config.memory.text_device == "host" else device
     encoded = encode_texts(config, str(generator), [*texts, config.sampler.negative_prompt], text_device)
-    transformer = load_transformer(config, generator, DTYPES[config.dtype], device)
-    vae = load_vae(str(generator), DTYPES[config.memory.vae_dtype], device)
-    return assemble(config, transformer, vae, load_run_critic(config) if with_critic else None, encoded, device, Meter(device))
+    transformer, other = make_transformers(described, config, lambda name: load_transformer(config, generator, DTYPES[config.dtype], device, name, home))
+    vae = load_vae(str(generator), DTYPES[config.memory.vae_dtype], _home(config, "vae", device))
+    critic = load_run_critic(config, _home(config, "critic", device)) if with_critic else None
+    return assemble(config, transformer, vae, critic, encoded, device, Meter(device), other=other)
+
+
+def _home(config: Config, name: Parked, device: torch.device) -> torch.device:
+    """Where a model's weights lie when it is loaded: on the host if they are to wait there, and may be too many for the card."""
+    waits = name in config.memory.park or name in config.memory.stream
+    return torch.device("cpu") if waits else device
 
 
 def prepare_generator(config: Config) -> Path:
@@ -50,32 +67,53 @@ def prepare_generator(config: Config) -> Path:
     return prepare(config.model.id, "generator", say, _without(config))
 
 
-def load_transformer(config: Config, generator: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The frozen base that the LoRA of a run is trained on: of the folder or the single file, with ``model.base_lora`` merged in."""
+def load_transformer(
+    config: Config,
+    generator: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    subfolder: str = "transformer",
+    home: torch.device | None = None,
+    quant: Quant | None = None,
+) -> Any:
+    """The frozen base that the LoRA of a run is trained on: of the folder or the single file, with ``model.base_lora`` added, then packed.
+
+    Args:
+        home: where it stays. Default: ``device``, where its weights are changed and packed.
+        quant: default: ``model.quant``.
+
+    Raises:
+        BadInputError: a file cannot be found or used, or bitsandbytes is missing.
+    """
+    from lowmem_drf.models.base_lora import base_changes
     from lowmem_drf.models.denoiser import load_denoiser
+    from lowmem_drf.models.single_file import load_single_file
 
-    if config.model.transformer:
-        from lowmem_drf.models.single_file import load_single_file
+    lora = config.model.base_lora
 
-        transformer = load_single_file(config.model.transformer, str(generator), dtype, device)
-    else:
-        transformer = load_denoiser(str(generator), dtype, device)
-    if config.model.base_lora:
-        from lowmem_drf.models.base_lora import merge_base_lora
+    def changes(shapes: Shapes) -> dict[str, Change]:
+        found = base_changes(lora, shapes, say, config.model.base_lora_scale)
+        say(f"{lora}: merged into {len(found)} tensors of the base")
+        return found
 
-        changed = merge_base_lora(transformer, config.model.base_lora, say, config.model.base_lora_scale)
-        say(f"{config.model.base_lora}: merged into {changed} tensors of the base")
-    return transformer
+    rest: dict[str, Any] = {"quant": quant or config.model.quant, "home": home, "changes": changes if lora else None}
+    if config.model.transformer and subfolder == "transformer":
+        return load_single_file(config.model.transformer, str(generator), dtype, device, **rest)
+    return load_denoiser(str(generator), dtype, device, subfolder=subfolder, **rest)
 
 
-def load_run_critic(config: Config) -> QwenCritic:
-    """The critic alone, as a run has it."""
+def load_run_critic(config: Config, home: torch.device | None = None) -> QwenCritic:
+    """The critic alone, as a run has it. ``home``: where its weights are to lie. Default: on the run's device, and there in any case if they are
+    quantised as they are loaded: a CPU takes minutes to quantise what a card does in seconds."""
     _hide_loading_bars(config)
     from lowmem_drf.models.critic import load_critic
 
     folder, device = prepare(config.critic.id, "critic", say), resolve_device(config.device)
-    if config.critic.quant == "none" or device.type == "cpu":  # else its weights stream to the card one by one
+    device = home or device if config.critic.quant == "none" else device
+    if config.critic.quant == "none":
         check_host_memory(folder, "critic", DTYPES[config.dtype].itemsize)
+    elif device.type == "cpu":  # else its weights stream to the card one by one
+        check_host_memory(folder, "critic", 1)  # half a byte a weight in 4 bit, two of all others: a byte, about, and no less
     # ToyWorld's critic was trained at the one frame rate that its folder names; a real one is told how fast its frames pass
     fps = None if config.critic.id == TOYWORLD else critic_rate(config)
     critic = load_critic(str(folder), DTYPES[config.dtype], device, fps, config.critic.quant)

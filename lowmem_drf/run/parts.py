@@ -14,7 +14,8 @@ import torch
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.memory.host import HostStore
 from lowmem_drf.memory.records import Recorder
-from lowmem_drf.memory.residency import Residency
+from lowmem_drf.memory.residency import NEEDS, Residency, bring
+from lowmem_drf.memory.streaming import Streamed
 from lowmem_drf.method.frames import frames_at_rate, kept_fps, kept_frames
 from lowmem_drf.method.reward import RewardSpec
 from lowmem_drf.method.schedule import choose_graded, draw_noise, flow_sigmas
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from lowmem_drf.models.critic import QwenCritic
     from lowmem_drf.models.decoder import WanDecoder
+    from lowmem_drf.models.experts import OtherExpert
     from lowmem_drf.types import Velocity
 
 
@@ -110,6 +112,7 @@ class Models:
     """What is loaded: the generator with its LoRA, the critic if it is needed, and the embeddings of every text."""
 
     transformer: Any
+    """The one that is trained."""
     velocity: Velocity
     decoder: WanDecoder
     critic: QwenCritic | None
@@ -126,6 +129,8 @@ class Models:
     recorder: Recorder | None = field(compare=False, default=None)
     kernels: str = ""
     """The form of the operations, in words."""
+    expert: Any = None
+    """Of a generator of two transformers, the one that is not trained."""
 
     @property
     def asked_critic(self) -> QwenCritic:
@@ -137,6 +142,10 @@ class Models:
     def awake(self, *names: Parked) -> None:
         """Outside the stages of a step: from here on these models are on the card, and no other one that may be parked."""
         self.residency.need(*names)
+
+    def awake_for(self, stage: str) -> None:
+        """Outside the stages of a step: as at the beginning of this one."""
+        self.residency.need_for(stage)
 
     def parts(self, lora: Sequence[Tensor]) -> Parts:
         """For training."""
@@ -166,35 +175,58 @@ def assemble(
     device: torch.device,
     meter: StageMeter,
     chosen: Chosen | None = None,
+    other: OtherExpert | None = None,
 ) -> Models:
     """Loaded models with the configuration's memory settings on them, the VAE without its encoder. ``texts``: see ``Models``.
 
-    ``chosen``: the form of the operations; ``None``: it is chosen here, for ``device``.
+    ``chosen``: the form of the operations; ``None``: it is chosen here, for ``device``. ``other``: the transformer that is not trained, where there are
+    two; it is parked and streamed where ``transformer`` is, and in a rollout one of them is awake at a time.
 
     Raises BadInputError: the video's size does not fit the models, or a kernel that is asked for cannot run.
     """
     from lowmem_drf.models.decoder import WanDecoder, drop_encoder
     from lowmem_drf.models.denoiser import as_velocity, set_activations
+    from lowmem_drf.models.experts import two_experts
 
     drop_encoder(vae)
     memory, store = config.memory, HostStore(device)
+    streamed: dict[str, Streamed] = {}
+    generators = {"transformer": transformer} | ({} if other is None else {"expert": other.transformer})
+    if "transformer" in memory.stream:
+        streamed |= {name: Streamed(list(model.blocks), device, store) for name, model in generators.items()}
+    if critic is not None and "critic" in memory.stream:
+        streamed["critic"] = critic.stream(device, store)
     shape = latent_shape(config, transformer, vae)
     chosen = chosen or choose(config, device, attention_shape(config, transformer, shape), DTYPES[config.dtype])
     recorder = Recorder(store, memory.keep_attention != "none") if memory.record_rollout else None
     set_activations(
         transformer, memory.checkpoint, memory.keep_blocks, memory.token_slices, store,
         chosen.rows, chosen.attention, memory.keep_attention, recorder, chosen.rollout_attention,
+        streamed.get("transformer"),
     )  # fmt: skip
+    if other is not None:  # it has no gradient, and nothing to keep
+        set_activations(
+            other.transformer, checkpoint=False, slices=memory.token_slices, rows=chosen.rows, attention=chosen.attention,
+            rollout_attention=chosen.rollout_attention, streamed=streamed.get("expert"),
+        )  # fmt: skip
     if critic is not None:
         critic.set_checkpointing(bool(memory.checkpoint))
         critic.set_attention(*(ranged_attention() if chosen.attention.name == "triton" else (None,)))
     decoder = WanDecoder(
         vae, grad_dtype=DTYPES[memory.vae_grad_dtype], strips=memory.vae_strips, caches=memory.vae_caches, store=store, norm_silu=chosen.rows.norm_silu
     )
-    modules = {"transformer": transformer, "vae": vae} | ({} if critic is None else {"critic": critic.model})
+    modules = generators | {"vae": vae} | ({} if critic is None else {"critic": critic.model})
+    parked = modules.keys() & {*memory.park, *(["expert"] if "transformer" in memory.park else [])}
+    # in a rollout the two transformers are woken as their turn comes
+    residency = Residency(modules, parked, device, store, meter.stage, streamed, NEEDS if other is None else {**NEEDS, "rollout": ()})
+    velocity = as_velocity(transformer, recorder)
+    if other is not None:
+        velocity = two_experts(velocity, as_velocity(other.transformer), config.model.expert, other.boundary, residency.need)
+    for name in streamed.keys() - parked:
+        bring(modules[name], device)  # what is not streamed: it was loaded in host memory
     return Models(
         transformer=transformer,
-        velocity=as_velocity(transformer, recorder),
+        velocity=velocity,
         decoder=decoder,
         critic=critic,
         texts=texts,
@@ -203,9 +235,10 @@ def assemble(
         latent_shape=shape,
         device=device,
         meter=meter,
-        residency=Residency(modules, modules.keys() & set(memory.park), device, store, meter.stage),
+        residency=residency,
         recorder=recorder,
         kernels=str(chosen),
+        expert=other.transformer if other else None,
     )
 
 

@@ -11,34 +11,37 @@ estimate from operations, traffic and the card's rates, and nothing else.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lowmem_drf.memory.costs import Rates
 from lowmem_drf.memory.fakes import Fakes
-from lowmem_drf.memory.ledger import Item, Ledger, Rates
+from lowmem_drf.memory.host import HostStore
+from lowmem_drf.memory.ledger import Item, Ledger
+from lowmem_drf.models.experts import make_transformers, require_expert
 from lowmem_drf.models.known_critics import KNOWN
 from lowmem_drf.models.known_generators import GeneratorConfig, generator_config
 from lowmem_drf.models.lora import add_lora, lora_parameters
+from lowmem_drf.models.optimizers import fill_states, make_optimizer
 from lowmem_drf.prompts import as_prompts
-from lowmem_drf.run.cards import BANDWIDTH_SHARE, GIB, MATMUL_SHARE, USABLE, Card
+from lowmem_drf.run.cards import BANDWIDTH_SHARE, GIB, MATMUL_SHARE, Card
 from lowmem_drf.run.kernels import choose_planned
 from lowmem_drf.run.parts import Models, assemble, critic_rate, run_prompts
 from lowmem_drf.run.questions import draft_questions
 from lowmem_drf.run.replays import one_stage, with_replays
+from lowmem_drf.run.shortening import boundary_moved, one_micro_batch, scaled, shortened, with_records
+from lowmem_drf.run.stages import SUMS, Plan, StagePlan
 from lowmem_drf.run.texts import BATCH, DTYPES, LARGE_BYTES
 from lowmem_drf.schema import Config
 from lowmem_drf.types import Prompt, Question
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
-
-STAGES = ("text", "rollout", "decode", "critic", "vae_backward", "denoise_backward", "update")
-ONCE = ("text", "update")
-"""Not once for every micro-batch."""
 
 WEIGHTS = "weights"
 
@@ -55,79 +58,13 @@ CHARACTERS_PER_TOKEN = 4
 """Of English, about. The stand-in tokenizer of a model that is not here makes a token of every character."""
 
 
-@dataclass(frozen=True)
-class StagePlan:
-    """One stage of the update. GiB of the card, but for ``host_gib``."""
-
-    peak_gib: float
-    weights_gib: float
-    """Of the models that are awake."""
-    kept_gib: float
-    """What else was there when the stage began."""
-    host_gib: float
-    s: float
-    """An estimate."""
-    tflop: float
-    what: str
-    """The largest things alive at the peak, weights apart."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a configuration takes."""
-
-    card: str
-    vram_gib: float
-    """The whole card."""
-    stages: dict[str, StagePlan]
-    update_s: float
-    changes: tuple[str, ...] = field(default=())
-    """Settings (``key=value``) that make it fit, where it does not."""
-
-    @property
-    def peak_gib(self) -> float:
-        """Of the whole run."""
-        return self.stages[self.largest].peak_gib
-
-    @property
-    def largest(self) -> str:
-        """The stage whose peak is that of the run."""
-        return max(self.stages, key=lambda name: self.stages[name].peak_gib)
-
-    @property
-    def host_gib(self) -> float:
-        return max(stage.host_gib for stage in self.stages.values())
-
-    @property
-    def usable_gib(self) -> float:
-        return self.vram_gib * USABLE
-
-    @property
-    def fits(self) -> bool:
-        return self.peak_gib <= self.usable_gib
-
-    def as_json(self, preset: str) -> dict[str, Any]:
-        return {
-            "preset": preset,
-            "card": self.card,
-            "vram_gib": self.vram_gib,
-            "usable_gib": self.usable_gib,
-            "fits": self.fits,
-            "peak_gib": self.peak_gib,
-            "host_gib": self.host_gib,
-            "update_s": self.update_s,
-            "stages": {name: asdict(stage) for name, stage in self.stages.items()},
-            "changes": list(self.changes),
-        }
-
-
 class PlanMeter:
     """Stands where the run's ``Meter`` does: books each stage's bytes and estimated seconds."""
 
-    def __init__(self, ledger: Ledger, card: Card) -> None:
+    def __init__(self, ledger: Ledger) -> None:
         self.stages: dict[str, StagePlan] = {}
         self._models: list[Any] = []
-        self._ledger, self._card = ledger, card
+        self._ledger = ledger
 
     def load(self, models: Sequence[torch.nn.Module]) -> None:
         """These are on the card from now on."""
@@ -147,31 +84,34 @@ class PlanMeter:
         """Measures the block; a stage that is entered again keeps its larger peak, and its seconds add up."""
         ledger = self._ledger
         ledger.reset_peak()
-        kept, seconds, flops, moved = ledger.card_bytes, ledger.seconds, ledger.flops, ledger.to_host_bytes
+        kept, before_it = ledger.card_bytes, ledger.spent
         asleep = ledger.on_card(self._tensors())
         yield
         weights = ledger.on_card(self._tensors())
-        # what goes to the host comes back; none of it is taken to be hidden behind computation
-        link_s = 2 * (ledger.to_host_bytes - moved) / (self._card.link * 1e9)
+        ledger.wait(ledger.link.quiet(ledger.seconds))  # as the run's meter waits for the device
+        spent = ledger.spent - before_it
         now = StagePlan(
             peak_gib=ledger.peak_card_bytes / GIB,
             weights_gib=weights / GIB,
             kept_gib=(kept - asleep) / GIB,
             host_gib=ledger.peak_host_bytes / GIB,
-            s=ledger.seconds - seconds + link_s,
-            tflop=(ledger.flops - flops) / 1e12,
+            s=spent.seconds,
+            stall_s=spent.stalled,
+            copy_s=spent.copying,
+            moved_gib=(spent.to_host + spent.to_card) / GIB,
+            tflop=spent.flops / 1e12,
             what=_what(ledger.close_peak()),
         )
         before = self.stages.get(name)
         larger = now if before is None or now.peak_gib >= before.peak_gib else before
-        self.stages[name] = larger if before is None else replace(larger, s=before.s + now.s, tflop=before.tflop + now.tflop)
+        self.stages[name] = larger if before is None else replace(larger, **{key: getattr(before, key) + getattr(now, key) for key in SUMS})
 
     def take(self) -> tuple[dict[str, float], dict[str, float]]:
         """As ``Meter.take``; nothing is started anew."""
         return {name: stage.s for name, stage in self.stages.items()}, {name: stage.peak_gib for name, stage in self.stages.items()}
 
 
-def make_plan(config: Config, card: Card, vram_gib: float | None = None, only: str | None = None, whole: bool = False) -> Plan:
+def make_plan(config: Config, card: Card, vram_gib: float | None = None, only: str | None = None, whole: bool = False, fakes: Fakes | None = None) -> Plan:
     """Runs one update of ``config`` on fake tensors.
 
     Args:
@@ -179,21 +119,24 @@ def make_plan(config: Config, card: Card, vram_gib: float | None = None, only: s
         only: a stage whose bytes alone are wanted. The models of other stages are left out where they work (not where they lie); the other
             stages' figures then mean nothing.
         whole: all steps of the sampler, and all graded ones: slow, and no different.
+        fakes: of earlier plans: what an operator made of these shapes there need not be found out again.
 
     Raises:
         BadInputError: the configuration of a model is not known here, or the settings do not go together.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from lowmem_drf.run.update import fill_states, make_optimizer, update
+    from lowmem_drf.run.update import update
 
     config = config.model_copy(update={"device": "cpu"})
-    short = one_micro_batch(config) if whole else _shortened(config, 2 if only in (None, "denoise_backward") else 1)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    short = one_micro_batch(config) if whole else shortened(config, 2 if only in (None, "denoise_backward") else 1)
+    fakes = fakes or new_fakes()
+    mode = fakes.mode
     generator = generator_config(config.model.id)
+    require_expert(config, generator)
+    if not whole:
+        generator = boundary_moved(generator, short)
     ungraded = config.sampler.graded_steps - short.sampler.graded_steps
-    with Fakes(mode), Ledger(ALLOCATOR_BLOCK, _rates(card)) as ledger:
-        meter = PlanMeter(ledger, card)
+    with fakes, Ledger(ALLOCATOR_BLOCK, _rates(card)) as ledger:
+        meter = PlanMeter(ledger)
         if only in (None, "text"):
             _encode_text(config, generator, mode, meter)
         models, prompts, questions = _fake_models(short, generator, mode, meter)
@@ -207,66 +150,43 @@ def make_plan(config: Config, card: Card, vram_gib: float | None = None, only: s
         fill_states(optimizer)
         update(short, models, parts, optimizer, 0, prompts, questions, None)
         del latents
-    stages = meter.stages if whole else _with_records(config, short, meter.stages, models.recorder.step_bytes if models.recorder else 0, card)
-    return _scaled(config, short, stages, card, vram_gib or card.gib)
+    stages = meter.stages if whole else with_records(config, short, meter.stages, models.recorder.step_bytes if models.recorder else 0)
+    return scaled(config, short, stages, card, vram_gib or card.gib)
+
+
+def new_fakes() -> Fakes:
+    """What ``make_plan`` runs under."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return Fakes(FakeTensorMode(allow_non_fake_inputs=True))
 
 
 def _rates(card: Card) -> Rates:
     matmul = {torch.bfloat16: card.bf16, torch.float16: card.bf16, torch.float32: card.fp32}
-    return Rates({dtype: rate * 1e12 * MATMUL_SHARE for dtype, rate in matmul.items()}, card.tf32 * 1e12 * MATMUL_SHARE, card.memory * 1e9 * BANDWIDTH_SHARE)
-
-
-def _shortened(config: Config, graded: int) -> Config:
-    """The same update with so many steps graded at most, one ungraded one before them if there is any, and one micro-batch."""
-    sampler = config.sampler
-    graded = min(graded, sampler.graded_steps)
-    steps = graded + (sampler.steps > sampler.graded_steps)
-    short = sampler.model_copy(update={"steps": steps, "graded_steps": graded, "graded": "last" if graded == 1 else "tail"})
-    return one_micro_batch(config.model_copy(update={"sampler": short}))
-
-
-def one_micro_batch(config: Config) -> Config:
-    """The configuration of an update of one micro-batch: it has the peak of every other."""
-    return config.model_copy(update={"batch": config.micro_batch})
-
-
-def _with_records(config: Config, short: Config, stages: dict[str, StagePlan], step_bytes: int, card: Card) -> dict[str, StagePlan]:
-    """The host memory of the graded steps that ``_shortened`` left out, and only their copies: those of a rollout's other steps are taken back."""
-    left_out = config.sampler.graded_steps - short.sampler.graded_steps
-    more = {name: replace(stage, host_gib=stage.host_gib + left_out * step_bytes / GIB) for name, stage in stages.items() if name not in ONCE}
-    if "rollout" in more:
-        repeats = config.sampler.steps / short.sampler.steps
-        copied = (config.sampler.graded_steps / repeats - short.sampler.graded_steps) * 2 * step_bytes / (card.link * 1e9)
-        more["rollout"] = replace(more["rollout"], s=more["rollout"].s + copied)
-    return stages | more
-
-
-def _scaled(config: Config, short: Config, stages: dict[str, StagePlan], card: Card, vram_gib: float) -> Plan:
-    """Undoes ``_shortened`` in the seconds and the operations."""
-    batches = -(-config.batch // config.micro_batch)
-    sampler, done = config.sampler, short.sampler
-    repeats = {"rollout": sampler.steps / done.steps, "denoise_backward": sampler.graded_steps / done.graded_steps}
-    scaled = {}
-    for name in (name for name in STAGES if name in stages):
-        factor = 1.0 if name in ONCE else batches * repeats.get(name, 1.0)
-        scaled[name] = replace(stages[name], s=stages[name].s * factor, tflop=stages[name].tflop * factor)
-    return Plan(card.name, vram_gib, scaled, sum(stage.s for name, stage in scaled.items() if name != "text"))
+    flops = {dtype: rate * 1e12 * MATMUL_SHARE for dtype, rate in matmul.items()}
+    return Rates(flops, card.tf32 * 1e12 * MATMUL_SHARE, card.memory * 1e9 * BANDWIDTH_SHARE, card.link * 1e9)
 
 
 def _encode_text(config: Config, generator: GeneratorConfig, mode: FakeTensorMode, meter: PlanMeter) -> None:
     """The text encoder, alone on the card, over as many prompts as it reads at once."""
     from lowmem_drf.models.fake import fake_text
+    from lowmem_drf.models.text import stream_text
 
-    encoder = fake_text(generator.text, DTYPES[config.dtype], mode)
-    if config.memory.text_device == "host":
-        meter.stages["text"] = StagePlan(0.0, 0.0, 0.0, sum(parameter.nbytes for parameter in encoder.parameters()) / GIB, 0.0, 0.0, "it runs on the host")
+    encoder, where = fake_text(generator.text, DTYPES[config.dtype], mode), config.memory.text_device
+    nbytes = sum(parameter.nbytes for parameter in encoder.parameters())
+    if where == "host":
+        nothing = dict.fromkeys(("peak_gib", "weights_gib", "kept_gib", *SUMS), 0.0)
+        meter.stages["text"] = StagePlan(**nothing, host_gib=nbytes / GIB, what="it runs on the host")
         return
+    if where == "stream":
+        stream_text(encoder, torch.device("cpu"), HostStore(torch.device("cpu")))
     meter.load([encoder])
-    large = sum(parameter.nbytes for parameter in encoder.parameters()) >= LARGE_BYTES
-    ids_BL = torch.ones(1 if large else BATCH, config.model.text_tokens, dtype=torch.int64)
+    ids_BL = torch.ones(1 if nbytes >= LARGE_BYTES else BATCH, config.model.text_tokens, dtype=torch.int64)
     with meter.stage("text"), torch.no_grad():
         encoder(ids_BL, torch.ones_like(ids_BL))
     meter.unload()
+    del encoder
+    gc.collect()  # as ``encode_texts`` does: modules and their streamed layers refer to each other
 
 
 def _fake_models(
@@ -277,15 +197,15 @@ def _fake_models(
 
     dtype = DTYPES[config.dtype]
     prompts, questions = plan_prompts(config)
-    transformer = fake_transformer(generator.transformer, dtype, mode)
+    transformer, other = make_transformers(generator, config, lambda name: fake_transformer(getattr(generator, name), dtype, mode, config.model.quant))
     add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets)
     empty_lora(transformer, mode)
     text_dim = generator.transformer["text_dim"]
     texts = {text: torch.zeros(config.model.text_tokens, text_dim, dtype=dtype) for text in [*(p.text for p in prompts), config.sampler.negative_prompt]}
     critic = fake_critic(config.critic.id, dtype, critic_rate(config), config.critic.quant, mode=mode)
     vae = fake_vae(generator.vae, DTYPES[config.memory.vae_dtype], mode)
-    meter.load([transformer, vae, critic.model])
-    return assemble(config, transformer, vae, critic, texts, torch.device("cpu"), meter, choose_planned(config)), prompts, questions
+    meter.load([transformer, vae, critic.model, *([other.transformer] if other else [])])
+    return assemble(config, transformer, vae, critic, texts, torch.device("cpu"), meter, choose_planned(config), other), prompts, questions
 
 
 def plan_prompts(config: Config) -> tuple[list[Prompt], dict[str, tuple[Question, ...]]]:

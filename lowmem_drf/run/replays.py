@@ -10,26 +10,31 @@ from typing import Any
 import torch
 
 from lowmem_drf.memory.ledger import Ledger
+from lowmem_drf.memory.records import RecordedForward
+from lowmem_drf.memory.streaming import StreamedForward
 from lowmem_drf.run.parts import Models
 from lowmem_drf.types import Answer, Decoder, Parts, Question
 
 
 def with_replays(parts: Parts, models: Models, ledger: Ledger) -> Parts:
     """Whatever is done without leaving a graph, again on tensors of the same shapes, is done once: a block of the rollout, a chunk of the VAE."""
-    for block in models.transformer.blocks:
-        block.forward = _ReplayedBlock(block.forward, ledger)
+    for block in (*models.transformer.blocks, *(models.expert.blocks if models.expert else ())):
+        holder = block  # what records a pass and what brings the weights is done every time
+        while isinstance(holder.forward, RecordedForward | StreamedForward):
+            holder = holder.forward
+        holder.forward = _ReplayedBlock(holder.forward, ledger)
     return replace(parts, decoder=_ReplayedDecoder(parts.decoder, ledger))
 
 
 class _ReplayedBlock:
-    """A block's ``forward``. Under gradient, and where what it computes is recorded, nothing is replayed."""
+    """A block's ``forward``. Under gradient, and where what it computes is recorded (then it gets a tape), nothing is replayed."""
 
     def __init__(self, forward: Any, ledger: Ledger) -> None:
         self._forward, self._ledger = forward, ledger
         self.unread = forward.unread
 
     def __call__(self, hidden_BLD: torch.Tensor, *rest: Any, **arguments: Any) -> torch.Tensor:
-        if torch.is_grad_enabled() or getattr(self._forward, "recording", False):
+        if torch.is_grad_enabled() or arguments:
             return self._forward(hidden_BLD, *rest, **arguments)
         run = partial(self._forward, hidden_BLD, *rest)
         return self._ledger.replay(("block", hidden_BLD.shape), run, partial(torch.zeros_like, hidden_BLD))

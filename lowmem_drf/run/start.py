@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 MAY_CHANGE = (
     *("steps", "micro_batch", "device", "log.", "optim.lr", "optim.grad_clip", "optim.schedule", "optim.warmup_steps"),
-    *(f"memory.{key}" for key in ("checkpoint", "keep_blocks", "token_slices", "park", "text_device", "vram_gib")),
+    *(f"memory.{key}" for key in ("checkpoint", "keep_blocks", "token_slices", "park", "stream", "text_device", "vram_gib")),
     *(f"memory.{key}" for key in ("vae_strips", "vae_caches", "vae_cache_every", "keep_attention", "record_rollout")),
     *("kernels.ops", "kernels.attention"),
 )
@@ -163,7 +163,8 @@ def _announce(console: Console, config: Config, run: Path, models: Models, promp
     lines = [
         f"lowmem-drf {__version__}: {origin}, on {models.device}, {config.dtype}",
         f"{len(prompts)} prompts, {config.steps} updates of {config.batch} clips, "
-        f"{config.sampler.graded_steps} of {config.sampler.steps} steps graded, critic {config.critic.mode}",
+        f"{config.sampler.graded_steps} of {config.sampler.steps} steps graded{f' ({config.model.expert}-noise transformer)' if models.expert else ''}, "
+        f"critic {config.critic.mode}",
         models.kernels,
         f"run: {run}",
     ]

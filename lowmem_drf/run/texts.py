@@ -60,7 +60,7 @@ def encode_texts(config: Config, generator: str, texts: Sequence[str], device: t
     if missing:
         from lowmem_drf.models.text import load_text
 
-        encoder = load_text(generator, DTYPES[config.dtype], device)
+        encoder = load_text(generator, DTYPES[config.dtype], device, config.memory.text_device == "stream")
         for text, value in _encoded(encoder, missing, config.model.text_tokens, BATCH if cache is None else 1):
             encoded[text] = value
             if cache is not None:
@@ -69,6 +69,8 @@ def encode_texts(config: Config, generator: str, texts: Sequence[str], device: t
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+            if release := getattr(torch.accelerator, "empty_host_cache", None):  # not in every version
+                release()  # of a streamed encoder: PyTorch would keep its pinned memory for this process
     return {text: encoded[text] for text in unique}
 
 

@@ -12,22 +12,21 @@ from typing import TYPE_CHECKING
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.reward import Spread
 from lowmem_drf.models.lora import load_lora_state, lora_parameters, lora_state
+from lowmem_drf.models.optimizers import make_optimizer, pack_optimizer, unpack_optimizer
 from lowmem_drf.prompts import Cursor, PromptStream, fingerprint
 from lowmem_drf.run.checkpoint import (
     Checkpoint,
     checkpoint_folder,
     checkpoint_steps,
     load_checkpoint,
-    pack_optimizer,
     save_checkpoint,
-    unpack_optimizer,
 )
 from lowmem_drf.run.metrics import Metrics
 from lowmem_drf.run.parts import Models
 from lowmem_drf.run.previews import write_previews
 from lowmem_drf.run.progress import TrainProgress
 from lowmem_drf.run.truth import oracle_for
-from lowmem_drf.run.update import make_optimizer, update
+from lowmem_drf.run.update import update
 from lowmem_drf.schema import Config
 from lowmem_drf.types import Prompt, Question
 

@@ -57,22 +57,6 @@ def learning_rate(optim: Optim, step: int, steps: int) -> float:
     return optim.lr * factor
 
 
-def make_optimizer(optim: Optim, lora: Sequence[Tensor]) -> Optimizer:
-    """AdamW on the LoRA's fp32 tensors."""
-    beta_1, beta_2 = optim.betas
-    return torch.optim.AdamW(lora, lr=optim.lr, betas=(beta_1, beta_2), eps=optim.eps, weight_decay=optim.weight_decay)
-
-
-def fill_states(optimizer: Optimizer) -> None:
-    """Makes the state that the first ``step`` would make. Changes no weight."""
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0  # each update sets it
-        for tensor in group["params"]:
-            tensor.grad = torch.zeros_like(tensor)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
 def update(
     config: Config,
     models: Models,

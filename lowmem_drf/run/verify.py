@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from lowmem_drf.errors import LowmemError
-from lowmem_drf.models.denoiser import as_velocity, load_denoiser
+from lowmem_drf.models.denoiser import as_velocity
 from lowmem_drf.models.lora import attach_lora, lora_layers, lora_scale, remove_lora
 from lowmem_drf.models.lora_formats import LoraFile, diffusers_reads_kohya
-from lowmem_drf.models.lora_readers import attach_as_diffusers, attach_as_lowmem_drf
+from lowmem_drf.models.lora_readers import attach_as_diffusers, attach_as_lowmem_drf, load_as_diffusers
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -110,9 +110,9 @@ def require_same_model(transformer: WanTransformer3DModel, tuned: Probe) -> None
         raise LowmemError(f"The merged model is not the tuned one: outputs differ by {difference:.1e}, rounding explains {bound:.1e}. Nothing was written.")
 
 
-def verify_merge(folder: Path, transformer: WanTransformer3DModel, tuned: Probe) -> Verified:
+def verify_merge(folder: Path, transformer: WanTransformer3DModel, tuned: Probe, subfolder: str = "transformer") -> Verified:
     """Reads a merged model back with diffusers. Raises LowmemError unless every weight is, to the bit, the one in ``transformer``."""
-    read_back = load_denoiser(str(folder))
+    read_back = load_as_diffusers(folder, subfolder)
     own, other = transformer.state_dict(), read_back.state_dict()
     if changed := [name for name, value in own.items() if name not in other or not torch.equal(value.float(), other[name])]:
         raise LowmemError(f"The merged model was not written correctly: {changed[0]} differs. It was deleted; check the disk.")
