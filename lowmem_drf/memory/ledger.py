@@ -97,6 +97,7 @@ class Ledger(TorchDispatchMode):
         self.link = Link(rates.link if rates else math.inf, IN_FLIGHT)
         self._earlier = Counters()
         self._paused = False
+        self._named: str | None = None
         self._live: dict[int, tuple[int, bool, _Kind, weakref.ref[Any]]] = {}
         self._kinds: defaultdict[Key, _Kind] = defaultdict(_Kind)
         self._flops: dict[Hashable, int] = {}
@@ -187,13 +188,13 @@ class Ledger(TorchDispatchMode):
             self.seconds = until
 
     @contextmanager
-    def off_the_clock(self) -> Iterator[None]:
-        """What is done in the block takes no time of the card's: a copy of the link's."""
-        paused, self._paused = self._paused, True
+    def off_the_clock(self, name: str | None = None) -> Iterator[None]:
+        """What is done in the block takes no time of the card's: a copy of the link's. ``name``: what it is called among the items."""
+        before, (self._paused, self._named) = (self._paused, self._named), (True, name)
         try:
             yield
         finally:
-            self._paused = paused
+            self._paused, self._named = before
 
     def _add(self, spent: Counters) -> None:
         self.flops += spent.flops
@@ -215,7 +216,7 @@ class Ledger(TorchDispatchMode):
         name, flops, workspace = facts(func)
         outputs = tensors_of((out,))
         for tensor in outputs:
-            self._see(tensor, name)
+            self._see(tensor, self._named or name)
         if workspace:
             size = workspace(*args)
             self._touch(size, Item(f"{name}, its workspace", (size // 4,), torch.float32, 1, size))
