@@ -16,8 +16,10 @@ from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.models.denoiser import as_velocity, load_denoiser
 from lowmem_drf.models.lora import add_lora, attach_lora, lora_layers, lora_state
 from lowmem_drf.models.lora_formats import LoraFile, diffusers_reads_kohya, from_format, model_hash, read_lora, to_format
+from lowmem_drf.run import export
 from lowmem_drf.run.export import DTYPES, export_lora, export_run, merge_lora
 from lowmem_drf.run.folder import run_config
+from lowmem_drf.run.loading import load_transformer
 from lowmem_drf.run.verify import verify_export
 
 ALPHA, RANK = 3.0, 2  # alpha / rank is no power of two: folding really rounds
@@ -292,6 +294,35 @@ def test_a_run_on_packed_weights_is_exported_from_full_ones(quant: str, run: Pat
         assert (said - velocity(trained()[1])).abs().max() < 1e-4
     with safe_open(exported.paths[0], "pt") as file:
         assert file.metadata()["lowmem_drf.quant"] == quant
+
+
+def test_a_base_that_the_host_has_no_room_for(run: Path, tmp_path, monkeypatch) -> None:
+    """Only its first blocks are read: the file is the same, its wrong weights are found in all blocks, and nothing is merged."""
+    whole = export_run(run, output=tmp_path / "whole.safetensors")
+    monkeypatch.setattr(export, "available_host_bytes", lambda: export.HOST_MARGIN + 1000)
+    monkeypatch.setattr(export, "FEW", 1)
+    part = export_run(run, output=tmp_path / "part.safetensors")
+    assert "first 1 blocks (of 2; the weights of all were compared)" in str(part) and "blocks" not in str(whole)
+    files = [load_file(made.paths[0]) for made in (whole, part)]
+    assert files[0].keys() == files[1].keys() and all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
+    with pytest.raises(LowmemError, match="--merge needs the whole transformer in fp32"):
+        export_run(run, merge=tmp_path / "merged")
+
+    def wrong(*arguments):
+        tensors = to_format(*arguments)
+        last = max(name for name in tensors if "blocks.1." in name)
+        return tensors | {last: tensors[last] * 1.1}
+
+    monkeypatch.setattr(export, "to_format", wrong)
+    with pytest.raises(LowmemError, match="differs from the LoRA by more than"):
+        export_run(run, output=tmp_path / "wrong.safetensors")
+
+
+def test_blocks_that_are_not_read_take_no_memory(run: Path) -> None:
+    config = run_config(run)
+    transformer = load_transformer(config, Path(config.model.id), torch.float32, torch.device("cpu"), blocks=1)
+    first, second = (sum(p.untyped_storage().nbytes() for p in block.parameters()) for block in transformer.blocks)
+    assert first > 10_000 and second == 4 * len(list(transformer.blocks[1].parameters()))
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def load_denoiser(
     subfolder: str = "transformer",
     home: str | torch.device | None = None,
     changes: Changes | None = None,
+    blocks: int | None = None,
 ) -> WanTransformer3DModel:
     """The transformer in a subfolder of a diffusers model: frozen, eval. In 16 bits norms and the time embedding stay in fp32, as
     ``from_pretrained`` has it.
@@ -49,6 +50,7 @@ def load_denoiser(
         quant: what the linears of the blocks are kept in (see ``quant``).
         home: where the model stays. Default: ``device``, where weights are changed and packed.
         changes: of the base's weights: ``base_lora``'s.
+        blocks: only the first so many have values (``weight_reader.fill_from_files``).
 
     Raises:
         BadInputError: it cannot be loaded, its weights are quantised already, or bitsandbytes is missing.
@@ -60,7 +62,7 @@ def load_denoiser(
         model = empty_transformer(WanTransformer3DModel.load_config(folder, subfolder=subfolder), quant=quant)
         files = TensorFiles(files_in(folder / subfolder))
         require_complete(files, model)
-        return cast("WanTransformer3DModel", fill_from_files(model, files, {name: name for name in files.entries}, dtype, device, home, changes))
+        return cast("WanTransformer3DModel", fill_from_files(model, files, {name: name for name in files.entries}, dtype, device, home, changes, blocks))
 
 
 def _downloaded(hub_id: str, subfolder: str) -> Path:

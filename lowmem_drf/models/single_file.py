@@ -35,12 +35,13 @@ def load_single_file(
     quant: Quant = "none",
     home: str | torch.device | None = None,
     changes: Changes | None = None,
+    blocks: int | None = None,
 ) -> WanTransformer3DModel:
     """The transformer in a single file: frozen, eval, in the dtypes of ``load_denoiser``.
 
     Args:
         folder_or_id: ``model.id``, whose configuration it has (``generator_config``).
-        quant, home, changes: as ``load_denoiser``'s.
+        quant, home, changes, blocks: as ``load_denoiser``'s.
 
     Raises:
         BadInputError: no such file, another format, quantised weights, a cut file, not a transformer of this configuration, or bitsandbytes is missing.
@@ -49,7 +50,7 @@ def load_single_file(
     files = _checked(path)
     model = empty_transformer(generator_config(folder_or_id).transformer, quant=quant)
     names = _matched(path, files.entries, parameter_shapes(model), folder_or_id)
-    return fill_from_files(model, files, names, dtype, device, home, changes)
+    return fill_from_files(model, files, names, dtype, device, home, changes, blocks)
 
 
 def _checked(path: Path) -> TensorFiles:

@@ -110,6 +110,7 @@ def fill_from_files(
     device: str | torch.device,
     home: str | torch.device | None = None,
     changes: Changes | None = None,
+    blocks: int | None = None,
 ) -> Any:
     """Fills a model from ``meta``; each parameter in the dtype that ``from_pretrained`` would leave it in. Frozen, eval.
 
@@ -118,6 +119,7 @@ def fill_from_files(
         device: where weights are changed and packed.
         home: where the model stays. Default: ``device``.
         changes: added in fp32 (fp64 in an fp64 model), before anything is rounded or packed.
+        blocks: of the model's blocks only the first so many are read. The others have shapes and no values: they take a LoRA, and no memory.
     """
     device, home = torch.device(device), torch.device(device if home is None else home)
     changed = changes(parameter_shapes(model)) if changes else {}
@@ -127,6 +129,8 @@ def fill_from_files(
         exact = torch.promote_types(wanted, torch.float32)
 
         def value(name: str, shape: Sequence[int]) -> Tensor:
+            if blocks is not None and name.startswith("blocks.") and int(name.split(".")[1]) >= blocks:
+                return torch.zeros((), dtype=wanted, device=home).expand(tuple(shape))
             read, change = files.read(names[name]), changed.get(name)
             if change is None:
                 return read.to(device) if name in packed else read.to(home, wanted)

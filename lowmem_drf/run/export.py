@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from lowmem_drf import __version__
-from lowmem_drf.errors import BadInputError
+from lowmem_drf.errors import BadInputError, LowmemError
+from lowmem_drf.models.downloads import HOST_MARGIN, available_host_bytes
 from lowmem_drf.models.experts import subfolders_of
-from lowmem_drf.models.known_generators import generator_config
+from lowmem_drf.models.known_generators import GeneratorConfig, generator_config
 from lowmem_drf.models.lora_formats import FORMATS, LoraFile, LoraFormat, adapter_metadata, model_hash, read_lora, to_format
+from lowmem_drf.models.random_generator import empty_transformer
 from lowmem_drf.run.checkpoint import checkpoint_folder
 from lowmem_drf.run.folder import run_config
 from lowmem_drf.run.loading import load_transformer, prepare_generator
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from lowmem_drf.schema import Config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FEW = 2
+"""Blocks of a transformer that is too large for the host."""
 _READERS = {
     "comfyui": "ComfyUI (models/loras) and diffusers (pipe.load_lora_weights)",
     "diffusers": "diffusers (pipe.load_lora_weights) and peft",
@@ -72,9 +76,11 @@ def export_run(
     config, lora = run_config(run), read_lora(folder / "lora.safetensors")
     dtype = dtype or config.dtype
     generator = prepare_generator(config)
-    subfolder, other = subfolders_of(generator_config(str(generator)), config.model.expert)
+    described = generator_config(str(generator))
+    subfolder, other = subfolders_of(described, config.model.expert)
     expert = config.model.expert if other else ""
-    transformer = load_transformer(config, generator, torch.float32, torch.device("cpu"), subfolder, quant="none")
+    blocks = _blocks_to_read(described, subfolder, merge is not None)
+    transformer = load_transformer(config, generator, torch.float32, torch.device("cpu"), subfolder, quant="none", blocks=blocks)
     paths, lines = [], []
     if merge is None or output is not None:
         file = _output_file(output, f"{run.resolve().name}-{folder.name}{f'-{expert}-noise' if expert else ''}.{form}.safetensors", run)
@@ -89,6 +95,24 @@ def export_run(
         if config.model.quant != "none":
             lines.append(f"It is the base's full weights with the LoRA in them; the run trained and sampled on {config.model.quant} ones (model.quant).")
     return Exported(tuple(paths), tuple(lines))
+
+
+def _blocks_to_read(generator: GeneratorConfig, subfolder: str, merges: bool) -> int | None:
+    """How many of the transformer's blocks the check reads: all (``None``) where the host has room for them in fp32, else the first few.
+
+    Raises:
+        LowmemError: a model is to be merged, which needs all.
+    """
+    free = available_host_bytes()
+    needed = 4 * sum(parameter.numel() for parameter in empty_transformer(getattr(generator, subfolder)).parameters())
+    if free is None or needed + HOST_MARGIN <= free:
+        return None
+    if merges:
+        raise LowmemError(
+            f"--merge needs the whole transformer in fp32: {needed / 1e9:.1f} GB of host memory and {HOST_MARGIN / 1e9:.1f} GB besides; {free / 1e9:.1f} GB "
+            "are free. Close other programs or add swap, or export the LoRA alone: that needs less."
+        )
+    return FEW
 
 
 def export_lora(

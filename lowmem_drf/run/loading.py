@@ -75,12 +75,14 @@ def load_transformer(
     subfolder: str = "transformer",
     home: torch.device | None = None,
     quant: Quant | None = None,
+    blocks: int | None = None,
 ) -> Any:
     """The frozen base that the LoRA of a run is trained on: of the folder or the single file, with ``model.base_lora`` added, then packed.
 
     Args:
         home: where it stays. Default: ``device``, where its weights are changed and packed.
         quant: default: ``model.quant``.
+        blocks: only the first so many have values, and take memory.
 
     Raises:
         BadInputError: a file cannot be found or used, or bitsandbytes is missing.
@@ -96,7 +98,7 @@ def load_transformer(
         say(f"{lora}: merged into {len(found)} tensors of the base")
         return found
 
-    rest: dict[str, Any] = {"quant": quant or config.model.quant, "home": home, "changes": changes if lora else None}
+    rest: dict[str, Any] = {"quant": quant or config.model.quant, "home": home, "changes": changes if lora else None, "blocks": blocks}
     if config.model.transformer and subfolder == "transformer":
         return load_single_file(config.model.transformer, str(generator), dtype, device, **rest)
     return load_denoiser(str(generator), dtype, device, subfolder=subfolder, **rest)
