@@ -2,15 +2,10 @@
 
     python -m bench.kernel_resources --card 89
     python -m bench.kernel_resources --json bench/results/kernel_resources.json
-    python -m bench.kernel_resources --sample
 
 Compiles every ``Variant`` of every file in ``kernels/``, as Triton's just-in-time compiler does for aligned tensors: pointers and arguments named
 ``stride…`` are multiples of 16, and so is what a variant calls ``"i32:16"`` (the notation of Triton's own ahead-of-time compiler). Registers and
 spilled bytes are ptxas' own figures, shared memory is Triton's.
-
-``--sample`` takes a third of the time, and is what the tests do. All variants are compiled for sm_86, the card with the least shared memory, and for
-sm_90 all that multiply matrices: Hopper does it by instructions of its own, the others by those of sm_86. Of what is left, nearly the same programs
-again, each card gets of each kernel the variants that took the most registers and the most shared memory on sm_86.
 """
 
 from __future__ import annotations
@@ -39,8 +34,6 @@ from rich.table import Table
 
 FOLDER = Path(__file__).resolve().parent.parent / "kernels"
 WORKERS = 2
-FIRST, HOPPER = 86, 90
-"""The cards of a sample that get everything, and everything that multiplies matrices."""
 LOG_COLUMNS = 200
 """Of the table where there is no terminal."""
 ALIGNMENT = 16
@@ -67,8 +60,6 @@ class Resource:
     spill_bytes: int
     """Stored and loaded, as ptxas counts them: instructions' bytes of a thread, each place in the program once."""
     compile_s: float
-    products: bool
-    """It multiplies matrices."""
 
 
 def kernel_files() -> list[str]:
@@ -76,45 +67,19 @@ def kernel_files() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "tiles")
 
 
-def resources(*cards: int, sample: bool = False) -> list[Resource]:
-    """Compiles all variants for these cards, or with ``sample`` those of the module's docstring, in two processes.
+def resources(*cards: int) -> list[Resource]:
+    """Compiles all variants for these cards, in two processes.
 
     Raises:
         RuntimeError: Triton is interpreted here.
     """
     if os.environ.get("TRITON_INTERPRET"):
         raise RuntimeError("TRITON_INTERPRET is set: there is nothing to compile in this process; run python -m bench.kernel_resources")
+    jobs = [(name, card, index) for name in kernel_files() for card in cards for index in range(len(_variants(name, card)))]
     with tempfile.TemporaryDirectory() as cache:
         workers = ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(cache,))
         with workers as pool:
-            whole = [FIRST] if sample else list(cards)
-            rows = list(pool.map(_compile, *_jobs(whole)))
-            if sample:
-                rows += pool.map(_compile, *_jobs([card for card in cards if card != FIRST], rows))
-            return rows
-
-
-def _jobs(cards: Sequence[int], known: Sequence[Resource] = ()) -> list[tuple[Any, ...]]:
-    """(files, cards, places among a file's variants): of those that ``_left_out`` does not leave out."""
-    left_out = {card: _left_out(known, card) for card in cards}
-    jobs = [
-        (name, card, index)
-        for name in kernel_files()
-        for card in cards
-        for index, variant in enumerate(_variants(name, card))
-        if variant.name not in left_out[card]
-    ]
-    return list(zip(*jobs, strict=True))
-
-
-def _left_out(known: Sequence[Resource], card: int) -> set[str]:
-    """Names of the variants that a sample does without on a card, by what is known of them on ``FIRST``."""
-    of_kernel: dict[str, list[Resource]] = {}
-    for row in known:
-        if card != HOPPER or not row.products:
-            of_kernel.setdefault(row.kernel, []).append(row)
-    heaviest = {max(rows, key=by).name for rows in of_kernel.values() for by in (lambda row: row.registers, lambda row: row.shared_kib)}
-    return {row.name for rows in of_kernel.values() for row in rows} - heaviest
+            return list(pool.map(_compile, *zip(*jobs, strict=True)))
 
 
 def _start_worker(cache: str) -> None:
@@ -157,7 +122,6 @@ def _compile(name: str, card: int, index: int) -> Resource:
     dtype = next((kind.lstrip("*") for kind in variant.types.values() if kind.startswith("*")), "")
     of_tile = {"tile": dict(tile.sizes), "warps": tile.warps, "stages": tile.stages}
     measured = {"registers": registers, "shared_kib": compiled.metadata.shared / 1024, "spill_bytes": spilled, "compile_s": taken}
-    measured["products"] = "tt.dot" in compiled.asm["ttir"]
     return Resource(name, kernel.__name__, variant.name, card, dtype, dict(variant.constants), **of_tile, **measured)
 
 
@@ -183,7 +147,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.kernel_resources", description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--card", type=int, nargs="+", help="compute capabilities, 89 for 8.9; without it, all in kernels/tiles.py")
     parser.add_argument("--json", type=Path, help="write the rows to this file too")
-    parser.add_argument("--sample", action="store_true", help="leave out what is nearly the same program again")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET"):  # read when a kernel is defined: too late for this process
         clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -191,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from bench.versions import versions
     from lowmem_drf.kernels.tiles import CARDS
 
-    rows = resources(*(options.card or CARDS), sample=options.sample)
+    rows = resources(*(options.card or CARDS))
     Console(soft_wrap=True, width=None if sys.stdout.isatty() else LOG_COLUMNS).print(table(rows))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

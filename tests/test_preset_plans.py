@@ -12,8 +12,10 @@ from _root import ROOT
 sys.path.insert(0, str(ROOT))
 from bench.plan_scaling import EIGHT, stage
 from lowmem_drf.config import load_config, preset_card, presets
-from lowmem_drf.run.cards import card_named
+from lowmem_drf.models.fake import fake_critic
+from lowmem_drf.run.cards import USABLE, card_named
 from lowmem_drf.run.plan import make_plan, new_fakes
+from lowmem_drf.run.texts import DTYPES
 
 BUDGET_GIB = {  # whole process, at its peak
     "rtx4090": 22.0, "rtx3090": 22.0, "rtx5090": 29.0, "rtx4090-fast": 22.0, "rtx3090-fast": 22.0, "rtx5090-fast": 29.0,
@@ -71,6 +73,15 @@ def test_the_host_has_room_for_what_waits_there(plans, name):
 def test_waiting_for_copies_is_less_than_a_tenth_of_an_update(plans, name):
     """All copies together: those of weights, and those of caches and activations."""
     assert plans[name]["stall_share"] < 0.1 and plans[name]["hidden_share"] > 0.7
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_a_critic_that_streams_fits_the_card_while_it_is_loaded(name, fakes):
+    """It is quantised there."""
+    config, card = load_config(name), card_named(preset_card(presets()[name]))
+    critic = fake_critic(config.critic.id, DTYPES[config.dtype], None, config.critic.quant, fakes.mode).model
+    assert {"transformer", "critic"} <= set(config.memory.stream)
+    assert sum(tensor.nbytes for tensor in (*critic.parameters(), *critic.buffers())) < USABLE * card.gib * GIB
 
 
 def test_streaming_costs_less_than_a_tenth_of_an_update(plans, fakes):
