@@ -33,6 +33,8 @@ the libraries and CUDA take. Seconds are an estimate, of one update. *Copies hid
 the card computes; *waiting*: what remains, as a share of the update.
 """
 AFTER = """
+All of them besides: the critic's language model in 4 bit, and the VAE's gradients (not its frames) in 16.
+
 Streaming is what makes this table: the frozen weights of the transformer's blocks and of the critic's layers come to the card one layer at a time,
 while the one before computes ([memory.md](memory.md)).
 """
@@ -83,7 +85,7 @@ def page(plans: Mapping[str, Mapping[str, Any]]) -> str:
             f"{made['update_s']:,.0f} s, {clips(name)} | {made['hidden_share']:.0%} | {made['stall_share']:.1%} | {measured(name)} |"
         )
     given = ["", "## What was given up to get there", "", "| preset | what it does | what was given up |", "|---|---|---|"]
-    given += [f"| `{name}` | {preset_summary(presets()[name]).rstrip('.')} | {header_line(name, 'Gives up') or 'nothing'} |" for name in plans]
+    given += [f"| `{name}` | {preset_summary(presets()[name]).rstrip('.')} | {header_line(name, 'Gives up')} |" for name in plans]
     return "\n".join([ABOUT, *lines, *given, AFTER])
 
 

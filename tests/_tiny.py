@@ -237,6 +237,18 @@ def tiny_critic(dtype: torch.dtype = torch.float32, seed: int = 0, fps: float | 
     return QwenCritic(model, tokenizer, video_geometry(tiny_video_settings()), fps=fps or 2.0)
 
 
+WAN22_VAE: dict[str, Any] = dict(
+    decoder_base_dim=6,
+    dim_mult=[1, 2, 2, 2],
+    temperal_downsample=[False, True, True],
+    is_residual=True,
+    patch_size=2,
+    in_channels=12,
+    out_channels=12,
+    scale_factor_spatial=16,
+)
+"""Residual blocks, pixel patches, and a decoder of its own width."""
+
 GENERATORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "wan2.1-1.3b": ({}, {}),
     "wan2.1-14b": (dict(num_attention_heads=4, ffn_dim=48, layers=3), dict(dim_mult=[1, 2, 2, 2], temperal_downsample=[False, True, True])),
@@ -246,14 +258,7 @@ GENERATORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             z_dim=6,
             latents_mean=[0.1, -0.2, 0.3, 0.0, 0.2, -0.1],
             latents_std=[1.5, 0.8, 1.1, 2.0, 0.9, 1.2],
-            decoder_base_dim=6,
-            dim_mult=[1, 2, 2, 2],
-            temperal_downsample=[False, True, True],
-            is_residual=True,
-            patch_size=2,
-            in_channels=12,
-            out_channels=12,
-            scale_factor_spatial=16,
+            **WAN22_VAE,
         ),
     ),
     "wan2.2-a14b": (dict(num_attention_heads=4, ffn_dim=48, layers=3), {}),

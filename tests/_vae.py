@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from _tiny import Z_DIM, tiny_vae
+from _tiny import WAN22_VAE, Z_DIM, tiny_vae
 
 from lowmem_drf.method.frames import backward_chunks
 from lowmem_drf.method.vae_stream import decode, vae_backward
@@ -11,16 +11,7 @@ from lowmem_drf.method.vae_stream import decode, vae_backward
 CONFIGS = {
     "toy": {},
     "wan21": dict(dim_mult=[1, 2, 2, 2], temperal_downsample=[False, True, True], scale_factor_spatial=8),
-    "wan22": dict(
-        decoder_base_dim=6,
-        dim_mult=[1, 2, 2, 2],
-        temperal_downsample=[False, True, True],
-        is_residual=True,
-        patch_size=2,
-        in_channels=12,
-        out_channels=12,
-        scale_factor_spatial=16,
-    ),
+    "wan22": WAN22_VAE,
 }
 
 

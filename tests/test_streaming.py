@@ -223,7 +223,7 @@ def test_every_layer_is_on_its_way_before_it_is_entered():
     log = []
     for place, layer in enumerate(streamed.layers):
         layer.prefetch = lambda place=place, do=layer.prefetch: (log.append(("prefetch", place)), do())
-        layer.fetch = lambda place=place, do=layer.fetch, layer=layer: (log.append(("enter", place, layer.on_card)), do())
+        layer.fetch = lambda place=place, do=layer.fetch, layer=layer: (log.append(("enter", place, layer._here is not None)), do())
     for place, layer in enumerate(layers):
         layer.forward = streamed.forward(place, layer.forward)
     x = torch.randn(4, 512, generator=torch.Generator().manual_seed(1)).requires_grad_()

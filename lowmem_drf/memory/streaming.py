@@ -65,10 +65,6 @@ class Layer:
         self._here = None
         self._waiting.forget()
 
-    @property
-    def on_card(self) -> bool:
-        return self._here is not None
-
     def tensors(self) -> list[Tensor]:
         """What ``bound`` functions take besides: the piece, on the card."""
         assert self._here is not None, "a layer's weights are there while it is entered"

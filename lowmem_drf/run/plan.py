@@ -150,7 +150,7 @@ def make_plan(config: Config, card: Card, vram_gib: float | None = None, only: s
         fill_states(optimizer)
         update(short, models, parts, optimizer, 0, prompts, questions, None)
         del latents
-    stages = meter.stages if whole else with_records(config, short, meter.stages, models.recorder.step_bytes if models.recorder else 0)
+    stages = meter.stages if whole else with_records(config, short, meter.stages, models.recorder.step_bytes if models.recorder else 0, card)
     return scaled(config, short, stages, card, vram_gib or card.gib)
 
 

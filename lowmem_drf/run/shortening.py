@@ -42,15 +42,15 @@ def one_micro_batch(config: Config) -> Config:
     return config.model_copy(update={"batch": config.micro_batch})
 
 
-def with_records(config: Config, short: Config, stages: dict[str, StagePlan], step_bytes: int) -> dict[str, StagePlan]:
-    """The host memory of the graded steps that ``shortened`` left out, and only their copies: those of a rollout's other steps are taken back."""
+def with_records(config: Config, short: Config, stages: dict[str, StagePlan], step_bytes: int, card: Card) -> dict[str, StagePlan]:
+    """The host memory of the graded steps that ``shortened`` left out, and their copies, but none for a rollout's other steps, to which ``scaled`` would
+    stretch them. What is waited for is stretched all the same: it is not known whose copies it was."""
     left_out = config.sampler.graded_steps - short.sampler.graded_steps
     more = {name: replace(stage, host_gib=stage.host_gib + left_out * step_bytes / GIB) for name, stage in stages.items() if name not in ONCE}
-    if "rollout" in more and step_bytes:
+    if "rollout" in more:
         stage, repeats = more["rollout"], config.sampler.steps / short.sampler.steps
-        share = config.sampler.graded_steps / repeats / short.sampler.graded_steps  # of the copies made, those that a full rollout makes in as many steps
-        waiting = stage.stall_s * (1 - share)
-        more["rollout"] = replace(stage, s=stage.s - waiting, stall_s=stage.stall_s - waiting, copy_s=stage.copy_s * share, moved_gib=stage.moved_gib * share)
+        copied = (config.sampler.graded_steps / repeats - short.sampler.graded_steps) * step_bytes
+        more["rollout"] = replace(stage, copy_s=stage.copy_s + copied / (card.link * 1e9), moved_gib=stage.moved_gib + copied / GIB)
     return stages | more
 
 
