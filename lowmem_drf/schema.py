@@ -195,6 +195,34 @@ class Memory(Node):
             yield "keep_blocks", "with record_rollout no block keeps anything on the card; set keep_blocks = 0"
 
 
+class Zero(Node):
+    """DeepSpeed's ZeRO (arXiv 1910.02054). Of interest where ``engine`` is not ``single``."""
+
+    offload: Literal["cpu", "nvme", "none"] = "cpu"
+    """Where the optimizer's state waits, and with ``zero3`` the partitioned weights. ``nvme``: weights in files under ``nvme_path``, the optimizer's
+    state in host memory. ``none``: on the cards."""
+    nvme_path: str = ""
+    pin_memory: bool = True
+    """Page-locked host memory: copies run beside computation, and the system cannot swap it out."""
+    critic: bool = False
+    """``zero3``: the critic's weights are partitioned too, by an engine of its own."""
+    rollout: Literal["auto", "gathered", "partitioned"] = "auto"
+    """``zero3``: in the rollout the whole transformer stays on each card (``gathered``: its weights travel once), or is gathered block by block in every
+    step (``partitioned``). ``auto``: gathered where the plan says that it fits."""
+    stage3_prefetch_bucket_size: NonNegative = 50_000_000
+    """Numbers of weights that are gathered ahead of their use."""
+    stage3_max_live_parameters: Positive = 1_000_000_000
+    """Gathered weights above which nothing more is gathered ahead."""
+    stage3_max_reuse_distance: NonNegative = 0
+    """A block that is used again within so many weights is not given up between."""
+    stage3_param_persistence_threshold: NonNegative = 100_000
+    """Tensors of no more numbers stay on every card."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if (self.offload == "nvme") != bool(self.nvme_path):
+            yield "nvme_path", 'goes with offload = "nvme", and only with it: the folder on the disk'
+
+
 class Kernels(Node):
     ops: Literal["auto", "fused", "naive"] = "auto"
     """Norms, modulation, rotary embedding and gates of the transformer, norm and SiLU of the VAE: our Triton kernels (``fused``), or as diffusers
@@ -234,6 +262,11 @@ class Config(Node):
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Of the transformer, the text encoder and the critic. The VAE (bands in bf16), LoRA weights, reward and optimizer are fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    engine: Literal["single", "zero1", "zero2", "zero3"] = "single"
+    """``single``: one process. Else DeepSpeed: prompts are split over processes, a card each, and of the LoRA's training state every process keeps a part:
+    the optimizer's (``zero1``), the gradients too (``zero2``), and of the frozen transformer's weights too (``zero3``)."""
+    processes: Positive = 1
+    """How many ``train`` starts; ``batch`` is split over them. Under ``torchrun`` or ``deepspeed``: as many as these started."""
     video: Video = Video()
     model: Model = Model()
     sampler: Sampler = Sampler()
@@ -241,6 +274,7 @@ class Config(Node):
     lora: Lora = Lora()
     optim: Optim = Optim()
     memory: Memory = Memory()
+    zero: Zero = Zero()
     kernels: Kernels = Kernels()
     log: Log = Log()
 
@@ -251,6 +285,34 @@ class Config(Node):
             yield "critic.frames", f"the critic cannot see {frames} of video.frames = {self.video.frames}; lower it"
         if isinstance(frames, str) and not 0 < float(frames.removeprefix("fps:")) <= self.video.fps:
             yield "critic.frames", f"{frames!r}: the clip has {self.video.fps} frames a second (video.fps); give a rate above 0 and no higher"
+
+        yield from self._engine_problems()
+
+    def _engine_problems(self) -> Iterator[tuple[str, str]]:
+        count = self.processes
+        if self.engine == "single" and count > 1:
+            yield "engine", f'"single" is one process, not {count}; set engine = "zero1" (weights on every card) or "zero3" (weights partitioned)'
+        if count > self.batch:
+            yield "processes", f"{count} are more than the batch = {self.batch} prompts of an update: some would have none; raise it: -s batch={count}"
+        elif self.batch % count:
+            low = self.batch // count * count
+            yield "batch", f"{self.batch} prompts cannot be split evenly over {count} processes; nearest: {low} or {low + count}"
+        if self.engine != "single" and self.optim.name != "adamw":
+            yield "optim.name", f"{self.optim.name} does not go with engine = {self.engine}, which splits the moments over the processes; set adamw"
+        if self.zero.critic and self.engine != "zero3":
+            yield "zero.critic", 'partitions the critic\'s weights: set engine = "zero3", or leave it out'
+        if self.engine != "zero3":
+            return
+        partitioned = ["transformer", *(["critic"] if self.zero.critic else [])]
+        for name, quant in (("model", self.model.quant), ("critic", self.critic.quant)):
+            if quant != "none" and (name == "model" or self.zero.critic):
+                reason = "packed weights are gathered and unpacked on every card, which takes more of its memory, not less"
+                yield f"{name}.quant", f'{quant} does not go with ZeRO-3: {reason}; set none, or engine = "zero1" with memory.stream'
+        for key, names in (("park", self.memory.park), ("stream", self.memory.stream)):
+            if clash := [name for name in partitioned if name in names]:
+                yield f"memory.{key}", f"has {', '.join(clash)}, whose weights ZeRO-3 keeps and moves; leave it out"
+        if self.memory.record_rollout:
+            yield "memory.record_rollout", "keeps blocks' weights for a backward that ZeRO-3 has to gather; set it to false"
 
     @property
     def vae_window(self) -> int | None:

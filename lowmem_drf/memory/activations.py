@@ -108,6 +108,17 @@ class BlockPolicy:
         return fetch
 
 
+class Called:
+    """A block's ``forward`` whose weights come and go by hooks on the call of the block (ZeRO-3). It has no ``unread``: a recompute calls the block, and
+    so passes the hooks."""
+
+    def __init__(self, forward: Callable[..., Tensor]) -> None:
+        self.forward = forward
+
+    def __call__(self, *inputs: Any, **arguments: Any) -> Tensor:
+        return self.forward(*inputs, **arguments)
+
+
 def _nothing() -> None:
     return None
 

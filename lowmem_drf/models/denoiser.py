@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
-from lowmem_drf.memory.activations import BlockPolicy
+from lowmem_drf.memory.activations import BlockPolicy, Called
 from lowmem_drf.memory.records import RecordedForward
 from lowmem_drf.models.attention import attention_named
 from lowmem_drf.models.quant import Quant
@@ -84,6 +84,7 @@ def set_activations(
     recorder: Recorder | None = None,
     rollout_attention: Any = None,
     streamed: Streamed | None = None,
+    hooked: bool = False,
 ) -> None:
     """How the blocks compute, and what they keep of a forward with gradient. May be called again, with or without a LoRA on. Where memory is saved
     nothing else changes but the rounding of matrix products over ``slices``.
@@ -100,6 +101,7 @@ def set_activations(
         recorder: decides about forwards that are taken from the rollout.
         rollout_attention: (q, k, v) -> out, among the tokens, wherever there is no gradient and nothing is recorded.
         streamed: the blocks, where their weights are streamed.
+        hooked: the blocks' weights come by hooks on their calls (``activations.Called``).
 
     Raises:
         BadInputError: an image-to-video transformer.
@@ -111,7 +113,7 @@ def set_activations(
     for place, block in enumerate(blocks):
         weights = streamed.layers[place] if streamed else None
         forward: Any = BlockForward(block, rows or naive_ops(), attention or attention_named("sdpa"), slices, rollout_attention, weights)
-        forward = streamed.forward(place, forward) if streamed else forward
+        forward = streamed.forward(place, forward) if streamed else Called(forward) if hooked else forward
         block.forward = forward if recorder is None else RecordedForward(forward, block is blocks[-1], recorder)
     if checkpoint is False:
         transformer.disable_gradient_checkpointing()
