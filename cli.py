@@ -11,9 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lowmem_drf.errors import LowmemError
-
-DEBUG = "--debug"
+from lowmem_drf.errors import DEBUG, explain
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 presets_app = typer.Typer(no_args_is_help=True, help="The presets: list, show, copy.")
@@ -42,23 +40,11 @@ def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             if DEBUG in _flags:
                 traceback.print_exception(error)
-            message, code = _explain(error)
-            typer.echo(message, err=True)
+            message, code = explain(error)
+            typer.echo(message if code == 130 else f"Error: {message}", err=True)
             raise typer.Exit(code) from error
 
     return guarded
-
-
-def _explain(error: BaseException) -> tuple[str, int]:
-    if isinstance(error, KeyboardInterrupt):
-        return str(error) or "Interrupted.", 130
-    if isinstance(error, LowmemError):
-        return f"Error: {error}", error.exit_code
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return f"Error: out of memory: {error}\nTry: -s micro_batch=1, fewer video.frames, or a smaller video.width.", 1
-    if isinstance(error, OSError):
-        return f"Error: {error}\nCheck the path, its permissions and the free disk space.", 1
-    return f"Error: unexpected {type(error).__name__}: {error}\nRun the same command with {DEBUG} to see where.", 1
 
 
 def _version(wanted: bool) -> None:
@@ -73,6 +59,7 @@ def _version(wanted: bool) -> None:
 def _main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
     debug: Annotated[bool, typer.Option(DEBUG, help="Show tracebacks. Also after any command.")] = False,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,  # of the deepspeed launcher; LOCAL_RANK says it too
 ) -> None:
     """Diffusion-DRF on consumer GPUs: fine-tune a text-to-video model with a vision-language model as the critic."""
 
@@ -91,11 +78,15 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with --output, or with the latest run.")] = False,
     set_: Set = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and exit.")] = False,
+    num_processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes, a card each: prompts are split over them (engine zero1, zero2, zero3).", show_default=False),
+    ] = None,
 ) -> None:
     """Train a LoRA with Diffusion-DRF, then show base against tuned."""
     from lowmem_drf.run.start import train_command
 
-    train_command(preset, prompts, output, steps, seed, resume, set_ or [], dry_run)
+    train_command(preset, prompts, output, steps, seed, resume, set_ or [], dry_run, num_processes)
 
 
 @app.command(epilog=_example('lowmem-drf sample --prompt "a red circle moves left on a gray background" --compare'))

@@ -29,8 +29,8 @@ ABOUT = """\
 
 Every preset, planned (`python -m bench.fit` writes this page; `lowmem-drf plan --preset NAME` prints one in more detail). GiB at the peak of each
 stage of an update, of what PyTorch's allocator is asked for: 90% of a card can be planned with. Host: GiB that wait there for the card, besides what Python,
-the libraries and CUDA take. Seconds are an estimate, of one update. *Copies hidden*: of the time that copies between card and host take, the share during which
-the card computes; *waiting*: what remains, as a share of the update.
+the libraries and CUDA take; of several cards for each, and in brackets together. Seconds are an estimate, of one update. *Copies hidden*: of the time that
+copies between card and host take, the share during which the card computes; *waiting*: what remains, as a share of the update.
 """
 AFTER = """
 All of them besides: the critic's language model in 4 bit, and the VAE's gradients (not its frames) in 16.
@@ -54,7 +54,14 @@ def largest(made: Mapping[str, Any]) -> str:
 def plan_line(name: str, made: Mapping[str, Any]) -> str:
     """Of a preset's header."""
     figures = f"{made['peak_gib']:.1f} GiB at the peak ({largest(made)}), {made['host_gib']:.1f} GiB of host memory"
+    if made["processes"] > 1:
+        figures += f" each and {made['all_host_gib']:.0f} together"
     return f"# Plan: {figures}, about {made['update_s']:,.0f} s an update of {clips(name)} (an estimate)"
+
+
+def host(made: Mapping[str, Any], unit: str = "") -> str:
+    """Of each process, and of all."""
+    return f"{made['host_gib']:.1f}{unit}" + (f" ({made['all_host_gib']:.0f}{unit})" if made["processes"] > 1 else "")
 
 
 def clips(name: str) -> str:
@@ -81,7 +88,7 @@ def page(plans: Mapping[str, Mapping[str, Any]]) -> str:
         peaks = [f"{made['stages'][stage]['peak_gib']:.1f}" for stage in STAGES]
         peaks[STAGES.index(largest(made))] = f"**{peaks[STAGES.index(largest(made))]}**"
         lines.append(
-            f"| `{name}` | {preset_card(presets()[name])} | {' | '.join(peaks)} | {made['peak_gib']:.1f}, {made['usable_gib']:.1f} | {made['host_gib']:.1f} | "
+            f"| `{name}` | {preset_card(presets()[name])} | {' | '.join(peaks)} | {made['peak_gib']:.1f}, {made['usable_gib']:.1f} | {host(made)} | "
             f"{made['update_s']:,.0f} s, {clips(name)} | {made['hidden_share']:.0%} | {made['stall_share']:.1%} | {measured(name)} |"
         )
     given = ["", "## What was given up to get there", "", "| preset | what it does | what was given up |", "|---|---|---|"]
@@ -95,14 +102,14 @@ def readme_table(plans: Mapping[str, Mapping[str, Any]]) -> str:
     for name, made in plans.items():
         what, peak = preset_summary(presets()[name]).rstrip("."), f"{made['peak_gib']:.1f} GiB ({largest(made)})"
         time = f"{made['update_s']:,.0f} s, {clips(name)}"
-        rows.append(f"| `{name}` | {preset_card(presets()[name])} | {what} | {peak} | {made['host_gib']:.1f} GiB | {time} | {measured(name)} |")
+        rows.append(f"| `{name}` | {preset_card(presets()[name])} | {what} | {peak} | {host(made, ' GiB')} | {time} | {measured(name)} |")
     return "\n".join(rows) + "\n"
 
 
 def card_presets() -> list[str]:
-    """Presets for one card, small ones first."""
-    sizes = {name: re.match(r"(\d+) GB", preset_card(path)) for name, path in presets().items()}
-    return sorted((name for name, size in sizes.items() if size), key=lambda name: (int(sizes[name][1]), name))  # type: ignore[index]
+    """Presets for cards: for one card first, of these small cards first."""
+    sizes = {name: re.match(r"(?:(\d+) x )?(\d+) GB", preset_card(path)) for name, path in presets().items()}
+    return sorted((name for name, size in sizes.items() if size), key=lambda name: (int(sizes[name][1] or 1), int(sizes[name][2]), name))  # type: ignore[index]
 
 
 def main(arguments: list[str] | None = None) -> None:

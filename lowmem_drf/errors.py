@@ -15,3 +15,20 @@ class BadInputError(LowmemError):
 
 class NonFiniteError(LowmemError):
     """A reward, a gradient or a weight is NaN or infinite. Raised before the optimizer step, so the weights are still good."""
+
+
+DEBUG = "--debug"
+"""The option that shows tracebacks."""
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """What to tell the user of ``error``, with the cure, and the exit code. What is shown begins with "Error: ", but for an interruption (code 130)."""
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or "Interrupted.", 130
+    if isinstance(error, LowmemError):
+        return str(error), error.exit_code
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory: {error}\nTry: -s micro_batch=1, fewer video.frames, or a smaller video.width.", 1
+    if isinstance(error, OSError):
+        return f"{error}\nCheck the path, its permissions and the free disk space.", 1
+    return f"unexpected {type(error).__name__}: {error}\nRun the same command with {DEBUG} to see where.", 1

@@ -11,6 +11,7 @@ import huggingface_hub
 import pytest
 import torch
 from _tiny import BOUNDARY, save_tiny_generator, tiny_condition, tiny_latents, tiny_text, tiny_transformer, tiny_vae
+from _trainer import Keeping
 from rich.console import Console
 from safetensors import safe_open
 
@@ -70,20 +71,9 @@ def gradients(config):
     """Of one update, as the optimizer would see them."""
     models, lora = loaded(config)
     prompts = as_prompts(PROMPTS)
-    seen = []
-
-    class Optimizer:
-        param_groups = ({"lr": 0.0},)
-
-        def step(self):
-            seen.extend(tensor.grad.clone() for tensor in lora)
-
-        def zero_grad(self, set_to_none):
-            for tensor in lora:
-                tensor.grad = None
-
-    update(config, models, models.parts(lora), Optimizer(), 0, prompts, draft_questions(config, prompts), None)
-    return seen
+    trainer = Keeping(config, models.transformer)
+    update(config, models, models.parts(lora), trainer, 0, prompts, draft_questions(config, prompts), None)
+    return trainer.gradients[0]
 
 
 def test_the_rollout_is_wan_pipelines_with_two_transformers() -> None:

@@ -59,7 +59,7 @@ def test_a_second_ctrl_c_stops_at_once_and_costs_nothing_that_is_saved(tiny_pres
 
 @pytest.mark.parametrize(("steps", "said"), [(4, "after update 1; it is saved. Go on with"), (1, "after update 1; it is saved. The run is complete.")])
 def test_ctrl_c_while_samples_are_written_saves_too(tiny_preset, tmp_path, monkeypatch, steps, said):
-    def interrupted(config, run, models, texts, step):
+    def interrupted(config, run, models, texts, step, ranks):
         if step:
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -10,7 +10,7 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.schema import Config
 
 CARDS = ("rtx3060", "rtx3090", "rtx4060", "rtx4080", "rtx4090", "rtx5090")
-NAMES = {"toy", *CARDS, *(f"{card}-fast" for card in CARDS), "rtx4090-wan14b", "rtx4090-wan22-5b"}
+NAMES = {"toy", *CARDS, *(f"{card}-fast" for card in CARDS), "rtx4090-wan14b", "rtx4090-wan22-5b", "zero3-2gpu"}
 
 
 def test_these_presets_and_no_others_are_in_the_package():

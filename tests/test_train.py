@@ -5,11 +5,12 @@ import os
 
 import pytest
 import torch
+from _trainer import Keeping
 
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError, NonFiniteError
 from lowmem_drf.method.questions.file import load_questions
-from lowmem_drf.models.optimizers import make_optimizer
+from lowmem_drf.models.lora import named_lora
 from lowmem_drf.prompts import as_prompts
 from lowmem_drf.run.evaluate import Trial, diversity, measure
 from lowmem_drf.run.folder import claim, find_run, release, run_config
@@ -18,6 +19,7 @@ from lowmem_drf.run.metrics import read_metrics
 from lowmem_drf.run.parts import critic_frames, critic_rate, derive_seed, step_plan
 from lowmem_drf.run.questions import draft_questions
 from lowmem_drf.run.start import train_command
+from lowmem_drf.run.trainer import SingleTrainer
 from lowmem_drf.run.update import learning_rate, update
 from lowmem_drf.run.video import read_video, side_by_side, write_mp4
 from lowmem_drf.toy.captions import train_prompts
@@ -68,15 +70,13 @@ def test_samples_are_playable_and_big_enough(tiny_run):
     assert (frames.shape, fps) == ((9, 3, 256, 256), 8)
 
 
-def test_the_micro_batch_changes_memory_and_not_the_gradient(ready, monkeypatch):
+def test_the_micro_batch_changes_memory_and_not_the_gradient(ready):
     gradients = {}
     for size in (1, 2, 3):
         config, models, parts, prompts, questions = ready(f"micro_batch={size}")
-        optimizer = make_optimizer(config.optim, parts.lora)
-        monkeypatch.setattr(optimizer, "zero_grad", lambda **_: None)
-        monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *a, **k: torch.tensor(1.0))
-        report = update(config, models, parts, optimizer, 0, prompts, questions, None)
-        gradients[size] = torch.cat([torch.tensor([report.reward]), *(tensor.grad.flatten() for tensor in parts.lora)])
+        trainer = Keeping(config, models.transformer)
+        report = update(config, models, parts, trainer, 0, prompts, questions, None)
+        gradients[size] = torch.cat([torch.tensor([report.reward]), *(gradient.flatten() for gradient in trainer.gradients[0])])
     for size in (1, 2):
         # the same fp32 sums in another order: 2**-24 each, about a thousand terms
         assert (gradients[size] - gradients[3]).norm() <= 1000 * 2**-24 * gradients[3].norm()
@@ -85,7 +85,7 @@ def test_the_micro_batch_changes_memory_and_not_the_gradient(ready, monkeypatch)
 def test_an_update_is_one_adamw_step_on_the_clipped_gradient(ready):
     config, models, parts, prompts, questions = ready("optim.grad_clip=1e-3", "optim.lr=0.01")
     before = [tensor.detach().clone() for tensor in parts.lora]
-    report = update(config, models, parts, make_optimizer(config.optim, parts.lora), 0, prompts, questions, None)
+    report = update(config, models, parts, SingleTrainer(config, named_lora(models.transformer)), 0, prompts, questions, None)
     assert report.grad_norm > 1e-3
     moved = [(tensor - old).abs().max().item() for tensor, old in zip(parts.lora, before, strict=True)]
     assert 0 < max(moved) <= 0.01 * (1 + 1e-3)  # AdamW's first step is lr x sign(gradient)
@@ -98,7 +98,7 @@ def test_a_non_finite_reward_names_update_prompt_and_seed_and_changes_nothing(re
     with torch.no_grad():
         models.critic.model.lm_head.weight.fill_(math.inf)
     with pytest.raises(NonFiniteError) as caught:
-        update(config, models, parts, make_optimizer(config.optim, parts.lora), 6, prompts, questions, None)
+        update(config, models, parts, SingleTrainer(config, named_lora(models.transformer)), 6, prompts, questions, None)
     assert "update 7" in str(caught.value)
     assert PROMPTS[0] in str(caught.value)
     assert str(derive_seed(config.seed, "noise", 6, 0)) in str(caught.value)
@@ -108,9 +108,9 @@ def test_a_non_finite_reward_names_update_prompt_and_seed_and_changes_nothing(re
 def test_an_infinite_gradient_is_refused_before_the_optimizer(ready, monkeypatch):
     config, models, parts, prompts, questions = ready()
     before = [tensor.detach().clone() for tensor in parts.lora]
-    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *a, **k: torch.tensor(math.nan))
+    monkeypatch.setattr("torch.nn.utils.get_total_norm", lambda *a, **k: torch.tensor(math.nan))
     with pytest.raises(NonFiniteError, match="gradient is not finite in update 1"):
-        update(config, models, parts, make_optimizer(config.optim, parts.lora), 0, prompts, questions, None)
+        update(config, models, parts, SingleTrainer(config, named_lora(models.transformer)), 0, prompts, questions, None)
     assert all(torch.equal(tensor, old) for tensor, old in zip(parts.lora, before, strict=True))
 
 
@@ -137,29 +137,20 @@ def test_the_critic_sees_a_number_of_frames_or_so_many_a_second():
 def test_scales_of_the_normalisation_change_the_step(ready):
     _, models, parts, prompts, questions = ready("micro_batch=3")
     config, *_ = ready("micro_batch=3")
-    gradients = []
+    trainer = Keeping(config, models.transformer)
     for scales in ({}, {"color": 0.1, "jump": 5.0}):
-        update(config, models, parts, _keep_gradients(parts.lora, gradients), 0, prompts, questions, None, scales)
-    assert len(gradients) == 2 and not torch.allclose(gradients[0], gradients[1])
+        update(config, models, parts, trainer, 0, prompts, questions, None, scales)
+    plain, scaled = (torch.cat([gradient.flatten() for gradient in gradients]) for gradients in trainer.gradients)
+    assert not torch.allclose(plain, scaled)
 
 
 @pytest.mark.parametrize("mode", ["vanilla", "yesno", "dense", "both"])
 def test_every_mode_trains_with_a_4_bit_critic(ready, mode):
     config, models, parts, prompts, questions = ready(f"critic.mode={mode}", "critic.quant=nf4", "memory.checkpoint=true")
     assert {type(layer.self_attn.q_proj).__name__ for layer in models.critic.model.model.language_model.layers} == {"PackedLinear"}
-    report = update(config, models, parts, make_optimizer(config.optim, parts.lora), 0, prompts, questions, None)
+    report = update(config, models, parts, SingleTrainer(config, named_lora(models.transformer)), 0, prompts, questions, None)
     assert math.isfinite(report.reward) and report.grad_norm > 0
     assert set(report.reward_by_aspect) == ({"TA"} if mode == "vanilla" else {"TA", "Phy", "VQ"})
-
-
-def _keep_gradients(lora, kept):
-    """An optimizer that changes nothing and keeps the gradient it is given."""
-
-    class Keep(torch.optim.SGD):
-        def step(self, closure=None):
-            kept.append(torch.cat([tensor.grad.flatten() for tensor in lora]))
-
-    return Keep(lora, lr=1.0)
 
 
 def test_learning_rate_schedules():

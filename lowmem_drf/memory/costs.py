@@ -71,6 +71,8 @@ class Counters:
     to_host: int = 0
     to_card: int = 0
     """Bytes."""
+    between: int = 0
+    """Of these, what other processes' cards sent and got."""
 
     def __add__(self, other: Counters) -> Counters:
         return Counters(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))

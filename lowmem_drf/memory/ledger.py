@@ -144,6 +144,17 @@ class Ledger(TorchDispatchMode):
             self.host_bytes += size
             self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes)
 
+    def leave_out(self, tensor: Tensor) -> None:
+        """The tensor's storage counts as nothing from here on: in what is planned it is not there as a whole."""
+        self._see(tensor, "left out")
+        key = tensor.untyped_storage()._cdata
+        size, host, kind, ref = self._live[key]
+        if host:
+            self.host_bytes -= size
+        else:
+            self._count(size, kind, -1)
+        self._live[key] = (0, False, _Kind(count=1), ref)
+
     def on_card(self, tensors: Iterable[Tensor]) -> int:
         """Bytes of those of the tensors' storages that are on the card, each counted once."""
         keys = {tensor.untyped_storage()._cdata for tensor in tensors}
@@ -179,7 +190,7 @@ class Ledger(TorchDispatchMode):
     def spent(self) -> Counters:
         """All that was counted."""
         link = self.link
-        return self._earlier + Counters(self.flops, self.seconds, self.stalled, link.busy_s, link.down_bytes, link.up_bytes)
+        return self._earlier + Counters(self.flops, self.seconds, self.stalled, link.busy_s, link.down_bytes, link.up_bytes, link.between_bytes)
 
     def wait(self, until: float) -> None:
         """Nothing is computed before this time."""
@@ -200,7 +211,7 @@ class Ledger(TorchDispatchMode):
         self.flops += spent.flops
         self.seconds += spent.seconds
         self.stalled += spent.stalled
-        self._earlier += Counters(copying=spent.copying, to_host=spent.to_host, to_card=spent.to_card)
+        self._earlier += Counters(copying=spent.copying, to_host=spent.to_host, to_card=spent.to_card, between=spent.between)
 
     def close_peak(self) -> tuple[Item, ...]:
         """``at_peak``, brought up to date where nothing was freed since the peak."""

@@ -23,6 +23,8 @@ class Link:
         self._leaving: deque[tuple[float, int]] = deque()
         self.up_bytes = self.down_bytes = 0
         """Sent to the card, and to the host."""
+        self.between_bytes = 0
+        """Of both, what other cards sent and got."""
         self.busy_s = 0.0
         """What the copies took, each by itself."""
 
@@ -43,6 +45,16 @@ class Link:
         while len(self._leaving) > 1 and sum(size for _, size in self._leaving) > self._in_flight:
             until = max(until, self._leaving.popleft()[0])
         return self._down_until, until
+
+    def exchange(self, now: float, nbytes: int, ready: float) -> float:
+        """Sends so many bytes to other cards, through the host's memory, and gets as many from them, both at once and from ``ready`` on. Returns when it is
+        done."""
+        self._up_until = self._down_until = max(now, ready, self._up_until, self._down_until) + nbytes / self._rate
+        self.up_bytes += nbytes
+        self.down_bytes += nbytes
+        self.between_bytes += 2 * nbytes
+        self.busy_s += 2 * nbytes / self._rate
+        return self._up_until
 
     def sent(self, now: float) -> float:
         """When all that is on its way to the host will be there."""

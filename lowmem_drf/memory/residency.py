@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from torch.utils.hooks import RemovableHandle
 
 from lowmem_drf.errors import LowmemError
 from lowmem_drf.memory.host import Held, HostStore
-from lowmem_drf.memory.streaming import Streamed
 
 NEEDS: Mapping[str, frozenset[str]] = {
     "text": frozenset(),
@@ -29,6 +28,14 @@ NEEDS: Mapping[str, frozenset[str]] = {
     "update": frozenset(),
 }
 """The models that a stage calls."""
+
+
+class Droppable(Protocol):
+    """Weights that come to the card as they are needed: ``streaming.Streamed``, ``zero.ZeroEngine``."""
+
+    def drop(self) -> None:
+        """None of them is on the card any more, but for what a graph keeps."""
+        ...
 
 
 class Parked:
@@ -108,15 +115,20 @@ class Residency:
         device: torch.device,
         store: HostStore,
         inner: Callable[[str], AbstractContextManager[Any]],
-        streamed: Mapping[str, Streamed] | None = None,
+        streamed: Mapping[str, Droppable] | None = None,
         needs: Mapping[str, Collection[str]] = NEEDS,
     ) -> None:
         unknown = set(parked) - set(modules)
         if unknown:
             raise ValueError(f"to be parked, but not among the modules: {sorted(unknown)}")
         self._models = {name: Parked(name, modules[name], device, store) for name in parked}
-        self._streamed, self._needs = streamed or {}, needs
+        self._streamed: Mapping[str, Droppable] = streamed or {}
+        self._needs = needs
         self._inner = inner
+
+    def add(self, name: str, layers: Droppable) -> None:
+        """More weights of a model that come as they are needed. They are not on the card outside the model's stages."""
+        self._streamed = {**self._streamed, name: layers}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

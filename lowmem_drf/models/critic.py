@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from lowmem_drf.models.quant import Quant, check_quantised, in_critic, loading_a
 from lowmem_drf.models.sources import complete, loading
 from lowmem_drf.models.vision import speed_up_vision
 from lowmem_drf.types import Answer, Question
+
+if TYPE_CHECKING:
+    from lowmem_drf.memory.partitioned import Partitioned
 
 DEFAULT_FPS = 2.0
 """The sampling rate of Qwen2.5-VL and Qwen3-VL."""
@@ -88,7 +91,7 @@ class QwenCritic:
         self.conversation = Conversation(tokenizer, model.config.video_token_id)
         self._prefixes: dict[tuple[float, ...], Prefix] = {}
         self._ranges = False
-        self._streamed: Streamed | None = None
+        self._streamed: Streamed | Partitioned | None = None
         self._streamed_modules: list[Any] = []
         speed_up_vision(model.model.visual)
 
@@ -209,14 +212,25 @@ class QwenCritic:
         if not isinstance(self._embedding, HostEmbedding):
             self.model.set_input_embeddings(HostEmbedding(self._embedding, device))
 
+    @property
+    def leaves(self) -> list[Any]:
+        """The modules whose code reads weights of submodules without calling them, and the layers: who gathers weights module by module takes each of
+        these as one."""
+        return [self.model.model.visual.patch_embed, *self.model.model.visual.blocks, *self.model.model.language_model.layers]
+
     def stream(self, device: torch.device, store: HostStore) -> Streamed:
         """From here on the weights of the vision tower's blocks, of the language model's layers and of lm_head come to ``device`` one after another, whenever
         they are needed, and the embedding stays on the host. ``set_checkpointing`` comes after it: a layer that is not computed again in its backward
         keeps its weights till then."""
         self.embedding_on_host(device)
-        self._streamed_modules = [*self.model.model.visual.blocks, *self.model.model.language_model.layers, self.model.lm_head]
-        self._streamed = Streamed(self._streamed_modules, device, store)
-        return self._streamed
+        modules = [*self.model.model.visual.blocks, *self.model.model.language_model.layers, self.model.lm_head]
+        streamed = Streamed(modules, device, store)
+        self.enter_by(modules, streamed)
+        return streamed
+
+    def enter_by(self, modules: Sequence[Any], streamed: Streamed | Partitioned) -> None:
+        """From here on these modules are called by ``streamed.forward``. ``set_checkpointing`` comes after it."""
+        self._streamed_modules, self._streamed = list(modules), streamed
 
     def prefix(self, grid: Tensor) -> Prefix:
         """Everything before the question for clips of one grid. Raises BadInputError where the clips differ."""

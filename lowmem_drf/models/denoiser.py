@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lowmem_drf.memory.host import HostStore
+    from lowmem_drf.memory.partitioned import Partitioned
     from lowmem_drf.memory.records import Recorder
     from lowmem_drf.memory.streaming import Streamed
     from lowmem_drf.ops import Attention, RowOps
@@ -40,6 +42,7 @@ def load_denoiser(
     home: str | torch.device | None = None,
     changes: Changes | None = None,
     blocks: int | None = None,
+    taken: Callable[[torch.nn.Parameter], None] | None = None,
 ) -> WanTransformer3DModel:
     """The transformer in a subfolder of a diffusers model: frozen, eval. In 16 bits norms and the time embedding stay in fp32, as
     ``from_pretrained`` has it.
@@ -51,6 +54,7 @@ def load_denoiser(
         home: where the model stays. Default: ``device``, where weights are changed and packed.
         changes: of the base's weights: ``base_lora``'s.
         blocks: only the first so many have values (``weight_reader.fill_from_files``).
+        taken: called with every parameter as soon as it has its value (``filling.fill``).
 
     Raises:
         BadInputError: it cannot be loaded, its weights are quantised already, or bitsandbytes is missing.
@@ -62,7 +66,7 @@ def load_denoiser(
         model = empty_transformer(WanTransformer3DModel.load_config(folder, subfolder=subfolder), quant=quant)
         files = TensorFiles(files_in(folder / subfolder))
         require_complete(files, model)
-        return cast("WanTransformer3DModel", fill_from_files(model, files, {name: name for name in files.entries}, dtype, device, home, changes, blocks))
+        return cast("WanTransformer3DModel", fill_from_files(model, files, {name: name for name in files.entries}, dtype, device, home, changes, blocks, taken))
 
 
 def _downloaded(hub_id: str, subfolder: str) -> Path:
@@ -83,7 +87,7 @@ def set_activations(
     keep_attention: Literal["none", "card", "host"] = "none",
     recorder: Recorder | None = None,
     rollout_attention: Any = None,
-    streamed: Streamed | None = None,
+    streamed: Streamed | Partitioned | None = None,
     hooked: bool = False,
 ) -> None:
     """How the blocks compute, and what they keep of a forward with gradient. May be called again, with or without a LoRA on. Where memory is saved
@@ -134,16 +138,17 @@ def timestep_of(sigma: float) -> int:
     return int(sigma * TRAIN_TIMESTEPS)
 
 
-def as_velocity(transformer: WanTransformer3DModel, recorder: Recorder | None = None) -> Velocity:
+def as_velocity(transformer: WanTransformer3DModel, recorder: Recorder | None = None, call: Any = None) -> Velocity:
     """``f(x_BCFhw, sigma, text_BLD) -> v_BCFhw`` in the dtype of ``x``; computed in the dtype of the transformer. Differentiable in ``x``
-    and the LoRA."""
+    and the LoRA. ``call``: computes as the transformer does, and is called in its place."""
+    call = transformer if call is None else call
 
     def velocity(x_BCFhw: Tensor, sigma: float, cond: Any) -> Tensor:
         # patch_embedding's, not transformer.dtype: that answers with the dtype of whatever parameter comes last, an fp32 LoRA's for one
         dtype = transformer.patch_embedding.weight.dtype
         timestep = torch.full((x_BCFhw.shape[0],), timestep_of(sigma), dtype=torch.int64, device=x_BCFhw.device)
         with nullcontext() if recorder is None else recorder.during(cond):
-            v = transformer(x_BCFhw.to(dtype), timestep, cond.to(x_BCFhw.device, dtype), return_dict=False)[0]
+            v = call(x_BCFhw.to(dtype), timestep, cond.to(x_BCFhw.device, dtype), return_dict=False)[0]
         return v.to(x_BCFhw.dtype)
 
     return velocity

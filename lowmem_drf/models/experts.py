@@ -88,13 +88,17 @@ def require_expert(config: Config, generator: GeneratorConfig) -> None:
 
     Raises:
         BadInputError: ``model.expert`` of a generator of one transformer; of one of two: a graded step that is not the trained expert's, steps that are
-            chosen at random, or a file for one transformer.
+            chosen at random, a file for one transformer, or ZeRO-3.
     """
     model, sampler = config.model, config.sampler
     if generator.boundary is None:
         if model.expert != "low":
             raise BadInputError(f'model.expert = "{model.expert}": {model.id} has one transformer, and it is trained. Leave model.expert out.')
         return
+    if config.engine == "zero3":
+        raise BadInputError(
+            f'engine = "zero3" partitions one transformer, and {model.id} has two. engine = "zero1" with memory.stream = ["transformer"] streams both.'
+        )
     for key, value in (("transformer", model.transformer), ("base_lora", model.base_lora)):
         if value:
             raise BadInputError(f"model.{key} is a file for one transformer, and {model.id} has two. Give a folder with the two as they are to be.")

@@ -31,13 +31,16 @@ def random_value(dtype: torch.dtype, device: torch.device, generator: torch.Gene
     return value
 
 
-def fill(module: nn.Module, value: Value, recurse: bool = True, home: str | torch.device | None = None) -> None:
+def fill(
+    module: nn.Module, value: Value, recurse: bool = True, home: str | torch.device | None = None, taken: Callable[[nn.Parameter], None] | None = None
+) -> None:
     """Gives the parameters of a module new values, frozen; one that several submodules share stays one. Weights of a ``PackedLinear`` are packed where
     their values were made.
 
     Args:
         recurse: those of its children too.
         home: where they are to stay. Default: where they were made.
+        taken: called with every parameter that has its value, before the next one is made. It may leave it empty.
     """
     made: dict[int, nn.Parameter] = {}
     for name, parameter in list(module.named_parameters(recurse=recurse, remove_duplicate=False)):
@@ -49,4 +52,7 @@ def fill(module: nn.Module, value: Value, recurse: bool = True, home: str | torc
         if id(parameter) not in made:
             tensor = value(name, parameter.shape)
             made[id(parameter)] = nn.Parameter(tensor if home is None else tensor.to(home), requires_grad=False)
+            del tensor
+            if taken is not None:
+                taken(made[id(parameter)])
         setattr(owner, key, made[id(parameter)])

@@ -84,12 +84,12 @@ def lora_layers(transformer: nn.Module) -> dict[str, LoraLayer]:
 
 def lora_parameters(transformer: nn.Module) -> list[nn.Parameter]:
     """The trainable tensors, in the order of ``lora_state``: what the optimizer gets."""
-    return list(_named(transformer).values())
+    return list(named_lora(transformer).values())
 
 
 def lora_state(transformer: nn.Module) -> dict[str, Tensor]:
     """Copies of the LoRA's tensors on the CPU, in their own dtype (fp32)."""
-    return {name: parameter.detach().cpu().clone().contiguous() for name, parameter in _named(transformer).items()}
+    return {name: parameter.detach().cpu().clone().contiguous() for name, parameter in named_lora(transformer).items()}
 
 
 def load_lora_state(transformer: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -98,7 +98,7 @@ def load_lora_state(transformer: nn.Module, state: Mapping[str, Tensor]) -> None
     Raises:
         BadInputError: modules missing or unknown, another rank or shape, values that are not finite. Nothing was changed.
     """
-    own = _named(transformer)
+    own = named_lora(transformer)
     _refuse_other_model({name: tuple(parameter.shape) for name, parameter in own.items()}, state)
     with torch.no_grad():
         for name, parameter in own.items():
@@ -146,7 +146,8 @@ def lora_scale(transformer: nn.Module, scale: float) -> Iterator[None]:
             layer.scaling[ADAPTER], layer._disable_adapters = scaling, disabled
 
 
-def _named(transformer: nn.Module) -> dict[str, nn.Parameter]:
+def named_lora(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable tensors by name, in the order of the model."""
     return {
         f"{name}.lora_{side}.weight": matrices[ADAPTER].weight
         for name, layer in lora_layers(transformer).items()

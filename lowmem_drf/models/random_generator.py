@@ -28,6 +28,7 @@ def random_transformer(
     layers: int | None = None,
     quant: Quant = "none",
     home: str | torch.device | None = None,
+    taken: Callable[[torch.nn.Parameter], None] | None = None,
 ) -> WanTransformer3DModel:
     """A frozen transformer of this ``config.json``; the same weights for the same seed, device and dtype, whatever ``quant`` is.
 
@@ -36,11 +37,12 @@ def random_transformer(
         layers: at most so many blocks, at full width.
         quant: as ``load_denoiser``'s.
         home: where they stay. Default: ``device``.
+        taken: as ``fill``'s.
 
     Raises:
         BadInputError: bitsandbytes is missing.
     """
-    return fill_as_loaded(empty_transformer(config, layers, quant), dtype, _random(device, seed), home or device)
+    return fill_as_loaded(empty_transformer(config, layers, quant), dtype, _random(device, seed), home or device, taken)
 
 
 def random_vae(config: Mapping[str, Any], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0) -> AutoencoderKLWan:
@@ -93,7 +95,13 @@ def empty_text(config: Mapping[str, Any], layers: int | None = None) -> Any:
         return UMT5EncoderModel(UMT5Config.from_dict(settings))
 
 
-def fill_as_loaded(model: Any, dtype: torch.dtype, value_of: Callable[[torch.dtype], Value], home: str | torch.device | None = None) -> Any:
+def fill_as_loaded(
+    model: Any,
+    dtype: torch.dtype,
+    value_of: Callable[[torch.dtype], Value],
+    home: str | torch.device | None = None,
+    taken: Callable[[torch.nn.Parameter], None] | None = None,
+) -> Any:
     """Fills a model from ``meta``; each parameter in the dtype that ``from_pretrained`` would leave it in. Frozen, eval.
 
     diffusers keeps the modules of ``_keep_in_fp32_modules`` in fp32 in any dtype; the same name in a class of transformers matters to fp16
@@ -101,6 +109,7 @@ def fill_as_loaded(model: Any, dtype: torch.dtype, value_of: Callable[[torch.dty
 
     Args:
         home: where the model is to stay, its buffers too. Default: where ``value_of`` makes its values.
+        taken: as ``fill``'s.
     """
     from diffusers import ModelMixin
 
@@ -110,7 +119,7 @@ def fill_as_loaded(model: Any, dtype: torch.dtype, value_of: Callable[[torch.dty
     def value(name: str, shape: Sequence[int]) -> Any:
         return (exact if kept.intersection(name.split(".")) else plain)(name, shape)
 
-    fill(model, value, home=home)
+    fill(model, value, home=home, taken=taken)
     return (model if home is None else model.to(home)).eval().requires_grad_(False)
 
 

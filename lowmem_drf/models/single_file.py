@@ -6,7 +6,7 @@ model's configuration: that is the one of ``model.id``, and the file must fit it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,12 +36,13 @@ def load_single_file(
     home: str | torch.device | None = None,
     changes: Changes | None = None,
     blocks: int | None = None,
+    taken: Callable[[torch.nn.Parameter], None] | None = None,
 ) -> WanTransformer3DModel:
     """The transformer in a single file: frozen, eval, in the dtypes of ``load_denoiser``.
 
     Args:
         folder_or_id: ``model.id``, whose configuration it has (``generator_config``).
-        quant, home, changes, blocks: as ``load_denoiser``'s.
+        quant, home, changes, blocks, taken: as ``load_denoiser``'s.
 
     Raises:
         BadInputError: no such file, another format, quantised weights, a cut file, not a transformer of this configuration, or bitsandbytes is missing.
@@ -50,7 +51,7 @@ def load_single_file(
     files = _checked(path)
     model = empty_transformer(generator_config(folder_or_id).transformer, quant=quant)
     names = _matched(path, files.entries, parameter_shapes(model), folder_or_id)
-    return fill_from_files(model, files, names, dtype, device, home, changes, blocks)
+    return fill_from_files(model, files, names, dtype, device, home, changes, blocks, taken)
 
 
 def _checked(path: Path) -> TensorFiles:

@@ -41,7 +41,9 @@ class BlockForward:
         BadInputError: an image-to-video block.
     """
 
-    def __init__(self, block: Any, rows: RowOps, attention: Attention, count: int = 1, rollout_attention: Any = None, weights: Layer | None = None) -> None:
+    def __init__(
+        self, block: Any, rows: RowOps, attention: Attention, count: int = 1, rollout_attention: Any = None, weights: Layer | Resident | None = None
+    ) -> None:
         if block.attn2.add_k_proj is not None:
             raise BadInputError("the transformer is an image-to-video one: its blocks attend to an image besides. Take a text-to-video model.")
         self._block, self._rows, self._attention, self._count = block, rows, attention, count

@@ -111,6 +111,7 @@ def fill_from_files(
     home: str | torch.device | None = None,
     changes: Changes | None = None,
     blocks: int | None = None,
+    taken: Callable[[nn.Parameter], None] | None = None,
 ) -> Any:
     """Fills a model from ``meta``; each parameter in the dtype that ``from_pretrained`` would leave it in. Frozen, eval.
 
@@ -120,6 +121,7 @@ def fill_from_files(
         home: where the model stays. Default: ``device``.
         changes: added in fp32 (fp64 in an fp64 model), before anything is rounded or packed.
         blocks: of the model's blocks only the first so many are read. The others have shapes and no values: they take a LoRA, and no memory.
+        taken: called with every parameter that has its value, before the next one is read (``filling.fill``).
     """
     device, home = torch.device(device), torch.device(device if home is None else home)
     changed = changes(parameter_shapes(model)) if changes else {}
@@ -139,4 +141,4 @@ def fill_from_files(
 
         return value
 
-    return fill_as_loaded(model, dtype, value_of, home)
+    return fill_as_loaded(model, dtype, value_of, home, taken)

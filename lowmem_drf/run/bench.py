@@ -1,5 +1,7 @@
 """``lowmem-drf bench``: one real update with random weights of true size, measured beside its plan. Nothing is downloaded.
 
+Under DeepSpeed this is one process, whatever the preset has: on one card ZeRO-3 is what brings the weights from the host.
+
 On CUDA the bytes are the allocator's own, with the models filled on the card, and ``--vram`` keeps the allocator below a smaller card's memory. On the
 CPU, where there is no card, a ledger counts the live bytes of a real update, and the seconds are those of a second one without it.
 """
@@ -20,13 +22,15 @@ from lowmem_drf.memory.meter import Meter
 from lowmem_drf.models.experts import make_transformers
 from lowmem_drf.models.known_generators import generator_config
 from lowmem_drf.models.lora import add_lora, lora_parameters
-from lowmem_drf.models.optimizers import fill_states, make_optimizer
 from lowmem_drf.run.cards import GIB, card_named, parse_vram
+from lowmem_drf.run.loading import with_partitioned_critic
 from lowmem_drf.run.parts import Models, assemble, critic_rate, resolve_device
 from lowmem_drf.run.plan import ALLOCATOR_BLOCK, PlanMeter, make_plan, plan_prompts
+from lowmem_drf.run.ranks import join
 from lowmem_drf.run.shortening import one_micro_batch
 from lowmem_drf.run.stages import Plan
 from lowmem_drf.run.texts import DTYPES
+from lowmem_drf.run.trainer import SingleTrainer, make_trainer
 from lowmem_drf.run.update import update
 from lowmem_drf.schema import Config
 from lowmem_drf.types import Prompt, Question
@@ -58,7 +62,7 @@ def bench_command(preset: str | None, vram: str | None, overrides: Sequence[str]
     from lowmem_drf.run.start import chosen_preset
 
     name = preset or chosen_preset()[0]
-    config = one_micro_batch(load_config(name, overrides))
+    config = one_micro_batch(load_config(name, [*overrides, "processes=1"]))
     console = Console(stderr=as_json, soft_wrap=True)
     cap_gib = parse_vram(vram) if vram else None
     device = resolve_device(config.device)
@@ -80,6 +84,8 @@ def measure(config: Config, device: torch.device, cap_gib: float | None, console
         LowmemError: out of memory.
         BadInputError: a transformer of more than 10^9 parameters on a CPU.
     """
+    if config.engine != "single":
+        join(config.device)
     if device.type == "cuda":
         if cap_gib:
             torch.cuda.set_per_process_memory_fraction(min(1.0, (cap_gib - 0.5) * GIB / torch.cuda.get_device_properties(device).total_memory), device)
@@ -87,8 +93,7 @@ def measure(config: Config, device: torch.device, cap_gib: float | None, console
         models, prompts, questions = _random_models(config, device, meter)
         try:
             with console.status("measuring …"):
-                _updates(config, models, prompts, questions, count=2)
-                seconds, peaks = _updates(config, models, prompts, questions)
+                seconds, peaks = _updates(config, models, prompts, questions, count=3)
         except torch.OutOfMemoryError as error:
             where = f"under a cap of {cap_gib:g} GiB" if cap_gib else "on this card"
             raise LowmemError(f"out of memory {where}: {error}\nAsk for a change that fits: lowmem-drf plan --preset NAME --vram GB") from error
@@ -112,9 +117,13 @@ def _random_models(config: Config, device: torch.device, meter: Any) -> tuple[Mo
 
     generator, dtype = generator_config(config.model.id), DTYPES[config.dtype]
     prompts, questions = plan_prompts(config)
-    home = torch.device("cpu") if "transformer" in (*config.memory.park, *config.memory.stream) else device
+    home, taken = torch.device("cpu") if "transformer" in (*config.memory.park, *config.memory.stream) else device, None
+    if config.engine == "zero3":
+        from lowmem_drf.memory.zero import Partition
+
+        taken = Partition(config).take
     transformer, other = make_transformers(
-        generator, config, lambda name: random_transformer(getattr(generator, name), dtype, device, quant=config.model.quant, home=home)
+        generator, config, lambda name: random_transformer(getattr(generator, name), dtype, device, quant=config.model.quant, home=home, taken=taken)
     )
     add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets)
     width = generator.transformer["text_dim"]
@@ -124,18 +133,20 @@ def _random_models(config: Config, device: torch.device, meter: Any) -> tuple[Mo
     }
     critic = random_critic(resolve(config.critic.id, "critic"), dtype, device, critic_rate(config), config.critic.quant)
     vae = random_vae(generator.vae, DTYPES[config.memory.vae_dtype], device)
-    return assemble(config, transformer, vae, critic, texts, device, meter, other=other), prompts, questions
+    models = assemble(config, transformer, vae, critic, texts, device, meter, other=other)
+    return with_partitioned_critic(config, models) if config.zero.critic else models, prompts, questions
 
 
 def _updates(
     config: Config, models: Models, prompts: Sequence[Prompt], questions: Mapping[str, tuple[Question, ...]], count: int = 1
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds and peak GiB by stage of the last of ``count`` updates."""
+    trainer, models = make_trainer(config, models)
     parts = models.parts(lora_parameters(models.transformer))
-    optimizer = make_optimizer(config.optim, parts.lora)
-    fill_states(optimizer)
+    if isinstance(trainer, SingleTrainer):
+        trainer.fill()  # DeepSpeed's are made by its first step
     for step in range(count):
-        report = update(config, models, parts, optimizer, step, prompts, questions, None)
+        report = update(config, models, parts, trainer, step, prompts, questions, None)
     return report.stage_s, report.stage_peak_gib
 
 

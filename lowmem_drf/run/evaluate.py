@@ -22,6 +22,7 @@ from lowmem_drf.run.loading import load_models
 from lowmem_drf.run.parts import Models, critic_frames, derive_seed, reward_spec, run_prompts
 from lowmem_drf.run.progress import work_bar
 from lowmem_drf.run.questions import draft_questions, grammar_of
+from lowmem_drf.run.ranks import ALONE, Ranks
 from lowmem_drf.run.references import finish_questions
 from lowmem_drf.run.truth import oracle_for
 from lowmem_drf.schema import Config
@@ -70,18 +71,18 @@ def finish_trial(config: Config, trial: Trial, critic: QwenCritic, console: Cons
     return replace(trial, questions=finish_questions(config, trial.prompts, trial.questions, critic, console))
 
 
-def compare(config: Config, models: Models, trial: Trial, advance: Callable[[int], None]) -> dict[str, Any]:
+def compare(config: Config, models: Models, trial: Trial, advance: Callable[[int], None], ranks: Ranks = ALONE) -> dict[str, Any]:
     """The JSON of ``eval``: ``{"prompts", "seeds", "base", "tuned"}``, the LoRA off and on. ``advance`` is told of clips done."""
     sides = {}
     for name, scale in (("base", 0.0), ("tuned", 1.0)):
         with lora_scale(models.transformer, scale):
-            sides[name] = measure(config, models, trial, advance)
+            sides[name] = measure(config, models, trial, advance, ranks)
     return {"prompts": len(trial.prompts), "seeds": trial.seeds, **sides}
 
 
 @torch.no_grad()
-def measure(config: Config, models: Models, trial: Trial, advance: Callable[[int], None]) -> dict[str, Any]:
-    """The measures of the model as it is, over prompts x seeds.
+def measure(config: Config, models: Models, trial: Trial, advance: Callable[[int], None], ranks: Ranks = ALONE) -> dict[str, Any]:
+    """The measures of the model as it is, over prompts x seeds. Many processes share the prompts, and all get the measures.
 
     ``reward_by_aspect``: ``null`` for an aspect nobody asks about. ``heldout_reward``: ``null`` without held-out questions. ``diversity``: mean
     pairwise root mean square distance between the clips of one prompt. ``motion``: mean absolute difference of successive frames.
@@ -96,8 +97,8 @@ def measure(config: Config, models: Models, trial: Trial, advance: Callable[[int
     judge = oracle_for(config, texts)
     by_clip, by_prompt, oracle = _Mean(), _Mean(), _Mean()
     of_a_prompt: list[Tensor] = []
-    for here, made in batches(models, config.sampler, texts, seeds, config.log.eval_batch):
-        frames, some, size = made.frames_BTCHW, [prompts[i] for i in here], len(here)
+    for here, made, new in batches(models, config.sampler, texts, seeds, config.log.eval_batch, ranks, trial.seeds):
+        frames, some, size = made.frames_BTCHW, [prompts[i] for i in here], len(here) if new else 0
         by_clip.add(_ask(models, frames[:, kept], some, trial.questions, spec), size)
         if trial.heldout:
             by_clip.add({"heldout_reward": _ask(models, frames[:, kept], some, trial.heldout, spec)["reward"]}, size)
@@ -105,12 +106,13 @@ def measure(config: Config, models: Models, trial: Trial, advance: Callable[[int
         by_clip.add({"motion": motion, "velocity_norm": made.velocity_norm}, size)
         if judge:
             oracle.add(judge(frames, [prompt.text for prompt in some]), size)
-        for clip in frames.float().cpu():
+        for clip in frames.float().cpu() if new else ():
             of_a_prompt.append(clip)
             if len(of_a_prompt) == trial.seeds:
                 by_prompt.add({"diversity": diversity(torch.stack(of_a_prompt)[None])}, 1)
                 of_a_prompt.clear()
-        advance(size)
+        advance(size * ranks.count)
+    by_clip, by_prompt, oracle = (_Mean.together(means) for means in zip(*ranks.gather((by_clip, by_prompt, oracle)), strict=True))
     means = by_clip.means() | by_prompt.means()
     measures: dict[str, Any] = {
         "reward": means["reward"],
@@ -152,10 +154,10 @@ def eval_command(run_folder: Path | None, file: Path | None, as_json: bool) -> N
         print_table(result, console)
 
 
-def with_progress(config: Config, models: Models, trial: Trial, console: Console) -> dict[str, Any]:
+def with_progress(config: Config, models: Models, trial: Trial, console: Console, ranks: Ranks = ALONE) -> dict[str, Any]:
     """``compare``, with how far it is and how long it will take."""
     with work_bar(console, "clips", 2 * trial.seeds * len(trial.prompts)) as advance:
-        return compare(config, models, trial, advance)
+        return compare(config, models, trial, advance, ranks)
 
 
 def describe(trial: Trial) -> str:
@@ -187,7 +189,7 @@ def _ask(models: Models, frames_BTCHW: Tensor, prompts: Sequence[Prompt], questi
     """Mean reward of these clips under ``reward``, and by aspect."""
     asked = [questions[prompt.id] for prompt in prompts]
     models.awake("critic")
-    total, by_aspect, _ = mean_reward(models.asked_critic(frames_BTCHW, asked), asked, spec)
+    total, by_aspect, _ = mean_reward((models.ask or models.asked_critic)(frames_BTCHW, asked), asked, spec)
     return {"reward": total.item(), **by_aspect}
 
 
@@ -210,6 +212,16 @@ class _Mean:
         for key, value in values.items():
             self._sums[key] = self._sums.get(key, 0.0) + value * count
             self._counts[key] = self._counts.get(key, 0) + count
+
+    @staticmethod
+    def together(parts: Sequence[_Mean]) -> _Mean:
+        """Over the batches of all of them."""
+        total = _Mean()
+        for part in parts:
+            for key, value in part._sums.items():
+                total._sums[key] = total._sums.get(key, 0.0) + value
+                total._counts[key] = total._counts.get(key, 0) + part._counts[key]
+        return total
 
     def means(self) -> dict[str, float]:
         return {key: total / self._counts[key] for key, total in self._sums.items()}

@@ -45,8 +45,8 @@ def planned(config: Config, card: Card, vram_gib: float, console: Console) -> Pl
         return advise(config, card, plan, lambda text: status.update(f"it does not fit; trying {text}"))
 
 
-def require_fit(config: Config, console: Console) -> None:
-    """Plans for the card that is here, and says so in a line. Nothing on the CPU.
+def require_fit(config: Config, console: Console) -> Config:
+    """Plans for the card that is here, and says so in a line. Nothing on the CPU. Returns the configuration, with what the plan decides.
 
     Raises:
         BadInputError: it does not fit; with the stage that is too large, and what would make it fit.
@@ -56,7 +56,7 @@ def require_fit(config: Config, console: Console) -> None:
     from lowmem_drf.run.parts import resolve_device
 
     if resolve_device(config.device).type != "cuda":
-        return
+        return config
     here = torch.cuda.get_device_properties(0)
     vram_gib = min(config.memory.vram_gib or float("inf"), here.total_memory / 1024**3)
     plan = planned(_laid_out(config), card_named(here.name), vram_gib, console)
@@ -64,19 +64,40 @@ def require_fit(config: Config, console: Console) -> None:
         raise BadInputError(refusal(plan))
     _require_host_memory(plan)
     console.print(f"planned peak: {plan.peak_gib:.1f} of {vram_gib:.1f} GiB ({plan.largest}), {plan.host_gib:.1f} GiB of host memory", highlight=False)
+    return config if plan.rollout is None else config.model_copy(update={"zero": config.zero.model_copy(update={"rollout": plan.rollout})})
 
 
 def _require_host_memory(plan: Plan) -> None:
-    """Raises BadInputError where what waits on the host would not fit into what is free there. Where the system does not say, nothing is checked."""
+    """Raises BadInputError where what waits on the host would not fit into what is free there, before any process of this machine loads anything. Where the
+    system does not say, nothing is checked."""
+    import torch
+
     from lowmem_drf.models.downloads import HOST_MARGIN, available_host_bytes
 
-    free = available_host_bytes()
-    if free is not None and plan.host_gib * GIB + HOST_MARGIN > free:
+    free, here = available_host_bytes(), min(plan.processes, max(1, torch.cuda.device_count()))
+    if free is not None and here * (plan.host_gib * GIB + HOST_MARGIN) > free:
+        each = f" for each of {here} processes" if here > 1 else ""
         raise BadInputError(
-            f"host memory: {plan.host_gib:.1f} GiB would wait there for the card, and {HOST_MARGIN / GIB:.0f} GiB are for everything else; "
+            f"host memory: {plan.host_gib:.1f} GiB would wait there for the card{each}, and {HOST_MARGIN / GIB:.0f} GiB are for everything else; "
             f"{free / GIB:.1f} GiB are free. Close other programs or add swap, or let less wait: a higher memory.vae_cache_every, memory.record_rollout=false, "
             'memory.keep_attention="none", memory.checkpoint=true, a smaller or quantised model.'
         )
+
+
+def print_zero(config: Config, name: str, card: Card) -> None:
+    """What DeepSpeed will be told, as comments behind the configuration's TOML on stdout, and on stderr the plan of each process."""
+    from rich.console import Console
+
+    from lowmem_drf.memory.zero import deepspeed_config
+
+    engines = {"the transformer's engine" if config.engine == "zero3" else "the LoRA's engine": deepspeed_config(config)}
+    if config.zero.critic:
+        engines["the critic's engine"] = deepspeed_config(config, trains=False)
+    for whose, settings in engines.items():
+        text = f"\nDeepSpeed, {whose}, in each of {config.processes} processes:\n{json.dumps(settings, indent=2)}"
+        print(text.replace("\n", "\n# ").removeprefix("\n").replace("# DeepSpeed", "\n# DeepSpeed", 1), flush=True)
+    console = Console(stderr=True, soft_wrap=True)
+    print_plan(planned(_laid_out(config), card, config.memory.vram_gib or card.gib, console), name, console)
 
 
 def _laid_out(config: Config) -> Config:
@@ -117,7 +138,8 @@ def print_plan(plan: Plan, name: str, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("stage", title=Text(f"{name}, planned for {plan.card}, {plan.vram_gib:g} GiB"), title_justify="left")
+    each = f", each of {plan.processes} processes" if plan.processes > 1 else ""
+    table = Table("stage", title=Text(f"{name}, planned for {plan.card}, {plan.vram_gib:g} GiB{each}"), title_justify="left")
     for heading in ("peak GiB", "weights", "kept", "host GiB", "s", "waits s"):
         table.add_column(heading, justify="right")
     table.add_column("the largest at the peak, weights apart", overflow="fold")
@@ -128,7 +150,8 @@ def print_plan(plan: Plan, name: str, console: Console) -> None:
     console.print(table)
     verdict = "fits" if plan.fits else "does not fit"
     console.print(
-        f"{verdict}: peak {plan.peak_gib:.2f} GiB ({plan.largest}) of the {plan.usable_gib:.1f} that can be planned with; host memory {plan.host_gib:.1f} GiB; "
+        f"{verdict}: peak {plan.peak_gib:.2f} GiB ({plan.largest}) of the {plan.usable_gib:.1f} that can be planned with; host memory {plan.host_gib:.1f} GiB"
+        f"{f', {plan.all_host_gib:.1f} of all {plan.processes} processes' if each else ''}; "
         f"about {plan.update_s:,.0f} s an update",
         style="green" if plan.fits else "red", highlight=False,
     )  # fmt: skip
@@ -137,6 +160,11 @@ def print_plan(plan: Plan, name: str, console: Console) -> None:
         f"computation; waiting for them is {plan.stall_share:.1%} of an update",
         highlight=False,
     )  # fmt: skip
+    if each:
+        console.print(f"of these copies {plan.between_gib:,.0f} GiB are between the cards, through the host's memory", highlight=False)
+    if plan.rollout:
+        weights = {"gathered": "whole on each card, gathered once", "partitioned": "gathered block by block in every step"}[plan.rollout]
+        console.print(f"the transformer's weights in the rollout: {weights} (zero.rollout = {plan.rollout})", highlight=False)
     console.print(
         "Bytes: those PyTorch's allocator is asked for. Seconds: an estimate from operations, traffic and the card's rates.", style="dim", highlight=False
     )

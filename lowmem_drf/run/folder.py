@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.schema import Config
+from lowmem_drf.schema import Config, Zero
 
 RUNS = Path("runs")
 _CONTENTS = ("config.toml", "metrics.jsonl", "checkpoints", "samples", "tensorboard")
@@ -78,8 +78,11 @@ def find_run(folder: Path | None = None) -> Path:
 
 
 def run_config(folder: Path) -> Config:
-    """The resolved configuration of a run."""
-    return load_config(folder / "config.toml")
+    """The resolved configuration of a run, for a command that works in one process: what was partitioned over many is streamed to it."""
+    config = load_config(folder / "config.toml")
+    partitioned = ["transformer", *(["critic"] if config.zero.critic else [])] if config.engine == "zero3" else []
+    memory = config.memory.model_copy(update={"stream": [*config.memory.stream, *partitioned]})
+    return config.model_copy(update={"engine": "single", "processes": 1, "zero": Zero(), "memory": memory})
 
 
 def write_aside(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from lowmem_drf.method.schedule import flow_sigmas
 from lowmem_drf.method.step import rollout
 from lowmem_drf.run.parts import Models
+from lowmem_drf.run.ranks import Ranks
 from lowmem_drf.schema import Sampler
 
 if TYPE_CHECKING:
@@ -42,8 +43,17 @@ def generate(models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequ
     return Generated(models.decoder.decode(x_0), sum(norms) / len(norms))
 
 
-def batches(models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequence[int], size: int) -> Iterator[tuple[range, Generated]]:
-    """``generate`` in batches of ``size``: (positions in ``texts``, clips)."""
-    for first in range(0, len(texts), size):
-        here = range(first, min(first + size, len(texts)))
-        yield here, generate(models, sampler, texts[first : first + size], seeds[first : first + size])
+def batches(
+    models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequence[int], size: int, ranks: Ranks, unit: int = 1
+) -> Iterator[tuple[range, Generated, bool]]:
+    """``generate`` in batches of ``size`` over this process's part of the texts: (positions, clips, whether they are new).
+
+    Every process makes equally many, since weights that are partitioned are gathered by all of them together: where one has fewer texts it repeats the
+    first batch of all, which is not new. ``unit``: so many texts in a row belong to one process.
+    """
+    parts = [range(part.start * unit, part.stop * unit) for part in ranks.parts(len(texts) // unit)]
+    mine = parts[ranks.rank]
+    for number in range(max(-(-len(part) // size) for part in parts)):
+        new = number * size < len(mine)
+        here = mine[number * size : (number + 1) * size] if new else range(min(size, len(texts)))
+        yield here, generate(models, sampler, texts[here.start : here.stop], seeds[here.start : here.stop]), new

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lowmem_drf.memory.meter import Meter
+from lowmem_drf.memory.residency import bring
 from lowmem_drf.models.downloads import check_host_memory, prepare
 from lowmem_drf.models.known_generators import generator_config
 from lowmem_drf.models.sources import TOYWORLD, resolve
 from lowmem_drf.models.weight_files import SECOND
 from lowmem_drf.run.parts import Models, assemble, critic_rate, resolve_device
+from lowmem_drf.run.ranks import ALONE, Ranks
 from lowmem_drf.run.texts import DTYPES, encode_texts
 from lowmem_drf.schema import Config, Parked
 
@@ -25,10 +28,11 @@ if TYPE_CHECKING:
     from lowmem_drf.models.weight_reader import Change, Shapes
 
 
-def load_models(config: Config, texts: Sequence[str], with_critic: bool = True) -> Models:
+def load_models(config: Config, texts: Sequence[str], with_critic: bool = True, ranks: Ranks = ALONE) -> Models:
     """Loads every model the configuration names; the text encoder is gone once all ``texts`` are encoded. The LoRA is the caller's.
 
-    Everything is downloaded and checked before anything is loaded.
+    Everything is downloaded and checked before anything is loaded. Of many processes on a machine one downloads and encodes for all; under ZeRO-3 the
+    transformer is partitioned over them as it is read.
 
     Raises:
         BadInputError: a model cannot be found or is damaged, or the video's size does not fit it.
@@ -39,26 +43,48 @@ def load_models(config: Config, texts: Sequence[str], with_critic: bool = True) 
     from lowmem_drf.models.experts import make_transformers, require_expert
 
     device = resolve_device(config.device)
-    generator = prepare_generator(config)
-    described = generator_config(str(generator))
-    require_expert(config, described)
-    if with_critic:
-        prepare(config.critic.id, "critic", say)
-    home = _home(config, "transformer", device)
-    # on their way to the card, or packed, transformers are never here in full
-    passing = () if home.type == "cpu" and config.model.quant == "none" else ("transformer", SECOND)
-    check_host_memory(generator, "generator", DTYPES[config.dtype].itemsize, (*_without(config), *passing))
-    text_device = torch.device("cpu") if config.memory.text_device == "host" else device
-    encoded = encode_texts(config, str(generator), [*texts, config.sampler.negative_prompt], text_device)
-    transformer, other = make_transformers(described, config, lambda name: load_transformer(config, generator, DTYPES[config.dtype], device, name, home))
+    with ranks.one_first():
+        generator = prepare_generator(config)
+        described = generator_config(str(generator))
+        require_expert(config, described)
+        if with_critic:
+            prepare(config.critic.id, "critic", say)
+        home = _home(config, "transformer", device)
+        # on their way to the card, packed, or partitioned, transformers are never here in full
+        passing = () if home.type == "cpu" and config.model.quant == "none" and config.engine != "zero3" else ("transformer", SECOND)
+        check_host_memory(generator, "generator", DTYPES[config.dtype].itemsize, (*_without(config), *passing))
+        text_device = torch.device("cpu") if config.memory.text_device == "host" else device
+        encoded = encode_texts(config, str(generator), [*texts, config.sampler.negative_prompt], text_device)
+    taken = None
+    if config.engine == "zero3":
+        from lowmem_drf.memory.zero import Partition
+
+        taken = Partition(config).take
+    transformer, other = make_transformers(
+        described, config, lambda name: load_transformer(config, generator, DTYPES[config.dtype], device, name, home, taken=taken)
+    )
     vae = load_vae(str(generator), DTYPES[config.memory.vae_dtype], _home(config, "vae", device))
     critic = load_run_critic(config, _home(config, "critic", device)) if with_critic else None
-    return assemble(config, transformer, vae, critic, encoded, device, Meter(device), other=other)
+    models = assemble(config, transformer, vae, critic, encoded, device, Meter(device), other=other)
+    return with_partitioned_critic(config, models) if config.zero.critic and critic else models
+
+
+def with_partitioned_critic(config: Config, models: Models) -> Models:
+    """The models with the critic's weights, which are here in full, partitioned over the processes."""
+    from lowmem_drf.memory.zero import Partition, ZeroForward
+
+    critic, partition = models.asked_critic, Partition(config)
+    for parameter in critic.model.parameters():
+        partition.take(parameter)
+    bring(critic.model, models.device)  # buffers
+    ask = ZeroForward(config, critic.model, critic, critic.leaves)
+    models.residency.add("critic", ask)
+    return replace(models, ask=ask)
 
 
 def _home(config: Config, name: Parked, device: torch.device) -> torch.device:
     """Where a model's weights lie when it is loaded: on the host if they are to wait there, and may be too many for the card."""
-    waits = name in config.memory.park or name in config.memory.stream
+    waits = name in config.memory.park or name in config.memory.stream or (name == "critic" and config.zero.critic)
     return torch.device("cpu") if waits else device
 
 
@@ -76,6 +102,7 @@ def load_transformer(
     home: torch.device | None = None,
     quant: Quant | None = None,
     blocks: int | None = None,
+    taken: Callable[[torch.nn.Parameter], None] | None = None,
 ) -> Any:
     """The frozen base that the LoRA of a run is trained on: of the folder or the single file, with ``model.base_lora`` added, then packed.
 
@@ -83,6 +110,7 @@ def load_transformer(
         home: where it stays. Default: ``device``, where its weights are changed and packed.
         quant: default: ``model.quant``.
         blocks: only the first so many have values, and take memory.
+        taken: called with every parameter as soon as it has its value.
 
     Raises:
         BadInputError: a file cannot be found or used, or bitsandbytes is missing.
@@ -98,7 +126,7 @@ def load_transformer(
         say(f"{lora}: merged into {len(found)} tensors of the base")
         return found
 
-    rest: dict[str, Any] = {"quant": quant or config.model.quant, "home": home, "changes": changes if lora else None, "blocks": blocks}
+    rest: dict[str, Any] = {"quant": quant or config.model.quant, "home": home, "changes": changes if lora else None, "blocks": blocks, "taken": taken}
     if config.model.transformer and subfolder == "transformer":
         return load_single_file(config.model.transformer, str(generator), dtype, device, **rest)
     return load_denoiser(str(generator), dtype, device, subfolder=subfolder, **rest)

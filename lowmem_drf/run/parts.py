@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,10 +31,11 @@ from lowmem_drf.types import Parts, Prompt
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lowmem_drf.memory.partitioned import Partitioned
     from lowmem_drf.models.critic import QwenCritic
     from lowmem_drf.models.decoder import WanDecoder
     from lowmem_drf.models.experts import OtherExpert
-    from lowmem_drf.types import Velocity
+    from lowmem_drf.types import Critic, Velocity
 
 
 def derive_seed(*words: object) -> int:
@@ -129,6 +130,8 @@ class Models:
     recorder: Recorder | None = field(compare=False, default=None)
     kernels: str = ""
     """The form of the operations, in words."""
+    ask: Critic | None = field(compare=False, default=None)
+    """How the critic is to be called, where that is not the critic itself."""
     expert: Any = None
     """Of a generator of two transformers, the one that is not trained."""
 
@@ -149,7 +152,7 @@ class Models:
 
     def parts(self, lora: Sequence[Tensor]) -> Parts:
         """For training."""
-        parts = Parts(self.velocity, self.decoder, self.asked_critic, lora, self.residency.stage)
+        parts = Parts(self.velocity, self.decoder, self.ask or self.asked_critic, lora, self.residency.stage)
         return parts if self.recorder is None else replace(parts, recorder=self.recorder)
 
     def condition(self, texts: Sequence[str]) -> Tensor:
@@ -176,11 +179,13 @@ def assemble(
     meter: StageMeter,
     chosen: Chosen | None = None,
     other: OtherExpert | None = None,
+    stand_in: Callable[[Any, Sequence[Any], bool], Partitioned] | None = None,
 ) -> Models:
     """Loaded models with the configuration's memory settings on them, the VAE without its encoder. ``texts``: see ``Models``.
 
     ``chosen``: the form of the operations; ``None``: it is chosen here, for ``device``. ``other``: the transformer that is not trained, where there are
     two; it is parked and streamed where ``transformer`` is, and in a rollout one of them is awake at a time.
+    ``stand_in``: in a plan, makes of a model, its blocks and whether it is the transformer what stands for its partitioned weights.
 
     Raises BadInputError: the video's size does not fit the models, or a kernel that is asked for cannot run.
     """
@@ -190,19 +195,26 @@ def assemble(
 
     drop_encoder(vae)
     memory, store = config.memory, HostStore(device)
-    streamed: dict[str, Streamed] = {}
+    streamed: dict[str, Streamed | Partitioned] = {}
+    ask: Critic | None = None
     generators = {"transformer": transformer} | ({} if other is None else {"expert": other.transformer})
     if "transformer" in memory.stream:
         streamed |= {name: Streamed(list(model.blocks), device, store) for name, model in generators.items()}
     if critic is not None and "critic" in memory.stream:
         streamed["critic"] = critic.stream(device, store)
+    if stand_in is not None:
+        streamed["transformer"] = stand_in(transformer, list(transformer.blocks), True)
+        if critic is not None and config.zero.critic:
+            streamed["critic"] = partitioned = stand_in(critic.model, critic.leaves, False)
+            critic.enter_by(critic.leaves, partitioned)
+            ask = partitioned.called(critic)
     shape = latent_shape(config, transformer, vae)
     chosen = chosen or choose(config, device, attention_shape(config, transformer, shape), DTYPES[config.dtype])
     recorder = Recorder(store, memory.keep_attention != "none") if memory.record_rollout else None
     set_activations(
         transformer, memory.checkpoint, memory.keep_blocks, memory.token_slices, store,
         chosen.rows, chosen.attention, memory.keep_attention, recorder, chosen.rollout_attention,
-        streamed.get("transformer"),
+        streamed.get("transformer"), hooked=config.engine == "zero3",
     )  # fmt: skip
     if other is not None:  # it has no gradient, and nothing to keep
         set_activations(
@@ -238,6 +250,7 @@ def assemble(
         residency=residency,
         recorder=recorder,
         kernels=str(chosen),
+        ask=ask,
         expert=other.transformer if other else None,
     )
 

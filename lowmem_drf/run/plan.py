@@ -15,6 +15,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,17 +27,19 @@ from lowmem_drf.memory.ledger import Item, Ledger
 from lowmem_drf.models.experts import make_transformers, require_expert
 from lowmem_drf.models.known_critics import KNOWN
 from lowmem_drf.models.known_generators import GeneratorConfig, generator_config
-from lowmem_drf.models.lora import add_lora, lora_parameters
-from lowmem_drf.models.optimizers import fill_states, make_optimizer
+from lowmem_drf.models.lora import add_lora, lora_parameters, named_lora
+from lowmem_drf.models.random_generator import empty_transformer
 from lowmem_drf.prompts import as_prompts
-from lowmem_drf.run.cards import BANDWIDTH_SHARE, GIB, MATMUL_SHARE, Card
+from lowmem_drf.run.cards import BANDWIDTH_SHARE, GIB, MATMUL_SHARE, USABLE, Card
 from lowmem_drf.run.kernels import choose_planned
 from lowmem_drf.run.parts import Models, assemble, critic_rate, run_prompts
+from lowmem_drf.run.planned_zero import PlannedTrainer, partitioned
 from lowmem_drf.run.questions import draft_questions
 from lowmem_drf.run.replays import one_stage, with_replays
-from lowmem_drf.run.shortening import boundary_moved, one_micro_batch, scaled, shortened, with_records
+from lowmem_drf.run.shortening import boundary_moved, of_one_process, one_micro_batch, scaled, shortened, with_records, with_weights_gathered_once
 from lowmem_drf.run.stages import SUMS, Plan, StagePlan
 from lowmem_drf.run.texts import BATCH, DTYPES, LARGE_BYTES
+from lowmem_drf.run.trainer import SingleTrainer, Trainer
 from lowmem_drf.schema import Config
 from lowmem_drf.types import Prompt, Question
 
@@ -99,6 +102,7 @@ class PlanMeter:
             stall_s=spent.stalled,
             copy_s=spent.copying,
             moved_gib=(spent.to_host + spent.to_card) / GIB,
+            between_gib=spent.between / GIB,
             tflop=spent.flops / 1e12,
             what=_what(ledger.close_peak()),
         )
@@ -126,7 +130,7 @@ def make_plan(config: Config, card: Card, vram_gib: float | None = None, only: s
     """
     from lowmem_drf.run.update import update
 
-    config = config.model_copy(update={"device": "cpu"})
+    config = of_one_process(decide_rollout(config, card, vram_gib, fakes).model_copy(update={"device": "cpu"}))
     short = one_micro_batch(config) if whole else shortened(config, 2 if only in (None, "denoise_backward") else 1)
     fakes = fakes or new_fakes()
     mode = fakes.mode
@@ -146,12 +150,34 @@ def make_plan(config: Config, card: Card, vram_gib: float | None = None, only: s
         if not whole:
             parts = with_replays(parts, models, ledger)
         latents = [torch.zeros(config.micro_batch, *models.latent_shape) for _ in range(ungraded)]
-        optimizer = make_optimizer(config.optim, parts.lora)
-        fill_states(optimizer)
-        update(short, models, parts, optimizer, 0, prompts, questions, None)
+        trainer = _trainer(config, models)
+        update(short, models, parts, trainer, 0, prompts, questions, None)
         del latents
     stages = meter.stages if whole else with_records(config, short, meter.stages, models.recorder.step_bytes if models.recorder else 0, card)
+    if config.engine == "zero3" and config.zero.rollout == "gathered":
+        stages = with_weights_gathered_once(config, short, stages)
     return scaled(config, short, stages, card, vram_gib or card.gib)
+
+
+def decide_rollout(config: Config, card: Card, vram_gib: float | None = None, fakes: Fakes | None = None) -> Config:
+    """The configuration with ``zero.rollout`` decided where it is ``auto`` and of interest: ``gathered`` where that fits. Arguments as ``make_plan``'s."""
+    if config.engine != "zero3" or config.zero.rollout != "auto":
+        return config
+    gathered, partitioned = (config.model_copy(update={"zero": config.zero.model_copy(update={"rollout": how})}) for how in ("gathered", "partitioned"))
+    weights = empty_transformer(generator_config(config.model.id).transformer).num_parameters() * DTYPES[config.dtype].itemsize
+    if weights > (vram_gib or card.gib) * USABLE * GIB:
+        return partitioned
+    return gathered if make_plan(gathered, card, vram_gib, "rollout", fakes=fakes).fits else partitioned
+
+
+def _trainer(config: Config, models: Models) -> Trainer:
+    """With the state that it has from the first step on."""
+    lora = named_lora(models.transformer)
+    if config.engine != "single":
+        return PlannedTrainer(config, lora)
+    trainer = SingleTrainer(config, lora)
+    trainer.fill()
+    return trainer
 
 
 def new_fakes() -> Fakes:
@@ -205,7 +231,8 @@ def _fake_models(
     critic = fake_critic(config.critic.id, dtype, critic_rate(config), config.critic.quant, mode=mode)
     vae = fake_vae(generator.vae, DTYPES[config.memory.vae_dtype], mode)
     meter.load([transformer, vae, critic.model, *([other.transformer] if other else [])])
-    return assemble(config, transformer, vae, critic, texts, torch.device("cpu"), meter, choose_planned(config), other), prompts, questions
+    stand_in = partial(partitioned, config) if config.engine == "zero3" else None
+    return assemble(config, transformer, vae, critic, texts, torch.device("cpu"), meter, choose_planned(config), other, stand_in), prompts, questions
 
 
 def plan_prompts(config: Config) -> tuple[list[Prompt], dict[str, tuple[Question, ...]]]:

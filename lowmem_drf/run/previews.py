@@ -9,7 +9,8 @@ from pathlib import Path
 from lowmem_drf.models.sources import TOYWORLD
 from lowmem_drf.run.generate import batches
 from lowmem_drf.run.parts import Models
-from lowmem_drf.run.video import watchable_upscale, write_mp4
+from lowmem_drf.run.ranks import ALONE, Ranks
+from lowmem_drf.run.video import to_pixels, watchable_upscale, write_mp4
 from lowmem_drf.schema import Config
 from lowmem_drf.types import Prompt
 
@@ -25,15 +26,16 @@ def preview_texts(config: Config, prompts: Sequence[Prompt]) -> list[str]:
     return [prompt.text for prompt in prompts[: config.log.sample_prompts]]
 
 
-def write_previews(config: Config, run: Path, models: Models, texts: Sequence[str], step: int) -> list[Path]:
-    """``samples/step-000050/01-<prompt>.mp4`` of every text, from the same noise at every step."""
+def write_previews(config: Config, run: Path, models: Models, texts: Sequence[str], step: int, ranks: Ranks = ALONE) -> None:
+    """``samples/step-000050/01-<prompt>.mp4`` of every text, from the same noise at every step. Of many processes each makes some of
+    the clips, and the first one writes them."""
     folder = run / "samples" / f"step-{step:06d}"
     upscale = watchable_upscale(config.video.height, config.video.width)
-    written = []
-    for here, made in batches(models, config.sampler, texts, [PREVIEW_SEED] * len(texts), config.log.eval_batch):
-        for i, frames in zip(here, made.frames_BTCHW, strict=True):
-            written.append(write_mp4(folder / f"{i + 1:02d}-{slug(texts[i])}.mp4", frames, config.video.fps, upscale))
-    return written
+    for here, made, new in batches(models, config.sampler, texts, [PREVIEW_SEED] * len(texts), config.log.eval_batch, ranks):
+        clips = [(i, to_pixels(frames)) for i, frames in zip(here, made.frames_BTCHW, strict=True)] if new else []
+        for i, pixels in (clip for some in ranks.gather(clips) for clip in some):
+            if ranks.chief:
+                write_mp4(folder / f"{i + 1:02d}-{slug(texts[i])}.mp4", pixels, config.video.fps, upscale)
 
 
 def slug(text: str) -> str:

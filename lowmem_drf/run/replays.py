@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lowmem_drf.memory.activations import Called
 from lowmem_drf.memory.ledger import Ledger
 from lowmem_drf.memory.records import RecordedForward
 from lowmem_drf.memory.streaming import StreamedForward
@@ -20,7 +21,7 @@ def with_replays(parts: Parts, models: Models, ledger: Ledger) -> Parts:
     """Whatever is done without leaving a graph, again on tensors of the same shapes, is done once: a block of the rollout, a chunk of the VAE."""
     for block in (*models.transformer.blocks, *(models.expert.blocks if models.expert else ())):
         holder = block  # what records a pass and what brings the weights is done every time
-        while isinstance(holder.forward, RecordedForward | StreamedForward):
+        while isinstance(holder.forward, RecordedForward | StreamedForward | Called):
             holder = holder.forward
         holder.forward = _ReplayedBlock(holder.forward, ledger)
     return replace(parts, decoder=_ReplayedDecoder(parts.decoder, ledger))

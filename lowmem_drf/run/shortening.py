@@ -42,6 +42,21 @@ def one_micro_batch(config: Config) -> Config:
     return config.model_copy(update={"batch": config.micro_batch})
 
 
+def of_one_process(config: Config) -> Config:
+    """What one of the processes does of an update. How many they are stays in it."""
+    batch = config.batch // config.processes
+    return config.model_copy(update={"batch": batch, "micro_batch": min(config.micro_batch, batch)})
+
+
+def with_weights_gathered_once(config: Config, short: Config, stages: dict[str, StagePlan]) -> dict[str, StagePlan]:
+    """For a rollout under gathered weights, whose only copies are these: ``scaled`` is not to stretch them to all its steps."""
+    if "rollout" not in stages:
+        return stages
+    stage, once = stages["rollout"], short.sampler.steps / config.sampler.steps
+    shares = {key: getattr(stage, key) * once for key in ("stall_s", "copy_s", "moved_gib", "between_gib")}
+    return stages | {"rollout": replace(stage, s=stage.s - stage.stall_s * (1 - once), **shares)}
+
+
 def with_records(config: Config, short: Config, stages: dict[str, StagePlan], step_bytes: int, card: Card) -> dict[str, StagePlan]:
     """The host memory of the graded steps that ``shortened`` left out, and their copies, but none for a rollout's other steps, to which ``scaled`` would
     stretch them. What is waited for is stretched all the same: it is not known whose copies it was."""
@@ -63,4 +78,5 @@ def scaled(config: Config, short: Config, stages: dict[str, StagePlan], card: Ca
     for name in (name for name in STAGES if name in stages):
         factor = 1.0 if name in ONCE else batches * repeats.get(name, 1.0)
         rows[name] = replace(stages[name], **{key: getattr(stages[name], key) * factor for key in SUMS})
-    return Plan(card.name, vram_gib, rows, sum(stage.s for name, stage in rows.items() if name != "text"))
+    rollout = config.zero.rollout if config.engine == "zero3" and config.zero.rollout != "auto" else None
+    return Plan(card.name, vram_gib, rows, sum(stage.s for name, stage in rows.items() if name != "text"), processes=config.processes, rollout=rollout)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lowmem_drf.run.cards import USABLE
 
@@ -11,7 +11,7 @@ STAGES = ("text", "rollout", "decode", "critic", "vae_backward", "denoise_backwa
 ONCE = ("text", "update")
 """Not once for every micro-batch."""
 
-SUMS = ("s", "stall_s", "copy_s", "moved_gib", "tflop")
+SUMS = ("s", "stall_s", "copy_s", "moved_gib", "tflop", "between_gib")
 """Fields of ``StagePlan`` that add up."""
 
 
@@ -36,11 +36,13 @@ class StagePlan:
     tflop: float
     what: str
     """The largest things alive at the peak, weights apart."""
+    between_gib: float = 0.0
+    """Of ``moved_gib``, what this process's card sends to those of other processes and gets from them."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a configuration takes."""
+    """What a configuration takes; of several processes, each of them."""
 
     card: str
     vram_gib: float
@@ -49,6 +51,9 @@ class Plan:
     update_s: float
     changes: tuple[str, ...] = field(default=())
     """Settings (``key=value``) that make it fit, where it does not."""
+    processes: int = 1
+    rollout: Literal["gathered", "partitioned"] | None = None
+    """With ZeRO-3: how the transformer's weights are in the rollout."""
 
     @property
     def peak_gib(self) -> float:
@@ -63,6 +68,21 @@ class Plan:
     @property
     def host_gib(self) -> float:
         return max(stage.host_gib for stage in self.stages.values())
+
+    @property
+    def all_host_gib(self) -> float:
+        """Of all processes together, as if they were on one machine."""
+        return self.host_gib * self.processes
+
+    @property
+    def moved_gib(self) -> float:
+        """Over the card's link in an update, the encoding of the texts before the first one with it."""
+        return sum(stage.moved_gib for stage in self.stages.values())
+
+    @property
+    def between_gib(self) -> float:
+        """Of that, between processes."""
+        return sum(stage.between_gib for stage in self.stages.values())
 
     @property
     def stall_share(self) -> float:
@@ -92,6 +112,11 @@ class Plan:
             "fits": self.fits,
             "peak_gib": self.peak_gib,
             "host_gib": self.host_gib,
+            "processes": self.processes,
+            "all_host_gib": self.all_host_gib,
+            "rollout": self.rollout,
+            "moved_gib": self.moved_gib,
+            "between_gib": self.between_gib,
             "update_s": self.update_s,
             "stall_share": self.stall_share,
             "hidden_share": self.hidden_share,

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_drf import __version__
-from lowmem_drf.config import default_preset, known_keys, load_config, to_toml
-from lowmem_drf.errors import BadInputError
+from lowmem_drf.config import default_preset, known_keys, load_config, preset_card, preset_path, to_toml
+from lowmem_drf.errors import DEBUG, BadInputError
 from lowmem_drf.models.sources import TOYWORLD
+from lowmem_drf.run.cards import card_named
 from lowmem_drf.run.checkpoint import checkpoint_steps
 from lowmem_drf.run.folder import RUNS, claim, default_output, find_run, make_writable, release, write_aside
+from lowmem_drf.run.ranks import ALONE, Ranks, join, started_processes
 from lowmem_drf.schema import Config
 from lowmem_drf.types import Prompt
 
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
     from lowmem_drf.run.parts import Models
 
 MAY_CHANGE = (
-    *("steps", "micro_batch", "device", "log.", "optim.lr", "optim.grad_clip", "optim.schedule", "optim.warmup_steps"),
+    *("steps", "micro_batch", "device", "engine", "processes", "zero.", "log.", "optim.lr", "optim.grad_clip", "optim.schedule", "optim.warmup_steps"),
     *(f"memory.{key}" for key in ("checkpoint", "keep_blocks", "token_slices", "park", "stream", "text_device", "vram_gib")),
     *(f"memory.{key}" for key in ("vae_strips", "vae_caches", "vae_cache_every", "keep_attention", "record_rollout")),
     *("kernels.ops", "kernels.attention"),
@@ -40,20 +44,45 @@ def train_command(
     resume: bool,
     overrides: Sequence[str],
     dry_run: bool,
+    num_processes: int | None = None,
 ) -> None:
-    """Resolves the configuration, then prints it (``dry_run``), or trains and shows base against tuned."""
-    flags = {"prompts": None if prompts is None else json.dumps(str(prompts), ensure_ascii=False), "steps": steps, "seed": seed}
+    """Resolves the configuration, then prints it (``dry_run``), or trains and shows base against tuned.
+
+    Of several processes this is what starts them, unless another program has: then it is one of them.
+    """
+    count = started_processes() or num_processes
+    flags = {"prompts": None if prompts is None else json.dumps(str(prompts), ensure_ascii=False), "steps": steps, "seed": seed, "processes": count}
     overrides = [*overrides, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
     if resume:
-        run, config = _resumed(preset, output, overrides)
+        name, (run, config) = "", _resumed(preset, output, overrides)
         origin = f"resumed after update {done_steps(run)}"
     else:
         name, why = (preset, "") if preset else chosen_preset()
         run, config, origin = output or default_output(name), _absolute(load_config(name, overrides)), f"preset {name}{why}"
     if dry_run:
-        print(to_toml(config), end="")
+        if os.environ.get("RANK", "0") == "0":
+            _print(config, name or str(run), preset_card(preset_path(name)) if name else "")
         return
-    start(config, run, resume, origin)
+    if config.processes > 1 and not started_processes():
+        chosen = ["--resume"] if resume else ["--preset", name]
+        settings = [word for text in overrides for word in ("-s", text)]
+        from lowmem_drf.run.launch import launch
+
+        debug = [DEBUG] if DEBUG in sys.argv else []
+        code = launch(config.processes, [*debug, "train", *chosen, "--output", str(run), *settings])
+        if code:
+            raise SystemExit(code)
+        return
+    if config.engine == "single":
+        start(config, run, resume, origin)
+        return
+    from lowmem_drf.run.watch import watch
+
+    ranks = join(config.device)
+    run = ranks.from_chief(run)  # its name has the time in it
+    with watch(ranks, lambda: _advice(run)) as watching:
+        start(config, run, resume, origin, ranks, watching.fail_now)
+        ranks.leave()
 
 
 def chosen_preset() -> tuple[str, str]:
@@ -66,10 +95,27 @@ def chosen_preset() -> tuple[str, str]:
     return default_preset(card.total_memory / 1e9, card.name), f" (the default: the largest that fits the {card.name}, {card.total_memory / 1e9:.0f} GB)"
 
 
-def start(config: Config, run: Path, resume: bool, origin: str) -> None:
+def _print(config: Config, name: str, card: str) -> None:
+    """For ``--dry-run``."""
+    print(to_toml(config), end="")
+    if config.engine != "single":
+        from lowmem_drf.run.fit import print_zero
+
+        print_zero(config, name, card_named(card))
+
+
+def _advice(run: Path) -> str:
+    """What to do after a run of many processes was stopped."""
+    saved = done_steps(run)
+    return f"Update {saved} is saved. Go on with: lowmem-drf train --resume --output {run}" if saved else "No update was saved."
+
+
+def start(config: Config, run: Path, resume: bool, origin: str, ranks: Ranks = ALONE, abort: Callable[[BaseException], None] = lambda error: None) -> None:
     """Checks everything that can be checked without a model, loads the models, and only then writes to the run's folder.
 
-    ``origin``: where the configuration comes from, in words.
+    Args:
+        origin: where the configuration comes from, in words.
+        abort: of many processes: ends them all at once (``make_trainer``).
     """
     from rich.console import Console
 
@@ -84,32 +130,40 @@ def start(config: Config, run: Path, resume: bool, origin: str) -> None:
     from lowmem_drf.run.references import finish_questions
     from lowmem_drf.run.train import train
 
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, quiet=not ranks.chief)
     prompts = run_prompts(config)
+    if len(prompts) < ranks.count:
+        raise BadInputError(
+            f"there are {len(prompts)} prompts for {ranks.count} processes: some would have none of their own. "
+            f"Give more prompts, or --num-processes {len(prompts)}."
+        )
     draft = draft_questions(config, prompts)
     require_weights(draft, reward_spec(config))
     trial = make_trial(config, prompts, config.log.eval_prompts, config.log.eval_seeds) if config.log.eval_prompts else None
-    require_fit(config, console)
-    made = make_writable(run) if resume else claim(run)
+    config = ranks.from_chief(require_fit(config, console) if ranks.chief else config)
+    made = [] if not ranks.chief else make_writable(run) if resume else claim(run)
     try:
         previews = preview_texts(config, prompts)
         texts = [prompt.text for prompt in (*prompts, *(trial.prompts if trial else ()))]
-        models = load_models(config, [*texts, *previews])
+        models = load_models(config, [*texts, *previews], ranks=ranks)
         add_lora(models.transformer, config.lora.rank, config.lora.alpha, config.lora.targets, derive_seed(config.seed, "lora"))
         models.awake("critic")
-        questions = finish_questions(config, prompts, draft, models.asked_critic, console)
-        trial = finish_trial(config, trial, models.asked_critic, console) if trial else None
+        if ranks.chief or config.zero.critic:  # a critic in parts is asked by all together
+            draft = finish_questions(config, prompts, draft, models.asked_critic, console)
+            trial = finish_trial(config, trial, models.asked_critic, console) if trial else None
+        questions, trial = ranks.from_chief((draft, trial))
         asked = to_json({prompt.text: questions[prompt.id] for prompt in prompts})
-        if resume:
-            _require_same_questions(run, asked)
-        write_aside(run / "config.toml", to_toml(config))
-        write_aside(run / "questions.json", asked)
+        if ranks.chief:
+            if resume:
+                _require_same_questions(run, asked)
+            write_aside(run / "config.toml", to_toml(config))
+            write_aside(run / "questions.json", asked)
     except BaseException:
         release(made)
         raise
     _announce(console, config, run, models, prompts, origin)
-    train(config, run, models, prompts, questions, previews, console)
-    _finish(console, config, run, models, trial)
+    models = train(config, run, models, prompts, questions, previews, console, ranks, abort)
+    _finish(console, config, run, models, trial, ranks)
 
 
 def done_steps(run: Path) -> int:
@@ -172,12 +226,12 @@ def _announce(console: Console, config: Config, run: Path, models: Models, promp
         console.print(line, highlight=False, markup=False)
 
 
-def _finish(console: Console, config: Config, run: Path, models: Models, trial: Trial | None) -> None:
+def _finish(console: Console, config: Config, run: Path, models: Models, trial: Trial | None, ranks: Ranks) -> None:
     from lowmem_drf.run.evaluate import describe, print_table, with_progress
 
     if trial:
         console.print(f"\nBase against tuned: {describe(trial)}", highlight=False, markup=False)
-        print_table(with_progress(config, models, trial, console), console)
+        print_table(with_progress(config, models, trial, console, ranks), console)
     here = run.parent == RUNS
     console.print("Next:", highlight=False)
     for command in (

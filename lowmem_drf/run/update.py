@@ -13,12 +13,14 @@ import torch
 from lowmem_drf.errors import NonFiniteError
 from lowmem_drf.method.step import StepPlan, drf_step
 from lowmem_drf.run.parts import Models, derive_seed, step_plan
+from lowmem_drf.run.ranks import ALONE, Ranks
 from lowmem_drf.schema import Config, Optim
 from lowmem_drf.types import Parts, Prompt, Question, StepStats
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.optim import Optimizer
+
+    from lowmem_drf.run.trainer import Trainer
 
 Judge = Callable[["Tensor", Sequence[str]], Mapping[str, float]]
 """(frames_BTCHW, prompts) -> rates."""
@@ -61,19 +63,24 @@ def update(
     config: Config,
     models: Models,
     parts: Parts,
-    optimizer: Optimizer,
+    trainer: Trainer,
     step: int,
     prompts: Sequence[Prompt],
     questions: Mapping[str, Sequence[Question]],
     judge: Judge | None,
     scales: Mapping[str, float] | None = None,
+    ranks: Ranks = ALONE,
 ) -> UpdateReport:
     """Update ``step`` (from 0) on these prompts, one clip each.
 
     Args:
+        prompts: of all processes. Each makes the clips of its share.
         questions: by prompt id.
         judge: measures the clips where the critic sees all their frames.
         scales: what each question's reward is divided by (``RewardSpec.scales``).
+
+    Returns:
+        The report of all processes' clips, in every process; times and peaks are the largest of them.
 
     Raises:
         NonFiniteError: a reward or a gradient is NaN or infinite. Names the update, prompts and seeds; the weights were not changed.
@@ -82,31 +89,33 @@ def update(
     plan = step_plan(config, step, scales)
     seeds = [derive_seed(config.seed, "noise", step, clip) for clip in range(len(prompts))]
     lr = learning_rate(config.optim, step, config.steps)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    stats = _accumulate(config, models, parts, plan, step, prompts, seeds, questions)
+    some, its_seeds = ranks.share(prompts), ranks.share(seeds)
+    with trainer.accumulate():
+        stats = _accumulate(config, models, parts, plan, step, some, its_seeds, questions)
+        if not bool(torch.nn.utils.get_total_norm([tensor.grad for tensor in parts.lora if tensor.grad is not None]).isfinite()):
+            raise NonFiniteError(f"the LoRA's gradient is not finite in {_where(step, some, its_seeds)}")
     with models.meter.stage("update"):
-        grad_norm = torch.nn.utils.clip_grad_norm_(list(parts.lora), config.optim.grad_clip).item()
-        if not math.isfinite(grad_norm):
-            raise NonFiniteError(f"the LoRA's gradient is not finite in {_where(step, prompts, seeds)}")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    stage_s, stage_peak_gib = models.meter.take()
+        grad_norm = trainer.step(lr)
+    if not math.isfinite(grad_norm):
+        raise NonFiniteError(f"the mean of the processes' LoRA gradients is not finite in {_where(step, prompts, seeds)}")
     frames = torch.cat([stat.frames_BTCHW for stat, _ in stats])
-    sees_all = frames.shape[1] == config.video.frames
+    oracle = dict(judge(frames, [prompt.text for prompt in some])) if judge and frames.shape[1] == config.video.frames else {}
+    rewards = [(stat.reward, stat.reward_by_aspect, stat.reward_by_question, weight) for stat, weight in stats]
+    shares = ranks.gather((rewards, oracle, *models.meter.take()))
+    made = [row for rows, *_ in shares for row in rows]
     return UpdateReport(
         step=step + 1,
-        reward=_mean([(stat.reward, weight) for stat, weight in stats]),
-        reward_by_aspect=_mean_by_key([(stat.reward_by_aspect, weight) for stat, weight in stats]),
-        reward_by_question=_mean_by_key([(stat.reward_by_question, weight) for stat, weight in stats]),
+        reward=_mean([(reward, weight) for reward, _, _, weight in made]),
+        reward_by_aspect=_mean_by_key([(by_aspect, weight) for _, by_aspect, _, weight in made]),
+        reward_by_question=_mean_by_key([(by_question, weight) for _, _, by_question, weight in made]),
         grad_norm=grad_norm,
         lr=lr,
         update_s=time.perf_counter() - start,
-        stage_s=stage_s,
-        stage_peak_gib=stage_peak_gib,
+        stage_s=_largest([seconds for _, _, seconds, _ in shares]),
+        stage_peak_gib=_largest([peaks for *_, peaks in shares]),
         prompts=[prompt.id for prompt in prompts],
         seed=seeds,
-        oracle=dict(judge(frames, [prompt.text for prompt in prompts])) if judge and sees_all else {},
+        oracle=_mean_by_key([(rates, 1.0) for _, rates, _, _ in shares]),
     )
 
 
@@ -121,8 +130,6 @@ def _accumulate(
     questions: Mapping[str, Sequence[Question]],
 ) -> list[tuple[StepStats, float]]:
     """Leaves in ``.grad`` the gradient of -(mean reward of the batch), micro-batch by micro-batch. Returns each one's statistics and weight."""
-    for tensor in parts.lora:
-        tensor.grad = torch.zeros_like(tensor)
     stats: list[tuple[StepStats, float]] = []
     for first in range(0, len(prompts), config.micro_batch):
         some, its_seeds = prompts[first : first + config.micro_batch], seeds[first : first + config.micro_batch]
@@ -143,6 +150,10 @@ def _accumulate(
 def _where(step: int, prompts: Sequence[Prompt], seeds: Sequence[int]) -> str:
     clips = "; ".join(f"{prompt.id} ({prompt.text!r}, seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True))
     return f"update {step + 1}: {clips}. No weight was changed. Go on from the last checkpoint with a lower optim.lr, or leave the prompt out."
+
+
+def _largest(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: max(row[key] for row in rows) for key in rows[0]}
 
 
 def _mean(pairs: Sequence[tuple[float, float]]) -> float:

@@ -220,8 +220,15 @@ def _label(text: str, width: int) -> Tensor:
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float() / 255
 
 
+def to_pixels(frames_TCHW: Tensor) -> Tensor:
+    """Frames in [0, 1] as uint8 on the CPU; frames that are uint8 stay."""
+    if frames_TCHW.dtype == torch.uint8:
+        return frames_TCHW.cpu()
+    return (frames_TCHW.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 def _to_uint8(frames_TCHW: Tensor, upscale: int) -> np.ndarray:
-    pixels_THWC = (frames_TCHW.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    pixels_THWC = to_pixels(frames_TCHW).permute(0, 2, 3, 1).numpy()
     pixels_THWC = pixels_THWC.repeat(upscale, axis=1).repeat(upscale, axis=2)
     height, width = pixels_THWC.shape[1:3]
     return np.pad(pixels_THWC, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
