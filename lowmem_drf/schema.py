@@ -213,8 +213,6 @@ class Zero(Node):
     """Numbers of weights that are gathered ahead of their use."""
     stage3_max_live_parameters: Positive = 1_000_000_000
     """Gathered weights above which nothing more is gathered ahead."""
-    stage3_max_reuse_distance: NonNegative = 0
-    """A block that is used again within so many weights is not given up between."""
     stage3_param_persistence_threshold: NonNegative = 100_000
     """Tensors of no more numbers stay on every card."""
 

@@ -54,8 +54,9 @@ def deepspeed_config(config: Config, trains: bool = True) -> dict[str, Any]:
         if zero.offload != "none":
             where = {"nvme_path": zero.nvme_path} if zero.offload == "nvme" else {}
             optimization["offload_param"] = {"device": zero.offload, "pin_memory": zero.pin_memory, **where}
-        for key in ("prefetch_bucket_size", "max_live_parameters", "max_reuse_distance", "param_persistence_threshold"):
+        for key in ("prefetch_bucket_size", "max_live_parameters", "param_persistence_threshold"):
             optimization[f"stage3_{key}"] = getattr(zero, f"stage3_{key}")
+        optimization["stage3_max_reuse_distance"] = 0  # in the relay's order of passes it would keep nothing, and look for it in every one
         optimization["overlap_comm"] = True  # gathers run on a stream of their own
     return {
         "train_micro_batch_size_per_gpu": 1,  # of no effect: the relay makes its own micro-batches
@@ -266,7 +267,7 @@ def _shape(parameter: Any) -> torch.Size:
 def _import_deepspeed() -> Any:
     try:
         import deepspeed
-    except ImportError as error:
+    except Exception as error:  # it looks for compilers and the CUDA toolkit while it is imported, and what it raises then is its own
         raise LowmemError(f"engine = zero1, zero2 or zero3 needs DeepSpeed, which cannot be imported ({error}). pip install 'lowmem-drf[deepspeed]'") from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed's use of torch, and its guess about hooks on modules whose inputs need no gradient: nothing a user could act on

@@ -45,21 +45,30 @@ def planned(config: Config, card: Card, vram_gib: float, console: Console) -> Pl
         return advise(config, card, plan, lambda text: status.update(f"it does not fit; trying {text}"))
 
 
-def require_fit(config: Config, console: Console) -> Config:
+def card_here(config: Config) -> float | None:
+    """GiB of this process's card. ``None`` on the CPU."""
+    import torch
+
+    from lowmem_drf.run.parts import resolve_device
+
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB if resolve_device(config.device).type == "cuda" else None
+
+
+def require_fit(config: Config, console: Console, cards_gib: Sequence[float | None]) -> Config:
     """Plans for the card that is here, and says so in a line. Nothing on the CPU. Returns the configuration, with what the plan decides.
+
+    ``cards_gib``: ``card_here`` of all processes; the smallest is planned with.
 
     Raises:
         BadInputError: it does not fit; with the stage that is too large, and what would make it fit.
     """
     import torch
 
-    from lowmem_drf.run.parts import resolve_device
-
-    if resolve_device(config.device).type != "cuda":
+    cards = [gib for gib in cards_gib if gib is not None]
+    if not cards:
         return config
-    here = torch.cuda.get_device_properties(0)
-    vram_gib = min(config.memory.vram_gib or float("inf"), here.total_memory / 1024**3)
-    plan = planned(_laid_out(config), card_named(here.name), vram_gib, console)
+    vram_gib = min(config.memory.vram_gib or float("inf"), *cards)
+    plan = planned(_laid_out(config), card_named(torch.cuda.get_device_name()), vram_gib, console)
     if not plan.fits:
         raise BadInputError(refusal(plan))
     _require_host_memory(plan)

@@ -122,7 +122,7 @@ def start(config: Config, run: Path, resume: bool, origin: str, ranks: Ranks = A
     from lowmem_drf.method.questions.file import to_json
     from lowmem_drf.models.lora import add_lora
     from lowmem_drf.run.evaluate import finish_trial, make_trial
-    from lowmem_drf.run.fit import require_fit
+    from lowmem_drf.run.fit import card_here, require_fit
     from lowmem_drf.run.loading import load_models
     from lowmem_drf.run.parts import derive_seed, reward_spec, run_prompts
     from lowmem_drf.run.previews import preview_texts
@@ -140,7 +140,8 @@ def start(config: Config, run: Path, resume: bool, origin: str, ranks: Ranks = A
     draft = draft_questions(config, prompts)
     require_weights(draft, reward_spec(config))
     trial = make_trial(config, prompts, config.log.eval_prompts, config.log.eval_seeds) if config.log.eval_prompts else None
-    config = ranks.from_chief(require_fit(config, console) if ranks.chief else config)
+    cards_gib = ranks.gather(card_here(config))
+    config = ranks.from_chief(require_fit(config, console, cards_gib) if ranks.chief else config)
     made = [] if not ranks.chief else make_writable(run) if resume else claim(run)
     try:
         previews = preview_texts(config, prompts)
