@@ -3,14 +3,17 @@
 import copy
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 from _root import ROOT
 from PIL import Image
 
+from lowmem_drf.config import load_config
+
 sys.path.insert(0, str(ROOT))
 
-from bench import critic_modes, picture, toy_seeds
+from bench import critic_modes, picture, toy_seeds, zero3
 
 OVERRIDES = ["model.id=toyworld", "critic.id=toyworld", "video.width=32", "video.height=32", "log.sample_every=0"]
 
@@ -81,3 +84,25 @@ def test_a_promise_is_kept_or_named():
             node = node[key]
         node[where[-1]] = value
         assert list(toy_seeds.verdicts(base, worse).values()).count(False) == 1
+
+
+def test_zero3_against_streaming_has_the_same_update_in_both_and_says_what_failed(monkeypatch, tmp_path, capsys):
+    made = {}
+
+    def run(command, **_):
+        settings = [text for flag, text in zip(command, command[1:], strict=False) if flag == "-s"]
+        config = load_config(command[command.index("--preset") + 1], settings)
+        made[config.engine] = config
+        row = {"measured_gib": 1.5, "measured_s": 2.0}
+        good = json.dumps({"stages": {"text": {"measured_gib": None}, "rollout": row, "update": row}, "measured_peak_gib": 1.5})
+        return SimpleNamespace(returncode=int(config.engine == "single"), stdout=good, stderr="Error: out of memory")
+
+    monkeypatch.setattr(zero3.subprocess, "run", run)
+    assert zero3.main(["--vram", "24GB", "-s", "batch=2", "--json", str(tmp_path / "made" / "out.json")]) == 1
+    partitioned, streamed = made["zero3"], made["single"]
+    assert streamed.memory.stream == ["critic", "transformer"] and partitioned.memory.stream == ["critic"]
+    same = {"engine": "single", "memory": streamed.memory, "zero": streamed.zero}
+    assert partitioned.model_copy(update=same) == streamed and streamed.processes == 1
+    out = capsys.readouterr().out
+    assert "| together | 1.50 | 4.00 |" in out and "weight streaming: Error: out of memory" in out
+    assert set(json.loads((tmp_path / "made" / "out.json").read_text())["rows"]) == set(zero3.WAYS)

@@ -11,7 +11,7 @@ After deepspeed 0.19.8, ``runtime/zero``: ``parameter_offload.py`` and ``partiti
 - Tensors of no more than ``stage3_param_persistence_threshold`` numbers stay on the card, whole.
 
 What comes from other processes goes over the card's own link, both ways: consumer cards have no peer access. Every process sends what it gets
-(a ring, as NCCL does it). A card is assumed that has its link for itself.
+(a ring, as NCCL does it). All processes are taken to be on one machine, each card with its link for itself.
 
 Left out: that the CPU starts gathers before the card has finished with the blocks before. Nothing in DeepSpeed waits for the computation there: on a card
 that computes for longer than it gathers, the allocator fills what is free, and is emptied when no more is. A run that is to hold the plan's peak has to wait

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lowmem_drf.errors import LowmemError
+from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.schema import Config
 
 if TYPE_CHECKING:
@@ -157,11 +158,11 @@ class ZeroEngine:
                 raise
 
     def step(self, lr: float) -> float:
-        """Clips and steps. Returns the norm of the gradient before clipping."""
+        """Clips and steps. Returns the norm of the gradient before clipping; NaN where that was not finite, and nothing was done."""
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.nan
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -187,9 +188,11 @@ class ZeroEngine:
         return packed
 
     def unpack(self, packed: Mapping[str, Tensor]) -> None:
-        """Puts ``pack``'s tensors back, however many processes there were."""
+        """Puts ``pack``'s tensors back, however many processes there were. Raises BadInputError for the state of another optimizer."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
+        if packed.keys() != {f"{name}.{key}" for name in self._lora for key in ("step", *MOMENTS)}:
+            raise BadInputError("the checkpoint has the state of another optimizer, or of another LoRA. Start a new run.")
         optimizer = self._engine.optimizer
         parts = optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
         steps = packed[f"{next(iter(self._lora))}.step"]
