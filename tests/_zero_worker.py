@@ -18,7 +18,7 @@ from lowmem_drf.models.lora import add_lora, load_lora_state, lora_parameters, l
 from lowmem_drf.run.loading import load_models
 from lowmem_drf.run.parts import run_prompts
 from lowmem_drf.run.questions import draft_questions
-from lowmem_drf.run.ranks import ALONE, Ranks, join
+from lowmem_drf.run.ranks import ALONE, Ranks, end_process, join
 from lowmem_drf.run.references import finish_questions
 from lowmem_drf.run.trainer import make_trainer
 from lowmem_drf.run.update import update
@@ -128,6 +128,7 @@ def main(out: str, *words: str) -> None:
     if ranks.chief:
         torch.save(made, Path(out))
     ranks.leave()
+    end_process()
 
 
 if __name__ == "__main__":

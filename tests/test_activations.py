@@ -12,7 +12,7 @@ from _true_size import HIDDEN, graded_step, wan_1_3b
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.memory.activations import in_slices
+from lowmem_drf.memory.activations import Pace, in_slices
 from lowmem_drf.memory.host import HostStore
 from lowmem_drf.memory.ledger import Ledger
 from lowmem_drf.models.denoiser import as_velocity, set_activations
@@ -247,3 +247,26 @@ def test_the_unread_part_is_not_computed_again():
     tokens, width = 12, 24
     before = 3 * 2 * tokens * width * (width + 2 * 2) + 2 * 2 * tokens**2 * width + 2 * 2 * 6 * width * (width + 2 * 2)
     assert flops[True] - flops[False] == before  # q, k, v with their LoRA, the self-attention, the text's k and v
+
+
+def test_under_zero_3_the_cpu_stays_a_block_ahead_of_the_card(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, blocking):
+            assert blocking  # a core is not to be kept busy with waiting
+            self.number = len([what for what, _ in log if what == "issued"])
+
+        def record(self):
+            log.append(("issued", self.number))
+
+        def synchronize(self):
+            log.append(("waited for", self.number))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    pace = Pace()
+    pace.keep(torch.device("cpu"))
+    assert log == []
+    for _ in range(3):
+        pace.keep(torch.device("cuda"))
+    assert log == [("issued", 0), ("issued", 1), ("waited for", 0), ("issued", 2), ("waited for", 1)]

@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.memory.ledger import Ledger
-from lowmem_drf.models.lora import add_lora, lora_parameters
+from lowmem_drf.models.lora import add_lora, lora_parameters, named_lora
 from lowmem_drf.models.optimizers import PAGED_FROM, fill_states, make_optimizer, pack_optimizer, unpack_optimizer
 from lowmem_drf.prompts import as_prompts
 from lowmem_drf.run.bench import measure
@@ -22,6 +22,7 @@ from lowmem_drf.run.loading import load_models
 from lowmem_drf.run.plan import make_plan
 from lowmem_drf.run.questions import draft_questions
 from lowmem_drf.run.start import train_command
+from lowmem_drf.run.trainer import SingleTrainer
 from lowmem_drf.run.update import update
 from lowmem_drf.schema import Optim
 from lowmem_drf.toy.captions import train_prompts
@@ -150,11 +151,11 @@ def test_its_updates_follow_those_of_fp32_moments():
         models, prompts = load_models(config, texts), as_prompts(texts)
         add_lora(models.transformer, config.lora.rank, config.lora.alpha, config.lora.targets, seed=0)
         parts, questions = models.parts(lora_parameters(models.transformer)), draft_questions(config, prompts)
-        optimizer, before = make_optimizer(config.optim, parts.lora), [tensor.detach().clone() for tensor in parts.lora]
+        trainer, before = SingleTrainer(config, named_lora(models.transformer)), [tensor.detach().clone() for tensor in parts.lora]
         for n in range(20):
-            update(config, models, parts, optimizer, n, [prompts[n % 4]], questions, None)
+            update(config, models, parts, trainer, n, [prompts[n % 4]], questions, None)
         moved[name] = torch.cat([(tensor.detach() - old).flatten() for tensor, old in zip(parts.lora, before, strict=True)])
-        large = [state for state in optimizer.state.values() if name != "adamw" and state["state1"].dtype == torch.uint8]
+        large = [tensor for key, tensor in trainer.pack().items() if key.endswith(".state1") and tensor.dtype == torch.uint8]
         assert len(large) == (0 if name == "adamw" else len(parts.lora))
     assert torch.cosine_similarity(moved["adamw"], moved["adamw8bit"], dim=0) > 0.999
     assert moved["adamw8bit"].norm().item() == pytest.approx(moved["adamw"].norm().item(), rel=0.01)

@@ -17,12 +17,11 @@ from lowmem_drf.run.ranks import ALONE
 OFFLOADED = "engine=zero3"
 GATHERED = "engine=zero3 zero.rollout=gathered"
 LEAN = "engine=zero3 zero.critic=true memory.token_slices=2 memory.checkpoint=host kernels.ops=naive"
-ON_CARDS = "engine=zero3 zero.offload=none zero.stage3_prefetch_bucket_size=0"
-PERSISTENT = "engine=zero3 zero.stage3_param_persistence_threshold=100000 zero.stage3_prefetch_bucket_size=400000"
+ON_CARDS = "engine=zero3 zero.offload=none zero.stage3_param_persistence_threshold=100000 zero.stage3_prefetch_bucket_size=0"
 ONE_STEP = "engine=zero3 sampler.graded_steps=1"
 """What enters the transformer needs no gradient in its first backward."""
 REPLICATED = ("engine=zero1", "engine=zero2")
-PARTITIONED = (OFFLOADED, GATHERED, LEAN, ON_CARDS, PERSISTENT)
+PARTITIONED = (OFFLOADED, GATHERED, LEAN, ON_CARDS)
 
 
 def run_workers(count, out: Path, *words: str):

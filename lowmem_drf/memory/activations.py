@@ -110,13 +110,34 @@ class BlockPolicy:
 
 class Called:
     """A block's ``forward`` whose weights come and go by hooks on the call of the block (ZeRO-3). It has no ``unread``: a recompute calls the block, and
-    so passes the hooks."""
+    so passes the hooks.
 
-    def __init__(self, forward: Callable[..., Tensor]) -> None:
-        self.forward = forward
+    ``pace``: of all blocks together.
+    """
 
-    def __call__(self, *inputs: Any, **arguments: Any) -> Tensor:
-        return self.forward(*inputs, **arguments)
+    def __init__(self, forward: Callable[..., Tensor], pace: Pace) -> None:
+        self.forward, self._pace = forward, pace
+
+    def __call__(self, hidden: Tensor, *inputs: Any, **arguments: Any) -> Tensor:
+        self._pace.keep(hidden.device)
+        return self.forward(hidden, *inputs, **arguments)
+
+
+class Pace:
+    """Keeps the CPU at most a block ahead of the card. DeepSpeed's gathers do not wait for the computation: those of all blocks would be under way before
+    the first one is done, and their buffers, which are free only when the card has passed them, would fill it."""
+
+    def __init__(self) -> None:
+        self._before: torch.cuda.Event | None = None
+
+    def keep(self, device: torch.device) -> None:
+        """A block begins. Returns when what was issued before the last one began is done. (At a block's end would not do: a recompute stops half-way.)"""
+        if device.type != "cuda":
+            return
+        before, self._before = self._before, torch.cuda.Event(blocking=True)
+        self._before.record()
+        if before is not None:
+            before.synchronize()
 
 
 def _nothing() -> None:

@@ -13,10 +13,10 @@ After deepspeed 0.19.8, ``runtime/zero``: ``parameter_offload.py`` and ``partiti
 What comes from other processes goes over the card's own link, both ways: consumer cards have no peer access. Every process sends what it gets
 (a ring, as NCCL does it). All processes are taken to be on one machine, each card with its link for itself.
 
-Left out: that the CPU starts gathers before the card has finished with the blocks before. Nothing in DeepSpeed waits for the computation there: on a card
-that computes for longer than it gathers, the allocator fills what is free, and is emptied when no more is. A run that is to hold the plan's peak has to wait
-by itself. Left out too: what the copies into separate tensors take of the card's time, and that gathers have a stream of their own, whose memory the
-allocator keeps apart. A block that keeps everything for its backward keeps its weights here, and does not in DeepSpeed.
+Left out: that the CPU starts gathers before the card has finished with the blocks before. Nothing in DeepSpeed waits for the computation there;
+``activations.Pace`` does, in the transformer, and leaves it a block ahead. Left out too: what the copies into separate tensors take of the card's
+time, and that gathers have a stream of their own, whose memory the allocator keeps apart. A block that keeps everything for its backward keeps its
+weights here, and does not in DeepSpeed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lowmem_drf.memory.activations import Called
+from lowmem_drf.memory.activations import Called, Pace
 from lowmem_drf.memory.gathering import Flight, Gathering, Rules, Weight
 from lowmem_drf.memory.ledger import Ledger
 from lowmem_drf.memory.streaming import Resident
@@ -257,7 +257,7 @@ class _GatheredForward(Called):
     """A block's ``forward`` under ``Partitioned``. Hooks on the block see only who calls it, and checkpointing may be within its ``forward``."""
 
     def __init__(self, partitioned: Partitioned, place: int, forward: Callable[..., Any]) -> None:
-        super().__init__(forward)
+        super().__init__(forward, Pace())
         self._partitioned, self._place = partitioned, place
 
     def __call__(self, *inputs: Any, **arguments: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
-from lowmem_drf.memory.activations import BlockPolicy, Called
+from lowmem_drf.memory.activations import BlockPolicy, Called, Pace
 from lowmem_drf.memory.records import RecordedForward
 from lowmem_drf.models.attention import attention_named
 from lowmem_drf.models.quant import Quant
@@ -113,11 +113,11 @@ def set_activations(
     needs_store = checkpoint == "host" or keep_attention == "host"
     if needs_store and store is None:
         raise ValueError("what waits on the host needs a store")
-    blocks = list(transformer.blocks)
+    blocks, pace = list(transformer.blocks), Pace()
     for place, block in enumerate(blocks):
         weights = streamed.layers[place] if streamed else None
         forward: Any = BlockForward(block, rows or naive_ops(), attention or attention_named("sdpa"), slices, rollout_attention, weights)
-        forward = streamed.forward(place, forward) if streamed else Called(forward) if hooked else forward
+        forward = streamed.forward(place, forward) if streamed else Called(forward, pace) if hooked else forward
         block.forward = forward if recorder is None else RecordedForward(forward, block is blocks[-1], recorder)
     if checkpoint is False:
         transformer.disable_gradient_checkpointing()

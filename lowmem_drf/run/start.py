@@ -16,7 +16,7 @@ from lowmem_drf.models.sources import TOYWORLD
 from lowmem_drf.run.cards import card_named
 from lowmem_drf.run.checkpoint import checkpoint_steps
 from lowmem_drf.run.folder import RUNS, claim, default_output, find_run, make_writable, release, write_aside
-from lowmem_drf.run.ranks import ALONE, Ranks, join, started_processes
+from lowmem_drf.run.ranks import ALONE, Ranks, end_process, join, started_processes
 from lowmem_drf.schema import Config
 from lowmem_drf.types import Prompt
 
@@ -83,6 +83,8 @@ def train_command(
     with watch(ranks, lambda: _advice(run)) as watching:
         start(config, run, resume, origin, ranks, watching.fail_now)
         ranks.leave()
+    if started_processes():
+        end_process()
 
 
 def chosen_preset() -> tuple[str, str]:
