@@ -1,6 +1,7 @@
-"""One process of a few updates under DeepSpeed: ``python _zero_worker.py OUT COMMON -- VARIANT -- VARIANT ...`` with overrides of the preset ``toy``.
+"""One process of a few updates under DeepSpeed: ``python _zero_worker.py OUT "VARIANT -- VARIANT ..." [STATE]``; a variant is overrides of preset ``toy``.
 
-Rank 0 saves to OUT what each variant gave: {variant: {"gradients", "lora", "state", "report", "reduced", "gathered"}}.
+Rank 0 saves to OUT what each variant gave: {variant: {"gradients", "lora", "state", "report", "reduced", "gathered"}}. A variant that begins with
+``TAKEN`` makes no update: it takes up what is in STATE, and gives "lora" and "state".
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lowmem_drf.run.references import finish_questions
 from lowmem_drf.run.trainer import make_trainer
 from lowmem_drf.run.update import update
 
+TAKEN = "taken up by "
 COMMON = ("batch=2", "micro_batch=1", "sampler.steps=3", "sampler.graded_steps=2", "memory.checkpoint=true", "kernels.ops=naive", "optim.warmup_steps=0")
 
 
@@ -119,12 +121,11 @@ def _counted(made, models):
         hook.remove()
 
 
-def main(out: str, *words: str) -> None:
+def main(out: str, variants: str, state: str = "") -> None:
     torch.set_num_threads(1)
     ranks = join("cpu")
-    state = torch.load(words[1], weights_only=False) if words[:1] == ("--state",) else None
-    text = " ".join(words[2:] if state else words)
-    made = {variant: updates(variant.split(), ranks, state) for variant in text.split(" -- ")}
+    taken = torch.load(state) if state else None
+    made = {variant: updates(variant.removeprefix(TAKEN).split(), ranks, taken if variant.startswith(TAKEN) else None) for variant in variants.split(" -- ")}
     if ranks.chief:
         torch.save(made, Path(out))
     ranks.leave()

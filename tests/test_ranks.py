@@ -227,3 +227,12 @@ def test_rank_0_is_reached_at_its_own_address_where_there_are_several_machines(m
     with links._server(Ranks(0, 4, 0, 2)) as server:
         port = server.getsockname()[1]
         socket.create_connection(("127.0.0.1", port)).close()
+
+
+def test_parts_differ_by_one_at_most_and_leave_nothing_out():
+    for count in (1, 2, 3, 5):
+        for items in range(8):
+            parts = Ranks(0, count).parts(items)
+            assert [place for part in parts for place in part] == list(range(items))
+            assert len(parts) == count and max(map(len, parts)) - min(map(len, parts)) <= 1
+            assert list(map(len, parts)) == sorted(map(len, parts), reverse=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _zero_worker import COMMON, ready, updates
+from _zero_worker import COMMON, TAKEN, ready, updates
 
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
@@ -20,6 +20,7 @@ LEAN = "engine=zero3 zero.critic=true memory.token_slices=2 memory.checkpoint=ho
 ON_CARDS = "engine=zero3 zero.offload=none zero.stage3_param_persistence_threshold=100000 zero.stage3_prefetch_bucket_size=0"
 ONE_STEP = "engine=zero3 sampler.graded_steps=1"
 """What enters the transformer needs no gradient in its first backward."""
+TAKEN_UP = ("engine=zero1", "engine=zero2", OFFLOADED)
 REPLICATED = ("engine=zero1", "engine=zero2")
 PARTITIONED = (OFFLOADED, GATHERED, LEAN, ON_CARDS)
 
@@ -44,11 +45,14 @@ def single():
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(single, tmp_path_factory):
     """What two processes gave, by variant. The persistence threshold is 0 where nothing else is said: ToyWorld's tensors are all smaller than the default."""
-    variants = [*REPLICATED, *(v if "threshold" in v else f"{v} zero.stage3_param_persistence_threshold=0" for v in (*PARTITIONED, ONE_STEP))]
-    made = run_workers(2, tmp_path_factory.mktemp("zero") / "two.pt", " -- ".join(variants))
-    return {asked: made[variant] for asked, variant in zip((*REPLICATED, *PARTITIONED, ONE_STEP), variants, strict=True)}
+    folder = tmp_path_factory.mktemp("zero")
+    torch.save((single["lora"], single["state"]), folder / "state.pt")
+    asked = (*REPLICATED, *PARTITIONED, ONE_STEP, *(TAKEN + variant for variant in TAKEN_UP))
+    variants = [v if "threshold" in v or "zero3" not in v else f"{v} zero.stage3_param_persistence_threshold=0" for v in asked]
+    made = run_workers(2, folder / "two.pt", " -- ".join(variants), str(folder / "state.pt"))
+    return dict(zip(asked, (made[variant] for variant in variants), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -155,15 +159,12 @@ def test_one_process_is_the_same_to_the_byte(single, alone, variant):
         assert all(torch.equal(tensor, alone[variant][kind][name]) for name, tensor in single[kind].items())
 
 
-def test_the_state_of_any_number_of_processes_is_taken_up_exactly_by_any_other(single, tmp_path):
-    """What one process saved, two load and save again; what they saved is the same bytes."""
-    torch.save((single["lora"], single["state"]), tmp_path / "state.pt")
-    variants = ("engine=zero1", "engine=zero2", "engine=zero3 zero.stage3_param_persistence_threshold=0")
-    made = run_workers(2, tmp_path / "again.pt", "--state", str(tmp_path / "state.pt"), " -- ".join(variants))
-    for variant in variants:
-        for kind in ("lora", "state"):
-            assert made[variant][kind].keys() == single[kind].keys()
-            assert all(torch.equal(tensor, made[variant][kind][name]) for name, tensor in single[kind].items())
+@pytest.mark.parametrize("variant", TAKEN_UP)
+def test_the_state_of_any_number_of_processes_is_taken_up_exactly_by_any_other(single, two, variant):
+    """What one process saved, two took up and saved again: the same bytes."""
+    for kind in ("lora", "state"):
+        assert two[TAKEN + variant][kind].keys() == single[kind].keys()
+        assert all(torch.equal(tensor, two[TAKEN + variant][kind][name]) for name, tensor in single[kind].items())
 
 
 def test_what_deepspeed_is_told():
