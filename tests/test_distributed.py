@@ -111,6 +111,7 @@ def test_one_process_talks(two):
     _, out, err = two
     lines = [line.split(" ")[1] for line in out.splitlines() if line.startswith("update ")]
     assert lines == sorted(set(lines)) and lines[-1] == "4/4"
+    assert "on cpu, fp32, 2 processes under DeepSpeed (zero3)\n" in out
     assert out.count("Next:") == 1
     assert out.count("oracle: color") == 1  # the table, of clips that both made
     assert err == ""

@@ -217,8 +217,9 @@ def _value(config: Config, key: str) -> object:
 
 
 def _announce(console: Console, config: Config, run: Path, models: Models, prompts: Sequence[Prompt], origin: str) -> None:
+    together = "" if config.engine == "single" else f", {config.processes} process{'es' if config.processes > 1 else ''} under DeepSpeed ({config.engine})"
     lines = [
-        f"lowmem-drf {__version__}: {origin}, on {models.device}, {config.dtype}",
+        f"lowmem-drf {__version__}: {origin}, on {models.device}, {config.dtype}{together}",
         f"{len(prompts)} prompts, {config.steps} updates of {config.batch} clips, "
         f"{config.sampler.graded_steps} of {config.sampler.steps} steps graded{f' ({config.model.expert}-noise transformer)' if models.expert else ''}, "
         f"critic {config.critic.mode}",
