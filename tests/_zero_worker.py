@@ -82,11 +82,10 @@ def _gradients(trainer, lora):
 
 @contextmanager
 def _counted(made, models):
-    """Numbers that are gathered from all processes by stage, those of gradients that are averaged, and the most that lie gathered at any time."""
+    """Numbers that are gathered from all processes by stage, and those of gradients that are averaged."""
     stage_now = ["none"]
-    made["reduced"], made["live"] = 0, 0
-    weights = [parameter for parameter in models.transformer.parameters() if hasattr(parameter, "ds_status")]
-    if not weights:
+    made["reduced"] = 0
+    if not any(hasattr(parameter, "ds_status") for parameter in models.transformer.parameters()):
         yield lambda inner: inner
         return
     from deepspeed.comm.torch import TorchBackend
@@ -99,10 +98,6 @@ def _counted(made, models):
         made["reduced"] += input_tensor.numel()
         return originals["reduce_scatter_tensor"](self, output_tensor, input_tensor, *rest, **arguments)
 
-    def look(module, inputs):
-        live = sum(weight.ds_numel for weight in weights if weight.ds_status.name == "AVAILABLE")
-        made["live"] = max(made["live"], live)
-
     def staged(inner):
         @contextmanager
         def stage(name):
@@ -114,11 +109,8 @@ def _counted(made, models):
         return stage
 
     originals = {name: getattr(TorchBackend, name) for name in ("all_gather_into_tensor", "reduce_scatter_tensor")}
-    hooks = [block.register_forward_pre_hook(look) for block in models.transformer.blocks]
     with mock.patch.multiple(TorchBackend, all_gather_into_tensor=gather, reduce_scatter_tensor=scatter):
         yield staged
-    for hook in hooks:
-        hook.remove()
 
 
 def main(out: str, variants: str, state: str = "") -> None:

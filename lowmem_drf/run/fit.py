@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -103,8 +104,8 @@ def print_zero(config: Config, name: str, card: Card) -> None:
     if config.zero.critic:
         engines["the critic's engine"] = deepspeed_config(config, trains=False)
     for whose, settings in engines.items():
-        text = f"\nDeepSpeed, {whose}, in each of {config.processes} processes:\n{json.dumps(settings, indent=2)}"
-        print(text.replace("\n", "\n# ").removeprefix("\n").replace("# DeepSpeed", "\n# DeepSpeed", 1), flush=True)
+        told = f"DeepSpeed, {whose}, in each of {config.processes} processes:\n{json.dumps(settings, indent=2)}"
+        print(f"\n{textwrap.indent(told, '# ')}", flush=True)
     console = Console(stderr=True, soft_wrap=True)
     print_plan(planned(_laid_out(config), card, config.memory.vram_gib or card.gib, console), name, console)
 
