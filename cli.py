@@ -84,7 +84,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a LoRA with Diffusion-DRF, then show base against tuned."""
-    from lowmem_drf.run.start import train_command
+    from lowmem_drf.commands.train import train_command
 
     train_command(preset, prompts, output, steps, seed, resume, set_ or [], dry_run, num_processes)
 
@@ -102,7 +102,7 @@ def sample(
     output: Annotated[Path | None, typer.Option(help="MP4 file, or a folder for several. Default: in the run.", show_default=False)] = None,
 ) -> None:
     """Write MP4 clips of a run's model, with --compare beside the base model's."""
-    from lowmem_drf.run.sample import sample_command
+    from lowmem_drf.commands.sample import sample_command
 
     sample_command(run, lora, prompt or [], prompts, compare, lora_scale, seed, output)
 
@@ -118,8 +118,8 @@ def export_lora(
     merge: Annotated[Path | None, typer.Option(help="Write a whole model with the LoRA merged in here.", show_default=False)] = None,
 ) -> None:
     """Write the LoRA as one file that ComfyUI and diffusers load; it is verified before it is announced."""
-    from lowmem_drf.run.export import export_run
-    from lowmem_drf.run.folder import find_run
+    from lowmem_drf.export.export import export_run
+    from lowmem_drf.training.run_folder import find_run
 
     typer.echo(export_run(find_run(run), step, format_, dtype, output, merge))
 
@@ -132,7 +132,7 @@ def evaluate(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare base and tuned on held-out prompts: reward, held-out questions, diversity, motion; in ToyWorld the oracle's truth."""
-    from lowmem_drf.run.evaluate import eval_command
+    from lowmem_drf.scoring.evaluate import eval_command
 
     eval_command(run, prompts, json_)
 
@@ -152,7 +152,7 @@ def score(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the critic's answer to every question about a video, and where its gradient points."""
-    from lowmem_drf.run.score import score_command
+    from lowmem_drf.scoring.score import score_command
 
     score_command(video, prompt, saliency, json_, preset, critic, quant, frames, mode, set_ or [])
 
@@ -168,7 +168,7 @@ def questions(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the questions a prompt gives, or write them to a file to edit."""
-    from lowmem_drf.run.questions import questions_command
+    from lowmem_drf.assembly.questions import questions_command
 
     questions_command(prompt, prompts, preset, set_ or [], json_, output)
 
@@ -182,7 +182,7 @@ def plan(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Predict the peak memory and the time of every stage, without a GPU and without weights; say what to change where it does not fit."""
-    from lowmem_drf.run.fit import plan_command
+    from lowmem_drf.planner.report import plan_command
 
     plan_command(preset, vram, set_ or [], json_)
 
@@ -196,7 +196,7 @@ def bench(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure one update of a preset at true size with random weights on this machine, beside its plan. Downloads nothing."""
-    from lowmem_drf.run.bench import bench_command
+    from lowmem_drf.commands.bench import bench_command
 
     bench_command(preset, vram, set_ or [], json_)
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from bench.plan_streaming import LARGE, STREAMED
+from bench.plans.streaming import LARGE, STREAMED
+from lowmem_drf.assembly.assemble import attention_shape, critic_frames, latent_shape
+from lowmem_drf.assembly.text_cache import DTYPES
 from lowmem_drf.config import load_config
-from lowmem_drf.memory.fakes import Fakes
-from lowmem_drf.models.decoder import WanDecoder
-from lowmem_drf.models.known_generators import KNOWN_GENERATORS
-from lowmem_drf.models.random_generator import empty_transformer, empty_vae
-from lowmem_drf.run.cards import card_named
-from lowmem_drf.run.parts import attention_shape, critic_frames, latent_shape
-from lowmem_drf.run.plan import make_plan, new_fakes
-from lowmem_drf.run.texts import DTYPES
+from lowmem_drf.models.generators import KNOWN_GENERATORS
+from lowmem_drf.models.wan.decoder import WanDecoder
+from lowmem_drf.models.wan.random_generator import empty_transformer, empty_vae
+from lowmem_drf.planner.cards import card_named
+from lowmem_drf.planner.fakes import Fakes
+from lowmem_drf.planner.plan import make_plan, new_fakes
 
 WAN_14B = "model.id=Wan-AI/Wan2.1-T2V-14B-Diffusers"
 CASES = {
@@ -109,7 +109,7 @@ class Work:
 
 
 def lora_numbers(transformer: Mapping[str, Any], rank: int, targets: Sequence[str]) -> int:
-    """Trainable numbers of ``models.lora.add_lora`` on this ``config.json``: rank x (in + out) for each linear layer of a block that ``targets`` name.
+    """Trainable numbers of ``models.lora.adapter.add_lora`` on this ``config.json``: rank x (in + out) for each linear layer of a block that ``targets`` name.
 
     Raises ValueError: a target that names none of them.
     """

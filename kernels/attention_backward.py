@@ -12,7 +12,7 @@ Shapes: q, out, d_out (B, L, H, d); k, v (B, M, G, d), H a multiple of G; lse (B
 
 What the tiles below have in common: before Hopper, Triton gives every warp 16 whole rows where a tile has at least as many rows as channels (128), and
 else cuts it by columns, so that P and dS pass through shared memory; mostly three stages, because with two the copy of the next block starts only when
-a block is done; registers decide the rest (255 a thread; ``bench/kernel_resources.py`` counts them).
+a block is done; registers decide the rest (255 a thread; ``bench/kernels/resources.py`` counts them).
 """
 
 from __future__ import annotations

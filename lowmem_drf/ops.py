@@ -2,7 +2,7 @@
 
 ``RowOps``: what a transformer block does token by token, and the VAE's norm with SiLU. ``naive`` is the arithmetic of diffusers 0.42, operation by
 operation; ``fused`` are the Triton kernels. ``Attention``: as a differentiable call, and as a pair (forward, backward) for fused attention checkpointing,
-which calls the backward of an attention whose forward it never repeats. The back ends that are not ours are in ``models/attention.py``.
+which calls the backward of an attention whose forward it never repeats. The back ends that are not ours are in ``models/wan/attention.py``.
 
 An explicit choice that cannot run is an error; only ``auto`` chooses.
 """
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from lowmem_drf.errors import BadInputError
 
 if TYPE_CHECKING:
-    from lowmem_drf.memory.tape import Tape
+    from lowmem_drf.memory.kept_attention import Tape
 
 RowChoice = Literal["auto", "fused", "naive"]
 AttentionName = Literal["auto", "triton", "sdpa", "xformers", "flash"]
@@ -49,7 +49,7 @@ class RowOps:
     norm_silu: Callable[[Tensor, Tensor], Tensor] | None
     """(x_BCTHW, gamma_C): SiLU of the VAE's RMSNorm over channels. ``None``: diffusers' own modules."""
     lean_linears: bool
-    """Linear layers with a LoRA as in ``models/lora_linear.py``, and not as in peft."""
+    """Linear layers with a LoRA as in ``models/lora/linear.py``, and not as in peft."""
 
 
 def naive_ops() -> RowOps:

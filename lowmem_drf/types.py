@@ -8,7 +8,7 @@ Shape letters, used as name suffixes at the joints (``frames_BTCHW``):
     L  tokens of a text             A  tokens of an answer
 
 Pixel frames are in [0, 1] wherever a name ends in ``_BTCHW`` or ``_TCHW``; the VAE's own range [-1, 1] does not leave
-``models/decoder.py``. Latents are the transformer's (normalised by the VAE's mean and standard deviation).
+``models/wan/decoder.py``. Latents are the transformer's (normalised by the VAE's mean and standard deviation).
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ Critic = Callable[["Tensor", "Sequence[Sequence[Question]]"], "list[list[Answer]
 
 
 class Recorder(Protocol):
-    """Lets a graded step use what the rollout's own pass at that step computed. See ``memory.records``."""
+    """Lets a graded step use what the rollout's own pass at that step computed. See ``memory.recorded_rollout``."""
 
     def record(self, step: int, conditions: Sequence[Any]) -> AbstractContextManager[None]:
         """Around one step of the rollout: its passes of the velocity with these very conditions are recorded."""

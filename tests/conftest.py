@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, by whomever
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent / "support"), str(Path(__file__).resolve().parents[1])]  # helpers of the tests; bench
 
 TINY_PRESET = """\
 # Tiny random models: nothing is learned, everything runs. Four updates: the last one has scales of the normalisation.
@@ -88,7 +88,7 @@ def tiny_preset(tiny_folders, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_run(tiny_preset, tmp_path_factory):
     """The folder of a complete run of 4 updates. Tests read it only."""
-    from lowmem_drf.run.start import train_command
+    from lowmem_drf.commands.train import train_command
 
     run = tmp_path_factory.mktemp("runs") / "run"
     train_command(str(tiny_preset), None, run, None, None, False, [], False)

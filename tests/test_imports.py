@@ -103,7 +103,7 @@ def test_heavy_libraries_are_imported_where_they_are_used(room, path):
 def test_nothing_of_the_product_imports_the_programs_of_toyworld():
     product = [path for _, path in sources() if not is_program(path)]
     assert len(product) > 30
-    assert not [path for path in product for name in imports(path) if name.startswith(("lowmem_drf.toy.build", "lowmem_drf.toy.check"))]
+    assert not [path for path in product for name in imports(path) if name.startswith(("lowmem_drf.toy.build", "lowmem_drf.toy.build.check"))]
 
 
 def test_kernels_know_nothing_of_the_package_and_shadow_no_one():
@@ -125,7 +125,7 @@ def test_the_reader_sees_every_form_of_import(tmp_path):
     )
     assert set(imports(file)) == {"typing", "a.b", "c", "lowmem_drf.cli", "e"}
     assert set(imports(file, top_level_only=True)) == {"typing", "a.b", "e"}
-    assert room_of("lowmem_drf.run.train") == "run"
+    assert room_of("lowmem_drf.training.loop") == "run"
 
 
 @pytest.mark.parametrize("module", ["lowmem_drf.cli", "lowmem_drf.config", "lowmem_drf.prompts", "lowmem_drf.errors", "lowmem_drf.types"])
@@ -137,6 +137,6 @@ def test_light_modules_load_no_torch_in_a_fresh_process(module):
 
 def test_optional_libraries_are_not_needed():
     blocked = "for name in ('triton', 'bitsandbytes', 'deepspeed', 'xformers', 'kernels', 'torchvision'): sys.modules[name] = None"
-    code = f"import sys\n{blocked}\nimport lowmem_drf.run.start, lowmem_drf.run.train, lowmem_drf.run.sample, lowmem_drf.run.evaluate, lowmem_drf.run.export"
+    code = f"import sys\n{blocked}\nimport lowmem_drf.commands.train, lowmem_drf.training.loop, lowmem_drf.scoring.evaluate, lowmem_drf.export.export"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

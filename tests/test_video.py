@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from lowmem_drf import video
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.run import video
-from lowmem_drf.run.video import read_video, write_mp4
+from lowmem_drf.video import read_video, write_mp4
 
 FRAMES, STEP = 50, 4
 """Frame i has brightness (20 + 4 i) / 255: frames are told apart after lossy coding."""

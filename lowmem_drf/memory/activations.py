@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lowmem_drf.memory.host import Held, HostStore
-from lowmem_drf.memory.records import Recorder, replayed
-from lowmem_drf.memory.tape import Tape
+from lowmem_drf.memory.kept_attention import Tape
+from lowmem_drf.memory.recorded_rollout import Recorder, replayed
 
 
 class BlockPolicy:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowmem_drf.errors import LowmemError
-from lowmem_drf.memory.ledger import IN_FLIGHT, Ledger
+from lowmem_drf.planner.ledger import IN_FLIGHT, Ledger
 
 ARENA = 64 * 1024**2
 """Bytes. Long enough for full speed over PCIe, short enough that the last one, half empty, costs nothing worth counting."""

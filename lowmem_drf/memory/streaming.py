@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_drf.memory.host import ALIGN, HostStore
-from lowmem_drf.memory.ledger import Ledger
+from lowmem_drf.planner.ledger import Ledger
 
 Place = tuple[dict[str, Any], str, bool, torch.dtype, torch.Size, int]
 """Where a tensor belongs (a module's dictionary, the key), whether it is a parameter, its dtype, shape, and where it begins in its layer's piece."""

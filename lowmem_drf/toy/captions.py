@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from lowmem_drf.method.questions.toyworld import ATTRIBUTES, attributes
+from lowmem_drf.questions.toyworld import ATTRIBUTES, attributes
 from lowmem_drf.toy.scenes import BACKGROUNDS, COLORS, MOTIONS, SHAPES, Combo, combos_of
 
 _FRAMES = (

@@ -2,7 +2,7 @@
 
 Colour by the nearest palette entry, form by overlap with drawn templates, motion by the centroid's path; physics and quality by
 thresholds on the same measurements. The thresholds lie between what the VAE does to clean clips and the weakest defect of
-``toy/defects.py``; ``python -m lowmem_drf.toy.check`` prints how well they separate.
+``toy/defects.py``; ``python -m lowmem_drf.toy.build.check`` prints how well they separate.
 """
 
 from __future__ import annotations

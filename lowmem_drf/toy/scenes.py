@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lowmem_drf.method.questions.toyworld import ATTRIBUTES
+from lowmem_drf.questions.toyworld import ATTRIBUTES
 
 FRAMES, SIZE, FPS = 9, 32, 8
 

@@ -4,13 +4,10 @@ import importlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from bench import kernel_resources
+from bench.kernels import resources as kernel_resources
 from lowmem_drf.kernels.tiles import CARDS, SHARED_KIB, Tile, tiles_for
 
 ROOT = kernel_resources.FOLDER.parent
@@ -37,7 +34,7 @@ def tables():
 def rows(tmp_path_factory):
     """Of all cards, by the command itself: it drops TRITON_INTERPRET, which is set here where there is no card."""
     path = tmp_path_factory.mktemp("resources") / "rows.json"
-    done = subprocess.run([sys.executable, "-m", "bench.kernel_resources", "--json", str(path)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "bench.kernels.resources", "--json", str(path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert f"sm_{CARDS[0]}" in done.stdout

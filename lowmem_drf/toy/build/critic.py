@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from lowmem_drf.method.questions import toyworld
-from lowmem_drf.models.critic import QwenCritic
+from lowmem_drf.models.qwen_vl.critic import QwenCritic
+from lowmem_drf.questions import toyworld
 from lowmem_drf.toy.build.loop import Schedule, half_products, train
 from lowmem_drf.toy.build.tower import draw_labelled
 from lowmem_drf.toy.captions import WORDINGS, caption

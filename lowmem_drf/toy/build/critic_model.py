@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from lowmem_drf.models.critic import QwenCritic, video_geometry
+from lowmem_drf.models.qwen_vl.critic import QwenCritic, video_geometry
 from lowmem_drf.toy.build.words import critic_tokenizer
 from lowmem_drf.toy.scenes import FPS
 

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from lowmem_drf.method.schedule import flow_sigmas
 from lowmem_drf.method.step import rollout
-from lowmem_drf.models.decoder import WanDecoder
-from lowmem_drf.models.denoiser import as_velocity
+from lowmem_drf.models.wan.decoder import WanDecoder
+from lowmem_drf.models.wan.denoiser import as_velocity
 from lowmem_drf.toy.build.loop import Schedule, half_products, train
 from lowmem_drf.toy.build.words import text_tokenizer
 from lowmem_drf.toy.captions import WORDINGS, caption

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowmem_drf.models.critic import QwenCritic
+from lowmem_drf.models.qwen_vl.critic import QwenCritic
 from lowmem_drf.toy.build.loop import Schedule, half_products, train
 from lowmem_drf.toy.defects import DEFECTS, PHYSICS, break_physics, break_quality
 from lowmem_drf.toy.scenes import DIRECTION, FRAMES, RGB, SIZE, Tracks, combos_of, draw_tracks, render

@@ -1,0 +1,1 @@
+"""What savings cost in accuracy."""

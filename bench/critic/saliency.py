@@ -1,0 +1,75 @@
+"""Does the critic's gradient point at the object?
+
+    python -m bench.critic.saliency
+
+ToyWorld's critic on drawn clips, for the alignment questions about the object (color, shape, direction) and their joint reward: the mean of
+|d reward / d pixel| on the object over that of the background, which begins a token's width away from it. By background, the least and the
+median over clips and questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.versions import versions
+from lowmem_drf.method.reward import RewardSpec
+from lowmem_drf.models.qwen_vl.critic import QwenCritic, load_critic
+from lowmem_drf.models.weights.sources import TOYWORLD, resolve
+from lowmem_drf.questions.templates import make_questions
+from lowmem_drf.scoring.saliency import saliency
+from lowmem_drf.toy.captions import caption
+from lowmem_drf.toy.scenes import BACKGROUNDS, Combo, combos_of, coverage, draw_tracks, render
+
+
+def ratios(critic: QwenCritic, frames_TCHW: Tensor, mask_THW: Tensor, combo: Combo) -> dict[str, float]:
+    """Object over background, by question; ``all``: of their joint reward. ``mask``: the object's share of each pixel."""
+    questions = [q for q in make_questions(caption(combo), "yesno", "toyworld") if q.name in ("color", "shape", "direction")]
+    found = saliency(critic, frames_TCHW, questions, RewardSpec())
+    token = critic.geometry.factor
+    far = F.max_pool2d(mask_THW[:, None], 2 * token + 1, 1, token)[:, 0] == 0
+    maps = {"all": found.total_THW} | {q.name: heat for q, heat in zip(questions, found.by_question_QTHW, strict=True)}
+    return {name: (heat[mask_THW > 0.5].mean() / heat[far].mean()).item() for name, heat in maps.items()}
+
+
+def measure(critic: QwenCritic, seed: int = 11) -> dict[str, dict[str, float]]:
+    """Background -> ``clips``, ``least`` and ``median`` ratio, over all held-out combinations of that background."""
+    combos = combos_of("heldout", "unseen")
+    tracks = draw_tracks(combos, torch.Generator().manual_seed(seed))
+    masks_BTHW = coverage(tracks.x, tracks.y, tracks.radius, tracks.shape)
+    found: dict[str, list[dict[str, float]]] = {}
+    for combo, frames, mask in zip(combos, render(tracks), masks_BTHW, strict=True):
+        found.setdefault(BACKGROUNDS[combo.background], []).append(ratios(critic, frames, mask, combo))
+    rows = {}
+    for background, clips in found.items():
+        values = [value for clip in clips for value in clip.values()]
+        rows[background] = {"clips": len(clips), "least": min(values), "median": statistics.median(values)}
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(prog="python -m bench.critic.saliency", description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    options = parser.parse_args(arguments)
+    rows = measure(load_critic(resolve(TOYWORLD, "critic")))
+    made = Table("background", "clips", "least", "median", title="object / background", title_justify="left")
+    for background, row in rows.items():
+        made.add_row(background, str(row["clips"]), f"{row['least']:.2f}", f"{row['median']:.2f}")
+    Console().print(made)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"versions": versions("torch", "transformers"), "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

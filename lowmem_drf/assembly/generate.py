@@ -1,0 +1,59 @@
+"""Clips without gradient: for samples, comparisons and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lowmem_drf.assembly.assemble import Models
+from lowmem_drf.distributed.ranks import Ranks
+from lowmem_drf.method.schedule import flow_sigmas
+from lowmem_drf.method.step import rollout
+from lowmem_drf.schema import Sampler
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One batch of clips."""
+
+    frames_BTCHW: Tensor
+    """Float in [0, 1], on the models' device."""
+    velocity_norm: float
+    """Root mean square of a clip's velocity, mean over steps and clips."""
+
+
+@torch.no_grad()
+def generate(models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequence[int]) -> Generated:
+    """A clip per text and seed, with whatever LoRA is on. A clip depends on its own text and seed only."""
+    sigmas = flow_sigmas(sampler.steps, sampler.shift)
+    cond, uncond = models.condition(texts), models.no_condition(len(texts))
+    steps = range(sampler.steps)
+    models.awake_for("rollout")
+    x_0, entering = rollout(models.velocity, sigmas, models.noise(seeds), cond, uncond, sampler.guidance, keep=steps)
+    path = [*(entering[k] for k in steps), x_0]
+    # the Euler update backwards: v = (x_next - x) / (sigma_next - sigma)
+    norms = [((path[k + 1] - path[k]) / (sigmas[k + 1] - sigmas[k]).item()).pow(2).flatten(1).mean(1).sqrt().mean().item() for k in steps]
+    models.awake("vae")
+    return Generated(models.decoder.decode(x_0), sum(norms) / len(norms))
+
+
+def batches(
+    models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequence[int], size: int, ranks: Ranks, unit: int = 1
+) -> Iterator[tuple[range, Generated, bool]]:
+    """``generate`` in batches of ``size`` over this process's part of the texts: (positions, clips, whether they are new).
+
+    Every process makes equally many, since weights that are partitioned are gathered by all of them together: where one has fewer texts it repeats the
+    first batch of all, which is not new. ``unit``: so many texts in a row belong to one process.
+    """
+    parts = [range(part.start * unit, part.stop * unit) for part in ranks.parts(len(texts) // unit)]
+    mine = parts[ranks.rank]
+    for number in range(max(-(-len(part) // size) for part in parts)):
+        new = number * size < len(mine)
+        here = mine[number * size : (number + 1) * size] if new else range(min(size, len(texts)))
+        yield here, generate(models, sampler, texts[here.start : here.stop], seeds[here.start : here.stop]), new

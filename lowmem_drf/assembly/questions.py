@@ -1,0 +1,145 @@
+"""The questions of a run: a draft that needs no model, what the critic as writer makes of it, and ``lowmem-drf questions``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowmem_drf.assembly.cache import Cache, cache_folder
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.method.reward import RewardSpec
+from lowmem_drf.models.weights.sources import TOYWORLD
+from lowmem_drf.prompts import as_prompts, load_prompts
+from lowmem_drf.questions import toyworld
+from lowmem_drf.questions.file import load_questions, to_json
+from lowmem_drf.questions.templates import Grammar, make_questions
+from lowmem_drf.questions.writer import VERSION, UnusableError, write_questions
+from lowmem_drf.schema import Config
+from lowmem_drf.training.progress import counted
+from lowmem_drf.types import Prompt, Question
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lowmem_drf.models.qwen_vl.critic import QwenCritic
+
+Questions = dict[str, tuple[Question, ...]]
+"""By prompt id."""
+
+WRITTEN_TOKENS = 2048
+"""A writer's answer is cut here: 24 questions take about 1,000 tokens."""
+
+
+def grammar_of(config: Config) -> Grammar:
+    """ToyWorld's critic knows its own words only."""
+    return "toyworld" if TOYWORLD in (config.critic.id, config.prompts) else "english"
+
+
+def draft_questions(config: Config, prompts: Sequence[Prompt], grammar: Grammar | None = None) -> Questions:
+    """Without a model: the prompt's own questions, or the user's file's, or those of the templates (also what a writer falls back to).
+
+    ``grammar``: of the templates; ``None`` takes the critic's.
+
+    Raises BadInputError: a file that cannot be used; prompts that the templates cannot take apart, every one named.
+    """
+    source = config.critic.questions
+    given = {} if source in ("templates", "critic") else load_questions(source)
+    made: Questions = {}
+    refused: list[tuple[Prompt, BadInputError]] = []
+    for prompt in prompts:
+        try:
+            made[prompt.id] = prompt.questions or given.get(prompt.text) or make_questions(prompt.text, config.critic.mode, grammar or grammar_of(config))
+        except BadInputError as error:
+            refused.append((prompt, error))
+    if refused:
+        others = ", ".join(prompt.id for prompt, _ in refused[1:6]) + (", …" if len(refused) > 6 else "")
+        raise BadInputError(f"prompt {refused[0][0].id}: {refused[0][1]}" + (f"\nThe same holds for prompts {others}." if others else ""))
+    return made
+
+
+def require_weights(questions: Mapping[str, Sequence[Question]], spec: RewardSpec) -> None:
+    """Raises BadInputError for the first prompt none of whose questions counts: its clips would have no reward."""
+    for prompt, asked in questions.items():
+        if not any(question.weight * spec.weights[question.aspect] > 0 for question in asked):
+            raise BadInputError(f"prompt {prompt}: none of its questions has a weight above 0. Raise critic.weights, or the questions' own weights.")
+
+
+def needs_writer(config: Config) -> bool:
+    """Vanilla-DRF's one question needs none."""
+    return config.critic.questions == "critic" and config.critic.mode != "vanilla"
+
+
+def written_questions(config: Config, prompts: Sequence[Prompt], draft: Mapping[str, tuple[Question, ...]], critic: QwenCritic, console: Console) -> Questions:
+    """The critic writes the questions of every prompt that brings none; the templates' fixed ones stay. Cached by prompt, model and version.
+
+    What it writes twice in a row and cannot be used leaves the draft as it is, and is told on ``console``.
+    """
+    cache = Cache(cache_folder() / "questions")
+    made, failed = dict(draft), list[str]()
+    for prompt in counted(console, "writing questions", [prompt for prompt in prompts if not prompt.questions]):
+        key = {"prompt": prompt.text, "mode": config.critic.mode, "version": VERSION, **critic_key(config)}
+        rows = cache.get(key)
+        if rows is None:
+            try:
+                rows = [asdict(q) for q in write_questions(prompt.text, config.critic.mode, lambda text: critic.generate(text, max_new_tokens=WRITTEN_TOKENS))]
+            except UnusableError as error:
+                failed.append(f"{prompt.id} ({error})")
+                continue
+            cache.put(key, rows)
+        written = tuple(Question(**{**row, "token_weights": ()}) for row in rows)
+        made[prompt.id] = (*written, *(question for question in draft[prompt.id] if question.aspect != "TA"))
+    if failed:
+        console.print(
+            f"The critic as writer gave no usable JSON for {len(failed)} of {len(prompts)} prompts, twice each; they get the templates' questions. "
+            f"First: {failed[0]}",
+            highlight=False, markup=False,
+        )  # fmt: skip
+    return made
+
+
+def critic_key(config: Config) -> dict[str, str]:
+    """What a critic's words depend on besides what it is asked."""
+    return {"critic": config.critic.id, "quant": config.critic.quant, "dtype": config.dtype}
+
+
+def questions_command(prompt: str | None, file: Path | None, preset: str | None, overrides: Sequence[str], as_json: bool, output: Path | None) -> None:
+    """``lowmem-drf questions``: a table, or the JSON that ``critic.questions`` reads."""
+    from rich.console import Console
+
+    from lowmem_drf.commands.train import chosen_preset
+    from lowmem_drf.config import load_config
+    from lowmem_drf.training.run_folder import write_aside
+
+    if (prompt is None) == (file is None):
+        raise BadInputError('give one prompt, or a file with --prompts. Example: lowmem-drf questions "a red ball rolls off a table"')
+    prompts = as_prompts([prompt]) if prompt is not None else load_prompts(file or "")
+    config = load_config(preset or chosen_preset()[0], overrides)
+    # who names no preset wants to see the questions of the prompt, whatever this machine would train on
+    free = preset is None and not all(toyworld.attributes(p.text) for p in prompts)
+    console = Console(stderr=as_json, soft_wrap=True)
+    questions = draft_questions(config, prompts, "english" if free else None)
+    if needs_writer(config):
+        from lowmem_drf.assembly.loading import load_run_critic
+
+        questions = written_questions(config, prompts, questions, load_run_critic(config), console)
+    text = to_json({p.text: questions[p.id] for p in prompts})
+    if output is not None:
+        write_aside(output, text)
+        console.print(f"{output}: edit it, then run: lowmem-drf train -s critic.questions={output}", highlight=False, markup=False)
+    if as_json:
+        print(text, end="")
+    elif output is None:
+        for p in prompts:
+            _print_table(p, questions[p.id], console)
+
+
+def _print_table(prompt: Prompt, questions: Sequence[Question], console: Console) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("", "question", "answer wanted", "weight", title=Text(prompt.text), title_justify="left")
+    for question in questions:
+        table.add_row(question.aspect, Text(question.text), Text(question.answer), f"{question.weight:g}")
+    console.print(table)

@@ -1,0 +1,108 @@
+"""``lowmem-drf sample``: MP4 clips of a run's model, with ``--compare`` beside the base model's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowmem_drf.assembly.assemble import Models, run_prompts
+from lowmem_drf.assembly.generate import generate
+from lowmem_drf.assembly.loading import load_models
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.models.lora.adapter import lora_scale
+from lowmem_drf.models.weights.sources import TOYWORLD
+from lowmem_drf.prompts import load_prompts
+from lowmem_drf.schema import Config
+from lowmem_drf.training.lora_file import load_lora_file, load_run_lora
+from lowmem_drf.training.previews import preview_texts, slug
+from lowmem_drf.training.progress import work_bar
+from lowmem_drf.training.run_folder import find_run, make_writable, run_config
+from lowmem_drf.video import side_by_side, watchable_upscale, write_mp4
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def sample_command(
+    run_folder: Path | None,
+    lora: Path | None,
+    texts: Sequence[str],
+    file: Path | None,
+    compare: bool,
+    scale: float,
+    seed: int,
+    output: Path | None,
+) -> None:
+    """Writes a clip per prompt and prints each file's path.
+
+    Raises BadInputError: no run, no such LoRA, a LoRA of another model, a scale that is not finite, an output that cannot be written.
+    """
+    if not math.isfinite(scale):
+        raise BadInputError(f"--lora-scale {scale} is not a number that can be used; 1 is the tuned model, 0 the base.")
+    from rich.console import Console
+
+    run = find_run(run_folder)
+    config = run_config(run)
+    wanted = _texts(config, texts, file)
+    models = load_models(config, wanted, with_critic=False)
+    if lora is not None:
+        load_lora_file(models.transformer, lora)
+        source = lora.stem
+    else:
+        source = f"step-{load_run_lora(models.transformer, run, config):06d}"
+    paths = _paths(output or run / "samples" / source, wanted, seed, compare, is_folder=output is None)
+    label = "tuned" if scale == 1 else f"tuned, LoRA x {scale:g}"
+    upscale = watchable_upscale(config.video.height, config.video.width)
+    with work_bar(Console(stderr=True), "clips", len(wanted)) as advance:
+        for path, (base, tuned) in zip(paths, base_and_tuned(config, models, wanted, seed, scale, with_base=compare), strict=True):
+            clip, factor = (tuned, upscale) if base is None else (side_by_side((base, tuned), ("base", label), upscale), 1)
+            print(write_mp4(path, clip, config.video.fps, factor), flush=True)
+            advance(1)
+
+
+def base_and_tuned(
+    config: Config, models: Models, texts: Sequence[str], seed: int, scale: float = 1.0, with_base: bool = True
+) -> Iterator[tuple[Tensor | None, Tensor]]:
+    """For each text the base model's clip (``None`` unless ``with_base``) and the tuned model's, from the same noise: frames (T, 3, H, W),
+    fp32 in [0, 1], on the host. Made ``log.eval_batch`` at a time."""
+    size = config.log.eval_batch
+    for first in range(0, len(texts), size):
+        some = texts[first : first + size]
+        seeds = [seed] * len(some)
+        with lora_scale(models.transformer, scale):
+            tuned = list(generate(models, config.sampler, some, seeds).frames_BTCHW.float().cpu())
+        base: list[Tensor | None] = [None] * len(some)
+        if with_base:
+            with lora_scale(models.transformer, 0.0):
+                base = list(generate(models, config.sampler, some, seeds).frames_BTCHW.float().cpu())
+        yield from zip(base, tuned, strict=True)
+
+
+def _texts(config: Config, texts: Sequence[str], file: Path | None) -> list[str]:
+    """What the user asked for; where that is nothing, the run's own sample prompts."""
+    asked = [*texts, *(prompt.text for prompt in (load_prompts(file) if file else ()))]
+    if any(not text.strip() for text in asked):
+        raise BadInputError('a prompt is empty. Give it some words: --prompt "a red circle moves left on a gray background"')
+    return asked or preview_texts(config, () if config.prompts == TOYWORLD else run_prompts(config))
+
+
+def _paths(output: Path, texts: Sequence[str], seed: int, compare: bool, is_folder: bool) -> list[Path]:
+    """A file for one prompt (``output`` itself if it ends in .mp4), a folder of files for several."""
+    if not is_folder and output.suffix.lower() == ".mp4":
+        if len(texts) > 1:
+            raise BadInputError(f"--output {output} is one file, and there are {len(texts)} prompts. Give a folder.")
+        return [_writable(output)]
+    if not is_folder and output.suffix:
+        raise BadInputError(f"--output {output}: clips are MP4 files. Give a name that ends in .mp4, or a folder.")
+    ending = f"seed{seed}{'-compare' if compare else ''}.mp4"
+    number = f"{{:0{len(str(len(texts)))}d}}-" if len(texts) > 1 else ""
+    return [_writable(output / f"{number.format(i)}{slug(text)}-{ending}") for i, text in enumerate(texts, 1)]
+
+
+def _writable(path: Path) -> Path:
+    if path.is_dir():
+        raise BadInputError(f"--output {path} is a folder. Give a name that does not end in .mp4, or another file.")
+    make_writable(path.parent)
+    return path

@@ -1,0 +1,246 @@
+"""``lowmem-drf train``: from what the user typed to a run, its training, and the table at its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowmem_drf import __version__
+from lowmem_drf.config import default_preset, known_keys, load_config, preset_card, preset_path, to_toml
+from lowmem_drf.distributed.ranks import ALONE, Ranks, end_process, join, started_processes
+from lowmem_drf.errors import DEBUG, BadInputError
+from lowmem_drf.models.weights.sources import TOYWORLD
+from lowmem_drf.planner.cards import card_named
+from lowmem_drf.schema import Config
+from lowmem_drf.training.checkpoint import checkpoint_steps
+from lowmem_drf.training.run_folder import RUNS, claim, default_output, find_run, make_writable, release, write_aside
+from lowmem_drf.types import Prompt
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lowmem_drf.assembly.assemble import Models
+    from lowmem_drf.scoring.evaluate import Trial
+
+MAY_CHANGE = (
+    *("steps", "micro_batch", "device", "engine", "processes", "zero.", "log.", "optim.lr", "optim.grad_clip", "optim.schedule", "optim.warmup_steps"),
+    *(f"memory.{key}" for key in ("checkpoint", "keep_blocks", "token_slices", "park", "stream", "text_device", "vram_gib")),
+    *(f"memory.{key}" for key in ("vae_strips", "vae_caches", "vae_cache_every", "keep_attention", "record_rollout")),
+    *("kernels.ops", "kernels.attention"),
+)
+"""Keys that a resumed run may override: none of them changes what is trained on what."""
+
+
+def train_command(
+    preset: str | None,
+    prompts: Path | None,
+    output: Path | None,
+    steps: int | None,
+    seed: int | None,
+    resume: bool,
+    overrides: Sequence[str],
+    dry_run: bool,
+    num_processes: int | None = None,
+) -> None:
+    """Resolves the configuration, then prints it (``dry_run``), or trains and shows base against tuned.
+
+    Of several processes this is what starts them, unless another program has: then it is one of them.
+    """
+    count = started_processes() or num_processes
+    flags = {"prompts": None if prompts is None else json.dumps(str(prompts), ensure_ascii=False), "steps": steps, "seed": seed, "processes": count}
+    overrides = [*overrides, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
+    if resume:
+        name, (run, config) = "", _resumed(preset, output, overrides)
+        origin = f"resumed after update {done_steps(run)}"
+    else:
+        name, why = (preset, "") if preset else chosen_preset()
+        run, config, origin = output or default_output(name), _absolute(load_config(name, overrides)), f"preset {name}{why}"
+    if dry_run:
+        if os.environ.get("RANK", "0") == "0":
+            _print(config, name or str(run), preset_card(preset_path(name)) if name else "")
+        return
+    if config.processes > 1 and not started_processes():
+        chosen = ["--resume"] if resume else ["--preset", name]
+        settings = [word for text in overrides for word in ("-s", text)]
+        from lowmem_drf.distributed.launch import launch
+
+        debug = [DEBUG] if DEBUG in sys.argv else []
+        code = launch(config.processes, [*debug, "train", *chosen, "--output", str(run), *settings])
+        if code:
+            raise SystemExit(code)
+        return
+    if config.engine == "single":
+        start(config, run, resume, origin)
+        return
+    from lowmem_drf.distributed.watch import watch
+
+    ranks = join(config.device)
+    run = ranks.from_chief(run)  # its name has the time in it
+    with watch(ranks, lambda: _advice(run)) as watching:
+        start(config, run, resume, origin, ranks, watching.fail_now)
+        ranks.leave()
+    if started_processes():
+        end_process()
+
+
+def chosen_preset() -> tuple[str, str]:
+    """The default preset, and why it is that one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return default_preset(None), " (the default: there is no CUDA card)"
+    card = torch.cuda.get_device_properties(0)
+    return default_preset(card.total_memory / 1e9, card.name), f" (the default: the largest that fits the {card.name}, {card.total_memory / 1e9:.0f} GB)"
+
+
+def _print(config: Config, name: str, card: str) -> None:
+    """For ``--dry-run``."""
+    print(to_toml(config), end="")
+    if config.engine != "single":
+        from lowmem_drf.planner.report import print_zero
+
+        print_zero(config, name, card_named(card))
+
+
+def _advice(run: Path) -> str:
+    """What to do after a run of many processes was stopped."""
+    saved = done_steps(run)
+    return f"Update {saved} is saved. Go on with: lowmem-drf train --resume --output {run}" if saved else "No update was saved."
+
+
+def start(config: Config, run: Path, resume: bool, origin: str, ranks: Ranks = ALONE, abort: Callable[[BaseException], None] = lambda error: None) -> None:
+    """Checks everything that can be checked without a model, loads the models, and only then writes to the run's folder.
+
+    Args:
+        origin: where the configuration comes from, in words.
+        abort: of many processes: ends them all at once (``make_trainer``).
+    """
+    from rich.console import Console
+
+    from lowmem_drf.assembly.assemble import derive_seed, reward_spec, run_prompts
+    from lowmem_drf.assembly.loading import load_models
+    from lowmem_drf.assembly.questions import draft_questions, require_weights
+    from lowmem_drf.assembly.references import finish_questions
+    from lowmem_drf.models.lora.adapter import add_lora
+    from lowmem_drf.planner.report import card_here, require_fit
+    from lowmem_drf.questions.file import to_json
+    from lowmem_drf.scoring.evaluate import finish_trial, make_trial
+    from lowmem_drf.training.loop import train
+    from lowmem_drf.training.previews import preview_texts
+
+    console = Console(soft_wrap=True, quiet=not ranks.chief)
+    prompts = run_prompts(config)
+    if len(prompts) < ranks.count:
+        raise BadInputError(
+            f"there are {len(prompts)} prompts for {ranks.count} processes: some would have none of their own. "
+            f"Give more prompts, or --num-processes {len(prompts)}."
+        )
+    draft = draft_questions(config, prompts)
+    require_weights(draft, reward_spec(config))
+    trial = make_trial(config, prompts, config.log.eval_prompts, config.log.eval_seeds) if config.log.eval_prompts else None
+    cards_gib = ranks.gather(card_here(config))
+    config = ranks.from_chief(require_fit(config, console, cards_gib) if ranks.chief else config)
+    made = [] if not ranks.chief else make_writable(run) if resume else claim(run)
+    try:
+        previews = preview_texts(config, prompts)
+        texts = [prompt.text for prompt in (*prompts, *(trial.prompts if trial else ()))]
+        models = load_models(config, [*texts, *previews], ranks=ranks)
+        add_lora(models.transformer, config.lora.rank, config.lora.alpha, config.lora.targets, derive_seed(config.seed, "lora"))
+        models.awake("critic")
+        if ranks.chief or config.zero.critic:  # a critic in parts is asked by all together
+            draft = finish_questions(config, prompts, draft, models.asked_critic, console)
+            trial = finish_trial(config, trial, models.asked_critic, console) if trial else None
+        questions, trial = ranks.from_chief((draft, trial))
+        asked = to_json({prompt.text: questions[prompt.id] for prompt in prompts})
+        if ranks.chief:
+            if resume:
+                _require_same_questions(run, asked)
+            write_aside(run / "config.toml", to_toml(config))
+            write_aside(run / "questions.json", asked)
+    except BaseException:
+        release(made)
+        raise
+    _announce(console, config, run, models, prompts, origin)
+    models = train(config, run, models, prompts, questions, previews, console, ranks, abort)
+    _finish(console, config, run, models, trial, ranks)
+
+
+def done_steps(run: Path) -> int:
+    """Updates that are saved."""
+    return max(checkpoint_steps(run), default=0)
+
+
+def _absolute(config: Config) -> Config:
+    """The files it names by their absolute paths: the run can be resumed from anywhere."""
+    if config.prompts not in ("", TOYWORLD):
+        config = config.model_copy(update={"prompts": str(Path(config.prompts).expanduser().absolute())})
+    files = {name: str(Path(value).expanduser().absolute()) for name in ("transformer", "base_lora") if Path(value := getattr(config.model, name)).is_file()}
+    config = config.model_copy(update={"model": config.model.model_copy(update=files)})
+    if config.critic.questions not in ("templates", "critic"):
+        path = str(Path(config.critic.questions).expanduser().absolute())
+        config = config.model_copy(update={"critic": config.critic.model_copy(update={"questions": path})})
+    return config
+
+
+def _resumed(preset: str | None, output: Path | None, overrides: Sequence[str]) -> tuple[Path, Config]:
+    """The run to go on with and its configuration. Raises BadInputError where it would become another run, or is complete."""
+    if preset is not None:
+        raise BadInputError("--preset does not go with --resume: the run keeps its own configuration. Leave it out.")
+    run = find_run(output)
+    before, config = load_config(run / "config.toml"), _absolute(load_config(run / "config.toml", overrides))
+    changed = [key for key in known_keys() if _value(before, key) != _value(config, key) and not key.startswith(MAY_CHANGE)]
+    if changed:
+        raise BadInputError(f"{run} cannot go on with another {', '.join(changed)}. Start a new run, or change only: {', '.join(MAY_CHANGE)}.")
+    done = done_steps(run)
+    if done >= config.steps:
+        raise BadInputError(f"{run} is complete: {done} of {config.steps} updates. To train on: --resume --output {run} --steps {2 * done}")
+    return run, config
+
+
+def _require_same_questions(run: Path, asked: str) -> None:
+    """Of the same prompts; that the prompts are the same is ``train``'s to say."""
+    file = run / "questions.json"
+    before, now = ({row["prompt"]: row for row in json.loads(text)} for text in (file.read_text(encoding="utf-8") if file.is_file() else asked, asked))
+    if before.keys() == now.keys() and before != now:
+        raise BadInputError(f"the questions of {run} have changed since it began ({file} has those it was trained on). Restore them, or start a new run.")
+
+
+def _value(config: Config, key: str) -> object:
+    value: object = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _announce(console: Console, config: Config, run: Path, models: Models, prompts: Sequence[Prompt], origin: str) -> None:
+    together = "" if config.engine == "single" else f", {config.processes} process{'es' if config.processes > 1 else ''} under DeepSpeed ({config.engine})"
+    lines = [
+        f"lowmem-drf {__version__}: {origin}, on {models.device}, {config.dtype}{together}",
+        f"{len(prompts)} prompts, {config.steps} updates of {config.batch} clips, "
+        f"{config.sampler.graded_steps} of {config.sampler.steps} steps graded{f' ({config.model.expert}-noise transformer)' if models.expert else ''}, "
+        f"critic {config.critic.mode}",
+        models.kernels,
+        f"run: {run}",
+    ]
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
+def _finish(console: Console, config: Config, run: Path, models: Models, trial: Trial | None, ranks: Ranks) -> None:
+    from lowmem_drf.scoring.evaluate import describe, print_table, with_progress
+
+    if trial:
+        console.print(f"\nBase against tuned: {describe(trial)}", highlight=False, markup=False)
+        print_table(with_progress(config, models, trial, console, ranks), console)
+    here = run.parent == RUNS
+    console.print("Next:", highlight=False)
+    for command in (
+        "lowmem-drf sample --compare" + ("" if here else f" --run {run}"),
+        "lowmem-drf export-lora" + ("" if here else f" {run}"),
+        "lowmem-drf eval" + ("" if here else f" {run}"),
+    ):
+        console.print(f"  {command}", highlight=False, markup=False)

@@ -1,0 +1,247 @@
+"""Export of a run's LoRA: a file for other tools, proved before it is announced; or the base model with the LoRA merged in."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lowmem_drf import __version__
+from lowmem_drf.assembly.loading import load_transformer, prepare_generator
+from lowmem_drf.errors import BadInputError, LowmemError
+from lowmem_drf.export.verify import Verified, probe_lora, require_same_model, verify_export, verify_merge
+from lowmem_drf.models.generators import GeneratorConfig, generator_config
+from lowmem_drf.models.lora.formats import FORMATS, LoraFile, LoraFormat, adapter_metadata, model_hash, read_lora, to_format
+from lowmem_drf.models.wan.experts import subfolders_of
+from lowmem_drf.models.wan.random_generator import empty_transformer
+from lowmem_drf.models.weights.downloads import HOST_MARGIN, available_host_bytes
+from lowmem_drf.training.checkpoint import checkpoint_folder
+from lowmem_drf.training.run_folder import run_config
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
+    from lowmem_drf.schema import Config
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FEW = 2
+"""Blocks of a transformer that is too large for the host."""
+_READERS = {
+    "comfyui": "ComfyUI (models/loras) and diffusers (pipe.load_lora_weights)",
+    "diffusers": "diffusers (pipe.load_lora_weights) and peft",
+    "kohya": "musubi-tuner and ComfyUI (models/loras)",
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. Its text is what the command prints."""
+
+    paths: tuple[Path, ...]
+    lines: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
+
+
+def export_run(
+    run: Path, step: int | None = None, form: str = "comfyui", dtype: str | None = None, output: Path | None = None, merge: Path | None = None
+) -> Exported:
+    """Exports the LoRA of a run's checkpoint (``step``; the last one by default).
+
+    ``dtype``: by default that of the run's base model; a bf16 file for a model that runs in fp32 would throw precision away. ``output``: the
+    file; by default ``<run>/<run's name>-step-NNNNNN.<format>.safetensors``. ``merge``: a folder for the base transformer with the LoRA
+    merged in; the LoRA file is then written only if ``output`` is given too.
+
+    A LoRA is verified on, and merged into, the base's full weights, whatever ``model.quant`` it was trained on.
+
+    Raises:
+        BadInputError: no such run, step, format or dtype; an output that cannot be written. Nothing is left behind.
+        LowmemError: what was written does not reproduce the tuned model. It is deleted.
+    """
+    if form not in FORMATS:
+        raise BadInputError(f"--format {form} does not exist. Choose one of: {', '.join(FORMATS)}.")
+    if dtype is not None and dtype not in DTYPES:
+        raise BadInputError(f"--dtype {dtype} does not exist. Choose one of: {', '.join(DTYPES)}.")
+    folder = checkpoint_folder(run, step)
+    if merge is not None and merge.exists() and (not merge.is_dir() or any(merge.iterdir())):
+        raise BadInputError(f"{merge} exists already. Give --merge a folder that does not.")
+    config, lora = run_config(run), read_lora(folder / "lora.safetensors")
+    dtype = dtype or config.dtype
+    generator = prepare_generator(config)
+    described = generator_config(str(generator))
+    subfolder, other = subfolders_of(described, config.model.expert)
+    expert = config.model.expert if other else ""
+    blocks = _blocks_to_read(described, subfolder, merge is not None)
+    transformer = load_transformer(config, generator, torch.float32, torch.device("cpu"), subfolder, quant="none", blocks=blocks)
+    paths, lines = [], []
+    if merge is None or output is not None:
+        file = _output_file(output, f"{run.resolve().name}-{folder.name}{f'-{expert}-noise' if expert else ''}.{form}.safetensors", run)
+        metadata = _metadata(config, folder.name, transformer, expert)
+        path, verified = export_lora(lora, form, DTYPES[dtype], file, transformer, metadata)  # type: ignore[arg-type]
+        paths.append(path)
+        lines += [f"{path} ({path.stat().st_size / 2**20:.1f} MiB, {dtype}, rank {lora.rank}) loads in {_READERS[form]}{_place(expert)}.", str(verified)]
+    if merge is not None:
+        verified = merge_lora(lora, DTYPES[dtype], merge, transformer, subfolder)
+        paths.append(merge)
+        lines += [f'{merge} ({dtype}) loads with WanTransformer3DModel.from_pretrained("{merge}", subfolder="{subfolder}").', str(verified)]
+        if config.model.quant != "none":
+            lines.append(f"It is the base's full weights with the LoRA in them; the run trained and sampled on {config.model.quant} ones (model.quant).")
+    return Exported(tuple(paths), tuple(lines))
+
+
+def _blocks_to_read(generator: GeneratorConfig, subfolder: str, merges: bool) -> int | None:
+    """How many of the transformer's blocks the check reads: all (``None``) where the host has room for them in fp32, else the first few.
+
+    Raises:
+        LowmemError: a model is to be merged, which needs all.
+    """
+    free = available_host_bytes()
+    needed = 4 * sum(parameter.numel() for parameter in empty_transformer(getattr(generator, subfolder)).parameters())
+    if free is None or needed + HOST_MARGIN <= free:
+        return None
+    if merges:
+        raise LowmemError(
+            f"--merge needs the whole transformer in fp32: {needed / 1e9:.1f} GB of host memory and {HOST_MARGIN / 1e9:.1f} GB besides; {free / 1e9:.1f} GB "
+            "are free. Close other programs or add swap, or export the LoRA alone: that needs less."
+        )
+    return FEW
+
+
+def export_lora(
+    lora: LoraFile, form: LoraFormat, dtype: torch.dtype, output: Path, transformer: WanTransformer3DModel, metadata: Mapping[str, str]
+) -> tuple[Path, Verified]:
+    """Writes ``output`` under another name, loads that file as its readers would onto ``transformer`` (the base, fp32, without LoRA; given
+    back as it was), compares, and only then gives it its name.
+
+    Raises:
+        BadInputError: the format cannot hold this LoRA, or the file cannot be written.
+        LowmemError: the file does not reproduce the tuned model. It is deleted.
+    """
+    from safetensors.torch import save
+
+    tensors = to_format(lora.state, lora.alpha, lora.rank, form, dtype)
+    header = {
+        "format": "pt",
+        **metadata,
+        "ss_network_dim": str(lora.rank),
+        # what holds of the file: folded, it acts as if alpha were the rank
+        "ss_network_alpha": str(float(lora.rank) if form == "comfyui" else lora.alpha),
+        "lowmem_drf.rank": str(lora.rank),
+        "lowmem_drf.alpha": str(lora.alpha),
+    }
+    if form == "diffusers":
+        header |= adapter_metadata(lora.state, lora.alpha, lora.rank)
+    header["sshs_model_hash"] = model_hash(save(tensors))
+    aside = output.with_name(f".{output.stem}.part.safetensors")
+    try:
+        _write(aside, save(tensors, metadata=header))
+        verified = verify_export(aside, lora, form, dtype, transformer)
+        os.replace(aside, output)
+    finally:
+        aside.unlink(missing_ok=True)
+    return output, verified
+
+
+def merge_lora(lora: LoraFile, dtype: torch.dtype, folder: Path, transformer: WanTransformer3DModel, subfolder: str = "transformer") -> Verified:
+    """Writes ``folder/subfolder`` (diffusers layout): W + (alpha / rank) B A in fp32, then rounded to ``dtype``, but for the norms and
+    the time embedding, which diffusers keeps in fp32. ``transformer`` (the base, fp32, without LoRA) becomes the merged model.
+
+    Raises:
+        BadInputError: the LoRA is not one of this model, or the folder cannot be written.
+        LowmemError: the model read back is not the one written, or is not the tuned one. It is deleted.
+    """
+    tuned = probe_lora(transformer, lora)
+    kept = transformer._keep_in_fp32_modules or []
+    with torch.no_grad():
+        for name, delta in lora.deltas().items():
+            transformer.get_submodule(name).weight.add_(delta)
+        require_same_model(transformer, tuned)
+        for name, parameter in transformer.named_parameters():
+            if not any(part in kept for part in name.split(".")):
+                parameter.data = parameter.data.to(dtype)
+    aside = folder.with_name(f".{folder.name}.part")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        transformer.save_pretrained(aside / subfolder)
+        verified = verify_merge(aside, transformer, tuned, subfolder)
+        if folder.exists():
+            folder.rmdir()  # empty, as export_run made sure
+        os.replace(aside, folder)
+    except OSError as error:
+        raise BadInputError(f"{folder} cannot be written: {error.strerror or error}. Give another folder with --merge.") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return verified
+
+
+def _place(expert: str) -> str:
+    """Where a LoRA of one of two experts goes, in words."""
+    return f", for the {expert}-noise model{' (diffusers: load_into_transformer_2=True)' if expert == 'low' else ''}" if expert else ""
+
+
+def _output_file(output: Path | None, name: str, run: Path) -> Path:
+    """The file to write: ``output``, or ``name`` in it where it is a folder, or ``name`` in the run."""
+    file = run / name if output is None else output / name if output.is_dir() else output
+    if file.suffix != ".safetensors":
+        raise BadInputError(f"--output {file} must end in .safetensors: ComfyUI lists no other files.")
+    return file
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise BadInputError(f"{path.parent} cannot be written to: {error.strerror}. Give another file with --output.") from error
+
+
+def _metadata(config: Config, checkpoint: str, transformer: WanTransformer3DModel, expert: str) -> dict[str, str]:
+    """What a file says of itself: ``modelspec.*`` (Stability's specification), ``ss_*`` (kohya), and how it was trained. ``expert``: empty where there
+    is one transformer."""
+    # of Wan, the models with two experts and the one with 48 latent channels (TI2V-5B) are 2.2
+    family = "wan2.2" if expert or transformer.config.in_channels == 48 else "wan2.1"
+    video, sampler, critic = config.video, config.sampler, config.critic
+    step = str(int(checkpoint.removeprefix("step-")))
+    own = {
+        "version": __version__,
+        "method": "Diffusion-DRF (arXiv 2601.04153)",
+        "model": config.model.id,
+        "quant": config.model.quant,
+        **({"expert": f"{expert} noise"} if expert else {}),
+        "base_lora": f"{config.model.base_lora} x {config.model.base_lora_scale:g}" if config.model.base_lora else "none",
+        "critic": critic.id,
+        "questions": critic.mode,
+        "reward": critic.reward,
+        "graded_steps": f"{sampler.graded_steps} of {sampler.steps} ({sampler.graded}, {sampler.chain})",
+        "shift": sampler.shift,
+        "guidance": sampler.guidance,
+        "video": f"{video.width}x{video.height}, {video.frames} frames, {video.fps} fps",
+        "targets": ",".join(config.lora.targets),
+        "steps": step,
+        "config_sha256": hashlib.sha256(config.model_dump_json().encode()).hexdigest(),
+    }
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{family}/lora",
+        "modelspec.implementation": f"https://github.com/Wan-Video/{family.capitalize()}",
+        "modelspec.title": f"lowmem-drf {config.model.id}{f' {expert} noise' if expert else ''} step {step}",
+        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "modelspec.resolution": f"{video.width}x{video.height}",
+        "ss_base_model_version": family,
+        "ss_network_module": "networks.lora_wan",
+        "ss_steps": step,
+        "ss_learning_rate": str(config.optim.lr),
+        "ss_seed": str(config.seed),
+        **{f"lowmem_drf.{key}": str(value) for key, value in own.items()},
+    }

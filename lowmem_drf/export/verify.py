@@ -1,0 +1,186 @@
+"""Proof that an exported LoRA or merged model is the tuned model: read back by the code its users will read it with, compared, run.
+
+What may differ follows from the file's number format alone. A value rounds by at most u |x| + eta (u the unit roundoff, eta half the
+spacing of subnormals), and is rounded at most twice (by us, and by a reader that folds alpha into 16-bit weights); that bounds every entry
+of every B A. The bound on outputs is the same to first order: the LoRA's whole effect times the largest relative error of a module, plus
+the rounding of the fp32 computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lowmem_drf.errors import LowmemError
+from lowmem_drf.models.lora.adapter import attach_lora, lora_layers, lora_scale, remove_lora
+from lowmem_drf.models.lora.formats import LoraFile, diffusers_reads_kohya
+from lowmem_drf.models.lora.readers import attach_as_diffusers, attach_as_lowmem_drf, load_as_diffusers
+from lowmem_drf.models.wan.denoiser import as_velocity
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+    from peft.tuners.lora import LoraLayer
+
+_SIGMAS = (0.95, 0.5, 0.1)
+_SMALL = 4  # patches along each side of the probe: the weights are all used, the activations stay small
+
+
+@dataclass(frozen=True)
+class Verified:
+    """How far the output of what was written is from the tuned model's."""
+
+    difference: float
+    """Largest absolute difference of the velocity over the probes."""
+    effect: float
+    """Largest change of the velocity by the LoRA, on the same probes."""
+    by: str
+    """What read it back."""
+    of: str = "the tuned model's output"
+    """What was compared, besides the weights of every module."""
+
+    def __str__(self) -> str:
+        return (
+            f"Verified: read back by {self.by}; maximum difference from {self.of} {self.difference:.1e} "
+            f"(the LoRA itself changes the output by {self.effect:.1e})."
+        )
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Outputs of the tuned model and of its base on fixed random inputs."""
+
+    tuned: Tensor
+    base: Tensor
+
+    @property
+    def effect(self) -> float:
+        return _largest(self.tuned - self.base)
+
+
+def probe_lora(transformer: WanTransformer3DModel, lora: LoraFile) -> Probe:
+    """Puts the LoRA on the base, runs both, and takes it off. Raises BadInputError for a LoRA of another model."""
+    attach_lora(transformer, lora.state, lora.alpha)
+    try:
+        tuned = _run(transformer)
+        with lora_scale(transformer, 0):
+            base = _run(transformer)
+    finally:
+        remove_lora(transformer)
+    if not bool(torch.isfinite(tuned).all()):
+        raise LowmemError("The tuned model's output is not finite, so there is nothing worth exporting. Choose an earlier checkpoint with --step.")
+    return Probe(tuned, base)
+
+
+def verify_export(path: Path, lora: LoraFile, form: str, dtype: torch.dtype, transformer: WanTransformer3DModel) -> Verified:
+    """Loads ``path`` through ``WanPipeline.load_lora_weights`` (a kohya file with only some of the modules, which diffusers cannot
+    convert: through ``read_lora``) and compares weights and outputs with the tuned model. ``transformer``: the base, fp32; given back as
+    it was. Where only its first blocks have values, outputs are those of these blocks; the weights of all modules are compared in any case.
+
+    Raises:
+        LowmemError: the file lacks a module, has one too many, or differs by more than rounding.
+    """
+    tuned = probe_lora(transformer, lora)
+    by_diffusers = form != "kohya" or diffusers_reads_kohya(lora.state)
+    try:
+        (attach_as_diffusers if by_diffusers else attach_as_lowmem_drf)(transformer, path)
+        deltas = {name: _delta(layer) for name, layer in lora_layers(transformer).items()}
+        output = _run(transformer)
+    except Exception as error:
+        raise LowmemError(f"The exported file cannot be loaded ({type(error).__name__}: {error}). It was deleted; export in another --format.") from error
+    finally:
+        if lora_layers(transformer):
+            remove_lora(transformer)
+    error_share = _require_same_weights(deltas, lora, dtype)
+    difference = _largest(output - tuned.tuned)
+    bound = error_share * tuned.effect + _rounding(transformer, tuned.tuned)
+    if not difference <= bound:
+        raise LowmemError(
+            f"The exported file does not reproduce the tuned model: outputs differ by {difference:.1e}, rounding explains {bound:.1e}. It was deleted."
+        )
+    count, all_blocks = len(_with_values(transformer)), len(transformer.blocks)
+    of = Verified.of if count == all_blocks else f"the output of the tuned model's first {count} blocks (of {all_blocks}; the weights of all were compared)"
+    return Verified(difference, tuned.effect, "diffusers" if by_diffusers else "lowmem-drf", of)
+
+
+def require_same_model(transformer: WanTransformer3DModel, tuned: Probe) -> None:
+    """Raises LowmemError if a model with merged weights in fp32 is not the tuned model up to fp32 rounding."""
+    difference, bound = _largest(_run(transformer) - tuned.tuned), _rounding(transformer, tuned.tuned)
+    if not difference <= bound:
+        raise LowmemError(f"The merged model is not the tuned one: outputs differ by {difference:.1e}, rounding explains {bound:.1e}. Nothing was written.")
+
+
+def verify_merge(folder: Path, transformer: WanTransformer3DModel, tuned: Probe, subfolder: str = "transformer") -> Verified:
+    """Reads a merged model back with diffusers. Raises LowmemError unless every weight is, to the bit, the one in ``transformer``."""
+    read_back = load_as_diffusers(folder, subfolder)
+    own, other = transformer.state_dict(), read_back.state_dict()
+    if changed := [name for name, value in own.items() if name not in other or not torch.equal(value.float(), other[name])]:
+        raise LowmemError(f"The merged model was not written correctly: {changed[0]} differs. It was deleted; check the disk.")
+    return Verified(_largest(_run(read_back) - tuned.tuned), tuned.effect, "diffusers")
+
+
+def _delta(layer: LoraLayer) -> Tensor:
+    """scaling B A of a loaded layer's one adapter, fp64, whatever the reader named it."""
+    (name,) = layer.lora_A
+    a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
+    return layer.scaling[name] * (b.double() @ a.double())
+
+
+def _require_same_weights(deltas: dict[str, Tensor], lora: LoraFile, dtype: torch.dtype) -> float:
+    """Every module's B A within the bound of two roundings per factor; returns the largest such bound as a share of its B A."""
+    wanted = lora.deltas()
+    if deltas.keys() != wanted.keys():
+        odd = sorted(deltas.keys() ^ wanted.keys())
+        raise LowmemError(f"The exported file holds other modules than the LoRA: {', '.join(odd[:3])}. It was deleted.")
+    share = 0.0
+    for module, (a, b) in lora.pairs().items():
+        (size_a, error_a), (size_b, error_b) = (_rounded_twice(x.double(), dtype) for x in (a, b))
+        bound = (lora.alpha / lora.rank) * ((size_b + error_b) @ (size_a + error_a) - size_b @ size_a)
+        # the comparison is itself computed, in fp64
+        slack = torch.finfo(torch.float64).eps * 4 * lora.rank * (lora.alpha / lora.rank) * (size_b @ size_a)
+        if not bool(((deltas[module].cpu() - wanted[module]).abs() <= bound + slack).all()):
+            raise LowmemError(f"The exported file's {module} differs from the LoRA by more than {dtype} rounds. It was deleted.")
+        if size := float(wanted[module].norm()):
+            share = max(share, float(bound.norm()) / size)
+    return share
+
+
+def _rounded_twice(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """|x| and the most it can change by two roundings to ``dtype`` and the fp32 product that folds alpha. Zero stays zero."""
+    info, size = torch.finfo(dtype), x.abs()
+    error = 2 * (info.eps / 2 * size + info.tiny * info.eps / 2) + torch.finfo(torch.float32).eps * size
+    return size, torch.where(size == 0, 0.0, error)
+
+
+def _rounding(transformer: WanTransformer3DModel, output: Tensor) -> float:
+    """How far two fp32 computations of the same function may lie apart: every sub-layer rounds its residual stream a few times."""
+    sublayers = 3 * len(_with_values(transformer)) + 1
+    return 4 * sublayers * torch.finfo(torch.float32).eps * _largest(output)
+
+
+@torch.no_grad()
+def _run(transformer: WanTransformer3DModel) -> Tensor:
+    """Velocities on fixed random inputs, two latent frames of 4x4 patches, at three noise levels; by the blocks that have values."""
+    config, generator = transformer.config, torch.Generator().manual_seed(0)
+    size: Sequence[int] = [2 * config.patch_size[0], *(_SMALL * side for side in config.patch_size[1:])]
+    x = torch.randn(1, config.in_channels, *size, generator=generator)
+    text = torch.randn(1, 16, config.text_dim, generator=generator)
+    velocity, blocks = as_velocity(transformer), transformer.blocks
+    transformer.blocks = torch.nn.ModuleList(_with_values(transformer))
+    try:
+        return torch.cat([velocity(x, sigma, text) for sigma in _SIGMAS])
+    finally:
+        transformer.blocks = blocks
+
+
+def _with_values(transformer: WanTransformer3DModel) -> list[torch.nn.Module]:
+    """The blocks that were read (``weight_reader.fill_from_files``): the tensors of the others are one number each."""
+    return [block for block in transformer.blocks if any(block.scale_shift_table.stride())]
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max())

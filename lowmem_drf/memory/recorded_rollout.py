@@ -1,0 +1,168 @@
+"""Graded steps that run no forward: the rollout ran it already, and left on the host what a backward needs of it.
+
+That is, of one pass of the transformer: what entered each block, what came out of the last one, and the results of the blocks' attentions (``tape``).
+The graded step computes each block once more, with gradient, and that is all. The values are those that a forward of its own would have had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lowmem_drf.memory.host import Held, HostStore
+from lowmem_drf.memory.kept_attention import Tape
+
+
+class Record:
+    """One pass over the blocks. Everything waits in ``store``.
+
+    ``attentions``: whether the results of the blocks' attentions are kept too.
+    """
+
+    def __init__(self, store: HostStore, attentions: bool) -> None:
+        self._store, self._attentions = store, attentions
+        self._inputs: list[Held] = []
+        self._tapes: list[Tape | None] = []
+        self._output: Held | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of what has not been taken yet."""
+        held = [*self._inputs, self._output] if self._output is not None else self._inputs
+        return sum(one.nbytes for one in held if one is not None) + sum(tape.nbytes for tape in self._tapes if tape is not None)
+
+    def enter(self, hidden: Tensor) -> Tape | None:
+        """The next block's input; returns the tape for its attentions."""
+        self._inputs.append(self._store.put(hidden))
+        self._tapes.append(Tape(self._store) if self._attentions else None)
+        return self._tapes[-1]
+
+    def leave(self, hidden: Tensor) -> None:
+        """The output of the last block."""
+        self._output = self._store.put(hidden)
+
+    def output(self) -> Tensor:
+        assert self._output is not None
+        return self._output.get()
+
+    def take(self, place: int) -> tuple[Tensor, Tape | None]:
+        """What entered a block, and its tape. Blocks are taken from the last to the first: the one before is fetched meanwhile."""
+        self._store.settle()
+        hidden, tape = self._inputs.pop(), self._tapes.pop()
+        assert len(self._inputs) == place, "blocks are taken from the last to the first"
+        arrived = hidden.get()
+        if tape is not None:
+            tape.prefetch()
+        if self._inputs:
+            self._inputs[-1].prefetch()
+        return arrived, tape
+
+
+class Recorder:
+    """A ``types.Recorder``: which passes of the rollout are recorded, and which of the records a graded step takes."""
+
+    def __init__(self, store: HostStore, attentions: bool) -> None:
+        self._store, self._attentions = store, attentions
+        self._records: dict[tuple[int, int], Record] = {}
+        self._wanted: tuple[int, tuple[int, ...]] | None = None
+        self.recording: Record | None = None
+        """Blocks that run without gradient write into it."""
+        self.replaying: Record | None = None
+        """Blocks that run with gradient are taken from it."""
+        self.step_bytes = 0
+        """Of the records of one step, the last one that was recorded."""
+
+    @contextmanager
+    def record(self, step: int, conditions: Sequence[Any]) -> Iterator[None]:
+        self._wanted = step, tuple(map(id, conditions))
+        try:
+            yield
+        finally:
+            self._wanted = None
+        self.step_bytes = sum(record.nbytes for (of, _), record in self._records.items() if of == step)
+
+    @contextmanager
+    def replay(self, step: int, condition: Any) -> Iterator[None]:
+        self.replaying = self._records.pop((step, id(condition)), None)
+        try:
+            yield
+        finally:
+            self.replaying = None
+
+    @contextmanager
+    def during(self, condition: Any) -> Iterator[None]:
+        """Around one pass of the transformer."""
+        if self._wanted is not None and id(condition) in self._wanted[1] and not torch.is_grad_enabled():
+            self.recording = self._records[self._wanted[0], id(condition)] = Record(self._store, self._attentions)
+        try:
+            yield
+        finally:
+            self.recording = None
+
+
+class RecordedForward:
+    """A block's ``forward`` that, without gradient, writes into the recorder's ``recording``, where there is one."""
+
+    def __init__(self, forward: Any, is_last: bool, recorder: Recorder) -> None:
+        self.forward = forward
+        self._is_last, self._recorder = is_last, recorder
+
+    def unread(self, *inputs: Any, **arguments: Any) -> Any:
+        return self.forward.unread(*inputs, **arguments)
+
+    def __call__(self, hidden: Tensor, *rest: Any, **arguments: Any) -> Tensor:
+        record = self._recorder.recording
+        if record is None or torch.is_grad_enabled():
+            return self.forward(hidden, *rest, **arguments)
+        out = self.forward(hidden, *rest, tape=record.enter(hidden), recorded=True)
+        if self._is_last:
+            record.leave(out)
+        return out
+
+
+def replayed(record: Record, block: Any, place: int, is_last: bool, hidden: Tensor, rest: Sequence[Any]) -> Tensor:
+    """``block(hidden, *rest)``, whose forward is recorded: its values are not looked at but for the gradient's way through ``hidden``.
+
+    Args:
+        rest: tensors, and tuples of them.
+    """
+    flat = [tensor for value in rest for tensor in (value if isinstance(value, tuple) else (value,))]
+    lengths = [len(value) if isinstance(value, tuple) else None for value in rest]
+
+    def run(hidden: Tensor, tape: Tape | None, flat: Sequence[Tensor]) -> Tensor:
+        values = iter(flat)
+        again = [next(values) if length is None else tuple(next(values) for _ in range(length)) for length in lengths]
+        result: Tensor = block.forward.unread(hidden, *again, tape=tape)
+        return result
+
+    parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
+    out: Tensor = _FromRecord.apply(run, record, place, is_last, len(flat), hidden, *flat, *parameters)
+    return out
+
+
+class _FromRecord(torch.autograd.Function):
+    """Only the last block's output is read by anybody; the others' have a shape and no values."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, record: Record, place: int, is_last: bool, count: int, hidden: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[:count])
+        ctx.run, ctx.record, ctx.place, ctx.parameters = run, record, place, tensors[count:]
+        return record.output() if is_last else hidden.new_empty(()).expand_as(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, tape = ctx.record.take(ctx.place)
+        if tape is not None:
+            tape.rewind()
+        leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip((hidden, *ctx.saved_tensors), ctx.needs_input_grad[5:], strict=False)]
+        with torch.enable_grad():
+            out = ctx.run(leaves[0], tape, leaves[1:])
+        inputs = [*leaves, *ctx.parameters]
+        gradients = iter(torch.autograd.grad(out, [tensor for tensor in inputs if tensor.requires_grad], d_out, allow_unused=True))
+        return (None, None, None, None, None, *(next(gradients) if tensor.requires_grad else None for tensor in inputs))

@@ -1,0 +1,231 @@
+"""Configurations of published video generators, to lay them out at true size without a download, and the configuration of any other.
+
+Written down without the repositories at hand. Wan2.1-14B's transformer and Wan2.1's VAE are the defaults of diffusers 0.42.1, and a test holds them
+to those; nothing offline holds the others (Wan2.1-1.3B's and Wan2.2's transformers, UMT5-XXL, Wan2.2-5B's VAE and the statistics of its latents).
+They serve random and fake weights, a single-file transformer, which must fit its configuration tensor by tensor, and the plan; a model that is on
+this machine brings its own. ``parameters`` is what each configuration counts, each tensor once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.models.weights.files import MODEL_INDEX, SECOND, has_second, read_model_index
+from lowmem_drf.models.weights.sources import resolve
+
+SUBFOLDERS = {"transformer": "transformer", "vae": "vae", "text": "text_encoder"}
+"""Field of ``GeneratorConfig`` -> subfolder of a diffusers model."""
+_KINDS = {"transformer": "WanTransformer3DModel", SECOND: "WanTransformer3DModel", "vae": "AutoencoderKLWan", "text_encoder": "umt5"}
+"""What a configuration names itself: ``_class_name`` in diffusers, ``model_type`` in transformers."""
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """What the ``config.json`` of a generator's models say, and its ``model_index.json``."""
+
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    text: dict[str, Any]
+    transformer_2: dict[str, Any] | None = None
+    """Of a generator of two experts (see ``experts``): the one for low noise. ``transformer`` is the one for high noise then."""
+    boundary: float | None = None
+    """``boundary_ratio``, in (0, 1): between the two. ``None`` where there is one."""
+
+
+@dataclass(frozen=True)
+class KnownGenerator:
+    """A generator that is known without its files: its configuration, and the parameters of each model by field name."""
+
+    config: GeneratorConfig
+    parameters: Mapping[str, int]
+
+
+def _transformer(heads: int, ffn: int, layers: int, channels: int) -> dict[str, Any]:
+    return {
+        "_class_name": _KINDS["transformer"],
+        "patch_size": [1, 2, 2],
+        "num_attention_heads": heads,
+        "attention_head_dim": 128,
+        "in_channels": channels,
+        "out_channels": channels,
+        "text_dim": 4096,
+        "freq_dim": 256,
+        "ffn_dim": ffn,
+        "num_layers": layers,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": 1e-06,
+        "added_kv_proj_dim": None,
+        "image_dim": None,
+        "rope_max_seq_len": 1024,
+    }
+
+
+_UMT5_XXL = {
+    "architectures": ["UMT5EncoderModel"],
+    "model_type": _KINDS["text_encoder"],
+    "vocab_size": 256384,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_decoder_layers": 24,
+    "num_heads": 64,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "dropout_rate": 0.1,
+    "layer_norm_epsilon": 1e-06,
+    "feed_forward_proj": "gated-gelu",
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
+
+_VAE = {
+    "_class_name": _KINDS["vae"],
+    "base_dim": 96,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+    "dropout": 0.0,
+    "latents_mean": [
+        *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+        *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+    ],
+    "latents_std": [
+        *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+        *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916),
+    ],
+}
+
+_VAE_2_2 = _VAE | {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "scale_factor_temporal": 4,
+    "latents_mean": [
+        *(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891),
+        *(0.157, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502),
+        *(-0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.123, -0.0313, -0.1649, 0.0117, 0.0723),
+        *(-0.2839, -0.2083, -0.052, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+    ],
+    "latents_std": [
+        *(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.499, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901),
+        *(0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659),
+        *(0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944),
+        *(0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.06, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
+    ],
+}
+
+_WAN_14B = _transformer(heads=40, ffn=13824, layers=40, channels=16)
+
+_TEXT_PARAMETERS = 5_680_910_336
+
+KNOWN_GENERATORS: dict[str, KnownGenerator] = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": KnownGenerator(
+        GeneratorConfig(_transformer(heads=12, ffn=8960, layers=30, channels=16), _VAE, _UMT5_XXL),
+        {"transformer": 1_418_996_800, "vae": 126_892_531, "text": _TEXT_PARAMETERS},
+    ),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": KnownGenerator(
+        GeneratorConfig(_WAN_14B, _VAE, _UMT5_XXL),
+        {"transformer": 14_288_491_584, "vae": 126_892_531, "text": _TEXT_PARAMETERS},
+    ),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": KnownGenerator(
+        GeneratorConfig(_transformer(heads=24, ffn=14336, layers=30, channels=48), _VAE_2_2, _UMT5_XXL),
+        {"transformer": 4_999_787_712, "vae": 704_688_668, "text": _TEXT_PARAMETERS},
+    ),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": KnownGenerator(
+        GeneratorConfig(_WAN_14B, _VAE, _UMT5_XXL, _WAN_14B, boundary=0.875),
+        {"transformer": 14_288_491_584, "transformer_2": 14_288_491_584, "vae": 126_892_531, "text": _TEXT_PARAMETERS},
+    ),
+}
+
+
+def generator_config(folder_or_id: str) -> GeneratorConfig:
+    """The configuration of a generator without its weights, and without the network.
+
+    Args:
+        folder_or_id: ``toyworld``, a diffusers folder, or a hub id: one of ``KNOWN_GENERATORS``, or one whose configuration is in the hub's
+            cache, which comes first.
+
+    Raises:
+        BadInputError: the configuration is not here, cannot be read, or is not that of a Wan generator.
+    """
+    place = resolve(folder_or_id, "generator")
+
+    def find(name: str) -> Path | None:
+        return Path(place) / name if Path(place).is_dir() else _cached(place, name)
+
+    files = {field: file for field, subfolder in SUBFOLDERS.items() if (file := find(f"{subfolder}/config.json")) is not None}
+    if len(files) == len(SUBFOLDERS) and (index := find(MODEL_INDEX)) is not None:
+        models = {field: _read(SUBFOLDERS[field], file, place) for field, file in files.items()}
+        _refuse_image_to_video(models, place)
+        boundary = _boundary(read_model_index(index))
+        second = find(f"{SECOND}/config.json") if boundary is not None else None
+        if boundary is None or second is not None:
+            expert = None if second is None else _read(SECOND, second, place)
+            return GeneratorConfig(models["transformer"], models["vae"], models["text"], expert, boundary)
+    if place in KNOWN_GENERATORS:
+        return KNOWN_GENERATORS[place].config
+    raise BadInputError(
+        f"No configuration of {place!r} is on this machine, neither as a folder nor in the hub's cache. If it is an id on the Hugging Face hub, get its "
+        f"configuration (a few kilobytes): hf download {place} --include '*.json'\nOr give a folder in diffusers layout, or one of: "
+        f"{', '.join(KNOWN_GENERATORS)}."
+    )
+
+
+def _cached(hub_id: str, name: str) -> Path | None:
+    """A file of the hub's cache; ``None`` where it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(hub_id, name)
+    except HFValidationError:  # not the form of an id: a folder that does not exist
+        return None
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _refuse_image_to_video(models: Mapping[str, dict[str, Any]], place: str) -> None:
+    taken, made = models["transformer"].get("in_channels"), models["vae"].get("z_dim")
+    if taken != made:
+        raise BadInputError(
+            f"The transformer of {place} takes {taken} channels, and its VAE's latents have {made}: it is an image-to-video model. Take a text-to-video one."
+        )
+
+
+def _boundary(index: Mapping[str, Any]) -> float | None:
+    """``boundary_ratio`` where there are two experts. Without one diffusers never calls a second transformer."""
+    ratio = index.get("boundary_ratio")
+    if ratio is None:
+        return None
+    if not isinstance(ratio, float) or not 0 < ratio < 1 or not has_second(index):
+        raise BadInputError(f"{MODEL_INDEX} has boundary_ratio = {ratio!r}: it is to be a number between 0 and 1, beside a {SECOND}.")
+    return ratio
+
+
+def _read(subfolder: str, file: Path, place: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise BadInputError(f"{place} lacks {subfolder}/config.json: give the complete folder of a diffusers model.")
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        kind = config.get("_class_name") or config.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise BadInputError(f"{file} cannot be read as a configuration ({error}). Get it anew.") from error
+    if kind != _KINDS[subfolder]:
+        raise BadInputError(
+            f"{place} holds a {kind} in {subfolder}, and a {_KINDS[subfolder]} is expected there: this program trains Wan's text-to-video models."
+        )
+    return config

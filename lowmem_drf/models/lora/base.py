@@ -1,0 +1,180 @@
+"""``model.base_lora``: a published LoRA merged into the frozen base as it is loaded, for example one that distils a generator to four steps.
+
+    comfyui    diffusion_model.blocks.0.self_attn.q.lora_A.weight (or lora_down), .alpha
+    diffusers  transformer.blocks.0.attn1.to_q.lora_A.weight, alpha in the header
+    kohya      lora_unet_blocks_0_self_attn_q.lora_down.weight, .alpha
+    besides    .diff of a weight, .diff_b of a bias, .diff_m of a block's modulation, as lightx2v's files have them
+
+Unlike the files that training writes (``lora_formats``), these reach modules outside the blocks, their ranks differ from module to module, and
+some of what they hold is no LoRA. Every tensor of the file must be used: half a distillation is none.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.models.lora.formats import ADAPTER_METADATA, header_alpha, read_tensors
+from lowmem_drf.models.wan.names import wan_name
+from lowmem_drf.models.weights.downloads import hub_file
+from lowmem_drf.models.weights.reader import Change
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
+_SIDES = {"lora_A.weight": "A", "lora_down.weight": "A", "lora_B.weight": "B", "lora_up.weight": "B", "alpha": "alpha"}
+_WHOLE = {"diff": "weight", "diff_b": "bias", "diff_m": "scale_shift_table"}
+"""Suffix of what is added as it is -> the parameter of its module."""
+_HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)[:/](.+\.safetensors)")
+
+
+def base_changes(source: str, shapes: Mapping[str, tuple[int, ...]], say: Callable[[str], None], scale: float = 1.0) -> dict[str, Change]:
+    """What ``scale`` times a LoRA adds to the parameters of a transformer, for ``load_denoiser`` and ``load_single_file``.
+
+    Args:
+        source: a safetensors file, or ``owner/repo/file.safetensors`` (also ``owner/repo:file.safetensors``) on the hub, downloaded once.
+        shapes: of the transformer's parameters, by diffusers' names.
+        say: is told of a download.
+
+    Raises:
+        BadInputError: there is no such file; it cannot be read; a tensor of it belongs to nothing in this transformer, has another shape or
+            is not finite.
+        LowmemError: the download failed.
+    """
+    path = find_base_lora(source, say)
+    tensors, metadata = read_tensors(path)
+    try:
+        changes = read_changes(tensors, metadata, shapes)
+    except BadInputError as error:
+        raise BadInputError(f"model.base_lora, {source}: {error}") from error
+    return {name: _scaled(change, scale) for name, change in changes.items()}
+
+
+def find_base_lora(source: str, say: Callable[[str], None]) -> Path:
+    """The file on this machine, downloaded if it must be. Raises BadInputError, LowmemError."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if match := _HUB_FILE.fullmatch(source):
+        return hub_file(match[1], match[2], say)
+    raise BadInputError(
+        f"model.base_lora = {source!r} is neither a file nor owner/repo/file.safetensors on the Hugging Face hub. Only safetensors files are read."
+    )
+
+
+def read_changes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Change]:
+    """What a file adds to each parameter of a model of these ``shapes`` (by diffusers' names), before any scale.
+
+    Raises:
+        BadInputError: with all that is wrong.
+    """
+    if patterns := _alpha_patterns(metadata):
+        raise BadInputError(f"its header gives single modules an alpha of their own ({patterns}), which is not supported")
+    known = _known_modules(tensors, shapes)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, list[Change]] = {}
+    unused, misfits = [], []
+    for key, value in tensors.items():
+        stem, suffix = _split(key)
+        module = known.get(stem)
+        if module is None or suffix not in _SIDES | _WHOLE:
+            unused.append(key)
+        elif not bool(value.isfinite().all()):
+            misfits.append(f"{key} holds NaN or infinity")
+        elif suffix in _SIDES:
+            pairs.setdefault(module, {})[_SIDES[suffix]] = value
+        else:
+            name = f"{module}.{_WHOLE[suffix]}".removeprefix(".")
+            if shapes.get(name) == tuple(value.shape):
+                parts.setdefault(name, []).append(_added(value))
+            else:
+                misfits.append(f"{key} is {list(value.shape)}, and the model's {name} is {list(shapes[name]) if name in shapes else 'not there'}")
+    for module, pair in pairs.items():
+        name = f"{module}.weight"
+        if not {"A", "B"} <= pair.keys():
+            misfits.append(f"it holds half a pair for {module}")
+            continue
+        down, up = pair["A"], pair["B"]
+        shape = shapes.get(name)
+        if shape is None or up.shape[0] != shape[0] or up.flatten(1).shape[1] != down.shape[0] or down.shape[1:] != shape[1:]:
+            misfits.append(f"its pair for {module} is {list(up.shape)} x {list(down.shape)}, and the model's {name} is {list(shape) if shape else 'not there'}")
+            continue
+        rank = int(down.shape[0])
+        alpha = float(pair["alpha"]) if "alpha" in pair else header_alpha(metadata, rank)
+        parts.setdefault(name, []).append(_product(down, up, alpha / rank, shape))
+    if unused:
+        misfits.insert(0, f"{len(unused)} of its tensors belong to nothing in this transformer ({_some(unused)})")
+    if misfits or not parts:
+        raise BadInputError(("; ".join(misfits[:4]) or "it holds nothing") + ". It was made for another model, or is of a kind that is not supported.")
+    return {name: _sum(changes) for name, changes in parts.items()}
+
+
+def _known_modules(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+    """What a file may call a module -> diffusers' name. ``norm2`` is another module in Wan's own naming, so a file has one naming or the other."""
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in shapes)
+    if any(".attn1." in key or ".attn2." in key for key in tensors):
+        return {module: module for module in modules if module}
+    known = {"head": ""}  # of head.diff_m, the last modulation
+    for module in filter(None, modules):
+        try:
+            own = module if re.fullmatch(r"blocks\.\d+", module) else wan_name(module)
+        except KeyError:  # of an image-to-video model
+            continue
+        known |= {own: module, f"lora_unet_{own.replace('.', '_')}": module}
+    return known
+
+
+def _split(key: str) -> tuple[str, str]:
+    """(name of the module in the file without the prefix, suffix); an unknown suffix stays with the name."""
+    for prefix in _PREFIXES:
+        key = key.removeprefix(prefix)
+    for suffix in (*_SIDES, *_WHOLE):
+        if key.endswith(f".{suffix}"):
+            return key.removesuffix(f".{suffix}"), suffix
+    return key, ""
+
+
+def _added(value: Tensor) -> Change:
+    return lambda device, dtype: value.to(device, dtype)
+
+
+def _product(down: Tensor, up: Tensor, factor: float, shape: tuple[int, ...]) -> Change:
+    """Of matrices, and of the kernels of the patch embedding, whose second is 1x1x1."""
+
+    def change(device: torch.device, dtype: torch.dtype) -> Tensor:
+        product = up.to(device, dtype).flatten(1) @ down.to(device, dtype).flatten(1)
+        return (factor * product).reshape(shape)
+
+    return change
+
+
+def _scaled(change: Change, scale: float) -> Change:
+    return lambda device, dtype: scale * change(device, dtype)
+
+
+def _sum(changes: list[Change]) -> Change:
+    def change(device: torch.device, dtype: torch.dtype) -> Tensor:
+        total = changes[0](device, dtype)
+        for other in changes[1:]:
+            total = total + other(device, dtype)
+        return total
+
+    return change
+
+
+def _alpha_patterns(metadata: Mapping[str, str]) -> str:
+    try:
+        header = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
+        return ", ".join(header.get("transformer.alpha_pattern") or ())
+    except (ValueError, AttributeError, TypeError) as error:
+        raise BadInputError(f"its header is damaged: {error}") from error
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

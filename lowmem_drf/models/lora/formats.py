@@ -1,0 +1,199 @@
+"""LoRA files: the key formats that Wan tools read, written and read back.
+
+    comfyui    diffusion_model.blocks.0.self_attn.q.lora_A.weight
+               alpha / rank folded into A. ComfyUI and diffusers load it.
+    diffusers  transformer.blocks.0.attn1.to_q.lora_A.weight
+               unfolded, alpha in the header (``lora_adapter_metadata``). diffusers and peft load it.
+    kohya      lora_unet_blocks_0_self_attn_q.lora_down.weight
+               unfolded, an ``.alpha`` beside each pair. musubi-tuner and ComfyUI load it; diffusers where every Linear of every block is in it.
+
+A folded file carries no ``lora_adapter_metadata`` and no ``.alpha``: a reader would scale it twice. Sources: ``comfy/lora.py`` of ComfyUI,
+``loaders/lora_conversion_utils.py`` of diffusers 0.42.1. Only the Linears inside the blocks have a name in all three.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.models.wan.names import BLOCK_LINEARS
+
+LoraFormat = Literal["comfyui", "diffusers", "kohya"]
+FORMATS: tuple[str, ...] = get_args(LoraFormat)
+
+_DIFFUSERS = {wan: name for name, wan in BLOCK_LINEARS.items()}
+_UNDERSCORED = {wan.replace(".", "_"): name for name, wan in BLOCK_LINEARS.items()}
+_SUFFIXES = {"lora_A.weight": "A", "lora_down.weight": "A", "lora_B.weight": "B", "lora_up.weight": "B", "alpha": "alpha"}
+ADAPTER_METADATA = "lora_adapter_metadata"
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA as the product holds it: names of ``models/lora``, fp32 values, one alpha for all modules."""
+
+    state: dict[str, Tensor]
+    alpha: float
+    metadata: dict[str, str]
+
+    @property
+    def rank(self) -> int:
+        return int(next(value for name, value in self.state.items() if name.endswith("lora_A.weight")).shape[0])
+
+    def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """(A, B) by module."""
+        modules = sorted({name.rsplit(".lora_", 1)[0] for name in self.state})
+        return {module: (self.state[f"{module}.lora_A.weight"], self.state[f"{module}.lora_B.weight"]) for module in modules}
+
+    def deltas(self) -> dict[str, Tensor]:
+        """What it adds to each module's weight, (alpha / rank) B A, fp64."""
+        return {module: (self.alpha / self.rank) * (b.double() @ a.double()) for module, (a, b) in self.pairs().items()}
+
+
+def to_format(state: Mapping[str, Tensor], alpha: float, rank: int, form: LoraFormat, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a file. Folding is done in the dtype of ``state``, before the rounding to ``dtype``.
+
+    Raises:
+        BadInputError: a module that the format has no name for; a value too large for ``dtype``.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, value in state.items():
+        module, side = name.removesuffix(".weight").rsplit(".lora_", 1)
+        if form == "diffusers":
+            tensors[f"transformer.{name}"] = value.to(dtype)
+        elif form == "comfyui":
+            folded = value * (alpha / rank) if side == "A" else value
+            tensors[f"diffusion_model.{_wan_name(module, form)}.lora_{side}.weight"] = folded.to(dtype)
+        else:
+            stem = "lora_unet_" + _wan_name(module, form).replace(".", "_")
+            tensors[f"{stem}.lora_{'down' if side == 'A' else 'up'}.weight"] = value.to(dtype)
+            tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
+    if lost := [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]:
+        raise BadInputError(f"{lost[0]} does not fit into {str(dtype).removeprefix('torch.')}. Export with --dtype bf16 or fp32.")
+    return {name: value.contiguous() for name, value in tensors.items()}
+
+
+def adapter_metadata(state: Mapping[str, Tensor], alpha: float, rank: int) -> dict[str, str]:
+    """The header entry from which diffusers takes alpha (and rank and modules) of an unfolded file."""
+    from peft import LoraConfig
+
+    modules = sorted({name.rsplit(".lora_", 1)[0] for name in state})
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=modules).to_dict()
+    plain = {f"transformer.{key}": sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    return {ADAPTER_METADATA: json.dumps(plain, sort_keys=True, default=str)}
+
+
+def read_lora(path: Path) -> LoraFile:
+    """Reads a LoRA of any of the three formats, or a checkpoint's ``lora.safetensors``.
+
+    Raises:
+        BadInputError: no such file, no safetensors, no LoRA of a Wan transformer in it.
+    """
+    tensors, metadata = read_tensors(path)
+    try:
+        return from_format(tensors, metadata)
+    except BadInputError as error:
+        raise BadInputError(f"{path}: {error}") from error
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a file and its metadata. Raises BadInputError: no such file, no safetensors."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise BadInputError(f"There is no file {path}. Give a LoRA in safetensors format.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = dict(file.metadata() or {})
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (safe_open is no mapping)
+    except (OSError, SafetensorError) as error:
+        raise BadInputError(f"{path} is not a readable safetensors file ({error}). Give a LoRA in safetensors format.") from error
+
+
+def from_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> LoraFile:
+    """The inverse of ``to_format``, whatever the format. Where modules have different alphas they are folded, and alpha is the rank.
+
+    Raises:
+        BadInputError: a key that belongs to none of the formats, half a pair, more than one rank.
+    """
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        stem, suffix = _split_key(key)
+        pairs.setdefault(_module_name(stem), {})[_SUFFIXES[suffix]] = value.to(torch.float32)
+    if not pairs:
+        raise BadInputError("it holds no LoRA")
+    if half := [module for module, pair in pairs.items() if not {"A", "B"} <= pair.keys()]:
+        raise BadInputError(f"it holds half a LoRA pair for {half[0]}")
+    ranks = {int(pair["A"].shape[0]) for pair in pairs.values()}
+    if len(ranks) > 1:
+        raise BadInputError(f"its modules have ranks {sorted(ranks)}; one rank for all is supported")
+    (rank,) = ranks
+    default = header_alpha(metadata, rank)
+    alphas = {module: float(pair["alpha"]) if "alpha" in pair else default for module, pair in pairs.items()}
+    one = len(set(alphas.values())) == 1
+    state: dict[str, Tensor] = {}
+    for module, pair in pairs.items():
+        state[f"{module}.lora_A.weight"] = pair["A"] if one else pair["A"] * (alphas[module] / rank)
+        state[f"{module}.lora_B.weight"] = pair["B"]
+    return LoraFile(state, next(iter(alphas.values())) if one else float(rank), dict(metadata))
+
+
+def diffusers_reads_kohya(state: Mapping[str, Tensor]) -> bool:
+    """diffusers 0.42.1 converts a kohya file only if it holds every attention and feed-forward Linear of blocks 0 to n - 1."""
+    modules = {name.rsplit(".lora_", 1)[0] for name in state}
+    blocks = {int(module.split(".")[1]) for module in modules if module.startswith("blocks.")}
+    wanted = {f"blocks.{i}.{name}" for i in range(len(blocks)) for name in BLOCK_LINEARS if "add_" not in name}
+    return bool(blocks) and wanted <= modules
+
+
+def model_hash(file: bytes) -> str:
+    """``sshs_model_hash`` of kohya's sd-scripts: SHA-256 of a safetensors file after its header, so that editing metadata does not change
+    it."""
+    return hashlib.sha256(file[8 + int.from_bytes(file[:8], "little") :]).hexdigest()
+
+
+def _wan_name(module: str, form: str) -> str:
+    match = re.fullmatch(r"(blocks\.\d+)\.(.+)", module)
+    if match is None or match[2] not in BLOCK_LINEARS:
+        raise BadInputError(f"The {form} format has no name for a LoRA on {module}. Export with --format diffusers.")
+    return f"{match[1]}.{BLOCK_LINEARS[match[2]]}"
+
+
+def _split_key(key: str) -> tuple[str, str]:
+    for suffix in _SUFFIXES:
+        if key.endswith(f".{suffix}"):
+            return key.removesuffix(f".{suffix}"), suffix
+    raise BadInputError(f"its tensor {key} is not part of a LoRA that this program reads (pairs of lora_A and lora_B, or lora_down and lora_up)")
+
+
+def _module_name(stem: str) -> str:
+    """A key without its suffix -> the module's name in diffusers."""
+    if match := re.fullmatch(r"diffusion_model\.(blocks\.\d+)\.(.+)", stem):
+        name, known = match[2], _DIFFUSERS
+    elif match := re.fullmatch(r"lora_unet_(blocks_\d+)_(.+)", stem):
+        name, known = match[2], _UNDERSCORED
+    elif stem.startswith(("diffusion_model.", "lora_")):
+        raise BadInputError(f"its module {stem} is none of a Wan transformer's blocks: this is a LoRA of another model")
+    else:
+        return stem.removeprefix("transformer.")
+    if name not in known:
+        raise BadInputError(f"its module {stem} is none of a Wan transformer's: this is a LoRA of another model")
+    return f"{match[1].replace('_', '.')}.{known[name]}"
+
+
+def header_alpha(metadata: Mapping[str, str], rank: int) -> float:
+    """Alpha by the header of a diffusers file or of a checkpoint; without one alpha is the rank, as everywhere."""
+    try:
+        if ADAPTER_METADATA in metadata:
+            return float(json.loads(metadata[ADAPTER_METADATA]).get("transformer.lora_alpha", rank))
+        return float(metadata.get("alpha", rank))
+    except (ValueError, TypeError) as error:
+        raise BadInputError(f"its header is damaged: {error}") from error

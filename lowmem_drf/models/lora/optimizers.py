@@ -1,0 +1,121 @@
+"""The optimizers of the LoRA: AdamW (arXiv 1711.05101) with moments in fp32, or in 8 bit by bitsandbytes 0.50 (arXiv 2110.02861).
+
+In 8 bit a moment is one byte per number and one fp32 scale per block of 256; tensors of fewer than 4096 numbers keep fp32 moments. The paged form
+puts the moments of tensors of ``PAGED_FROM`` numbers or more into CUDA managed memory, which the driver moves to the host when the card is full. On
+the CPU there is nothing to page from, and the paged form is the plain one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.planner.ledger import Ledger
+from lowmem_drf.schema import Optim
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+PAGED_FROM = 100_000
+"""Numbers in a tensor (``Optimizer8bit.get_state_buffer``)."""
+
+SHARED = ("qmap1", "qmap2")
+"""bitsandbytes' code tables: one tensor in the state of every parameter."""
+
+
+def make_optimizer(optim: Optim, lora: Sequence[Tensor]) -> Optimizer:
+    """AdamW on the LoRA's fp32 tensors, as ``optim.name`` has it. Raises BadInputError where that needs bitsandbytes and it is missing."""
+    beta_1, beta_2 = optim.betas
+    arguments: dict[str, Any] = dict(lr=optim.lr, betas=(beta_1, beta_2), eps=optim.eps, weight_decay=optim.weight_decay)
+    if optim.name == "adamw":
+        return torch.optim.AdamW(lora, **arguments)
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        raise BadInputError(
+            f"optim.name = {optim.name} needs bitsandbytes, which cannot be imported ({error}). pip install bitsandbytes, or -s optim.name=adamw"
+        ) from error
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+    kinds = {"adamw8bit": bnb.optim.AdamW8bit, "paged_adamw8bit": bnb.optim.PagedAdamW8bit}
+    made: Optimizer = kinds[optim.name](lora, **arguments)
+    return made
+
+
+def fill_states(optimizer: Optimizer) -> None:
+    """Makes the moments that the first ``step`` would make. Changes no weight. Under a ``Ledger`` moments that are paged count as the host's: on a
+    card that is full that is where they are."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        _fill_by_a_step(optimizer)
+        return
+    bnb: Any = optimizer
+    for group_index, group in enumerate(bnb.param_groups):
+        for index, tensor in enumerate(group["params"]):
+            if not bnb.state[tensor]:
+                bnb.init_state(group, tensor, group_index, index)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # paged moments are zeroed by the card, and the CPU may write into them from here on
+    ledger = Ledger.active()
+    if ledger is not None and bnb.is_paged:
+        for tensor in _parameters(bnb):
+            if tensor.numel() >= PAGED_FROM:
+                ledger.on_host(bnb.state[tensor]["state1"])
+                ledger.on_host(bnb.state[tensor]["state2"])
+
+
+def _fill_by_a_step(optimizer: Optimizer) -> None:
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for tensor in group["params"]:
+            tensor.grad = torch.zeros_like(tensor)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def pack_optimizer(optimizer: Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
+    """The optimizer's state as contiguous tensors ``<parameter>.<key>``, what all parameters share as ``<key>``. Its rates are the schedule's.
+
+    ``names``: in the order of its parameters."""
+    return {name: torch.as_tensor(value).detach().cpu().contiguous() for name, _, _, value in _entries(optimizer, names)}
+
+
+def unpack_optimizer(optimizer: Optimizer, names: Sequence[str], packed: Mapping[str, Tensor]) -> None:
+    """Puts ``pack_optimizer``'s tensors back, each into the memory that the optimizer has for it: paged moments stay paged, which bitsandbytes'
+    ``load_state_dict`` does not see to. Raises BadInputError for the state of another optimizer."""
+    fill_states(optimizer)
+    entries = list(_entries(optimizer, names))
+    expected = {name: torch.as_tensor(value).shape for name, _, _, value in entries}
+    if expected != {name: tensor.shape for name, tensor in packed.items()}:
+        raise BadInputError(
+            "the checkpoint has the state of another optimizer than optim.name says, or of another LoRA. Set optim.name in the run's config.toml to what "
+            "it was when the run began, or start a new run."
+        )
+    with torch.no_grad():
+        for name, state, key, value in entries:
+            if isinstance(value, torch.Tensor):
+                value.copy_(packed[name])
+            else:
+                state[key] = packed[name].item()
+
+
+def _entries(optimizer: Optimizer, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any], str, Any]]:
+    """(name, the parameter's state, key, value) of all that the state holds; what is shared comes once."""
+    seen = set()
+    for parameter, tensor in zip(names, _parameters(optimizer), strict=True):
+        state = optimizer.state.get(tensor, {})
+        for key, value in state.items():
+            name = key if key in SHARED else f"{parameter}.{key}"
+            if name not in seen:
+                seen.add(name)
+                yield name, state, key, value
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [tensor for group in optimizer.param_groups for tensor in group["params"]]

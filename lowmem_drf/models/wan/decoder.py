@@ -1,0 +1,273 @@
+"""The Wan video VAE as a ``types.Decoder``: whole, or one latent frame at a time with its caches as values.
+
+diffusers 0.42.1, ``AutoencoderKLWan._decode``, already decodes one latent frame at a time; between chunks it keeps, in a mutable list, the
+last two input frames of every causal convolution. Here that list is an argument and a result, so that any chunk can be computed again from
+what entered it. Encoding is not needed by the method and not here.
+
+A pixel past the range is clamped, as in diffusers, but its gradient is not always zero: see ``wan_vae.InwardClamp``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.memory.host import Held, HostStore
+from lowmem_drf.models.wan.vae import Caches, segments_of
+from lowmem_drf.models.wan.vae_fused import NormSilu, Wants
+from lowmem_drf.models.wan.vae_strips import in_strips, pull_back, sizes_of, strips_of
+from lowmem_drf.models.weights.sources import complete, loading
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+    from torch import Tensor
+
+ON_THE_WAY = 1024**3
+"""Bytes on their way to the card for the next segment while the present one computes. All that the backward of a segment of Wan 2.1 needs at 832x480
+in bf16, half of it in fp32."""
+
+
+def load_vae(folder_or_id: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> AutoencoderKLWan:
+    """The VAE in subfolder ``vae`` of a diffusers model: frozen, eval. Raises BadInputError if it cannot be loaded."""
+    from diffusers import AutoencoderKLWan
+
+    with loading("the VAE", folder_or_id):
+        vae = complete(AutoencoderKLWan.from_pretrained(folder_or_id, subfolder="vae", torch_dtype=dtype, output_loading_info=True))
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def drop_encoder(vae: AutoencoderKLWan) -> None:
+    """Lets go of what only encoding needs: nearly half of the Wan VAE's weights. ``decode`` works on."""
+    vae.encoder = vae.quant_conv = None
+
+
+class WanDecoder:
+    """``types.Decoder`` on an ``AutoencoderKLWan``. Latents are the transformer's; frames are in [0, 1], in the VAE's dtype.
+
+    Args:
+        vae: its dtype is that of ``decode`` and ``chunk``, whose frames the critic sees.
+        grad_dtype: of ``chunk_backward`` and of the caches that are stored for it. ``None``: the VAE's.
+        strips: of rows, in which ``chunk_backward`` recomputes the largest pieces of the decoder, those of full resolution; smaller ones are cut
+            into fewer, so that no strip is larger (``wan_strips.strips_of``). The gradient is the same. With ``norm_silu`` what has no gradient is
+            computed in these strips too.
+        caches: ``"host"``: the running caches of a decode, and in ``chunk_backward`` the inputs of the segments and the gradients of the caches,
+            wait in host memory between their uses, and the card holds those of one segment (and of the next, on their way).
+        store: the host memory of the run. What ``store`` keeps for the backward is there in any case.
+        norm_silu: the function of a kernel for (x_BCTHW, gamma_C) -> silu(WanRMS_norm(x)). With it the decoder runs on less memory
+            (``wan_fused``); frames and gradients are the same but for rounding. ``None``: on diffusers' own modules.
+
+    Raises:
+        BadInputError: fewer than one strip.
+        ValueError: ``norm_silu`` and weights that are not frozen: they would get no gradient.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKLWan,
+        *,
+        grad_dtype: torch.dtype | None = None,
+        strips: int = 1,
+        caches: Literal["card", "host"] = "card",
+        store: HostStore | None = None,
+        norm_silu: NormSilu | None = None,
+    ) -> None:
+        if norm_silu is not None and any(weight.requires_grad for weight in vae.decoder.parameters()):
+            raise ValueError("with norm_silu the decoder's weights get no gradient: freeze them, vae.requires_grad_(False)")
+        if strips < 1:
+            raise BadInputError(f"memory.vae_strips is {strips}: it must be 1 or more")
+        self.vae = vae
+        self.temporal_factor: int = vae.config.scale_factor_temporal
+        self.spatial_factor: int = vae.config.scale_factor_spatial
+        self._grad_dtype = grad_dtype or vae.dtype
+        self._strips, self._waits, self._fused = strips, caches == "host", norm_silu is not None
+        self._host = store or HostStore(vae.device)
+        self._segments = segments_of(vae.decoder, vae.config.patch_size, norm_silu)
+        ends = list(accumulate(segment.slots for segment in self._segments))
+        self._slots = [slice(end - segment.slots, end) for segment, end in zip(self._segments, ends, strict=True)]
+
+    def decode(self, latents_BCFhw: Tensor) -> Tensor:
+        """(B, C, F, h, w) -> (B, T, 3, H, W) in [0, 1], bitwise those of ``vae.decode``. Differentiable, as one graph."""
+        x = self._into(latents_BCFhw, self.vae.dtype)
+        caches, made = self.start(x.shape[0]), []
+        for frame in range(x.shape[2]):
+            y, caches = self._run(x[:, :, frame : frame + 1], caches)
+            made.append(y)
+        return _frames(torch.cat(made, dim=2))
+
+    def start(self, batch: int) -> Caches:
+        """The caches that enter the first chunk. ``batch`` is part of the contract; Wan's caches start empty whatever it is."""
+        return (None,) * self._slots[-1].stop
+
+    def chunk(self, latents_BC1hw: Tensor, caches: Caches) -> tuple[Tensor, Caches]:
+        """(B, C, 1, h, w) and the caches that enter -> frames (B, 1 or 4, 3, H, W) in [0, 1] and the caches handed on.
+
+        Pure: ``caches`` is not changed. Differentiable in the latents and in every tensor of ``caches``. Bitwise the frames of ``decode``, but
+        where ``norm_silu`` and several strips round them otherwise.
+        """
+        y, handed = self._run(self._into(latents_BC1hw, self.vae.dtype), caches)
+        return _frames(y), handed
+
+    @torch.no_grad()
+    def advance(self, latents_BC1hw: Tensor, caches: Caches) -> Caches:
+        """What ``chunk`` hands on, in the dtype of the gradient: half the time and the room where that is bf16."""
+        return self._run(self._into(latents_BC1hw, self._grad_dtype), caches)[1]
+
+    def store(self, caches: Caches) -> Caches:
+        """What ``chunk`` handed on, as it waits for ``chunk_backward``: on the host, in its dtype."""
+        if self._grad_dtype == self.vae.dtype:
+            return tuple(self._host.put(cache) if isinstance(cache, torch.Tensor) else cache for cache in caches)
+        return tuple(self._host.put(_get(cache).to(self._grad_dtype)) if isinstance(cache, torch.Tensor | Held) else cache for cache in caches)
+
+    def chunk_backward(
+        self,
+        latents_BC1hw: Tensor,
+        caches: Caches,
+        local: Sequence[int],
+        d_made_BtCHW: Tensor,
+        d_handed: Caches,
+        hands_back: bool,
+    ) -> tuple[Tensor, Caches]:
+        """See ``types.Decoder``. One forward without gradient, that keeps what enters each segment; then the segments in reverse, each recomputed
+        with gradient, the large ones in strips of rows. One segment's graph is live at a time. Gradients at the caches take the memory of
+        ``d_handed``."""
+        first, dtype = _is_first(caches), self._grad_dtype
+        z = latents_BC1hw.detach().requires_grad_()
+        with torch.enable_grad():
+            stem = self._into(z, dtype)
+        counts = self._counts(stem.shape, first)
+        inputs = self._inputs(stem.detach(), caches, first, counts)
+        d_x = None
+        if len(local):
+            frames = 1 if first else self.temporal_factor
+            d_x = d_made_BtCHW.new_zeros(len(z), d_made_BtCHW.shape[2], frames, *d_made_BtCHW.shape[3:], dtype=dtype)
+            d_x[:, :, list(local)] = 0.5 * d_made_BtCHW.transpose(1, 2).to(dtype)
+        d_handed = d_handed or (None,) * len(caches)
+        d_caches: list[Any] = [None] * len(caches)
+        d_shortcut = None
+        for i in reversed(range(len(self._segments))):
+            segment, slots = self._segments[i], self._slots[i]
+            x, shortcut = self._input(i, inputs, caches, first, counts), self._shortcut(i, inputs)
+            inputs.pop()
+            entering, d_out = self._entering(i, caches, x), tuple(map(_get, d_handed[slots]))
+            if i:
+                _prefetch([*inputs[-2 if inputs[-1] is None else -1 :], *self._read(i - 1, caches), *d_handed[self._slots[i - 1]]])
+            d_x, d_end, made = pull_back(segment, x, entering, first, shortcut, d_x, d_out, hands_back, counts[i])
+            del x, shortcut, entering, d_out
+            d_caches[slots] = [self._wait(d) for d in made]
+            del made
+            if segment.ends_shortcut:
+                d_shortcut = d_end
+            if segment.opens_shortcut and d_shortcut is not None:
+                d_x = d_shortcut if d_x is None else d_x + d_shortcut
+                d_shortcut = None
+        if d_x is None:
+            return torch.zeros_like(z), tuple(d_caches) if hands_back else ()
+        return torch.autograd.grad(stem, z, d_x)[0], tuple(d_caches) if hands_back else ()
+
+    def _counts(self, shape_BCTHW: Sequence[int], first: bool) -> list[int]:
+        """Into how many strips each segment is cut, where the first one's input has this shape."""
+        sizes = sizes_of(self._segments, shape_BCTHW, first)
+        return [strips_of(segment, size, max(sizes), self._strips) for segment, size in zip(self._segments, sizes, strict=True)]
+
+    @torch.no_grad()
+    def _inputs(self, x: Tensor, caches: Caches, first: bool, counts: Sequence[int]) -> list[Any]:
+        """What enters each segment; ``None`` where it is better computed again."""
+        inputs: list[Any] = []
+        for i in range(len(self._segments)):
+            inputs.append(None if i and self._segments[i - 1].cheap else self._wait(x))
+            if i < len(self._segments) - 1:  # the frames are not needed
+                _prefetch(caches[self._slots[i + 1]])
+                x = self._output(i, x, self._shortcut(i, inputs), caches, first, counts)
+        return inputs
+
+    @torch.no_grad()
+    def _input(self, i: int, inputs: Sequence[Any], caches: Caches, first: bool, counts: Sequence[int]) -> Tensor:
+        """What enters a segment, kept or computed again."""
+        if inputs[i] is not None:
+            return _get(inputs[i])
+        return self._output(i - 1, _get(inputs[i - 1]), self._shortcut(i - 1, inputs), caches, first, counts)
+
+    def _output(self, i: int, x: Tensor, shortcut: Tensor | None, caches: Caches, first: bool, counts: Sequence[int]) -> Tensor:
+        """What a segment makes, as it comes back from the host: upsampling leaves other strides, and sums over channels depend on them in their
+        last bit."""
+        strips = counts[i] if self._fused else 1
+        return in_strips(self._segments[i], x, tuple(map(_get, caches[self._slots[i]])), first, shortcut, strips, Wants.OUTPUT)[0].contiguous()
+
+    def _shortcut(self, i: int, inputs: Sequence[Any]) -> Tensor | None:
+        """The shortcut that ends at a segment, if one does."""
+        if not self._segments[i].ends_shortcut:
+            return None
+        return _get(inputs[max(j for j in range(i) if self._segments[j].opens_shortcut)])
+
+    def _read(self, i: int, caches: Caches) -> list[Any]:
+        """The caches that enter a segment whose values its pull-back reads."""
+        return [cache for place, cache in enumerate(caches[self._slots[i]]) if place not in self._segments[i].unread]
+
+    def _entering(self, i: int, caches: Caches, x: Tensor) -> Caches:
+        """The caches that enter a segment, on the card, for its pull-back. Of those that it does not read, the shape."""
+        entering = list(caches[self._slots[i]])
+        for place, channels in self._segments[i].unread.items():
+            waiting = entering[place]
+            if isinstance(waiting, Held):
+                one_frame = len(x) * channels * x.shape[3] * x.shape[4] * x.element_size()
+                entering[place] = x.new_zeros(()).expand(len(x), channels, waiting.nbytes // one_frame, *x.shape[3:])
+        return tuple(map(_get, entering))
+
+    def _run(self, x: Tensor, caches: Caches) -> tuple[Tensor, Caches]:
+        """All segments of one chunk."""
+        first, handed, shortcut = _is_first(caches), [], None
+        counts = self._counts(x.shape, first) if self._fused and not torch.is_grad_enabled() else [1] * len(self._segments)
+        for i, (segment, slots) in enumerate(zip(self._segments, self._slots, strict=True)):
+            if segment.opens_shortcut:
+                shortcut = x
+            entering = tuple(cache.to(x) if isinstance(cache, torch.Tensor) else cache for cache in map(_get, caches[slots]))
+            if i + 1 < len(self._segments):
+                _prefetch(caches[self._slots[i + 1]])
+            x, made = in_strips(segment, x, entering, first, shortcut, counts[i])
+            del entering
+            handed += [self._wait(cache) for cache in made]
+            del made
+            if segment.ends_shortcut:
+                shortcut = None
+        return x, tuple(handed)
+
+    def _wait(self, value: Any) -> Any:
+        """Where a tensor is until it is used again. A graph's tensors stay."""
+        return self._host.put(value) if self._waits and isinstance(value, torch.Tensor) and not value.requires_grad else value
+
+    def _into(self, latents_BCFhw: Tensor, dtype: torch.dtype) -> Tensor:
+        """What enters the decoder."""
+        conv = self.vae.post_quant_conv
+        weights = {name: weight.to(dtype) for name, weight in conv.named_parameters()}
+        return torch.func.functional_call(conv, weights, (self._to_vae(latents_BCFhw.to(dtype)),))
+
+    def _to_vae(self, x_BCFhw: Tensor) -> Tensor:
+        """Undoes the normalisation, in WanPipeline's own arithmetic (division by the inverse), so that its clips are reproduced to the bit."""
+        mean = torch.tensor(self.vae.config.latents_mean).view(1, -1, 1, 1, 1).to(x_BCFhw)
+        inverse_std = (1.0 / torch.tensor(self.vae.config.latents_std).view(1, -1, 1, 1, 1)).to(x_BCFhw)
+        return x_BCFhw / inverse_std + mean
+
+
+def _is_first(caches: Caches) -> bool:
+    return all(cache is None for cache in caches)
+
+
+def _get(value: Any) -> Any:
+    return value.get() if isinstance(value, Held) else value
+
+
+def _prefetch(values: Sequence[Any]) -> None:
+    """Starts the way to the card of the first of these, as many as ``ON_THE_WAY`` allows."""
+    waiting = [value for value in values if isinstance(value, Held)]
+    for value, nbytes in zip(waiting, accumulate(value.nbytes for value in waiting), strict=True):
+        if nbytes <= ON_THE_WAY:
+            value.prefetch()
+
+
+def _frames(x_BCTHW: Tensor) -> Tensor:
+    """[-1, 1] -> (B, T, C, H, W) in [0, 1]."""
+    return (x_BCTHW * 0.5 + 0.5).transpose(1, 2)

@@ -1,0 +1,128 @@
+"""Generators with random weights at their true size: what a benchmark needs before anyone downloads 28 GB.
+
+Laid out on ``meta`` and filled module by module on the device, in the dtypes that loading the real weights ends in: norms, the time embedding
+and the tables of the adaptive norms of a 16-bit transformer stay in fp32, as diffusers has it, and its blocks' linears are packed one by one where
+``model.quant`` says so. Such a model makes noise; its memory and its time are the real one's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowmem_drf.models.weights.filling import Value, fill, random_value
+from lowmem_drf.models.weights.quant import Quant, check_quantised, in_transformer, lay_out, require_library
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from transformers import UMT5EncoderModel
+
+
+def random_transformer(
+    config: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    layers: int | None = None,
+    quant: Quant = "none",
+    home: str | torch.device | None = None,
+    taken: Callable[[torch.nn.Parameter], None] | None = None,
+) -> WanTransformer3DModel:
+    """A frozen transformer of this ``config.json``; the same weights for the same seed, device and dtype, whatever ``quant`` is.
+
+    Args:
+        device: where they are drawn and packed.
+        layers: at most so many blocks, at full width.
+        quant: as ``load_denoiser``'s.
+        home: where they stay. Default: ``device``.
+        taken: as ``fill``'s.
+
+    Raises:
+        BadInputError: bitsandbytes is missing.
+    """
+    return fill_as_loaded(empty_transformer(config, layers, quant), dtype, _random(device, seed), home or device, taken)
+
+
+def random_vae(config: Mapping[str, Any], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0) -> AutoencoderKLWan:
+    """A frozen VAE of this ``config.json``."""
+    return fill_as_loaded(empty_vae(config), dtype, _random(device, seed), device)
+
+
+def random_text(
+    config: Mapping[str, Any], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0, layers: int | None = None
+) -> UMT5EncoderModel:
+    """A frozen text encoder of this ``config.json``, without a tokenizer. ``layers``: at most so many."""
+    return fill_as_loaded(empty_text(config, layers), dtype, _random(device, seed), device)
+
+
+def empty_transformer(config: Mapping[str, Any], layers: int | None = None, quant: Quant = "none") -> Any:
+    """The transformer on ``meta``, but for its rotary tables, which no checkpoint holds: they are on the CPU, fp32 or fp64. Raises BadInputError where
+    bitsandbytes is missing."""
+    from diffusers import WanTransformer3DModel
+
+    require_library(quant, "model.quant", ("none", "nf4", "int8"))
+
+    settings = dict(config)
+    if layers is not None:
+        settings["num_layers"] = min(layers, settings["num_layers"])
+    with torch.device("meta"):
+        model = WanTransformer3DModel.from_config(settings)
+    rope: Any = model.rope
+    model.rope = type(rope)(rope.attention_head_dim, rope.patch_size, rope.max_seq_len)
+    lay_out(model, quant, in_transformer)
+    check_quantised(model, quant, in_transformer, "transformer")
+    return model
+
+
+def empty_vae(config: Mapping[str, Any]) -> Any:
+    """The VAE on ``meta``."""
+    from diffusers import AutoencoderKLWan
+
+    with torch.device("meta"):
+        return AutoencoderKLWan.from_config(dict(config))
+
+
+def empty_text(config: Mapping[str, Any], layers: int | None = None) -> Any:
+    """The text encoder on ``meta``."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    settings = dict(config)
+    if layers is not None:
+        settings["num_layers"] = min(layers, settings["num_layers"])
+    with torch.device("meta"):
+        return UMT5EncoderModel(UMT5Config.from_dict(settings))
+
+
+def fill_as_loaded(
+    model: Any,
+    dtype: torch.dtype,
+    value_of: Callable[[torch.dtype], Value],
+    home: str | torch.device | None = None,
+    taken: Callable[[torch.nn.Parameter], None] | None = None,
+) -> Any:
+    """Fills a model from ``meta``; each parameter in the dtype that ``from_pretrained`` would leave it in. Frozen, eval.
+
+    diffusers keeps the modules of ``_keep_in_fp32_modules`` in fp32 in any dtype; the same name in a class of transformers matters to fp16
+    alone, and UMT5 is not run in it.
+
+    Args:
+        home: where the model is to stay, its buffers too. Default: where ``value_of`` makes its values.
+        taken: as ``fill``'s.
+    """
+    from diffusers import ModelMixin
+
+    kept = set(model._keep_in_fp32_modules or ()) if isinstance(model, ModelMixin) else set()
+    plain, exact = value_of(dtype), value_of(torch.float32)
+
+    def value(name: str, shape: Sequence[int]) -> Any:
+        return (exact if kept.intersection(name.split(".")) else plain)(name, shape)
+
+    fill(model, value, home=home, taken=taken)
+    return (model if home is None else model.to(home)).eval().requires_grad_(False)
+
+
+def _random(device: str | torch.device, seed: int) -> Callable[[torch.dtype], Value]:
+    generator = torch.Generator(device).manual_seed(seed)
+    return lambda dtype: random_value(dtype, torch.device(device), generator)

@@ -1,0 +1,80 @@
+"""The prompt encoder: UMT5, as ``WanPipeline._get_t5_prompt_embeds`` of diffusers 0.42.1 uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowmem_drf.memory.host import HostStore
+from lowmem_drf.memory.streaming import HostEmbedding, Streamed
+from lowmem_drf.models.weights.sources import complete, loading
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import UMT5EncoderModel
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A UMT5 encoder with its tokenizer."""
+
+    model: UMT5EncoderModel
+    tokenizer: Any
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str], max_tokens: int = 226) -> Tensor:
+        """Embeddings (B, max_tokens, D) in the encoder's dtype; zeros after a text's own tokens; longer texts are cut.
+
+        ``max_tokens`` is part of what the transformer sees (it attends to the zeros too): keep the one it was trained with, 226 in
+        WanPipeline.
+        """
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+        tokens = self.tokenizer(
+            [prompt_clean(text) for text in texts],
+            padding="max_length",
+            max_length=max_tokens,
+            truncation=True,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        mask_BL = tokens.attention_mask.to(self.model.device)
+        embeds_BLD = self.model(tokens.input_ids.to(self.model.device), mask_BL).last_hidden_state
+        return embeds_BLD.masked_fill(mask_BL[..., None] == 0, 0)
+
+
+def load_text(folder_or_id: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", stream: bool = False) -> TextEncoder:
+    """Subfolders ``text_encoder`` and ``tokenizer`` of a diffusers model: frozen, eval.
+
+    Args:
+        device: where it computes.
+        stream: its weights stay in host memory (see ``stream_text``).
+
+    Raises:
+        BadInputError: they cannot be loaded.
+    """
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    device = torch.device(device)
+    with loading("the text encoder", folder_or_id):
+        model = complete(UMT5EncoderModel.from_pretrained(folder_or_id, subfolder="text_encoder", dtype=dtype, output_loading_info=True))
+        tokenizer = AutoTokenizer.from_pretrained(folder_or_id, subfolder="tokenizer")
+    model.eval().requires_grad_(False)
+    if stream:
+        stream_text(model, device, HostStore(device))
+    return TextEncoder(model.to(device), tokenizer)
+
+
+def stream_text(model: UMT5EncoderModel, device: torch.device, store: HostStore) -> None:
+    """From here on the weights of the encoder's blocks come to ``device`` one block after another, in every pass, and the token embedding (2 GiB of Wan's
+    in 16 bit) stays in host memory, where rows are looked up. The embeddings are bitwise those of a resident encoder. What is left, the last norm, is
+    the caller's to move."""
+    model.set_input_embeddings(HostEmbedding(model.get_input_embeddings(), device))
+    blocks: list[Any] = list(model.encoder.block)
+    streamed = Streamed(blocks, device, store)
+    for place, block in enumerate(blocks):
+        block.forward = streamed.forward(place, block.forward)

@@ -1,0 +1,228 @@
+"""Before a model is loaded: what has to be downloaded is said and fits the disk, what is here is whole, and the host's memory is enough.
+
+Of a hub repository only what is used is fetched: configurations, the tokenizer and safetensors files. What is complete in the hub's cache, or
+in a folder, needs no network.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lowmem_drf.errors import BadInputError, LowmemError
+from lowmem_drf.models.weights.files import (
+    MODEL_INDEX,
+    SECOND,
+    SUBFOLDERS,
+    Problem,
+    Role,
+    find_problems,
+    refuse_pickles,
+    subfolders,
+    weight_count,
+    weight_files,
+    weight_indices,
+)
+from lowmem_drf.models.weights.sources import resolve
+
+Say = Callable[[str], None]
+
+DISK_MARGIN = 1 << 30
+"""Bytes to be left free."""
+HOST_MARGIN = 2 << 30
+"""Bytes of host memory for everything but the weights: Python, the libraries, CUDA's host side."""
+
+
+def prepare(folder_or_id: str, role: Role, say: Say, without: tuple[str, ...] = ()) -> Path:
+    """The model's folder on this machine, complete: a folder is checked, a hub id is downloaded where the cache lacks it.
+
+    An interrupted download is resumed by the next call.
+
+    Args:
+        say: is told, before a download, how large it is and how much of it is here.
+        without: subfolders that are not needed (``"transformer"`` where a single file stands for it).
+
+    Raises:
+        BadInputError: no such folder or repository, no access to it, no safetensors in it, a file missing or damaged (named).
+        LowmemError: not enough disk; the network failed.
+    """
+    place = resolve(folder_or_id, role)
+    if Path(place).is_dir():
+        _refuse(find_problems(Path(place), role, without), place)
+        return Path(place)
+    cached = _cached_folder(place, role)
+    problems = [] if cached is None else find_problems(cached, role, without)
+    _refuse([problem for problem in problems if not problem.missing], str(cached))
+    if cached is None or problems:
+        cached = _download(place, role, say, without)
+        _refuse(find_problems(cached, role, without), str(cached))
+    return cached
+
+
+def check_host_memory(folder: Path, role: Role, bytes_per_number: int, without: tuple[str, ...] = ()) -> None:
+    """The largest of a folder's models must fit into the host's free memory on its way to the card: they are loaded one after another, in the
+    run's dtype; two transformers count as one. Where the system does not say what is free, nothing is checked.
+
+    Raises:
+        LowmemError: it does not fit.
+    """
+    free = available_host_bytes()
+    needs = {subfolder: bytes_per_number * weight_count(folder / subfolder) for subfolder in subfolders(folder, role) if subfolder not in without}
+    if SECOND in needs:
+        needs["transformer"] = needs.get("transformer", 0) + needs.pop(SECOND)
+    largest = max(needs, key=lambda subfolder: needs[subfolder])
+    if free is not None and needs[largest] + HOST_MARGIN > free:
+        what = f"{largest} of the generator" if largest else "critic"
+        raise LowmemError(
+            f"Loading the {what} ({folder}) takes {_gb(needs[largest])} of host memory and {_gb(HOST_MARGIN)} besides; {_gb(free)} are free. "
+            "Close other programs, add swap, take a smaller model" + (", or -s dtype=bf16, which halves it." if bytes_per_number > 2 else ".")
+        )
+
+
+def available_host_bytes() -> int | None:
+    """``MemAvailable`` and free swap of Linux, bounded by the memory limit of a container (cgroup v2); ``None`` on other systems."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        fields = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
+        free = fields["MemAvailable"] + fields.get("SwapFree", 0)
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return free
+
+
+def hub_file(repository: str, name: str, say: Say) -> Path:
+    """One file of a hub repository, downloaded once. Raises BadInputError, LowmemError as ``prepare``."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    with _hub_errors(repository):
+        cached = try_to_load_from_cache(repository, name)
+        if isinstance(cached, str):
+            return Path(cached)
+        sizes = _sizes(repository)
+        if name not in sizes:
+            raise BadInputError(f"{repository} on the Hugging Face hub has no file {name}. It has: {', '.join(sorted(sizes)[:8])}")
+        _announce(repository, {name: sizes[name]}, say)
+        return Path(hf_hub_download(repository, name))
+
+
+def _download(hub_id: str, role: Role, say: Say, without: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with _hub_errors(hub_id):
+        wanted = _wanted(hub_id, role, _sizes(hub_id), without)
+        _announce(hub_id, wanted, say)
+        return Path(snapshot_download(hub_id, allow_patterns=sorted(wanted)))
+
+
+def _sizes(hub_id: str) -> dict[str, int]:
+    """Bytes of every file of a repository, by name."""
+    from huggingface_hub import model_info
+
+    return {file.rfilename: int(file.size or 0) for file in model_info(hub_id, files_metadata=True).siblings or ()}
+
+
+def _wanted(hub_id: str, role: Role, sizes: dict[str, int], without: tuple[str, ...]) -> dict[str, int]:
+    """The files that loading reads. Raises BadInputError where the weights are no safetensors, or there are none."""
+    wanted = [name for name in sizes if name == MODEL_INDEX or name.startswith("tokenizer/")] if role == "generator" else []
+    second = [SECOND] if role == "generator" and f"{SECOND}/config.json" in sizes else []
+    for subfolder in (*SUBFOLDERS[role], *second):
+        if subfolder in without:
+            wanted += [name for name in sizes if name == f"{subfolder}/config.json"]
+            continue
+        prefix = f"{subfolder}/" if subfolder else ""
+        names = [name.removeprefix(prefix) for name in sizes if name.startswith(prefix) and "/" not in name.removeprefix(prefix)]
+        weights = weight_files(names)
+        if not weights:
+            refuse_pickles(f"{hub_id} on the Hugging Face hub", prefix, names)
+            raise BadInputError(
+                f"{hub_id} on the Hugging Face hub has no safetensors in {prefix or 'its top folder'}: it is not a {role} in the layout expected."
+            )
+        indices = weight_indices(names)
+        small = [name for name in names if name.endswith((".json", ".txt", ".model", ".jinja")) and ".index." not in name]
+        wanted += [prefix + name for name in (*weights, *indices, *small)]
+    return {name: sizes[name] for name in wanted}
+
+
+def _announce(hub_id: str, wanted: dict[str, int], say: Say) -> None:
+    """Says what is to come. Raises LowmemError where the disk has no room for it."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    here = sum(size for name, size in wanted.items() if isinstance(try_to_load_from_cache(hub_id, name), str))
+    todo = sum(wanted.values()) - here
+    say(f"{hub_id}: {_gb(todo)} to download, {_gb(here) if here else '0'} of it is here; to {HF_HUB_CACHE}")
+    place = next(path for path in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).absolute().parents) if path.exists())
+    if (free := shutil.disk_usage(place).free) < todo + DISK_MARGIN:
+        raise LowmemError(
+            f"{hub_id} needs {_gb(todo)} more on the disk of {place}, and {_gb(free)} are free. Make room (hf cache prune), or let HF_HOME name a folder "
+            "on another disk."
+        )
+
+
+def _cached_folder(hub_id: str, role: Role) -> Path | None:
+    """The snapshot that the cache has of a repository, complete or not. Raises BadInputError for what is no id."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    for subfolder in SUBFOLDERS[role]:
+        try:
+            cached = try_to_load_from_cache(hub_id, f"{subfolder}/config.json".lstrip("/"))
+        except HFValidationError as error:
+            raise BadInputError(f"There is no folder {hub_id}, and it is no id on the Hugging Face hub (owner/name).") from error
+        if isinstance(cached, str):
+            return Path(cached).parents[1 if subfolder else 0]
+    return None
+
+
+@contextmanager
+def _hub_errors(hub_id: str) -> Iterator[None]:
+    """The hub's failures as ours."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    again = "Run the same command again: what is here already is not downloaded twice."
+    try:
+        yield
+    except GatedRepoError as error:
+        raise BadInputError(f"{hub_id} asks for its licence to be accepted: open https://huggingface.co/{hub_id}, accept it, then hf auth login.") from error
+    except RepositoryNotFoundError as error:
+        raise BadInputError(f"There is no folder {hub_id}, and no such model on the Hugging Face hub, or it is private (hf auth login).") from error
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        raise BadInputError(
+            f"{hub_id} is not complete on this machine, and the Hugging Face hub cannot be reached (or HF_HUB_OFFLINE is set). Download it where there is a "
+            f"network: hf download {hub_id}; or give a folder."
+        ) from error
+    except HfHubHTTPError as error:
+        raise LowmemError(f"The Hugging Face hub refused {hub_id}: {_first_line(error)}. {again}") from error
+    except Exception as error:
+        # the hub's client raises what its HTTP library raises, and that library has changed
+        if isinstance(error, OSError) or type(error).__module__.startswith(("httpx", "huggingface_hub")):
+            raise LowmemError(f"The download of {hub_id} stopped: {_first_line(error)}. {again}") from error
+        raise
+
+
+def _refuse(problems: list[Problem], where: str) -> None:
+    if not problems:
+        return
+    lines = [f"{where}/{problem.file} {problem.what}" for problem in problems]
+    many = f"\n… and {len(lines) - 5} more" if len(lines) > 5 else ""
+    cure = (
+        "Give a complete folder in diffusers / transformers layout."
+        if all(problem.missing for problem in problems)
+        else "Delete the damaged files and get them anew (an id of the Hugging Face hub: run the same command again)."
+    )
+    raise BadInputError("\n".join(lines[:5]) + f"{many}\n{cure}")
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

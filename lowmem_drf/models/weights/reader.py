@@ -1,0 +1,144 @@
+"""Tensors read from safetensors files one by one: changed, packed and put where they are to stay before the next one is read.
+
+The host holds one tensor at a time, in memory of its own. A mapping of the file, which safetensors gives, would count as the process's memory on some
+systems, and its tensors would change with the file.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem_drf.models.wan.random_generator import fill_as_loaded
+from lowmem_drf.models.weights.files import read_header, weight_files, weight_indices
+from lowmem_drf.models.weights.filling import Value
+from lowmem_drf.models.weights.packed_linear import PackedLinear
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""safetensors' names of the dtypes that are read. The others hold quantised weights."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+Change = Callable[[torch.device, torch.dtype], Tensor]
+"""(device, dtype) -> what is added to a parameter, in its shape."""
+Changes = Callable[[Shapes], Mapping[str, Change]]
+"""Shapes of a model's parameters by name -> what is added to some of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a tensor lies."""
+
+    file: Path
+    start: int
+    """Bytes from the file's beginning."""
+    dtype: str
+    """safetensors' name of it."""
+    shape: tuple[int, ...]
+
+
+class TensorFiles:
+    """The tensors of one or more safetensors files. Raises ValueError or OSError for a file that is damaged or missing."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.entries: dict[str, Entry] = {}
+        for file in files:
+            header, start = read_header(file)
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    self.entries[name] = Entry(file, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+
+    def read(self, name: str) -> Tensor:
+        """On the CPU, in the file's dtype. Raises ValueError for a dtype that is not in ``DTYPES``, or a file that ends too early."""
+        entry = self.entries[name]
+        if entry.dtype not in DTYPES:
+            raise ValueError(f"its weights are quantised already ({name} is {entry.dtype}); give the model in 16 or 32 bit")
+        made = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        with entry.file.open("rb", buffering=0) as stream:
+            stream.seek(entry.start)
+            flat: Any = made.view(-1).view(torch.uint8).numpy()
+            left = memoryview(flat)
+            while left:
+                count = stream.readinto(left)
+                if not count:
+                    raise ValueError(f"{entry.file} is cut off")
+                left = left[count:]
+        return made
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files that hold a model's weights, in the order of their names: the shards that an index lists, or the one file. Raises ValueError or OSError
+    where there are none."""
+    names = [path.name for path in folder.iterdir()]
+    shards = {shard for index in weight_indices(names) for shard in json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()}
+    files = [folder / name for name in sorted(shards or weight_files(names))]
+    if not files:
+        raise ValueError(f"there are no safetensors files in {folder}")
+    return files
+
+
+def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of a model's parameters by name, those of packed weights as they would be unpacked."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()} | {
+        f"{name}.weight": module.shape for name, module in model.named_modules() if isinstance(module, PackedLinear)
+    }
+
+
+def require_complete(files: TensorFiles, model: Any) -> None:
+    """Raises ValueError unless there is a tensor of the right shape for every parameter. Others in the files are not used, with a warning."""
+    shapes = parameter_shapes(model)
+    if missing := sorted(shapes.keys() - files.entries.keys()):
+        raise ValueError(f"its weights lack {len(missing)} tensors of the model its config.json describes (the first: {missing[0]})")
+    if other := [name for name, shape in shapes.items() if files.entries[name].shape != shape]:
+        raise ValueError(f"its config.json describes {other[0]} as {list(shapes[other[0]])}, and its weights have it as {list(files.entries[other[0]].shape)}")
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    if unused := sorted(name for name in files.entries.keys() - shapes.keys() if not any(part in name for part in ignored)):
+        warnings.warn(f"{len(unused)} tensors of {files.entries[unused[0]].file.parent} are not used (the first: {unused[0]})", stacklevel=2)
+
+
+def fill_from_files(
+    model: Any,
+    files: TensorFiles,
+    names: Mapping[str, str],
+    dtype: torch.dtype,
+    device: str | torch.device,
+    home: str | torch.device | None = None,
+    changes: Changes | None = None,
+    blocks: int | None = None,
+    taken: Callable[[nn.Parameter], None] | None = None,
+) -> Any:
+    """Fills a model from ``meta``; each parameter in the dtype that ``from_pretrained`` would leave it in. Frozen, eval.
+
+    Args:
+        names: the file's name of each parameter.
+        device: where weights are changed and packed.
+        home: where the model stays. Default: ``device``.
+        changes: added in fp32 (fp64 in an fp64 model), before anything is rounded or packed.
+        blocks: of the model's blocks only the first so many are read. The others have shapes and no values: they take a LoRA, and no memory.
+        taken: called with every parameter that has its value, before the next one is read (``filling.fill``).
+    """
+    device, home = torch.device(device), torch.device(device if home is None else home)
+    changed = changes(parameter_shapes(model)) if changes else {}
+    packed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+    def value_of(wanted: torch.dtype) -> Value:
+        exact = torch.promote_types(wanted, torch.float32)
+
+        def value(name: str, shape: Sequence[int]) -> Tensor:
+            if blocks is not None and name.startswith("blocks.") and int(name.split(".")[1]) >= blocks:
+                return torch.zeros((), dtype=wanted, device=home).expand(tuple(shape))
+            read, change = files.read(names[name]), changed.get(name)
+            if change is None:
+                return read.to(device) if name in packed else read.to(home, wanted)
+            total = read.to(device, exact) + change(device, exact)
+            return total if name in packed else total.to(home, wanted)
+
+        return value
+
+    return fill_as_loaded(model, dtype, value_of, home, taken)

@@ -1,0 +1,298 @@
+"""Counts live bytes, operations and traffic of whatever runs under it: the plan's instrument, and the tests'.
+
+A dispatch mode sees every storage that PyTorch makes and learns when it dies, so it counts what a caching allocator would be asked for, on real
+tensors as on fake ones (``fakes``). On a machine without CUDA fake tensors are fake CPU tensors; what would wait in host memory is booked there by
+``HostStore`` (``on_host``).
+
+Not seen: workspaces inside a kernel (cuDNN, cuBLAS), the CUDA context and the allocator's fragmentation. ``plan`` states them apart.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowmem_drf.planner.costs import CONVOLUTIONS, Counters, Rates, facts
+from lowmem_drf.planner.fakes import DEVICE_OF, key_of, tensors_of
+from lowmem_drf.planner.pcie import Link
+
+IN_FLIGHT = 256 * 1024**2
+"""Bytes of the card that may wait for their copy to the host to end (``host``). The newest tensor may in any case: its copy runs beside the computation."""
+
+LOOKED_AT = 0.005
+"""What the peak is made of is noted whenever it has grown by this share: the list may be that much short of the peak itself."""
+
+
+T = TypeVar("T")
+Key = tuple[str, tuple[int, ...], torch.dtype]
+"""Operator, shape, dtype."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Storages that were alive at a peak, added up by what made them."""
+
+    op: str
+    """The operator, or what ``adopt`` said."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    count: int
+    bytes: int
+
+    @property
+    def key(self) -> Key:
+        return self.op, self.shape, self.dtype
+
+    def __str__(self) -> str:
+        many = f"{self.count} x " if self.count > 1 else ""
+        return f"{many}{self.op} {'x'.join(map(str, self.shape))} {str(self.dtype).removeprefix('torch.')}"
+
+
+@dataclass(slots=True)
+class _Kind:
+    """Storages on the card that are alive now and were made by the same operator in the same size."""
+
+    count: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What something takes, above what was there before: bytes of card and host at most, and what it adds to the counters."""
+
+    card: int
+    host: int
+    spent: Counters
+    items: tuple[Item, ...]
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes alive on the card and on the host, in total and at most; with ``rates`` the seconds that the operations would take.
+
+    Args:
+        block: every storage counts as a multiple of so many bytes (the CUDA allocator's is 512).
+        rates: of the card. Each operation takes as long as its arithmetic or its memory traffic, whichever is longer.
+    """
+
+    _stack: ClassVar[list[Ledger]] = []
+
+    def __init__(self, block: int = 1, rates: Rates | None = None) -> None:
+        super().__init__()
+        self.card_bytes = self.host_bytes = self.peak_card_bytes = self.peak_host_bytes = 0
+        self.flops = 0
+        self.seconds = self.stalled = 0.0
+        self.at_peak: tuple[Item, ...] = ()
+        """What ``peak_card_bytes`` was made of, the largest first."""
+        self._block, self._rates = block, rates
+        self.link = Link(rates.link if rates else math.inf, IN_FLIGHT)
+        self._earlier = Counters()
+        self._paused = False
+        self._named: str | None = None
+        self._live: dict[int, tuple[int, bool, _Kind, weakref.ref[Any]]] = {}
+        self._kinds: defaultdict[Key, _Kind] = defaultdict(_Kind)
+        self._flops: dict[Hashable, int] = {}
+        self._known: dict[Hashable, _Known] = {}
+        self._noted_bytes = 0
+        self._rising = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in ``Fakes``
+
+    @classmethod
+    def active(cls) -> Ledger | None:
+        """The innermost ledger that is counting."""
+        return cls._stack[-1] if cls._stack else None
+
+    def __enter__(self) -> Ledger:
+        self._stack.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._stack.remove(self)
+
+    def reset_peak(self) -> None:
+        """The peaks begin again at what is alive now."""
+        self.peak_card_bytes, self.peak_host_bytes = self.card_bytes, self.host_bytes
+        self._noted_bytes, self._rising = 0, True
+
+    def adopt(self, tensors: Iterable[Tensor], name: str = "weights") -> None:
+        """Counts tensors that were made before: weights."""
+        for tensor in tensors:
+            self._see(tensor, name)
+
+    def on_host(self, tensor: Tensor) -> None:
+        """The tensor's storage is in host memory: it moves from the card's account to the host's. Views share a storage."""
+        self._see(tensor, "host")
+        key = tensor.untyped_storage()._cdata
+        size, host, kind, ref = self._live[key]
+        if not host:
+            self._live[key] = (size, True, kind, ref)
+            self._count(size, kind, -1)
+            self.host_bytes += size
+            self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes)
+
+    def leave_out(self, tensor: Tensor) -> None:
+        """The tensor's storage counts as nothing from here on: in what is planned it is not there as a whole."""
+        self._see(tensor, "left out")
+        key = tensor.untyped_storage()._cdata
+        size, host, kind, ref = self._live[key]
+        if host:
+            self.host_bytes -= size
+        else:
+            self._count(size, kind, -1)
+        self._live[key] = (0, False, _Kind(count=1), ref)
+
+    def on_card(self, tensors: Iterable[Tensor]) -> int:
+        """Bytes of those of the tensors' storages that are on the card, each counted once."""
+        keys = {tensor.untyped_storage()._cdata for tensor in tensors}
+        return sum(size for size, host, *_ in (self._live[key] for key in keys if key in self._live) if not host)
+
+    def replay(self, key: Hashable, run: Callable[[], T], again: Callable[[], T]) -> T:
+        """``run()``, and its bytes, operations and seconds are remembered by ``key``. From the second time on ``again()``, which makes something of the
+        same size as the result of ``run``, and what is remembered counts as if it had been done.
+
+        True only where ``run`` leaves nothing else behind: no graph, and no more on card and host than ``again`` does.
+        """
+        known = self._known.get(key)
+        if known is not None:
+            self._touch(known.card, *known.items)
+            self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes + known.host)
+            self._add(known.spent)
+            with self.off_the_clock():
+                return again()
+        before = (self.card_bytes, self.host_bytes, self.spent)
+        outside = (self.peak_card_bytes, self.peak_host_bytes, self.at_peak, self._noted_bytes, self._rising)
+        alive = {item.key: item for item in self._items()}
+        self.reset_peak()
+        result = run()
+        peak, host_peak = self.peak_card_bytes, self.peak_host_bytes
+        items = tuple(item for item in self.close_peak() if item.key not in alive or item.bytes > alive[item.key].bytes)
+        self._known[key] = _Known(peak - before[0], host_peak - before[1], self.spent - before[2], items)
+        if outside[0] >= peak:
+            self.peak_card_bytes, _, self.at_peak, self._noted_bytes, self._rising = outside
+        self.peak_host_bytes = max(outside[1], host_peak)
+        return result
+
+    @property
+    def spent(self) -> Counters:
+        """All that was counted."""
+        link = self.link
+        return self._earlier + Counters(self.flops, self.seconds, self.stalled, link.busy_s, link.down_bytes, link.up_bytes, link.between_bytes)
+
+    def wait(self, until: float) -> None:
+        """Nothing is computed before this time."""
+        if until > self.seconds:
+            self.stalled += until - self.seconds
+            self.seconds = until
+
+    @contextmanager
+    def off_the_clock(self, name: str | None = None) -> Iterator[None]:
+        """What is done in the block takes no time of the card's: a copy of the link's. ``name``: what it is called among the items."""
+        before, (self._paused, self._named) = (self._paused, self._named), (True, name)
+        try:
+            yield
+        finally:
+            self._paused, self._named = before
+
+    def _add(self, spent: Counters) -> None:
+        self.flops += spent.flops
+        self.seconds += spent.seconds
+        self.stalled += spent.stalled
+        self._earlier += Counters(copying=spent.copying, to_host=spent.to_host, to_card=spent.to_card, between=spent.between)
+
+    def close_peak(self) -> tuple[Item, ...]:
+        """``at_peak``, brought up to date where nothing was freed since the peak."""
+        if self._rising:
+            self._note()
+        return self.at_peak
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is DEVICE_OF:
+            return args[0].device
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name, flops, workspace = facts(func)
+        outputs = tensors_of((out,))
+        for tensor in outputs:
+            self._see(tensor, self._named or name)
+        if workspace:
+            size = workspace(*args)
+            self._touch(size, Item(f"{name}, its workspace", (size // 4,), torch.float32, 1, size))
+        if flops or not func.is_view:
+            self._clock(func, args, kwargs, out, outputs, flops)
+        return out
+
+    def _see(self, tensor: Tensor, op: str) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return
+        size = -(-storage.nbytes() // self._block) * self._block
+        kind = self._kinds[op, tensor.shape, tensor.dtype]
+        self._live[key] = (size, False, kind, weakref.ref(storage, partial(self._gone, key)))
+        self._count(size, kind)
+        if self.card_bytes > self.peak_card_bytes:
+            self.peak_card_bytes, self._rising = self.card_bytes, True
+
+    def _touch(self, size: int, *items: Item) -> None:
+        """``size`` bytes, ``items``, were alive for a moment."""
+        if self.card_bytes + size > self.peak_card_bytes:
+            self.peak_card_bytes, self._rising = self.card_bytes + size, True
+            self._note(*items)
+
+    def _gone(self, key: int, _: Any) -> None:
+        if self._rising:
+            self._note()
+        size, host, kind, _ = self._live.pop(key)
+        if host:
+            self.host_bytes -= size
+        else:
+            self._count(size, kind, -1)
+
+    def _note(self, *besides: Item) -> None:
+        self._rising = False
+        if self.peak_card_bytes <= self._noted_bytes * (1 + LOOKED_AT):
+            return
+        self._noted_bytes = self.peak_card_bytes
+        self.at_peak = tuple(sorted([*self._items(), *besides], key=lambda item: -item.bytes))
+
+    def _items(self) -> list[Item]:
+        """What is alive on the card."""
+        return [Item(*what, kind.count, kind.bytes) for what, kind in self._kinds.items() if kind.count]
+
+    def _count(self, size: int, kind: _Kind, sign: int = 1) -> None:
+        kind.count += sign
+        kind.bytes += sign * size
+        self.card_bytes += sign * size
+
+    def _clock(self, func: Any, args: Any, kwargs: Any, out: Any, outputs: list[Tensor], count: Callable[..., int] | None) -> None:
+        flops = 0
+        if count:
+            key = key_of(func, args, kwargs)
+            if key not in self._flops:
+                self._flops[key] = int(count(*args, **kwargs, out_val=out))
+            flops = self._flops[key]
+            self.flops += flops
+        if self._rates is not None and not func.is_view and not self._paused:
+            moved = sum([tensor.numel() * tensor.element_size() for tensor in (*tensors_of(args, kwargs), *outputs)])
+            self.seconds += max(flops / self._rate(func, outputs) if flops else 0.0, moved / self._rates.bytes)
+
+    def _rate(self, func: Any, outputs: list[Tensor]) -> float:
+        assert self._rates is not None
+        dtype = outputs[0].dtype
+        if dtype is torch.float32 and func.overloadpacket in CONVOLUTIONS:
+            return self._rates.convolution
+        return self._rates.flops.get(dtype, self._rates.flops[torch.float32])

@@ -1,0 +1,126 @@
+"""A language model, usually the critic itself, takes the prompt apart and writes the questions as JSON.
+
+It writes what depends on the prompt: text alignment, and the physics of what is to happen. The fixed questions of physical fidelity and
+visual quality are the templates'. What it writes is checked question by question; one answer that cannot be used is sent back with the
+reason, once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.prompts import parse_question
+from lowmem_drf.questions.english.wording import ANSWER
+from lowmem_drf.types import Question
+
+Generate = Callable[[str], str]
+"""A language model: an instruction -> its answer."""
+
+VERSION = 1
+"""Goes into the cache's key: raised whenever an instruction changes."""
+
+FEWEST, MOST = 2, 24
+
+_YESNO = """\
+{"aspect": "TA", "kind": "yesno", "text": "Are there exactly two dogs in the video?", "answer": "yes"}"""
+_DENSE = """\
+{"aspect": "TA", "kind": "dense", "text": "What do the dogs do?", "answer": "The two dogs chase a red ball."}"""
+
+_RULES = {
+    "yesno": 'Every question is answered by yes or no. "answer" is what a video that follows the description perfectly would get; ask two or '
+    'three questions whose right answer is "no", about details that contradict the description.',
+    "dense": 'Every question asks for a short explanation. "answer" is one sentence, what a viewer would say of a video that follows the '
+    "description perfectly.",
+    "both": 'Write yes/no questions (kind "yesno", answer "yes" or "no"; two or three whose right answer is "no") and questions that ask for a '
+    'short explanation (kind "dense", "answer" is one sentence, what a viewer would say of a perfect video).',
+}
+_INSTRUCTION = """\
+A video was made from this description:
+
+{prompt}
+
+Write questions that check whether the video shows what the description says. Ask about one fact at a time: each subject, how many there \
+are, each attribute (color, material, size), each action, where things are in relation to each other, the place, the camera and the style. \
+Ask about nothing that the description does not say. Use aspect "TA" for these. Then ask one or two questions with aspect "Phy": \
+whether the motion in this very scene obeys the laws of physics.
+{rules}
+Answer with a JSON array of {fewest} to {most} objects and nothing else, each of this form:
+{example}
+"""
+_REPAIR = """\
+{instruction}
+Your last answer could not be used: {reason}.
+It began: {said}
+Answer again, with the corrected JSON array and nothing else."""
+
+
+class UnusableError(ValueError):
+    """What the writer said cannot be used, and why."""
+
+
+def write_questions(prompt: str, mode: str, generate: Generate) -> tuple[Question, ...]:
+    """Questions of aspects TA and Phy for a prompt. ``mode``: ``yesno``, ``dense`` or ``both``.
+
+    Raises:
+        UnusableError: two answers in a row were no JSON array of questions.
+    """
+    example = "\n".join([_YESNO] * (mode != "dense") + [_DENSE] * (mode != "yesno"))
+    instruction = _INSTRUCTION.format(prompt=prompt, rules=_RULES[mode], fewest=FEWEST, most=MOST, example=example)
+    said = generate(instruction)
+    try:
+        return read_questions(said, mode)
+    except UnusableError as error:
+        return read_questions(generate(_REPAIR.format(instruction=instruction, reason=error, said=said.strip()[:200] or "(nothing)")), mode)
+
+
+def read_questions(said: str, mode: str) -> tuple[Question, ...]:
+    """The first JSON array in a text, checked, without repetitions; yes/no questions end in the templates' instruction. Raises UnusableError."""
+    rows = _first_array(said)
+    made: dict[str, Question] = {}
+    for number, row in enumerate(rows, 1):
+        try:
+            question = parse_question(f"question {number}", _lenient(row, mode))
+        except BadInputError as error:
+            raise UnusableError(str(error)) from error
+        if question.aspect not in ("TA", "Phy"):
+            raise UnusableError(f'question {number}: aspect "{question.aspect}" is to be TA or Phy')
+        if mode != "both" and question.kind != mode:
+            raise UnusableError(f'question {number}: kind "{question.kind}" is to be {mode}')
+        made.setdefault(question.text.casefold(), question)
+    if not FEWEST <= len(made) <= MOST:
+        raise UnusableError(f"it holds {len(made)} different questions, and there are to be {FEWEST} to {MOST}")
+    if all(question.aspect != "TA" for question in made.values()):
+        raise UnusableError('no question has aspect "TA"')
+    # as the templates end theirs: the answer is scored where the first word is to be said
+    return tuple(replace(q, text=q.text.strip() + ANSWER) if q.kind == "yesno" else q for q in made.values())
+
+
+def _first_array(said: str) -> list[Any]:
+    at = said.find("[")
+    if at < 0:
+        raise UnusableError("there is no JSON array in it")
+    try:
+        rows, _ = json.JSONDecoder().raw_decode(said[at:])
+    except json.JSONDecodeError as error:
+        raise UnusableError(f"it is not JSON ({error.msg} at character {at + error.pos})") from error
+    return list(rows)
+
+
+def _lenient(row: Any, mode: str) -> Any:
+    """What models write in place of what was asked for, where it can mean one thing only: ``question`` for ``text``, ``Yes.`` for ``yes``, no kind."""
+    if not isinstance(row, dict):
+        return row
+    row = {key: value for key, value in row.items() if key not in ("id", "number", "weight", "name", "token_weights")}
+    if "text" not in row and "question" in row:
+        row["text"] = row.pop("question")
+    answer = {True: "yes", False: "no"}.get(row["answer"]) if isinstance(row.get("answer"), bool) else row.get("answer")
+    short = answer.strip().rstrip(".").lower() if isinstance(answer, str) else answer
+    if "kind" not in row:
+        row["kind"] = mode if mode != "both" else ("yesno" if short in ("yes", "no") else "dense")
+    if row["kind"] == "yesno":
+        row["answer"] = short
+    return row

@@ -1,0 +1,227 @@
+"""Base against tuned on the same prompts and noise: what the critic says, and what it cannot see."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+
+from lowmem_drf.assembly.assemble import Models, critic_frames, derive_seed, reward_spec, run_prompts
+from lowmem_drf.assembly.generate import batches
+from lowmem_drf.assembly.loading import load_models
+from lowmem_drf.assembly.questions import draft_questions, grammar_of
+from lowmem_drf.assembly.references import finish_questions
+from lowmem_drf.distributed.ranks import ALONE, Ranks
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.method.frames import kept_frames
+from lowmem_drf.method.reward import RewardSpec, mean_reward
+from lowmem_drf.models.lora.adapter import lora_scale
+from lowmem_drf.models.weights.sources import TOYWORLD
+from lowmem_drf.prompts import as_prompts, load_prompts
+from lowmem_drf.questions.templates import Grammar, make_questions
+from lowmem_drf.schema import Config
+from lowmem_drf.scoring.oracle_rates import oracle_for
+from lowmem_drf.training.progress import work_bar
+from lowmem_drf.types import Aspect, Prompt, Question
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import Tensor
+
+    from lowmem_drf.models.qwen_vl.critic import QwenCritic
+
+EVAL_PROMPTS = 128
+EVAL_SEEDS = 2
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What both models are put to."""
+
+    prompts: tuple[Prompt, ...]
+    seeds: int
+    questions: Mapping[str, tuple[Question, ...]]
+    """By prompt id: those training asks."""
+    heldout: Mapping[str, Sequence[Question]]
+    """By prompt id: those training never asks. Empty where they cannot be made."""
+    source: str
+    """Where the prompts come from, in words."""
+
+
+def make_trial(config: Config, prompts: Sequence[Prompt], count: int, seeds: int, file: Path | None = None) -> Trial:
+    """The prompts of ``file`` (all of them), or ``count`` held-out ones of ToyWorld, or the first ``count`` of the run's own ``prompts``."""
+    if file is not None:
+        chosen, source = load_prompts(file), f"of {file}"
+    elif config.prompts == TOYWORLD:
+        from lowmem_drf.toy.captions import heldout_prompts
+
+        chosen, source = as_prompts(heldout_prompts(count, seed=0)), "held out from training"
+    else:
+        chosen, source = tuple(prompts[:count]), "of the training file, with other noise (give held-out ones: lowmem-drf eval --prompts FILE)"
+    heldout = _heldout_questions(chosen, grammar_of(config))
+    return Trial(chosen, seeds, draft_questions(config, chosen), heldout, source)
+
+
+def finish_trial(config: Config, trial: Trial, critic: QwenCritic, console: Console) -> Trial:
+    """With the questions as training has them (``references.finish_questions``)."""
+    return replace(trial, questions=finish_questions(config, trial.prompts, trial.questions, critic, console))
+
+
+def compare(config: Config, models: Models, trial: Trial, advance: Callable[[int], None], ranks: Ranks = ALONE) -> dict[str, Any]:
+    """The JSON of ``eval``: ``{"prompts", "seeds", "base", "tuned"}``, the LoRA off and on. ``advance`` is told of clips done."""
+    sides = {}
+    for name, scale in (("base", 0.0), ("tuned", 1.0)):
+        with lora_scale(models.transformer, scale):
+            sides[name] = measure(config, models, trial, advance, ranks)
+    return {"prompts": len(trial.prompts), "seeds": trial.seeds, **sides}
+
+
+@torch.no_grad()
+def measure(config: Config, models: Models, trial: Trial, advance: Callable[[int], None], ranks: Ranks = ALONE) -> dict[str, Any]:
+    """The measures of the model as it is, over prompts x seeds. Many processes share the prompts, and all get the measures.
+
+    ``reward_by_aspect``: ``null`` for an aspect nobody asks about. ``heldout_reward``: ``null`` without held-out questions. ``diversity``: mean
+    pairwise root mean square distance between the clips of one prompt. ``motion``: mean absolute difference of successive frames.
+    ``velocity_norm``: root mean square of the velocity, mean over steps. Clips are dropped as soon as they are measured: a real one takes
+    0.4 GB.
+    """
+    prompts = [prompt for prompt in trial.prompts for _ in range(trial.seeds)]
+    texts = [prompt.text for prompt in prompts]
+    seeds = [derive_seed("eval", i // trial.seeds, i % trial.seeds) for i in range(len(prompts))]
+    kept = list(kept_frames(config.video.frames, critic_frames(config)))
+    spec = reward_spec(config)
+    judge = oracle_for(config, texts)
+    by_clip, by_prompt, oracle = _Mean(), _Mean(), _Mean()
+    of_a_prompt: list[Tensor] = []
+    for here, made, new in batches(models, config.sampler, texts, seeds, config.log.eval_batch, ranks, trial.seeds):
+        frames, some, size = made.frames_BTCHW, [prompts[i] for i in here], len(here) if new else 0
+        by_clip.add(_ask(models, frames[:, kept], some, trial.questions, spec), size)
+        if trial.heldout:
+            by_clip.add({"heldout_reward": _ask(models, frames[:, kept], some, trial.heldout, spec)["reward"]}, size)
+        motion = (frames[:, 1:] - frames[:, :-1]).abs().mean().item() if frames.shape[1] > 1 else 0.0
+        by_clip.add({"motion": motion, "velocity_norm": made.velocity_norm}, size)
+        if judge:
+            oracle.add(judge(frames, [prompt.text for prompt in some]), size)
+        for clip in frames.float().cpu() if new else ():
+            of_a_prompt.append(clip)
+            if len(of_a_prompt) == trial.seeds:
+                by_prompt.add({"diversity": diversity(torch.stack(of_a_prompt)[None])}, 1)
+                of_a_prompt.clear()
+        advance(size * ranks.count)
+    by_clip, by_prompt, oracle = (_Mean.together(means) for means in zip(*ranks.gather((by_clip, by_prompt, oracle)), strict=True))
+    means = by_clip.means() | by_prompt.means()
+    measures: dict[str, Any] = {
+        "reward": means["reward"],
+        "reward_by_aspect": {aspect: means.get(aspect) for aspect in get_args(Aspect)},
+        "heldout_reward": means.get("heldout_reward"),
+        **{name: means[name] for name in ("diversity", "motion", "velocity_norm")},
+    }
+    return measures | ({"oracle": oracle.means()} if judge else {})
+
+
+def diversity(clips_PSTCHW: Tensor) -> float:
+    """Mean over prompts P and pairs of seeds S of the root mean square distance of two clips; 0 for one seed."""
+    seeds = clips_PSTCHW.shape[1]
+    pairs = [(a, b) for a in range(seeds) for b in range(a)]
+    distances = [(clips_PSTCHW[:, a] - clips_PSTCHW[:, b]).pow(2).flatten(1).mean(1).sqrt().mean().item() for a, b in pairs]
+    return sum(distances) / len(distances) if distances else 0.0
+
+
+def eval_command(run_folder: Path | None, file: Path | None, as_json: bool) -> None:
+    """``lowmem-drf eval``."""
+    from rich.console import Console
+
+    from lowmem_drf.training.lora_file import load_run_lora
+    from lowmem_drf.training.run_folder import find_run, run_config
+
+    run = find_run(run_folder)
+    config = run_config(run)
+    trial = make_trial(config, () if config.prompts == TOYWORLD or file else run_prompts(config), EVAL_PROMPTS, EVAL_SEEDS, file)
+    models = load_models(config, [prompt.text for prompt in trial.prompts])
+    step = load_run_lora(models.transformer, run, config)
+    console = Console(stderr=as_json)
+    models.awake("critic")
+    trial = finish_trial(config, trial, models.asked_critic, console)
+    console.print(f"{run}, step {step}: {describe(trial)}", highlight=False, markup=False, soft_wrap=True)
+    result = with_progress(config, models, trial, console)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print_table(result, console)
+
+
+def with_progress(config: Config, models: Models, trial: Trial, console: Console, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """``compare``, with how far it is and how long it will take."""
+    with work_bar(console, "clips", 2 * trial.seeds * len(trial.prompts)) as advance:
+        return compare(config, models, trial, advance, ranks)
+
+
+def describe(trial: Trial) -> str:
+    return f"{len(trial.prompts)} prompts x {trial.seeds} seeds, {trial.source}"
+
+
+def print_table(result: Mapping[str, Any], console: Console) -> None:
+    """Base against tuned, a line a measure."""
+    from rich.table import Table
+
+    table = Table("", *("base", "tuned", "change"), title=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, base, tuned, form in _rows(result["base"], result["tuned"]):
+        table.add_row(name, format(base, form), format(tuned, form), format(tuned - base, f"+{form}"))
+    console.print(table)
+
+
+def _rows(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[tuple[str, float, float, str]]:
+    rows = [("reward", base["reward"], tuned["reward"], ".3f")]
+    rows += [(f"  {name}", value, tuned["reward_by_aspect"][name], ".3f") for name, value in base["reward_by_aspect"].items() if value is not None]
+    if base["heldout_reward"] is not None:
+        rows.append(("reward, questions not trained on", base["heldout_reward"], tuned["heldout_reward"], ".3f"))
+    rows += [(f"oracle: {name}", value, tuned["oracle"][name], ".1%") for name, value in base.get("oracle", {}).items()]
+    return rows + [(name, base[name], tuned[name], ".4f") for name in ("diversity", "motion", "velocity_norm")]
+
+
+def _ask(models: Models, frames_BTCHW: Tensor, prompts: Sequence[Prompt], questions: Mapping[str, Sequence[Question]], spec: RewardSpec) -> dict[str, float]:
+    """Mean reward of these clips under ``reward``, and by aspect."""
+    asked = [questions[prompt.id] for prompt in prompts]
+    models.awake("critic")
+    total, by_aspect, _ = mean_reward((models.ask or models.asked_critic)(frames_BTCHW, asked), asked, spec)
+    return {"reward": total.item(), **by_aspect}
+
+
+def _heldout_questions(prompts: Sequence[Prompt], grammar: Grammar) -> dict[str, tuple[Question, ...]]:
+    """Questions that training does not ask; empty unless they can be made of every prompt."""
+    try:
+        return {prompt.id: make_questions(prompt.text, "heldout", grammar) for prompt in prompts}
+    except BadInputError:
+        return {}
+
+
+class _Mean:
+    """Means over batches of different size, by key; a key counts where it appears."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, float], count: int) -> None:
+        for key, value in values.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value * count
+            self._counts[key] = self._counts.get(key, 0) + count
+
+    @staticmethod
+    def together(parts: Sequence[_Mean]) -> _Mean:
+        """Over the batches of all of them."""
+        total = _Mean()
+        for part in parts:
+            for key, value in part._sums.items():
+                total._sums[key] = total._sums.get(key, 0.0) + value
+                total._counts[key] = total._counts.get(key, 0) + part._counts[key]
+        return total
+
+    def means(self) -> dict[str, float]:
+        return {key: total / self._counts[key] for key, total in self._sums.items()}

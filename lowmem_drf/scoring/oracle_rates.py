@@ -1,0 +1,31 @@
+"""ToyWorld's oracle as rates; ``None`` where there is no oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from lowmem_drf.assembly.assemble import toyworld_models
+from lowmem_drf.schema import Config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RATES = ("color", "shape", "direction", "physics", "quality", "all")
+
+
+def oracle_for(config: Config, texts: Sequence[str]) -> Callable[[Tensor, Sequence[str]], Mapping[str, float]] | None:
+    """A judge of clips of these prompts, or ``None``: another model or size, or a prompt that is not of ToyWorld's grammar."""
+    if not toyworld_models(config):
+        return None
+    from lowmem_drf.toy.captions import parse
+
+    return oracle_rates if all(parse(text) is not None for text in texts) else None
+
+
+def oracle_rates(frames_BTCHW: Tensor, texts: Sequence[str]) -> dict[str, float]:
+    """Share of the clips that the oracle finds right, by what it measures; ``all`` is color, shape and direction."""
+    from lowmem_drf.toy.oracle import judge_clips
+
+    verdicts = judge_clips(frames_BTCHW, list(texts))
+    return {name: sum(getattr(verdict, name) for verdict in verdicts) / len(verdicts) for name in RATES}

@@ -1,0 +1,149 @@
+"""The training loop: take prompts, update, log, save, sample; again."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowmem_drf.assembly.assemble import Models
+from lowmem_drf.distributed.ranks import ALONE, Ranks
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.method.reward import Spread
+from lowmem_drf.models.lora.adapter import load_lora_state, lora_parameters, lora_state
+from lowmem_drf.prompts import Cursor, PromptStream, fingerprint
+from lowmem_drf.schema import Config
+from lowmem_drf.scoring.oracle_rates import oracle_for
+from lowmem_drf.training.checkpoint import (
+    Checkpoint,
+    checkpoint_folder,
+    checkpoint_steps,
+    load_checkpoint,
+    save_checkpoint,
+)
+from lowmem_drf.training.metrics import Metrics
+from lowmem_drf.training.previews import write_previews
+from lowmem_drf.training.progress import TrainProgress
+from lowmem_drf.training.trainer import Trainer, make_trainer
+from lowmem_drf.training.update import update
+from lowmem_drf.types import Prompt, Question
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def train(
+    config: Config,
+    run: Path,
+    models: Models,
+    prompts: Sequence[Prompt],
+    questions: Mapping[str, Sequence[Question]],
+    previews: Sequence[str],
+    console: Console,
+    ranks: Ranks = ALONE,
+    abort: Callable[[BaseException], None] = lambda error: None,
+) -> Models:
+    """Trains from the run's last checkpoint, or from nothing, to ``config.steps``. The run's folder is the first process's alone.
+
+    Args:
+        models: with a fresh LoRA on the transformer.
+        questions: by prompt id.
+        previews: the texts of the clips in ``samples/``; encoded in ``models``.
+        abort: see ``make_trainer``.
+
+    Returns:
+        The models with the tuned LoRA.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the update in progress was finished and saved.
+        BadInputError: the prompts are not those of the run's checkpoint.
+        NonFiniteError: see ``update``.
+    """
+    checkpoint = ranks.from_chief(_restored(run, prompts) if ranks.chief else None)
+    if checkpoint:
+        load_lora_state(models.transformer, checkpoint.lora)
+    trainer, models = make_trainer(config, models, abort)
+    if checkpoint:
+        trainer.unpack(checkpoint.optimizer)
+    cursor, done, spread = (checkpoint.cursor, checkpoint.step, Spread(seen=dict(checkpoint.spread))) if checkpoint else (Cursor(), 0, Spread())
+    parts, stream = models.parts(lora_parameters(models.transformer)), PromptStream(prompts, config.seed, cursor)
+    judge = oracle_for(config, [prompt.text for prompt in prompts])
+    metrics, progress = Metrics(run, done) if ranks.chief else None, TrainProgress(console, config.steps, done)
+
+    def save(step: int) -> None:
+        _save(config, run, models, trainer, step, stream.cursor, prompts, spread, ranks)
+
+    try:
+        if done == 0 and config.log.sample_every:
+            write_previews(config, run, models, previews, step=0, ranks=ranks)
+        with progress.live(), _finish_on_interrupt(progress, run, ranks) as asked:
+            for step in range(done, config.steps):
+                scales = spread.scales() if config.critic.normalize else {}
+                report = update(config, models, parts, trainer, step, stream.take(config.batch), questions, judge, scales, ranks)
+                spread.add(report.reward_by_question)
+                if metrics:
+                    metrics.write(report)
+                progress.update(report)
+                last = report.step == config.steps
+                if saved := last or report.step % config.log.checkpoint_every == 0:
+                    save(report.step)
+                stop = ranks.any(bool(asked))
+                if config.log.sample_every and not stop and (last or report.step % config.log.sample_every == 0):
+                    write_previews(config, run, models, previews, report.step, ranks)
+                if stop or ranks.any(bool(asked)):  # asked at any moment, the samples' included
+                    if not saved:
+                        save(report.step)
+                    cure = "The run is complete." if last else f"Go on with: lowmem-drf train --resume --output {run}"
+                    raise KeyboardInterrupt(f"Interrupted after update {report.step}; it is saved. {cure}")
+    finally:
+        if metrics:
+            metrics.close()
+    return models
+
+
+def _restored(run: Path, prompts: Sequence[Prompt]) -> Checkpoint | None:
+    """The run's last checkpoint, if it has any."""
+    if not checkpoint_steps(run):
+        return None
+    checkpoint = load_checkpoint(checkpoint_folder(run))
+    if checkpoint.prompts != fingerprint(prompts):
+        raise BadInputError(f"the prompts of {run} have changed since its last checkpoint. Restore the file, or start a new run.")
+    return checkpoint
+
+
+def _save(
+    config: Config, run: Path, models: Models, trainer: Trainer, step: int, cursor: Cursor, prompts: Sequence[Prompt], spread: Spread, ranks: Ranks
+) -> None:
+    with trainer.whole():
+        lora = lora_state(models.transformer)
+    checkpoint = Checkpoint(step, lora, trainer.pack(), cursor, fingerprint(prompts), spread.seen)
+    if ranks.chief:
+        save_checkpoint(run, checkpoint, config.lora.alpha, config.log.keep)
+    ranks.barrier()  # nobody ends before it is written
+
+
+@contextmanager
+def _finish_on_interrupt(progress: TrainProgress, run: Path, ranks: Ranks) -> Iterator[list[int]]:
+    """Within the block the first Ctrl-C (or SIGTERM) only fills the list; the second ends the process at once, which costs nothing that is saved."""
+    asked: list[int] = []
+
+    def on_signal(number: int, frame: object) -> None:
+        if asked and not ranks.chief:
+            os._exit(130)
+        if asked:
+            saved = max(checkpoint_steps(run), default=0)
+            progress.leave(f"Stopped at once; update {saved} is the last one saved. Go on with: lowmem-drf train --resume --output {run}")
+            os._exit(130)
+        asked.append(number)
+        if ranks.chief:
+            progress.notice("Finishing this update, then saving. Press Ctrl-C again to stop at once.")
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

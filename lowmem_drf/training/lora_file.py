@@ -1,0 +1,32 @@
+"""A LoRA from a run's checkpoint, or from any file, onto a transformer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.models.lora.adapter import add_lora, attach_lora, load_lora_state
+from lowmem_drf.models.lora.formats import read_lora
+from lowmem_drf.schema import Config
+from lowmem_drf.training.checkpoint import checkpoint_folder, load_checkpoint
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
+
+
+def load_run_lora(transformer: WanTransformer3DModel, run: Path, config: Config, step: int | None = None) -> int:
+    """Adds the LoRA of a run's checkpoint (the last one by default) and returns its step."""
+    checkpoint = load_checkpoint(checkpoint_folder(run, step))
+    add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets)
+    load_lora_state(transformer, checkpoint.lora)
+    return checkpoint.step
+
+
+def load_lora_file(transformer: WanTransformer3DModel, path: Path) -> None:
+    """Adds the LoRA of a file in any format that ``lora_formats`` reads. Raises BadInputError: no LoRA, or one of another model."""
+    lora = read_lora(path)
+    try:
+        attach_lora(transformer, lora.state, lora.alpha)
+    except BadInputError as error:
+        raise BadInputError(f"{path}: {error}") from error

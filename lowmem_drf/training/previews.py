@@ -1,0 +1,43 @@
+"""The clips a run shows of itself: fixed prompts, fixed seeds, one MP4 each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lowmem_drf.assembly.assemble import Models
+from lowmem_drf.assembly.generate import batches
+from lowmem_drf.distributed.ranks import ALONE, Ranks
+from lowmem_drf.models.weights.sources import TOYWORLD
+from lowmem_drf.schema import Config
+from lowmem_drf.types import Prompt
+from lowmem_drf.video import to_pixels, watchable_upscale, write_mp4
+
+PREVIEW_SEED = 0
+
+
+def preview_texts(config: Config, prompts: Sequence[Prompt]) -> list[str]:
+    """What samples show: held-out prompts in ToyWorld, else the first of the prompt file."""
+    if config.prompts == TOYWORLD:
+        from lowmem_drf.toy.captions import heldout_prompts
+
+        return heldout_prompts(config.log.sample_prompts, seed=0)
+    return [prompt.text for prompt in prompts[: config.log.sample_prompts]]
+
+
+def write_previews(config: Config, run: Path, models: Models, texts: Sequence[str], step: int, ranks: Ranks = ALONE) -> None:
+    """``samples/step-000050/01-<prompt>.mp4`` of every text, from the same noise at every step. Of many processes each makes some of
+    the clips, and the first one writes them."""
+    folder = run / "samples" / f"step-{step:06d}"
+    upscale = watchable_upscale(config.video.height, config.video.width)
+    for here, made, new in batches(models, config.sampler, texts, [PREVIEW_SEED] * len(texts), config.log.eval_batch, ranks):
+        clips = [(i, to_pixels(frames)) for i, frames in zip(here, made.frames_BTCHW, strict=True)] if new else []
+        for i, pixels in (clip for some in ranks.gather(clips) for clip in some):
+            if ranks.chief:
+                write_mp4(folder / f"{i + 1:02d}-{slug(texts[i])}.mp4", pixels, config.video.fps, upscale)
+
+
+def slug(text: str) -> str:
+    """A file name that says what the prompt says."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60].rstrip("-") or "clip"

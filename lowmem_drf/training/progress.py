@@ -1,0 +1,178 @@
+"""What a person watches: three lines on a terminal that are drawn anew with every update, plain lines in a log file."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from lowmem_drf.training.update import UpdateReport
+
+PLAIN_EVERY_S = 5.0
+PLAIN_WORK_EVERY_S = 20.0
+SMOOTH = 10
+"""Updates that the shown rates are averaged over: one update's few clips say little."""
+ASPECTS = {"TA": "text", "Phy": "physics", "VQ": "quality"}
+BARS = "▁▂▃▄▅▆▇█"
+
+
+class Eta:
+    """Seconds an update, from all but the first (which warms up), samples and saves not counted."""
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+
+    def add(self, update_s: float) -> None:
+        self._seconds.append(update_s)
+
+    @property
+    def update_s(self) -> float:
+        counted = self._seconds[1:] or self._seconds
+        return sum(counted) / len(counted)
+
+    def left(self, updates: int) -> str:
+        return clock(self.update_s * updates)
+
+
+class TrainProgress:
+    """Shows the updates of a run. Enter ``live`` around the training."""
+
+    def __init__(self, console: Console, steps: int, done: int) -> None:
+        self._console = console
+        self._steps = steps
+        self._done = done
+        self._eta = Eta()
+        self._recent: deque[UpdateReport] = deque(maxlen=SMOOTH)
+        self._rewards: list[float] = []
+        self._live: Live | None = None
+        self._last_line = 0.0
+        self._shown: RenderableType = Text("first update …", style="dim")
+        self._notice = ""
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        if not self._console.is_terminal:
+            yield
+            return
+        with Live(get_renderable=self._screen, console=self._console, refresh_per_second=4) as self._live:
+            yield
+        self._live = None
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def update(self, report: UpdateReport) -> None:
+        self._eta.add(report.update_s)
+        self._recent.append(report)
+        self._rewards.append(report.reward)
+        if self._live is not None:
+            self._shown = self._panel(report)
+        elif report.step in (self._done + 1, self._steps) or time.monotonic() - self._last_line > PLAIN_EVERY_S:
+            self._last_line = time.monotonic()
+            self.note(f"update {self._head(report)} | {self._rates()} | {_stages(report)}")
+
+    def notice(self, text: str) -> None:
+        """A line for the moment, from a signal handler: nothing is printed through ``sys.stdout`` or rich here, whose locks the interrupted code
+        may hold."""
+        if self._live is not None:
+            self._notice = text
+        else:
+            os.write(sys.stderr.fileno(), f"{text}\n".encode())
+
+    def leave(self, text: str) -> None:
+        """The last line of a process that a signal handler is about to end."""
+        show_cursor = "\n\x1b[?25h" if self._live is not None else ""
+        os.write(sys.stderr.fileno(), f"{show_cursor}{text}\n".encode())
+
+    def _screen(self) -> Group:
+        return Group(self._shown, Text(self._notice, style="yellow")) if self._notice else Group(self._shown)
+
+    def _panel(self, report: UpdateReport) -> Group:
+        top = Table.grid(padding=(0, 1))
+        top.add_row(ProgressBar(total=self._steps, completed=report.step, width=30), Text(self._head(report)))
+        return Group(top, Text.assemble((sparkline(self._rewards, 30), "cyan"), " ", self._rates()), Text(_stages(report), style="dim"))
+
+    def _head(self, report: UpdateReport) -> str:
+        eta = self._eta.left(self._steps - report.step)
+        return f"{report.step}/{self._steps}  {self._eta.update_s:.2f} s/update  ETA {eta}"
+
+    def _rates(self) -> str:
+        aspects = {name: self._average([r.reward_by_aspect[name] for r in self._recent if name in r.reward_by_aspect]) for name in ASPECTS}
+        shown = [f"reward {self._average([r.reward for r in self._recent]):+.3f}"]
+        shown += [f"{ASPECTS[name]} {value:+.3f}" for name, value in aspects.items() if value == value]
+        judged = [r.oracle for r in self._recent if r.oracle]
+        if judged:
+            rates = [f"{name} {self._average([row[name] for row in judged]):.0%}" for name in ("all", "physics", "quality")]
+            shown.append("oracle: " + " ".join(rates))
+        return "  ".join(shown)
+
+    @staticmethod
+    def _average(values: list[float]) -> float:
+        return sum(values) / len(values) if values else float("nan")
+
+
+Item = TypeVar("Item")
+
+
+def counted(console: Console, what: str, items: Sequence[Item]) -> Iterator[Item]:
+    """The items one by one, with a ``work_bar`` where there are any."""
+    if items:
+        with work_bar(console, what, len(items)) as advance:
+            for item in items:
+                yield item
+                advance(1)
+
+
+@contextmanager
+def work_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yields the function to tell of work done: a bar with ETA on a terminal, elsewhere a plain line every ``PLAIN_WORK_EVERY_S``."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    done, start = 0, time.monotonic()
+    last_line = start
+    # stdout may be a pipe while the bar is on stderr: what is printed meanwhile must not be taken to the terminal then
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty()) as bar:
+        task = bar.add_task(what, total=total)
+
+        def advance(count: int) -> None:
+            nonlocal done, last_line
+            done += count
+            bar.advance(task, count)
+            now = time.monotonic()
+            if not console.is_terminal and done < total and now - last_line > PLAIN_WORK_EVERY_S:
+                last_line = now
+                console.print(f"{what} {done}/{total}  ETA {clock((now - start) / done * (total - done))}", highlight=False, markup=False)
+
+        yield advance
+
+
+def _stages(report: UpdateReport) -> str:
+    seconds = "  ".join(f"{name} {value:.2f} s" for name, value in report.stage_s.items())
+    return f"{seconds}  peak {max(report.stage_peak_gib.values()):.2f} GiB"
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """The course of ``values`` in ``width`` characters, each the mean of its share."""
+    size = max(1, -(-len(values) // width))
+    means = [sum(part) / len(part) for part in (values[i : i + size] for i in range(0, len(values), size))]
+    low, high = min(means), max(means)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BARS[round((value - low) * scale)] for value in means).ljust(width)
+
+
+def clock(seconds: float) -> str:
+    """75 -> 1:15; 3700 -> 1:01:40."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

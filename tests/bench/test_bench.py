@@ -1,0 +1,111 @@
+"""The README's measurements and picture, on tiny models that stand in for ToyWorld's."""
+
+import copy
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+from _root import ROOT
+from PIL import Image
+
+from lowmem_drf.config import load_config
+
+sys.path.insert(0, str(ROOT))
+
+from bench.plans import zero3
+from bench.toyworld import base_and_tuned as picture
+from bench.toyworld import critic_modes
+from bench.toyworld import seeds as toy_seeds
+
+OVERRIDES = ["model.id=toyworld", "critic.id=toyworld", "video.width=32", "video.height=32", "log.sample_every=0"]
+
+
+@pytest.fixture
+def tiny_toyworld(tiny_folders, monkeypatch):
+    """``toyworld`` is the tiny random models."""
+    folders = dict(zip(("generator", "critic"), map(str, tiny_folders), strict=True))
+    for room in ("models.weights.downloads", "assembly.loading"):
+        monkeypatch.setattr(f"lowmem_drf.{room}.resolve", lambda model_id, role: folders[role])
+    monkeypatch.setattr(toy_seeds, "EVAL_PROMPTS", 3)
+
+
+def test_seeds_then_picture(tiny_toyworld, tiny_preset, tmp_path, capsys):
+    arguments = ["--seeds", "0", "4", "--preset", str(tiny_preset), "--output", str(tmp_path), "--json", str(tmp_path / "made" / "out.json")]
+    arguments += [part for override in [*OVERRIDES, "steps=1"] for part in ("-s", override)]
+    assert toy_seeds.main(arguments) == 1  # random models learn nothing
+    out = capsys.readouterr().out
+    assert "seed 4: broken: all-correct rises by 35 points" in out
+    result = json.loads((tmp_path / "made" / "out.json").read_text())
+    assert [row["seed"] for row in result["rows"]] == [0, 4]
+    for row in result["rows"]:
+        assert set(row) == {"seed", "train_s", "updates", "updates_s", "base", "tuned", "verdicts"}
+        assert row["train_s"] > row["updates_s"] > 0
+        assert row["base"]["oracle"]["all"] == 0
+    assert result["rows"][0]["base"] == result["rows"][1]["base"]
+    assert result["rows"][0]["tuned"] != result["rows"][1]["tuned"]
+
+    file = tmp_path / "images" / "pair.png"
+    assert picture.main([str(tmp_path / "seed-0"), "--output", str(file), "--prompts", "2"]) == 0
+    with Image.open(file) as image:
+        assert image.width == 2 * picture.MARGIN + picture.LABEL + 9 * (32 * picture.ZOOM + picture.GAP) - picture.GAP
+        assert image.getpixel((0, 0)) == (255, 255, 255)
+        assert len(image.getcolors(2**24)) > 100
+
+
+def test_modes_side_by_side_go_on_from_what_was_measured(tiny_toyworld, tiny_preset, tmp_path, capsys):
+    arguments = ["--preset", str(tiny_preset), *(part for override in [*OVERRIDES, "steps=1"] for part in ("-s", override))]
+    first, whole = tmp_path / "first.json", tmp_path / "whole.json"
+    assert critic_modes.main([*arguments, "--modes", "vanilla", "dense", "--seeds", "0", "--json", str(first)]) == 0
+    assert critic_modes.main([*arguments, "--modes", "vanilla", "dense", "--seeds", "0", "1", "--merge", str(first), "--json", str(whole)]) == 0
+    rows = json.loads(whole.read_text())["rows"]
+    assert [(row["mode"], row["seed"]) for row in rows] == [("vanilla", 0), ("dense", 0), ("vanilla", 1), ("dense", 1)]
+    assert rows[:2] == json.loads(first.read_text())["rows"]
+    assert len({row["base"]["heldout_reward"] for row in rows}) == 1 and len({row["tuned"]["heldout_reward"] for row in rows}) == 4
+    out = capsys.readouterr().out
+    assert out.count("mean") >= 2 and "(base)" in out
+    assert critic_modes.main(["-s", "optim.lrr=1"]) == 2
+    assert "Did you mean optim.lr?" in capsys.readouterr().err
+
+
+def test_bad_input_is_a_message_and_its_exit_code(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert picture.main([]) == 2
+    assert "there is no run under runs/" in capsys.readouterr().err
+    assert toy_seeds.main(["-s", "optim.lrr=1"]) == 2
+    assert "Did you mean optim.lr?" in capsys.readouterr().err
+
+
+def test_a_promise_is_kept_or_named():
+    base = {"oracle": {"all": 0.3, "physics": 0.8, "quality": 0.9}, "diversity": 0.1}
+    tuned = {"oracle": {"all": 0.66, "physics": 0.8, "quality": 0.9}, "diversity": 0.081}
+    assert all(toy_seeds.verdicts(base, tuned).values())
+    for where, value in ((("oracle", "all"), 0.64), (("oracle", "physics"), 0.79), (("oracle", "quality"), 0.89), (("diversity",), 0.079)):
+        worse = copy.deepcopy(tuned)
+        node = worse
+        for key in where[:-1]:
+            node = node[key]
+        node[where[-1]] = value
+        assert list(toy_seeds.verdicts(base, worse).values()).count(False) == 1
+
+
+def test_zero3_against_streaming_has_the_same_update_in_both_and_says_what_failed(monkeypatch, tmp_path, capsys):
+    made = {}
+
+    def run(command, **_):
+        settings = [text for flag, text in zip(command, command[1:], strict=False) if flag == "-s"]
+        config = load_config(command[command.index("--preset") + 1], settings)
+        made[config.engine] = config
+        row = {"measured_gib": 1.5, "measured_s": 2.0}
+        good = json.dumps({"stages": {"text": {"measured_gib": None}, "rollout": row, "update": row}, "measured_peak_gib": 1.5})
+        return SimpleNamespace(returncode=int(config.engine == "single"), stdout=good, stderr="Error: out of memory")
+
+    monkeypatch.setattr(zero3.subprocess, "run", run)
+    assert zero3.main(["--vram", "24GB", "-s", "batch=2", "--json", str(tmp_path / "made" / "out.json")]) == 1
+    partitioned, streamed = made["zero3"], made["single"]
+    assert streamed.memory.stream == ["critic", "transformer"] and partitioned.memory.stream == ["critic"]
+    same = {"engine": "single", "memory": streamed.memory, "zero": streamed.zero}
+    assert partitioned.model_copy(update=same) == streamed and streamed.processes == 1
+    out = capsys.readouterr().out
+    assert "| together | 1.50 | 4.00 |" in out and "weight streaming: Error: out of memory" in out
+    assert set(json.loads((tmp_path / "made" / "out.json").read_text())["rows"]) == set(zero3.WAYS)

@@ -1,0 +1,57 @@
+"""What 4 and 8 bits cost, held to what is written about it: the bench itself, on fewer clips."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from _root import ROOT
+
+sys.path.insert(0, str(ROOT))
+
+from bench.accuracy import quant_error
+from lowmem_drf.models.generators import KNOWN_GENERATORS
+from lowmem_drf.models.wan.random_generator import empty_transformer
+from lowmem_drf.models.weights.quant import in_transformer
+
+ERROR = {"bf16": 0.03, "int8": 0.04, "int8, bf16": 0.05, "nf4": 0.35, "nf4, bf16": 0.35}
+COSINE = {"bf16": 0.9995, "int8": 0.9993, "int8, bf16": 0.999, "nf4": 0.95, "nf4, bf16": 0.95}
+"""Of every part, on the mean: a third more than bench/results/quant_error.json has, at least."""
+
+
+def check(rows) -> None:
+    assert rows.keys() == quant_error.VARIANTS.keys()
+    for name, row in rows.items():
+        assert row.keys() == set(quant_error.PARTS)
+        for part, figures in row.items():
+            assert 0 < figures["error"] < ERROR[name], (name, part)
+            assert COSINE[name] < figures["cosine"] < 1 and figures["worst"] <= figures["cosine"], (name, part)
+    for part in quant_error.PARTS:  # what the bits cost, and not the rounding
+        assert rows["nf4"][part]["error"] > 5 * rows["int8"][part]["error"]
+
+
+def test_toyworld_and_a_true_block(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(quant_error, "STEPS", 4)
+    file = tmp_path / "made" / "out.json"
+    assert quant_error.main(["--clips", "2", "--blocks", "Wan2.1-1.3B", "--json", str(file)]) == 0
+    models = json.loads(file.read_text())["models"]
+    assert list(models) == ["ToyWorld", "a block of Wan2.1-1.3B"] and "a block of Wan2.1-1.3B" in capsys.readouterr().out
+    for rows in models.values():
+        check(rows)
+
+
+def test_the_committed_figures() -> None:
+    result = json.loads((ROOT / "bench" / "results" / "quant_error.json").read_text())
+    assert result["clips"] == 16 and list(result["models"]) == ["ToyWorld", *(f"a block of {name}" for name in quant_error.BLOCKS)]
+    for rows in result["models"].values():
+        check(rows)
+
+
+@pytest.mark.parametrize("name", quant_error.BLOCKS.values())
+def test_the_share_of_weights_that_are_packed(name: str) -> None:
+    """As the docstring of ``models.weights.quant`` says."""
+    config = KNOWN_GENERATORS[name].config.transformer
+    model = empty_transformer(config)
+    packed = sum(p.numel() for key, p in model.named_parameters() if key.endswith(".weight") and in_transformer(key.removesuffix(".weight")))
+    assert packed / sum(p.numel() for p in model.parameters()) == pytest.approx(0.98, abs=0.005)

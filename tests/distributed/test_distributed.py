@@ -1,0 +1,191 @@
+"""ToyWorld trained by two processes under ZeRO-3 with CPU offload, from the command line: its files, resuming with other numbers of processes, a killed one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from _root import ROOT
+from safetensors.torch import load_file
+
+from lowmem_drf.commands.train import train_command
+from lowmem_drf.toy.captions import train_prompts
+from lowmem_drf.training.checkpoint import checkpoint_steps
+from lowmem_drf.training.metrics import read_metrics
+
+SETTINGS = [
+    *("steps=4", "batch=4", "micro_batch=1", "sampler.steps=2", "sampler.graded_steps=1", "critic.normalize=true", "optim.schedule=constant"),
+    *("log.checkpoint_every=1", "log.keep=10", "log.sample_every=2", "log.sample_prompts=3", "log.eval_prompts=3"),
+]
+ZERO = ["engine=zero3", "zero.stage3_param_persistence_threshold=1000"]
+QUICKLY = ["log.sample_every=0", "log.eval_prompts=0"]
+WITHIN_S = 30.0
+
+
+def command(*words, settings=()):
+    return [sys.executable, "-m", "lowmem_drf", "train", *map(str, words), *(word for text in settings for word in ("-s", text))]
+
+
+def started(*words, settings=()):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command(*words, settings=settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+
+
+def trained(*words, settings=()):
+    process = started(*words, settings=settings)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    return out, err
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("\n".join(train_prompts()[:6]), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def one(prompts, tmp_path_factory):
+    """A run of one process."""
+    before, run = torch.get_num_threads(), tmp_path_factory.mktemp("one") / "run"
+    torch.set_num_threads(1)
+    train_command("toy", prompts, run, None, None, False, SETTINGS, False)
+    torch.set_num_threads(before)
+    return run
+
+
+@pytest.fixture(scope="module")
+def two(prompts, tmp_path_factory):
+    """The same of two, and what it said."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    return run, *trained("--preset", "toy", "--prompts", prompts, "--output", run, "--num-processes", 2, settings=[*SETTINGS, *ZERO])
+
+
+def files(run):
+    return sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and path.parent.name != "tensorboard")
+
+
+def test_the_files_are_those_of_one_process(one, two):
+    run, *_ = two
+    assert files(run) == files(one)
+    assert len(list((run / "tensorboard").iterdir())) == 1
+    for ours, theirs in zip(read_metrics(run), read_metrics(one), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(ours[key] == theirs[key] for key in ("step", "prompts", "seed", "lr"))
+        assert ours["reward_by_question"].keys() == theirs["reward_by_question"].keys()
+    for step in checkpoint_steps(one):
+        ours, theirs = (folder / "checkpoints" / f"step-{step:06d}" for folder in (run, one))
+        for name in ("lora.safetensors", "state.safetensors"):
+            assert _shapes(ours / name) == _shapes(theirs / name)
+        assert _without_spread(ours) == _without_spread(theirs)
+    assert (run / "questions.json").read_bytes() == (one / "questions.json").read_bytes()
+
+
+def _shapes(file):
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in load_file(file).items()}
+
+
+def _without_spread(folder):
+    cursor = json.loads((folder / "cursor.json").read_text())
+    return cursor | {"spread": sorted(cursor["spread"])}
+
+
+def test_the_samples_of_both_processes_are_written_under_their_own_names(one, two):
+    """Before training: each clip is that of one process under the same name, and none of the others."""
+    from lowmem_drf.video import read_video
+
+    ours, theirs = ({path.name: read_video(path)[0] for path in (run / "samples" / "step-000000").iterdir()} for run in (two[0], one))
+    assert len(ours) == 3
+    for name, clip in ours.items():
+        assert min(theirs, key=lambda other: (clip - theirs[other]).abs().mean()) == name
+
+
+def test_one_process_talks(two):
+    _, out, err = two
+    lines = [line.split(" ")[1] for line in out.splitlines() if line.startswith("update ")]
+    assert lines == sorted(set(lines)) and lines[-1] == "4/4"
+    assert "on cpu, fp32, 2 processes under DeepSpeed (zero3)\n" in out
+    assert out.count("Next:") == 1
+    assert out.count("oracle: color") == 1  # the table, of clips that both made
+    assert err == ""
+
+
+def at_update_2(run, copy):
+    shutil.copytree(run, copy)
+    for step in (3, 4):
+        shutil.rmtree(copy / "checkpoints" / f"step-{step:06d}")
+    return copy
+
+
+def lora(run, step):
+    return (run / "checkpoints" / f"step-{step:06d}" / "lora.safetensors").read_bytes()
+
+
+def test_a_run_goes_on_with_one_process_and_then_with_two(two, tmp_path):
+    """That its state is taken up exactly by any number of processes is in test_zero.py."""
+    run = at_update_2(two[0], tmp_path / "run")
+    trained("--resume", "--output", run, "--steps", 3, "--num-processes", 1, settings=QUICKLY)
+    assert lora(run, 2) == lora(two[0], 2)
+    trained("--resume", "--output", run, "--steps", 4, "--num-processes", 2, settings=QUICKLY)
+    assert checkpoint_steps(run) == [1, 2, 3, 4]
+    for ours, theirs in zip(read_metrics(run), read_metrics(two[0]), strict=True):
+        assert (ours["prompts"], ours["seed"]) == (theirs["prompts"], theirs["seed"])
+
+
+def test_a_killed_process_ends_the_run_in_seconds_with_one_message_and_a_usable_checkpoint(prompts, two, tmp_path):
+    """Resumed, the run gives the bytes of the unbroken one."""
+    run = tmp_path / "run"
+    settings = [*SETTINGS, *ZERO, *QUICKLY, "steps=1000"]
+    process = started("--preset", "toy", "--prompts", prompts, "--output", run, "--num-processes", 2, settings=settings)
+    while not checkpoint_steps(run):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(_rank(process.pid, 1), signal.SIGKILL)
+    killed = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - killed < WITHIN_S
+    assert process.returncode == 1
+    saved = checkpoint_steps(run)[-1]
+    assert err.splitlines() == [
+        "Error: rank 1 died without a word (killed, or out of host memory: see dmesg). The run was stopped.",
+        f"Update {saved} is saved. Go on with: lowmem-drf train --resume --output {run}",
+    ]
+    assert saved < 4
+    trained("--resume", "--output", run, "--steps", 4)
+    assert lora(run, 4) == lora(two[0], 4)
+
+
+def _rank(parent, rank):
+    """The process of this rank among the children."""
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError(f"there is no rank {rank}")
+
+
+def test_fewer_prompts_than_processes_are_refused(tmp_path):
+    (tmp_path / "prompts.txt").write_text(train_prompts()[0])
+    process = started("--preset", "toy", "--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "run", "--num-processes", 2, settings=ZERO)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert err.startswith("Error: there are 1 prompts for 2 processes") and len(err.splitlines()) <= 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_prints_what_deepspeed_is_told_and_the_plan_of_each_process(capfd):
+    import tomllib
+
+    train_command("toy", None, None, None, None, False, ["engine=zero3", "zero.critic=true"], True, num_processes=2)
+    out, err = capfd.readouterr()
+    assert tomllib.loads(out)["processes"] == 2
+    told = "\n".join(line.removeprefix("# ") for line in out.splitlines() if line.startswith("# "))
+    assert told.count('"stage": 3') == 2  # the transformer's engine and the critic's
+    assert told.count('"offload_param"') == 2 and told.count('"offload_optimizer"') == 1
+    assert "each of 2 processes" in err

@@ -1,0 +1,207 @@
+"""DeepSpeed's ZeRO on the relay, with two processes on the CPU (gloo): the gradients of one process, its files, and what is gathered and averaged."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from _root import ROOT
+from _zero_worker import COMMON, TAKEN, ready, updates
+
+from lowmem_drf.config import load_config
+from lowmem_drf.distributed.launch import launch
+from lowmem_drf.distributed.ranks import ALONE
+from lowmem_drf.distributed.zero import REDUCE_BUCKET, deepspeed_config
+from lowmem_drf.errors import BadInputError
+
+OFFLOADED = "engine=zero3"
+GATHERED = "engine=zero3 zero.rollout=gathered"
+LEAN = "engine=zero3 zero.critic=true memory.token_slices=2 memory.checkpoint=host kernels.ops=naive"
+ON_CARDS = "engine=zero3 zero.offload=none zero.stage3_param_persistence_threshold=100000 zero.stage3_prefetch_bucket_size=0"
+ONE_STEP = "engine=zero3 sampler.graded_steps=1"
+"""What enters the transformer needs no gradient in its first backward."""
+TAKEN_UP = ("engine=zero1", "engine=zero2", OFFLOADED)
+REPLICATED = ("engine=zero1", "engine=zero2")
+PARTITIONED = (OFFLOADED, GATHERED, LEAN, ON_CARDS)
+
+
+def run_workers(count, out: Path, *words: str):
+    code = launch(count, [str(out), *words], (sys.executable, str(ROOT / "tests" / "support" / "_zero_worker.py")))
+    assert code == 0
+    return torch.load(out, weights_only=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def single():
+    return updates(["engine=single"], ALONE)
+
+
+@pytest.fixture(scope="module")
+def two(single, tmp_path_factory):
+    """What two processes gave, by variant. The persistence threshold is 0 where nothing else is said: ToyWorld's tensors are all smaller than the default."""
+    folder = tmp_path_factory.mktemp("zero")
+    torch.save((single["lora"], single["state"]), folder / "state.pt")
+    asked = (*REPLICATED, *PARTITIONED, ONE_STEP, *(TAKEN + variant for variant in TAKEN_UP))
+    variants = [v if "threshold" in v or "zero3" not in v else f"{v} zero.stage3_param_persistence_threshold=0" for v in asked]
+    made = run_workers(2, folder / "two.pt", " -- ".join(variants), str(folder / "state.pt"))
+    return dict(zip(asked, (made[variant] for variant in variants), strict=True))
+
+
+@pytest.fixture(scope="module")
+def rounding(single):
+    """How far the gradient of one process moves when every weight of the transformer moves by a rounding of fp32, up or down: the size of what another
+    alignment of the same weights does to the same sums. Two gradients that are both off by that differ by twice as much at most."""
+    config, models, prompts, questions = ready(["engine=single"])
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in models.transformer.parameters():
+            if not parameter.requires_grad:
+                parameter.mul_(1 + torch.finfo(torch.float32).eps * (torch.randint(0, 3, parameter.shape, generator=noise) - 1))
+    moved = first_gradient(config, models, prompts, questions)
+    exact = flat(single["gradients"][0])
+    return ((moved - exact).norm() / exact.norm()).item()
+
+
+def first_gradient(config, models, prompts, questions):
+    from _trainer import Keeping
+
+    from lowmem_drf.models.lora.adapter import lora_parameters
+    from lowmem_drf.training.update import update
+
+    trainer = Keeping(config, models.transformer)
+    update(config, models, models.parts(lora_parameters(models.transformer)), trainer, 0, prompts, questions, None, {})
+    return torch.cat([gradient.flatten() for gradient in trainer.gradients[0]])
+
+
+def flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+
+
+@pytest.mark.parametrize("variant", PARTITIONED)
+def test_two_processes_under_zero_3_have_the_gradient_of_one(single, two, rounding, variant):
+    exact, got = flat(single["gradients"][0]), flat(two[variant]["gradients"][0])
+    assert (got - exact).norm() <= 2 * rounding * exact.norm()
+
+
+def test_one_graded_step_too(two, rounding):
+    config, models, prompts, questions = ready(["engine=single", "sampler.graded_steps=1"])
+    exact, got = first_gradient(config, models, prompts, questions), flat(two[ONE_STEP]["gradients"][0])
+    assert (got - exact).norm() <= 2 * rounding * exact.norm()
+
+
+@pytest.mark.parametrize("variant", REPLICATED)
+def test_two_processes_with_whole_weights_add_the_same_numbers_in_another_order(single, two, variant):
+    """Four sums of fp32 (two clips, two graded steps): a rounding each."""
+    exact, got = flat(single["gradients"][0]), flat(two[variant]["gradients"][0])
+    assert (got - exact).norm() <= 4 * torch.finfo(torch.float32).eps * exact.norm()
+
+
+@pytest.mark.parametrize("variant", [*REPLICATED, *PARTITIONED])
+def test_the_report_and_the_saved_tensors_are_those_of_one_process(single, two, variant):
+    ours = two[variant]
+    for one, many in zip(single["report"], ours["report"], strict=True):
+        assert (one.prompts, one.seed, one.lr, one.step) == (many.prompts, many.seed, many.lr, many.step)
+        assert one.reward_by_question.keys() == many.reward_by_question.keys()
+        assert one.stage_s.keys() == many.stage_s.keys()
+    for kind in ("lora", "state"):
+        assert {name: (tensor.shape, tensor.dtype) for name, tensor in ours[kind].items()} == {
+            name: (tensor.shape, tensor.dtype) for name, tensor in single[kind].items()
+        }
+    assert all(tensor == 2 for name, tensor in ours["state"].items() if name.endswith(".step"))
+
+
+@pytest.mark.parametrize("variant", PARTITIONED)
+def test_gradients_are_averaged_once_an_update(single, two, variant):
+    """However many micro-batches, graded steps and guidance passes there are: each number once, in two updates twice."""
+    numbers = sum(tensor.numel() for tensor in single["lora"].values())
+    assert two[variant]["reduced"] == 2 * numbers
+
+
+def test_a_gathered_rollout_moves_the_weights_once(two):
+    """Of two updates with three steps each; graded steps move them as before."""
+    often, once = (two[variant]["gathered"] for variant in (OFFLOADED, GATHERED))
+    assert often["rollout"] == 3 * once["rollout"]
+    assert often["denoise_backward"] == once["denoise_backward"]
+
+
+def test_the_critic_under_its_own_engine_is_gathered_in_its_stage_alone(two):
+    assert two[LEAN]["gathered"]["critic"] > 0
+    assert "critic" not in two[OFFLOADED]["gathered"]
+    assert two[LEAN]["gathered"]["rollout"] == two[OFFLOADED]["gathered"]["rollout"]
+
+
+def test_where_several_engines_take_the_same_gradient_the_state_of_the_rollout_is_no_matter(two):
+    for kind in ("lora", "state"):
+        assert all(torch.equal(tensor, two[GATHERED][kind][name]) for name, tensor in two[OFFLOADED][kind].items())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process under DeepSpeed."""
+    return run_workers(1, tmp_path_factory.mktemp("zero") / "one.pt", "engine=zero1 -- engine=zero2")
+
+
+@pytest.mark.parametrize("variant", REPLICATED)
+def test_one_process_is_the_same_to_the_byte(single, alone, variant):
+    """Sums, clipping, AdamW: DeepSpeed does to the numbers what torch does."""
+    assert alone[variant]["report"][0].grad_norm > load_config("toy").optim.grad_clip
+    for kind in ("lora", "state"):
+        assert all(torch.equal(tensor, alone[variant][kind][name]) for name, tensor in single[kind].items())
+
+
+@pytest.mark.parametrize("variant", TAKEN_UP)
+def test_the_state_of_any_number_of_processes_is_taken_up_exactly_by_any_other(single, two, variant):
+    """What one process saved, two took up and saved again: the same bytes."""
+    for kind in ("lora", "state"):
+        assert two[TAKEN + variant][kind].keys() == single[kind].keys()
+        assert all(torch.equal(tensor, two[TAKEN + variant][kind][name]) for name, tensor in single[kind].items())
+
+
+def test_what_deepspeed_is_told():
+    config = load_config("toy", [*COMMON, "engine=zero3", "processes=2", "zero.offload=nvme", "zero.nvme_path=/fast", "optim.grad_clip=0.25"])
+    told = deepspeed_config(config)
+    assert told["gradient_clipping"] == 0.25  # 1.0 where nothing is said
+    assert told["gradient_accumulation_steps"] == 1  # it divides by it
+    assert not {"fp16", "bf16"} & told.keys()  # it would cast the LoRA
+    zero = told["zero_optimization"]
+    assert zero["offload_param"] == {"device": "nvme", "pin_memory": True, "nvme_path": "/fast"}
+    assert zero["offload_optimizer"]["device"] == "cpu"
+    assert zero["reduce_bucket_size"] == REDUCE_BUCKET
+    assert zero["stage3_max_reuse_distance"] == 0
+    assert "offload_optimizer" not in deepspeed_config(config, trains=False)["zero_optimization"]
+    assert "offload_param" not in deepspeed_config(load_config("toy", ["engine=zero1", "processes=2"]))["zero_optimization"]
+    json.dumps(told)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["processes=2"], 'engine: "single" is one process'),
+        (["engine=zero1", "processes=9"], "processes: 9 are more than the batch"),
+        (["engine=zero1", "processes=3"], "batch: 8 prompts cannot be split evenly over 3 processes; nearest: 6 or 9"),
+        (["engine=zero3", "model.quant=nf4"], "nf4 does not go with ZeRO-3.*more of its memory, not less"),
+        (["engine=zero3", "zero.critic=true", "critic.quant=nf4"], "critic.quant: nf4 does not go with ZeRO-3"),
+        (["engine=zero3", 'memory.park=["transformer"]'], "memory.park: has transformer"),
+        (["engine=zero3", "memory.checkpoint=true", 'memory.stream=["transformer"]'], "memory.stream: has transformer"),
+        (["engine=zero3", "memory.checkpoint=true", "memory.record_rollout=true"], "memory.record_rollout"),
+        (["engine=zero2", "optim.name=adamw8bit"], "optim.name: adamw8bit does not go"),
+        (["engine=zero2", "zero.critic=true"], "zero.critic"),
+        (["engine=zero3", "zero.offload=nvme"], "zero.nvme_path"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_the_reason(overrides, said):
+    with pytest.raises(BadInputError, match=said):
+        load_config("toy", overrides)
+
+
+def test_a_4_bit_critic_of_its_own_goes_with_zero_3():
+    assert load_config("toy", ["engine=zero3", "critic.quant=nf4", "processes=2"]).critic.quant == "nf4"

@@ -1,0 +1,387 @@
+"""Exported LoRAs: every format read back by diffusers is the tuned model; what cannot be exported leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from _tiny import randomise_lora, save_tiny_generator, tiny_condition, tiny_latents, tiny_transformer
+from safetensors import safe_open
+from safetensors.torch import load_file, save, save_file
+
+from lowmem_drf.assembly.loading import load_transformer
+from lowmem_drf.config import load_config, to_toml
+from lowmem_drf.errors import BadInputError, LowmemError
+from lowmem_drf.export import export
+from lowmem_drf.export.export import DTYPES, export_lora, export_run, merge_lora
+from lowmem_drf.export.verify import verify_export
+from lowmem_drf.models.lora.adapter import add_lora, attach_lora, lora_layers, lora_state
+from lowmem_drf.models.lora.formats import LoraFile, diffusers_reads_kohya, from_format, model_hash, read_lora, to_format
+from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
+from lowmem_drf.training.run_folder import run_config
+
+ALPHA, RANK = 3.0, 2  # alpha / rank is no power of two: folding really rounds
+TARGETS = {
+    "all": ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"],
+    "self-attention": ["attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"],
+    "one block": ["blocks.1.ffn.net.2", "blocks.1.attn2.to_q"],
+}
+
+
+def trained(targets: str = "all", dtype: torch.dtype = torch.float32) -> tuple[LoraFile, object]:
+    transformer = tiny_transformer(dtype)
+    add_lora(transformer, rank=RANK, alpha=ALPHA, targets=TARGETS[targets])
+    randomise_lora(transformer)
+    return LoraFile(lora_state(transformer), ALPHA, {}), transformer
+
+
+def allowed(dtype: str, effect: float) -> float:
+    """16 bits: A and B are rounded at most twice each, by eps / 2. fp32: what a user is promised."""
+    return 1e-4 if dtype == "fp32" else 2 * torch.finfo(DTYPES[dtype]).eps * effect
+
+
+def velocity(transformer) -> torch.Tensor:
+    with torch.no_grad():
+        return as_velocity(transformer)(tiny_latents(1, dtype=torch.float32), 0.6, tiny_condition(1, torch.float32))
+
+
+def by_diffusers(path: Path) -> torch.Tensor:
+    """What a user does: a fresh pipeline, the file, run."""
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline(None, None, None, None, transformer=tiny_transformer())
+    pipe.load_lora_weights(str(path))
+    return velocity(pipe.transformer)
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["comfyui", "diffusers", "kohya"])
+def test_round_trip(form: str, dtype: str, targets: str, tmp_path) -> None:
+    lora, tuned = trained(targets)
+    wanted, base = velocity(tuned), velocity(tiny_transformer())
+    path, verified = export_lora(lora, form, DTYPES[dtype], tmp_path / "lora.safetensors", tiny_transformer(), {})
+    assert [p.name for p in tmp_path.iterdir()] == ["lora.safetensors"]
+    assert {v.dtype for k, v in load_file(path).items() if not k.endswith(".alpha")} == {DTYPES[dtype]}
+    assert verified.effect > 0.05 and verified.difference < allowed(dtype, verified.effect)
+
+    back = read_lora(path)
+    attached = tiny_transformer()
+    attach_lora(attached, back.state, back.alpha)
+    outputs = [velocity(attached)]
+    whole = form != "kohya" or targets == "all"
+    assert verified.by == ("diffusers" if whole else "lowmem-drf")
+    if whole:
+        outputs.append(by_diffusers(path))
+    for output in outputs:
+        assert (output - wanted).abs().max() < allowed(dtype, float((wanted - base).abs().max()))
+
+
+def test_keys_are_those_the_tools_read() -> None:
+    lora, _ = trained()
+    keys = {form: to_format(lora.state, ALPHA, RANK, form, torch.float32).keys() for form in ("comfyui", "diffusers", "kohya")}
+    assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in keys["comfyui"]
+    assert "diffusion_model.blocks.1.cross_attn.o.lora_B.weight" in keys["comfyui"]
+    assert "diffusion_model.blocks.1.ffn.0.lora_A.weight" in keys["comfyui"]
+    assert not any("alpha" in key or "default" in key or "to_q" in key for key in keys["comfyui"])
+    assert keys["diffusers"] == {f"transformer.{name}" for name in lora.state}
+    assert {
+        "lora_unet_blocks_0_self_attn_q.lora_down.weight",
+        "lora_unet_blocks_1_ffn_2.lora_up.weight",
+        "lora_unet_blocks_0_cross_attn_k.alpha",
+    } <= keys["kohya"]
+    assert len(keys["kohya"]) == 3 * len(keys["comfyui"]) // 2
+
+
+def test_image_to_video_projections_have_names_too() -> None:
+    state = {f"blocks.0.attn2.add_{x}_proj.lora_{s}.weight": torch.rand(2, 2) for x in "kv" for s in "AB"}
+    for form, key in [
+        ("comfyui", "diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight"),
+        ("kohya", "lora_unet_blocks_0_cross_attn_v_img.lora_up.weight"),
+    ]:
+        tensors = to_format(state, 2.0, 2, form, torch.float32)
+        assert key in tensors
+        back = from_format(tensors, {}).state
+        assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state)
+
+
+def test_foreign_variants_are_read() -> None:
+    """``lora_down``/``lora_up`` with ``.alpha`` under ComfyUI's prefix, and alphas that differ between modules."""
+    lora, _ = trained("one block")
+    tensors = {}
+    for key, value in to_format(lora.state, 2.0, RANK, "comfyui", torch.float32).items():
+        tensors[key.replace("lora_A", "lora_down").replace("lora_B", "lora_up")] = value
+    stems = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
+    tensors |= {f"{stem}.alpha": torch.tensor(float(i + 1)) for i, stem in enumerate(stems)}
+    file = from_format(tensors, {})
+    assert file.alpha == file.rank == RANK
+    alphas = dict(zip(["blocks.1.attn2.to_q", "blocks.1.ffn.net.2"], [1.0, 2.0], strict=True))
+    for module, delta in file.deltas().items():
+        a, b = lora.pairs()[module]
+        torch.testing.assert_close(delta, alphas[module] / RANK * (b.double() @ a.double()))
+
+
+def test_diffusers_reads_kohya_predicts_the_converter() -> None:
+    from diffusers import WanPipeline
+
+    lora, _ = trained()
+    some = {k: v for k, v in lora.state.items() if "blocks.1.ffn" not in k}
+    for state, whole in [(lora.state, True), (some, False), ({k: v for k, v in lora.state.items() if "blocks.1" in k}, False)]:
+        assert diffusers_reads_kohya(state) is whole
+        tensors = to_format(state, ALPHA, RANK, "kohya", torch.float32)
+        if whole:
+            assert WanPipeline.lora_state_dict(tensors).keys() == {f"transformer.{name}" for name in state}
+        else:
+            with pytest.raises(KeyError):
+                WanPipeline.lora_state_dict(tensors)
+
+
+def test_metadata(tmp_path) -> None:
+    lora, _ = trained()
+    for form, alpha in [("comfyui", str(float(RANK))), ("diffusers", str(ALPHA)), ("kohya", str(ALPHA))]:
+        path, _ = export_lora(lora, form, torch.bfloat16, tmp_path / f"{form}.safetensors", tiny_transformer(), {"modelspec.title": "a title"})
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        assert metadata["modelspec.title"] == "a title"
+        assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (str(RANK), alpha)
+        assert (metadata["lowmem_drf.rank"], metadata["lowmem_drf.alpha"]) == (str(RANK), str(ALPHA))
+        assert metadata["sshs_model_hash"] == model_hash(path.read_bytes()) == model_hash(save(load_file(path), {"other": "header"}))
+        assert ("lora_adapter_metadata" in metadata) == (form == "diffusers"), "in a folded file it would scale twice"
+
+
+def test_verification_catches_a_wrong_file(tmp_path) -> None:
+    lora, _ = trained()
+    good = to_format(lora.state, ALPHA, RANK, "comfyui", torch.float32)
+    first = next(iter(good))
+    last = next(reversed(good))
+    wrong = {
+        "scaled twice": {k: v * (ALPHA / RANK) if "lora_A" in k else v for k, v in good.items()},
+        "one value": {**good, first: good[first] + 1e-4 * (torch.arange(good[first].numel()) == 0).view_as(good[first])},
+        "a module less": {k: v for k, v in good.items() if not k.startswith(last.rsplit(".lora_", 1)[0])},
+        "unreadable": {**good, "diffusion_model.strange.lora_A.weight": good[first].clone()},
+    }
+    for name, tensors in wrong.items():
+        path = tmp_path / "x.safetensors"
+        save_file(tensors, path)
+        base = tiny_transformer()
+        with pytest.raises(LowmemError, match="exported file") as error:
+            verify_export(path, lora, "comfyui", torch.float32, base)
+        assert error.value.exit_code == 1, name
+        assert torch.equal(velocity(base), velocity(tiny_transformer())) and not lora_layers(base)
+
+
+def test_an_untrained_lora_exports(tmp_path) -> None:
+    transformer = tiny_transformer()
+    add_lora(transformer, rank=RANK, alpha=ALPHA)
+    _, verified = export_lora(LoraFile(lora_state(transformer), ALPHA, {}), "comfyui", torch.float16, tmp_path / "l.safetensors", tiny_transformer(), {})
+    assert verified.effect == 0 and verified.difference == 0
+
+
+def test_tiny_values_survive_fp16(tmp_path) -> None:
+    """After the first updates B is near 1e-5, where fp16 has few digits left: the bound knows, and the file is accepted."""
+    lora, _ = trained()
+    small = LoraFile({k: v * 1e-5 if "lora_B" in k else v for k, v in lora.state.items()}, ALPHA, {})
+    _, verified = export_lora(small, "comfyui", torch.float16, tmp_path / "l.safetensors", tiny_transformer(), {})
+    assert 0 < verified.difference < verified.effect
+
+
+def test_values_beyond_fp16_are_refused(tmp_path) -> None:
+    lora, _ = trained()
+    large = LoraFile({k: v * 1e6 if "lora_B" in k else v for k, v in lora.state.items()}, ALPHA, {})
+    with pytest.raises(BadInputError, match="--dtype bf16"):
+        export_lora(large, "comfyui", torch.float16, tmp_path / "l.safetensors", tiny_transformer(), {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_modules_outside_the_blocks_go_to_diffusers_only(tmp_path) -> None:
+    transformer = tiny_transformer()
+    add_lora(transformer, rank=RANK, alpha=ALPHA, targets=["proj_out", "to_q"])
+    randomise_lora(transformer)
+    lora = LoraFile(lora_state(transformer), ALPHA, {})
+    for form in ("comfyui", "kohya"):
+        with pytest.raises(BadInputError, match="proj_out.*--format diffusers"):
+            export_lora(lora, form, torch.float32, tmp_path / "l.safetensors", tiny_transformer(), {})
+    export_lora(lora, "diffusers", torch.float32, tmp_path / "l.safetensors", tiny_transformer(), {})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merge(dtype: str, tmp_path) -> None:
+    lora, tuned = trained()
+    verified = merge_lora(lora, DTYPES[dtype], tmp_path / "merged", tiny_transformer())
+    assert [p.name for p in tmp_path.iterdir()] == ["merged"]
+    merged = load_denoiser(str(tmp_path / "merged"))
+    wanted = velocity(tuned)
+    # in 16 bits every weight of the model is rounded, not only the LoRA's
+    largest = float(wanted.abs().max()) * 6 * len(merged.blocks)
+    assert (velocity(merged) - wanted).abs().max() < allowed(dtype, largest) and verified.difference < allowed(dtype, largest)
+    stored = load_file(tmp_path / "merged/transformer/diffusion_pytorch_model.safetensors")
+    assert stored["blocks.0.attn1.to_q.weight"].dtype == DTYPES[dtype] and stored["blocks.0.norm2.weight"].dtype == torch.float32
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run's folder on the tiny model, with checkpoints of steps 5 and 10."""
+    generator = save_tiny_generator(tmp_path / "generator")
+    folder = tmp_path / "my-run"
+    (tmp_path / "preset.toml").write_text(
+        f'model.id = "{generator}"\nlora = {{rank = {RANK}, alpha = {ALPHA}}}\nvideo = {{width = 32, height = 32, frames = 9}}\n'
+    )
+    config = load_config(tmp_path / "preset.toml")
+    for step in (5, 10):
+        checkpoint = folder / f"checkpoints/step-{step:06d}"
+        checkpoint.mkdir(parents=True)
+        lora, _ = trained()
+        state = {k: v * step / 10 for k, v in lora.state.items()}
+        save_file(state, checkpoint / "lora.safetensors", metadata={"rank": str(RANK), "alpha": repr(ALPHA)})
+    (folder / "config.toml").write_text(to_toml(config))
+    return folder
+
+
+def contents(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")}
+
+
+def test_export_run_defaults(run: Path) -> None:
+    exported = export_run(run)
+    assert exported.paths == (run / "my-run-step-000010.comfyui.safetensors",)
+    assert "loads in ComfyUI" in str(exported) and "Verified: read back by diffusers" in str(exported)
+    lora, tuned = trained()
+    effect = float((velocity(tuned) - velocity(tiny_transformer())).abs().max())
+    assert (by_diffusers(exported.paths[0]) - velocity(tuned)).abs().max() < allowed("bf16", effect)
+    with safe_open(exported.paths[0], "pt") as file:
+        metadata = file.metadata()
+    assert metadata["modelspec.architecture"] == "wan2.1/lora" and metadata["modelspec.resolution"] == "32x32"
+    assert metadata["ss_steps"] == metadata["lowmem_drf.steps"] == "10"
+    assert {"lowmem_drf.critic", "lowmem_drf.graded_steps", "lowmem_drf.config_sha256", "ss_base_model_version"} <= metadata.keys()
+
+
+def test_the_default_dtype_is_the_runs(run: Path) -> None:
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace('dtype = "bf16"', 'dtype = "fp32"'))
+    exported = export_run(run)
+    assert {tensor.dtype for tensor in load_file(exported.paths[0]).values()} == {torch.float32}
+    assert ", fp32, rank 2)" in str(exported)
+    assert (by_diffusers(exported.paths[0]) - velocity(trained()[1])).abs().max() < 1e-4
+
+
+def test_export_run_reproduces_the_tuned_model_in_fp32(run: Path, tmp_path) -> None:
+    for form in ("comfyui", "diffusers"):
+        exported = export_run(run, form=form, dtype="fp32", output=tmp_path / f"new/{form}.safetensors")
+        assert (by_diffusers(exported.paths[0]) - velocity(trained()[1])).abs().max() < 1e-4
+
+
+def test_export_run_step_folder_and_merge(run: Path, tmp_path) -> None:
+    (tmp_path / "out").mkdir()
+    early = export_run(run, step=5, form="kohya", output=tmp_path / "out")
+    assert early.paths == (tmp_path / "out/my-run-step-000005.kohya.safetensors",)
+    merged = export_run(run, dtype="fp32", merge=tmp_path / "merged")
+    assert merged.paths == (tmp_path / "merged",) and not list(run.glob("*.safetensors"))
+    assert (velocity(load_denoiser(str(tmp_path / "merged"))) - velocity(trained()[1])).abs().max() < 1e-4
+    both = export_run(run, dtype="fp32", output=tmp_path / "l.safetensors", merge=tmp_path / "merged2")
+    assert [p.exists() for p in both.paths] == [True, True]
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_a_run_on_packed_weights_is_exported_from_full_ones(quant: str, run: Path, tmp_path) -> None:
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace('quant = "none"', f'quant = "{quant}"', 1))
+    assert run_config(run).model.quant == quant
+    exported = export_run(run, dtype="fp32", output=tmp_path / "l.safetensors", merge=tmp_path / "merged")
+    assert f"sampled on {quant} ones" in str(exported)
+    for said in (by_diffusers(exported.paths[0]), velocity(load_denoiser(str(tmp_path / "merged")))):
+        assert (said - velocity(trained()[1])).abs().max() < 1e-4
+    with safe_open(exported.paths[0], "pt") as file:
+        assert file.metadata()["lowmem_drf.quant"] == quant
+
+
+def test_a_base_that_the_host_has_no_room_for(run: Path, tmp_path, monkeypatch) -> None:
+    """Only its first blocks are read: the file is the same, its wrong weights are found in all blocks, and nothing is merged."""
+    whole = export_run(run, output=tmp_path / "whole.safetensors")
+    monkeypatch.setattr(export, "available_host_bytes", lambda: export.HOST_MARGIN + 1000)
+    monkeypatch.setattr(export, "FEW", 1)
+    part = export_run(run, output=tmp_path / "part.safetensors")
+    assert "first 1 blocks (of 2; the weights of all were compared)" in str(part) and "blocks" not in str(whole)
+    files = [load_file(made.paths[0]) for made in (whole, part)]
+    assert files[0].keys() == files[1].keys() and all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
+    with pytest.raises(LowmemError, match="--merge needs the whole transformer in fp32"):
+        export_run(run, merge=tmp_path / "merged")
+
+    def wrong(*arguments):
+        tensors = to_format(*arguments)
+        last = max(name for name in tensors if "blocks.1." in name)
+        return tensors | {last: tensors[last] * 1.1}
+
+    monkeypatch.setattr(export, "to_format", wrong)
+    with pytest.raises(LowmemError, match="differs from the LoRA by more than"):
+        export_run(run, output=tmp_path / "wrong.safetensors")
+
+
+def test_blocks_that_are_not_read_take_no_memory(run: Path) -> None:
+    config = run_config(run)
+    transformer = load_transformer(config, Path(config.model.id), torch.float32, torch.device("cpu"), blocks=1)
+    first, second = (sum(p.untyped_storage().nbytes() for p in block.parameters()) for block in transformer.blocks)
+    assert first > 10_000 and second == 4 * len(list(transformer.blocks[1].parameters()))
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (dict(form="comfy"), "comfyui, diffusers, kohya"),
+        (dict(dtype="int8"), "bf16, fp16, fp32"),
+        (dict(step=7), "no checkpoint of step 7"),
+        (dict(output=Path("lora.pt")), ".safetensors"),
+        (dict(merge=Path(__file__)), "exists already"),
+        (dict(output=Path("/proc/none/l.safetensors")), "cannot be written"),
+        (dict(merge=Path("/proc/none/merged")), "cannot be written"),
+    ],
+    ids=["format", "dtype", "step", "suffix", "merge exists", "output unwritable", "merge unwritable"],
+)
+def test_bad_input_leaves_nothing_behind(call: dict, reason: str, run: Path) -> None:
+    before = contents(run)
+    with pytest.raises(BadInputError, match=reason):
+        export_run(run, **call)
+    assert contents(run) == before
+
+
+def test_a_run_whose_base_is_gone_or_another(run: Path, tmp_path) -> None:
+    before = contents(run)
+    config = tmp_path / "generator/transformer/config.json"
+    tiny_transformer(layers=1).save_pretrained(tmp_path / "generator/transformer")
+    with pytest.raises(BadInputError, match="does not fit this model"):
+        export_run(run)
+    config.unlink()
+    with pytest.raises(BadInputError, match="transformer/config.json is missing"):
+        export_run(run)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ({}, "no LoRA"),
+        ({"blocks.0.attn1.to_q.weight": torch.zeros(2, 2)}, "not part of a LoRA"),
+        ({"blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, 2)}, "half a LoRA pair"),
+        ({"diffusion_model.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, 2)}, "another model"),
+        ({"lora_unet_down_blocks_0_attentions_0.lora_down.weight": torch.zeros(2, 2)}, "another model"),
+        ({f"blocks.{i}.attn1.to_q.lora_{s}.weight": torch.zeros(i + 1, i + 1) for i in (0, 1) for s in "AB"}, "ranks"),
+    ],
+    ids=["empty", "whole weights", "half", "prefix swapped", "sd", "two ranks"],
+)
+def test_files_that_are_no_lora_of_ours_are_refused(tensors: dict, reason: str, tmp_path) -> None:
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(BadInputError, match=reason):
+        read_lora(tmp_path / "x.safetensors")
+
+
+def test_files_that_are_no_safetensors_are_refused(tmp_path) -> None:
+    with pytest.raises(BadInputError, match="no file"):
+        read_lora(tmp_path / "none.safetensors")
+    (tmp_path / "x.safetensors").write_text("a pickle, perhaps")
+    with pytest.raises(BadInputError, match="not a readable safetensors file"):
+        read_lora(tmp_path / "x.safetensors")
+    lora, _ = trained("one block")
+    save_file(lora.state, tmp_path / "y.safetensors", metadata={"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": "many"})})
+    with pytest.raises(BadInputError, match="header is damaged"):
+        read_lora(tmp_path / "y.safetensors")

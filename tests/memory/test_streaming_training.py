@@ -1,0 +1,76 @@
+"""ToyWorld's update under every way of keeping frozen weights: the same gradients to the bit. (What quantisation does to a gradient: test_quant_error.py.)"""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+
+import pytest
+import torch
+from _tiny import randomise_lora
+
+from lowmem_drf.assembly.assemble import step_plan
+from lowmem_drf.assembly.loading import load_models
+from lowmem_drf.commands.train import train_command
+from lowmem_drf.config import load_config
+from lowmem_drf.method.step import drf_step
+from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
+from lowmem_drf.planner.ledger import Ledger
+from lowmem_drf.questions.templates import make_questions
+
+TEXT = "a red circle moves right on a gray background"
+SMALL = (
+    *("batch=1", "micro_batch=1", "sampler.steps=4", "sampler.graded_steps=2", "video.frames=5", "critic.frames=3", "critic.token_weights=uniform"),
+    *("memory.checkpoint=true", "log.eval_prompts=0", "log.sample_every=0"),
+)
+PLACES = [([*transformer, *critic], park) for transformer, (critic, park) in product(([], ["transformer"]), (([], []), ([], ["critic"]), (["critic"], [])))] + [
+    (["transformer", "critic"], ["transformer", "critic", "vae"])
+]
+"""(memory.stream, memory.park): transformer resident or streamed, critic resident, parked or streamed; and all at once."""
+
+
+def gradient(quant, stream=(), park=(), *overrides):
+    """Of one update's loss, two graded steps, everything in bf16 but what always is fp32; flat."""
+    places = [f"memory.stream={json.dumps(list(stream))}", f"memory.park={json.dumps(list(park))}"]
+    config = load_config("toy", [*SMALL, "dtype=bf16", f"model.quant={quant}", *places, *overrides])
+    models = load_models(config, [TEXT])
+    add_lora(models.transformer, rank=4, alpha=4.0)
+    randomise_lora(models.transformer)
+    lora = lora_parameters(models.transformer)
+    for _ in range(2):  # the second time over the same weights, as in every update but the first
+        for parameter in lora:
+            parameter.grad = None
+        cond = models.condition([TEXT])
+        drf_step(models.parts(lora), step_plan(config, 0), models.noise([3]), cond, models.no_condition(1), [make_questions(TEXT, "dense")])
+    return torch.cat([parameter.grad.flatten() for parameter in lora])
+
+
+@pytest.fixture(scope="module")
+def resident():
+    return {quant: gradient(quant) for quant in ("none", "nf4", "int8")}
+
+
+@pytest.mark.parametrize(("stream", "park"), PLACES, ids=lambda names: "+".join(names) or "none")
+@pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
+def test_gradients_do_not_depend_on_where_weights_wait(resident, quant, stream, park):
+    assert resident[quant].abs().max() > 0
+    assert torch.equal(gradient(quant, stream, park), resident[quant])
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
+def test_nor_when_every_arrival_is_a_copy(resident, quant):
+    """Under a ledger what comes from the host is new memory each time, as on a card; slices, host checkpoints and kept attentions besides."""
+    everything = ("memory.checkpoint=host", "memory.keep_attention=host", "memory.token_slices=2", "memory.vae_caches=host")
+    exact = gradient(quant, (), (), *everything)
+    with Ledger():
+        assert torch.equal(gradient(quant, ["transformer", "critic"], ["vae"], *everything), exact)
+
+
+def test_a_run_goes_through_and_resumes_elsewhere(tmp_path):
+    """Two updates streamed and 8-bit, then a third with everything resident: weights may wait anywhere, their format may not change."""
+    run = tmp_path / "run"
+    places = ['memory.stream=["transformer", "critic"]', 'memory.park=["vae"]']
+    train_command("toy", None, run, 2, None, False, [*SMALL, "model.quant=int8", *places], False)
+    train_command(None, None, run, 3, None, True, ["memory.stream=[]", "memory.park=[]"], False)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3] and all(line["grad_norm"] > 0 for line in lines)

@@ -1,0 +1,107 @@
+"""The relay equals the one-graph oracle with the real classes: Wan transformer with LoRA, Wan VAE and Qwen2.5-VL, tiny, random, in fp64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from _relay import LIMIT, QUESTIONS, STEPS, SavedBytes, lora_gradients, plan_of, relative_difference
+from _tiny import Z_DIM, tiny_condition, tiny_parts
+
+from lowmem_drf.method.naive import naive_step
+from lowmem_drf.method.reward import RewardSpec
+from lowmem_drf.method.schedule import draw_noise
+from lowmem_drf.method.step import drf_step
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return tiny_parts()
+
+
+@pytest.fixture(autouse=True)
+def fp64_throughout(monkeypatch):
+    """Diffusers computes Wan's norms and modulations in fp32 (``x.float()``), in an fp64 model too. That rounding would hide small
+    differences from the comparison, or amplify them to 1e-7."""
+    to_fp32 = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_fp32(x))
+
+
+def batch_of(size):
+    noise = draw_noise((Z_DIM, 3, 4, 4), range(size)).double()
+    return noise, tiny_condition(size, seed=0), tiny_condition(size, seed=1), [QUESTIONS, QUESTIONS[::-1]][:size]
+
+
+def assert_equal_steps(parts, plan, size, seed=None, batch=None):
+    def generators():
+        return () if seed is None else [torch.Generator().manual_seed(seed + i) for i in range(size)]
+
+    batch = batch or batch_of(size)
+    expected, expected_stats = lora_gradients(naive_step, parts, plan, *batch, generators())
+    actual, stats = lora_gradients(drf_step, parts, plan, *batch, generators())
+    assert relative_difference(actual, expected) < LIMIT
+    assert relative_difference(stats.frames_BTCHW, expected_stats.frames_BTCHW) < LIMIT
+    assert stats.reward == pytest.approx(expected_stats.reward)
+
+
+@pytest.mark.parametrize("size", [1, 2], ids=lambda size: f"batch{size}")
+@pytest.mark.parametrize(("guidance", "grad"), [(1.0, "cond"), (4.7, "cond"), (4.7, "both")], ids=["unguided", "guided", "guided-both"])
+@pytest.mark.parametrize("chain", ["full", "drtune"])
+@pytest.mark.parametrize("k", [1, 2, 5, STEPS], ids=lambda k: f"K{k}")
+def test_relay_is_naive(parts, k, chain, guidance, grad, size):
+    assert_equal_steps(parts, plan_of(range(STEPS - k, STEPS), chain=chain, guidance=guidance, guidance_grad=grad), size)
+
+
+@pytest.mark.parametrize("chain", ["full", "drtune"])
+@pytest.mark.parametrize(
+    ("generator", "expert", "graded"),
+    [
+        ("wan2.1-14b", "low", (1, 4, 5)),
+        ("wan2.2-5b", "low", (3, 4, 5)),
+        ("wan2.2-a14b", "low", (2, 3, 5)),
+        ("wan2.2-a14b", "low", (5,)),
+        ("wan2.2-a14b", "high", (0, 1)),
+        ("wan2.2-a14b", "high", (1,)),
+    ],
+    ids=str,
+)
+def test_relay_is_naive_for_every_generator(generator, expert, graded, chain):
+    """Of the two experts the one for high noise denoises steps 0 and 1; the gradient passes the other's steps unchanged."""
+    parts = tiny_parts(generator=generator, expert=expert)
+    channels = len(parts.decoder.vae.config.latents_mean)
+    noise, condition = draw_noise((channels, 3, 4, 2), [0]).double(), tiny_condition(1, seed=0)
+    assert_equal_steps(
+        parts, plan_of(graded, chain=chain, guidance=4.7, guidance_grad="both"), 1, batch=(noise, condition, tiny_condition(1, seed=1), [QUESTIONS])
+    )
+
+
+def test_the_frozen_expert_never_runs_with_gradient():
+    parts = tiny_parts(generator="wan2.2-a14b")
+    for step in (drf_step, naive_step):
+        with pytest.raises(ValueError, match="not that of the trained expert"):
+            lora_gradients(step, parts, plan_of((1, 2)), *batch_of(1))
+
+
+@pytest.mark.parametrize("kept", [(0,), (6,), (2, 4), (8,)], ids=str)
+def test_relay_is_naive_for_any_kept_frames(parts, kept):
+    assert_equal_steps(parts, plan_of((1, 4), kept=kept, reward=RewardSpec("yes_margin")), size=1)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.7])
+def test_relay_is_naive_for_draft_lv(parts, guidance):
+    assert_equal_steps(parts, plan_of((STEPS - 1,), lv_samples=2, guidance=guidance), size=2, seed=7)
+
+
+@pytest.mark.parametrize("chain", ["full", "drtune"])
+def test_memory_of_the_relay_does_not_depend_on_k_and_that_of_naive_does(parts, chain):
+    peak = {}
+    for step in (drf_step, naive_step):
+        for k in (2, 5):
+            meter = SavedBytes()
+            with meter.watch():
+                lora_gradients(step, replace(parts, stage=meter.stage), plan_of(range(STEPS - k, STEPS), chain=chain), *batch_of(1))
+            assert meter.live == 0
+            peak[step, k] = meter.peak
+    assert peak[drf_step, 2] == peak[drf_step, 5]
+    assert peak[drf_step, 5]["rollout"] == peak[drf_step, 5]["decode"] == 0
+    grown = peak[naive_step, 5]["outside"] - peak[naive_step, 2]["outside"]
+    assert grown >= 3 * 0.9 * peak[drf_step, 5]["denoise_backward"] > 0

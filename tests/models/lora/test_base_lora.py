@@ -1,0 +1,256 @@
+"""A published LoRA merged into the base: our own exports there and back, and files in the ways that others write them."""
+
+from __future__ import annotations
+
+import shutil
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from _tiny import randomise_lora, tiny_condition, tiny_latents, tiny_transformer
+from safetensors.torch import save_file
+
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.models.lora.adapter import add_lora, lora_state
+from lowmem_drf.models.lora.base import base_changes
+from lowmem_drf.models.lora.formats import FORMATS, LoraFile, adapter_metadata, to_format
+from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
+from lowmem_drf.models.weights.packed_linear import PackedLinear
+
+RANK, ALPHA = 3, 7.0
+SHAPES = {name: tuple(parameter.shape) for name, parameter in tiny_transformer().named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    """A folder with ``tiny_transformer`` in fp32."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_transformer().save_pretrained(folder / "transformer")
+    return str(folder)
+
+
+def merged_into(base: str, file, scale: float = 1.0, dtype: torch.dtype = torch.float32, **arguments):
+    """The transformer loaded with the file's changes, and how many there are."""
+    count = []
+
+    def changes(shapes):
+        found = base_changes(str(file), shapes, quiet, scale)
+        count.append(len(found))
+        return found
+
+    return load_denoiser(base, dtype, changes=changes, **arguments), *count
+
+
+def quiet(text: str) -> None:
+    raise AssertionError(text)
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "lora.safetensors"
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A tiny transformer in fp64 with a LoRA that changes what it says, and the LoRA alone."""
+    transformer = tiny_transformer(torch.float64)
+    add_lora(transformer, RANK, ALPHA)
+    randomise_lora(transformer)
+    return transformer, {name: value.float() for name, value in lora_state(transformer).items()}
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("form", FORMATS)
+def test_our_own_exports_merge_to_the_tuned_weights(trained, form: str, scale: float, file, base: str) -> None:
+    _, state = trained
+    save_file(to_format(state, ALPHA, RANK, form, torch.float32), file, metadata=adapter_metadata(state, ALPHA, RANK) if form == "diffusers" else None)
+    merged, count = merged_into(base, file, scale)
+    assert count == len(state) / 2
+    weights, before = dict(merged.named_parameters()), dict(tiny_transformer().named_parameters())
+    deltas = LoraFile(state, ALPHA, {}).deltas()
+    for name, value in weights.items():
+        delta = deltas.get(name.removesuffix(".weight"), None) if name.endswith(".weight") else None
+        if delta is None:
+            assert torch.equal(value, before[name])
+        else:
+            # comfyui's file has alpha / rank multiplied into A; a sum of 3 products, two factors, and the sum with the weight: 8 roundings of 2^-24
+            b, a = (state[name.replace(".weight", f".lora_{side}.weight")].abs() for side in "BA")
+            bound = scale * ALPHA / RANK * (b @ a) + before[name].abs()
+            assert (((value.double() - before[name].double()) - scale * delta.double()).abs() <= 8 * 2.0**-24 * bound.double()).all()
+
+
+def test_the_merged_model_says_what_the_tuned_one_says(trained, file, base: str) -> None:
+    tuned, state = trained
+    save_file(to_format(state, ALPHA, RANK, "kohya", torch.float32), file)
+    merged, _ = merged_into(base, file)
+    x, cond = tiny_latents(1), tiny_condition(1)
+    said, wanted, before = (as_velocity(model.double())(x, 0.5, cond) for model in (merged, tuned, tiny_transformer()))
+    # fp32 rounds the LoRA and the sum; what the LoRA does is far larger
+    assert (said - wanted).abs().max() < 1e-4 * (wanted - before).abs().max()
+
+
+def lightx2v(prefix: str = "diffusion_model.") -> dict[str, torch.Tensor]:
+    """As lightx2v's step-distillation files: everywhere, ranks that differ, whole differences of biases, norms and modulations."""
+    return {
+        prefix + name: value
+        for name, value in {
+            "blocks.0.self_attn.q.lora_down.weight": noise(2, 24),
+            "blocks.0.self_attn.q.lora_up.weight": noise(24, 2),
+            "blocks.0.self_attn.q.alpha": torch.tensor(4.0),
+            "blocks.0.self_attn.q.diff_b": noise(24),
+            "blocks.1.ffn.2.lora_down.weight": noise(5, 32),
+            "blocks.1.ffn.2.lora_up.weight": noise(24, 5),
+            "blocks.0.norm3.diff": noise(24, seed=1),
+            "blocks.0.norm3.diff_b": noise(24, seed=2),
+            "blocks.0.self_attn.norm_q.diff": noise(24, seed=3),
+            "blocks.0.diff_m": noise(1, 6, 24),
+            "head.diff_m": noise(1, 2, 24),
+            "head.head.diff": noise(16, 24),
+            "head.head.diff_b": noise(16),
+            "time_embedding.0.lora_down.weight": noise(2, 16),
+            "time_embedding.0.lora_up.weight": noise(24, 2, seed=4),
+            "text_embedding.2.diff_b": noise(24, seed=5),
+            "time_projection.1.lora_down.weight": noise(2, 24, seed=6),
+            "time_projection.1.lora_up.weight": noise(144, 2),
+            "patch_embedding.lora_down.weight": noise(3, 4, 1, 2, 2),
+            "patch_embedding.lora_up.weight": noise(24, 3, 1, 1, 1),
+            "patch_embedding.diff_b": noise(24, seed=7),
+        }.items()
+    }
+
+
+def product(tensors, stem: str) -> torch.Tensor:
+    down, up = (tensors[f"diffusion_model.{stem}.lora_{side}.weight"].flatten(1) for side in ("down", "up"))
+    return up @ down
+
+
+def test_what_lightx2v_writes(file, base: str) -> None:
+    tensors = lightx2v()
+    save_file(tensors, file)
+    merged, count = merged_into(base, file)
+    of = {name.removeprefix("diffusion_model."): value for name, value in tensors.items()}
+    wanted = {
+        "blocks.0.attn1.to_q.weight": 2.0 * product(tensors, "blocks.0.self_attn.q"),
+        "blocks.0.attn1.to_q.bias": of["blocks.0.self_attn.q.diff_b"],
+        "blocks.1.ffn.net.2.weight": product(tensors, "blocks.1.ffn.2"),
+        "blocks.0.norm2.weight": of["blocks.0.norm3.diff"],
+        "blocks.0.norm2.bias": of["blocks.0.norm3.diff_b"],
+        "blocks.0.attn1.norm_q.weight": of["blocks.0.self_attn.norm_q.diff"],
+        "blocks.0.scale_shift_table": of["blocks.0.diff_m"],
+        "scale_shift_table": of["head.diff_m"],
+        "proj_out.weight": of["head.head.diff"],
+        "proj_out.bias": of["head.head.diff_b"],
+        "condition_embedder.time_embedder.linear_1.weight": product(tensors, "time_embedding.0"),
+        "condition_embedder.text_embedder.linear_2.bias": of["text_embedding.2.diff_b"],
+        "condition_embedder.time_proj.weight": product(tensors, "time_projection.1"),
+        "patch_embedding.weight": product(tensors, "patch_embedding").reshape(24, 4, 1, 2, 2),
+        "patch_embedding.bias": of["patch_embedding.diff_b"],
+    }
+    assert count == len(wanted)
+    before = dict(tiny_transformer().named_parameters())
+    for name, value in merged.named_parameters():
+        assert torch.equal(value, before[name] + wanted[name] if name in wanted else before[name]), name
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_packed_weights_are_changed_before_they_are_packed(quant: str, file, base: str) -> None:
+    """And the rest of the file reaches what is not packed."""
+    save_file(lightx2v(), file)
+    plain, packed = merged_into(base, file)[0], merged_into(base, file, quant=quant)[0]
+    others = dict(packed.named_parameters())
+    for name, value in plain.named_parameters():
+        module = packed.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, PackedLinear) and name.endswith(".weight"):
+            wanted = PackedLinear(module.in_features, module.out_features, False, quant)
+            wanted.pack(value)
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(module.packed(), wanted.packed(), strict=True))
+        else:
+            assert torch.equal(others[name], value), name
+
+
+def test_a_weight_may_change_in_both_ways(file, base: str) -> None:
+    tensors = {f"diffusion_model.head.head.{key}": value for key, value in {"lora_down.weight": noise(2, 24), "lora_up.weight": noise(16, 2)}.items()}
+    save_file(tensors | {"diffusion_model.head.head.diff": noise(16, 24)}, file)
+    merged, count = merged_into(base, file)
+    assert count == 1
+    assert torch.equal(merged.proj_out.weight, tiny_transformer().proj_out.weight + (product(tensors, "head.head") + noise(16, 24)))
+
+
+def test_16_bit_weights_are_rounded_once(file, base: str) -> None:
+    """The sum is made in fp32: a bf16 product would be lost in a bf16 weight."""
+    tensors = lightx2v()
+    save_file({name: value.bfloat16() for name, value in tensors.items()}, file)
+    merged, _ = merged_into(base, file, dtype=torch.bfloat16)
+    rounded = {name: value.bfloat16().float() for name, value in tensors.items()}
+    wanted = (tiny_transformer().blocks[1].ffn.net[2].weight + product(rounded, "blocks.1.ffn.2")).bfloat16()
+    assert merged.blocks[1].ffn.net[2].weight.dtype == torch.bfloat16 and torch.equal(merged.blocks[1].ffn.net[2].weight, wanted)
+
+
+def without(tensors: dict, *names: str) -> dict:
+    return {name: value for name, value in tensors.items() if not name.endswith(names)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (lightx2v() | {"diffusion_model.blocks.9.self_attn.q.diff_b": noise(24)}, r"1 of its tensors .*blocks\.9\.self_attn\.q\.diff_b"),
+        (lightx2v() | {"diffusion_model.blocks.0.self_attn.q.dora_scale": noise(24)}, r"self_attn\.q\.dora_scale"),
+        (lightx2v() | {"diffusion_model.blocks.0.cross_attn.k_img.diff_b": noise(24)}, r"cross_attn\.k_img\.diff_b"),
+        (lightx2v() | {"lora_te_text_model.lora_up.weight": noise(24, 2)}, "lora_te_text_model"),
+        (without(lightx2v(), "blocks.1.ffn.2.lora_up.weight"), r"half a pair for blocks\.1\.ffn\.net\.2"),
+        (lightx2v() | {"diffusion_model.blocks.1.ffn.2.lora_up.weight": noise(48, 5)}, r"pair for blocks\.1\.ffn\.net\.2 is \[48, 5\] x \[5, 32\]"),
+        (lightx2v() | {"diffusion_model.head.head.diff_b": noise(8)}, r"diff_b is \[8\], and the model's proj_out\.bias is \[16\]"),
+        (lightx2v() | {"diffusion_model.blocks.0.self_attn.norm_q.diff_b": noise(24)}, r"norm_q\.bias is not there"),
+        (lightx2v() | {"diffusion_model.head.head.diff_b": torch.full((16,), float("nan"))}, "holds NaN"),
+        ({}, "it holds nothing"),
+    ],
+    ids=["block", "dora", "image", "text encoder", "half", "shape", "bias", "no bias", "nan", "empty"],
+)
+def test_what_cannot_be_used_is_named(tensors, message: str, file, base: str) -> None:
+    save_file(tensors, file)
+    with pytest.raises(BadInputError, match=message) as caught:
+        merged_into(base, file)
+    assert str(caught.value).startswith(f"model.base_lora, {file}")
+
+
+def test_an_alpha_of_single_modules_in_the_header(trained, file) -> None:
+    _, state = trained
+    header = adapter_metadata(state, ALPHA, RANK)
+    ((key, text),) = header.items()
+    tensors = to_format(state, ALPHA, RANK, "diffusers", torch.float32)
+    save_file(tensors, file, metadata={key: text.replace('"transformer.alpha_pattern": {}', '"transformer.alpha_pattern": {"blocks.0.attn1.to_q": 1}')})
+    with pytest.raises(BadInputError, match=r"blocks\.0\.attn1\.to_q"):
+        base_changes(str(file), SHAPES, quiet)
+    save_file(tensors, file, metadata={key: "{"})
+    with pytest.raises(BadInputError, match="header is damaged"):
+        base_changes(str(file), SHAPES, quiet)
+
+
+@pytest.mark.parametrize("source", ["someone/loras/sub/distill.safetensors", "someone/loras:sub/distill.safetensors"])
+def test_from_the_hub(source: str, file, tmp_path, monkeypatch) -> None:
+    save_file(lightx2v(), file)
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+
+    def download(repository: str, name: str) -> str:
+        assert (repository, name) == ("someone/loras", "sub/distill.safetensors")
+        cache.mkdir()
+        return shutil.copy(file, cache / "distill.safetensors")
+
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename="sub/distill.safetensors", size=738_000_000)])
+    monkeypatch.setattr(huggingface_hub, "model_info", lambda repository, files_metadata: info)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    said = []
+    assert len(base_changes(source, SHAPES, said.append)) == 15
+    assert said[0].startswith("someone/loras: 0.7 GB to download")
+
+
+@pytest.mark.parametrize("source", ["no/such/file.pt", "nothing", "/no/such/lora.safetensors"])
+def test_what_there_is_not(source: str) -> None:
+    with pytest.raises(BadInputError, match="neither a file nor owner/repo/file"):
+        base_changes(source, SHAPES, quiet)

@@ -1,0 +1,63 @@
+"""The prompt encoder is WanPipeline's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from _tiny import save_tiny_generator, tiny_text
+
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.memory.host import HostStore
+from lowmem_drf.models.wan.random_generator import random_text
+from lowmem_drf.models.wan.text import TextEncoder, load_text, stream_text
+from lowmem_drf.planner.ledger import Ledger
+
+PROMPTS = ["a red circle moves left", "  a blue   square &amp; a green triangle ", "", "the " * 30]
+
+
+@pytest.mark.parametrize("max_tokens", [8, 16])
+def test_embeddings_are_those_of_wan_pipeline(max_tokens: int) -> None:
+    from diffusers import WanPipeline
+
+    model, tokenizer = tiny_text()
+    pipe = WanPipeline(tokenizer, model, None, None)
+    wanted, negative = pipe.encode_prompt(PROMPTS, "", max_sequence_length=max_tokens)
+    encoder = TextEncoder(model, tokenizer)
+    assert torch.equal(encoder.encode(PROMPTS, max_tokens), wanted)
+    assert torch.equal(encoder.encode([""], max_tokens), negative[:1])
+    assert not wanted[0, 6:].any() and wanted[0, :6].all(dim=-1).all()
+
+
+def test_load_text(tmp_path) -> None:
+    model, tokenizer = tiny_text()
+    loaded = load_text(str(save_tiny_generator(tmp_path)))
+    assert torch.equal(loaded.encode(PROMPTS, 12), TextEncoder(model, tokenizer).encode(PROMPTS, 12))
+    with pytest.raises(BadInputError, match="Cannot load the text encoder"):
+        load_text(str(tmp_path / "vae"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_streamed_embeddings_are_those_of_a_resident_encoder(tmp_path, dtype: torch.dtype) -> None:
+    folder = str(save_tiny_generator(tmp_path))
+    resident, streamed = load_text(folder, dtype), load_text(folder, dtype, stream=True)
+    for _ in range(2):  # passes follow each other
+        for max_tokens in (8, 16):
+            assert torch.equal(streamed.encode(PROMPTS, max_tokens), resident.encode(PROMPTS, max_tokens))
+
+
+def test_of_a_streamed_encoder_the_card_holds_two_blocks() -> None:
+    model = random_text(tiny_text()[0].config.to_dict() | {"num_layers": 6})
+    blocks = [sum(parameter.nbytes for parameter in block.parameters()) for block in model.encoder.block]
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    with Ledger() as ledger, torch.no_grad():
+        ledger.adopt(model.parameters())
+        model(ids)
+        resident = ledger.peak_card_bytes
+        stream_text(model, torch.device("cpu"), HostStore(torch.device("cpu")))
+        norm = model.encoder.final_layer_norm.weight.nbytes
+        assert ledger.card_bytes <= norm + 64 and ledger.host_bytes >= whole - norm  # besides the weights: the tokens
+        ledger.reset_peak()
+        model(ids)
+        aligned = 256 * len(list(model.encoder.block[0].parameters()))  # each tensor of a block begins at a multiple
+        assert ledger.peak_card_bytes <= resident - whole + norm + 2 * (max(blocks) + aligned)

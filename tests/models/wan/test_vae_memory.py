@@ -1,0 +1,198 @@
+"""The VAE stream's memory in bytes: at true size on fake tensors, and what each saving saves on real ones."""
+
+import pytest
+import torch
+from _vae import some_latents, stream_gradient, vae_of
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lowmem_drf.assembly.assemble import DTYPES
+from lowmem_drf.config import load_config
+from lowmem_drf.kernels.norm_silu import norm_silu
+from lowmem_drf.memory.host import HostStore
+from lowmem_drf.method.frames import kept_frames
+from lowmem_drf.method.vae_stream import decode, vae_backward
+from lowmem_drf.models.generators import KNOWN_GENERATORS
+from lowmem_drf.models.wan.decoder import WanDecoder
+from lowmem_drf.planner.fake_models import fake_vae
+from lowmem_drf.planner.fakes import Fakes
+from lowmem_drf.planner.ledger import Ledger
+from lowmem_drf.schema import Memory
+
+GIB = 1024**3
+FAKES = Fakes(FakeTensorMode(allow_non_fake_inputs=True))
+"""One for all tests: most of what they run are the same operators on the same shapes."""
+WAN21 = dict(base_dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[], temperal_downsample=[False, True, True])
+LATENT_HEIGHT, LATENT_WIDTH = 60, 104  # 832x480 pixels
+
+
+def true_vae(mode):
+    """Fake tensors; the weights of the whole VAE, in fp32."""
+    from diffusers import AutoencoderKLWan
+
+    with torch.device("meta"):
+        vae = AutoencoderKLWan(**WAN21).eval()
+    for module in vae.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                with mode:
+                    module._parameters[name] = nn.Parameter(torch.empty(weight.shape), requires_grad=False)
+    return vae
+
+
+def true_size(frames, grad_dtype, strips):
+    """Peak bytes of (decode, backward) of a clip of 832x480 with 8 kept frames, the weights of the whole VAE in fp32 included."""
+    mode = FAKES.mode
+    vae = true_vae(mode)
+    latents = mode.from_tensor(torch.empty(1, 16, (frames - 1) // 4 + 1, LATENT_HEIGHT, LATENT_WIDTH))
+    kept = kept_frames(frames, 8)
+    with FAKES, Ledger() as ledger:
+        ledger.adopt(vae.parameters())
+        assert 0.47 * GIB < ledger.card_bytes < 0.48 * GIB
+        decoder = WanDecoder(vae, grad_dtype=grad_dtype, strips=strips, caches="host", store=HostStore(torch.device("cpu")))
+        made, entering = decode(decoder, latents, kept)
+        peaks = [ledger.peak_card_bytes]
+        ledger.reset_peak()
+        vae_backward(decoder, latents, entering, torch.empty_like(made), kept)
+        peaks.append(ledger.peak_card_bytes)
+    return peaks
+
+
+def test_the_vae_stage_stays_under_6_gib_whatever_the_frames():
+    """Exact gradients, 832x480; the critic sees frames in fp32."""
+    short, long = (true_size(frames, torch.bfloat16, strips=2) for frames in (17, 81))
+    assert max(short + long) < 6 * GIB
+    for few, many in zip(short, long, strict=True):
+        assert many == pytest.approx(few, rel=0.05)  # the bound that the project promises
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_that_of_wan_2_2_stays_under_8_gib_at_1280x704(grad_dtype):
+    """Above its weights, whatever the frames; with the kernel, as on a card."""
+    peaks = []
+    for frames in (3, 6):
+        mode = FAKES.mode
+        vae = fake_vae(KNOWN_GENERATORS["Wan-AI/Wan2.2-TI2V-5B-Diffusers"].config.vae, torch.float32, mode)
+        latents, kept = mode.from_tensor(torch.empty(1, 48, frames, 44, 80)), range(0, 4 * frames - 3, 4)
+        with FAKES, Ledger() as ledger:
+            ledger.adopt(vae.parameters())
+            weights = ledger.card_bytes
+            decoder = WanDecoder(vae, grad_dtype=grad_dtype, strips=4, caches="host", store=HostStore(torch.device("cpu")), norm_silu=norm_silu)
+            made, entering = decode(decoder, latents, kept)
+            decoded = ledger.peak_card_bytes - weights
+            ledger.reset_peak()
+            vae_backward(decoder, latents, entering, torch.empty_like(made), kept)
+            peaks += [decoded, ledger.peak_card_bytes - weights]
+    assert max(peaks) < 8 * GIB
+    for few, many in zip(peaks[:2], peaks[2:], strict=True):
+        assert many == pytest.approx(few, rel=0.05)
+
+
+@pytest.fixture(scope="module")
+def entering_shapes():
+    """Of the caches that enter the third chunk, and all later ones, at true size."""
+    mode = FAKES.mode
+    decoder, latents = WanDecoder(true_vae(mode), norm_silu=norm_silu), mode.from_tensor(torch.empty(1, 16, 1, LATENT_HEIGHT, LATENT_WIDTH))
+    with FAKES, torch.no_grad():
+        caches = decoder.start(1)
+        for _ in range(2):
+            caches = decoder.chunk(latents, caches)[1]
+    return [cache.shape for cache in caches]
+
+
+def chunk_peaks(shapes, memory, fused):
+    """Peak bytes of one chunk (without gradient, in its pull-back), weights and all that waits on the card included, and of the pull-back the
+    operations."""
+    mode = FAKES.mode
+    vae = true_vae(mode)
+    grad_dtype = DTYPES[memory.vae_grad_dtype]
+    with FAKES, Ledger() as ledger, torch.no_grad():
+        ledger.adopt(vae.parameters())
+        store = HostStore(torch.device("cpu"))
+        wait = store.put if memory.vae_caches == "host" else lambda tensor: tensor
+        settings = dict(grad_dtype=grad_dtype, strips=memory.vae_strips, caches=memory.vae_caches, store=store)
+        decoder = WanDecoder(vae, **settings, norm_silu=norm_silu if fused else None)
+        z = torch.empty(1, 16, 1, LATENT_HEIGHT, LATENT_WIDTH)
+        caches = tuple(wait(torch.empty(shape)) for shape in shapes)
+        stored = decoder.store(caches)
+        ledger.reset_peak()
+        made = decoder.chunk(z, caches)[0].clone()
+        peaks = [ledger.peak_card_bytes]
+        del caches
+        d_handed = tuple(wait(torch.empty(shape, dtype=grad_dtype)) for shape in shapes)
+        ledger.reset_peak()
+        ledger.flops = 0
+        decoder.chunk_backward(z, stored, range(4), made, d_handed, True)
+    return *peaks, ledger.peak_card_bytes, ledger.flops
+
+
+def test_gradients_in_fp32_stay_under_6_gib_too(entering_shapes):
+    *peaks, _ = chunk_peaks(entering_shapes, Memory(vae_strips=8, vae_caches="host"), fused=False)
+    assert max(peaks) < 6 * GIB
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [Memory(), load_config("rtx4090").memory, Memory(vae_grad_dtype="bf16", vae_strips=4, vae_caches="host")],
+    ids=["plain", "rtx4090", "bf16, 4 strips, host"],
+)
+def test_the_kernel_takes_30_percent_off_the_peak_of_a_chunk(memory, entering_shapes):
+    """Of its pull-back; of a decode it takes what there is to take beside the caches."""
+    (decode_before, before, flops_before), (decode_after, after, flops) = (chunk_peaks(entering_shapes, memory, fused) for fused in (False, True))
+    assert after <= 0.70 * before
+    assert decode_after < decode_before
+    assert flops < 0.9 * flops_before
+
+
+def peaks(frames=13, cache_every=1, **settings):
+    """(card, host) peak bytes of the stream's gradient on a real VAE, its weights not counted."""
+    latents = some_latents(1 + (frames - 1) // 4, 6, 4, dtype=torch.float32)
+    decoder = WanDecoder(vae_of("wan21", torch.float32), **settings)
+    with Ledger() as ledger:
+        stream_gradient(decoder, latents, (0, 5, frames - 1), cache_every=cache_every)
+    return ledger.peak_card_bytes, ledger.peak_host_bytes
+
+
+def caches_bytes(chunk=2, **settings):
+    """Of all the caches that enter a chunk."""
+    decoder, latents = WanDecoder(vae_of("wan21", torch.float32)), some_latents(3, 6, 4, dtype=torch.float32)
+    caches = decoder.start(1)
+    with torch.no_grad():
+        for z in latents.split(1, dim=2)[:chunk]:
+            caches = decoder.chunk(z, caches)[1]
+    return sum(cache.nbytes for cache in caches if isinstance(cache, torch.Tensor))
+
+
+def test_each_saving_saves_bytes_on_the_card():
+    plain, strips = (peaks(strips=n)[0] for n in (1, 4))
+    assert strips < plain
+    waiting, both = (peaks(strips=n, caches="host")[0] for n in (1, 4))
+    assert waiting < plain and both < min(waiting, strips)
+    # the gradients of a whole set of caches are never on the card at once: the larger half of it are those of full resolution
+    assert strips - both > caches_bytes() / 2
+
+
+def test_the_card_holds_no_more_for_more_frames():
+    """Of a cache's bytes nothing; a chunk more costs its latents and its share of the bookkeeping, under 5%."""
+    few, many = (peaks(frames, strips=2, caches="host")[0] for frames in (17, 49))
+    assert many == pytest.approx(few, rel=0.05)
+
+
+def test_the_host_holds_every_mth_of_the_entering_caches():
+    sets = caches_bytes()
+    chunks = 9
+    every = {m: peaks(4 * (chunks - 1) + 1, cache_every=m)[1] for m in (1, 3)}
+    # those of the first chunk are empty, of the second hold one frame and not two; all the others are alike
+    assert (chunks - 2) * sets < every[1] < (chunks - 1) * sets
+    # chunks 0, 3, 6 are stored, and in the backward of the last group two more are filled in
+    assert 4 * sets <= every[3] < 5 * sets
+
+
+@pytest.mark.parametrize("caches", ["card", "host"])
+def test_nothing_stays_behind(caches):
+    latents = some_latents(4, dtype=torch.float32)
+    decoder = WanDecoder(vae_of("wan21", torch.float32), strips=2, caches=caches)
+    with Ledger() as ledger:
+        kept = stream_gradient(decoder, latents, (0, 12))
+        assert ledger.host_bytes == 0
+        assert ledger.card_bytes == sum(tensor.nbytes for tensor in (*kept, latents))

@@ -1,0 +1,186 @@
+"""The ledger: bytes alive on card and host, on real and on fake tensors; operations against PyTorch's own count."""
+
+import gc
+from dataclasses import astuple
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from lowmem_drf.memory.host import HostStore
+from lowmem_drf.planner.costs import Rates
+from lowmem_drf.planner.fakes import Fakes
+from lowmem_drf.planner.ledger import Ledger
+
+MIB = 1024**2
+
+
+def floats(mib):
+    return torch.ones(mib * MIB // 4)
+
+
+def test_counts_what_is_alive_and_its_peak():
+    with Ledger() as ledger:
+        a = floats(3)
+        b = a + 1
+        assert ledger.card_bytes == 6 * MIB
+        del a
+        assert (ledger.card_bytes, ledger.peak_card_bytes) == (3 * MIB, 6 * MIB)
+        ledger.reset_peak()
+        assert ledger.peak_card_bytes == 3 * MIB
+        del b
+    assert ledger.card_bytes == 0
+
+
+def test_views_share_their_storage():
+    with Ledger() as ledger:
+        a = floats(2)
+        view = a[5:].view(-1)
+        del a
+        assert ledger.card_bytes == 2 * MIB
+        del view
+        assert ledger.card_bytes == 0
+
+
+def test_what_autograd_keeps_counts_until_the_backward():
+    w = floats(1).requires_grad_()
+    with Ledger() as ledger:
+        y = (w * 2).exp()  # exp keeps its output, which y is; w * 2 is gone
+        assert ledger.card_bytes == MIB
+        z = y.sum()
+        del y
+        assert ledger.card_bytes == MIB + 4
+        z.backward()
+        del z
+        gc.collect()
+        assert ledger.card_bytes == MIB  # w.grad
+
+
+def test_the_host_has_its_own_account():
+    with Ledger() as ledger:
+        a, b = floats(1), floats(2)
+        ledger.on_host(b)
+        ledger.on_host(b)
+        assert (ledger.card_bytes, ledger.host_bytes) == (MIB, 2 * MIB)
+        assert (ledger.on_card([a, a[1:], b]), ledger.on_card([b])) == (MIB, 0)
+        del b
+        assert (ledger.host_bytes, ledger.peak_host_bytes) == (0, 2 * MIB)
+
+
+def test_adopts_weights():
+    layer = torch.nn.Linear(512, 512, bias=False)
+    with Ledger() as ledger:
+        ledger.adopt(layer.parameters())
+        ledger.adopt(layer.parameters())
+        assert ledger.card_bytes == MIB
+
+
+def test_rounds_up_to_the_allocators_blocks():
+    with Ledger(block=512) as ledger:
+        a = torch.ones(3)
+        assert ledger.card_bytes == 512
+        del a
+
+
+def test_tells_what_the_peak_was_made_of():
+    with Ledger() as ledger:
+        kept = [floats(4) for _ in range(2)]
+        small = kept[0].sigmoid()
+        del small
+        first, second = ledger.close_peak()[:2]
+        assert (first.op, first.count, first.bytes) == ("ones", 2, 8 * MIB)
+        assert (second.op, second.bytes, str(second)) == ("sigmoid", 4 * MIB, "sigmoid 1048576 float32")
+
+
+def test_nested_ledgers_the_inner_one_is_active():
+    assert Ledger.active() is None
+    with Ledger() as outer:
+        with Ledger() as inner:
+            assert Ledger.active() is inner
+        assert Ledger.active() is outer
+    assert Ledger.active() is None
+
+
+def test_fake_tensors_count_as_real_ones_do():
+    def run(x, w):
+        y = F.scaled_dot_product_attention(x, x, x) @ w
+        return torch.autograd.grad(F.gelu(y).sum(), w)[0]
+
+    peaks = []
+    for fake in (False, True):
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode if fake else torch.no_grad():
+            x, w = torch.ones(2, 4, 64, 32), torch.ones(32, 32)
+        with Fakes(mode), Ledger() as ledger:
+            grad = run(x, w.requires_grad_())
+            assert isinstance(grad, FakeTensor) is fake
+            peaks.append((ledger.peak_card_bytes, ledger.card_bytes, ledger.flops))
+            del grad
+    assert peaks[0] == peaks[1]
+
+
+def test_what_is_replayed_counts_as_if_it_were_done():
+    rates = Rates({torch.float32: 1e9}, 2e9, 1e6, 1e6)
+    x, store = floats(1).view(512, 512), HostStore(torch.device("cpu"))
+
+    def run():
+        y = x.mm(x).exp()
+        store.put(y).get()
+        return y * 2
+
+    def twice(step):
+        with Ledger(rates=rates) as ledger:
+            for _ in range(2):
+                kept = floats(3)  # the peak is this and what the step needs, not only the latter
+                step(ledger)
+                del kept
+        return ledger
+
+    done, replayed = twice(lambda _: run()), twice(lambda ledger: ledger.replay("key", run, lambda: torch.empty_like(x)))
+    assert done.peak_card_bytes == replayed.peak_card_bytes == 5 * MIB
+    assert done.peak_host_bytes == replayed.peak_host_bytes == MIB
+    assert done.flops == replayed.flops == 2 * 2 * 512**3
+    assert astuple(done.spent) == pytest.approx(astuple(replayed.spent)) and done.spent.to_host == done.spent.to_card == 2 * MIB
+    assert done.stalled == pytest.approx(2 * 2 * MIB / 1e6)  # to the host and back, twice
+    assert [str(item) for item in done.close_peak()] == [str(item) for item in replayed.close_peak()]
+
+
+@pytest.mark.parametrize("heads", [4, 2], ids=["mha", "gqa"])
+def test_operations_are_those_of_the_mathematics(heads):
+    """Attention of the CPU is not in PyTorch's own table: against the same written as products."""
+    q, k = torch.ones(1, 4, 64, 32), torch.ones(1, heads, 64, 32)
+    with Ledger() as ledger:
+        F.scaled_dot_product_attention(q, k, k, enable_gqa=heads != 4)
+    with FlopCounterMode(display=False) as counted:
+        wide = k.repeat_interleave(4 // heads, 1)
+        (q @ wide.transpose(-1, -2)) @ wide
+    assert ledger.flops == counted.get_total_flops()
+
+
+def test_linear_and_convolution_operations_are_pytorchs():
+    x, w = torch.ones(1, 3, 8, 8), torch.ones(4, 3, 3, 3, requires_grad=True)
+
+    def run():
+        return torch.autograd.grad(F.conv2d(x, w).flatten(1).mm(torch.ones(144, 5)).sum(), w)
+
+    with Ledger() as ledger:
+        run()
+    with FlopCounterMode(display=False) as counted:
+        run()
+    assert ledger.flops == counted.get_total_flops()
+
+
+def test_seconds_are_the_longer_of_arithmetic_and_traffic():
+    rates = Rates({torch.float32: 1e9}, 2e9, 1e6)
+    x = torch.ones(100, 100)
+    with Ledger(rates=rates) as ledger:
+        x.mm(x)
+        assert ledger.seconds == pytest.approx(3 * 40_000 / 1e6)  # 2 MFLOP take 2 ms, 120 kB take 120 ms
+        ledger.seconds = 0
+        x.t()
+        assert ledger.seconds == 0
+    with Ledger(rates=Rates({torch.float32: 1e3}, 2e9, 1e6)) as ledger:
+        x.mm(x)
+        assert ledger.seconds == pytest.approx(2e6 / 1e3)

@@ -1,0 +1,151 @@
+"""The plan against the truth: the bytes of a real update; and its advice against itself."""
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from lowmem_drf.commands.bench import measure
+from lowmem_drf.config import change, load_config
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.planner.cards import CARDS, USABLE, card_named, parse_vram
+from lowmem_drf.planner.ladder import DEAR, LADDERS, advise, price
+from lowmem_drf.planner.plan import make_plan, new_fakes
+from lowmem_drf.planner.report import refusal
+from lowmem_drf.planner.stages import STAGES
+
+CARD = card_named("")
+SMALL = ("micro_batch=1", "batch=1", "sampler.steps=3", "sampler.graded_steps=2", "memory.checkpoint=true")
+HOST = ("memory.vae_caches=host", 'memory.checkpoint="host"', 'memory.park=["critic","vae","transformer"]', "memory.token_slices=2", "memory.vae_strips=2")
+LARGE = ("micro_batch=2", "batch=2", "video.width=64", "video.height=64", "sampler.steps=3", "sampler.graded_steps=2")
+
+
+FAKES = new_fakes()
+"""Plans here share what operators make of which shapes."""
+
+RECORDED = ("memory.record_rollout=true", "memory.keep_attention=host", "memory.token_slices=2")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [SMALL, (*SMALL, *HOST, "memory.vae_cache_every=2"), (*LARGE, "memory.checkpoint=false"), (*SMALL, "memory.keep_attention=card"), (*SMALL, *RECORDED)],
+    ids=["plain", "host", "keep", "attentions", "recorded"],
+)
+def test_planned_bytes_are_those_of_a_real_update(overrides):
+    """ToyWorld, real tensors of real models, all steps. 5% is the issue's bound; what is left out (one step for many) is far below it."""
+    config = load_config("toy", overrides)
+    plan = make_plan(config, CARD, fakes=FAKES)
+    measured = measure(config, torch.device("cpu"), None, Console(quiet=True))
+    assert set(measured.gib) == set(STAGES) - {"text"}
+    for stage, gib in measured.gib.items():
+        assert plan.stages[stage].peak_gib == pytest.approx(gib, rel=0.05), stage
+
+
+@pytest.mark.parametrize("recorded", [(), ("memory.record_rollout=true", "memory.keep_attention=host")], ids=["forwards", "recorded"])
+def test_what_is_done_once_stands_for_all(recorded):
+    """Replays, two graded steps of four, one ungraded one of three: against the plan that does everything. 21 frames: chunks in the steady state."""
+    config = load_config("toy", [*SMALL, "sampler.steps=7", "sampler.graded_steps=4", "video.frames=21", "memory.vae_cache_every=2", *recorded])
+    make_plan(config, CARD, fakes=FAKES)  # windows and masks that a process makes once are there: kilobytes
+    short, whole = (make_plan(config, CARD, whole=whole, fakes=FAKES) for whole in (False, True))
+    latents = 4 * config.micro_batch * 16 * 6 * 8 * 8 / 1024**3
+    for stage in STAGES:
+        one, other = short.stages[stage], whole.stages[stage]
+        # the latents of steps left out are there for the whole update, and not from their step on
+        assert abs(one.peak_gib - other.peak_gib) <= 2.001 * latents, stage
+        if stage != "update" or not recorded:  # where the records of steps that were left out are not missed any more
+            assert one.host_gib == pytest.approx(other.host_gib), stage
+        assert one.tflop == pytest.approx(other.tflop, rel=0.01), stage
+        assert one.s == pytest.approx(other.s, rel=0.02), stage
+        assert one.moved_gib == pytest.approx(other.moved_gib) and one.copy_s == pytest.approx(other.copy_s), stage
+
+
+def test_memory_does_not_grow_with_graded_steps():
+    few, many = (make_plan(load_config("toy", [*SMALL, "sampler.steps=10", f"sampler.graded_steps={k}"]), CARD, whole=True, fakes=FAKES) for k in (2, 10))
+    for stage in ("rollout", "decode", "critic", "vae_backward", "denoise_backward"):
+        grown = many.stages[stage].peak_gib - few.stages[stage].peak_gib
+        assert grown <= 8 * 4 * 16 * 3 * 8 * 8 / 1024**3 * 1.001, stage  # eight more latents in fp32
+
+
+def test_one_stage_alone_has_the_same_peak():
+    config = load_config("toy", [*SMALL, "sampler.graded_steps=1"])
+    whole = make_plan(config, CARD, fakes=FAKES)
+    for stage in ("critic", "vae_backward", "denoise_backward"):
+        assert make_plan(config, CARD, only=stage, fakes=FAKES).stages[stage].peak_gib == pytest.approx(whole.stages[stage].peak_gib, rel=0.01), stage
+
+
+def test_what_earlier_plans_found_out_changes_nothing():
+    config, fakes = load_config("toy", SMALL), new_fakes()
+    assert make_plan(config, CARD, fakes=fakes) == make_plan(config, CARD, fakes=fakes)
+
+
+def test_json_is_complete():
+    plan = make_plan(load_config("toy", SMALL), CARD, 24.0, fakes=FAKES)
+    row = json.loads(json.dumps(plan.as_json("toy")))
+    assert {"preset", "vram_gib", "fits", "peak_gib", "host_gib", "update_s", "stages"} <= row.keys()
+    assert set(row["stages"]) == set(STAGES)
+    assert all({"peak_gib", "weights_gib", "s", "what"} <= stage.keys() for stage in row["stages"].values())
+    assert row["fits"] and row["peak_gib"] == max(stage["peak_gib"] for stage in row["stages"].values())
+
+
+ADVISED = [  # GiB / 1000 of a card that is too small, and settings
+    (20, SMALL[:-1]),
+    (21, (*SMALL[:-1], "memory.checkpoint=false")),
+    (16.5, SMALL),
+    (17, SMALL),
+    (24, LARGE),
+    (17, (*SMALL, "video.frames=21")),
+    (20, (*SMALL, "video.width=64", "video.height=64")),
+    (25, (*SMALL, "video.width=64", "video.height=64")),
+    (18, ("micro_batch=2", "batch=2", *SMALL[2:])),
+    (14, (*SMALL, "critic.mode=both")),
+    (17, (*SMALL, "memory.keep_attention=card")),
+    (12, (*SMALL[:-1], "memory.checkpoint=false")),
+    (7, (*SMALL, "video.frames=5", "critic.frames=2")),
+]
+
+
+@pytest.mark.parametrize(("thousandths", "overrides"), ADVISED, ids=range(len(ADVISED)))
+def test_following_the_advice_makes_it_fit(thousandths, overrides):
+    config, vram = load_config("toy", overrides), thousandths / 1000
+    plan = make_plan(config, CARD, vram, fakes=FAKES)
+    assert not plan.fits
+    advised = advise(config, CARD, plan, fakes=FAKES)
+    assert advised.changes and advised.largest in refusal(advised) and advised.changes[0].partition("=")[0] in refusal(advised)
+    assert make_plan(change(config, advised.changes), CARD, vram, fakes=FAKES).fits
+
+
+def test_no_advice_where_nothing_helps():
+    config = load_config("toy", [*SMALL, "video.frames=5", "critic.frames=2"])
+    plan = make_plan(config, CARD, 0.001, fakes=FAKES)
+    assert advise(config, CARD, plan, fakes=FAKES).changes == ()
+    assert "No change" in refusal(plan)
+
+
+def test_every_stage_has_a_ladder():
+    assert set(LADDERS) == set(STAGES)
+
+
+def test_a_ladder_climbs_from_time_to_bits_to_the_critic_to_the_clip():
+    """Where every rung has something to change."""
+    wasteful = ("micro_batch=2", "memory.checkpoint=false", "memory.keep_blocks=1", "critic.frames=16", "critic.id=Qwen/Qwen2.5-VL-7B-Instruct")
+    config = load_config("toy", [*wasteful, "video.frames=81", "video.width=480", "video.height=480"])
+    config = config.model_copy(update={"memory": config.memory.model_copy(update={"keep_attention": "card"})})
+    overrides = {stage: [rung(config) for rung in ladder] for stage, ladder in LADDERS.items()}
+    for stage, climbed in overrides.items():
+        assert None not in climbed
+        assert [price(override) for override in climbed] == sorted((price(override) for override in climbed), reverse=True), stage
+    named = {price(override) for climbed in overrides.values() for override in climbed}
+    assert named == set(range(len(DEAR) + 1))
+    assert overrides["rollout"][4:8] == [
+        'memory.stream=["transformer"] memory.checkpoint=true', 'optim.name="adamw8bit"', 'model.quant="int8"', 'model.quant="nf4"',
+    ]  # fmt: skip
+    assert overrides["text"] == ['memory.text_device="stream"', 'memory.text_device="host"']
+
+
+def test_cards_and_their_memory():
+    assert [parse_vram(text) for text in ("24GB", "24 GiB", "24", "11.5gb")] == [24, 24, 24, 11.5]
+    with pytest.raises(BadInputError, match="--vram"):
+        parse_vram("much")
+    assert card_named("NVIDIA GeForce RTX 3090").name == "RTX 3090" and 0.8 < USABLE < 1
+    assert all(card.bf16 >= card.tf32 for card in CARDS.values())

@@ -1,0 +1,27 @@
+"""A tiny Wan transformer with a LoRA, and its gradients under any activation settings."""
+
+import torch
+from _tiny import randomise_lora, tiny_condition, tiny_latents, tiny_transformer
+
+from lowmem_drf.memory.host import HostStore
+from lowmem_drf.models.lora.adapter import DEFAULT_TARGETS, add_lora, lora_parameters
+from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
+
+STORE = HostStore(torch.device("cpu"))
+
+
+def make(dtype=torch.float64, layers=4, targets=DEFAULT_TARGETS):
+    transformer = tiny_transformer(dtype, layers=layers)
+    add_lora(transformer, rank=2, alpha=2.0, targets=targets)
+    randomise_lora(transformer)
+    return transformer
+
+
+def gradients(transformer, settings, dtype=torch.float64, differentiable=True):
+    """The velocity, and the gradients at the LoRA and at the latents for an upstream gradient drawn at random."""
+    set_activations(transformer, store=STORE, **settings)
+    x, text = tiny_latents(2, dtype=dtype).requires_grad_(differentiable), tiny_condition(2, dtype)
+    v = as_velocity(transformer)(x, 0.5, text)
+    upstream = torch.randn(v.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype)
+    wanted = [*lora_parameters(transformer), *([x] if differentiable else [])]
+    return [v.detach(), *torch.autograd.grad(v, wanted, upstream)]

@@ -1,0 +1,128 @@
+"""One process of a few updates under DeepSpeed: ``python _zero_worker.py OUT "VARIANT -- VARIANT ..." [STATE]``; a variant is overrides of preset ``toy``.
+
+Rank 0 saves to OUT what each variant gave: {variant: {"gradients", "lora", "state", "report", "reduced", "gathered"}}. A variant that begins with
+``TAKEN`` makes no update: it takes up what is in STATE, and gives "lora" and "state".
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import torch
+from rich.console import Console
+
+from lowmem_drf.assembly.assemble import run_prompts
+from lowmem_drf.assembly.loading import load_models
+from lowmem_drf.assembly.questions import draft_questions
+from lowmem_drf.assembly.references import finish_questions
+from lowmem_drf.config import load_config
+from lowmem_drf.distributed.ranks import ALONE, Ranks, end_process, join
+from lowmem_drf.models.lora.adapter import add_lora, load_lora_state, lora_parameters, lora_state, named_lora
+from lowmem_drf.training.trainer import make_trainer
+from lowmem_drf.training.update import update
+
+TAKEN = "taken up by "
+COMMON = ("batch=2", "micro_batch=1", "sampler.steps=3", "sampler.graded_steps=2", "memory.checkpoint=true", "kernels.ops=naive", "optim.warmup_steps=0")
+
+
+def ready(overrides, ranks: Ranks = ALONE):
+    """ToyWorld's models with a LoRA that does something: (configuration, models, prompts, questions)."""
+    config = load_config("toy", [*COMMON, *overrides, f"processes={ranks.count}"])
+    prompts = run_prompts(config)[: config.batch]
+    models = load_models(config, [prompt.text for prompt in prompts], ranks=ranks)
+    add_lora(models.transformer, config.lora.rank, config.lora.alpha, config.lora.targets, seed=1)
+    with torch.no_grad():
+        for place, tensor in enumerate(lora_parameters(models.transformer)):
+            tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(place)) * 0.02)
+    models.awake("critic")
+    questions = finish_questions(config, prompts, draft_questions(config, prompts), models.asked_critic, Console(quiet=True))
+    return config, models, prompts, questions
+
+
+def updates(overrides, ranks: Ranks, state=None):
+    """Two updates, and what they gave. ``state``: (LoRA, optimizer's) to begin from; then no update is made."""
+    config, models, prompts, questions = ready(overrides, ranks)
+    if state:
+        load_lora_state(models.transformer, state[0])
+    lora = named_lora(models.transformer)
+    trainer, models = make_trainer(config, models)
+    if state:
+        trainer.unpack(state[1])
+        with trainer.whole():
+            return {"lora": lora_state(models.transformer), "state": trainer.pack()}
+    parts = models.parts(list(lora.values()))
+    made: dict = {"gradients": [], "gathered": {}}
+    step = trainer.step
+
+    def keeping(lr):
+        made["gradients"].append(_gradients(trainer, lora))
+        return step(lr)
+
+    trainer.step = keeping
+    with _counted(made, models) as parts_stage:
+        object.__setattr__(parts, "stage", parts_stage(parts.stage))
+        made["report"] = [update(config, models, parts, trainer, number, prompts, questions, None, {}, ranks) for number in range(2)]
+    with trainer.whole():
+        made["lora"] = lora_state(models.transformer)
+    made["state"] = trainer.pack()
+    return made
+
+
+def _gradients(trainer, lora):
+    """Averaged, unclipped."""
+    from deepspeed.utils import safe_get_full_grad
+
+    if type(trainer).__name__ == "SingleTrainer":
+        return {name: tensor.grad.clone() for name, tensor in lora.items()}
+    return {name: safe_get_full_grad(tensor).clone() for name, tensor in lora.items()}
+
+
+@contextmanager
+def _counted(made, models):
+    """Numbers that are gathered from all processes by stage, and those of gradients that are averaged."""
+    stage_now = ["none"]
+    made["reduced"] = 0
+    if not any(hasattr(parameter, "ds_status") for parameter in models.transformer.parameters()):
+        yield lambda inner: inner
+        return
+    from deepspeed.comm.torch import TorchBackend
+
+    def gather(self, output_tensor, *rest, **arguments):
+        made["gathered"][stage_now[0]] = made["gathered"].get(stage_now[0], 0) + output_tensor.numel()
+        return originals["all_gather_into_tensor"](self, output_tensor, *rest, **arguments)
+
+    def scatter(self, output_tensor, input_tensor, *rest, **arguments):
+        made["reduced"] += input_tensor.numel()
+        return originals["reduce_scatter_tensor"](self, output_tensor, input_tensor, *rest, **arguments)
+
+    def staged(inner):
+        @contextmanager
+        def stage(name):
+            with inner(name):
+                stage_now[0] = name
+                yield
+                stage_now[0] = "none"
+
+        return stage
+
+    originals = {name: getattr(TorchBackend, name) for name in ("all_gather_into_tensor", "reduce_scatter_tensor")}
+    with mock.patch.multiple(TorchBackend, all_gather_into_tensor=gather, reduce_scatter_tensor=scatter):
+        yield staged
+
+
+def main(out: str, variants: str, state: str = "") -> None:
+    torch.set_num_threads(1)
+    ranks = join("cpu")
+    taken = torch.load(state) if state else None
+    made = {variant: updates(variant.removeprefix(TAKEN).split(), ranks, taken if variant.startswith(TAKEN) else None) for variant in variants.split(" -- ")}
+    if ranks.chief:
+        torch.save(made, Path(out))
+    ranks.leave()
+    end_process()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,58 @@
+"""The packaged models keep the contract of docs/toyworld.md. ``python -m lowmem_drf.toy.build.check`` prints the same figures on more clips."""
+
+from pathlib import Path
+
+import pytest
+
+import lowmem_drf
+from lowmem_drf.toy.build.check import check_critic, check_explanations, check_generator, check_oracle
+from lowmem_drf.toy.defects import DEFECTS
+
+
+def at_least(rate: float, bound: float, n: int) -> bool:
+    """Whether a share of n draws may come from a rate of at least ``bound``: not under it by more than two standard deviations."""
+    return rate >= bound - 2 * (bound * (1 - bound) / n) ** 0.5
+
+
+def test_the_weights_are_small():
+    folder = Path(lowmem_drf.__file__).parent / "toy" / "weights"
+    files = list(folder.rglob("*.safetensors"))
+    assert len(files) == 4 and sum(f.stat().st_size for f in files) <= 12e6
+
+
+def test_the_oracle_sees_through_the_vae():
+    found = check_oracle()
+    for kind in ("clean", "vae"):
+        assert all(rate > 0.97 for rate in found[kind].values()), found[kind]
+    for name, chance in found["chance"].items():
+        spread = 4 * (chance * (1 - chance) / 540) ** 0.5  # four standard deviations of a fair guess on the 540 clips
+        assert abs(found["shuffled captions"][name] - chance) < spread, name
+    assert min(found["defect recall"].values()) > 0.85
+
+
+def test_the_base_generator_is_well_formed_and_follows_the_prompt_partly():
+    rates = check_generator(prompts=128, seeds=1)
+    assert at_least(rates["physics"], 0.85, 128) and at_least(rates["quality"], 0.85, 128), rates
+    assert at_least(rates["all"], 0.25, 128) and at_least(1 - rates["all"], 0.5, 128), rates
+
+
+@pytest.fixture(scope="module")
+def recalls():
+    return check_critic(clips=360)
+
+
+@pytest.mark.parametrize("name", ["color", "shape", "direction", "background", "global", *DEFECTS])
+def test_the_critic_says_yes_and_no_where_it_should(recalls, name):
+    bound = 0.85 if name in DEFECTS else 0.9
+    assert set(recalls[name]) == ({"yes", "no", "sound? no", "sound? yes"} if name in DEFECTS else {"yes", "no"})
+    for answer, rate in recalls[name].items():
+        has_it = name in DEFECTS and answer in ("yes", "sound? no")
+        assert at_least(rate, bound, 24 if has_it else 300), (answer, recalls[name])
+
+
+def test_the_critics_explanations_are_right():
+    found = check_explanations(clips=360)
+    for name, rates in found.items():
+        assert at_least(rates["sound"], 0.85, 200), (name, rates)
+    for name in ("motion", "picture"):
+        assert at_least(found[name]["defect"], 0.85, 60), (name, found[name])

@@ -1,0 +1,292 @@
+"""The loop on tiny models: what a run leaves behind, what an update computes, and what stops it."""
+
+import math
+import os
+
+import pytest
+import torch
+from _trainer import Keeping
+
+from lowmem_drf.assembly.assemble import critic_frames, critic_rate, derive_seed, step_plan
+from lowmem_drf.assembly.loading import load_models
+from lowmem_drf.assembly.questions import draft_questions
+from lowmem_drf.commands.train import train_command
+from lowmem_drf.config import load_config
+from lowmem_drf.errors import BadInputError, NonFiniteError
+from lowmem_drf.models.lora.adapter import named_lora
+from lowmem_drf.prompts import as_prompts
+from lowmem_drf.questions.file import load_questions
+from lowmem_drf.scoring.evaluate import Trial, diversity, measure
+from lowmem_drf.toy.captions import train_prompts
+from lowmem_drf.training.metrics import read_metrics
+from lowmem_drf.training.run_folder import claim, find_run, release, run_config
+from lowmem_drf.training.trainer import SingleTrainer
+from lowmem_drf.training.update import learning_rate, update
+from lowmem_drf.video import read_video, side_by_side, write_mp4
+
+PROMPTS = ["a red circle moves left on a gray background", "a blue square moves up on a black background", "a green circle moves right on a white background"]
+
+
+@pytest.fixture
+def ready(tiny_preset):
+    """(configuration, models with a fresh LoRA, parts, prompts, questions)."""
+    from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
+
+    def make(*overrides):
+        config = load_config(tiny_preset, overrides)
+        models = load_models(config, PROMPTS)
+        add_lora(models.transformer, config.lora.rank, config.lora.alpha, config.lora.targets, seed=0)
+        prompts = as_prompts(PROMPTS)
+        return config, models, models.parts(lora_parameters(models.transformer)), prompts, draft_questions(config, prompts)
+
+    return make
+
+
+def test_a_run_leaves_what_the_contract_says(tiny_run):
+    assert {path.name for path in tiny_run.iterdir()} == {"config.toml", "questions.json", "metrics.jsonl", "tensorboard", "samples", "checkpoints"}
+    assert run_config(tiny_run).lora.rank == 2
+    assert set(load_questions(tiny_run / "questions.json")) == set(train_prompts())
+    assert sorted(path.name for path in (tiny_run / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
+    assert {path.name for path in (tiny_run / "checkpoints" / "step-000004").iterdir()} == {"lora.safetensors", "state.safetensors", "cursor.json"}
+    assert sorted(path.name for path in (tiny_run / "samples").iterdir()) == ["step-000000", "step-000002", "step-000004"]
+    assert len(list((tiny_run / "tensorboard").iterdir())) == 1
+
+
+def test_metrics_have_a_complete_line_per_update(tiny_run):
+    rows = read_metrics(tiny_run)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert set(row["reward_by_aspect"]) == {"TA", "Phy", "VQ"}
+        assert {"color", "jump", "noise"} <= set(row["reward_by_question"])
+        assert set(row["stage_s"]) == set(row["stage_peak_gib"]) == {"rollout", "decode", "critic", "vae_backward", "denoise_backward", "update"}
+        assert all(value > 0 for value in (*row["stage_s"].values(), *row["stage_peak_gib"].values(), row["grad_norm"], row["lr"]))
+        assert len(row["prompts"]) == len(row["seed"]) == 3
+    assert len({seed for row in rows for seed in row["seed"]}) == 12
+
+
+def test_samples_are_playable_and_big_enough(tiny_run):
+    (file,) = (tiny_run / "samples" / "step-000004").iterdir()
+    frames, fps = read_video(file)
+    assert (frames.shape, fps) == ((9, 3, 256, 256), 8)
+
+
+def test_the_micro_batch_changes_memory_and_not_the_gradient(ready):
+    gradients = {}
+    for size in (1, 2, 3):
+        config, models, parts, prompts, questions = ready(f"micro_batch={size}")
+        trainer = Keeping(config, models.transformer)
+        report = update(config, models, parts, trainer, 0, prompts, questions, None)
+        gradients[size] = torch.cat([torch.tensor([report.reward]), *(gradient.flatten() for gradient in trainer.gradients[0])])
+    for size in (1, 2):
+        # the same fp32 sums in another order: 2**-24 each, about a thousand terms
+        assert (gradients[size] - gradients[3]).norm() <= 1000 * 2**-24 * gradients[3].norm()
+
+
+def test_an_update_is_one_adamw_step_on_the_clipped_gradient(ready):
+    config, models, parts, prompts, questions = ready("optim.grad_clip=1e-3", "optim.lr=0.01")
+    before = [tensor.detach().clone() for tensor in parts.lora]
+    report = update(config, models, parts, SingleTrainer(config, named_lora(models.transformer)), 0, prompts, questions, None)
+    assert report.grad_norm > 1e-3
+    moved = [(tensor - old).abs().max().item() for tensor, old in zip(parts.lora, before, strict=True)]
+    assert 0 < max(moved) <= 0.01 * (1 + 1e-3)  # AdamW's first step is lr x sign(gradient)
+    assert all(tensor.grad is None for tensor in parts.lora)
+
+
+def test_a_non_finite_reward_names_update_prompt_and_seed_and_changes_nothing(ready):
+    config, models, parts, prompts, questions = ready("micro_batch=1")
+    before = [tensor.detach().clone() for tensor in parts.lora]
+    with torch.no_grad():
+        models.critic.model.lm_head.weight.fill_(math.inf)
+    with pytest.raises(NonFiniteError) as caught:
+        update(config, models, parts, SingleTrainer(config, named_lora(models.transformer)), 6, prompts, questions, None)
+    assert "update 7" in str(caught.value)
+    assert PROMPTS[0] in str(caught.value)
+    assert str(derive_seed(config.seed, "noise", 6, 0)) in str(caught.value)
+    assert all(torch.equal(tensor, old) for tensor, old in zip(parts.lora, before, strict=True))
+
+
+def test_an_infinite_gradient_is_refused_before_the_optimizer(ready, monkeypatch):
+    config, models, parts, prompts, questions = ready()
+    before = [tensor.detach().clone() for tensor in parts.lora]
+    monkeypatch.setattr("torch.nn.utils.get_total_norm", lambda *a, **k: torch.tensor(math.nan))
+    with pytest.raises(NonFiniteError, match="gradient is not finite in update 1"):
+        update(config, models, parts, SingleTrainer(config, named_lora(models.transformer)), 0, prompts, questions, None)
+    assert all(torch.equal(tensor, old) for tensor, old in zip(parts.lora, before, strict=True))
+
+
+def test_random_choices_of_an_update_depend_on_seed_and_update_alone(tiny_preset):
+    config = load_config(tiny_preset)
+    plans = [step_plan(config, step) for step in range(12)]
+    again = step_plan(config, 5)
+    assert (again.graded, again.kept) == (plans[5].graded, plans[5].kept)
+    assert len({plan.graded for plan in plans}) > 1
+    assert len({plan.kept for plan in plans}) > 1
+    other = load_config(tiny_preset, ["seed=1"])
+    assert [step_plan(other, step).kept for step in range(12)] != [plan.kept for plan in plans]
+
+
+def test_the_critic_sees_a_number_of_frames_or_so_many_a_second():
+    """9 frames at 8 a second."""
+    for frames, count, rate in (("3", 3, 2.0), ("9", 9, 8.0), ('"fps:4"', 4, 3.0), ('"fps:8"', 8, 7.0)):
+        config = load_config("toy", [f"critic.frames={frames}"])
+        assert (len(step_plan(config, 0).kept), critic_frames(config), critic_rate(config)) == (count, count, rate)
+    config = load_config("toy", ["critic.frames=3", "critic.frame_sampling=random_phase"])
+    assert critic_rate(config) == 8 / 3  # a grid of three frames' spacing
+
+
+def test_scales_of_the_normalisation_change_the_step(ready):
+    _, models, parts, prompts, questions = ready("micro_batch=3")
+    config, *_ = ready("micro_batch=3")
+    trainer = Keeping(config, models.transformer)
+    for scales in ({}, {"color": 0.1, "jump": 5.0}):
+        update(config, models, parts, trainer, 0, prompts, questions, None, scales)
+    plain, scaled = (torch.cat([gradient.flatten() for gradient in gradients]) for gradients in trainer.gradients)
+    assert not torch.allclose(plain, scaled)
+
+
+@pytest.mark.parametrize("mode", ["vanilla", "yesno", "dense", "both"])
+def test_every_mode_trains_with_a_4_bit_critic(ready, mode):
+    config, models, parts, prompts, questions = ready(f"critic.mode={mode}", "critic.quant=nf4", "memory.checkpoint=true")
+    assert {type(layer.self_attn.q_proj).__name__ for layer in models.critic.model.model.language_model.layers} == {"PackedLinear"}
+    report = update(config, models, parts, SingleTrainer(config, named_lora(models.transformer)), 0, prompts, questions, None)
+    assert math.isfinite(report.reward) and report.grad_norm > 0
+    assert set(report.reward_by_aspect) == ({"TA"} if mode == "vanilla" else {"TA", "Phy", "VQ"})
+
+
+def test_learning_rate_schedules():
+    optim = load_config("toy", ["optim.lr=1.0", "optim.warmup_steps=4", "optim.schedule=linear"]).optim
+    assert [learning_rate(optim, step, 8) for step in range(8)] == [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]
+    cosine = optim.model_copy(update={"schedule": "cosine"})
+    assert learning_rate(cosine, 6, 8) == pytest.approx(0.5)
+    assert learning_rate(optim.model_copy(update={"schedule": "constant"}), 7, 8) == 1.0
+
+
+def test_an_output_that_holds_a_run_is_refused_and_untouched(tiny_run, tiny_preset):
+    before = sorted(path.stat().st_mtime_ns for path in tiny_run.rglob("*"))
+    with pytest.raises(BadInputError, match="already holds a run.*--resume"):
+        train_command(str(tiny_preset), None, tiny_run, None, None, False, [], False)
+    assert sorted(path.stat().st_mtime_ns for path in tiny_run.rglob("*")) == before
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path, tiny_preset):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInputError, match="cannot be written to"):
+        train_command(str(tiny_preset), None, tmp_path / "file" / "run", None, None, False, [], False)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        'lora.targets=["nothing"]',
+        "model.id=/no/such/model",
+        "video.width=20",
+        "critic.id=toyworld",
+        "critic.questions=/no/such.json",
+        "critic.weights={TA = 0, Phy = 0, VQ = 0}",
+    ],
+)
+def test_a_run_that_cannot_start_leaves_nothing_behind(tmp_path, tiny_preset, override):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a dog on a skateboard\n" if override == "critic.id=toyworld" else PROMPTS[0])
+    with pytest.raises(BadInputError):
+        train_command(str(tiny_preset), prompts, tmp_path / "a" / "run", None, None, False, [override], False)
+    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+
+
+def test_claim_leaves_folders_that_were_there(tmp_path):
+    made = claim(tmp_path / "a" / "b")
+    release(made)
+    assert list(tmp_path.iterdir()) == []
+    assert claim(tmp_path) == []
+
+
+def test_resume_refuses_what_would_be_another_run(tiny_run):
+    for overrides, said in ((["lora.rank=4"], "lora.rank"), (["seed=1"], "seed"), ([], "is complete: 4 of 4")):
+        with pytest.raises(BadInputError, match=said):
+            train_command(None, None, tiny_run, None, None, True, overrides, True)
+    with pytest.raises(BadInputError, match="--preset does not go with --resume"):
+        train_command("toy", None, tiny_run, None, None, True, [], True)
+
+
+def test_the_latest_run_is_the_one_written_to_last(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInputError, match="no run under runs/"):
+        find_run()
+    for number, name in enumerate(["b", "a", "c"]):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        file = tmp_path / "runs" / name / "config.toml"
+        file.write_text("")
+        os.utime(file, (1000 + number, 1000 + number))
+    metrics = tmp_path / "runs" / "a" / "metrics.jsonl"
+    metrics.write_text("")
+    os.utime(metrics, (2000, 2000))
+    assert find_run().name == "a"
+    with pytest.raises(BadInputError, match="is not a run"):
+        find_run(tmp_path)
+
+
+def test_texts_are_what_the_encoder_makes_of_them_but_kept_short(ready):
+    from lowmem_drf.models.wan.text import load_text
+
+    config, models, *_ = ready()
+    expected = load_text(config.model.id).encode([*PROMPTS, ""], config.model.text_tokens)
+    assert torch.equal(models.condition([*PROMPTS, ""]), expected)
+    assert len(models.texts[""]) < config.model.text_tokens
+    assert models.texts[""].untyped_storage().nbytes() == models.texts[""].nbytes
+
+
+def test_measures_do_not_depend_on_the_batch_and_name_every_aspect(ready):
+    measured = []
+    for size in (1, 3, 4):
+        config, models, *_ = ready(f"log.eval_batch={size}", "critic.mode=vanilla")
+        prompts = as_prompts(PROMPTS)
+        trial = Trial(prompts, 2, draft_questions(config, prompts), {}, "of the test")
+        measured.append(measure(config, models, trial, lambda clips: None))
+    for name in ("reward", "diversity", "motion", "velocity_norm"):
+        assert measured[0][name] > 0 or name == "reward"
+        # fp32 kernels may sum in another order for another batch
+        assert [m[name] for m in measured[1:]] == pytest.approx([measured[0][name]] * 2, rel=1e-4)
+    assert set(measured[0]["reward_by_aspect"]) == {"TA", "Phy", "VQ"}
+    assert measured[0]["reward_by_aspect"]["Phy"] is measured[0]["heldout_reward"] is None
+
+
+def test_mp4_round_trip_pads_odd_sizes(tmp_path):
+    smooth = torch.linspace(0, 1, 33).expand(5, 3, 31, 33)
+    frames, fps = read_video(write_mp4(tmp_path / "new" / "clip.mp4", smooth, fps=12))
+    assert (frames.shape, fps) == ((5, 3, 32, 34), 12)
+    assert (frames[:, :, :31, :33] - smooth).abs().mean() < 4 / 255  # chroma subsampling and quantisation: a few grey levels
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["clip.mp4"]
+
+
+def test_side_by_side_shows_each_clip_under_its_label():
+    left, right = torch.zeros(2, 3, 8, 8), torch.ones(2, 3, 8, 8)
+    both = side_by_side((left, right), ("base", "tuned"), upscale=8)
+    assert both.shape == (2, 3, 64 + 18, 64 + 4 + 64)
+    assert both[..., 18:, :64].max() == 0
+    assert both[..., 18:, 68:].min() == 1
+    assert both[..., :18, :64].min() < 0.5  # the label's ink
+
+
+def test_diversity_is_the_distance_over_seeds_of_one_prompt():
+    clips = torch.zeros(2, 2, 3, 3, 4, 4)
+    clips[0, 1] = 0.5
+    assert diversity(clips) == pytest.approx(0.25)
+    assert diversity(clips[:, :1]) == 0
+
+
+def test_the_oracle_judges_toyworlds_clips_and_nothing_else(tiny_preset):
+    from lowmem_drf.scoring.oracle_rates import RATES, oracle_for
+    from lowmem_drf.toy.captions import caption
+    from lowmem_drf.toy.scenes import combos_of, draw_tracks, render
+
+    combos = combos_of("heldout")
+    texts = [caption(combo) for combo in combos]
+    frames = render(draw_tracks(combos, torch.Generator().manual_seed(0)))
+    judge = oracle_for(load_config("toy"), texts)
+    right, wrong = judge(frames, texts), judge(frames, texts[1:] + texts[:1])
+    assert tuple(right) == RATES
+    assert min(right.values()) > 0.9
+    assert wrong["all"] < 0.5 < wrong["physics"]
+    assert oracle_for(load_config("toy"), ["a dog on a skateboard"]) is None
+    assert oracle_for(load_config(tiny_preset), texts) is None
+    assert oracle_for(load_config("toy", ["video.width=64"]), texts) is None
