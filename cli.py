@@ -132,7 +132,7 @@ def evaluate(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare base and tuned on held-out prompts: reward, held-out questions, diversity, motion; in ToyWorld the oracle's truth."""
-    from lowmem_drf.scoring.evaluate import eval_command
+    from lowmem_drf.commands.eval import eval_command
 
     eval_command(run, prompts, json_)
 
@@ -152,7 +152,7 @@ def score(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the critic's answer to every question about a video, and where its gradient points."""
-    from lowmem_drf.scoring.score import score_command
+    from lowmem_drf.commands.score import score_command
 
     score_command(video, prompt, saliency, json_, preset, critic, quant, frames, mode, set_ or [])
 
@@ -168,7 +168,7 @@ def questions(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the questions a prompt gives, or write them to a file to edit."""
-    from lowmem_drf.assembly.questions import questions_command
+    from lowmem_drf.commands.questions import questions_command
 
     questions_command(prompt, prompts, preset, set_ or [], json_, output)
 
@@ -182,7 +182,7 @@ def plan(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Predict the peak memory and the time of every stage, without a GPU and without weights; say what to change where it does not fit."""
-    from lowmem_drf.planner.report import plan_command
+    from lowmem_drf.commands.plan import plan_command
 
     plan_command(preset, vram, set_ or [], json_)
 

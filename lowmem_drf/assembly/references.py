@@ -22,7 +22,7 @@ from lowmem_drf.assembly.cache import Cache, cache_folder
 from lowmem_drf.assembly.questions import Questions, critic_key, needs_writer, written_questions
 from lowmem_drf.method.reward import RewardSpec, question_reward, token_probabilities
 from lowmem_drf.schema import Config
-from lowmem_drf.training.progress import counted
+from lowmem_drf.terminal import counted
 from lowmem_drf.types import Prompt, Question
 
 if TYPE_CHECKING:

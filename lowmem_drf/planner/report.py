@@ -1,4 +1,4 @@
-"""``lowmem-drf plan``, and the plan that ``train`` makes before it loads anything."""
+"""A plan in words: the table, why it does not fit, and the check that ``train`` makes before it loads anything."""
 
 from __future__ import annotations
 
@@ -7,33 +7,15 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lowmem_drf.config import load_config, preset_card, preset_path
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.weights.sources import TOYWORLD
-from lowmem_drf.planner.cards import GIB, Card, card_named, parse_vram
+from lowmem_drf.planner.cards import GIB, Card, card_named
 from lowmem_drf.schema import Config
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from lowmem_drf.planner.stages import Plan
-
-
-def plan_command(preset: str | None, vram: str | None, overrides: Sequence[str], as_json: bool) -> None:
-    """A table, or JSON. Where it does not fit: what to change."""
-    from rich.console import Console
-
-    from lowmem_drf.commands.train import chosen_preset
-
-    name = preset or chosen_preset()[0]
-    config = load_config(name, overrides)
-    card = card_named(preset_card(preset_path(name)))
-    console = Console(stderr=as_json, soft_wrap=True)
-    plan = planned(config, card, parse_vram(vram) if vram else config.memory.vram_gib or card.gib, console)
-    if as_json:
-        print(json.dumps(plan.as_json(name), indent=2))
-        return
-    print_plan(plan, name, console)
 
 
 def planned(config: Config, card: Card, vram_gib: float, console: Console) -> Plan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +9,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
-from lowmem_drf.assembly.assemble import Models, critic_frames, derive_seed, reward_spec, run_prompts
+from lowmem_drf.assembly.assemble import Models, critic_frames, derive_seed, reward_spec
 from lowmem_drf.assembly.generate import batches
-from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.assembly.questions import draft_questions, grammar_of
 from lowmem_drf.assembly.references import finish_questions
 from lowmem_drf.distributed.ranks import ALONE, Ranks
@@ -25,7 +23,7 @@ from lowmem_drf.prompts import as_prompts, load_prompts
 from lowmem_drf.questions.templates import Grammar, make_questions
 from lowmem_drf.schema import Config
 from lowmem_drf.scoring.oracle_rates import oracle_for
-from lowmem_drf.training.progress import work_bar
+from lowmem_drf.terminal import work_bar
 from lowmem_drf.types import Aspect, Prompt, Question
 
 if TYPE_CHECKING:
@@ -33,9 +31,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
-
-EVAL_PROMPTS = 128
-EVAL_SEEDS = 2
 
 
 @dataclass(frozen=True)
@@ -129,29 +124,6 @@ def diversity(clips_PSTCHW: Tensor) -> float:
     pairs = [(a, b) for a in range(seeds) for b in range(a)]
     distances = [(clips_PSTCHW[:, a] - clips_PSTCHW[:, b]).pow(2).flatten(1).mean(1).sqrt().mean().item() for a, b in pairs]
     return sum(distances) / len(distances) if distances else 0.0
-
-
-def eval_command(run_folder: Path | None, file: Path | None, as_json: bool) -> None:
-    """``lowmem-drf eval``."""
-    from rich.console import Console
-
-    from lowmem_drf.training.lora_file import load_run_lora
-    from lowmem_drf.training.run_folder import find_run, run_config
-
-    run = find_run(run_folder)
-    config = run_config(run)
-    trial = make_trial(config, () if config.prompts == TOYWORLD or file else run_prompts(config), EVAL_PROMPTS, EVAL_SEEDS, file)
-    models = load_models(config, [prompt.text for prompt in trial.prompts])
-    step = load_run_lora(models.transformer, run, config)
-    console = Console(stderr=as_json)
-    models.awake("critic")
-    trial = finish_trial(config, trial, models.asked_critic, console)
-    console.print(f"{run}, step {step}: {describe(trial)}", highlight=False, markup=False, soft_wrap=True)
-    result = with_progress(config, models, trial, console)
-    if as_json:
-        print(json.dumps(result))
-    else:
-        print_table(result, console)
 
 
 def with_progress(config: Config, models: Models, trial: Trial, console: Console, ranks: Ranks = ALONE) -> dict[str, Any]:

@@ -1,29 +1,22 @@
-"""``lowmem-drf score``: what the critic says of any video, question by question, and where its gradient points."""
+"""What the critic says of a clip, question by question."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from lowmem_drf.errors import BadInputError, NonFiniteError
-from lowmem_drf.method.preprocess import resized
+from lowmem_drf.errors import NonFiniteError
 from lowmem_drf.method.reward import RewardSpec, question_reward, token_probabilities, total_reward
-from lowmem_drf.models.weights.sources import TOYWORLD
-from lowmem_drf.questions import toyworld
 from lowmem_drf.types import Answer, Question
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from torch import Tensor
 
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
-    from lowmem_drf.schema import Config
 
 SPOKEN_TOKENS = 96
 """The critic's own answer to a dense question is cut here."""
@@ -93,127 +86,3 @@ def _verdict(critic: QwenCritic, frames_TCHW: Tensor, question: Question, answer
     yes, no = (answer.logits_AV[0, list(ids)].logsumexp(-1) for ids in (answer.yes, answer.no))
     p_said = torch.sigmoid((yes - no).abs()).item()
     return Verdict(question, reward, p[question.answer.strip().lower()], said, p_said)
-
-
-def score_command(
-    video: Path,
-    prompt: str,
-    saliency: Path | None,
-    as_json: bool,
-    preset: str | None,
-    critic: str | None,
-    quant: str | None,
-    frames: str | None,
-    mode: str | None,
-    overrides: Sequence[str],
-) -> None:
-    """Prints the critic's view of a video as a table or as JSON, and writes the saliency clip.
-
-    Raises BadInputError: a video that cannot be read, a prompt or question that cannot be asked, a critic that cannot be loaded.
-    """
-    from rich.console import Console
-
-    from lowmem_drf.assembly.assemble import reward_spec
-    from lowmem_drf.assembly.loading import load_run_critic
-    from lowmem_drf.assembly.questions import draft_questions, require_weights
-    from lowmem_drf.assembly.references import finish_questions
-    from lowmem_drf.commands.train import chosen_preset
-    from lowmem_drf.config import load_config
-    from lowmem_drf.prompts import as_prompts
-    from lowmem_drf.video import read_video
-
-    if not prompt.strip():
-        raise BadInputError('the prompt is empty. Say what the video should show: --prompt "a corgi surfing a wave"')
-    flags = {"critic.id": critic, "critic.quant": quant, "critic.mode": mode}
-    flagged = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flags.items() if value is not None]
-    config = load_config(preset or chosen_preset()[0], ["critic.mode=both", *overrides, *flagged])  # whatever trains, all is shown
-    target = None if saliency is None else _target(saliency)
-    prompts = as_prompts([prompt])
-    toy = config.critic.id == TOYWORLD
-    if toy and preset is None and toyworld.attributes(prompt) is None:
-        raise BadInputError(
-            "ToyWorld's critic, the default where there is no CUDA card, knows ToyWorld's words only. Name a real one: --critic Qwen/Qwen2.5-VL-3B-Instruct"
-        )
-    draft = draft_questions(config, prompts, "toyworld" if toy else "english")
-    require_weights(draft, reward_spec(config))
-    shown_TCHW, fps = read_video(video, *_wanted(config.critic.frames if frames is None else frames))
-
-    console = Console(stderr=as_json, soft_wrap=True)
-    model = load_run_critic(config)
-    if not toy:  # ToyWorld's knows one frame rate, that of its training
-        model.fps = fps
-    questions = finish_questions(config, prompts, draft, model, console)[prompts[0].id]
-    seen_TCHW = resized(shown_TCHW[None].to(model.model.device), model.geometry)[0]
-    if target is None:
-        with torch.no_grad():
-            answers, result = model(seen_TCHW[None], [questions])[0], None
-    else:
-        from lowmem_drf.scoring.saliency import saliency as saliency_of
-
-        result = saliency_of(model, seen_TCHW, questions, reward_spec(config))
-        answers = result.answers
-    score = judge(model, seen_TCHW, questions, answers, reward_spec(config))
-    if as_json:
-        print(json.dumps(score.as_json(), ensure_ascii=False))
-    else:
-        console.print(_describe(config, shown_TCHW, seen_TCHW, fps), highlight=False, markup=False)
-        print_table(score, prompt, console)
-    if target is not None and result is not None:
-        from lowmem_drf.scoring.heatmap import write_heatmap
-
-        path = write_heatmap(target, shown_TCHW, result, score, prompt, fps)
-        console.print(f"{path}: what moves the reward, pixel by pixel", highlight=False, markup=False)
-
-
-def print_table(score: Score, prompt: str, console: Console) -> None:
-    """A line a question, by aspect; red where the critic disagrees."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("", "question", "wanted", "the critic says", "p(wanted)", "reward", title=Text(prompt), title_justify="left")
-    for column in table.columns[-2:]:
-        column.justify = "right"
-    aspects = list(dict.fromkeys(v.question.aspect for v in score.verdicts))
-    for aspect in aspects:
-        for v in (v for v in score.verdicts if v.question.aspect == aspect):
-            style = "bold red" if v.disagrees else "dim" if v.question.weight == 0 else ""
-            said = v.said if v.p_said is None else f"{v.said} {v.p_said:.1%}"
-            cells = (aspect, v.question.text, v.question.answer, said, f"{v.p_answer:.1%}", f"{v.reward:.3f}")
-            table.add_row(*(Text(cell) for cell in cells), style=style)
-        table.add_section()
-    for name, reward in score.by_aspect.items():
-        table.add_row(name, "mean", "", "", "", f"{reward:.3f}")
-    table.add_row("", "reward", "", "", "", f"{score.reward:.3f}", style="bold")
-    console.print(table)
-    wrong = sum(v.disagrees for v in score.verdicts)
-    asked = sum(v.question.kind == "yesno" for v in score.verdicts)
-    if asked:
-        console.print(f"{asked - wrong} of {asked} yes/no answers are as wanted.", highlight=False)
-
-
-def _describe(config: Config, shown_TCHW: Tensor, seen_TCHW: Tensor, fps: float) -> str:
-    given, seen = (f"{clip.shape[-1]}x{clip.shape[-2]}" for clip in (shown_TCHW, seen_TCHW))
-    size = given if given == seen else f"{given}, seen as {seen},"
-    return f"{len(shown_TCHW)} frames of {size} at {fps:.2f} a second; critic {config.critic.id}, {config.critic.mode} questions"
-
-
-def _wanted(frames: int | str) -> tuple[int | None, float | None]:
-    """What ``critic.frames`` says as a number of frames, or as a rate. Raises BadInputError where it is neither."""
-    text = str(frames)
-    try:
-        count, rate = (None, float(text.removeprefix("fps:"))) if text.startswith("fps:") else (int(text), None)
-    except ValueError:
-        count, rate = 0, None
-    if not 0 < (count or rate or 0) < math.inf:
-        raise BadInputError(f'--frames {text}: give a number of frames, or a rate such as "fps:2"')
-    return count, rate
-
-
-def _target(path: Path) -> Path:
-    """Where the saliency clip goes: known to be writable before anything is computed."""
-    from lowmem_drf.training.run_folder import make_writable
-
-    if path.suffix.lower() != ".mp4" or path.is_dir():
-        raise BadInputError(f"--saliency {path}: the clip is an MP4 file. Give a name that ends in .mp4.")
-    make_writable(path.parent)
-    return path

@@ -6,21 +6,19 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from lowmem_drf.terminal import clock
 from lowmem_drf.training.update import UpdateReport
 
 PLAIN_EVERY_S = 5.0
-PLAIN_WORK_EVERY_S = 20.0
 SMOOTH = 10
 """Updates that the shown rates are averaged over: one update's few clips say little."""
 ASPECTS = {"TA": "text", "Phy": "physics", "VQ": "quality"}
@@ -123,40 +121,6 @@ class TrainProgress:
         return sum(values) / len(values) if values else float("nan")
 
 
-Item = TypeVar("Item")
-
-
-def counted(console: Console, what: str, items: Sequence[Item]) -> Iterator[Item]:
-    """The items one by one, with a ``work_bar`` where there are any."""
-    if items:
-        with work_bar(console, what, len(items)) as advance:
-            for item in items:
-                yield item
-                advance(1)
-
-
-@contextmanager
-def work_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields the function to tell of work done: a bar with ETA on a terminal, elsewhere a plain line every ``PLAIN_WORK_EVERY_S``."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    done, start = 0, time.monotonic()
-    last_line = start
-    # stdout may be a pipe while the bar is on stderr: what is printed meanwhile must not be taken to the terminal then
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty()) as bar:
-        task = bar.add_task(what, total=total)
-
-        def advance(count: int) -> None:
-            nonlocal done, last_line
-            done += count
-            bar.advance(task, count)
-            now = time.monotonic()
-            if not console.is_terminal and done < total and now - last_line > PLAIN_WORK_EVERY_S:
-                last_line = now
-                console.print(f"{what} {done}/{total}  ETA {clock((now - start) / done * (total - done))}", highlight=False, markup=False)
-
-        yield advance
-
-
 def _stages(report: UpdateReport) -> str:
     seconds = "  ".join(f"{name} {value:.2f} s" for name, value in report.stage_s.items())
     return f"{seconds}  peak {max(report.stage_peak_gib.values()):.2f} GiB"
@@ -169,10 +133,3 @@ def sparkline(values: list[float], width: int) -> str:
     low, high = min(means), max(means)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(BARS[round((value - low) * scale)] for value in means).ljust(width)
-
-
-def clock(seconds: float) -> str:
-    """75 -> 1:15; 3700 -> 1:01:40."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

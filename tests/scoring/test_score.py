@@ -10,6 +10,7 @@ import torch
 from _root import ROOT
 
 from lowmem_drf.assembly.loading import load_run_critic
+from lowmem_drf.commands.score import score_command
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError, NonFiniteError
 from lowmem_drf.method.preprocess import resized
@@ -17,7 +18,7 @@ from lowmem_drf.method.reward import RewardSpec
 from lowmem_drf.questions.templates import make_questions
 from lowmem_drf.scoring.heatmap import PERCENTILE, _wrap, colormap, draw, glow
 from lowmem_drf.scoring.saliency import Saliency, saliency
-from lowmem_drf.scoring.score import Score, Verdict, judge, score_command
+from lowmem_drf.scoring.score import Score, Verdict, judge
 from lowmem_drf.toy.captions import caption
 from lowmem_drf.toy.scenes import BACKGROUNDS, FPS, Combo, combos_of, coverage, draw_tracks, render
 from lowmem_drf.types import Answer, Question

@@ -12,9 +12,10 @@ from _root import ROOT
 from rich.console import Console
 
 from lowmem_drf.commands.train import train_command
+from lowmem_drf.terminal import clock, work_bar
 from lowmem_drf.training.checkpoint import checkpoint_folder
 from lowmem_drf.training.metrics import read_metrics
-from lowmem_drf.training.progress import TrainProgress, clock, sparkline, work_bar
+from lowmem_drf.training.progress import TrainProgress, sparkline
 
 
 def test_ctrl_c_finishes_the_update_saves_and_exits_130(tiny_preset, tmp_path):
@@ -83,7 +84,7 @@ def test_a_notice_is_seen_on_a_terminal_and_in_a_log(capfd):
 
 
 def test_clips_are_counted_in_a_log(monkeypatch):
-    monkeypatch.setattr("lowmem_drf.training.progress.PLAIN_WORK_EVERY_S", -1.0)
+    monkeypatch.setattr("lowmem_drf.terminal.PLAIN_WORK_EVERY_S", -1.0)
     log = Console(file=io.StringIO())
     with work_bar(log, "clips", 4) as advance:
         for _ in range(2):

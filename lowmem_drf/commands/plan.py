@@ -1,0 +1,27 @@
+"""``lowmem-drf plan``: peak memory, host memory and time of an update, as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from lowmem_drf.config import load_config, preset_card, preset_path
+from lowmem_drf.planner.cards import card_named, parse_vram
+from lowmem_drf.planner.report import planned, print_plan
+
+
+def plan_command(preset: str | None, vram: str | None, overrides: Sequence[str], as_json: bool) -> None:
+    """A table, or JSON. Where it does not fit: what to change."""
+    from rich.console import Console
+
+    from lowmem_drf.commands.train import chosen_preset
+
+    name = preset or chosen_preset()[0]
+    config = load_config(name, overrides)
+    card = card_named(preset_card(preset_path(name)))
+    console = Console(stderr=as_json, soft_wrap=True)
+    plan = planned(config, card, parse_vram(vram) if vram else config.memory.vram_gib or card.gib, console)
+    if as_json:
+        print(json.dumps(plan.as_json(name), indent=2))
+        return
+    print_plan(plan, name, console)
