@@ -17,9 +17,17 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 presets_app = typer.Typer(no_args_is_help=True, help="The presets: list, show, copy.")
 app.add_typer(presets_app, name="presets")
 
-Set = Annotated[list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override any configuration key; repeatable.")]
-Run = Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run's folder. Default: the latest under runs/.", show_default=False)]
-PromptFile = Annotated[Path | None, typer.Option("--prompts", help="A prompt file: txt (one a line) or jsonl.", show_default=False)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override any configuration key; repeatable."),
+]
+Run = Annotated[
+    Path | None,
+    typer.Argument(metavar="[RUN]", help="A run's folder. Default: the latest under runs/.", show_default=False),
+]
+PromptFile = Annotated[
+    Path | None, typer.Option("--prompts", help="A prompt file: txt (one a line) or jsonl.", show_default=False)
+]
 
 
 def _example(*lines: str) -> str:
@@ -27,7 +35,8 @@ def _example(*lines: str) -> str:
 
 
 def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors on stderr in a few lines with the cure; exit code 1 failed, 2 bad input, 130 interrupted. ``--debug`` shows where."""
+    """Errors on stderr in a few lines with the cure; exit code 1 failed, 2 bad input, 130 interrupted. ``--debug``
+    shows where."""
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -57,9 +66,12 @@ def _version(wanted: bool) -> None:
 
 @app.callback(epilog=_example("lowmem-drf train", "lowmem-drf sample --compare", "lowmem-drf export-lora"))
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
     debug: Annotated[bool, typer.Option(DEBUG, help="Show tracebacks. Also after any command.")] = False,
-    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,  # of the deepspeed launcher; LOCAL_RANK says it too
+    # of the deepspeed launcher; LOCAL_RANK says it too
+    local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
 ) -> None:
     """Diffusion-DRF on consumer GPUs: fine-tune a text-to-video model with a vision-language model as the critic."""
 
@@ -69,10 +81,15 @@ def _main(
 def train(
     preset: Annotated[
         str | None,
-        typer.Option(help="A preset's name or a TOML file. Default: toy without a CUDA card, else the largest that fits the card.", show_default=False),
+        typer.Option(
+            help="A preset's name or a TOML file. Default: toy without a CUDA card, else the largest that fits the card.",
+            show_default=False,
+        ),
     ] = None,
     prompts: PromptFile = None,
-    output: Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/<preset>-<time>.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The run's folder. Default: runs/<preset>-<time>.", show_default=False)
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Updates.", show_default=False)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of prompts, noise and LoRA.", show_default=False)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with --output, or with the latest run.")] = False,
@@ -80,7 +97,11 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and exit.")] = False,
     num_processes: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes, a card each: prompts are split over them (engine zero1, zero2, zero3).", show_default=False),
+        typer.Option(
+            min=1,
+            help="Processes, a card each: prompts are split over them (engine zero1, zero2, zero3).",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Train a LoRA with Diffusion-DRF, then show base against tuned."""
@@ -92,14 +113,20 @@ def train(
 @app.command(epilog=_example('lowmem-drf sample --prompt "a red circle moves left on a gray background" --compare'))
 @_reports_errors
 def sample(
-    run: Annotated[Path | None, typer.Option(help="A run's folder. Default: the latest under runs/.", show_default=False)] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="A run's folder. Default: the latest under runs/.", show_default=False)
+    ] = None,
     lora: Annotated[Path | None, typer.Option(help="A LoRA file in place of the run's.", show_default=False)] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable.", show_default=False)] = None,
     prompts: PromptFile = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Base and tuned side by side, from the same noise.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Base and tuned side by side, from the same noise.")
+    ] = False,
     lora_scale: Annotated[float, typer.Option(help="0 is the base model, 1 the tuned one.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="MP4 file, or a folder for several. Default: in the run.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="MP4 file, or a folder for several. Default: in the run.", show_default=False)
+    ] = None,
 ) -> None:
     """Write MP4 clips of a run's model, with --compare beside the base model's."""
     from lowmem_drf.commands.sample import sample_command
@@ -107,15 +134,27 @@ def sample(
     sample_command(run, lora, prompt or [], prompts, compare, lora_scale, seed, output)
 
 
-@app.command("export-lora", epilog=_example("lowmem-drf export-lora", "lowmem-drf export-lora runs/toy-1 --format diffusers --dtype fp32"))
+@app.command(
+    "export-lora",
+    epilog=_example("lowmem-drf export-lora", "lowmem-drf export-lora runs/toy-1 --format diffusers --dtype fp32"),
+)
 @_reports_errors
 def export_lora(
     run: Run = None,
-    step: Annotated[int | None, typer.Option(help="The checkpoint's step. Default: the last.", show_default=False)] = None,
-    format_: Annotated[str, typer.Option("--format", help="comfyui (diffusers loads it too), diffusers, or kohya (musubi-tuner).")] = "comfyui",
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. Default: the run's own (ToyWorld: fp32).", show_default=False)] = None,
+    step: Annotated[
+        int | None, typer.Option(help="The checkpoint's step. Default: the last.", show_default=False)
+    ] = None,
+    format_: Annotated[
+        str, typer.Option("--format", help="comfyui (diffusers loads it too), diffusers, or kohya (musubi-tuner).")
+    ] = "comfyui",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="bf16, fp16 or fp32. Default: the run's own (ToyWorld: fp32).", show_default=False),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="The file. Default: in the run.", show_default=False)] = None,
-    merge: Annotated[Path | None, typer.Option(help="Write a whole model with the LoRA merged in here.", show_default=False)] = None,
+    merge: Annotated[
+        Path | None, typer.Option(help="Write a whole model with the LoRA merged in here.", show_default=False)
+    ] = None,
 ) -> None:
     """Write the LoRA as one file that ComfyUI and diffusers load; it is verified before it is announced."""
     from lowmem_drf.export.export import export_run
@@ -131,23 +170,39 @@ def evaluate(
     prompts: PromptFile = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compare base and tuned on held-out prompts: reward, held-out questions, diversity, motion; in ToyWorld the oracle's truth."""
+    """Compare base and tuned on held-out prompts: reward, held-out questions, diversity, motion; in ToyWorld the
+    oracle's truth."""
     from lowmem_drf.commands.eval import eval_command
 
     eval_command(run, prompts, json_)
 
 
-@app.command(epilog=_example('lowmem-drf score clip.mp4 --prompt "a red circle moves left on a gray background" --saliency heat.mp4'))
+@app.command(
+    epilog=_example(
+        'lowmem-drf score clip.mp4 --prompt "a red circle moves left on a gray background" --saliency heat.mp4'
+    )
+)
 @_reports_errors
 def score(
     video: Annotated[Path, typer.Argument(help="Any video: MP4, MOV, WebM, MKV, GIF.")],
     prompt: Annotated[str, typer.Option(help="What it should show.")],
-    saliency: Annotated[Path | None, typer.Option(help="Write an MP4 that shows where the reward's gradient points.", show_default=False)] = None,
-    preset: Annotated[str | None, typer.Option(help="Whose critic is asked. Default: as train chooses.", show_default=False)] = None,
-    critic: Annotated[str | None, typer.Option(help="A transformers folder, a Hugging Face id, or toyworld.", show_default=False)] = None,
+    saliency: Annotated[
+        Path | None,
+        typer.Option(help="Write an MP4 that shows where the reward's gradient points.", show_default=False),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Whose critic is asked. Default: as train chooses.", show_default=False)
+    ] = None,
+    critic: Annotated[
+        str | None, typer.Option(help="A transformers folder, a Hugging Face id, or toyworld.", show_default=False)
+    ] = None,
     quant: Annotated[str | None, typer.Option(help="none or nf4.", show_default=False)] = None,
-    frames: Annotated[str | None, typer.Option(help='How many frames it sees, or a rate: "fps:2".', show_default=False)] = None,
-    mode: Annotated[str | None, typer.Option(help="yesno, dense, both (the default) or vanilla.", show_default=False)] = None,
+    frames: Annotated[
+        str | None, typer.Option(help='How many frames it sees, or a rate: "fps:2".', show_default=False)
+    ] = None,
+    mode: Annotated[
+        str | None, typer.Option(help="yesno, dense, both (the default) or vanilla.", show_default=False)
+    ] = None,
     set_: Set = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -157,14 +212,24 @@ def score(
     score_command(video, prompt, saliency, json_, preset, critic, quant, frames, mode, set_ or [])
 
 
-@app.command(epilog=_example('lowmem-drf questions "a red ball rolls off a table"', "lowmem-drf questions --prompts prompts.txt --output questions.json"))
+@app.command(
+    epilog=_example(
+        'lowmem-drf questions "a red ball rolls off a table"',
+        "lowmem-drf questions --prompts prompts.txt --output questions.json",
+    )
+)
 @_reports_errors
 def questions(
     prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="A prompt.", show_default=False)] = None,
     prompts: PromptFile = None,
-    preset: Annotated[str | None, typer.Option(help="Whose critic.mode and critic.questions are taken.", show_default=False)] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Whose critic.mode and critic.questions are taken.", show_default=False)
+    ] = None,
     set_: Set = None,
-    output: Annotated[Path | None, typer.Option(help="Write them as JSON to edit; train -s critic.questions=FILE reads it.", show_default=False)] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Write them as JSON to edit; train -s critic.questions=FILE reads it.", show_default=False),
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the questions a prompt gives, or write them to a file to edit."""
@@ -173,15 +238,27 @@ def questions(
     questions_command(prompt, prompts, preset, set_ or [], json_, output)
 
 
-@app.command(epilog=_example("lowmem-drf plan --preset rtx4090", "lowmem-drf plan --preset rtx4090 --vram 16GB -s video.frames=49"))
+@app.command(
+    epilog=_example(
+        "lowmem-drf plan --preset rtx4090", "lowmem-drf plan --preset rtx4090 --vram 16GB -s video.frames=49"
+    )
+)
 @_reports_errors
 def plan(
-    preset: Annotated[str | None, typer.Option(help="A preset's name or a TOML file. Default: as train chooses.", show_default=False)] = None,
-    vram: Annotated[str | None, typer.Option(help="The card's memory, for example 24GB. Default: that of the preset's card.", show_default=False)] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A preset's name or a TOML file. Default: as train chooses.", show_default=False)
+    ] = None,
+    vram: Annotated[
+        str | None,
+        typer.Option(
+            help="The card's memory, for example 24GB. Default: that of the preset's card.", show_default=False
+        ),
+    ] = None,
     set_: Set = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Predict the peak memory and the time of every stage, without a GPU and without weights; say what to change where it does not fit."""
+    """Predict the peak memory and the time of every stage, without a GPU and without weights; say what to change where
+    it does not fit."""
     from lowmem_drf.commands.plan import plan_command
 
     plan_command(preset, vram, set_ or [], json_)
@@ -190,12 +267,17 @@ def plan(
 @app.command(epilog=_example("lowmem-drf bench --preset rtx4090 --vram 24GB", "lowmem-drf bench --preset toy --json"))
 @_reports_errors
 def bench(
-    preset: Annotated[str | None, typer.Option(help="A preset's name or a TOML file. Default: as train chooses.", show_default=False)] = None,
-    vram: Annotated[str | None, typer.Option(help="Let the allocator have no more than this, for example 24GB.", show_default=False)] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A preset's name or a TOML file. Default: as train chooses.", show_default=False)
+    ] = None,
+    vram: Annotated[
+        str | None, typer.Option(help="Let the allocator have no more than this, for example 24GB.", show_default=False)
+    ] = None,
     set_: Set = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure one update of a preset at true size with random weights on this machine, beside its plan. Downloads nothing."""
+    """Measure one update of a preset at true size with random weights on this machine, beside its plan. Downloads
+    nothing."""
     from lowmem_drf.commands.bench import bench_command
 
     bench_command(preset, vram, set_ or [], json_)
@@ -220,7 +302,9 @@ def presets_show(name: Annotated[str, typer.Argument(help="A preset.")]) -> None
     typer.echo(preset_path(name).read_text(encoding="utf-8"), nl=False)
 
 
-@presets_app.command("copy", epilog=_example("lowmem-drf presets copy toy mine.toml", "lowmem-drf train --preset mine.toml"))
+@presets_app.command(
+    "copy", epilog=_example("lowmem-drf presets copy toy mine.toml", "lowmem-drf train --preset mine.toml")
+)
 @_reports_errors
 def presets_copy(
     name: Annotated[str, typer.Argument(help="A preset.")],

@@ -1,4 +1,5 @@
-"""The work of one clip of an update, as ``bench.scaling`` splits it: seconds by stage from the plan, sizes from the models' configurations."""
+"""The work of one clip of an update, as ``bench.scaling`` splits it: seconds by stage from the plan, sizes from the
+models' configurations."""
 
 from __future__ import annotations
 
@@ -27,10 +28,12 @@ CASES = {
     "14B, 16 bit, streamed, RTX 4090": ("rtx4090", (*LARGE, *STREAMED), "RTX 4090", "PCIe"),
     "14B, 16 bit, H200": ("rtx4090", (WAN_14B, "memory.keep_attention=card"), "H200", "NVLink"),
 }
-"""Name -> preset, what differs from it, the card, and the name of the fabric between cards. All but the second: 20 steps with guidance, K = 3."""
+"""Name -> preset, what differs from it, the card, and the name of the fabric between cards. All but the second: 20
+steps with guidance, K = 3."""
 
 FULL_CHUNK = 2
-"""The first chunk whose caches are those of all later ones: the VAE's first latent frame makes one frame of pixels, and leaves less behind."""
+"""The first chunk whose caches are those of all later ones: the VAE's first latent frame makes one frame of pixels, and
+leaves less behind."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +112,17 @@ class Work:
 
 
 def lora_numbers(transformer: Mapping[str, Any], rank: int, targets: Sequence[str]) -> int:
-    """Trainable numbers of ``models.lora.adapter.add_lora`` on this ``config.json``: rank x (in + out) for each linear layer of a block that ``targets`` name.
+    """Trainable numbers of ``models.lora.adapter.add_lora`` on this ``config.json``: rank x (in + out) for each linear
+    layer of a block that ``targets`` name.
 
     Raises ValueError: a target that names none of them.
     """
     width, ffn = transformer["num_attention_heads"] * transformer["attention_head_dim"], transformer["ffn_dim"]
-    sides = {f"{attention}.{linear}": 2 * width for attention in ("attn1", "attn2") for linear in ("to_q", "to_k", "to_v", "to_out.0")}
+    sides = {
+        f"{attention}.{linear}": 2 * width
+        for attention in ("attn1", "attn2")
+        for linear in ("to_q", "to_k", "to_v", "to_out.0")
+    }
     sides |= {"ffn.net.0.proj": width + ffn, "ffn.net.2": ffn + width}
     chosen = {target: {name for name in sides if name == target or name.endswith(f".{target}")} for target in targets}
     if unknown := [target for target, names in chosen.items() if not names]:
@@ -123,7 +131,8 @@ def lora_numbers(transformer: Mapping[str, Any], rank: int, targets: Sequence[st
 
 
 def cache_numbers(vae: Any, latent: Sequence[int]) -> int:
-    """Numbers that a chunk of this VAE (on any device; ``meta`` does) hands on to the next, for a clip with latents of the shape (C, F, h, w)."""
+    """Numbers that a chunk of this VAE (on any device; ``meta`` does) hands on to the next, for a clip with latents of
+    the shape (C, F, h, w)."""
     decoder, (channels, _, height, width) = WanDecoder(vae), latent
     caches = decoder.start(1)
     with torch.no_grad():

@@ -10,4 +10,8 @@ import lowmem_drf
 
 def versions(*libraries: str) -> dict[str, str]:
     """Of Python, lowmem-drf and these libraries."""
-    return {"python": platform.python_version(), "lowmem-drf": lowmem_drf.__version__, **{name: metadata.version(name) for name in libraries}}
+    return {
+        "python": platform.python_version(),
+        "lowmem-drf": lowmem_drf.__version__,
+        **{name: metadata.version(name) for name in libraries},
+    }

@@ -1,18 +1,22 @@
-"""Attention that keeps its log-sum-exp: FlashAttention-2 (Dao 2023, arXiv 2307.08691, algorithm 1), forward pass and public functions.
+"""Attention that keeps its log-sum-exp: FlashAttention-2 (Dao 2023, arXiv 2307.08691, algorithm 1), forward pass and
+public functions.
 
 With S = scale q k^T, query i over the keys j that it sees::
 
     lse_i = log sum_j exp(S_ij)      out_i = sum_j exp(S_ij - lse_i) v_j
 
-``attention_backward.py`` has the backward pass. Nothing of size L x M is ever made; what is kept for it are q, k, v, out and lse.
+``attention_backward.py`` has the backward pass. Nothing of size L x M is ever made; what is kept for it are q, k, v,
+out and lse.
 
-Shapes, as diffusers has them: q and out (B, L, H, d); k, v (B, M, G, d), H a multiple of G (grouped queries: head h reads key head h // (H / G)), any
-strides with the last dimension contiguous; lse (B, H, L) fp32, natural logarithm, as PyTorch's flash attention gives it. d is 16, 32, 64, 80, 96 or 128
-(the tensor cores see 80 and 96 as 128). bf16 and fp16, and fp32 exactly (for tests and toy models: slowly). Sums and exponentials are fp32.
+Shapes, as diffusers has them: q and out (B, L, H, d); k, v (B, M, G, d), H a multiple of G (grouped queries: head h
+reads key head h // (H / G)), any strides with the last dimension contiguous; lse (B, H, L) fp32, natural logarithm, as
+PyTorch's flash attention gives it. d is 16, 32, 64, 80, 96 or 128 (the tensor cores see 80 and 96 as 128). bf16 and
+fp16, and fp32 exactly (for tests and toy models: slowly). Sums and exponentials are fp32.
 
-``ranges`` says what a query sees: int32 (B or 1, L, 3), rows (prefix, start, stop) for the keys [0, prefix) and [start, stop), their union where they
-overlap. Causal: (0, 0, i + 1). Windows: (0, start, stop). Questions behind one prefix: (prefix, start of the question, i + 1). A row (0, 0, 0) sees
-nothing: out 0, lse -inf, no gradient. Blocks of keys that no query of a block sees are skipped; blocks that all of them see whole need no mask.
+``ranges`` says what a query sees: int32 (B or 1, L, 3), rows (prefix, start, stop) for the keys [0, prefix) and [start,
+stop), their union where they overlap. Causal: (0, 0, i + 1). Windows: (0, start, stop). Questions behind one prefix:
+(prefix, start of the question, i + 1). A row (0, 0, 0) sees nothing: out 0, lse -inf, no gradient. Blocks of keys that
+no query of a block sees are skipped; blocks that all of them see whole need no mask.
 """
 
 from __future__ import annotations
@@ -46,14 +50,34 @@ HEAD_DIMS = (16, 32, 64, 80, 96, 128)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 TILES = (
-    Tile({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3, CARDS, "16 rows a warp, and 96 KiB: all that the smaller cards have; 128 KiB on Hopper"),
-    Tile({"BLOCK_M": 128, "BLOCK_N": 32}, 8, 3, (86, 89, 120), "FlashAttention-2's choice on these cards: 64 KiB; less is wasted on a ragged end"),
-    Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2, (80,), "two blocks on a multiprocessor: one multiplies while the other one exponentiates; 56 KiB"),
+    Tile(
+        {"BLOCK_M": 128, "BLOCK_N": 64},
+        8,
+        3,
+        CARDS,
+        "16 rows a warp, and 96 KiB: all that the smaller cards have; 128 KiB on Hopper",
+    ),
+    Tile(
+        {"BLOCK_M": 128, "BLOCK_N": 32},
+        8,
+        3,
+        (86, 89, 120),
+        "FlashAttention-2's choice on these cards: 64 KiB; less is wasted on a ragged end",
+    ),
+    Tile(
+        {"BLOCK_M": 64, "BLOCK_N": 64},
+        4,
+        2,
+        (80,),
+        "two blocks on a multiprocessor: one multiplies while the other one exponentiates; 56 KiB",
+    ),
     Tile({"BLOCK_M": 128, "BLOCK_N": 128}, 8, 2, (90,), "two warp groups of 64 queries, wide products; 160 KiB"),
 )
 
 
-def attention_naive(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, ranges: Tensor | None = None) -> Tensor:
+def attention_naive(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, ranges: Tensor | None = None
+) -> Tensor:
     """The formula in plain PyTorch, differentiable, with the (L, M) matrix. Computes in fp32 (fp64 inputs: in fp64)."""
     B, L, H, d = q.shape
     M, G = k.shape[1:3]
@@ -75,7 +99,8 @@ def _forward_step(
     b_acc, b_max, b_sum, b_q, b_prefix, b_start, b_stop, p_k, p_v, block, stride_kl, stride_vl, scale_log2, M,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PARTLY: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys: the running maximum (of scores in units of log 2), the sum of exponentials and the weighted values."""
+    """One block of keys: the running maximum (of scores in units of log 2), the sum of exponentials and the weighted
+    values."""
     start_n = block * BLOCK_N
     b_k = load_tile(p_k, start_n, M, stride_kl, D, BLOCK_D, BLOCK_N)
     b_v = load_tile(p_v, start_n, M, stride_vl, D, BLOCK_D, BLOCK_N)
@@ -85,7 +110,9 @@ def _forward_step(
         if b_prefix is None:
             b_s = tl.where(o_n < M, b_s, float("-inf"))
         else:
-            b_s = tl.where((o_n < b_prefix[:, None]) | ((o_n >= b_start[:, None]) & (o_n < b_stop[:, None])), b_s, float("-inf"))
+            b_s = tl.where(
+                (o_n < b_prefix[:, None]) | ((o_n >= b_start[:, None]) & (o_n < b_stop[:, None])), b_s, float("-inf")
+            )
     b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
     b_p = tl.exp2(tl.fma(b_s, scale_log2, -b_new[:, None]))
     b_old = tl.exp2(b_max - b_new)
@@ -123,12 +150,46 @@ def attention_forward_kernel(
         if p_ranges is not None:
             block = tl.where(i < a, i, d + i - a)
         b_acc, b_max, b_sum = _forward_step(
-            b_acc, b_max, b_sum, b_q, b_prefix, b_start, b_stop, p_k, p_v, block, stride_kl, stride_vl, scale_log2, M, D, BLOCK_D, BLOCK_N, False
+            b_acc,
+            b_max,
+            b_sum,
+            b_q,
+            b_prefix,
+            b_start,
+            b_stop,
+            p_k,
+            p_v,
+            block,
+            stride_kl,
+            stride_vl,
+            scale_log2,
+            M,
+            D,
+            BLOCK_D,
+            BLOCK_N,
+            False,
         )
     for i in range(b - a + d - c + f - e):
         block = tl.where(i < b - a, a + i, tl.where(i < b - a + d - c, c + i - (b - a), e + i - (b - a + d - c)))
         b_acc, b_max, b_sum = _forward_step(
-            b_acc, b_max, b_sum, b_q, b_prefix, b_start, b_stop, p_k, p_v, block, stride_kl, stride_vl, scale_log2, M, D, BLOCK_D, BLOCK_N, True
+            b_acc,
+            b_max,
+            b_sum,
+            b_q,
+            b_prefix,
+            b_start,
+            b_stop,
+            p_k,
+            p_v,
+            block,
+            stride_kl,
+            stride_vl,
+            scale_log2,
+            M,
+            D,
+            BLOCK_D,
+            BLOCK_N,
+            True,
         )
     b_none = b_sum == 0.0
     b_sum = tl.where(b_none, 1.0, b_sum)
@@ -138,11 +199,15 @@ def attention_forward_kernel(
     tl.store(p_lse + (i_b * H + i_h) * L + o_m, b_lse, mask=o_m < L)
 
 
-_tuned_forward, _tuned_forward_fp32 = (tuned(tiles, key=["D"])(attention_forward_kernel) for tiles in (TILES, FP32_TILES))
+_tuned_forward, _tuned_forward_fp32 = (
+    tuned(tiles, key=["D"])(attention_forward_kernel) for tiles in (TILES, FP32_TILES)
+)
 
 
 @torch.library.custom_op("lowmem_drf::attention_forward", mutates_args=())
-def attention_forward_op(q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def attention_forward_op(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(out, lse), and nothing else is allocated."""
     q, k, v, ranges = launchable(q), launchable(k), launchable(v), None if ranges is None else ranges.contiguous()
     B, L, H, d = q.shape
@@ -150,9 +215,9 @@ def attention_forward_op(q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: 
     out, lse = q.new_empty(q.shape), q.new_empty(B, H, L, dtype=torch.float32)
     strides = [n for x in (q, k, v) for n in x.stride()[:3]]
     rows = 0 if ranges is None or len(ranges) == 1 else ranges.stride(0)
-    (_tuned_forward_fp32 if q.dtype is torch.float32 else _tuned_forward)[lambda meta: (triton.cdiv(L, meta["BLOCK_M"]), H, B)](
-        q, k, v, ranges, out, lse, *strides, rows, scale, L, M, GROUP=H // G, D=d, BLOCK_D=triton.next_power_of_2(d)
-    )
+    (_tuned_forward_fp32 if q.dtype is torch.float32 else _tuned_forward)[
+        lambda meta: (triton.cdiv(L, meta["BLOCK_M"]), H, B)
+    ](q, k, v, ranges, out, lse, *strides, rows, scale, L, M, GROUP=H // G, D=d, BLOCK_D=triton.next_power_of_2(d))
     return out, lse
 
 
@@ -205,8 +270,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, range
     return _Attention.apply(q, k, v, _checked(q, k, v, scale, ranges), ranges)
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, ranges: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(out, lse) of ``attention``, outside autograd: lse (B, H, L) fp32. With ``attention_backward`` for whoever keeps them himself."""
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, ranges: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of ``attention``, outside autograd: lse (B, H, L) fp32. With ``attention_backward`` for whoever keeps
+    them himself."""
     return attention_forward_op(q, k, v, _checked(q, k, v, scale, ranges), ranges)
 
 
@@ -222,11 +290,14 @@ def attention_backward(
     wanted_q: bool = True,
     wanted_kv: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) from what ``attention_forward`` gave and the gradient of out; those that are not wanted have no elements. Checks as ``attention``."""
+    """(dq, dk, dv) from what ``attention_forward`` gave and the gradient of out; those that are not wanted have no
+    elements. Checks as ``attention``."""
     scale = _checked(q, k, v, scale, ranges)
     for name, x in (("d_out", d_out), ("out", out)):
         if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} must be as q, {tuple(q.shape)} {q.dtype} on {q.device}; got {tuple(x.shape)} {x.dtype} on {x.device}.")
+            raise ValueError(
+                f"{name} must be as q, {tuple(q.shape)} {q.dtype} on {q.device}; got {tuple(x.shape)} {x.dtype} on {x.device}."
+            )
     B, L, H, _ = q.shape
     if lse.shape != (B, H, L) or lse.dtype is not torch.float32 or lse.device != q.device:
         raise ValueError(
@@ -240,16 +311,29 @@ def _checked(q: Tensor, k: Tensor, v: Tensor, scale: float | None, ranges: Tenso
     tensors = {"q": q, "k": k, "v": v} | ({} if ranges is None else {"ranges": ranges})
     if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in DTYPES:
         got = ", ".join(f"{name} {x.dtype}" for name, x in tensors.items())
-        raise TypeError(f"q, k and v must have one dtype, bfloat16, float16 or float32; got {got}. For float64 take attention_naive.")
+        raise TypeError(
+            f"q, k and v must have one dtype, bfloat16, float16 or float32; got {got}. For float64 take attention_naive."
+        )
     if len({x.device for x in tensors.values()}) > 1 or q.device.type not in ("cuda", "cpu"):
-        raise ValueError(f"All tensors must be on one CUDA card; got {', '.join(f'{name} on {x.device}' for name, x in tensors.items())}.")
+        raise ValueError(
+            f"All tensors must be on one CUDA card; got {', '.join(f'{name} on {x.device}' for name, x in tensors.items())}."
+        )
     shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or 0 in (*q.shape, *k.shape):
+    if (
+        q.dim() != 4
+        or k.dim() != 4
+        or k.shape != v.shape
+        or q.shape[0] != k.shape[0]
+        or q.shape[3] != k.shape[3]
+        or 0 in (*q.shape, *k.shape)
+    ):
         raise ValueError(f"q must be (B, L, H, d), k and v (B, M, G, d), none of them empty; got {shapes}.")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"The heads of q must be a multiple of those of k; got {shapes}.")
     if q.shape[3] not in HEAD_DIMS:
-        raise ValueError(f"The head dimension must be one of {HEAD_DIMS}; got {shapes}. Take attention_naive or PyTorch's attention.")
+        raise ValueError(
+            f"The head dimension must be one of {HEAD_DIMS}; got {shapes}. Take attention_naive or PyTorch's attention."
+        )
     if ranges is not None and ranges.dtype is not torch.int32:
         raise TypeError(f"ranges must be int32, got {ranges.dtype}.")
     if ranges is not None and ranges.shape not in ((1, q.shape[1], 3), (q.shape[0], q.shape[1], 3)):
@@ -265,16 +349,23 @@ def causal_ranges(L: int, device: torch.device | str) -> Tensor:
 
 
 def window_ranges(bounds: Sequence[int], device: torch.device | str, causal: bool = False) -> Tensor:
-    """(1, L, 3) for windows [bounds[n], bounds[n + 1]) of a sequence (cu_seqlens): a query sees its own window; ``causal``: of that, up to itself."""
-    windows = [torch.tensor([0, start, stop]).repeat(stop - start, 1) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    """(1, L, 3) for windows [bounds[n], bounds[n + 1]) of a sequence (cu_seqlens): a query sees its own window;
+    ``causal``: of that, up to itself."""
+    windows = [
+        torch.tensor([0, start, stop]).repeat(stop - start, 1)
+        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+    ]
     return _ranges(torch.cat(windows), causal, device)
 
 
 def packed_ranges(prefix: int, lengths: Sequence[int], L: int, device: torch.device | str) -> Tensor:
-    """(1, L, 3) for a causal prefix and questions behind it, each seeing the prefix and itself up to the query; what follows is padding and sees nothing."""
+    """(1, L, 3) for a causal prefix and questions behind it, each seeing the prefix and itself up to the query; what
+    follows is padding and sees nothing."""
     ranges = torch.zeros(L, 3, dtype=torch.int64)
     end = prefix + sum(lengths)
-    ranges[:end] = window_ranges([0, prefix, *(prefix + torch.tensor(lengths).cumsum(0)).tolist()], "cpu", causal=True)[0]
+    ranges[:end] = window_ranges([0, prefix, *(prefix + torch.tensor(lengths).cumsum(0)).tolist()], "cpu", causal=True)[
+        0
+    ]
     ranges[prefix:end, 0] = prefix
     return _ranges(ranges, False, device)
 
@@ -286,7 +377,8 @@ def _ranges(ranges: Tensor, causal: bool, device: torch.device | str) -> Tensor:
 
 
 def variants(card: int) -> Iterator[Variant]:
-    """The forward kernel with every tile of a card: each case in bf16, the first one in fp16 too (the same code of the same size), the fp32 tile once."""
+    """The forward kernel with every tile of a card: each case in bf16, the first one in fp16 too (the same code of the
+    same size), the fp32 tile once."""
     runs = [("bf16", *case, TILES) for case in CASES] + [("fp16", *CASES[0], TILES), ("fp32", 32, True, 1, FP32_TILES)]
     for element, d, ranges, group, tiles in runs:
         described = describe(element, d, ranges, group, "q k v ranges out lse", "qkv", "stride_rb scale L M")

@@ -1,18 +1,23 @@
 """The backward pass of attention (``attention.py``: forward pass, public functions), and what both passes share.
 
-With S = scale q k^T, P = exp(S - lse) and the upstream gradient dO (FlashAttention-2: Dao 2023, arXiv 2307.08691, algorithm 2)::
+With S = scale q k^T, P = exp(S - lse) and the upstream gradient dO (FlashAttention-2: Dao 2023, arXiv 2307.08691,
+algorithm 2)::
 
-    delta = rowsum(dO * O)      dV = P^T dO      dP = dO V^T      dS = P * (dP - delta)      dQ = scale dS K      dK = scale dS^T Q
+    delta = rowsum(dO * O)      dV = P^T dO      dP = dO V^T      dS = P * (dP - delta)      dQ = scale dS K      dK =
+    scale dS^T Q
 
-P is made again tile by tile from q, k and the log-sum-exp. There are no atomics, hence the same bits every time: one kernel for dK and dV goes over
-the queries (of all heads that share the key head), another one for dQ goes over the keys; S and dP are made twice for that, 7 products instead of 5.
-P and dS are rounded to the dtype of the inputs for the products; sums, exponentials and lse are fp32.
+P is made again tile by tile from q, k and the log-sum-exp. There are no atomics, hence the same bits every time: one
+kernel for dK and dV goes over the queries (of all heads that share the key head), another one for dQ goes over the
+keys; S and dP are made twice for that, 7 products instead of 5. P and dS are rounded to the dtype of the inputs for the
+products; sums, exponentials and lse are fp32.
 
-Shapes: q, out, d_out (B, L, H, d); k, v (B, M, G, d), H a multiple of G; lse (B, H, L) fp32; ranges (B or 1, L, 3) int32 or none.
+Shapes: q, out, d_out (B, L, H, d); k, v (B, M, G, d), H a multiple of G; lse (B, H, L) fp32; ranges (B or 1, L, 3)
+int32 or none.
 
-What the tiles below have in common: before Hopper, Triton gives every warp 16 whole rows where a tile has at least as many rows as channels (128), and
-else cuts it by columns, so that P and dS pass through shared memory; mostly three stages, because with two the copy of the next block starts only when
-a block is done; registers decide the rest (255 a thread; ``bench/kernels/resources.py`` counts them).
+What the tiles below have in common: before Hopper, Triton gives every warp 16 whole rows where a tile has at least as
+many rows as channels (128), and else cuts it by columns, so that P and dS pass through shared memory; mostly three
+stages, because with two the copy of the next block starts only when a block is done; registers decide the rest (255 a
+thread; ``bench/kernels/resources.py`` counts them).
 """
 
 from __future__ import annotations
@@ -34,22 +39,80 @@ SPAN = tl.constexpr(64)
 PADDING = 128
 """The rows' lse and delta are padded to a multiple of this, the largest tile, so that they need no masks."""
 
-DELTA_TILES = (Tile({"BLOCK_M": 64}, 4, 1, CARDS, "reads 2 x 16 KiB at d = 128 and keeps nothing: bandwidth is all there is"),)
+DELTA_TILES = (
+    Tile({"BLOCK_M": 64}, 4, 1, CARDS, "reads 2 x 16 KiB at d = 128 and keeps nothing: bandwidth is all there is"),
+)
 KEY_TILES = (
-    Tile({"BLOCK_M": 16, "BLOCK_N": 128}, 8, 3, (86, 89, 120), "16 rows a warp and 81 KiB; these tensor cores are slow enough for 16 queries at a time"),
-    Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 8, 2, (86, 89, 120), "a quarter of the barriers, at the price of P and dS through shared memory; 73 KiB"),
-    Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 8, 3, (80,), "64 queries between two barriers, three stages, and registers to spare; 106 KiB"),
-    Tile({"BLOCK_M": 32, "BLOCK_N": 64}, 4, 3, (80,), "two blocks on a multiprocessor: one multiplies while the other one exponentiates; 69 KiB"),
-    Tile({"BLOCK_M": 64, "BLOCK_N": 128}, 8, 3, (90,), "two warp groups of 64 keys; 128 queries would not leave room for dK and dV in registers; 162 KiB"),
+    Tile(
+        {"BLOCK_M": 16, "BLOCK_N": 128},
+        8,
+        3,
+        (86, 89, 120),
+        "16 rows a warp and 81 KiB; these tensor cores are slow enough for 16 queries at a time",
+    ),
+    Tile(
+        {"BLOCK_M": 64, "BLOCK_N": 64},
+        8,
+        2,
+        (86, 89, 120),
+        "a quarter of the barriers, at the price of P and dS through shared memory; 73 KiB",
+    ),
+    Tile(
+        {"BLOCK_M": 64, "BLOCK_N": 64},
+        8,
+        3,
+        (80,),
+        "64 queries between two barriers, three stages, and registers to spare; 106 KiB",
+    ),
+    Tile(
+        {"BLOCK_M": 32, "BLOCK_N": 64},
+        4,
+        3,
+        (80,),
+        "two blocks on a multiprocessor: one multiplies while the other one exponentiates; 69 KiB",
+    ),
+    Tile(
+        {"BLOCK_M": 64, "BLOCK_N": 128},
+        8,
+        3,
+        (90,),
+        "two warp groups of 64 keys; 128 queries would not leave room for dK and dV in registers; 162 KiB",
+    ),
     Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2, (90,), "one warp group, two blocks on a multiprocessor; 97 KiB"),
 )
 QUERY_TILES = (
-    Tile({"BLOCK_M": 128, "BLOCK_N": 32}, 8, 3, (80, 86, 89, 120), "16 rows a warp, three stages, and 96 KiB: all that the smaller cards have"),
-    Tile({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 3, (86, 89, 120), "half the shared memory, 68 KiB, and twice the blocks: short sequences fill the card"),
-    Tile({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3, (80, 90), "twice the products between two barriers; 128 KiB, 160 on Hopper"),
+    Tile(
+        {"BLOCK_M": 128, "BLOCK_N": 32},
+        8,
+        3,
+        (80, 86, 89, 120),
+        "16 rows a warp, three stages, and 96 KiB: all that the smaller cards have",
+    ),
+    Tile(
+        {"BLOCK_M": 64, "BLOCK_N": 32},
+        4,
+        3,
+        (86, 89, 120),
+        "half the shared memory, 68 KiB, and twice the blocks: short sequences fill the card",
+    ),
+    Tile(
+        {"BLOCK_M": 128, "BLOCK_N": 64},
+        8,
+        3,
+        (80, 90),
+        "twice the products between two barriers; 128 KiB, 160 on Hopper",
+    ),
     Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2, (90,), "one warp group, two blocks on a multiprocessor; 96 KiB"),
 )
-FP32_TILES = (Tile({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 1, CARDS, "exact fp32 products run outside the tensor cores: small; for tests and toy models"),)
+FP32_TILES = (
+    Tile(
+        {"BLOCK_M": 32, "BLOCK_N": 32},
+        8,
+        1,
+        CARDS,
+        "exact fp32 products run outside the tensor cores: small; for tests and toy models",
+    ),
+)
 
 
 @triton.jit
@@ -62,7 +125,8 @@ def dot(b_x, b_y, b_acc=None):
 
 @triton.jit
 def load_tile(p_x, start, length, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows ``start`` to ``start + BLOCK`` of a matrix of ``length`` rows, the last one again where it ends: cheaper in registers than a mask."""
+    """Rows ``start`` to ``start + BLOCK`` of a matrix of ``length`` rows, the last one again where it ends: cheaper in
+    registers than a mask."""
     o_r, o_d = tl.minimum(tl.arange(0, BLOCK), length - 1 - start), tl.arange(0, BLOCK_D)
     p_tile = p_x + start.to(tl.int64) * stride + ((o_r * stride)[:, None] + o_d[None, :])  # [BLOCK, BD]
     if D < BLOCK_D:
@@ -89,7 +153,8 @@ def load_ranges(p_ranges, o_m, L, M):
 
 @triton.jit
 def seen_blocks(b_prefix, b_start, b_stop, M, BLOCK_N: tl.constexpr):
-    """Key blocks that a block of queries sees: six bounds in order. All queries see all of [0, a) and [d, e), some see some of [a, b), [c, d) and [e, f)."""
+    """Key blocks that a block of queries sees: six bounds in order. All queries see all of [0, a) and [d, e), some see
+    some of [a, b), [c, d) and [e, f)."""
     none = b_start >= b_stop
     a = tl.maximum(tl.min(b_prefix, 0), 0) // BLOCK_N
     b = tl.maximum(tl.cdiv(tl.max(b_prefix, 0), BLOCK_N), a)
@@ -102,14 +167,28 @@ def seen_blocks(b_prefix, b_start, b_stop, M, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def attention_delta_kernel(
-    p_out, p_d_out, p_lse, p_lse2, p_delta, stride_db, stride_dl, stride_dh, L, L_PADDED, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr
+    p_out,
+    p_d_out,
+    p_lse,
+    p_lse2,
+    p_delta,
+    stride_db,
+    stride_dl,
+    stride_dh,
+    L,
+    L_PADDED,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
     i_h, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(1)
     start = tl.program_id(0) * BLOCK_M
     o_m = start + tl.arange(0, BLOCK_M)
     b_out = load_tile(p_out + (i_b * L * H + i_h) * D, start, L, H * D, D, BLOCK_D, BLOCK_M).to(tl.float32)
-    b_d_out = load_tile(p_d_out + i_b * stride_db + i_h * stride_dh, start, L, stride_dl, D, BLOCK_D, BLOCK_M).to(tl.float32)
+    b_d_out = load_tile(p_d_out + i_b * stride_db + i_h * stride_dh, start, L, stride_dl, D, BLOCK_D, BLOCK_M).to(
+        tl.float32
+    )
     b_lse = tl.load(p_lse + (i_b * H + i_h) * L + o_m, mask=o_m < L, other=float("-inf"))
     row = (i_b * H + i_h) * L_PADDED
     tl.store(p_lse2 + row + o_m, tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E), mask=o_m < L_PADDED)
@@ -139,7 +218,10 @@ def attention_key_backward_kernel(
         p_spans += i_b * stride_sb
         i_first, i_last = start_n // SPAN, (tl.minimum(start_n + BLOCK_N, M) - 1) // SPAN
         first = tl.minimum(tl.load(p_spans + 2 * i_first), tl.load(p_spans + 2 * i_last)) // BLOCK_M
-        count = tl.maximum(tl.cdiv(tl.maximum(tl.load(p_spans + 2 * i_first + 1), tl.load(p_spans + 2 * i_last + 1)), BLOCK_M) - first, 0)
+        count = tl.maximum(
+            tl.cdiv(tl.maximum(tl.load(p_spans + 2 * i_first + 1), tl.load(p_spans + 2 * i_last + 1)), BLOCK_M) - first,
+            0,
+        )
     for i in range(GROUP * count):
         if GROUP == 1:
             i_h = i_g
@@ -155,7 +237,9 @@ def attention_key_backward_kernel(
         b_p = tl.exp2(tl.fma(b_s, scale_log2, -tl.load(p_lse2 + p_row)[None, :]))
         if p_ranges is not None:
             b_prefix, b_start, b_stop = load_ranges(p_ranges, o_m, L, M)
-            seen = (o_n[:, None] < b_prefix[None, :]) | ((o_n[:, None] >= b_start[None, :]) & (o_n[:, None] < b_stop[None, :]))
+            seen = (o_n[:, None] < b_prefix[None, :]) | (
+                (o_n[:, None] >= b_start[None, :]) & (o_n[:, None] < b_stop[None, :])
+            )
             b_p = tl.where(seen, b_p, 0.0)
         b_dv = dot(b_p.to(b_d_out.dtype), b_d_out, b_dv)
         b_dp = dot(b_v, tl.trans(b_d_out))  # [BN, BM]
@@ -218,30 +302,73 @@ def attention_query_backward_kernel(
         if p_ranges is not None:
             block = tl.where(i < a, i, d + i - a)
         b_dq = _query_step(
-            b_dq, b_q, b_d_out, b_lse2, b_delta, b_prefix, b_start, b_stop, p_k, p_v, block, stride_kl, stride_vl, scale_log2, M, D, BLOCK_D, BLOCK_N, False
+            b_dq,
+            b_q,
+            b_d_out,
+            b_lse2,
+            b_delta,
+            b_prefix,
+            b_start,
+            b_stop,
+            p_k,
+            p_v,
+            block,
+            stride_kl,
+            stride_vl,
+            scale_log2,
+            M,
+            D,
+            BLOCK_D,
+            BLOCK_N,
+            False,
         )
     for i in range(b - a + d - c + f - e):
         block = tl.where(i < b - a, a + i, tl.where(i < b - a + d - c, c + i - (b - a), e + i - (b - a + d - c)))
         b_dq = _query_step(
-            b_dq, b_q, b_d_out, b_lse2, b_delta, b_prefix, b_start, b_stop, p_k, p_v, block, stride_kl, stride_vl, scale_log2, M, D, BLOCK_D, BLOCK_N, True
+            b_dq,
+            b_q,
+            b_d_out,
+            b_lse2,
+            b_delta,
+            b_prefix,
+            b_start,
+            b_stop,
+            p_k,
+            p_v,
+            block,
+            stride_kl,
+            stride_vl,
+            scale_log2,
+            M,
+            D,
+            BLOCK_D,
+            BLOCK_N,
+            True,
         )
     store_tile(p_dq + (i_b * L * H + i_h) * D, b_dq * scale, start_m, L, H * D, D, BLOCK_D, BLOCK_M)
 
 
 _tuned_delta = tuned(DELTA_TILES, key=["D"])(attention_delta_kernel)
-_tuned_key, _tuned_key_fp32 = (tuned(tiles, key=["D"])(attention_key_backward_kernel) for tiles in (KEY_TILES, FP32_TILES))
-_tuned_query, _tuned_query_fp32 = (tuned(tiles, key=["D"])(attention_query_backward_kernel) for tiles in (QUERY_TILES, FP32_TILES))
+_tuned_key, _tuned_key_fp32 = (
+    tuned(tiles, key=["D"])(attention_key_backward_kernel) for tiles in (KEY_TILES, FP32_TILES)
+)
+_tuned_query, _tuned_query_fp32 = (
+    tuned(tiles, key=["D"])(attention_query_backward_kernel) for tiles in (QUERY_TILES, FP32_TILES)
+)
 
 
 def launchable(x: Tensor) -> Tensor:
     """x with its last dimension contiguous, as the kernels read it; other strides may be anything."""
     if x.device.type == "cpu" and not INTERPRETED:
-        raise ValueError("Attention's kernels need tensors on a CUDA card, got CPU tensors. Use attention_naive there, or set TRITON_INTERPRET=1.")
+        raise ValueError(
+            "Attention's kernels need tensors on a CUDA card, got CPU tensors. Use attention_naive there, or set TRITON_INTERPRET=1."
+        )
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _query_spans(ranges: Tensor, M: int) -> Tensor:
-    """(B or 1, ceil(M / 64), 2) int32: the first and, plus one, the last query, by groups of 64, to see any of 64 keys. Transient: ``L * M / 256`` bytes."""
+    """(B or 1, ceil(M / 64), 2) int32: the first and, plus one, the last query, by groups of 64, to see any of 64 keys.
+    Transient: ``L * M / 256`` bytes."""
     L, span = ranges.shape[1], SPAN.value
     prefix, start, stop = torch.nn.functional.pad(ranges, (0, 0, 0, -L % span)).unflatten(1, (-1, span)).unbind(-1)
     some = start < stop
@@ -265,7 +392,8 @@ def attention_backward_op(
     wanted_q: bool = True,
     wanted_kv: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv); those that are not wanted are not computed and have no elements. Allocates 8 bytes a query and head besides (padded to 128)."""
+    """(dq, dk, dv); those that are not wanted are not computed and have no elements. Allocates 8 bytes a query and head
+    besides (padded to 128)."""
     d_out, q, k, v = (launchable(x) for x in (d_out, q, k, v))
     out, lse, ranges = out.contiguous(), lse.contiguous(), None if ranges is None else ranges.contiguous()
     B, L, H, d = q.shape
@@ -273,11 +401,17 @@ def attention_backward_op(
     sizes = {"D": d, "BLOCK_D": triton.next_power_of_2(d)}
     padded = L + -L % PADDING
     lse2, delta = q.new_empty(2, B, H, padded, dtype=torch.float32)
-    _tuned_delta[lambda meta: (triton.cdiv(padded, meta["BLOCK_M"]), H, B)](out, d_out, lse, lse2, delta, *d_out.stride()[:3], L, padded, **sizes)
+    _tuned_delta[lambda meta: (triton.cdiv(padded, meta["BLOCK_M"]), H, B)](
+        out, d_out, lse, lse2, delta, *d_out.stride()[:3], L, padded, **sizes
+    )
     strides = [n for x in (q, k, v, d_out) for n in x.stride()[:3]]
     rows = 0 if ranges is None or len(ranges) == 1 else ranges.stride(0)
     exact = q.dtype is torch.float32
-    dq, dk, dv = q.new_empty(q.shape if wanted_q else 0), k.new_empty(k.shape if wanted_kv else 0), v.new_empty(v.shape if wanted_kv else 0)
+    dq, dk, dv = (
+        q.new_empty(q.shape if wanted_q else 0),
+        k.new_empty(k.shape if wanted_kv else 0),
+        v.new_empty(v.shape if wanted_kv else 0),
+    )
     if wanted_kv:
         spans = None if ranges is None else _query_spans(ranges, M)
         stride_s = 0 if spans is None or len(spans) == 1 else spans.stride(0)
@@ -293,25 +427,48 @@ def attention_backward_op(
 
 @attention_backward_op.register_fake
 def _(d_out, q, k, v, out, lse, scale, ranges=None, wanted_q=True, wanted_kv=True):
-    return q.new_empty(q.shape if wanted_q else 0), k.new_empty(k.shape if wanted_kv else 0), v.new_empty(v.shape if wanted_kv else 0)
+    return (
+        q.new_empty(q.shape if wanted_q else 0),
+        k.new_empty(k.shape if wanted_kv else 0),
+        v.new_empty(v.shape if wanted_kv else 0),
+    )
 
 
 @register_flop_formula(torch.ops.lowmem_drf.attention_backward)
-def _(d_out_shape, q_shape, k_shape, v_shape, o_shape, lse_shape, scale, ranges_shape=None, wanted_q=True, wanted_kv=True, **_) -> int:
-    """As PyTorch counts its own, 5 products of all queries with all keys (what ranges leave out is not known from shapes); S and dP alone serve both."""
+def _(
+    d_out_shape,
+    q_shape,
+    k_shape,
+    v_shape,
+    o_shape,
+    lse_shape,
+    scale,
+    ranges_shape=None,
+    wanted_q=True,
+    wanted_kv=True,
+    **_,
+) -> int:
+    """As PyTorch counts its own, 5 products of all queries with all keys (what ranges leave out is not known from
+    shapes); S and dP alone serve both."""
     B, L, H, d = q_shape
     return 2 * B * H * L * k_shape[1] * d * (2 * (wanted_q or wanted_kv) + wanted_q + 2 * wanted_kv)
 
 
 CASES = ((128, False, 1), (128, True, 7), (80, True, 1))
-"""(d, ranges, query heads to a key head) as the models have them: Wan; the critic's language model; its vision tower."""
+"""(d, ranges, query heads to a key head) as the models have them: Wan; the critic's language model; its vision
+tower."""
 
 
-def describe(element: str, d: int, ranges: bool, group: int, pointers: str, strided: str, numbers: str) -> tuple[dict[str, str], dict[str, object]]:
-    """Types and constants of a kernel's arguments: pointers (to the element, or as named here), strides by tensor and dimension, numbers."""
+def describe(
+    element: str, d: int, ranges: bool, group: int, pointers: str, strided: str, numbers: str
+) -> tuple[dict[str, str], dict[str, object]]:
+    """Types and constants of a kernel's arguments: pointers (to the element, or as named here), strides by tensor and
+    dimension, numbers."""
     known = {"lse": "*fp32", "lse2": "*fp32", "delta": "*fp32", "ranges": "*i32", "spans": "*i32"}
     types = {f"p_{x}": known.get(x, f"*{element}") for x in pointers.split() if ranges or x not in ("ranges", "spans")}
-    types |= {f"stride_{x}{n}": "i32" for x in strided for n in "blh"} | {x: "fp32" if x == "scale" else "i32" for x in numbers.split()}
+    types |= {f"stride_{x}{n}": "i32" for x in strided for n in "blh"} | {
+        x: "fp32" if x == "scale" else "i32" for x in numbers.split()
+    }
     constants = {f"p_{x}": None for x in pointers.split() if not ranges and x in ("ranges", "spans")}
     return types, constants | {"GROUP": group, "D": d, "BLOCK_D": triton.next_power_of_2(d)}
 
@@ -326,9 +483,19 @@ def variants(card: int) -> Iterator[Variant]:
         for tile in tiles_for(DELTA_TILES, card):
             yield Variant(attention_delta_kernel, tile, types, constants)
         numbers = "scale L L_PADDED M"
-        described = describe(element, d, ranges, group, "q k v d_out lse2 delta ranges spans dk dv", "qkvd", f"stride_rb stride_sb {numbers}")
+        described = describe(
+            element,
+            d,
+            ranges,
+            group,
+            "q k v d_out lse2 delta ranges spans dk dv",
+            "qkvd",
+            f"stride_rb stride_sb {numbers}",
+        )
         for tile in tiles_for(key_tiles, card):
             yield Variant(attention_key_backward_kernel, tile, *described)
-        described = describe(element, d, ranges, group, "q k v d_out lse2 delta ranges dq", "qkvd", f"stride_rb {numbers}")
+        described = describe(
+            element, d, ranges, group, "q k v d_out lse2 delta ranges dq", "qkvd", f"stride_rb {numbers}"
+        )
         for tile in tiles_for(query_tiles, card):
             yield Variant(attention_query_backward_kernel, tile, *described)

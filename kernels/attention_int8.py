@@ -1,13 +1,17 @@
-"""Attention whose q k^T is a product of 8-bit integers, for passes without gradient (SageAttention: Zhang et al. 2024, arXiv 2410.02367)::
+"""Attention whose q k^T is a product of 8-bit integers, for passes without gradient (SageAttention: Zhang et al. 2024,
+arXiv 2410.02367)::
 
-    k' = k - mean of k over the tokens          (adds the same to all scores of a query: the softmax does not see it)
-    q = s_q q8, k' = s_k k8                     s: largest |element| / 127 of 128 queries or 64 keys of a head; halves are rounded away from 0
-    out = softmax(scale s_q s_k q8 k8^T) v      q8 k8^T exact in int32, the softmax in fp32, p v in the dtype of the inputs with fp32 sums
+    k' = k - mean of k over the tokens          (adds the same to all scores of a query: the softmax does not see it) q
+    = s_q q8, k' = s_k k8                     s: largest |element| / 127 of 128 queries or 64 keys of a head; halves are
+    rounded away from 0 out = softmax(scale s_q s_k q8 k8^T) v      q8 k8^T exact in int32, the softmax in fp32, p v in
+    the dtype of the inputs with fp32 sums
 
-Integer products run at twice the speed of 16-bit ones or more on the tensor cores, and k is half as large to read. Channels in which all keys stand
-far from zero, as rotary embeddings and normalised keys leave them, would waste most of the 8 bits: hence the mean.
+Integer products run at twice the speed of 16-bit ones or more on the tensor cores, and k is half as large to read.
+Channels in which all keys stand far from zero, as rotary embeddings and normalised keys leave them, would waste most of
+the 8 bits: hence the mean.
 
-Shapes as in ``attention.py``: q and out (B, L, H, d); k, v (B, M, G, d), H a multiple of G; bf16 or fp16; d is 64 or 128. Every query sees every key.
+Shapes as in ``attention.py``: q and out (B, L, H, d); k, v (B, M, G, d), H a multiple of G; bf16 or fp16; d is 64 or
+128. Every query sees every key.
 """
 
 from __future__ import annotations
@@ -28,11 +32,37 @@ HEAD_DIMS = (64, 128)
 QUERIES, KEYS = tl.constexpr(128), tl.constexpr(64)
 """How many rows share a scale."""
 
-QUANTISE_TILES = (Tile({}, 8, 1, CARDS, "the rows of one scale at a time, 32 KiB at the most: 64 registers a thread hold them between maximum and rounding"),)
+QUANTISE_TILES = (
+    Tile(
+        {},
+        8,
+        1,
+        CARDS,
+        "the rows of one scale at a time, 32 KiB at the most: 64 registers a thread hold them between maximum and rounding",
+    ),
+)
 TILES = (
-    Tile({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3, CARDS, "a block of keys with one scale; 16 rows a warp; 64 KiB, 89 on Hopper"),
-    Tile({"BLOCK_M": 128, "BLOCK_N": 32}, 8, 4, (80, 86, 89, 120), "52 KiB, and few enough registers for two blocks on a multiprocessor of an A100"),
-    Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3, (90,), "one warp group, two blocks on a multiprocessor: one multiplies, the other one exponentiates; 81 KiB"),
+    Tile(
+        {"BLOCK_M": 128, "BLOCK_N": 64},
+        8,
+        3,
+        CARDS,
+        "a block of keys with one scale; 16 rows a warp; 64 KiB, 89 on Hopper",
+    ),
+    Tile(
+        {"BLOCK_M": 128, "BLOCK_N": 32},
+        8,
+        4,
+        (80, 86, 89, 120),
+        "52 KiB, and few enough registers for two blocks on a multiprocessor of an A100",
+    ),
+    Tile(
+        {"BLOCK_M": 64, "BLOCK_N": 64},
+        4,
+        3,
+        (90,),
+        "one warp group, two blocks on a multiprocessor: one multiplies, the other one exponentiates; 81 KiB",
+    ),
 )
 
 
@@ -43,7 +73,9 @@ def attention_int8_naive(q: Tensor, k: Tensor, v: Tensor, scale: float | None = 
     q_BLHd, k_BMGd, v_BMGd = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
     q_BLHd = _rounded(q_BLHd, QUERIES.value)
     k_BMGd = _rounded(k_BMGd - k_BMGd.mean(1, keepdim=True), KEYS.value)
-    p_BGHLM = torch.einsum("blghd,bmgd->bghlm", q_BLHd.unflatten(2, (G, H // G)) * (d**-0.5 if scale is None else scale), k_BMGd).softmax(-1)
+    p_BGHLM = torch.einsum(
+        "blghd,bmgd->bghlm", q_BLHd.unflatten(2, (G, H // G)) * (d**-0.5 if scale is None else scale), k_BMGd
+    ).softmax(-1)
     return torch.einsum("bghlm,bmgd->blghd", p_BGHLM, v_BMGd).flatten(2, 3).to(q.dtype)
 
 
@@ -55,10 +87,13 @@ def _rounded(x_BLHd: Tensor, rows: int) -> Tensor:
 
 
 @triton.jit
-def quantise_kernel(p_x, p_mean, p_x8, p_step, stride_xb, stride_xl, stride_xh, factor, L, ROWS: tl.constexpr, D: tl.constexpr):
+def quantise_kernel(
+    p_x, p_mean, p_x8, p_step, stride_xb, stride_xl, stride_xh, factor, L, ROWS: tl.constexpr, D: tl.constexpr
+):
     i, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(1)
-    b_x = load_tile(p_x + i_b * stride_xb + i_h * stride_xh, i * ROWS, L, stride_xl, D, D, ROWS).to(tl.float32)  # [ROWS, D]
+    # [ROWS, D]
+    b_x = load_tile(p_x + i_b * stride_xb + i_h * stride_xh, i * ROWS, L, stride_xl, D, D, ROWS).to(tl.float32)
     if p_mean is not None:
         b_x -= tl.load(p_mean + (i_b * H + i_h) * D + tl.arange(0, D))[None, :]
     step = tl.maximum(tl.max(tl.max(tl.abs(b_x), 1), 0), 1e-12) / 127
@@ -72,7 +107,8 @@ def quantise_kernel(p_x, p_mean, p_x8, p_step, stride_xb, stride_xl, stride_xh, 
 def _step(
     b_acc, b_max, b_sum, b_q8, q_step, p_k8, p_k_step, p_v, block, stride_kl, stride_vl, M, D: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr
 ):  # fmt: skip
-    """One block of keys: the running maximum (of scores in units of log 2), the sum of exponentials and the weighted values."""
+    """One block of keys: the running maximum (of scores in units of log 2), the sum of exponentials and the weighted
+    values."""
     start_n = block * BLOCK_N
     b_k8 = tl.trans(load_tile(p_k8, start_n, M, stride_kl, D, D, BLOCK_N))  # [D, BN]
     b_v = load_tile(p_v, start_n, M, stride_vl, D, D, BLOCK_N)
@@ -107,9 +143,13 @@ def attention_int8_kernel(
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     for block in range(M // BLOCK_N):
-        b_acc, b_max, b_sum = _step(b_acc, b_max, b_sum, b_q8, q_step, p_k8, p_k_step, p_v, block, G * D, stride_vl, M, D, BLOCK_N, False)
+        b_acc, b_max, b_sum = _step(
+            b_acc, b_max, b_sum, b_q8, q_step, p_k8, p_k_step, p_v, block, G * D, stride_vl, M, D, BLOCK_N, False
+        )
     for block in range(M // BLOCK_N, tl.cdiv(M, BLOCK_N)):
-        b_acc, b_max, b_sum = _step(b_acc, b_max, b_sum, b_q8, q_step, p_k8, p_k_step, p_v, block, G * D, stride_vl, M, D, BLOCK_N, True)
+        b_acc, b_max, b_sum = _step(
+            b_acc, b_max, b_sum, b_q8, q_step, p_k8, p_k_step, p_v, block, G * D, stride_vl, M, D, BLOCK_N, True
+        )
     store_tile(p_out + row * D, b_acc / b_sum[:, None], start_m, L, H * D, D, D, BLOCK_M)
 
 
@@ -135,7 +175,9 @@ def attention_int8_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     q8, q_step = _quantised(q, None, QUERIES.value, scale * LOG2E.value)
     k8, k_step = _quantised(k, k.mean(1, dtype=torch.float32), KEYS.value, 1.0)
     out = q.new_empty(q.shape)
-    _tuned_attention[lambda meta: (triton.cdiv(L, meta["BLOCK_M"]), H, B)](q8, k8, v, q_step, k_step, out, *v.stride()[:3], L, M, GROUP=H // G, D=d)
+    _tuned_attention[lambda meta: (triton.cdiv(L, meta["BLOCK_M"]), H, B)](
+        q8, k8, v, q_step, k_step, out, *v.stride()[:3], L, M, GROUP=H // G, D=d
+    )
     return out
 
 
@@ -163,20 +205,30 @@ def attention_int8(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
     Returns:
         (B, L, H, d).
 
-    Raises:
-        TypeError: a dtype that the kernels do not have.
-        ValueError: shapes or devices that do not fit together; an input requires a gradient, and gradients are recorded.
+    Raises: TypeError: a dtype that the kernels do not have. ValueError: shapes or devices that do not fit together; an
+        input requires a gradient, and gradients are recorded.
     """
     tensors = {"q": q, "k": k, "v": v}
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values()):
         raise ValueError("attention_int8 has no gradient. Call it under torch.no_grad(), or take attention.")
     if len({x.dtype for x in tensors.values()}) > 1 or q.dtype not in (torch.bfloat16, torch.float16):
         got = ", ".join(f"{name} {x.dtype}" for name, x in tensors.items())
-        raise TypeError(f"q, k and v must have one dtype, bfloat16 or float16; got {got}. For others take attention_int8_naive.")
+        raise TypeError(
+            f"q, k and v must have one dtype, bfloat16 or float16; got {got}. For others take attention_int8_naive."
+        )
     if len({x.device for x in tensors.values()}) > 1 or q.device.type not in ("cuda", "cpu"):
-        raise ValueError(f"All tensors must be on one CUDA card; got {', '.join(f'{name} on {x.device}' for name, x in tensors.items())}.")
+        raise ValueError(
+            f"All tensors must be on one CUDA card; got {', '.join(f'{name} on {x.device}' for name, x in tensors.items())}."
+        )
     shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or 0 in (*q.shape, *k.shape):
+    if (
+        q.dim() != 4
+        or k.dim() != 4
+        or k.shape != v.shape
+        or q.shape[0] != k.shape[0]
+        or q.shape[3] != k.shape[3]
+        or 0 in (*q.shape, *k.shape)
+    ):
         raise ValueError(f"q must be (B, L, H, d), k and v (B, M, G, d), none of them empty; got {shapes}.")
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"The heads of q must be a multiple of those of k; got {shapes}.")
@@ -188,16 +240,28 @@ def attention_int8(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
 
 
 def variants(card: int) -> Iterator[Variant]:
-    """Both kernels with every tile of a card, in both dtypes: Wan's 128 channels, and 64; quantising queries, and keys with their mean."""
+    """Both kernels with every tile of a card, in both dtypes: Wan's 128 channels, and 64; quantising queries, and keys
+    with their mean."""
     strides = {f"stride_x{n}": "i32" for n in "blh"}
     for element in ("bf16", "fp16"):
         for d in HEAD_DIMS:
             for tile in tiles_for(QUANTISE_TILES, card):
-                types = {"p_x": f"*{element}", "p_mean": "*fp32", "p_x8": "*i8", "p_step": "*fp32"} | strides | {"factor": "fp32", "L": "i32"}
+                types = (
+                    {"p_x": f"*{element}", "p_mean": "*fp32", "p_x8": "*i8", "p_step": "*fp32"}
+                    | strides
+                    | {"factor": "fp32", "L": "i32"}
+                )
                 yield Variant(quantise_kernel, tile, types, {"ROWS": KEYS.value, "D": d})
                 types = {name: kind for name, kind in types.items() if name != "p_mean"}
                 yield Variant(quantise_kernel, tile, types, {"p_mean": None, "ROWS": QUERIES.value, "D": d})
-            types = {"p_q8": "*i8", "p_k8": "*i8", "p_v": f"*{element}", "p_q_step": "*fp32", "p_k_step": "*fp32", "p_out": f"*{element}"}
+            types = {
+                "p_q8": "*i8",
+                "p_k8": "*i8",
+                "p_v": f"*{element}",
+                "p_q_step": "*fp32",
+                "p_k_step": "*fp32",
+                "p_out": f"*{element}",
+            }
             types |= {"stride_vb": "i32", "stride_vl": "i32", "stride_vh": "i32", "L": "i32", "M": "i32"}
             for tile in tiles_for(TILES, card):
                 yield Variant(attention_int8_kernel, tile, types, {"GROUP": 1, "D": d})

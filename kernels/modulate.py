@@ -1,18 +1,21 @@
 """The rest of adaLN that moves memory: LayerNorm with a scale and a shift per sequence, and a gated residual.
 
-    norm_modulate:  y   = (x - mean(x)) / sqrt(var(x) + eps) * weight + shift        mean and var over the channels of a token
-                    dx  = rstd * (g - mean(g) - n * mean(g * n))                     g = dy * weight, n = (x - mean) * rstd
-                    dweight = sum over tokens of dy * n,  dshift = sum over tokens of dy
+    norm_modulate:  y   = (x - mean(x)) / sqrt(var(x) + eps) * weight + shift        mean and var over the channels of a
+                    token dx  = rstd * (g - mean(g) - n * mean(g * n))                     g = dy * weight, n = (x -
+                    mean) * rstd dweight = sum over tokens of dy * n,  dshift = sum over tokens of dy
     gate_residual:  out = x + y * gate,  dx = dout,  dy = dout * gate,  dgate = sum over tokens of dout * y
 
-Shapes: x, y (B, L, D) in bf16, fp16 or fp32, batch and tokens with any stride; weight, shift, gate (B, D) or (1, D) in fp32. Everything is
-computed in fp32 and rounded once. For the backward ``norm_modulate`` keeps x and 8 bytes a token, ``gate_residual`` the gate, and y only
-where the gate's own gradient is wanted. Sums over tokens are made of partial sums, one row of D floats for 64 tokens: without atomics the same
-tile gives the same bits. They are the only memory beside the results.
+Shapes: x, y (B, L, D) in bf16, fp16 or fp32, batch and tokens with any stride; weight, shift, gate (B, D) or (1, D) in
+fp32. Everything is computed in fp32 and rounded once. For the backward ``norm_modulate`` keeps x and 8 bytes a token,
+``gate_residual`` the gate, and y only where the gate's own gradient is wanted. Sums over tokens are made of partial
+sums, one row of D floats for 64 tokens: without atomics the same tile gives the same bits. They are the only memory
+beside the results.
 
-Source: adaLN-Zero of DiT (Peebles and Xie, arXiv 2212.09748) as ``WanTransformerBlock.forward`` of diffusers 0.42 has it: norm1, norm2 (a
-LayerNorm with a weight and a bias of its own: one row), norm3 and the two gates. Backward of LayerNorm: Ba et al., arXiv 1607.06450.
-Not done: the residual and the next norm in one pass. The attention to the text, or the block's end, stands between them.
+Source: adaLN-Zero of DiT (Peebles and Xie, arXiv 2212.09748) as ``WanTransformerBlock.forward`` of diffusers 0.42 has
+it: norm1, norm2 (a LayerNorm with a weight and a bias of its own: one row), norm3 and the two gates. Backward of
+LayerNorm: Ba et al., arXiv 1607.06450.
+Not done: the residual and the next norm in one pass. The attention to the text, or the block's end, stands between
+them.
 """
 
 from __future__ import annotations
@@ -45,33 +48,53 @@ NORM_TILES = (
         CARDS,
         "the next tokens are on their way while these are summed: where a row is wide, few blocks fit beside each other",
     ),
-    Tile({"BLOCK": 8192, "STAGES": 2}, 16, 1, CARDS, "the same, 16 values a thread for a row of Wan-14B (5120, padded to 8192)"),
+    Tile(
+        {"BLOCK": 8192, "STAGES": 2},
+        16,
+        1,
+        CARDS,
+        "the same, 16 values a thread for a row of Wan-14B (5120, padded to 8192)",
+    ),
 )
-"""``BLOCK``: values at a time. A row stands in registers whole, padded to a power of two, so that x is read once. ``STAGES``: of the loop over tokens."""
+"""``BLOCK``: values at a time. A row stands in registers whole, padded to a power of two, so that x is read once.
+``STAGES``: of the loop over tokens."""
 
 GATE_TILES = (
     Tile(
-        {"BLOCK_L": 8, "BLOCK_D": 512}, 4, 1, CARDS, "512 divides the widths of all Wan models; one gate for 8 tokens; 4 loads of 16 bytes a thread and tensor"
+        {"BLOCK_L": 8, "BLOCK_D": 512},
+        4,
+        1,
+        CARDS,
+        "512 divides the widths of all Wan models; one gate for 8 tokens; 4 loads of 16 bytes a thread and tensor",
     ),
     Tile({"BLOCK_L": 4, "BLOCK_D": 512}, 4, 1, CARDS, "half of it in flight per block, twice the blocks"),
-    Tile({"BLOCK_L": 16, "BLOCK_D": 256}, 4, 1, CARDS, "the gate for 16 tokens; lines of 512 bytes are still whole sectors"),
+    Tile(
+        {"BLOCK_L": 16, "BLOCK_D": 256},
+        4,
+        1,
+        CARDS,
+        "the gate for 16 tokens; lines of 512 bytes are still whole sectors",
+    ),
 )
 
 TOKENS = 4
-"""Tokens of one block where no sums are wanted: enough to use scale and shift more than once, few enough to fill a card with 4,000 tokens."""
+"""Tokens of one block where no sums are wanted: enough to use scale and shift more than once, few enough to fill a card
+with 4,000 tokens."""
 GATE_TOKENS = 16
 TOKENS_OF_A_SUM = 64
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def norm_modulate_naive(x_BLD: Tensor, weight_BD: Tensor, shift_BD: Tensor, eps: float) -> Tensor:
-    """The formula in plain PyTorch, with fp32 copies of the sequence (fp64 stays fp64). Differentiable in all tensors."""
+    """The formula in plain PyTorch, with fp32 copies of the sequence (fp64 stays fp64). Differentiable in all
+    tensors."""
     wide = x_BLD.to(torch.promote_types(x_BLD.dtype, torch.float32))
     return (F.layer_norm(wide, wide.shape[-1:], eps=eps) * weight_BD[:, None] + shift_BD[:, None]).to(x_BLD.dtype)
 
 
 def gate_residual_naive(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor) -> Tensor:
-    """The formula in plain PyTorch, with fp32 copies of the sequence (fp64 stays fp64). Differentiable in all tensors."""
+    """The formula in plain PyTorch, with fp32 copies of the sequence (fp64 stays fp64). Differentiable in all
+    tensors."""
     wide = torch.promote_types(x_BLD.dtype, torch.float32)
     return (x_BLD.to(wide) + y_BLD.to(wide) * gate_BD[:, None]).to(x_BLD.dtype)
 
@@ -94,12 +117,19 @@ def norm_modulate_forward_kernel(
         o_l = start + tl.arange(0, ROWS)
         m_l = o_l < length
         m_x = m_l[:, None] & m_d
-        b_x = tl.load(p_x + i_b * stride_xb + o_l[:, None].to(tl.int64) * stride_xl + o_d, mask=m_x, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
+        # [ROWS, BLOCK_D]
+        b_x = tl.load(p_x + i_b * stride_xb + o_l[:, None].to(tl.int64) * stride_xl + o_d, mask=m_x, other=0.0).to(
+            tl.float32
+        )
         b_mean = tl.sum(b_x, axis=1) / WIDTH  # [ROWS]
         b_x = tl.where(m_d, b_x - b_mean[:, None], 0.0)
         b_rstd = tl.rsqrt(tl.sum(b_x * b_x, axis=1) / WIDTH + eps)
         o_row = i_b * length + o_l
-        tl.store(p_y + o_row[:, None] * WIDTH + o_d, (b_x * b_rstd[:, None] * b_weight + b_shift).to(p_y.dtype.element_ty), mask=m_x)
+        tl.store(
+            p_y + o_row[:, None] * WIDTH + o_d,
+            (b_x * b_rstd[:, None] * b_weight + b_shift).to(p_y.dtype.element_ty),
+            mask=m_x,
+        )
         tl.store(p_mean + o_row, b_mean, mask=m_l)
         tl.store(p_rstd + o_row, b_rstd, mask=m_l)
 
@@ -143,12 +173,17 @@ def norm_modulate_backward_kernel(
         o_l = start + tl.arange(0, ROWS)
         m_l = o_l < length
         m_x = m_l[:, None] & m_d
-        b_d = tl.load(p_d + i_b * stride_db + o_l[:, None].to(tl.int64) * stride_dl + o_d, mask=m_x, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
+        # [ROWS, BLOCK_D]
+        b_d = tl.load(p_d + i_b * stride_db + o_l[:, None].to(tl.int64) * stride_dl + o_d, mask=m_x, other=0.0).to(
+            tl.float32
+        )
         if WANT_SHIFT:
             b_dshift += tl.sum(b_d, axis=0, keep_dims=True)
         if WANT_X or WANT_WEIGHT:
             o_row = i_b * length + o_l
-            b_x = tl.load(p_x + i_b * stride_xb + o_l[:, None].to(tl.int64) * stride_xl + o_d, mask=m_x, other=0.0).to(tl.float32)
+            b_x = tl.load(p_x + i_b * stride_xb + o_l[:, None].to(tl.int64) * stride_xl + o_d, mask=m_x, other=0.0).to(
+                tl.float32
+            )
             b_mean = tl.load(p_mean + o_row, mask=m_l, other=0.0)  # [ROWS]
             b_rstd = tl.load(p_rstd + o_row, mask=m_l, other=0.0)[:, None]
             b_n = (b_x - b_mean[:, None]) * b_rstd  # not 0 where padded, but b_d is
@@ -184,7 +219,8 @@ def gate_residual_backward_kernel(
     for start in range(first, tl.minimum(first + tokens, length), BLOCK_L):
         o_l = start + tl.arange(0, BLOCK_L)[:, None].to(tl.int64)
         m_x = (o_l < length) & m_d
-        b_d = tl.load(p_d + i_b * stride_db + o_l * stride_dl + o_d, mask=m_x, other=0.0).to(tl.float32)  # [BLOCK_L, BLOCK_D]
+        # [BLOCK_L, BLOCK_D]
+        b_d = tl.load(p_d + i_b * stride_db + o_l * stride_dl + o_d, mask=m_x, other=0.0).to(tl.float32)
         if WANT_Y:
             tl.store(p_dy + (i_b * length + o_l) * WIDTH + o_d, (b_d * b_gate).to(p_dy.dtype.element_ty), mask=m_x)
         if WANT_GATE:
@@ -195,7 +231,9 @@ def gate_residual_backward_kernel(
 
 
 @torch.library.custom_op("lowmem_drf::norm_modulate_forward", mutates_args=())
-def norm_modulate_forward(x_BLD: Tensor, weight_BD: Tensor, shift_BD: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def norm_modulate_forward(
+    x_BLD: Tensor, weight_BD: Tensor, shift_BD: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """y, and of each token the mean and the reciprocal of the standard deviation, (B, L) fp32."""
     _check_launchable("norm_modulate", x_BLD)
     batch, length, width = x_BLD.shape
@@ -206,7 +244,20 @@ def norm_modulate_forward(x_BLD: Tensor, weight_BD: Tensor, shift_BD: Tensor, ep
     tokens = _tokens(block_d, sums=False)
     with torch.cuda.device_of(x):
         norm_modulate_forward_kernel[(batch * triton.cdiv(length, tokens),)](
-            x, weight, shift, y, mean, rstd, length, tokens, *x.stride()[:2], _row_stride(weight), _row_stride(shift), eps, WIDTH=width, BLOCK_D=block_d
+            x,
+            weight,
+            shift,
+            y,
+            mean,
+            rstd,
+            length,
+            tokens,
+            *x.stride()[:2],
+            _row_stride(weight),
+            _row_stride(shift),
+            eps,
+            WIDTH=width,
+            BLOCK_D=block_d,
         )
     return y, mean, rstd
 
@@ -219,9 +270,17 @@ def _(x_BLD: Tensor, weight_BD: Tensor, shift_BD: Tensor, eps: float) -> tuple[T
 
 @torch.library.custom_op("lowmem_drf::norm_modulate_backward", mutates_args=())
 def norm_modulate_backward(
-    d_BLD: Tensor, x_BLD: Tensor, weight_BD: Tensor, mean_BL: Tensor, rstd_BL: Tensor, want_x: bool, want_weight: bool, want_shift: bool
+    d_BLD: Tensor,
+    x_BLD: Tensor,
+    weight_BD: Tensor,
+    mean_BL: Tensor,
+    rstd_BL: Tensor,
+    want_x: bool,
+    want_weight: bool,
+    want_shift: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dweight, dshift; one that is not wanted is an empty tensor. Beside them L / 64 rows of D floats for each of the last two."""
+    """dx, dweight, dshift; one that is not wanted is an empty tensor. Beside them L / 64 rows of D floats for each of
+    the last two."""
     _check_launchable("norm_modulate", d_BLD)
     batch, length, width = x_BLD.shape
     d, x, weight = _rows(d_BLD), _rows(x_BLD), _rows(weight_BD)
@@ -229,7 +288,10 @@ def norm_modulate_backward(
     tokens = _tokens(block_d, sums=want_weight or want_shift)
     programs = batch * triton.cdiv(length, tokens)
     dx = torch.empty((batch, length, width) if want_x else 0, dtype=x.dtype, device=x.device)
-    dweight, dshift = (torch.empty((programs, width) if want else 0, dtype=torch.float32, device=x.device) for want in (want_weight, want_shift))
+    dweight, dshift = (
+        torch.empty((programs, width) if want else 0, dtype=torch.float32, device=x.device)
+        for want in (want_weight, want_shift)
+    )
     with torch.cuda.device_of(x):
         norm_modulate_backward_kernel[(programs,)](
             d, x, weight, mean_BL, rstd_BL, dx, dweight, dshift, length, tokens, *d.stride()[:2], *x.stride()[:2], _row_stride(weight),
@@ -244,7 +306,14 @@ def norm_modulate_backward(
 
 @norm_modulate_backward.register_fake
 def _(
-    d_BLD: Tensor, x_BLD: Tensor, weight_BD: Tensor, mean_BL: Tensor, rstd_BL: Tensor, want_x: bool, want_weight: bool, want_shift: bool
+    d_BLD: Tensor,
+    x_BLD: Tensor,
+    weight_BD: Tensor,
+    mean_BL: Tensor,
+    rstd_BL: Tensor,
+    want_x: bool,
+    want_weight: bool,
+    want_shift: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = [weight_BD.new_empty(weight_BD.shape if want else 0) for want in (want_weight, want_shift)]
     return x_BLD.new_empty(x_BLD.shape if want_x else 0), rows[0], rows[1]
@@ -258,9 +327,9 @@ def gate_residual_forward(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor) -> Tens
     x, y, gate = _rows(x_BLD), _rows(y_BLD), _rows(gate_BD)
     out = torch.empty((batch, length, width), dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
-        gate_residual_forward_kernel[lambda tile: (batch * triton.cdiv(length, tile["BLOCK_L"]) * triton.cdiv(width, tile["BLOCK_D"]),)](
-            x, y, gate, out, length, *x.stride()[:2], *y.stride()[:2], _row_stride(gate), WIDTH=width
-        )
+        gate_residual_forward_kernel[
+            lambda tile: (batch * triton.cdiv(length, tile["BLOCK_L"]) * triton.cdiv(width, tile["BLOCK_D"]),)
+        ](x, y, gate, out, length, *x.stride()[:2], *y.stride()[:2], _row_stride(gate), WIDTH=width)
     return out
 
 
@@ -271,7 +340,8 @@ def _(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor) -> Tensor:
 
 @torch.library.custom_op("lowmem_drf::gate_residual_backward", mutates_args=())
 def gate_residual_backward(d_BLD: Tensor, y_BLD: Tensor | None, gate_BD: Tensor, want_y: bool) -> tuple[Tensor, Tensor]:
-    """dy and, where y is given, dgate; one that is not wanted is an empty tensor. Beside them L / 64 rows of D floats for dgate."""
+    """dy and, where y is given, dgate; one that is not wanted is an empty tensor. Beside them L / 64 rows of D floats
+    for dgate."""
     _check_launchable("gate_residual", d_BLD)
     batch, length, width = d_BLD.shape
     d, gate = _rows(d_BLD), _rows(gate_BD)
@@ -283,7 +353,19 @@ def gate_residual_backward(d_BLD: Tensor, y_BLD: Tensor | None, gate_BD: Tensor,
     dgate = torch.empty((chunks, width) if want_gate else 0, dtype=torch.float32, device=d.device)
     with torch.cuda.device_of(d):
         gate_residual_backward_kernel[lambda tile: (chunks * triton.cdiv(width, tile["BLOCK_D"]),)](
-            d, y, gate, dy, dgate, length, tokens, *d.stride()[:2], *y.stride()[:2], _row_stride(gate), WIDTH=width, WANT_Y=want_y, WANT_GATE=want_gate
+            d,
+            y,
+            gate,
+            dy,
+            dgate,
+            length,
+            tokens,
+            *d.stride()[:2],
+            *y.stride()[:2],
+            _row_stride(gate),
+            WIDTH=width,
+            WANT_Y=want_y,
+            WANT_GATE=want_gate,
         )
     return dy, _sum(dgate, gate_BD.shape) if want_gate else dgate
 
@@ -314,7 +396,9 @@ def _sum(partial_PD: Tensor, shape: torch.Size) -> Tensor:
 
 def _check_launchable(op: str, tensor: Tensor) -> None:
     if tensor.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(f"{op}: tensors on {tensor.device}; Triton needs a CUDA card. Take {op}_naive, or set TRITON_INTERPRET=1 before Triton is imported")
+        raise ValueError(
+            f"{op}: tensors on {tensor.device}; Triton needs a CUDA card. Take {op}_naive, or set TRITON_INTERPRET=1 before Triton is imported"
+        )
 
 
 class _NormModulate(torch.autograd.Function):
@@ -389,12 +473,16 @@ def gate_residual(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor) -> Tensor:
 def _check(op: str, sequences: dict[str, Tensor], rows: dict[str, Tensor]) -> None:
     x = sequences["x"]
     if x.dtype not in DTYPES:
-        raise TypeError(f"{op}: x is {x.dtype}; the kernel takes bfloat16, float16 and float32. For others there is {op}_naive")
+        raise TypeError(
+            f"{op}: x is {x.dtype}; the kernel takes bfloat16, float16 and float32. For others there is {op}_naive"
+        )
     for name, tensor in (sequences | rows).items():
         if tensor.dtype != (wanted := x.dtype if name in sequences else torch.float32):
             raise TypeError(f"{op}: {name} is {tensor.dtype}; it must be {wanted}")
         if tensor.device != x.device or x.device.type == "meta":
-            raise ValueError(f"{op}: {name} is on {tensor.device} and x on {x.device}; all must be on one device that holds values")
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device} and x on {x.device}; all must be on one device that holds values"
+            )
     if x.dim() != 3:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}; it must be (B, L, D)")
     for name, tensor in sequences.items():
@@ -402,28 +490,52 @@ def _check(op: str, sequences: dict[str, Tensor], rows: dict[str, Tensor]) -> No
             raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; it must be that of x, {tuple(x.shape)}")
     for name, tensor in rows.items():
         if tensor.dim() != 2 or tensor.shape[0] not in (1, x.shape[0]) or tensor.shape[1] != x.shape[2]:
-            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; for x {tuple(x.shape)} it must be (B, D) or (1, D)")
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(tensor.shape)}; for x {tuple(x.shape)} it must be (B, D) or (1, D)"
+            )
     if len({tensor.shape for tensor in rows.values()}) > 1:
-        raise ValueError(f"{op}: {' and '.join(rows)} have shapes {[tuple(tensor.shape) for tensor in rows.values()]}; they must agree")
+        raise ValueError(
+            f"{op}: {' and '.join(rows)} have shapes {[tuple(tensor.shape) for tensor in rows.values()]}; they must agree"
+        )
 
 
 def variants(card: int) -> Iterator[Variant]:
-    """What may be launched on a card. Of the widths of Wan the least and the largest, of the gradients those of x and y, and all; the other dtypes where
-    most is asked of a card, all gradients at once. What lies between takes fewer registers."""
+    """What may be launched on a card. Of the widths of Wan the least and the largest, of the gradients those of x and
+    y, and all; the other dtypes where most is asked of a card, all gradients at once. What lies between takes fewer
+    registers."""
     for tile in tiles_for(NORM_TILES, card):
-        for element, width, sums in (("bf16", 1536, False), ("bf16", 5120, False), ("bf16", 5120, True), ("fp16", 1536, True), ("fp32", 1536, True)):
+        for element, width, sums in (
+            ("bf16", 1536, False),
+            ("bf16", 5120, False),
+            ("bf16", 5120, True),
+            ("fp16", 1536, True),
+            ("fp32", 1536, True),
+        ):
             padded = {"WIDTH": width, "BLOCK_D": triton.next_power_of_2(width)}
             if not sums:
                 yield _variant(norm_modulate_forward_kernel.fn, tile, element, padded)
-            yield _variant(norm_modulate_backward_kernel.fn, tile, element, padded | {"WANT_X": True, "WANT_WEIGHT": sums, "WANT_SHIFT": sums})
+            yield _variant(
+                norm_modulate_backward_kernel.fn,
+                tile,
+                element,
+                padded | {"WANT_X": True, "WANT_WEIGHT": sums, "WANT_SHIFT": sums},
+            )
     for tile in tiles_for(GATE_TILES, card):
         for element, sums in (("bf16", False), ("bf16", True), ("fp16", True), ("fp32", True)):
             if not sums:
                 yield _variant(gate_residual_forward_kernel.fn, tile, element, {"WIDTH": 5120})
-            yield _variant(gate_residual_backward_kernel.fn, tile, element, {"WIDTH": 5120, "WANT_Y": True, "WANT_GATE": sums})
+            yield _variant(
+                gate_residual_backward_kernel.fn, tile, element, {"WIDTH": 5120, "WANT_Y": True, "WANT_GATE": sums}
+            )
 
 
 def _variant(kernel: Any, tile: Tile, element: str, constants: dict[str, Any]) -> Variant:
     wide = ("p_weight", "p_shift", "p_gate", "p_mean", "p_rstd", "p_dweight", "p_dshift", "p_dgate", "eps")
-    kinds = {name: "fp32" if name in wide else element if name.startswith("p_") else "i32" for name in kernel.arg_names if not name.isupper()}
-    return Variant(kernel, tile, {name: f"*{kind}" if name.startswith("p_") else kind for name, kind in kinds.items()}, constants)
+    kinds = {
+        name: "fp32" if name in wide else element if name.startswith("p_") else "i32"
+        for name in kernel.arg_names
+        if not name.isupper()
+    }
+    return Variant(
+        kernel, tile, {name: f"*{kind}" if name.startswith("p_") else kind for name, kind in kinds.items()}, constants
+    )

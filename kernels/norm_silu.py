@@ -4,19 +4,21 @@
     u = sqrt(C) * n * gamma
     y = silu(u) = u * sigmoid(u)     or u itself
 
-Shapes: x and y (B, C, T, H, W), gamma (C). Dtypes: bf16, fp16 or fp32, each its own; y has that of x. Arithmetic in fp32, one rounding at the end.
-Source: ``WanRMS_norm`` and ``SiLU`` as ``WanResidualBlock`` of diffusers 0.42.1 has them (``autoencoder_kl_wan.py``), whose ``F.normalize`` keeps x in
-fp32, its square, its norms and two quotients, and whose ``SiLU`` keeps its input.
+Shapes: x and y (B, C, T, H, W), gamma (C). Dtypes: bf16, fp16 or fp32, each its own; y has that of x. Arithmetic in
+fp32, one rounding at the end.
+Source: ``WanRMS_norm`` and ``SiLU`` as ``WanResidualBlock`` of diffusers 0.42.1 has them (``autoencoder_kl_wan.py``),
+whose ``F.normalize`` keeps x in fp32, its square, its norms and two quotients, and whose ``SiLU`` keeps its input.
 
-Saved for the backward: x alone. A program holds all channels of its positions, so that their norm costs no second reading, and a saved one would
-save nothing. With s = sigmoid(u) and v = sqrt(C) * gamma * d * s * (1 + u * (1 - s)), for an upstream gradient d:
+Saved for the backward: x alone. A program holds all channels of its positions, so that their norm costs no second
+reading, and a saved one would save nothing. With s = sigmoid(u) and v = sqrt(C) * gamma * d * s * (1 + u * (1 - s)),
+for an upstream gradient d:
 
     dx     = (v - n * sum_C(v * n)) / |x|        (v / 1e-12 where the norm is clamped)
     dgamma = sum over positions of v * n / gamma
 
-Tiles are channels x positions. Positions are what is contiguous in memory, so a warp reads them along; in channels-last memory the compiler turns the
-tile round by itself, for the stride of the channels is 1. No tensor is copied, strips of rows and of frames are read where they lie, as long as H and W
-are one dimension of memory.
+Tiles are channels x positions. Positions are what is contiguous in memory, so a warp reads them along; in channels-last
+memory the compiler turns the tile round by itself, for the stride of the channels is 1. No tensor is copied, strips of
+rows and of frames are read where they lie, as long as H and W are one dimension of memory.
 """
 
 from __future__ import annotations
@@ -34,11 +36,23 @@ from torch.autograd.function import once_differentiable
 from lowmem_drf.kernels.tiles import CARDS, INTERPRETED, Tile, Variant, tiles_for, tuned
 
 ELEMENTS = 8192
-"""Of a tile: all channels, the next power of two, times as many positions as that leaves. Of 96 channels 64: in bf16 128 bytes, a line of the cache;
-of 384 still 32 bytes, the least that memory transfers."""
+"""Of a tile: all channels, the next power of two, times as many positions as that leaves. Of 96 channels 64: in bf16
+128 bytes, a line of the cache; of 384 still 32 bytes, the least that memory transfers."""
 TILES: tuple[Tile, ...] = (
-    Tile({"ELEMENTS": ELEMENTS}, 8, 1, CARDS, "32 elements a thread, at most 128 registers: two programs share a multiprocessor, one loads while one computes"),
-    Tile({"ELEMENTS": ELEMENTS}, 16, 1, CARDS, "16 elements a thread: twice the warps to compute while others wait, more of them to add up over"),
+    Tile(
+        {"ELEMENTS": ELEMENTS},
+        8,
+        1,
+        CARDS,
+        "32 elements a thread, at most 128 registers: two programs share a multiprocessor, one loads while one computes",
+    ),
+    Tile(
+        {"ELEMENTS": ELEMENTS},
+        16,
+        1,
+        CARDS,
+        "16 elements a thread: twice the warps to compute while others wait, more of them to add up over",
+    ),
 )
 EPS = tl.constexpr(1e-12)
 """Of ``F.normalize``."""
@@ -55,7 +69,8 @@ def norm_silu_naive(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool = True) -> Tens
 
 @triton.jit
 def _places(C, T, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """This program's batch element, frame, channels [BLOCK_C, 1] and positions [1, BLOCK_P], and which of these there are."""
+    """This program's batch element, frame, channels [BLOCK_C, 1] and positions [1, BLOCK_P], and which of these there
+    are."""
     blocks = tl.cdiv(P, BLOCK_P)
     i_bt = tl.program_id(0) // blocks
     o_c = tl.arange(0, BLOCK_C)[:, None]
@@ -65,7 +80,8 @@ def _places(C, T, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def _of_channels(p_gamma, C, BLOCK_C: tl.constexpr):
-    """[BLOCK_C, 1] in fp32. Loaded as a row: a column's load would lay out the whole computation, so that a warp has one position only."""
+    """[BLOCK_C, 1] in fp32. Loaded as a row: a column's load would lay out the whole computation, so that a warp has
+    one position only."""
     o_c = tl.arange(0, BLOCK_C)
     return tl.load(p_gamma + o_c, mask=o_c < C, other=0.0).to(tl.float32)[:, None]
 
@@ -73,7 +89,8 @@ def _of_channels(p_gamma, C, BLOCK_C: tl.constexpr):
 @triton.jit
 def _sigmoid(b_u):
     b_root = tl.math.rsqrt(1.0 + tl.exp(-b_u))
-    return b_root * b_root  # a division takes four times the instructions, and on the fastest memory this kernel is near their limit
+    # a division takes four times the instructions, and on the fastest memory this kernel is near their limit
+    return b_root * b_root
 
 
 @tuned(TILES, key=["C"])
@@ -84,13 +101,18 @@ def norm_silu_forward_kernel(
     SILU: tl.constexpr, BLOCK_C: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     i_b, i_t, o_c, o_p, m = _places(C, T, P, BLOCK_C, ELEMENTS // BLOCK_C)
-    b_x = tl.load(p_x + i_b * stride_xb + i_t * stride_xt + o_c * stride_xc + o_p * step_x, mask=m, other=0.0).to(tl.float32)  # [BLOCK_C, BLOCK_P]
+    # [BLOCK_C, BLOCK_P]
+    b_x = tl.load(p_x + i_b * stride_xb + i_t * stride_xt + o_c * stride_xc + o_p * step_x, mask=m, other=0.0).to(
+        tl.float32
+    )
     b_gamma = _of_channels(p_gamma, C, BLOCK_C)
     b_norm = tl.sqrt(tl.sum(b_x * b_x, axis=0))[None, :]  # [1, BLOCK_P]
     b_y = b_x * (root / tl.maximum(b_norm, EPS)) * b_gamma
     if SILU:
         b_y = b_y * _sigmoid(b_y)
-    tl.store(p_y + i_b * stride_yb + i_t * stride_yt + o_c * stride_yc + o_p * step_y, b_y.to(p_y.dtype.element_ty), mask=m)
+    tl.store(
+        p_y + i_b * stride_yb + i_t * stride_yt + o_c * stride_yc + o_p * step_y, b_y.to(p_y.dtype.element_ty), mask=m
+    )
 
 
 @tuned(TILES, key=["C"])
@@ -101,8 +123,14 @@ def norm_silu_backward_kernel(
     SILU: tl.constexpr, DX: tl.constexpr, DGAMMA: tl.constexpr, BLOCK_C: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     i_b, i_t, o_c, o_p, m = _places(C, T, P, BLOCK_C, ELEMENTS // BLOCK_C)
-    b_x = tl.load(p_x + i_b * stride_xb + i_t * stride_xt + o_c * stride_xc + o_p * step_x, mask=m, other=0.0).to(tl.float32)  # [BLOCK_C, BLOCK_P]
-    b_d = tl.load(p_d + i_b * stride_db + i_t * stride_dt + o_c * stride_dc + o_p * step_d, mask=m, other=0.0).to(tl.float32)  # [BLOCK_C, BLOCK_P]
+    # [BLOCK_C, BLOCK_P]
+    b_x = tl.load(p_x + i_b * stride_xb + i_t * stride_xt + o_c * stride_xc + o_p * step_x, mask=m, other=0.0).to(
+        tl.float32
+    )
+    # [BLOCK_C, BLOCK_P]
+    b_d = tl.load(p_d + i_b * stride_db + i_t * stride_dt + o_c * stride_dc + o_p * step_d, mask=m, other=0.0).to(
+        tl.float32
+    )
     b_gamma = root * _of_channels(p_gamma, C, BLOCK_C)
     b_norm = tl.sqrt(tl.sum(b_x * b_x, axis=0))[None, :]  # [1, BLOCK_P]
     b_inverse = 1.0 / tl.maximum(b_norm, EPS)
@@ -118,11 +146,16 @@ def norm_silu_backward_kernel(
         b_v = b_d * b_gamma
         b_along = tl.where(b_norm > EPS, tl.sum(b_v * b_n, axis=0)[None, :], 0.0)
         b_dx = (b_v - b_n * b_along) * b_inverse
-        tl.store(p_dx + i_b * stride_dxb + i_t * stride_dxt + o_c * stride_dxc + o_p * step_dx, b_dx.to(p_dx.dtype.element_ty), mask=m)
+        tl.store(
+            p_dx + i_b * stride_dxb + i_t * stride_dxt + o_c * stride_dxc + o_p * step_dx,
+            b_dx.to(p_dx.dtype.element_ty),
+            mask=m,
+        )
 
 
 def _extent(*tensors: Tensor) -> tuple[int, int]:
-    """Frames, and positions of each; one long frame where frames follow one another in the memory of all these tensors."""
+    """Frames, and positions of each; one long frame where frames follow one another in the memory of all these
+    tensors."""
     _, _, frames, height, width = tensors[0].shape
     if all(frames == 1 or x.stride(2) == height * width * _strides(x)[3] for x in tensors):
         return 1, frames * height * width
@@ -138,14 +171,17 @@ def _block_c(x: Tensor) -> int:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """With H and W one dimension of memory, copied where they are not: of strips of columns and of transposed frames."""
+    """With H and W one dimension of memory, copied where they are not: of strips of columns and of transposed
+    frames."""
     return x if x.shape[3] == 1 or x.shape[4] == 1 or x.stride(3) == x.shape[4] * x.stride(4) else x.contiguous()
 
 
 def _require_launchable(x: Tensor) -> None:
     """Here and not at the door: fake tensors of the CPU stand for a card's."""
     if x.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(f"norm_silu runs on a CUDA card; x is on {x.device}. On the CPU take norm_silu_naive, or set TRITON_INTERPRET=1 before Python starts")
+        raise ValueError(
+            f"norm_silu runs on a CUDA card; x is on {x.device}. On the CPU take norm_silu_naive, or set TRITON_INTERPRET=1 before Python starts"
+        )
 
 
 def _strides(x: Tensor) -> tuple[int, int, int, int]:
@@ -163,7 +199,17 @@ def norm_silu_forward(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool) -> Tensor:
         frames, positions = _extent(x, y)
         with torch.cuda.device_of(x):
             norm_silu_forward_kernel[(_programs(x, frames, positions),)](
-                x, gamma, y, x.shape[1], frames, positions, x.shape[1] ** 0.5, *_strides(x), *_strides(y), SILU=silu, BLOCK_C=_block_c(x)
+                x,
+                gamma,
+                y,
+                x.shape[1],
+                frames,
+                positions,
+                x.shape[1] ** 0.5,
+                *_strides(x),
+                *_strides(y),
+                SILU=silu,
+                BLOCK_C=_block_c(x),
             )
     return y
 
@@ -174,10 +220,13 @@ def _(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool) -> Tensor:
 
 
 @torch.library.custom_op("lowmem_drf::norm_silu_backward", mutates_args=())
-def norm_silu_backward(d_BCTHW: Tensor, x_BCTHW: Tensor, gamma_C: Tensor, silu: bool, wants_x: bool, wants_gamma: bool) -> tuple[Tensor, Tensor]:
+def norm_silu_backward(
+    d_BCTHW: Tensor, x_BCTHW: Tensor, gamma_C: Tensor, silu: bool, wants_x: bool, wants_gamma: bool
+) -> tuple[Tensor, Tensor]:
     """Gradients at x, in memory as x where x has no gaps, and at gamma; empty where not wanted.
 
-    Where gamma's is wanted, a row of C fp32 numbers for each program waits for its sum: a 64th of x in fp32 at 96 channels, a 16th at 1024.
+    Where gamma's is wanted, a row of C fp32 numbers for each program waits for its sum: a 64th of x in fp32 at 96
+    channels, a 16th at 1024.
     """
     _require_launchable(x_BCTHW)
     d, x, gamma = _flat(d_BCTHW), _flat(x_BCTHW), gamma_C.contiguous()
@@ -195,8 +244,12 @@ def norm_silu_backward(d_BCTHW: Tensor, x_BCTHW: Tensor, gamma_C: Tensor, silu: 
 
 
 @norm_silu_backward.register_fake
-def _(d_BCTHW: Tensor, x_BCTHW: Tensor, gamma_C: Tensor, silu: bool, wants_x: bool, wants_gamma: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(_flat(x_BCTHW)) if wants_x else x_BCTHW.new_empty(0), gamma_C.new_empty(gamma_C.shape if wants_gamma else 0)
+def _(
+    d_BCTHW: Tensor, x_BCTHW: Tensor, gamma_C: Tensor, silu: bool, wants_x: bool, wants_gamma: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(_flat(x_BCTHW)) if wants_x else x_BCTHW.new_empty(0), gamma_C.new_empty(
+        gamma_C.shape if wants_gamma else 0
+    )
 
 
 class _NormSilu(torch.autograd.Function):
@@ -225,29 +278,48 @@ def norm_silu(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool = True) -> Tensor:
     Returns:
         The shape and dtype of ``x_BCTHW``.
 
-    Raises:
-        TypeError: another dtype. fp64 has ``norm_silu_naive``.
-        ValueError: other shapes, or tensors that are not on one device, or not on a card (where Triton interprets, on the CPU or a card).
+    Raises: TypeError: another dtype. fp64 has ``norm_silu_naive``. ValueError: other shapes, or tensors that are not on
+        one device, or not on a card (where Triton interprets, on the CPU or a card).
     """
     for name, tensor in (("x_BCTHW", x_BCTHW), ("gamma_C", gamma_C)):
         if tensor.dtype not in DTYPES:
-            raise TypeError(f"norm_silu takes bf16, fp16 and fp32; {name} is {tensor.dtype}. norm_silu_naive takes fp64")
+            raise TypeError(
+                f"norm_silu takes bf16, fp16 and fp32; {name} is {tensor.dtype}. norm_silu_naive takes fp64"
+            )
     if x_BCTHW.ndim != 5 or not 1 <= x_BCTHW.shape[1] <= 1024 or gamma_C.shape != (x_BCTHW.shape[1],):
         shapes = f"{tuple(x_BCTHW.shape)} and {tuple(gamma_C.shape)}"
-        raise ValueError(f"norm_silu takes x of shape (B, C, T, H, W) with 1 to 1024 channels, and gamma of shape (C); it got {shapes}")
+        raise ValueError(
+            f"norm_silu takes x of shape (B, C, T, H, W) with 1 to 1024 channels, and gamma of shape (C); it got {shapes}"
+        )
     if x_BCTHW.device != gamma_C.device or x_BCTHW.device.type == "meta":
-        raise ValueError(f"norm_silu takes tensors with values, on one device; x is on {x_BCTHW.device}, gamma on {gamma_C.device}")
+        raise ValueError(
+            f"norm_silu takes tensors with values, on one device; x is on {x_BCTHW.device}, gamma on {gamma_C.device}"
+        )
     return _NormSilu.apply(x_BCTHW, gamma_C, silu)
 
 
 def variants(card: int) -> Iterator[Variant]:
-    """Every width of the VAEs of Wan 2.1 (96, 192, 384) and 2.2 (256, 512, 1024), with frozen weights, channels one after the other in memory."""
+    """Every width of the VAEs of Wan 2.1 (96, 192, 384) and 2.2 (256, 512, 1024), with frozen weights, channels one
+    after the other in memory."""
     sizes = {"C": "i32:16", "T": "i32", "P": "i32:16", "root": "fp32"}
     for kernel, pointers, own, tensors, switches in (
         (norm_silu_forward_kernel, ("p_x", "p_gamma", "p_y"), {}, ("x", "y"), {}),
-        (norm_silu_backward_kernel, ("p_d", "p_x", "p_gamma", "p_dx"), {"p_dgamma": "*fp32"}, ("d", "x", "dx"), {"DX": True, "DGAMMA": False}),
+        (
+            norm_silu_backward_kernel,
+            ("p_d", "p_x", "p_gamma", "p_dx"),
+            {"p_dgamma": "*fp32"},
+            ("d", "x", "dx"),
+            {"DX": True, "DGAMMA": False},
+        ),
     ):
         strides = {f"stride_{tensor}{dimension}": "i32" for tensor in tensors for dimension in "bct"}
         constants = {"SILU": True} | switches | {f"step_{tensor}": 1 for tensor in tensors}
-        for element, block_c, tile in itertools.product(("bf16", "fp32"), (128, 256, 512, 1024), tiles_for(TILES, card)):
-            yield Variant(kernel.fn, tile, dict.fromkeys(pointers, f"*{element}") | own | sizes | strides, constants | {"BLOCK_C": block_c})
+        for element, block_c, tile in itertools.product(
+            ("bf16", "fp32"), (128, 256, 512, 1024), tiles_for(TILES, card)
+        ):
+            yield Variant(
+                kernel.fn,
+                tile,
+                dict.fromkeys(pointers, f"*{element}") | own | sizes | strides,
+                constants | {"BLOCK_C": block_c},
+            )

@@ -5,15 +5,17 @@
     y[2i + 1] = n[2i] * w[2i] * sin[2i+1] + n[2i+1] * w[2i+1] * cos[2i]
     dx = rstd * (g * w - n * mean(g * w * n)),  dw = sum over tokens of g * n     g: dy turned back, that is, by -sin
 
-Shapes: q, k (B, L, H * d) to (B, L, H, d), in bf16, fp16 or fp32, batch and tokens with any stride; weights (H * d,) in any of these; cos, sin
-(L, d) or (1, L, 1, d), where each value stands twice; ``rms_norm`` is the same without rotation and heads, (B, L, D) to (B, L, D). Everything is
-computed in fp32 and rounded once. For the backward x and 4 bytes a token are kept, and the weight, cos and sin, which live anyway. The weight's
-gradient is made of partial sums, one row of H * d floats for 64 tokens: without atomics the same tile gives the same bits. There is no other memory.
+Shapes: q, k (B, L, H * d) to (B, L, H, d), in bf16, fp16 or fp32, batch and tokens with any stride; weights (H * d,) in
+any of these; cos, sin (L, d) or (1, L, 1, d), where each value stands twice; ``rms_norm`` is the same without rotation
+and heads, (B, L, D) to (B, L, D). Everything is computed in fp32 and rounded once. For the backward x and 4 bytes a
+token are kept, and the weight, cos and sin, which live anyway. The weight's gradient is made of partial sums, one row
+of H * d floats for 64 tokens: without atomics the same tile gives the same bits. There is no other memory.
 
-One launch for the queries and one for the keys: cos and sin are read by each, 1 KiB a token beside 6 (Wan-1.3B, forward) or 9 (backward).
+One launch for the queries and one for the keys: cos and sin are read by each, 1 KiB a token beside 6 (Wan-1.3B,
+forward) or 9 (backward).
 
-Source: ``WanAttnProcessor`` and ``WanRotaryPosEmbed`` of diffusers 0.42. RMSNorm: Zhang and Sennrich, arXiv 1910.07467; rotary embedding: Su et
-al., arXiv 2104.09864.
+Source: ``WanAttnProcessor`` and ``WanRotaryPosEmbed`` of diffusers 0.42. RMSNorm: Zhang and Sennrich, arXiv 1910.07467;
+rotary embedding: Su et al., arXiv 2104.09864.
 """
 
 from __future__ import annotations
@@ -39,12 +41,20 @@ TILES = (
         CARDS,
         "the next tokens are on their way while these are summed: where a row is wide, few blocks fit beside each other",
     ),
-    Tile({"BLOCK": 8192, "STAGES": 2}, 16, 1, CARDS, "the same, 16 values a thread for a row of Wan-14B (40 heads, padded to 64)"),
+    Tile(
+        {"BLOCK": 8192, "STAGES": 2},
+        16,
+        1,
+        CARDS,
+        "the same, 16 values a thread for a row of Wan-14B (40 heads, padded to 64)",
+    ),
 )
-"""``BLOCK``: values at a time. A row stands in registers whole, heads and their channels padded to powers of two. ``STAGES``: of the loop over tokens."""
+"""``BLOCK``: values at a time. A row stands in registers whole, heads and their channels padded to powers of two.
+``STAGES``: of the loop over tokens."""
 
 TOKENS = 4
-"""Tokens of one block where no sums are wanted: enough to use the weight more than once, few enough to fill a card with 4,000 tokens."""
+"""Tokens of one block where no sums are wanted: enough to use the weight more than once, few enough to fill a card with
+4,000 tokens."""
 TOKENS_OF_A_SUM = 64
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -56,9 +66,17 @@ def rms_norm_naive(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def rope_qk_naive(
-    q_BLD: Tensor, k_BLD: Tensor, weight_q_D: Tensor, weight_k_D: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+    q_BLD: Tensor,
+    k_BLD: Tensor,
+    weight_q_D: Tensor,
+    weight_k_D: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """The formula in plain PyTorch, with fp32 copies of the sequence (fp64 stays fp64). Differentiable in q, k and the weights."""
+    """The formula in plain PyTorch, with fp32 copies of the sequence (fp64 stays fp64). Differentiable in q, k and the
+    weights."""
     return _naive(q_BLD, weight_q_D, cos, sin, heads, eps), _naive(k_BLD, weight_k_D, cos, sin, heads, eps)
 
 
@@ -76,7 +94,8 @@ def _normalised(wide_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 @triton.jit
 def _turned(b_x, b_cos, b_sin, SIGN: tl.constexpr):
-    """Pairs of neighbours turned by the angle of cos [ROWS, 1, BLOCK_DIM] and sin, or back. Each value stands twice there."""
+    """Pairs of neighbours turned by the angle of cos [ROWS, 1, BLOCK_DIM] and sin, or back. Each value stands twice
+    there."""
     b_1, b_2 = tl.split(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1], b_x.shape[2] // 2, 2]))
     b_c, _ = tl.split(tl.reshape(b_cos, [b_cos.shape[0], 1, b_x.shape[2] // 2, 2]))  # [ROWS, 1, BLOCK_DIM / 2]
     _, b_s = tl.split(tl.reshape(b_sin * SIGN, [b_cos.shape[0], 1, b_x.shape[2] // 2, 2]))
@@ -104,7 +123,8 @@ def rope_qk_forward_kernel(
         m_l = o_l < length
         o_row = o_l[:, None, None].to(tl.int64)
         m_row = m_l[:, None, None]
-        b_x = tl.load(p_x + i_b * stride_xb + o_row * stride_xl + o_d, mask=m_row & m_d, other=0.0).to(tl.float32)  # [ROWS, BLOCK_H, BLOCK_DIM]
+        # [ROWS, BLOCK_H, BLOCK_DIM]
+        b_x = tl.load(p_x + i_b * stride_xb + o_row * stride_xl + o_d, mask=m_row & m_d, other=0.0).to(tl.float32)
         b_rstd = tl.rsqrt(tl.sum(tl.sum(b_x * b_x, axis=2), axis=1) / (HEADS * DIM) + eps)  # [ROWS]
         b_y = b_x * b_rstd[:, None, None] * b_weight
         if ROTATE:
@@ -153,14 +173,19 @@ def rope_qk_backward_kernel(
         if WANT_X:
             b_mean = tl.sum(tl.sum(b_gn * b_weight, axis=2), axis=1)[:, None, None] / (HEADS * DIM)
             b_dx = (b_g * b_weight - b_n * b_mean) * b_rstd
-            tl.store(p_dx + (i_b * length + o_row) * (HEADS * DIM) + o_d, b_dx.to(p_dx.dtype.element_ty), mask=m_row & m_d)
+            tl.store(
+                p_dx + (i_b * length + o_row) * (HEADS * DIM) + o_d, b_dx.to(p_dx.dtype.element_ty), mask=m_row & m_d
+            )
     if WANT_WEIGHT:
         tl.store(p_dweight + tl.program_id(0).to(tl.int64) * (HEADS * DIM) + o_d, b_dweight, mask=m_d)
 
 
 @torch.library.custom_op("lowmem_drf::rope_qk_forward", mutates_args=())
-def rope_qk_forward(x_BLD: Tensor, weight_D: Tensor, cos_Ld: Tensor | None, sin_Ld: Tensor | None, heads: int, eps: float) -> tuple[Tensor, Tensor]:
-    """y (B, L, H, d) and the reciprocal of each token's root mean square, (B, L) fp32. Without cos and sin nothing is turned."""
+def rope_qk_forward(
+    x_BLD: Tensor, weight_D: Tensor, cos_Ld: Tensor | None, sin_Ld: Tensor | None, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """y (B, L, H, d) and the reciprocal of each token's root mean square, (B, L) fp32. Without cos and sin nothing is
+    turned."""
     _check_launchable(x_BLD)
     batch, length, width = x_BLD.shape
     x, weight = _rows(x_BLD), weight_D.contiguous()
@@ -171,22 +196,47 @@ def rope_qk_forward(x_BLD: Tensor, weight_D: Tensor, cos_Ld: Tensor | None, sin_
     tokens = _tokens(size, sums=False)
     with torch.cuda.device_of(x):
         rope_qk_forward_kernel[(batch * triton.cdiv(length, tokens),)](
-            x, weight, cos, sin, y, rstd, length, tokens, *x.stride()[:2], cos.stride(0), sin.stride(0), eps, **size, ROTATE=cos_Ld is not None
+            x,
+            weight,
+            cos,
+            sin,
+            y,
+            rstd,
+            length,
+            tokens,
+            *x.stride()[:2],
+            cos.stride(0),
+            sin.stride(0),
+            eps,
+            **size,
+            ROTATE=cos_Ld is not None,
         )
     return y, rstd
 
 
 @rope_qk_forward.register_fake
-def _(x_BLD: Tensor, weight_D: Tensor, cos_Ld: Tensor | None, sin_Ld: Tensor | None, heads: int, eps: float) -> tuple[Tensor, Tensor]:
+def _(
+    x_BLD: Tensor, weight_D: Tensor, cos_Ld: Tensor | None, sin_Ld: Tensor | None, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
     batch, length, width = x_BLD.shape
-    return x_BLD.new_empty((batch, length, heads, width // heads)), x_BLD.new_empty((batch, length), dtype=torch.float32)
+    return x_BLD.new_empty((batch, length, heads, width // heads)), x_BLD.new_empty(
+        (batch, length), dtype=torch.float32
+    )
 
 
 @torch.library.custom_op("lowmem_drf::rope_qk_backward", mutates_args=())
 def rope_qk_backward(
-    d_BLHd: Tensor, x_BLD: Tensor, weight_D: Tensor, rstd_BL: Tensor, cos_Ld: Tensor | None, sin_Ld: Tensor | None, want_x: bool, want_weight: bool
+    d_BLHd: Tensor,
+    x_BLD: Tensor,
+    weight_D: Tensor,
+    rstd_BL: Tensor,
+    cos_Ld: Tensor | None,
+    sin_Ld: Tensor | None,
+    want_x: bool,
+    want_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx and dweight; one that is not wanted is an empty tensor. Beside them L / 64 rows of H * d floats for the latter."""
+    """dx and dweight; one that is not wanted is an empty tensor. Beside them L / 64 rows of H * d floats for the
+    latter."""
     _check_launchable(d_BLHd)
     batch, length, width = x_BLD.shape
     d, x, weight = _rows(d_BLHd), _rows(x_BLD), weight_D.contiguous()
@@ -206,7 +256,14 @@ def rope_qk_backward(
 
 @rope_qk_backward.register_fake
 def _(
-    d_BLHd: Tensor, x_BLD: Tensor, weight_D: Tensor, rstd_BL: Tensor, cos_Ld: Tensor | None, sin_Ld: Tensor | None, want_x: bool, want_weight: bool
+    d_BLHd: Tensor,
+    x_BLD: Tensor,
+    weight_D: Tensor,
+    rstd_BL: Tensor,
+    cos_Ld: Tensor | None,
+    sin_Ld: Tensor | None,
+    want_x: bool,
+    want_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     return x_BLD.new_empty(x_BLD.shape if want_x else 0), weight_D.new_empty(weight_D.shape if want_weight else 0)
 
@@ -218,12 +275,20 @@ def _rows(tensor: Tensor) -> Tensor:
 
 def _size(heads: int, width: int) -> dict[str, int]:
     dim = width // heads
-    return {"HEADS": heads, "DIM": dim, "BLOCK_H": triton.next_power_of_2(heads), "BLOCK_DIM": triton.next_power_of_2(dim)}
+    return {
+        "HEADS": heads,
+        "DIM": dim,
+        "BLOCK_H": triton.next_power_of_2(heads),
+        "BLOCK_DIM": triton.next_power_of_2(dim),
+    }
 
 
 def _tokens(size: dict[str, int], sums: bool) -> int:
     """Of one block. A power of two, and no fewer than any tile takes at a time."""
-    return max(TOKENS_OF_A_SUM if sums else TOKENS, max(tile.sizes["BLOCK"] for tile in TILES) // (size["BLOCK_H"] * size["BLOCK_DIM"]))
+    return max(
+        TOKENS_OF_A_SUM if sums else TOKENS,
+        max(tile.sizes["BLOCK"] for tile in TILES) // (size["BLOCK_H"] * size["BLOCK_DIM"]),
+    )
 
 
 def _check_launchable(tensor: Tensor) -> None:
@@ -234,7 +299,9 @@ def _check_launchable(tensor: Tensor) -> None:
 
 class _NormRotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BLD: Tensor, weight_D: Tensor, cos_Ld: Tensor | None, sin_Ld: Tensor | None, heads: int, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, x_BLD: Tensor, weight_D: Tensor, cos_Ld: Tensor | None, sin_Ld: Tensor | None, heads: int, eps: float
+    ) -> Tensor:
         y, rstd = rope_qk_forward(x_BLD, weight_D, cos_Ld, sin_Ld, heads, eps)
         ctx.save_for_backward(x_BLD, weight_D, rstd, cos_Ld, sin_Ld)
         return y
@@ -244,21 +311,31 @@ class _NormRotate(torch.autograd.Function):
     def backward(ctx: Any, d_BLHd: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:2]
         made = rope_qk_backward(d_BLHd, *ctx.saved_tensors, *wanted)
-        return *(gradient if want else None for gradient, want in zip(made, wanted, strict=True)), None, None, None, None
+        return (
+            *(gradient if want else None for gradient, want in zip(made, wanted, strict=True)),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
-def rope_qk(q_BLD: Tensor, k_BLD: Tensor, weight_q_D: Tensor, weight_k_D: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float) -> tuple[Tensor, Tensor]:
+def rope_qk(
+    q_BLD: Tensor,
+    k_BLD: Tensor,
+    weight_q_D: Tensor,
+    weight_k_D: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     """RMSNorm over all heads' channels, then rotary embedding of pairs of neighbours, of queries and keys.
 
-    Args:
-        q_BLD: `(B, L, H * d)` in bf16, fp16 or fp32, d even; a slice of a longer sequence is not copied.
-        k_BLD: the same shape and dtype.
-        weight_q_D: `(H * d,)` in bf16, fp16 or fp32.
-        weight_k_D: the same.
-        cos: `(L, d)` or `(1, L, 1, d)` in fp32, as ``WanRotaryPosEmbed`` makes it; fp64 is rounded to fp32. May be a slice of a longer table.
-        sin: the same.
-        heads: H.
-        eps: added to the mean square.
+    Args: q_BLD: `(B, L, H * d)` in bf16, fp16 or fp32, d even; a slice of a longer sequence is not copied. k_BLD: the
+        same shape and dtype. weight_q_D: `(H * d,)` in bf16, fp16 or fp32. weight_k_D: the same. cos: `(L, d)` or `(1,
+        L, 1, d)` in fp32, as ``WanRotaryPosEmbed`` makes it; fp64 is rounded to fp32. May be a slice of a longer table.
+        sin: the same. heads: H. eps: added to the mean square.
 
     Returns:
         q and k, `(B, L, H, d)` in their dtype. Gradients for q, k and the weights; cos and sin get none.
@@ -275,13 +352,19 @@ def rope_qk(q_BLD: Tensor, k_BLD: Tensor, weight_q_D: Tensor, weight_k_D: Tensor
         if table.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"rope_qk: {name} is {table.dtype}; it must be float32 or float64")
         if table.shape not in ((length, width // heads), (1, length, 1, width // heads)):
-            raise ValueError(f"rope_qk: {name} has shape {tuple(table.shape)}; for q {tuple(q_BLD.shape)} it must be (L, d) or (1, L, 1, d)")
+            raise ValueError(
+                f"rope_qk: {name} has shape {tuple(table.shape)}; for q {tuple(q_BLD.shape)} it must be (L, d) or (1, L, 1, d)"
+            )
         if table.device != q_BLD.device:
             raise ValueError(f"rope_qk: {name} is on {table.device} and q on {q_BLD.device}; all must be on one device")
         if table.requires_grad:
-            raise ValueError(f"rope_qk: {name} wants a gradient, which is not computed; detach it or take rope_qk_naive")
+            raise ValueError(
+                f"rope_qk: {name} wants a gradient, which is not computed; detach it or take rope_qk_naive"
+            )
     tables = [table.view(length, -1).float() for table in (cos, sin)]
-    return _NormRotate.apply(q_BLD, weight_q_D, *tables, heads, eps), _NormRotate.apply(k_BLD, weight_k_D, *tables, heads, eps)
+    return _NormRotate.apply(q_BLD, weight_q_D, *tables, heads, eps), _NormRotate.apply(
+        k_BLD, weight_k_D, *tables, heads, eps
+    )
 
 
 def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -309,16 +392,20 @@ def _check(op: str, sequences: dict[str, Tensor], weights: dict[str, Tensor]) ->
         raise ValueError(f"{op}: {next(iter(sequences))} has shape {tuple(x.shape)}; it must be (B, L, D)")
     for name, tensor in (sequences | weights).items():
         if tensor.dtype not in DTYPES or (name in sequences and tensor.dtype != x.dtype):
-            raise TypeError(f"{op}: {name} is {tensor.dtype}; the kernel takes bfloat16, float16 and float32, one for all sequences. Else there is {op}_naive")
+            raise TypeError(
+                f"{op}: {name} is {tensor.dtype}; the kernel takes bfloat16, float16 and float32, one for all sequences. Else there is {op}_naive"
+            )
         if tensor.device != x.device or x.device.type == "meta":
-            raise ValueError(f"{op}: {name} is on {tensor.device}, others on {x.device}; all must be on one device that holds values")
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device}, others on {x.device}; all must be on one device that holds values"
+            )
         if tensor.shape != (wanted := x.shape if name in sequences else x.shape[2:]):
             raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; it must be {tuple(wanted)}")
 
 
 def variants(card: int) -> Iterator[Variant]:
-    """What may be launched on a card. Of Wan's heads the least and the most, of the norms without rotation the widest; the other dtypes where most is
-    asked of a card, all gradients at once. What lies between takes fewer registers."""
+    """What may be launched on a card. Of Wan's heads the least and the most, of the norms without rotation the widest;
+    the other dtypes where most is asked of a card, all gradients at once. What lies between takes fewer registers."""
     bf16 = (((12, 128), False), ((40, 128), False), ((40, 128), True), ((1, 5120), False), ((1, 5120), True))
     others = (((12, 128), True),)
     for tile in tiles_for(TILES, card):
@@ -327,10 +414,18 @@ def variants(card: int) -> Iterator[Variant]:
                 constants = {**_size(heads, heads * dim), "ROTATE": heads > 1}
                 if not want_weight:
                     yield _variant(rope_qk_forward_kernel.fn, tile, element, constants)
-                yield _variant(rope_qk_backward_kernel.fn, tile, element, constants | {"WANT_X": True, "WANT_WEIGHT": want_weight})
+                yield _variant(
+                    rope_qk_backward_kernel.fn, tile, element, constants | {"WANT_X": True, "WANT_WEIGHT": want_weight}
+                )
 
 
 def _variant(kernel: Any, tile: Tile, element: str, constants: dict[str, Any]) -> Variant:
     wide = ("p_cos", "p_sin", "p_rstd", "p_dweight", "eps")
-    kinds = {name: "fp32" if name in wide else element if name.startswith("p_") else "i32" for name in kernel.arg_names if not name.isupper()}
-    return Variant(kernel, tile, {name: f"*{kind}" if name.startswith("p_") else kind for name, kind in kinds.items()}, constants)
+    kinds = {
+        name: "fp32" if name in wide else element if name.startswith("p_") else "i32"
+        for name in kernel.arg_names
+        if not name.isupper()
+    }
+    return Variant(
+        kernel, tile, {name: f"*{kind}" if name.startswith("p_") else kind for name, kind in kinds.items()}, constants
+    )

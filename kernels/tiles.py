@@ -1,8 +1,9 @@
 """Which tiles a kernel runs with, on which card, and why: the vocabulary of the tables at the head of each kernel file.
 
-A table is a tuple of ``Tile``. On a card Triton's autotuner times those that name it and keeps the fastest for each key (``tuned``). Interpreted
-(``TRITON_INTERPRET=1``: on the CPU, for tests and for ToyWorld) the first one is taken: the autotuner needs a driver. Every kernel file lists what
-may be launched (``variants``), and ``tests/kernels/test_compile.py`` compiles all of it ahead of time for every card here.
+A table is a tuple of ``Tile``. On a card Triton's autotuner times those that name it and keeps the fastest for each key
+(``tuned``). Interpreted (``TRITON_INTERPRET=1``: on the CPU, for tests and for ToyWorld) the first one is taken: the
+autotuner needs a driver. Every kernel file lists what may be launched (``variants``), and
+``tests/kernels/test_compile.py`` compiles all of it ahead of time for every card here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ CARDS = (80, 86, 89, 90, 120)
 """Compute capabilities: A100; RTX 3090; RTX 4090; H100 and H200; RTX 5090."""
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
-"""Shared memory that one block may use (CUDA C++ Programming Guide, table of technical specifications by compute capability)."""
+"""Shared memory that one block may use (CUDA C++ Programming Guide, table of technical specifications by compute
+capability)."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ class Variant:
 
     @property
     def name(self) -> str:
-        details = "-".join(f"{key.lower()}{value}" for key, value in (*self.constants.items(), *self.tile.sizes.items()))
+        details = "-".join(
+            f"{key.lower()}{value}" for key, value in (*self.constants.items(), *self.tile.sizes.items())
+        )
         element = next((kind.lstrip("*") for kind in self.types.values() if kind.startswith("*")), "")
         return f"{self.kernel.__name__}-{element}-{details}-w{self.tile.warps}-s{self.tile.stages}"
 
@@ -69,7 +73,8 @@ def this_card() -> int:
 
 
 def tuned(tiles: Sequence[Tile], key: Sequence[str]) -> Callable[[Any], Any]:
-    """Decorates a ``triton.jit`` function: ``kernel[grid](…)`` is called without the tile's constants, and the tile is the fastest of this card's.
+    """Decorates a ``triton.jit`` function: ``kernel[grid](…)`` is called without the tile's constants, and the tile is
+    the fastest of this card's.
 
     Args:
         key: arguments of the kernel; where one of them changes, the tiles are timed again.

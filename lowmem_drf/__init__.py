@@ -1,7 +1,7 @@
 """lowmem-drf: Diffusion-DRF (arXiv 2601.04153) on consumer GPUs.
 
-The top-level folders ``kernels/``, ``presets/`` and the file ``cli.py`` are part of this package: a wheel holds them inside it
-(``pyproject.toml``, force-include); in a checkout the line below finds them beside it.
+The top-level folders ``kernels/``, ``presets/`` and the file ``cli.py`` are part of this package: a wheel holds them
+inside it (``pyproject.toml``, force-include); in a checkout the line below finds them beside it.
 """
 
 from pathlib import Path

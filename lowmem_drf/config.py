@@ -1,8 +1,9 @@
 """Preset TOML + overrides -> one frozen, typed tree (``schema.Config``).
 
-``load_config`` reads a preset (a name or a path), applies ``key=value`` overrides, checks everything and reports **all** problems at
-once, each with the place it came from and its key. The tree is complete: every field has a default, and a preset holds only what
-differs. Only ``run/`` and ``cli.py`` see the whole tree; everything below takes flat arguments.
+``load_config`` reads a preset (a name or a path), applies ``key=value`` overrides, checks everything and reports
+**all** problems at once, each with the place it came from and its key. The tree is complete: every field has a default,
+and a preset holds only what differs. Only ``run/`` and ``cli.py`` see the whole tree; everything below takes flat
+arguments.
 """
 
 from __future__ import annotations
@@ -58,10 +59,14 @@ def preset_path(preset: str) -> Path:
     if path.suffix == ".toml" or "/" in preset:
         if path.is_file():
             return path
-        raise BadInputError(f"preset file {preset} does not exist. See the presets of this package with: lowmem-drf presets list")
+        raise BadInputError(
+            f"preset file {preset} does not exist. See the presets of this package with: lowmem-drf presets list"
+        )
     near = difflib.get_close_matches(preset, presets(), n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
-    raise BadInputError(f"there is no preset {preset!r}.{hint} Presets: {', '.join(presets())}; or give a path to a TOML file.")
+    raise BadInputError(
+        f"there is no preset {preset!r}.{hint} Presets: {', '.join(presets())}; or give a path to a TOML file."
+    )
 
 
 def preset_summary(path: Path) -> str:
@@ -71,17 +76,25 @@ def preset_summary(path: Path) -> str:
 
 
 def preset_card(path: Path) -> str:
-    """What a preset's header comment says after ``GPU:``; it begins with the card's size (``24 GB``) where one is needed."""
+    """What a preset's header comment says after ``GPU:``; it begins with the card's size (``24 GB``) where one is
+    needed."""
     found = re.search(r"^# GPU: *(.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return found[1].strip() if found else "not stated"
 
 
 def default_preset(card_gb: float | None, card: str = "") -> str:
-    """``toy`` without a card (``None``), else the preset that asks for the most of the GB (10^9 bytes) there are; of equals one made for a card of
-    this name, then the shortest name (``rtx4090`` before ``rtx4090-fast``). ``toy`` asks for none, so there always is one."""
+    """``toy`` without a card (``None``), else the preset that asks for the most of the GB (10^9 bytes) there are; of
+    equals one made for a card of this name, then the shortest name (``rtx4090`` before ``rtx4090-fast``). ``toy`` asks
+    for none, so there always is one."""
     sizes = {name: _card_gb(path) for name, path in presets().items()}
-    fitting = {name: size for name, size in sizes.items() if card_gb is not None and size is not None and size <= card_gb}
-    return max(fitting, key=lambda name: (fitting[name] or 0.0, _is_for(name, card), -len(name))) if fitting else DEFAULT_PRESET
+    fitting = {
+        name: size for name, size in sizes.items() if card_gb is not None and size is not None and size <= card_gb
+    }
+    return (
+        max(fitting, key=lambda name: (fitting[name] or 0.0, _is_for(name, card), -len(name)))
+        if fitting
+        else DEFAULT_PRESET
+    )
 
 
 def _is_for(preset: str, card: str) -> bool:
@@ -97,7 +110,8 @@ def _card_gb(path: Path) -> float | None:
 
 
 def copy_preset(preset: str, target: Path | None = None) -> Path:
-    """Copies a preset to a new file (default: its name in the current folder). Raises BadInputError rather than overwrite."""
+    """Copies a preset to a new file (default: its name in the current folder). Raises BadInputError rather than
+    overwrite."""
     source = preset_path(preset)
     path = target or Path(source.name)
     if path.is_dir():
@@ -142,7 +156,9 @@ def _overridden(values: dict[str, tuple[Any, str]], overrides: Iterable[str]) ->
     for text in overrides:
         try:
             key, value = parse_override(text)
-            values |= {k: (v, f"-s {text}") for k, v in ([(key, value)] if key in known_keys() else _flat({key: value}))}
+            values |= {
+                k: (v, f"-s {text}") for k, v in ([(key, value)] if key in known_keys() else _flat({key: value}))
+            }
         except BadInputError as error:
             problems.append(str(error))
     return _validate(values, problems)
@@ -184,7 +200,9 @@ def _validate(values: Mapping[str, tuple[Any, str]], problems: list[str]) -> Con
 def _without(tree: Mapping[str, Any], keys: Iterable[str], prefix: str = "") -> dict[str, Any]:
     """The tree without the leaves of these keys."""
     return {
-        name: _without(value, keys, f"{prefix}{name}.") if isinstance(value, Mapping) else value for name, value in tree.items() if prefix + name not in keys
+        name: _without(value, keys, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+        for name, value in tree.items()
+        if prefix + name not in keys
     }
 
 
@@ -193,7 +211,10 @@ def _type_problems(error: ValidationError) -> dict[str, str]:
     messages: dict[str, list[str]] = {}
     for item in error.errors():
         where = [str(part) for part in item["loc"]]
-        key = next((".".join(where[:n]) for n in range(len(where), 0, -1) if ".".join(where[:n]) in known_keys()), ".".join(where))
+        key = next(
+            (".".join(where[:n]) for n in range(len(where), 0, -1) if ".".join(where[:n]) in known_keys()),
+            ".".join(where),
+        )
         said = item["msg"][0].lower() + item["msg"][1:]
         if item["type"] == "string_pattern_mismatch":
             said = _PATTERNS[key]
@@ -206,7 +227,10 @@ def _cross_problems(node: Node, sources: Mapping[str, str], wrong: Iterable[str]
     """What ``problems`` says of each section, those left out that hold a key already reported as wrong."""
     found: list[str] = []
     if not any(key.startswith(prefix) for key in wrong):
-        found = [f"{sources.get(prefix + field, 'default')}: {prefix}{field}: {message}" for field, message in node.problems()]
+        found = [
+            f"{sources.get(prefix + field, 'default')}: {prefix}{field}: {message}"
+            for field, message in node.problems()
+        ]
     for name in type(node).model_fields:
         if isinstance(child := getattr(node, name), Node):
             found += _cross_problems(child, sources, wrong, f"{prefix}{name}.")
@@ -220,7 +244,11 @@ def _did_you_mean(key: str) -> str:
     leaf = key.rpartition(".")[2]
     same_leaf = [known for known in keys if known.rpartition(".")[2] == leaf]
     near = same_leaf[:1] or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    near = near or [k for k in keys if k.rpartition(".")[2] in difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in keys], n=1)]
+    near = near or [
+        k
+        for k in keys
+        if k.rpartition(".")[2] in difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in keys], n=1)
+    ]
     return f" Did you mean {near[0]}?" if near else " See every key with: lowmem-drf train --dry-run"
 
 

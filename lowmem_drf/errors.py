@@ -14,7 +14,8 @@ class BadInputError(LowmemError):
 
 
 class NonFiniteError(LowmemError):
-    """A reward, a gradient or a weight is NaN or infinite. Raised before the optimizer step, so the weights are still good."""
+    """A reward, a gradient or a weight is NaN or infinite. Raised before the optimizer step, so the weights are still
+    good."""
 
 
 DEBUG = "--debug"
@@ -22,7 +23,8 @@ DEBUG = "--debug"
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """What to tell the user of ``error``, with the cure, and the exit code. What is shown begins with "Error: ", but for an interruption (code 130)."""
+    """What to tell the user of ``error``, with the cure, and the exit code. What is shown begins with "Error: ", but
+    for an interruption (code 130)."""
     if isinstance(error, KeyboardInterrupt):
         return str(error) or "Interrupted.", 130
     if isinstance(error, LowmemError):

@@ -1,8 +1,9 @@
 """The only door to the kernels: which form of each operation a run uses, chosen once at its start and printed.
 
-``RowOps``: what a transformer block does token by token, and the VAE's norm with SiLU. ``naive`` is the arithmetic of diffusers 0.42, operation by
-operation; ``fused`` are the Triton kernels. ``Attention``: as a differentiable call, and as a pair (forward, backward) for fused attention checkpointing,
-which calls the backward of an attention whose forward it never repeats. The back ends that are not ours are in ``models/wan/attention.py``.
+``RowOps``: what a transformer block does token by token, and the VAE's norm with SiLU. ``naive`` is the arithmetic of
+diffusers 0.42, operation by operation; ``fused`` are the Triton kernels. ``Attention``: as a differentiable call, and
+as a pair (forward, backward) for fused attention checkpointing, which calls the backward of an attention whose forward
+it never repeats. The back ends that are not ours are in ``models/wan/attention.py``.
 
 An explicit choice that cannot run is an error; only ``auto`` chooses.
 """
@@ -45,7 +46,8 @@ class RowOps:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     """(x, weight_D, eps): over all D channels."""
     rope_qk: Callable[..., tuple[Tensor, Tensor]]
-    """(q, k, weight_q, weight_k, cos, sin, heads, eps): RMSNorm over all channels, split in heads, rotated: two (B, L, H, d)."""
+    """(q, k, weight_q, weight_k, cos, sin, heads, eps): RMSNorm over all channels, split in heads, rotated: two (B, L,
+    H, d)."""
     norm_silu: Callable[[Tensor, Tensor], Tensor] | None
     """(x_BCTHW, gamma_C): SiLU of the VAE's RMSNorm over channels. ``None``: diffusers' own modules."""
     lean_linears: bool
@@ -94,8 +96,13 @@ def _rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x_BLD, x_BLD.shape[-1:], weight_D, eps)
 
 
-def _rope_qk(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float) -> tuple[Tensor, Tensor]:
-    rotated = [_rotate(_rms_norm(x, weight, eps).unflatten(2, (heads, -1)), cos, sin) for x, weight in ((q, weight_q), (k, weight_k))]
+def _rope_qk(
+    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    rotated = [
+        _rotate(_rms_norm(x, weight, eps).unflatten(2, (heads, -1)), cos, sin)
+        for x, weight in ((q, weight_q), (k, weight_k))
+    ]
     return rotated[0], rotated[1]
 
 
@@ -110,7 +117,8 @@ def _rotate(x_BLHd: Tensor, cos_1L1d: Tensor, sin_1L1d: Tensor) -> Tensor:
 
 
 Pair = tuple[Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]
-"""(q, k, v) -> (out, lse), and (d_out, q, k, v, out, lse) -> (dq, dk, dv); (B, L, H, d) all but lse, which is the backend's own business."""
+"""(q, k, v) -> (out, lse), and (d_out, q, k, v, out, lse) -> (dq, dk, dv); (B, L, H, d) all but lse, which is the
+backend's own business."""
 
 
 @dataclass(frozen=True)
@@ -156,14 +164,16 @@ def triton_attention() -> Attention:
 
 
 def ranged_attention() -> tuple[Callable[[Tensor, Tensor, Tensor, float, Tensor], Tensor], tuple[int, ...]]:
-    """The same kernel for the critic, which tells it what each query sees, and the sizes of heads that it knows. Imports Triton."""
+    """The same kernel for the critic, which tells it what each query sees, and the sizes of heads that it knows.
+    Imports Triton."""
     from lowmem_drf.kernels.attention import HEAD_DIMS, attention
 
     return attention, HEAD_DIMS
 
 
 def packed_ranges(prefix: int, lengths: Sequence[int], tokens: int) -> Tensor:
-    """(1, tokens, 3) for that kernel, on the CPU: questions of these lengths behind a prefix, each seeing the prefix and itself; padding sees nothing."""
+    """(1, tokens, 3) for that kernel, on the CPU: questions of these lengths behind a prefix, each seeing the prefix
+    and itself; padding sees nothing."""
     from lowmem_drf.kernels import attention
 
     return attention.packed_ranges(prefix, lengths, tokens, "cpu")
@@ -177,8 +187,8 @@ def window_ranges(bounds: Sequence[int]) -> Tensor:
 
 
 def sdpa_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """FlashAttention as PyTorch has it: of the card (16 bit), of the CPU (and of the plan, which has fake CPU tensors); in fp32 on a card the
-    memory-efficient one."""
+    """FlashAttention as PyTorch has it: of the card (16 bit), of the CPU (and of the plan, which has fake CPU tensors);
+    in fp32 on a card the memory-efficient one."""
     heads = [x.transpose(1, 2) for x in (q, k, v)]
     if q.device.type == "cpu":
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(*heads)
@@ -189,16 +199,22 @@ def sdpa_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return out.transpose(1, 2), lse
 
 
-def sdpa_backward(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sdpa_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     d, *heads, result = (x.transpose(1, 2) for x in (d_out, q, k, v, out))
     if q.device.type == "cpu":
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(d, *heads, result, lse, 0.0, False)
     elif q.dtype == torch.float32:
         no_seed = torch.zeros((), dtype=torch.int64, device=q.device)
-        grads = _aten._scaled_dot_product_efficient_attention_backward(d, *heads, None, result, lse, no_seed, no_seed, 0.0, [True, True, True, False])[:3]
+        grads = _aten._scaled_dot_product_efficient_attention_backward(
+            d, *heads, None, result, lse, no_seed, no_seed, 0.0, [True, True, True, False]
+        )[:3]
     else:
         no_seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        grads = _aten._scaled_dot_product_flash_attention_backward(d, *heads, result, lse, None, None, q.shape[1], k.shape[1], 0.0, False, no_seed, no_seed)
+        grads = _aten._scaled_dot_product_flash_attention_backward(
+            d, *heads, result, lse, None, None, q.shape[1], k.shape[1], 0.0, False, no_seed, no_seed
+        )
     dq, dk, dv = (x.transpose(1, 2) for x in grads)
     return dq, dk, dv
 

@@ -28,23 +28,35 @@ def load_prompts(path: str | Path) -> tuple[Prompt, ...]:
     """Every prompt of a file, in its order. Raises BadInputError with file and line."""
     path = Path(path).expanduser()
     if not path.is_file():
-        raise BadInputError(f"prompt file {path} does not exist. Write one prompt a line into it, or give another file with --prompts.")
+        raise BadInputError(
+            f"prompt file {path} does not exist. Write one prompt a line into it, or give another file with --prompts."
+        )
     try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # splitlines also breaks at characters that JSON strings may hold
+        # splitlines also breaks at characters that JSON strings may hold
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise BadInputError(f"{path}:{line}: not UTF-8 (byte {error.start}). Save the file as UTF-8.") from error
     except OSError as error:
         raise BadInputError(f"prompt file {path} cannot be read: {error.strerror}") from error
     is_json = path.suffix.lower() in (".jsonl", ".json")
-    rows = [(n, text.strip()) for n, text in enumerate(lines, 1) if text.strip() and (is_json or not text.lstrip().startswith("#"))]
+    rows = [
+        (n, text.strip())
+        for n, text in enumerate(lines, 1)
+        if text.strip() and (is_json or not text.lstrip().startswith("#"))
+    ]
     if not rows:
         raise BadInputError(f"prompt file {path} holds no prompt. Write one prompt a line into it.")
-    prompts = tuple(_from_json(f"{path}:{n}", n, text, path.parent) if is_json else Prompt(id=f"{n:04d}", text=text) for n, text in rows)
+    prompts = tuple(
+        _from_json(f"{path}:{n}", n, text, path.parent) if is_json else Prompt(id=f"{n:04d}", text=text)
+        for n, text in rows
+    )
     seen: dict[str, int] = {}
     for (n, _), prompt in zip(rows, prompts, strict=True):
         if prompt.id in seen:
-            raise BadInputError(f"{path}:{n}: id {prompt.id!r} is already used in line {seen[prompt.id]}. Give each prompt its own.")
+            raise BadInputError(
+                f"{path}:{n}: id {prompt.id!r} is already used in line {seen[prompt.id]}. Give each prompt its own."
+            )
         seen[prompt.id] = n
     return prompts
 
@@ -70,7 +82,9 @@ def _from_json(where: str, number: int, text: str, folder: Path) -> Prompt:
         raise BadInputError(f"{where}: unknown key {unknown[0]!r}. Keys: {', '.join(sorted(_PROMPT_KEYS))}")
     video = row.get("reference_video")
     if video is not None and not (isinstance(video, str) and (folder / video).is_file()):
-        raise BadInputError(f"{where}: reference_video {video!r} does not exist (paths are relative to the prompt file).")
+        raise BadInputError(
+            f"{where}: reference_video {video!r} does not exist (paths are relative to the prompt file)."
+        )
     questions = row.get("questions", [])
     if not isinstance(questions, list):
         raise BadInputError(f"{where}: questions is to be a list of objects.")
@@ -89,7 +103,11 @@ def parse_question(where: str, item: Any) -> Question:
     if unknown := sorted(set(item) - _QUESTION_KEYS):
         raise BadInputError(f"{where}: unknown key {unknown[0]!r}. Keys: {', '.join(sorted(_QUESTION_KEYS))}")
     kind = item.get("kind", "yesno")
-    for key, allowed in (("aspect", get_args(Aspect)), ("kind", get_args(Kind)), ("answer", ("yes", "no") if kind == "yesno" else ())):
+    for key, allowed in (
+        ("aspect", get_args(Aspect)),
+        ("kind", get_args(Kind)),
+        ("answer", ("yes", "no") if kind == "yesno" else ()),
+    ):
         value = item.get(key, "yesno" if key == "kind" else None)
         if allowed and value not in allowed:
             raise BadInputError(f"{where}: {key} {value!r} is to be one of {', '.join(allowed)}.")
@@ -111,7 +129,8 @@ class Cursor:
 
 
 class PromptStream:
-    """Endless passes over the prompts, each shuffled by (seed, epoch): a cursor alone brings the stream back to its place."""
+    """Endless passes over the prompts, each shuffled by (seed, epoch): a cursor alone brings the stream back to its
+    place."""
 
     def __init__(self, prompts: Sequence[Prompt], seed: int, cursor: Cursor | None = None) -> None:
         self._prompts = tuple(prompts)

@@ -27,14 +27,17 @@ def counted(console: Console, what: str, items: Sequence[Item]) -> Iterator[Item
 
 @contextmanager
 def work_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields the function to tell of work done: a bar with ETA on a terminal, elsewhere a plain line every ``PLAIN_WORK_EVERY_S``."""
+    """Yields the function to tell of work done: a bar with ETA on a terminal, elsewhere a plain line every
+    ``PLAIN_WORK_EVERY_S``."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     done, start = 0, time.monotonic()
     last_line = start
     # stdout may be a pipe while the bar is on stderr: what is printed meanwhile must not be taken to the terminal then
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty()) as bar:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty()
+    ) as bar:
         task = bar.add_task(what, total=total)
 
         def advance(count: int) -> None:
@@ -44,7 +47,11 @@ def work_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int]
             now = time.monotonic()
             if not console.is_terminal and done < total and now - last_line > PLAIN_WORK_EVERY_S:
                 last_line = now
-                console.print(f"{what} {done}/{total}  ETA {clock((now - start) / done * (total - done))}", highlight=False, markup=False)
+                console.print(
+                    f"{what} {done}/{total}  ETA {clock((now - start) / done * (total - done))}",
+                    highlight=False,
+                    markup=False,
+                )
 
         yield advance
 

@@ -40,7 +40,8 @@ class Question:
     name: str = ""
     """Short key for metrics (``color``, ``jump``). Empty: the aspect stands for it."""
     token_weights: tuple[float, ...] = ()
-    """``dense``: the weight of each token of the answer in its reward, as the critic's tokenizer cuts it. Empty: all alike."""
+    """``dense``: the weight of each token of the answer in its reward, as the critic's tokenizer cuts it. Empty: all
+    alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,8 @@ class Answer:
     logits_AV: Tensor
     """fp32 logits at the positions that predict the wanted answer's tokens. ``yesno``: A = 1."""
     target_A: Tensor
-    """int64 token ids of the wanted answer. For ``yesno``: of its first casing; all casings are in ``yes`` and ``no``."""
+    """int64 token ids of the wanted answer. For ``yesno``: of its first casing; all casings are in ``yes`` and
+    ``no``."""
     yes: tuple[int, ...] = ()
     no: tuple[int, ...] = ()
 
@@ -91,8 +93,8 @@ class Decoder(Protocol):
         ...
 
     def chunk(self, latents_BC1hw: Tensor, caches: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
-        """Latent frame + entering caches -> (frames (B, t, C, H, W) in [0, 1], caches handed on). Pure and differentiable in both;
-        the frames are bitwise those of ``decode``."""
+        """Latent frame + entering caches -> (frames (B, t, C, H, W) in [0, 1], caches handed on). Pure and
+        differentiable in both; the frames are bitwise those of ``decode``."""
         ...
 
     def advance(self, latents_BC1hw: Tensor, caches: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -100,7 +102,8 @@ class Decoder(Protocol):
         ...
 
     def store(self, caches: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Caches as ``chunk`` handed them on -> as they wait for ``chunk_backward``: anything that it and ``chunk`` take as entering caches."""
+        """Caches as ``chunk`` handed them on -> as they wait for ``chunk_backward``: anything that it and ``chunk``
+        take as entering caches."""
         ...
 
     def chunk_backward(
@@ -114,16 +117,13 @@ class Decoder(Protocol):
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """The pull-back of one chunk.
 
-        Args:
-            caches: that entered it, stored.
-            local: the frames of the chunk that have a gradient, as positions in it. May be empty.
-            d_made_BtCHW: their gradients, in this order.
-            d_handed: what the next chunk's ``chunk_backward`` returned as gradients at the caches, which may be overwritten. Empty: zero.
-            hands_back: whether gradients at ``caches`` are wanted.
+        Args: caches: that entered it, stored. local: the frames of the chunk that have a gradient, as positions in it.
+            May be empty. d_made_BtCHW: their gradients, in this order. d_handed: what the next chunk's
+            ``chunk_backward`` returned as gradients at the caches, which may be overwritten. Empty: zero. hands_back:
+            whether gradients at ``caches`` are wanted.
 
-        Returns:
-            The gradient at the latents (B, C, 1, h, w), and those at the caches in any form that ``chunk_backward`` takes as ``d_handed``
-            (empty if not wanted).
+        Returns: The gradient at the latents (B, C, 1, h, w), and those at the caches in any form that
+            ``chunk_backward`` takes as ``d_handed`` (empty if not wanted).
         """
         ...
 
@@ -143,7 +143,8 @@ class Recorder(Protocol):
         ...
 
     def replay(self, step: int, condition: Any) -> AbstractContextManager[None]:
-        """Around one graded pass of the velocity: it is taken from the record, if there is one, which is used up by its backward."""
+        """Around one graded pass of the velocity: it is taken from the record, if there is one, which is used up by its
+        backward."""
         ...
 
 
@@ -169,7 +170,8 @@ class Parts:
     lora: Sequence[Tensor]
     """The trainable tensors: their ``.grad`` is what a step adds to."""
     stage: Callable[[str], AbstractContextManager[Any]] = field(default=_no_stage)
-    """Entered around each stage (``rollout``, ``decode``, ``critic``, ``vae_backward``, ``denoise_backward``): residency, peak meter, clock."""
+    """Entered around each stage (``rollout``, ``decode``, ``critic``, ``vae_backward``, ``denoise_backward``):
+    residency, peak meter, clock."""
     recorder: Recorder = field(default_factory=_NoRecorder)
     """By default every graded step runs its own forward."""
 

@@ -1,4 +1,5 @@
-"""Clips as video files: any that PyAV decodes is read, MP4 (H.264, yuv420p: plays everywhere) is written; two clips side by side."""
+"""Clips as video files: any that PyAV decodes is read, MP4 (H.264, yuv420p: plays everywhere) is written; two clips
+side by side."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ LABEL_PIXELS = 18
 MAX_READ_PIXELS = 2**28
 """Frames x height x width that ``read_video`` returns at most: 3 GiB as floats; 32 frames of 3840x2160."""
 SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
-"""Containers whose key frames can be jumped to. Elsewhere (a GIF's frames build on one another) all is decoded from the start."""
+"""Containers whose key frames can be jumped to. Elsewhere (a GIF's frames build on one another) all is decoded from the
+start."""
 
 
 def watchable_upscale(height: int, width: int) -> int:
@@ -40,7 +42,8 @@ def watchable_upscale(height: int, width: int) -> int:
 def write_mp4(path: Path, frames_TCHW: Tensor, fps: float, upscale: int = 1) -> Path:
     """Writes frames (T, 3, H, W), float in [0, 1], and returns the path.
 
-    ``upscale`` repeats each pixel. Odd sizes are padded by their last row and column (yuv420p wants even ones). Written aside and renamed.
+    ``upscale`` repeats each pixel. Odd sizes are padded by their last row and column (yuv420p wants even ones). Written
+    aside and renamed.
     """
     import av
 
@@ -49,7 +52,9 @@ def write_mp4(path: Path, frames_TCHW: Tensor, fps: float, upscale: int = 1) -> 
     aside = path.with_name(f".{path.name}.part")
     try:
         with av.open(str(aside), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(CRF)})
+            stream = container.add_stream(
+                "libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(CRF)}
+            )
             stream.height, stream.width = pixels_THWC.shape[1:3]
             stream.pix_fmt = "yuv420p"
             for pixels_HWC in pixels_THWC:
@@ -62,18 +67,17 @@ def write_mp4(path: Path, frames_TCHW: Tensor, fps: float, upscale: int = 1) -> 
 
 
 def read_video(path: Path, frames: int | None = None, fps: float | None = None) -> tuple[Tensor, float]:
-    """Frames (T, 3, H, W), float in [0, 1], on the host, upright (a phone's rotation is applied), and how many a second they are.
+    """Frames (T, 3, H, W), float in [0, 1], on the host, upright (a phone's rotation is applied), and how many a second
+    they are.
 
     Decodes what it returns and what that builds on, and holds no more than it returns.
 
-    Args:
-        frames: this many, evenly spaced in time from the first frame to the last; all, if there are fewer.
-        fps: so many a second, over the whole video (``frames_at_rate``). With both: the first ``frames`` at that rate; fewer, if the video
-            ends before. A video's own rate is never exceeded. With neither: every frame.
+    Args: frames: this many, evenly spaced in time from the first frame to the last; all, if there are fewer. fps: so
+        many a second, over the whole video (``frames_at_rate``). With both: the first ``frames`` at that rate; fewer,
+        if the video ends before. A video's own rate is never exceeded. With neither: every frame.
 
-    Raises:
-        BadInputError: there is no such file, it cannot be decoded, it holds no video or no frame, it is cut off, or it is more than
-            ``MAX_READ_PIXELS``.
+    Raises: BadInputError: there is no such file, it cannot be decoded, it holds no video or no frame, it is cut off, or
+        it is more than ``MAX_READ_PIXELS``.
     """
     with _opened(path) as (container, stream):
         timeline = _timeline(container, stream, path)
@@ -84,7 +88,9 @@ def read_video(path: Path, frames: int | None = None, fps: float | None = None) 
     if not pixels_THWC:
         raise BadInputError(f"{path}: none of its frames can be decoded. {_cure(path)}")
     if len({pixels.shape for pixels in pixels_THWC}) > 1:
-        raise BadInputError(f"{path}: its frames change their size. Give them one: {_convert(path, '-vf scale=832:480 ')}")
+        raise BadInputError(
+            f"{path}: its frames change their size. Give them one: {_convert(path, '-vf scale=832:480 ')}"
+        )
     return torch.from_numpy(np.stack(pixels_THWC)).permute(0, 3, 1, 2).float() / 255, rate
 
 
@@ -118,19 +124,27 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         raise BadInputError(f"{path} is not a file. Give a video: MP4, MOV, WebM, MKV or GIF.")
     try:
         with av.open(f"file:{path}") as container:
-            streams = [stream for stream in container.streams.video if not stream.disposition & stream.disposition.attached_pic]
+            streams = [
+                stream for stream in container.streams.video if not stream.disposition & stream.disposition.attached_pic
+            ]
             if not streams:
                 raise BadInputError(
-                    f"{path} holds no video" + (", only sound." if container.streams.audio else ".") + " Give a video: MP4, MOV, WebM, MKV or GIF."
+                    f"{path} holds no video"
+                    + (", only sound." if container.streams.audio else ".")
+                    + " Give a video: MP4, MOV, WebM, MKV or GIF."
                 )
             if streams[0].codec_context is None:
                 raise BadInputError(f"{path}: PyAV has no decoder for its video. Convert it: {_convert(path)}")
             streams[0].thread_type = "AUTO"
             yield container, streams[0]
     except PermissionError as error:
-        raise BadInputError(f"{path} may not be read. Change its permissions: chmod +r {shlex.quote(str(path))}") from error
+        raise BadInputError(
+            f"{path} may not be read. Change its permissions: chmod +r {shlex.quote(str(path))}"
+        ) from error
     except av.error.FFmpegError as error:
-        raise BadInputError(f"{path} cannot be read as a video ({error.strerror}): it is none, or it is cut off or damaged. {_cure(path)}") from error
+        raise BadInputError(
+            f"{path} cannot be read as a video ({error.strerror}): it is none, or it is cut off or damaged. {_cure(path)}"
+        ) from error
 
 
 def _timeline(container: Any, stream: Any, path: Path) -> _Timeline:
@@ -139,11 +153,17 @@ def _timeline(container: Any, stream: Any, path: Path) -> _Timeline:
     if not packets:
         raise BadInputError(f"{path} holds no frames. {_cure(path)}")
     if len(packets) < stream.frames or any(packet.is_corrupt for packet in packets):
-        raise BadInputError(f"{path} is cut off or damaged: it announces {stream.frames} frames and holds {len(packets)} or fewer. {_cure(path)}")
+        raise BadInputError(
+            f"{path} is cut off or damaged: it announces {stream.frames} frames and holds {len(packets)} or fewer. {_cure(path)}"
+        )
     timed = all(packet.pts is not None for packet in packets)
     unit = stream.time_base if timed else 1 / (stream.average_rate or Fraction(1))
     ticks = sorted(packet.pts for packet in packets) if timed else list(range(len(packets)))
-    keys = sorted(packet.pts for packet in packets if packet.is_keyframe) if timed and container.format.name in SEEKABLE else []
+    keys = (
+        sorted(packet.pts for packet in packets if packet.is_keyframe)
+        if timed and container.format.name in SEEKABLE
+        else []
+    )
     span = (ticks[-1] - ticks[0]) * unit
     rate = (len(ticks) - 1) / span if span else stream.average_rate or Fraction(1)
     return _Timeline(ticks, unit, keys, float(rate))
@@ -159,7 +179,9 @@ def _places(timeline: _Timeline, frames: int | None, fps: float | None) -> tuple
         return [_nearest(timeline.ticks, first + i * step) for i in range(count)], rate
     keep = frames_at_rate(n, timeline.fps, fps) if fps is not None else n if frames is None else min(frames, n)
     even = (first + i * (last - first) / max(n - 1, 1) for i in kept_frames(n, keep))
-    return [_nearest(timeline.ticks, tick) for tick in even] if keep < n else list(range(n)), kept_fps(n, timeline.fps, keep)
+    return [_nearest(timeline.ticks, tick) for tick in even] if keep < n else list(range(n)), kept_fps(
+        n, timeline.fps, keep
+    )
 
 
 def _nearest(ticks: Sequence[int], tick: float) -> int:
@@ -177,8 +199,8 @@ def _check_size(path: Path, count: int, width: int, height: int) -> None:
 
 
 def _decode(container: Any, stream: Any, timeline: _Timeline, places: Sequence[int]) -> list[np.ndarray]:
-    """The frames at ``places``, uint8 (H, W, 3). Jumps ahead where a key frame lies between two of them. Behind the last frame that can be
-    decoded that frame stands again: some packets show nothing."""
+    """The frames at ``places``, uint8 (H, W, 3). Jumps ahead where a key frame lies between two of them. Behind the
+    last frame that can be decoded that frame stands again: some packets show nothing."""
     wanted: list[np.ndarray] = []
     at, shown, frames = -1, None, container.decode(stream)
     for place in places:
@@ -200,7 +222,8 @@ def _upright(frame: Any) -> np.ndarray:
 
 
 def side_by_side(clips_TCHW: Sequence[Tensor], labels: Sequence[str], upscale: int = 1) -> Tensor:
-    """Clips of one size next to each other, each under its label: (T, 3, H * upscale + 18, sum of widths), float in [0, 1]."""
+    """Clips of one size next to each other, each under its label: (T, 3, H * upscale + 18, sum of widths), float in [0,
+    1]."""
     columns = []
     for clip_TCHW, label in zip(clips_TCHW, labels, strict=True):
         big = clip_TCHW.float().cpu().repeat_interleave(upscale, -1).repeat_interleave(upscale, -2)

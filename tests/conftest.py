@@ -1,4 +1,5 @@
-"""Fixtures that several test files share: model folders of tiny random models, a preset on them, a run trained on it."""
+"""Fixtures that several test files share: model folders of tiny random models, a preset on them, a run trained on
+it."""
 
 import os
 import sys
@@ -10,7 +11,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, by whomever
 
-sys.path[:0] = [str(Path(__file__).resolve().parent / "support"), str(Path(__file__).resolve().parents[1])]  # helpers of the tests; bench
+# helpers of the tests; bench
+sys.path[:0] = [str(Path(__file__).resolve().parent / "support"), str(Path(__file__).resolve().parents[1])]
 
 TINY_PRESET = """\
 # Tiny random models: nothing is learned, everything runs. Four updates: the last one has scales of the normalisation.

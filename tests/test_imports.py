@@ -1,5 +1,5 @@
-"""The law of imports (docs/architecture.md): a module imports from its own room and from rooms of lower layers; no circles, no
-over-full room; heavy libraries are imported where they are used."""
+"""The law of imports (docs/architecture.md): a module imports from its own room and from rooms of lower layers; no
+circles, no over-full room; heavy libraries are imported where they are used."""
 
 import ast
 import subprocess
@@ -44,7 +44,19 @@ FULL = 14
 LIGHT = {"__init__", "errors", "files", "schema", "config", "prompts", "cli"}
 """Rooms that import no third-party package but pydantic and typer when they are imported."""
 LAZY = {
-    *("diffusers", "transformers", "peft", "bitsandbytes", "deepspeed", "xformers", "triton", "tensorboard", "av", "PIL", "safetensors"),
+    *(
+        "diffusers",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "deepspeed",
+        "xformers",
+        "triton",
+        "tensorboard",
+        "av",
+        "PIL",
+        "safetensors",
+    ),
     *("huggingface_hub", "tomli_w"),
 }
 """Packages that are imported inside functions only."""
@@ -54,9 +66,9 @@ def modules() -> dict[str, Path]:
     """Dotted name -> file of every module of the package, kernels left out: they have a law of their own."""
     package = ROOT / "lowmem_drf"
     found = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(package.rglob("*.py"))}
-    return {name.removesuffix(".__init__") if name != "lowmem_drf.__init__" else name: path for name, path in found.items()} | {
-        "lowmem_drf.cli": ROOT / "cli.py"
-    }
+    return {
+        name.removesuffix(".__init__") if name != "lowmem_drf.__init__" else name: path for name, path in found.items()
+    } | {"lowmem_drf.cli": ROOT / "cli.py"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> list[str]:
@@ -95,7 +107,10 @@ def graph() -> dict[str, set[str]]:
             name = name.rpartition(".")[0]
         return name if name in known else None
 
-    return {name: {other for imported in imports(path) if (other := module_of(imported)) and other != name} for name, path in known.items()}
+    return {
+        name: {other for imported in imports(path) if (other := module_of(imported)) and other != name}
+        for name, path in known.items()
+    }
 
 
 def is_program(path: Path) -> bool:
@@ -170,11 +185,17 @@ def test_heavy_libraries_are_imported_where_they_are_used():
         if not is_program(path):
             assert not top & LAZY, module
         if room_of(module) in LIGHT:
-            assert not {name for name in top if name not in sys.stdlib_module_names} - {"pydantic", "typer", "lowmem_drf"}, module
+            assert not {name for name in top if name not in sys.stdlib_module_names} - {
+                "pydantic",
+                "typer",
+                "lowmem_drf",
+            }, module
 
 
 def test_commands_are_imported_by_the_command_line_alone():
-    users = {room_of(module) for module, others in graph().items() if any(room_of(other) == "commands" for other in others)}
+    users = {
+        room_of(module) for module, others in graph().items() if any(room_of(other) == "commands" for other in others)
+    }
     assert users <= {"cli", "commands"}
     assert not [
         module
@@ -186,12 +207,20 @@ def test_commands_are_imported_by_the_command_line_alone():
 def test_kernels_know_nothing_of_the_package_and_shadow_no_one():
     assert not (ROOT / "kernels" / "__init__.py").exists()
     for path in (ROOT / "kernels").rglob("*.py"):
-        others = [name for name in imports(path) if name.startswith("lowmem_drf") and not name.startswith("lowmem_drf.kernels.")]
+        others = [
+            name
+            for name in imports(path)
+            if name.startswith("lowmem_drf") and not name.startswith("lowmem_drf.kernels.")
+        ]
         assert not others, path
 
 
 def test_ops_is_the_only_door_to_kernels():
-    users = {room_of(module) for module, path in modules().items() if any(name.startswith("lowmem_drf.kernels") for name in imports(path))}
+    users = {
+        room_of(module)
+        for module, path in modules().items()
+        if any(name.startswith("lowmem_drf.kernels") for name in imports(path))
+    }
     assert users == {"ops"}
 
 
@@ -208,10 +237,14 @@ def test_the_reader_sees_every_form_of_import(tmp_path):
 
 def test_light_modules_load_no_torch_and_optional_libraries_are_not_needed():
     light = ("lowmem_drf.cli", "lowmem_drf.config", "lowmem_drf.prompts", "lowmem_drf.errors", "lowmem_drf.types")
-    programs = [f"import sys, {', '.join(light)}; print(sorted({{'torch', 'diffusers', 'transformers', 'numpy'}} & set(sys.modules)))"]
+    programs = [
+        f"import sys, {', '.join(light)}; print(sorted({{'torch', 'diffusers', 'transformers', 'numpy'}} & set(sys.modules)))"
+    ]
     blocked = "for name in ('triton', 'bitsandbytes', 'deepspeed', 'xformers', 'kernels', 'torchvision'): sys.modules[name] = None"
     rooms = ("commands.train", "training.loop", "scoring.evaluate", "export.export", "commands.sample")
-    programs.append(f"import sys\n{blocked}\n" + "\n".join(f"import lowmem_drf.{room}" for room in rooms) + "\nprint([])")
+    programs.append(
+        f"import sys\n{blocked}\n" + "\n".join(f"import lowmem_drf.{room}" for room in rooms) + "\nprint([])"
+    )
     for program in programs:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
         assert done.stdout.strip() == "[]", done.stderr

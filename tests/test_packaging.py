@@ -35,7 +35,13 @@ def installed(wheel, tmp_path_factory):
 
 
 def run(installed, folder, *command):
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=folder, env={**os.environ, "PYTHONPATH": str(installed)})
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -47,17 +53,29 @@ def test_the_wheel_holds_the_package_and_what_stands_beside_it(wheel):
         packed = {name: archive.read(name) for name in names}
     for source, inside in BESIDE.items():
         assert packed[f"lowmem_drf/{inside}"] == (ROOT / source).read_bytes()
-    package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lowmem_drf").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    package = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "lowmem_drf").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
     assert len(package) > 50
     assert package <= set(names)
     assert {name.split("/")[0] for name in names} == {"lowmem_drf", f"lowmem_drf-{__version__}.dist-info"}
     assert "lowmem_drf/kernels/__init__.py" not in names
     assert not [name for name in names if "__pycache__" in name]
-    assert packed[f"lowmem_drf-{__version__}.dist-info/entry_points.txt"].decode().split("\n")[1] == "lowmem-drf = lowmem_drf.cli:main"
+    assert (
+        packed[f"lowmem_drf-{__version__}.dist-info/entry_points.txt"].decode().split("\n")[1]
+        == "lowmem-drf = lowmem_drf.cli:main"
+    )
 
 
 def test_an_installed_package_works_away_from_the_checkout(installed, tmp_path):
-    where = run(installed, tmp_path, "-c", "import lowmem_drf, lowmem_drf.cli; print(list(lowmem_drf.__path__), lowmem_drf.cli.__file__, sep='\\n')")
+    where = run(
+        installed,
+        tmp_path,
+        "-c",
+        "import lowmem_drf, lowmem_drf.cli; print(list(lowmem_drf.__path__), lowmem_drf.cli.__file__, sep='\\n')",
+    )
     assert where.splitlines() == [str([str(installed / "lowmem_drf")]), str(installed / "lowmem_drf" / "cli.py")]
     assert run(installed, tmp_path, "-m", "lowmem_drf.cli", "--version") == f"lowmem-drf {__version__}\n"
     script = "import sys; from lowmem_drf.cli import main; sys.exit(main())"  # the console script's own lines

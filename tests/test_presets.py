@@ -5,7 +5,15 @@ import tomllib
 import pytest
 from _root import ROOT
 
-from lowmem_drf.config import DEFAULT_PRESET, copy_preset, default_preset, load_config, preset_card, preset_summary, presets
+from lowmem_drf.config import (
+    DEFAULT_PRESET,
+    copy_preset,
+    default_preset,
+    load_config,
+    preset_card,
+    preset_summary,
+    presets,
+)
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.schema import Config
 
@@ -38,7 +46,12 @@ def test_a_preset_is_short_and_its_header_says_what_and_how(name):
 
 def test_the_default_is_the_largest_preset_that_fits_the_card(tmp_path, monkeypatch):
     files = {}
-    for name, card in {"toy": "none needed", "rtx3060": "12 GB", "rtx4090": "24 GB (Ada)", "rtx4090-long": "24 GB"}.items():
+    for name, card in {
+        "toy": "none needed",
+        "rtx3060": "12 GB",
+        "rtx4090": "24 GB (Ada)",
+        "rtx4090-long": "24 GB",
+    }.items():
         files[name] = tmp_path / f"{name}.toml"
         files[name].write_text(f"# what\n#\n# GPU: {card}\n")
     assert preset_card(files["rtx4090"]) == "24 GB (Ada)"

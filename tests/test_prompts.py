@@ -23,7 +23,10 @@ def test_txt_skips_blank_lines_and_comments(tmp_path):
 def test_only_a_newline_ends_a_line(tmp_path):
     odd = "one\u2028two\x85three"
     rows = json.dumps({"prompt": odd}, ensure_ascii=False) + "\r\n" + '{"prompt": "a dog"}\r\n'
-    assert [(p.id, p.text) for p in load_prompts(write(tmp_path, rows, "p.jsonl"))] == [("0001", odd), ("0002", "a dog")]
+    assert [(p.id, p.text) for p in load_prompts(write(tmp_path, rows, "p.jsonl"))] == [
+        ("0001", odd),
+        ("0002", "a dog"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
@@ -57,11 +60,31 @@ def test_jsonl_takes_ids_questions_and_a_reference(tmp_path):
         ('{"prompt": " "}', "p.jsonl", r'p\.jsonl:1: there is no "prompt"'),
         ('{"prompt": "a", "seed": 1}', "p.jsonl", r"p\.jsonl:1: unknown key 'seed'"),
         ('{"prompt": "a", "reference_video": "no.mp4"}', "p.jsonl", "does not exist"),
-        ('{"prompt": "a", "questions": [{"aspect": "XX", "text": "b", "answer": "yes"}]}', "p.jsonl", "question 1: aspect 'XX'"),
-        ('{"prompt": "a", "questions": [{"aspect": "TA", "text": "b", "answer": "maybe"}]}', "p.jsonl", "answer 'maybe'"),
-        ('{"prompt": "a", "questions": [{"aspect": "TA", "text": "b", "answer": "yes", "weight": -1}]}', "p.jsonl", "weight -1"),
-        ('{"prompt": "a", "questions": [{"aspect": "TA", "text": "b", "answer": "yes", "weight": Infinity}]}', "p.jsonl", "weight inf"),
-        ('{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}', "p.jsonl", r"p\.jsonl:2: id 'x' is already used in line 1"),
+        (
+            '{"prompt": "a", "questions": [{"aspect": "XX", "text": "b", "answer": "yes"}]}',
+            "p.jsonl",
+            "question 1: aspect 'XX'",
+        ),
+        (
+            '{"prompt": "a", "questions": [{"aspect": "TA", "text": "b", "answer": "maybe"}]}',
+            "p.jsonl",
+            "answer 'maybe'",
+        ),
+        (
+            '{"prompt": "a", "questions": [{"aspect": "TA", "text": "b", "answer": "yes", "weight": -1}]}',
+            "p.jsonl",
+            "weight -1",
+        ),
+        (
+            '{"prompt": "a", "questions": [{"aspect": "TA", "text": "b", "answer": "yes", "weight": Infinity}]}',
+            "p.jsonl",
+            "weight inf",
+        ),
+        (
+            '{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}',
+            "p.jsonl",
+            r"p\.jsonl:2: id 'x' is already used in line 1",
+        ),
     ],
 )
 def test_bad_files_are_refused_with_file_and_line(tmp_path, content, name, said):
@@ -91,7 +114,9 @@ def test_a_cursor_alone_brings_the_stream_back(taken):
     whole = PromptStream(prompts, seed=0).take(30)
     stream = PromptStream(prompts, seed=0)
     stream.take(taken)
-    assert PromptStream(prompts, 0, Cursor(stream.cursor.epoch, stream.cursor.index)).take(5) == whole[taken : taken + 5]
+    assert (
+        PromptStream(prompts, 0, Cursor(stream.cursor.epoch, stream.cursor.index)).take(5) == whole[taken : taken + 5]
+    )
 
 
 def test_more_prompts_than_there_are_in_one_take():

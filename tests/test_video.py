@@ -1,4 +1,5 @@
-"""Any video is read: the right frames at the right rate, upright, without decoding the rest; what is no video is refused with a cure."""
+"""Any video is read: the right frames at the right rate, upright, without decoding the rest; what is no video is
+refused with a cure."""
 
 import struct
 from fractions import Fraction
@@ -26,7 +27,8 @@ def numbers(clip_TCHW):
 
 
 def write(path, codec="libx264", pixels="yuv420p", rate=25, ticks=None, clip=None, **options):
-    """A video by PyAV itself. ``ticks``: when each frame is shown, in 1/1000 s; even at ``rate`` where there are none."""
+    """A video by PyAV itself. ``ticks``: when each frame is shown, in 1/1000 s; even at ``rate`` where there are
+    none."""
     clip = numbered() if clip is None else clip
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options={key: str(value) for key, value in options.items()})
@@ -122,7 +124,9 @@ def test_a_long_video_is_not_decoded_as_a_whole(tmp_path):
     assert counted.frames <= 1 + 3 * 10
 
 
-@pytest.mark.parametrize(("turns", "matrix"), [(-1, (0, 1, -1, 0)), (2, (-1, 0, 0, -1)), (1, (0, -1, 1, 0)), (0, (1, 0, 0, 1))], ids=str)
+@pytest.mark.parametrize(
+    ("turns", "matrix"), [(-1, (0, 1, -1, 0)), (2, (-1, 0, 0, -1)), (1, (0, -1, 1, 0)), (0, (1, 0, 0, 1))], ids=str
+)
 def test_a_phones_rotation_is_applied(tmp_path, turns, matrix):
     """The track header's matrix (a, b, c, d) sends (x, y) to (a x + c y, b x + d y); y points down."""
     clip = numbered(3).clone()

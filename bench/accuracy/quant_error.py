@@ -2,15 +2,16 @@
 
     python -m bench.accuracy.quant_error --json bench/results/quant_error.json
 
-Against the same model in fp32, for the same inputs and the same gradient at its output. bf16 throughout stands beside it, to tell what rounding alone
-does. The LoRA is of rank 8, its product a twentieth of each weight.
+Against the same model in fp32, for the same inputs and the same gradient at its output. bf16 throughout stands beside
+it, to tell what rounding alone does. The LoRA is of rank 8, its product a twentieth of each weight.
 
-ToyWorld's generator, trained: at the latents that its own sampler visits, for 16 held-out prompts. One block of Wan2.1-1.3B and of 14B at its true size,
-128 tokens: what it adds to its input. Its weights are random and Gaussian, which is what NF4's values were made for: its figures say how much of the
-error comes from the format at that width, and no more.
+ToyWorld's generator, trained: at the latents that its own sampler visits, for 16 held-out prompts. One block of
+Wan2.1-1.3B and of 14B at its true size, 128 tokens: what it adds to its input. Its weights are random and Gaussian,
+which is what NF4's values were made for: its figures say how much of the error comes from the format at that width, and
+no more.
 
-``error`` is the norm of the difference over the norm of what is wanted, ``cosine`` the one between the two, means over noise levels and clips
-(``worst``: the smallest cosine). Of the gradients all modules make one vector.
+``error`` is the norm of the difference over the norm of what is wanted, ``cosine`` the one between the two, means over
+noise levels and clips (``worst``: the smallest cosine). Of the gradients all modules make one vector.
 """
 
 from __future__ import annotations
@@ -112,7 +113,11 @@ def compare(got: Results, wanted: Results) -> dict[str, dict[str, float]]:
 
 def parts(output: Tensor, x: Tensor, cotangent: Tensor, lora: Sequence[Tensor]) -> dict[str, Tensor]:
     d_x, *gradients = torch.autograd.grad(output, [x, *lora], cotangent)
-    return {"output": output.detach().float().flatten(), "input": d_x.float().flatten(), "lora": torch.cat([g.flatten() for g in gradients])}
+    return {
+        "output": output.detach().float().flatten(),
+        "input": d_x.float().flatten(),
+        "lora": torch.cat([g.flatten() for g in gradients]),
+    }
 
 
 def toy(clips: int) -> tuple[Any, Callable[[Any], Results]]:
@@ -140,7 +145,8 @@ def toy(clips: int) -> tuple[Any, Callable[[Any], Results]]:
 
 
 def block(config: dict[str, Any]) -> tuple[Any, Callable[[Any], Results]]:
-    """A transformer of this configuration with one block, and what is done with that block: its output less its input, as that passes by unchanged."""
+    """A transformer of this configuration with one block, and what is done with that block: its output less its input,
+    as that passes by unchanged."""
     reference = random_transformer(config, layers=1)
     width = config["num_attention_heads"] * config["attention_head_dim"]
     noise = torch.Generator().manual_seed(0)
@@ -164,22 +170,34 @@ def table(title: str, rows: dict[str, dict[str, dict[str, float]]]) -> Table:
         made.add_column(column, justify="right")
     for name, row in rows.items():
         for part, figures in row.items():
-            made.add_row(name if part == PARTS[0] else "", part, *(f"{figures[column]:.5f}" for column in columns), end_section=part == PARTS[-1])
+            made.add_row(
+                name if part == PARTS[0] else "",
+                part,
+                *(f"{figures[column]:.5f}" for column in columns),
+                end_section=part == PARTS[-1],
+            )
     return made
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the tables; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.accuracy.quant_error", description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.accuracy.quant_error", description=__doc__.partition("\n")[0] if __doc__ else None
+    )
     parser.add_argument("--clips", type=int, default=16, help="of ToyWorld")
-    parser.add_argument("--blocks", nargs="*", default=list(BLOCKS), choices=list(BLOCKS), help="at true size; none: --blocks")
+    parser.add_argument(
+        "--blocks", nargs="*", default=list(BLOCKS), choices=list(BLOCKS), help="at true size; none: --blocks"
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     options = parser.parse_args(arguments)
     console = Console(soft_wrap=True)
     try:
         require_library("nf4", "model.quant")
         made = {"ToyWorld": held_against(*toy(options.clips))}
-        made |= {f"a block of {name}": held_against(*block(KNOWN_GENERATORS[BLOCKS[name]].config.transformer)) for name in options.blocks}
+        made |= {
+            f"a block of {name}": held_against(*block(KNOWN_GENERATORS[BLOCKS[name]].config.transformer))
+            for name in options.blocks
+        }
     except LowmemError as error:
         print(f"Error: {error}", file=sys.stderr)
         return error.exit_code
@@ -187,7 +205,12 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(table(title, rows))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"clips": options.clips, "device": "CPU", "versions": versions("torch", "diffusers", "bitsandbytes"), "models": made}
+        result = {
+            "clips": options.clips,
+            "device": "CPU",
+            "versions": versions("torch", "diffusers", "bitsandbytes"),
+            "models": made,
+        }
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
 

@@ -2,9 +2,10 @@
 
     python -m bench.accuracy.rollout_int8 --json bench/results/rollout_int8.json
 
-ToyWorld's base generator, held-out prompts, the same noise: clips with exact attention among the tokens, with the kernel's 8-bit scheme
-(``kernels/attention_int8.py``, its form in plain PyTorch), and with exact attention from other noise, as the yardstick. The oracle judges all of them.
-48 tokens a clip share one scale for q and one for k; a real clip has a scale for every 128 queries and 64 keys.
+ToyWorld's base generator, held-out prompts, the same noise: clips with exact attention among the tokens, with the
+kernel's 8-bit scheme (``kernels/attention_int8.py``, its form in plain PyTorch), and with exact attention from other
+noise, as the yardstick. The oracle judges all of them. 48 tokens a clip share one scale for q and one for k; a real
+clip has a scale for every 128 queries and 64 keys.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ OTHER_NOISE = 100_000
 
 
 @torch.no_grad()
-def clips(prompts: list[str], attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None, first_seed: int = 0) -> Tensor:
+def clips(
+    prompts: list[str], attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None, first_seed: int = 0
+) -> Tensor:
     """(B, T, 3, H, W) in [0, 1]."""
     folder = resolve(TOYWORLD, "generator")
     text, decoder, transformer = load_text(folder), WanDecoder(load_vae(folder)), load_denoiser(folder)
@@ -44,7 +47,13 @@ def clips(prompts: list[str], attention: Callable[[Tensor, Tensor, Tensor], Tens
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
         noise = draw_noise((16, 3, 8, 8), [first_seed + start + i for i in range(len(part))])
-        made.append(decoder.decode(rollout(as_velocity(transformer), flow_sigmas(STEPS, SHIFT), noise, text.encode(part, TEXT_TOKENS), None)[0]))
+        made.append(
+            decoder.decode(
+                rollout(
+                    as_velocity(transformer), flow_sigmas(STEPS, SHIFT), noise, text.encode(part, TEXT_TOKENS), None
+                )[0]
+            )
+        )
     return torch.cat(made)
 
 
@@ -62,13 +71,20 @@ def main() -> None:
         ("other noise", clips(prompts, None, OTHER_NOISE)),
     ):
         seen = measure(made)
-        hits = {**seen.matches([combo for prompt in prompts if (combo := parse(prompt))]), "physics": seen.physics, "quality": seen.quality}
+        hits = {
+            **seen.matches([combo for prompt in prompts if (combo := parse(prompt))]),
+            "physics": seen.physics,
+            "quality": seen.quality,
+        }
         rates = {key: value.float().mean().item() for key, value in hits.items()}
         rows[name] = {"levels_of_255": 255 * (made - exact).abs().mean().item(), **rates}
     for name, row in rows.items():
         print(f"{name:12}", "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
     if options.json:
-        options.json.write_text(json.dumps({"rows": rows, "prompts": len(prompts), "versions": versions("torch", "diffusers")}, indent=2) + "\n")
+        options.json.write_text(
+            json.dumps({"rows": rows, "prompts": len(prompts), "versions": versions("torch", "diffusers")}, indent=2)
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
     python -m bench.accuracy.vae_dtype --json bench/results/vae_dtype.json
 
-Against fp64: the stream with values and gradients in fp32, with gradients alone in bf16 (``memory.vae_grad_dtype``), and all in bf16
-(``memory.vae_dtype`` too). The gradient's upstream is white noise, the same for all. Two VAEs: ToyWorld's trained one on its own clips, and
-one of random weights with the channels of Wan 2.1's, on noise of 32 x 32 pixels.
+Against fp64: the stream with values and gradients in fp32, with gradients alone in bf16 (``memory.vae_grad_dtype``),
+and all in bf16 (``memory.vae_dtype`` too). The gradient's upstream is white noise, the same for all. Two VAEs:
+ToyWorld's trained one on its own clips, and one of random weights with the channels of Wan 2.1's, on noise of 32 x 32
+pixels.
 
-A frame's error is in steps of 8 bits. Bands are where a smooth shade comes out in too few of them: of the values that bf16 can have between 0.5 and 1
-there are 128, half of what a screen shows (``levels``: distinct values of the frames between 0.5 and 1).
+A frame's error is in steps of 8 bits. Bands are where a smooth shade comes out in too few of them: of the values that
+bf16 can have between 0.5 and 1 there are 128, half of what a screen shows (``levels``: distinct values of the frames
+between 0.5 and 1).
 """
 
 from __future__ import annotations
@@ -35,7 +37,11 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
 WAN21 = dict(base_dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
-DTYPES = {"fp32": (torch.float32, None), "fp32, gradients bf16": (torch.float32, torch.bfloat16), "bf16": (torch.bfloat16, None)}
+DTYPES = {
+    "fp32": (torch.float32, None),
+    "fp32, gradients bf16": (torch.float32, torch.bfloat16),
+    "bf16": (torch.bfloat16, None),
+}
 """Name -> ``memory.vae_dtype``, and ``memory.vae_grad_dtype`` where it is another."""
 
 
@@ -48,7 +54,9 @@ def random_vae(seed: int = 0) -> AutoencoderKLWan:
         return AutoencoderKLWan(**WAN21).eval().requires_grad_(False)
 
 
-def run(vae: AutoencoderKLWan, dtype: torch.dtype, grad_dtype: torch.dtype | None, latents_BCFhw: Tensor, d_frames: Tensor) -> tuple[Tensor, Tensor]:
+def run(
+    vae: AutoencoderKLWan, dtype: torch.dtype, grad_dtype: torch.dtype | None, latents_BCFhw: Tensor, d_frames: Tensor
+) -> tuple[Tensor, Tensor]:
     """(all frames, gradient at the latents)"""
     decoder = WanDecoder(vae.to(dtype), grad_dtype=grad_dtype)
     latents, kept = latents_BCFhw.to(torch.promote_types(dtype, torch.float32)), range(d_frames.shape[1])
@@ -64,7 +72,8 @@ def silence() -> None:
 
 
 def measure(vae: AutoencoderKLWan, latents_BCFhw: Tensor) -> list[dict[str, Any]]:
-    """A row a choice of dtypes: of the frames ``mean`` and ``most`` (errors, in 1/255) and ``levels``; of the gradient ``error`` and ``cosine``."""
+    """A row a choice of dtypes: of the frames ``mean`` and ``most`` (errors, in 1/255) and ``levels``; of the gradient
+    ``error`` and ``cosine``."""
     size = [n * vae.config.scale_factor_spatial for n in latents_BCFhw.shape[3:]]
     n_frames = 1 + (latents_BCFhw.shape[2] - 1) * vae.config.scale_factor_temporal
     d_frames = torch.randn(len(latents_BCFhw), n_frames, 3, *size, generator=torch.Generator().manual_seed(1))
@@ -76,7 +85,12 @@ def measure(vae: AutoencoderKLWan, latents_BCFhw: Tensor) -> list[dict[str, Any]
         frames, d_latents = run(vae, dtype, grad_dtype, latents_BCFhw, d_frames)
         error = 255 * (frames.double() - wanted[0]).abs()
         levels = len(frames[(frames > 0.5) & (frames < 1)].unique())
-        row: dict[str, Any] = {"dtypes": name, "mean": error.mean().item(), "most": error.max().item(), "levels": levels}
+        row: dict[str, Any] = {
+            "dtypes": name,
+            "mean": error.mean().item(),
+            "most": error.max().item(),
+            "levels": levels,
+        }
         rows.append(row | compare(d_latents.double(), wanted[1]))
     return rows
 
@@ -84,13 +98,22 @@ def measure(vae: AutoencoderKLWan, latents_BCFhw: Tensor) -> list[dict[str, Any]
 def table(title: str, rows: list[dict[str, Any]]) -> Table:
     made = Table("dtypes", "frames: mean error", "largest", "levels", "gradient: error", "cosine", title=title)
     for row in rows:
-        made.add_row(row["dtypes"], f"{row['mean']:.4f}/255", f"{row['most']:.3f}/255", str(row["levels"]), f"{row['error']:.2e}", f"{row['cosine']:.6f}")
+        made.add_row(
+            row["dtypes"],
+            f"{row['mean']:.4f}/255",
+            f"{row['most']:.3f}/255",
+            str(row["levels"]),
+            f"{row['error']:.2e}",
+            f"{row['cosine']:.6f}",
+        )
     return made
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the tables; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.accuracy.vae_dtype", description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.accuracy.vae_dtype", description=__doc__.partition("\n")[0] if __doc__ else None
+    )
     parser.add_argument("--clips", type=int, default=4, help="ToyWorld clips in a batch")
     parser.add_argument("--json", type=Path, help="write the rows to this file too")
     options = parser.parse_args(arguments)
@@ -104,7 +127,9 @@ def main(arguments: list[str] | None = None) -> int:
     combos = combos_of("train")[:: len(combos_of("train")) // options.clips][: options.clips]
     clips = render(draw_tracks(combos, torch.Generator().manual_seed(0)))
     results = {"ToyWorld's VAE": measure(toy, encoded(WanDecoder(toy), clips))}
-    results["Wan 2.1's channels, random weights"] = measure(random_vae(), torch.randn(1, 16, 3, 4, 4, generator=torch.Generator().manual_seed(0)))
+    results["Wan 2.1's channels, random weights"] = measure(
+        random_vae(), torch.randn(1, 16, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    )
     for title, rows in results.items():
         console.print(table(title, rows))
     if options.json:

@@ -2,12 +2,13 @@
 
     python -m bench.accuracy.vae_window --json bench/results/vae_window.json
 
-ToyWorld's trained VAE and critic. For ``memory.vae_backward = "window:n"`` against ``exact``: relative error and cosine of the gradient at the
-latents, and the seconds of the backward. ToyWorld's clips of 9 frames are 3 chunks; the longer ones go on as they began and turn round every 9
-frames. The gradient at the kept frames is the critic's own, of its explanations of each aspect (``critic``), or white noise (``noise``).
+ToyWorld's trained VAE and critic. For ``memory.vae_backward = "window:n"`` against ``exact``: relative error and cosine
+of the gradient at the latents, and the seconds of the backward. ToyWorld's clips of 9 frames are 3 chunks; the longer
+ones go on as they began and turn round every 9 frames. The gradient at the kept frames is the critic's own, of its
+explanations of each aspect (``critic``), or white noise (``noise``).
 
-Also: how many pixels the VAE saturates, how much of the critic's gradient lies on them, and how much of it would push them further out: the part
-that ``wan_vae.InwardClamp`` drops, where a plain clamp drops all of it.
+Also: how many pixels the VAE saturates, how much of the critic's gradient lies on them, and how much of it would push
+them further out: the part that ``wan_vae.InwardClamp`` drops, where a plain clamp drops all of it.
 """
 
 from __future__ import annotations
@@ -65,7 +66,10 @@ def turning(frames: int) -> list[int]:
 def encoded(decoder: WanDecoder, clips_BTCHW: Tensor) -> Tensor:
     """Frames in [0, 1] -> latents (B, C, F, h, w) as the transformer has them."""
     config = decoder.vae.config
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1).to(clips_BTCHW) for values in (config.latents_mean, config.latents_std))
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1).to(clips_BTCHW)
+        for values in (config.latents_mean, config.latents_std)
+    )
     return (decoder.vae.encode(clips_BTCHW.transpose(1, 2) * 2 - 1).latent_dist.mode() - mean) / std
 
 
@@ -93,7 +97,10 @@ def gradient(decoder: WanDecoder, clips: Clips, d_frames: Tensor, window: int | 
 def compare(got: Tensor, wanted: Tensor) -> dict[str, float]:
     """Relative error and cosine, of all clips' gradients as one vector."""
     error = ((got - wanted).norm() / wanted.norm()).item()
-    return {"error": error, "cosine": torch.cosine_similarity(got.flatten().double(), wanted.flatten().double(), dim=0).item()}
+    return {
+        "error": error,
+        "cosine": torch.cosine_similarity(got.flatten().double(), wanted.flatten().double(), dim=0).item(),
+    }
 
 
 def measure(decoder: WanDecoder, clips: Clips, repeats: int) -> list[dict[str, Any]]:
@@ -109,18 +116,26 @@ def measure(decoder: WanDecoder, clips: Clips, repeats: int) -> list[dict[str, A
     rows = []
     for window in windows:
         row: dict[str, Any] = {"vae_backward": "exact" if window is None else f"window:{window}"}
-        row |= {"chunks": len(backward_chunks(clips.kept, decoder.temporal_factor, window)), "s": statistics.median(seconds[window])}
+        row |= {
+            "chunks": len(backward_chunks(clips.kept, decoder.temporal_factor, window)),
+            "s": statistics.median(seconds[window]),
+        }
         rows.append(row | {name: compare(made[name, window], made[name, None]) for name in clips.upstream})
     return rows
 
 
 def saturation(clips: Clips) -> dict[str, float]:
-    """Shares: of the pixels that are at an end of [0, 1]; of the squared gradient of the critic that lies there; and of what points outwards."""
+    """Shares: of the pixels that are at an end of [0, 1]; of the squared gradient of the critic that lies there; and of
+    what points outwards."""
     frames, d = clips.frames_BTCHW, clips.upstream["critic"]
     low, high = frames <= 0, frames >= 1
     power = d.pow(2).sum()
     outwards = (low & (d > 0)) | (high & (d < 0))  # descent moves a value against its gradient
-    shares = {"pixels": (low | high).float().mean(), "clamp_drops": d[low | high].pow(2).sum() / power, "inward_drops": d[outwards].pow(2).sum() / power}
+    shares = {
+        "pixels": (low | high).float().mean(),
+        "clamp_drops": d[low | high].pow(2).sum() / power,
+        "inward_drops": d[outwards].pow(2).sum() / power,
+    }
     return {name: share.item() for name, share in shares.items()}
 
 
@@ -134,7 +149,9 @@ def table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the tables; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.accuracy.vae_window", description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.accuracy.vae_window", description=__doc__.partition("\n")[0] if __doc__ else None
+    )
     parser.add_argument("--clips", type=int, default=4, help="clips in a batch")
     parser.add_argument("--repeats", type=int, default=3, help="timed repeats, of which the median counts")
     parser.add_argument("--device", default="cpu")
@@ -152,15 +169,34 @@ def main(arguments: list[str] | None = None) -> int:
     results = []
     for frames, n_kept in SETTINGS:
         clips = clips_of(decoder, critic, combos, frames, n_kept)
-        result = {"frames": frames, "kept": list(clips.kept), "saturation": saturation(clips), "rows": measure(decoder, clips, options.repeats)}
+        result = {
+            "frames": frames,
+            "kept": list(clips.kept),
+            "saturation": saturation(clips),
+            "rows": measure(decoder, clips, options.repeats),
+        }
         console.print(table(f"{n_kept} of {frames} frames", result["rows"]))
         shares = {name: f"{share:.2%}" for name, share in result["saturation"].items()}
-        console.print("{pixels} of the pixels are saturated; a clamp drops {clamp_drops} of the gradient, ours {inward_drops}".format(**shares))
+        console.print(
+            "{pixels} of the pixels are saturated; a clamp drops {clamp_drops} of the gradient, ours {inward_drops}".format(
+                **shares
+            )
+        )
         results.append(result)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        device = torch.cuda.get_device_name(options.device) if options.device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
-        found = {"clips": len(combos), "repeats": options.repeats, "device": device, "versions": versions("torch", "diffusers"), "settings": results}
+        device = (
+            torch.cuda.get_device_name(options.device)
+            if options.device.startswith("cuda")
+            else f"CPU, {torch.get_num_threads()} threads"
+        )
+        found = {
+            "clips": len(combos),
+            "repeats": options.repeats,
+            "device": device,
+            "versions": versions("torch", "diffusers"),
+            "settings": results,
+        }
         options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return 0
 

@@ -4,10 +4,11 @@
     python -m bench.critic.nf4 --critic Qwen/Qwen2.5-VL-7B-Instruct --device cuda
     python -m bench.critic.nf4 --random Qwen/Qwen2.5-VL-7B-Instruct --layers 2
 
-The same critic with NF4 weights and with its own: the cosine between their d reward / d frames, clip by clip, and the rank correlation
-(Spearman) of their rewards, for each aspect. bfloat16 throughout stands beside it where the reference is fp32, to tell what rounding alone
-does. Clips: ToyWorld's, half drawn, most of them with a defect, half the base generator's. A random critic sees nothing: its figures say
-how the weights' rounding passes through a network of that width, and no more.
+The same critic with NF4 weights and with its own: the cosine between their d reward / d frames, clip by clip, and the
+rank correlation (Spearman) of their rewards, for each aspect. bfloat16 throughout stands beside it where the reference
+is fp32, to tell what rounding alone does. Clips: ToyWorld's, half drawn, most of them with a defect, half the base
+generator's. A random critic sees nothing: its figures say how the weights' rounding passes through a network of that
+width, and no more.
 """
 
 from __future__ import annotations
@@ -48,14 +49,21 @@ BATCH = 8
 
 @torch.no_grad()
 def toy_clips(count: int, seed: int = 0) -> tuple[Tensor, list[str]]:
-    """``count`` clips (B, T, C, H, W) in [0, 1] and their captions: the first half drawn, the others generated for held-out prompts."""
+    """``count`` clips (B, T, C, H, W) in [0, 1] and their captions: the first half drawn, the others generated for
+    held-out prompts."""
     drawn = count // 2
     frames, _, combos, _ = draw_labelled(drawn, torch.Generator().manual_seed(seed), clean_share=0.4)
     texts = [caption(Combo(*combo)) for combo in combos.tolist()]
     prompts = heldout_prompts(count - drawn, seed=seed)
     folder = resolve(TOYWORLD, "generator")
     text, decoder, velocity = load_text(folder), WanDecoder(load_vae(folder)), as_velocity(load_denoiser(folder))
-    latents, _ = rollout(velocity, flow_sigmas(10, SHIFT), draw_noise((16, 3, 8, 8), range(len(prompts))), text.encode(prompts, TEXT_TOKENS), None)
+    latents, _ = rollout(
+        velocity,
+        flow_sigmas(10, SHIFT),
+        draw_noise((16, 3, 8, 8), range(len(prompts))),
+        text.encode(prompts, TEXT_TOKENS),
+        None,
+    )
     return torch.cat([frames, decoder.decode(latents)]), [*texts, *prompts]
 
 
@@ -66,9 +74,11 @@ def kinds_of_reward(questions: Sequence[Question]) -> dict[str, list[int]]:
     return {**chosen, "yes/no": yesno, "dense": [i for i, question in enumerate(questions) if question.kind == "dense"]}
 
 
-def rewards_and_gradients(critic: QwenCritic, frames_BTCHW: Tensor, questions: Sequence[Sequence[Question]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """By kind: rewards (B,) and their gradients (B, T, C, H, W), fp32 on the CPU. Clips do not touch each other, so that the gradient of
-    the sum is each one's own."""
+def rewards_and_gradients(
+    critic: QwenCritic, frames_BTCHW: Tensor, questions: Sequence[Sequence[Question]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """By kind: rewards (B,) and their gradients (B, T, C, H, W), fp32 on the CPU. Clips do not touch each other, so
+    that the gradient of the sum is each one's own."""
     device = critic.model.device
     rewards: dict[str, list[Tensor]] = {}
     gradients: dict[str, list[Tensor]] = {}
@@ -85,7 +95,9 @@ def rewards_and_gradients(critic: QwenCritic, frames_BTCHW: Tensor, questions: S
             gradient = torch.autograd.grad(reward_B.sum(), frames, retain_graph=True)[0]
             rewards.setdefault(name, []).append(reward_B.detach().float().cpu())
             gradients.setdefault(name, []).append(gradient.float().cpu())
-    return {name: torch.cat(parts) for name, parts in rewards.items()}, {name: torch.cat(parts) for name, parts in gradients.items()}
+    return {name: torch.cat(parts) for name, parts in rewards.items()}, {
+        name: torch.cat(parts) for name, parts in gradients.items()
+    }
 
 
 def spearman(a_B: Tensor, b_B: Tensor) -> float:
@@ -94,8 +106,11 @@ def spearman(a_B: Tensor, b_B: Tensor) -> float:
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
-def compare(one: tuple[dict[str, Tensor], dict[str, Tensor]], other: tuple[dict[str, Tensor], dict[str, Tensor]]) -> dict[str, dict[str, float]]:
-    """By kind: cosines of the clips' gradients (mean, median, min), the mean ratio of their norms, Spearman of the rewards."""
+def compare(
+    one: tuple[dict[str, Tensor], dict[str, Tensor]], other: tuple[dict[str, Tensor], dict[str, Tensor]]
+) -> dict[str, dict[str, float]]:
+    """By kind: cosines of the clips' gradients (mean, median, min), the mean ratio of their norms, Spearman of the
+    rewards."""
     made = {}
     for name in one[0]:
         mine, theirs = (gradients[name].flatten(1).double() for _, gradients in (one, other))
@@ -113,7 +128,10 @@ def compare(one: tuple[dict[str, Tensor], dict[str, Tensor]], other: tuple[dict[
 def table(title: str, rows: dict[str, dict[str, float]]) -> Table:
     made = Table("reward", "cosine: mean", "median", "min", "norm", "Spearman", title=title, title_justify="left")
     for name, row in rows.items():
-        made.add_row(name, *(f"{row[key]:.4f}" for key in ("cosine_mean", "cosine_median", "cosine_min", "norm_ratio", "spearman")))
+        made.add_row(
+            name,
+            *(f"{row[key]:.4f}" for key in ("cosine_mean", "cosine_median", "cosine_min", "norm_ratio", "spearman")),
+        )
     return made
 
 
@@ -138,13 +156,17 @@ def critics(options: argparse.Namespace) -> dict[str, Callable[[], QwenCritic]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints a table for each critic that is held against the reference; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.critic.nf4", description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.critic.nf4", description=__doc__.partition("\n")[0] if __doc__ else None
+    )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--critic", default=TOYWORLD, help="toyworld, a folder or a hub id")
     which.add_argument("--random", metavar="NAME", help="random weights: a hub id that is known, or a folder")
     parser.add_argument("--layers", type=int, help="with --random: at most so many layers, at full width")
     parser.add_argument("--clips", type=int, default=64)
-    parser.add_argument("--reference", choices=tuple(DTYPES), help="default: bf16 on CUDA, fp32 else; NF4 computes in it too")
+    parser.add_argument(
+        "--reference", choices=tuple(DTYPES), help="default: bf16 on CUDA, fp32 else; NF4 computes in it too"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     options = parser.parse_args(arguments)
@@ -165,8 +187,19 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(table(f"{name} against the reference, {len(frames)} clips", row))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        chosen = {"critic": options.random or options.critic, "random": bool(options.random), "layers": options.layers, "reference": options.reference}
-        result = {**chosen, "device": options.device, "clips": len(frames), "versions": versions("torch", "transformers", "bitsandbytes"), **rows}
+        chosen = {
+            "critic": options.random or options.critic,
+            "random": bool(options.random),
+            "layers": options.layers,
+            "reference": options.reference,
+        }
+        result = {
+            **chosen,
+            "device": options.device,
+            "clips": len(frames),
+            "versions": versions("torch", "transformers", "bitsandbytes"),
+            **rows,
+        }
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0
 

@@ -2,8 +2,9 @@
 
     python -m bench.critic.packing --json bench/results/critic_packing.json
 
-ToyWorld's critic, from frames to the gradient at the frames: time, bytes kept for the backward, and peak of what is allocated, packed and
-separately, yes/no and dense questions mixed. Promised: 12 questions packed take at most twice the time of one. Exit code 1 if they take more.
+ToyWorld's critic, from frames to the gradient at the frames: time, bytes kept for the backward, and peak of what is
+allocated, packed and separately, yes/no and dense questions mixed. Promised: 12 questions packed take at most twice the
+time of one. Exit code 1 if they take more.
 """
 
 from __future__ import annotations
@@ -135,8 +136,15 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 def measure(critic: QwenCritic, frames_BTCHW: Tensor, counts: Sequence[int], repeats: int) -> list[dict[str, Any]]:
     """A row a count: ``questions`` and, for ``packed`` and ``separate``, ``s``, ``kept_mib``, ``peak_mib``."""
-    ways = {count: {"packed": [mixed_questions(count)], "separate": [[question] for question in mixed_questions(count)]} for count in counts}
-    runs = {(count, way): (lambda p=passes: gradient(critic, frames_BTCHW, p)) for count, both in ways.items() for way, passes in both.items()}
+    ways = {
+        count: {"packed": [mixed_questions(count)], "separate": [[question] for question in mixed_questions(count)]}
+        for count in counts
+    }
+    runs = {
+        (count, way): (lambda p=passes: gradient(critic, frames_BTCHW, p))
+        for count, both in ways.items()
+        for way, passes in both.items()
+    }
     seconds = dict(zip(runs, median_s(list(runs.values()), repeats, frames_BTCHW.device), strict=True))
     rows: list[dict[str, Any]] = [{"questions": count} for count in counts]
     for row in rows:
@@ -153,13 +161,21 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         packed, separate = row["packed"], row["separate"]
         memory = [f"{side[key]:.1f}" for key in ("kept_mib", "peak_mib") for side in (packed, separate)]
-        made.add_row(str(row["questions"]), f"{packed['s'] * 1e3:.0f} ms", f"{separate['s'] * 1e3:.0f} ms", f"{packed['s'] / one:.2f}", *memory)
+        made.add_row(
+            str(row["questions"]),
+            f"{packed['s'] * 1e3:.0f} ms",
+            f"{separate['s'] * 1e3:.0f} ms",
+            f"{packed['s'] / one:.2f}",
+            *memory,
+        )
     return made
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.critic.packing", description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.critic.packing", description=__doc__.partition("\n")[0] if __doc__ else None
+    )
     parser.add_argument("--clips", type=int, default=8, help="clips in a batch")
     parser.add_argument("--repeats", type=int, default=15, help="timed repeats, of which the median counts")
     parser.add_argument("--device", default="cpu")
@@ -177,10 +193,16 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(table(rows))
     count, bound = PROMISED
     ratio = next(row["packed"]["s"] for row in rows if row["questions"] == count) / rows[0]["packed"]["s"]
-    console.print(f"{count} questions packed take {ratio:.2f} times one question's time: the promise of {bound:g} is {'kept' if ratio <= bound else 'BROKEN'}")
+    console.print(
+        f"{count} questions packed take {ratio:.2f} times one question's time: the promise of {bound:g} is {'kept' if ratio <= bound else 'BROKEN'}"
+    )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        device = torch.cuda.get_device_name(options.device) if frames.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        device = (
+            torch.cuda.get_device_name(options.device)
+            if frames.device.type == "cuda"
+            else f"CPU, {torch.get_num_threads()} threads"
+        )
         result = {
             "clips": options.clips,
             "repeats": options.repeats,

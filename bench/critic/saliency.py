@@ -2,9 +2,9 @@
 
     python -m bench.critic.saliency
 
-ToyWorld's critic on drawn clips, for the alignment questions about the object (color, shape, direction) and their joint reward: the mean of
-|d reward / d pixel| on the object over that of the background, which begins a token's width away from it. By background, the least and the
-median over clips and questions.
+ToyWorld's critic on drawn clips, for the alignment questions about the object (color, shape, direction) and their joint
+reward: the mean of |d reward / d pixel| on the object over that of the background, which begins a token's width away
+from it. By background, the least and the median over clips and questions.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ from lowmem_drf.toy.scenes import BACKGROUNDS, Combo, combos_of, coverage, draw_
 
 
 def ratios(critic: QwenCritic, frames_TCHW: Tensor, mask_THW: Tensor, combo: Combo) -> dict[str, float]:
-    """Object over background, by question; ``all``: of their joint reward. ``mask``: the object's share of each pixel."""
-    questions = [q for q in make_questions(caption(combo), "yesno", "toyworld") if q.name in ("color", "shape", "direction")]
+    """Object over background, by question; ``all``: of their joint reward. ``mask``: the object's share of each
+    pixel."""
+    questions = [
+        q for q in make_questions(caption(combo), "yesno", "toyworld") if q.name in ("color", "shape", "direction")
+    ]
     found = saliency(critic, frames_TCHW, questions, RewardSpec())
     token = critic.geometry.factor
     far = F.max_pool2d(mask_THW[:, None], 2 * token + 1, 1, token)[:, 0] == 0
@@ -57,7 +60,9 @@ def measure(critic: QwenCritic, seed: int = 11) -> dict[str, dict[str, float]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.critic.saliency", description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.critic.saliency", description=__doc__.partition("\n")[0] if __doc__ else None
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     options = parser.parse_args(arguments)
     rows = measure(load_critic(resolve(TOYWORLD, "critic")))
@@ -67,7 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     Console().print(made)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"versions": versions("torch", "transformers"), "rows": rows}, indent=2) + "\n", encoding="utf-8")
+        options.json.write_text(
+            json.dumps({"versions": versions("torch", "transformers"), "rows": rows}, indent=2) + "\n", encoding="utf-8"
+        )
     return 0
 
 

@@ -1,4 +1,5 @@
-"""The ops of ``bench.kernels.speed``: what each takes, and at which sizes. One entry for every public function of ``kernels/`` with a naive form."""
+"""The ops of ``bench.kernels.speed``: what each takes, and at which sizes. One entry for every public function of
+``kernels/`` with a naive form."""
 
 from __future__ import annotations
 
@@ -69,7 +70,10 @@ def _constant(value: Any) -> Input:
     return Input(make=lambda sizes, device: sizes[value] if isinstance(value, str) else value)
 
 
-WAN = {"Wan-1.3B, 832x480x81": {"B": 1, "L": 32760, "H": 12, "d": 128}, "Wan-14B, 832x480x17": {"B": 1, "L": 7800, "H": 40, "d": 128}}
+WAN = {
+    "Wan-1.3B, 832x480x81": {"B": 1, "L": 32760, "H": 12, "d": 128},
+    "Wan-14B, 832x480x17": {"B": 1, "L": 7800, "H": 40, "d": 128},
+}
 WAN_14B = {"Wan-14B, 832x480x81": {"B": 1, "L": 32760, "H": 40, "d": 128}}
 TINY = {"B": 2, "L": 10, "H": 2, "d": 16}
 SEQUENCE, ROW, WEIGHT = ("B", "L", "H*d"), ("B", "H*d"), ("H*d",)
@@ -85,7 +89,16 @@ OPS = (
         {
             **{f"{name}, self": {**sizes, "M": sizes["L"], "G": sizes["H"]} for name, sizes in (WAN | WAN_14B).items()},
             "Wan-1.3B, to 512 text tokens": {"B": 1, "L": 32760, "H": 12, "d": 128, "M": 512, "G": 12},
-            "critic, 24 questions packed": {"B": 1, "L": 4096, "H": 28, "d": 128, "M": 4096, "G": 4, "prefix": 2560, "questions": 24},
+            "critic, 24 questions packed": {
+                "B": 1,
+                "L": 4096,
+                "H": 28,
+                "d": 128,
+                "M": 4096,
+                "G": 4,
+                "prefix": 2560,
+                "questions": 24,
+            },
         },
         {**TINY, "M": 10, "G": 1, "prefix": 4, "questions": 2},
         products=True,
@@ -101,14 +114,23 @@ OPS = (
     Op(
         "modulate",
         "norm_modulate",
-        {"x_BLD": Input(SEQUENCE, grad=True), "weight_BD": Input(ROW, torch.float32), "shift_BD": Input(ROW, torch.float32), "eps": EPS},
+        {
+            "x_BLD": Input(SEQUENCE, grad=True),
+            "weight_BD": Input(ROW, torch.float32),
+            "shift_BD": Input(ROW, torch.float32),
+            "eps": EPS,
+        },
         WAN | WAN_14B,
         TINY,
     ),
     Op(
         "modulate",
         "gate_residual",
-        {"x_BLD": Input(SEQUENCE, grad=True), "y_BLD": Input(SEQUENCE, grad=True), "gate_BD": Input(ROW, torch.float32)},
+        {
+            "x_BLD": Input(SEQUENCE, grad=True),
+            "y_BLD": Input(SEQUENCE, grad=True),
+            "gate_BD": Input(ROW, torch.float32),
+        },
         WAN | WAN_14B,
         TINY,
     ),
@@ -123,7 +145,13 @@ OPS = (
         WAN | WAN_14B,
         TINY,
     ),
-    Op("rope_qk", "rms_norm", {"x_BLD": Input(SEQUENCE, grad=True), "weight_D": Input(WEIGHT), "eps": EPS}, WAN | WAN_14B, TINY),
+    Op(
+        "rope_qk",
+        "rms_norm",
+        {"x_BLD": Input(SEQUENCE, grad=True), "weight_D": Input(WEIGHT), "eps": EPS},
+        WAN | WAN_14B,
+        TINY,
+    ),
     Op(
         "norm_silu",
         "norm_silu",
@@ -147,6 +175,9 @@ def build(op: Op, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dic
         if spec.make:
             made[name] = spec.make(sizes, device)
         else:
-            shape = [functools.reduce(lambda size, factor: size * sizes[factor], product.split("*"), 1) for product in spec.shape]
+            shape = [
+                functools.reduce(lambda size, factor: size * sizes[factor], product.split("*"), 1)
+                for product in spec.shape
+            ]
             made[name] = torch.randn(shape, dtype=spec.dtype or dtype, device=device).requires_grad_(spec.grad)
     return made

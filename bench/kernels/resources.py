@@ -3,9 +3,9 @@
     python -m bench.kernels.resources --card 89
     python -m bench.kernels.resources --json bench/results/kernel_resources.json
 
-Compiles every ``Variant`` of every file in ``kernels/``, as Triton's just-in-time compiler does for aligned tensors: pointers and arguments named
-``stride…`` are multiples of 16, and so is what a variant calls ``"i32:16"`` (the notation of Triton's own ahead-of-time compiler). Registers and
-spilled bytes are ptxas' own figures, shared memory is Triton's.
+Compiles every ``Variant`` of every file in ``kernels/``, as Triton's just-in-time compiler does for aligned tensors:
+pointers and arguments named ``stride…`` are multiples of 16, and so is what a variant calls ``"i32:16"`` (the notation
+of Triton's own ahead-of-time compiler). Registers and spilled bytes are ptxas' own figures, shared memory is Triton's.
 """
 
 from __future__ import annotations
@@ -74,10 +74,16 @@ def resources(*cards: int) -> list[Resource]:
         RuntimeError: Triton is interpreted here.
     """
     if os.environ.get("TRITON_INTERPRET"):
-        raise RuntimeError("TRITON_INTERPRET is set: there is nothing to compile in this process; run python -m bench.kernels.resources")
-    jobs = [(name, card, index) for name in kernel_files() for card in cards for index in range(len(_variants(name, card)))]
+        raise RuntimeError(
+            "TRITON_INTERPRET is set: there is nothing to compile in this process; run python -m bench.kernels.resources"
+        )
+    jobs = [
+        (name, card, index) for name in kernel_files() for card in cards for index in range(len(_variants(name, card)))
+    ]
     with tempfile.TemporaryDirectory() as cache:
-        workers = ProcessPoolExecutor(WORKERS, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(cache,))
+        workers = ProcessPoolExecutor(
+            WORKERS, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(cache,)
+        )
         with workers as pool:
             return list(pool.map(_compile, *zip(*jobs, strict=True)))
 
@@ -94,7 +100,9 @@ def _start_worker(cache: str) -> None:
 def _variants(name: str, card: int) -> list[Any]:
     module = importlib.import_module(f"lowmem_drf.kernels.{name}")
     if not hasattr(module, "variants"):
-        raise AttributeError(f"kernels/{name}.py has no variants(card): what it may launch cannot be compiled ahead of time")
+        raise AttributeError(
+            f"kernels/{name}.py has no variants(card): what it may launch cannot be compiled ahead of time"
+        )
     return list(module.variants(card))
 
 
@@ -108,10 +116,18 @@ def _compile(name: str, card: int, index: int) -> Resource:
     constants = {**variant.constants, **tile.sizes}
     start, log = time.perf_counter(), io.StringIO()
     try:
-        kinds = {argument: "constexpr" if argument in constants else variant.types[argument] for argument in kernel.arg_names}
-        aligned = [i for i, (argument, kind) in enumerate(kinds.items()) if kind.startswith("*") or kind.endswith(":16") or argument.startswith("stride")]
+        kinds = {
+            argument: "constexpr" if argument in constants else variant.types[argument] for argument in kernel.arg_names
+        }
+        aligned = [
+            i
+            for i, (argument, kind) in enumerate(kinds.items())
+            if kind.startswith("*") or kind.endswith(":16") or argument.startswith("stride")
+        ]
         signature = {argument: kind.removesuffix(":16") for argument, kind in kinds.items()}
-        source = ASTSource(kernel, signature, constexprs=constants, attrs={(i,): [["tt.divisibility", ALIGNMENT]] for i in aligned})
+        source = ASTSource(
+            kernel, signature, constexprs=constants, attrs={(i,): [["tt.divisibility", ALIGNMENT]] for i in aligned}
+        )
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
         with contextlib.redirect_stdout(log):
             compiled = triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
@@ -121,12 +137,18 @@ def _compile(name: str, card: int, index: int) -> Resource:
     registers, spilled = _from_ptxas(log.getvalue())
     dtype = next((kind.lstrip("*") for kind in variant.types.values() if kind.startswith("*")), "")
     of_tile = {"tile": dict(tile.sizes), "warps": tile.warps, "stages": tile.stages}
-    measured = {"registers": registers, "shared_kib": compiled.metadata.shared / 1024, "spill_bytes": spilled, "compile_s": taken}
+    measured = {
+        "registers": registers,
+        "shared_kib": compiled.metadata.shared / 1024,
+        "spill_bytes": spilled,
+        "compile_s": taken,
+    }
     return Resource(name, kernel.__name__, variant.name, card, dtype, dict(variant.constants), **of_tile, **measured)
 
 
 def _from_ptxas(log: str) -> tuple[int, int]:
-    """(registers, bytes of spill stores and loads). Raises ValueError where there are none to read: zero must mean zero."""
+    """(registers, bytes of spill stores and loads). Raises ValueError where there are none to read: zero must mean
+    zero."""
     registers, spills = re.findall(r"Used (\d+) registers", log), re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
     if not registers or not spills:
         raise ValueError(f"ptxas said nothing of registers or spills: {log[:500]!r}")
@@ -134,23 +156,51 @@ def _from_ptxas(log: str) -> tuple[int, int]:
 
 
 def table(rows: Iterable[Resource]) -> Table:
-    made = Table("kernel", "card", "dtype", "constants", "tile", "warps", "stages", "registers", "shared KiB", "spill bytes", "compile s")
+    made = Table(
+        "kernel",
+        "card",
+        "dtype",
+        "constants",
+        "tile",
+        "warps",
+        "stages",
+        "registers",
+        "shared KiB",
+        "spill bytes",
+        "compile s",
+    )
     for row in rows:
         shape = [" ".join(f"{key}={value}" for key, value in values.items()) for values in (row.constants, row.tile)]
         figures = [str(row.registers), f"{row.shared_kib:.1f}", str(row.spill_bytes), f"{row.compile_s:.1f}"]
-        made.add_row(row.kernel, f"sm_{row.card}", row.dtype, *shape, str(row.warps), str(row.stages), *figures, style="red" if row.spill_bytes else None)
+        made.add_row(
+            row.kernel,
+            f"sm_{row.card}",
+            row.dtype,
+            *shape,
+            str(row.warps),
+            str(row.stages),
+            *figures,
+            style="red" if row.spill_bytes else None,
+        )
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.kernels.resources", description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--card", type=int, nargs="+", help="compute capabilities, 89 for 8.9; without it, all in kernels/tiles.py")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kernels.resources", description=__doc__.partition("\n")[0] if __doc__ else None
+    )
+    parser.add_argument(
+        "--card", type=int, nargs="+", help="compute capabilities, 89 for 8.9; without it, all in kernels/tiles.py"
+    )
     parser.add_argument("--json", type=Path, help="write the rows to this file too")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET"):  # read when a kernel is defined: too late for this process
         clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        return subprocess.run([sys.executable, "-m", "bench.kernels.resources", *(sys.argv[1:] if arguments is None else arguments)], env=clean).returncode
+        return subprocess.run(
+            [sys.executable, "-m", "bench.kernels.resources", *(sys.argv[1:] if arguments is None else arguments)],
+            env=clean,
+        ).returncode
     from bench.versions import versions
     from lowmem_drf.kernels.tiles import CARDS
 

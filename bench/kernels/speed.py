@@ -1,12 +1,14 @@
-"""Every kernel against its naive form, and attention against PyTorch's and xformers': time and peak memory, on a CUDA card.
+"""Every kernel against its naive form, and attention against PyTorch's and xformers': time and peak memory, on a CUDA
+card.
 
     python -m bench.kernels.speed --json bench/results/kernels.json
     python -m bench.kernels.speed --ops attention rope_qk --quick
 
-An op is measured only if its tests pass on this card: they run first. A figure is the median of many runs, each after the L2 cache was overwritten;
-peak memory is what a pass adds to what was allocated before it. Ops that move memory are held against ``copy_`` of as many bytes in the same run,
-counting each byte of their inputs, of what they keep and of their results once. FLOPs of attention are those of the pairs that are attended to, 4 d
-in the forward and 10 d in the backward. ``bench.kernels.ops`` is the list: what each op takes, and at which sizes.
+An op is measured only if its tests pass on this card: they run first. A figure is the median of many runs, each after
+the L2 cache was overwritten; peak memory is what a pass adds to what was allocated before it. Ops that move memory are
+held against ``copy_`` of as many bytes in the same run, counting each byte of their inputs, of what they keep and of
+their results once. FLOPs of attention are those of the pairs that are attended to, 4 d in the forward and 10 d in the
+backward. ``bench.kernels.ops`` is the list: what each op takes, and at which sizes.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ TESTS = ROOT / "tests" / "kernels"
 LOG_COLUMNS = 180
 """Of the table where there is no terminal."""
 SPIN = 2_000_000
-"""Cycles that the card waits before a measured run, so that launching it from Python is not part of it: about a millisecond."""
+"""Cycles that the card waits before a measured run, so that launching it from Python is not part of it: about a
+millisecond."""
 ENOUGH_MS, LEAST, MOST = 300.0, 5, 100
 """So long is one figure measured, in so many runs at least and at most."""
 GIB, MIB = 1024**3, 1024**2
@@ -57,7 +60,11 @@ def rivals(op: Op, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Pass]]:
     from torch.nn.attention import SDPBackend
 
     mask = None if arguments.get("ranges") is None else seen(arguments["ranges"], arguments["k"].shape[1])[:, None]
-    for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION), ("efficient", SDPBackend.EFFICIENT_ATTENTION)):
+    for name, backend in (
+        ("flash", SDPBackend.FLASH_ATTENTION),
+        ("cuDNN", SDPBackend.CUDNN_ATTENTION),
+        ("efficient", SDPBackend.EFFICIENT_ATTENTION),
+    ):
         yield f"SDPA {name}", functools.partial(_sdpa, backend, mask)
     if mask is None and importlib.util.find_spec("xformers"):
         yield "xformers", _xformers
@@ -69,7 +76,9 @@ def _sdpa(backend: Any, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor, ra
 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(
+            1, 2
+        )
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, ranges: None = None) -> Tensor:
@@ -104,12 +113,16 @@ def passes(function: Pass, arguments: Mapping[str, Any]) -> Iterator[tuple[str, 
         return
     with torch.no_grad():
         upstream = [torch.randn_like(out) for out in _tensors(function(**arguments))]
-    yield "backward", functools.partial(torch.autograd.grad, _tensors(function(**arguments)), leaves, upstream, retain_graph=True)
+    yield (
+        "backward",
+        functools.partial(torch.autograd.grad, _tensors(function(**arguments)), leaves, upstream, retain_graph=True),
+    )
     yield "both", lambda: torch.autograd.grad(_tensors(function(**arguments)), leaves, upstream)
 
 
 def moved_bytes(function: Pass, arguments: Mapping[str, Any]) -> dict[str, int]:
-    """What each pass must at least read and write: inputs and results; the upstream gradient, what was kept, and gradients. By pass."""
+    """What each pass must at least read and write: inputs and results; the upstream gradient, what was kept, and
+    gradients. By pass."""
     kept: list[Tensor] = []
     with torch.no_grad():
         forward = _bytes([*_tensors(arguments.values()), *_tensors(function(**arguments))])
@@ -119,7 +132,8 @@ def moved_bytes(function: Pass, arguments: Mapping[str, Any]) -> dict[str, int]:
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         outs = _tensors(function(**arguments))
     upstream = [torch.ones_like(out) for out in outs]
-    backward = _bytes([*upstream, *kept, *torch.autograd.grad(outs, leaves, upstream)])  # a gradient that is the upstream one moves nothing
+    # a gradient that is the upstream one moves nothing
+    backward = _bytes([*upstream, *kept, *torch.autograd.grad(outs, leaves, upstream)])
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
@@ -188,7 +202,8 @@ def measure(op: Op, label: str, dtype: torch.dtype, device: str = "cuda") -> lis
                 else:
                     row |= {"gb_per_s": moved[direction] / ms / 1e6, "of_copy": copies[direction] / ms}
                 rows.append(row)
-        except (RuntimeError, NotImplementedError, ValueError) as error:  # no such back end for these sizes, or out of memory
+        # no such back end for these sizes, or out of memory
+        except (RuntimeError, NotImplementedError, ValueError) as error:
             if name == "triton":
                 raise
             rows.append({**same, "cannot": str(error).strip().splitlines()[0][:120]})
@@ -209,7 +224,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
         if "cannot" in row:
             made.add_row(*names, "", row["by"], f"cannot: {row['cannot']}", style="dim")
             continue
-        speed = [f"{row['gb_per_s']:,.0f}", f"{row['of_copy']:.0%}", ""] if "of_copy" in row else ["", "", f"{row['tflops']:,.0f}"]
+        speed = (
+            [f"{row['gb_per_s']:,.0f}", f"{row['of_copy']:.0%}", ""]
+            if "of_copy" in row
+            else ["", "", f"{row['tflops']:,.0f}"]
+        )
         style = "bold" if row["by"] == "triton" else None
         made.add_row(*names, row["pass"], row["by"], f"{row['ms']:.3f}", f"{row['peak_mib']:,.0f}", *speed, style=style)
     return made
@@ -218,7 +237,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
 def tests_pass(ops: Sequence[Op]) -> bool:
     """Runs the tests of these ops on this machine; what failed is on stderr."""
     files = [TESTS / f"test_{name}.py" for name in dict.fromkeys(op.file for op in ops)]
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         print(done.stdout[-4000:], done.stderr[-2000:], sep="\n", file=sys.stderr)
     return done.returncode == 0
@@ -231,10 +255,16 @@ def _commit() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table as it grows; returns the exit code: 1 where an op's tests fail, 2 without a card."""
-    parser = argparse.ArgumentParser(prog="python -m bench.kernels.speed", description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kernels.speed", description=__doc__.partition("\n")[0] if __doc__ else None
+    )
     parser.add_argument("--ops", nargs="+", choices=[op.name for op in OPS], help="without it, all")
     parser.add_argument("--quick", action="store_true", help="of each op the first sizes only")
-    parser.add_argument("--no-tests", action="store_true", help="measure whatever the tests would say; the result says that it was not gated")
+    parser.add_argument(
+        "--no-tests",
+        action="store_true",
+        help="measure whatever the tests would say; the result says that it was not gated",
+    )
     parser.add_argument("--json", type=Path, help="write the rows to this file too")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -264,7 +294,14 @@ def _save(path: Path, rows: Sequence[Mapping[str, Any]], gated: bool) -> None:
     device = {"name": card.name, "capability": f"{card.major}.{card.minor}", "memory_gib": card.total_memory / GIB}
     libraries = ["torch", "triton", *(["xformers"] if importlib.util.find_spec("xformers") else [])]
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = {"device": device, "cuda": torch.version.cuda, "versions": versions(*libraries), "commit": _commit(), "gated": gated, "rows": rows}
+    found = {
+        "device": device,
+        "cuda": torch.version.cuda,
+        "versions": versions(*libraries),
+        "commit": _commit(),
+        "gated": gated,
+        "rows": rows,
+    }
     path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 

@@ -2,8 +2,8 @@
 
     python -m bench.plans.fit                # all presets; --only NAME for some of them, whose lines alone are renewed
 
-Writes docs/fit.md, the table of the README between its ``fit`` marks, and each preset's ``# Plan:`` line. ``tests/planner/test_preset_plans.py`` holds the
-headers to the plans and this page to the headers.
+Writes docs/fit.md, the table of the README between its ``fit`` marks, and each preset's ``# Plan:`` line.
+``tests/planner/test_preset_plans.py`` holds the headers to the plans and this page to the headers.
 """
 
 from __future__ import annotations
@@ -83,7 +83,10 @@ def measured(name: str) -> str:
 
 def page(plans: Mapping[str, Mapping[str, Any]]) -> str:
     """docs/fit.md."""
-    lines = [f"| preset | card | {' | '.join(STAGES)} | peak, of | host | an update | copies hidden | waiting | measured |", "|---" * (len(STAGES) + 8) + "|"]
+    lines = [
+        f"| preset | card | {' | '.join(STAGES)} | peak, of | host | an update | copies hidden | waiting | measured |",
+        "|---" * (len(STAGES) + 8) + "|",
+    ]
     for name, made in plans.items():
         peaks = [f"{made['stages'][stage]['peak_gib']:.1f}" for stage in STAGES]
         peaks[STAGES.index(largest(made))] = f"**{peaks[STAGES.index(largest(made))]}**"
@@ -91,30 +94,49 @@ def page(plans: Mapping[str, Mapping[str, Any]]) -> str:
             f"| `{name}` | {preset_card(presets()[name])} | {' | '.join(peaks)} | {made['peak_gib']:.1f}, {made['usable_gib']:.1f} | {host(made)} | "
             f"{made['update_s']:,.0f} s, {clips(name)} | {made['hidden_share']:.0%} | {made['stall_share']:.1%} | {measured(name)} |"
         )
-    given = ["", "## What was given up to get there", "", "| preset | what it does | what was given up |", "|---|---|---|"]
-    given += [f"| `{name}` | {preset_summary(presets()[name]).rstrip('.')} | {header_line(name, 'Gives up')} |" for name in plans]
+    given = [
+        "",
+        "## What was given up to get there",
+        "",
+        "| preset | what it does | what was given up |",
+        "|---|---|---|",
+    ]
+    given += [
+        f"| `{name}` | {preset_summary(presets()[name]).rstrip('.')} | {header_line(name, 'Gives up')} |"
+        for name in plans
+    ]
     return "\n".join([ABOUT, *lines, *given, AFTER])
 
 
 def readme_table(plans: Mapping[str, Mapping[str, Any]]) -> str:
-    rows = ["| preset | card | what | planned peak | host memory | estimated time | measured |", "|---|---|---|---|---|---|---|"]
+    rows = [
+        "| preset | card | what | planned peak | host memory | estimated time | measured |",
+        "|---|---|---|---|---|---|---|",
+    ]
     rows.append("| `toy` | none | ToyWorld on the CPU | - | - | - | see above |")
     for name, made in plans.items():
         what, peak = preset_summary(presets()[name]).rstrip("."), f"{made['peak_gib']:.1f} GiB ({largest(made)})"
         time = f"{made['update_s']:,.0f} s, {clips(name)}"
-        rows.append(f"| `{name}` | {preset_card(presets()[name])} | {what} | {peak} | {host(made, ' GiB')} | {time} | {measured(name)} |")
+        rows.append(
+            f"| `{name}` | {preset_card(presets()[name])} | {what} | {peak} | {host(made, ' GiB')} | {time} | {measured(name)} |"
+        )
     return "\n".join(rows) + "\n"
 
 
 def card_presets() -> list[str]:
     """Presets for cards: for one card first, of these small cards first."""
     sizes = {name: re.match(r"(?:(\d+) x )?(\d+) GB", preset_card(path)) for name, path in presets().items()}
-    return sorted((name for name, size in sizes.items() if size), key=lambda name: (int(sizes[name][1] or 1), int(sizes[name][2]), name))  # type: ignore[index]
+    return sorted(
+        (name for name, size in sizes.items() if size),
+        key=lambda name: (int(sizes[name][1] or 1), int(sizes[name][2]), name),
+    )  # type: ignore[index]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Plans and writes."""
-    parser = argparse.ArgumentParser(prog="python -m bench.plans.fit", description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.plans.fit", description=__doc__.partition("\n")[0] if __doc__ else None
+    )
     parser.add_argument("--only", nargs="+", help="write the headers of these presets, and no page")
     options = parser.parse_args(arguments)
     names = options.only or card_presets()
@@ -122,7 +144,10 @@ def main(arguments: list[str] | None = None) -> None:
     for name in names:
         made = plans[name] = plan(name, fakes)
         path = presets()[name]
-        path.write_text(re.sub(r"^# Plan: .*$", plan_line(name, made), path.read_text(encoding="utf-8"), flags=re.MULTILINE), encoding="utf-8")
+        path.write_text(
+            re.sub(r"^# Plan: .*$", plan_line(name, made), path.read_text(encoding="utf-8"), flags=re.MULTILINE),
+            encoding="utf-8",
+        )
         print(
             f"{name}: {plan_line(name, made)}{'' if made['fits'] else ' DOES NOT FIT'}, waiting {made['stall_share']:.1%}, hidden {made['hidden_share']:.0%}",
             flush=True,
@@ -131,7 +156,9 @@ def main(arguments: list[str] | None = None) -> None:
         PAGE.write_text(page(plans), encoding="utf-8")
         text = README.read_text(encoding="utf-8")
         before, _, rest = text.partition(MARKS[0])
-        README.write_text(before + MARKS[0] + readme_table(plans) + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8")
+        README.write_text(
+            before + MARKS[0] + readme_table(plans) + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

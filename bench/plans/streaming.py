@@ -18,9 +18,20 @@ from lowmem_drf.planner.stages import Plan
 STREAMED = ('memory.stream=["transformer", "critic"]', "memory.text_device=stream")
 SMALLEST = (
     *STREAMED,
-    *('memory.park=["transformer", "critic", "vae"]', "memory.checkpoint=host", "memory.token_slices=4", "memory.vae_strips=8", "memory.vae_caches=host"),
+    *(
+        'memory.park=["transformer", "critic", "vae"]',
+        "memory.checkpoint=host",
+        "memory.token_slices=4",
+        "memory.vae_strips=8",
+        "memory.vae_caches=host",
+    ),
 )
-LARGE = ("model.id=Wan-AI/Wan2.1-T2V-14B-Diffusers", "memory.checkpoint=host", "memory.keep_attention=none", "memory.token_slices=2")
+LARGE = (
+    "model.id=Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    "memory.checkpoint=host",
+    "memory.keep_attention=none",
+    "memory.token_slices=2",
+)
 ROWS = {
     "1.3B, resident": ("RTX 4090", ()),
     "1.3B, streamed": ("RTX 4090", STREAMED),
@@ -30,7 +41,10 @@ ROWS = {
     "14B, 16 bit, streamed": ("RTX 4090", (*LARGE, *STREAMED)),
     "14B, 8 bit, streamed": ("RTX 4090", (*LARGE, *STREAMED, "model.quant=int8")),
     "14B, 4 bit, resident": ("RTX 4090", (*LARGE, "model.quant=nf4")),
-    "2 x 14B (Wan2.2-A14B), 8 bit, streamed": ("RTX 4090", (*LARGE, *STREAMED, "model.quant=int8", "model.id=Wan-AI/Wan2.2-T2V-A14B-Diffusers")),
+    "2 x 14B (Wan2.2-A14B), 8 bit, streamed": (
+        "RTX 4090",
+        (*LARGE, *STREAMED, "model.quant=int8", "model.id=Wan-AI/Wan2.2-T2V-A14B-Diffusers"),
+    ),
     "14B, 16 bit, streamed, and all else that saves": ("RTX 4090", (*LARGE, *SMALLEST)),
 }
 """Name -> card, and what differs from preset rtx4090."""

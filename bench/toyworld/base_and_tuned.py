@@ -1,4 +1,5 @@
-"""The README's picture: held-out ToyWorld prompts as film strips, the base model's clip above the tuned one's, from the same noise.
+"""The README's picture: held-out ToyWorld prompts as film strips, the base model's clip above the tuned one's, from the
+same noise.
 
     python -m bench.toyworld.base_and_tuned RUN --output docs/images/base_and_tuned.png
 
@@ -40,7 +41,10 @@ class Strip:
 
 def wrong(verdict: Verdict) -> list[str]:
     """What the oracle finds wrong, in lines that fit beside a strip."""
-    lines = [[name for name in line if not getattr(verdict, name)] for line in (("color", "shape"), ("direction",), ("physics", "quality"))]
+    lines = [
+        [name for name in line if not getattr(verdict, name)]
+        for line in (("color", "shape"), ("direction",), ("physics", "quality"))
+    ]
     return [", ".join(line) for line in lines if line]
 
 
@@ -49,7 +53,9 @@ def sheet(rows: Sequence[tuple[str, Sequence[Strip]]]) -> Image.Image:
     frames, _, height, width = rows[0][1][0].frames_TCHW.shape
     tall, wide = height * ZOOM, width * ZOOM
     block = CAPTION_SIZE + 2 * GAP + sum(tall + GAP for _ in rows[0][1])
-    page = Image.new("RGB", (2 * MARGIN + LABEL + frames * (wide + GAP) - GAP, MARGIN + len(rows) * (block + MARGIN)), PAPER)
+    page = Image.new(
+        "RGB", (2 * MARGIN + LABEL + frames * (wide + GAP) - GAP, MARGIN + len(rows) * (block + MARGIN)), PAPER
+    )
     draw = ImageDraw.Draw(page)
     for r, (prompt, strips) in enumerate(rows):
         top = MARGIN + r * (block + MARGIN)
@@ -59,10 +65,14 @@ def sheet(rows: Sequence[tuple[str, Sequence[Strip]]]) -> Image.Image:
             faults = wrong(strip.verdict)
             said, colour = ("\n".join(("wrong:", *faults)), RED) if faults else ("all correct", GREEN)
             draw.text((MARGIN, y), strip.name, fill=INK if s else GRAY, font=ImageFont.load_default(LABEL_SIZE))
-            draw.multiline_text((MARGIN, y + 23), said, fill=colour, font=ImageFont.load_default(VERDICT_SIZE), spacing=3)
+            draw.multiline_text(
+                (MARGIN, y + 23), said, fill=colour, font=ImageFont.load_default(VERDICT_SIZE), spacing=3
+            )
             for t, frame in enumerate(strip.frames_TCHW):
                 pixels = Image.fromarray((frame.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
-                page.paste(pixels.resize((wide, tall), Image.Resampling.NEAREST), (MARGIN + LABEL + t * (wide + GAP), y))
+                page.paste(
+                    pixels.resize((wide, tall), Image.Resampling.NEAREST), (MARGIN + LABEL + t * (wide + GAP), y)
+                )
     return page
 
 
@@ -81,7 +91,9 @@ def picture(run: Path, prompts: int, seed: int) -> Image.Image:
 
 def main(arguments: list[str] | None = None) -> int:
     """Writes the picture; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.toyworld.base_and_tuned", description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.toyworld.base_and_tuned", description=__doc__.partition("\n")[0] if __doc__ else None
+    )
     parser.add_argument("run", nargs="?", type=Path, help="a ToyWorld run's folder; default: the latest under runs/")
     parser.add_argument("--output", type=Path, default=Path("docs/images/base_and_tuned.png"))
     parser.add_argument("--prompts", type=int, default=4, help="how many held-out prompts")

@@ -2,9 +2,10 @@
 
     python -m bench.toyworld.lowmem --updates 80 --json bench/results/toy_lowmem.json
 
-{16 bit, NF4, 8 bit} x {transformer resident, streamed} x {critic resident, parked, streamed}: 18 trainings with the same seed, one after another.
-Promised: for each number format the trained LoRA is the same file to the byte, wherever the weights were kept, and the oracle's all-correct rate rises.
-Clips are measured once for LoRAs that are the same. Exit code 1 if a promise is broken.
+{16 bit, NF4, 8 bit} x {transformer resident, streamed} x {critic resident, parked, streamed}: 18 trainings with the
+same seed, one after another. Promised: for each number format the trained LoRA is the same file to the byte, wherever
+the weights were kept, and the oracle's all-correct rate rises. Clips are measured once for LoRAs that are the same.
+Exit code 1 if a promise is broken.
 """
 
 from __future__ import annotations
@@ -49,14 +50,32 @@ def settings(form: str, transformer: str, critic: str) -> list[str]:
     ]
 
 
-def train(form: str, transformer: str, critic: str, updates: int, folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def train(
+    form: str, transformer: str, critic: str, updates: int, folder: Path, overrides: Sequence[str]
+) -> dict[str, Any]:
     """One training: its settings, and the hash of what it learned."""
     run = folder / "-".join((form, transformer, critic)).replace(" ", "")
     # the rate falls to 0 at the last update, whatever their number
-    train_command("toy", None, run, updates, 0, False, [*settings(form, transformer, critic), "log.eval_prompts=0", "log.sample_every=0", *overrides], False)
+    train_command(
+        "toy",
+        None,
+        run,
+        updates,
+        0,
+        False,
+        [*settings(form, transformer, critic), "log.eval_prompts=0", "log.sample_every=0", *overrides],
+        False,
+    )
     learned = (checkpoint_folder(run) / "lora.safetensors").read_bytes()
     seconds = sum(row["update_s"] for row in read_metrics(run))
-    return {"format": form, "transformer": transformer, "critic": critic, "run": run, "lora": hashlib.sha256(learned).hexdigest(), "updates_s": seconds}
+    return {
+        "format": form,
+        "transformer": transformer,
+        "critic": critic,
+        "run": run,
+        "lora": hashlib.sha256(learned).hexdigest(),
+        "updates_s": seconds,
+    }
 
 
 def measure(run: Path, console: Console) -> dict[str, Any]:
@@ -80,16 +99,35 @@ def verdict(row: Mapping[str, Any], first: Mapping[str, Any]) -> str:
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     made = Table("format", "transformer", "critic", "all correct", "physics", "updates", "as resident, to the byte")
     for row in rows:
-        rates = [f"{row['base']['oracle'][name]:.1%} -> {row['tuned']['oracle'][name]:.1%}" for name in ("all", "physics")]
-        made.add_row(row["format"], row["transformer"], row["critic"], *rates, f"{row['updates_s']:.0f} s", row["verdict"] or "yes")
+        rates = [
+            f"{row['base']['oracle'][name]:.1%} -> {row['tuned']['oracle'][name]:.1%}" for name in ("all", "physics")
+        ]
+        made.add_row(
+            row["format"],
+            row["transformer"],
+            row["critic"],
+            *rates,
+            f"{row['updates_s']:.0f} s",
+            row["verdict"] or "yes",
+        )
     return made
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.toyworld.lowmem", description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.toyworld.lowmem", description=__doc__.partition("\n")[0] if __doc__ else None
+    )
     parser.add_argument("--updates", type=int, default=80)
-    parser.add_argument("-s", "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
+    parser.add_argument(
+        "-s",
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key; repeatable",
+    )
     parser.add_argument("--json", type=Path, help="write the rows to this file too")
     options = parser.parse_args(arguments)
     console = Console(soft_wrap=True)

@@ -1,4 +1,5 @@
-"""The pictures of docs/toyworld.md: ``python -m bench.toyworld.pictures``. Scenes, the nine defects, and what the VAE makes of a clip."""
+"""The pictures of docs/toyworld.md: ``python -m bench.toyworld.pictures``. Scenes, the nine defects, and what the VAE
+makes of a clip."""
 
 from __future__ import annotations
 
@@ -36,7 +37,14 @@ def strips(rows: list[tuple[str, Tensor]]) -> Image.Image:
 def main() -> None:
     """Writes three PNG files to docs/images."""
     generator = torch.Generator().manual_seed(4)
-    combos = [Combo(0, 0, 0, 1), Combo(1, 2, 2, 2), Combo(2, 3, 1, 0), Combo(1, 4, 3, 1), Combo(2, 5, 4, 2), Combo(0, 1, 1, 0)]
+    combos = [
+        Combo(0, 0, 0, 1),
+        Combo(1, 2, 2, 2),
+        Combo(2, 3, 1, 0),
+        Combo(1, 4, 3, 1),
+        Combo(2, 5, 4, 2),
+        Combo(0, 1, 1, 0),
+    ]
     tracks = draw_tracks(combos, generator)
     frames = render(tracks)
     IMAGES.mkdir(parents=True, exist_ok=True)
@@ -44,7 +52,11 @@ def main() -> None:
     strips(list(zip(texts, frames, strict=True))).save(IMAGES / "toyworld_scenes.png")
     rows = [("clean", frames[3])]
     for kind in DEFECTS:
-        broken = render(break_physics(tracks, kind, generator)) if kind in PHYSICS else break_quality(frames, kind, generator)
+        broken = (
+            render(break_physics(tracks, kind, generator))
+            if kind in PHYSICS
+            else break_quality(frames, kind, generator)
+        )
         rows.append((kind, broken[3]))
     strips(rows).save(IMAGES / "toyworld_defects.png")
     vae = load_vae(resolve(TOYWORLD, "generator"))

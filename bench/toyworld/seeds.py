@@ -2,9 +2,9 @@
 
     python -m bench.toyworld.seeds --seeds 0 1 2 --json bench/results/toy_seeds.json
 
-For each seed: ``train``, then base against tuned on 128 held-out prompts x 2 seeds, as ``eval`` measures them. Promised: the oracle's
-all-correct rate rises by 35 points or more, physics and quality do not fall, diversity over seeds keeps 80% or more. Exit code 1 if a
-promise is broken.
+For each seed: ``train``, then base against tuned on 128 held-out prompts x 2 seeds, as ``eval`` measures them.
+Promised: the oracle's all-correct rate rises by 35 points or more, physics and quality do not fall, diversity over
+seeds keeps 80% or more. Exit code 1 if a promise is broken.
 """
 
 from __future__ import annotations
@@ -38,8 +38,11 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 """The figures depend on these."""
 
 
-def train_and_measure(seed: int, preset: str, overrides: Sequence[str], folder: Path, console: Console) -> dict[str, Any]:
-    """A row of the result: ``seed``, ``train_s`` (the whole command), ``updates_s`` (its ``updates`` alone), ``base``, ``tuned``, ``verdicts``."""
+def train_and_measure(
+    seed: int, preset: str, overrides: Sequence[str], folder: Path, console: Console
+) -> dict[str, Any]:
+    """A row of the result: ``seed``, ``train_s`` (the whole command), ``updates_s`` (its ``updates`` alone), ``base``,
+    ``tuned``, ``verdicts``."""
     run = folder / f"seed-{seed}"
     start = time.perf_counter()
     train_command(preset, None, run, None, seed, False, [*overrides, "log.eval_prompts=0"], False)
@@ -82,11 +85,23 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.toyworld.seeds", description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.toyworld.seeds", description=__doc__.partition("\n")[0] if __doc__ else None
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
     parser.add_argument("--preset", default="toy")
-    parser.add_argument("-s", "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable")
-    parser.add_argument("--output", type=Path, help="a folder that keeps the runs (seed-0, seed-1, …); default: a temporary one")
+    parser.add_argument(
+        "-s",
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key; repeatable",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="a folder that keeps the runs (seed-0, seed-1, …); default: a temporary one"
+    )
     parser.add_argument("--json", type=Path, help="write the rows to this file too")
     options = parser.parse_args(arguments)
     console = Console(soft_wrap=True)
@@ -94,7 +109,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory() as temporary:
             for seed in options.seeds:
-                rows.append(train_and_measure(seed, options.preset, options.overrides, options.output or Path(temporary), console))
+                rows.append(
+                    train_and_measure(
+                        seed, options.preset, options.overrides, options.output or Path(temporary), console
+                    )
+                )
                 console.print(table(rows))
                 for promise in (promise for promise, kept in rows[-1]["verdicts"].items() if not kept):
                     console.print(f"seed {seed}: broken: {promise}", highlight=False)
@@ -103,7 +122,13 @@ def main(arguments: list[str] | None = None) -> int:
         return error.exit_code
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"preset": options.preset, "set": options.overrides, "threads": torch.get_num_threads(), "versions": versions(*LIBRARIES), "rows": rows}
+        result = {
+            "preset": options.preset,
+            "set": options.overrides,
+            "threads": torch.get_num_threads(),
+            "versions": versions(*LIBRARIES),
+            "rows": rows,
+        }
         options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return 0 if all(kept for row in rows for kept in row["verdicts"].values()) else 1
 

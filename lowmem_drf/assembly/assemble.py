@@ -46,7 +46,9 @@ def derive_seed(*words: object) -> int:
 def resolve_device(name: str) -> torch.device:
     """``auto``, ``cpu`` or ``cuda`` -> a device. Raises BadInputError for a card that is not there."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise BadInputError('device = "cuda", but torch sees no CUDA card. Use -s device=cpu, or install a CUDA build of torch.')
+        raise BadInputError(
+            'device = "cuda", but torch sees no CUDA card. Use -s device=cpu, or install a CUDA build of torch.'
+        )
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -69,7 +71,11 @@ def reward_spec(config: Config) -> RewardSpec:
 def critic_frames(config: Config) -> int:
     """How many frames of a clip the critic sees."""
     frames, video = config.critic.frames, config.video
-    return frames if isinstance(frames, int) else frames_at_rate(video.frames, video.fps, float(frames.removeprefix("fps:")))
+    return (
+        frames
+        if isinstance(frames, int)
+        else frames_at_rate(video.frames, video.fps, float(frames.removeprefix("fps:")))
+    )
 
 
 def critic_rate(config: Config) -> float:
@@ -78,7 +84,8 @@ def critic_rate(config: Config) -> float:
 
 
 def step_plan(config: Config, step: int, scales: Mapping[str, float] | None = None) -> StepPlan:
-    """The plan of update ``step``: its random choices depend on the run's seed and on ``step`` alone. ``scales``: ``RewardSpec.scales``."""
+    """The plan of update ``step``: its random choices depend on the run's seed and on ``step`` alone. ``scales``:
+    ``RewardSpec.scales``."""
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "plan", step))
     sampler, critic = config.sampler, config.critic
     return StepPlan(
@@ -118,8 +125,8 @@ class Models:
     decoder: WanDecoder
     critic: QwenCritic | None
     texts: Mapping[str, Tensor]
-    """Text -> (l, D) on the host, without the zeros after its end, the negative prompt's among them: padded, a thousand prompts of Wan's
-    would take 4 GiB."""
+    """Text -> (l, D) on the host, without the zeros after its end, the negative prompt's among them: padded, a thousand
+    prompts of Wan's would take 4 GiB."""
     text_tokens: int
     """L: what they are padded to."""
     negative_prompt: str
@@ -143,7 +150,8 @@ class Models:
         return self.critic
 
     def awake(self, *names: Parked) -> None:
-        """Outside the stages of a step: from here on these models are on the card, and no other one that may be parked."""
+        """Outside the stages of a step: from here on these models are on the card, and no other one that may be
+        parked."""
         self.residency.need(*names)
 
     def awake_for(self, stage: str) -> None:
@@ -158,7 +166,9 @@ class Models:
     def condition(self, texts: Sequence[str]) -> Tensor:
         """(B, L, D) on the device."""
         rows = [self.texts[text] for text in texts]
-        return torch.stack([torch.nn.functional.pad(row, (0, 0, 0, self.text_tokens - len(row))) for row in rows]).to(self.device)
+        return torch.stack([torch.nn.functional.pad(row, (0, 0, 0, self.text_tokens - len(row))) for row in rows]).to(
+            self.device
+        )
 
     def no_condition(self, batch: int) -> Tensor:
         """The negative prompt, (B, L, D)."""
@@ -181,11 +191,13 @@ def assemble(
     other: OtherExpert | None = None,
     stand_in: Callable[[Any, Sequence[Any], bool], Partitioned] | None = None,
 ) -> Models:
-    """Loaded models with the configuration's memory settings on them, the VAE without its encoder. ``texts``: see ``Models``.
+    """Loaded models with the configuration's memory settings on them, the VAE without its encoder. ``texts``: see
+    ``Models``.
 
-    ``chosen``: the form of the operations; ``None``: it is chosen here, for ``device``. ``other``: the transformer that is not trained, where there are
-    two; it is parked and streamed where ``transformer`` is, and in a rollout one of them is awake at a time.
-    ``stand_in``: in a plan, makes of a model, its blocks and whether it is the transformer what stands for its partitioned weights.
+    ``chosen``: the form of the operations; ``None``: it is chosen here, for ``device``. ``other``: the transformer that
+    is not trained, where there are two; it is parked and streamed where ``transformer`` is, and in a rollout one of
+    them is awake at a time. ``stand_in``: in a plan, makes of a model, its blocks and whether it is the transformer
+    what stands for its partitioned weights.
 
     Raises BadInputError: the video's size does not fit the models, or a kernel that is asked for cannot run.
     """
@@ -225,15 +237,24 @@ def assemble(
         critic.set_checkpointing(bool(memory.checkpoint))
         critic.set_attention(*(ranged_attention() if chosen.attention.name == "triton" else (None,)))
     decoder = WanDecoder(
-        vae, grad_dtype=DTYPES[memory.vae_grad_dtype], strips=memory.vae_strips, caches=memory.vae_caches, store=store, norm_silu=chosen.rows.norm_silu
+        vae,
+        grad_dtype=DTYPES[memory.vae_grad_dtype],
+        strips=memory.vae_strips,
+        caches=memory.vae_caches,
+        store=store,
+        norm_silu=chosen.rows.norm_silu,
     )
     modules = generators | {"vae": vae} | ({} if critic is None else {"critic": critic.model})
     parked = modules.keys() & {*memory.park, *(["expert"] if "transformer" in memory.park else [])}
     # in a rollout the two transformers are woken as their turn comes
-    residency = Residency(modules, parked, device, store, meter.stage, streamed, NEEDS if other is None else {**NEEDS, "rollout": ()})
+    residency = Residency(
+        modules, parked, device, store, meter.stage, streamed, NEEDS if other is None else {**NEEDS, "rollout": ()}
+    )
     velocity = as_velocity(transformer, recorder)
     if other is not None:
-        velocity = two_experts(velocity, as_velocity(other.transformer), config.model.expert, other.boundary, residency.need)
+        velocity = two_experts(
+            velocity, as_velocity(other.transformer), config.model.expert, other.boundary, residency.need
+        )
     for name in streamed.keys() - parked:
         bring(modules[name], device)  # what is not streamed: it was loaded in host memory
     return Models(
@@ -265,7 +286,10 @@ def latent_shape(config: Config, transformer: Any, vae: Any) -> tuple[int, int, 
     """(C, F, h, w). Raises BadInputError: the video's size does not fit the models."""
     video, factor = config.video, vae.config.scale_factor_spatial
     _, patch_height, patch_width = transformer.config.patch_size
-    for name, value, unit in (("width", video.width, factor * patch_width), ("height", video.height, factor * patch_height)):
+    for name, value, unit in (
+        ("width", video.width, factor * patch_width),
+        ("height", video.height, factor * patch_height),
+    ):
         if value % unit:
             raise BadInputError(
                 f"video.{name} = {value} is not a multiple of {unit}, the patch grid of {config.model.id}. "

@@ -1,4 +1,5 @@
-"""What a model wrote, kept on the disk: questions and reference answers are made once for a prompt, a model and a version.
+"""What a model wrote, kept on the disk: questions and reference answers are made once for a prompt, a model and a
+version.
 
 One readable JSON file each, named by the hash of all that the text depends on.
 """
@@ -21,7 +22,8 @@ def cache_folder() -> Path:
 
 
 class Cache:
-    """Values by key (both JSON). A file that cannot be read counts as missing; a folder that cannot be written to only forgets."""
+    """Values by key (both JSON). A file that cannot be read counts as missing; a folder that cannot be written to only
+    forgets."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

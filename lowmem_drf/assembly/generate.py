@@ -38,7 +38,10 @@ def generate(models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequ
     x_0, entering = rollout(models.velocity, sigmas, models.noise(seeds), cond, uncond, sampler.guidance, keep=steps)
     path = [*(entering[k] for k in steps), x_0]
     # the Euler update backwards: v = (x_next - x) / (sigma_next - sigma)
-    norms = [((path[k + 1] - path[k]) / (sigmas[k + 1] - sigmas[k]).item()).pow(2).flatten(1).mean(1).sqrt().mean().item() for k in steps]
+    norms = [
+        ((path[k + 1] - path[k]) / (sigmas[k + 1] - sigmas[k]).item()).pow(2).flatten(1).mean(1).sqrt().mean().item()
+        for k in steps
+    ]
     models.awake("vae")
     return Generated(models.decoder.decode(x_0), sum(norms) / len(norms))
 
@@ -46,10 +49,12 @@ def generate(models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequ
 def batches(
     models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequence[int], size: int, ranks: Ranks, unit: int = 1
 ) -> Iterator[tuple[range, Generated, bool]]:
-    """``generate`` in batches of ``size`` over this process's part of the texts: (positions, clips, whether they are new).
+    """``generate`` in batches of ``size`` over this process's part of the texts: (positions, clips, whether they are
+    new).
 
-    Every process makes equally many, since weights that are partitioned are gathered by all of them together: where one has fewer texts it repeats the
-    first batch of all, which is not new. ``unit``: so many texts in a row belong to one process.
+    Every process makes equally many, since weights that are partitioned are gathered by all of them together: where one
+    has fewer texts it repeats the first batch of all, which is not new. ``unit``: so many texts in a row belong to one
+    process.
     """
     parts = [range(part.start * unit, part.stop * unit) for part in ranks.parts(len(texts) // unit)]
     mine = parts[ranks.rank]

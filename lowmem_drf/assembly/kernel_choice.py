@@ -1,4 +1,5 @@
-"""Configuration -> the form of each operation that a run uses: chosen once, before anything is computed, and printed."""
+"""Configuration -> the form of each operation that a run uses: chosen once, before anything is computed, and
+printed."""
 
 from __future__ import annotations
 
@@ -43,13 +44,15 @@ def choose(config: Config, device: torch.device, shape: Sequence[int], dtype: to
     """
     kernels = config.kernels
     rows = choose_rows(kernels.ops, device)
-    attention, why = choose_attention(kernels.attention, device, shape, dtype, taped=config.memory.keep_attention != "none")
+    attention, why = choose_attention(
+        kernels.attention, device, shape, dtype, taped=config.memory.keep_attention != "none"
+    )
     return Chosen(rows, attention, why, int8_attention(device) if kernels.rollout_attention == "int8" else None)
 
 
 def choose_planned(config: Config) -> Chosen:
-    """For a plan, which computes nothing: ``auto`` stands for a CUDA card with Triton, whatever is here. Of attentions it knows those that take the
-    bytes of any: out, log-sum-exp, gradients."""
+    """For a plan, which computes nothing: ``auto`` stands for a CUDA card with Triton, whatever is here. Of attentions
+    it knows those that take the bytes of any: out, log-sum-exp, gradients."""
     kernels = config.kernels
     rows: RowChoice = "fused" if kernels.ops == "auto" else kernels.ops
     attention = attention_named("triton" if kernels.attention == "triton" else "sdpa")

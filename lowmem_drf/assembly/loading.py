@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 
 
 def load_models(config: Config, texts: Sequence[str], with_critic: bool = True, ranks: Ranks = ALONE) -> Models:
-    """Loads every model the configuration names; the text encoder is gone once all ``texts`` are encoded. The LoRA is the caller's.
+    """Loads every model the configuration names; the text encoder is gone once all ``texts`` are encoded. The LoRA is
+    the caller's.
 
-    Everything is downloaded and checked before anything is loaded. Of many processes on a machine one downloads and encodes for all; under ZeRO-3 the
-    transformer is partitioned over them as it is read.
+    Everything is downloaded and checked before anything is loaded. Of many processes on a machine one downloads and
+    encodes for all; under ZeRO-3 the transformer is partitioned over them as it is read.
 
     Raises:
         BadInputError: a model cannot be found or is damaged, or the video's size does not fit it.
@@ -51,7 +52,11 @@ def load_models(config: Config, texts: Sequence[str], with_critic: bool = True, 
             prepare(config.critic.id, "critic", say)
         home = _home(config, "transformer", device)
         # on their way to the card, packed, or partitioned, transformers are never here in full
-        passing = () if home.type == "cpu" and config.model.quant == "none" and config.engine != "zero3" else ("transformer", SECOND)
+        passing = (
+            ()
+            if home.type == "cpu" and config.model.quant == "none" and config.engine != "zero3"
+            else ("transformer", SECOND)
+        )
         check_host_memory(generator, "generator", DTYPES[config.dtype].itemsize, (*_without(config), *passing))
         text_device = torch.device("cpu") if config.memory.text_device == "host" else device
         encoded = encode_texts(config, str(generator), [*texts, config.sampler.negative_prompt], text_device)
@@ -61,7 +66,9 @@ def load_models(config: Config, texts: Sequence[str], with_critic: bool = True, 
 
         taken = Partition(config).take
     transformer, other = make_transformers(
-        described, config, lambda name: load_transformer(config, generator, DTYPES[config.dtype], device, name, home, taken=taken)
+        described,
+        config,
+        lambda name: load_transformer(config, generator, DTYPES[config.dtype], device, name, home, taken=taken),
     )
     vae = load_vae(str(generator), DTYPES[config.memory.vae_dtype], _home(config, "vae", device))
     critic = load_run_critic(config, _home(config, "critic", device)) if with_critic else None
@@ -83,7 +90,8 @@ def with_partitioned_critic(config: Config, models: Models) -> Models:
 
 
 def _home(config: Config, name: Parked, device: torch.device) -> torch.device:
-    """Where a model's weights lie when it is loaded: on the host if they are to wait there, and may be too many for the card."""
+    """Where a model's weights lie when it is loaded: on the host if they are to wait there, and may be too many for the
+    card."""
     waits = name in config.memory.park or name in config.memory.stream or (name == "critic" and config.zero.critic)
     return torch.device("cpu") if waits else device
 
@@ -104,7 +112,8 @@ def load_transformer(
     blocks: int | None = None,
     taken: Callable[[torch.nn.Parameter], None] | None = None,
 ) -> Any:
-    """The frozen base that the LoRA of a run is trained on: of the folder or the single file, with ``model.base_lora`` added, then packed.
+    """The frozen base that the LoRA of a run is trained on: of the folder or the single file, with ``model.base_lora``
+    added, then packed.
 
     Args:
         home: where it stays. Default: ``device``, where its weights are changed and packed.
@@ -126,15 +135,22 @@ def load_transformer(
         say(f"{lora}: merged into {len(found)} tensors of the base")
         return found
 
-    rest: dict[str, Any] = {"quant": quant or config.model.quant, "home": home, "changes": changes if lora else None, "blocks": blocks, "taken": taken}
+    rest: dict[str, Any] = {
+        "quant": quant or config.model.quant,
+        "home": home,
+        "changes": changes if lora else None,
+        "blocks": blocks,
+        "taken": taken,
+    }
     if config.model.transformer and subfolder == "transformer":
         return load_single_file(config.model.transformer, str(generator), dtype, device, **rest)
     return load_denoiser(str(generator), dtype, device, subfolder=subfolder, **rest)
 
 
 def load_run_critic(config: Config, home: torch.device | None = None) -> QwenCritic:
-    """The critic alone, as a run has it. ``home``: where its weights are to lie. Default: on the run's device, and there in any case if they are
-    quantised as they are loaded: a CPU takes minutes to quantise what a card does in seconds."""
+    """The critic alone, as a run has it. ``home``: where its weights are to lie. Default: on the run's device, and
+    there in any case if they are quantised as they are loaded: a CPU takes minutes to quantise what a card does in
+    seconds."""
     _hide_loading_bars(config)
     from lowmem_drf.models.qwen_vl.critic import load_critic
 
@@ -143,8 +159,10 @@ def load_run_critic(config: Config, home: torch.device | None = None) -> QwenCri
     if config.critic.quant == "none":
         check_host_memory(folder, "critic", DTYPES[config.dtype].itemsize)
     elif device.type == "cpu":  # else its weights stream to the card one by one
-        check_host_memory(folder, "critic", 1)  # half a byte a weight in 4 bit, two of all others: a byte, about, and no less
-    # ToyWorld's critic was trained at the one frame rate that its folder names; a real one is told how fast its frames pass
+        # half a byte a weight in 4 bit, two of all others: a byte, about, and no less
+        check_host_memory(folder, "critic", 1)
+    # ToyWorld's critic was trained at the one frame rate that its folder names; a real one is told how fast its frames
+    # pass
     fps = None if config.critic.id == TOYWORLD else critic_rate(config)
     critic = load_critic(str(folder), DTYPES[config.dtype], device, fps, config.critic.quant)
     critic.set_checkpointing(bool(config.memory.checkpoint))

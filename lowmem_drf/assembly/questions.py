@@ -35,7 +35,8 @@ def grammar_of(config: Config) -> Grammar:
 
 
 def draft_questions(config: Config, prompts: Sequence[Prompt], grammar: Grammar | None = None) -> Questions:
-    """Without a model: the prompt's own questions, or the user's file's, or those of the templates (also what a writer falls back to).
+    """Without a model: the prompt's own questions, or the user's file's, or those of the templates (also what a writer
+    falls back to).
 
     ``grammar``: of the templates; ``None`` takes the critic's.
 
@@ -47,12 +48,19 @@ def draft_questions(config: Config, prompts: Sequence[Prompt], grammar: Grammar 
     refused: list[tuple[Prompt, BadInputError]] = []
     for prompt in prompts:
         try:
-            made[prompt.id] = prompt.questions or given.get(prompt.text) or make_questions(prompt.text, config.critic.mode, grammar or grammar_of(config))
+            made[prompt.id] = (
+                prompt.questions
+                or given.get(prompt.text)
+                or make_questions(prompt.text, config.critic.mode, grammar or grammar_of(config))
+            )
         except BadInputError as error:
             refused.append((prompt, error))
     if refused:
         others = ", ".join(prompt.id for prompt, _ in refused[1:6]) + (", …" if len(refused) > 6 else "")
-        raise BadInputError(f"prompt {refused[0][0].id}: {refused[0][1]}" + (f"\nThe same holds for prompts {others}." if others else ""))
+        raise BadInputError(
+            f"prompt {refused[0][0].id}: {refused[0][1]}"
+            + (f"\nThe same holds for prompts {others}." if others else "")
+        )
     return made
 
 
@@ -60,7 +68,9 @@ def require_weights(questions: Mapping[str, Sequence[Question]], spec: RewardSpe
     """Raises BadInputError for the first prompt none of whose questions counts: its clips would have no reward."""
     for prompt, asked in questions.items():
         if not any(question.weight * spec.weights[question.aspect] > 0 for question in asked):
-            raise BadInputError(f"prompt {prompt}: none of its questions has a weight above 0. Raise critic.weights, or the questions' own weights.")
+            raise BadInputError(
+                f"prompt {prompt}: none of its questions has a weight above 0. Raise critic.weights, or the questions' own weights."
+            )
 
 
 def needs_writer(config: Config) -> bool:
@@ -68,8 +78,15 @@ def needs_writer(config: Config) -> bool:
     return config.critic.questions == "critic" and config.critic.mode != "vanilla"
 
 
-def written_questions(config: Config, prompts: Sequence[Prompt], draft: Mapping[str, tuple[Question, ...]], critic: QwenCritic, console: Console) -> Questions:
-    """The critic writes the questions of every prompt that brings none; the templates' fixed ones stay. Cached by prompt, model and version.
+def written_questions(
+    config: Config,
+    prompts: Sequence[Prompt],
+    draft: Mapping[str, tuple[Question, ...]],
+    critic: QwenCritic,
+    console: Console,
+) -> Questions:
+    """The critic writes the questions of every prompt that brings none; the templates' fixed ones stay. Cached by
+    prompt, model and version.
 
     What it writes twice in a row and cannot be used leaves the draft as it is, and is told on ``console``.
     """
@@ -80,7 +97,14 @@ def written_questions(config: Config, prompts: Sequence[Prompt], draft: Mapping[
         rows = cache.get(key)
         if rows is None:
             try:
-                rows = [asdict(q) for q in write_questions(prompt.text, config.critic.mode, lambda text: critic.generate(text, max_new_tokens=WRITTEN_TOKENS))]
+                rows = [
+                    asdict(q)
+                    for q in write_questions(
+                        prompt.text,
+                        config.critic.mode,
+                        lambda text: critic.generate(text, max_new_tokens=WRITTEN_TOKENS),
+                    )
+                ]
             except UnusableError as error:
                 failed.append(f"{prompt.id} ({error})")
                 continue

@@ -1,7 +1,8 @@
-"""Prompts -> their embeddings. A large encoder's are kept on the disk, so that its 11 GB are read once per prompt set, and it is gone afterwards.
+"""Prompts -> their embeddings. A large encoder's are kept on the disk, so that its 11 GB are read once per prompt set,
+and it is gone afterwards.
 
-A file holds the embedding of one text under a name that is the hash of all that it depends on. It is a cache: a file that cannot be read counts
-as missing, and a folder that cannot be written to only forgets.
+A file holds the embedding of one text under a name that is the hash of all that it depends on. It is a cache: a file
+that cannot be read counts as missing, and a folder that cannot be written to only forgets.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 BATCH = 32
-"""Texts that a small encoder reads at once. A large one reads one at a time, so that what is in the cache does not depend on what was encoded
-with it; 512 tokens keep a card busy."""
+"""Texts that a small encoder reads at once. A large one reads one at a time, so that what is in the cache does not
+depend on what was encoded with it; 512 tokens keep a card busy."""
 
 LARGE_BYTES = 1 << 28
 """Of an encoder's weights: below, encoding again is as quick as a cache, and nothing is kept."""

@@ -1,9 +1,12 @@
-"""``lowmem-drf bench``: one real update with random weights of true size, measured beside its plan. Nothing is downloaded.
+"""``lowmem-drf bench``: one real update with random weights of true size, measured beside its plan. Nothing is
+downloaded.
 
-Under DeepSpeed this is one process, whatever the preset has: on one card ZeRO-3 is what brings the weights from the host.
+Under DeepSpeed this is one process, whatever the preset has: on one card ZeRO-3 is what brings the weights from the
+host.
 
-On CUDA the bytes are the allocator's own, with the models filled on the card, and ``--vram`` keeps the allocator below a smaller card's memory. On the
-CPU, where there is no card, a ledger counts the live bytes of a real update, and the seconds are those of a second one without it.
+On CUDA the bytes are the allocator's own, with the models filled on the card, and ``--vram`` keeps the allocator below
+a smaller card's memory. On the CPU, where there is no card, a ledger counts the live bytes of a real update, and the
+seconds are those of a second one without it.
 """
 
 from __future__ import annotations
@@ -88,7 +91,9 @@ def measure(config: Config, device: torch.device, cap_gib: float | None, console
         join(config.device)
     if device.type == "cuda":
         if cap_gib:
-            torch.cuda.set_per_process_memory_fraction(min(1.0, (cap_gib - 0.5) * GIB / torch.cuda.get_device_properties(device).total_memory), device)
+            torch.cuda.set_per_process_memory_fraction(
+                min(1.0, (cap_gib - 0.5) * GIB / torch.cuda.get_device_properties(device).total_memory), device
+            )
         meter = Meter(device)
         models, prompts, questions = _random_models(config, device, meter)
         try:
@@ -96,13 +101,22 @@ def measure(config: Config, device: torch.device, cap_gib: float | None, console
                 seconds, peaks = _updates(config, models, prompts, questions, count=3)
         except torch.OutOfMemoryError as error:
             where = f"under a cap of {cap_gib:g} GiB" if cap_gib else "on this card"
-            raise LowmemError(f"out of memory {where}: {error}\nAsk for a change that fits: lowmem-drf plan --preset NAME --vram GB") from error
+            raise LowmemError(
+                f"out of memory {where}: {error}\nAsk for a change that fits: lowmem-drf plan --preset NAME --vram GB"
+            ) from error
         return Measured(peaks, seconds, torch.cuda.get_device_name(device))
     _refuse_large(config)
     with console.status("measuring …"), Ledger(ALLOCATOR_BLOCK) as ledger:
         counted = PlanMeter(ledger)
         models, prompts, questions = _random_models(config, device, counted)
-        counted.load([models.transformer, models.decoder.vae, models.asked_critic.model, *([models.expert] if models.expert else [])])
+        counted.load(
+            [
+                models.transformer,
+                models.decoder.vae,
+                models.asked_critic.model,
+                *([models.expert] if models.expert else []),
+            ]
+        )
         _updates(config, models, prompts, questions)
     clock = Meter(device)
     models, prompts, questions = _random_models(config, device, clock)
@@ -110,7 +124,9 @@ def measure(config: Config, device: torch.device, cap_gib: float | None, console
     return Measured({name: stage.peak_gib for name, stage in counted.stages.items()}, seconds, "CPU")
 
 
-def _random_models(config: Config, device: torch.device, meter: Any) -> tuple[Models, list[Prompt], dict[str, tuple[Question, ...]]]:
+def _random_models(
+    config: Config, device: torch.device, meter: Any
+) -> tuple[Models, list[Prompt], dict[str, tuple[Question, ...]]]:
     from lowmem_drf.models.qwen_vl.random_critic import random_critic
     from lowmem_drf.models.wan.random_generator import random_transformer, random_vae
     from lowmem_drf.models.weights.sources import resolve
@@ -123,13 +139,18 @@ def _random_models(config: Config, device: torch.device, meter: Any) -> tuple[Mo
 
         taken = Partition(config).take
     transformer, other = make_transformers(
-        generator, config, lambda name: random_transformer(getattr(generator, name), dtype, device, quant=config.model.quant, home=home, taken=taken)
+        generator,
+        config,
+        lambda name: random_transformer(
+            getattr(generator, name), dtype, device, quant=config.model.quant, home=home, taken=taken
+        ),
     )
     add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets)
     width = generator.transformer["text_dim"]
     noise = torch.Generator().manual_seed(0)
     texts = {
-        text: torch.randn(config.model.text_tokens, width, generator=noise).to(dtype) for text in [*(p.text for p in prompts), config.sampler.negative_prompt]
+        text: torch.randn(config.model.text_tokens, width, generator=noise).to(dtype)
+        for text in [*(p.text for p in prompts), config.sampler.negative_prompt]
     }
     critic = random_critic(resolve(config.critic.id, "critic"), dtype, device, critic_rate(config), config.critic.quant)
     vae = random_vae(generator.vae, DTYPES[config.memory.vae_dtype], device)
@@ -138,7 +159,11 @@ def _random_models(config: Config, device: torch.device, meter: Any) -> tuple[Mo
 
 
 def _updates(
-    config: Config, models: Models, prompts: Sequence[Prompt], questions: Mapping[str, tuple[Question, ...]], count: int = 1
+    config: Config,
+    models: Models,
+    prompts: Sequence[Prompt],
+    questions: Mapping[str, tuple[Question, ...]],
+    count: int = 1,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds and peak GiB by stage of the last of ``count`` updates."""
     trainer, models = make_trainer(config, models)
@@ -162,7 +187,10 @@ def _refuse_large(config: Config) -> None:
 
 def _as_json(plan: Plan, measured: Measured, name: str) -> dict[str, Any]:
     """As that of ``plan``, with what was measured in every stage. ``text`` is planned only: its encoder is not here."""
-    rows = {stage: asdict(row) | {"measured_gib": measured.gib.get(stage), "measured_s": measured.s.get(stage)} for stage, row in plan.stages.items()}
+    rows = {
+        stage: asdict(row) | {"measured_gib": measured.gib.get(stage), "measured_s": measured.s.get(stage)}
+        for stage, row in plan.stages.items()
+    }
     return plan.as_json(name) | {"device": measured.device, "measured_peak_gib": measured.peak_gib, "stages": rows}
 
 
@@ -175,6 +203,16 @@ def _print(plan: Plan, measured: Measured, name: str, console: Console) -> None:
         table.add_column(heading, justify="right")
     for stage, gib in measured.gib.items():
         row = plan.stages[stage]
-        table.add_row(stage, f"{row.peak_gib:.3f}", f"{gib:.3f}", f"{row.peak_gib / gib - 1:+.1%}", f"{row.s:.2f}", f"{measured.s[stage]:.2f}")
+        table.add_row(
+            stage,
+            f"{row.peak_gib:.3f}",
+            f"{gib:.3f}",
+            f"{row.peak_gib / gib - 1:+.1%}",
+            f"{row.s:.2f}",
+            f"{measured.s[stage]:.2f}",
+        )
     console.print(table)
-    console.print(f"peak: planned {plan.peak_gib:.3f} GiB with the text encoder's stage, measured {measured.peak_gib:.3f} GiB", highlight=False)
+    console.print(
+        f"peak: planned {plan.peak_gib:.3f} GiB with the text encoder's stage, measured {measured.peak_gib:.3f} GiB",
+        highlight=False,
+    )

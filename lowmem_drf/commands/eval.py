@@ -24,7 +24,9 @@ def eval_command(run_folder: Path | None, file: Path | None, as_json: bool) -> N
 
     run = find_run(run_folder)
     config = run_config(run)
-    trial = make_trial(config, () if config.prompts == TOYWORLD or file else run_prompts(config), EVAL_PROMPTS, EVAL_SEEDS, file)
+    trial = make_trial(
+        config, () if config.prompts == TOYWORLD or file else run_prompts(config), EVAL_PROMPTS, EVAL_SEEDS, file
+    )
     models = load_models(config, [prompt.text for prompt in trial.prompts])
     step = load_run_lora(models.transformer, run, config)
     console = Console(stderr=as_json)

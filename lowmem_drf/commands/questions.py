@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def questions_command(prompt: str | None, file: Path | None, preset: str | None, overrides: Sequence[str], as_json: bool, output: Path | None) -> None:
+def questions_command(
+    prompt: str | None,
+    file: Path | None,
+    preset: str | None,
+    overrides: Sequence[str],
+    as_json: bool,
+    output: Path | None,
+) -> None:
     """``lowmem-drf questions``: a table, or the JSON that ``critic.questions`` reads."""
     from rich.console import Console
 
@@ -26,7 +33,9 @@ def questions_command(prompt: str | None, file: Path | None, preset: str | None,
     from lowmem_drf.training.run_folder import write_aside
 
     if (prompt is None) == (file is None):
-        raise BadInputError('give one prompt, or a file with --prompts. Example: lowmem-drf questions "a red ball rolls off a table"')
+        raise BadInputError(
+            'give one prompt, or a file with --prompts. Example: lowmem-drf questions "a red ball rolls off a table"'
+        )
     prompts = as_prompts([prompt]) if prompt is not None else load_prompts(file or "")
     config = load_config(preset or chosen_preset()[0], overrides)
     # who names no preset wants to see the questions of the prompt, whatever this machine would train on
@@ -40,7 +49,9 @@ def questions_command(prompt: str | None, file: Path | None, preset: str | None,
     text = to_json({p.text: questions[p.id] for p in prompts})
     if output is not None:
         write_aside(output, text)
-        console.print(f"{output}: edit it, then run: lowmem-drf train -s critic.questions={output}", highlight=False, markup=False)
+        console.print(
+            f"{output}: edit it, then run: lowmem-drf train -s critic.questions={output}", highlight=False, markup=False
+        )
     if as_json:
         print(text, end="")
     elif output is None:

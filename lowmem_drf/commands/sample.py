@@ -37,7 +37,8 @@ def sample_command(
 ) -> None:
     """Writes a clip per prompt and prints each file's path.
 
-    Raises BadInputError: no run, no such LoRA, a LoRA of another model, a scale that is not finite, an output that cannot be written.
+    Raises BadInputError: no run, no such LoRA, a LoRA of another model, a scale that is not finite, an output that
+    cannot be written.
     """
     if not math.isfinite(scale):
         raise BadInputError(f"--lora-scale {scale} is not a number that can be used; 1 is the tuned model, 0 the base.")
@@ -56,8 +57,12 @@ def sample_command(
     label = "tuned" if scale == 1 else f"tuned, LoRA x {scale:g}"
     upscale = watchable_upscale(config.video.height, config.video.width)
     with work_bar(Console(stderr=True), "clips", len(wanted)) as advance:
-        for path, (base, tuned) in zip(paths, base_and_tuned(config, models, wanted, seed, scale, with_base=compare), strict=True):
-            clip, factor = (tuned, upscale) if base is None else (side_by_side((base, tuned), ("base", label), upscale), 1)
+        for path, (base, tuned) in zip(
+            paths, base_and_tuned(config, models, wanted, seed, scale, with_base=compare), strict=True
+        ):
+            clip, factor = (
+                (tuned, upscale) if base is None else (side_by_side((base, tuned), ("base", label), upscale), 1)
+            )
             print(write_mp4(path, clip, config.video.fps, factor), flush=True)
             advance(1)
 
@@ -65,8 +70,8 @@ def sample_command(
 def base_and_tuned(
     config: Config, models: Models, texts: Sequence[str], seed: int, scale: float = 1.0, with_base: bool = True
 ) -> Iterator[tuple[Tensor | None, Tensor]]:
-    """For each text the base model's clip (``None`` unless ``with_base``) and the tuned model's, from the same noise: frames (T, 3, H, W),
-    fp32 in [0, 1], on the host. Made ``log.eval_batch`` at a time."""
+    """For each text the base model's clip (``None`` unless ``with_base``) and the tuned model's, from the same noise:
+    frames (T, 3, H, W), fp32 in [0, 1], on the host. Made ``log.eval_batch`` at a time."""
     size = config.log.eval_batch
     for first in range(0, len(texts), size):
         some = texts[first : first + size]
@@ -84,7 +89,9 @@ def _texts(config: Config, texts: Sequence[str], file: Path | None) -> list[str]
     """What the user asked for; where that is nothing, the run's own sample prompts."""
     asked = [*texts, *(prompt.text for prompt in (load_prompts(file) if file else ()))]
     if any(not text.strip() for text in asked):
-        raise BadInputError('a prompt is empty. Give it some words: --prompt "a red circle moves left on a gray background"')
+        raise BadInputError(
+            'a prompt is empty. Give it some words: --prompt "a red circle moves left on a gray background"'
+        )
     return asked or preview_texts(config, () if config.prompts == TOYWORLD else run_prompts(config))
 
 

@@ -37,7 +37,8 @@ def score_command(
 ) -> None:
     """Prints the critic's view of a video as a table or as JSON, and writes the saliency clip.
 
-    Raises BadInputError: a video that cannot be read, a prompt or question that cannot be asked, a critic that cannot be loaded.
+    Raises BadInputError: a video that cannot be read, a prompt or question that cannot be asked, a critic that cannot
+    be loaded.
     """
     from rich.console import Console
 
@@ -54,7 +55,8 @@ def score_command(
         raise BadInputError('the prompt is empty. Say what the video should show: --prompt "a corgi surfing a wave"')
     flags = {"critic.id": critic, "critic.quant": quant, "critic.mode": mode}
     flagged = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flags.items() if value is not None]
-    config = load_config(preset or chosen_preset()[0], ["critic.mode=both", *overrides, *flagged])  # whatever trains, all is shown
+    # whatever trains, all is shown
+    config = load_config(preset or chosen_preset()[0], ["critic.mode=both", *overrides, *flagged])
     target = None if saliency is None else _target(saliency)
     prompts = as_prompts([prompt])
     toy = config.critic.id == TOYWORLD
@@ -98,7 +100,9 @@ def print_table(score: Score, prompt: str, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("", "question", "wanted", "the critic says", "p(wanted)", "reward", title=Text(prompt), title_justify="left")
+    table = Table(
+        "", "question", "wanted", "the critic says", "p(wanted)", "reward", title=Text(prompt), title_justify="left"
+    )
     for column in table.columns[-2:]:
         column.justify = "right"
     aspects = list(dict.fromkeys(v.question.aspect for v in score.verdicts))

@@ -27,8 +27,23 @@ if TYPE_CHECKING:
     from lowmem_drf.scoring.evaluate import Trial
 
 MAY_CHANGE = (
-    *("steps", "micro_batch", "device", "engine", "processes", "zero.", "log.", "optim.lr", "optim.grad_clip", "optim.schedule", "optim.warmup_steps"),
-    *(f"memory.{key}" for key in ("checkpoint", "keep_blocks", "token_slices", "park", "stream", "text_device", "vram_gib")),
+    *(
+        "steps",
+        "micro_batch",
+        "device",
+        "engine",
+        "processes",
+        "zero.",
+        "log.",
+        "optim.lr",
+        "optim.grad_clip",
+        "optim.schedule",
+        "optim.warmup_steps",
+    ),
+    *(
+        f"memory.{key}"
+        for key in ("checkpoint", "keep_blocks", "token_slices", "park", "stream", "text_device", "vram_gib")
+    ),
     *(f"memory.{key}" for key in ("vae_strips", "vae_caches", "vae_cache_every", "keep_attention", "record_rollout")),
     *("kernels.ops", "kernels.attention"),
 )
@@ -51,14 +66,23 @@ def train_command(
     Of several processes this is what starts them, unless another program has: then it is one of them.
     """
     count = started_processes() or num_processes
-    flags = {"prompts": None if prompts is None else json.dumps(str(prompts), ensure_ascii=False), "steps": steps, "seed": seed, "processes": count}
+    flags = {
+        "prompts": None if prompts is None else json.dumps(str(prompts), ensure_ascii=False),
+        "steps": steps,
+        "seed": seed,
+        "processes": count,
+    }
     overrides = [*overrides, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
     if resume:
         name, (run, config) = "", _resumed(preset, output, overrides)
         origin = f"resumed after update {done_steps(run)}"
     else:
         name, why = (preset, "") if preset else chosen_preset()
-        run, config, origin = output or default_output(name), _absolute(load_config(name, overrides)), f"preset {name}{why}"
+        run, config, origin = (
+            output or default_output(name),
+            _absolute(load_config(name, overrides)),
+            f"preset {name}{why}",
+        )
     if dry_run:
         if os.environ.get("RANK", "0") == "0":
             _print(config, name or str(run), preset_card(preset_path(name)) if name else "")
@@ -94,7 +118,9 @@ def chosen_preset() -> tuple[str, str]:
     if not torch.cuda.is_available():
         return default_preset(None), " (the default: there is no CUDA card)"
     card = torch.cuda.get_device_properties(0)
-    return default_preset(card.total_memory / 1e9, card.name), f" (the default: the largest that fits the {card.name}, {card.total_memory / 1e9:.0f} GB)"
+    return default_preset(
+        card.total_memory / 1e9, card.name
+    ), f" (the default: the largest that fits the {card.name}, {card.total_memory / 1e9:.0f} GB)"
 
 
 def _print(config: Config, name: str, card: str) -> None:
@@ -109,11 +135,23 @@ def _print(config: Config, name: str, card: str) -> None:
 def _advice(run: Path) -> str:
     """What to do after a run of many processes was stopped."""
     saved = done_steps(run)
-    return f"Update {saved} is saved. Go on with: lowmem-drf train --resume --output {run}" if saved else "No update was saved."
+    return (
+        f"Update {saved} is saved. Go on with: lowmem-drf train --resume --output {run}"
+        if saved
+        else "No update was saved."
+    )
 
 
-def start(config: Config, run: Path, resume: bool, origin: str, ranks: Ranks = ALONE, abort: Callable[[BaseException], None] = lambda error: None) -> None:
-    """Checks everything that can be checked without a model, loads the models, and only then writes to the run's folder.
+def start(
+    config: Config,
+    run: Path,
+    resume: bool,
+    origin: str,
+    ranks: Ranks = ALONE,
+    abort: Callable[[BaseException], None] = lambda error: None,
+) -> None:
+    """Checks everything that can be checked without a model, loads the models, and only then writes to the run's
+    folder.
 
     Args:
         origin: where the configuration comes from, in words.
@@ -141,7 +179,9 @@ def start(config: Config, run: Path, resume: bool, origin: str, ranks: Ranks = A
         )
     draft = draft_questions(config, prompts)
     require_weights(draft, reward_spec(config))
-    trial = make_trial(config, prompts, config.log.eval_prompts, config.log.eval_seeds) if config.log.eval_prompts else None
+    trial = (
+        make_trial(config, prompts, config.log.eval_prompts, config.log.eval_seeds) if config.log.eval_prompts else None
+    )
     cards_gib = ranks.gather(card_here(config))
     config = ranks.from_chief(require_fit(config, console, cards_gib) if ranks.chief else config)
     made = [] if not ranks.chief else make_writable(run) if resume else claim(run)
@@ -149,7 +189,13 @@ def start(config: Config, run: Path, resume: bool, origin: str, ranks: Ranks = A
         previews = preview_texts(config, prompts)
         texts = [prompt.text for prompt in (*prompts, *(trial.prompts if trial else ()))]
         models = load_models(config, [*texts, *previews], ranks=ranks)
-        add_lora(models.transformer, config.lora.rank, config.lora.alpha, config.lora.targets, derive_seed(config.seed, "lora"))
+        add_lora(
+            models.transformer,
+            config.lora.rank,
+            config.lora.alpha,
+            config.lora.targets,
+            derive_seed(config.seed, "lora"),
+        )
         models.awake("critic")
         if ranks.chief or config.zero.critic:  # a critic in parts is asked by all together
             draft = finish_questions(config, prompts, draft, models.asked_critic, console)
@@ -178,7 +224,11 @@ def _absolute(config: Config) -> Config:
     """The files it names by their absolute paths: the run can be resumed from anywhere."""
     if config.prompts not in ("", TOYWORLD):
         config = config.model_copy(update={"prompts": str(Path(config.prompts).expanduser().absolute())})
-    files = {name: str(Path(value).expanduser().absolute()) for name in ("transformer", "base_lora") if Path(value := getattr(config.model, name)).is_file()}
+    files = {
+        name: str(Path(value).expanduser().absolute())
+        for name in ("transformer", "base_lora")
+        if Path(value := getattr(config.model, name)).is_file()
+    }
     config = config.model_copy(update={"model": config.model.model_copy(update=files)})
     if config.critic.questions not in ("templates", "critic"):
         path = str(Path(config.critic.questions).expanduser().absolute())
@@ -187,26 +237,38 @@ def _absolute(config: Config) -> Config:
 
 
 def _resumed(preset: str | None, output: Path | None, overrides: Sequence[str]) -> tuple[Path, Config]:
-    """The run to go on with and its configuration. Raises BadInputError where it would become another run, or is complete."""
+    """The run to go on with and its configuration. Raises BadInputError where it would become another run, or is
+    complete."""
     if preset is not None:
         raise BadInputError("--preset does not go with --resume: the run keeps its own configuration. Leave it out.")
     run = find_run(output)
     before, config = load_config(run / "config.toml"), _absolute(load_config(run / "config.toml", overrides))
-    changed = [key for key in known_keys() if _value(before, key) != _value(config, key) and not key.startswith(MAY_CHANGE)]
+    changed = [
+        key for key in known_keys() if _value(before, key) != _value(config, key) and not key.startswith(MAY_CHANGE)
+    ]
     if changed:
-        raise BadInputError(f"{run} cannot go on with another {', '.join(changed)}. Start a new run, or change only: {', '.join(MAY_CHANGE)}.")
+        raise BadInputError(
+            f"{run} cannot go on with another {', '.join(changed)}. Start a new run, or change only: {', '.join(MAY_CHANGE)}."
+        )
     done = done_steps(run)
     if done >= config.steps:
-        raise BadInputError(f"{run} is complete: {done} of {config.steps} updates. To train on: --resume --output {run} --steps {2 * done}")
+        raise BadInputError(
+            f"{run} is complete: {done} of {config.steps} updates. To train on: --resume --output {run} --steps {2 * done}"
+        )
     return run, config
 
 
 def _require_same_questions(run: Path, asked: str) -> None:
     """Of the same prompts; that the prompts are the same is ``train``'s to say."""
     file = run / "questions.json"
-    before, now = ({row["prompt"]: row for row in json.loads(text)} for text in (file.read_text(encoding="utf-8") if file.is_file() else asked, asked))
+    before, now = (
+        {row["prompt"]: row for row in json.loads(text)}
+        for text in (file.read_text(encoding="utf-8") if file.is_file() else asked, asked)
+    )
     if before.keys() == now.keys() and before != now:
-        raise BadInputError(f"the questions of {run} have changed since it began ({file} has those it was trained on). Restore them, or start a new run.")
+        raise BadInputError(
+            f"the questions of {run} have changed since it began ({file} has those it was trained on). Restore them, or start a new run."
+        )
 
 
 def _value(config: Config, key: str) -> object:
@@ -216,8 +278,14 @@ def _value(config: Config, key: str) -> object:
     return value
 
 
-def _announce(console: Console, config: Config, run: Path, models: Models, prompts: Sequence[Prompt], origin: str) -> None:
-    together = "" if config.engine == "single" else f", {config.processes} process{'es' if config.processes > 1 else ''} under DeepSpeed ({config.engine})"
+def _announce(
+    console: Console, config: Config, run: Path, models: Models, prompts: Sequence[Prompt], origin: str
+) -> None:
+    together = (
+        ""
+        if config.engine == "single"
+        else f", {config.processes} process{'es' if config.processes > 1 else ''} under DeepSpeed ({config.engine})"
+    )
     lines = [
         f"lowmem-drf {__version__}: {origin}, on {models.device}, {config.dtype}{together}",
         f"{len(prompts)} prompts, {config.steps} updates of {config.batch} clips, "

@@ -1,6 +1,7 @@
 """``train --num-processes N``: starts the processes of a run on this machine, and ends with them.
 
-Imports the standard library only: it is up before torch would be loaded. What torchrun does beyond this (several machines, restarts) is left to torchrun.
+Imports the standard library only: it is up before torch would be loaded. What torchrun does beyond this (several
+machines, restarts) is left to torchrun.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ class Child:
 
 
 def launch(count: int, arguments: Sequence[str], program: Sequence[str] = (sys.executable, "-m", "lowmem_drf")) -> int:
-    """Runs ``program`` with ``arguments`` in ``count`` processes, each knowing its rank from the environment as torchrun sets it (``ranks.join`` reads it).
+    """Runs ``program`` with ``arguments`` in ``count`` processes, each knowing its rank from the environment as
+    torchrun sets it (``ranks.join`` reads it).
 
-    Rank 0 has the terminal. Of the others nothing is seen, but the last lines of one that ended badly where rank 0 has not said why. SIGINT and SIGTERM reach
-    each process once; the processes do not outlive this one, however it ends.
+    Rank 0 has the terminal. Of the others nothing is seen, but the last lines of one that ended badly where rank 0 has
+    not said why. SIGINT and SIGTERM reach each process once; the processes do not outlive this one, however it ends.
 
-    Returns:
-        The exit code: 0 if all ended well, else that of rank 0, else that of the first that ended badly. A process killed by a signal counts as 1, and as 130
-        where this one was signalled too.
+    Returns: The exit code: 0 if all ended well, else that of rank 0, else that of the first that ended badly. A process
+        killed by a signal counts as 1, and as 130 where this one was signalled too.
     """
     children: list[Child] = []
     with _signals() as got:
@@ -79,7 +80,15 @@ def _start(rank: int, count: int, port: int, command: list[str]) -> Child:
     errors = tempfile.TemporaryFile() if rank else None  # noqa: SIM115 - open as long as the child
     nothing = subprocess.DEVNULL if rank else None
     # a session of its own: Ctrl-C on the terminal reaches this process only, which hands it on
-    process = subprocess.Popen(command, env=env, stdin=nothing, stdout=nothing, stderr=errors, start_new_session=True, preexec_fn=_dies_with_parent())
+    process = subprocess.Popen(
+        command,
+        env=env,
+        stdin=nothing,
+        stdout=nothing,
+        stderr=errors,
+        start_new_session=True,
+        preexec_fn=_dies_with_parent(),
+    )
     return Child(rank, process, errors)
 
 
@@ -128,7 +137,10 @@ def _send(children: Sequence[Child], number: int) -> None:
 def _signals() -> Iterator[list[int]]:
     """Within the block SIGINT and SIGTERM only fill the list."""
     got: list[int] = []
-    before = {number: signal.signal(number, lambda number, frame: got.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, lambda number, frame: got.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield got
     finally:
@@ -144,7 +156,11 @@ def _last_words(culprit: Child, bad: Sequence[Child]) -> str:
         if reports:
             return "\n".join(lines[reports[-1] :]) + "\n"
     code = culprit.process.returncode
-    how = f"ended with exit code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name} (out of host memory? see dmesg)"
+    how = (
+        f"ended with exit code {code}"
+        if code > 0
+        else f"was killed by {signal.Signals(-code).name} (out of host memory? see dmesg)"
+    )
     return "\n".join([f"Error: rank {culprit.rank} {how}. The run was stopped.", *words[culprit.rank]]) + "\n"
 
 

@@ -1,7 +1,9 @@
-"""Connections between the processes of a run, beside those of ``torch.distributed``: messages of rank 0 with every other one.
+"""Connections between the processes of a run, beside those of ``torch.distributed``: messages of rank 0 with every
+other one.
 
-A process that ends, however it ends, closes its connections: the kernel does it. That is seen at once, where a heartbeat would take a process that pins 20 GiB
-of memory for a dead one. Of a machine that loses power TCP keepalive tells after ``KEEP_IDLE_S + KEEP_TRIES * KEEP_EVERY_S``.
+A process that ends, however it ends, closes its connections: the kernel does it. That is seen at once, where a
+heartbeat would take a process that pins 20 GiB of memory for a dead one. Of a machine that loses power TCP keepalive
+tells after ``KEEP_IDLE_S + KEEP_TRIES * KEEP_EVERY_S``.
 """
 
 from __future__ import annotations
@@ -33,7 +35,11 @@ class Link:
         self.connection = connection
         connection.settimeout(GREET_S)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in (("TCP_KEEPIDLE", KEEP_IDLE_S), ("TCP_KEEPINTVL", KEEP_EVERY_S), ("TCP_KEEPCNT", KEEP_TRIES)):
+        for name, value in (
+            ("TCP_KEEPIDLE", KEEP_IDLE_S),
+            ("TCP_KEEPINTVL", KEEP_EVERY_S),
+            ("TCP_KEEPCNT", KEEP_TRIES),
+        ):
             if hasattr(socket, name):  # not every system has all of them
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
@@ -43,10 +49,12 @@ class Link:
             self.connection.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> Message:
-        """What the other side says. Raises OSError or EOFError where it is gone, ValueError where it speaks otherwise."""
+        """What the other side says. Raises OSError or EOFError where it is gone, ValueError where it speaks
+        otherwise."""
         line = b""
         while not line.endswith(b"\n"):
-            byte = self.connection.recv(1)  # no more than this line: what follows belongs to the next call, and to ``select``
+            # no more than this line: what follows belongs to the next call, and to ``select``
+            byte = self.connection.recv(1)
             if not byte or len(line) > LONGEST:
                 raise EOFError
             line += byte
@@ -81,21 +89,30 @@ def _server(ranks: Ranks) -> socket.socket:
     if ranks.local_count == ranks.count:
         return socket.create_server(("127.0.0.1", 0), backlog=ranks.count)
     both = socket.has_dualstack_ipv6()
-    return socket.create_server(("", 0), family=socket.AF_INET6 if both else socket.AF_INET, backlog=ranks.count, dualstack_ipv6=both)
+    return socket.create_server(
+        ("", 0), family=socket.AF_INET6 if both else socket.AF_INET, backlog=ranks.count, dualstack_ipv6=both
+    )
 
 
 def _addresses(ranks: Ranks) -> list[str]:
-    """Where rank 0 may be reached, the surest first: its own address on the way to the launcher's, which need not be on its machine; that; its name."""
+    """Where rank 0 may be reached, the surest first: its own address on the way to the launcher's, which need not be on
+    its machine; that; its name."""
     if ranks.local_count == ranks.count:
         return ["127.0.0.1"]
     master = os.environ["MASTER_ADDR"]
     own = []
     with suppress(OSError):
-        family, kind, protocol, _, address = socket.getaddrinfo(master, int(os.environ["MASTER_PORT"]), type=socket.SOCK_DGRAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            master, int(os.environ["MASTER_PORT"]), type=socket.SOCK_DGRAM
+        )[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.connect(address)  # sends nothing
             own = [probe.getsockname()[0]]
-    return list(dict.fromkeys([*(name for name in own if not name.startswith("127.") and name != "::1"), master, socket.gethostname()]))
+    return list(
+        dict.fromkeys(
+            [*(name for name in own if not name.startswith("127.") and name != "::1"), master, socket.gethostname()]
+        )
+    )
 
 
 def _accept(server: socket.socket, ranks: Ranks, token: str) -> dict[int, Link]:
@@ -107,7 +124,9 @@ def _accept(server: socket.socket, ranks: Ranks, token: str) -> dict[int, Link]:
             connection, _ = server.accept()
         except TimeoutError:
             missing = ", ".join(str(rank) for rank in range(1, ranks.count) if rank not in links)
-            raise LowmemError(f"rank {missing} did not reach rank 0 within {CONNECT_S:.0f} s. Let the machines reach each other on every port.") from None
+            raise LowmemError(
+                f"rank {missing} did not reach rank 0 within {CONNECT_S:.0f} s. Let the machines reach each other on every port."
+            ) from None
         link = Link(connection)
         with suppress(OSError, EOFError, ValueError, KeyError, TypeError):  # whoever it was, it was none of ours
             greeting = link.receive()
@@ -130,4 +149,6 @@ def _reach(addresses: list[str], port: int, token: str, ranks: Ranks) -> Link:
                     return link
                 link.close()
         time.sleep(0.2)
-    raise LowmemError(f"rank {ranks.rank} cannot reach rank 0 ({' or '.join(addresses)}, port {port}). Let the machines reach each other on every port.")
+    raise LowmemError(
+        f"rank {ranks.rank} cannot reach rank 0 ({' or '.join(addresses)}, port {port}). Let the machines reach each other on every port."
+    )

@@ -1,6 +1,7 @@
 """The processes of a run: which of them this is, what is its share, and the few words they exchange.
 
-What they exchange are small Python objects, over gloo: it works with and without cards and never waits for a card's queue. Tensors are DeepSpeed's business.
+What they exchange are small Python objects, over gloo: it works with and without cards and never waits for a card's
+queue. Tensors are DeepSpeed's business.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from lowmem_drf.errors import BadInputError
 JOIN_TIMEOUT = timedelta(minutes=10)
 """For processes that never come."""
 TIMEOUT = timedelta(hours=6)
-"""For processes that wait for each other. A dead one is found by ``watch``, in seconds; one that downloads 30 GB is only slow."""
+"""For processes that wait for each other. A dead one is found by ``watch``, in seconds; one that downloads 30 GB is
+only slow."""
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LOCAL_COUNT = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 """torchrun's name and that of the deepspeed launcher."""
@@ -53,14 +55,16 @@ class Ranks:
         return items[self.rank * size : (self.rank + 1) * size]
 
     def parts(self, items: int) -> list[range]:
-        """The places among ``items`` that belong to each process: contiguous, their lengths differ by one at most, longer ones first."""
+        """The places among ``items`` that belong to each process: contiguous, their lengths differ by one at most,
+        longer ones first."""
         size, rest = divmod(items, self.count)
         starts = [rank * size + min(rank, rest) for rank in range(self.count + 1)]
         return [range(start, stop) for start, stop in zip(starts, starts[1:], strict=False)]
 
     @contextmanager
     def one_first(self) -> Iterator[None]:
-        """The block is run by one process of each machine, then by its others: what the first one leaves on the disk they find there."""
+        """The block is run by one process of each machine, then by its others: what the first one leaves on the disk
+        they find there."""
         if self.local:
             self.barrier()
         yield
@@ -105,8 +109,9 @@ class Ranks:
 
 
 def end_process() -> NoReturn:
-    """Ends a process that a launcher started, with 0, after ``Ranks.leave``. The interpreter is not taken down: threads of the communication libraries, which
-    DeepSpeed's groups keep alive, have aborted it there now and then (seen with gloo)."""
+    """Ends a process that a launcher started, with 0, after ``Ranks.leave``. The interpreter is not taken down: threads
+    of the communication libraries, which DeepSpeed's groups keep alive, have aborted it there now and then (seen with
+    gloo)."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(0)
@@ -127,7 +132,8 @@ def launched() -> bool:
 
 
 def join(device_wish: str) -> Ranks:
-    """Joins the others that the launcher started; without a launcher, makes the group of one process that DeepSpeed wants.
+    """Joins the others that the launcher started; without a launcher, makes the group of one process that DeepSpeed
+    wants.
 
     Call it before anything imports deepspeed, which chooses its accelerator then (``DS_ACCELERATOR``).
 
@@ -151,7 +157,13 @@ def join(device_wish: str) -> Ranks:
     else:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         store = dist.HashStore()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", store=store, rank=place.rank, world_size=place.count, timeout=TIMEOUT)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        store=store,
+        rank=place.rank,
+        world_size=place.count,
+        timeout=TIMEOUT,
+    )
     store.set_timeout(TIMEOUT)  # NCCL meets here only when it is first used
     return place
 
@@ -159,20 +171,23 @@ def join(device_wish: str) -> Ranks:
 def rank_device(wish: str, place: Ranks, cards: int) -> str:
     """``cuda`` or ``cpu`` for the process at ``place``, on a machine that shows ``cards`` CUDA cards.
 
-    Raises BadInputError in every process of the machine where there are fewer cards than processes: shared, a card holds the weights twice.
+    Raises BadInputError in every process of the machine where there are fewer cards than processes: shared, a card
+    holds the weights twice.
     """
     if wish == "cpu" or (wish == "auto" and cards == 0):
         return "cpu"
     if place.local_count > cards:
-        have = (
-            f"{place.local_count} process{'es' if place.local_count > 1 else ''} on this machine, {cards or 'no'} CUDA card{'' if cards == 1 else 's'} visible"
-        )
+        have = f"{place.local_count} process{'es' if place.local_count > 1 else ''} on this machine, {cards or 'no'} CUDA card{'' if cards == 1 else 's'} visible"
         start = (
             f"Start as many processes as there are cards (--num-processes {cards}), show more cards (CUDA_VISIBLE_DEVICES)"
             if cards
             else "Show its cards (CUDA_VISIBLE_DEVICES)"
         )
-        which = f"rank {place.rank} has no card of its own" if place.local >= cards else f"rank {place.rank} has a card, but not every process has one"
+        which = (
+            f"rank {place.rank} has no card of its own"
+            if place.local >= cards
+            else f"rank {place.rank} has a card, but not every process has one"
+        )
         raise BadInputError(f"{which}: {have}. {start}, or compute on the CPU: -s device=cpu")
     return "cuda"
 
@@ -182,12 +197,16 @@ def _place() -> Ranks:
     if not any(name in os.environ for name in LOCAL_COUNT):
         missing.append(LOCAL_COUNT[0])
     if missing:
-        raise BadInputError(f"RANK and WORLD_SIZE are set, {', '.join(missing)} not. Launch with torchrun, deepspeed or --num-processes; else set them too.")
+        raise BadInputError(
+            f"RANK and WORLD_SIZE are set, {', '.join(missing)} not. Launch with torchrun, deepspeed or --num-processes; else set them too."
+        )
     local_count = next(name for name in LOCAL_COUNT if name in os.environ)
     try:
         rank, count, local, here = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", local_count))
     except ValueError as error:
         raise BadInputError(f"RANK, WORLD_SIZE, LOCAL_RANK and {local_count} must be whole numbers: {error}") from error
     if not (0 <= rank < count and 0 <= local < here <= count):
-        raise BadInputError(f"RANK={rank} of WORLD_SIZE={count} with LOCAL_RANK={local} of {local_count}={here} cannot be. Correct the launcher's environment.")
+        raise BadInputError(
+            f"RANK={rank} of WORLD_SIZE={count} with LOCAL_RANK={local} of {local_count}={here} cannot be. Correct the launcher's environment."
+        )
     return Ranks(rank, count, local, here)

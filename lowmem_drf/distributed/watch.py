@@ -1,11 +1,11 @@
 """A process of a run that fails or dies ends the run: within seconds, with one message, under any launcher.
 
-Without it the others wait in a collective for hours. Their main threads cannot be asked (they are inside NCCL or gloo, and never come back), so a thread of
-each process listens to rank 0, that of rank 0 to all, and ends the process where it is (``os._exit``). What is saved is good: checkpoints are written aside
-and renamed.
+Without it the others wait in a collective for hours. Their main threads cannot be asked (they are inside NCCL or gloo,
+and never come back), so a thread of each process listens to rank 0, that of rank 0 to all, and ends the process where
+it is (``os._exit``). What is saved is good: checkpoints are written aside and renamed.
 
-Who says what: a process that fails tells rank 0 why, rank 0 tells the others to go and prints. One that says nothing was killed: rank 0 prints that; if it was
-rank 0, the first of the others.
+Who says what: a process that fails tells rank 0 why, rank 0 tells the others to go and prints. One that says nothing
+was killed: rank 0 prints that; if it was rank 0, the first of the others.
 """
 
 from __future__ import annotations
@@ -28,32 +28,36 @@ from lowmem_drf.distributed.ranks import Ranks
 from lowmem_drf.errors import DEBUG, explain
 
 SETTLE_S = 5.0
-"""A RuntimeError may be what a collective says when another process is gone: so long the true cause may take to be known. (A KeyboardInterrupt may be the
-launcher's doing, for that cause: ``2 * SIGNAL_S``.)"""
+"""A RuntimeError may be what a collective says when another process is gone: so long the true cause may take to be
+known. (A KeyboardInterrupt may be the launcher's doing, for that cause: ``2 * SIGNAL_S``.)"""
 SAME_S = 0.5
 """What fails in another process often fails in rank 0 too, which then says it as if it were alone."""
 INTERRUPT_S = 30.0
-"""An interrupted process ends when the update is saved: so long rank 0, which saves, may take after the first that has ended."""
+"""An interrupted process ends when the update is saved: so long rank 0, which saves, may take after the first that has
+ended."""
 ANSWER_S = INTERRUPT_S + 5.0
 SIGNAL_S = 0.3
 """A signal to all processes reaches one after the other."""
 STOP_S = 2.0
 """So long the main thread has to end by itself at a second signal."""
 TURN_S = 0.02
-"""Where several may speak in rank 0's place, each leaves it so long to the one before, and the one that speaks keeps the others off for ``HOLD_S``."""
+"""Where several may speak in rank 0's place, each leaves it so long to the one before, and the one that speaks keeps
+the others off for ``HOLD_S``."""
 HOLD_S = 0.5
 FLUSH_S = 0.5
 
 
 @contextmanager
 def watch(ranks: Ranks, advice: Callable[[], str]) -> Iterator[Watch]:
-    """Around everything in which processes wait for each other. Entering is a collective; leaving is not: whoever is done goes, and nobody is alarmed.
+    """Around everything in which processes wait for each other. Entering is a collective; leaving is not: whoever is
+    done goes, and nobody is alarmed.
 
-    An exception that leaves the block on rank 0 is raised as usual; on other ranks it ends the process, and rank 0 prints it. The exit code is that of
-    ``errors.explain``, the same everywhere; 1 after a death without a word; 130 after a second Ctrl-C.
+    An exception that leaves the block on rank 0 is raised as usual; on other ranks it ends the process, and rank 0
+    prints it. The exit code is that of ``errors.explain``, the same everywhere; 1 after a death without a word; 130
+    after a second Ctrl-C.
 
-    Args:
-        advice: the end of the message, for example how to go on from what is saved. Called when it is needed, in another thread.
+    Args: advice: the end of the message, for example how to go on from what is saved. Called when it is needed, in
+        another thread.
 
     Raises:
         LowmemError: the processes do not reach each other.
@@ -72,17 +76,20 @@ class Watch:
 
     def __init__(self, ranks: Ranks, advice: Callable[[], str]) -> None:
         self._ranks, self._advice = ranks, advice
-        self._first = threading.Lock()  # who takes it, the main thread or the listening one, decides how this process ends; it is never released
+        # who takes it, the main thread or the listening one, decides how this process ends; it is never released
+        self._first = threading.Lock()
         self._ending = threading.Event()  # the listening one took it
         self._heard = threading.Event()  # rank 0 knows that the main thread took it
         self._left = False
         self._signals = 0
-        self._told: tuple[float, int, str] | None = None  # another process failed, or a second signal came: when to end, exit code, text
+        # another process failed, or a second signal came: when to end, exit code, text
+        self._told: tuple[float, int, str] | None = None
         self._place: socket.socket | None = None
         self._links: dict[int, Link] = {}
         if ranks.count > 1:
             self._links, self._token = connect(ranks)
-            self._alarm, self._bell = socket.socketpair()  # signals ring, also while the main thread is in a collective and runs no handler
+            # signals ring, also while the main thread is in a collective and runs no handler
+            self._alarm, self._bell = socket.socketpair()
             self._bell.setblocking(False)
             self._bell_before = signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
             # torchrun ends the others with it as soon as one is dead: before they could say why
@@ -92,7 +99,8 @@ class Watch:
     # the main thread
 
     def fail_now(self, error: BaseException) -> NoReturn:
-        """Ends the run with ``error`` here, where raising it would enter a collective on its way out. Alone, raises it."""
+        """Ends the run with ``error`` here, where raising it would enter a collective on its way out. Alone, raises
+        it."""
         if self._ranks.count == 1:
             raise error
         self.fail(error)
@@ -110,7 +118,8 @@ class Watch:
             self._tell(say="stop", code=code)
         elif self._links:
             self._tell(say="failed", code=code, message=message, traceback=_traceback(error))
-            _wait(self._heard, ANSWER_S)  # a launcher that sees a process end stops the others: not before rank 0 has spoken
+            # a launcher that sees a process end stops the others: not before rank 0 has spoken
+            _wait(self._heard, ANSWER_S)
             self._exit(code)
         self._close()
 
@@ -122,7 +131,8 @@ class Watch:
             self._close()
 
     def _take_over(self) -> None:
-        """Returns where the main thread is the first to decide; else the listening thread ends the process any moment."""
+        """Returns where the main thread is the first to decide; else the listening thread ends the process any
+        moment."""
         while not self._first.acquire(blocking=False):
             with suppress(KeyboardInterrupt):
                 time.sleep(60)
@@ -140,7 +150,12 @@ class Watch:
             for rank, link in self._links.items():
                 selector.register(link.connection, selectors.EVENT_READ, rank)
             while not self._left:
-                ready = [key for key, _ in selector.select(None if self._told is None else max(self._told[0] - time.monotonic(), 0))]
+                ready = [
+                    key
+                    for key, _ in selector.select(
+                        None if self._told is None else max(self._told[0] - time.monotonic(), 0)
+                    )
+                ]
                 if any(key.data is None for key in ready):
                     self._rung()
                 elif self._told is not None and time.monotonic() >= self._told[0]:
@@ -159,7 +174,11 @@ class Watch:
         self._signals += sum(number in (signal.SIGINT, signal.SIGTERM) for number in numbers)
         self._left = 0 in numbers
         if self._signals >= 2:  # the main thread stops at once if it can, and says so
-            self._told = time.monotonic() + STOP_S, 130, f"Interrupted. {self._safe_advice()}\n" if self._ranks.chief else ""
+            self._told = (
+                time.monotonic() + STOP_S,
+                130,
+                f"Interrupted. {self._safe_advice()}\n" if self._ranks.chief else "",
+            )
 
     def _hear(self, rank: int) -> None:
         try:
@@ -176,7 +195,11 @@ class Watch:
         elif self._told is None:
             code = message["code"]
             wait = INTERRUPT_S if code == 130 else SAME_S
-            self._told = time.monotonic() + wait, code, message["traceback"] + self._text(message["message"], code, rank)
+            self._told = (
+                time.monotonic() + wait,
+                code,
+                message["traceback"] + self._text(message["message"], code, rank),
+            )
 
     def _died(self, rank: int) -> None:
         """There was no goodbye of ``rank``."""
@@ -191,7 +214,8 @@ class Watch:
         self._end(told[1], lambda: told[2])
 
     def _speaks(self) -> bool:
-        """Whether this is the first process on its machine that speaks in place of rank 0. The name is free again when the process has ended."""
+        """Whether this is the first process on its machine that speaks in place of rank 0. The name is free again when
+        the process has ended."""
         time.sleep(TURN_S * (self._ranks.rank - 1))
         place = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         with suppress(OSError):
@@ -227,12 +251,14 @@ class Watch:
 
     def _exit(self, code: int, text: str = "") -> NoReturn:
         """At once: nothing is unwound, nothing that waits for another process is entered."""
-        flushing = threading.Thread(target=_flush, daemon=True)  # the interrupted code may hold the locks of the streams
+        # the interrupted code may hold the locks of the streams
+        flushing = threading.Thread(target=_flush, daemon=True)
         flushing.start()
         flushing.join(FLUSH_S)
         with suppress(OSError):
             if (self._ranks.chief or text) and os.isatty(2):
-                text = f"\x1b[?25h{text and chr(10)}{text}"  # the progress bar hides the cursor, and its last line is open
+                # the progress bar hides the cursor, and its last line is open
+                text = f"\x1b[?25h{text and chr(10)}{text}"
             os.write(2, text.encode(errors="backslashreplace"))
         if self._place is not None:
             time.sleep(HOLD_S)

@@ -1,12 +1,15 @@
-"""DeepSpeed's ZeRO (arXiv 1910.02054, 2104.07857; deepspeed 0.19) under the relay: partitioned weights, partitioned training state.
+"""DeepSpeed's ZeRO (arXiv 1910.02054, 2104.07857; deepspeed 0.19) under the relay: partitioned weights, partitioned
+training state.
 
-The relay asks for one thing that ZeRO-3 gives: at any time one forward and its backward are under way. A pass of the transformer is a forward of the
-engine, and its pull-back a backward through the engine's hooks, which gather a block's weights as it is entered and give them up behind it. Blocks are
-gathered whole (leaf modules), since their code reads weights without calling the submodules that hold them.
+The relay asks for one thing that ZeRO-3 gives: at any time one forward and its backward are under way. A pass of the
+transformer is a forward of the engine, and its pull-back a backward through the engine's hooks, which gather a block's
+weights as it is entered and give them up behind it. Blocks are gathered whole (leaf modules), since their code reads
+weights without calling the submodules that hold them.
 
-Gradients of the LoRA stay on each process through all micro-batches and graded steps of an update, and are averaged over the processes once
-(``DeepSpeedEngine.coalesce_grad_reduction``). DeepSpeed is told of no number format, so it casts nothing: the base keeps its 16 bits, norms and the LoRA
-their fp32. The optimizer is torch's AdamW on each process's part: the LoRA is small, and DeepSpeed's own would have to be compiled first.
+Gradients of the LoRA stay on each process through all micro-batches and graded steps of an update, and are averaged
+over the processes once (``DeepSpeedEngine.coalesce_grad_reduction``). DeepSpeed is told of no number format, so it
+casts nothing: the base keeps its 16 bits, norms and the LoRA their fp32. The optimizer is torch's AdamW on each
+process's part: the LoRA is small, and DeepSpeed's own would have to be compiled first.
 """
 
 from __future__ import annotations
@@ -57,7 +60,8 @@ def deepspeed_config(config: Config, trains: bool = True) -> dict[str, Any]:
             optimization["offload_param"] = {"device": zero.offload, "pin_memory": zero.pin_memory, **where}
         for key in ("prefetch_bucket_size", "max_live_parameters", "param_persistence_threshold"):
             optimization[f"stage3_{key}"] = getattr(zero, f"stage3_{key}")
-        optimization["stage3_max_reuse_distance"] = 0  # in the relay's order of passes it would keep nothing, and look for it in every one
+        # in the relay's order of passes it would keep nothing, and look for it in every one
+        optimization["stage3_max_reuse_distance"] = 0
         optimization["overlap_comm"] = True  # gathers run on a stream of their own
     return {
         "train_micro_batch_size_per_gpu": 1,  # of no effect: the relay makes its own micro-batches
@@ -70,7 +74,8 @@ def deepspeed_config(config: Config, trains: bool = True) -> dict[str, Any]:
 
 
 class Partition:
-    """Weights partitioned over the processes as they are loaded, one by one: no process ever holds a model that is to be partitioned.
+    """Weights partitioned over the processes as they are loaded, one by one: no process ever holds a model that is to
+    be partitioned.
 
     Raises:
         LowmemError: DeepSpeed is missing, or the disk cannot be used.
@@ -84,8 +89,8 @@ class Partition:
         self._first: Any = None
 
     def take(self, parameter: nn.Parameter) -> None:
-        """Leaves of this weight the process's part, where ``zero.offload`` says, and in the parameter nothing. Every process is to call it with the
-        same value, in the same order."""
+        """Leaves of this weight the process's part, where ``zero.offload`` says, and in the parameter nothing. Every
+        process is to call it with the same value, in the same order."""
         if self._first is not None:
             self._first.convert_to_zero_parameters(param_list=[parameter])
             return
@@ -106,13 +111,11 @@ class Partition:
 class ZeroEngine:
     """A ``training.trainer.Trainer`` on DeepSpeed.
 
-    Args:
-        lora: the trainable tensors by name, in the order of the optimizer's.
-        optimizer: on these tensors; DeepSpeed takes it over.
-        module: ``zero3``: the model that they are in, whose weights are partitioned. ``zero1``, ``zero2``: of no interest, all frozen weights stay as they
-            are.
-        leaves: the modules of ``module`` that are gathered whole.
-        abort: is told of an exception within ``accumulate`` before anything else happens, and need not return.
+    Args: lora: the trainable tensors by name, in the order of the optimizer's. optimizer: on these tensors; DeepSpeed
+        takes it over. module: ``zero3``: the model that they are in, whose weights are partitioned. ``zero1``,
+        ``zero2``: of no interest, all frozen weights stay as they are. leaves: the modules of ``module`` that are
+        gathered whole. abort: is told of an exception within ``accumulate`` before anything else happens, and need not
+        return.
     """
 
     def __init__(
@@ -131,8 +134,8 @@ class ZeroEngine:
         self._engine = _initialize(model, leaves, deepspeed_config(config), optimizer, list(lora.values()))
 
     def __call__(self, *inputs: Any, **arguments: Any) -> Any:
-        """The module, for ``zero3``: its weights come as they are needed. Outside a graph they stay, where ``zero.rollout`` is ``gathered``, until
-        ``drop``."""
+        """The module, for ``zero3``: its weights come as they are needed. Outside a graph they stay, where
+        ``zero.rollout`` is ``gathered``, until ``drop``."""
         if self._gathers and not torch.is_grad_enabled():
             for parameter in self._engine.module.parameters():
                 parameter.ds_active_sub_modules.add(_PINNED)
@@ -144,9 +147,11 @@ class ZeroEngine:
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Around all backwards of an update: they add to ``.grad``. At its end the gradients are averaged over the processes."""
+        """Around all backwards of an update: they add to ``.grad``. At its end the gradients are averaged over the
+        processes."""
         if self._stage == 3:
-            # a block whose input needs no gradient has its backward hook run before its backward, and there DeepSpeed makes gradients
+            # a block whose input needs no gradient has its backward hook run before its backward, and there DeepSpeed
+            # makes gradients
             # that are not there yet, as large as weights that it has given up are: empty
             for parameter in self._lora.values():
                 _zero_gradient(parameter)
@@ -158,7 +163,8 @@ class ZeroEngine:
                 raise
 
     def step(self, lr: float) -> float:
-        """Clips and steps. Returns the norm of the gradient before clipping; NaN where that was not finite, and nothing was done."""
+        """Clips and steps. Returns the norm of the gradient before clipping; NaN where that was not finite, and nothing
+        was done."""
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._engine.step()
@@ -174,7 +180,8 @@ class ZeroEngine:
             yield
 
     def pack(self) -> dict[str, Tensor]:
-        """The optimizer's state, as ``models.lora.optimizers.pack_optimizer`` has it of a single process. Every process is to call it."""
+        """The optimizer's state, as ``models.lora.optimizers.pack_optimizer`` has it of a single process. Every process
+        is to call it."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         steps = next(iter(self._adamw.state.values()))["step"] if self._adamw.state else None
@@ -184,36 +191,47 @@ class ZeroEngine:
         for name, parameter in self._lora.items():
             packed[f"{name}.step"] = steps.detach().cpu().clone()
             for key in MOMENTS:
-                packed[f"{name}.{key}"] = safe_get_full_optimizer_state(parameter, key).detach().cpu().reshape(_shape(parameter)).contiguous()
+                packed[f"{name}.{key}"] = (
+                    safe_get_full_optimizer_state(parameter, key).detach().cpu().reshape(_shape(parameter)).contiguous()
+                )
         return packed
 
     def unpack(self, packed: Mapping[str, Tensor]) -> None:
-        """Puts ``pack``'s tensors back, however many processes there were. Raises BadInputError for the state of another optimizer."""
+        """Puts ``pack``'s tensors back, however many processes there were. Raises BadInputError for the state of
+        another optimizer."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         if packed.keys() != {f"{name}.{key}" for name in self._lora for key in ("step", *MOMENTS)}:
-            raise BadInputError("the checkpoint has the state of another optimizer, or of another LoRA. Start a new run.")
+            raise BadInputError(
+                "the checkpoint has the state of another optimizer, or of another LoRA. Start a new run."
+            )
         optimizer = self._engine.optimizer
-        parts = optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
+        parts = (
+            optimizer.fp32_partitioned_groups_flat if self._stage == 3 else optimizer.single_partition_of_fp32_groups
+        )
         steps = packed[f"{next(iter(self._lora))}.step"]
         for part in parts:
             self._adamw.state[part] = {"step": steps.clone(), **{key: torch.zeros_like(part) for key in MOMENTS}}
         if self._stage < 3:
-            optimizer._lazy_init_hp_params_optimizer_state()  # else it is done by the first step, which would be too late
+            # else it is done by the first step, which would be too late
+            optimizer._lazy_init_hp_params_optimizer_state()
         for name, parameter in self._lora.items():
             for key in MOMENTS:
                 safe_set_full_optimizer_state(parameter, packed[f"{name}.{key}"].to(parameter.device), key)
 
 
 class ZeroForward:
-    """A frozen model under ZeRO-3: ``function``, within which its weights come as they are needed. Differentiable in what it is given.
+    """A frozen model under ZeRO-3: ``function``, within which its weights come as they are needed. Differentiable in
+    what it is given.
 
     Args:
         module: whose submodules ``function`` calls.
         leaves: those of them that are gathered whole.
     """
 
-    def __init__(self, config: Config, module: nn.Module, function: Callable[..., Any], leaves: Sequence[nn.Module]) -> None:
+    def __init__(
+        self, config: Config, module: nn.Module, function: Callable[..., Any], leaves: Sequence[nn.Module]
+    ) -> None:
         whole = _Whole(module, function)
         self._engine = _initialize(whole, leaves, deepspeed_config(config, trains=False))
 
@@ -234,7 +252,8 @@ class _Holder(nn.Module):
 
 
 class _Whole(nn.Module):
-    """A function as the ``forward`` of the module whose submodules it calls: at its beginning DeepSpeed starts to count them anew."""
+    """A function as the ``forward`` of the module whose submodules it calls: at its beginning DeepSpeed starts to count
+    them anew."""
 
     def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
         super().__init__()
@@ -244,21 +263,30 @@ class _Whole(nn.Module):
         return self._function(*inputs)
 
 
-def _initialize(model: nn.Module, leaves: Sequence[nn.Module], settings: dict[str, Any], optimizer: Any = None, parameters: Any = None) -> Any:
+def _initialize(
+    model: nn.Module,
+    leaves: Sequence[nn.Module],
+    settings: dict[str, Any],
+    optimizer: Any = None,
+    parameters: Any = None,
+) -> Any:
     deepspeed = _import_deepspeed()
     from deepspeed.utils import set_z3_leaf_module
 
     for leaf in leaves:
         set_z3_leaf_module(leaf, True)
     with redirect_stdout(io.StringIO()):  # DeepSpeed prints what it has built
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=parameters, config=settings)
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, model_parameters=parameters, config=settings
+        )
     return engine
 
 
 def _zero_gradient(parameter: Any) -> None:
     """Of the parameter's full shape, whatever of it is here."""
     here = parameter.data
-    parameter.data = here.new_empty(()).expand(parameter.ds_shape)  # a gradient has to have the shape of its tensor when it is set, and only then
+    # a gradient has to have the shape of its tensor when it is set, and only then
+    parameter.data = here.new_empty(()).expand(parameter.ds_shape)
     parameter.grad = torch.zeros(parameter.ds_shape, dtype=here.dtype, device=here.device)
     parameter.data = here
 
@@ -270,12 +298,20 @@ def _shape(parameter: Any) -> torch.Size:
 def _import_deepspeed() -> Any:
     try:
         import deepspeed
-    except Exception as error:  # it looks for compilers and the CUDA toolkit while it is imported, and what it raises then is its own
-        raise LowmemError(f"engine = zero1, zero2 or zero3 needs DeepSpeed, which cannot be imported ({error}). pip install 'lowmem-drf[deepspeed]'") from error
+    # it looks for compilers and the CUDA toolkit while it is imported, and what it raises then is its own
+    except Exception as error:
+        raise LowmemError(
+            f"engine = zero1, zero2 or zero3 needs DeepSpeed, which cannot be imported ({error}). pip install 'lowmem-drf[deepspeed]'"
+        ) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed's use of torch, and its guess about hooks on modules whose inputs need no gradient: nothing a user could act on
+    # DeepSpeed's use of torch, and its guess about hooks on modules whose inputs need no gradient: nothing a user could
+    # act on
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\.\w+` is deprecated")
-    warnings.filterwarnings("ignore", category=UserWarning, message="Full backward hook is firing when gradients are computed with respect to module outputs")
+    warnings.filterwarnings(
+        "ignore",
+        category=UserWarning,
+        message="Full backward hook is firing when gradients are computed with respect to module outputs",
+    )
     warnings.filterwarnings("ignore", category=UserWarning, message="A module has unknown inputs or outputs type")
     return deepspeed
 

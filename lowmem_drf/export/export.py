@@ -1,4 +1,5 @@
-"""Export of a run's LoRA: a file for other tools, proved before it is announced; or the base model with the LoRA merged in."""
+"""Export of a run's LoRA: a file for other tools, proved before it is announced; or the base model with the LoRA merged
+in."""
 
 from __future__ import annotations
 
@@ -18,7 +19,15 @@ from lowmem_drf.assembly.loading import load_transformer, prepare_generator
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.export.verify import Verified, probe_lora, require_same_model, verify_export, verify_merge
 from lowmem_drf.models.generators import GeneratorConfig, generator_config
-from lowmem_drf.models.lora.formats import FORMATS, LoraFile, LoraFormat, adapter_metadata, model_hash, read_lora, to_format
+from lowmem_drf.models.lora.formats import (
+    FORMATS,
+    LoraFile,
+    LoraFormat,
+    adapter_metadata,
+    model_hash,
+    read_lora,
+    to_format,
+)
 from lowmem_drf.models.wan.experts import subfolders_of
 from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.weights.downloads import HOST_MARGIN, available_host_bytes
@@ -52,13 +61,18 @@ class Exported:
 
 
 def export_run(
-    run: Path, step: int | None = None, form: str = "comfyui", dtype: str | None = None, output: Path | None = None, merge: Path | None = None
+    run: Path,
+    step: int | None = None,
+    form: str = "comfyui",
+    dtype: str | None = None,
+    output: Path | None = None,
+    merge: Path | None = None,
 ) -> Exported:
     """Exports the LoRA of a run's checkpoint (``step``; the last one by default).
 
-    ``dtype``: by default that of the run's base model; a bf16 file for a model that runs in fp32 would throw precision away. ``output``: the
-    file; by default ``<run>/<run's name>-step-NNNNNN.<format>.safetensors``. ``merge``: a folder for the base transformer with the LoRA
-    merged in; the LoRA file is then written only if ``output`` is given too.
+    ``dtype``: by default that of the run's base model; a bf16 file for a model that runs in fp32 would throw precision
+    away. ``output``: the file; by default ``<run>/<run's name>-step-NNNNNN.<format>.safetensors``. ``merge``: a folder
+    for the base transformer with the LoRA merged in; the LoRA file is then written only if ``output`` is given too.
 
     A LoRA is verified on, and merged into, the base's full weights, whatever ``model.quant`` it was trained on.
 
@@ -80,25 +94,38 @@ def export_run(
     subfolder, other = subfolders_of(described, config.model.expert)
     expert = config.model.expert if other else ""
     blocks = _blocks_to_read(described, subfolder, merge is not None)
-    transformer = load_transformer(config, generator, torch.float32, torch.device("cpu"), subfolder, quant="none", blocks=blocks)
+    transformer = load_transformer(
+        config, generator, torch.float32, torch.device("cpu"), subfolder, quant="none", blocks=blocks
+    )
     paths, lines = [], []
     if merge is None or output is not None:
-        file = _output_file(output, f"{run.resolve().name}-{folder.name}{f'-{expert}-noise' if expert else ''}.{form}.safetensors", run)
+        file = _output_file(
+            output, f"{run.resolve().name}-{folder.name}{f'-{expert}-noise' if expert else ''}.{form}.safetensors", run
+        )
         metadata = _metadata(config, folder.name, transformer, expert)
         path, verified = export_lora(lora, form, DTYPES[dtype], file, transformer, metadata)  # type: ignore[arg-type]
         paths.append(path)
-        lines += [f"{path} ({path.stat().st_size / 2**20:.1f} MiB, {dtype}, rank {lora.rank}) loads in {_READERS[form]}{_place(expert)}.", str(verified)]
+        lines += [
+            f"{path} ({path.stat().st_size / 2**20:.1f} MiB, {dtype}, rank {lora.rank}) loads in {_READERS[form]}{_place(expert)}.",
+            str(verified),
+        ]
     if merge is not None:
         verified = merge_lora(lora, DTYPES[dtype], merge, transformer, subfolder)
         paths.append(merge)
-        lines += [f'{merge} ({dtype}) loads with WanTransformer3DModel.from_pretrained("{merge}", subfolder="{subfolder}").', str(verified)]
+        lines += [
+            f'{merge} ({dtype}) loads with WanTransformer3DModel.from_pretrained("{merge}", subfolder="{subfolder}").',
+            str(verified),
+        ]
         if config.model.quant != "none":
-            lines.append(f"It is the base's full weights with the LoRA in them; the run trained and sampled on {config.model.quant} ones (model.quant).")
+            lines.append(
+                f"It is the base's full weights with the LoRA in them; the run trained and sampled on {config.model.quant} ones (model.quant)."
+            )
     return Exported(tuple(paths), tuple(lines))
 
 
 def _blocks_to_read(generator: GeneratorConfig, subfolder: str, merges: bool) -> int | None:
-    """How many of the transformer's blocks the check reads: all (``None``) where the host has room for them in fp32, else the first few.
+    """How many of the transformer's blocks the check reads: all (``None``) where the host has room for them in fp32,
+    else the first few.
 
     Raises:
         LowmemError: a model is to be merged, which needs all.
@@ -116,10 +143,15 @@ def _blocks_to_read(generator: GeneratorConfig, subfolder: str, merges: bool) ->
 
 
 def export_lora(
-    lora: LoraFile, form: LoraFormat, dtype: torch.dtype, output: Path, transformer: WanTransformer3DModel, metadata: Mapping[str, str]
+    lora: LoraFile,
+    form: LoraFormat,
+    dtype: torch.dtype,
+    output: Path,
+    transformer: WanTransformer3DModel,
+    metadata: Mapping[str, str],
 ) -> tuple[Path, Verified]:
-    """Writes ``output`` under another name, loads that file as its readers would onto ``transformer`` (the base, fp32, without LoRA; given
-    back as it was), compares, and only then gives it its name.
+    """Writes ``output`` under another name, loads that file as its readers would onto ``transformer`` (the base, fp32,
+    without LoRA; given back as it was), compares, and only then gives it its name.
 
     Raises:
         BadInputError: the format cannot hold this LoRA, or the file cannot be written.
@@ -150,9 +182,12 @@ def export_lora(
     return output, verified
 
 
-def merge_lora(lora: LoraFile, dtype: torch.dtype, folder: Path, transformer: WanTransformer3DModel, subfolder: str = "transformer") -> Verified:
-    """Writes ``folder/subfolder`` (diffusers layout): W + (alpha / rank) B A in fp32, then rounded to ``dtype``, but for the norms and
-    the time embedding, which diffusers keeps in fp32. ``transformer`` (the base, fp32, without LoRA) becomes the merged model.
+def merge_lora(
+    lora: LoraFile, dtype: torch.dtype, folder: Path, transformer: WanTransformer3DModel, subfolder: str = "transformer"
+) -> Verified:
+    """Writes ``folder/subfolder`` (diffusers layout): W + (alpha / rank) B A in fp32, then rounded to ``dtype``, but
+    for the norms and the time embedding, which diffusers keeps in fp32. ``transformer`` (the base, fp32, without LoRA)
+    becomes the merged model.
 
     Raises:
         BadInputError: the LoRA is not one of this model, or the folder cannot be written.
@@ -176,7 +211,9 @@ def merge_lora(lora: LoraFile, dtype: torch.dtype, folder: Path, transformer: Wa
             folder.rmdir()  # empty, as export_run made sure
         os.replace(aside, folder)
     except OSError as error:
-        raise BadInputError(f"{folder} cannot be written: {error.strerror or error}. Give another folder with --merge.") from error
+        raise BadInputError(
+            f"{folder} cannot be written: {error.strerror or error}. Give another folder with --merge."
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return verified
@@ -184,7 +221,11 @@ def merge_lora(lora: LoraFile, dtype: torch.dtype, folder: Path, transformer: Wa
 
 def _place(expert: str) -> str:
     """Where a LoRA of one of two experts goes, in words."""
-    return f", for the {expert}-noise model{' (diffusers: load_into_transformer_2=True)' if expert == 'low' else ''}" if expert else ""
+    return (
+        f", for the {expert}-noise model{' (diffusers: load_into_transformer_2=True)' if expert == 'low' else ''}"
+        if expert
+        else ""
+    )
 
 
 def _output_file(output: Path | None, name: str, run: Path) -> Path:
@@ -203,12 +244,14 @@ def _write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise BadInputError(f"{path.parent} cannot be written to: {error.strerror}. Give another file with --output.") from error
+        raise BadInputError(
+            f"{path.parent} cannot be written to: {error.strerror}. Give another file with --output."
+        ) from error
 
 
 def _metadata(config: Config, checkpoint: str, transformer: WanTransformer3DModel, expert: str) -> dict[str, str]:
-    """What a file says of itself: ``modelspec.*`` (Stability's specification), ``ss_*`` (kohya), and how it was trained. ``expert``: empty where there
-    is one transformer."""
+    """What a file says of itself: ``modelspec.*`` (Stability's specification), ``ss_*`` (kohya), and how it was
+    trained. ``expert``: empty where there is one transformer."""
     # of Wan, the models with two experts and the one with 48 latent channels (TI2V-5B) are 2.2
     family = "wan2.2" if expert or transformer.config.in_channels == 48 else "wan2.1"
     video, sampler, critic = config.video, config.sampler, config.critic
@@ -219,7 +262,9 @@ def _metadata(config: Config, checkpoint: str, transformer: WanTransformer3DMode
         "model": config.model.id,
         "quant": config.model.quant,
         **({"expert": f"{expert} noise"} if expert else {}),
-        "base_lora": f"{config.model.base_lora} x {config.model.base_lora_scale:g}" if config.model.base_lora else "none",
+        "base_lora": f"{config.model.base_lora} x {config.model.base_lora_scale:g}"
+        if config.model.base_lora
+        else "none",
         "critic": critic.id,
         "questions": critic.mode,
         "reward": critic.reward,

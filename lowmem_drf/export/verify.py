@@ -1,9 +1,10 @@
-"""Proof that an exported LoRA or merged model is the tuned model: read back by the code its users will read it with, compared, run.
+"""Proof that an exported LoRA or merged model is the tuned model: read back by the code its users will read it with,
+compared, run.
 
-What may differ follows from the file's number format alone. A value rounds by at most u |x| + eta (u the unit roundoff, eta half the
-spacing of subnormals), and is rounded at most twice (by us, and by a reader that folds alpha into 16-bit weights); that bounds every entry
-of every B A. The bound on outputs is the same to first order: the LoRA's whole effect times the largest relative error of a module, plus
-the rounding of the fp32 computation.
+What may differ follows from the file's number format alone. A value rounds by at most u |x| + eta (u the unit roundoff,
+eta half the spacing of subnormals), and is rounded at most twice (by us, and by a reader that folds alpha into 16-bit
+weights); that bounds every entry of every B A. The bound on outputs is the same to first order: the LoRA's whole effect
+times the largest relative error of a module, plus the rounding of the fp32 computation.
 """
 
 from __future__ import annotations
@@ -72,14 +73,19 @@ def probe_lora(transformer: WanTransformer3DModel, lora: LoraFile) -> Probe:
     finally:
         remove_lora(transformer)
     if not bool(torch.isfinite(tuned).all()):
-        raise LowmemError("The tuned model's output is not finite, so there is nothing worth exporting. Choose an earlier checkpoint with --step.")
+        raise LowmemError(
+            "The tuned model's output is not finite, so there is nothing worth exporting. Choose an earlier checkpoint with --step."
+        )
     return Probe(tuned, base)
 
 
-def verify_export(path: Path, lora: LoraFile, form: str, dtype: torch.dtype, transformer: WanTransformer3DModel) -> Verified:
-    """Loads ``path`` through ``WanPipeline.load_lora_weights`` (a kohya file with only some of the modules, which diffusers cannot
-    convert: through ``read_lora``) and compares weights and outputs with the tuned model. ``transformer``: the base, fp32; given back as
-    it was. Where only its first blocks have values, outputs are those of these blocks; the weights of all modules are compared in any case.
+def verify_export(
+    path: Path, lora: LoraFile, form: str, dtype: torch.dtype, transformer: WanTransformer3DModel
+) -> Verified:
+    """Loads ``path`` through ``WanPipeline.load_lora_weights`` (a kohya file with only some of the modules, which
+    diffusers cannot convert: through ``read_lora``) and compares weights and outputs with the tuned model.
+    ``transformer``: the base, fp32; given back as it was. Where only its first blocks have values, outputs are those of
+    these blocks; the weights of all modules are compared in any case.
 
     Raises:
         LowmemError: the file lacks a module, has one too many, or differs by more than rounding.
@@ -91,7 +97,9 @@ def verify_export(path: Path, lora: LoraFile, form: str, dtype: torch.dtype, tra
         deltas = {name: _delta(layer) for name, layer in lora_layers(transformer).items()}
         output = _run(transformer)
     except Exception as error:
-        raise LowmemError(f"The exported file cannot be loaded ({type(error).__name__}: {error}). It was deleted; export in another --format.") from error
+        raise LowmemError(
+            f"The exported file cannot be loaded ({type(error).__name__}: {error}). It was deleted; export in another --format."
+        ) from error
     finally:
         if lora_layers(transformer):
             remove_lora(transformer)
@@ -103,7 +111,11 @@ def verify_export(path: Path, lora: LoraFile, form: str, dtype: torch.dtype, tra
             f"The exported file does not reproduce the tuned model: outputs differ by {difference:.1e}, rounding explains {bound:.1e}. It was deleted."
         )
     count, all_blocks = len(_with_values(transformer)), len(transformer.blocks)
-    of = Verified.of if count == all_blocks else f"the output of the tuned model's first {count} blocks (of {all_blocks}; the weights of all were compared)"
+    of = (
+        Verified.of
+        if count == all_blocks
+        else f"the output of the tuned model's first {count} blocks (of {all_blocks}; the weights of all were compared)"
+    )
     return Verified(difference, tuned.effect, "diffusers" if by_diffusers else "lowmem-drf", of)
 
 
@@ -111,15 +123,24 @@ def require_same_model(transformer: WanTransformer3DModel, tuned: Probe) -> None
     """Raises LowmemError if a model with merged weights in fp32 is not the tuned model up to fp32 rounding."""
     difference, bound = _largest(_run(transformer) - tuned.tuned), _rounding(transformer, tuned.tuned)
     if not difference <= bound:
-        raise LowmemError(f"The merged model is not the tuned one: outputs differ by {difference:.1e}, rounding explains {bound:.1e}. Nothing was written.")
+        raise LowmemError(
+            f"The merged model is not the tuned one: outputs differ by {difference:.1e}, rounding explains {bound:.1e}. Nothing was written."
+        )
 
 
-def verify_merge(folder: Path, transformer: WanTransformer3DModel, tuned: Probe, subfolder: str = "transformer") -> Verified:
-    """Reads a merged model back with diffusers. Raises LowmemError unless every weight is, to the bit, the one in ``transformer``."""
+def verify_merge(
+    folder: Path, transformer: WanTransformer3DModel, tuned: Probe, subfolder: str = "transformer"
+) -> Verified:
+    """Reads a merged model back with diffusers. Raises LowmemError unless every weight is, to the bit, the one in
+    ``transformer``."""
     read_back = load_as_diffusers(folder, subfolder)
     own, other = transformer.state_dict(), read_back.state_dict()
-    if changed := [name for name, value in own.items() if name not in other or not torch.equal(value.float(), other[name])]:
-        raise LowmemError(f"The merged model was not written correctly: {changed[0]} differs. It was deleted; check the disk.")
+    if changed := [
+        name for name, value in own.items() if name not in other or not torch.equal(value.float(), other[name])
+    ]:
+        raise LowmemError(
+            f"The merged model was not written correctly: {changed[0]} differs. It was deleted; check the disk."
+        )
     return Verified(_largest(_run(read_back) - tuned.tuned), tuned.effect, "diffusers")
 
 
@@ -131,7 +152,8 @@ def _delta(layer: LoraLayer) -> Tensor:
 
 
 def _require_same_weights(deltas: dict[str, Tensor], lora: LoraFile, dtype: torch.dtype) -> float:
-    """Every module's B A within the bound of two roundings per factor; returns the largest such bound as a share of its B A."""
+    """Every module's B A within the bound of two roundings per factor; returns the largest such bound as a share of its
+    B A."""
     wanted = lora.deltas()
     if deltas.keys() != wanted.keys():
         odd = sorted(deltas.keys() ^ wanted.keys())
@@ -143,28 +165,33 @@ def _require_same_weights(deltas: dict[str, Tensor], lora: LoraFile, dtype: torc
         # the comparison is itself computed, in fp64
         slack = torch.finfo(torch.float64).eps * 4 * lora.rank * (lora.alpha / lora.rank) * (size_b @ size_a)
         if not bool(((deltas[module].cpu() - wanted[module]).abs() <= bound + slack).all()):
-            raise LowmemError(f"The exported file's {module} differs from the LoRA by more than {dtype} rounds. It was deleted.")
+            raise LowmemError(
+                f"The exported file's {module} differs from the LoRA by more than {dtype} rounds. It was deleted."
+            )
         if size := float(wanted[module].norm()):
             share = max(share, float(bound.norm()) / size)
     return share
 
 
 def _rounded_twice(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """|x| and the most it can change by two roundings to ``dtype`` and the fp32 product that folds alpha. Zero stays zero."""
+    """|x| and the most it can change by two roundings to ``dtype`` and the fp32 product that folds alpha. Zero stays
+    zero."""
     info, size = torch.finfo(dtype), x.abs()
     error = 2 * (info.eps / 2 * size + info.tiny * info.eps / 2) + torch.finfo(torch.float32).eps * size
     return size, torch.where(size == 0, 0.0, error)
 
 
 def _rounding(transformer: WanTransformer3DModel, output: Tensor) -> float:
-    """How far two fp32 computations of the same function may lie apart: every sub-layer rounds its residual stream a few times."""
+    """How far two fp32 computations of the same function may lie apart: every sub-layer rounds its residual stream a
+    few times."""
     sublayers = 3 * len(_with_values(transformer)) + 1
     return 4 * sublayers * torch.finfo(torch.float32).eps * _largest(output)
 
 
 @torch.no_grad()
 def _run(transformer: WanTransformer3DModel) -> Tensor:
-    """Velocities on fixed random inputs, two latent frames of 4x4 patches, at three noise levels; by the blocks that have values."""
+    """Velocities on fixed random inputs, two latent frames of 4x4 patches, at three noise levels; by the blocks that
+    have values."""
     config, generator = transformer.config, torch.Generator().manual_seed(0)
     size: Sequence[int] = [2 * config.patch_size[0], *(_SMALL * side for side in config.patch_size[1:])]
     x = torch.randn(1, config.in_channels, *size, generator=generator)

@@ -1,8 +1,9 @@
 """What a transformer keeps of its forward for its backward: a policy per block, and slices of tokens inside a block.
 
-A block that is recomputed keeps its input alone, on the card or on the host. All else that its forward was given (text embeddings, time, rotary
-embedding) is shared by the blocks and kept once. Recompute is PyTorch's (``torch.utils.checkpoint``, not reentrant), which stops as soon as all
-that the backward needs is there; random numbers are not replayed: nothing here draws any.
+A block that is recomputed keeps its input alone, on the card or on the host. All else that its forward was given (text
+embeddings, time, rotary embedding) is shared by the blocks and kept once. Recompute is PyTorch's
+(``torch.utils.checkpoint``, not reentrant), which stops as soon as all that the backward needs is there; random numbers
+are not replayed: nothing here draws any.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from lowmem_drf.memory.recorded_rollout import Recorder, replayed
 
 
 class BlockPolicy:
-    """A ``gradient_checkpointing_func`` of diffusers' models: called with (block, hidden states, what else the block takes) for every block in
-    order, under gradient.
+    """A ``gradient_checkpointing_func`` of diffusers' models: called with (block, hidden states, what else the block
+    takes) for every block in order, under gradient.
 
-    The last ``keep`` blocks keep all they need: they run no second forward. The others keep their input: on the card, or in ``store``, where the
-    next one that the backward needs is fetched while the present one is computed. With ``attentions`` they keep the results of their attentions too
-    (``Tape``); the blocks' ``forward`` then takes an argument ``tape``.
+    The last ``keep`` blocks keep all they need: they run no second forward. The others keep their input: on the card,
+    or in ``store``, where the next one that the backward needs is fetched while the present one is computed. With
+    ``attentions`` they keep the results of their attentions too (``Tape``); the blocks' ``forward`` then takes an
+    argument ``tape``.
 
-    A block whose ``forward`` has a method ``unread`` is recomputed by that: the same, but nobody will read what it returns.
+    A block whose ``forward`` has a method ``unread`` is recomputed by that: the same, but nobody will read what it
+    returns.
 
     Args:
         store: for the inputs. ``None``: they stay on the card.
@@ -109,8 +112,8 @@ class BlockPolicy:
 
 
 class Called:
-    """A block's ``forward`` whose weights come and go by hooks on the call of the block (ZeRO-3). It has no ``unread``: a recompute calls the block, and
-    so passes the hooks.
+    """A block's ``forward`` whose weights come and go by hooks on the call of the block (ZeRO-3). It has no ``unread``:
+    a recompute calls the block, and so passes the hooks.
 
     ``pace``: of all blocks together.
     """
@@ -124,14 +127,16 @@ class Called:
 
 
 class Pace:
-    """Keeps the CPU at most a block ahead of the card. DeepSpeed's gathers do not wait for the computation: those of all blocks would be under way before
-    the first one is done, and their buffers, which are free only when the card has passed them, would fill it."""
+    """Keeps the CPU at most a block ahead of the card. DeepSpeed's gathers do not wait for the computation: those of
+    all blocks would be under way before the first one is done, and their buffers, which are free only when the card has
+    passed them, would fill it."""
 
     def __init__(self) -> None:
         self._before: torch.cuda.Event | None = None
 
     def keep(self, device: torch.device) -> None:
-        """A block begins. Returns when what was issued before the last one began is done. (At a block's end would not do: a recompute stops half-way.)"""
+        """A block begins. Returns when what was issued before the last one began is done. (At a block's end would not
+        do: a recompute stops half-way.)"""
         if device.type != "cuda":
             return
         before, self._before = self._before, torch.cuda.Event(blocking=True)
@@ -152,16 +157,14 @@ def in_slices(
     parameters: Iterable[Tensor] = (),
     unread: bool = False,
 ) -> tuple[Tensor, ...]:
-    """``function(*sliced, *shared)``, computed in ``count`` slices of dimension 1, each recomputed by itself in the backward: what is alive
-    inside ``function`` is alive for one slice at a time.
+    """``function(*sliced, *shared)``, computed in ``count`` slices of dimension 1, each recomputed by itself in the
+    backward: what is alive inside ``function`` is alive for one slice at a time.
 
-    Args:
-        function: works on each place of dimension 1 by itself. All it returns has that dimension, as long as the inputs'.
-        sliced: (B, L, …), kept for the backward.
-        shared: given whole to every slice, and kept.
-        parameters: the trainable tensors inside ``function``: their gradients are returned to autograd, as those of the inputs.
-        unread: nobody will read the results: the recompute of a checkpoint around this call, which only wants to know what is kept. They are
-            not computed; all of them must be shaped like the first of ``sliced``.
+    Args: function: works on each place of dimension 1 by itself. All it returns has that dimension, as long as the
+        inputs'. sliced: (B, L, …), kept for the backward. shared: given whole to every slice, and kept. parameters: the
+        trainable tensors inside ``function``: their gradients are returned to autograd, as those of the inputs. unread:
+        nobody will read the results: the recompute of a checkpoint around this call, which only wants to know what is
+        kept. They are not computed; all of them must be shaped like the first of ``sliced``.
     """
     step = -(-sliced[0].shape[1] // count)
     tensors = (*sliced, *shared, *parameters)
@@ -175,7 +178,9 @@ def _cut(tensors: Sequence[Tensor], start: int, step: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _run(function: Callable[..., tuple[Tensor, ...]], step: int, sliced: Sequence[Tensor], shared: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def _run(
+    function: Callable[..., tuple[Tensor, ...]], step: int, sliced: Sequence[Tensor], shared: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
     results: tuple[Tensor, ...] = ()
     length = sliced[0].shape[1]
     for start in range(0, length, step):
@@ -188,7 +193,9 @@ def _run(function: Callable[..., tuple[Tensor, ...]], step: int, sliced: Sequenc
 
 class _Sliced(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Any, step: int, sliced: int, shared: int, unread: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, function: Any, step: int, sliced: int, shared: int, unread: bool, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         inputs = tensors[: sliced + shared]
         ctx.save_for_backward(*inputs)
         ctx.function, ctx.step, ctx.sliced, ctx.parameters = function, step, sliced, tensors[sliced + shared :]
@@ -202,15 +209,23 @@ class _Sliced(torch.autograd.Function):
         needed = ctx.needs_input_grad[5:]
         inputs = ctx.saved_tensors
         sliced = inputs[: ctx.sliced]
-        shared = [tensor.detach().requires_grad_(need) for tensor, need in zip(inputs[ctx.sliced :], needed[ctx.sliced :], strict=False)]
+        shared = [
+            tensor.detach().requires_grad_(need)
+            for tensor, need in zip(inputs[ctx.sliced :], needed[ctx.sliced :], strict=False)
+        ]
         d_sliced = [torch.zeros_like(tensor) if need else None for tensor, need in zip(sliced, needed, strict=False)]
         whole = [tensor for tensor in (*shared, *ctx.parameters) if tensor.requires_grad]
         d_whole: list[Tensor | None] = [None] * len(whole)
         for start in range(0, sliced[0].shape[1], ctx.step):
-            parts = [part.detach().requires_grad_(need) for part, need in zip(_cut(sliced, start, ctx.step), needed, strict=False)]
+            parts = [
+                part.detach().requires_grad_(need)
+                for part, need in zip(_cut(sliced, start, ctx.step), needed, strict=False)
+            ]
             with torch.enable_grad():
                 made = ctx.function(*parts, *shared)
-            pairs = [(out, d) for out, d in zip(made, _cut(cotangents, start, ctx.step), strict=True) if out.requires_grad]
+            pairs = [
+                (out, d) for out, d in zip(made, _cut(cotangents, start, ctx.step), strict=True) if out.requires_grad
+            ]
             outputs, d_outputs = zip(*pairs, strict=True)
             wanted = [part for part in parts if part.requires_grad]
             gradients = torch.autograd.grad(outputs, [*wanted, *whole], d_outputs, allow_unused=True)
@@ -221,7 +236,9 @@ class _Sliced(torch.autograd.Function):
             for i, gradient in enumerate(gradients[len(wanted) :]):
                 d_whole[i] = _add(d_whole[i], gradient)
         totals = iter(d_whole)
-        rest = [_cast(next(totals), tensor.dtype) if tensor.requires_grad else None for tensor in (*shared, *ctx.parameters)]
+        rest = [
+            _cast(next(totals), tensor.dtype) if tensor.requires_grad else None for tensor in (*shared, *ctx.parameters)
+        ]
         return (None, None, None, None, None, *d_sliced, *rest)
 
 

@@ -1,9 +1,11 @@
 """Where tensors wait off the card: packed, pinned host memory and the streams that copy to it and back.
 
-Pinned memory comes in arenas of ``ARENA`` bytes, a power of two: PyTorch's pinned allocator rounds every request up to one, so tensors that were
-pinned one by one would take up to twice their size. A tensor lies in as many pieces of arenas as it needs, so no gap is too small to be used.
+Pinned memory comes in arenas of ``ARENA`` bytes, a power of two: PyTorch's pinned allocator rounds every request up to
+one, so tensors that were pinned one by one would take up to twice their size. A tensor lies in as many pieces of arenas
+as it needs, so no gap is too small to be used.
 
-One compute stream is assumed, as everywhere in this package: tensors are made on the stream that is current when ``put`` is called.
+One compute stream is assumed, as everywhere in this package: tensors are made on the stream that is current when
+``put`` is called.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from lowmem_drf.errors import LowmemError
 from lowmem_drf.planner.ledger import IN_FLIGHT, Ledger
 
 ARENA = 64 * 1024**2
-"""Bytes. Long enough for full speed over PCIe, short enough that the last one, half empty, costs nothing worth counting."""
+"""Bytes. Long enough for full speed over PCIe, short enough that the last one, half empty, costs nothing worth
+counting."""
 
 ALIGN = 256
 """Bytes. Pieces begin at multiples of it."""
@@ -30,7 +33,8 @@ Piece = tuple[int, int, int]
 
 
 class Held:
-    """A tensor that waits on the host. ``nbytes``: what it takes there. When nobody holds it any more, its host memory is used again."""
+    """A tensor that waits on the host. ``nbytes``: what it takes there. When nobody holds it any more, its host memory
+    is used again."""
 
     def __init__(self, nbytes: int, fetch: Callable[[], Callable[[], Tensor]]) -> None:
         self.nbytes = nbytes
@@ -38,7 +42,8 @@ class Held:
         self._coming: Callable[[], Tensor] | None = None
 
     def prefetch(self) -> None:
-        """Starts the copy to the card, beside what is computed there; from now on its bytes are the card's. The next ``get`` takes it."""
+        """Starts the copy to the card, beside what is computed there; from now on its bytes are the card's. The next
+        ``get`` takes it."""
         if self._coming is None:
             self._coming = self._fetch()
 
@@ -47,8 +52,8 @@ class Held:
         self._coming = None
 
     def get(self) -> Tensor:
-        """On the card: shape, dtype and values of what was put, contiguous, no gradient. May be called again. Do not write into it: on the
-        CPU it is the very tensor that waits."""
+        """On the card: shape, dtype and values of what was put, contiguous, no gradient. May be called again. Do not
+        write into it: on the CPU it is the very tensor that waits."""
         self.prefetch()
         coming, self._coming = self._coming, None
         assert coming is not None
@@ -58,16 +63,18 @@ class Held:
 class HostStore:
     """Puts tensors aside. One per run.
 
-    On a CPU run card and host are the same memory and nothing is copied, except under a ``Ledger``: there ``put`` makes a copy that counts as the
-    host's and ``get`` one that counts as the card's, so that the bytes are those of a run with a card.
+    On a CPU run card and host are the same memory and nothing is copied, except under a ``Ledger``: there ``put`` makes
+    a copy that counts as the host's and ``get`` one that counts as the card's, so that the bytes are those of a run
+    with a card.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._pinned = _Pinned(device) if device.type == "cuda" else None
 
     def put(self, tensor: Tensor) -> Held:
-        """Starts the copy to the host. The caller may drop the card's tensor at once, and must not write into it. On CUDA its memory is free
-        again once the copy has ended, at the latest when later ``put``s (see ``IN_FLIGHT``) or ``settle`` make the computation wait for it.
+        """Starts the copy to the host. The caller may drop the card's tensor at once, and must not write into it. On
+        CUDA its memory is free again once the copy has ended, at the latest when later ``put``s (see ``IN_FLIGHT``) or
+        ``settle`` make the computation wait for it.
 
         Raises:
             LowmemError: there is not enough host memory.
@@ -84,7 +91,8 @@ class HostStore:
         return Held(tensor.nbytes, lambda: _arrived(own))
 
     def settle(self) -> None:
-        """Lets go of all tensors of the card whose copies are under way: what is computed from here on waits for those copies."""
+        """Lets go of all tensors of the card whose copies are under way: what is computed from here on waits for those
+        copies."""
         ledger = Ledger.active()
         if self._pinned is not None:
             self._pinned.settle()
@@ -142,13 +150,15 @@ class _Pinned:
             for given, on_host in self._pairs(source, pieces):
                 on_host.copy_(given)
             return _OnHost(self, pieces, self._to_host.record_event(), tensor.shape, tensor.dtype)
-        # The values are computed there. And whoever had this host memory before has been read from it: the computation waited for that in ``_Coming``.
+        # The values are computed there. And whoever had this host memory before has been read from it: the computation
+        # waited for that in ``_Coming``.
         self._to_host.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._to_host):
             for on_card, on_host in self._pairs(source, pieces):
                 on_host.copy_(on_card, non_blocking=True)
         written = self._to_host.record_event()
-        # Held here and not by record_stream: the CPU runs far ahead of the card, so the allocator would find none of the copies finished, and
+        # Held here and not by record_stream: the CPU runs far ahead of the card, so the allocator would find none of
+        # the copies finished, and
         # would keep the tensors of all blocks.
         self._leaving.append((source, written))
         while len(self._leaving) > 1 and sum(waiting.nbytes for waiting, _ in self._leaving) > IN_FLIGHT:
@@ -177,7 +187,8 @@ class _Pinned:
 
     def _let_go(self) -> None:
         source, written = self._leaving.popleft()
-        torch.cuda.current_stream(self._device).wait_event(written)  # or its memory would be written before it is copied
+        # or its memory would be written before it is copied
+        torch.cuda.current_stream(self._device).wait_event(written)
         del source
 
     def _pairs(self, tensor: Tensor, pieces: list[Piece]) -> list[tuple[Tensor, Tensor]]:
@@ -246,7 +257,9 @@ class _Pinned:
 class _OnHost:
     """A tensor's bytes in the arenas."""
 
-    def __init__(self, pinned: _Pinned, pieces: list[Piece], written: Any, shape: torch.Size, dtype: torch.dtype) -> None:
+    def __init__(
+        self, pinned: _Pinned, pieces: list[Piece], written: Any, shape: torch.Size, dtype: torch.dtype
+    ) -> None:
         self._pinned = pinned
         self.pieces, self.written, self.shape, self.dtype = pieces, written, shape, dtype
 

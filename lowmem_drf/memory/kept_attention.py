@@ -1,6 +1,7 @@
 """Fused attention checkpointing: a recomputed block repeats its matrix products, but not its attentions.
 
-Their outputs and log-sum-exps, all that an attention's backward needs besides q, k and v, were kept: on the card, or on the host.
+Their outputs and log-sum-exps, all that an attention's backward needs besides q, k and v, were kept: on the card, or on
+the host.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from lowmem_drf.memory.host import Held, HostStore
 
 
 class Tape:
-    """The results of one block's attentions, in the order in which they are computed. Written in a forward, read once in its recompute.
+    """The results of one block's attentions, in the order in which they are computed. Written in a forward, read once
+    in its recompute.
 
     ``store``: where they wait. ``None``: on the card.
     """
@@ -35,7 +37,9 @@ class Tape:
     def rewind(self) -> None:
         """From here on it is read. Raises RuntimeError the second time: a tape is used up by one backward."""
         if self.reading:
-            raise RuntimeError("the attentions of a block were kept for one backward, and this is another one: run the forward again")
+            raise RuntimeError(
+                "the attentions of a block were kept for one backward, and this is another one: run the forward again"
+            )
         self.reading = True
 
     def prefetch(self) -> None:

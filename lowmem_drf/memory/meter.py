@@ -1,7 +1,8 @@
 """A clock and a peak meter around the stages of a step: ``Parts.stage``.
 
-On CUDA the peak is the allocator's. On the CPU it is the process's resident memory, whose high-water mark Linux lets a process reset
-(``/proc/self/clear_refs``, see proc(5)); on other systems the mark cannot be reset and the peak is that of the whole process so far.
+On CUDA the peak is the allocator's. On the CPU it is the process's resident memory, whose high-water mark Linux lets a
+process reset (``/proc/self/clear_refs``, see proc(5)); on other systems the mark cannot be reset and the peak is that
+of the whole process so far.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ GIB = 1024**3
 
 
 class Meter:
-    """Seconds and peak GiB by stage name, since the last ``take``. A stage entered several times: seconds add up, the largest peak counts."""
+    """Seconds and peak GiB by stage name, since the last ``take``. A stage entered several times: seconds add up, the
+    largest peak counts."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -1,7 +1,8 @@
 """Graded steps that run no forward: the rollout ran it already, and left on the host what a backward needs of it.
 
-That is, of one pass of the transformer: what entered each block, what came out of the last one, and the results of the blocks' attentions (``tape``).
-The graded step computes each block once more, with gradient, and that is all. The values are those that a forward of its own would have had.
+That is, of one pass of the transformer: what entered each block, what came out of the last one, and the results of the
+blocks' attentions (``tape``). The graded step computes each block once more, with gradient, and that is all. The values
+are those that a forward of its own would have had.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class Record:
     def nbytes(self) -> int:
         """Of what has not been taken yet."""
         held = [*self._inputs, self._output] if self._output is not None else self._inputs
-        return sum(one.nbytes for one in held if one is not None) + sum(tape.nbytes for tape in self._tapes if tape is not None)
+        return sum(one.nbytes for one in held if one is not None) + sum(
+            tape.nbytes for tape in self._tapes if tape is not None
+        )
 
     def enter(self, hidden: Tensor) -> Tape | None:
         """The next block's input; returns the tape for its attentions."""
@@ -51,7 +54,8 @@ class Record:
         return self._output.get()
 
     def take(self, place: int) -> tuple[Tensor, Tape | None]:
-        """What entered a block, and its tape. Blocks are taken from the last to the first: the one before is fetched meanwhile."""
+        """What entered a block, and its tape. Blocks are taken from the last to the first: the one before is fetched
+        meanwhile."""
         self._store.settle()
         hidden, tape = self._inputs.pop(), self._tapes.pop()
         assert len(self._inputs) == place, "blocks are taken from the last to the first"
@@ -126,7 +130,8 @@ class RecordedForward:
 
 
 def replayed(record: Record, block: Any, place: int, is_last: bool, hidden: Tensor, rest: Sequence[Any]) -> Tensor:
-    """``block(hidden, *rest)``, whose forward is recorded: its values are not looked at but for the gradient's way through ``hidden``.
+    """``block(hidden, *rest)``, whose forward is recorded: its values are not looked at but for the gradient's way
+    through ``hidden``.
 
     Args:
         rest: tensors, and tuples of them.
@@ -149,7 +154,9 @@ class _FromRecord(torch.autograd.Function):
     """Only the last block's output is read by anybody; the others' have a shape and no values."""
 
     @staticmethod
-    def forward(ctx: Any, run: Any, record: Record, place: int, is_last: bool, count: int, hidden: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, run: Any, record: Record, place: int, is_last: bool, count: int, hidden: Tensor, *tensors: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(*tensors[:count])
         ctx.run, ctx.record, ctx.place, ctx.parameters = run, record, place, tensors[count:]
         return record.output() if is_last else hidden.new_empty(()).expand_as(hidden)
@@ -160,9 +167,14 @@ class _FromRecord(torch.autograd.Function):
         hidden, tape = ctx.record.take(ctx.place)
         if tape is not None:
             tape.rewind()
-        leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip((hidden, *ctx.saved_tensors), ctx.needs_input_grad[5:], strict=False)]
+        leaves = [
+            tensor.detach().requires_grad_(need)
+            for tensor, need in zip((hidden, *ctx.saved_tensors), ctx.needs_input_grad[5:], strict=False)
+        ]
         with torch.enable_grad():
             out = ctx.run(leaves[0], tape, leaves[1:])
         inputs = [*leaves, *ctx.parameters]
-        gradients = iter(torch.autograd.grad(out, [tensor for tensor in inputs if tensor.requires_grad], d_out, allow_unused=True))
+        gradients = iter(
+            torch.autograd.grad(out, [tensor for tensor in inputs if tensor.requires_grad], d_out, allow_unused=True)
+        )
         return (None, None, None, None, None, *(next(gradients) if tensor.requires_grad else None for tensor in inputs))

@@ -1,8 +1,8 @@
 """Whose weights are on the card, and when: park and wake.
 
-Frozen weights never change, so the host keeps one copy of them for good: parking drops the card's, waking copies it back, nothing is ever copied
-down. Tensors are woken one by one, each with card memory of its own: in one large block, a small tensor that lands in it while it is free keeps
-the allocator from ever giving it out whole again.
+Frozen weights never change, so the host keeps one copy of them for good: parking drops the card's, waking copies it
+back, nothing is ever copied down. Tensors are woken one by one, each with card memory of its own: in one large block, a
+small tensor that lands in it while it is free keeps the allocator from ever giving it out whole again.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ class Parked:
     """A module whose frozen weights (parameters that need no gradient, buffers) live on the host, and on ``device``
     while it is awake. Trainable ones are moved to ``device`` and stay there.
 
-    It begins parked, wherever its weights were: a module loaded in host memory is on the card for the first time when it is woken. Parameters
-    remain the same objects, with dtype and ``device`` as when awake; only their shapes are empty. Awake they are contiguous.
+    It begins parked, wherever its weights were: a module loaded in host memory is on the card for the first time when
+    it is woken. Parameters remain the same objects, with dtype and ``device`` as when awake; only their shapes are
+    empty. Awake they are contiguous.
     """
 
     def __init__(self, name: str, module: nn.Module, device: torch.device, store: HostStore) -> None:
@@ -54,7 +55,9 @@ class Parked:
         # tied weights have one storage, and must have one again when they are woken
         groups: dict[Any, list[Tensor]] = {}
         for tensor in _frozen(module):
-            groups.setdefault((tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()), []).append(tensor)
+            groups.setdefault(
+                (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()), []
+            ).append(tensor)
         self._waiting: list[tuple[Held, list[Tensor], Tensor]] = []
         for tensors in groups.values():
             held, nothing = store.put(tensors[0]), tensors[0].detach().new_empty(0, device=device)
@@ -86,7 +89,8 @@ class Parked:
             self._guards = []
 
     def _guard(self) -> list[RemovableHandle]:
-        # every part: models are entered anywhere, and parts without weights of their own look into those of their children
+        # every part: models are entered anywhere, and parts without weights of their own look into those of their
+        # children
         return [part.register_forward_pre_hook(self._refuse) for part in self._module.modules()]
 
     def _refuse(self, module: nn.Module, inputs: Any) -> None:
@@ -99,13 +103,12 @@ class Parked:
 class Residency:
     """Parks and wakes models around the stages of a step.
 
-    Args:
-        modules: the models by name: ``critic``, ``vae``, ``transformer``, ``expert``.
-        parked: the names of those whose weights wait on the host outside their stages. The others are left alone, on the card.
-        streamed: by name the layers whose weights come one at a time. None is on the card outside the model's stages.
-        needs: the models that are awake in each stage from its beginning.
-        inner: entered inside each stage once the models it does not need are gone, before those it needs come: a peak meter, which so counts
-            the weights of no other stage, and the time that waking takes.
+    Args: modules: the models by name: ``critic``, ``vae``, ``transformer``, ``expert``. parked: the names of those
+        whose weights wait on the host outside their stages. The others are left alone, on the card. streamed: by name
+        the layers whose weights come one at a time. None is on the card outside the model's stages. needs: the models
+        that are awake in each stage from its beginning. inner: entered inside each stage once the models it does not
+        need are gone, before those it needs come: a peak meter, which so counts the weights of no other stage, and the
+        time that waking takes.
     """
 
     def __init__(
@@ -144,8 +147,8 @@ class Residency:
         self.need(*self._needs[stage])
 
     def need(self, *names: str) -> None:
-        """Outside a step (samples, checks), and where two models share a stage: from here to the next stage these are awake, and no other one of those
-        parked."""
+        """Outside a step (samples, checks), and where two models share a stage: from here to the next stage these are
+        awake, and no other one of those parked."""
         self._park_but(names)
         self._wake(names)
 
@@ -164,7 +167,8 @@ class Residency:
 
 
 def bring(module: nn.Module, device: torch.device) -> None:
-    """Moves to ``device`` what lies elsewhere. By tensors: ``to`` of diffusers' and transformers' models refuses some that were quantised."""
+    """Moves to ``device`` what lies elsewhere. By tensors: ``to`` of diffusers' and transformers' models refuses some
+    that were quantised."""
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.device.type != device.type:
             tensor.data = tensor.data.to(device)

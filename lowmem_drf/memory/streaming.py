@@ -1,17 +1,20 @@
-"""Weight streaming: layers that wait packed on the host and come to the card one at a time, as a forward or a backward gets to them.
+"""Weight streaming: layers that wait packed on the host and come to the card one at a time, as a forward or a backward
+gets to them.
 
-The weights are frozen, so the host keeps one copy for good and nothing is ever copied down. All of one layer's tensors lie in one piece: one copy, one
-allocation. When a layer is entered its piece is on the card or on its way, and the next one's copy is started, in the direction in which the layers
-are being entered: up in a forward, down in a backward that recomputes them. So the card holds two layers, and the copies run beside the computation.
+The weights are frozen, so the host keeps one copy for good and nothing is ever copied down. All of one layer's tensors
+lie in one piece: one copy, one allocation. When a layer is entered its piece is on the card or on its way, and the next
+one's copy is started, in the direction in which the layers are being entered: up in a forward, down in a backward that
+recomputes them. So the card holds two layers, and the copies run beside the computation.
 
-Recycled buffers have given silently wrong gradients elsewhere: a backward reads what was overwritten meanwhile (bitsandbytes #2034). Here a layer that
-comes is new tensors in new memory, every time, and nobody writes into it. What a backward needs of it autograd keeps, as it keeps anything; what nobody keeps
-is freed. There is no bookkeeping of who may still need what, so any pattern of passes is right: many forwards, forwards and backwards of several graphs,
+Recycled buffers have given silently wrong gradients elsewhere: a backward reads what was overwritten meanwhile
+(bitsandbytes #2034). Here a layer that comes is new tensors in new memory, every time, and nobody writes into it. What
+a backward needs of it autograd keeps, as it keeps anything; what nobody keeps is freed. There is no bookkeeping of who
+may still need what, so any pattern of passes is right: many forwards, forwards and backwards of several graphs,
 recompute that stops half-way.
 
-Two rules for code inside a layer follow. A weight is kept for a backward through autograd (``save_for_backward``), never as an attribute or in a
-closure: under checkpointing that would keep the weights of all layers. And a backward that calls into the layer (``activations.in_slices``) is handed its
-tensors (``Layer.bound``).
+Two rules for code inside a layer follow. A weight is kept for a backward through autograd (``save_for_backward``),
+never as an attribute or in a closure: under checkpointing that would keep the weights of all layers. And a backward
+that calls into the layer (``activations.in_slices``) is handed its tensors (``Layer.bound``).
 """
 
 from __future__ import annotations
@@ -27,11 +30,13 @@ from lowmem_drf.memory.host import ALIGN, HostStore
 from lowmem_drf.planner.ledger import Ledger
 
 Place = tuple[dict[str, Any], str, bool, torch.dtype, torch.Size, int]
-"""Where a tensor belongs (a module's dictionary, the key), whether it is a parameter, its dtype, shape, and where it begins in its layer's piece."""
+"""Where a tensor belongs (a module's dictionary, the key), whether it is a parameter, its dtype, shape, and where it
+begins in its layer's piece."""
 
 
 class Layer:
-    """The frozen tensors of one module. In the module there are empty ones of the same dtype on ``device`` while it is not entered."""
+    """The frozen tensors of one module. In the module there are empty ones of the same dtype on ``device`` while it is
+    not entered."""
 
     def __init__(self, module: nn.Module, device: torch.device, store: HostStore) -> None:
         self._places: list[Place] = []
@@ -71,7 +76,8 @@ class Layer:
         return [self._here]
 
     def bound(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """(*arguments, piece) -> ``function(*arguments)``, with the weights of this piece in the module: for who calls it when the layer is not entered."""
+        """(*arguments, piece) -> ``function(*arguments)``, with the weights of this piece in the module: for who calls
+        it when the layer is not entered."""
 
         def call(*arguments: Any) -> Any:
             *rest, piece = arguments
@@ -108,9 +114,8 @@ class Resident:
 class Streamed:
     """Layers that are entered one after another: the blocks of a model.
 
-    Args:
-        modules: in the order in which a forward enters them. A LoRA may be put on them later; trainable tensors stay on the card.
-        device: the card.
+    Args: modules: in the order in which a forward enters them. A LoRA may be put on them later; trainable tensors stay
+        on the card. device: the card.
     """
 
     def __init__(self, modules: Sequence[nn.Module], device: torch.device, store: HostStore) -> None:
@@ -172,7 +177,8 @@ class StreamedForward:
 
 
 class HostEmbedding(nn.Module):
-    """In the place of an ``nn.Embedding``: its table stays in host memory, where rows are looked up; the rows go to ``device``."""
+    """In the place of an ``nn.Embedding``: its table stays in host memory, where rows are looked up; the rows go to
+    ``device``."""
 
     def __init__(self, embedding: Any, device: torch.device) -> None:
         super().__init__()

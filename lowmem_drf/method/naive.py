@@ -1,4 +1,5 @@
-"""One step of Diffusion-DRF as a single autograd graph, with no saving whatever: the oracle that ``step.drf_step`` must equal.
+"""One step of Diffusion-DRF as a single autograd graph, with no saving whatever: the oracle that ``step.drf_step`` must
+equal.
 
 Only ungraded steps run without gradient. Memory grows with the number of graded steps and of frames. Not for training.
 """
@@ -31,7 +32,8 @@ def naive_step(
     lv_generators: Sequence[Generator] = (),
     share: float = 1.0,
 ) -> StepStats:
-    """Adds the gradient of -share * reward (mean over clips) to the ``.grad`` of ``parts.lora``. The arguments are those of ``drf_step``.
+    """Adds the gradient of -share * reward (mean over clips) to the ``.grad`` of ``parts.lora``. The arguments are
+    those of ``drf_step``.
 
     Raises:
         ValueError: ``plan.vae_window`` is set; one graph has no truncation.

@@ -1,7 +1,8 @@
 """The critic's logits -> a reward per question -> one number per clip -> the mean over clips.
 
-All arithmetic is in fp32, or fp64 where the logits are. Nothing is learned and nothing is normalised over a batch: the reward of a
-clip depends on that clip alone, and on the scales of ``RewardSpec``, which an update does not change while it runs (``Spread``).
+All arithmetic is in fp32, or fp64 where the logits are. Nothing is learned and nothing is normalised over a batch: the
+reward of a clip depends on that clip alone, and on the scales of ``RewardSpec``, which an update does not change while
+it runs (``Spread``).
 """
 
 from __future__ import annotations
@@ -28,16 +29,18 @@ class RewardSpec:
     """How answers become a reward."""
 
     kind: RewardKind = "yes_logprob"
-    """Of yes/no questions. ``yes_logprob``: log-probability of the wanted answer, all casings together. ``yes_margin``: log-odds
-    of the wanted answer against the other one. Dense questions always give the mean log-probability of the reference's tokens, weighted
-    by ``Question.token_weights``: the token-wise reward of Diffusion-DRF (arXiv 2601.04153)."""
+    """Of yes/no questions. ``yes_logprob``: log-probability of the wanted answer, all casings together. ``yes_margin``:
+    log-odds of the wanted answer against the other one. Dense questions always give the mean log-probability of the
+    reference's tokens, weighted by ``Question.token_weights``: the token-wise reward of Diffusion-DRF (arXiv
+    2601.04153)."""
     hinge: float | None = None
-    """Target: a question's reward is min(reward, hinge), so what is good enough is pushed no further. ``None``: no target."""
+    """Target: a question's reward is min(reward, hinge), so what is good enough is pushed no further. ``None``: no
+    target."""
     weights: Mapping[str, float] = field(default_factory=lambda: {"TA": 1.0, "Phy": 1.0, "VQ": 1.0})
     """Per aspect: its share in the total, however many questions it asks."""
     scales: Mapping[str, float] = field(default_factory=dict)
-    """Per-question normalisation: by question name (or aspect, where it has none), what its reward is divided by in the total. Rewards
-    are reported as they are. A name that is not here counts as 1."""
+    """Per-question normalisation: by question name (or aspect, where it has none), what its reward is divided by in the
+    total. Rewards are reported as they are. A name that is not here counts as 1."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("yes_logprob", "yes_margin"):
@@ -53,8 +56,8 @@ class RewardSpec:
 def question_reward(answer: Answer, question: Question, spec: RewardSpec) -> Tensor:
     """Reward of one answer, a scalar; higher is better; at most 0 for log-probabilities.
 
-    Raises:
-        BadInputError: a yes/no question that wants neither yes nor no; token weights of another number than the answer's tokens.
+    Raises: BadInputError: a yes/no question that wants neither yes nor no; token weights of another number than the
+        answer's tokens.
     """
     logits_AV = answer.logits_AV.to(torch.promote_types(answer.logits_AV.dtype, torch.float32))
     if question.kind == "dense":
@@ -92,17 +95,20 @@ def _wanted_and_other(answer: Answer, question: Question) -> tuple[list[int], li
             return list(answer.yes), list(answer.no)
         case "no":
             return list(answer.no), list(answer.yes)
-    raise BadInputError(f"the yes/no question {question.text!r} wants {question.answer!r}: give yes or no, or make its kind dense")
+    raise BadInputError(
+        f"the yes/no question {question.text!r} wants {question.answer!r}: give yes or no, or make its kind dense"
+    )
 
 
-def total_reward(answers: Sequence[Answer], questions: Sequence[Question], spec: RewardSpec) -> tuple[Tensor, dict[str, float], dict[str, float]]:
+def total_reward(
+    answers: Sequence[Answer], questions: Sequence[Question], spec: RewardSpec
+) -> tuple[Tensor, dict[str, float], dict[str, float]]:
     """Reward of one clip.
 
-    Returns:
-        The weighted mean over aspects of the weighted mean over each one's questions, a scalar with gradient (each reward divided by its
-        question's scale): an aspect's say depends on its weight, not on how many questions it asks. Aspects that are not asked count nothing;
-        the rewards by aspect (weighted by question weight alone);
-        the rewards by question name (or aspect, where it has no name; plain mean where several share it).
+    Returns: The weighted mean over aspects of the weighted mean over each one's questions, a scalar with gradient (each
+        reward divided by its question's scale): an aspect's say depends on its weight, not on how many questions it
+        asks. Aspects that are not asked count nothing; the rewards by aspect (weighted by question weight alone); the
+        rewards by question name (or aspect, where it has no name; plain mean where several share it).
 
     Raises:
         BadInputError: no question, or none with a weight above 0.
@@ -122,7 +128,9 @@ def total_reward(answers: Sequence[Answer], questions: Sequence[Question], spec:
     for aspect, rows in of_aspect.items():
         share = weights[aspect] / sum(weights.values()) / sum(w for w, _, _ in rows)
         total = total + share * torch.stack([w / scale * r for w, r, scale in rows]).sum()
-    by_aspect = {aspect: sum(w * r.item() for w, r, _ in rows) / sum(w for w, _, _ in rows) for aspect, rows in of_aspect.items()}
+    by_aspect = {
+        aspect: sum(w * r.item() for w, r, _ in rows) / sum(w for w, _, _ in rows) for aspect, rows in of_aspect.items()
+    }
     return total, by_aspect, {name: sum(values) / len(values) for name, values in by_question.items()}
 
 
@@ -131,7 +139,11 @@ def mean_reward(
 ) -> tuple[Tensor, dict[str, float], dict[str, float]]:
     """``total_reward`` averaged over clips; an aspect or question name over the clips that have it."""
     clips = [total_reward(a, q, spec) for a, q in zip(answers, questions, strict=True)]
-    return torch.stack([clip[0] for clip in clips]).mean(), _mean_by_key([c[1] for c in clips]), _mean_by_key([c[2] for c in clips])
+    return (
+        torch.stack([clip[0] for clip in clips]).mean(),
+        _mean_by_key([c[1] for c in clips]),
+        _mean_by_key([c[2] for c in clips]),
+    )
 
 
 def _mean_by_key(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -144,11 +156,12 @@ def _mean_by_key(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 @dataclass
 class Spread:
-    """Per-question normalisation: how much each question's reward has varied from update to update, as scales of mean 1.
+    """Per-question normalisation: how much each question's reward has varied from update to update, as scales of mean
+    1.
 
-    Rewards of different questions live on different scales (a yes that is nearly certain, an explanation of ten tokens), and what varies most
-    would drown the rest. Mean and variance run exponentially. A question that is answered hardly varies any more: a floor keeps its scale
-    from vanishing and its gradient from exploding.
+    Rewards of different questions live on different scales (a yes that is nearly certain, an explanation of ten
+    tokens), and what varies most would drown the rest. Mean and variance run exponentially. A question that is answered
+    hardly varies any more: a floor keeps its scale from vanishing and its gradient from exploding.
     """
 
     decay: float = 0.95
@@ -171,4 +184,8 @@ class Spread:
         """``RewardSpec.scales``: empty until some question was seen ``warmup`` times and varied."""
         deviations = {name: variance**0.5 for name, (count, _, variance) in self.seen.items() if count >= self.warmup}
         mean = sum(deviations.values()) / len(deviations) if deviations else 0.0
-        return {name: (deviation / mean + self.floor) / (1 + self.floor) for name, deviation in deviations.items()} if mean > 0 else {}
+        return (
+            {name: (deviation / mean + self.floor) / (1 + self.floor) for name, deviation in deviations.items()}
+            if mean > 0
+            else {}
+        )

@@ -1,8 +1,8 @@
 """The sampler: sigmas, noise, guidance, the Euler update and the choice of graded steps.
 
-Flow matching: x_sigma = (1 - sigma) x_0 + sigma eps, velocity v = dx/dsigma = eps - x_0, sigma from 1 (noise) to 0 (clip).
-Step k of N goes from ``sigmas[k]`` to ``sigmas[k + 1]``. Higher-order solvers are left out: with them a step's update depends on
-earlier velocities, and the gradient of a graded step would no longer be one pass through one step.
+Flow matching: x_sigma = (1 - sigma) x_0 + sigma eps, velocity v = dx/dsigma = eps - x_0, sigma from 1 (noise) to 0
+(clip). Step k of N goes from ``sigmas[k]`` to ``sigmas[k + 1]``. Higher-order solvers are left out: with them a step's
+update depends on earlier velocities, and the gradient of a graded step would no longer be one pass through one step.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ GuidanceGrad = Literal["cond", "both"]
 def flow_sigmas(steps: int, shift: float) -> Tensor:
     """Noise levels of the sampler, fp64, shape (steps + 1,), falling from 1 - 1e-6 to exactly 0.
 
-    The grid of ``diffusers`` 0.42 ``UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=shift)``, which Wan's pipelines ship;
-    with ``solver_order=1`` and its corrector off, that scheduler is the Euler update below, so ``WanPipeline`` reproduces our clips.
-    In contrast to ``FlowMatchEulerDiscreteScheduler`` the last step is not nearly empty, so grading it alone (K = 1) trains something.
+    The grid of ``diffusers`` 0.42 ``UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=shift)``, which Wan's
+    pipelines ship; with ``solver_order=1`` and its corrector off, that scheduler is the Euler update below, so
+    ``WanPipeline`` reproduces our clips. In contrast to ``FlowMatchEulerDiscreteScheduler`` the last step is not nearly
+    empty, so grading it alone (K = 1) trains something.
 
     Raises:
         BadInputError: fewer than one step, or a shift that is not positive.
@@ -57,7 +58,8 @@ def draw_noise(shape_CFhw: Sequence[int], seeds: Sequence[int]) -> Tensor:
 
 
 def renoise(x_0_BCFhw: Tensor, sigma: float, generators: Sequence[Generator]) -> Tensor:
-    """(1 - sigma) sg(x_0) + sigma eps with fresh eps from a CPU generator per clip: a DRaFT-LV sample (arXiv 2309.17400)."""
+    """(1 - sigma) sg(x_0) + sigma eps with fresh eps from a CPU generator per clip: a DRaFT-LV sample (arXiv
+    2309.17400)."""
     eps = torch.stack([torch.randn(x_0_BCFhw.shape[1:], generator=generator) for generator in generators]).to(x_0_BCFhw)
     return (1 - sigma) * x_0_BCFhw.detach() + sigma * eps
 
@@ -65,9 +67,8 @@ def renoise(x_0_BCFhw: Tensor, sigma: float, generators: Sequence[Generator]) ->
 def choose_graded(mode: str | Sequence[int], steps: int, k: int, generator: Generator | None = None) -> tuple[int, ...]:
     """The steps that carry gradient, ascending.
 
-    Args:
-        mode: ``"tail"`` the last ``k``; ``"last"`` the last one (``k`` is not used); ``"random"`` ``k`` different steps drawn anew in
-            every call; or the steps themselves (``k`` is not used; negative ones count from the end).
+    Args: mode: ``"tail"`` the last ``k``; ``"last"`` the last one (``k`` is not used); ``"random"`` ``k`` different
+        steps drawn anew in every call; or the steps themselves (``k`` is not used; negative ones count from the end).
         generator: of ``"random"``.
 
     Raises:
@@ -89,7 +90,9 @@ def choose_graded(mode: str | Sequence[int], steps: int, k: int, generator: Gene
     return tuple(sorted(torch.randperm(steps, generator=generator)[:k].tolist()))
 
 
-def guided(velocity: Velocity, x_BCFhw: Tensor, sigma: float, cond: Any, uncond: Any, scale: float, grad: GuidanceGrad = "cond") -> Tensor:
+def guided(
+    velocity: Velocity, x_BCFhw: Tensor, sigma: float, cond: Any, uncond: Any, scale: float, grad: GuidanceGrad = "cond"
+) -> Tensor:
     """Velocity under classifier-free guidance: v_u + scale (v_c - v_u). Scale 1 is no guidance and costs one pass.
 
     With ``grad="cond"`` v_u is a constant, both for the weights and for x.
@@ -104,7 +107,8 @@ def guided(velocity: Velocity, x_BCFhw: Tensor, sigma: float, cond: Any, uncond:
 def gradient_passes(cond: Any, uncond: Any, scale: float, grad: GuidanceGrad) -> tuple[tuple[Any, float], ...]:
     """The transformer passes that carry gradient in a ``guided`` step, each with its factor d v / d v_pass.
 
-    Guidance is linear in its two passes, so a backward can take them one after the other, and never needs a constant one.
+    Guidance is linear in its two passes, so a backward can take them one after the other, and never needs a constant
+    one.
     """
     if scale == 1 or grad == "cond":
         return ((cond, scale),)

@@ -1,10 +1,12 @@
 """The relay: one step of Diffusion-DRF whose memory grows neither with the graded steps K nor with the frames.
 
-The chain rule allows cuts, and the cuts are exact: the graph from reward to LoRA is cut at the kept pixel frames, at the latents,
-between decode chunks (at the VAE's causal caches) and between graded steps. Each piece is run forward without gradient first, then
-recomputed with gradient when its cotangent is known, one piece live at a time. ``naive.naive_step`` is the same step as one graph.
+The chain rule allows cuts, and the cuts are exact: the graph from reward to LoRA is cut at the kept pixel frames, at
+the latents, between decode chunks (at the VAE's causal caches) and between graded steps. Each piece is run forward
+without gradient first, then recomputed with gradient when its cotangent is known, one piece live at a time.
+``naive.naive_step`` is the same step as one graph.
 
-Clipping, the refusal of non-finite LoRA gradients, the optimizer and all device moves but those of the caches are the caller's.
+Clipping, the refusal of non-finite LoRA gradients, the optimizer and all device moves but those of the caches are the
+caller's.
 """
 
 from __future__ import annotations
@@ -45,14 +47,15 @@ class StepPlan:
     follow_motion: bool = False
     """As many frames as in ``kept``, and those that ``frames.motion_frames`` chooses."""
     chain: Chain = "full"
-    """``full``: the gradient passes through the transformer's input from graded step to graded step. ``drtune`` (arXiv 2405.00760): it
-    passes through the update's identity alone."""
+    """``full``: the gradient passes through the transformer's input from graded step to graded step. ``drtune`` (arXiv
+    2405.00760): it passes through the update's identity alone."""
     guidance: float = 1.0
     guidance_grad: GuidanceGrad = "cond"
     vae_window: int | None = None
     """See ``frames.backward_chunks``. ``None``: exact."""
     vae_cache_every: int = 1
-    """The caches that enter the chunks of the VAE backward are stored for one of them in so many; the others are computed again, group by group."""
+    """The caches that enter the chunks of the VAE backward are stored for one of them in so many; the others are
+    computed again, group by group."""
     lv_samples: int = 0
     """DRaFT-LV: n noised copies of the clip that the last step denoises again; the gradient is the mean over 1 + n.
     Only where the last step is the one graded step."""
@@ -60,7 +63,9 @@ class StepPlan:
 
     def __post_init__(self) -> None:
         if not self.graded or list(self.graded) != sorted(set(self.graded) & set(range(self.steps))):
-            raise BadInputError(f"the graded steps are {self.graded}: they must be ascending, in 0..{self.steps - 1}, and at least one")
+            raise BadInputError(
+                f"the graded steps are {self.graded}: they must be ascending, in 0..{self.steps - 1}, and at least one"
+            )
         if not self.kept or list(self.kept) != sorted(set(self.kept)) or self.kept[0] < 0:
             raise BadInputError(f"the kept frames are {self.kept}: they must be ascending and at least one")
         if self.chain not in ("full", "drtune"):
@@ -88,8 +93,8 @@ class StepPlan:
 
     @staticmethod
     def lv_sources(generators: Sequence[Generator], clips: int) -> Sequence[Generator]:
-        """The CPU generators of the DRaFT-LV noise, one per clip: global random state would break exact resume, and one generator for
-        all clips would make a clip's noise depend on its batch."""
+        """The CPU generators of the DRaFT-LV noise, one per clip: global random state would break exact resume, and one
+        generator for all clips would make a clip's noise depend on its batch."""
         if len(generators) != clips:
             raise ValueError(f"lv_samples needs lv_generators, one per clip: {clips}, not {len(generators)}")
         return generators
@@ -117,14 +122,21 @@ def drf_step(
     Returns:
         What happened on the sampled trajectory (DRaFT-LV's copies add to the gradient, not to the statistics).
 
-    Raises:
-        NonFiniteError: the reward, or the gradient at the frames or at a latent, is NaN or infinite. Nothing was added from it; what
-            pieces before it added (later steps, other DRaFT-LV copies) is still there, so drop the ``.grad``.
+    Raises: NonFiniteError: the reward, or the gradient at the frames or at a latent, is NaN or infinite. Nothing was
+        added from it; what pieces before it added (later steps, other DRaFT-LV copies) is still there, so drop the
+        ``.grad``.
     """
     with parts.stage("rollout"):
-        record = partial(parts.recorder.record, conditions=[one for one, _ in gradient_passes(cond, uncond, plan.guidance, plan.guidance_grad)])
-        x_0, entering = rollout(parts.velocity, plan.sigmas, noise_BCFhw, cond, uncond, plan.guidance, plan.graded, record)
-        trajectories = [(x_0, entering)] + [lv_copy(parts.velocity, plan, x_0, cond, uncond, lv_generators) for _ in range(plan.lv_samples)]
+        record = partial(
+            parts.recorder.record,
+            conditions=[one for one, _ in gradient_passes(cond, uncond, plan.guidance, plan.guidance_grad)],
+        )
+        x_0, entering = rollout(
+            parts.velocity, plan.sigmas, noise_BCFhw, cond, uncond, plan.guidance, plan.graded, record
+        )
+        trajectories = [(x_0, entering)] + [
+            lv_copy(parts.velocity, plan, x_0, cond, uncond, lv_generators) for _ in range(plan.lv_samples)
+        ]
     all_stats = []
     for x_0, entering in trajectories:
         kept = plan.seen(x_0, parts.decoder.temporal_factor)
@@ -151,7 +163,8 @@ def rollout(
     keep: Collection[int] = (),
     record: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext(),
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """All denoising steps, without gradient. Also the plain sampler. ``record`` is entered around each step in ``keep``.
+    """All denoising steps, without gradient. Also the plain sampler. ``record`` is entered around each step in
+    ``keep``.
 
     Returns:
         The clean latents x_0, and the latents that enter each step in ``keep``.
@@ -168,8 +181,11 @@ def rollout(
 
 
 @torch.no_grad()
-def lv_copy(velocity: Velocity, plan: StepPlan, x_0_BCFhw: Tensor, cond: Any, uncond: Any, generators: Sequence[Generator]) -> tuple[Tensor, dict[int, Tensor]]:
-    """A DRaFT-LV sample: x_0 noised back to the last step's sigma, and denoised by that step. Returns what ``rollout`` returns."""
+def lv_copy(
+    velocity: Velocity, plan: StepPlan, x_0_BCFhw: Tensor, cond: Any, uncond: Any, generators: Sequence[Generator]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """A DRaFT-LV sample: x_0 noised back to the last step's sigma, and denoised by that step. Returns what ``rollout``
+    returns."""
     last = plan.steps - 1
     noised = renoise(x_0_BCFhw, plan.sigmas[last].item(), plan.lv_sources(generators, len(x_0_BCFhw)))
     return rollout(velocity, plan.sigmas[last:], noised, cond, uncond, plan.guidance)[0], {last: noised}
@@ -178,22 +194,28 @@ def lv_copy(velocity: Velocity, plan: StepPlan, x_0_BCFhw: Tensor, cond: Any, un
 def critic_backward(
     critic: Critic, frames_BTCHW: Tensor, questions: Sequence[Sequence[Question]], spec: RewardSpec, share: float = 1.0
 ) -> tuple[StepStats, Tensor]:
-    """One pass of the critic. Returns the statistics (latents: empty) and the gradient of -share * reward at the frames."""
+    """One pass of the critic. Returns the statistics (latents: empty) and the gradient of -share * reward at the
+    frames."""
     frames = frames_BTCHW.detach().requires_grad_()
     with torch.enable_grad():
         reward, by_aspect, by_question = mean_reward(critic(frames, questions), questions, spec)
     if not reward.detach().isfinite():
         bad = [name for name, value in by_question.items() if not torch.tensor(value).isfinite()]
-        raise NonFiniteError(f"the reward is {reward.item()} (questions: {', '.join(bad)}): run the critic in bfloat16 or float32")
+        raise NonFiniteError(
+            f"the reward is {reward.item()} (questions: {', '.join(bad)}): run the critic in bfloat16 or float32"
+        )
     (d_frames,) = torch.autograd.grad(reward, frames, torch.full_like(reward, -share))
     refuse_non_finite(d_frames, "the gradient at the frames the critic saw")
     return StepStats(reward.item(), by_aspect, by_question, frames.new_empty(0), frames.detach()), d_frames
 
 
-def denoise_backward(parts: Parts, plan: StepPlan, entering: Mapping[int, Tensor], d_x_0_BCFhw: Tensor, cond: Any, uncond: Any) -> None:
+def denoise_backward(
+    parts: Parts, plan: StepPlan, entering: Mapping[int, Tensor], d_x_0_BCFhw: Tensor, cond: Any, uncond: Any
+) -> None:
     """The graded steps, last to first, one transformer pass at a time; adds to the ``.grad`` of ``parts.lora``.
 
-    The Euler update hands its cotangent on unchanged, and (sigma_next - sigma) times it to the velocity. Ungraded steps only hand it on.
+    The Euler update hands its cotangent on unchanged, and (sigma_next - sigma) times it to the velocity. Ungraded steps
+    only hand it on.
     """
     sigmas, d_x = plan.sigmas.tolist(), d_x_0_BCFhw
     for k in reversed(plan.graded):

@@ -1,7 +1,8 @@
 """The VAE's part of the relay: the decode in chunks, and its backward in chunks, in reverse time order.
 
-A chunk depends on those before it through the decoder's causal caches alone. So what enters a chunk is kept (or computed again from what
-entered an earlier one), and the gradient at what it hands on is what the next chunk's backward gave at what entered that.
+A chunk depends on those before it through the decoder's causal caches alone. So what enters a chunk is kept (or
+computed again from what entered an earlier one), and the gradient at what it hands on is what the next chunk's backward
+gave at what entered that.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ Cotangents = tuple[Any, ...]
 
 
 @torch.no_grad()
-def decode(decoder: Decoder, x_0_BCFhw: Tensor, kept: Sequence[int], window: int | None = None, cache_every: int = 1) -> tuple[Tensor, dict[int, Caches]]:
-    """The kept frames (B, T, C, H, W) in [0, 1], chunk by chunk, and by chunk the stored caches that ``vae_backward`` needs: those that enter the
-    first, and every ``cache_every``-th from there, of the chunks it visits.
+def decode(
+    decoder: Decoder, x_0_BCFhw: Tensor, kept: Sequence[int], window: int | None = None, cache_every: int = 1
+) -> tuple[Tensor, dict[int, Caches]]:
+    """The kept frames (B, T, C, H, W) in [0, 1], chunk by chunk, and by chunk the stored caches that ``vae_backward``
+    needs: those that enter the first, and every ``cache_every``-th from there, of the chunks it visits.
 
     Chunks after the last kept frame are not decoded.
     """
@@ -54,8 +57,8 @@ def vae_backward(
 ) -> Tensor:
     """Gradient at the latents from the gradient at the kept frames: one chunk at a time, in reverse time order.
 
-    The caches that a chunk hands on are outputs too: their cotangents are the next chunk's gradient at its entering caches.
-    ``entering`` is emptied on the way: 37 GiB for 81 frames of Wan at 832x480 in bf16.
+    The caches that a chunk hands on are outputs too: their cotangents are the next chunk's gradient at its entering
+    caches. ``entering`` is emptied on the way: 37 GiB for 81 frames of Wan at 832x480 in bf16.
     """
     visits = backward_chunks(kept, decoder.temporal_factor, window)
     d_x_0 = torch.zeros_like(x_0_BCFhw)
@@ -65,15 +68,23 @@ def vae_backward(
             _fill_in(decoder, x_0_BCFhw, entering, visit.chunk, {other.chunk for other in visits})
         here = slice(visit.chunk, visit.chunk + 1)
         d_x_0[:, :, here], d_handed = decoder.chunk_backward(
-            x_0_BCFhw[:, :, here], entering.pop(visit.chunk), visit.local, d_frames_BTCHW[:, list(visit.slots)], d_handed, visit.hands_back
+            x_0_BCFhw[:, :, here],
+            entering.pop(visit.chunk),
+            visit.local,
+            d_frames_BTCHW[:, list(visit.slots)],
+            d_handed,
+            visit.hands_back,
         )
     refuse_non_finite(d_x_0, "the gradient at the latents (behind the VAE)")
     return d_x_0
 
 
 @torch.no_grad()
-def _fill_in(decoder: Decoder, x_0_BCFhw: Tensor, entering: MutableMapping[int, Caches], last: int, visited: set[int]) -> None:
-    """Computes what entered the visited chunks after the last one whose caches are there, up to and with chunk ``last``."""
+def _fill_in(
+    decoder: Decoder, x_0_BCFhw: Tensor, entering: MutableMapping[int, Caches], last: int, visited: set[int]
+) -> None:
+    """Computes what entered the visited chunks after the last one whose caches are there, up to and with chunk
+    ``last``."""
     first = max(entering)
     caches = entering[first]
     for chunk in range(first, last):
@@ -91,9 +102,12 @@ def pull_back_chunk(
     d_handed: Cotangents,
     hands_back: bool,
 ) -> tuple[Tensor, Cotangents]:
-    """``Decoder.chunk_backward`` by one graph of the whole ``chunk``, for any decoder whose stored caches are the tensors themselves."""
+    """``Decoder.chunk_backward`` by one graph of the whole ``chunk``, for any decoder whose stored caches are the
+    tensors themselves."""
     z = latents_BC1hw.detach().requires_grad_()
-    entering = tuple(cache.detach().requires_grad_(hands_back) if isinstance(cache, torch.Tensor) else cache for cache in caches)
+    entering = tuple(
+        cache.detach().requires_grad_(hands_back) if isinstance(cache, torch.Tensor) else cache for cache in caches
+    )
     with torch.enable_grad():
         made, handed = decoder.chunk(z, entering)
     pairs = [(made[:, list(local)], d_made_BtCHW)] if len(local) else []
@@ -103,7 +117,9 @@ def pull_back_chunk(
         return torch.zeros_like(z), ()
     leaves = [i for i, cache in enumerate(entering) if isinstance(cache, torch.Tensor) and cache.requires_grad]
     outputs, cotangents = zip(*pairs, strict=True)
-    d_z, *d_leaves = torch.autograd.grad(outputs, [z, *(entering[i] for i in leaves)], cotangents, materialize_grads=True)
+    d_z, *d_leaves = torch.autograd.grad(
+        outputs, [z, *(entering[i] for i in leaves)], cotangents, materialize_grads=True
+    )
     by_index = dict(zip(leaves, d_leaves, strict=True))
     return d_z, tuple(by_index.get(i) for i in range(len(caches))) if hands_back else ()
 
@@ -111,4 +127,6 @@ def pull_back_chunk(
 def refuse_non_finite(tensor: Tensor, what: str) -> None:
     """Raises NonFiniteError that names ``what``."""
     if not tensor.isfinite().all():
-        raise NonFiniteError(f"{what} is NaN or infinite; lower the learning rate, or run the models in bfloat16 or float32")
+        raise NonFiniteError(
+            f"{what} is NaN or infinite; lower the learning rate, or run the models in bfloat16 or float32"
+        )

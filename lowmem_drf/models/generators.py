@@ -1,9 +1,11 @@
-"""Configurations of published video generators, to lay them out at true size without a download, and the configuration of any other.
+"""Configurations of published video generators, to lay them out at true size without a download, and the configuration
+of any other.
 
-Written down without the repositories at hand. Wan2.1-14B's transformer and Wan2.1's VAE are the defaults of diffusers 0.42.1, and a test holds them
-to those; nothing offline holds the others (Wan2.1-1.3B's and Wan2.2's transformers, UMT5-XXL, Wan2.2-5B's VAE and the statistics of its latents).
-They serve random and fake weights, a single-file transformer, which must fit its configuration tensor by tensor, and the plan; a model that is on
-this machine brings its own. ``parameters`` is what each configuration counts, each tensor once.
+Written down without the repositories at hand. Wan2.1-14B's transformer and Wan2.1's VAE are the defaults of diffusers
+0.42.1, and a test holds them to those; nothing offline holds the others (Wan2.1-1.3B's and Wan2.2's transformers,
+UMT5-XXL, Wan2.2-5B's VAE and the statistics of its latents). They serve random and fake weights, a single-file
+transformer, which must fit its configuration tensor by tensor, and the plan; a model that is on this machine brings its
+own. ``parameters`` is what each configuration counts, each tensor once.
 """
 
 from __future__ import annotations
@@ -20,7 +22,12 @@ from lowmem_drf.models.weights.sources import resolve
 
 SUBFOLDERS = {"transformer": "transformer", "vae": "vae", "text": "text_encoder"}
 """Field of ``GeneratorConfig`` -> subfolder of a diffusers model."""
-_KINDS = {"transformer": "WanTransformer3DModel", SECOND: "WanTransformer3DModel", "vae": "AutoencoderKLWan", "text_encoder": "umt5"}
+_KINDS = {
+    "transformer": "WanTransformer3DModel",
+    SECOND: "WanTransformer3DModel",
+    "vae": "AutoencoderKLWan",
+    "text_encoder": "umt5",
+}
 """What a configuration names itself: ``_class_name`` in diffusers, ``model_type`` in transformers."""
 
 
@@ -32,14 +39,16 @@ class GeneratorConfig:
     vae: dict[str, Any]
     text: dict[str, Any]
     transformer_2: dict[str, Any] | None = None
-    """Of a generator of two experts (see ``experts``): the one for low noise. ``transformer`` is the one for high noise then."""
+    """Of a generator of two experts (see ``experts``): the one for low noise. ``transformer`` is the one for high noise
+    then."""
     boundary: float | None = None
     """``boundary_ratio``, in (0, 1): between the two. ``None`` where there is one."""
 
 
 @dataclass(frozen=True)
 class KnownGenerator:
-    """A generator that is known without its files: its configuration, and the parameters of each model by field name."""
+    """A generator that is known without its files: its configuration, and the parameters of each model by field
+    name."""
 
     config: GeneratorConfig
     parameters: Mapping[str, int]
@@ -156,9 +165,8 @@ KNOWN_GENERATORS: dict[str, KnownGenerator] = {
 def generator_config(folder_or_id: str) -> GeneratorConfig:
     """The configuration of a generator without its weights, and without the network.
 
-    Args:
-        folder_or_id: ``toyworld``, a diffusers folder, or a hub id: one of ``KNOWN_GENERATORS``, or one whose configuration is in the hub's
-            cache, which comes first.
+    Args: folder_or_id: ``toyworld``, a diffusers folder, or a hub id: one of ``KNOWN_GENERATORS``, or one whose
+        configuration is in the hub's cache, which comes first.
 
     Raises:
         BadInputError: the configuration is not here, cannot be read, or is not that of a Wan generator.
@@ -168,7 +176,9 @@ def generator_config(folder_or_id: str) -> GeneratorConfig:
     def find(name: str) -> Path | None:
         return Path(place) / name if Path(place).is_dir() else _cached(place, name)
 
-    files = {field: file for field, subfolder in SUBFOLDERS.items() if (file := find(f"{subfolder}/config.json")) is not None}
+    files = {
+        field: file for field, subfolder in SUBFOLDERS.items() if (file := find(f"{subfolder}/config.json")) is not None
+    }
     if len(files) == len(SUBFOLDERS) and (index := find(MODEL_INDEX)) is not None:
         models = {field: _read(SUBFOLDERS[field], file, place) for field, file in files.items()}
         _refuse_image_to_video(models, place)
@@ -212,7 +222,9 @@ def _boundary(index: Mapping[str, Any]) -> float | None:
     if ratio is None:
         return None
     if not isinstance(ratio, float) or not 0 < ratio < 1 or not has_second(index):
-        raise BadInputError(f"{MODEL_INDEX} has boundary_ratio = {ratio!r}: it is to be a number between 0 and 1, beside a {SECOND}.")
+        raise BadInputError(
+            f"{MODEL_INDEX} has boundary_ratio = {ratio!r}: it is to be a number between 0 and 1, beside a {SECOND}."
+        )
     return ratio
 
 

@@ -1,7 +1,8 @@
 """What cards can do: the figures behind the plan's seconds.
 
-From NVIDIA's architecture whitepapers (Ampere GA102, Ada, Blackwell RTX) and data sheets: dense tensor-core rates with fp32 accumulation, memory
-bandwidth, and what a PCIe link of the card's generation carries in practice with pinned memory.
+From NVIDIA's architecture whitepapers (Ampere GA102, Ada, Blackwell RTX) and data sheets: dense tensor-core rates with
+fp32 accumulation, memory bandwidth, and what a PCIe link of the card's generation carries in practice with pinned
+memory.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from lowmem_drf.errors import BadInputError
 GIB = 1024**3
 
 USABLE = 0.9
-"""The share of a card's memory that a plan may fill. The rest is for the CUDA context (about 0.5 GiB), workspaces inside kernels, what the allocator
-cannot use, and the desktop."""
+"""The share of a card's memory that a plan may fill. The rest is for the CUDA context (about 0.5 GiB), workspaces
+inside kernels, what the allocator cannot use, and the desktop."""
 
 MATMUL_SHARE, BANDWIDTH_SHARE = 0.6, 0.8
 """Of the peak rates, what long products and long copies reach: an assumption, until measured."""
@@ -23,7 +24,8 @@ MATMUL_SHARE, BANDWIDTH_SHARE = 0.6, 0.8
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """Rates: TFLOP/s in bf16 and in TF32 (convolutions of fp32 tensors) and in plain fp32, GB/s of its memory and of its link to the host."""
+    """Rates: TFLOP/s in bf16 and in TF32 (convolutions of fp32 tensors) and in plain fp32, GB/s of its memory and of
+    its link to the host."""
 
     name: str
     gib: float
@@ -54,7 +56,8 @@ def card_named(text: str, default: str = "RTX 4090") -> Card:
 
 
 def parse_vram(text: str) -> float:
-    """``24GB``, ``24 GiB``, ``24`` -> 24.0. A card that is sold as 24 GB has 24 GiB; both words mean that here. Raises BadInputError."""
+    """``24GB``, ``24 GiB``, ``24`` -> 24.0. A card that is sold as 24 GB has 24 GiB; both words mean that here. Raises
+    BadInputError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?\s*", text, re.IGNORECASE)
     if not found or not float(found[1]) > 0:
         raise BadInputError(f"--vram {text}: give the card's memory, for example --vram 24GB")

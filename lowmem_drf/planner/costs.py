@@ -32,15 +32,22 @@ FLOPS: dict[Any, Callable[..., int]] = {
 
 CONVOLUTIONS = {_aten.convolution, _aten.convolution_backward}
 
-WORKSPACE: dict[Any, Callable[..., int]] = {_aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda d_out, q, *_: 4 * q.numel()}
-"""Bytes that the CUDA kernel asks of the allocator and the CPU's does not: FlashAttention-2 sums the gradient of q in fp32 (flash_bwd's ``dq_accum``)."""
+WORKSPACE: dict[Any, Callable[..., int]] = {
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda d_out, q, *_: 4 * q.numel()
+}
+"""Bytes that the CUDA kernel asks of the allocator and the CPU's does not: FlashAttention-2 sums the gradient of q in
+fp32 (flash_bwd's ``dq_accum``)."""
 
 
 @cache
 def facts(func: Any) -> tuple[str, Callable[..., int] | None, Callable[..., int] | None]:
     """An operator's name, its operations and its workspace."""
     packet = func.overloadpacket
-    return str(func.name()).removeprefix("aten::"), FLOPS.get(packet) or flop_registry.get(packet), WORKSPACE.get(packet)
+    return (
+        str(func.name()).removeprefix("aten::"),
+        FLOPS.get(packet) or flop_registry.get(packet),
+        WORKSPACE.get(packet),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
-"""Models of true size without values, for the plan: every parameter a fake CPU tensor (``torch._subclasses.FakeTensorMode``).
+"""Models of true size without values, for the plan: every parameter a fake CPU tensor
+(``torch._subclasses.FakeTensorMode``).
 
-Such a model takes no memory, and runs forward and backward under its mode, where a dispatch mode can count the bytes that the real one would
-hold. It takes integers (token ids, grids, positions) as real tensors: they decide about shapes. Buffers (rotary tables) are real too; they are
-small.
+Such a model takes no memory, and runs forward and backward under its mode, where a dispatch mode can count the bytes
+that the real one would hold. It takes integers (token ids, grids, positions) as real tensors: they decide about shapes.
+Buffers (rotary tables) are real too; they are small.
 
 Weights in 4 and 8 bit are packed under the mode by the operators that pack real ones (``packed``).
 """
@@ -31,9 +32,11 @@ if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
 
 
-def fake_transformer(config: Mapping[str, Any], dtype: torch.dtype, mode: FakeTensorMode, quant: Quant = "none") -> WanTransformer3DModel:
-    """The transformer of this ``config.json``, as ``load_denoiser`` would leave it; all modes may be active or none. Raises BadInputError where
-    bitsandbytes is missing."""
+def fake_transformer(
+    config: Mapping[str, Any], dtype: torch.dtype, mode: FakeTensorMode, quant: Quant = "none"
+) -> WanTransformer3DModel:
+    """The transformer of this ``config.json``, as ``load_denoiser`` would leave it; all modes may be active or none.
+    Raises BadInputError where bitsandbytes is missing."""
     with _disable_current_modes():
         return fill_as_loaded(empty_transformer(config, quant=quant), dtype, _fake_values(mode))
 
@@ -58,12 +61,13 @@ def fake_text(config: Mapping[str, Any], dtype: torch.dtype, mode: FakeTensorMod
         return fill_as_loaded(empty_text(config), dtype, _fake_values(mode))
 
 
-def fake_critic(name_or_folder: str, dtype: torch.dtype, fps: float | None, quant: Quant, mode: FakeTensorMode) -> QwenCritic:
+def fake_critic(
+    name_or_folder: str, dtype: torch.dtype, fps: float | None, quant: Quant, mode: FakeTensorMode
+) -> QwenCritic:
     """As ``load_critic`` would leave it.
 
-    Args:
-        name_or_folder: ``toyworld``, a model's folder, or a hub id of ``known_critics``, whose tokenizer is a stand-in: questions get about
-            four times their tokens.
+    Args: name_or_folder: ``toyworld``, a model's folder, or a hub id of ``known_critics``, whose tokenizer is a
+        stand-in: questions get about four times their tokens.
 
     Raises:
         BadInputError: neither of these, or bitsandbytes is missing.
@@ -75,7 +79,12 @@ def fake_critic(name_or_folder: str, dtype: torch.dtype, fps: float | None, quan
         remake_rotary(model)
         lay_out(model, quant, in_critic)
         fill(model, _fake_values(mode)(dtype))
-        return QwenCritic(model.eval().requires_grad_(False), tokenizer, video_geometry(settings), fps=fps or float(settings.get("fps") or DEFAULT_FPS))
+        return QwenCritic(
+            model.eval().requires_grad_(False),
+            tokenizer,
+            video_geometry(settings),
+            fps=fps or float(settings.get("fps") or DEFAULT_FPS),
+        )
 
 
 def _fake_values(mode: FakeTensorMode) -> Callable[[torch.dtype], Value]:

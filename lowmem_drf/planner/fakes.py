@@ -1,11 +1,14 @@
-"""Running the step's own code on fake tensors (``torch._subclasses.fake_tensor``): shapes and dtypes without values, at true size on any machine.
+"""Running the step's own code on fake tensors (``torch._subclasses.fake_tensor``): shapes and dtypes without values, at
+true size on any machine.
 
-Python code asks tensors for values: which frames, how many tokens, is this finite? ``Fakes`` keeps small tensors that are made from nothing, and all
-that is computed from such alone, real: sigmas, ids, grids, positions, windows and masks have their values. What has met a fake tensor is fake, and
-answers for its value with 1, so that every check for finite values passes.
+Python code asks tensors for values: which frames, how many tokens, is this finite? ``Fakes`` keeps small tensors that
+are made from nothing, and all that is computed from such alone, real: sigmas, ids, grids, positions, windows and masks
+have their values. What has met a fake tensor is fake, and answers for its value with 1, so that every check for finite
+values passes.
 
-A step does the same few thousand operations over and over. What an operator made of arguments of these shapes is remembered (``_Result``) and made again
-without asking ``FakeTensorMode``, whose own cache takes ten times as long and knows neither custom operators nor real tensors among fake ones.
+A step does the same few thousand operations over and over. What an operator made of arguments of these shapes is
+remembered (``_Result``) and made again without asking ``FakeTensorMode``, whose own cache takes ten times as long and
+knows neither custom operators nor real tensors among fake ones.
 """
 
 from __future__ import annotations
@@ -32,8 +35,8 @@ _UNPREDICTABLE = {torch.Tag.inplace_view, torch.Tag.data_dependent_output, torch
 
 
 class Fakes(TorchDispatchMode):
-    """To be entered in place of ``mode``, a ``FakeTensorMode(allow_non_fake_inputs=True)``: it enters that too. (Fake tensors would bring it along, at
-    several times the cost of an operator.)"""
+    """To be entered in place of ``mode``, a ``FakeTensorMode(allow_non_fake_inputs=True)``: it enters that too. (Fake
+    tensors would bring it along, at several times the cost of an operator.)"""
 
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()
@@ -43,7 +46,8 @@ class Fakes(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled under this mode: PyTorch's guard against that takes longer than most operators here
+        # nothing is compiled under this mode: PyTorch's guard against that takes longer than most operators here
+        return False
 
     def __enter__(self) -> Fakes:
         self.mode.__enter__()
@@ -111,7 +115,9 @@ class _Made:
         meta = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
         if self.base is not None:
             meta.set_(tensors[self.base].untyped_storage(), self.offset, self.shape, self.stride)
-        fake: Tensor = Tensor._make_subclass(FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=self.device)
+        fake: Tensor = Tensor._make_subclass(
+            FakeTensor, meta, False, dispatch_device=True, device_for_backend_keys=self.device
+        )
         fake.__dict__.update(self.attributes)
         return fake
 
@@ -147,12 +153,17 @@ class _Result:
                     return None
             elif base < 0 or shared:
                 return None
-            parts.append(_Made(one.shape, one.stride(), one.dtype, one.device, int(one.storage_offset()), base, dict(vars(one))))
+            parts.append(
+                _Made(one.shape, one.stride(), one.dtype, one.device, int(one.storage_offset()), base, dict(vars(one)))
+            )
         return cls(tuple(parts), container)
 
     def again(self, tensors: Sequence[Tensor]) -> Any:
         with torch._C._DisableTorchDispatch():
-            made = [part.again(tensors) if isinstance(part, _Made) else part if part is None else tensors[part] for part in self.parts]
+            made = [
+                part.again(tensors) if isinstance(part, _Made) else part if part is None else tensors[part]
+                for part in self.parts
+            ]
         return self.container(made) if self.container else made[0]
 
 
@@ -163,12 +174,15 @@ def _bytes_of(tensor: Tensor) -> int:
 
 
 def _predictable(func: Any, tensors: Iterable[Tensor]) -> bool:
-    """Whether all about its results but their values follows from the shapes and dtypes of its arguments, and these keep theirs."""
+    """Whether all about its results but their values follows from the shapes and dtypes of its arguments, and these
+    keep theirs."""
     arguments = func._schema.arguments
     if any(argument.is_out for argument in arguments) or (func not in _INDEXING and _UNPREDICTABLE & set(func.tags)):
         return False
     # a view of a real tensor, or work in place on one: FakeTensorMode makes it another, fake one first
-    return all(isinstance(tensor, FakeTensor) for tensor in tensors) or not any(argument.alias_info for argument in arguments)
+    return all(isinstance(tensor, FakeTensor) for tensor in tensors) or not any(
+        argument.alias_info for argument in arguments
+    )
 
 
 def key_of(func: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Hashable:
@@ -189,7 +203,8 @@ def _looks(values: Iterable[Any]) -> tuple[Hashable, ...]:
 
 
 def tensors_of(args: Iterable[Any], kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
-    """The tensors among an operator's arguments or results, those in lists included. A pytree would do, at several times the cost of the operator."""
+    """The tensors among an operator's arguments or results, those in lists included. A pytree would do, at several
+    times the cost of the operator."""
     found = []
     for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):

@@ -1,16 +1,20 @@
-"""Which partitioned weights ZeRO-3 has on a card, and when: the rules of DeepSpeed's coordinator, counted without any tensor.
+"""Which partitioned weights ZeRO-3 has on a card, and when: the rules of DeepSpeed's coordinator, counted without any
+tensor.
 
-After deepspeed 0.19.8, ``runtime/zero/partitioned_param_coordinator.py``. Entering a module gathers what it lacks, then what comes next in the pass that
-was recorded: ``prefetch_bucket_size`` numbers more for every module that is entered. The modules with few weights or none, which a pass begins with, so let
-it run far ahead, up to ``max_live_parameters``: it is that key which bounds the card's memory, not the bucket. Only whole tensors are gathered: either bound
-may be passed by part of one, and that of ``max_live_parameters`` by a block that a backward begins with.
+After deepspeed 0.19.8, ``runtime/zero/partitioned_param_coordinator.py``. Entering a module gathers what it lacks, then
+what comes next in the pass that was recorded: ``prefetch_bucket_size`` numbers more for every module that is entered.
+The modules with few weights or none, which a pass begins with, so let it run far ahead, up to ``max_live_parameters``:
+it is that key which bounds the card's memory, not the bucket. Only whole tensors are gathered: either bound may be
+passed by part of one, and that of ``max_live_parameters`` by a block that a backward begins with.
 
-A recorded pass is a forward and its backward. Forwards alone follow its first half, so from the second update on nothing is gathered late; in the first one
-DeepSpeed records, and gathers nothing ahead: it takes less memory and more time than is counted here. After a forward alone the weights that its backward
-would begin with stay gathered until the next pass begins, or until somebody lets go of them (``drop``).
+A recorded pass is a forward and its backward. Forwards alone follow its first half, so from the second update on
+nothing is gathered late; in the first one DeepSpeed records, and gathers nothing ahead: it takes less memory and more
+time than is counted here. After a forward alone the weights that its backward would begin with stay gathered until the
+next pass begins, or until somebody lets go of them (``drop``).
 
-``max_reuse_distance`` keeps nothing: what is given up at a step is found out once, in the first pass that follows a recorded one, and that is a forward alone,
-where no module comes twice (``__params_to_release`` is cached, whatever is recorded later).
+``max_reuse_distance`` keeps nothing: what is given up at a step is found out once, in the first pass that follows a
+recorded one, and that is a forward alone, where no module comes twice (``__params_to_release`` is cached, whatever is
+recorded later).
 """
 
 from __future__ import annotations
@@ -82,21 +86,29 @@ class Carrier(Protocol):
 class Gathering:
     """The gathered weights of one model.
 
-    Args:
-        modules: the weights of each module that has some, in any order. Those that stay on the card are left out by the caller.
-        course: a forward and its backward: places in ``modules``, in the order in which they are entered. A block that is computed again in its backward is
-            entered twice there.
+    Args: modules: the weights of each module that has some, in any order. Those that stay on the card are left out by
+        the caller. course: a forward and its backward: places in ``modules``, in the order in which they are entered. A
+        block that is computed again in its backward is entered twice there.
     """
 
-    def __init__(self, modules: Sequence[Sequence[Weight]], course: Sequence[int], rules: Rules, carrier: Carrier) -> None:
-        self._modules, self._course, self._rules, self._carrier = [tuple(weights) for weights in modules], tuple(course), rules, carrier
+    def __init__(
+        self, modules: Sequence[Sequence[Weight]], course: Sequence[int], rules: Rules, carrier: Carrier
+    ) -> None:
+        self._modules, self._course, self._rules, self._carrier = (
+            [tuple(weights) for weights in modules],
+            tuple(course),
+            rules,
+            carrier,
+        )
         self._flights: list[Flight] = []
         self.begin()
 
     def begin(self) -> None:
         """A forward begins."""
         self._give_up_flights()
-        self._queue = deque((weight, step) for step, place in enumerate(self._course) for weight in self._modules[place])
+        self._queue = deque(
+            (weight, step) for step, place in enumerate(self._course) for weight in self._modules[place]
+        )
         for weights in self._modules:
             for weight in weights:
                 weight.marked = -1
@@ -107,7 +119,9 @@ class Gathering:
         """A module is entered (``None``: one without weights): its weights are here from now on, until ``leave``."""
         weights = () if place is None else self._modules[place]
         if place is not None:
-            self._step = next((step for step in range(self._step + 1, len(self._course)) if self._course[step] == place), self._step)
+            self._step = next(
+                (step for step in range(self._step + 1, len(self._course)) if self._course[step] == place), self._step
+            )
         if missing := [weight for weight in weights if not weight.here and weight.flight is None]:
             self._gather(missing)
         for weight in weights:
@@ -137,7 +151,9 @@ class Gathering:
     @property
     def numel(self) -> int:
         """Numbers that are here or on their way."""
-        return sum(weight.numel for weights in self._modules for weight in weights if weight.here or weight.flight is not None)
+        return sum(
+            weight.numel for weights in self._modules for weight in weights if weight.here or weight.flight is not None
+        )
 
     def _gather(self, weights: Sequence[Weight]) -> None:
         flight = Flight(weights)

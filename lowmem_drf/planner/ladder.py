@@ -1,8 +1,8 @@
 """What to change where a plan does not fit: the settings that cost least, tried by planning with them.
 
-Every stage has its ladder: first what costs time alone, then what is computed or kept in fewer bits, then what the critic sees, last what changes the
-clip. The stage that is largest climbs its own until it fits, then the one that is largest now; afterwards every change that turns out not to be needed is
-taken back.
+Every stage has its ladder: first what costs time alone, then what is computed or kept in fewer bits, then what the
+critic sees, last what changes the clip. The stage that is largest climbs its own until it fits, then the one that is
+largest now; afterwards every change that turns out not to be needed is taken back.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ DEAR: tuple[tuple[str, ...], ...] = (
     ("critic.id", "critic.frames"),
     ("critic.quant", "model.quant", "optim.name", "memory.vae_grad_dtype"),
 )
-"""Keys by what changing them costs, the dearest first: the clip; who sees it and how much of it; bits. All others cost time alone."""
+"""Keys by what changing them costs, the dearest first: the clip; who sees it and how much of it; bits. All others cost
+time alone."""
 
 
 def price(override: str) -> int:
@@ -166,11 +167,14 @@ LADDERS: dict[str, tuple[Rung, ...]] = {
 }
 
 
-def advise(config: Config, card: Card, plan: Plan, say: Callable[[str], None] = lambda text: None, fakes: Fakes | None = None) -> Plan:
-    """``plan`` of ``config``, with ``changes`` that make it fit; without any where it fits, or where nothing of the ladders helps.
+def advise(
+    config: Config, card: Card, plan: Plan, say: Callable[[str], None] = lambda text: None, fakes: Fakes | None = None
+) -> Plan:
+    """``plan`` of ``config``, with ``changes`` that make it fit; without any where it fits, or where nothing of the
+    ladders helps.
 
-    ``say`` is told what is tried. Following the changes (``train -s …`` each) gives a plan that fits: the last one made here. ``fakes``: see
-    ``make_plan``.
+    ``say`` is told what is tried. Following the changes (``train -s …`` each) gives a plan that fits: the last one made
+    here. ``fakes``: see ``make_plan``.
     """
     if plan.fits:
         return plan
@@ -233,7 +237,9 @@ def _changed(config: Config, *overrides: str) -> Config | None:
         return None
 
 
-def _pruned(config: Config, applied: Mapping[str, _Applied], planner: _Planner, say: Callable[[str], None]) -> list[_Applied]:
+def _pruned(
+    config: Config, applied: Mapping[str, _Applied], planner: _Planner, say: Callable[[str], None]
+) -> list[_Applied]:
     """Without those that are not needed, the dearest first, of equally dear ones the last."""
     kept = dict(applied)
     for key in sorted(reversed(list(applied)), key=price) if len(applied) > 1 else ():
@@ -241,6 +247,10 @@ def _pruned(config: Config, applied: Mapping[str, _Applied], planner: _Planner, 
         say(f"without {kept[key].override}")
         without = _changed(config, *others)
         # its own stage alone first: that is planned in half the time, and is mostly the answer
-        if without and planner.peak(without, kept[key].stage) <= planner.vram_gib * USABLE and planner.whole(without).fits:
+        if (
+            without
+            and planner.peak(without, kept[key].stage) <= planner.vram_gib * USABLE
+            and planner.whole(without).fits
+        ):
             del kept[key]
     return list(kept.values())

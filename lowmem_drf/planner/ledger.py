@@ -1,10 +1,11 @@
 """Counts live bytes, operations and traffic of whatever runs under it: the plan's instrument, and the tests'.
 
-A dispatch mode sees every storage that PyTorch makes and learns when it dies, so it counts what a caching allocator would be asked for, on real
-tensors as on fake ones (``fakes``). On a machine without CUDA fake tensors are fake CPU tensors; what would wait in host memory is booked there by
-``HostStore`` (``on_host``).
+A dispatch mode sees every storage that PyTorch makes and learns when it dies, so it counts what a caching allocator
+would be asked for, on real tensors as on fake ones (``fakes``). On a machine without CUDA fake tensors are fake CPU
+tensors; what would wait in host memory is booked there by ``HostStore`` (``on_host``).
 
-Not seen: workspaces inside a kernel (cuDNN, cuBLAS), the CUDA context and the allocator's fragmentation. ``plan`` states them apart.
+Not seen: workspaces inside a kernel (cuDNN, cuBLAS), the CUDA context and the allocator's fragmentation. ``plan``
+states them apart.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from lowmem_drf.planner.fakes import DEVICE_OF, key_of, tensors_of
 from lowmem_drf.planner.pcie import Link
 
 IN_FLIGHT = 256 * 1024**2
-"""Bytes of the card that may wait for their copy to the host to end (``host``). The newest tensor may in any case: its copy runs beside the computation."""
+"""Bytes of the card that may wait for their copy to the host to end (``host``). The newest tensor may in any case: its
+copy runs beside the computation."""
 
 LOOKED_AT = 0.005
-"""What the peak is made of is noted whenever it has grown by this share: the list may be that much short of the peak itself."""
+"""What the peak is made of is noted whenever it has grown by this share: the list may be that much short of the peak
+itself."""
 
 
 T = TypeVar("T")
@@ -68,7 +71,8 @@ class _Kind:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """What something takes, above what was there before: bytes of card and host at most, and what it adds to the counters."""
+    """What something takes, above what was there before: bytes of card and host at most, and what it adds to the
+    counters."""
 
     card: int
     host: int
@@ -77,7 +81,8 @@ class _Known:
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes alive on the card and on the host, in total and at most; with ``rates`` the seconds that the operations would take.
+    """Bytes alive on the card and on the host, in total and at most; with ``rates`` the seconds that the operations
+    would take.
 
     Args:
         block: every storage counts as a multiple of so many bytes (the CUDA allocator's is 512).
@@ -134,7 +139,8 @@ class Ledger(TorchDispatchMode):
             self._see(tensor, name)
 
     def on_host(self, tensor: Tensor) -> None:
-        """The tensor's storage is in host memory: it moves from the card's account to the host's. Views share a storage."""
+        """The tensor's storage is in host memory: it moves from the card's account to the host's. Views share a
+        storage."""
         self._see(tensor, "host")
         key = tensor.untyped_storage()._cdata
         size, host, kind, ref = self._live[key]
@@ -161,8 +167,9 @@ class Ledger(TorchDispatchMode):
         return sum(size for size, host, *_ in (self._live[key] for key in keys if key in self._live) if not host)
 
     def replay(self, key: Hashable, run: Callable[[], T], again: Callable[[], T]) -> T:
-        """``run()``, and its bytes, operations and seconds are remembered by ``key``. From the second time on ``again()``, which makes something of the
-        same size as the result of ``run``, and what is remembered counts as if it had been done.
+        """``run()``, and its bytes, operations and seconds are remembered by ``key``. From the second time on
+        ``again()``, which makes something of the same size as the result of ``run``, and what is remembered counts as
+        if it had been done.
 
         True only where ``run`` leaves nothing else behind: no graph, and no more on card and host than ``again`` does.
         """
@@ -190,7 +197,9 @@ class Ledger(TorchDispatchMode):
     def spent(self) -> Counters:
         """All that was counted."""
         link = self.link
-        return self._earlier + Counters(self.flops, self.seconds, self.stalled, link.busy_s, link.down_bytes, link.up_bytes, link.between_bytes)
+        return self._earlier + Counters(
+            self.flops, self.seconds, self.stalled, link.busy_s, link.down_bytes, link.up_bytes, link.between_bytes
+        )
 
     def wait(self, until: float) -> None:
         """Nothing is computed before this time."""
@@ -200,7 +209,8 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def off_the_clock(self, name: str | None = None) -> Iterator[None]:
-        """What is done in the block takes no time of the card's: a copy of the link's. ``name``: what it is called among the items."""
+        """What is done in the block takes no time of the card's: a copy of the link's. ``name``: what it is called
+        among the items."""
         before, (self._paused, self._named) = (self._paused, self._named), (True, name)
         try:
             yield
@@ -211,7 +221,9 @@ class Ledger(TorchDispatchMode):
         self.flops += spent.flops
         self.seconds += spent.seconds
         self.stalled += spent.stalled
-        self._earlier += Counters(copying=spent.copying, to_host=spent.to_host, to_card=spent.to_card, between=spent.between)
+        self._earlier += Counters(
+            copying=spent.copying, to_host=spent.to_host, to_card=spent.to_card, between=spent.between
+        )
 
     def close_peak(self) -> tuple[Item, ...]:
         """``at_peak``, brought up to date where nothing was freed since the peak."""
@@ -278,7 +290,9 @@ class Ledger(TorchDispatchMode):
         kind.bytes += sign * size
         self.card_bytes += sign * size
 
-    def _clock(self, func: Any, args: Any, kwargs: Any, out: Any, outputs: list[Tensor], count: Callable[..., int] | None) -> None:
+    def _clock(
+        self, func: Any, args: Any, kwargs: Any, out: Any, outputs: list[Tensor], count: Callable[..., int] | None
+    ) -> None:
         flops = 0
         if count:
             key = key_of(func, args, kwargs)

@@ -1,22 +1,27 @@
-"""Weights partitioned by ZeRO-3, as far as a plan can tell: DeepSpeed cannot run on tensors without values, so this stands where it is in a run.
+"""Weights partitioned by ZeRO-3, as far as a plan can tell: DeepSpeed cannot run on tensors without values, so this
+stands where it is in a run.
 
-After deepspeed 0.19.8, ``runtime/zero``: ``parameter_offload.py`` and ``partitioned_param_coordinator.py`` (which tensors are gathered: ``gathering``),
-``partition_parameters.py`` (how):
+After deepspeed 0.19.8, ``runtime/zero``: ``parameter_offload.py`` and ``partitioned_param_coordinator.py`` (which
+tensors are gathered: ``gathering``), ``partition_parameters.py`` (how):
 
-- Of every tensor a process keeps an equal part, padded: on the host, each part pinned by itself (PyTorch rounds that up to a power of two), or on the card.
-- Tensors that are gathered together are gathered into one buffer of their padded bytes, the own parts being copied to the card before. When it is waited for,
-  each becomes a tensor of its own (``AllGatherCoalescedHandle``), and the buffer is free when all of them were waited for: for a moment the card holds them
-  twice. A single tensor needs no second copy, and one process copies from the host with no buffer.
+- Of every tensor a process keeps an equal part, padded: on the host, each part pinned by itself (PyTorch rounds that up
+  to a power of two), or on the card.
+- Tensors that are gathered together are gathered into one buffer of their padded bytes, the own parts being copied to
+  the card before. When it is waited for, each becomes a tensor of its own (``AllGatherCoalescedHandle``), and the
+  buffer is free when all of them were waited for: for a moment the card holds them twice. A single tensor needs no
+  second copy, and one process copies from the host with no buffer.
 - The LoRA's tensors are partitioned like all others, and gathered with their blocks. Their gradients are not.
 - Tensors of no more than ``stage3_param_persistence_threshold`` numbers stay on the card, whole.
 
-What comes from other processes goes over the card's own link, both ways: consumer cards have no peer access. Every process sends what it gets
-(a ring, as NCCL does it). All processes are taken to be on one machine, each card with its link for itself.
+What comes from other processes goes over the card's own link, both ways: consumer cards have no peer access. Every
+process sends what it gets (a ring, as NCCL does it). All processes are taken to be on one machine, each card with its
+link for itself.
 
-Left out: that the CPU starts gathers before the card has finished with the blocks before. Nothing in DeepSpeed waits for the computation there;
-``activations.Pace`` does, in the transformer, and leaves it a block ahead. Left out too: what the copies into separate tensors take of the card's
-time, and that gathers have a stream of their own, whose memory the allocator keeps apart. A block that keeps everything for its backward keeps its
-weights here, and does not in DeepSpeed.
+Left out: that the CPU starts gathers before the card has finished with the blocks before. Nothing in DeepSpeed waits
+for the computation there; ``activations.Pace`` does, in the transformer, and leaves it a block ahead. Left out too:
+what the copies into separate tensors take of the card's time, and that gathers have a stream of their own, whose memory
+the allocator keeps apart. A block that keeps everything for its backward keeps its weights here, and does not in
+DeepSpeed.
 """
 
 from __future__ import annotations
@@ -34,7 +39,8 @@ from lowmem_drf.planner.gathering import Flight, Gathering, Rules, Weight
 from lowmem_drf.planner.ledger import Ledger
 
 DISK_BYTES_PER_S = 7e9
-"""What a fast NVMe disk reads in a second: the data sheets of PCIe 4.0 ones (Samsung 990 PRO: 7,450 MB/s) less a little. The processes share it."""
+"""What a fast NVMe disk reads in a second: the data sheets of PCIe 4.0 ones (Samsung 990 PRO: 7,450 MB/s) less a
+little. The processes share it."""
 
 SWAP_BUFFERS_NUMEL = 5 * 100_000_000
 """Of ``offload_param`` on a disk: ``buffer_count`` x ``buffer_size`` (``offload_config.py``)."""
@@ -59,7 +65,13 @@ class _Tensor(Weight):
 
     def __init__(self, owner: dict[str, Any], key: str, tensor: Tensor, ranks: int) -> None:
         super().__init__(tensor.numel())
-        self.owner, self.key, self.dtype, self.shape, self.trainable = owner, key, tensor.dtype, tensor.shape, tensor.requires_grad
+        self.owner, self.key, self.dtype, self.shape, self.trainable = (
+            owner,
+            key,
+            tensor.dtype,
+            tensor.shape,
+            tensor.requires_grad,
+        )
         self.part_bytes = -(-tensor.numel() // ranks) * tensor.element_size()
         self.copy: Tensor | None = None
 
@@ -78,13 +90,13 @@ class _Tensor(Weight):
 
 
 class Partitioned:
-    """A model under ZeRO-3 in a plan. It has what ``streaming.Streamed`` has for who calls the blocks and for who drops the weights.
+    """A model under ZeRO-3 in a plan. It has what ``streaming.Streamed`` has for who calls the blocks and for who drops
+    the weights.
 
     Under an active ``Ledger`` only.
 
-    Args:
-        model: whose forward a pass is. A LoRA is on it already.
-        blocks: its leaf modules, which are gathered whole, in the order in which they are entered. All other modules are gathered one by one.
+    Args: model: whose forward a pass is. A LoRA is on it already. blocks: its leaf modules, which are gathered whole,
+        in the order in which they are entered. All other modules are gathered one by one.
     """
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], sharing: Sharing) -> None:
@@ -137,7 +149,8 @@ class Partitioned:
     def enter_again(self, place: int) -> None:
         """A block is computed again in a backward. It is left when the next one is."""
         if self._open is None:
-            torch.autograd.Variable._execution_engine.queue_callback(self._close)  # the last one is left when the backward is over
+            # the last one is left when the backward is over
+            torch.autograd.Variable._execution_engine.queue_callback(self._close)
             for other in self._behind:
                 self._enter(other if self._weights[other] else None)
                 self.gathering.leave(other)
@@ -177,7 +190,11 @@ class Partitioned:
         with self._ledger.off_the_clock("gathered"):
             if len(weights) == 1:
                 (weight,) = weights
-                weight.copy = self._buffers[id(flight)][: weight.numel * weight.dtype.itemsize].view(weight.dtype).view(weight.shape)
+                weight.copy = (
+                    self._buffers[id(flight)][: weight.numel * weight.dtype.itemsize]
+                    .view(weight.dtype)
+                    .view(weight.shape)
+                )
             else:
                 for weight in weights:
                     weight.make()
@@ -207,8 +224,13 @@ class Partitioned:
 
     def _book(self) -> None:
         """This process's parts of the frozen weights. Those of the LoRA are the optimizer's."""
-        sharing, frozen = self._sharing, [weight for weights in self._weights for weight in weights if not weight.trainable]
-        nbytes = [2 ** (weight.part_bytes - 1).bit_length() if sharing.pinned else weight.part_bytes for weight in frozen]
+        sharing, frozen = (
+            self._sharing,
+            [weight for weights in self._weights for weight in weights if not weight.trainable],
+        )
+        nbytes = [
+            2 ** (weight.part_bytes - 1).bit_length() if sharing.pinned else weight.part_bytes for weight in frozen
+        ]
         if sharing.offload == "none":
             nbytes = [weight.part_bytes for weight in frozen]
         elif sharing.offload == "nvme":
@@ -254,7 +276,8 @@ class Partitioned:
 
 
 class _GatheredForward(Called):
-    """A block's ``forward`` under ``Partitioned``. Hooks on the block see only who calls it, and checkpointing may be within its ``forward``."""
+    """A block's ``forward`` under ``Partitioned``. Hooks on the block see only who calls it, and checkpointing may be
+    within its ``forward``."""
 
     def __init__(self, partitioned: Partitioned, place: int, forward: Callable[..., Any]) -> None:
         super().__init__(forward, Pace())

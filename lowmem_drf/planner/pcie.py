@@ -1,7 +1,7 @@
 """The link between card and host in a plan: copies that run beside the computation, and what it waits for them.
 
-Two queues, one each way, as PCIe has it and as ``host`` uses it: a stream of copies to the host, one to the card. A copy begins when the one before it on
-its queue has ended; the computation goes on, until it needs what has not arrived.
+Two queues, one each way, as PCIe has it and as ``host`` uses it: a stream of copies to the host, one to the card. A
+copy begins when the one before it on its queue has ended; the computation goes on, until it needs what has not arrived.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from collections import deque
 class Link:
     """Times are seconds on the clock of whoever asks, and never go back.
 
-    Args:
-        rate: bytes a second, each way. Infinite: copies take no time.
-        in_flight: bytes that may be on their way to the host before the computation waits for the oldest of them; the newest may in any case.
+    Args: rate: bytes a second, each way. Infinite: copies take no time. in_flight: bytes that may be on their way to
+        the host before the computation waits for the oldest of them; the newest may in any case.
     """
 
     def __init__(self, rate: float, in_flight: int) -> None:
@@ -29,14 +28,16 @@ class Link:
         """What the copies took, each by itself."""
 
     def fetch(self, now: float, nbytes: int, written: float) -> float:
-        """Starts a copy to the card, of something that is on the host from ``written`` on. Returns when it has arrived."""
+        """Starts a copy to the card, of something that is on the host from ``written`` on. Returns when it has
+        arrived."""
         self._up_until = max(now, self._up_until, written) + nbytes / self._rate
         self.up_bytes += nbytes
         self.busy_s += nbytes / self._rate
         return self._up_until
 
     def send(self, now: float, nbytes: int) -> tuple[float, float]:
-        """Starts a copy to the host. Returns when it will be there, and until when the computation has to wait before it goes on."""
+        """Starts a copy to the host. Returns when it will be there, and until when the computation has to wait before
+        it goes on."""
         self._down_until = max(now, self._down_until) + nbytes / self._rate
         self.down_bytes += nbytes
         self.busy_s += nbytes / self._rate
@@ -47,8 +48,8 @@ class Link:
         return self._down_until, until
 
     def exchange(self, now: float, nbytes: int, ready: float) -> float:
-        """Sends so many bytes to other cards, through the host's memory, and gets as many from them, both at once and from ``ready`` on. Returns when it is
-        done."""
+        """Sends so many bytes to other cards, through the host's memory, and gets as many from them, both at once and
+        from ``ready`` on. Returns when it is done."""
         self._up_until = self._down_until = max(now, ready, self._up_until, self._down_until) + nbytes / self._rate
         self.up_bytes += nbytes
         self.down_bytes += nbytes

@@ -1,12 +1,13 @@
 """The plan: the real update, run on fake tensors under a ledger. No card, no weights, no download.
 
-``training.update`` is called as in training, on models of the true size whose tensors have shapes and no values (``planner/fake_models.py``), so that the plan
-cannot drift from what it plans. What only repeats is done once: two steps are graded (what the others would keep is there), of the ungraded ones one is
-done, of a batch one micro-batch is made, and blocks and chunks that leave no graph are replayed (``Ledger.replay``). None of this changes a peak
+``training.update`` is called as in training, on models of the true size whose tensors have shapes and no values
+(``planner/fake_models.py``), so that the plan cannot drift from what it plans. What only repeats is done once: two
+steps are graded (what the others would keep is there), of the ungraded ones one is done, of a batch one micro-batch is
+made, and blocks and chunks that leave no graph are replayed (``Ledger.replay``). None of this changes a peak
 (``tests/planner/test_plan.py``); the seconds are scaled up again.
 
-The bytes are those that PyTorch's allocator is asked for, in its blocks of 512. What it cannot see is in ``cards.USABLE``. The seconds are an
-estimate from operations, traffic and the card's rates, and nothing else.
+The bytes are those that PyTorch's allocator is asked for, in its blocks of 512. What it cannot see is in
+``cards.USABLE``. The seconds are an estimate from operations, traffic and the card's rates, and nothing else.
 """
 
 from __future__ import annotations
@@ -35,7 +36,15 @@ from lowmem_drf.planner.costs import Rates
 from lowmem_drf.planner.fakes import Fakes
 from lowmem_drf.planner.ledger import Item, Ledger
 from lowmem_drf.planner.shortcuts import one_stage, with_replays
-from lowmem_drf.planner.shortening import boundary_moved, of_one_process, one_micro_batch, scaled, shortened, with_records, with_weights_gathered_once
+from lowmem_drf.planner.shortening import (
+    boundary_moved,
+    of_one_process,
+    one_micro_batch,
+    scaled,
+    shortened,
+    with_records,
+    with_weights_gathered_once,
+)
 from lowmem_drf.planner.stages import SUMS, Plan, StagePlan
 from lowmem_drf.planner.zero import PlannedTrainer, partitioned
 from lowmem_drf.prompts import as_prompts
@@ -108,22 +117,33 @@ class PlanMeter:
         )
         before = self.stages.get(name)
         larger = now if before is None or now.peak_gib >= before.peak_gib else before
-        self.stages[name] = larger if before is None else replace(larger, **{key: getattr(before, key) + getattr(now, key) for key in SUMS})
+        self.stages[name] = (
+            larger
+            if before is None
+            else replace(larger, **{key: getattr(before, key) + getattr(now, key) for key in SUMS})
+        )
 
     def take(self) -> tuple[dict[str, float], dict[str, float]]:
         """As ``Meter.take``; nothing is started anew."""
-        return {name: stage.s for name, stage in self.stages.items()}, {name: stage.peak_gib for name, stage in self.stages.items()}
+        return {name: stage.s for name, stage in self.stages.items()}, {
+            name: stage.peak_gib for name, stage in self.stages.items()
+        }
 
 
-def make_plan(config: Config, card: Card, vram_gib: float | None = None, only: str | None = None, whole: bool = False, fakes: Fakes | None = None) -> Plan:
+def make_plan(
+    config: Config,
+    card: Card,
+    vram_gib: float | None = None,
+    only: str | None = None,
+    whole: bool = False,
+    fakes: Fakes | None = None,
+) -> Plan:
     """Runs one update of ``config`` on fake tensors.
 
-    Args:
-        vram_gib: the card's memory; default its own.
-        only: a stage whose bytes alone are wanted. The models of other stages are left out where they work (not where they lie); the other
-            stages' figures then mean nothing.
-        whole: all steps of the sampler, and all graded ones: slow, and no different.
-        fakes: of earlier plans: what an operator made of these shapes there need not be found out again.
+    Args: vram_gib: the card's memory; default its own. only: a stage whose bytes alone are wanted. The models of other
+        stages are left out where they work (not where they lie); the other stages' figures then mean nothing. whole:
+        all steps of the sampler, and all graded ones: slow, and no different. fakes: of earlier plans: what an operator
+        made of these shapes there need not be found out again.
 
     Raises:
         BadInputError: the configuration of a model is not known here, or the settings do not go together.
@@ -153,18 +173,29 @@ def make_plan(config: Config, card: Card, vram_gib: float | None = None, only: s
         trainer = _trainer(config, models)
         update(short, models, parts, trainer, 0, prompts, questions, None)
         del latents
-    stages = meter.stages if whole else with_records(config, short, meter.stages, models.recorder.step_bytes if models.recorder else 0, card)
+    stages = (
+        meter.stages
+        if whole
+        else with_records(config, short, meter.stages, models.recorder.step_bytes if models.recorder else 0, card)
+    )
     if config.engine == "zero3" and config.zero.rollout == "gathered":
         stages = with_weights_gathered_once(config, short, stages)
     return scaled(config, short, stages, card, vram_gib or card.gib)
 
 
 def decide_rollout(config: Config, card: Card, vram_gib: float | None = None, fakes: Fakes | None = None) -> Config:
-    """The configuration with ``zero.rollout`` decided where it is ``auto`` and of interest: ``gathered`` where that fits. Arguments as ``make_plan``'s."""
+    """The configuration with ``zero.rollout`` decided where it is ``auto`` and of interest: ``gathered`` where that
+    fits. Arguments as ``make_plan``'s."""
     if config.engine != "zero3" or config.zero.rollout != "auto":
         return config
-    gathered, partitioned = (config.model_copy(update={"zero": config.zero.model_copy(update={"rollout": how})}) for how in ("gathered", "partitioned"))
-    weights = empty_transformer(generator_config(config.model.id).transformer).num_parameters() * DTYPES[config.dtype].itemsize
+    gathered, partitioned = (
+        config.model_copy(update={"zero": config.zero.model_copy(update={"rollout": how})})
+        for how in ("gathered", "partitioned")
+    )
+    weights = (
+        empty_transformer(generator_config(config.model.id).transformer).num_parameters()
+        * DTYPES[config.dtype].itemsize
+    )
     if weights > (vram_gib or card.gib) * USABLE * GIB:
         return partitioned
     return gathered if make_plan(gathered, card, vram_gib, "rollout", fakes=fakes).fits else partitioned
@@ -223,16 +254,27 @@ def _fake_models(
 
     dtype = DTYPES[config.dtype]
     prompts, questions = plan_prompts(config)
-    transformer, other = make_transformers(generator, config, lambda name: fake_transformer(getattr(generator, name), dtype, mode, config.model.quant))
+    transformer, other = make_transformers(
+        generator, config, lambda name: fake_transformer(getattr(generator, name), dtype, mode, config.model.quant)
+    )
     add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets)
     empty_lora(transformer, mode)
     text_dim = generator.transformer["text_dim"]
-    texts = {text: torch.zeros(config.model.text_tokens, text_dim, dtype=dtype) for text in [*(p.text for p in prompts), config.sampler.negative_prompt]}
+    texts = {
+        text: torch.zeros(config.model.text_tokens, text_dim, dtype=dtype)
+        for text in [*(p.text for p in prompts), config.sampler.negative_prompt]
+    }
     critic = fake_critic(config.critic.id, dtype, critic_rate(config), config.critic.quant, mode=mode)
     vae = fake_vae(generator.vae, DTYPES[config.memory.vae_dtype], mode)
     meter.load([transformer, vae, critic.model, *([other.transformer] if other else [])])
     stand_in = partial(partitioned, config) if config.engine == "zero3" else None
-    return assemble(config, transformer, vae, critic, texts, torch.device("cpu"), meter, choose_planned(config), other, stand_in), prompts, questions
+    return (
+        assemble(
+            config, transformer, vae, critic, texts, torch.device("cpu"), meter, choose_planned(config), other, stand_in
+        ),
+        prompts,
+        questions,
+    )
 
 
 def plan_prompts(config: Config) -> tuple[list[Prompt], dict[str, tuple[Question, ...]]]:
@@ -241,15 +283,23 @@ def plan_prompts(config: Config) -> tuple[list[Prompt], dict[str, tuple[Question
     draft = draft_questions(config, candidates)
     if config.critic.id in KNOWN:
         draft = {key: tuple(_shorter(question) for question in asked) for key, asked in draft.items()}
-    by_length = sorted(candidates, key=lambda prompt: -sum(len(question.text) + len(question.answer) for question in draft[prompt.id]))
+    by_length = sorted(
+        candidates, key=lambda prompt: -sum(len(question.text) + len(question.answer) for question in draft[prompt.id])
+    )
     chosen = [by_length[clip % len(by_length)] for clip in range(config.batch)]
     return chosen, {prompt.id: draft[prompt.id] for prompt in chosen}
 
 
 def _shorter(question: Question) -> Question:
     """As many characters as the question has tokens, about: what a stand-in tokenizer makes a token of."""
-    answer = question.answer if question.kind == "yesno" else question.answer[: -(-len(question.answer) // CHARACTERS_PER_TOKEN)]
-    return replace(question, text=question.text[: -(-len(question.text) // CHARACTERS_PER_TOKEN)], answer=answer, token_weights=())
+    answer = (
+        question.answer
+        if question.kind == "yesno"
+        else question.answer[: -(-len(question.answer) // CHARACTERS_PER_TOKEN)]
+    )
+    return replace(
+        question, text=question.text[: -(-len(question.text) // CHARACTERS_PER_TOKEN)], answer=answer, token_weights=()
+    )
 
 
 def _what(items: Sequence[Item]) -> str:

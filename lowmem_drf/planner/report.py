@@ -34,11 +34,16 @@ def card_here(config: Config) -> float | None:
 
     from lowmem_drf.assembly.assemble import resolve_device
 
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB if resolve_device(config.device).type == "cuda" else None
+    return (
+        torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
+        if resolve_device(config.device).type == "cuda"
+        else None
+    )
 
 
 def require_fit(config: Config, console: Console, cards_gib: Sequence[float | None]) -> Config:
-    """Plans for the card that is here, and says so in a line. Nothing on the CPU. Returns the configuration, with what the plan decides.
+    """Plans for the card that is here, and says so in a line. Nothing on the CPU. Returns the configuration, with what
+    the plan decides.
 
     ``cards_gib``: ``card_here`` of all processes; the smallest is planned with.
 
@@ -55,13 +60,20 @@ def require_fit(config: Config, console: Console, cards_gib: Sequence[float | No
     if not plan.fits:
         raise BadInputError(refusal(plan))
     _require_host_memory(plan)
-    console.print(f"planned peak: {plan.peak_gib:.1f} of {vram_gib:.1f} GiB ({plan.largest}), {plan.host_gib:.1f} GiB of host memory", highlight=False)
-    return config if plan.rollout is None else config.model_copy(update={"zero": config.zero.model_copy(update={"rollout": plan.rollout})})
+    console.print(
+        f"planned peak: {plan.peak_gib:.1f} of {vram_gib:.1f} GiB ({plan.largest}), {plan.host_gib:.1f} GiB of host memory",
+        highlight=False,
+    )
+    return (
+        config
+        if plan.rollout is None
+        else config.model_copy(update={"zero": config.zero.model_copy(update={"rollout": plan.rollout})})
+    )
 
 
 def _require_host_memory(plan: Plan) -> None:
-    """Raises BadInputError where what waits on the host would not fit into what is free there, before any process of this machine loads anything. Where the
-    system does not say, nothing is checked."""
+    """Raises BadInputError where what waits on the host would not fit into what is free there, before any process of
+    this machine loads anything. Where the system does not say, nothing is checked."""
     import torch
 
     from lowmem_drf.models.weights.downloads import HOST_MARGIN, available_host_bytes
@@ -77,12 +89,15 @@ def _require_host_memory(plan: Plan) -> None:
 
 
 def print_zero(config: Config, name: str, card: Card) -> None:
-    """What DeepSpeed will be told, as comments behind the configuration's TOML on stdout, and on stderr the plan of each process."""
+    """What DeepSpeed will be told, as comments behind the configuration's TOML on stdout, and on stderr the plan of
+    each process."""
     from rich.console import Console
 
     from lowmem_drf.distributed.zero import deepspeed_config
 
-    engines = {"the transformer's engine" if config.engine == "zero3" else "the LoRA's engine": deepspeed_config(config)}
+    engines = {
+        "the transformer's engine" if config.engine == "zero3" else "the LoRA's engine": deepspeed_config(config)
+    }
     if config.zero.critic:
         engines["the critic's engine"] = deepspeed_config(config, trains=False)
     for whose, settings in engines.items():
@@ -93,7 +108,8 @@ def print_zero(config: Config, name: str, card: Card) -> None:
 
 
 def _laid_out(config: Config) -> Config:
-    """Models whose configuration is not known here, by the folders they are in; downloaded first, if they have to be."""
+    """Models whose configuration is not known here, by the folders they are in; downloaded first, if they have to
+    be."""
     from lowmem_drf.assembly.loading import prepare_generator, say
     from lowmem_drf.models.generators import KNOWN_GENERATORS
     from lowmem_drf.models.qwen_vl.known import KNOWN
@@ -131,7 +147,9 @@ def print_plan(plan: Plan, name: str, console: Console) -> None:
     from rich.text import Text
 
     each = f", each of {plan.processes} processes" if plan.processes > 1 else ""
-    table = Table("stage", title=Text(f"{name}, planned for {plan.card}, {plan.vram_gib:g} GiB{each}"), title_justify="left")
+    table = Table(
+        "stage", title=Text(f"{name}, planned for {plan.card}, {plan.vram_gib:g} GiB{each}"), title_justify="left"
+    )
     for heading in ("peak GiB", "weights", "kept", "host GiB", "s", "waits s"):
         table.add_column(heading, justify="right")
     table.add_column("the largest at the peak, weights apart", overflow="fold")
@@ -153,12 +171,22 @@ def print_plan(plan: Plan, name: str, console: Console) -> None:
         highlight=False,
     )  # fmt: skip
     if each:
-        console.print(f"of these copies {plan.between_gib:,.0f} GiB are between the cards, through the host's memory", highlight=False)
+        console.print(
+            f"of these copies {plan.between_gib:,.0f} GiB are between the cards, through the host's memory",
+            highlight=False,
+        )
     if plan.rollout:
-        weights = {"gathered": "whole on each card, gathered once", "partitioned": "gathered block by block in every step"}[plan.rollout]
-        console.print(f"the transformer's weights in the rollout: {weights} (zero.rollout = {plan.rollout})", highlight=False)
+        weights = {
+            "gathered": "whole on each card, gathered once",
+            "partitioned": "gathered block by block in every step",
+        }[plan.rollout]
+        console.print(
+            f"the transformer's weights in the rollout: {weights} (zero.rollout = {plan.rollout})", highlight=False
+        )
     console.print(
-        "Bytes: those PyTorch's allocator is asked for. Seconds: an estimate from operations, traffic and the card's rates.", style="dim", highlight=False
+        "Bytes: those PyTorch's allocator is asked for. Seconds: an estimate from operations, traffic and the card's rates.",
+        style="dim",
+        highlight=False,
     )
     if not plan.fits:
         console.print(Text(refusal(plan).partition("\n")[2]), soft_wrap=True)

@@ -18,7 +18,8 @@ from lowmem_drf.types import Answer, Decoder, Parts, Question
 
 
 def with_replays(parts: Parts, models: Models, ledger: Ledger) -> Parts:
-    """Whatever is done without leaving a graph, again on tensors of the same shapes, is done once: a block of the rollout, a chunk of the VAE."""
+    """Whatever is done without leaving a graph, again on tensors of the same shapes, is done once: a block of the
+    rollout, a chunk of the VAE."""
     for block in (*models.transformer.blocks, *(models.expert.blocks if models.expert else ())):
         holder = block  # what records a pass and what brings the weights is done every time
         while isinstance(holder.forward, RecordedForward | StreamedForward | Called):
@@ -28,7 +29,8 @@ def with_replays(parts: Parts, models: Models, ledger: Ledger) -> Parts:
 
 
 class _ReplayedBlock:
-    """A block's ``forward``. Under gradient, and where what it computes is recorded (then it gets a tape), nothing is replayed."""
+    """A block's ``forward``. Under gradient, and where what it computes is recorded (then it gets a tape), nothing is
+    replayed."""
 
     def __init__(self, forward: Any, ledger: Ledger) -> None:
         self._forward, self._ledger = forward, ledger
@@ -76,7 +78,13 @@ class _ReplayedDecoder:
         return self._ledger.replay(key, run, lambda: caches) if self._steady.get(key, True) else run()
 
     def chunk_backward(
-        self, latents_BC1hw: torch.Tensor, caches: tuple[Any, ...], local: Sequence[int], d_made: torch.Tensor, d_handed: tuple[Any, ...], hands_back: bool
+        self,
+        latents_BC1hw: torch.Tensor,
+        caches: tuple[Any, ...],
+        local: Sequence[int],
+        d_made: torch.Tensor,
+        d_handed: tuple[Any, ...],
+        hands_back: bool,
     ) -> tuple[torch.Tensor, tuple[Any, ...]]:
         handed = _sizes(d_handed)
         key = ("pull back", latents_BC1hw.shape, d_made.shape, _sizes(caches), handed, hands_back)
@@ -135,7 +143,9 @@ class _NoDecoder:
 
     def _blank(self, latents_BCFhw: torch.Tensor, frames: int) -> torch.Tensor:
         batch, _, _, height, width = latents_BCFhw.shape
-        return latents_BCFhw.mean() + torch.zeros(batch, frames, 3, height * self.spatial_factor, width * self.spatial_factor)
+        return latents_BCFhw.mean() + torch.zeros(
+            batch, frames, 3, height * self.spatial_factor, width * self.spatial_factor
+        )
 
 
 def _no_critic(frames_BTCHW: torch.Tensor, questions: Sequence[Sequence[Question]]) -> list[list[Answer]]:

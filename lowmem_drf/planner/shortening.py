@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def shortened(config: Config, graded: int) -> Config:
-    """The same update with so many steps graded at most, one ungraded one before them if there is any (after those of an expert for high noise), and one
-    micro-batch."""
+    """The same update with so many steps graded at most, one ungraded one before them if there is any (after those of
+    an expert for high noise), and one micro-batch."""
     sampler = config.sampler
     graded = min(graded, sampler.graded_steps)
     steps = graded + (sampler.steps > sampler.graded_steps)
@@ -29,7 +29,8 @@ def shortened(config: Config, graded: int) -> Config:
 
 
 def boundary_moved(generator: GeneratorConfig, short: Config) -> GeneratorConfig:
-    """Of two experts: so that the steps graded in the shortened sampler are the trained one's, and the one before (after, with that for high noise) is not."""
+    """Of two experts: so that the steps graded in the shortened sampler are the trained one's, and the one before
+    (after, with that for high noise) is not."""
     if generator.boundary is None:
         return generator
     sampler = short.sampler
@@ -49,7 +50,8 @@ def of_one_process(config: Config) -> Config:
 
 
 def with_weights_gathered_once(config: Config, short: Config, stages: dict[str, StagePlan]) -> dict[str, StagePlan]:
-    """For a rollout under gathered weights, whose only copies are these: ``scaled`` is not to stretch them to all its steps."""
+    """For a rollout under gathered weights, whose only copies are these: ``scaled`` is not to stretch them to all its
+    steps."""
     if "rollout" not in stages:
         return stages
     stage, once = stages["rollout"], short.sampler.steps / config.sampler.steps
@@ -57,15 +59,24 @@ def with_weights_gathered_once(config: Config, short: Config, stages: dict[str, 
     return stages | {"rollout": replace(stage, s=stage.s - stage.stall_s * (1 - once), **shares)}
 
 
-def with_records(config: Config, short: Config, stages: dict[str, StagePlan], step_bytes: int, card: Card) -> dict[str, StagePlan]:
-    """The host memory of the graded steps that ``shortened`` left out, and their copies, but none for a rollout's other steps, to which ``scaled`` would
-    stretch them. What is waited for is stretched all the same: it is not known whose copies it was."""
+def with_records(
+    config: Config, short: Config, stages: dict[str, StagePlan], step_bytes: int, card: Card
+) -> dict[str, StagePlan]:
+    """The host memory of the graded steps that ``shortened`` left out, and their copies, but none for a rollout's other
+    steps, to which ``scaled`` would stretch them. What is waited for is stretched all the same: it is not known whose
+    copies it was."""
     left_out = config.sampler.graded_steps - short.sampler.graded_steps
-    more = {name: replace(stage, host_gib=stage.host_gib + left_out * step_bytes / GIB) for name, stage in stages.items() if name not in ONCE}
+    more = {
+        name: replace(stage, host_gib=stage.host_gib + left_out * step_bytes / GIB)
+        for name, stage in stages.items()
+        if name not in ONCE
+    }
     if "rollout" in more:
         stage, repeats = more["rollout"], config.sampler.steps / short.sampler.steps
         copied = (config.sampler.graded_steps / repeats - short.sampler.graded_steps) * step_bytes
-        more["rollout"] = replace(stage, copy_s=stage.copy_s + copied / (card.link * 1e9), moved_gib=stage.moved_gib + copied / GIB)
+        more["rollout"] = replace(
+            stage, copy_s=stage.copy_s + copied / (card.link * 1e9), moved_gib=stage.moved_gib + copied / GIB
+        )
     return stages | more
 
 
@@ -79,4 +90,11 @@ def scaled(config: Config, short: Config, stages: dict[str, StagePlan], card: Ca
         factor = 1.0 if name in ONCE else batches * repeats.get(name, 1.0)
         rows[name] = replace(stages[name], **{key: getattr(stages[name], key) * factor for key in SUMS})
     rollout = config.zero.rollout if config.engine == "zero3" and config.zero.rollout != "auto" else None
-    return Plan(card.name, vram_gib, rows, sum(stage.s for name, stage in rows.items() if name != "text"), processes=config.processes, rollout=rollout)
+    return Plan(
+        card.name,
+        vram_gib,
+        rows,
+        sum(stage.s for name, stage in rows.items() if name != "text"),
+        processes=config.processes,
+        rollout=rollout,
+    )

@@ -1,16 +1,19 @@
-"""What a plan puts in the place of DeepSpeed: weights partitioned, and the LoRA's training state split over the processes.
+"""What a plan puts in the place of DeepSpeed: weights partitioned, and the LoRA's training state split over the
+processes.
 
-The state of the LoRA, after deepspeed 0.19.8 (``runtime/zero/stage3.py``, ``stage_1_and_2.py``; torch's AdamW). A process has of every tensor its part:
+The state of the LoRA, after deepspeed 0.19.8 (``runtime/zero/stage3.py``, ``stage_1_and_2.py``; torch's AdamW). A
+process has of every tensor its part:
 
-- on the host, where ``zero.offload`` is not ``none``: AdamW's weight, gradient and two moments, and the weight once more as the card gets it; with stage 3 a
-  buffer for the averaged gradient, with 1 and 2 one for the largest gradient, there and on the card;
+- on the host, where ``zero.offload`` is not ``none``: AdamW's weight, gradient and two moments, and the weight once
+  more as the card gets it; with stage 3 a buffer for the averaged gradient, with 1 and 2 one for the largest gradient,
+  there and on the card;
 - else on the card: AdamW's weight, which with stage 3 is the only one, two moments, and the averaged gradient.
 
-On the card are the LoRA's gradients besides, whole until they are averaged once an update, the bucket in which that happens and what the bucket is sorted into
-by process; with stages 1 and 2 the LoRA's weights, whole.
+On the card are the LoRA's gradients besides, whole until they are averaged once an update, the bucket in which that
+happens and what the bucket is sorted into by process; with stages 1 and 2 the LoRA's weights, whole.
 
-Averaging is booked in the stage ``update``; a run does it before. Left out: what AdamW takes on the host's CPU, and a second copy of the parts that
-PyTorch's pinned allocator may keep from loading.
+Averaging is booked in the stage ``update``; a run does it before. Left out: what AdamW takes on the host's CPU, and a
+second copy of the parts that PyTorch's pinned allocator may keep from loading.
 """
 
 from __future__ import annotations
@@ -34,10 +37,17 @@ if TYPE_CHECKING:
 
 
 def partitioned(config: Config, model: nn.Module, blocks: Sequence[nn.Module], trains: bool) -> Partitioned:
-    """The stand-in for a model under ZeRO-3. ``trains``: it is the transformer, whose rollout may run under gathered weights."""
+    """The stand-in for a model under ZeRO-3. ``trains``: it is the transformer, whose rollout may run under gathered
+    weights."""
     zero = config.zero
-    rules = Rules(zero.stage3_prefetch_bucket_size, zero.stage3_max_live_parameters, zero.stage3_param_persistence_threshold)
-    return Partitioned(model, blocks, Sharing(config.processes, zero.offload, zero.pin_memory, rules, trains and zero.rollout == "gathered"))
+    rules = Rules(
+        zero.stage3_prefetch_bucket_size, zero.stage3_max_live_parameters, zero.stage3_param_persistence_threshold
+    )
+    return Partitioned(
+        model,
+        blocks,
+        Sharing(config.processes, zero.offload, zero.pin_memory, rules, trains and zero.rollout == "gathered"),
+    )
 
 
 class PlannedTrainer:

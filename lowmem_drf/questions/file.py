@@ -1,4 +1,5 @@
-"""Questions as JSON, for programs and for editing: ``[{"prompt": …, "questions": [{"aspect", "kind", "text", "answer", "weight", "name"}]}]``."""
+"""Questions as JSON, for programs and for editing: ``[{"prompt": …, "questions": [{"aspect", "kind", "text", "answer",
+"weight", "name"}]}]``."""
 
 from __future__ import annotations
 
@@ -14,12 +15,20 @@ from lowmem_drf.types import Question
 
 def to_json(questions: Mapping[str, Sequence[Question]]) -> str:
     """Prompt text -> questions, as ``lowmem-drf questions --json`` prints them."""
-    rows = [{"prompt": prompt, "questions": [_row(question) for question in asked]} for prompt, asked in questions.items()]
+    rows = [
+        {"prompt": prompt, "questions": [_row(question) for question in asked]} for prompt, asked in questions.items()
+    ]
     return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
 
 
 def _row(question: Question) -> dict[str, Any]:
-    row = {"aspect": question.aspect, "kind": question.kind, "text": question.text, "answer": question.answer, "weight": question.weight}
+    row = {
+        "aspect": question.aspect,
+        "kind": question.kind,
+        "text": question.text,
+        "answer": question.answer,
+        "weight": question.weight,
+    }
     return row | ({"name": question.name} if question.name else {})
 
 
@@ -40,11 +49,17 @@ def load_questions(path: str | Path) -> dict[str, tuple[Question, ...]]:
     found: dict[str, tuple[Question, ...]] = {}
     for number, row in enumerate(rows, 1):
         where = f"{path}: entry {number}"
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not isinstance(row.get("questions"), list):
+        if (
+            not isinstance(row, dict)
+            or not isinstance(row.get("prompt"), str)
+            or not isinstance(row.get("questions"), list)
+        ):
             raise BadInputError(f'{where}: is to be {{"prompt": …, "questions": [...]}}')
         if row["prompt"] in found:
             raise BadInputError(f"{where}: the prompt {row['prompt']!r} is there twice; keep one of them")
         if not row["questions"]:
             raise BadInputError(f"{where}: has no question; delete the entry to have them made for it")
-        found[row["prompt"]] = tuple(parse_question(f"{where}, question {n}", item) for n, item in enumerate(row["questions"], 1))
+        found[row["prompt"]] = tuple(
+            parse_question(f"{where}, question {n}", item) for n, item in enumerate(row["questions"], 1)
+        )
     return found

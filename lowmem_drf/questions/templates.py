@@ -1,7 +1,7 @@
 """Prompt -> the questions that the critic is asked about its clip.
 
-Templates need no model: ``english`` takes any English prompt apart, ``toyworld`` knows ToyWorld's grammar. ``writer`` has a language model write
-them, ``file`` reads what a user wrote.
+Templates need no model: ``english`` takes any English prompt apart, ``toyworld`` knows ToyWorld's grammar. ``writer``
+has a language model write them, ``file`` reads what a user wrote.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ MODES = ("yesno", "dense", "both", "vanilla", "heldout")
 def make_questions(prompt: str, mode: str = "yesno", grammar: Grammar = "english") -> tuple[Question, ...]:
     """Questions from templates.
 
-    mode: ``yesno`` asks for every part of the prompt, for physics and for quality; ``dense`` asks for explanations of all three; ``both``;
-    ``vanilla`` asks one global question; ``heldout`` is ``yesno`` in wordings that training never uses, for evaluation.
+    mode: ``yesno`` asks for every part of the prompt, for physics and for quality; ``dense`` asks for explanations of
+    all three; ``both``; ``vanilla`` asks one global question; ``heldout`` is ``yesno`` in wordings that training never
+    uses, for evaluation.
 
-    Raises:
-        BadInputError: an unknown mode or grammar; ``toyworld``: the prompt does not name one shape, one colour, one motion and one background.
+    Raises: BadInputError: an unknown mode or grammar; ``toyworld``: the prompt does not name one shape, one colour, one
+        motion and one background.
     """
     if mode not in MODES:
         raise BadInputError(f"critic.mode = {mode!r} is unknown. Use one of: {', '.join(MODES)}.")

@@ -1,6 +1,7 @@
-"""Template questions for ToyWorld's grammar: a caption is taken apart and every part is asked for, besides fixed questions for
-physical fidelity and visual quality, each put both ways, so that a leaning towards yes or no cancels. Each question has two wordings: DRF
-trains on the first, evaluation asks the second. The dense questions ask for a word, a description or an explanation.
+"""Template questions for ToyWorld's grammar: a caption is taken apart and every part is asked for, besides fixed
+questions for physical fidelity and visual quality, each put both ways, so that a leaning towards yes or no cancels.
+Each question has two wordings: DRF trains on the first, evaluation asks the second. The dense questions ask for a word,
+a description or an explanation.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ EXPLANATIONS: dict[str, str] = {
     "blur": "it is blurry",
     "flicker": "it is flickering",
 }
-"""Name of the defect -> what is to be said of a clip that has it: in the words of a sound one up to the one that tells them apart."""
+"""Name of the defect -> what is to be said of a clip that has it: in the words of a sound one up to the one that tells
+them apart."""
 
 SOUND_PICTURE = "it is clean and sharp and the light is steady"
 
@@ -108,8 +110,11 @@ def attributes(text: str) -> dict[str, str] | None:
 
 
 def yesno(values: Mapping[str, str], wording: int = 0) -> tuple[Question, ...]:
-    """The 22 questions of a caption: four of alignment, and for each of nine defects whether it is there and whether it is not."""
-    alignment = [Question("TA", ALIGNMENT[name][wording].format(value=values[name]), "yes", name=name) for name in ALIGNMENT]
+    """The 22 questions of a caption: four of alignment, and for each of nine defects whether it is there and whether it
+    is not."""
+    alignment = [
+        Question("TA", ALIGNMENT[name][wording].format(value=values[name]), "yes", name=name) for name in ALIGNMENT
+    ]
     return (*alignment, *(question for name in (*PHYSICS, *QUALITY) for question in _both_ways(name, wording)))
 
 
@@ -132,4 +137,13 @@ def dense(values: Mapping[str, str]) -> tuple[Question, ...]:
 
 def vanilla(caption: str, wording: int = 0) -> tuple[Question, ...]:
     """One global yes/no question: the baseline that collapses."""
-    return (Question("TA", GLOBAL[wording].format(caption=" ".join(caption.lower().replace("grey", "gray").replace(",", " ,").split())), "yes", name="global"),)
+    return (
+        Question(
+            "TA",
+            GLOBAL[wording].format(
+                caption=" ".join(caption.lower().replace("grey", "gray").replace(",", " ,").split())
+            ),
+            "yes",
+            name="global",
+        ),
+    )

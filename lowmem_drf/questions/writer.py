@@ -1,8 +1,8 @@
 """A language model, usually the critic itself, takes the prompt apart and writes the questions as JSON.
 
-It writes what depends on the prompt: text alignment, and the physics of what is to happen. The fixed questions of physical fidelity and
-visual quality are the templates'. What it writes is checked question by question; one answer that cannot be used is sent back with the
-reason, once.
+It writes what depends on the prompt: text alignment, and the physics of what is to happen. The fixed questions of
+physical fidelity and visual quality are the templates'. What it writes is checked question by question; one answer that
+cannot be used is sent back with the reason, once.
 """
 
 from __future__ import annotations
@@ -74,11 +74,15 @@ def write_questions(prompt: str, mode: str, generate: Generate) -> tuple[Questio
     try:
         return read_questions(said, mode)
     except UnusableError as error:
-        return read_questions(generate(_REPAIR.format(instruction=instruction, reason=error, said=said.strip()[:200] or "(nothing)")), mode)
+        return read_questions(
+            generate(_REPAIR.format(instruction=instruction, reason=error, said=said.strip()[:200] or "(nothing)")),
+            mode,
+        )
 
 
 def read_questions(said: str, mode: str) -> tuple[Question, ...]:
-    """The first JSON array in a text, checked, without repetitions; yes/no questions end in the templates' instruction. Raises UnusableError."""
+    """The first JSON array in a text, checked, without repetitions; yes/no questions end in the templates' instruction.
+    Raises UnusableError."""
     rows = _first_array(said)
     made: dict[str, Question] = {}
     for number, row in enumerate(rows, 1):
@@ -111,7 +115,8 @@ def _first_array(said: str) -> list[Any]:
 
 
 def _lenient(row: Any, mode: str) -> Any:
-    """What models write in place of what was asked for, where it can mean one thing only: ``question`` for ``text``, ``Yes.`` for ``yes``, no kind."""
+    """What models write in place of what was asked for, where it can mean one thing only: ``question`` for ``text``,
+    ``Yes.`` for ``yes``, no kind."""
     if not isinstance(row, dict):
         return row
     row = {key: value for key, value in row.items() if key not in ("id", "number", "weight", "name", "token_weights")}

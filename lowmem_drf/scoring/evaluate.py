@@ -48,7 +48,8 @@ class Trial:
 
 
 def make_trial(config: Config, prompts: Sequence[Prompt], count: int, seeds: int, file: Path | None = None) -> Trial:
-    """The prompts of ``file`` (all of them), or ``count`` held-out ones of ToyWorld, or the first ``count`` of the run's own ``prompts``."""
+    """The prompts of ``file`` (all of them), or ``count`` held-out ones of ToyWorld, or the first ``count`` of the
+    run's own ``prompts``."""
     if file is not None:
         chosen, source = load_prompts(file), f"of {file}"
     elif config.prompts == TOYWORLD:
@@ -56,7 +57,10 @@ def make_trial(config: Config, prompts: Sequence[Prompt], count: int, seeds: int
 
         chosen, source = as_prompts(heldout_prompts(count, seed=0)), "held out from training"
     else:
-        chosen, source = tuple(prompts[:count]), "of the training file, with other noise (give held-out ones: lowmem-drf eval --prompts FILE)"
+        chosen, source = (
+            tuple(prompts[:count]),
+            "of the training file, with other noise (give held-out ones: lowmem-drf eval --prompts FILE)",
+        )
     heldout = _heldout_questions(chosen, grammar_of(config))
     return Trial(chosen, seeds, draft_questions(config, chosen), heldout, source)
 
@@ -66,8 +70,11 @@ def finish_trial(config: Config, trial: Trial, critic: QwenCritic, console: Cons
     return replace(trial, questions=finish_questions(config, trial.prompts, trial.questions, critic, console))
 
 
-def compare(config: Config, models: Models, trial: Trial, advance: Callable[[int], None], ranks: Ranks = ALONE) -> dict[str, Any]:
-    """The JSON of ``eval``: ``{"prompts", "seeds", "base", "tuned"}``, the LoRA off and on. ``advance`` is told of clips done."""
+def compare(
+    config: Config, models: Models, trial: Trial, advance: Callable[[int], None], ranks: Ranks = ALONE
+) -> dict[str, Any]:
+    """The JSON of ``eval``: ``{"prompts", "seeds", "base", "tuned"}``, the LoRA off and on. ``advance`` is told of
+    clips done."""
     sides = {}
     for name, scale in (("base", 0.0), ("tuned", 1.0)):
         with lora_scale(models.transformer, scale):
@@ -76,13 +83,16 @@ def compare(config: Config, models: Models, trial: Trial, advance: Callable[[int
 
 
 @torch.no_grad()
-def measure(config: Config, models: Models, trial: Trial, advance: Callable[[int], None], ranks: Ranks = ALONE) -> dict[str, Any]:
-    """The measures of the model as it is, over prompts x seeds. Many processes share the prompts, and all get the measures.
+def measure(
+    config: Config, models: Models, trial: Trial, advance: Callable[[int], None], ranks: Ranks = ALONE
+) -> dict[str, Any]:
+    """The measures of the model as it is, over prompts x seeds. Many processes share the prompts, and all get the
+    measures.
 
-    ``reward_by_aspect``: ``null`` for an aspect nobody asks about. ``heldout_reward``: ``null`` without held-out questions. ``diversity``: mean
-    pairwise root mean square distance between the clips of one prompt. ``motion``: mean absolute difference of successive frames.
-    ``velocity_norm``: root mean square of the velocity, mean over steps. Clips are dropped as soon as they are measured: a real one takes
-    0.4 GB.
+    ``reward_by_aspect``: ``null`` for an aspect nobody asks about. ``heldout_reward``: ``null`` without held-out
+    questions. ``diversity``: mean pairwise root mean square distance between the clips of one prompt. ``motion``: mean
+    absolute difference of successive frames. ``velocity_norm``: root mean square of the velocity, mean over steps.
+    Clips are dropped as soon as they are measured: a real one takes 0.4 GB.
     """
     prompts = [prompt for prompt in trial.prompts for _ in range(trial.seeds)]
     texts = [prompt.text for prompt in prompts]
@@ -107,7 +117,9 @@ def measure(config: Config, models: Models, trial: Trial, advance: Callable[[int
                 by_prompt.add({"diversity": diversity(torch.stack(of_a_prompt)[None])}, 1)
                 of_a_prompt.clear()
         advance(size * ranks.count)
-    by_clip, by_prompt, oracle = (_Mean.together(means) for means in zip(*ranks.gather((by_clip, by_prompt, oracle)), strict=True))
+    by_clip, by_prompt, oracle = (
+        _Mean.together(means) for means in zip(*ranks.gather((by_clip, by_prompt, oracle)), strict=True)
+    )
     means = by_clip.means() | by_prompt.means()
     measures: dict[str, Any] = {
         "reward": means["reward"],
@@ -122,11 +134,15 @@ def diversity(clips_PSTCHW: Tensor) -> float:
     """Mean over prompts P and pairs of seeds S of the root mean square distance of two clips; 0 for one seed."""
     seeds = clips_PSTCHW.shape[1]
     pairs = [(a, b) for a in range(seeds) for b in range(a)]
-    distances = [(clips_PSTCHW[:, a] - clips_PSTCHW[:, b]).pow(2).flatten(1).mean(1).sqrt().mean().item() for a, b in pairs]
+    distances = [
+        (clips_PSTCHW[:, a] - clips_PSTCHW[:, b]).pow(2).flatten(1).mean(1).sqrt().mean().item() for a, b in pairs
+    ]
     return sum(distances) / len(distances) if distances else 0.0
 
 
-def with_progress(config: Config, models: Models, trial: Trial, console: Console, ranks: Ranks = ALONE) -> dict[str, Any]:
+def with_progress(
+    config: Config, models: Models, trial: Trial, console: Console, ranks: Ranks = ALONE
+) -> dict[str, Any]:
     """``compare``, with how far it is and how long it will take."""
     with work_bar(console, "clips", 2 * trial.seeds * len(trial.prompts)) as advance:
         return compare(config, models, trial, advance, ranks)
@@ -150,14 +166,24 @@ def print_table(result: Mapping[str, Any], console: Console) -> None:
 
 def _rows(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[tuple[str, float, float, str]]:
     rows = [("reward", base["reward"], tuned["reward"], ".3f")]
-    rows += [(f"  {name}", value, tuned["reward_by_aspect"][name], ".3f") for name, value in base["reward_by_aspect"].items() if value is not None]
+    rows += [
+        (f"  {name}", value, tuned["reward_by_aspect"][name], ".3f")
+        for name, value in base["reward_by_aspect"].items()
+        if value is not None
+    ]
     if base["heldout_reward"] is not None:
         rows.append(("reward, questions not trained on", base["heldout_reward"], tuned["heldout_reward"], ".3f"))
     rows += [(f"oracle: {name}", value, tuned["oracle"][name], ".1%") for name, value in base.get("oracle", {}).items()]
     return rows + [(name, base[name], tuned[name], ".4f") for name in ("diversity", "motion", "velocity_norm")]
 
 
-def _ask(models: Models, frames_BTCHW: Tensor, prompts: Sequence[Prompt], questions: Mapping[str, Sequence[Question]], spec: RewardSpec) -> dict[str, float]:
+def _ask(
+    models: Models,
+    frames_BTCHW: Tensor,
+    prompts: Sequence[Prompt],
+    questions: Mapping[str, Sequence[Question]],
+    spec: RewardSpec,
+) -> dict[str, float]:
     """Mean reward of these clips under ``reward``, and by aspect."""
     asked = [questions[prompt.id] for prompt in prompts]
     models.awake("critic")

@@ -1,4 +1,5 @@
-"""The saliency clip: the video, where the reward's gradient points, and every question with its own map, answer and probability."""
+"""The saliency clip: the video, where the reward's gradient points, and every question with its own map, answer and
+probability."""
 
 from __future__ import annotations
 
@@ -21,7 +22,16 @@ if TYPE_CHECKING:
     from lowmem_drf.scoring.saliency import Saliency
     from lowmem_drf.scoring.score import Score, Verdict
 
-INFERNO = ((0, 0, 4), (40, 11, 84), (101, 21, 110), (159, 42, 99), (212, 72, 66), (245, 125, 21), (250, 193, 39), (252, 255, 164))
+INFERNO = (
+    (0, 0, 4),
+    (40, 11, 84),
+    (101, 21, 110),
+    (159, 42, 99),
+    (212, 72, 66),
+    (245, 125, 21),
+    (250, 193, 39),
+    (252, 255, 164),
+)
 """Support points of matplotlib's ``inferno`` (CC0): lightness rises evenly from black to pale yellow."""
 PERCENTILE = 0.995
 """Of a map's values over the clip: what is full heat. A few extreme pixels would darken the rest."""
@@ -59,7 +69,8 @@ def draw(frames_TCHW: Tensor, saliency: Saliency, score: Score, prompt: str) -> 
 
 
 def glow(frames_TCHW: Tensor, map_THW: Tensor) -> Tensor:
-    """Frames in gray, darkened, with the map over them as heat: (T, 3, H, W), float in [0, 1]. One scale for the whole clip."""
+    """Frames in gray, darkened, with the map over them as heat: (T, 3, H, W), float in [0, 1]. One scale for the whole
+    clip."""
     heat_T1HW = _fit(map_THW[:, None], frames_TCHW.shape[-2:])
     top = torch.quantile(_some(heat_T1HW), PERCENTILE)
     heat_T1HW = (heat_T1HW / top).clamp(0, 1) if top > 0 else torch.zeros_like(heat_T1HW)

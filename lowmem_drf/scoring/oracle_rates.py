@@ -15,7 +15,8 @@ RATES = ("color", "shape", "direction", "physics", "quality", "all")
 
 
 def oracle_for(config: Config, texts: Sequence[str]) -> Callable[[Tensor, Sequence[str]], Mapping[str, float]] | None:
-    """A judge of clips of these prompts, or ``None``: another model or size, or a prompt that is not of ToyWorld's grammar."""
+    """A judge of clips of these prompts, or ``None``: another model or size, or a prompt that is not of ToyWorld's
+    grammar."""
     if not toyworld_models(config):
         return None
     from lowmem_drf.toy.captions import parse

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Saliency:
-    """What moves a clip's reward. Maps are fp32 on the host, sums over the color channels of the gradient's absolute value."""
+    """What moves a clip's reward. Maps are fp32 on the host, sums over the color channels of the gradient's absolute
+    value."""
 
     answers: list[Answer]
     """No gradient."""
@@ -42,12 +43,17 @@ def saliency(critic: Critic, frames_TCHW: Tensor, questions: Sequence[Question],
     with torch.enable_grad():
         answers = critic(frames_1TCHW, [questions])[0]
         total, _, _ = total_reward(answers, questions, spec)
-        rewards = [total, *(question_reward(answer, question, spec) for answer, question in zip(answers, questions, strict=True))]
+        rewards = [
+            total,
+            *(question_reward(answer, question, spec) for answer, question in zip(answers, questions, strict=True)),
+        ]
     maps = []
     for i, reward in enumerate(rewards):
         (gradient_1TCHW,) = torch.autograd.grad(reward, frames_1TCHW, retain_graph=i + 1 < len(rewards))
         maps.append(gradient_1TCHW[0].float().abs().sum(1).cpu())
     if not all(bool(one.isfinite().all()) for one in maps):
-        raise NonFiniteError("the critic's gradient is NaN or infinite on this clip. Try another precision: -s dtype=fp32")
+        raise NonFiniteError(
+            "the critic's gradient is NaN or infinite on this clip. Try another precision: -s dtype=fp32"
+        )
     detached = [Answer(a.logits_AV.detach(), a.target_A, a.yes, a.no) for a in answers]
     return Saliency(detached, maps[0], torch.stack(maps[1:]))

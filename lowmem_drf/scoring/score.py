@@ -29,8 +29,8 @@ class Verdict:
     question: Question
     reward: float
     p_answer: float
-    """Probability of the answer wanted. ``yesno``: among all tokens, all its casings together. ``dense``: of a token of the reference,
-    the geometric mean."""
+    """Probability of the answer wanted. ``yesno``: among all tokens, all its casings together. ``dense``: of a token of
+    the reference, the geometric mean."""
     said: str
     """What the critic says itself: ``yes`` or ``no``, whichever is likelier; its own explanation."""
     p_said: float | None
@@ -38,7 +38,8 @@ class Verdict:
 
     @property
     def disagrees(self) -> bool:
-        """The critic says no where yes is wanted, or the other way round. An explanation in other words is no disagreement."""
+        """The critic says no where yes is wanted, or the other way round. An explanation in other words is no
+        disagreement."""
         return self.question.kind == "yesno" and self.said != self.question.answer.strip().lower()
 
 
@@ -51,7 +52,8 @@ class Score:
     verdicts: tuple[Verdict, ...]
 
     def as_json(self) -> dict[str, object]:
-        """``{"reward", "questions": [{"aspect", "kind", "text", "answer", "p_answer", "reward", "said", "p_said"}]}``."""
+        """``{"reward", "questions": [{"aspect", "kind", "text", "answer", "p_answer", "reward", "said",
+        "p_said"}]}``."""
         rows = [
             {
                 **{name: getattr(v.question, name) for name in ("aspect", "kind", "text", "answer")},
@@ -62,16 +64,25 @@ class Score:
         return {"reward": self.reward, "questions": rows}
 
 
-def judge(critic: QwenCritic, frames_TCHW: Tensor, questions: Sequence[Question], answers: Sequence[Answer], spec: RewardSpec) -> Score:
-    """The critic's answers to these questions about these frames as a score; its own words to the dense ones are generated here.
+def judge(
+    critic: QwenCritic, frames_TCHW: Tensor, questions: Sequence[Question], answers: Sequence[Answer], spec: RewardSpec
+) -> Score:
+    """The critic's answers to these questions about these frames as a score; its own words to the dense ones are
+    generated here.
 
     Raises:
         NonFiniteError: the reward is NaN or infinite.
     """
     total, by_aspect, _ = total_reward(answers, questions, spec)
     if not math.isfinite(total.item()):
-        raise NonFiniteError("the critic's reward is NaN or infinite on this clip. Try another precision: -s dtype=fp32")
-    return Score(total.item(), by_aspect, tuple(_verdict(critic, frames_TCHW, q, a, spec) for q, a in zip(questions, answers, strict=True)))
+        raise NonFiniteError(
+            "the critic's reward is NaN or infinite on this clip. Try another precision: -s dtype=fp32"
+        )
+    return Score(
+        total.item(),
+        by_aspect,
+        tuple(_verdict(critic, frames_TCHW, q, a, spec) for q, a in zip(questions, answers, strict=True)),
+    )
 
 
 def _verdict(critic: QwenCritic, frames_TCHW: Tensor, question: Question, answer: Answer, spec: RewardSpec) -> Verdict:

@@ -28,24 +28,34 @@ def caption(combo: Combo, wording: int = 0) -> str:
     frame, verb = _FRAMES[wording % len(_FRAMES)], wording // len(_FRAMES) % len(_MOVES)
     motion = MOTIONS[combo.motion]
     moves = _STILL[verb] if motion == "still" else _MOVES[verb].format(d=motion)
-    return frame.format(color=COLORS[combo.color], shape=SHAPES[combo.shape], background=BACKGROUNDS[combo.background], moves=moves)
+    return frame.format(
+        color=COLORS[combo.color], shape=SHAPES[combo.shape], background=BACKGROUNDS[combo.background], moves=moves
+    )
 
 
 def parse(text: str) -> Combo | None:
-    """The combination a text speaks of; ``None`` unless it names one shape, one colour, one motion and one background."""
+    """The combination a text speaks of; ``None`` unless it names one shape, one colour, one motion and one
+    background."""
     words = attributes(text)
-    return Combo(*(ATTRIBUTES[name].index(words[name]) for name in ("shape", "color", "direction", "background"))) if words else None
+    return (
+        Combo(*(ATTRIBUTES[name].index(words[name]) for name in ("shape", "color", "direction", "background")))
+        if words
+        else None
+    )
 
 
 def train_prompts() -> list[str]:
     """The prompts of Diffusion-DRF: every combination of the split ``train`` in two wordings, 432 in all."""
     combos = combos_of("train")
     draws = torch.randint(WORDINGS, (len(combos),), generator=torch.Generator().manual_seed(1)).tolist()
-    return [caption(c, w) for c, w in zip(combos, draws, strict=True)] + [caption(c, w + 1) for c, w in zip(combos, draws, strict=True)]
+    return [caption(c, w) for c, w in zip(combos, draws, strict=True)] + [
+        caption(c, w + 1) for c, w in zip(combos, draws, strict=True)
+    ]
 
 
 def heldout_prompts(n: int = 128, seed: int = 0) -> list[str]:
-    """n prompts of combinations that Diffusion-DRF never trains on, each combination before any comes again, wordings drawn by seed."""
+    """n prompts of combinations that Diffusion-DRF never trains on, each combination before any comes again, wordings
+    drawn by seed."""
     generator = torch.Generator().manual_seed(seed)
     combos = combos_of("heldout", "unseen")
     out: list[str] = []

@@ -1,7 +1,9 @@
-"""What can be wrong with a clip: six breaks of physics and three of image quality, each with a strength a person would see.
+"""What can be wrong with a clip: six breaks of physics and three of image quality, each with a strength a person would
+see.
 
-Physics defects change the tracks before rendering; quality defects change the pixels. Amounts are drawn from ranges that start well
-above what a faithful VAE does to a clean clip, so that "has the defect" is a fact and not a matter of taste.
+Physics defects change the tracks before rendering; quality defects change the pixels. Amounts are drawn from ranges
+that start well above what a faithful VAE does to a clean clip, so that "has the defect" is a fact and not a matter of
+taste.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ def _reflect(place: Tensor, radius: Tensor) -> Tensor:
 def break_physics(tracks: Tracks, kind: str, generator: torch.Generator) -> Tracks:
     """The same scenes with one physics defect each.
 
-    jump: the place shifts by 8-13 pixels at once. jitter: every frame is off by 2-4 pixels, in turn. vanish: gone for 2-5 frames.
+    jump: the place shifts by 8-13 pixels at once. jitter: every frame is off by 2-4 pixels, in turn. vanish: gone for
+    2-5 frames.
     morph: becomes another form. pulse: the radius swings by a factor of 1.5-1.9. recolor: becomes another colour.
     """
     n, g = len(tracks.x), generator
@@ -58,7 +61,10 @@ def break_physics(tracks: Tracks, kind: str, generator: torch.Generator) -> Trac
     if kind == "jitter":
         size = _rand(n, 2.0, 4.0, g)[:, None] * (1 - 2 * (torch.arange(FRAMES) % 2))[None]
         wobble = angle[:, None] + 0.8 * torch.randn(n, FRAMES, generator=g)
-        return tracks._replace(x=_reflect(tracks.x + size * wobble.cos(), tracks.radius), y=_reflect(tracks.y + size * wobble.sin(), tracks.radius))
+        return tracks._replace(
+            x=_reflect(tracks.x + size * wobble.cos(), tracks.radius),
+            y=_reflect(tracks.y + size * wobble.sin(), tracks.radius),
+        )
     if kind == "vanish":
         length = torch.randint(2, 6, (n,), generator=g)
         first = (torch.rand(n, generator=g) * (FRAMES + 1 - length)).long()
@@ -70,9 +76,12 @@ def break_physics(tracks: Tracks, kind: str, generator: torch.Generator) -> Trac
     if kind == "pulse":
         swing = _rand(n, 1.5, 1.9, g).log() / 2
         phase, rate = _rand(n, 0, 2 * torch.pi, g)[:, None], _rand(n, 0.8, 2.0, g)[:, None]
-        return tracks._replace(radius=tracks.radius * (swing[:, None] * torch.sin(phase + rate * torch.arange(FRAMES)[None])).exp())
+        return tracks._replace(
+            radius=tracks.radius * (swing[:, None] * torch.sin(phase + rate * torch.arange(FRAMES)[None])).exp()
+        )
     if kind == "recolor":
-        away = (tracks.rgb[:, :1, None] - RGB[None, None]).norm(dim=-1)[:, 0]  # (n, 6) distance of the clip's colour to each
+        # (n, 6) distance of the clip's colour to each
+        away = (tracks.rgb[:, :1, None] - RGB[None, None]).norm(dim=-1)[:, 0]
         weights = (away > 0.5).float()
         other = RGB[torch.multinomial(weights, 1, generator=g)[:, 0]][:, None]
         when = _moment(n, 2, FRAMES - 2, g)[..., None]
@@ -83,8 +92,8 @@ def break_physics(tracks: Tracks, kind: str, generator: torch.Generator) -> Trac
 def break_quality(frames_BTCHW: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     """The same clips with one quality defect each; frames in [0, 1] in and out.
 
-    noise: white noise of standard deviation 0.10-0.22. blur: a Gaussian of 1.6-2.6 pixels. flicker: the brightness of frames in turn goes
-    up and down by a factor of 1.25-1.6.
+    noise: white noise of standard deviation 0.10-0.22. blur: a Gaussian of 1.6-2.6 pixels. flicker: the brightness of
+    frames in turn goes up and down by a factor of 1.25-1.6.
     """
     n, g = len(frames_BTCHW), generator
     if kind == "noise":

@@ -1,8 +1,8 @@
 """The oracle: what a ToyWorld clip shows, measured and not learned, independent of the critic.
 
-Colour by the nearest palette entry, form by overlap with drawn templates, motion by the centroid's path; physics and quality by
-thresholds on the same measurements. The thresholds lie between what the VAE does to clean clips and the weakest defect of
-``toy/defects.py``; ``python -m lowmem_drf.toy.build.check`` prints how well they separate.
+Colour by the nearest palette entry, form by overlap with drawn templates, motion by the centroid's path; physics and
+quality by thresholds on the same measurements. The thresholds lie between what the VAE does to clean clips and the
+weakest defect of ``toy/defects.py``; ``python -m lowmem_drf.toy.build.check`` prints how well they separate.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ FLICKER_STD = 0.022  # of the background's brightness over the frames
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What B clips show. Indices into the name lists of ``scenes``; -1: none of them. Flags: (B,) bool, True is a defect."""
+    """What B clips show. Indices into the name lists of ``scenes``; -1: none of them. Flags: (B,) bool, True is a
+    defect."""
 
     shape: Tensor
     color: Tensor
@@ -61,7 +62,11 @@ class Measured:
         """(B,) True where the clip shows what was asked for; ``all`` is shape, colour and direction."""
         c = torch.tensor(combos)
         hits = {"shape": self.shape == c[:, 0], "color": self.color == c[:, 1], "direction": self.motion == c[:, 2]}
-        return {**hits, "background": self.background == c[:, 3], "all": hits["shape"] & hits["color"] & hits["direction"]}
+        return {
+            **hits,
+            "background": self.background == c[:, 3],
+            "all": hits["shape"] & hits["color"] & hits["direction"],
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +86,8 @@ class Verdict:
 
 def _foreground(frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """-> soft coverage (B, T, H, W), colour per frame (B, T, 3), background per frame (B, T, 3)."""
-    shade = frames.flatten(3).median(-1).values  # the shape covers under a fifth of the frame, so the median is background
+    # the shape covers under a fifth of the frame, so the median is background
+    shade = frames.flatten(3).median(-1).values
     offset = frames - shade[..., None, None]
     distance = offset.norm(dim=2)  # (B, T, H, W)
     smooth = F.avg_pool2d(F.pad(distance, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -112,7 +118,11 @@ def measure(frames_BTCHW: Tensor) -> Measured:
         best = torch.zeros_like(area)
         for stretch in (0.94, 1.0, 1.06):
             drawn = coverage(x, y, radius * stretch, torch.full(x.shape, form, device=x.device))
-            best = torch.maximum(best, torch.minimum(alpha, drawn).flatten(2).sum(-1) / torch.maximum(alpha, drawn).flatten(2).sum(-1).clamp(min=1))
+            best = torch.maximum(
+                best,
+                torch.minimum(alpha, drawn).flatten(2).sum(-1)
+                / torch.maximum(alpha, drawn).flatten(2).sum(-1).clamp(min=1),
+            )
         overlaps.append(best)
     overlap = torch.stack(overlaps, -1) * present[..., None]  # (B, T, 3)
     seen = present.sum(1, keepdim=True).clamp(min=1)
@@ -157,7 +167,8 @@ def measure(frames_BTCHW: Tensor) -> Measured:
     count = empty.flatten(1).sum(1).clamp(min=1) * 3
     noise = ((rest**2 * empty[:, :, None]).flatten(1).sum(1) / count).sqrt() > NOISE_STD
     edge = (4 * alpha * (1 - alpha)).flatten(2).sum(-1)
-    around = torch.tensor([6.283, 7.090, 8.081], device=radius.device)[shape][:, None] * radius  # perimeter of each form
+    # perimeter of each form
+    around = torch.tensor([6.283, 7.090, 8.081], device=radius.device)[shape][:, None] * radius
     blur = ((edge / around) * present).sum(1) / seen[:, 0] > BLUR_PX
     flicker = shade.mean(-1).std(1) > FLICKER_STD
     some = present.any(1)

@@ -1,11 +1,12 @@
 """ToyWorld's scenes: one coloured shape moves over a plain background for 9 frames of 32 x 32 pixels.
 
-A *combination* is (shape, colour, motion, background): 3 x 6 x 5 x 3 = 270 of them. What a caption does not say (place, size, speed,
-exact shades) is drawn at random, so that a prompt has many right clips. A fifth of the combinations (54) is held out from
-Diffusion-DRF, and half of those (27) from the training of every model as well.
+A *combination* is (shape, colour, motion, background): 3 x 6 x 5 x 3 = 270 of them. What a caption does not say (place,
+size, speed, exact shades) is drawn at random, so that a prompt has many right clips. A fifth of the combinations (54)
+is held out from Diffusion-DRF, and half of those (27) from the training of every model as well.
 
-Scenes are kept as *tracks*: per frame the place, size, colour, form and presence of the shape. Rendering is exact area coverage to
-first order (a signed distance clamped to one pixel), so edges are anti-aliased and a shape moves by fractions of a pixel.
+Scenes are kept as *tracks*: per frame the place, size, colour, form and presence of the shape. Rendering is exact area
+coverage to first order (a signed distance clamped to one pixel), so edges are anti-aliased and a shape moves by
+fractions of a pixel.
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ FRAMES, SIZE, FPS = 9, 32, 8
 
 SHAPES, COLORS, MOTIONS, BACKGROUNDS = (ATTRIBUTES[name] for name in ("shape", "color", "direction", "background"))
 
-RGB = torch.tensor([[0.90, 0.10, 0.10], [0.10, 0.70, 0.15], [0.12, 0.20, 0.92], [0.95, 0.85, 0.10], [0.65, 0.10, 0.80], [0.10, 0.80, 0.88]])
+RGB = torch.tensor(
+    [
+        [0.90, 0.10, 0.10],
+        [0.10, 0.70, 0.15],
+        [0.12, 0.20, 0.92],
+        [0.95, 0.85, 0.10],
+        [0.65, 0.10, 0.80],
+        [0.10, 0.80, 0.88],
+    ]
+)
 SHADE = torch.tensor([0.06, 0.46, 0.90])
 SHADE_JITTER, RGB_JITTER = 0.05, 0.04
 RADIUS = (5.4, 6.8)  # radius of the circle of the same area, pixels
@@ -65,7 +75,8 @@ def _split() -> dict[Combo, str]:
 
 
 SPLIT = _split()
-"""``train``: prompts of Diffusion-DRF. ``heldout``: seen by the models' own training, never by DRF. ``unseen``: by neither."""
+"""``train``: prompts of Diffusion-DRF. ``heldout``: seen by the models' own training, never by DRF. ``unseen``: by
+neither."""
 
 
 def combos_of(*splits: str) -> list[Combo]:
@@ -78,7 +89,8 @@ def _uniform(low: float | Tensor, high: float | Tensor, n: int, generator: torch
 
 
 def draw_tracks(combos: list[Combo] | Tensor, generator: torch.Generator) -> Tracks:
-    """One scene per combination: free attributes drawn uniformly, motion straight and even, the shape inside the frame throughout.
+    """One scene per combination: free attributes drawn uniformly, motion straight and even, the shape inside the frame
+    throughout.
 
     combos: list of Combo or int64 (B, 4).
     """
@@ -106,7 +118,8 @@ def draw_tracks(combos: list[Combo] | Tensor, generator: torch.Generator) -> Tra
 def coverage(x: Tensor, y: Tensor, radius: Tensor, shape: Tensor, size: int = SIZE) -> Tensor:
     """Share of each pixel that the shape covers, in [0, 1]: (..., size, size) for inputs of shape (...).
 
-    All three forms have the area of a circle of the given radius: square of half side 0.886 r, upward triangle of side 2.694 r.
+    All three forms have the area of a circle of the given radius: square of half side 0.886 r, upward triangle of side
+    2.694 r.
     """
     centre = torch.arange(size) + 0.5
     dx = centre[None, :] - x[..., None, None]

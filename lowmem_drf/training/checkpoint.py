@@ -1,9 +1,9 @@
 """Checkpoints: all or nothing on disk, exact on resume.
 
-A checkpoint is written into a folder of another name, every file is flushed to the disk (fsync), and the folder is renamed; a process that is
-killed at any moment leaves the earlier checkpoints whole and at most a folder that the next save removes. Resumed, a run gives the
-same LoRA bytes on the CPU as an unbroken one: the optimizer's moments, the random state and the prompts' cursor are kept, and all noise is
-drawn from (seed, update, clip).
+A checkpoint is written into a folder of another name, every file is flushed to the disk (fsync), and the folder is
+renamed; a process that is killed at any moment leaves the earlier checkpoints whole and at most a folder that the next
+save removes. Resumed, a run gives the same LoRA bytes on the CPU as an unbroken one: the optimizer's moments, the
+random state and the prompts' cursor are kept, and all noise is drawn from (seed, update, clip).
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def checkpoint_folder(run: Path, step: int | None = None) -> Path:
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint, alpha: float, keep: int) -> Path:
-    """Writes ``lora.safetensors`` (``alpha`` in its header), ``state.safetensors`` and ``cursor.json``, then deletes all but the last
-    ``keep`` checkpoints. Returns the folder."""
+    """Writes ``lora.safetensors`` (``alpha`` in its header), ``state.safetensors`` and ``cursor.json``, then deletes
+    all but the last ``keep`` checkpoints. Returns the folder."""
     from safetensors.torch import save_file
 
     parent = run / "checkpoints"
@@ -73,7 +73,12 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, alpha: float, keep: int) 
     # one entry only: safetensors writes several in random order, and equal LoRAs are to be equal files
     save_file(dict(checkpoint.lora), aside / "lora.safetensors", metadata={"alpha": repr(alpha)})
     save_file({**checkpoint.optimizer, **_random_state()}, aside / "state.safetensors")
-    cursor = {"step": checkpoint.step, **asdict(checkpoint.cursor), "prompts": checkpoint.prompts, "spread": dict(checkpoint.spread)}
+    cursor = {
+        "step": checkpoint.step,
+        **asdict(checkpoint.cursor),
+        "prompts": checkpoint.prompts,
+        "spread": dict(checkpoint.spread),
+    }
     (aside / "cursor.json").write_text(json.dumps(cursor, indent=2) + "\n", encoding="utf-8")
     for path in (*aside.iterdir(), aside):
         _flush(path)
@@ -104,7 +109,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         )
         torch.set_rng_state(state["rng.cpu"])
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise LowmemError(f"the checkpoint {folder} is damaged ({error}). Delete the folder; --resume then takes the one before it.") from error
+        raise LowmemError(
+            f"the checkpoint {folder} is damaged ({error}). Delete the folder; --resume then takes the one before it."
+        ) from error
     if "rng.cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["rng.cuda"])
     return checkpoint

@@ -46,7 +46,8 @@ def train(
     ranks: Ranks = ALONE,
     abort: Callable[[BaseException], None] = lambda error: None,
 ) -> Models:
-    """Trains from the run's last checkpoint, or from nothing, to ``config.steps``. The run's folder is the first process's alone.
+    """Trains from the run's last checkpoint, or from nothing, to ``config.steps``. The run's folder is the first
+    process's alone.
 
     Args:
         models: with a fresh LoRA on the transformer.
@@ -68,7 +69,11 @@ def train(
     trainer, models = make_trainer(config, models, abort)
     if checkpoint:
         trainer.unpack(checkpoint.optimizer)
-    cursor, done, spread = (checkpoint.cursor, checkpoint.step, Spread(seen=dict(checkpoint.spread))) if checkpoint else (Cursor(), 0, Spread())
+    cursor, done, spread = (
+        (checkpoint.cursor, checkpoint.step, Spread(seen=dict(checkpoint.spread)))
+        if checkpoint
+        else (Cursor(), 0, Spread())
+    )
     parts, stream = models.parts(lora_parameters(models.transformer)), PromptStream(prompts, config.seed, cursor)
     judge = oracle_for(config, [prompt.text for prompt in prompts])
     metrics, progress = Metrics(run, done) if ranks.chief else None, TrainProgress(console, config.steps, done)
@@ -82,7 +87,9 @@ def train(
         with progress.live(), _finish_on_interrupt(progress, run, ranks) as asked:
             for step in range(done, config.steps):
                 scales = spread.scales() if config.critic.normalize else {}
-                report = update(config, models, parts, trainer, step, stream.take(config.batch), questions, judge, scales, ranks)
+                report = update(
+                    config, models, parts, trainer, step, stream.take(config.batch), questions, judge, scales, ranks
+                )
                 spread.add(report.reward_by_question)
                 if metrics:
                     metrics.write(report)
@@ -110,12 +117,22 @@ def _restored(run: Path, prompts: Sequence[Prompt]) -> Checkpoint | None:
         return None
     checkpoint = load_checkpoint(checkpoint_folder(run))
     if checkpoint.prompts != fingerprint(prompts):
-        raise BadInputError(f"the prompts of {run} have changed since its last checkpoint. Restore the file, or start a new run.")
+        raise BadInputError(
+            f"the prompts of {run} have changed since its last checkpoint. Restore the file, or start a new run."
+        )
     return checkpoint
 
 
 def _save(
-    config: Config, run: Path, models: Models, trainer: Trainer, step: int, cursor: Cursor, prompts: Sequence[Prompt], spread: Spread, ranks: Ranks
+    config: Config,
+    run: Path,
+    models: Models,
+    trainer: Trainer,
+    step: int,
+    cursor: Cursor,
+    prompts: Sequence[Prompt],
+    spread: Spread,
+    ranks: Ranks,
 ) -> None:
     with trainer.whole():
         lora = lora_state(models.transformer)
@@ -127,7 +144,8 @@ def _save(
 
 @contextmanager
 def _finish_on_interrupt(progress: TrainProgress, run: Path, ranks: Ranks) -> Iterator[list[int]]:
-    """Within the block the first Ctrl-C (or SIGTERM) only fills the list; the second ends the process at once, which costs nothing that is saved."""
+    """Within the block the first Ctrl-C (or SIGTERM) only fills the list; the second ends the process at once, which
+    costs nothing that is saved."""
     asked: list[int] = []
 
     def on_signal(number: int, frame: object) -> None:
@@ -135,7 +153,9 @@ def _finish_on_interrupt(progress: TrainProgress, run: Path, ranks: Ranks) -> It
             os._exit(130)
         if asked:
             saved = max(checkpoint_steps(run), default=0)
-            progress.leave(f"Stopped at once; update {saved} is the last one saved. Go on with: lowmem-drf train --resume --output {run}")
+            progress.leave(
+                f"Stopped at once; update {saved} is the last one saved. Go on with: lowmem-drf train --resume --output {run}"
+            )
             os._exit(130)
         asked.append(number)
         if ranks.chief:

@@ -24,7 +24,8 @@ def load_run_lora(transformer: WanTransformer3DModel, run: Path, config: Config,
 
 
 def load_lora_file(transformer: WanTransformer3DModel, path: Path) -> None:
-    """Adds the LoRA of a file in any format that ``lora_formats`` reads. Raises BadInputError: no LoRA, or one of another model."""
+    """Adds the LoRA of a file in any format that ``lora_formats`` reads. Raises BadInputError: no LoRA, or one of
+    another model."""
     lora = read_lora(path)
     try:
         attach_lora(transformer, lora.state, lora.alpha)

@@ -26,12 +26,16 @@ def preview_texts(config: Config, prompts: Sequence[Prompt]) -> list[str]:
     return [prompt.text for prompt in prompts[: config.log.sample_prompts]]
 
 
-def write_previews(config: Config, run: Path, models: Models, texts: Sequence[str], step: int, ranks: Ranks = ALONE) -> None:
-    """``samples/step-000050/01-<prompt>.mp4`` of every text, from the same noise at every step. Of many processes each makes some of
-    the clips, and the first one writes them."""
+def write_previews(
+    config: Config, run: Path, models: Models, texts: Sequence[str], step: int, ranks: Ranks = ALONE
+) -> None:
+    """``samples/step-000050/01-<prompt>.mp4`` of every text, from the same noise at every step. Of many processes each
+    makes some of the clips, and the first one writes them."""
     folder = run / "samples" / f"step-{step:06d}"
     upscale = watchable_upscale(config.video.height, config.video.width)
-    for here, made, new in batches(models, config.sampler, texts, [PREVIEW_SEED] * len(texts), config.log.eval_batch, ranks):
+    for here, made, new in batches(
+        models, config.sampler, texts, [PREVIEW_SEED] * len(texts), config.log.eval_batch, ranks
+    ):
         clips = [(i, to_pixels(frames)) for i, frames in zip(here, made.frames_BTCHW, strict=True)] if new else []
         for i, pixels in (clip for some in ranks.gather(clips) for clip in some):
             if ranks.chief:

@@ -82,8 +82,8 @@ class TrainProgress:
             self.note(f"update {self._head(report)} | {self._rates()} | {_stages(report)}")
 
     def notice(self, text: str) -> None:
-        """A line for the moment, from a signal handler: nothing is printed through ``sys.stdout`` or rich here, whose locks the interrupted code
-        may hold."""
+        """A line for the moment, from a signal handler: nothing is printed through ``sys.stdout`` or rich here, whose
+        locks the interrupted code may hold."""
         if self._live is not None:
             self._notice = text
         else:
@@ -100,19 +100,28 @@ class TrainProgress:
     def _panel(self, report: UpdateReport) -> Group:
         top = Table.grid(padding=(0, 1))
         top.add_row(ProgressBar(total=self._steps, completed=report.step, width=30), Text(self._head(report)))
-        return Group(top, Text.assemble((sparkline(self._rewards, 30), "cyan"), " ", self._rates()), Text(_stages(report), style="dim"))
+        return Group(
+            top,
+            Text.assemble((sparkline(self._rewards, 30), "cyan"), " ", self._rates()),
+            Text(_stages(report), style="dim"),
+        )
 
     def _head(self, report: UpdateReport) -> str:
         eta = self._eta.left(self._steps - report.step)
         return f"{report.step}/{self._steps}  {self._eta.update_s:.2f} s/update  ETA {eta}"
 
     def _rates(self) -> str:
-        aspects = {name: self._average([r.reward_by_aspect[name] for r in self._recent if name in r.reward_by_aspect]) for name in ASPECTS}
+        aspects = {
+            name: self._average([r.reward_by_aspect[name] for r in self._recent if name in r.reward_by_aspect])
+            for name in ASPECTS
+        }
         shown = [f"reward {self._average([r.reward for r in self._recent]):+.3f}"]
         shown += [f"{ASPECTS[name]} {value:+.3f}" for name, value in aspects.items() if value == value]
         judged = [r.oracle for r in self._recent if r.oracle]
         if judged:
-            rates = [f"{name} {self._average([row[name] for row in judged]):.0%}" for name in ("all", "physics", "quality")]
+            rates = [
+                f"{name} {self._average([row[name] for row in judged]):.0%}" for name in ("all", "physics", "quality")
+            ]
             shown.append("oracle: " + " ".join(rates))
         return "  ".join(shown)
 

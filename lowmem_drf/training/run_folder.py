@@ -54,7 +54,9 @@ def make_writable(folder: Path) -> list[Path]:
         probe.unlink()
     except OSError as error:
         release(missing)
-        raise BadInputError(f"{folder} cannot be written to: {error.strerror}. Give another folder with --output.") from error
+        raise BadInputError(
+            f"{folder} cannot be written to: {error.strerror}. Give another folder with --output."
+        ) from error
     return missing
 
 
@@ -73,12 +75,15 @@ def find_run(folder: Path | None = None) -> Path:
         return folder
     found = [path.parent for path in RUNS.glob("*/config.toml")]
     if not found:
-        raise BadInputError("there is no run under runs/ yet. Train one with: lowmem-drf train; or name a run's folder.")
+        raise BadInputError(
+            "there is no run under runs/ yet. Train one with: lowmem-drf train; or name a run's folder."
+        )
     return max(found, key=_last_written)
 
 
 def run_config(folder: Path) -> Config:
-    """The resolved configuration of a run, for a command that works in one process: what was partitioned over many is streamed to it."""
+    """The resolved configuration of a run, for a command that works in one process: what was partitioned over many is
+    streamed to it."""
     config = load_config(folder / "config.toml")
     partitioned = ["transformer", *(["critic"] if config.zero.critic else [])] if config.engine == "zero3" else []
     memory = config.memory.model_copy(update={"stream": [*config.memory.stream, *partitioned]})
@@ -86,7 +91,8 @@ def run_config(folder: Path) -> Config:
 
 
 def write_aside(path: Path, text: str) -> None:
-    """Writes a whole file under another name, then renames it: a reader sees the old text or the new one, never a part."""
+    """Writes a whole file under another name, then renames it: a reader sees the old text or the new one, never a
+    part."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with aside.open("w", encoding="utf-8") as file:

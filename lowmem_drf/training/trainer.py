@@ -24,11 +24,13 @@ class Trainer(Protocol):
     """The optimizer of the LoRA."""
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Around all backwards of an update, which add to ``.grad`` of the LoRA's tensors. Many processes: at its end they average."""
+        """Around all backwards of an update, which add to ``.grad`` of the LoRA's tensors. Many processes: at its end
+        they average."""
         ...
 
     def step(self, lr: float) -> float:
-        """Clips and steps with this rate. Returns the norm of the gradient before clipping, NaN or infinite if that was: then no weight changed."""
+        """Clips and steps with this rate. Returns the norm of the gradient before clipping, NaN or infinite if that
+        was: then no weight changed."""
         ...
 
     def whole(self) -> AbstractContextManager[None]:
@@ -36,7 +38,8 @@ class Trainer(Protocol):
         ...
 
     def pack(self) -> dict[str, Tensor]:
-        """The state as tensors on the CPU (``optimizers.pack_optimizer``), the same for any number of processes, all of which call it."""
+        """The state as tensors on the CPU (``optimizers.pack_optimizer``), the same for any number of processes, all of
+        which call it."""
         ...
 
     def unpack(self, packed: Mapping[str, Tensor]) -> None:
@@ -85,8 +88,11 @@ class SingleTrainer:
         unpack_optimizer(self._optimizer, self._names, packed)
 
 
-def make_trainer(config: Config, models: Models, abort: Callable[[BaseException], None] = lambda error: None) -> tuple[Trainer, Models]:
-    """The trainer of these models' LoRA, which has its first values, and the models as they are to be used from here on.
+def make_trainer(
+    config: Config, models: Models, abort: Callable[[BaseException], None] = lambda error: None
+) -> tuple[Trainer, Models]:
+    """The trainer of these models' LoRA, which has its first values, and the models as they are to be used from here
+    on.
 
     Args:
         abort: of many processes: is told of an exception within an update at once (``ZeroEngine``).

@@ -33,7 +33,8 @@ class UpdateReport:
     step: int
     """Updates done, this one included."""
     reward: float
-    """The one number whose gradient is taken: with ``critic.normalize``, of the scaled rewards. Those below are as the critic gave them."""
+    """The one number whose gradient is taken: with ``critic.normalize``, of the scaled rewards. Those below are as the
+    critic gave them."""
     reward_by_aspect: dict[str, float]
     reward_by_question: dict[str, float]
     grad_norm: float
@@ -51,7 +52,8 @@ class UpdateReport:
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
-    """The rate of update ``step`` (from 0) of ``steps``: linear warm-up, then constant, or down a half cosine or a line to 0 at the end."""
+    """The rate of update ``step`` (from 0) of ``steps``: linear warm-up, then constant, or down a half cosine or a line
+    to 0 at the end."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     done = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
@@ -82,8 +84,8 @@ def update(
     Returns:
         The report of all processes' clips, in every process; times and peaks are the largest of them.
 
-    Raises:
-        NonFiniteError: a reward or a gradient is NaN or infinite. Names the update, prompts and seeds; the weights were not changed.
+    Raises: NonFiniteError: a reward or a gradient is NaN or infinite. Names the update, prompts and seeds; the weights
+        were not changed.
     """
     start = time.perf_counter()
     plan = step_plan(config, step, scales)
@@ -92,14 +94,22 @@ def update(
     some, its_seeds = ranks.share(prompts), ranks.share(seeds)
     with trainer.accumulate():
         stats = _accumulate(config, models, parts, plan, step, some, its_seeds, questions)
-        if not bool(torch.nn.utils.get_total_norm([tensor.grad for tensor in parts.lora if tensor.grad is not None]).isfinite()):
+        if not bool(
+            torch.nn.utils.get_total_norm([tensor.grad for tensor in parts.lora if tensor.grad is not None]).isfinite()
+        ):
             raise NonFiniteError(f"the LoRA's gradient is not finite in {_where(step, some, its_seeds)}")
     with models.meter.stage("update"):
         grad_norm = trainer.step(lr)
     if not math.isfinite(grad_norm):
-        raise NonFiniteError(f"the mean of the processes' LoRA gradients is not finite in {_where(step, prompts, seeds)}")
+        raise NonFiniteError(
+            f"the mean of the processes' LoRA gradients is not finite in {_where(step, prompts, seeds)}"
+        )
     frames = torch.cat([stat.frames_BTCHW for stat, _ in stats])
-    oracle = dict(judge(frames, [prompt.text for prompt in some])) if judge and frames.shape[1] == config.video.frames else {}
+    oracle = (
+        dict(judge(frames, [prompt.text for prompt in some]))
+        if judge and frames.shape[1] == config.video.frames
+        else {}
+    )
     rewards = [(stat.reward, stat.reward_by_aspect, stat.reward_by_question, weight) for stat, weight in stats]
     shares = ranks.gather((rewards, oracle, *models.meter.take()))
     made = [row for rows, *_ in shares for row in rows]
@@ -129,7 +139,8 @@ def _accumulate(
     seeds: Sequence[int],
     questions: Mapping[str, Sequence[Question]],
 ) -> list[tuple[StepStats, float]]:
-    """Leaves in ``.grad`` the gradient of -(mean reward of the batch), micro-batch by micro-batch. Returns each one's statistics and weight."""
+    """Leaves in ``.grad`` the gradient of -(mean reward of the batch), micro-batch by micro-batch. Returns each one's
+    statistics and weight."""
     stats: list[tuple[StepStats, float]] = []
     for first in range(0, len(prompts), config.micro_batch):
         some, its_seeds = prompts[first : first + config.micro_batch], seeds[first : first + config.micro_batch]
@@ -148,7 +159,9 @@ def _accumulate(
 
 
 def _where(step: int, prompts: Sequence[Prompt], seeds: Sequence[int]) -> str:
-    clips = "; ".join(f"{prompt.id} ({prompt.text!r}, seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True))
+    clips = "; ".join(
+        f"{prompt.id} ({prompt.text!r}, seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True)
+    )
     return f"update {step + 1}: {clips}. No weight was changed. Go on from the last checkpoint with a lower optim.lr, or leave the prompt out."
 
 

@@ -1,4 +1,5 @@
-"""Embeddings of texts: those of the encoder, kept on the disk where the encoder is large, and never another encoder's."""
+"""Embeddings of texts: those of the encoder, kept on the disk where the encoder is large, and never another
+encoder's."""
 
 from __future__ import annotations
 
@@ -47,7 +48,11 @@ def loads(monkeypatch) -> list:
         encoder = load(*arguments)
         encode, asked = type(encoder).encode, []
         seen.append((weakref.ref(encoder.model), asked))
-        monkeypatch.setattr(type(encoder), "encode", lambda self, some, max_tokens: asked.append(list(some)) or encode(self, some, max_tokens))
+        monkeypatch.setattr(
+            type(encoder),
+            "encode",
+            lambda self, some, max_tokens: asked.append(list(some)) or encode(self, some, max_tokens),
+        )
         return encoder
 
     monkeypatch.setattr(text_module, "load_text", watched)
@@ -73,7 +78,9 @@ def test_a_small_encoder_leaves_nothing_on_the_disk(generator, cache, tiny_prese
     from lowmem_drf.models.weights.sources import resolve
 
     encode_texts(configuration(tiny_preset), str(generator), TEXTS, CPU)
-    encode_texts(configuration(tiny_preset, "model.text_tokens=8"), resolve("toyworld", "generator"), ["a red circle"], CPU)
+    encode_texts(
+        configuration(tiny_preset, "model.text_tokens=8"), resolve("toyworld", "generator"), ["a red circle"], CPU
+    )
     assert not cache.exists()
 
 
@@ -113,7 +120,10 @@ def test_a_streamed_encoder_is_gone_too_and_shares_the_cache(generator, cache, l
     resident = encode_texts(configuration(tiny_preset), str(generator), TEXTS, CPU)
     assert len(loads) == 1
     shutil.rmtree(cache)
-    assert all(torch.equal(streamed[text], row) for text, row in encode_texts(configuration(tiny_preset), str(generator), TEXTS, CPU).items())
+    assert all(
+        torch.equal(streamed[text], row)
+        for text, row in encode_texts(configuration(tiny_preset), str(generator), TEXTS, CPU).items()
+    )
     assert resident.keys() == streamed.keys()
 
 

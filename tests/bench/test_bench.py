@@ -31,7 +31,17 @@ def tiny_toyworld(tiny_folders, monkeypatch):
 
 
 def test_seeds_then_picture(tiny_toyworld, tiny_preset, tmp_path, capsys):
-    arguments = ["--seeds", "0", "4", "--preset", str(tiny_preset), "--output", str(tmp_path), "--json", str(tmp_path / "made" / "out.json")]
+    arguments = [
+        "--seeds",
+        "0",
+        "4",
+        "--preset",
+        str(tiny_preset),
+        "--output",
+        str(tmp_path),
+        "--json",
+        str(tmp_path / "made" / "out.json"),
+    ]
     arguments += [part for override in [*OVERRIDES, "steps=1"] for part in ("-s", override)]
     assert toy_seeds.main(arguments) == 1  # random models learn nothing
     out = capsys.readouterr().out
@@ -54,14 +64,38 @@ def test_seeds_then_picture(tiny_toyworld, tiny_preset, tmp_path, capsys):
 
 
 def test_modes_side_by_side_go_on_from_what_was_measured(tiny_toyworld, tiny_preset, tmp_path, capsys):
-    arguments = ["--preset", str(tiny_preset), *(part for override in [*OVERRIDES, "steps=1"] for part in ("-s", override))]
+    arguments = [
+        "--preset",
+        str(tiny_preset),
+        *(part for override in [*OVERRIDES, "steps=1"] for part in ("-s", override)),
+    ]
     first, whole = tmp_path / "first.json", tmp_path / "whole.json"
     assert critic_modes.main([*arguments, "--modes", "vanilla", "dense", "--seeds", "0", "--json", str(first)]) == 0
-    assert critic_modes.main([*arguments, "--modes", "vanilla", "dense", "--seeds", "0", "1", "--merge", str(first), "--json", str(whole)]) == 0
+    assert (
+        critic_modes.main(
+            [
+                *arguments,
+                "--modes",
+                "vanilla",
+                "dense",
+                "--seeds",
+                "0",
+                "1",
+                "--merge",
+                str(first),
+                "--json",
+                str(whole),
+            ]
+        )
+        == 0
+    )
     rows = json.loads(whole.read_text())["rows"]
     assert [(row["mode"], row["seed"]) for row in rows] == [("vanilla", 0), ("dense", 0), ("vanilla", 1), ("dense", 1)]
     assert rows[:2] == json.loads(first.read_text())["rows"]
-    assert len({row["base"]["heldout_reward"] for row in rows}) == 1 and len({row["tuned"]["heldout_reward"] for row in rows}) == 4
+    assert (
+        len({row["base"]["heldout_reward"] for row in rows}) == 1
+        and len({row["tuned"]["heldout_reward"] for row in rows}) == 4
+    )
     out = capsys.readouterr().out
     assert out.count("mean") >= 2 and "(base)" in out
     assert critic_modes.main(["-s", "optim.lrr=1"]) == 2
@@ -80,7 +114,12 @@ def test_a_promise_is_kept_or_named():
     base = {"oracle": {"all": 0.3, "physics": 0.8, "quality": 0.9}, "diversity": 0.1}
     tuned = {"oracle": {"all": 0.66, "physics": 0.8, "quality": 0.9}, "diversity": 0.081}
     assert all(toy_seeds.verdicts(base, tuned).values())
-    for where, value in ((("oracle", "all"), 0.64), (("oracle", "physics"), 0.79), (("oracle", "quality"), 0.89), (("diversity",), 0.079)):
+    for where, value in (
+        (("oracle", "all"), 0.64),
+        (("oracle", "physics"), 0.79),
+        (("oracle", "quality"), 0.89),
+        (("diversity",), 0.079),
+    ):
         worse = copy.deepcopy(tuned)
         node = worse
         for key in where[:-1]:
@@ -97,7 +136,9 @@ def test_zero3_against_streaming_has_the_same_update_in_both_and_says_what_faile
         config = load_config(command[command.index("--preset") + 1], settings)
         made[config.engine] = config
         row = {"measured_gib": 1.5, "measured_s": 2.0}
-        good = json.dumps({"stages": {"text": {"measured_gib": None}, "rollout": row, "update": row}, "measured_peak_gib": 1.5})
+        good = json.dumps(
+            {"stages": {"text": {"measured_gib": None}, "rollout": row, "update": row}, "measured_peak_gib": 1.5}
+        )
         return SimpleNamespace(returncode=int(config.engine == "single"), stdout=good, stderr="Error: out of memory")
 
     monkeypatch.setattr(zero3.subprocess, "run", run)

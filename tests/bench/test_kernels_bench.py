@@ -16,7 +16,12 @@ BY_NAME = {op.name: op for op in OPS}
 
 def test_every_public_op_is_in_the_list():
     modules = {file: importlib.import_module(f"lowmem_drf.kernels.{file}") for file in kernel_files()}
-    public = {(file, name.removesuffix("_naive")) for file, module in modules.items() for name in vars(module) if name.endswith("_naive") and name[0] != "_"}
+    public = {
+        (file, name.removesuffix("_naive"))
+        for file, module in modules.items()
+        for name in vars(module)
+        if name.endswith("_naive") and name[0] != "_"
+    }
     assert {(op.file, op.name) for op in OPS} == public
     assert len(BY_NAME) == len(OPS) > 0 and all(op.sizes for op in OPS)
     assert all((kernels.TESTS / f"test_{op.file}.py").exists() for op in OPS)
@@ -45,7 +50,10 @@ def test_inputs_of_true_size_fit_the_op(op):
     for sizes in op.sizes.values():
         values = build(given, sizes, op.dtypes[0], torch.device("cpu"))
         with FakeTensorMode() as mode:
-            fakes = {name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+            fakes = {
+                name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+                for name, value in values.items()
+            }
             outs = kernels._tensors(op.fused(**build(drawn, sizes, op.dtypes[0], torch.device("cpu")), **fakes))
         assert outs and all(out.numel() > 2**22 and out.dtype == op.dtypes[0] for out in outs)
 
@@ -56,7 +64,12 @@ def test_moved_bytes(device):
     for name, forward, backward in (
         ("norm_modulate", 2 * sequence + 2 * row, 3 * sequence + row + 8 * B * L),
         ("gate_residual", 3 * sequence + row, 2 * sequence + row),  # dx is the upstream gradient
-        ("rope_qk", 4 * sequence + 2 * 2 * D + 2 * 4 * L * 16, 6 * sequence + 2 * 4 * B * L + 2 * 2 * D + 2 * 4 * L * 16),  # tables once for q and k
+        # tables once for q and k
+        (
+            "rope_qk",
+            4 * sequence + 2 * 2 * D + 2 * 4 * L * 16,
+            6 * sequence + 2 * 4 * B * L + 2 * 2 * D + 2 * 4 * L * 16,
+        ),
         ("rms_norm", 2 * sequence + 2 * D, 3 * sequence + 4 * B * L + 2 * D),
     ):
         op = BY_NAME[name]
@@ -93,12 +106,23 @@ def timed(monkeypatch):
 
 
 def test_rows(timed, monkeypatch, device):
-    gate, attention = (replace(BY_NAME[name], sizes={"tiny": BY_NAME[name].tiny}) for name in ("gate_residual", "attention"))
+    gate, attention = (
+        replace(BY_NAME[name], sizes={"tiny": BY_NAME[name].tiny}) for name in ("gate_residual", "attention")
+    )
     rows = kernels.measure(gate, "tiny", torch.float16, str(device))
-    assert [(row["by"], row["pass"]) for row in rows] == [(by, which) for by in ("triton", "naive") for which in ("forward", "backward", "both")]
+    assert [(row["by"], row["pass"]) for row in rows] == [
+        (by, which) for by in ("triton", "naive") for which in ("forward", "backward", "both")
+    ]
     forward = kernels.moved_bytes(gate.fused, build(gate, gate.tiny, torch.float16, device))["forward"]
     figures = {"ms": 2.0, "peak_mib": 3.0, "gb_per_s": pytest.approx(forward / 2e-3 / 1e9), "of_copy": 0.5}
-    assert rows[0] == {"op": "gate_residual", "sizes": "tiny", "dtype": "float16", "by": "triton", "pass": "forward", **figures}
+    assert rows[0] == {
+        "op": "gate_residual",
+        "sizes": "tiny",
+        "dtype": "float16",
+        "by": "triton",
+        "pass": "forward",
+        **figures,
+    }
 
     def broken(*_, **__):
         raise RuntimeError("No available kernel.\nAnd more.")
@@ -108,7 +132,9 @@ def test_rows(timed, monkeypatch, device):
     assert [row["by"] for row in rows if "cannot" in row] == ["SDPA flash", "SDPA cuDNN", "SDPA efficient"]
     assert {row["cannot"] for row in rows if "cannot" in row} == {"No available kernel."}
     flops = kernels.forward_flops(build(attention, attention.tiny, torch.float16, device))
-    assert [row["tflops"] for row in rows[:3]] == [pytest.approx(times * flops / 2e-3 / 1e12) for times in (1, 2.5, 3.5)]
+    assert [row["tflops"] for row in rows[:3]] == [
+        pytest.approx(times * flops / 2e-3 / 1e12) for times in (1, 2.5, 3.5)
+    ]
     kernels.table(rows)
 
     def wrong(**_):
@@ -135,15 +161,35 @@ def test_nothing_is_measured_where_a_test_fails(monkeypatch, tmp_path, capsys):
 
 
 def test_result_says_whether_it_was_gated(monkeypatch, tmp_path, capsys):
-    row = {"op": "gate_residual", "sizes": "some", "dtype": "bfloat16", "by": "triton", "pass": "forward", "ms": 0.5, "peak_mib": 3.0}
+    row = {
+        "op": "gate_residual",
+        "sizes": "some",
+        "dtype": "bfloat16",
+        "by": "triton",
+        "pass": "forward",
+        "ms": 0.5,
+        "peak_mib": 3.0,
+    }
     saved = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(kernels, "measure", lambda op, label, dtype: [row | {"gb_per_s": 1234.0, "of_copy": 0.9}, {**row, "by": "naive", "cannot": "memory"}])
+    monkeypatch.setattr(
+        kernels,
+        "measure",
+        lambda op, label, dtype: [
+            row | {"gb_per_s": 1234.0, "of_copy": 0.9},
+            {**row, "by": "naive", "cannot": "memory"},
+        ],
+    )
     monkeypatch.setattr(kernels, "_save", lambda path, rows, gated: saved.append((len(rows), gated)))
     monkeypatch.setattr(kernels, "TESTS", tmp_path)
     (tmp_path / "test_modulate.py").write_text("def test_right():\n    pass\n")
     assert kernels.main(["--ops", "gate_residual", "--quick", "--json", str(tmp_path / "x.json")]) == 0
-    assert "not gated" not in (out := capsys.readouterr().out) and "1,234" in out and "90%" in out and "cannot: memory" in out
+    assert (
+        "not gated" not in (out := capsys.readouterr().out)
+        and "1,234" in out
+        and "90%" in out
+        and "cannot: memory" in out
+    )
     assert kernels.main(["--ops", "gate_residual", "--no-tests", "--json", str(tmp_path / "x.json")]) == 0
     assert "not gated" in capsys.readouterr().out
     assert saved == [(2, True), *((2 * n, False) for n in range(1, 1 + len(BY_NAME["gate_residual"].sizes)))]

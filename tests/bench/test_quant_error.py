@@ -36,14 +36,19 @@ def test_toyworld_and_a_true_block(tmp_path, capsys, monkeypatch) -> None:
     file = tmp_path / "made" / "out.json"
     assert quant_error.main(["--clips", "2", "--blocks", "Wan2.1-1.3B", "--json", str(file)]) == 0
     models = json.loads(file.read_text())["models"]
-    assert list(models) == ["ToyWorld", "a block of Wan2.1-1.3B"] and "a block of Wan2.1-1.3B" in capsys.readouterr().out
+    assert (
+        list(models) == ["ToyWorld", "a block of Wan2.1-1.3B"] and "a block of Wan2.1-1.3B" in capsys.readouterr().out
+    )
     for rows in models.values():
         check(rows)
 
 
 def test_the_committed_figures() -> None:
     result = json.loads((ROOT / "bench" / "results" / "quant_error.json").read_text())
-    assert result["clips"] == 16 and list(result["models"]) == ["ToyWorld", *(f"a block of {name}" for name in quant_error.BLOCKS)]
+    assert result["clips"] == 16 and list(result["models"]) == [
+        "ToyWorld",
+        *(f"a block of {name}" for name in quant_error.BLOCKS),
+    ]
     for rows in result["models"].values():
         check(rows)
 
@@ -53,5 +58,9 @@ def test_the_share_of_weights_that_are_packed(name: str) -> None:
     """As the docstring of ``models.weights.quant`` says."""
     config = KNOWN_GENERATORS[name].config.transformer
     model = empty_transformer(config)
-    packed = sum(p.numel() for key, p in model.named_parameters() if key.endswith(".weight") and in_transformer(key.removesuffix(".weight")))
+    packed = sum(
+        p.numel()
+        for key, p in model.named_parameters()
+        if key.endswith(".weight") and in_transformer(key.removesuffix(".weight"))
+    )
     assert packed / sum(p.numel() for p in model.parameters()) == pytest.approx(0.98, abs=0.005)

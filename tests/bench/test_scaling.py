@@ -64,16 +64,22 @@ FREE = Fabric("at no cost", 1e30, 1e30)
 
 
 def test_collectives_in_rings() -> None:
-    """Two cards: an all-reduce sends half a tensor to be added and half of the sum; an all-gather each card's own half."""
+    """Two cards: an all-reduce sends half a tensor to be added and half of the sum; an all-gather each card's own
+    half."""
     assert (all_reduce_bytes(8, 2), all_reduce_bytes(8, 4), all_reduce_bytes(8, 1)) == (8, 12, 0)
     assert (all_gather_bytes(8, 2), all_gather_bytes(8, 4), all_gather_bytes(8, 1)) == (4, 6, 0)
 
 
 @pytest.mark.parametrize("cards", [1, 2, 4])
 def test_all_to_all_counted_number_by_number(cards: int) -> None:
-    """Token t is on card t // (tokens / cards), head h goes to card h // (heads / cards): what has to move is counted."""
+    """Token t is on card t // (tokens / cards), head h goes to card h // (heads / cards): what has to move is
+    counted."""
     tokens, heads, per_head = 8, 4, 3
-    sent = Counter(t * cards // tokens for t, h in product(range(tokens), range(heads)) if t * cards // tokens != h * cards // heads)
+    sent = Counter(
+        t * cards // tokens
+        for t, h in product(range(tokens), range(heads))
+        if t * cards // tokens != h * cards // heads
+    )
     each = {2 * per_head * sent[card] for card in range(cards)}
     assert each == {all_to_all_bytes(tokens, heads * per_head, cards)}
 
@@ -84,7 +90,8 @@ def test_heads_are_split_evenly() -> None:
 
 
 def test_between_machines() -> None:
-    """Two machines of two cards, 6 bytes from each card. In a ring one flow leaves a machine; in an all-to-all each card has two of three receivers there."""
+    """Two machines of two cards, 6 bytes from each card. In a ring one flow leaves a machine; in an all-to-all each
+    card has two of three receivers there."""
     fabric = Fabric("", card_gb_s=3e-9, machine_gb_s=1e-9, cards=2)
     assert fabric.ring_s(6, 2) == fabric.exchange_s(6, 2) == pytest.approx(2)
     assert fabric.ring_s(6, 4) == pytest.approx(6)
@@ -107,7 +114,12 @@ def test_amdahl_where_sending_costs_nothing() -> None:
         assert split
         return split.s
 
-    assert s("prompts", 8) == s("prompts, and weights (ZeRO-3)", 8) == s("the same, gathered in the rollout", 8) == pytest.approx(122 + 1)
+    assert (
+        s("prompts", 8)
+        == s("prompts, and weights (ZeRO-3)", 8)
+        == s("the same, gathered in the rollout", 8)
+        == pytest.approx(122 + 1)
+    )
     assert s("guidance", 2) == pytest.approx(122 - 40 + 1)
     assert s("tokens (Ulysses)", 8) == pytest.approx(12 + 110 / 6 + 1)  # 12 heads: six cards work
     assert s("VAE chunks", 64) == pytest.approx(112 + 10 / 21 + 1)
@@ -117,7 +129,8 @@ def test_amdahl_where_sending_costs_nothing() -> None:
 
 
 def test_what_zero3_sends() -> None:
-    """40 passes of the rollout, a forward and a backward for each of 3 graded steps: 46 gathers; half of the weights on each of two cards."""
+    """40 passes of the rollout, a forward and a backward for each of 3 graded steps: 46 gathers; half of the weights on
+    each of two cards."""
     split, lora = split_weights(SMALL, FREE, 2), 1_000
     assert split and split.sent_bytes == 46 * 5_000 + lora
     gathered = split_weights(SMALL, FREE, 2, gathered=True)
@@ -126,26 +139,29 @@ def test_what_zero3_sends() -> None:
 
 
 def test_gathers_hide_behind_computation() -> None:
-    """At 2,500 B/s: 80 s for the rollout's gathers, as long as it computes; 12 s for those of the graded steps. At half that rate 160 s, and 24 s."""
+    """At 2,500 B/s: 80 s for the rollout's gathers, as long as it computes; 12 s for those of the graded steps. At half
+    that rate 160 s, and 24 s."""
     at = {rate: split_weights(SMALL, Fabric("", rate / 1e9, rate / 1e9), 2) for rate in (2_500, 1_250)}
     reduce_s = {rate: 1_000 / rate for rate in at}
     assert [at[rate].s - reduce_s[rate] for rate in at] == pytest.approx([122 + 1, 122 + 80 + 1])  # type: ignore[union-attr]
 
 
 def test_a_pipeline_fills_and_drains() -> None:
-    """Two cards, four blocks each, two clips: a card computes 2 x half a pass for each pass, and waits half a pass once in the rollout (40 passes) and once
-    in the graded steps (3)."""
+    """Two cards, four blocks each, two clips: a card computes 2 x half a pass for each pass, and waits half a pass once
+    in the rollout (40 passes) and once in the graded steps (3)."""
     split = split_blocks(SMALL, FREE, 2)
     waits = 0.5 * (80 / 40 + 30 / 3)
     assert split.s == pytest.approx(12 + 110 + waits + 1)
     assert split.clips == 2
-    assert split.sent_bytes == (40 + 2 * 3) * SMALL.boundary_bytes  # one of two cards hands on, two clips' worth; the other hands back: on average a card's
+    # one of two cards hands on, two clips' worth; the other hands back: on average a card's
+    assert split.sent_bytes == (40 + 2 * 3) * SMALL.boundary_bytes
     uneven = split_blocks(replace(SMALL, layers=7), FREE, 2)
     assert uneven.s == pytest.approx(12 + (110 + waits) * 8 / 7 + 1)
 
 
 def test_what_split_tokens_send() -> None:
-    """q, k, v and the result in each forward; in a graded step these and their gradients, and q, k, v (and the result, unless it was kept) once more."""
+    """q, k, v and the result in each forward; in a graded step these and their gradients, and q, k, v (and the result,
+    unless it was kept) once more."""
     exchange = all_to_all_bytes(16, 8, 2)
     for kept, turns in ((False, 12), (True, 11)):
         split = split_tokens(replace(SMALL, keeps_attention=kept), FREE, 2)
@@ -175,16 +191,23 @@ def test_lora_is_counted_as_it_is_made(targets: tuple[str, ...]) -> None:
 
 def test_lora_of_14b() -> None:
     config = KNOWN_GENERATORS["Wan-AI/Wan2.1-T2V-14B-Diffusers"].config.transformer
-    linears = {name: module for name, module in empty_transformer(config).named_modules() if isinstance(module, nn.Linear)}
-    chosen = [module for name, module in linears.items() if any(name.endswith(f".{target}") for target in DEFAULT_TARGETS)]
+    linears = {
+        name: module for name, module in empty_transformer(config).named_modules() if isinstance(module, nn.Linear)
+    }
+    chosen = [
+        module for name, module in linears.items() if any(name.endswith(f".{target}") for target in DEFAULT_TARGETS)
+    ]
     assert len(chosen) == 40 * 10
-    assert lora_numbers(config, 32, DEFAULT_TARGETS) == sum(32 * (module.in_features + module.out_features) for module in chosen)
+    assert lora_numbers(config, 32, DEFAULT_TARGETS) == sum(
+        32 * (module.in_features + module.out_features) for module in chosen
+    )
     with pytest.raises(ValueError, match="proj_out"):
         lora_numbers(config, 32, ["to_q", "proj_out"])
 
 
 def test_caches_of_a_chunk() -> None:
-    """Two frames of the input of every convolution with three taps in time, as diffusers has it; no chunk after those counted hands on more."""
+    """Two frames of the input of every convolution with three taps in time, as diffusers has it; no chunk after those
+    counted hands on more."""
     vae, shape = tiny_vae(), (Z_DIM, 5, 4, 6)
     decoder, caches, sizes = WanDecoder(vae), None, []
     with torch.no_grad():
@@ -210,7 +233,14 @@ def test_caches_of_wan_are_those_measured() -> None:
 
 def test_command(monkeypatch, capsys, tmp_path) -> None:
     """Plans a case on ToyWorld's clips; prints every way, or JSON; writes between the marks and nowhere else."""
-    small = ("video.width=64", "video.height=64", "sampler.guidance=5.0", "sampler.steps=4", "sampler.graded_steps=2", "lora.rank=32")
+    small = (
+        "video.width=64",
+        "video.height=64",
+        "sampler.guidance=5.0",
+        "sampler.steps=4",
+        "sampler.graded_steps=2",
+        "lora.rank=32",
+    )
     cases = {"tiny": ("toy", ("model.id=Wan-AI/Wan2.1-T2V-1.3B-Diffusers", *small), "RTX 4090", "PCIe")}
     known = KNOWN_GENERATORS["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"].config
     short = replace(known, transformer=known.transformer | {"num_layers": 2})
@@ -223,7 +253,10 @@ def test_command(monkeypatch, capsys, tmp_path) -> None:
     assert (one.forwards, one.graded_passes, one.branches, one.chunks) == (8, 2, 2, 3)
     assert one.latent_bytes == 4 * 16 * 3 * 8 * 8
     assert one.lora_bytes == 4 * 30 * 32 * (18 * 1536 + 2 * 8960)
-    assert set(one.stages_s) == {"rollout", "decode", "critic", "vae_backward", "denoise_backward"} and min(one.stages_s.values()) > 0
+    assert (
+        set(one.stages_s) == {"rollout", "decode", "critic", "vae_backward", "denoise_backward"}
+        and min(one.stages_s.values()) > 0
+    )
 
     scaling.main(["--json"])
     made = json.loads(capsys.readouterr().out)["tiny"]["ways"]
@@ -242,4 +275,8 @@ def test_the_page_has_the_tables() -> None:
     page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
     _, _, after = page.partition(scaling.MARKS[0])
     tables, end, _ = after.partition(scaling.MARKS[1])
-    assert end and all(f"**{name}**" in tables for name in scaling_work.CASES) and all(f"| {name} | " in tables for name in WAYS)
+    assert (
+        end
+        and all(f"**{name}**" in tables for name in scaling_work.CASES)
+        and all(f"| {name} | " in tables for name in WAYS)
+    )

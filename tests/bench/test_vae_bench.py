@@ -19,7 +19,11 @@ def test_window(monkeypatch, tmp_path, capsys):
     short, long = json.loads((tmp_path / "out.json").read_text())["settings"]
     assert short["kept"] == list(range(9)) and long["kept"] == [0, 16]
     assert [row["vae_backward"] for row in long["rows"]] == ["window:0", "window:2", "exact"]
-    assert [row["chunks"] for row in short["rows"]] == [3, 3, 3] and [row["chunks"] for row in long["rows"]] == [2, 4, 5]
+    assert [row["chunks"] for row in short["rows"]] == [3, 3, 3] and [row["chunks"] for row in long["rows"]] == [
+        2,
+        4,
+        5,
+    ]
     for name in ("critic", "noise"):
         none, two, exact = (row[name] for row in long["rows"])
         assert none["error"] > two["error"] > exact["error"] == 0
@@ -37,7 +41,9 @@ def test_saturation_by_hand():
     frames = torch.tensor([0.0, 0.0, 1.0, 1.0, 0.5])
     clips = vae_window.Clips(frames, (0,), frames, {"critic": torch.tensor([1.0, -2.0, 3.0, -4.0, 10.0])})
     squares = 1 + 4 + 9 + 16 + 100
-    assert vae_window.saturation(clips) == pytest.approx({"pixels": 4 / 5, "clamp_drops": 30 / squares, "inward_drops": (1 + 16) / squares})
+    assert vae_window.saturation(clips) == pytest.approx(
+        {"pixels": 4 / 5, "clamp_drops": 30 / squares, "inward_drops": (1 + 16) / squares}
+    )
 
 
 def test_dtype(monkeypatch, tmp_path):

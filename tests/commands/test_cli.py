@@ -18,7 +18,19 @@ from lowmem_drf.config import load_config
 from lowmem_drf.video import read_video
 
 PROMPT = "a red circle moves left on a gray background"
-COMMANDS = ("train", "sample", "export-lora", "eval", "score", "questions", "plan", "bench", "presets list", "presets show", "presets copy")
+COMMANDS = (
+    "train",
+    "sample",
+    "export-lora",
+    "eval",
+    "score",
+    "questions",
+    "plan",
+    "bench",
+    "presets list",
+    "presets show",
+    "presets copy",
+)
 
 
 @pytest.fixture
@@ -105,7 +117,10 @@ def test_dry_run_prints_a_configuration_that_loads_and_writes_nothing(run_cli, t
         (["train", "--output", "empty.txt"], "empty.txt cannot be written to"),
         (["train", "--output", "/proc/none/run"], "/proc/none/run cannot be written to"),
         (["train", "--output", "n" * 300], "cannot be written to: File name too long"),
-        (["train", "-s", "critic.mode=vanilla", "-s", "critic.weights.TA=0"], "none of its questions has a weight above 0"),
+        (
+            ["train", "-s", "critic.mode=vanilla", "-s", "critic.weights.TA=0"],
+            "none of its questions has a weight above 0",
+        ),
         (["train", "-s", "critic.hinge=nan"], "critic.hinge"),
         (["train", "--resume"], "no run under runs/"),
         (["train", "--resume", "--output", "nowhere"], "is not a run"),
@@ -154,7 +169,9 @@ def test_failures_end_in_few_lines_with_their_exit_code(run_cli, monkeypatch, er
 
 
 def test_debug_shows_the_traceback_wherever_it_stands():
-    done = subprocess.run([sys.executable, "cli.py", "train", "--preset", "toi", "--debug"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "cli.py", "train", "--preset", "toi", "--debug"], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 2
     assert "Traceback" in done.stderr
     assert "BadInputError" in done.stderr
@@ -246,13 +263,19 @@ def test_sample_takes_a_lora_file_and_refuses_another_models(run_cli, tmp_path, 
     from safetensors.torch import load_file, save_file
 
     good = tiny_run / "checkpoints" / "step-000004" / "lora.safetensors"
-    code, out, err = run_cli("sample", "--run", str(tiny_run), "--prompt", PROMPT, "--lora", str(good), "--output", "clips")
+    code, out, err = run_cli(
+        "sample", "--run", str(tiny_run), "--prompt", PROMPT, "--lora", str(good), "--output", "clips"
+    )
     assert code == 0, err
     assert (tmp_path / out.strip()).is_file()
     other = {name.replace("blocks.0", "blocks.77"): tensor for name, tensor in load_file(good).items()}
     save_file(other, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("no")
-    for name, said in (("other.safetensors", "does not fit this model"), ("text.safetensors", "safetensors"), ("none.safetensors", "no file")):
+    for name, said in (
+        ("other.safetensors", "does not fit this model"),
+        ("text.safetensors", "safetensors"),
+        ("none.safetensors", "no file"),
+    ):
         code, out, err = run_cli("sample", "--run", str(tiny_run), "--lora", name, "--output", "never")
         assert code == 2
         assert said in err
@@ -284,7 +307,14 @@ def test_eval_json_is_the_contract(run_cli, tmp_path, tiny_run):
     result = json.loads(out)
     assert (set(result), result["prompts"], result["seeds"]) == ({"prompts", "seeds", "base", "tuned"}, 2, 2)
     for side in ("base", "tuned"):
-        assert set(result[side]) == {"reward", "reward_by_aspect", "heldout_reward", "diversity", "motion", "velocity_norm"}
+        assert set(result[side]) == {
+            "reward",
+            "reward_by_aspect",
+            "heldout_reward",
+            "diversity",
+            "motion",
+            "velocity_norm",
+        }
         assert set(result[side]["reward_by_aspect"]) == {"TA", "Phy", "VQ"}
         assert result[side]["diversity"] > 0
     assert result["base"] != result["tuned"]

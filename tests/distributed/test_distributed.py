@@ -1,4 +1,5 @@
-"""ToyWorld trained by two processes under ZeRO-3 with CPU offload, from the command line: its files, resuming with other numbers of processes, a killed one."""
+"""ToyWorld trained by two processes under ZeRO-3 with CPU offload, from the command line: its files, resuming with
+other numbers of processes, a killed one."""
 
 import json
 import os
@@ -20,7 +21,15 @@ from lowmem_drf.training.checkpoint import checkpoint_steps
 from lowmem_drf.training.metrics import read_metrics
 
 SETTINGS = [
-    *("steps=4", "batch=4", "micro_batch=1", "sampler.steps=2", "sampler.graded_steps=1", "critic.normalize=true", "optim.schedule=constant"),
+    *(
+        "steps=4",
+        "batch=4",
+        "micro_batch=1",
+        "sampler.steps=2",
+        "sampler.graded_steps=1",
+        "critic.normalize=true",
+        "optim.schedule=constant",
+    ),
     *("log.checkpoint_every=1", "log.keep=10", "log.sample_every=2", "log.sample_prompts=3", "log.eval_prompts=3"),
 ]
 ZERO = ["engine=zero3", "zero.stage3_param_persistence_threshold=1000"]
@@ -29,12 +38,21 @@ WITHIN_S = 30.0
 
 
 def command(*words, settings=()):
-    return [sys.executable, "-m", "lowmem_drf", "train", *map(str, words), *(word for text in settings for word in ("-s", text))]
+    return [
+        sys.executable,
+        "-m",
+        "lowmem_drf",
+        "train",
+        *map(str, words),
+        *(word for text in settings for word in ("-s", text)),
+    ]
 
 
 def started(*words, settings=()):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command(*words, settings=settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+    return subprocess.Popen(
+        command(*words, settings=settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env
+    )
 
 
 def trained(*words, settings=()):
@@ -65,11 +83,15 @@ def one(prompts, tmp_path_factory):
 def two(prompts, tmp_path_factory):
     """The same of two, and what it said."""
     run = tmp_path_factory.mktemp("two") / "run"
-    return run, *trained("--preset", "toy", "--prompts", prompts, "--output", run, "--num-processes", 2, settings=[*SETTINGS, *ZERO])
+    return run, *trained(
+        "--preset", "toy", "--prompts", prompts, "--output", run, "--num-processes", 2, settings=[*SETTINGS, *ZERO]
+    )
 
 
 def files(run):
-    return sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and path.parent.name != "tensorboard")
+    return sorted(
+        str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and path.parent.name != "tensorboard"
+    )
 
 
 def test_the_files_are_those_of_one_process(one, two):
@@ -101,7 +123,10 @@ def test_the_samples_of_both_processes_are_written_under_their_own_names(one, tw
     """Before training: each clip is that of one process under the same name, and none of the others."""
     from lowmem_drf.video import read_video
 
-    ours, theirs = ({path.name: read_video(path)[0] for path in (run / "samples" / "step-000000").iterdir()} for run in (two[0], one))
+    ours, theirs = (
+        {path.name: read_video(path)[0] for path in (run / "samples" / "step-000000").iterdir()}
+        for run in (two[0], one)
+    )
     assert len(ours) == 3
     for name, clip in ours.items():
         assert min(theirs, key=lambda other: (clip - theirs[other]).abs().mean()) == name
@@ -172,7 +197,17 @@ def _rank(parent, rank):
 
 def test_fewer_prompts_than_processes_are_refused(tmp_path):
     (tmp_path / "prompts.txt").write_text(train_prompts()[0])
-    process = started("--preset", "toy", "--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "run", "--num-processes", 2, settings=ZERO)
+    process = started(
+        "--preset",
+        "toy",
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--output",
+        tmp_path / "run",
+        "--num-processes",
+        2,
+        settings=ZERO,
+    )
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert err.startswith("Error: there are 1 prompts for 2 processes") and len(err.splitlines()) <= 2

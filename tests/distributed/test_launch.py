@@ -39,7 +39,14 @@ def run(monkeypatch, capfd):
 def driver(*program):
     """A process that launches two, as ``train --num-processes 2`` is one; a group of its own, as on a terminal."""
     code = f"import sys\nfrom lowmem_drf.distributed.launch import launch\nsys.exit(launch(2, [], {list(program)}))"
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
 
 
 def alive(pid):
@@ -67,16 +74,36 @@ def test_every_process_knows_its_place(run, tmp_path, monkeypatch):
         ("print('all', file=sys.stderr)", 0, ["all"]),
         ("sys.exit(2 if rank else 0)", 2, ["Error: rank 1 ended with exit code 2. The run was stopped."]),
         ("sys.exit(3 - rank)", 3, []),
-        (f"print('why', file=sys.stderr)\nif rank: sys.exit(2)\n{HANGS}", 2, ["why", "Error: rank 1 ended with exit code 2. The run was stopped.", "why"]),
-        (f"if rank: import nonesuch\n{HANGS}", 1, ["Error: rank 1 ended with exit code 1. The run was stopped.", "Traceback (most recent call last):"]),
-        (f"if rank: os.kill(os.getpid(), 9)\n{HANGS}", 1, ["Error: rank 1 was killed by SIGKILL (out of host memory? see dmesg). The run was stopped."]),
-        (f"if not rank: os.abort()\n{HANGS}", 1, ["Error: rank 0 was killed by SIGABRT (out of host memory? see dmesg). The run was stopped."]),
+        (
+            f"print('why', file=sys.stderr)\nif rank: sys.exit(2)\n{HANGS}",
+            2,
+            ["why", "Error: rank 1 ended with exit code 2. The run was stopped.", "why"],
+        ),
+        (
+            f"if rank: import nonesuch\n{HANGS}",
+            1,
+            ["Error: rank 1 ended with exit code 1. The run was stopped.", "Traceback (most recent call last):"],
+        ),
+        (
+            f"if rank: os.kill(os.getpid(), 9)\n{HANGS}",
+            1,
+            ["Error: rank 1 was killed by SIGKILL (out of host memory? see dmesg). The run was stopped."],
+        ),
+        (
+            f"if not rank: os.abort()\n{HANGS}",
+            1,
+            ["Error: rank 0 was killed by SIGABRT (out of host memory? see dmesg). The run was stopped."],
+        ),
         (
             "if not rank: os.kill(os.getpid(), 9)\nprint('a warning\\nError: rank 0 died\\nGo on', file=sys.stderr)\nsys.exit(1)",
             1,
             ["Error: rank 0 died", "Go on"],
         ),
-        (f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\nif rank: sys.exit(2)\n{HANGS}", 2, ["Error: rank 1 ended with exit code 2. The run was stopped."]),
+        (
+            f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\nif rank: sys.exit(2)\n{HANGS}",
+            2,
+            ["Error: rank 1 ended with exit code 2. The run was stopped."],
+        ),
     ],
     ids=["well", "second", "first", "second-with-words", "import", "killed", "first-aborts", "second-speaks", "deaf"],
 )
@@ -107,7 +134,9 @@ def test_two_signals_end_also_who_does_not_listen(tmp_path):
     deaf = "signal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('ready', flush=True)\n" + HANGS
     start = "import sys\nfrom lowmem_drf.distributed import launch\n"
     code = start + f"launch.LEAVE_S = 0.3\nsys.exit(launch.launch(1, [], {[sys.executable, '-I', '-c', RANK + deaf]}))"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
@@ -119,7 +148,10 @@ def test_two_signals_end_also_who_does_not_listen(tmp_path):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG is of Linux")
 def test_processes_do_not_outlive_the_one_that_started_them(tmp_path):
     process = driver(
-        sys.executable, "-I", "-c", f"{RANK}open({str(tmp_path / 'pid')!r} + str(rank), 'w').write(str(os.getpid()))\nprint('ready', flush=True)\n{HANGS}"
+        sys.executable,
+        "-I",
+        "-c",
+        f"{RANK}open({str(tmp_path / 'pid')!r} + str(rank), 'w').write(str(os.getpid()))\nprint('ready', flush=True)\n{HANGS}",
     )
     files = [tmp_path / "pid0", tmp_path / "pid1"]
     while not all(file.exists() and file.read_text() for file in files):
@@ -149,10 +181,24 @@ def test_a_killed_rank_ends_the_run_under_every_launcher(launcher):
             pytest.importorskip("deepspeed", reason="an optional library")
         start = {
             "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2"],
-            "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", str(module._free_port())],
+            "deepspeed": [
+                "-m",
+                "deepspeed.launcher.runner",
+                "--num_accelerators",
+                "2",
+                "--master_port",
+                str(module._free_port()),
+            ],
         }[launcher]
         env = dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
-        process = subprocess.Popen([sys.executable, *start, *worker], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+        process = subprocess.Popen(
+            [sys.executable, *start, *worker],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=env,
+        )
     _, err = process.communicate(timeout=100)
     assert process.returncode not in (0, None)
     said = err.splitlines()

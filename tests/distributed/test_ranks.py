@@ -1,4 +1,5 @@
-"""The processes of a run: what they exchange, and that one which fails or dies ends all of them, soon, with one message."""
+"""The processes of a run: what they exchange, and that one which fails or dies ends all of them, soon, with one
+message."""
 
 import json
 import os
@@ -37,7 +38,14 @@ from lowmem_drf.errors import BadInputError, LowmemError
 
 ENDS_S = 30.0
 """The issue's word for a process that was killed."""
-ENVIRONMENT = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+ENVIRONMENT = {
+    "RANK": "1",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "1",
+}
 DIED = "Error: rank {} died without a word (killed, or out of host memory: see dmesg). The run was stopped."
 
 
@@ -45,7 +53,13 @@ def test_one_process_needs_nobody():
     ranks = Ranks()
     assert ranks.chief
     assert ranks.share([1, 2, 3]) == [1, 2, 3]
-    assert (ranks.gather("a"), ranks.any(True), ranks.any(False), ranks.from_chief("b"), ranks.barrier()) == (["a"], True, False, "b", None)
+    assert (ranks.gather("a"), ranks.any(True), ranks.any(False), ranks.from_chief("b"), ranks.barrier()) == (
+        ["a"],
+        True,
+        False,
+        "b",
+        None,
+    )
     ranks.leave()
     assert not dist.is_initialized()
     before, threads = signal.getsignal(signal.SIGTERM), threading.active_count()
@@ -65,7 +79,14 @@ def test_shares_are_contiguous_equal_and_without_overlap():
 
 @pytest.mark.parametrize(
     ("wish", "cards", "local_count", "device"),
-    [("auto", 0, 2, "cpu"), ("cpu", 0, 2, "cpu"), ("cpu", 1, 2, "cpu"), ("auto", 2, 2, "cuda"), ("cuda", 8, 2, "cuda"), ("cuda", 1, 1, "cuda")],
+    [
+        ("auto", 0, 2, "cpu"),
+        ("cpu", 0, 2, "cpu"),
+        ("cpu", 1, 2, "cpu"),
+        ("auto", 2, 2, "cuda"),
+        ("cuda", 8, 2, "cuda"),
+        ("cuda", 1, 1, "cuda"),
+    ],
 )
 def test_the_device_of_a_rank(wish, cards, local_count, device):
     assert rank_device(wish, Ranks(0, 4, 0, local_count), cards) == device
@@ -74,10 +95,25 @@ def test_the_device_of_a_rank(wish, cards, local_count, device):
 @pytest.mark.parametrize(
     ("wish", "cards", "place", "said"),
     [
-        ("auto", 1, Ranks(1, 2, 1, 2), "rank 1 has no card of its own: 2 processes on this machine, 1 CUDA card visible. Start as many .*--num-processes 1"),
-        ("cuda", 2, Ranks(7, 8, 3, 4), "rank 7 has no card of its own: 4 processes on this machine, 2 CUDA cards visible.*CUDA_VISIBLE_DEVICES.*-s device=cpu"),
+        (
+            "auto",
+            1,
+            Ranks(1, 2, 1, 2),
+            "rank 1 has no card of its own: 2 processes on this machine, 1 CUDA card visible. Start as many .*--num-processes 1",
+        ),
+        (
+            "cuda",
+            2,
+            Ranks(7, 8, 3, 4),
+            "rank 7 has no card of its own: 4 processes on this machine, 2 CUDA cards visible.*CUDA_VISIBLE_DEVICES.*-s device=cpu",
+        ),
         ("auto", 1, Ranks(0, 2, 0, 2), "rank 0 has a card, but not every process has one: 2 processes on this machine"),
-        ("cuda", 0, Ranks(0, 1, 0, 1), "rank 0 has no card of its own: 1 process on this machine, no CUDA cards visible. Show its cards"),
+        (
+            "cuda",
+            0,
+            Ranks(0, 1, 0, 1),
+            "rank 0 has no card of its own: 1 process on this machine, no CUDA cards visible. Show its cards",
+        ),
     ],
 )
 def test_a_rank_without_its_card_is_refused_by_all_of_its_machine(wish, cards, place, said):
@@ -112,7 +148,14 @@ def test_what_processes_exchange(tmp_path):
     ended = Group(tmp_path, exchange, count=3).ended()
     assert (ended.codes, ended.said()) == ([0, 0, 0], [])
     for rank, text in enumerate(ended.out):
-        assert json.loads(text) == [rank == 0, ["g0", "g1", "g2"], [True, False], [2 * rank, 2 * rank + 1], {"of": 0}, "cpu"]
+        assert json.loads(text) == [
+            rank == 0,
+            ["g0", "g1", "g2"],
+            [True, False],
+            [2 * rank, 2 * rank + 1],
+            {"of": 0},
+            "cpu",
+        ]
 
 
 def test_who_is_done_goes_and_nobody_is_alarmed(tmp_path):
@@ -126,9 +169,29 @@ def test_who_is_done_goes_and_nobody_is_alarmed(tmp_path):
         (second_fails, 1, ["Error: rank 1: the reward is nan", ADVICE]),
         (first_fails, 2, ["Error: the prompts have changed"]),
         (all_fail, 2, ["Error: the prompts have changed"]),
-        (second_fails_within, 1, ["Error: rank 1: unexpected KeyError: 'lost'", "Run the same command with --debug to see where.", ADVICE]),
-        (first_fails_within, 1, ["Error: out of memory: 2 GiB", "Try: -s micro_batch=1, fewer video.frames, or a smaller video.width.", ADVICE]),
-        (a_collective_fails_of_itself, 1, ["Error: rank 1: unexpected RuntimeError: Gloo: odd", "Run the same command with --debug to see where.", ADVICE]),
+        (
+            second_fails_within,
+            1,
+            ["Error: rank 1: unexpected KeyError: 'lost'", "Run the same command with --debug to see where.", ADVICE],
+        ),
+        (
+            first_fails_within,
+            1,
+            [
+                "Error: out of memory: 2 GiB",
+                "Try: -s micro_batch=1, fewer video.frames, or a smaller video.width.",
+                ADVICE,
+            ],
+        ),
+        (
+            a_collective_fails_of_itself,
+            1,
+            [
+                "Error: rank 1: unexpected RuntimeError: Gloo: odd",
+                "Run the same command with --debug to see where.",
+                ADVICE,
+            ],
+        ),
         (interrupted_while_first_saves, 130, ["Interrupted after update 3; it is saved."]),
         (second_is_interrupted, 130, ["Interrupted."]),
     ],
@@ -184,8 +247,12 @@ def test_sigterm_ends_all_in_order(tmp_path, ranks):
     assert (ended.codes, ended.said()) == ([130, 130], ["Interrupted."])
 
 
-@pytest.mark.parametrize(("terminal", "shown"), [(True, "\x1b[?25h\nError: odd \\udce4\n"), (False, "Error: odd \\udce4\n")])
-def test_on_a_terminal_the_message_stands_below_the_progress_and_the_cursor_is_back(monkeypatch, capfd, terminal, shown):
+@pytest.mark.parametrize(
+    ("terminal", "shown"), [(True, "\x1b[?25h\nError: odd \\udce4\n"), (False, "Error: odd \\udce4\n")]
+)
+def test_on_a_terminal_the_message_stands_below_the_progress_and_the_cursor_is_back(
+    monkeypatch, capfd, terminal, shown
+):
     monkeypatch.setattr(os, "isatty", lambda number: terminal)
     monkeypatch.setattr(os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,5 @@
-"""DeepSpeed's ZeRO on the relay, with two processes on the CPU (gloo): the gradients of one process, its files, and what is gathered and averaged."""
+"""DeepSpeed's ZeRO on the relay, with two processes on the CPU (gloo): the gradients of one process, its files, and
+what is gathered and averaged."""
 
 import json
 import sys
@@ -18,7 +19,9 @@ from lowmem_drf.errors import BadInputError
 OFFLOADED = "engine=zero3"
 GATHERED = "engine=zero3 zero.rollout=gathered"
 LEAN = "engine=zero3 zero.critic=true memory.token_slices=2 memory.checkpoint=host kernels.ops=naive"
-ON_CARDS = "engine=zero3 zero.offload=none zero.stage3_param_persistence_threshold=100000 zero.stage3_prefetch_bucket_size=0"
+ON_CARDS = (
+    "engine=zero3 zero.offload=none zero.stage3_param_persistence_threshold=100000 zero.stage3_prefetch_bucket_size=0"
+)
 ONE_STEP = "engine=zero3 sampler.graded_steps=1"
 """What enters the transformer needs no gradient in its first backward."""
 TAKEN_UP = ("engine=zero1", "engine=zero2", OFFLOADED)
@@ -47,25 +50,31 @@ def single():
 
 @pytest.fixture(scope="module")
 def two(single, tmp_path_factory):
-    """What two processes gave, by variant. The persistence threshold is 0 where nothing else is said: ToyWorld's tensors are all smaller than the default."""
+    """What two processes gave, by variant. The persistence threshold is 0 where nothing else is said: ToyWorld's
+    tensors are all smaller than the default."""
     folder = tmp_path_factory.mktemp("zero")
     torch.save((single["lora"], single["state"]), folder / "state.pt")
     asked = (*REPLICATED, *PARTITIONED, ONE_STEP, *(TAKEN + variant for variant in TAKEN_UP))
-    variants = [v if "threshold" in v or "zero3" not in v else f"{v} zero.stage3_param_persistence_threshold=0" for v in asked]
+    variants = [
+        v if "threshold" in v or "zero3" not in v else f"{v} zero.stage3_param_persistence_threshold=0" for v in asked
+    ]
     made = run_workers(2, folder / "two.pt", " -- ".join(variants), str(folder / "state.pt"))
     return dict(zip(asked, (made[variant] for variant in variants), strict=True))
 
 
 @pytest.fixture(scope="module")
 def rounding(single):
-    """How far the gradient of one process moves when every weight of the transformer moves by a rounding of fp32, up or down: the size of what another
-    alignment of the same weights does to the same sums. Two gradients that are both off by that differ by twice as much at most."""
+    """How far the gradient of one process moves when every weight of the transformer moves by a rounding of fp32, up or
+    down: the size of what another alignment of the same weights does to the same sums. Two gradients that are both off
+    by that differ by twice as much at most."""
     config, models, prompts, questions = ready(["engine=single"])
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in models.transformer.parameters():
             if not parameter.requires_grad:
-                parameter.mul_(1 + torch.finfo(torch.float32).eps * (torch.randint(0, 3, parameter.shape, generator=noise) - 1))
+                parameter.mul_(
+                    1 + torch.finfo(torch.float32).eps * (torch.randint(0, 3, parameter.shape, generator=noise) - 1)
+                )
     moved = first_gradient(config, models, prompts, questions)
     exact = flat(single["gradients"][0])
     return ((moved - exact).norm() / exact.norm()).item()
@@ -121,7 +130,8 @@ def test_the_report_and_the_saved_tensors_are_those_of_one_process(single, two, 
 
 @pytest.mark.parametrize("variant", PARTITIONED)
 def test_gradients_are_averaged_once_an_update(single, two, variant):
-    """However many micro-batches, graded steps and guidance passes there are: each number once, in two updates twice."""
+    """However many micro-batches, graded steps and guidance passes there are: each number once, in two updates
+    twice."""
     numbers = sum(tensor.numel() for tensor in single["lora"].values())
     assert two[variant]["reduced"] == 2 * numbers
 
@@ -167,7 +177,10 @@ def test_the_state_of_any_number_of_processes_is_taken_up_exactly_by_any_other(s
 
 
 def test_what_deepspeed_is_told():
-    config = load_config("toy", [*COMMON, "engine=zero3", "processes=2", "zero.offload=nvme", "zero.nvme_path=/fast", "optim.grad_clip=0.25"])
+    config = load_config(
+        "toy",
+        [*COMMON, "engine=zero3", "processes=2", "zero.offload=nvme", "zero.nvme_path=/fast", "optim.grad_clip=0.25"],
+    )
     told = deepspeed_config(config)
     assert told["gradient_clipping"] == 0.25  # 1.0 where nothing is said
     assert told["gradient_accumulation_steps"] == 1  # it divides by it
@@ -178,7 +191,10 @@ def test_what_deepspeed_is_told():
     assert zero["reduce_bucket_size"] == REDUCE_BUCKET
     assert zero["stage3_max_reuse_distance"] == 0
     assert "offload_optimizer" not in deepspeed_config(config, trains=False)["zero_optimization"]
-    assert "offload_param" not in deepspeed_config(load_config("toy", ["engine=zero1", "processes=2"]))["zero_optimization"]
+    assert (
+        "offload_param"
+        not in deepspeed_config(load_config("toy", ["engine=zero1", "processes=2"]))["zero_optimization"]
+    )
     json.dumps(told)
 
 

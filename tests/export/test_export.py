@@ -1,4 +1,5 @@
-"""Exported LoRAs: every format read back by diffusers is the tuned model; what cannot be exported leaves nothing behind."""
+"""Exported LoRAs: every format read back by diffusers is the tuned model; what cannot be exported leaves nothing
+behind."""
 
 from __future__ import annotations
 
@@ -18,7 +19,14 @@ from lowmem_drf.export import export
 from lowmem_drf.export.export import DTYPES, export_lora, export_run, merge_lora
 from lowmem_drf.export.verify import verify_export
 from lowmem_drf.models.lora.adapter import add_lora, attach_lora, lora_layers, lora_state
-from lowmem_drf.models.lora.formats import LoraFile, diffusers_reads_kohya, from_format, model_hash, read_lora, to_format
+from lowmem_drf.models.lora.formats import (
+    LoraFile,
+    diffusers_reads_kohya,
+    from_format,
+    model_hash,
+    read_lora,
+    to_format,
+)
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
 from lowmem_drf.training.run_folder import run_config
 
@@ -81,7 +89,10 @@ def test_round_trip(form: str, dtype: str, targets: str, tmp_path) -> None:
 
 def test_keys_are_those_the_tools_read() -> None:
     lora, _ = trained()
-    keys = {form: to_format(lora.state, ALPHA, RANK, form, torch.float32).keys() for form in ("comfyui", "diffusers", "kohya")}
+    keys = {
+        form: to_format(lora.state, ALPHA, RANK, form, torch.float32).keys()
+        for form in ("comfyui", "diffusers", "kohya")
+    }
     assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in keys["comfyui"]
     assert "diffusion_model.blocks.1.cross_attn.o.lora_B.weight" in keys["comfyui"]
     assert "diffusion_model.blocks.1.ffn.0.lora_A.weight" in keys["comfyui"]
@@ -128,7 +139,11 @@ def test_diffusers_reads_kohya_predicts_the_converter() -> None:
 
     lora, _ = trained()
     some = {k: v for k, v in lora.state.items() if "blocks.1.ffn" not in k}
-    for state, whole in [(lora.state, True), (some, False), ({k: v for k, v in lora.state.items() if "blocks.1" in k}, False)]:
+    for state, whole in [
+        (lora.state, True),
+        (some, False),
+        ({k: v for k, v in lora.state.items() if "blocks.1" in k}, False),
+    ]:
         assert diffusers_reads_kohya(state) is whole
         tensors = to_format(state, ALPHA, RANK, "kohya", torch.float32)
         if whole:
@@ -141,13 +156,24 @@ def test_diffusers_reads_kohya_predicts_the_converter() -> None:
 def test_metadata(tmp_path) -> None:
     lora, _ = trained()
     for form, alpha in [("comfyui", str(float(RANK))), ("diffusers", str(ALPHA)), ("kohya", str(ALPHA))]:
-        path, _ = export_lora(lora, form, torch.bfloat16, tmp_path / f"{form}.safetensors", tiny_transformer(), {"modelspec.title": "a title"})
+        path, _ = export_lora(
+            lora,
+            form,
+            torch.bfloat16,
+            tmp_path / f"{form}.safetensors",
+            tiny_transformer(),
+            {"modelspec.title": "a title"},
+        )
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
         assert metadata["modelspec.title"] == "a title"
         assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (str(RANK), alpha)
         assert (metadata["lowmem_drf.rank"], metadata["lowmem_drf.alpha"]) == (str(RANK), str(ALPHA))
-        assert metadata["sshs_model_hash"] == model_hash(path.read_bytes()) == model_hash(save(load_file(path), {"other": "header"}))
+        assert (
+            metadata["sshs_model_hash"]
+            == model_hash(path.read_bytes())
+            == model_hash(save(load_file(path), {"other": "header"}))
+        )
         assert ("lora_adapter_metadata" in metadata) == (form == "diffusers"), "in a folded file it would scale twice"
 
 
@@ -158,7 +184,10 @@ def test_verification_catches_a_wrong_file(tmp_path) -> None:
     last = next(reversed(good))
     wrong = {
         "scaled twice": {k: v * (ALPHA / RANK) if "lora_A" in k else v for k, v in good.items()},
-        "one value": {**good, first: good[first] + 1e-4 * (torch.arange(good[first].numel()) == 0).view_as(good[first])},
+        "one value": {
+            **good,
+            first: good[first] + 1e-4 * (torch.arange(good[first].numel()) == 0).view_as(good[first]),
+        },
         "a module less": {k: v for k, v in good.items() if not k.startswith(last.rsplit(".lora_", 1)[0])},
         "unreadable": {**good, "diffusion_model.strange.lora_A.weight": good[first].clone()},
     }
@@ -175,12 +204,20 @@ def test_verification_catches_a_wrong_file(tmp_path) -> None:
 def test_an_untrained_lora_exports(tmp_path) -> None:
     transformer = tiny_transformer()
     add_lora(transformer, rank=RANK, alpha=ALPHA)
-    _, verified = export_lora(LoraFile(lora_state(transformer), ALPHA, {}), "comfyui", torch.float16, tmp_path / "l.safetensors", tiny_transformer(), {})
+    _, verified = export_lora(
+        LoraFile(lora_state(transformer), ALPHA, {}),
+        "comfyui",
+        torch.float16,
+        tmp_path / "l.safetensors",
+        tiny_transformer(),
+        {},
+    )
     assert verified.effect == 0 and verified.difference == 0
 
 
 def test_tiny_values_survive_fp16(tmp_path) -> None:
-    """After the first updates B is near 1e-5, where fp16 has few digits left: the bound knows, and the file is accepted."""
+    """After the first updates B is near 1e-5, where fp16 has few digits left: the bound knows, and the file is
+    accepted."""
     lora, _ = trained()
     small = LoraFile({k: v * 1e-5 if "lora_B" in k else v for k, v in lora.state.items()}, ALPHA, {})
     _, verified = export_lora(small, "comfyui", torch.float16, tmp_path / "l.safetensors", tiny_transformer(), {})
@@ -215,9 +252,14 @@ def test_merge(dtype: str, tmp_path) -> None:
     wanted = velocity(tuned)
     # in 16 bits every weight of the model is rounded, not only the LoRA's
     largest = float(wanted.abs().max()) * 6 * len(merged.blocks)
-    assert (velocity(merged) - wanted).abs().max() < allowed(dtype, largest) and verified.difference < allowed(dtype, largest)
+    assert (velocity(merged) - wanted).abs().max() < allowed(dtype, largest) and verified.difference < allowed(
+        dtype, largest
+    )
     stored = load_file(tmp_path / "merged/transformer/diffusion_pytorch_model.safetensors")
-    assert stored["blocks.0.attn1.to_q.weight"].dtype == DTYPES[dtype] and stored["blocks.0.norm2.weight"].dtype == torch.float32
+    assert (
+        stored["blocks.0.attn1.to_q.weight"].dtype == DTYPES[dtype]
+        and stored["blocks.0.norm2.weight"].dtype == torch.float32
+    )
 
 
 @pytest.fixture
@@ -254,7 +296,12 @@ def test_export_run_defaults(run: Path) -> None:
         metadata = file.metadata()
     assert metadata["modelspec.architecture"] == "wan2.1/lora" and metadata["modelspec.resolution"] == "32x32"
     assert metadata["ss_steps"] == metadata["lowmem_drf.steps"] == "10"
-    assert {"lowmem_drf.critic", "lowmem_drf.graded_steps", "lowmem_drf.config_sha256", "ss_base_model_version"} <= metadata.keys()
+    assert {
+        "lowmem_drf.critic",
+        "lowmem_drf.graded_steps",
+        "lowmem_drf.config_sha256",
+        "ss_base_model_version",
+    } <= metadata.keys()
 
 
 def test_the_default_dtype_is_the_runs(run: Path) -> None:
@@ -297,14 +344,17 @@ def test_a_run_on_packed_weights_is_exported_from_full_ones(quant: str, run: Pat
 
 
 def test_a_base_that_the_host_has_no_room_for(run: Path, tmp_path, monkeypatch) -> None:
-    """Only its first blocks are read: the file is the same, its wrong weights are found in all blocks, and nothing is merged."""
+    """Only its first blocks are read: the file is the same, its wrong weights are found in all blocks, and nothing is
+    merged."""
     whole = export_run(run, output=tmp_path / "whole.safetensors")
     monkeypatch.setattr(export, "available_host_bytes", lambda: export.HOST_MARGIN + 1000)
     monkeypatch.setattr(export, "FEW", 1)
     part = export_run(run, output=tmp_path / "part.safetensors")
     assert "first 1 blocks (of 2; the weights of all were compared)" in str(part) and "blocks" not in str(whole)
     files = [load_file(made.paths[0]) for made in (whole, part)]
-    assert files[0].keys() == files[1].keys() and all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
+    assert files[0].keys() == files[1].keys() and all(
+        torch.equal(tensor, files[1][name]) for name, tensor in files[0].items()
+    )
     with pytest.raises(LowmemError, match="--merge needs the whole transformer in fp32"):
         export_run(run, merge=tmp_path / "merged")
 
@@ -382,6 +432,10 @@ def test_files_that_are_no_safetensors_are_refused(tmp_path) -> None:
     with pytest.raises(BadInputError, match="not a readable safetensors file"):
         read_lora(tmp_path / "x.safetensors")
     lora, _ = trained("one block")
-    save_file(lora.state, tmp_path / "y.safetensors", metadata={"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": "many"})})
+    save_file(
+        lora.state,
+        tmp_path / "y.safetensors",
+        metadata={"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": "many"})},
+    )
     with pytest.raises(BadInputError, match="header is damaged"):
         read_lora(tmp_path / "y.safetensors")

@@ -1,4 +1,5 @@
-"""Kernels are interpreted where there is no card. Memory that PyTorch hands out uninitialised holds NaN: what a kernel does not write is seen."""
+"""Kernels are interpreted where there is no card. Memory that PyTorch hands out uninitialised holds NaN: what a kernel
+does not write is seen."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""Attention against its naive form, with and without ranges: outputs, log-sum-exp, every gradient; and what it keeps, skips and refuses."""
+"""Attention against its naive form, with and without ranges: outputs, log-sum-exp, every gradient; and what it keeps,
+skips and refuses."""
 
 import pytest
 import torch
@@ -35,7 +36,10 @@ def tensors(shape, dtype, device, seed=0):
     """q, k, v and an upstream gradient."""
     B, L, M, H, G, d = shape
     generator = torch.Generator().manual_seed(seed)
-    q, k, v, d_out = (torch.randn(size, generator=generator).to(device, dtype) for size in ((B, L, H, d), (B, M, G, d), (B, M, G, d), (B, L, H, d)))
+    q, k, v, d_out = (
+        torch.randn(size, generator=generator).to(device, dtype)
+        for size in ((B, L, H, d), (B, M, G, d), (B, M, G, d), (B, L, H, d))
+    )
     return [q, k, v], d_out
 
 
@@ -99,7 +103,9 @@ def test_the_naive_form_is_pytorchs(ranges, device):
         key, rows = torch.arange(40), ranges[0, :, None]
         mask = ((key < rows[..., 0]) | ((key >= rows[..., 1]) & (key < rows[..., 2]))).to(device)
         ranges = ranges.to(device)
-    theirs = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True).transpose(1, 2)
+    theirs = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True
+    ).transpose(1, 2)
     ours = attention_naive(q, k, v, ranges=ranges)
     assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
 
@@ -120,7 +126,11 @@ def test_a_query_that_sees_nothing(device):
     qkv, d_out = tensors((1, 100, 100, 1, 1, 16), torch.float16, device)
     ranges = packed_ranges(30, [20], 100, device)
     out, lse = attention_forward(*qkv, ranges=ranges)
-    assert bool((out[:, 50:] == 0).all()) and bool((lse[..., 50:] == -torch.inf).all()) and bool(lse[..., :50].isfinite().all())
+    assert (
+        bool((out[:, 50:] == 0).all())
+        and bool((lse[..., 50:] == -torch.inf).all())
+        and bool(lse[..., :50].isfinite().all())
+    )
     _, dq, dk, dv = run(attention, qkv, d_out, ranges=ranges)
     assert all(bool((gradient[:, 50:] == 0).all()) and bool(gradient.isfinite().all()) for gradient in (dq, dk, dv))
 
@@ -167,7 +177,11 @@ def test_layouts(layout, device):
     check([q, k, v], d_out)
 
 
-@pytest.mark.parametrize("wanted", [(False, True, True), (True, False, True), (True, True, False), (True, False, False), (False, False, True)], ids=str)
+@pytest.mark.parametrize(
+    "wanted",
+    [(False, True, True), (True, False, True), (True, True, False), (True, False, False), (False, False, True)],
+    ids=str,
+)
 def test_gradients_that_nobody_wants(wanted, device, monkeypatch):
     qkv, d_out = tensors((1, 50, 60, 2, 1, 16), torch.float32, device)
     expected = run(attention, qkv, d_out)
@@ -206,10 +220,16 @@ def test_products_are_counted_as_pytorch_counts_its_own(device):
         with FlopCounterMode(display=False) as counter:
             run(attention, qkv, d_out, wanted)
         counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
-        assert counts["lowmem_drf.attention_forward"] == sdpa_flop_count(q_shape, k_shape, k_shape) == 4 * 2 * 4 * 30 * 40 * 16
+        assert (
+            counts["lowmem_drf.attention_forward"]
+            == sdpa_flop_count(q_shape, k_shape, k_shape)
+            == 4 * 2 * 4 * 30 * 40 * 16
+        )
         assert counts["lowmem_drf.attention_backward"] == products * 2 * 2 * 4 * 30 * 40 * 16
         if products == 5:
-            assert counts["lowmem_drf.attention_backward"] == sdpa_backward_flop_count(q_shape, q_shape, k_shape, k_shape)
+            assert counts["lowmem_drf.attention_backward"] == sdpa_backward_flop_count(
+                q_shape, q_shape, k_shape, k_shape
+            )
 
 
 def test_fake_tensors_go_through():
@@ -217,7 +237,12 @@ def test_fake_tensors_go_through():
         q, k = torch.empty(2, 50, 4, 16, dtype=torch.bfloat16), torch.empty(2, 60, 2, 16, dtype=torch.bfloat16)
         q, k, v = q.requires_grad_(), k.requires_grad_(), k.clone().requires_grad_()
         out, lse = attention_forward(q.detach(), k.detach(), v.detach())
-        assert out.shape == q.shape and out.dtype is torch.bfloat16 and lse.shape == (2, 4, 50) and lse.dtype is torch.float32
+        assert (
+            out.shape == q.shape
+            and out.dtype is torch.bfloat16
+            and lse.shape == (2, 4, 50)
+            and lse.dtype is torch.float32
+        )
         gradients = torch.autograd.grad(attention(q, k, v), (q, k, v), torch.empty_like(q))
         assert [(x.shape, x.dtype) for x in gradients] == [(x.shape, torch.bfloat16) for x in (q, k, v)]
 
@@ -230,7 +255,9 @@ def test_the_ops_are_what_they_declare(ranges, device):
     torch.library.opcheck(torch.ops.lowmem_drf.attention_forward.default, (*qkv, 0.25, ranges), test_utils=utilities)
     saved = (d_out, *qkv, *attention_forward(*qkv, 0.25, ranges))
     for wanted in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(torch.ops.lowmem_drf.attention_backward.default, (*saved, 0.25, ranges, *wanted), test_utils=utilities)
+        torch.library.opcheck(
+            torch.ops.lowmem_drf.attention_backward.default, (*saved, 0.25, ranges, *wanted), test_utils=utilities
+        )
 
 
 def zeros(*shape, dtype=torch.float32, device="cpu"):
@@ -275,4 +302,7 @@ def test_ranges_of_each_kind():
     assert window_ranges([0, 1, 3], "cpu").tolist() == [[[0, 0, 1], [0, 1, 3], [0, 1, 3]]]
     assert window_ranges([0, 1, 3], "cpu", causal=True).tolist() == [[[0, 0, 1], [0, 1, 2], [0, 1, 3]]]
     packed = packed_ranges(2, [2, 1], 6, "cpu")
-    assert packed.tolist() == [[[0, 0, 1], [0, 0, 2], [2, 2, 3], [2, 2, 4], [2, 4, 5], [0, 0, 0]]] and packed.dtype is torch.int32
+    assert (
+        packed.tolist() == [[[0, 0, 1], [0, 0, 2], [2, 2, 3], [2, 2, 4], [2, 4, 5], [0, 0, 0]]]
+        and packed.dtype is torch.int32
+    )

@@ -1,4 +1,5 @@
-"""8-bit attention against its naive form, which quantises in the same way, and against exact attention within what rounding to 8 bits allows."""
+"""8-bit attention against its naive form, which quantises in the same way, and against exact attention within what
+rounding to 8 bits allows."""
 
 import pytest
 import torch
@@ -31,7 +32,9 @@ def tensors(shape, dtype, device, seed=0):
 
 def check(qkv, **options):
     got = attention_int8(*qkv, **options)
-    assert_within_budget("out", got, attention_int8_naive(*(x.double() for x in qkv), **options), attention_int8_naive(*qkv, **options))
+    assert_within_budget(
+        "out", got, attention_int8_naive(*(x.double() for x in qkv), **options), attention_int8_naive(*qkv, **options)
+    )
     return got
 
 
@@ -47,7 +50,8 @@ def test_the_scale_is_taken(device):
 
 @pytest.mark.parametrize("shape", [(2, 200, 150, 4, 2, 64), (1, 130, 300, 1, 1, 128)], ids=str)
 def test_the_error_is_that_of_rounding(shape, device):
-    """A score is off by at most e, from half a step in every element; its weight then by a factor within exp(-2e) and exp(2e)."""
+    """A score is off by at most e, from half a step in every element; its weight then by a factor within exp(-2e) and
+    exp(2e)."""
     q, k, v = tensors(shape, torch.float16, device)
     d, group = shape[-1], shape[3] // shape[4]
     exact = attention_naive(q.double(), k.double(), v.double())
@@ -55,7 +59,11 @@ def test_the_error_is_that_of_rounding(shape, device):
     centred = centred.repeat_interleave(group, 2)
     half_q, half_k = (half_steps(x, rows.value) for x, rows in ((q.double(), QUERIES), (centred, KEYS)))
     q_1, k_1 = q.double().abs().sum(-1), centred.abs().sum(-1)  # (B, L, H), (B, M, H)
-    off = torch.einsum("blh,bmh->bhlm", q_1, half_k) + torch.einsum("blh,bmh->bhlm", half_q, k_1) + d * torch.einsum("blh,bmh->bhlm", half_q, half_k)
+    off = (
+        torch.einsum("blh,bmh->bhlm", q_1, half_k)
+        + torch.einsum("blh,bmh->bhlm", half_q, k_1)
+        + d * torch.einsum("blh,bmh->bhlm", half_q, half_k)
+    )
     e = (off * d**-0.5).amax(-1).transpose(1, 2)[..., None]  # (B, L, H, 1)
     reach = attention_naive(q.double(), k.double(), v.double().abs())
     rounding = 2 * torch.finfo(torch.float16).eps * (reach + exact.abs())  # of p for the product, and of the result
@@ -75,7 +83,9 @@ def test_the_mean_of_the_keys_does_not_matter(device):
     q, k, v = tensors((1, 64, 128, 1, 1, 64), torch.bfloat16, device)
     k = k.sign() * (k.abs() < 4)  # whole numbers: moved by 64 they are still exact in bf16
     moved = attention_int8(q, k + 64, v)
-    assert_within_budget("out", moved, attention_int8_naive(q.double(), k.double(), v.double()), attention_int8_naive(q, k, v))
+    assert_within_budget(
+        "out", moved, attention_int8_naive(q.double(), k.double(), v.double()), attention_int8_naive(q, k, v)
+    )
 
 
 @pytest.mark.parametrize("layout", ["one tensor", "heads before tokens", "channels apart"])
@@ -115,7 +125,9 @@ def test_fake_tensors_go_through():
 
 def test_the_op_is_what_it_declares(device):
     qkv = tensors((1, 20, 30, 2, 1, 64), torch.float16, device)
-    torch.library.opcheck(torch.ops.lowmem_drf.attention_int8.default, (*qkv, 0.125), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.lowmem_drf.attention_int8.default, (*qkv, 0.125), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def zeros(*shape, dtype=torch.float16, device="cpu"):

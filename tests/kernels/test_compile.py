@@ -1,4 +1,5 @@
-"""Every kernel with every tile, compiled ahead of time for every card: it compiles, fits in shared memory, and keeps its registers."""
+"""Every kernel with every tile, compiled ahead of time for every card: it compiles, fits in shared memory, and keeps
+its registers."""
 
 import importlib
 import json
@@ -34,7 +35,9 @@ def tables():
 def rows(tmp_path_factory):
     """Of all cards, by the command itself: it drops TRITON_INTERPRET, which is set here where there is no card."""
     path = tmp_path_factory.mktemp("resources") / "rows.json"
-    done = subprocess.run([sys.executable, "-m", "bench.kernels.resources", "--json", str(path)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.kernels.resources", "--json", str(path)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert f"sm_{CARDS[0]}" in done.stdout
@@ -79,7 +82,11 @@ def test_every_card_has_a_tile_in_every_table(card):
 
 
 def test_figures_are_those_of_ptxas():
-    lines = ("Function properties for f", "24 bytes stack frame, 20 bytes spill stores, 12 bytes spill loads", "Used 255 registers, used 1 barriers")
+    lines = (
+        "Function properties for f",
+        "24 bytes stack frame, 20 bytes spill stores, 12 bytes spill loads",
+        "Used 255 registers, used 1 barriers",
+    )
     assert kernel_resources._from_ptxas("\n".join(lines)) == (255, 32)
     with pytest.raises(ValueError, match="said nothing"):
         kernel_resources._from_ptxas("")

@@ -74,7 +74,14 @@ def test_slices_of_longer_sequences(op, device):
 @pytest.mark.parametrize("op", OPS)
 def test_channels_that_do_not_lie_side_by_side(op, device):
     tensors, d = inputs(op, (2, 48, 64), torch.float32, device)
-    compare(op, [tensor.transpose(1, 2) if tensor.dim() == 3 else tensor.repeat_interleave(2, 1)[:, :96:2] for tensor in tensors], d.transpose(1, 2))
+    compare(
+        op,
+        [
+            tensor.transpose(1, 2) if tensor.dim() == 3 else tensor.repeat_interleave(2, 1)[:, :96:2]
+            for tensor in tensors
+        ],
+        d.transpose(1, 2),
+    )
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -95,7 +102,15 @@ def test_a_batch_is_its_sequences_one_by_one(op, device):
 
 
 @pytest.mark.parametrize(
-    "wanted", [(False, True, True), (True, False, True), (True, True, False), (True, False, False), (False, True, False), (False, False, True)]
+    "wanted",
+    [
+        (False, True, True),
+        (True, False, True),
+        (True, True, False),
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+    ],
 )
 @pytest.mark.parametrize("op", OPS)
 def test_gradients_that_nobody_wants(op, wanted, device):
@@ -113,7 +128,9 @@ def test_nothing_of_the_result_is_an_input(op, device):
 
 def saved_bytes(function):
     sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.nbytes) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: sizes.append(tensor.nbytes) or tensor, lambda tensor: tensor
+    ):
         function()
     return sum(sizes)
 
@@ -126,7 +143,11 @@ def test_bytes_kept_for_the_backward(device):
     assert saved_bytes(lambda: gate_residual(x.requires_grad_(), y.requires_grad_(), gate)) == gate.nbytes
     assert saved_bytes(lambda: gate_residual(x, y, gate.requires_grad_())) == y.nbytes + gate.nbytes
     with torch.no_grad():
-        assert saved_bytes(lambda: norm_modulate(x, weight, shift, EPS)) == saved_bytes(lambda: gate_residual(x, y, gate)) == 0
+        assert (
+            saved_bytes(lambda: norm_modulate(x, weight, shift, EPS))
+            == saved_bytes(lambda: gate_residual(x, y, gate))
+            == 0
+        )
 
 
 def test_second_derivatives_are_refused(device):
@@ -173,7 +194,10 @@ def test_refused_shapes(device):
 @pytest.mark.parametrize("op", OPS)
 def test_fake_tensors(op, wanted):
     with FakeTensorMode() as mode:
-        tensors, d = [mode.from_tensor(tensor) for tensor in inputs(op, (2, 30, 64), torch.bfloat16, "cpu")[0]], torch.empty(2, 30, 64, dtype=torch.bfloat16)
+        tensors, d = (
+            [mode.from_tensor(tensor) for tensor in inputs(op, (2, 30, 64), torch.bfloat16, "cpu")[0]],
+            torch.empty(2, 30, 64, dtype=torch.bfloat16),
+        )
         out, gradients = run(OPS[op][0], tensors, d, wanted)
     assert (out.shape, out.dtype) == (d.shape, d.dtype)
     for tensor, gradient, want in zip(tensors, gradients, wanted, strict=True):

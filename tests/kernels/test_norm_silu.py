@@ -35,7 +35,11 @@ def run(function, x, gamma, d, silu=True, dtype=None):
 
 
 def check(x, gamma, d, silu=True):
-    got, exact, eager = run(norm_silu, x, gamma, d, silu), run(norm_silu_naive, x, gamma, d, silu, torch.float64), run(norm_silu_naive, x, gamma, d, silu)
+    got, exact, eager = (
+        run(norm_silu, x, gamma, d, silu),
+        run(norm_silu_naive, x, gamma, d, silu, torch.float64),
+        run(norm_silu_naive, x, gamma, d, silu),
+    )
     for name, *three in zip(("y", "dx", "dgamma"), got, exact, eager, strict=True):
         assert_within_budget(name, *three)
     return got
@@ -151,7 +155,10 @@ def test_the_operators_are_registered_as_they_behave(layout, device):
 
 def test_fake_tensors_pass():
     with FakeTensorMode():
-        x, gamma = torch.empty(1, 96, 4, 480, 832, dtype=torch.bfloat16, requires_grad=True), torch.empty(96, requires_grad=True)
+        x, gamma = (
+            torch.empty(1, 96, 4, 480, 832, dtype=torch.bfloat16, requires_grad=True),
+            torch.empty(96, requires_grad=True),
+        )
         y = norm_silu(x, gamma)
         dx, dgamma = torch.autograd.grad(y, (x, gamma), torch.empty_like(y))
     assert (y.shape, y.dtype) == (dx.shape, dx.dtype) == (x.shape, x.dtype)

@@ -7,10 +7,25 @@ import torch
 from _close import assert_within_budget
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowmem_drf.kernels.rope_qk import rms_norm, rms_norm_naive, rope_qk, rope_qk_backward, rope_qk_forward, rope_qk_naive
+from lowmem_drf.kernels.rope_qk import (
+    rms_norm,
+    rms_norm_naive,
+    rope_qk,
+    rope_qk_backward,
+    rope_qk_forward,
+    rope_qk_naive,
+)
 
 EPS = 1e-6
-SHAPES = [(1, 1, 2, 12), (2, 63, 2, 12), (1, 100, 3, 32), (3, 7, 12, 128), (1, 2, 40, 128), (1, 1000, 2, 8), (2, 33, 5, 26)]
+SHAPES = [
+    (1, 1, 2, 12),
+    (2, 63, 2, 12),
+    (1, 100, 3, 32),
+    (3, 7, 12, 128),
+    (1, 2, 40, 128),
+    (1, 1000, 2, 8),
+    (2, 33, 5, 26),
+]
 """B, L, H, d."""
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAMES = ("q", "k", "weight_q", "weight_k")
@@ -34,12 +49,19 @@ def run(function, tensors, upstream, wanted=None):
     out = function(*leaves)
     outs = [out] if isinstance(out, torch.Tensor) else list(out)
     pairs = [(one, d) for one, d in zip(outs, upstream, strict=True) if one.requires_grad]
-    gradients = iter(torch.autograd.grad([one for one, _ in pairs], [leaf for leaf in leaves if leaf.requires_grad], [d for _, d in pairs]))
+    gradients = iter(
+        torch.autograd.grad(
+            [one for one, _ in pairs], [leaf for leaf in leaves if leaf.requires_grad], [d for _, d in pairs]
+        )
+    )
     return [one.detach() for one in outs], [next(gradients) if want else None for want in wanted]
 
 
 def compare(tensors, tables, upstream, heads, wanted=None):
-    both = [functools.partial(function, cos=tables[0], sin=tables[1], heads=heads, eps=EPS) for function in (rope_qk, rope_qk_naive)]
+    both = [
+        functools.partial(function, cos=tables[0], sin=tables[1], heads=heads, eps=EPS)
+        for function in (rope_qk, rope_qk_naive)
+    ]
     compare_functions(*both, NAMES, tensors, upstream, wanted)
 
 
@@ -104,7 +126,12 @@ def test_upstream_as_attention_returns_it(device):
 def test_channels_that_do_not_lie_side_by_side(device):
     (q, k, *weights), tables, upstream = inputs((2, 48, 2, 24), torch.float32, device)
     columns = [weight.repeat_interleave(2)[::2] for weight in weights]
-    compare([q.transpose(1, 2).contiguous().transpose(1, 2), k, *columns], tables, [d.transpose(1, 3).contiguous().transpose(1, 3) for d in upstream], heads=2)
+    compare(
+        [q.transpose(1, 2).contiguous().transpose(1, 2), k, *columns],
+        tables,
+        [d.transpose(1, 3).contiguous().transpose(1, 3) for d in upstream],
+        heads=2,
+    )
 
 
 def test_a_batch_is_its_sequences_one_by_one(device):
@@ -134,7 +161,9 @@ def test_a_result_that_nobody_reads(device):
 def test_bytes_kept_for_the_backward(device):
     (q, k, *weights), tables, _ = inputs((2, 30, 2, 32), torch.bfloat16, device)
     sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.nbytes) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: sizes.append(tensor.nbytes) or tensor, lambda tensor: tensor
+    ):
         rope_qk(q.requires_grad_(), k, *weights, *tables, 2, EPS)
         shared = weights[0].nbytes + tables[0].nbytes + tables[1].nbytes
         assert sum(sizes) == q.nbytes + 4 * 2 * 30 + shared
@@ -190,11 +219,15 @@ def test_refused_before_launch(device):
         rope_qk(q, k, weight_q, weight_k, cos, sin.requires_grad_(), 2, EPS)
 
 
-@pytest.mark.parametrize("wanted", [(True, True, True, True), (True, True, False, False), (False, False, True, False)], ids=str)
+@pytest.mark.parametrize(
+    "wanted", [(True, True, True, True), (True, True, False, False), (False, False, True, False)], ids=str
+)
 def test_fake_tensors(wanted):
     tensors, tables, upstream = inputs((2, 30, 2, 32), torch.bfloat16, "cpu", weights=torch.bfloat16)
     with FakeTensorMode() as mode:
-        tensors, (cos, sin), upstream = ([mode.from_tensor(tensor) for tensor in group] for group in (tensors, tables, upstream))
+        tensors, (cos, sin), upstream = (
+            [mode.from_tensor(tensor) for tensor in group] for group in (tensors, tables, upstream)
+        )
         outs, gradients = run(functools.partial(rope_qk, cos=cos, sin=sin, heads=2, eps=EPS), tensors, upstream, wanted)
         norm = rms_norm(tensors[0], tensors[2], EPS)
     assert [(out.shape, out.dtype) for out in outs] == [(d.shape, d.dtype) for d in upstream]
@@ -227,6 +260,10 @@ def test_naive_form_is_that_of_diffusers():
     weights = (attention.norm_q.weight, attention.norm_k.weight)
     q, k = rope_qk_naive(attention.to_q(hidden), attention.to_k(hidden), *weights, cos, sin, 2, EPS)
     v = attention.to_v(hidden).unflatten(2, (2, -1))
-    ours = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2).flatten(2)
+    ours = (
+        torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+        .transpose(1, 2)
+        .flatten(2)
+    )
     torch.testing.assert_close(attention.to_out[0](ours), attention(hidden, rotary_emb=(cos, sin)))
     torch.testing.assert_close(rms_norm_naive(hidden, weights[0], EPS), attention.norm_q(hidden))

@@ -41,7 +41,11 @@ def test_what_waits_where_changes_no_bit(checkpoint, keep, differentiable):
 
 
 @pytest.mark.parametrize("differentiable", [True, False], ids=["to-the-latents", "lora-only"])
-@pytest.mark.parametrize("targets", [DEFAULT_TARGETS, ("to_q",), ("ffn.net.2",), ("attn2.to_k", "time_proj", "text_embedder.linear_1")], ids=str)
+@pytest.mark.parametrize(
+    "targets",
+    [DEFAULT_TARGETS, ("to_q",), ("ffn.net.2",), ("attn2.to_k", "time_proj", "text_embedder.linear_1")],
+    ids=str,
+)
 @pytest.mark.parametrize("settings", [PLAIN, dict(), dict(checkpoint="host", keep_blocks=2)], ids=str)
 def test_slices_change_nothing_but_rounding(fp64_throughout, settings, targets, differentiable):
     transformer = make(targets=targets)
@@ -89,7 +93,8 @@ def test_without_gradient_slices_give_the_same_clip(fp64_throughout):
 
 
 def test_forwards_may_be_many_before_a_backward_and_may_be_given_up():
-    """A rollout, a forward that nobody differentiates, two graphs alive at once, backward in either order: right, and the host is empty after."""
+    """A rollout, a forward that nobody differentiates, two graphs alive at once, backward in either order: right, and
+    the host is empty after."""
     transformer = make()
     wanted = gradients(transformer, PLAIN)
     set_activations(transformer, "host", keep_blocks=1, store=STORE)
@@ -100,7 +105,8 @@ def test_forwards_may_be_many_before_a_backward_and_may_be_given_up():
             velocity(x, 0.9, text)
         velocity(x, 0.7, text)
         first, second = velocity(x, 0.5, text), velocity(x, 0.5, text)
-        assert ledger.host_bytes == 2 * 3 * x[0, 0].numel() // 4 * 24 * 8 * 2  # 3 blocks of 2 graphs: 12 tokens of 2 clips, width 24
+        # 3 blocks of 2 graphs: 12 tokens of 2 clips, width 24
+        assert ledger.host_bytes == 2 * 3 * x[0, 0].numel() // 4 * 24 * 8 * 2
         for v in (first, second):
             got = torch.autograd.grad(v, [*lora_parameters(transformer), x], upstream)
             assert all(torch.equal(a, b) for a, b in zip(got, wanted[1:], strict=True))
@@ -143,7 +149,8 @@ def test_bytes_of_keeping_recomputing_and_waiting_at_true_size(true_size):
 
 
 def test_on_the_host_the_peak_does_not_grow_with_the_blocks(true_size):
-    lora = 4 * 32 * (2 * 8 * 1536 + 2 * (1536 + 8960))  # a block's LoRA gradients, fp32: A and B of 8 projections and of the feed-forward's two
+    # a block's LoRA gradients, fp32: A and B of 8 projections and of the feed-forward's two
+    lora = 4 * 32 * (2 * 8 * 1536 + 2 * (1536 + 8960))
     few, many = (true_size(layers, checkpoint="host", slices=4) for layers in (2, 3))
     assert many.peak - few.peak <= lora
     assert many.waiting - few.waiting == HIDDEN
@@ -157,15 +164,18 @@ def test_bytes_of_kept_blocks_at_true_size(true_size):
         assert one.kept - none.kept > of_a_block
         assert one.flops < none.flops - 4 * 32_760**2 * 1536  # its attention runs forward once, not twice
     assert true_size(keep_blocks=1, slices=4).kept < true_size(keep_blocks=1).kept - 2.5 * GIB
-    assert true_size(keep_blocks=1, slices=4).peak == true_size(slices=4).peak  # the first block's recompute is as large as ever
+    # the first block's recompute is as large as ever
+    assert true_size(keep_blocks=1, slices=4).peak == true_size(slices=4).peak
 
 
 def test_bytes_and_price_of_slices_at_true_size(true_size):
-    """In diffusers a block's copies of its whole sequence take 4 GiB; in slices its backward holds what attention needs, and little else."""
+    """In diffusers a block's copies of its whole sequence take 4 GiB; in slices its backward holds what attention
+    needs, and little else."""
     peaks = [true_size(slices=slices).peak for slices in (1, 4, 16)]
     assert peaks == sorted(peaks, reverse=True)
     assert peaks[0] > 4.2 * GIB and peaks[1] < 1.9 * GIB
-    # the inputs of both blocks; q, k, v, the attention's output and their gradients, two of them for a moment with their fp32 sum; two gradients of the input
+    # the inputs of both blocks; q, k, v, the attention's output and their gradients, two of them for a moment with
+    # their fp32 sum; two gradients of the input
     assert peaks[2] < 14 * HIDDEN
     # before the attention everything is computed once more, after it nothing is
     assert true_size(slices=4).flops - true_size().flops <= 2 * 3 * 2 * 32_760 * 1536 * (1536 + 2 * 32)
@@ -174,10 +184,12 @@ def test_bytes_and_price_of_slices_at_true_size(true_size):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 50])
 def test_sliced_functions_have_the_gradients_of_whole_ones(count):
-    """Two results, a result nobody uses, an input without gradient, shared inputs with and without, a parameter, a length no count divides."""
+    """Two results, a result nobody uses, an input without gradient, shared inputs with and without, a parameter, a
+    length no count divides."""
     generator = torch.Generator().manual_seed(0)
     x, y, shared, fixed, weight = (
-        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 7, 3), (2, 7, 5), (2, 1, 3), (2, 1, 3), (3, 4))
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((2, 7, 3), (2, 7, 5), (2, 1, 3), (2, 1, 3), (3, 4))
     )
     x, shared, weight = (tensor.requires_grad_() for tensor in (x, shared, weight))
 
@@ -188,7 +200,9 @@ def test_sliced_functions_have_the_gradients_of_whole_ones(count):
         a, _, c = in_slices(function, count, [x, y], [shared, fixed], [weight])
         return a, c
 
-    for ours, theirs in zip(in_slices(function, count, [x, y], [shared, fixed], [weight]), function(x, y, shared, fixed), strict=True):
+    for ours, theirs in zip(
+        in_slices(function, count, [x, y], [shared, fixed], [weight]), function(x, y, shared, fixed), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=4 * torch.finfo(torch.float64).eps)
     assert torch.autograd.gradcheck(sliced, (x, shared, weight))
 

@@ -1,4 +1,5 @@
-"""Tensors that wait on the host: values and bytes, and the CUDA path's order of copies on streams that are as late as they may be."""
+"""Tensors that wait on the host: values and bytes, and the CUDA path's order of copies on streams that are as late as
+they may be."""
 
 from __future__ import annotations
 
@@ -19,13 +20,21 @@ CPU = torch.device("cpu")
 
 def test_what_is_put_comes_back_contiguous_as_often_as_asked():
     store = HostStore(CPU)
-    for tensor in (torch.randn(3, 5), torch.randn(4, 6).T, torch.arange(7), torch.randn(2, 8, dtype=torch.bfloat16)[:, ::2], torch.tensor(1.5)):
+    for tensor in (
+        torch.randn(3, 5),
+        torch.randn(4, 6).T,
+        torch.arange(7),
+        torch.randn(2, 8, dtype=torch.bfloat16)[:, ::2],
+        torch.tensor(1.5),
+    ):
         held = store.put(tensor.requires_grad_(tensor.is_floating_point()))
         assert held.nbytes == tensor.nbytes
         for _ in range(2):
             held.prefetch()
             got = held.get()
-            assert torch.equal(got, tensor) and got.dtype == tensor.dtype and got.is_contiguous() and not got.requires_grad
+            assert (
+                torch.equal(got, tensor) and got.dtype == tensor.dtype and got.is_contiguous() and not got.requires_grad
+            )
 
 
 def test_on_a_cpu_nothing_is_copied_but_a_view_out_of_something_larger():
@@ -58,7 +67,8 @@ def pinned_store(monkeypatch):
 
 
 def test_copies_are_ordered_whatever_their_streams_are_late_with(pinned_store):
-    """Puts, prefetches, gets and drops at random: every value right, no memory freed under a copy, host memory used again."""
+    """Puts, prefetches, gets and drops at random: every value right, no memory freed under a copy, host memory used
+    again."""
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
     waiting, taken, live = [], 0, 0
     most = 0
@@ -110,7 +120,8 @@ def test_weights_that_are_in_host_memory_already_are_packed_too(pinned_store):
         return held
 
     assert put_from_host(torch.arange(100)).get().tolist() == list(range(100))
-    del_me = pinned_store.put(torch.zeros(100, dtype=torch.int64))  # a copy to the host that is late: it must not land in what comes next
+    # a copy to the host that is late: it must not land in what comes next
+    del_me = pinned_store.put(torch.zeros(100, dtype=torch.int64))
     del del_me
     held = put_from_host(torch.arange(100))
     pinned_store.settle()
@@ -134,9 +145,12 @@ def test_memory_that_cannot_be_pinned_is_said_once_and_used_all_the_same(monkeyp
     pinned = host._Pinned(CPU)
     pinned._arenas = [torch.zeros(1)] * 16
     monkeypatch.setattr(torch, "empty", refuse)
-    with pytest.warns(UserWarning, match=r"No more than 1.0 GiB of host memory can be pinned \(CUDA error: out of memory\)"):
+    with pytest.warns(
+        UserWarning, match=r"No more than 1.0 GiB of host memory can be pinned \(CUDA error: out of memory\)"
+    ):
         assert pinned._allocate().nbytes == host.ARENA
-    assert pinned._allocate().nbytes == host.ARENA  # a second warning would be an error (pyproject has none, pytest.warns took the first)
+    # a second warning would be an error (pyproject has none, pytest.warns took the first)
+    assert pinned._allocate().nbytes == host.ARENA
 
 
 def test_no_host_memory_left_is_said_with_what_waits_there(pinned_store, monkeypatch):

@@ -1,4 +1,5 @@
-"""Fused attention checkpointing and recorded rollouts: no attention is computed twice, no gradient changes by a bit, and the bytes are known."""
+"""Fused attention checkpointing and recorded rollouts: no attention is computed twice, no gradient changes by a bit,
+and the bytes are known."""
 
 from __future__ import annotations
 
@@ -85,12 +86,21 @@ def relay(monkeypatch):
     to_fp32 = torch.Tensor.float
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_fp32(x))
     parts = tiny_parts()
-    transformer = next(cell.cell_contents for cell in parts.velocity.__closure__ if isinstance(cell.cell_contents, torch.nn.Module))
-    batch = draw_noise((Z_DIM, 3, 4, 4), range(2)).double(), tiny_condition(2, seed=0), tiny_condition(2, seed=1), [QUESTIONS, QUESTIONS[::-1]]
+    transformer = next(
+        cell.cell_contents for cell in parts.velocity.__closure__ if isinstance(cell.cell_contents, torch.nn.Module)
+    )
+    batch = (
+        draw_noise((Z_DIM, 3, 4, 4), range(2)).double(),
+        tiny_condition(2, seed=0),
+        tiny_condition(2, seed=1),
+        [QUESTIONS, QUESTIONS[::-1]],
+    )
 
     def run(plan, record, attentions=True, **settings):
         recorder = Recorder(STORE, attentions) if record else None
-        set_activations(transformer, store=STORE, keep_attention="host" if attentions else "none", recorder=recorder, **settings)
+        set_activations(
+            transformer, store=STORE, keep_attention="host" if attentions else "none", recorder=recorder, **settings
+        )
         counts = Counter()
 
         def velocity(*arguments):
@@ -113,7 +123,14 @@ def relay(monkeypatch):
 @pytest.mark.parametrize("attentions", [True, False], ids=["attentions", "inputs-alone"])
 @pytest.mark.parametrize(
     "changes",
-    [dict(), dict(chain="drtune"), dict(guidance=3.0), dict(guidance=3.0, guidance_grad="both"), dict(graded=(1, 3)), dict(graded=(5,), lv_samples=2)],
+    [
+        dict(),
+        dict(chain="drtune"),
+        dict(guidance=3.0),
+        dict(guidance=3.0, guidance_grad="both"),
+        dict(graded=(1, 3)),
+        dict(graded=(5,), lv_samples=2),
+    ],
     ids=str,
 )
 def test_a_recorded_rollout_gives_the_same_gradients(relay, changes, attentions, slices):
@@ -131,12 +148,15 @@ def test_a_recorded_rollout_gives_the_same_gradients(relay, changes, attentions,
 
 @pytest.mark.parametrize("attentions", [True, False], ids=["attentions", "inputs-alone"])
 def test_what_is_recorded_is_exact_whatever_the_rollout_is(relay, attentions):
-    """Another attention without gradient changes the clip, and the graded steps are differentiated at its latents, exactly."""
+    """Another attention without gradient changes the clip, and the graded steps are differentiated at its latents,
+    exactly."""
     calls = []
 
     def rough(q, k, v):
         calls.append(torch.is_grad_enabled())
-        return torch.nn.functional.scaled_dot_product_attention(*((0.9 * x).transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(
+            *((0.9 * x).transpose(1, 2) for x in (q, k, v))
+        ).transpose(1, 2)
 
     plan = plan_of((3, 4, 5), guidance=3.0)
     exact, _, _ = relay(plan, True, attentions)
@@ -196,11 +216,13 @@ def test_bytes_and_operations_of_a_record_at_true_size():
             forward = ledger.flops - rollout
             out.backward(torch.empty_like(out), inputs=[*lora_parameters(model), x])
             backward = ledger.flops - rollout - forward
-    assert waiting == 3 * HIDDEN + 2 * (2 * HIDDEN + 2 * LSE)  # inputs of the blocks, what leaves the last one, the attentions
+    # inputs of the blocks, what leaves the last one, the attentions
+    assert waiting == 3 * HIDDEN + 2 * (2 * HIDDEN + 2 * LSE)
     assert forward < 0.01 * rollout  # embeddings and the head
     attention = 4 * TOKENS * (TOKENS + 512) * 1536
     linears = rollout / 2 - attention  # of one block, and half of what is outside
-    # two blocks: the attention's backward, five products for two; the frozen linears once forward, once back, their LoRA a little more
+    # two blocks: the attention's backward, five products for two; the frozen linears once forward, once back, their
+    # LoRA a little more
     assert backward == pytest.approx(2 * (2.5 * attention + 2 * linears), rel=0.05)
 
 
@@ -208,7 +230,10 @@ def test_settings_that_keep_what_nobody_takes_are_refused():
     from lowmem_drf.config import load_config
     from lowmem_drf.errors import BadInputError
 
-    for settings in (("memory.checkpoint=false", "memory.keep_attention=card"), ("memory.checkpoint=false", "memory.record_rollout=true")):
+    for settings in (
+        ("memory.checkpoint=false", "memory.keep_attention=card"),
+        ("memory.checkpoint=false", "memory.record_rollout=true"),
+    ):
         with pytest.raises(BadInputError, match="checkpoint = true"):
             load_config("toy", settings)
     with pytest.raises(BadInputError, match="keep_blocks = 0"):

@@ -8,7 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 from _relay import LIMIT, lora_gradients, relative_difference
-from _tiny import Z_DIM, randomise_lora, save_tiny_critic, tiny_condition, tiny_critic, tiny_latents, tiny_transformer, tiny_vae
+from _tiny import (
+    Z_DIM,
+    randomise_lora,
+    save_tiny_critic,
+    tiny_condition,
+    tiny_critic,
+    tiny_latents,
+    tiny_transformer,
+    tiny_vae,
+)
 from _true_size import wan_1_3b
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -74,10 +83,14 @@ def test_a_transformer_parked_and_woken_is_the_same(dtype):
         return [v.detach(), *torch.autograd.grad(v, lora_parameters(transformer), torch.ones_like(v))]
 
     wanted, identities = gradients(), [id(p) for p in transformer.parameters()]
-    kept = {name: (tensor.dtype, tensor.device, tensor.requires_grad) for name, tensor in transformer.named_parameters()}
+    kept = {
+        name: (tensor.dtype, tensor.device, tensor.requires_grad) for name, tensor in transformer.named_parameters()
+    }
     lora = [p.data_ptr() for p in lora_parameters(transformer)]
     parked = check_bytes(transformer)
-    assert {name: (tensor.dtype, tensor.device, tensor.requires_grad) for name, tensor in transformer.named_parameters()} == kept
+    assert {
+        name: (tensor.dtype, tensor.device, tensor.requires_grad) for name, tensor in transformer.named_parameters()
+    } == kept
     assert [p.data_ptr() for p in lora_parameters(transformer)] == lora
     parked.wake()
     assert [id(p) for p in transformer.parameters()] == identities
@@ -110,7 +123,8 @@ def test_a_4_bit_critic_parked_and_woken_is_the_same(tmp_path):
     parked = check_bytes(critic.model)
     parked.wake()
     assert len(values) > 100 and all(torch.equal(a, b) for a, b in zip(storages_of(critic.model), values, strict=True))
-    wanted = gradient()  # of these copies: the file's own lie at other addresses, where the CPU's sums have another order
+    # of these copies: the file's own lie at other addresses, where the CPU's sums have another order
+    wanted = gradient()
     parked.park()
     assert not any(tensor.numel() for tensor in (*critic.model.parameters(), *critic.model.buffers()))
     with pytest.raises(LowmemError, match="it was called while its weights wait on the host"):
@@ -204,8 +218,18 @@ def test_a_relay_step_with_every_switch_on_equals_the_plain_one(slices, under_a_
     transformer, vae, critic = tuned_transformer(), tiny_vae(torch.float64), tiny_critic(torch.float64)
     plain = Parts(as_velocity(transformer), WanDecoder(vae), critic, lora_parameters(transformer))
     plan = StepPlan(flow_sigmas(4, 3.0), (2, 3), kept=(0, 3, 8), guidance=3.0, guidance_grad="both")
-    asked = [[Question("TA", "is the circle red ?", "yes", name="color"), Question("Phy", "does it jump ?", "no", name="jump")]]
-    inputs = (draw_noise((Z_DIM, 3, 4, 4), range(1)).double(), tiny_condition(1, seed=0), tiny_condition(1, seed=1), asked)
+    asked = [
+        [
+            Question("TA", "is the circle red ?", "yes", name="color"),
+            Question("Phy", "does it jump ?", "no", name="jump"),
+        ]
+    ]
+    inputs = (
+        draw_noise((Z_DIM, 3, 4, 4), range(1)).double(),
+        tiny_condition(1, seed=0),
+        tiny_condition(1, seed=1),
+        asked,
+    )
     set_activations(transformer, checkpoint=False)
     wanted, _ = lora_gradients(drf_step, plain, plan, *inputs)
 

@@ -36,7 +36,8 @@ def tuned(**config):
 
 
 def passes(transformer, dtype=torch.float32):
-    """What a step does: forwards without gradient, then forward and backward of one pass after another; and two graphs alive at once, with a pass between."""
+    """What a step does: forwards without gradient, then forward and backward of one pass after another; and two graphs
+    alive at once, with a pass between."""
     velocity, lora = as_velocity(transformer), lora_parameters(transformer)
     x, text = tiny_latents(1, dtype=dtype), tiny_condition(1, dtype)
     results = []
@@ -85,14 +86,22 @@ def test_gradients_are_right_however_late_the_copies_are(monkeypatch, quant):
     set_activations(transformer, slices=2)
     wanted = passes(transformer)
     store = late_store(monkeypatch, arena=1 << 16, in_flight=1 << 12)
-    set_activations(transformer, checkpoint="host", keep_attention="host", slices=2, store=store, streamed=Streamed(list(transformer.blocks), CPU, store))
+    set_activations(
+        transformer,
+        checkpoint="host",
+        keep_attention="host",
+        slices=2,
+        store=store,
+        streamed=Streamed(list(transformer.blocks), CPU, store),
+    )
     assert all(torch.equal(a, b) for a, b in zip(passes(transformer), wanted, strict=True))
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 @pytest.mark.parametrize("slices", [1, 3])
 def test_a_graph_keeps_no_weights_of_blocks_that_are_recomputed(slices, quant):
-    """Of all the pieces that ever came, only those of two layers live, whatever a graph is waiting for its backward. With kernels' linear layers too."""
+    """Of all the pieces that ever came, only those of two layers live, whatever a graph is waiting for its backward.
+    With kernels' linear layers too."""
     transformer = tuned()
     if quant != "none":
         packed(transformer)
@@ -100,10 +109,16 @@ def test_a_graph_keeps_no_weights_of_blocks_that_are_recomputed(slices, quant):
         streamed = Streamed(list(transformer.blocks), CPU, HostStore(CPU))
         came: list[weakref.ref[torch.Tensor]] = []
         for layer in streamed.layers:
-            layer.fetch = lambda do=layer.fetch, layer=layer: (do(), came.append(weakref.ref(layer._here.untyped_storage())))
+            layer.fetch = lambda do=layer.fetch, layer=layer: (
+                do(),
+                came.append(weakref.ref(layer._here.untyped_storage())),
+            )
         rows = replace(naive_ops(), lean_linears=True)
         set_activations(transformer, slices=slices, rows=rows, streamed=streamed)
-        graphs = [as_velocity(transformer)(tiny_latents(1, dtype=torch.float32), sigma, tiny_condition(1, torch.float32)) for sigma in (0.7, 0.3)]
+        graphs = [
+            as_velocity(transformer)(tiny_latents(1, dtype=torch.float32), sigma, tiny_condition(1, torch.float32))
+            for sigma in (0.7, 0.3)
+        ]
         assert len(came) == 2 * LAYERS and alive(came) <= 2
         for v in graphs:
             torch.autograd.grad(v, lora_parameters(transformer), torch.ones_like(v))
@@ -115,7 +130,12 @@ def test_a_graph_keeps_no_weights_of_blocks_that_are_recomputed(slices, quant):
 
 def test_kernels_run_on_streamed_weights():
     """Ours, interpreted: the same gradients to the bit, and no graph keeps weights of a block that is recomputed."""
-    settings: dict[str, Any] = {"rows": fused_ops(), "attention": triton_attention(), "slices": 2, "keep_attention": "card"}
+    settings: dict[str, Any] = {
+        "rows": fused_ops(),
+        "attention": triton_attention(),
+        "slices": 2,
+        "keep_attention": "card",
+    }
     transformer = tuned(attention_head_dim=16)
     set_activations(transformer, **settings)
     wanted = gradients(transformer)
@@ -123,7 +143,10 @@ def test_kernels_run_on_streamed_weights():
         streamed = Streamed(list(transformer.blocks), CPU, HostStore(CPU))
         came: list[weakref.ref[torch.Tensor]] = []
         for layer in streamed.layers:
-            layer.fetch = lambda do=layer.fetch, layer=layer: (do(), came.append(weakref.ref(layer._here.untyped_storage())))
+            layer.fetch = lambda do=layer.fetch, layer=layer: (
+                do(),
+                came.append(weakref.ref(layer._here.untyped_storage())),
+            )
         set_activations(transformer, streamed=streamed, **settings)
         assert all(torch.equal(a, b) for a, b in zip(gradients(transformer), wanted, strict=True))
         v = velocity_of(transformer)
@@ -223,7 +246,10 @@ def test_every_layer_is_on_its_way_before_it_is_entered():
     log = []
     for place, layer in enumerate(streamed.layers):
         layer.prefetch = lambda place=place, do=layer.prefetch: (log.append(("prefetch", place)), do())
-        layer.fetch = lambda place=place, do=layer.fetch, layer=layer: (log.append(("enter", place, layer._here is not None)), do())
+        layer.fetch = lambda place=place, do=layer.fetch, layer=layer: (
+            log.append(("enter", place, layer._here is not None)),
+            do(),
+        )
     for place, layer in enumerate(layers):
         layer.forward = streamed.forward(place, layer.forward)
     x = torch.randn(4, 512, generator=torch.Generator().manual_seed(1)).requires_grad_()

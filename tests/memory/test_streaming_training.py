@@ -1,4 +1,5 @@
-"""ToyWorld's update under every way of keeping frozen weights: the same gradients to the bit. (What quantisation does to a gradient: test_quant_error.py.)"""
+"""ToyWorld's update under every way of keeping frozen weights: the same gradients to the bit. (What quantisation does
+to a gradient: test_quant_error.py.)"""
 
 from __future__ import annotations
 
@@ -20,13 +21,23 @@ from lowmem_drf.questions.templates import make_questions
 
 TEXT = "a red circle moves right on a gray background"
 SMALL = (
-    *("batch=1", "micro_batch=1", "sampler.steps=4", "sampler.graded_steps=2", "video.frames=5", "critic.frames=3", "critic.token_weights=uniform"),
+    *(
+        "batch=1",
+        "micro_batch=1",
+        "sampler.steps=4",
+        "sampler.graded_steps=2",
+        "video.frames=5",
+        "critic.frames=3",
+        "critic.token_weights=uniform",
+    ),
     *("memory.checkpoint=true", "log.eval_prompts=0", "log.sample_every=0"),
 )
-PLACES = [([*transformer, *critic], park) for transformer, (critic, park) in product(([], ["transformer"]), (([], []), ([], ["critic"]), (["critic"], [])))] + [
-    (["transformer", "critic"], ["transformer", "critic", "vae"])
-]
-"""(memory.stream, memory.park): transformer resident or streamed, critic resident, parked or streamed; and all at once."""
+PLACES = [
+    ([*transformer, *critic], park)
+    for transformer, (critic, park) in product(([], ["transformer"]), (([], []), ([], ["critic"]), (["critic"], [])))
+] + [(["transformer", "critic"], ["transformer", "critic", "vae"])]
+"""(memory.stream, memory.park): transformer resident or streamed, critic resident, parked or streamed; and all at
+once."""
 
 
 def gradient(quant, stream=(), park=(), *overrides):
@@ -41,7 +52,14 @@ def gradient(quant, stream=(), park=(), *overrides):
         for parameter in lora:
             parameter.grad = None
         cond = models.condition([TEXT])
-        drf_step(models.parts(lora), step_plan(config, 0), models.noise([3]), cond, models.no_condition(1), [make_questions(TEXT, "dense")])
+        drf_step(
+            models.parts(lora),
+            step_plan(config, 0),
+            models.noise([3]),
+            cond,
+            models.no_condition(1),
+            [make_questions(TEXT, "dense")],
+        )
     return torch.cat([parameter.grad.flatten() for parameter in lora])
 
 
@@ -59,15 +77,22 @@ def test_gradients_do_not_depend_on_where_weights_wait(resident, quant, stream, 
 
 @pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
 def test_nor_when_every_arrival_is_a_copy(resident, quant):
-    """Under a ledger what comes from the host is new memory each time, as on a card; slices, host checkpoints and kept attentions besides."""
-    everything = ("memory.checkpoint=host", "memory.keep_attention=host", "memory.token_slices=2", "memory.vae_caches=host")
+    """Under a ledger what comes from the host is new memory each time, as on a card; slices, host checkpoints and kept
+    attentions besides."""
+    everything = (
+        "memory.checkpoint=host",
+        "memory.keep_attention=host",
+        "memory.token_slices=2",
+        "memory.vae_caches=host",
+    )
     exact = gradient(quant, (), (), *everything)
     with Ledger():
         assert torch.equal(gradient(quant, ["transformer", "critic"], ["vae"], *everything), exact)
 
 
 def test_a_run_goes_through_and_resumes_elsewhere(tmp_path):
-    """Two updates streamed and 8-bit, then a third with everything resident: weights may wait anywhere, their format may not change."""
+    """Two updates streamed and 8-bit, then a third with everything resident: weights may wait anywhere, their format
+    may not change."""
     run = tmp_path / "run"
     places = ['memory.stream=["transformer", "critic"]', 'memory.park=["vae"]']
     train_command("toy", None, run, 2, None, False, [*SMALL, "model.quant=int8", *places], False)

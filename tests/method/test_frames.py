@@ -6,10 +6,21 @@ import pytest
 import torch
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.method.frames import backward_chunks, chunk_of_frame, frames_at_rate, frames_of_chunk, kept_fps, kept_frames, motion_frames
+from lowmem_drf.method.frames import (
+    backward_chunks,
+    chunk_of_frame,
+    frames_at_rate,
+    frames_of_chunk,
+    kept_fps,
+    kept_frames,
+    motion_frames,
+)
 
 
-@pytest.mark.parametrize(("n_frames", "n_keep", "expected"), [(21, 4, (0, 6, 13, 20)), (9, 9, tuple(range(9))), (9, 1, (4,)), (81, 2, (0, 80))])
+@pytest.mark.parametrize(
+    ("n_frames", "n_keep", "expected"),
+    [(21, 4, (0, 6, 13, 20)), (9, 9, tuple(range(9))), (9, 1, (4,)), (81, 2, (0, 80))],
+)
 def test_uniform_frames(n_frames, n_keep, expected):
     assert kept_frames(n_frames, n_keep) == expected
 
@@ -34,14 +45,17 @@ def test_random_phase_reaches_every_frame_and_is_evenly_spaced():
     assert kept_frames(21, 4, "random_phase", generator) == draws[0]
 
 
-@pytest.mark.parametrize(("n_keep", "mode", "what"), [(0, "uniform", "critic.frames"), (10, "uniform", "1..9"), (3, "odd", "frame mode")])
+@pytest.mark.parametrize(
+    ("n_keep", "mode", "what"), [(0, "uniform", "critic.frames"), (10, "uniform", "1..9"), (3, "odd", "frame mode")]
+)
 def test_bad_choice_is_refused(n_keep, mode, what):
     with pytest.raises(BadInputError, match=what):
         kept_frames(9, n_keep, mode)
 
 
 def hugging_face_frames(total, fps, rate, patch, low=4, high=768):
-    """``Qwen2VLVideoProcessor.sample_frames`` of transformers 5.23, word by word: the class itself needs torchvision."""
+    """``Qwen2VLVideoProcessor.sample_frames`` of transformers 5.23, word by word: the class itself needs
+    torchvision."""
     max_frames = math.floor(min(high, total) / patch) * patch
     num_frames = total / fps * rate
     num_frames = min(max(num_frames, low), max_frames, total)
@@ -79,7 +93,8 @@ def test_a_rate_needs_a_frame_rate(fps):
 @pytest.mark.parametrize("mode", ["uniform", "random_phase"])
 @pytest.mark.parametrize(("n_frames", "n_keep"), [(81, 9), (81, 41), (9, 9), (2000, 8)])
 def test_the_rate_of_kept_frames_is_that_of_their_times(n_frames, n_keep, mode):
-    """The mean step of the kept frames' places, each of which is rounded down to a frame: by less than one frame over all steps."""
+    """The mean step of the kept frames' places, each of which is rounded down to a frame: by less than one frame over
+    all steps."""
     kept = kept_frames(n_frames, n_keep, mode, torch.Generator().manual_seed(0))
     seconds = (kept[-1] - kept[0]) / 24 / (n_keep - 1)
     assert abs(1 / kept_fps(n_frames, 24, n_keep, mode) - seconds) * 24 * (n_keep - 1) < 1

@@ -1,9 +1,9 @@
 """The differentiable preprocess gives Hugging Face's patches, in Hugging Face's order.
 
-Oracles: what Hugging Face's video and image processors, which need torchvision, made of the same frames (``golden/preprocess.npz``, written
-by ``golden/make_preprocess.py``); and, run here, transformers' numpy/PIL image processor, which needs none. That one repeats an image over
-a temporal patch, so the frame at place i of a temporal patch must give column block i of it what that frame, as an image, gives any column
-block.
+Oracles: what Hugging Face's video and image processors, which need torchvision, made of the same frames
+(``golden/preprocess.npz``, written by ``golden/make_preprocess.py``); and, run here, transformers' numpy/PIL image
+processor, which needs none. That one repeats an image over a temporal patch, so the frame at place i of a temporal
+patch must give column block i of it what that frame, as an image, gives any column block.
 """
 
 import math
@@ -79,8 +79,8 @@ def stored_patches(case, levels=(0, 255)):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_patches_are_those_of_hugging_face_processors(case, golden):
-    """Video and image, Qwen2.5-VL's rule and Qwen3-VL's, as-is, up and down, odd, portrait and landscape: within 1e-5 of the range from
-    black to white; the grid exactly. What overshoots black or white saturates here."""
+    """Video and image, Qwen2.5-VL's rule and Qwen3-VL's, as-is, up and down, odd, portrait and landscape: within 1e-5
+    of the range from black to white; the grid exactly. What overshoots black or white saturates here."""
     patches, black, white, grid = stored_patches(case)
     assert grid == golden[f"{case.name}/grid"].tolist()
     expected = torch.from_numpy(golden[f"{case.name}/float"]).clamp(black, white)
@@ -90,9 +90,9 @@ def test_patches_are_those_of_hugging_face_processors(case, golden):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_patches_of_uint8_frames_differ_by_their_rounding(case, golden):
-    """torch resizes uint8 in two passes, rounds to a level after each, and rounds the filter's weights to 15 bits: half a level after the
-    second pass; half a level carried through its weights, whose absolute values sum up to 1.25 (bicubic, a = -1/2); and the weights'
-    rounding, under a hundredth of a level. As-is, there is nothing to round."""
+    """torch resizes uint8 in two passes, rounds to a level after each, and rounds the filter's weights to 15 bits: half
+    a level after the second pass; half a level carried through its weights, whose absolute values sum up to 1.25
+    (bicubic, a = -1/2); and the weights' rounding, under a hundredth of a level. As-is, there is nothing to round."""
     patches, black, white, _ = stored_patches(case, MUTED)
     levels = (patches - black) / (white - black) * 255
     expected = torch.from_numpy(golden[f"{case.name}/uint8"])
@@ -108,7 +108,13 @@ def test_the_file_holds_every_case_and_kind():
 
 @pytest.mark.parametrize(
     ("geometry", "batch", "frames", "height", "width"),
-    [(TOY, 2, 4, 32, 32), (TOY, 2, 9, 16, 40), (TOY, 1, 1, 8, 8), (THREE, 2, 4, 12, 18), (QWEN, 1, 3, 28 * 10, 28 * 13)],
+    [
+        (TOY, 2, 4, 32, 32),
+        (TOY, 2, 9, 16, 40),
+        (TOY, 1, 1, 8, 8),
+        (THREE, 2, 4, 12, 18),
+        (QWEN, 1, 3, 28 * 10, 28 * 13),
+    ],
     ids=["toy", "odd", "one-frame", "three", "qwen"],
 )
 def test_patches_are_hugging_face_patches(geometry, batch, frames, height, width):
@@ -122,11 +128,16 @@ def test_patches_are_hugging_face_patches(geometry, batch, frames, height, width
     assert (patches - expected).abs().max() <= 2 * 3 * torch.finfo(torch.float32).eps / min(STD)
 
 
-@pytest.mark.parametrize(("geometry", "height", "width"), [(TOY, 30, 41), (TOY, 100, 60), (TOY, 5, 5), (QWEN, 240, 416)], ids=["near", "down", "up", "qwen"])
+@pytest.mark.parametrize(
+    ("geometry", "height", "width"),
+    [(TOY, 30, 41), (TOY, 100, 60), (TOY, 5, 5), (QWEN, 240, 416)],
+    ids=["near", "down", "up", "qwen"],
+)
 def test_resized_patches_are_hugging_face_patches_up_to_its_rounding_to_uint8(geometry, height, width):
-    """PIL resizes in two passes and rounds to 1/255 after each: half a level after the second, and half a level carried through the second
-    pass's weights, whose absolute values sum up to 1.25 (bicubic, a = -1/2)."""
-    clip = clips(1, 2, height, width, low=80, high=170)  # away from black and white, where PIL saturates between its passes
+    """PIL resizes in two passes and rounds to 1/255 after each: half a level after the second, and half a level carried
+    through the second pass's weights, whose absolute values sum up to 1.25 (bicubic, a = -1/2)."""
+    # away from black and white, where PIL saturates between its passes
+    clip = clips(1, 2, height, width, low=80, high=170)
     expected, grid = expected_patches(clip, geometry)
     patches, grid_thw = video_patches(as_frames(clip), geometry)
     assert grid_thw.tolist() == [grid]
@@ -164,10 +175,17 @@ def test_the_last_frame_gets_the_gradient_of_its_repetition():
 
 @pytest.mark.parametrize("geometry", [QWEN, TOY], ids=["qwen", "toy"])
 def test_smart_resize_is_hugging_face(geometry):
-    sizes = [(h, w) for h in (5, 14, 31, 56, 240, 480, 704, 1080) for w in (7, 28, 50, 416, 832, 1280, 1920) if max(h, w) <= 200 * min(h, w)]
+    sizes = [
+        (h, w)
+        for h in (5, 14, 31, 56, 240, 480, 704, 1080)
+        for w in (7, 28, 50, 416, 832, 1280, 1920)
+        if max(h, w) <= 200 * min(h, w)
+    ]
     assert len(sizes) > 40
     for height, width in sizes:
-        expected = hf_smart_resize(height, width, geometry.patch * geometry.merge, geometry.min_pixels, geometry.max_pixels)
+        expected = hf_smart_resize(
+            height, width, geometry.patch * geometry.merge, geometry.min_pixels, geometry.max_pixels
+        )
         assert smart_resize(height, width, geometry) == expected
         assert math.prod(expected) % (geometry.patch * geometry.merge) ** 2 == 0
 
@@ -177,7 +195,16 @@ def test_smart_resize_of_a_clip_is_hugging_face(geometry):
     geometry = GEOMETRIES[geometry]
     factor = geometry.factor
     for frames in (2, 3, 5, 8, 9, 81):
-        for height, width in ((5, 7), (32, 32), (31, 64), (240, 416), (480, 832), (1080, 1920), (1920, 1080), (50, 1000)):
+        for height, width in (
+            (5, 7),
+            (32, 32),
+            (31, 64),
+            (240, 416),
+            (480, 832),
+            (1080, 1920),
+            (1920, 1080),
+            (50, 1000),
+        ):
             capped = max(min(768 * factor**2, geometry.max_pixels // frames), int(geometry.min_pixels * 1.05)) * frames
             expected = hf_smart_resize_clip(frames, height, width, 2, factor, geometry.min_pixels, capped)
             assert smart_resize(height, width, geometry, frames) == expected

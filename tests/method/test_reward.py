@@ -41,7 +41,11 @@ def test_dense_is_the_mean_logprob_of_the_reference(kind):
     assert question_reward(Answer(logits, target), DENSE, RewardSpec(kind)).item() == pytest.approx(expected.item())
 
 
-@pytest.mark.parametrize(("given", "reward"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)], ids=str)
+@pytest.mark.parametrize(
+    ("given", "reward"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
+    ids=str,
+)
 @pytest.mark.parametrize("question", [WANTS_YES, DENSE], ids=["yesno", "dense"])
 def test_arithmetic_is_in_fp32_or_higher(question, given, reward):
     answer = yesno([0.1, 0.2, 0.1, 0.35, 0.15, 0.1], given)
@@ -53,7 +57,9 @@ def test_arithmetic_is_in_fp32_or_higher(question, given, reward):
 def test_gradients(question, kind):
     logits = torch.randn(3 if question is DENSE else 1, 6, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([5, 0, 2])[: len(logits)]
-    assert torch.autograd.gradcheck(lambda x: question_reward(Answer(x, target, YES, NO), question, RewardSpec(kind)), logits)
+    assert torch.autograd.gradcheck(
+        lambda x: question_reward(Answer(x, target, YES, NO), question, RewardSpec(kind)), logits
+    )
 
 
 def test_hinge_caps_the_reward_and_stops_the_gradient():
@@ -69,7 +75,9 @@ def test_total_is_the_weighted_mean_of_the_aspects_means():
     answers = [yesno([0.0, p, 0.0, 1 - p, 0.0, 0.0]) for p in (0.9, 0.8, 0.3)]
     a, b, c = math.log(0.9), math.log(0.8), math.log(0.7)
     questions = [replace(WANTS_YES, weight=3.0), replace(WANTS_YES, name=""), replace(WANTS_NO, weight=0.5)]
-    total, by_aspect, by_question = total_reward(answers, questions, RewardSpec(weights={"TA": 1.0, "Phy": 2.0, "VQ": 5.0}))
+    total, by_aspect, by_question = total_reward(
+        answers, questions, RewardSpec(weights={"TA": 1.0, "Phy": 2.0, "VQ": 5.0})
+    )
     assert by_aspect == pytest.approx({"TA": (3 * a + b) / 4, "Phy": c})
     assert total.item() == pytest.approx((by_aspect["TA"] + 2 * c) / 3)
     assert by_question == pytest.approx({"color": a, "TA": b, "jump": c})
@@ -91,7 +99,9 @@ def test_an_aspect_without_weight_is_reported_and_not_pushed():
 
 
 def test_names_that_only_some_clips_have_are_averaged_over_those():
-    mean, by_aspect, by_question = mean_reward([[ANSWER, ANSWER], [ANSWER]], [[WANTS_YES, WANTS_NO], [WANTS_YES]], RewardSpec())
+    mean, by_aspect, by_question = mean_reward(
+        [[ANSWER, ANSWER], [ANSWER]], [[WANTS_YES, WANTS_NO], [WANTS_YES]], RewardSpec()
+    )
     yes, no = math.log(0.3), math.log(0.5)
     assert mean.item() == pytest.approx(((yes + no) / 2 + yes) / 2)
     assert by_aspect == pytest.approx({"TA": yes, "Phy": no})
@@ -116,7 +126,11 @@ def test_unusable_questions_are_refused(questions, spec, what):
 
 @pytest.mark.parametrize(
     ("changes", "what"),
-    [({"kind": "no_margin"}, "yes_margin"), ({"weights": {"TA": -1.0}}, "aspect TA"), ({"scales": {"color": 0.0}}, "scale of question color")],
+    [
+        ({"kind": "no_margin"}, "yes_margin"),
+        ({"weights": {"TA": -1.0}}, "aspect TA"),
+        ({"scales": {"color": 0.0}}, "scale of question color"),
+    ],
     ids=str,
 )
 def test_bad_spec_is_refused(changes, what):
@@ -148,7 +162,9 @@ def test_scales_divide_what_counts_and_not_what_is_reported():
     total, by_aspect, by_question = total_reward([ANSWER, ANSWER], questions, RewardSpec(scales={"color": 0.5}))
     yes, no = math.log(0.3), math.log(0.5)
     assert total.item() == pytest.approx((yes / 0.5 + no) / 2)
-    assert by_aspect == pytest.approx({"TA": yes, "Phy": no}) and by_question == pytest.approx({"color": yes, "jump": no})
+    assert by_aspect == pytest.approx({"TA": yes, "Phy": no}) and by_question == pytest.approx(
+        {"color": yes, "jump": no}
+    )
 
 
 def test_spread_gives_what_varies_more_a_larger_scale_and_nothing_a_vanishing_one():
@@ -157,8 +173,12 @@ def test_spread_gives_what_varies_more_a_larger_scale_and_nothing_a_vanishing_on
         assert (spread.scales() == {}) == (update < spread.warmup)
         spread.add({"wild": -2.0 + (-1.0) ** update, "calm": -0.5 + 0.25 * (-1.0) ** update, "solved": -0.01})
     scales = spread.scales()
-    # standard deviations of 1, 1/4 and 0, their mean 5/12; the floor is a tenth of that. The running mean follows each value by 1 - decay = 0.05
-    assert scales["wild"] == pytest.approx((1 / (5 / 12) + 0.1) / 1.1, rel=0.05) and scales["wild"] > scales["calm"] > scales["solved"]
+    # standard deviations of 1, 1/4 and 0, their mean 5/12; the floor is a tenth of that. The running mean follows each
+    # value by 1 - decay = 0.05
+    assert (
+        scales["wild"] == pytest.approx((1 / (5 / 12) + 0.1) / 1.1, rel=0.05)
+        and scales["wild"] > scales["calm"] > scales["solved"]
+    )
     assert scales["solved"] == pytest.approx(0.1 / 1.1) and sum(scales.values()) / 3 == pytest.approx(1.0)
 
 

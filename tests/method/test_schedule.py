@@ -5,12 +5,24 @@ import torch
 from diffusers import UniPCMultistepScheduler
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.method.schedule import choose_graded, draw_noise, euler_step, flow_sigmas, gradient_passes, guided, renoise
+from lowmem_drf.method.schedule import (
+    choose_graded,
+    draw_noise,
+    euler_step,
+    flow_sigmas,
+    gradient_passes,
+    guided,
+    renoise,
+)
 
 
 def unipc(steps, shift):
     scheduler = UniPCMultistepScheduler(
-        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=shift, solver_order=1, disable_corrector=list(range(steps))
+        use_flow_sigmas=True,
+        prediction_type="flow_prediction",
+        flow_shift=shift,
+        solver_order=1,
+        disable_corrector=list(range(steps)),
     )
     scheduler.set_timesteps(steps)
     return scheduler
@@ -28,7 +40,9 @@ def test_sigmas_are_unipc_sigmas(steps, shift):
 
 @pytest.mark.parametrize("steps", [1, 4, 10, 50])
 def test_truncated_timesteps_are_unipc_timesteps(steps):
-    assert [int(sigma * 1000) for sigma in flow_sigmas(steps, 3.0)[:-1].tolist()] == unipc(steps, 3.0).timesteps.tolist()
+    assert [int(sigma * 1000) for sigma in flow_sigmas(steps, 3.0)[:-1].tolist()] == unipc(
+        steps, 3.0
+    ).timesteps.tolist()
 
 
 def test_no_step_is_empty():
@@ -37,8 +51,8 @@ def test_no_step_is_empty():
 
 
 def test_euler_is_unipc_of_order_1():
-    """UniPC computes in fp32 through log-SNR: its distance to our fp64 update is at most twice that of our update in fp32 plus its own
-    rounding of sigma (1 ulp of fp32 per step, on values of order 1)."""
+    """UniPC computes in fp32 through log-SNR: its distance to our fp64 update is at most twice that of our update in
+    fp32 plus its own rounding of sigma (1 ulp of fp32 per step, on values of order 1)."""
     steps = 10
     scheduler, sigmas = unipc(steps, 3.0), flow_sigmas(steps, 3.0).tolist()
     x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -50,7 +64,10 @@ def test_euler_is_unipc_of_order_1():
     assert (actual - expected).abs().max() < steps * 8 * torch.finfo(torch.float32).eps * actual.abs().max()
 
 
-@pytest.mark.parametrize(("steps", "shift", "key"), [(0, 3.0, "sampler.steps"), (4, 0.0, "sampler.shift"), (4, float("nan"), "sampler.shift")])
+@pytest.mark.parametrize(
+    ("steps", "shift", "key"),
+    [(0, 3.0, "sampler.steps"), (4, 0.0, "sampler.shift"), (4, float("nan"), "sampler.shift")],
+)
 def test_bad_schedule_is_refused(steps, shift, key):
     with pytest.raises(BadInputError, match=key):
         flow_sigmas(steps, shift)
@@ -81,7 +98,13 @@ def test_renoise():
 
 @pytest.mark.parametrize(
     ("mode", "k", "expected"),
-    [("tail", 3, (7, 8, 9)), ("tail", 10, tuple(range(10))), ("last", 4, (9,)), ([5, 2, 5], 1, (2, 5)), ((-1, 0), 1, (0, 9))],
+    [
+        ("tail", 3, (7, 8, 9)),
+        ("tail", 10, tuple(range(10))),
+        ("last", 4, (9,)),
+        ([5, 2, 5], 1, (2, 5)),
+        ((-1, 0), 1, (0, 9)),
+    ],
     ids=str,
 )
 def test_choose_graded(mode, k, expected):
@@ -93,7 +116,9 @@ def test_random_graded_steps():
     draws = [choose_graded("random", 10, 3, generator) for _ in range(200)]
     assert all(len(set(draw)) == 3 and list(draw) == sorted(draw) for draw in draws)
     assert {step for draw in draws for step in draw} == set(range(10))
-    assert draws[:5] == [choose_graded("random", 10, 3, g) for g in [torch.Generator().manual_seed(0)] for _ in range(5)]
+    assert draws[:5] == [
+        choose_graded("random", 10, 3, g) for g in [torch.Generator().manual_seed(0)] for _ in range(5)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +165,9 @@ def test_guidance_and_where_its_gradient_goes(grad):
     assert torch.equal(v, expected) or (v - expected).norm() / expected.norm() < 1e-10
     (actual,) = torch.autograd.grad(v, x, upstream)
     parts = gradient_passes(2.0, 3.0, 4.0, grad)
-    by_parts = sum(factor * torch.autograd.grad(velocity(x, 0.5, condition), x, upstream)[0] for condition, factor in parts)
+    by_parts = sum(
+        factor * torch.autograd.grad(velocity(x, 0.5, condition), x, upstream)[0] for condition, factor in parts
+    )
     assert len(parts) == (2 if grad == "both" else 1)
     assert (actual - by_parts).norm() / actual.norm() < 1e-10
 

@@ -8,7 +8,19 @@ from dataclasses import replace
 import pytest
 import torch
 from _relay import LIMIT, lora_gradients, relative_difference
-from _toys import CHANNELS, KEPT, LATENT_FRAMES, SIDE, STEPS, TEMPORAL_FACTOR, ToyCritic, ToyDecoder, batch_of, plan_of, toy_parts
+from _toys import (
+    CHANNELS,
+    KEPT,
+    LATENT_FRAMES,
+    SIDE,
+    STEPS,
+    TEMPORAL_FACTOR,
+    ToyCritic,
+    ToyDecoder,
+    batch_of,
+    plan_of,
+    toy_parts,
+)
 from torch import nn
 
 from lowmem_drf.errors import BadInputError, NonFiniteError
@@ -37,7 +49,9 @@ def assert_equal_steps(parts, plan, size=1, seed=None):
 
 
 @pytest.mark.parametrize("size", [1, 2], ids=lambda size: f"batch{size}")
-@pytest.mark.parametrize(("guidance", "grad"), [(1.0, "cond"), (3.0, "cond"), (3.0, "both")], ids=["unguided", "guided", "guided-both"])
+@pytest.mark.parametrize(
+    ("guidance", "grad"), [(1.0, "cond"), (3.0, "cond"), (3.0, "both")], ids=["unguided", "guided", "guided-both"]
+)
 @pytest.mark.parametrize("chain", ["full", "drtune"])
 @pytest.mark.parametrize("k", [1, 2, 5, STEPS], ids=lambda k: f"K{k}")
 def test_relay_is_naive(parts, k, chain, guidance, grad, size):
@@ -69,7 +83,9 @@ def test_relay_is_naive_where_the_frames_follow_the_motion(parts, lv):
 def test_draft_lv_is_the_mean_over_the_clip_and_its_copies(parts):
     plan = plan_of((STEPS - 1,), lv_samples=2)
     noise, cond, uncond, questions = batch_of(1)
-    together, _ = lora_gradients(drf_step, parts, plan, noise, cond, uncond, questions, [torch.Generator().manual_seed(3)])
+    together, _ = lora_gradients(
+        drf_step, parts, plan, noise, cond, uncond, questions, [torch.Generator().manual_seed(3)]
+    )
     alone, _ = lora_gradients(drf_step, parts, replace(plan, lv_samples=0), noise, cond, uncond, questions)
     x_0, _ = rollout(parts.velocity, plan.sigmas, noise, cond, uncond)
     last, generator = plan.sigmas[-2:], torch.Generator().manual_seed(3)
@@ -92,7 +108,12 @@ def test_shares_of_a_batch_add_up_to_it(parts):
     plan, (noise, cond, uncond, questions) = plan_of((3, 5), guidance=2.0), batch_of(2)
     together, _ = lora_gradients(drf_step, parts, plan, noise, cond, uncond, questions)
     for step in (drf_step, naive_step):
-        alone = [lora_gradients(step, parts, plan, *(part[i : i + 1] for part in (noise, cond, uncond, questions)), (), 0.5)[0] for i in (0, 1)]
+        alone = [
+            lora_gradients(step, parts, plan, *(part[i : i + 1] for part in (noise, cond, uncond, questions)), (), 0.5)[
+                0
+            ]
+            for i in (0, 1)
+        ]
         assert relative_difference(alone[0] + alone[1], together) < LIMIT
 
 
@@ -109,7 +130,10 @@ def test_batch_of_two_is_the_mean_of_two_batches_of_one(parts):
     plan = plan_of((2, 4, 5), guidance=2.0)
     noise, cond, uncond, questions = batch_of(2)
     together, stats = lora_gradients(drf_step, parts, plan, noise, cond, uncond, questions)
-    ones = [lora_gradients(drf_step, parts, plan, noise[i : i + 1], cond[i : i + 1], uncond[i : i + 1], questions[:1]) for i in (0, 1)]
+    ones = [
+        lora_gradients(drf_step, parts, plan, noise[i : i + 1], cond[i : i + 1], uncond[i : i + 1], questions[:1])
+        for i in (0, 1)
+    ]
     assert relative_difference(together, (ones[0][0] + ones[1][0]) / 2) < LIMIT
     assert stats.reward == pytest.approx((ones[0][1].reward + ones[1][1].reward) / 2)
 
@@ -118,7 +142,10 @@ def test_batch_of_two_is_the_mean_of_two_batches_of_one(parts):
 def test_a_window_over_all_chunks_is_exact(parts, window):
     plan = plan_of((4, 5))
     exact, _ = lora_gradients(drf_step, parts, plan, *batch_of(1))
-    assert relative_difference(lora_gradients(drf_step, parts, replace(plan, vae_window=window), *batch_of(1))[0], exact) < LIMIT
+    assert (
+        relative_difference(lora_gradients(drf_step, parts, replace(plan, vae_window=window), *batch_of(1))[0], exact)
+        < LIMIT
+    )
 
 
 @pytest.mark.parametrize("window", [0, 1])
@@ -277,7 +304,9 @@ def test_a_decoder_without_caches_needs_no_earlier_chunk(parts):
             return super().chunk(latents_BC1hw, empty)[0], ()
 
         def decode(self, latents_BCFhw):
-            return torch.cat([self.chunk(z, ())[0] for z in latents_BCFhw.split(1, dim=2)], dim=1)[:, TEMPORAL_FACTOR - 1 :]
+            return torch.cat([self.chunk(z, ())[0] for z in latents_BCFhw.split(1, dim=2)], dim=1)[
+                :, TEMPORAL_FACTOR - 1 :
+            ]
 
     decoder = PerFrame().double()
     latents = batch_of(1)[0].requires_grad_()

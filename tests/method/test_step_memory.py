@@ -1,4 +1,5 @@
-"""The relay's memory, as bytes that autograd saves: none in stages without gradient, else one piece, whatever K and the frames."""
+"""The relay's memory, as bytes that autograd saves: none in stages without gradient, else one piece, whatever K and the
+frames."""
 
 from dataclasses import replace
 

@@ -1,4 +1,5 @@
-"""The relay equals the one-graph oracle with the real classes: Wan transformer with LoRA, Wan VAE and Qwen2.5-VL, tiny, random, in fp64."""
+"""The relay equals the one-graph oracle with the real classes: Wan transformer with LoRA, Wan VAE and Qwen2.5-VL, tiny,
+random, in fp64."""
 
 from dataclasses import replace
 
@@ -20,8 +21,8 @@ def parts():
 
 @pytest.fixture(autouse=True)
 def fp64_throughout(monkeypatch):
-    """Diffusers computes Wan's norms and modulations in fp32 (``x.float()``), in an fp64 model too. That rounding would hide small
-    differences from the comparison, or amplify them to 1e-7."""
+    """Diffusers computes Wan's norms and modulations in fp32 (``x.float()``), in an fp64 model too. That rounding would
+    hide small differences from the comparison, or amplify them to 1e-7."""
     to_fp32 = torch.Tensor.float
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_fp32(x))
 
@@ -44,11 +45,15 @@ def assert_equal_steps(parts, plan, size, seed=None, batch=None):
 
 
 @pytest.mark.parametrize("size", [1, 2], ids=lambda size: f"batch{size}")
-@pytest.mark.parametrize(("guidance", "grad"), [(1.0, "cond"), (4.7, "cond"), (4.7, "both")], ids=["unguided", "guided", "guided-both"])
+@pytest.mark.parametrize(
+    ("guidance", "grad"), [(1.0, "cond"), (4.7, "cond"), (4.7, "both")], ids=["unguided", "guided", "guided-both"]
+)
 @pytest.mark.parametrize("chain", ["full", "drtune"])
 @pytest.mark.parametrize("k", [1, 2, 5, STEPS], ids=lambda k: f"K{k}")
 def test_relay_is_naive(parts, k, chain, guidance, grad, size):
-    assert_equal_steps(parts, plan_of(range(STEPS - k, STEPS), chain=chain, guidance=guidance, guidance_grad=grad), size)
+    assert_equal_steps(
+        parts, plan_of(range(STEPS - k, STEPS), chain=chain, guidance=guidance, guidance_grad=grad), size
+    )
 
 
 @pytest.mark.parametrize("chain", ["full", "drtune"])
@@ -65,12 +70,16 @@ def test_relay_is_naive(parts, k, chain, guidance, grad, size):
     ids=str,
 )
 def test_relay_is_naive_for_every_generator(generator, expert, graded, chain):
-    """Of the two experts the one for high noise denoises steps 0 and 1; the gradient passes the other's steps unchanged."""
+    """Of the two experts the one for high noise denoises steps 0 and 1; the gradient passes the other's steps
+    unchanged."""
     parts = tiny_parts(generator=generator, expert=expert)
     channels = len(parts.decoder.vae.config.latents_mean)
     noise, condition = draw_noise((channels, 3, 4, 2), [0]).double(), tiny_condition(1, seed=0)
     assert_equal_steps(
-        parts, plan_of(graded, chain=chain, guidance=4.7, guidance_grad="both"), 1, batch=(noise, condition, tiny_condition(1, seed=1), [QUESTIONS])
+        parts,
+        plan_of(graded, chain=chain, guidance=4.7, guidance_grad="both"),
+        1,
+        batch=(noise, condition, tiny_condition(1, seed=1), [QUESTIONS]),
     )
 
 
@@ -98,7 +107,9 @@ def test_memory_of_the_relay_does_not_depend_on_k_and_that_of_naive_does(parts, 
         for k in (2, 5):
             meter = SavedBytes()
             with meter.watch():
-                lora_gradients(step, replace(parts, stage=meter.stage), plan_of(range(STEPS - k, STEPS), chain=chain), *batch_of(1))
+                lora_gradients(
+                    step, replace(parts, stage=meter.stage), plan_of(range(STEPS - k, STEPS), chain=chain), *batch_of(1)
+                )
             assert meter.live == 0
             peak[step, k] = meter.peak
     assert peak[drf_step, 2] == peak[drf_step, 5]

@@ -1,4 +1,5 @@
-"""The VAE stream: frames are diffusers' bit by bit, gradients those of one graph of diffusers' own decoder, however memory is saved."""
+"""The VAE stream: frames are diffusers' bit by bit, gradients those of one graph of diffusers' own decoder, however
+memory is saved."""
 
 import pytest
 import torch
@@ -45,14 +46,18 @@ def test_the_pull_back_in_segments_is_that_of_the_whole_chunk(name, window):
 
     vae, latents = vae_of(name), some_latents(6)
     expected = stream_gradient(Whole(vae), latents, (2, 9, 20), window)[0]
-    assert relative_difference(stream_gradient(WanDecoder(vae, strips=2), latents, (2, 9, 20), window)[0], expected) < LIMIT
+    assert (
+        relative_difference(stream_gradient(WanDecoder(vae, strips=2), latents, (2, 9, 20), window)[0], expected)
+        < LIMIT
+    )
 
 
 @pytest.mark.parametrize("strips", [1, 2, 3, 4])
 @pytest.mark.parametrize("rows", [3, 5])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_strips_change_nothing(name, rows, strips):
-    """5 and 3 rows of the latents: 5, 10, 20, 40 and 3, 6, 12, 24 rows of the segments, which 3 and 4 divide nowhere or seldom."""
+    """5 and 3 rows of the latents: 5, 10, 20, 40 and 3, 6, 12, 24 rows of the segments, which 3 and 4 divide nowhere or
+    seldom."""
     vae, latents = vae_of(name), some_latents(4, rows)
     gradient, _, d_frames = stream_gradient(WanDecoder(vae, strips=strips), latents, (1, 8, 12))
     assert relative_difference(gradient, oracle(vae, latents, (1, 8, 12), d_frames)) < LIMIT
@@ -94,8 +99,13 @@ def test_caches_on_the_host_give_the_same_bits(name, dtype):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_graph_is_the_same_where_caches_wait_on_the_host(name):
     vae, latents = vae_of(name), some_latents(3).requires_grad_()
-    upstream = torch.randn(1, 9, 3, 3 * vae.config.scale_factor_spatial, 2 * vae.config.scale_factor_spatial, dtype=torch.float64)
-    gradients = [torch.autograd.grad(WanDecoder(vae, caches=caches).decode(latents), latents, upstream)[0] for caches in ("card", "host")]
+    upstream = torch.randn(
+        1, 9, 3, 3 * vae.config.scale_factor_spatial, 2 * vae.config.scale_factor_spatial, dtype=torch.float64
+    )
+    gradients = [
+        torch.autograd.grad(WanDecoder(vae, caches=caches).decode(latents), latents, upstream)[0]
+        for caches in ("card", "host")
+    ]
     assert torch.equal(*gradients)
 
 
@@ -109,7 +119,10 @@ def test_the_gradients_dtype_is_that_of_a_vae_cast_to_it(name):
     assert torch.equal(frames, decode(WanDecoder(mixed.vae), latents, kept)[0])
     half = WanDecoder(vae_of(name, torch.float32).bfloat16())
     fp32, _ = decode(mixed, latents, kept), None
-    rounded = {chunk: half.store(tuple(c.get() if hasattr(c, "get") else c for c in caches)) for chunk, caches in fp32[1].items()}
+    rounded = {
+        chunk: half.store(tuple(c.get() if hasattr(c, "get") else c for c in caches))
+        for chunk, caches in fp32[1].items()
+    }
     assert {c.get().dtype for caches in rounded.values() for c in caches if hasattr(c, "get")} == {torch.bfloat16}
     d_frames = torch.randn_like(frames)
     got = vae_backward(mixed, latents, entering, d_frames, kept)
@@ -132,7 +145,8 @@ def test_inside_the_range_the_gradient_is_diffusers_own():
 
 
 def test_exact_costs_no_more_than_a_window_of_two_chunks_allows():
-    """8 evenly spaced frames of 81: a window of two visits every chunk too, so exact only hands gradients on besides."""
+    """8 evenly spaced frames of 81: a window of two visits every chunk too, so exact only hands gradients on
+    besides."""
     kept, latents = kept_frames(81, 8), some_latents(21, 1, 1, dtype=torch.float32)
     decoder = WanDecoder(vae_of("toy", torch.float32))
     flops = {}

@@ -36,7 +36,11 @@ def hub_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", KNOWN_GENERATORS)
 def test_sizes_are_those_written_down(name: str) -> None:
     known = KNOWN_GENERATORS[name]
-    models = {"transformer": empty_transformer(known.config.transformer), "vae": empty_vae(known.config.vae), "text": empty_text(known.config.text)}
+    models = {
+        "transformer": empty_transformer(known.config.transformer),
+        "vae": empty_vae(known.config.vae),
+        "text": empty_text(known.config.text),
+    }
     if known.config.transformer_2:
         models["transformer_2"] = empty_transformer(known.config.transformer_2)
     assert models.keys() == known.parameters.keys()
@@ -44,7 +48,13 @@ def test_sizes_are_those_written_down(name: str) -> None:
         assert sum(parameter.numel() for parameter in model.parameters()) == known.parameters[field], field
         assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     transformer, vae = models["transformer"].config, models["vae"].config
-    assert transformer.in_channels == transformer.out_channels == vae.z_dim == len(vae.latents_mean) == len(vae.latents_std)
+    assert (
+        transformer.in_channels
+        == transformer.out_channels
+        == vae.z_dim
+        == len(vae.latents_mean)
+        == len(vae.latents_std)
+    )
     assert transformer.text_dim == models["text"].config.d_model
 
 
@@ -52,10 +62,24 @@ def test_sizes_are_those_written_down(name: str) -> None:
 def test_every_one_can_be_planned(name: str, monkeypatch) -> None:
     """Two blocks at their true width, on ToyWorld's clips. Of two transformers one is on the card."""
     known = KNOWN_GENERATORS[name].config
-    short = {field: config | {"num_layers": 2} for field in ("transformer", "transformer_2") if (config := getattr(known, field))}
+    short = {
+        field: config | {"num_layers": 2}
+        for field in ("transformer", "transformer_2")
+        if (config := getattr(known, field))
+    }
     monkeypatch.setattr("lowmem_drf.planner.plan.generator_config", lambda place: replace(known, **short))
-    settings = ("video.width=64", "video.height=64", "batch=1", "micro_batch=1", "sampler.graded_steps=1", "sampler.steps=2", 'memory.park=["transformer"]')
-    plan = make_plan(load_config("toy", [f'model.id="{name}"', *settings]), card_named("RTX 4090"), only="denoise_backward")
+    settings = (
+        "video.width=64",
+        "video.height=64",
+        "batch=1",
+        "micro_batch=1",
+        "sampler.graded_steps=1",
+        "sampler.steps=2",
+        'memory.park=["transformer"]',
+    )
+    plan = make_plan(
+        load_config("toy", [f'model.id="{name}"', *settings]), card_named("RTX 4090"), only="denoise_backward"
+    )
     parameters = sum(parameter.numel() for parameter in empty_transformer(short["transformer"]).parameters())
     for stage in ("rollout", "denoise_backward"):
         gone = plan.stages[stage].weights_gib - plan.stages["decode"].weights_gib
@@ -69,12 +93,17 @@ def test_what_diffusers_has_as_defaults() -> None:
     known = KNOWN_GENERATORS["Wan-AI/Wan2.1-T2V-14B-Diffusers"].config
     with torch.device("meta"):
         transformer, vae = WanTransformer3DModel(), AutoencoderKLWan()
-    assert {**transformer.config} | known.transformer | {"patch_size": (1, 2, 2)} == {**transformer.config} | {"_class_name": "WanTransformer3DModel"}
+    assert {**transformer.config} | known.transformer | {"patch_size": (1, 2, 2)} == {**transformer.config} | {
+        "_class_name": "WanTransformer3DModel"
+    }
     assert {**vae.config} | known.vae == {**vae.config} | {"_class_name": "AutoencoderKLWan"}
 
 
 def test_a_known_id_needs_nothing_on_the_disk(hub_cache) -> None:
-    assert generator_config("Wan-AI/Wan2.1-T2V-1.3B-Diffusers") is KNOWN_GENERATORS["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"].config
+    assert (
+        generator_config("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+        is KNOWN_GENERATORS["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"].config
+    )
 
 
 def test_a_folder_says_it_itself(tmp_path) -> None:

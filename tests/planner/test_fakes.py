@@ -23,7 +23,14 @@ def fake(mode, *shape, dtype=torch.float32):
 
 def look(tensor):
     """All that a fake tensor is."""
-    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device, tensor.untyped_storage().nbytes()
+    return (
+        tensor.shape,
+        tensor.stride(),
+        tensor.storage_offset(),
+        tensor.dtype,
+        tensor.device,
+        tensor.untyped_storage().nbytes(),
+    )
 
 
 OPERATIONS = {

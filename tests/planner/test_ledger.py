@@ -138,11 +138,17 @@ def test_what_is_replayed_counts_as_if_it_were_done():
                 del kept
         return ledger
 
-    done, replayed = twice(lambda _: run()), twice(lambda ledger: ledger.replay("key", run, lambda: torch.empty_like(x)))
+    done, replayed = (
+        twice(lambda _: run()),
+        twice(lambda ledger: ledger.replay("key", run, lambda: torch.empty_like(x))),
+    )
     assert done.peak_card_bytes == replayed.peak_card_bytes == 5 * MIB
     assert done.peak_host_bytes == replayed.peak_host_bytes == MIB
     assert done.flops == replayed.flops == 2 * 2 * 512**3
-    assert astuple(done.spent) == pytest.approx(astuple(replayed.spent)) and done.spent.to_host == done.spent.to_card == 2 * MIB
+    assert (
+        astuple(done.spent) == pytest.approx(astuple(replayed.spent))
+        and done.spent.to_host == done.spent.to_card == 2 * MIB
+    )
     assert done.stalled == pytest.approx(2 * 2 * MIB / 1e6)  # to the host and back, twice
     assert [str(item) for item in done.close_peak()] == [str(item) for item in replayed.close_peak()]
 

@@ -32,7 +32,8 @@ def test_copies_queue_up_each_way_by_itself():
 
 def test_a_full_way_to_the_host_is_waited_for():
     link = Link(10.0, in_flight=100)
-    assert [link.send(now=0.0, nbytes=60)[1] for _ in range(3)] == [0.0, 6.0, 12.0]  # the newest alone may be more than allowed
+    # the newest alone may be more than allowed
+    assert [link.send(now=0.0, nbytes=60)[1] for _ in range(3)] == [0.0, 6.0, 12.0]
     assert link.sent(now=0.0) == 18.0
 
 

@@ -17,7 +17,13 @@ from lowmem_drf.planner.stages import STAGES
 
 CARD = card_named("")
 SMALL = ("micro_batch=1", "batch=1", "sampler.steps=3", "sampler.graded_steps=2", "memory.checkpoint=true")
-HOST = ("memory.vae_caches=host", 'memory.checkpoint="host"', 'memory.park=["critic","vae","transformer"]', "memory.token_slices=2", "memory.vae_strips=2")
+HOST = (
+    "memory.vae_caches=host",
+    'memory.checkpoint="host"',
+    'memory.park=["critic","vae","transformer"]',
+    "memory.token_slices=2",
+    "memory.vae_strips=2",
+)
 LARGE = ("micro_batch=2", "batch=2", "video.width=64", "video.height=64", "sampler.steps=3", "sampler.graded_steps=2")
 
 
@@ -29,11 +35,18 @@ RECORDED = ("memory.record_rollout=true", "memory.keep_attention=host", "memory.
 
 @pytest.mark.parametrize(
     "overrides",
-    [SMALL, (*SMALL, *HOST, "memory.vae_cache_every=2"), (*LARGE, "memory.checkpoint=false"), (*SMALL, "memory.keep_attention=card"), (*SMALL, *RECORDED)],
+    [
+        SMALL,
+        (*SMALL, *HOST, "memory.vae_cache_every=2"),
+        (*LARGE, "memory.checkpoint=false"),
+        (*SMALL, "memory.keep_attention=card"),
+        (*SMALL, *RECORDED),
+    ],
     ids=["plain", "host", "keep", "attentions", "recorded"],
 )
 def test_planned_bytes_are_those_of_a_real_update(overrides):
-    """ToyWorld, real tensors of real models, all steps. 5% is the issue's bound; what is left out (one step for many) is far below it."""
+    """ToyWorld, real tensors of real models, all steps. 5% is the issue's bound; what is left out (one step for many)
+    is far below it."""
     config = load_config("toy", overrides)
     plan = make_plan(config, CARD, fakes=FAKES)
     measured = measure(config, torch.device("cpu"), None, Console(quiet=True))
@@ -42,10 +55,16 @@ def test_planned_bytes_are_those_of_a_real_update(overrides):
         assert plan.stages[stage].peak_gib == pytest.approx(gib, rel=0.05), stage
 
 
-@pytest.mark.parametrize("recorded", [(), ("memory.record_rollout=true", "memory.keep_attention=host")], ids=["forwards", "recorded"])
+@pytest.mark.parametrize(
+    "recorded", [(), ("memory.record_rollout=true", "memory.keep_attention=host")], ids=["forwards", "recorded"]
+)
 def test_what_is_done_once_stands_for_all(recorded):
-    """Replays, two graded steps of four, one ungraded one of three: against the plan that does everything. 21 frames: chunks in the steady state."""
-    config = load_config("toy", [*SMALL, "sampler.steps=7", "sampler.graded_steps=4", "video.frames=21", "memory.vae_cache_every=2", *recorded])
+    """Replays, two graded steps of four, one ungraded one of three: against the plan that does everything. 21 frames:
+    chunks in the steady state."""
+    config = load_config(
+        "toy",
+        [*SMALL, "sampler.steps=7", "sampler.graded_steps=4", "video.frames=21", "memory.vae_cache_every=2", *recorded],
+    )
     make_plan(config, CARD, fakes=FAKES)  # windows and masks that a process makes once are there: kilobytes
     short, whole = (make_plan(config, CARD, whole=whole, fakes=FAKES) for whole in (False, True))
     latents = 4 * config.micro_batch * 16 * 6 * 8 * 8 / 1024**3
@@ -61,7 +80,12 @@ def test_what_is_done_once_stands_for_all(recorded):
 
 
 def test_memory_does_not_grow_with_graded_steps():
-    few, many = (make_plan(load_config("toy", [*SMALL, "sampler.steps=10", f"sampler.graded_steps={k}"]), CARD, whole=True, fakes=FAKES) for k in (2, 10))
+    few, many = (
+        make_plan(
+            load_config("toy", [*SMALL, "sampler.steps=10", f"sampler.graded_steps={k}"]), CARD, whole=True, fakes=FAKES
+        )
+        for k in (2, 10)
+    )
     for stage in ("rollout", "decode", "critic", "vae_backward", "denoise_backward"):
         grown = many.stages[stage].peak_gib - few.stages[stage].peak_gib
         assert grown <= 8 * 4 * 16 * 3 * 8 * 8 / 1024**3 * 1.001, stage  # eight more latents in fp32
@@ -71,7 +95,9 @@ def test_one_stage_alone_has_the_same_peak():
     config = load_config("toy", [*SMALL, "sampler.graded_steps=1"])
     whole = make_plan(config, CARD, fakes=FAKES)
     for stage in ("critic", "vae_backward", "denoise_backward"):
-        assert make_plan(config, CARD, only=stage, fakes=FAKES).stages[stage].peak_gib == pytest.approx(whole.stages[stage].peak_gib, rel=0.01), stage
+        assert make_plan(config, CARD, only=stage, fakes=FAKES).stages[stage].peak_gib == pytest.approx(
+            whole.stages[stage].peak_gib, rel=0.01
+        ), stage
 
 
 def test_what_earlier_plans_found_out_changes_nothing():
@@ -111,7 +137,11 @@ def test_following_the_advice_makes_it_fit(thousandths, overrides):
     plan = make_plan(config, CARD, vram, fakes=FAKES)
     assert not plan.fits
     advised = advise(config, CARD, plan, fakes=FAKES)
-    assert advised.changes and advised.largest in refusal(advised) and advised.changes[0].partition("=")[0] in refusal(advised)
+    assert (
+        advised.changes
+        and advised.largest in refusal(advised)
+        and advised.changes[0].partition("=")[0] in refusal(advised)
+    )
     assert make_plan(change(config, advised.changes), CARD, vram, fakes=FAKES).fits
 
 
@@ -128,13 +158,21 @@ def test_every_stage_has_a_ladder():
 
 def test_a_ladder_climbs_from_time_to_bits_to_the_critic_to_the_clip():
     """Where every rung has something to change."""
-    wasteful = ("micro_batch=2", "memory.checkpoint=false", "memory.keep_blocks=1", "critic.frames=16", "critic.id=Qwen/Qwen2.5-VL-7B-Instruct")
+    wasteful = (
+        "micro_batch=2",
+        "memory.checkpoint=false",
+        "memory.keep_blocks=1",
+        "critic.frames=16",
+        "critic.id=Qwen/Qwen2.5-VL-7B-Instruct",
+    )
     config = load_config("toy", [*wasteful, "video.frames=81", "video.width=480", "video.height=480"])
     config = config.model_copy(update={"memory": config.memory.model_copy(update={"keep_attention": "card"})})
     overrides = {stage: [rung(config) for rung in ladder] for stage, ladder in LADDERS.items()}
     for stage, climbed in overrides.items():
         assert None not in climbed
-        assert [price(override) for override in climbed] == sorted((price(override) for override in climbed), reverse=True), stage
+        assert [price(override) for override in climbed] == sorted(
+            (price(override) for override in climbed), reverse=True
+        ), stage
     named = {price(override) for climbed in overrides.values() for override in climbed}
     assert named == set(range(len(DEAR) + 1))
     assert overrides["rollout"][4:8] == [

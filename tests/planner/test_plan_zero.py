@@ -1,4 +1,5 @@
-"""The plan of a run on DeepSpeed: the stand-in for partitioned weights against DeepSpeed and against derived bytes, and what a plan of many processes says."""
+"""The plan of a run on DeepSpeed: the stand-in for partitioned weights against DeepSpeed and against derived bytes, and
+what a plan of many processes says."""
 
 import io
 import json
@@ -29,7 +30,15 @@ from lowmem_drf.planner.stages import STAGES
 
 CARD = card_named("")
 FAKES = new_fakes()
-COMMON = ("batch=4", "micro_batch=1", "sampler.steps=4", "sampler.graded_steps=2", "video.frames=5", "critic.frames=2", "memory.checkpoint=true")
+COMMON = (
+    "batch=4",
+    "micro_batch=1",
+    "sampler.steps=4",
+    "sampler.graded_steps=2",
+    "video.frames=5",
+    "critic.frames=2",
+    "memory.checkpoint=true",
+)
 ZERO3 = (*COMMON, "engine=zero3", "processes=2", "zero.stage3_param_persistence_threshold=0")
 WIDTH = 96
 BLOCK = WIDTH * WIDTH + WIDTH
@@ -57,7 +66,9 @@ def chain(ranks, ahead=0, live=10**9, offload="cpu", pinned=False, gathered=Fals
     ledger.__enter__()
     model = _Chain(before)
     ledger.adopt(model.parameters())
-    stand_in = Partitioned(model, list(model.blocks), Sharing(ranks, offload, pinned, Rules(ahead, live, stays), gathered))
+    stand_in = Partitioned(
+        model, list(model.blocks), Sharing(ranks, offload, pinned, Rules(ahead, live, stays), gathered)
+    )
     for place, block in enumerate(model.blocks):
         block.forward = stand_in.forward(place, block.forward)
     return model, stand_in, ledger
@@ -77,7 +88,8 @@ def a_pass(model, ledger):
     ledger.reset_peak()
     with torch.no_grad():
         model(x)
-    return ledger.peak_card_bytes - before - x.nbytes  # what a block is given; what it returns comes when nothing is doubled
+    # what a block is given; what it returns comes when nothing is doubled
+    return ledger.peak_card_bytes - before - x.nbytes
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +104,8 @@ def gathers():
 
 
 def test_the_stand_in_has_gathered_what_deepspeed_has(gathers):
-    """As every block is entered, in forwards alone, in forwards with gradient and in backwards: block by block, to the number."""
+    """As every block is entered, in forwards alone, in forwards with gradient and in backwards: block by block, to the
+    number."""
     assert len(gathers) == 2
     for rows in gathers.values():
         assert len(rows) == 48  # 8 blocks: two forwards, and two with a backward
@@ -101,7 +114,8 @@ def test_the_stand_in_has_gathered_what_deepspeed_has(gathers):
 
 
 def test_bytes_of_a_gather_of_several_processes():
-    """The padded bytes of a block in one buffer, and each tensor again by itself; before that the own parts beside the buffer."""
+    """The padded bytes of a block in one buffer, and each tensor again by itself; before that the own parts beside the
+    buffer."""
     for ranks in (2, 3, 7):
         model, _, ledger = chain(ranks)
         parts = 4 * (-(-WIDTH * WIDTH // ranks) + -(-WIDTH // ranks))
@@ -135,7 +149,8 @@ def test_parts_without_offload_are_on_the_card():
 
 @pytest.mark.parametrize(("before", "blocks"), [(0, 2), (1, 3), (9, 4)])
 def test_every_module_gathers_a_bucket_ahead_up_to_what_may_be_alive(before, blocks):
-    """A bucket of one block. The model itself gathers the first one, each module without weights another, the first block one more."""
+    """A bucket of one block. The model itself gathers the first one, each module without weights another, the first
+    block one more."""
     model, stand_in, _ = chain(1, ahead=BLOCK, live=4 * BLOCK, before=before)
     seen = []
     for block in model.blocks:
@@ -174,7 +189,8 @@ def test_time_of_a_pass_with_nothing_ahead_is_that_of_its_copies():
     for ranks, offload in ((1, "cpu"), (2, "cpu"), (2, "nvme")):
         model, _, ledger = chain(ranks, offload=offload, rates=Rates(never, 1e30, 1e30, link=1e9))
         a_pass(model, ledger)
-        disk = 4 * BLOCK / DISK_BYTES_PER_S * (offload == "nvme")  # read before it is sent; the next block's is read when it is asked for
+        # read before it is sent; the next block's is read when it is asked for
+        disk = 4 * BLOCK / DISK_BYTES_PER_S * (offload == "nvme")
         assert ledger.seconds == pytest.approx(6 * (4 * BLOCK / 1e9 + disk), rel=1e-6)
         ledger.__exit__(None, None, None)
 
@@ -194,9 +210,13 @@ def plans():
 
 
 def test_a_process_does_its_share_of_the_batch(plans):
-    tflop = {name: sum(stage.tflop for key, stage in plan.stages.items() if key not in ("text", "update")) for name, plan in plans.items()}
+    tflop = {
+        name: sum(stage.tflop for key, stage in plan.stages.items() if key not in ("text", "update"))
+        for name, plan in plans.items()
+    }
     assert tflop["zero1"] == pytest.approx(tflop["single"] / 2, rel=1e-6) == tflop["zero2 on cards"]
-    assert tflop["partitioned"] == pytest.approx(tflop["single"] / 2, rel=0.01)  # a recompute goes on to the block's end
+    # a recompute goes on to the block's end
+    assert tflop["partitioned"] == pytest.approx(tflop["single"] / 2, rel=0.01)
     assert tflop["four"] == pytest.approx(tflop["partitioned"] / 2, rel=1e-6)
 
 
@@ -206,14 +226,22 @@ def test_traffic_between_cards_adds_up_and_is_of_the_stages_that_gather(plans):
         assert all(stage.between_gib <= stage.moved_gib for stage in plan.stages.values())
         moving = {key for key, stage in plan.stages.items() if stage.between_gib}
         gathering = {"rollout", "denoise_backward"} if plan.rollout else set()
-        assert moving == gathering | ({"critic"} if name == "critic" else set()) | ({"update"} if name != "single" else set())
+        assert moving == gathering | ({"critic"} if name == "critic" else set()) | (
+            {"update"} if name != "single" else set()
+        )
 
 
 def test_a_partitioned_rollout_moves_the_weights_in_every_pass(plans):
-    """Four steps without guidance, and once under gathered weights. ToyWorld is smaller than what may be gathered ahead."""
-    assert plans["partitioned"].stages["rollout"].between_gib == pytest.approx(4 * plans["gathered"].stages["rollout"].between_gib)
+    """Four steps without guidance, and once under gathered weights. ToyWorld is smaller than what may be gathered
+    ahead."""
+    assert plans["partitioned"].stages["rollout"].between_gib == pytest.approx(
+        4 * plans["gathered"].stages["rollout"].between_gib
+    )
     assert plans["gathered"].stages["rollout"].peak_gib >= plans["partitioned"].stages["rollout"].peak_gib
-    assert plans["gathered"].stages["denoise_backward"].moved_gib == plans["partitioned"].stages["denoise_backward"].moved_gib
+    assert (
+        plans["gathered"].stages["denoise_backward"].moved_gib
+        == plans["partitioned"].stages["denoise_backward"].moved_gib
+    )
 
 
 def test_host_memory_is_the_weights_divided(plans):
@@ -224,8 +252,9 @@ def test_host_memory_is_the_weights_divided(plans):
 
 
 def test_the_training_state_is_split(plans):
-    """One process keeps two moments and gradients besides its weights. DeepSpeed's have a bucket on the card and, with the state on the host, a buffer for
-    the largest gradient; else a part of weights, gradients and moments. On the host are a copy of the weights and that buffer besides."""
+    """One process keeps two moments and gradients besides its weights. DeepSpeed's have a bucket on the card and, with
+    the state on the host, a buffer for the largest gradient; else a part of weights, gradients and moments. On the host
+    are a copy of the weights and that buffer besides."""
     sizes = lora_sizes(load_config("toy", COMMON))
     lora, bucket = sum(sizes), 4 * REDUCE_BUCKET
     kept = {name: plan.stages["rollout"].kept_gib * GIB for name, plan in plans.items()}
@@ -266,7 +295,12 @@ def test_the_advice_leaves_out_what_the_schema_refuses():
     config = load_config("toy", ZERO3)
     offered = {override for ladder in LADDERS.values() for rung in ladder if (override := rung(config))}
     refused = {override for override in offered if _changed(config, override) is None}
-    assert {'optim.name="adamw8bit"', 'model.quant="int8"', 'memory.stream=["transformer"]', 'memory.park=["transformer"]'} <= refused
+    assert {
+        'optim.name="adamw8bit"',
+        'model.quant="int8"',
+        'memory.stream=["transformer"]',
+        'memory.park=["transformer"]',
+    } <= refused
     assert 'memory.park=["critic"]' in offered - refused
 
 
@@ -281,8 +315,12 @@ def test_the_preset_is_in_blocks_and_for_any_number_of_processes_that_divides_th
     linears = 8 * width * width + 2 * width * feed_forward
     lora = config.lora.rank * (8 * 2 * width + 2 * (width + feed_forward))
     block, zero = linears + lora, config.zero
-    assert zero.stage3_prefetch_bucket_size == pytest.approx(block, rel=0.01) and zero.stage3_max_live_parameters == 2 * zero.stage3_prefetch_bucket_size
-    assert 6 * width <= zero.stage3_param_persistence_threshold < config.lora.rank * width  # modulation stays, the LoRA does not
+    assert (
+        zero.stage3_prefetch_bucket_size == pytest.approx(block, rel=0.01)
+        and zero.stage3_max_live_parameters == 2 * zero.stage3_prefetch_bucket_size
+    )
+    # modulation stays, the LoRA does not
+    assert 6 * width <= zero.stage3_param_persistence_threshold < config.lora.rank * width
     for count in (1, 4):
         assert change(config, [f"processes={count}"]).processes == count
 

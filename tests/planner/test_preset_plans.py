@@ -25,7 +25,11 @@ BUDGET_GIB = {  # whole process, at its peak
 GIB, GB = 1024**3, 10**9
 OTHERS_GIB = 4.0
 """Of the host, for Python, the libraries, CUDA and the system; of several processes for each."""
-HOST_GB = dict.fromkeys(BUDGET_GIB, 64) | dict.fromkeys(("rtx3060", "rtx3060-fast", "rtx4060", "rtx4060-fast"), 32) | {"zero3-2gpu": 128}
+HOST_GB = (
+    dict.fromkeys(BUDGET_GIB, 64)
+    | dict.fromkeys(("rtx3060", "rtx3060-fast", "rtx4060", "rtx4060-fast"), 32)
+    | {"zero3-2gpu": 128}
+)
 STREAMED = [name for name in BUDGET_GIB if load_config(name).memory.stream]
 
 
@@ -50,10 +54,14 @@ def test_the_command_prints_the_plan():
     command = [sys.executable, str(ROOT / "cli.py"), "plan", "--preset", "toy", "--vram", "24GB", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    printed, made = json.loads(done.stdout), make_plan(load_config("toy"), card_named(preset_card(presets()["toy"])), 24.0).as_json("toy")
+    printed, made = (
+        json.loads(done.stdout),
+        make_plan(load_config("toy"), card_named(preset_card(presets()["toy"])), 24.0).as_json("toy"),
+    )
     assert printed.keys() == made.keys() and printed["stages"].keys() == made["stages"].keys()
     for one, other in ((printed, made), *((printed["stages"][name], made["stages"][name]) for name in made["stages"])):
-        for key, value in other.items():  # masks and windows that an earlier plan of this process made are not made again: kilobytes
+        # masks and windows that an earlier plan of this process made are not made again: kilobytes
+        for key, value in other.items():
             if isinstance(value, int | float):
                 assert one[key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
 
@@ -76,7 +84,8 @@ def test_the_host_has_room_for_what_waits_there(plans, name):
 
 @pytest.mark.parametrize("name", STREAMED)
 def test_waiting_for_copies_is_less_than_a_tenth_of_an_update(plans, name):
-    """All copies together: those of weights, and those of caches and activations. 10% is what the project promises of the first alone."""
+    """All copies together: those of weights, and those of caches and activations. 10% is what the project promises of
+    the first alone."""
     assert plans[name]["stall_share"] < 0.1
 
 
@@ -90,7 +99,8 @@ def test_a_critic_that_streams_fits_the_card_while_it_is_loaded(name, fakes):
 
 
 def test_streaming_costs_less_than_a_tenth_of_an_update(plans, fakes):
-    """832x480, 81 frames: against the same with all weights on the card, whether it is large enough or not. 10% is what the project promises."""
+    """832x480, 81 frames: against the same with all weights on the card, whether it is large enough or not. 10% is what
+    the project promises."""
     config = load_config("rtx4080", ["memory.stream=[]", "memory.text_device=card"])
     resident = make_plan(config, card_named(preset_card(presets()["rtx4080"])), 1000.0, fakes=fakes)
     assert resident.peak_gib > plans["rtx4080"]["peak_gib"] + 8
@@ -101,13 +111,25 @@ def test_streaming_costs_less_than_a_tenth_of_an_update(plans, fakes):
 def test_the_pages_say_what_the_header_says(name):
     """docs/fit.md and the README, written by ``python -m bench.plans.fit``."""
     text = presets()[name].read_text(encoding="utf-8")
-    found = re.search(r"^# Plan: ([\d.]+) GiB at the peak \((\w+)\), ([\d.]+) GiB of host memory.*?, about ([\d,]+) s", text, re.MULTILINE)
+    found = re.search(
+        r"^# Plan: ([\d.]+) GiB at the peak \((\w+)\), ([\d.]+) GiB of host memory.*?, about ([\d,]+) s",
+        text,
+        re.MULTILINE,
+    )
     assert found, "no Plan: line"
     peak, stage, host, seconds = found.groups()
-    (row,) = (line for line in (ROOT / "docs" / "fit.md").read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{name}` | ") and "**" in line)
+    (row,) = (
+        line
+        for line in (ROOT / "docs" / "fit.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith(f"| `{name}` | ") and "**" in line
+    )
     together = re.search(r"each and (\d+) together", text)
     assert f"**{peak}**" in row and f"| {host}{f' ({together[1]})' if together else ''} | {seconds} s, " in row
-    (row,) = (line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if line.startswith(f"| `{name}` | "))
+    (row,) = (
+        line
+        for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith(f"| `{name}` | ")
+    )
     assert f"| {peak} GiB ({stage}) | {host} GiB{f' ({together[1]} GiB)' if together else ''} | {seconds} s, " in row
 
 
@@ -120,7 +142,9 @@ def test_the_header_says_what_the_plan_says(plans, name):
     assert found[2] == max(plans[name]["stages"], key=lambda stage: plans[name]["stages"][stage]["peak_gib"])
     assert float(found[3]) == pytest.approx(plans[name]["host_gib"], abs=0.06)
     together = re.search(r"GiB of host memory each and (\d+) together", text)
-    assert bool(together) == (plans[name]["processes"] > 1) and (not together or abs(int(together[1]) - plans[name]["all_host_gib"]) <= 0.56)
+    assert bool(together) == (plans[name]["processes"] > 1) and (
+        not together or abs(int(together[1]) - plans[name]["all_host_gib"]) <= 0.56
+    )
     assert bool(together) == bool(re.search(rf"^# Needs: {HOST_GB[name]} GB of host memory", text, re.MULTILINE))
     assert re.search(r"^# Measured: .+", text, re.MULTILINE) and re.search(r"^# Gives up: .+", text, re.MULTILINE)
 
@@ -133,5 +157,7 @@ def test_the_transformers_stage_does_not_grow_with_graded_steps(fakes):
 
 def test_the_exact_vae_backward_costs_little_more_than_a_truncated_one(fakes):
     """Operations for 8 evenly spaced frames of 81. 1.6 is what the project promises."""
-    exact, window = (stage("vae_backward", f"memory.vae_backward={how}", *EIGHT, fakes=fakes).tflop for how in ("exact", "window:2"))
+    exact, window = (
+        stage("vae_backward", f"memory.vae_backward={how}", *EIGHT, fakes=fakes).tflop for how in ("exact", "window:2")
+    )
     assert 1 <= exact / window <= 1.6

@@ -1,4 +1,5 @@
-"""Questions from a model and from files: checked, repaired once, cached; and what a real clip and the answer's own words say of them."""
+"""Questions from a model and from files: checked, repaired once, cached; and what a real clip and the answer's own
+words say of them."""
 
 from __future__ import annotations
 
@@ -59,7 +60,9 @@ class Model:
 def test_what_models_write_is_read(said):
     model = Model(said)
     questions = write_questions(DOGS, "yesno", model)
-    assert [(q.aspect, q.text, q.answer, q.kind, q.weight) for q in questions] == [(q["aspect"], q["text"] + ANSWER, q["answer"], "yesno", 1.0) for q in GOOD]
+    assert [(q.aspect, q.text, q.answer, q.kind, q.weight) for q in questions] == [
+        (q["aspect"], q["text"] + ANSWER, q["answer"], "yesno", 1.0) for q in GOOD
+    ]
     assert DOGS in model.heard[0]
 
 
@@ -79,7 +82,20 @@ def test_what_models_write_is_read(said):
         (json.dumps(["Are there two dogs?", "Is the ball red?"]), "is to be an object"),
         (json.dumps([{**GOOD[0], "mood": "curious"}, *GOOD[1:]]), "unknown key 'mood'"),
     ],
-    ids=["prose", "cut-off", "empty", "one", "too-many", "aspect", "no-alignment", "answer", "kind", "no-text", "strings", "unknown-key"],
+    ids=[
+        "prose",
+        "cut-off",
+        "empty",
+        "one",
+        "too-many",
+        "aspect",
+        "no-alignment",
+        "answer",
+        "kind",
+        "no-text",
+        "strings",
+        "unknown-key",
+    ],
 )
 def test_what_cannot_be_used_is_sent_back_once_with_the_reason(said, reason):
     model = Model(said, json.dumps(GOOD))
@@ -97,7 +113,10 @@ def test_kinds_are_those_of_the_mode():
     for mode in ("yesno", "dense", "both"):
         model = Model(json.dumps(mixed if mode == "both" else [{**q, "kind": mode} for q in GOOD]))
         write_questions(DOGS, mode, model)
-        assert ('"kind": "yesno"' in model.heard[0], '"kind": "dense"' in model.heard[0]) == (mode != "dense", mode != "yesno")
+        assert ('"kind": "yesno"' in model.heard[0], '"kind": "dense"' in model.heard[0]) == (
+            mode != "dense",
+            mode != "yesno",
+        )
 
 
 @pytest.fixture
@@ -122,7 +141,9 @@ class Writer:
 
 
 def config_of(*overrides):
-    return load_config("toy", ["critic.id=some/critic", "prompts=p.txt", "critic.questions=critic", "critic.mode=yesno", *overrides])
+    return load_config(
+        "toy", ["critic.id=some/critic", "prompts=p.txt", "critic.questions=critic", "critic.mode=yesno", *overrides]
+    )
 
 
 def test_the_writers_questions_replace_the_templates_of_alignment_and_are_cached(own_cache, quiet):
@@ -131,18 +152,26 @@ def test_the_writers_questions_replace_the_templates_of_alignment_and_are_cached
     written = written_questions(config, prompts, draft, Writer(json.dumps(GOOD)), quiet)["0001"]
     assert [q.text for q in written[:3]] == [q["text"] + ANSWER for q in GOOD]
     assert written[3:] == tuple(q for q in draft["0001"] if q.aspect != "TA") != ()
-    assert written_questions(config, prompts, draft, Writer(), quiet)["0001"] == written  # a writer without lines: it was not asked
+    # a writer without lines: it was not asked
+    assert written_questions(config, prompts, draft, Writer(), quiet)["0001"] == written
     for other in (config_of("critic.mode=both"), config_of("critic.id=another/critic"), config_of("critic.quant=nf4")):
         with pytest.raises(IndexError):
             written_questions(other, prompts, draft, Writer(), quiet)
 
 
 def test_a_writer_that_gives_no_json_leaves_the_templates_and_is_told_of(own_cache, quiet):
-    config, prompts = config_of(), (*as_prompts([DOGS]), Prompt("mine", "a cat", (Question("TA", "Is it a cat?", "yes"),)))
+    config, prompts = (
+        config_of(),
+        (*as_prompts([DOGS]), Prompt("mine", "a cat", (Question("TA", "Is it a cat?", "yes"),))),
+    )
     draft = draft_questions(config, prompts)
     assert written_questions(config, prompts, draft, Writer("no", "no"), quiet) == draft
     said = quiet.export_text()
-    assert "no usable JSON for 1 of 2 prompts" in said and "templates" in said and "0001 (there is no JSON array in it)" in said
+    assert (
+        "no usable JSON for 1 of 2 prompts" in said
+        and "templates" in said
+        and "0001 (there is no JSON array in it)" in said
+    )
     assert not own_cache.exists()
 
 
@@ -155,7 +184,10 @@ def test_toyworlds_critic_cannot_write_and_trains_on_templates_all_the_same(own_
 
 def test_a_users_file_goes_before_templates_and_the_prompts_own_questions_before_both(tmp_path):
     file = tmp_path / "questions.json"
-    mine = (Question("TA", "Is it red?", "yes", weight=2.0, name="color"), Question("VQ", "Explain.", "it is clean", "dense"))
+    mine = (
+        Question("TA", "Is it red?", "yes", weight=2.0, name="color"),
+        Question("VQ", "Explain.", "it is clean", "dense"),
+    )
     file.write_text(to_json({RED: mine}))
     assert load_questions(file) == {RED: mine}
     own = Prompt("own", RED, (Question("TA", "Is it?", "yes"),))
@@ -210,7 +242,8 @@ def clip(path, combo, seed=5):
 
 
 def test_the_critic_looking_at_a_real_clip_says_what_a_good_answer_is(tmp_path, own_cache, quiet, critic):
-    """The clip shows a blue square that moves up; the prompt says so too, but its dense questions come with nonsense for references."""
+    """The clip shows a blue square that moves up; the prompt says so too, but its dense questions come with nonsense
+    for references."""
     text = "a blue square moves up on a black background"
     guided = Prompt("0001", text, reference_video=clip(tmp_path / "real.mp4", Combo(1, 2, 2, 0)))
     config = load_config("toy", ["critic.mode=both", "critic.token_weights=uniform"])
@@ -224,7 +257,9 @@ def test_the_critic_looking_at_a_real_clip_says_what_a_good_answer_is(tmp_path, 
 
 def test_an_answer_that_stands_in_the_prompt_file_stays(tmp_path, own_cache, quiet, critic):
     own = (Question("TA", "what color is it ?", "red", kind="dense"), Question("TA", "does it move up ?", "yes"))
-    prompt = Prompt("0001", "a blue square moves up on a black background", own, clip(tmp_path / "real.mp4", Combo(1, 2, 2, 0)))
+    prompt = Prompt(
+        "0001", "a blue square moves up on a black background", own, clip(tmp_path / "real.mp4", Combo(1, 2, 2, 0))
+    )
     config = load_config("toy", ["critic.token_weights=uniform"])
     assert finish_questions(config, [prompt], {"0001": own}, critic, quiet)["0001"] == own
     assert "left out" not in quiet.export_text()
@@ -246,10 +281,17 @@ def test_a_question_that_fails_on_the_real_clip_is_left_out(tmp_path, own_cache,
 
 def test_words_that_the_critic_would_say_anyway_weigh_little(quiet, critic):
     config, prompts = load_config("toy", ["critic.mode=dense"]), as_prompts([RED])
-    made = {q.name: q for q in finish_questions(config, prompts, draft_questions(config, prompts), critic, quiet)["0001"]}
-    for name, telling, idle in (("motion", {"left"}, {"and", "its", "size", "color"}), ("description", {"red", "circle", "left"}, {"a", "on", "background"})):
+    made = {
+        q.name: q for q in finish_questions(config, prompts, draft_questions(config, prompts), critic, quiet)["0001"]
+    }
+    for name, telling, idle in (
+        ("motion", {"left"}, {"and", "its", "size", "color"}),
+        ("description", {"red", "circle", "left"}, {"a", "on", "background"}),
+    ):
         words, weights = made[name].answer.split(), made[name].token_weights
         assert len(words) == len(weights) and telling | idle <= set(words)
         said = list(zip(words, weights, strict=True))
-        assert min(weight for word, weight in said if word in telling) > 2 * max(weight for word, weight in said if word in idle), said
+        assert min(weight for word, weight in said if word in telling) > 2 * max(
+            weight for word, weight in said if word in idle
+        ), said
     assert all(WEIGHT_FLOOR <= weight <= 1 for q in made.values() for weight in q.token_weights)

@@ -1,4 +1,5 @@
-"""Questions from free English prompts: what they cover, that they say nothing the prompt does not, and that they are good English."""
+"""Questions from free English prompts: what they cover, that they say nothing the prompt does not, and that they are
+good English."""
 
 import json
 import re
@@ -13,10 +14,26 @@ from lowmem_drf.questions.english.dense import IN_A_SENTENCE
 from lowmem_drf.questions.english.verbs import FORMS
 from lowmem_drf.questions.english.wording import ANSWER
 
-CASES = [json.loads(line) for line in (ROOT / "tests" / "data" / "english_prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+CASES = [
+    json.loads(line)
+    for line in (ROOT / "tests" / "data" / "english_prompts.jsonl").read_text(encoding="utf-8").splitlines()
+]
 PROMPTS = [case["prompt"] for case in CASES]
 DOGS = PROMPTS[0]
-NAMES = {"subject", "count", "attribute", "action", "relation", "place", "time", "camera", "style", "text", "global", "foil"}
+NAMES = {
+    "subject",
+    "count",
+    "attribute",
+    "action",
+    "relation",
+    "place",
+    "time",
+    "camera",
+    "style",
+    "text",
+    "global",
+    "foil",
+}
 
 ALSO = {
     "subject": {"count", "time", "place"},
@@ -26,7 +43,8 @@ ALSO = {
     "place": {"relation", "subject", "attribute"},
     "time": {"place", "attribute", "subject", "relation"},
 }
-"""A fact of one kind may be asked under another name: "in a bowl" is a place to one reader and a relation to another."""
+"""A fact of one kind may be asked under another name: "in a bowl" is a place to one reader and a relation to
+another."""
 
 TEMPLATE = set(
     """is are do does there in the a an video exactly wearing made of have has take takes place show this camera filmed with from shot view
@@ -65,7 +83,10 @@ def test_the_prompts_are_many_and_varied():
     assert sum(len(p.split()) >= 60 for p in PROMPTS) >= 8
     assert all(4 <= len(case["facts"]) <= 12 for case in CASES)
     assert set().union(*({kind for kind, _ in case["facts"]} for case in CASES)) == NAMES - {"global", "foil"}
-    assert PROMPTS[0] == "Two brown dogs chase a red ball across a snowy field while the camera pans left, watercolor style"
+    assert (
+        PROMPTS[0]
+        == "Two brown dogs chase a red ball across a snowy field while the camera pans left, watercolor style"
+    )
 
 
 @pytest.mark.parametrize("heldout", [False, True])
@@ -80,7 +101,8 @@ def test_questions_cover_the_facts_that_a_reader_finds(heldout):
             hit[fact[0]] += found(fact, asked)
             missed += [] if found(fact, asked) else [(fact, case["prompt"][:50])]
     rates = {kind: f"{hit[kind]}/{n}" for kind, n in total.items()}
-    print(f"facts found, {'held-out' if heldout else 'other'} prompts: {hit.total()} of {total.total()}  {rates}")  # seen with pytest -s
+    # seen with pytest -s
+    print(f"facts found, {'held-out' if heldout else 'other'} prompts: {hit.total()} of {total.total()}  {rates}")
     assert hit.total() >= 0.9 * total.total(), f"{rates}\n{missed}"
 
 
@@ -112,8 +134,12 @@ def test_questions_are_good_english(prompt, mode):
         assert text[0].isupper() and text.endswith("?" if question.kind == "yesno" else ("?", ".")), text
         assert question.answer in {"yes", "no"} if question.kind == "yesno" else question.answer.endswith("."), question
         for sentence in (text, "" if mode == "vanilla" or question.name == "global" else question.answer):
-            assert not re.search(r"\b(\w+) \1\b|  |[,;]\?| [?,.]|\bthe (?:a|an|the|his|her|its|their)\b|\ban? (?:a|an|the)\b", sentence), sentence
-            assert not re.search(r"\ba (?=[aeio])(?!one)|\ban (?=[^aeioAEFHILMNORSX8])(?!hour|honest|unusual|umbrella|upright)", sentence), sentence
+            assert not re.search(
+                r"\b(\w+) \1\b|  |[,;]\?| [?,.]|\bthe (?:a|an|the|his|her|its|their)\b|\ban? (?:a|an|the)\b", sentence
+            ), sentence
+            assert not re.search(
+                r"\ba (?=[aeio])(?!one)|\ban (?=[^aeioAEFHILMNORSX8])(?!hour|honest|unusual|umbrella|upright)", sentence
+            ), sentence
         assert question.weight in {0.5, 1.0} and question.name
 
 
@@ -138,7 +164,13 @@ def test_one_contrast_shares_its_weight_with_what_it_contradicts(prompt):
 def test_contrasts_are_of_the_same_kind_where_they_can():
     foils = {
         p: bare(q)
-        for p in (DOGS, "A car on a bridge, camera pans left", "Three ducks", "A young man rides a horse", "A cat jumps")
+        for p in (
+            DOGS,
+            "A car on a bridge, camera pans left",
+            "Three ducks",
+            "A young man rides a horse",
+            "A cat jumps",
+        )
         for q in questions(p)
         if q.name == "foil"
     }
@@ -161,7 +193,20 @@ def test_physics_and_quality_are_asked_both_ways(prompt, mode):
         assert Counter(q.name for q in asked if q.answer == "yes") == Counter(q.name for q in asked if q.answer == "no")
 
 
-PLAIN = {"shape", "appear", "smooth", "contact", "body", "constant", "sharp", "noise", "flicker", "warp", "light", "overlay"}
+PLAIN = {
+    "shape",
+    "appear",
+    "smooth",
+    "contact",
+    "body",
+    "constant",
+    "sharp",
+    "noise",
+    "flicker",
+    "warp",
+    "light",
+    "overlay",
+}
 
 
 @pytest.mark.parametrize(
@@ -212,7 +257,9 @@ def test_a_property_that_the_prompt_breaks_is_not_asked(prompt, dropped):
 @pytest.mark.parametrize("prompt", PROMPTS, ids=range(len(PROMPTS)))
 def test_heldout_asks_the_same_in_other_words(prompt):
     training, heldout = questions(prompt, "yesno"), questions(prompt, "heldout")
-    assert [(q.aspect, q.name, q.answer, q.weight) for q in training] == [(q.aspect, q.name, q.answer, q.weight) for q in heldout]
+    assert [(q.aspect, q.name, q.answer, q.weight) for q in training] == [
+        (q.aspect, q.name, q.answer, q.weight) for q in heldout
+    ]
     assert not {q.text for q in training} & {q.text for q in heldout}
 
 
@@ -224,7 +271,9 @@ def test_dense_references_come_from_the_prompt():
     assert told["Where does the video take place?"] == "The video takes place in a snowy field."
     assert told["How is the video filmed?"] == "The camera pans left."
     assert told["What is the visual style of the video?"] == "The video is in watercolor style."
-    assert told["Explain whether the motion of the dogs in this video is physically plausible."].startswith("The motion is physically plausible: ")
+    assert told["Explain whether the motion of the dogs in this video is physically plausible."].startswith(
+        "The motion is physically plausible: "
+    )
     assert "sharp" in told["Explain the visual quality of this video."]
 
 
@@ -233,7 +282,9 @@ def test_dense_is_one_of_each_aspect_and_both_is_both(prompt):
     dense, both = questions(prompt, "dense"), questions(prompt, "both")
     assert both == (*questions(prompt, "yesno"), *dense)
     assert all(q.kind == "dense" and q.weight == 1.0 and not q.token_weights for q in dense)
-    assert Counter(q.aspect for q in dense)["Phy"] == Counter(q.aspect for q in dense)["VQ"] == 1 and 3 <= len(dense) <= 13
+    assert (
+        Counter(q.aspect for q in dense)["Phy"] == Counter(q.aspect for q in dense)["VQ"] == 1 and 3 <= len(dense) <= 13
+    )
     (one,) = questions(prompt, "vanilla")
     assert one.answer == "yes" and one.name == "global" and prompt.replace('"', "'").rstrip(".") in one.text
 

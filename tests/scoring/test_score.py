@@ -1,4 +1,5 @@
-"""``score`` on ToyWorld's clips: right answers from an MP4 file, saliency on the object, a JSON and a table that say the same."""
+"""``score`` on ToyWorld's clips: right answers from an MP4 file, saliency on the object, a JSON and a table that say
+the same."""
 
 import json
 import math
@@ -39,12 +40,16 @@ def critic():
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    """Held-out combinations as ``lowmem-drf sample`` writes them (H.264, each pixel 8 x 8): (combination, file, object's share of each pixel)."""
+    """Held-out combinations as ``lowmem-drf sample`` writes them (H.264, each pixel 8 x 8): (combination, file,
+    object's share of each pixel)."""
     folder = tmp_path_factory.mktemp("clips")
     combos = combos_of("heldout", "unseen")[::6]
     tracks = draw_tracks(combos, torch.Generator().manual_seed(SEED))
     masks_BTHW = coverage(tracks.x, tracks.y, tracks.radius, tracks.shape)
-    paths = [write_mp4(folder / f"{i}.mp4", frames, FPS, watchable_upscale(32, 32)) for i, frames in enumerate(render(tracks))]
+    paths = [
+        write_mp4(folder / f"{i}.mp4", frames, FPS, watchable_upscale(32, 32))
+        for i, frames in enumerate(render(tracks))
+    ]
     return list(zip(combos, paths, masks_BTHW, strict=True))
 
 
@@ -63,19 +68,25 @@ def test_answers_about_a_file_are_right(critic, clips):
         assert [v.question.text for v in score.verdicts if v.disagrees] == []
         other = Combo(combo.shape, (combo.color + 1) % 6, combo.motion, combo.background)
         questions = [q for q in make_questions(caption(other), "yesno", "toyworld") if q.name == "color"]
-        assert all(v.disagrees for v in judge(critic, frames, questions, critic(frames[None], [questions])[0], RewardSpec()).verdicts)
+        assert all(
+            v.disagrees
+            for v in judge(critic, frames, questions, critic(frames[None], [questions])[0], RewardSpec()).verdicts
+        )
 
 
 def test_saliency_lies_on_the_object(critic, clips):
-    """Mean |d reward / d pixel| on the object at least 5 times the background's (``bench.critic.saliency``): of the joint reward, which the saliency video
-    shows, in every clip; of each alignment question about the object, on every background."""
+    """Mean |d reward / d pixel| on the object at least 5 times the background's (``bench.critic.saliency``): of the
+    joint reward, which the saliency video shows, in every clip; of each alignment question about the object, on every
+    background."""
     by_question: dict[tuple[str, str], list[float]] = {}
     for combo, path, mask_THW in clips:
         found = ratios(critic, seen_by(critic, path), mask_THW, combo)
         assert found.pop("all") > 5, caption(combo)
         for name, ratio in found.items():
             by_question.setdefault((BACKGROUNDS[combo.background], name), []).append(ratio)
-    assert set(by_question) == {(background, name) for background in BACKGROUNDS for name in ("color", "shape", "direction")}
+    assert set(by_question) == {
+        (background, name) for background in BACKGROUNDS for name in ("color", "shape", "direction")
+    }
     means = {key: sum(values) / len(values) for key, values in by_question.items()}
     assert min(means.values()) > 5, means
 
@@ -83,7 +94,9 @@ def test_saliency_lies_on_the_object(critic, clips):
 def test_the_bench_prints_every_background(tmp_path, capsys):
     assert bench_saliency(["--json", str(tmp_path / "made" / "out.json")]) == 0
     rows = json.loads((tmp_path / "made" / "out.json").read_text())["rows"]
-    assert set(rows) == set(BACKGROUNDS) and sum(row["clips"] for row in rows.values()) == len(combos_of("heldout", "unseen"))
+    assert set(rows) == set(BACKGROUNDS) and sum(row["clips"] for row in rows.values()) == len(
+        combos_of("heldout", "unseen")
+    )
     out = capsys.readouterr().out
     assert all(f"{row['least']:.2f}" in out and f"{row['median']:.2f}" in out for row in rows.values())
 
@@ -111,11 +124,17 @@ def test_saliency_is_the_gradient():
 
 def test_saliency_refuses_a_gradient_that_is_not_finite():
     with pytest.raises(NonFiniteError, match="dtype=fp32"):
-        saliency(Linear(torch.full((1, 1, 3, 2, 2), math.inf)), torch.zeros(1, 3, 2, 2), [Question("TA", "a", "yes")], RewardSpec())
+        saliency(
+            Linear(torch.full((1, 1, 3, 2, 2), math.inf)),
+            torch.zeros(1, 3, 2, 2),
+            [Question("TA", "a", "yes")],
+            RewardSpec(),
+        )
 
 
 def test_probabilities_and_words():
-    """p_answer of a yes/no question is over all tokens and casings, p_said over yes and no alone; of a dense one the mean over tokens."""
+    """p_answer of a yes/no question is over all tokens and casings, p_said over yes and no alone; of a dense one the
+    mean over tokens."""
 
     class Speaker:
         def generate(self, text, frames, max_new_tokens):
@@ -123,7 +142,11 @@ def test_probabilities_and_words():
 
     yesno = Answer(torch.tensor([[0.1, 0.2, 0.15, 0.55]]).log(), torch.tensor([0]), yes=(0, 1), no=(2,))
     dense = Answer(torch.tensor([[0.5, 0.5], [0.125, 0.875]]).log(), torch.tensor([0, 0]))
-    questions = [Question("TA", "wanted?", "no"), Question("VQ", "explain", "words", kind="dense"), Question("TA", "it?", "Yes")]
+    questions = [
+        Question("TA", "wanted?", "no"),
+        Question("VQ", "explain", "words", kind="dense"),
+        Question("TA", "it?", "Yes"),
+    ]
     no, spoken, yes = judge(Speaker(), torch.zeros(7, 3, 2, 2), questions, [yesno, dense, yesno], RewardSpec()).verdicts
     assert (no.said, spoken.said, yes.said) == ("yes", "explain 7", "yes")
     assert (no.disagrees, spoken.disagrees, yes.disagrees) == (True, False, False)
@@ -224,7 +247,10 @@ def test_a_few_extreme_pixels_do_not_darken_the_rest():
 
 @pytest.mark.parametrize(("height", "width", "count"), [(32, 32, 29), (480, 832, 3), (832, 480, 1), (9, 301, 13)])
 def test_a_page_of_any_size_can_be_drawn(height, width, count):
-    verdicts = tuple(Verdict(Question("TA", "is it a very long question " * (i % 5), "yes"), -1.0, 0.5, "no", 0.9) for i in range(count))
+    verdicts = tuple(
+        Verdict(Question("TA", "is it a very long question " * (i % 5), "yes"), -1.0, 0.5, "no", 0.9)
+        for i in range(count)
+    )
     maps = Saliency([], torch.rand(2, height, width), torch.zeros(count, 2, height, width))
     page = draw(torch.rand(2, 3, height, width), maps, Score(-1.0, {"TA": -1.0}, verdicts), "a prompt " * 60)
     assert page.shape[:2] == (2, 3)

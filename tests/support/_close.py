@@ -1,4 +1,5 @@
-"""Tolerances that are derived: a kernel may err twice as much as eager PyTorch in the same dtype, plus one rounding of the result.
+"""Tolerances that are derived: a kernel may err twice as much as eager PyTorch in the same dtype, plus one rounding of
+the result.
 
 Both errors are against fp64. The rule is that of FlashAttention's tests and of attention-gym's; see docs/kernels.md.
 """
@@ -17,7 +18,9 @@ def assert_within_budget(name: str, actual: Tensor, exact: Tensor, eager: Tensor
         exact: the naive form on the same inputs in fp64.
         eager: the naive form in the kernel's own dtype.
     """
-    assert actual.shape == exact.shape == eager.shape, f"{name}: shapes {tuple(actual.shape)}, {tuple(exact.shape)}, {tuple(eager.shape)}"
+    assert actual.shape == exact.shape == eager.shape, (
+        f"{name}: shapes {tuple(actual.shape)}, {tuple(exact.shape)}, {tuple(eager.shape)}"
+    )
     assert actual.dtype == eager.dtype, f"{name}: {actual.dtype}, eager gives {eager.dtype}"
     assert exact.dtype == torch.float64, f"{name}: the reference must be fp64, not {exact.dtype}"
     assert bool(actual.isfinite().all()), f"{name}: not finite"
@@ -25,9 +28,13 @@ def assert_within_budget(name: str, actual: Tensor, exact: Tensor, eager: Tensor
     ours, theirs = (actual.double() - exact).abs(), (eager.double() - exact).abs()
     largest = exact.abs().max()
     worst, budget = ours.max(), 2 * (theirs.max() + eps * largest)
-    assert worst <= budget, f"{name}: off by {worst:.3g} at {_place(ours)}, budget {budget:.3g}, eager's own {theirs.max():.3g}, largest value {largest:.3g}"
+    assert worst <= budget, (
+        f"{name}: off by {worst:.3g} at {_place(ours)}, budget {budget:.3g}, eager's own {theirs.max():.3g}, largest value {largest:.3g}"
+    )
     norm, norm_budget = ours.norm(), 2 * (theirs.norm() + eps * exact.norm())
-    assert norm <= norm_budget, f"{name}: error norm {norm:.3g}, budget {norm_budget:.3g}, eager's own {theirs.norm():.3g}"
+    assert norm <= norm_budget, (
+        f"{name}: error norm {norm:.3g}, budget {norm_budget:.3g}, eager's own {theirs.norm():.3g}"
+    )
 
 
 def _place(error: Tensor) -> tuple[int, ...]:

@@ -1,4 +1,5 @@
-"""What the tests of the critic share: questions, clips, and transformers' own way to the same answers, one conversation at a time."""
+"""What the tests of the critic share: questions, clips, and transformers' own way to the same answers, one conversation
+at a time."""
 
 from __future__ import annotations
 
@@ -31,8 +32,13 @@ def questions(count: int) -> list[Question]:
 
 
 def clips(batch: int, frames: int = 5, size: tuple[int, int] = (24, 40), dtype: torch.dtype = torch.float64) -> Tensor:
-    """24x40 pixels are 3x5 tokens, which the 2x2 windows do not divide: windows of four lengths. 5 frames are filled up to 6."""
-    return torch.rand(batch, frames, 3, *size, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype).requires_grad_()
+    """24x40 pixels are 3x5 tokens, which the 2x2 windows do not divide: windows of four lengths. 5 frames are filled up
+    to 6."""
+    return (
+        torch.rand(batch, frames, 3, *size, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_()
+    )
 
 
 def expanded(text: str, grid: list[int], frames: int, fps: float, family: str) -> str:
@@ -42,17 +48,23 @@ def expanded(text: str, grid: list[int], frames: int, fps: float, family: str) -
         return text.replace("<|video_pad|>", tokens * grid[0])
     processor = Qwen3VLProcessor.__new__(Qwen3VLProcessor)
     processor.video_processor = SimpleNamespace(merge_size=2, temporal_patch_size=2)
-    processor.video_token, processor.vision_start_token, processor.vision_end_token = "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
+    processor.video_token, processor.vision_start_token, processor.vision_end_token = (
+        "<|video_pad|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+    )
     metadata = SimpleNamespace(fps=fps, frames_indices=np.arange(frames))
-    replacement = processor.replace_video_token({"video_grid_thw": torch.tensor([grid]), "video_metadata": [metadata]}, video_idx=0)
+    replacement = processor.replace_video_token(
+        {"video_grid_thw": torch.tensor([grid]), "video_metadata": [metadata]}, video_idx=0
+    )
     holder = SimpleNamespace(all_special_multimodal_tokens=["<|video_pad|>"], video_token="<|video_pad|>")
     (whole,), _ = ProcessorMixin.get_text_with_replacements(holder, [text], videos_replacements=[replacement])
     return whole
 
 
 def inputs(critic: QwenCritic, frames_1TCHW: Tensor, text: str, answer: str = "") -> dict[str, Any]:
-    """Arguments of ``…ForConditionalGeneration.forward`` and ``generate`` for a user's text about a clip, ``answer``'s tokens but the last
-    behind it."""
+    """Arguments of ``…ForConditionalGeneration.forward`` and ``generate`` for a user's text about a clip, ``answer``'s
+    tokens but the last behind it."""
     family, config, tokenizer = critic.family.MODEL_TYPE, critic.model.config, critic.tokenizer
     pixels, grid = video_patches(frames_1TCHW, critic.geometry)
     message = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": text}]}
@@ -72,8 +84,8 @@ def inputs(critic: QwenCritic, frames_1TCHW: Tensor, text: str, answer: str = ""
 
 
 def separately(critic: QwenCritic, frames_1TCHW: Tensor, question: Question) -> Tensor:
-    """The scored logits by transformers' own forward, with its own positions and masks. ``critic.model`` must not be the adapter's: that
-    one's vision tower is not transformers' any more."""
+    """The scored logits by transformers' own forward, with its own positions and masks. ``critic.model`` must not be
+    the adapter's: that one's vision tower is not transformers' any more."""
     dense = question.kind == "dense"
     arguments = inputs(critic, frames_1TCHW, question.text, question.answer if dense else "")
     rows = len(critic.tokenizer(question.answer)["input_ids"]) if dense else 1
@@ -82,7 +94,9 @@ def separately(critic: QwenCritic, frames_1TCHW: Tensor, question: Question) -> 
 
 def untouched(critic: QwenCritic, model: Any) -> Any:
     """What ``separately`` needs of a critic, with a model as transformers made it."""
-    return SimpleNamespace(family=critic.family, model=model, tokenizer=critic.tokenizer, geometry=critic.geometry, fps=critic.fps)
+    return SimpleNamespace(
+        family=critic.family, model=model, tokenizer=critic.tokenizer, geometry=critic.geometry, fps=critic.fps
+    )
 
 
 def rotate_in_fp64(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,6 +106,7 @@ def rotate_in_fp64(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
 
 
 def lift_rotations(monkeypatch: Any) -> None:
-    """transformers rotates in fp32, whose backward would round the oracle's gradient to 1e-7 (as _tiny says of the norms)."""
+    """transformers rotates in fp32, whose backward would round the oracle's gradient to 1e-7 (as _tiny says of the
+    norms)."""
     for module in (modeling_qwen2_5_vl, modeling_qwen3_vl):
         monkeypatch.setattr(module, "apply_rotary_pos_emb_vision", rotate_in_fp64)

@@ -1,4 +1,5 @@
-"""What DeepSpeed has gathered as each block of a tiny Wan transformer is entered, beside what the plan's stand-in says: ``python _gathers.py``, one process.
+"""What DeepSpeed has gathered as each block of a tiny Wan transformer is entered, beside what the plan's stand-in says:
+``python _gathers.py``, one process.
 
 Prints JSON: {"ahead live": [[real, planned], ...]} with a row for every entering: {block: numbers of weights}.
 """
@@ -33,7 +34,8 @@ def model() -> Any:
 
 
 def passes(made: Any, call: Any, between: Any) -> None:
-    """Of an update with two steps, both graded: two forwards, then each with its backward. ``call``: as ``made``. ``between``: the context of the last two."""
+    """Of an update with two steps, both graded: two forwards, then each with its backward. ``call``: as ``made``.
+    ``between``: the context of the last two."""
     torch.manual_seed(0)
     x, text = torch.randn(1, made.config.in_channels, 3, 4, 4), torch.randn(1, 6, made.config.text_dim)
     with torch.no_grad():
@@ -64,13 +66,26 @@ def real(ahead: int, live: int) -> list[Row]:
         "stage3_param_persistence_threshold": 0,
         "reduce_bucket_size": 10**6,
     }
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "zero_optimization": zero}
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+    }
     lora = lora_parameters(made)
-    engine, *_ = deepspeed.initialize(model=made, optimizer=torch.optim.AdamW(lora), model_parameters=lora, config=settings)
+    engine, *_ = deepspeed.initialize(
+        model=made, optimizer=torch.optim.AdamW(lora), model_parameters=lora, config=settings
+    )
 
     def count(*_: Any) -> None:
         gathered = ((place, weight) for place, block in enumerate(made.blocks) for weight in block.parameters())
-        rows.append(_summed((place, weight.ds_numel) for place, weight in gathered if weight.ds_status != ZeroParamStatus.NOT_AVAILABLE))
+        rows.append(
+            _summed(
+                (place, weight.ds_numel)
+                for place, weight in gathered
+                if weight.ds_status != ZeroParamStatus.NOT_AVAILABLE
+            )
+        )
 
     for block in made.blocks:
         block.register_forward_pre_hook(count)
@@ -86,11 +101,15 @@ def planned(ahead: int, live: int) -> list[Row]:
     with Ledger():
         stand_in = Partitioned(made, list(made.blocks), Sharing(1, "cpu", False, Rules(ahead, live, 0)))
         set_activations(made, True, streamed=stand_in)
-        inside = {id(weight): number for number, place in enumerate(stand_in._places) for weight in stand_in._weights[place]}
+        inside = {
+            id(weight): number for number, place in enumerate(stand_in._places) for weight in stand_in._weights[place]
+        }
 
         def count() -> None:
             weights = (weight for module in stand_in._weights for weight in module if id(weight) in inside)
-            rows.append(_summed((inside[id(weight)], weight.numel) for weight in weights if weight.here or weight.flight))
+            rows.append(
+                _summed((inside[id(weight)], weight.numel) for weight in weights if weight.here or weight.flight)
+            )
 
         enter, enter_again = stand_in._enter, stand_in.enter_again
 
@@ -103,7 +122,10 @@ def planned(ahead: int, live: int) -> list[Row]:
             enter_again(place)
             count()
 
-        with mock.patch.object(stand_in, "_enter", entering), mock.patch.object(stand_in, "enter_again", entering_again):
+        with (
+            mock.patch.object(stand_in, "_enter", entering),
+            mock.patch.object(stand_in, "enter_again", entering_again),
+        ):
             passes(made, made, torch.enable_grad())
     return rows
 
@@ -116,7 +138,15 @@ def _summed(pairs: Any) -> Row:
 
 
 if __name__ == "__main__":
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1]}
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": sys.argv[1],
+    }
     block = sum(weight.numel() for weight in model().blocks[0].parameters())
     asked = {f"{ahead} {live}": (int(ahead * block), int(live * block)) for ahead, live in ASKED}
-    print(json.dumps({name: list(zip(real(*numbers), planned(*numbers), strict=True)) for name, numbers in asked.items()}))
+    print(
+        json.dumps({name: list(zip(real(*numbers), planned(*numbers), strict=True)) for name, numbers in asked.items()})
+    )

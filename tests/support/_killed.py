@@ -12,7 +12,8 @@ from lowmem_drf.commands.train import train_command
 
 
 def train_until_killed(function: str, call: int, preset: Path, run: Path) -> None:
-    """``function``: dotted name, patched where it is looked up. Returns only if it was called less often than ``call``."""
+    """``function``: dotted name, patched where it is looked up. Returns only if it was called less often than
+    ``call``."""
     torch.set_num_threads(1)
     original = pkgutil.resolve_name(function)
     calls = 0

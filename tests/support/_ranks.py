@@ -1,4 +1,5 @@
-"""Processes of a run for tests: forked from a server that has torch already, stdout and stderr in files. Their work is a function of this module."""
+"""Processes of a run for tests: forked from a server that has torch already, stdout and stderr in files. Their work is
+a function of this module."""
 
 import json
 import multiprocessing
@@ -42,7 +43,10 @@ class Group:
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         self.out, self.err = ([folder / f"{name}-{rank}" for rank in range(count)] for name in ("out", "err"))
-        self.processes = [CONTEXT.Process(target=_run, args=(work, rank, count, port, str(self.out[rank]), str(self.err[rank]), argv)) for rank in range(count)]
+        self.processes = [
+            CONTEXT.Process(target=_run, args=(work, rank, count, port, str(self.out[rank]), str(self.err[rank]), argv))
+            for rank in range(count)
+        ]
         for process in self.processes:
             process.start()
 
@@ -61,14 +65,23 @@ class Group:
         at: dict[int, float] = {}
         until = time.monotonic() + HANG_S
         while len(at) < len(self.processes):
-            at |= {rank: time.monotonic() for rank, process in enumerate(self.processes) if rank not in at and process.exitcode is not None}
+            at |= {
+                rank: time.monotonic()
+                for rank, process in enumerate(self.processes)
+                if rank not in at and process.exitcode is not None
+            }
             if time.monotonic() > until:
                 for process in self.processes:
                     process.kill()
                 raise AssertionError(f"hangs: {[process.exitcode for process in self.processes]}")
             time.sleep(0.01)
         codes = [process.exitcode for process in self.processes]
-        return Ended(codes, [path.read_text() for path in self.out], [path.read_text() for path in self.err], [at[rank] for rank in range(len(codes))])
+        return Ended(
+            codes,
+            [path.read_text() for path in self.out],
+            [path.read_text() for path in self.err],
+            [at[rank] for rank in range(len(codes))],
+        )
 
 
 def _run(work, rank, count, port, out, err, argv):
@@ -113,7 +126,11 @@ def exchange(ranks, guard):
     flags = [ranks.any(ranks.rank == 1), ranks.any(False)]
     ranks.barrier()
     share, chief = ranks.share(range(6)), ranks.from_chief({"of": ranks.rank})
-    print(json.dumps([ranks.chief, ranks.gather(f"g{ranks.rank}"), flags, list(share), chief, os.environ["DS_ACCELERATOR"]]))
+    print(
+        json.dumps(
+            [ranks.chief, ranks.gather(f"g{ranks.rank}"), flags, list(share), chief, os.environ["DS_ACCELERATOR"]]
+        )
+    )
 
 
 def one_after_the_other(ranks, guard):

@@ -1,4 +1,5 @@
-"""What the tests of the relay share: gradients of one step, their relative difference, and a meter of saved activations."""
+"""What the tests of the relay share: gradients of one step, their relative difference, and a meter of saved
+activations."""
 
 from contextlib import contextmanager
 

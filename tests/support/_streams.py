@@ -1,4 +1,5 @@
-"""CUDA streams on a CPU that are as late as they may be: whoever relies on luck with the order of copies is found out."""
+"""CUDA streams on a CPU that are as late as they may be: whoever relies on luck with the order of copies is found
+out."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class Event:
 
 
 class Stream:
-    """A CUDA stream that does its work as late as it may: when an event of it is waited for. ``eager``: the stream that computes."""
+    """A CUDA stream that does its work as late as it may: when an event of it is waited for. ``eager``: the stream that
+    computes."""
 
     def __init__(self, eager=False):
         self.eager, self.work, self.done = eager, [], 0
@@ -51,7 +53,8 @@ class Stream:
 
 
 class LateCopies(TorchDispatchMode):
-    """Copies go to the stream, with addresses instead of tensors: whoever frees a tensor before the copy has run is found out."""
+    """Copies go to the stream, with addresses instead of tensors: whoever frees a tensor before the copy has run is
+    found out."""
 
     def __init__(self, stream):
         super().__init__()

@@ -1,7 +1,9 @@
-"""Tiny random models of the real classes, for tests: seconds to build, no download, the shapes and code paths of the real ones.
+"""Tiny random models of the real classes, for tests: seconds to build, no download, the shapes and code paths of the
+real ones.
 
-Every function takes its own seed and leaves the global generator as it was. Initialisations are larger than the libraries' own, so that a
-wrong mask, position or cache changes an output visibly instead of drowning in near-zero weights.
+Every function takes its own seed and leaves the global generator as it was. Initialisations are larger than the
+libraries' own, so that a wrong mask, position or cache changes an output visibly instead of drowning in near-zero
+weights.
 """
 
 from __future__ import annotations
@@ -80,7 +82,8 @@ def tiny_transformer(dtype: torch.dtype = torch.float32, seed: int = 0, layers: 
 
 
 def tiny_vae(dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -> Any:
-    """AutoencoderKLWan of factors 4 (space) and 4 (time): latents (B, 4, F, h, w) <-> frames (B, 3, 4F - 3, 4h, 4w). Frozen, eval."""
+    """AutoencoderKLWan of factors 4 (space) and 4 (time): latents (B, 4, F, h, w) <-> frames (B, 3, 4F - 3, 4h, 4w).
+    Frozen, eval."""
     from diffusers import AutoencoderKLWan
 
     with _seeded(seed) as generator:
@@ -121,7 +124,9 @@ def tiny_text(dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Any, A
 
     tokenizer = tiny_prompt_tokenizer()
     with _seeded(seed) as generator:
-        config = UMT5Config(vocab_size=len(tokenizer), d_model=TEXT_DIM, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0)
+        config = UMT5Config(
+            vocab_size=len(tokenizer), d_model=TEXT_DIM, d_kv=8, d_ff=32, num_layers=2, num_heads=2, dropout_rate=0.0
+        )
         model = UMT5EncoderModel(config)
         _spread(model, 1.0, generator)
     return model.to(dtype).eval().requires_grad_(False), tokenizer
@@ -132,24 +137,52 @@ def tiny_critic_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>", "<unk>"]
+    special = [
+        "<|pad|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|image_pad|>",
+        "<|video_pad|>",
+        "<unk>",
+    ]
     vocab = {word: i for i, word in enumerate([*special, *QUESTION_WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(special)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>", unk_token="<unk>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>", unk_token="<unk>"
+    )
     fast.chat_template = CHAT_TEMPLATE
     return fast
 
 
 def tiny_critic_config(
-    family: str = "qwen2_5_vl", layers: int = 2, depth: int = 2, width: int = 24, dropout: float = 0.0, vision_width: int = 16
+    family: str = "qwen2_5_vl",
+    layers: int = 2,
+    depth: int = 2,
+    width: int = 24,
+    dropout: float = 0.0,
+    vision_width: int = 16,
 ) -> dict[str, Any]:
-    """A configuration of the real class. Patch 4, merge 2, temporal patch 2, grouped queries; windowed vision blocks (Qwen2.5-VL), or a
-    learned 4x4 position grid and DeepStack features of the first and last but one block (Qwen3-VL)."""
+    """A configuration of the real class. Patch 4, merge 2, temporal patch 2, grouped queries; windowed vision blocks
+    (Qwen2.5-VL), or a learned 4x4 position grid and DeepStack features of the first and last but one block
+    (Qwen3-VL)."""
     tokenizer = tiny_critic_tokenizer()
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad", "vision_start", "vision_end", "pad", "im_end")}
-    vision = dict(depth=depth, hidden_size=vision_width, intermediate_size=24, num_heads=2, patch_size=PATCH, spatial_merge_size=MERGE, out_hidden_size=width)
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+        for name in ("image_pad", "video_pad", "vision_start", "vision_end", "pad", "im_end")
+    }
+    vision = dict(
+        depth=depth,
+        hidden_size=vision_width,
+        intermediate_size=24,
+        num_heads=2,
+        patch_size=PATCH,
+        spatial_merge_size=MERGE,
+        out_hidden_size=width,
+    )
     vision |= {
         "qwen2_5_vl": dict(tokens_per_second=4, window_size=16, fullatt_block_indexes=[*range(1, depth, 2)]),
         "qwen3_vl": dict(num_position_embeddings=16, deepstack_visual_indexes=sorted({0, max(0, depth - 2)})),
@@ -183,9 +216,11 @@ def tiny_critic_config(
     )
 
 
-def tiny_critic_model(dtype: torch.dtype = torch.float32, seed: int = 0, family: str = "qwen2_5_vl", **config: Any) -> tuple[Any, Any]:
-    """(Qwen2_5_VLForConditionalGeneration or Qwen3VLForConditionalGeneration, its tokenizer). ``config``: ``tiny_critic_config``'s.
-    Frozen, eval."""
+def tiny_critic_model(
+    dtype: torch.dtype = torch.float32, seed: int = 0, family: str = "qwen2_5_vl", **config: Any
+) -> tuple[Any, Any]:
+    """(Qwen2_5_VLForConditionalGeneration or Qwen3VLForConditionalGeneration, its tokenizer). ``config``:
+    ``tiny_critic_config``'s. Frozen, eval."""
     import transformers
 
     config_class, model_class = {
@@ -204,8 +239,8 @@ def tiny_critic_model(dtype: torch.dtype = torch.float32, seed: int = 0, family:
 
 
 def _lift_norms(model: nn.Module) -> None:
-    """Qwen's RMSNorm computes in fp32 whatever the model's dtype. In an fp64 oracle its backward would round to fp32 (1e-7), and hide what
-    is tested."""
+    """Qwen's RMSNorm computes in fp32 whatever the model's dtype. In an fp64 oracle its backward would round to fp32
+    (1e-7), and hide what is tested."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
@@ -229,7 +264,13 @@ def tiny_video_settings() -> dict[str, Any]:
     }
 
 
-def tiny_critic(dtype: torch.dtype = torch.float32, seed: int = 0, fps: float | None = None, family: str = "qwen2_5_vl", **config: Any) -> Any:
+def tiny_critic(
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    fps: float | None = None,
+    family: str = "qwen2_5_vl",
+    **config: Any,
+) -> Any:
     """``lowmem_drf.models.qwen_vl.critic.QwenCritic`` on the tiny model: a ``types.Critic``."""
     from lowmem_drf.models.qwen_vl.critic import QwenCritic, video_geometry
 
@@ -251,7 +292,10 @@ WAN22_VAE: dict[str, Any] = dict(
 
 GENERATORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "wan2.1-1.3b": ({}, {}),
-    "wan2.1-14b": (dict(num_attention_heads=4, ffn_dim=48, layers=3), dict(dim_mult=[1, 2, 2, 2], temperal_downsample=[False, True, True])),
+    "wan2.1-14b": (
+        dict(num_attention_heads=4, ffn_dim=48, layers=3),
+        dict(dim_mult=[1, 2, 2, 2], temperal_downsample=[False, True, True]),
+    ),
     "wan2.2-5b": (
         dict(num_attention_heads=3, layers=3, in_channels=6, out_channels=6),
         dict(
@@ -263,14 +307,21 @@ GENERATORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "wan2.2-a14b": (dict(num_attention_heads=4, ffn_dim=48, layers=3), {}),
 }
-"""What tells the published generators apart, tiny: (of the transformer, of the VAE). The last one has two transformers."""
+"""What tells the published generators apart, tiny: (of the transformer, of the VAE). The last one has two
+transformers."""
 BOUNDARY = 0.875
 
 
 def tiny_parts(
-    dtype: torch.dtype = torch.float64, seed: int = 0, rank: int = 2, b_std: float = 0.3, generator: str = "wan2.1-1.3b", expert: str = "low"
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    rank: int = 2,
+    b_std: float = 0.3,
+    generator: str = "wan2.1-1.3b",
+    expert: str = "low",
 ) -> Any:
-    """``types.Parts`` of tiny models, LoRA on with a non-zero B (with B = 0 the gradient of A vanishes and would prove nothing).
+    """``types.Parts`` of tiny models, LoRA on with a non-zero B (with B = 0 the gradient of A vanishes and would prove
+    nothing).
 
     ``generator``: of ``GENERATORS``; ``expert``: of its two transformers, the one that has the LoRA.
     """
@@ -286,7 +337,13 @@ def tiny_parts(
     randomise_lora(transformer, b_std, seed)
     velocity = as_velocity(transformer)
     if generator == "wan2.2-a14b":
-        velocity = two_experts(velocity, as_velocity(tiny_transformer(dtype, seed + 50, **of_transformer)), expert, BOUNDARY, lambda name: None)
+        velocity = two_experts(
+            velocity,
+            as_velocity(tiny_transformer(dtype, seed + 50, **of_transformer)),
+            expert,
+            BOUNDARY,
+            lambda name: None,
+        )
     return Parts(
         velocity=velocity,
         decoder=WanDecoder(tiny_vae(dtype, seed, **of_vae)),
@@ -306,18 +363,22 @@ def randomise_lora(transformer: Any, std: float = 0.3, seed: int = 0) -> None:
 
 def tiny_condition(batch: int, dtype: torch.dtype = torch.float64, tokens: int = 6, seed: int = 0) -> Tensor:
     """Text embeddings (B, L, 16) as the tiny transformer takes them."""
-    return torch.randn(batch, tokens, TEXT_DIM, generator=torch.Generator().manual_seed(seed + 7), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        batch, tokens, TEXT_DIM, generator=torch.Generator().manual_seed(seed + 7), dtype=torch.float64
+    ).to(dtype)
 
 
-def tiny_latents(batch: int, frames: int = 3, size: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+def tiny_latents(
+    batch: int, frames: int = 3, size: int = 4, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> Tensor:
     """Latents (B, 4, F, size, size): pixel frames 4F - 3 of 4*size x 4*size."""
     generator = torch.Generator().manual_seed(seed + 11)
     return torch.randn(batch, Z_DIM, frames, size, size, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def save_tiny_generator(folder: Path, seed: int = 0, experts: bool = False) -> Path:
-    """Writes a complete diffusers folder (model_index.json, transformer, vae, text_encoder, tokenizer, scheduler) and returns it. ``experts``: with a
-    second transformer."""
+    """Writes a complete diffusers folder (model_index.json, transformer, vae, text_encoder, tokenizer, scheduler) and
+    returns it. ``experts``: with a second transformer."""
     from diffusers import UniPCMultistepScheduler
 
     text, tokenizer = tiny_text(seed=seed)
@@ -351,8 +412,8 @@ def save_tiny_generator(folder: Path, seed: int = 0, experts: bool = False) -> P
 
 
 def save_tiny_critic(folder: Path, seed: int = 0, family: str = "qwen2_5_vl", **config: Any) -> Path:
-    """Writes a complete transformers folder of the tiny critic (config, weights, tokenizer, chat template, video preprocessor) and returns
-    it."""
+    """Writes a complete transformers folder of the tiny critic (config, weights, tokenizer, chat template, video
+    preprocessor) and returns it."""
     model, tokenizer = tiny_critic_model(seed=seed, family=family, **config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -361,7 +422,8 @@ def save_tiny_critic(folder: Path, seed: int = 0, family: str = "qwen2_5_vl", **
 
 
 def relative_difference(got: Tensor, wanted: Tensor) -> float:
-    """Largest absolute difference over the largest absolute value wanted. Raises where nothing is wanted: 0 == 0 would prove nothing."""
+    """Largest absolute difference over the largest absolute value wanted. Raises where nothing is wanted: 0 == 0 would
+    prove nothing."""
     got, wanted = got.detach(), wanted.detach()
     scale = float(wanted.abs().max())
     assert scale > 0
@@ -369,10 +431,13 @@ def relative_difference(got: Tensor, wanted: Tensor) -> float:
 
 
 class SavedBytes:
-    """Context manager: the bytes autograd saves for backward inside it, each storage once, parameters and buffers left out."""
+    """Context manager: the bytes autograd saves for backward inside it, each storage once, parameters and buffers left
+    out."""
 
     def __init__(self, *models: nn.Module) -> None:
-        self._skip = {t.untyped_storage().data_ptr() for model in models for t in (*model.parameters(), *model.buffers())}
+        self._skip = {
+            t.untyped_storage().data_ptr() for model in models for t in (*model.parameters(), *model.buffers())
+        }
         self._seen: dict[int, int] = {}
         self._keep: list[Tensor] = []
 

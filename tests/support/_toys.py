@@ -1,4 +1,5 @@
-"""A transformer with LoRA, a causal decoder and a critic in a few lines each, in fp64: what the relay needs of its models, and no more."""
+"""A transformer with LoRA, a causal decoder and a critic in a few lines each, in fp64: what the relay needs of its
+models, and no more."""
 
 import torch
 from torch import nn
@@ -95,7 +96,9 @@ class ToyCritic(nn.Module):
         said = self.speak(torch.tanh(self.look(frames_BTCHW.flatten(1)))).unflatten(1, (len(QUESTIONS), 3, 7))
         return [
             [
-                Answer(clip[i], torch.tensor([5, 0, 6])) if q.kind == "dense" else Answer(clip[i, :1], torch.tensor([1]), (1, 2), (3, 4))
+                Answer(clip[i], torch.tensor([5, 0, 6]))
+                if q.kind == "dense"
+                else Answer(clip[i, :1], torch.tensor([1]), (1, 2), (3, 4))
                 for i, q in enumerate(asked)
             ]
             for clip, asked in zip(said, questions, strict=True)

@@ -7,7 +7,8 @@ from _tiny import WAN22_VAE, Z_DIM, tiny_vae
 from lowmem_drf.method.frames import backward_chunks
 from lowmem_drf.method.vae_stream import decode, vae_backward
 
-# the tiny VAE; Wan 2.1's own pattern of time upsampling; Wan 2.2's, its residual blocks, pixel patches and a decoder of its own width
+# the tiny VAE; Wan 2.1's own pattern of time upsampling; Wan 2.2's, its residual blocks, pixel patches and a decoder of
+# its own width
 CONFIGS = {
     "toy": {},
     "wan21": dict(dim_mult=[1, 2, 2, 2], temperal_downsample=[False, True, True], scale_factor_spatial=8),
@@ -17,18 +18,24 @@ CONFIGS = {
 
 @pytest.fixture
 def fp64_throughout(monkeypatch):
-    """Diffusers upsamples Wan's activations in fp32 (``x.float()``), in an fp64 model too. Sums of gradients would be rounded to 1e-7."""
+    """Diffusers upsamples Wan's activations in fp32 (``x.float()``), in an fp64 model too. Sums of gradients would be
+    rounded to 1e-7."""
     to_fp32 = torch.Tensor.float
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_fp32(x))
 
 
 def some_latents(frames, height=3, width=2, batch=1, dtype=torch.float64):
-    return torch.randn(batch, Z_DIM, frames, height, width, generator=torch.Generator().manual_seed(11), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        batch, Z_DIM, frames, height, width, generator=torch.Generator().manual_seed(11), dtype=torch.float64
+    ).to(dtype)
 
 
 def library_graph(vae, latents_BCFhw, cuts=()):
-    """Frames in [-1, 1] before the clamp, by ``AutoencoderKLWan._decode`` of diffusers; no gradient passes the caches that enter chunks in ``cuts``."""
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std))
+    """Frames in [-1, 1] before the clamp, by ``AutoencoderKLWan._decode`` of diffusers; no gradient passes the caches
+    that enter chunks in ``cuts``."""
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
+    )
     z = vae.post_quant_conv(latents_BCFhw / (1.0 / std).to(latents_BCFhw) + mean.to(latents_BCFhw))
     vae.clear_cache()
     made = []

@@ -1,7 +1,8 @@
-"""One process of a few updates under DeepSpeed: ``python _zero_worker.py OUT "VARIANT -- VARIANT ..." [STATE]``; a variant is overrides of preset ``toy``.
+"""One process of a few updates under DeepSpeed: ``python _zero_worker.py OUT "VARIANT -- VARIANT ..." [STATE]``; a
+variant is overrides of preset ``toy``.
 
-Rank 0 saves to OUT what each variant gave: {variant: {"gradients", "lora", "state", "report", "reduced", "gathered"}}. A variant that begins with
-``TAKEN`` makes no update: it takes up what is in STATE, and gives "lora" and "state".
+Rank 0 saves to OUT what each variant gave: {variant: {"gradients", "lora", "state", "report", "reduced", "gathered"}}.
+A variant that begins with ``TAKEN`` makes no update: it takes up what is in STATE, and gives "lora" and "state".
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ from lowmem_drf.training.trainer import make_trainer
 from lowmem_drf.training.update import update
 
 TAKEN = "taken up by "
-COMMON = ("batch=2", "micro_batch=1", "sampler.steps=3", "sampler.graded_steps=2", "memory.checkpoint=true", "kernels.ops=naive", "optim.warmup_steps=0")
+COMMON = (
+    "batch=2",
+    "micro_batch=1",
+    "sampler.steps=3",
+    "sampler.graded_steps=2",
+    "memory.checkpoint=true",
+    "kernels.ops=naive",
+    "optim.warmup_steps=0",
+)
 
 
 def ready(overrides, ranks: Ranks = ALONE):
@@ -38,7 +47,9 @@ def ready(overrides, ranks: Ranks = ALONE):
         for place, tensor in enumerate(lora_parameters(models.transformer)):
             tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(place)) * 0.02)
     models.awake("critic")
-    questions = finish_questions(config, prompts, draft_questions(config, prompts), models.asked_critic, Console(quiet=True))
+    questions = finish_questions(
+        config, prompts, draft_questions(config, prompts), models.asked_critic, Console(quiet=True)
+    )
     return config, models, prompts, questions
 
 
@@ -64,7 +75,9 @@ def updates(overrides, ranks: Ranks, state=None):
     trainer.step = keeping
     with _counted(made, models) as parts_stage:
         object.__setattr__(parts, "stage", parts_stage(parts.stage))
-        made["report"] = [update(config, models, parts, trainer, number, prompts, questions, None, {}, ranks) for number in range(2)]
+        made["report"] = [
+            update(config, models, parts, trainer, number, prompts, questions, None, {}, ranks) for number in range(2)
+        ]
     with trainer.whole():
         made["lora"] = lora_state(models.transformer)
     made["state"] = trainer.pack()
@@ -117,7 +130,10 @@ def main(out: str, variants: str, state: str = "") -> None:
     torch.set_num_threads(1)
     ranks = join("cpu")
     taken = torch.load(state) if state else None
-    made = {variant: updates(variant.removeprefix(TAKEN).split(), ranks, taken if variant.startswith(TAKEN) else None) for variant in variants.split(" -- ")}
+    made = {
+        variant: updates(variant.removeprefix(TAKEN).split(), ranks, taken if variant.startswith(TAKEN) else None)
+        for variant in variants.split(" -- ")
+    }
     if ranks.chief:
         torch.save(made, Path(out))
     ranks.leave()

@@ -59,7 +59,13 @@ def test_the_oracle_is_at_chance_on_shuffled_captions(world):
     combos, _, frames = world
     order = torch.randperm(len(combos), generator=generator(1)).tolist()
     hits = measure(frames).matches([combos[i] for i in order])
-    for name, chance in (("shape", 1 / 3), ("color", 1 / 6), ("direction", 1 / 5), ("background", 1 / 3), ("all", 1 / 90)):
+    for name, chance in (
+        ("shape", 1 / 3),
+        ("color", 1 / 6),
+        ("direction", 1 / 5),
+        ("background", 1 / 3),
+        ("all", 1 / 90),
+    ):
         spread = 4 * (chance * (1 - chance) / len(combos)) ** 0.5  # four standard deviations of a fair guess
         assert abs(hits[name].float().mean().item() - chance) < spread, name
 
@@ -67,7 +73,11 @@ def test_the_oracle_is_at_chance_on_shuffled_captions(world):
 @pytest.mark.parametrize("kind", DEFECTS)
 def test_the_oracle_sees_every_defect_and_no_other_aspect(world, kind):
     _, tracks, frames = world
-    broken = render(break_physics(tracks, kind, generator(2))) if kind in PHYSICS else break_quality(frames, kind, generator(2))
+    broken = (
+        render(break_physics(tracks, kind, generator(2)))
+        if kind in PHYSICS
+        else break_quality(frames, kind, generator(2))
+    )
     seen = measure(broken)
     assert getattr(seen, kind).float().mean() > 0.9
     other = seen.quality if kind in PHYSICS else seen.physics
@@ -102,7 +112,15 @@ def test_every_wording_of_every_combination_parses_back():
         assert {parse(text) for text in texts} == {combo}
 
 
-@pytest.mark.parametrize("text", ["", "a red circle", "a red blue circle moves left on a gray background", "a red circle moves left and right on black"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a red circle",
+        "a red blue circle moves left on a gray background",
+        "a red circle moves left and right on black",
+    ],
+)
 def test_other_texts_do_not_parse(text):
     assert parse(text) is None
 
@@ -122,7 +140,12 @@ def test_yesno_questions_ask_for_every_part_of_the_prompt():
     questions = make_questions(RED, "yesno", "toyworld")
     asked = {q.name: q for q in questions}
     assert [q.aspect for q in questions] == ["TA"] * 4 + ["Phy"] * 12 + ["VQ"] * 6
-    assert "red" in asked["color"].text and "circle" in asked["shape"].text and "left" in asked["direction"].text and "gray" in asked["background"].text
+    assert (
+        "red" in asked["color"].text
+        and "circle" in asked["shape"].text
+        and "left" in asked["direction"].text
+        and "gray" in asked["background"].text
+    )
     assert set(asked) == {"color", "shape", "direction", "background", *DEFECTS}
     assert all(q.answer == "yes" for q in questions if q.aspect == "TA")
 
@@ -144,7 +167,9 @@ def test_dense_questions_ask_for_words_a_description_and_explanations():
 
 def test_every_caption_is_described_by_its_plainest_wording():
     for combo in all_combos():
-        (description,) = (q.answer for q in make_questions(caption(combo, 5), "dense", "toyworld") if q.name == "description")
+        (description,) = (
+            q.answer for q in make_questions(caption(combo, 5), "dense", "toyworld") if q.name == "description"
+        )
         assert description == caption(combo)
 
 
@@ -158,7 +183,11 @@ def test_modes_of_questions_share_no_wording_but_both_is_both():
 
 @pytest.mark.parametrize(
     ("text", "mode", "grammar", "message"),
-    [("a corgi surfs", "yesno", "toyworld", "grammar"), (RED, "typo", "toyworld", "Use one of"), (RED, "yesno", "latin", "Use one of")],
+    [
+        ("a corgi surfs", "yesno", "toyworld", "grammar"),
+        (RED, "typo", "toyworld", "Use one of"),
+        (RED, "yesno", "latin", "Use one of"),
+    ],
 )
 def test_prompts_modes_and_grammars_that_do_not_work_say_so(text, mode, grammar, message):
     with pytest.raises(BadInputError, match=message):

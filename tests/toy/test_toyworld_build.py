@@ -1,4 +1,5 @@
-"""A short rebuild of ToyWorld's models runs from nothing, stops and goes on, and writes folders that load as the real ones do."""
+"""A short rebuild of ToyWorld's models runs from nothing, stops and goes on, and writes folders that load as the real
+ones do."""
 
 import math
 
@@ -26,7 +27,14 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def test_a_short_rebuild_writes_models_that_load_and_run(tmp_path):
-    build(tmp_path / "out", tmp_path / "work", seed=0, scale=0.0011, stages=["vae", "generator", "tower", "language", "critic"], compiled=False)
+    build(
+        tmp_path / "out",
+        tmp_path / "work",
+        seed=0,
+        scale=0.0011,
+        stages=["vae", "generator", "tower", "language", "critic"],
+        compiled=False,
+    )
     folder = str(tmp_path / "out" / "generator")
     cond = load_text(folder).encode(["a red circle moves left on a gray background"], 16)
     decoder = WanDecoder(load_vae(folder))
@@ -56,7 +64,14 @@ def _fit(folder, steps: int) -> torch.Tensor:
         value = (model.inner(x) - x.flip(-1)).pow(2).mean()
         return value, {"twice": 2 * value.item()}
 
-    train("line", model, loss, Schedule(steps=20, lr=0.05, warmup=2, ema=0.9, save_every=10) if steps == 20 else Schedule(steps, 0.05), folder, seed=1)
+    train(
+        "line",
+        model,
+        loss,
+        Schedule(steps=20, lr=0.05, warmup=2, ema=0.9, save_every=10) if steps == 20 else Schedule(steps, 0.05),
+        folder,
+        seed=1,
+    )
     return model.inner.weight.detach()
 
 
@@ -96,7 +111,8 @@ def test_muon_moves_every_direction_of_a_matrix_alike():
     weight.grad = torch.randn(6, 4, generator=generator())
     Muon([weight], lr=1.0).step()
     singular = torch.linalg.svdvals(weight.detach()) / (0.2 * 6**0.5)
-    assert singular.min() > 0.5 and singular.max() < 1.3  # the quintic iteration's own band around 1 (K. Jordan 2024: 0.7 to 1.2)
+    # the quintic iteration's own band around 1 (K. Jordan 2024: 0.7 to 1.2)
+    assert singular.min() > 0.5 and singular.max() < 1.3
 
 
 def test_labels_of_clean_clips_agree_between_drawing_and_the_oracle():
@@ -128,13 +144,26 @@ def test_every_defect_is_asked_for_both_ways_as_often():
         assert len(names) == 2 * sum(ways) > 0
 
 
-@pytest.mark.parametrize("defects", [set(), {"jump"}, {"morph"}, {"noise"}, {"pulse", "blur"}], ids=lambda names: "-".join(sorted(names)) or "none")
+@pytest.mark.parametrize(
+    "defects",
+    [set(), {"jump"}, {"morph"}, {"noise"}, {"pulse", "blur"}],
+    ids=lambda names: "-".join(sorted(names)) or "none",
+)
 def test_dense_answers_are_wrong_in_one_word_at_most_and_that_one_is_corrected(defects):
     """Combination (0, 1, 2, 0): a green circle that moves up on black."""
     dense = [lesson for lesson in lessons(defects) if lesson.question.kind == "dense"]
-    true = {"motion": {"jump": "it jumps", "morph": "it changes form", "pulse": "it changes size"}, "picture": {"noise": "it is noisy", "blur": "it is blurry"}}
-    sound = {"motion": "it moves up and keeps its form , size and color", "picture": "it is clean and sharp and the light is steady"}
-    said = {name: next((text for defect, text in wrong.items() if defect in defects), sound[name]) for name, wrong in true.items()}
+    true = {
+        "motion": {"jump": "it jumps", "morph": "it changes form", "pulse": "it changes size"},
+        "picture": {"noise": "it is noisy", "blur": "it is blurry"},
+    }
+    sound = {
+        "motion": "it moves up and keeps its form , size and color",
+        "picture": "it is clean and sharp and the light is steady",
+    }
+    said = {
+        name: next((text for defect, text in wrong.items() if defect in defects), sound[name])
+        for name, wrong in true.items()
+    }
     said["description"] = "a green circle moves up on a black background"
     seen = set()
     for question, _, correction in dense:
@@ -164,5 +193,9 @@ def test_the_critic_learns_from_its_loss():
     features, grid = critic.embed_video(frames)
     loss, shares = answer_loss(critic, features, grid, asked)
     loss.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in critic.model.named_parameters() if "layers.0.self_attn.q_proj.weight" in n)
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0
+        for n, p in critic.model.named_parameters()
+        if "layers.0.self_attn.q_proj.weight" in n
+    )
     assert set(shares) == {"yes", "no"}

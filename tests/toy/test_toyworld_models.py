@@ -1,4 +1,5 @@
-"""The packaged models keep the contract of docs/toyworld.md. ``python -m lowmem_drf.toy.build.check`` prints the same figures on more clips."""
+"""The packaged models keep the contract of docs/toyworld.md. ``python -m lowmem_drf.toy.build.check`` prints the same
+figures on more clips."""
 
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from lowmem_drf.toy.defects import DEFECTS
 
 
 def at_least(rate: float, bound: float, n: int) -> bool:
-    """Whether a share of n draws may come from a rate of at least ``bound``: not under it by more than two standard deviations."""
+    """Whether a share of n draws may come from a rate of at least ``bound``: not under it by more than two standard
+    deviations."""
     return rate >= bound - 2 * (bound * (1 - bound) / n) ** 0.5
 
 

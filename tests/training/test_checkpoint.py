@@ -43,7 +43,9 @@ def lora_bytes(run):
 def processes():
     """Starts processes that have torch and the model libraries imported already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["_killed", "diffusers", "transformers.models.qwen2_5_vl", "peft", "torch.utils.tensorboard"])
+    context.set_forkserver_preload(
+        ["_killed", "diffusers", "transformers.models.qwen2_5_vl", "peft", "torch.utils.tensorboard"]
+    )
     return context
 
 
@@ -60,7 +62,9 @@ def test_killed_and_resumed_equals_unbroken(moment, processes, tiny_preset, tiny
     train_command(None, None, run, None, None, True, [], False)
     assert lora_bytes(run) == lora_bytes(tiny_run)
     timed = ("update_s", "stage_s", "stage_peak_gib")
-    rows, expected = ([{k: v for k, v in row.items() if k not in timed} for row in read_metrics(r)] for r in (run, tiny_run))
+    rows, expected = (
+        [{k: v for k, v in row.items() if k not in timed} for row in read_metrics(r)] for r in (run, tiny_run)
+    )
     assert rows == expected
     assert sorted(os.listdir(run / "checkpoints")) == sorted(os.listdir(tiny_run / "checkpoints"))
 

@@ -19,7 +19,18 @@ from lowmem_drf.training.progress import TrainProgress, sparkline
 
 
 def test_ctrl_c_finishes_the_update_saves_and_exits_130(tiny_preset, tmp_path):
-    command = [sys.executable, "-m", "lowmem_drf.cli", "train", "--preset", str(tiny_preset), "--output", str(tmp_path / "run"), "--steps", "10000"]
+    command = [
+        sys.executable,
+        "-m",
+        "lowmem_drf.cli",
+        "train",
+        "--preset",
+        str(tiny_preset),
+        "--output",
+        str(tmp_path / "run"),
+        "--steps",
+        "10000",
+    ]
     # checkpoints far apart: the one that is found was made because of the signal
     command += ["-s", "log.checkpoint_every=10000", "-s", "log.sample_every=0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
@@ -53,12 +64,20 @@ def test_a_second_ctrl_c_stops_at_once_and_costs_nothing_that_is_saved(tiny_pres
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert err == f"Stopped at once; update 2 is the last one saved. Go on with: lowmem-drf train --resume --output {run}\n"
+    assert (
+        err
+        == f"Stopped at once; update 2 is the last one saved. Go on with: lowmem-drf train --resume --output {run}\n"
+    )
     train_command(None, None, run, None, None, True, [], False)
-    assert (checkpoint_folder(run) / "lora.safetensors").read_bytes() == (checkpoint_folder(tiny_run) / "lora.safetensors").read_bytes()
+    assert (checkpoint_folder(run) / "lora.safetensors").read_bytes() == (
+        checkpoint_folder(tiny_run) / "lora.safetensors"
+    ).read_bytes()
 
 
-@pytest.mark.parametrize(("steps", "said"), [(4, "after update 1; it is saved. Go on with"), (1, "after update 1; it is saved. The run is complete.")])
+@pytest.mark.parametrize(
+    ("steps", "said"),
+    [(4, "after update 1; it is saved. Go on with"), (1, "after update 1; it is saved. The run is complete.")],
+)
 def test_ctrl_c_while_samples_are_written_saves_too(tiny_preset, tmp_path, monkeypatch, steps, said):
     def interrupted(config, run, models, texts, step, ranks):
         if step:

@@ -24,7 +24,11 @@ from lowmem_drf.training.trainer import SingleTrainer
 from lowmem_drf.training.update import learning_rate, update
 from lowmem_drf.video import read_video, side_by_side, write_mp4
 
-PROMPTS = ["a red circle moves left on a gray background", "a blue square moves up on a black background", "a green circle moves right on a white background"]
+PROMPTS = [
+    "a red circle moves left on a gray background",
+    "a blue square moves up on a black background",
+    "a green circle moves right on a white background",
+]
 
 
 @pytest.fixture
@@ -37,18 +41,39 @@ def ready(tiny_preset):
         models = load_models(config, PROMPTS)
         add_lora(models.transformer, config.lora.rank, config.lora.alpha, config.lora.targets, seed=0)
         prompts = as_prompts(PROMPTS)
-        return config, models, models.parts(lora_parameters(models.transformer)), prompts, draft_questions(config, prompts)
+        return (
+            config,
+            models,
+            models.parts(lora_parameters(models.transformer)),
+            prompts,
+            draft_questions(config, prompts),
+        )
 
     return make
 
 
 def test_a_run_leaves_what_the_contract_says(tiny_run):
-    assert {path.name for path in tiny_run.iterdir()} == {"config.toml", "questions.json", "metrics.jsonl", "tensorboard", "samples", "checkpoints"}
+    assert {path.name for path in tiny_run.iterdir()} == {
+        "config.toml",
+        "questions.json",
+        "metrics.jsonl",
+        "tensorboard",
+        "samples",
+        "checkpoints",
+    }
     assert run_config(tiny_run).lora.rank == 2
     assert set(load_questions(tiny_run / "questions.json")) == set(train_prompts())
     assert sorted(path.name for path in (tiny_run / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
-    assert {path.name for path in (tiny_run / "checkpoints" / "step-000004").iterdir()} == {"lora.safetensors", "state.safetensors", "cursor.json"}
-    assert sorted(path.name for path in (tiny_run / "samples").iterdir()) == ["step-000000", "step-000002", "step-000004"]
+    assert {path.name for path in (tiny_run / "checkpoints" / "step-000004").iterdir()} == {
+        "lora.safetensors",
+        "state.safetensors",
+        "cursor.json",
+    }
+    assert sorted(path.name for path in (tiny_run / "samples").iterdir()) == [
+        "step-000000",
+        "step-000002",
+        "step-000004",
+    ]
     assert len(list((tiny_run / "tensorboard").iterdir())) == 1
 
 
@@ -58,8 +83,15 @@ def test_metrics_have_a_complete_line_per_update(tiny_run):
     for row in rows:
         assert set(row["reward_by_aspect"]) == {"TA", "Phy", "VQ"}
         assert {"color", "jump", "noise"} <= set(row["reward_by_question"])
-        assert set(row["stage_s"]) == set(row["stage_peak_gib"]) == {"rollout", "decode", "critic", "vae_backward", "denoise_backward", "update"}
-        assert all(value > 0 for value in (*row["stage_s"].values(), *row["stage_peak_gib"].values(), row["grad_norm"], row["lr"]))
+        assert (
+            set(row["stage_s"])
+            == set(row["stage_peak_gib"])
+            == {"rollout", "decode", "critic", "vae_backward", "denoise_backward", "update"}
+        )
+        assert all(
+            value > 0
+            for value in (*row["stage_s"].values(), *row["stage_peak_gib"].values(), row["grad_norm"], row["lr"])
+        )
         assert len(row["prompts"]) == len(row["seed"]) == 3
     assert len({seed for row in rows for seed in row["seed"]}) == 12
 
@@ -76,7 +108,9 @@ def test_the_micro_batch_changes_memory_and_not_the_gradient(ready):
         config, models, parts, prompts, questions = ready(f"micro_batch={size}")
         trainer = Keeping(config, models.transformer)
         report = update(config, models, parts, trainer, 0, prompts, questions, None)
-        gradients[size] = torch.cat([torch.tensor([report.reward]), *(gradient.flatten() for gradient in trainer.gradients[0])])
+        gradients[size] = torch.cat(
+            [torch.tensor([report.reward]), *(gradient.flatten() for gradient in trainer.gradients[0])]
+        )
     for size in (1, 2):
         # the same fp32 sums in another order: 2**-24 each, about a thousand terms
         assert (gradients[size] - gradients[3]).norm() <= 1000 * 2**-24 * gradients[3].norm()
@@ -85,7 +119,9 @@ def test_the_micro_batch_changes_memory_and_not_the_gradient(ready):
 def test_an_update_is_one_adamw_step_on_the_clipped_gradient(ready):
     config, models, parts, prompts, questions = ready("optim.grad_clip=1e-3", "optim.lr=0.01")
     before = [tensor.detach().clone() for tensor in parts.lora]
-    report = update(config, models, parts, SingleTrainer(config, named_lora(models.transformer)), 0, prompts, questions, None)
+    report = update(
+        config, models, parts, SingleTrainer(config, named_lora(models.transformer)), 0, prompts, questions, None
+    )
     assert report.grad_norm > 1e-3
     moved = [(tensor - old).abs().max().item() for tensor, old in zip(parts.lora, before, strict=True)]
     assert 0 < max(moved) <= 0.01 * (1 + 1e-3)  # AdamW's first step is lr x sign(gradient)
@@ -98,7 +134,9 @@ def test_a_non_finite_reward_names_update_prompt_and_seed_and_changes_nothing(re
     with torch.no_grad():
         models.critic.model.lm_head.weight.fill_(math.inf)
     with pytest.raises(NonFiniteError) as caught:
-        update(config, models, parts, SingleTrainer(config, named_lora(models.transformer)), 6, prompts, questions, None)
+        update(
+            config, models, parts, SingleTrainer(config, named_lora(models.transformer)), 6, prompts, questions, None
+        )
     assert "update 7" in str(caught.value)
     assert PROMPTS[0] in str(caught.value)
     assert str(derive_seed(config.seed, "noise", 6, 0)) in str(caught.value)
@@ -110,7 +148,9 @@ def test_an_infinite_gradient_is_refused_before_the_optimizer(ready, monkeypatch
     before = [tensor.detach().clone() for tensor in parts.lora]
     monkeypatch.setattr("torch.nn.utils.get_total_norm", lambda *a, **k: torch.tensor(math.nan))
     with pytest.raises(NonFiniteError, match="gradient is not finite in update 1"):
-        update(config, models, parts, SingleTrainer(config, named_lora(models.transformer)), 0, prompts, questions, None)
+        update(
+            config, models, parts, SingleTrainer(config, named_lora(models.transformer)), 0, prompts, questions, None
+        )
     assert all(torch.equal(tensor, old) for tensor, old in zip(parts.lora, before, strict=True))
 
 
@@ -146,9 +186,15 @@ def test_scales_of_the_normalisation_change_the_step(ready):
 
 @pytest.mark.parametrize("mode", ["vanilla", "yesno", "dense", "both"])
 def test_every_mode_trains_with_a_4_bit_critic(ready, mode):
-    config, models, parts, prompts, questions = ready(f"critic.mode={mode}", "critic.quant=nf4", "memory.checkpoint=true")
-    assert {type(layer.self_attn.q_proj).__name__ for layer in models.critic.model.model.language_model.layers} == {"PackedLinear"}
-    report = update(config, models, parts, SingleTrainer(config, named_lora(models.transformer)), 0, prompts, questions, None)
+    config, models, parts, prompts, questions = ready(
+        f"critic.mode={mode}", "critic.quant=nf4", "memory.checkpoint=true"
+    )
+    assert {type(layer.self_attn.q_proj).__name__ for layer in models.critic.model.model.language_model.layers} == {
+        "PackedLinear"
+    }
+    report = update(
+        config, models, parts, SingleTrainer(config, named_lora(models.transformer)), 0, prompts, questions, None
+    )
     assert math.isfinite(report.reward) and report.grad_norm > 0
     assert set(report.reward_by_aspect) == ({"TA"} if mode == "vanilla" else {"TA", "Phy", "VQ"})
 
@@ -254,7 +300,8 @@ def test_mp4_round_trip_pads_odd_sizes(tmp_path):
     smooth = torch.linspace(0, 1, 33).expand(5, 3, 31, 33)
     frames, fps = read_video(write_mp4(tmp_path / "new" / "clip.mp4", smooth, fps=12))
     assert (frames.shape, fps) == ((5, 3, 32, 34), 12)
-    assert (frames[:, :, :31, :33] - smooth).abs().mean() < 4 / 255  # chroma subsampling and quantisation: a few grey levels
+    # chroma subsampling and quantisation: a few grey levels
+    assert (frames[:, :, :31, :33] - smooth).abs().mean() < 4 / 255
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["clip.mp4"]
 
 

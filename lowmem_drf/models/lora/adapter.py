@@ -1,8 +1,8 @@
 """LoRA (arXiv 2106.09685) on the Wan transformer through peft: y = W x + (alpha / rank) B A x, with W frozen.
 
-Names are those of diffusers without the ``transformer.`` prefix and without peft's adapter name: ``blocks.0.attn1.to_q.lora_A.weight``
-(rank, in) and ``….lora_B.weight`` (out, rank). A starts Kaiming-uniform from its own generator, B at zero, so an untrained adapter changes
-nothing. Files are read and written by ``lora_formats``.
+Names are those of diffusers without the ``transformer.`` prefix and without peft's adapter name:
+``blocks.0.attn1.to_q.lora_A.weight`` (rank, in) and ``….lora_B.weight`` (out, rank). A starts Kaiming-uniform from its
+own generator, B at zero, so an untrained adapter changes nothing. Files are read and written by ``lora_formats``.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.ne
 """Every Linear of self-attention, cross-attention and feed-forward in each block; the endings of their names."""
 
 
-def add_lora(transformer: WanTransformer3DModel, rank: int, alpha: float, targets: Sequence[str] = DEFAULT_TARGETS, seed: int = 0) -> None:
+def add_lora(
+    transformer: WanTransformer3DModel, rank: int, alpha: float, targets: Sequence[str] = DEFAULT_TARGETS, seed: int = 0
+) -> None:
     """Freezes the transformer and puts a LoRA on every Linear whose name is, or ends in, one of ``targets``.
 
-    The adapter's weights are fp32 whatever the transformer's dtype (fp64 on an fp64 transformer), and depend on ``seed`` and the
-    architecture alone. It computes in the transformer's dtype.
+    The adapter's weights are fp32 whatever the transformer's dtype (fp64 on an fp64 transformer), and depend on
+    ``seed`` and the architecture alone. It computes in the transformer's dtype.
 
     Raises:
         BadInputError: a rank below 1, an alpha that is not positive, a target that matches no Linear.
@@ -41,14 +43,22 @@ def add_lora(transformer: WanTransformer3DModel, rank: int, alpha: float, target
     from peft import LoraConfig
 
     if rank < 1 or not alpha > 0:
-        raise BadInputError(f"lora.rank is {rank} and lora.alpha is {alpha}: the rank must be at least 1 and alpha above 0")
+        raise BadInputError(
+            f"lora.rank is {rank} and lora.alpha is {alpha}: the rank must be at least 1 and alpha above 0"
+        )
     if lora_layers(transformer):
-        raise LowmemError("the transformer has a LoRA already: remove_lora it first, or load into it with load_lora_state")
+        raise LowmemError(
+            "the transformer has a LoRA already: remove_lora it first, or load into it with load_lora_state"
+        )
     linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    unmatched = [target for target in targets if not any(name == target or name.endswith(f".{target}") for name in linears)]
+    unmatched = [
+        target for target in targets if not any(name == target or name.endswith(f".{target}") for name in linears)
+    ]
     if unmatched or not targets:
         endings = sorted({name.split(".", 2)[-1] if name.startswith("blocks.") else name for name in linears})
-        raise BadInputError(f"lora.targets {unmatched or list(targets)} match no Linear of this model. It has: {', '.join(endings)}")
+        raise BadInputError(
+            f"lora.targets {unmatched or list(targets)} match no Linear of this model. It has: {', '.join(endings)}"
+        )
     transformer.requires_grad_(False)
     transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)), adapter_name=ADAPTER)
     generator = torch.Generator().manual_seed(seed)
@@ -65,8 +75,8 @@ def add_lora(transformer: WanTransformer3DModel, rank: int, alpha: float, target
 
 
 def _in_dtype_of_input(matrix: nn.Linear, x: Tensor) -> Tensor:
-    """The product in the transformer's own dtype, as under autocast. peft would make an fp32 copy of every input and output instead: a GiB for one
-    feed-forward of Wan2.1-1.3B at 832x480x81. The gradient arrives in fp32."""
+    """The product in the transformer's own dtype, as under autocast. peft would make an fp32 copy of every input and
+    output instead: a GiB for one feed-forward of Wan2.1-1.3B at 832x480x81. The gradient arrives in fp32."""
     return nn.functional.linear(x, matrix.weight.to(x.dtype))
 
 
@@ -95,8 +105,8 @@ def lora_state(transformer: nn.Module) -> dict[str, Tensor]:
 def load_lora_state(transformer: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copies ``state`` into the transformer's LoRA. All or nothing.
 
-    Raises:
-        BadInputError: modules missing or unknown, another rank or shape, values that are not finite. Nothing was changed.
+    Raises: BadInputError: modules missing or unknown, another rank or shape, values that are not finite. Nothing was
+        changed.
     """
     own = named_lora(transformer)
     _refuse_other_model({name: tuple(parameter.shape) for name, parameter in own.items()}, state)
@@ -108,14 +118,18 @@ def load_lora_state(transformer: nn.Module, state: Mapping[str, Tensor]) -> None
 def attach_lora(transformer: WanTransformer3DModel, state: Mapping[str, Tensor], alpha: float) -> None:
     """Adds a LoRA of exactly the modules and the rank of ``state``, with its values.
 
-    Raises:
-        BadInputError: the transformer lacks one of the modules, or its shape differs: a LoRA of another model. Nothing was changed.
+    Raises: BadInputError: the transformer lacks one of the modules, or its shape differs: a LoRA of another model.
+        Nothing was changed.
     """
     shapes = dict(_linear_shapes(transformer))
     modules = [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]
     ranks = {int(state[f"{module}.lora_A.weight"].shape[0]) for module in modules}
     if len(ranks) != 1:
-        raise BadInputError(f"the LoRA file holds modules of ranks {sorted(ranks)}: one rank for all is expected" if ranks else "the file holds no LoRA")
+        raise BadInputError(
+            f"the LoRA file holds modules of ranks {sorted(ranks)}: one rank for all is expected"
+            if ranks
+            else "the file holds no LoRA"
+        )
     (rank,) = ranks
     expected = {
         f"{module}.lora_{side}.weight": (rank, shapes[module][1]) if side == "A" else (shapes[module][0], rank)
@@ -178,7 +192,9 @@ def _refuse_other_model(expected: Mapping[str, tuple[int, ...]], state: Mapping[
         problems.append(f"{len(not_finite)} tensors hold NaN or infinity ({_some(not_finite)})")
     if problems:
         raise BadInputError(
-            "The LoRA does not fit this model: " + "; ".join(problems) + ". Use the model, rank and targets it was trained with (see the run's config.toml)."
+            "The LoRA does not fit this model: "
+            + "; ".join(problems)
+            + ". Use the model, rank and targets it was trained with (see the run's config.toml)."
         )
 
 

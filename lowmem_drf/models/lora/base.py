@@ -1,12 +1,14 @@
-"""``model.base_lora``: a published LoRA merged into the frozen base as it is loaded, for example one that distils a generator to four steps.
+"""``model.base_lora``: a published LoRA merged into the frozen base as it is loaded, for example one that distils a
+generator to four steps.
 
     comfyui    diffusion_model.blocks.0.self_attn.q.lora_A.weight (or lora_down), .alpha
     diffusers  transformer.blocks.0.attn1.to_q.lora_A.weight, alpha in the header
     kohya      lora_unet_blocks_0_self_attn_q.lora_down.weight, .alpha
     besides    .diff of a weight, .diff_b of a bias, .diff_m of a block's modulation, as lightx2v's files have them
 
-Unlike the files that training writes (``lora_formats``), these reach modules outside the blocks, their ranks differ from module to module, and
-some of what they hold is no LoRA. Every tensor of the file must be used: half a distillation is none.
+Unlike the files that training writes (``lora_formats``), these reach modules outside the blocks, their ranks differ
+from module to module, and some of what they hold is no LoRA. Every tensor of the file must be used: half a distillation
+is none.
 """
 
 from __future__ import annotations
@@ -34,18 +36,17 @@ _WHOLE = {"diff": "weight", "diff_b": "bias", "diff_m": "scale_shift_table"}
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)[:/](.+\.safetensors)")
 
 
-def base_changes(source: str, shapes: Mapping[str, tuple[int, ...]], say: Callable[[str], None], scale: float = 1.0) -> dict[str, Change]:
-    """What ``scale`` times a LoRA adds to the parameters of a transformer, for ``load_denoiser`` and ``load_single_file``.
+def base_changes(
+    source: str, shapes: Mapping[str, tuple[int, ...]], say: Callable[[str], None], scale: float = 1.0
+) -> dict[str, Change]:
+    """What ``scale`` times a LoRA adds to the parameters of a transformer, for ``load_denoiser`` and
+    ``load_single_file``.
 
-    Args:
-        source: a safetensors file, or ``owner/repo/file.safetensors`` (also ``owner/repo:file.safetensors``) on the hub, downloaded once.
-        shapes: of the transformer's parameters, by diffusers' names.
-        say: is told of a download.
+    Args: source: a safetensors file, or ``owner/repo/file.safetensors`` (also ``owner/repo:file.safetensors``) on the
+        hub, downloaded once. shapes: of the transformer's parameters, by diffusers' names. say: is told of a download.
 
-    Raises:
-        BadInputError: there is no such file; it cannot be read; a tensor of it belongs to nothing in this transformer, has another shape or
-            is not finite.
-        LowmemError: the download failed.
+    Raises: BadInputError: there is no such file; it cannot be read; a tensor of it belongs to nothing in this
+        transformer, has another shape or is not finite. LowmemError: the download failed.
     """
     path = find_base_lora(source, say)
     tensors, metadata = read_tensors(path)
@@ -68,14 +69,18 @@ def find_base_lora(source: str, say: Callable[[str], None]) -> Path:
     )
 
 
-def read_changes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Change]:
+def read_changes(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Change]:
     """What a file adds to each parameter of a model of these ``shapes`` (by diffusers' names), before any scale.
 
     Raises:
         BadInputError: with all that is wrong.
     """
     if patterns := _alpha_patterns(metadata):
-        raise BadInputError(f"its header gives single modules an alpha of their own ({patterns}), which is not supported")
+        raise BadInputError(
+            f"its header gives single modules an alpha of their own ({patterns}), which is not supported"
+        )
     known = _known_modules(tensors, shapes)
     pairs: dict[str, dict[str, Tensor]] = {}
     parts: dict[str, list[Change]] = {}
@@ -94,7 +99,9 @@ def read_changes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], sha
             if shapes.get(name) == tuple(value.shape):
                 parts.setdefault(name, []).append(_added(value))
             else:
-                misfits.append(f"{key} is {list(value.shape)}, and the model's {name} is {list(shapes[name]) if name in shapes else 'not there'}")
+                misfits.append(
+                    f"{key} is {list(value.shape)}, and the model's {name} is {list(shapes[name]) if name in shapes else 'not there'}"
+                )
     for module, pair in pairs.items():
         name = f"{module}.weight"
         if not {"A", "B"} <= pair.keys():
@@ -102,8 +109,15 @@ def read_changes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], sha
             continue
         down, up = pair["A"], pair["B"]
         shape = shapes.get(name)
-        if shape is None or up.shape[0] != shape[0] or up.flatten(1).shape[1] != down.shape[0] or down.shape[1:] != shape[1:]:
-            misfits.append(f"its pair for {module} is {list(up.shape)} x {list(down.shape)}, and the model's {name} is {list(shape) if shape else 'not there'}")
+        if (
+            shape is None
+            or up.shape[0] != shape[0]
+            or up.flatten(1).shape[1] != down.shape[0]
+            or down.shape[1:] != shape[1:]
+        ):
+            misfits.append(
+                f"its pair for {module} is {list(up.shape)} x {list(down.shape)}, and the model's {name} is {list(shape) if shape else 'not there'}"
+            )
             continue
         rank = int(down.shape[0])
         alpha = float(pair["alpha"]) if "alpha" in pair else header_alpha(metadata, rank)
@@ -111,12 +125,16 @@ def read_changes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], sha
     if unused:
         misfits.insert(0, f"{len(unused)} of its tensors belong to nothing in this transformer ({_some(unused)})")
     if misfits or not parts:
-        raise BadInputError(("; ".join(misfits[:4]) or "it holds nothing") + ". It was made for another model, or is of a kind that is not supported.")
+        raise BadInputError(
+            ("; ".join(misfits[:4]) or "it holds nothing")
+            + ". It was made for another model, or is of a kind that is not supported."
+        )
     return {name: _sum(changes) for name, changes in parts.items()}
 
 
 def _known_modules(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """What a file may call a module -> diffusers' name. ``norm2`` is another module in Wan's own naming, so a file has one naming or the other."""
+    """What a file may call a module -> diffusers' name. ``norm2`` is another module in Wan's own naming, so a file has
+    one naming or the other."""
     modules = dict.fromkeys(name.rpartition(".")[0] for name in shapes)
     if any(".attn1." in key or ".attn2." in key for key in tensors):
         return {module: module for module in modules if module}

@@ -4,11 +4,12 @@
                alpha / rank folded into A. ComfyUI and diffusers load it.
     diffusers  transformer.blocks.0.attn1.to_q.lora_A.weight
                unfolded, alpha in the header (``lora_adapter_metadata``). diffusers and peft load it.
-    kohya      lora_unet_blocks_0_self_attn_q.lora_down.weight
-               unfolded, an ``.alpha`` beside each pair. musubi-tuner and ComfyUI load it; diffusers where every Linear of every block is in it.
+    kohya      lora_unet_blocks_0_self_attn_q.lora_down.weight unfolded, an ``.alpha`` beside each pair. musubi-tuner
+               and ComfyUI load it; diffusers where every Linear of every block is in it.
 
-A folded file carries no ``lora_adapter_metadata`` and no ``.alpha``: a reader would scale it twice. Sources: ``comfy/lora.py`` of ComfyUI,
-``loaders/lora_conversion_utils.py`` of diffusers 0.42.1. Only the Linears inside the blocks have a name in all three.
+A folded file carries no ``lora_adapter_metadata`` and no ``.alpha``: a reader would scale it twice. Sources:
+``comfy/lora.py`` of ComfyUI, ``loaders/lora_conversion_utils.py`` of diffusers 0.42.1. Only the Linears inside the
+blocks have a name in all three.
 """
 
 from __future__ import annotations
@@ -32,7 +33,13 @@ FORMATS: tuple[str, ...] = get_args(LoraFormat)
 
 _DIFFUSERS = {wan: name for name, wan in BLOCK_LINEARS.items()}
 _UNDERSCORED = {wan.replace(".", "_"): name for name, wan in BLOCK_LINEARS.items()}
-_SUFFIXES = {"lora_A.weight": "A", "lora_down.weight": "A", "lora_B.weight": "B", "lora_up.weight": "B", "alpha": "alpha"}
+_SUFFIXES = {
+    "lora_A.weight": "A",
+    "lora_down.weight": "A",
+    "lora_B.weight": "B",
+    "lora_up.weight": "B",
+    "alpha": "alpha",
+}
 ADAPTER_METADATA = "lora_adapter_metadata"
 
 
@@ -51,14 +58,18 @@ class LoraFile:
     def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """(A, B) by module."""
         modules = sorted({name.rsplit(".lora_", 1)[0] for name in self.state})
-        return {module: (self.state[f"{module}.lora_A.weight"], self.state[f"{module}.lora_B.weight"]) for module in modules}
+        return {
+            module: (self.state[f"{module}.lora_A.weight"], self.state[f"{module}.lora_B.weight"]) for module in modules
+        }
 
     def deltas(self) -> dict[str, Tensor]:
         """What it adds to each module's weight, (alpha / rank) B A, fp64."""
         return {module: (self.alpha / self.rank) * (b.double() @ a.double()) for module, (a, b) in self.pairs().items()}
 
 
-def to_format(state: Mapping[str, Tensor], alpha: float, rank: int, form: LoraFormat, dtype: torch.dtype) -> dict[str, Tensor]:
+def to_format(
+    state: Mapping[str, Tensor], alpha: float, rank: int, form: LoraFormat, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """The tensors of a file. Folding is done in the dtype of ``state``, before the rounding to ``dtype``.
 
     Raises:
@@ -77,7 +88,9 @@ def to_format(state: Mapping[str, Tensor], alpha: float, rank: int, form: LoraFo
             tensors[f"{stem}.lora_{'down' if side == 'A' else 'up'}.weight"] = value.to(dtype)
             tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     if lost := [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]:
-        raise BadInputError(f"{lost[0]} does not fit into {str(dtype).removeprefix('torch.')}. Export with --dtype bf16 or fp32.")
+        raise BadInputError(
+            f"{lost[0]} does not fit into {str(dtype).removeprefix('torch.')}. Export with --dtype bf16 or fp32."
+        )
     return {name: value.contiguous() for name, value in tensors.items()}
 
 
@@ -115,11 +128,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata: dict[str, str] = dict(file.metadata() or {})
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (safe_open is no mapping)
     except (OSError, SafetensorError) as error:
-        raise BadInputError(f"{path} is not a readable safetensors file ({error}). Give a LoRA in safetensors format.") from error
+        raise BadInputError(
+            f"{path} is not a readable safetensors file ({error}). Give a LoRA in safetensors format."
+        ) from error
 
 
 def from_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> LoraFile:
-    """The inverse of ``to_format``, whatever the format. Where modules have different alphas they are folded, and alpha is the rank.
+    """The inverse of ``to_format``, whatever the format. Where modules have different alphas they are folded, and alpha
+    is the rank.
 
     Raises:
         BadInputError: a key that belongs to none of the formats, half a pair, more than one rank.
@@ -147,7 +163,8 @@ def from_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> L
 
 
 def diffusers_reads_kohya(state: Mapping[str, Tensor]) -> bool:
-    """diffusers 0.42.1 converts a kohya file only if it holds every attention and feed-forward Linear of blocks 0 to n - 1."""
+    """diffusers 0.42.1 converts a kohya file only if it holds every attention and feed-forward Linear of blocks 0 to n
+    - 1."""
     modules = {name.rsplit(".lora_", 1)[0] for name in state}
     blocks = {int(module.split(".")[1]) for module in modules if module.startswith("blocks.")}
     wanted = {f"blocks.{i}.{name}" for i in range(len(blocks)) for name in BLOCK_LINEARS if "add_" not in name}
@@ -155,8 +172,8 @@ def diffusers_reads_kohya(state: Mapping[str, Tensor]) -> bool:
 
 
 def model_hash(file: bytes) -> str:
-    """``sshs_model_hash`` of kohya's sd-scripts: SHA-256 of a safetensors file after its header, so that editing metadata does not change
-    it."""
+    """``sshs_model_hash`` of kohya's sd-scripts: SHA-256 of a safetensors file after its header, so that editing
+    metadata does not change it."""
     return hashlib.sha256(file[8 + int.from_bytes(file[:8], "little") :]).hexdigest()
 
 
@@ -171,7 +188,9 @@ def _split_key(key: str) -> tuple[str, str]:
     for suffix in _SUFFIXES:
         if key.endswith(f".{suffix}"):
             return key.removesuffix(f".{suffix}"), suffix
-    raise BadInputError(f"its tensor {key} is not part of a LoRA that this program reads (pairs of lora_A and lora_B, or lora_down and lora_up)")
+    raise BadInputError(
+        f"its tensor {key} is not part of a LoRA that this program reads (pairs of lora_A and lora_B, or lora_down and lora_up)"
+    )
 
 
 def _module_name(stem: str) -> str:

@@ -2,12 +2,14 @@
 
     y = u W^T + b + scale (u A^T) B^T          u = x, or gelu(x) where the layer is the second one of a feed-forward
 
-peft makes the base's output, the LoRA's output, its scaled copy and their sum, and autograd makes the same of the gradient at the input. Here products
-are added into what is there (``addmm_``). With ``gelu`` the activation is computed again in the backward, so that of a feed-forward's hidden layer only
-x is kept. At 832x480x81 a hidden layer of Wan2.1-1.3B is 560 MiB.
+peft makes the base's output, the LoRA's output, its scaled copy and their sum, and autograd makes the same of the
+gradient at the input. Here products are added into what is there (``addmm_``). With ``gelu`` the activation is computed
+again in the backward, so that of a feed-forward's hidden layer only x is kept. At 832x480x81 a hidden layer of
+Wan2.1-1.3B is 560 MiB.
 
-Same products as peft's ``lora.Linear`` (0.18) in the dtype of x, with fewer roundings, on plain cuBLAS. A weight in 4 or 8 bit (``PackedLinear``) is
-unpacked for the product, in the forward and again in the backward; its packed tensors are what is kept.
+Same products as peft's ``lora.Linear`` (0.18) in the dtype of x, with fewer roundings, on plain cuBLAS. A weight in 4
+or 8 bit (``PackedLinear``) is unpacked for the product, in the forward and again in the backward; its packed tensors
+are what is kept.
 """
 
 from __future__ import annotations
@@ -29,14 +31,21 @@ APPROXIMATE = "tanh"
 def linear(module: Any, x: Tensor, gelu: bool = False) -> Tensor:
     """``module(x)``, or ``module(gelu(x))``; x (…, in) -> (…, out).
 
-    A layer without a LoRA, with one that is switched off, or with a base that is not a frozen ``nn.Linear`` or a ``PackedLinear`` computes as it does by
-    itself.
+    A layer without a LoRA, with one that is switched off, or with a base that is not a frozen ``nn.Linear`` or a
+    ``PackedLinear`` computes as it does by itself.
     """
     base: Any = getattr(module, "base_layer", None)
-    if type(base) not in (nn.Linear, PackedLinear) or base.weight.requires_grad or ADAPTER not in getattr(module, "lora_A", {}) or module._disable_adapters:
+    if (
+        type(base) not in (nn.Linear, PackedLinear)
+        or base.weight.requires_grad
+        or ADAPTER not in getattr(module, "lora_A", {})
+        or module._disable_adapters
+    ):
         return cast(Tensor, module(F.gelu(x, approximate=APPROXIMATE) if gelu else x))
     matrices = [side[ADAPTER].weight for side in (module.lora_A, module.lora_B)]
-    packing, weights = ((base.quant, base.shape), base.packed()) if isinstance(base, PackedLinear) else (None, (base.weight,))
+    packing, weights = (
+        ((base.quant, base.shape), base.packed()) if isinstance(base, PackedLinear) else (None, (base.weight,))
+    )
     result: Tensor = _LoraLinear.apply(x, *matrices, base.bias, module.scaling[ADAPTER], gelu, packing, *weights)
     return result
 

@@ -1,8 +1,10 @@
-"""The optimizers of the LoRA: AdamW (arXiv 1711.05101) with moments in fp32, or in 8 bit by bitsandbytes 0.50 (arXiv 2110.02861).
+"""The optimizers of the LoRA: AdamW (arXiv 1711.05101) with moments in fp32, or in 8 bit by bitsandbytes 0.50 (arXiv
+2110.02861).
 
-In 8 bit a moment is one byte per number and one fp32 scale per block of 256; tensors of fewer than 4096 numbers keep fp32 moments. The paged form
-puts the moments of tensors of ``PAGED_FROM`` numbers or more into CUDA managed memory, which the driver moves to the host when the card is full. On
-the CPU there is nothing to page from, and the paged form is the plain one.
+In 8 bit a moment is one byte per number and one fp32 scale per block of 256; tensors of fewer than 4096 numbers keep
+fp32 moments. The paged form puts the moments of tensors of ``PAGED_FROM`` numbers or more into CUDA managed memory,
+which the driver moves to the host when the card is full. On the CPU there is nothing to page from, and the paged form
+is the plain one.
 """
 
 from __future__ import annotations
@@ -29,9 +31,12 @@ SHARED = ("qmap1", "qmap2")
 
 
 def make_optimizer(optim: Optim, lora: Sequence[Tensor]) -> Optimizer:
-    """AdamW on the LoRA's fp32 tensors, as ``optim.name`` has it. Raises BadInputError where that needs bitsandbytes and it is missing."""
+    """AdamW on the LoRA's fp32 tensors, as ``optim.name`` has it. Raises BadInputError where that needs bitsandbytes
+    and it is missing."""
     beta_1, beta_2 = optim.betas
-    arguments: dict[str, Any] = dict(lr=optim.lr, betas=(beta_1, beta_2), eps=optim.eps, weight_decay=optim.weight_decay)
+    arguments: dict[str, Any] = dict(
+        lr=optim.lr, betas=(beta_1, beta_2), eps=optim.eps, weight_decay=optim.weight_decay
+    )
     if optim.name == "adamw":
         return torch.optim.AdamW(lora, **arguments)
     try:
@@ -47,8 +52,8 @@ def make_optimizer(optim: Optim, lora: Sequence[Tensor]) -> Optimizer:
 
 
 def fill_states(optimizer: Optimizer) -> None:
-    """Makes the moments that the first ``step`` would make. Changes no weight. Under a ``Ledger`` moments that are paged count as the host's: on a
-    card that is full that is where they are."""
+    """Makes the moments that the first ``step`` would make. Changes no weight. Under a ``Ledger`` moments that are
+    paged count as the host's: on a card that is full that is where they are."""
     if isinstance(optimizer, torch.optim.AdamW):
         _fill_by_a_step(optimizer)
         return
@@ -80,15 +85,19 @@ def _fill_by_a_step(optimizer: Optimizer) -> None:
 
 
 def pack_optimizer(optimizer: Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
-    """The optimizer's state as contiguous tensors ``<parameter>.<key>``, what all parameters share as ``<key>``. Its rates are the schedule's.
+    """The optimizer's state as contiguous tensors ``<parameter>.<key>``, what all parameters share as ``<key>``. Its
+    rates are the schedule's.
 
     ``names``: in the order of its parameters."""
-    return {name: torch.as_tensor(value).detach().cpu().contiguous() for name, _, _, value in _entries(optimizer, names)}
+    return {
+        name: torch.as_tensor(value).detach().cpu().contiguous() for name, _, _, value in _entries(optimizer, names)
+    }
 
 
 def unpack_optimizer(optimizer: Optimizer, names: Sequence[str], packed: Mapping[str, Tensor]) -> None:
-    """Puts ``pack_optimizer``'s tensors back, each into the memory that the optimizer has for it: paged moments stay paged, which bitsandbytes'
-    ``load_state_dict`` does not see to. Raises BadInputError for the state of another optimizer."""
+    """Puts ``pack_optimizer``'s tensors back, each into the memory that the optimizer has for it: paged moments stay
+    paged, which bitsandbytes' ``load_state_dict`` does not see to. Raises BadInputError for the state of another
+    optimizer."""
     fill_states(optimizer)
     entries = list(_entries(optimizer, names))
     expected = {name: torch.as_tensor(value).shape for name, _, _, value in entries}

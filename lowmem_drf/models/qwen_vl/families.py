@@ -1,4 +1,5 @@
-"""The seam between the critic and its model families: what one file a family (``qwen2_5_vl``, ``qwen3_vl``) must bring."""
+"""The seam between the critic and its model families: what one file a family (``qwen2_5_vl``, ``qwen3_vl``) must
+bring."""
 
 from __future__ import annotations
 
@@ -17,9 +18,9 @@ from lowmem_drf.models.qwen_vl.packed_questions import Conversation
 class Family(Protocol):
     """A module with these names. Written against transformers 5.17 to 5.23.
 
-    ``grid``: a row of int64 per clip: time, rows and columns in patches, before merging; a family may add columns of its own.
-    ``features``: (B, n, D) with n tokens of the language model a clip; the first columns, as wide as its embedding, take the place of the
-    video tokens.
+    ``grid``: a row of int64 per clip: time, rows and columns in patches, before merging; a family may add columns of
+    its own. ``features``: (B, n, D) with n tokens of the language model a clip; the first columns, as wide as its
+    embedding, take the place of the video tokens.
     """
 
     NAME: str
@@ -42,16 +43,20 @@ class Family(Protocol):
         ...
 
     def spell(self, video_token: str, grid: Sequence[int], fps: float) -> str:
-        """The text that the processor puts in the place of the template's video token, with one ``video_token`` a block."""
+        """The text that the processor puts in the place of the template's video token, with one ``video_token`` a
+        block."""
         ...
 
     def blocks(self, vision_config: Any, grid: Sequence[int], fps: float) -> list[tuple[Tensor, int]]:
-        """The video tokens' positions (3, tokens), block by block, relative to where the block starts, and how far it pushes what follows."""
+        """The video tokens' positions (3, tokens), block by block, relative to where the block starts, and how far it
+        pushes what follows."""
         ...
 
-    def read(self, model: Any, inputs_BLD: Tensor, features_BND: Tensor | None, slots_N: Tensor | None, **arguments: Any) -> Any:
-        """The language model's output (``last_hidden_state``, ``past_key_values``). ``features`` and their places in L, ``slots``, for what
-        they add beyond the input; ``None`` where there is no video in these inputs."""
+    def read(
+        self, model: Any, inputs_BLD: Tensor, features_BND: Tensor | None, slots_N: Tensor | None, **arguments: Any
+    ) -> Any:
+        """The language model's output (``last_hidden_state``, ``past_key_values``). ``features`` and their places in L,
+        ``slots``, for what they add beyond the input; ``None`` where there is no video in these inputs."""
         ...
 
 
@@ -81,9 +86,11 @@ class Prefix:
     """Position of the text that follows."""
 
 
-def make_prefix(family: Family, conversation: Conversation, vision_config: Any, grid: Sequence[int], fps: float) -> Prefix:
-    """The prefix of a clip with the positions of transformers' ``get_rope_index``: text counts on, a block of the video starts where the
-    text before it ended, and the text after it where the family's ``blocks`` say."""
+def make_prefix(
+    family: Family, conversation: Conversation, vision_config: Any, grid: Sequence[int], fps: float
+) -> Prefix:
+    """The prefix of a clip with the positions of transformers' ``get_rope_index``: text counts on, a block of the video
+    starts where the text before it ended, and the text after it where the family's ``blocks`` say."""
     blocks = iter(family.blocks(vision_config, grid, fps))
     ids: list[int] = []
     slots: list[int] = []

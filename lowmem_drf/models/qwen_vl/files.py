@@ -1,4 +1,5 @@
-"""A critic's folder or hub repository apart from its weights: preprocessor settings, tokenizer, and whether all of it fits together."""
+"""A critic's folder or hub repository apart from its weights: preprocessor settings, tokenizer, and whether all of it
+fits together."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from lowmem_drf.method.preprocess import VideoGeometry
 
 
 def video_geometry(settings: Mapping[str, Any]) -> VideoGeometry:
-    """A preprocessor's JSON -> the numbers of ``method/preprocess.py``; whose bounds they are, the model's family says. Raises BadInputError
-    where one is missing."""
+    """A preprocessor's JSON -> the numbers of ``method/preprocess.py``; whose bounds they are, the model's family says.
+    Raises BadInputError where one is missing."""
     size = settings.get("size") or {}
     try:
         return VideoGeometry(
@@ -27,7 +28,9 @@ def video_geometry(settings: Mapping[str, Any]) -> VideoGeometry:
             max_video_tokens=settings.get("max_video_tokens"),
         )
     except KeyError as error:
-        raise BadInputError(f"The critic's video preprocessor settings lack {error}: use the model's complete folder.") from error
+        raise BadInputError(
+            f"The critic's video preprocessor settings lack {error}: use the model's complete folder."
+        ) from error
 
 
 def check_geometry(geometry: VideoGeometry, vision_config: Any) -> None:
@@ -56,7 +59,8 @@ def check_tokenizer(tokenizer: Any, embedding_rows: int) -> None:
 
 
 def load_tokenizer(folder_or_id: str) -> Any:
-    """The tokenizer with its chat template, where the folder has one. Raises OSError or ValueError as transformers does."""
+    """The tokenizer with its chat template, where the folder has one. Raises OSError or ValueError as transformers
+    does."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder_or_id)
@@ -66,8 +70,8 @@ def load_tokenizer(folder_or_id: str) -> Any:
 
 
 def video_settings(folder_or_id: str) -> dict[str, Any]:
-    """The video processor's settings, where transformers looks for them, newest place first. Read as JSON: the class itself needs
-    torchvision. Raises OSError where there are none."""
+    """The video processor's settings, where transformers looks for them, newest place first. Read as JSON: the class
+    itself needs torchvision. Raises OSError where there are none."""
     for settings in (
         _read_json(folder_or_id, "video_preprocessor_config.json"),
         _read_json(folder_or_id, "processor_config.json").get("video_processor"),

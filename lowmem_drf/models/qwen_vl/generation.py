@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 Step = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
-"""(new token ids (1, L), their positions (3, 1, L), cache or ``None``) -> (logits (1, V) after the last of them, cache)."""
+"""(new token ids (1, L), their positions (3, 1, L), cache or ``None``) -> (logits (1, V) after the last of them,
+cache)."""
 
 
 def greedy(step: Step, ids_L: Tensor, positions_3L: Tensor, ends: Collection[int], limit: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Published configurations of critics, to build them at true size without a download.
 
-From config.json and (video_)preprocessor_config.json of the repositories named, on huggingface.co, as of 2026; token ids are those of all
-four. ``parameters`` is what the weights' index counts; a tied lm_head counts once.
+From config.json and (video_)preprocessor_config.json of the repositories named, on huggingface.co, as of 2026; token
+ids are those of all four. ``parameters`` is what the weights' index counts; a tied lm_head counts once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-_TOKENS = {"image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653}
+_TOKENS = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+}
 _TEXT_TOKENS = {"bos_token_id": 151643, "eos_token_id": 151645}
 
 
@@ -23,7 +28,9 @@ class KnownCritic:
     parameters: int
 
 
-def _qwen2_5_vl(parameters: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> KnownCritic:
+def _qwen2_5_vl(
+    parameters: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool
+) -> KnownCritic:
     text = {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -59,7 +66,13 @@ def _qwen2_5_vl(parameters: int, hidden: int, intermediate: int, layers: int, he
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     }
-    config = {"model_type": "qwen2_5_vl", "text_config": text, "vision_config": vision, "tie_word_embeddings": tied, **_TOKENS}
+    config = {
+        "model_type": "qwen2_5_vl",
+        "text_config": text,
+        "vision_config": vision,
+        "tie_word_embeddings": tied,
+        **_TOKENS,
+    }
     return KnownCritic(config, settings, parameters)
 
 
@@ -74,11 +87,23 @@ def _qwen3_vl(parameters: int, hidden: int, intermediate: int, tied: bool, visio
         "vocab_size": 151936,
         "max_position_embeddings": 262144,
         "rms_norm_eps": 1e-06,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5000000.0, "mrope_section": [24, 20, 20], "mrope_interleaved": True},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5000000.0,
+            "mrope_section": [24, 20, 20],
+            "mrope_interleaved": True,
+        },
         "tie_word_embeddings": tied,
         **_TEXT_TOKENS,
     }
-    common = {"num_heads": 16, "out_hidden_size": hidden, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 2304}
+    common = {
+        "num_heads": 16,
+        "out_hidden_size": hidden,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "num_position_embeddings": 2304,
+    }
     settings = {
         "patch_size": 16,
         "temporal_patch_size": 2,
@@ -88,13 +113,23 @@ def _qwen3_vl(parameters: int, hidden: int, intermediate: int, tied: bool, visio
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
     }
-    config = {"model_type": "qwen3_vl", "text_config": text, "vision_config": common | vision, "tie_word_embeddings": tied, **_TOKENS}
+    config = {
+        "model_type": "qwen3_vl",
+        "text_config": text,
+        "vision_config": common | vision,
+        "tie_word_embeddings": tied,
+        **_TOKENS,
+    }
     return KnownCritic(config, settings, parameters)
 
 
 KNOWN: dict[str, KnownCritic] = {
-    "Qwen/Qwen2.5-VL-3B-Instruct": _qwen2_5_vl(3_754_622_976, 2048, 11008, layers=36, heads=16, kv_heads=2, vocab=151936, tied=True),
-    "Qwen/Qwen2.5-VL-7B-Instruct": _qwen2_5_vl(8_292_166_656, 3584, 18944, layers=28, heads=28, kv_heads=4, vocab=152064, tied=False),
+    "Qwen/Qwen2.5-VL-3B-Instruct": _qwen2_5_vl(
+        3_754_622_976, 2048, 11008, layers=36, heads=16, kv_heads=2, vocab=151936, tied=True
+    ),
+    "Qwen/Qwen2.5-VL-7B-Instruct": _qwen2_5_vl(
+        8_292_166_656, 3584, 18944, layers=28, heads=28, kv_heads=4, vocab=152064, tied=False
+    ),
     "Qwen/Qwen3-VL-4B-Instruct": _qwen3_vl(
         4_437_815_808,
         2560,

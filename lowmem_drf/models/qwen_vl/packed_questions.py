@@ -1,8 +1,8 @@
 """All questions about a clip in one sequence: [prefix with the video][question 1][question 2]…
 
-A token sees the prefix and its own question, causally; every question's positions start right after the prefix. So each question gets
-exactly what it would get alone, and the prefix, nearly all of the tokens, is computed once. No model here: token ids, masks, positions,
-rows.
+A token sees the prefix and its own question, causally; every question's positions start right after the prefix. So each
+question gets exactly what it would get alone, and the prefix, nearly all of the tokens, is computed once. No model
+here: token ids, masks, positions, rows.
 """
 
 from __future__ import annotations
@@ -39,13 +39,15 @@ class Packed:
     ids_BS: Tensor
     """int64."""
     mask: Tensor
-    """L = P + S: bool (B, 1, L, L), True where a row may attend to a column, or int32 ranges (B, 1, L, 3) of what it may attend to
-    (``critic_attention``). First dimension 1 where all clips have the same layout. Padding is never attended."""
+    """L = P + S: bool (B, 1, L, L), True where a row may attend to a column, or int32 ranges (B, 1, L, 3) of what it
+    may attend to (``critic_attention``). First dimension 1 where all clips have the same layout. Padding is never
+    attended."""
     offset_BS: Tensor
     """int64: a token's place in its question."""
     clip_R: Tensor
     place_R: Tensor
-    """int64: clip and place in S of each of the R rows whose logits are scored, in the order of clips, questions, answer tokens."""
+    """int64: clip and place in S of each of the R rows whose logits are scored, in the order of clips, questions,
+    answer tokens."""
     sizes: list[int]
     """Answer tokens of each question, flat over the clips: they sum to R."""
 
@@ -58,8 +60,8 @@ class Conversation:
     video_token_id: int
     yes: tuple[int, ...] = field(init=False)
     no: tuple[int, ...] = field(init=False)
-    """Every single-token casing of the answer in the vocabulary (``yes``, ``Yes``, ``YES``, with and without a space before), the plain
-    one first."""
+    """Every single-token casing of the answer in the vocabulary (``yes``, ``Yes``, ``YES``, with and without a space
+    before), the plain one first."""
 
     def __post_init__(self) -> None:
         before, self._after = _split_template(self.tokenizer)
@@ -73,8 +75,8 @@ class Conversation:
         self._layouts: dict[tuple[tuple[tuple[int, int], ...], ...], tuple[Tensor, ...]] = {}
 
     def prefix(self, spell: Callable[[str], str]) -> list[int]:
-        """Tokens up to the question, one video token for each block of the video's tokens. ``spell``: the video token -> the text that
-        stands for the clip in its place."""
+        """Tokens up to the question, one video token for each block of the video's tokens. ``spell``: the video token
+        -> the text that stands for the clip in its place."""
         before, after = self._around_video
         return self._encode(before + spell(self._video_token) + after)
 
@@ -94,7 +96,8 @@ class Conversation:
         return self._asked[key]
 
     def pack(self, prefix: int, questions: Sequence[Sequence[Question]], ranges: bool = False) -> Packed:
-        """The questions of each clip, behind prefixes of ``prefix`` tokens, on the CPU. ``ranges``: the form of the mask."""
+        """The questions of each clip, behind prefixes of ``prefix`` tokens, on the CPU. ``ranges``: the form of the
+        mask."""
         asked = [[self.ask(question) for question in clip] for clip in questions]
         layout = tuple(tuple((len(a.ids), len(a.target)) for a in clip) for clip in asked)
         longest = max(sum(len(a.ids) for a in clip) for clip in asked)
@@ -112,8 +115,11 @@ class Conversation:
             return Asked((*prompt, *answer[:-1]), tuple(answer))
         return Asked(tuple(prompt), (self.no if question.answer.strip().lower() == "no" else self.yes)[:1])
 
-    def _layout(self, prefix: int, layout: tuple[tuple[tuple[int, int], ...], ...], longest: int, ranges: bool) -> tuple[Tensor, ...]:
-        """Mask, offsets and scored rows depend on lengths alone. The last layout is kept: within a run the same one often comes again."""
+    def _layout(
+        self, prefix: int, layout: tuple[tuple[tuple[int, int], ...], ...], longest: int, ranges: bool
+    ) -> tuple[Tensor, ...]:
+        """Mask, offsets and scored rows depend on lengths alone. The last layout is kept: within a run the same one
+        often comes again."""
         key = (((prefix, longest), (int(ranges), 0)), *layout)
         if key not in self._layouts:
             self._layouts = {key: _lay_out(prefix, layout, longest, ranges)}
@@ -133,7 +139,9 @@ class Conversation:
         return ids
 
 
-def _lay_out(prefix: int, layout: tuple[tuple[tuple[int, int], ...], ...], longest: int, ranges: bool) -> tuple[Tensor, ...]:
+def _lay_out(
+    prefix: int, layout: tuple[tuple[tuple[int, int], ...], ...], longest: int, ranges: bool
+) -> tuple[Tensor, ...]:
     same = all(clip == layout[0] for clip in layout)
     rows = layout[:1] if same else layout
     segment = torch.full((len(rows), prefix + longest), -1)  # 0: prefix, 1, 2, …: questions, -1: padding
@@ -162,7 +170,9 @@ def _ranges(prefix: int, rows: Sequence[tuple[tuple[int, int], ...]], longest: i
 
 def _mask(segment_BL: Tensor) -> Tensor:
     order = torch.arange(segment_BL.shape[1])
-    mask = ((segment_BL[:, None, :] == 0) | (segment_BL[:, None, :] == segment_BL[:, :, None])) & (order[:, None] >= order)
+    mask = ((segment_BL[:, None, :] == 0) | (segment_BL[:, None, :] == segment_BL[:, :, None])) & (
+        order[:, None] >= order
+    )
     return mask[:, None]
 
 
@@ -174,13 +184,17 @@ def _split_template(tokenizer: Any) -> tuple[str, str]:
         )
     text = _rendered(tokenizer, [{"type": "video"}, {"type": "text", "text": _SENTINEL}])
     if text.count(_SENTINEL) != 1:
-        raise BadInputError("The critic's chat template does not show the user's text exactly once, so questions cannot be placed in it.")
+        raise BadInputError(
+            "The critic's chat template does not show the user's text exactly once, so questions cannot be placed in it."
+        )
     before, after = text.split(_SENTINEL)
     return before, after
 
 
 def _rendered(tokenizer: Any, content: list[dict[str, str]]) -> str:
-    text: str = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    text: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
     return text
 
 
@@ -188,6 +202,8 @@ def _casings(tokenizer: Any, word: str) -> tuple[int, ...]:
     # Ġ and ▁ stand for a leading space in byte-level BPE and in SentencePiece vocabularies
     found = [(token, index) for token, index in tokenizer.get_vocab().items() if token.lstrip("Ġ▁ ").lower() == word]
     if not found:
-        raise BadInputError(f"The critic's vocabulary has no single token for {word!r}, so yes/no questions cannot be scored with it.")
+        raise BadInputError(
+            f"The critic's vocabulary has no single token for {word!r}, so yes/no questions cannot be scored with it."
+        )
     rank = {word: 0, word.capitalize(): 1, word.upper(): 2}
     return tuple(index for _, index in sorted(found, key=lambda pair: (rank.get(pair[0], 3), pair[1])))

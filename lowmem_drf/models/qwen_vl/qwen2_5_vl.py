@@ -1,7 +1,8 @@
 """Qwen2.5-VL (``models.qwen_vl.families.Family``), after ``modeling_qwen2_5_vl.py`` of transformers 5.23.
 
-A video is one block of tokens; its time positions count seconds (``tokens_per_second`` of the vision configuration). They are computed here:
-before 5.18 transformers truncated the seconds per grid to an integer, and without them it takes a wrong default.
+A video is one block of tokens; its time positions count seconds (``tokens_per_second`` of the vision configuration).
+They are computed here: before 5.18 transformers truncated the seconds per grid to an integer, and without them it takes
+a wrong default.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ def spell(video_token: str, grid: Sequence[int], fps: float) -> str:
 
 def blocks(vision_config: Any, grid: Sequence[int], fps: float) -> list[tuple[Tensor, int]]:
     """``fps``: of the frames shown; two slices of ``temporal_patch_size`` frames lie that many frames apart."""
-    merge, interval = vision_config.spatial_merge_size, vision_config.tokens_per_second * vision_config.temporal_patch_size / fps
+    merge, interval = (
+        vision_config.spatial_merge_size,
+        vision_config.tokens_per_second * vision_config.temporal_patch_size / fps,
+    )
     rows, columns = grid[1] // merge, grid[2] // merge
     axes = (torch.arange(grid[0]) * interval).long(), torch.arange(rows), torch.arange(columns)
     # what follows continues after the larger side, even if the time axis reaches further

@@ -1,10 +1,11 @@
-"""Qwen3-VL (``models.qwen_vl.families.Family``), after ``modeling_qwen3_vl.py``, ``processing_qwen3_vl.py`` and ``video_processing_qwen3_vl.py`` of
-transformers 5.23.
+"""Qwen3-VL (``models.qwen_vl.families.Family``), after ``modeling_qwen3_vl.py``, ``processing_qwen3_vl.py`` and
+``video_processing_qwen3_vl.py`` of transformers 5.23.
 
-Every slice of a video is a block of its own behind its time in words (``<0.3 seconds>``), so positions know nothing of seconds. Features of
-some blocks of the vision tower are added to the first layers of the language model (DeepStack). Their grid has a fourth column, the number of
-frames: the time of a slice that was filled up to ``temporal_patch_size`` frames depends on it. The template's own ``<|vision_start|>`` and
-``<|vision_end|>`` stay around the blocks, as in transformers 5.17 to 5.23.
+Every slice of a video is a block of its own behind its time in words (``<0.3 seconds>``), so positions know nothing of
+seconds. Features of some blocks of the vision tower are added to the first layers of the language model (DeepStack).
+Their grid has a fourth column, the number of frames: the time of a slice that was filled up to ``temporal_patch_size``
+frames depends on it. The template's own ``<|vision_start|>`` and ``<|vision_end|>`` stay around the blocks, as in
+transformers 5.17 to 5.23.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def watch(model: Any, pixels: Tensor, grid: Tensor) -> Tensor:
 
 
 def spell(video_token: str, grid: Sequence[int], fps: float) -> str:
-    """Each slice behind the mean time of its first and last frame, as ``Qwen3VLProcessor.replace_video_token`` writes it."""
+    """Each slice behind the mean time of its first and last frame, as ``Qwen3VLProcessor.replace_video_token`` writes
+    it."""
     slices, _, _, frames = grid
     size = -(-frames // slices)
     times = [min(i, frames - 1) / fps for i in range(slices * size)]

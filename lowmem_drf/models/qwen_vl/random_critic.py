@@ -1,7 +1,8 @@
 """Critics with random weights at their true size: what a benchmark needs before anyone downloads 16 GB.
 
-The model is laid out on ``meta`` and filled module by module on the device, in its final dtype, each linear of the language layers quantised
-before the next is drawn: the host never holds the model. Such a critic sees nothing; its memory and its time are the real one's.
+The model is laid out on ``meta`` and filled module by module on the device, in its final dtype, each linear of the
+language layers quantised before the next is drawn: the host never holds the model. Such a critic sees nothing; its
+memory and its time are the real one's.
 """
 
 from __future__ import annotations
@@ -35,10 +36,9 @@ def random_critic(
 ) -> QwenCritic:
     """A frozen critic of random weights; the same weights for the same seed, device and dtype, whatever ``quant`` is.
 
-    Args:
-        name_or_folder: a hub id of ``known_critics`` (nothing is downloaded, the tokenizer is a stand-in), or a model's folder, of which
-            everything but the weights is used.
-        layers: at most so many layers of the language model and blocks of the vision tower, at full width.
+    Args: name_or_folder: a hub id of ``known_critics`` (nothing is downloaded, the tokenizer is a stand-in), or a
+        model's folder, of which everything but the weights is used. layers: at most so many layers of the language
+        model and blocks of the vision tower, at full width.
 
     Raises:
         BadInputError: neither a known id nor a usable folder, or bitsandbytes is missing.
@@ -50,12 +50,15 @@ def random_critic(
 
 
 def described(name_or_folder: str) -> tuple[dict[str, Any], dict[str, Any], Any]:
-    """A critic's config.json, the settings of its video preprocessor, and a tokenizer: all of it but the weights. Raises BadInputError."""
+    """A critic's config.json, the settings of its video preprocessor, and a tokenizer: all of it but the weights.
+    Raises BadInputError."""
     if name_or_folder in KNOWN:
         known = KNOWN[name_or_folder]
         return known.config, known.settings, stand_in_tokenizer(known.config)
     if not Path(name_or_folder).is_dir():
-        raise BadInputError(f"No configuration of {name_or_folder!r} is known here. Give a model's folder, or one of: {', '.join(KNOWN)}.")
+        raise BadInputError(
+            f"No configuration of {name_or_folder!r} is known here. Give a model's folder, or one of: {', '.join(KNOWN)}."
+        )
     from transformers import AutoConfig
 
     with loading("the critic", name_or_folder):
@@ -64,7 +67,14 @@ def described(name_or_folder: str) -> tuple[dict[str, Any], dict[str, Any], Any]
         return config, video_settings(name_or_folder), load_tokenizer(name_or_folder)
 
 
-def random_model(config: Mapping[str, Any], dtype: torch.dtype, device: str | torch.device, quant: Quant, seed: int, layers: int | None = None) -> Any:
+def random_model(
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: str | torch.device,
+    quant: Quant,
+    seed: int,
+    layers: int | None = None,
+) -> Any:
     """The family's class of transformers, filled at random, frozen, eval. ``config``: that of config.json."""
     model = empty_model(config, layers)
     remake_rotary(model, device)

@@ -1,4 +1,5 @@
-"""A tokenizer for critics whose weights are random: bytes, the answer words, and the special tokens at the ids that the model expects.
+"""A tokenizer for critics whose weights are random: bytes, the answer words, and the special tokens at the ids that the
+model expects.
 
 A question has about four times the tokens that the real tokenizer would make of it.
 """
@@ -23,8 +24,8 @@ WORDS = ("yes", "Yes", "YES", "no", "No", "NO")
 
 
 def stand_in_tokenizer(config: Mapping[str, Any]) -> Any:
-    """A byte-level BPE tokenizer of transformers with a chat template of Qwen's form, for a model of this ``config.json``, whose vocabulary
-    must have room for some 300 tokens."""
+    """A byte-level BPE tokenizer of transformers with a chat template of Qwen's form, for a model of this
+    ``config.json``, whose vocabulary must have room for some 300 tokens."""
     from transformers import PreTrainedTokenizerFast
 
     special = {
@@ -38,14 +39,22 @@ def stand_in_tokenizer(config: Mapping[str, Any]) -> Any:
     ordinary = dict.fromkeys([*_byte_letters(), *parts, "<|im_start|>", "<|endoftext|>"])
     free = (index for index in range(len(ordinary) + len(special)) if index not in special.values())
     vocabulary = dict(zip(ordinary, free, strict=False)) | special
-    added = [{"id": index, "content": token, "special": True} for token, index in vocabulary.items() if token.startswith("<|")]
+    added = [
+        {"id": index, "content": token, "special": True}
+        for token, index in vocabulary.items()
+        if token.startswith("<|")
+    ]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     content = {
         "version": "1.0",
         "added_tokens": [token | flags for token in added],
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True},
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True},
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": [f"{part[:-1]} {part[-1]}" for part in dict.fromkeys(parts)]},
+        "model": {
+            "type": "BPE",
+            "vocab": vocabulary,
+            "merges": [f"{part[:-1]} {part[-1]}" for part in dict.fromkeys(parts)],
+        },
     }
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tokenizer.json"

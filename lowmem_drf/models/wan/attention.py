@@ -1,4 +1,5 @@
-"""Attention back ends of the Wan transformer: our kernel, and those that diffusers' attention dispatcher offers (PyTorch's SDPA, xformers, flash-attn)."""
+"""Attention back ends of the Wan transformer: our kernel, and those that diffusers' attention dispatcher offers
+(PyTorch's SDPA, xformers, flash-attn)."""
 
 from __future__ import annotations
 
@@ -26,16 +27,19 @@ def attention_named(name: AttentionName) -> Attention:
     """A back end, whether it can run here or not. Not ``auto``."""
     if name == "triton":
         return triton_attention()
-    return Attention(name, partial(_dispatched, DISPATCHED[name]), (sdpa_forward, sdpa_backward) if name == "sdpa" else None)
+    return Attention(
+        name, partial(_dispatched, DISPATCHED[name]), (sdpa_forward, sdpa_backward) if name == "sdpa" else None
+    )
 
 
-def choose_attention(name: AttentionName, device: torch.device, shape: Sequence[int], dtype: torch.dtype, taped: bool = False) -> tuple[Attention, str]:
+def choose_attention(
+    name: AttentionName, device: torch.device, shape: Sequence[int], dtype: torch.dtype, taped: bool = False
+) -> tuple[Attention, str]:
     """The back end of a run, and why it was taken.
 
-    Args:
-        shape: (B, L, H, d) of the self-attention. With ``auto`` on a CUDA card every back end that can run does one such attention, forward and
-            backward, a few times; the fastest is taken.
-        taped: its results will be kept for the backward, so it must have a log-sum-exp to give.
+    Args: shape: (B, L, H, d) of the self-attention. With ``auto`` on a CUDA card every back end that can run does one
+        such attention, forward and backward, a few times; the fastest is taken. taped: its results will be kept for the
+        backward, so it must have a log-sum-exp to give.
 
     Raises:
         BadInputError: what was asked for cannot run; says why, and what to do.
@@ -66,7 +70,9 @@ def why_not(name: AttentionName, device: torch.device) -> str | None:
 def _no_lse(name: AttentionName) -> str | None:
     if name in ("triton", "sdpa"):
         return None
-    return "memory.keep_attention needs a back end that gives its log-sum-exp. Cure: -s kernels.attention=triton or sdpa"
+    return (
+        "memory.keep_attention needs a back end that gives its log-sum-exp. Cure: -s kernels.attention=triton or sdpa"
+    )
 
 
 def _fastest(device: torch.device, shape: Sequence[int], dtype: torch.dtype, taped: bool) -> tuple[Attention, str]:
@@ -76,10 +82,14 @@ def _fastest(device: torch.device, shape: Sequence[int], dtype: torch.dtype, tap
     able = [attention_named(name) for name in candidates if not why_not(name, device) and not (taped and _no_lse(name))]
     seconds = {one.name: _seconds(one.call, device, shape, dtype) for one in able}
     best = min(able, key=lambda one: seconds[one.name])
-    return best, "the fastest here: " + ", ".join(f"{name} {1000 * s:.1f} ms" for name, s in sorted(seconds.items(), key=lambda pair: pair[1]))
+    return best, "the fastest here: " + ", ".join(
+        f"{name} {1000 * s:.1f} ms" for name, s in sorted(seconds.items(), key=lambda pair: pair[1])
+    )
 
 
-def _seconds(call: Callable[[Tensor, Tensor, Tensor], Tensor], device: torch.device, shape: Sequence[int], dtype: torch.dtype) -> float:
+def _seconds(
+    call: Callable[[Tensor, Tensor, Tensor], Tensor], device: torch.device, shape: Sequence[int], dtype: torch.dtype
+) -> float:
     """Of a forward and a backward, the best of a few after one to warm up."""
     q, k, v = (torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3))
     times = []

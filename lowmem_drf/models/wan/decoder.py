@@ -1,8 +1,8 @@
 """The Wan video VAE as a ``types.Decoder``: whole, or one latent frame at a time with its caches as values.
 
-diffusers 0.42.1, ``AutoencoderKLWan._decode``, already decodes one latent frame at a time; between chunks it keeps, in a mutable list, the
-last two input frames of every causal convolution. Here that list is an argument and a result, so that any chunk can be computed again from
-what entered it. Encoding is not needed by the method and not here.
+diffusers 0.42.1, ``AutoencoderKLWan._decode``, already decodes one latent frame at a time; between chunks it keeps, in
+a mutable list, the last two input frames of every causal convolution. Here that list is an argument and a result, so
+that any chunk can be computed again from what entered it. Encoding is not needed by the method and not here.
 
 A pixel past the range is clamped, as in diffusers, but its gradient is not always zero: see ``wan_vae.InwardClamp``.
 """
@@ -27,16 +27,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ON_THE_WAY = 1024**3
-"""Bytes on their way to the card for the next segment while the present one computes. All that the backward of a segment of Wan 2.1 needs at 832x480
-in bf16, half of it in fp32."""
+"""Bytes on their way to the card for the next segment while the present one computes. All that the backward of a
+segment of Wan 2.1 needs at 832x480 in bf16, half of it in fp32."""
 
 
-def load_vae(folder_or_id: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> AutoencoderKLWan:
+def load_vae(
+    folder_or_id: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> AutoencoderKLWan:
     """The VAE in subfolder ``vae`` of a diffusers model: frozen, eval. Raises BadInputError if it cannot be loaded."""
     from diffusers import AutoencoderKLWan
 
     with loading("the VAE", folder_or_id):
-        vae = complete(AutoencoderKLWan.from_pretrained(folder_or_id, subfolder="vae", torch_dtype=dtype, output_loading_info=True))
+        vae = complete(
+            AutoencoderKLWan.from_pretrained(folder_or_id, subfolder="vae", torch_dtype=dtype, output_loading_info=True)
+        )
     return vae.to(device).eval().requires_grad_(False)
 
 
@@ -46,19 +50,19 @@ def drop_encoder(vae: AutoencoderKLWan) -> None:
 
 
 class WanDecoder:
-    """``types.Decoder`` on an ``AutoencoderKLWan``. Latents are the transformer's; frames are in [0, 1], in the VAE's dtype.
+    """``types.Decoder`` on an ``AutoencoderKLWan``. Latents are the transformer's; frames are in [0, 1], in the VAE's
+    dtype.
 
-    Args:
-        vae: its dtype is that of ``decode`` and ``chunk``, whose frames the critic sees.
-        grad_dtype: of ``chunk_backward`` and of the caches that are stored for it. ``None``: the VAE's.
-        strips: of rows, in which ``chunk_backward`` recomputes the largest pieces of the decoder, those of full resolution; smaller ones are cut
-            into fewer, so that no strip is larger (``wan_strips.strips_of``). The gradient is the same. With ``norm_silu`` what has no gradient is
-            computed in these strips too.
-        caches: ``"host"``: the running caches of a decode, and in ``chunk_backward`` the inputs of the segments and the gradients of the caches,
-            wait in host memory between their uses, and the card holds those of one segment (and of the next, on their way).
-        store: the host memory of the run. What ``store`` keeps for the backward is there in any case.
-        norm_silu: the function of a kernel for (x_BCTHW, gamma_C) -> silu(WanRMS_norm(x)). With it the decoder runs on less memory
-            (``wan_fused``); frames and gradients are the same but for rounding. ``None``: on diffusers' own modules.
+    Args: vae: its dtype is that of ``decode`` and ``chunk``, whose frames the critic sees. grad_dtype: of
+        ``chunk_backward`` and of the caches that are stored for it. ``None``: the VAE's. strips: of rows, in which
+        ``chunk_backward`` recomputes the largest pieces of the decoder, those of full resolution; smaller ones are cut
+        into fewer, so that no strip is larger (``wan_strips.strips_of``). The gradient is the same. With ``norm_silu``
+        what has no gradient is computed in these strips too. caches: ``"host"``: the running caches of a decode, and in
+        ``chunk_backward`` the inputs of the segments and the gradients of the caches, wait in host memory between their
+        uses, and the card holds those of one segment (and of the next, on their way). store: the host memory of the
+        run. What ``store`` keeps for the backward is there in any case. norm_silu: the function of a kernel for
+        (x_BCTHW, gamma_C) -> silu(WanRMS_norm(x)). With it the decoder runs on less memory (``wan_fused``); frames and
+        gradients are the same but for rounding. ``None``: on diffusers' own modules.
 
     Raises:
         BadInputError: fewer than one strip.
@@ -76,7 +80,9 @@ class WanDecoder:
         norm_silu: NormSilu | None = None,
     ) -> None:
         if norm_silu is not None and any(weight.requires_grad for weight in vae.decoder.parameters()):
-            raise ValueError("with norm_silu the decoder's weights get no gradient: freeze them, vae.requires_grad_(False)")
+            raise ValueError(
+                "with norm_silu the decoder's weights get no gradient: freeze them, vae.requires_grad_(False)"
+            )
         if strips < 1:
             raise BadInputError(f"memory.vae_strips is {strips}: it must be 1 or more")
         self.vae = vae
@@ -90,7 +96,8 @@ class WanDecoder:
         self._slots = [slice(end - segment.slots, end) for segment, end in zip(self._segments, ends, strict=True)]
 
     def decode(self, latents_BCFhw: Tensor) -> Tensor:
-        """(B, C, F, h, w) -> (B, T, 3, H, W) in [0, 1], bitwise those of ``vae.decode``. Differentiable, as one graph."""
+        """(B, C, F, h, w) -> (B, T, 3, H, W) in [0, 1], bitwise those of ``vae.decode``. Differentiable, as one
+        graph."""
         x = self._into(latents_BCFhw, self.vae.dtype)
         caches, made = self.start(x.shape[0]), []
         for frame in range(x.shape[2]):
@@ -99,14 +106,15 @@ class WanDecoder:
         return _frames(torch.cat(made, dim=2))
 
     def start(self, batch: int) -> Caches:
-        """The caches that enter the first chunk. ``batch`` is part of the contract; Wan's caches start empty whatever it is."""
+        """The caches that enter the first chunk. ``batch`` is part of the contract; Wan's caches start empty whatever
+        it is."""
         return (None,) * self._slots[-1].stop
 
     def chunk(self, latents_BC1hw: Tensor, caches: Caches) -> tuple[Tensor, Caches]:
         """(B, C, 1, h, w) and the caches that enter -> frames (B, 1 or 4, 3, H, W) in [0, 1] and the caches handed on.
 
-        Pure: ``caches`` is not changed. Differentiable in the latents and in every tensor of ``caches``. Bitwise the frames of ``decode``, but
-        where ``norm_silu`` and several strips round them otherwise.
+        Pure: ``caches`` is not changed. Differentiable in the latents and in every tensor of ``caches``. Bitwise the
+        frames of ``decode``, but where ``norm_silu`` and several strips round them otherwise.
         """
         y, handed = self._run(self._into(latents_BC1hw, self.vae.dtype), caches)
         return _frames(y), handed
@@ -120,7 +128,10 @@ class WanDecoder:
         """What ``chunk`` handed on, as it waits for ``chunk_backward``: on the host, in its dtype."""
         if self._grad_dtype == self.vae.dtype:
             return tuple(self._host.put(cache) if isinstance(cache, torch.Tensor) else cache for cache in caches)
-        return tuple(self._host.put(_get(cache).to(self._grad_dtype)) if isinstance(cache, torch.Tensor | Held) else cache for cache in caches)
+        return tuple(
+            self._host.put(_get(cache).to(self._grad_dtype)) if isinstance(cache, torch.Tensor | Held) else cache
+            for cache in caches
+        )
 
     def chunk_backward(
         self,
@@ -131,9 +142,9 @@ class WanDecoder:
         d_handed: Caches,
         hands_back: bool,
     ) -> tuple[Tensor, Caches]:
-        """See ``types.Decoder``. One forward without gradient, that keeps what enters each segment; then the segments in reverse, each recomputed
-        with gradient, the large ones in strips of rows. One segment's graph is live at a time. Gradients at the caches take the memory of
-        ``d_handed``."""
+        """See ``types.Decoder``. One forward without gradient, that keeps what enters each segment; then the segments
+        in reverse, each recomputed with gradient, the large ones in strips of rows. One segment's graph is live at a
+        time. Gradients at the caches take the memory of ``d_handed``."""
         first, dtype = _is_first(caches), self._grad_dtype
         z = latents_BC1hw.detach().requires_grad_()
         with torch.enable_grad():
@@ -154,7 +165,13 @@ class WanDecoder:
             inputs.pop()
             entering, d_out = self._entering(i, caches, x), tuple(map(_get, d_handed[slots]))
             if i:
-                _prefetch([*inputs[-2 if inputs[-1] is None else -1 :], *self._read(i - 1, caches), *d_handed[self._slots[i - 1]]])
+                _prefetch(
+                    [
+                        *inputs[-2 if inputs[-1] is None else -1 :],
+                        *self._read(i - 1, caches),
+                        *d_handed[self._slots[i - 1]],
+                    ]
+                )
             d_x, d_end, made = pull_back(segment, x, entering, first, shortcut, d_x, d_out, hands_back, counts[i])
             del x, shortcut, entering, d_out
             d_caches[slots] = [self._wait(d) for d in made]
@@ -171,7 +188,10 @@ class WanDecoder:
     def _counts(self, shape_BCTHW: Sequence[int], first: bool) -> list[int]:
         """Into how many strips each segment is cut, where the first one's input has this shape."""
         sizes = sizes_of(self._segments, shape_BCTHW, first)
-        return [strips_of(segment, size, max(sizes), self._strips) for segment, size in zip(self._segments, sizes, strict=True)]
+        return [
+            strips_of(segment, size, max(sizes), self._strips)
+            for segment, size in zip(self._segments, sizes, strict=True)
+        ]
 
     @torch.no_grad()
     def _inputs(self, x: Tensor, caches: Caches, first: bool, counts: Sequence[int]) -> list[Any]:
@@ -191,11 +211,15 @@ class WanDecoder:
             return _get(inputs[i])
         return self._output(i - 1, _get(inputs[i - 1]), self._shortcut(i - 1, inputs), caches, first, counts)
 
-    def _output(self, i: int, x: Tensor, shortcut: Tensor | None, caches: Caches, first: bool, counts: Sequence[int]) -> Tensor:
-        """What a segment makes, as it comes back from the host: upsampling leaves other strides, and sums over channels depend on them in their
-        last bit."""
+    def _output(
+        self, i: int, x: Tensor, shortcut: Tensor | None, caches: Caches, first: bool, counts: Sequence[int]
+    ) -> Tensor:
+        """What a segment makes, as it comes back from the host: upsampling leaves other strides, and sums over channels
+        depend on them in their last bit."""
         strips = counts[i] if self._fused else 1
-        return in_strips(self._segments[i], x, tuple(map(_get, caches[self._slots[i]])), first, shortcut, strips, Wants.OUTPUT)[0].contiguous()
+        return in_strips(
+            self._segments[i], x, tuple(map(_get, caches[self._slots[i]])), first, shortcut, strips, Wants.OUTPUT
+        )[0].contiguous()
 
     def _shortcut(self, i: int, inputs: Sequence[Any]) -> Tensor | None:
         """The shortcut that ends at a segment, if one does."""
@@ -208,7 +232,8 @@ class WanDecoder:
         return [cache for place, cache in enumerate(caches[self._slots[i]]) if place not in self._segments[i].unread]
 
     def _entering(self, i: int, caches: Caches, x: Tensor) -> Caches:
-        """The caches that enter a segment, on the card, for its pull-back. Of those that it does not read, the shape."""
+        """The caches that enter a segment, on the card, for its pull-back. Of those that it does not read, the
+        shape."""
         entering = list(caches[self._slots[i]])
         for place, channels in self._segments[i].unread.items():
             waiting = entering[place]
@@ -220,11 +245,15 @@ class WanDecoder:
     def _run(self, x: Tensor, caches: Caches) -> tuple[Tensor, Caches]:
         """All segments of one chunk."""
         first, handed, shortcut = _is_first(caches), [], None
-        counts = self._counts(x.shape, first) if self._fused and not torch.is_grad_enabled() else [1] * len(self._segments)
+        counts = (
+            self._counts(x.shape, first) if self._fused and not torch.is_grad_enabled() else [1] * len(self._segments)
+        )
         for i, (segment, slots) in enumerate(zip(self._segments, self._slots, strict=True)):
             if segment.opens_shortcut:
                 shortcut = x
-            entering = tuple(cache.to(x) if isinstance(cache, torch.Tensor) else cache for cache in map(_get, caches[slots]))
+            entering = tuple(
+                cache.to(x) if isinstance(cache, torch.Tensor) else cache for cache in map(_get, caches[slots])
+            )
             if i + 1 < len(self._segments):
                 _prefetch(caches[self._slots[i + 1]])
             x, made = in_strips(segment, x, entering, first, shortcut, counts[i])
@@ -237,7 +266,11 @@ class WanDecoder:
 
     def _wait(self, value: Any) -> Any:
         """Where a tensor is until it is used again. A graph's tensors stay."""
-        return self._host.put(value) if self._waits and isinstance(value, torch.Tensor) and not value.requires_grad else value
+        return (
+            self._host.put(value)
+            if self._waits and isinstance(value, torch.Tensor) and not value.requires_grad
+            else value
+        )
 
     def _into(self, latents_BCFhw: Tensor, dtype: torch.dtype) -> Tensor:
         """What enters the decoder."""
@@ -246,7 +279,8 @@ class WanDecoder:
         return torch.func.functional_call(conv, weights, (self._to_vae(latents_BCFhw.to(dtype)),))
 
     def _to_vae(self, x_BCFhw: Tensor) -> Tensor:
-        """Undoes the normalisation, in WanPipeline's own arithmetic (division by the inverse), so that its clips are reproduced to the bit."""
+        """Undoes the normalisation, in WanPipeline's own arithmetic (division by the inverse), so that its clips are
+        reproduced to the bit."""
         mean = torch.tensor(self.vae.config.latents_mean).view(1, -1, 1, 1, 1).to(x_BCFhw)
         inverse_std = (1.0 / torch.tensor(self.vae.config.latents_std).view(1, -1, 1, 1, 1)).to(x_BCFhw)
         return x_BCFhw / inverse_std + mean

@@ -44,10 +44,11 @@ def load_denoiser(
     blocks: int | None = None,
     taken: Callable[[torch.nn.Parameter], None] | None = None,
 ) -> WanTransformer3DModel:
-    """The transformer in a subfolder of a diffusers model: frozen, eval. In 16 bits norms and the time embedding stay in fp32, as
-    ``from_pretrained`` has it.
+    """The transformer in a subfolder of a diffusers model: frozen, eval. In 16 bits norms and the time embedding stay
+    in fp32, as ``from_pretrained`` has it.
 
-    Tensors are read, changed and packed one by one: neither the host nor the card holds anything in more bits than it stays in, but for one tensor.
+    Tensors are read, changed and packed one by one: neither the host nor the card holds anything in more bits than it
+    stays in, but for one tensor.
 
     Args:
         quant: what the linears of the blocks are kept in (see ``quant``).
@@ -66,7 +67,12 @@ def load_denoiser(
         model = empty_transformer(WanTransformer3DModel.load_config(folder, subfolder=subfolder), quant=quant)
         files = TensorFiles(files_in(folder / subfolder))
         require_complete(files, model)
-        return cast("WanTransformer3DModel", fill_from_files(model, files, {name: name for name in files.entries}, dtype, device, home, changes, blocks, taken))
+        return cast(
+            "WanTransformer3DModel",
+            fill_from_files(
+                model, files, {name: name for name in files.entries}, dtype, device, home, changes, blocks, taken
+            ),
+        )
 
 
 def _downloaded(hub_id: str, subfolder: str) -> Path:
@@ -90,22 +96,18 @@ def set_activations(
     streamed: Streamed | Partitioned | None = None,
     hooked: bool = False,
 ) -> None:
-    """How the blocks compute, and what they keep of a forward with gradient. May be called again, with or without a LoRA on. Where memory is saved
-    nothing else changes but the rounding of matrix products over ``slices``.
+    """How the blocks compute, and what they keep of a forward with gradient. May be called again, with or without a
+    LoRA on. Where memory is saved nothing else changes but the rounding of matrix products over ``slices``.
 
-    Args:
-        checkpoint: ``True``: each block keeps its input, and is computed again in its backward. ``"host"``: and the inputs wait in ``store``.
-            ``False``: each block keeps all it needs.
-        keep_blocks: so many blocks at the end keep all in any case.
-        slices: what a block does token by token is done in so many slices of tokens, with gradient and without (see ``wan_block``). 1: as in
-            diffusers.
-        store: of ``"host"``.
-        rows, attention: the form of the operations; by default diffusers' arithmetic and PyTorch's SDPA.
-        keep_attention: under ``checkpoint``, blocks keep the results of their attentions too, and never compute one twice.
-        recorder: decides about forwards that are taken from the rollout.
-        rollout_attention: (q, k, v) -> out, among the tokens, wherever there is no gradient and nothing is recorded.
-        streamed: the blocks, where their weights are streamed.
-        hooked: the blocks' weights come by hooks on their calls (``activations.Called``).
+    Args: checkpoint: ``True``: each block keeps its input, and is computed again in its backward. ``"host"``: and the
+        inputs wait in ``store``. ``False``: each block keeps all it needs. keep_blocks: so many blocks at the end keep
+        all in any case. slices: what a block does token by token is done in so many slices of tokens, with gradient and
+        without (see ``wan_block``). 1: as in diffusers. store: of ``"host"``. rows, attention: the form of the
+        operations; by default diffusers' arithmetic and PyTorch's SDPA. keep_attention: under ``checkpoint``, blocks
+        keep the results of their attentions too, and never compute one twice. recorder: decides about forwards that are
+        taken from the rollout. rollout_attention: (q, k, v) -> out, among the tokens, wherever there is no gradient and
+        nothing is recorded. streamed: the blocks, where their weights are streamed. hooked: the blocks' weights come by
+        hooks on their calls (``activations.Called``).
 
     Raises:
         BadInputError: an image-to-video transformer.
@@ -116,7 +118,9 @@ def set_activations(
     blocks, pace = list(transformer.blocks), Pace()
     for place, block in enumerate(blocks):
         weights = streamed.layers[place] if streamed else None
-        forward: Any = BlockForward(block, rows or naive_ops(), attention or attention_named("sdpa"), slices, rollout_attention, weights)
+        forward: Any = BlockForward(
+            block, rows or naive_ops(), attention or attention_named("sdpa"), slices, rollout_attention, weights
+        )
         forward = streamed.forward(place, forward) if streamed else Called(forward, pace) if hooked else forward
         block.forward = forward if recorder is None else RecordedForward(forward, block is blocks[-1], recorder)
     if checkpoint is False:
@@ -134,17 +138,19 @@ def set_activations(
 
 
 def timestep_of(sigma: float) -> int:
-    """The integer timestep that WanPipeline passes for ``sigma`` in (0, 1]: UniPC stores 1000 sigma in an int64, which truncates."""
+    """The integer timestep that WanPipeline passes for ``sigma`` in (0, 1]: UniPC stores 1000 sigma in an int64, which
+    truncates."""
     return int(sigma * TRAIN_TIMESTEPS)
 
 
 def as_velocity(transformer: WanTransformer3DModel, recorder: Recorder | None = None, call: Any = None) -> Velocity:
-    """``f(x_BCFhw, sigma, text_BLD) -> v_BCFhw`` in the dtype of ``x``; computed in the dtype of the transformer. Differentiable in ``x``
-    and the LoRA. ``call``: computes as the transformer does, and is called in its place."""
+    """``f(x_BCFhw, sigma, text_BLD) -> v_BCFhw`` in the dtype of ``x``; computed in the dtype of the transformer.
+    Differentiable in ``x`` and the LoRA. ``call``: computes as the transformer does, and is called in its place."""
     call = transformer if call is None else call
 
     def velocity(x_BCFhw: Tensor, sigma: float, cond: Any) -> Tensor:
-        # patch_embedding's, not transformer.dtype: that answers with the dtype of whatever parameter comes last, an fp32 LoRA's for one
+        # patch_embedding's, not transformer.dtype: that answers with the dtype of whatever parameter comes last, an
+        # fp32 LoRA's for one
         dtype = transformer.patch_embedding.weight.dtype
         timestep = torch.full((x_BCFhw.shape[0],), timestep_of(sigma), dtype=torch.int64, device=x_BCFhw.device)
         with nullcontext() if recorder is None else recorder.during(cond):

@@ -1,8 +1,10 @@
-"""Generators of two transformers (Wan2.2-T2V-A14B): an expert for high noise and one for low. A LoRA is trained on one of them.
+"""Generators of two transformers (Wan2.2-T2V-A14B): an expert for high noise and one for low. A LoRA is trained on one
+of them.
 
-As ``WanPipeline`` of diffusers 0.42.1 has it: the transformer in subfolder ``transformer`` denoises where the timestep is at least ``boundary_ratio``
-times 1000, that in ``transformer_2`` below; the ratio is in ``model_index.json``. That pipeline takes a guidance scale for each (Wan's own
-configuration: 4 and 3); here ``sampler.guidance`` is that of both, as ``WanPipeline`` has it where one is given.
+As ``WanPipeline`` of diffusers 0.42.1 has it: the transformer in subfolder ``transformer`` denoises where the timestep
+is at least ``boundary_ratio`` times 1000, that in ``transformer_2`` below; the ratio is in ``model_index.json``. That
+pipeline takes a guidance scale for each (Wan's own configuration: 4 and 3); here ``sampler.guidance`` is that of both,
+as ``WanPipeline`` has it where one is given.
 """
 
 from __future__ import annotations
@@ -43,27 +45,37 @@ def expert_at(sigma: float, boundary: float) -> Expert:
 
 
 def subfolders_of(generator: GeneratorConfig, expert: Expert) -> tuple[str, str | None]:
-    """The subfolders, which are the fields of ``GeneratorConfig`` too, of the transformer that is trained and of the other one, if there is one."""
+    """The subfolders, which are the fields of ``GeneratorConfig`` too, of the transformer that is trained and of the
+    other one, if there is one."""
     if generator.boundary is None:
         return "transformer", None
     return (SECOND, "transformer") if expert == "low" else ("transformer", SECOND)
 
 
-def make_transformers(generator: GeneratorConfig, config: Config, make: Callable[[str], Any]) -> tuple[Any, OtherExpert | None]:
-    """The transformer that is trained, and the other one, if there is one; ``make`` makes either, by the name of its subfolder."""
+def make_transformers(
+    generator: GeneratorConfig, config: Config, make: Callable[[str], Any]
+) -> tuple[Any, OtherExpert | None]:
+    """The transformer that is trained, and the other one, if there is one; ``make`` makes either, by the name of its
+    subfolder."""
     trained, frozen = subfolders_of(generator, config.model.expert)
     transformer = make(trained)
     return transformer, OtherExpert(make(frozen), generator.boundary) if frozen and generator.boundary else None
 
 
-def two_experts(trained: Velocity, frozen: Velocity, expert: Expert, boundary: float, turn: Callable[[Literal["transformer", "expert"]], None]) -> Velocity:
+def two_experts(
+    trained: Velocity,
+    frozen: Velocity,
+    expert: Expert,
+    boundary: float,
+    turn: Callable[[Literal["transformer", "expert"]], None],
+) -> Velocity:
     """Both as one velocity. Differentiable where the trained one has its turn.
 
-    Args:
-        expert: which the trained one is.
-        turn: told before each call whose turn it is, ``"transformer"`` being the trained one: it may wake one and park the other.
+    Args: expert: which the trained one is. turn: told before each call whose turn it is, ``"transformer"`` being the
+        trained one: it may wake one and park the other.
 
-    The velocity raises ValueError where the frozen one would be called with gradient: ``require_expert`` has seen to it that no graded step is its.
+    The velocity raises ValueError where the frozen one would be called with gradient: ``require_expert`` has seen to it
+    that no graded step is its.
     """
 
     def velocity(x_BCFhw: Tensor, sigma: float, cond: Any) -> Tensor:
@@ -71,7 +83,9 @@ def two_experts(trained: Velocity, frozen: Velocity, expert: Expert, boundary: f
             turn("transformer")
             return trained(x_BCFhw, sigma, cond)
         if torch.is_grad_enabled():
-            raise ValueError(f"a step at sigma {sigma} is not that of the trained expert ({expert}), and carries no gradient")
+            raise ValueError(
+                f"a step at sigma {sigma} is not that of the trained expert ({expert}), and carries no gradient"
+            )
         turn("expert")
         return frozen(x_BCFhw, sigma, cond)
 
@@ -79,21 +93,23 @@ def two_experts(trained: Velocity, frozen: Velocity, expert: Expert, boundary: f
 
 
 def boundary_after(sigmas: Sequence[float], steps: int) -> float:
-    """A boundary that leaves the first ``steps`` steps of a sampler to the expert for high noise, and the others to the one for low."""
+    """A boundary that leaves the first ``steps`` steps of a sampler to the expert for high noise, and the others to the
+    one for low."""
     return timestep_of(sigmas[steps - 1]) / TRAIN_TIMESTEPS if steps else 1.0
 
 
 def require_expert(config: Config, generator: GeneratorConfig) -> None:
     """That the settings fit the generator's transformers: to be called before anything is loaded.
 
-    Raises:
-        BadInputError: ``model.expert`` of a generator of one transformer; of one of two: a graded step that is not the trained expert's, steps that are
-            chosen at random, a file for one transformer, or ZeRO-3.
+    Raises: BadInputError: ``model.expert`` of a generator of one transformer; of one of two: a graded step that is not
+        the trained expert's, steps that are chosen at random, a file for one transformer, or ZeRO-3.
     """
     model, sampler = config.model, config.sampler
     if generator.boundary is None:
         if model.expert != "low":
-            raise BadInputError(f'model.expert = "{model.expert}": {model.id} has one transformer, and it is trained. Leave model.expert out.')
+            raise BadInputError(
+                f'model.expert = "{model.expert}": {model.id} has one transformer, and it is trained. Leave model.expert out.'
+            )
         return
     if config.engine == "zero3":
         raise BadInputError(
@@ -101,7 +117,9 @@ def require_expert(config: Config, generator: GeneratorConfig) -> None:
         )
     for key, value in (("transformer", model.transformer), ("base_lora", model.base_lora)):
         if value:
-            raise BadInputError(f"model.{key} is a file for one transformer, and {model.id} has two. Give a folder with the two as they are to be.")
+            raise BadInputError(
+                f"model.{key} is a file for one transformer, and {model.id} has two. Give a folder with the two as they are to be."
+            )
     if sampler.graded == "random":
         raise BadInputError(
             f'sampler.graded = "random": {model.id} has two transformers and one is trained, so graded steps must be its own. '
@@ -127,7 +145,11 @@ def _steps(turns: Sequence[Expert], expert: Expert) -> str:
 
 def _cure(turns: Sequence[Expert], graded: Sequence[int], expert: Expert) -> str:
     own = [step for step, turn in enumerate(turns) if turn == expert][-len(graded) :]
-    ways = [f"-s 'sampler.graded={own}'" + (f" -s sampler.graded_steps={len(own)}" if len(own) != len(graded) else "")] if own else []
+    ways = (
+        [f"-s 'sampler.graded={own}'" + (f" -s sampler.graded_steps={len(own)}" if len(own) != len(graded) else "")]
+        if own
+        else []
+    )
     if all(turns[step] != expert for step in graded):
         ways.append(f"-s model.expert={'high' if expert == 'low' else 'low'}")
     return f"Set {', or '.join(ways)}." if ways else "Set another sampler.shift, or more sampler.steps."

@@ -1,11 +1,12 @@
-"""The two names of every module of a Wan transformer: diffusers' and Wan's own, which ComfyUI, LoRA files and original checkpoints use.
+"""The two names of every module of a Wan transformer: diffusers' and Wan's own, which ComfyUI, LoRA files and original
+checkpoints use.
 
     blocks.0.attn1.to_q                            blocks.0.self_attn.q
     condition_embedder.time_embedder.linear_1      time_embedding.0
     proj_out                                       head.head
 
-As ``convert_wan_transformer_to_diffusers`` of diffusers 0.42.1 (``loaders/single_file_utils.py``) renames them, text-to-video models only. Note
-that ``norm2`` and ``norm3`` change places.
+As ``convert_wan_transformer_to_diffusers`` of diffusers 0.42.1 (``loaders/single_file_utils.py``) renames them,
+text-to-video models only. Note that ``norm2`` and ``norm3`` change places.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ BLOCK_LINEARS = {
 
 _BLOCK = {
     **BLOCK_LINEARS,
-    **{f"attn{i}.norm_{x}": f"{attention}.norm_{x}" for i, attention in ((1, "self_attn"), (2, "cross_attn")) for x in "qk"},
+    **{
+        f"attn{i}.norm_{x}": f"{attention}.norm_{x}"
+        for i, attention in ((1, "self_attn"), (2, "cross_attn"))
+        for x in "qk"
+    },
     "norm2": "norm3",
     "norm3": "norm2",
     "scale_shift_table": "modulation",
@@ -44,7 +49,8 @@ _OUTSIDE = {
 
 
 def wan_name(name: str) -> str:
-    """diffusers' name of a module or parameter -> Wan's own. Raises KeyError for one that a text-to-video model of Wan's does not have."""
+    """diffusers' name of a module or parameter -> Wan's own. Raises KeyError for one that a text-to-video model of
+    Wan's does not have."""
     block = re.fullmatch(r"(blocks\.\d+)\.(.+)", name)
     if block:
         return f"{block[1]}.{_renamed(block[2], _BLOCK)}"

@@ -1,8 +1,9 @@
 """Generators with random weights at their true size: what a benchmark needs before anyone downloads 28 GB.
 
-Laid out on ``meta`` and filled module by module on the device, in the dtypes that loading the real weights ends in: norms, the time embedding
-and the tables of the adaptive norms of a 16-bit transformer stay in fp32, as diffusers has it, and its blocks' linears are packed one by one where
-``model.quant`` says so. Such a model makes noise; its memory and its time are the real one's.
+Laid out on ``meta`` and filled module by module on the device, in the dtypes that loading the real weights ends in:
+norms, the time embedding and the tables of the adaptive norms of a 16-bit transformer stay in fp32, as diffusers has
+it, and its blocks' linears are packed one by one where ``model.quant`` says so. Such a model makes noise; its memory
+and its time are the real one's.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def random_transformer(
     home: str | torch.device | None = None,
     taken: Callable[[torch.nn.Parameter], None] | None = None,
 ) -> WanTransformer3DModel:
-    """A frozen transformer of this ``config.json``; the same weights for the same seed, device and dtype, whatever ``quant`` is.
+    """A frozen transformer of this ``config.json``; the same weights for the same seed, device and dtype, whatever
+    ``quant`` is.
 
     Args:
         device: where they are drawn and packed.
@@ -45,21 +47,27 @@ def random_transformer(
     return fill_as_loaded(empty_transformer(config, layers, quant), dtype, _random(device, seed), home or device, taken)
 
 
-def random_vae(config: Mapping[str, Any], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0) -> AutoencoderKLWan:
+def random_vae(
+    config: Mapping[str, Any], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
+) -> AutoencoderKLWan:
     """A frozen VAE of this ``config.json``."""
     return fill_as_loaded(empty_vae(config), dtype, _random(device, seed), device)
 
 
 def random_text(
-    config: Mapping[str, Any], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0, layers: int | None = None
+    config: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    layers: int | None = None,
 ) -> UMT5EncoderModel:
     """A frozen text encoder of this ``config.json``, without a tokenizer. ``layers``: at most so many."""
     return fill_as_loaded(empty_text(config, layers), dtype, _random(device, seed), device)
 
 
 def empty_transformer(config: Mapping[str, Any], layers: int | None = None, quant: Quant = "none") -> Any:
-    """The transformer on ``meta``, but for its rotary tables, which no checkpoint holds: they are on the CPU, fp32 or fp64. Raises BadInputError where
-    bitsandbytes is missing."""
+    """The transformer on ``meta``, but for its rotary tables, which no checkpoint holds: they are on the CPU, fp32 or
+    fp64. Raises BadInputError where bitsandbytes is missing."""
     from diffusers import WanTransformer3DModel
 
     require_library(quant, "model.quant", ("none", "nf4", "int8"))
@@ -102,10 +110,11 @@ def fill_as_loaded(
     home: str | torch.device | None = None,
     taken: Callable[[torch.nn.Parameter], None] | None = None,
 ) -> Any:
-    """Fills a model from ``meta``; each parameter in the dtype that ``from_pretrained`` would leave it in. Frozen, eval.
+    """Fills a model from ``meta``; each parameter in the dtype that ``from_pretrained`` would leave it in. Frozen,
+    eval.
 
-    diffusers keeps the modules of ``_keep_in_fp32_modules`` in fp32 in any dtype; the same name in a class of transformers matters to fp16
-    alone, and UMT5 is not run in it.
+    diffusers keeps the modules of ``_keep_in_fp32_modules`` in fp32 in any dtype; the same name in a class of
+    transformers matters to fp16 alone, and UMT5 is not run in it.
 
     Args:
         home: where the model is to stay, its buffers too. Default: where ``value_of`` makes its values.

@@ -1,7 +1,8 @@
-"""``model.transformer``: one safetensors file with a Wan transformer, as ComfyUI and Wan's own repositories have it, in place of a folder's.
+"""``model.transformer``: one safetensors file with a Wan transformer, as ComfyUI and Wan's own repositories have it, in
+place of a folder's.
 
-Its tensors have Wan's own names, bare or behind ``diffusion_model.`` or ``model.diffusion_model.``, or diffusers' names. It says nothing of the
-model's configuration: that is the one of ``model.id``, and the file must fit it exactly.
+Its tensors have Wan's own names, bare or behind ``diffusion_model.`` or ``model.diffusion_model.``, or diffusers'
+names. It says nothing of the model's configuration: that is the one of ``model.id``, and the file must fit it exactly.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-_OTHER_KINDS = {"img_emb.": "an image-to-video", "vace_blocks.": "a VACE", "face_adapter.": "an Animate", "motion_encoder.": "an Animate"}
+_OTHER_KINDS = {
+    "img_emb.": "an image-to-video",
+    "vace_blocks.": "a VACE",
+    "face_adapter.": "an Animate",
+    "motion_encoder.": "an Animate",
+}
 
 
 def load_single_file(
@@ -44,8 +50,8 @@ def load_single_file(
         folder_or_id: ``model.id``, whose configuration it has (``generator_config``).
         quant, home, changes, blocks, taken: as ``load_denoiser``'s.
 
-    Raises:
-        BadInputError: no such file, another format, quantised weights, a cut file, not a transformer of this configuration, or bitsandbytes is missing.
+    Raises: BadInputError: no such file, another format, quantised weights, a cut file, not a transformer of this
+        configuration, or bitsandbytes is missing.
     """
     path = Path(file).expanduser()
     files = _checked(path)
@@ -58,29 +64,44 @@ def _checked(path: Path) -> TensorFiles:
     """The file's tensors. Raises BadInputError where they are not to be read."""
     advice = "Give the 16-bit safetensors file of the model."
     if path.suffix == ".gguf":
-        raise BadInputError(f"model.transformer, {path}: GGUF files hold quantised weights; model.quant quantises full ones. {advice}")
+        raise BadInputError(
+            f"model.transformer, {path}: GGUF files hold quantised weights; model.quant quantises full ones. {advice}"
+        )
     if path.suffix in PICKLES:
-        raise BadInputError(f"model.transformer, {path}: only safetensors files are loaded; pickles can run code. {advice}")
+        raise BadInputError(
+            f"model.transformer, {path}: only safetensors files are loaded; pickles can run code. {advice}"
+        )
     if not path.is_file():
         raise BadInputError(f"model.transformer: there is no file {path}. {advice}")
     if what := damage(path):
         raise BadInputError(f"model.transformer, {path} {what}. Get it anew.")
     files = TensorFiles([path])
     low = sorted(name for name, entry in files.entries.items() if entry.dtype not in DTYPES)
-    scaled = sorted(name for name in files.entries if name.rpartition(".")[2] in ("scale_weight", "scale_input", "weight_scale", "scaled_fp8", "comfy_quant"))
+    scaled = sorted(
+        name
+        for name in files.entries
+        if name.rpartition(".")[2] in ("scale_weight", "scale_input", "weight_scale", "scaled_fp8", "comfy_quant")
+    )
     if low or scaled:
         first = (low or scaled)[0]
-        raise BadInputError(f"model.transformer, {path} is quantised ({first} is {files.entries[first].dtype}); model.quant quantises full weights. {advice}")
+        raise BadInputError(
+            f"model.transformer, {path} is quantised ({first} is {files.entries[first].dtype}); model.quant quantises full weights. {advice}"
+        )
     return files
 
 
-def _matched(path: Path, header: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]], folder_or_id: str) -> dict[str, str]:
-    """diffusers' name of each parameter -> its name in the file. Raises BadInputError where the two do not match one to one."""
+def _matched(
+    path: Path, header: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]], folder_or_id: str
+) -> dict[str, str]:
+    """diffusers' name of each parameter -> its name in the file. Raises BadInputError where the two do not match one to
+    one."""
     prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in header)), "")
     in_file = {name.removeprefix(prefix): name for name in header}
     for beginning, kind in _OTHER_KINDS.items():
         if any(name.startswith(beginning) for name in in_file):
-            raise BadInputError(f"model.transformer, {path} is {kind} transformer, and this program trains Wan's text-to-video models.")
+            raise BadInputError(
+                f"model.transformer, {path} is {kind} transformer, and this program trains Wan's text-to-video models."
+            )
     as_diffusers = any(".attn1." in name for name in in_file)
     wanted = {name if as_diffusers else wan_name(name): name for name in shapes}
     problems = []
@@ -91,7 +112,9 @@ def _matched(path: Path, header: Mapping[str, Entry], shapes: Mapping[str, tuple
     common = sorted(wanted.keys() & in_file.keys())
     if other := [own for own in common if header[in_file[own]].shape != shapes[wanted[own]]]:
         own = other[0]
-        problems.append(f"has {len(other)} of another shape ({own} is {list(header[in_file[own]].shape)}, wanted is {list(shapes[wanted[own]])})")
+        problems.append(
+            f"has {len(other)} of another shape ({own} is {list(header[in_file[own]].shape)}, wanted is {list(shapes[wanted[own]])})"
+        )
     if problems:
         raise BadInputError(
             f"model.transformer, {path}, does not fit the configuration of {folder_or_id}: it {'; '.join(problems)}.\n"

@@ -28,8 +28,8 @@ class TextEncoder:
     def encode(self, texts: Sequence[str], max_tokens: int = 226) -> Tensor:
         """Embeddings (B, max_tokens, D) in the encoder's dtype; zeros after a text's own tokens; longer texts are cut.
 
-        ``max_tokens`` is part of what the transformer sees (it attends to the zeros too): keep the one it was trained with, 226 in
-        WanPipeline.
+        ``max_tokens`` is part of what the transformer sees (it attends to the zeros too): keep the one it was trained
+        with, 226 in WanPipeline.
         """
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
@@ -47,7 +47,9 @@ class TextEncoder:
         return embeds_BLD.masked_fill(mask_BL[..., None] == 0, 0)
 
 
-def load_text(folder_or_id: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", stream: bool = False) -> TextEncoder:
+def load_text(
+    folder_or_id: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", stream: bool = False
+) -> TextEncoder:
     """Subfolders ``text_encoder`` and ``tokenizer`` of a diffusers model: frozen, eval.
 
     Args:
@@ -61,7 +63,11 @@ def load_text(folder_or_id: str, dtype: torch.dtype = torch.float32, device: str
 
     device = torch.device(device)
     with loading("the text encoder", folder_or_id):
-        model = complete(UMT5EncoderModel.from_pretrained(folder_or_id, subfolder="text_encoder", dtype=dtype, output_loading_info=True))
+        model = complete(
+            UMT5EncoderModel.from_pretrained(
+                folder_or_id, subfolder="text_encoder", dtype=dtype, output_loading_info=True
+            )
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder_or_id, subfolder="tokenizer")
     model.eval().requires_grad_(False)
     if stream:
@@ -70,9 +76,9 @@ def load_text(folder_or_id: str, dtype: torch.dtype = torch.float32, device: str
 
 
 def stream_text(model: UMT5EncoderModel, device: torch.device, store: HostStore) -> None:
-    """From here on the weights of the encoder's blocks come to ``device`` one block after another, in every pass, and the token embedding (2 GiB of Wan's
-    in 16 bit) stays in host memory, where rows are looked up. The embeddings are bitwise those of a resident encoder. What is left, the last norm, is
-    the caller's to move."""
+    """From here on the weights of the encoder's blocks come to ``device`` one block after another, in every pass, and
+    the token embedding (2 GiB of Wan's in 16 bit) stays in host memory, where rows are looked up. The embeddings are
+    bitwise those of a resident encoder. What is left, the last norm, is the caller's to move."""
     model.set_input_embeddings(HostEmbedding(model.get_input_embeddings(), device))
     blocks: list[Any] = list(model.encoder.block)
     streamed = Streamed(blocks, device, store)

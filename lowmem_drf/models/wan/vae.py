@@ -1,11 +1,13 @@
-"""The decoder of the Wan video VAE (2.1 and 2.2) as a list of segments: pure functions of one latent frame's activations and of caches.
+"""The decoder of the Wan video VAE (2.1 and 2.2) as a list of segments: pure functions of one latent frame's
+activations and of caches.
 
-diffusers 0.42.1, ``WanDecoder3d.forward``, cut where a chunk's activations are one tensor (two inside a residual up-block of Wan 2.2, whose
-shortcut leads around its residual blocks). The segments call diffusers' own modules, so that values stay what diffusers makes of them, bit by bit; or,
-for a run with kernels, the same functions on less memory (``wan_fused``), with these modules' weights.
+diffusers 0.42.1, ``WanDecoder3d.forward``, cut where a chunk's activations are one tensor (two inside a residual
+up-block of Wan 2.2, whose shortcut leads around its residual blocks). The segments call diffusers' own modules, so that
+values stay what diffusers makes of them, bit by bit; or, for a run with kernels, the same functions on less memory
+(``wan_fused``), with these modules' weights.
 
-Above the attention of the middle block a segment is a convolution or two: rows of its output depend on the same rows of its input and of its
-caches, and on ``halo`` rows besides. ``wan_strips`` uses that.
+Above the attention of the middle block a segment is a convolution or two: rows of its output depend on the same rows of
+its input and of its caches, and on ``halo`` rows besides. ``wan_strips`` uses that.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Caches = tuple[Any, ...]
-"""An entry per causal convolution with a cache: a tensor (B, C, 1 or 2, H, W), ``None`` (nothing yet) or the marker ``"Rep"`` (upsampling in
-time skips the first latent frame)."""
+"""An entry per causal convolution with a cache: a tensor (B, C, 1 or 2, H, W), ``None`` (nothing yet) or the marker
+``"Rep"`` (upsampling in time skips the first latent frame)."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,17 @@ class Segment:
     cheap: bool = False
     """Its output is better computed again than kept."""
 
-    def __call__(self, x_BCTHW: Tensor, caches: Caches, first: bool, shortcut_BCTHW: Tensor | None = None, wants: Wants = Wants.ALL) -> tuple[Tensor, Caches]:
-        """The output and the caches handed on, in the dtype of ``x_BCTHW``, in which the weights are cast for the call if they have another:
-        they are small (the largest segment of Wan 2.1 has 8 million), and no second copy has to be kept or parked."""
+    def __call__(
+        self,
+        x_BCTHW: Tensor,
+        caches: Caches,
+        first: bool,
+        shortcut_BCTHW: Tensor | None = None,
+        wants: Wants = Wants.ALL,
+    ) -> tuple[Tensor, Caches]:
+        """The output and the caches handed on, in the dtype of ``x_BCTHW``, in which the weights are cast for the call
+        if they have another: they are small (the largest segment of Wan 2.1 has 8 million), and no second copy has to
+        be kept or parked."""
         handed = list(caches)
         arguments = (x_BCTHW, handed, first, shortcut_BCTHW, wants)
         if all(weight.dtype == x_BCTHW.dtype for weight in self.module.parameters()):
@@ -66,10 +76,9 @@ class Segment:
 def segments_of(decoder: Any, patch_size: int | None, norm_silu: NormSilu | None = None) -> tuple[Segment, ...]:
     """The segments of a ``WanDecoder3d``, in order.
 
-    Args:
-        patch_size: of the VAE's configuration.
-        norm_silu: takes the place of the norms and the SiLU behind them, and ``wan_fused`` that of what stands around them. ``None``: diffusers'
-            own modules, whose values stay what they are bit by bit.
+    Args: patch_size: of the VAE's configuration. norm_silu: takes the place of the norms and the SiLU behind them, and
+        ``wan_fused`` that of what stands around them. ``None``: diffusers' own modules, whose values stay what they are
+        bit by bit.
     """
 
     def residual(block: Any, opens_shortcut: bool = False) -> Segment:
@@ -83,7 +92,16 @@ def segments_of(decoder: Any, patch_size: int | None, norm_silu: NormSilu | None
         module = (_Upsample if norm_silu is None else wan_fused.Upsample)(block, shortcut)
         times, channels = (2 if block.mode == "upsample3d" else 1), block.resample[1].out_channels
         cheap = norm_silu is not None and not opens_next
-        return Segment(module, times - 1, channels, 1, row_scale=2, frame_scale=times, ends_shortcut=shortcut is not None, cheap=cheap)
+        return Segment(
+            module,
+            times - 1,
+            channels,
+            1,
+            row_scale=2,
+            frame_scale=times,
+            ends_shortcut=shortcut is not None,
+            cheap=cheap,
+        )
 
     middle, shortcuts = decoder.mid_block, [getattr(block, "avg_shortcut", None) for block in decoder.up_blocks]
     found = [Segment(_ConvIn(decoder.conv_in), 1, decoder.conv_in.out_channels, halo=1), residual(middle.resnets[0])]
@@ -96,12 +114,17 @@ def segments_of(decoder: Any, patch_size: int | None, norm_silu: NormSilu | None
         if upsampler is not None:
             found.append(upsample(upsampler, shortcut, following is not None))
     patch = patch_size or 1
-    found.append(Segment(_Head(decoder, patch_size, norm_silu), 1, decoder.conv_out.out_channels // patch**2, halo=1, row_scale=patch))
+    found.append(
+        Segment(
+            _Head(decoder, patch_size, norm_silu), 1, decoder.conv_out.out_channels // patch**2, halo=1, row_scale=patch
+        )
+    )
     return tuple(found)
 
 
 def _cached(conv: nn.Module, x: Tensor, caches: list[Any]) -> Tensor:
-    """A causal convolution outside of a block, as ``WanDecoder3d.forward`` has it: the last two input frames are handed on."""
+    """A causal convolution outside of a block, as ``WanDecoder3d.forward`` has it: the last two input frames are handed
+    on."""
     entering = caches[0]
     last_two = x[:, :, -2:].clone()
     if last_two.shape[2] < 2 and entering is not None:
@@ -151,14 +174,21 @@ class _Head(nn.Module):
     def __init__(self, decoder: Any, patch_size: int | None, norm_silu: NormSilu | None) -> None:
         super().__init__()
         self.norm_silu = norm_silu
-        self.norm, self.nonlinearity, self.conv, self.patch_size = decoder.norm_out, decoder.nonlinearity, decoder.conv_out, patch_size
+        self.norm, self.nonlinearity, self.conv, self.patch_size = (
+            decoder.norm_out,
+            decoder.nonlinearity,
+            decoder.conv_out,
+            patch_size,
+        )
 
     def forward(self, x: Tensor, caches: list[Any], first: bool, shortcut: Tensor | None, wants: Wants) -> Tensor:
         """Pixels in [-1, 1]."""
         if self.norm_silu is None:
             x = _cached(self.conv, self.nonlinearity(self.norm(x)), caches)
         else:
-            x, caches[0] = wan_fused.normed_and_convolved(x, self.norm, self.conv, caches[0], self.norm_silu, hands=wants is Wants.ALL)
+            x, caches[0] = wan_fused.normed_and_convolved(
+                x, self.norm, self.conv, caches[0], self.norm_silu, hands=wants is Wants.ALL
+            )
         if self.patch_size is not None:
             from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
@@ -167,11 +197,13 @@ class _Head(nn.Module):
 
 
 class InwardClamp(torch.autograd.Function):
-    """``x.clamp(low, high)``, whose gradient beyond a limit passes where a step of descent leads back, and is zero where it leads further out.
+    """``x.clamp(low, high)``, whose gradient beyond a limit passes where a step of descent leads back, and is zero
+    where it leads further out.
 
-    With the clamp's own gradient, zero on either side, a pixel that is once too bright or too dark is lost to training: nothing ever asks it to come
-    back. With the gradient of the identity, what the critic cannot see would be pushed ever further out. This is the rule of ``ClampWithGrad``
-    in K. Crowson's VQGAN+CLIP (2021). Where no value is beyond a limit it is the clamp's gradient.
+    With the clamp's own gradient, zero on either side, a pixel that is once too bright or too dark is lost to training:
+    nothing ever asks it to come back. With the gradient of the identity, what the critic cannot see would be pushed
+    ever further out. This is the rule of ``ClampWithGrad`` in K. Crowson's VQGAN+CLIP (2021). Where no value is beyond
+    a limit it is the clamp's gradient.
     """
 
     @staticmethod

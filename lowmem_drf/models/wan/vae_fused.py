@@ -1,10 +1,12 @@
-"""The pieces of the Wan decoder for a run with kernels: the functions of diffusers' modules, with less memory, on those modules' own weights.
+"""The pieces of the Wan decoder for a run with kernels: the functions of diffusers' modules, with less memory, on those
+modules' own weights.
 
-diffusers 0.42.1 (``autoencoder_kl_wan.py``: ``WanResidualBlock``, ``WanResample``, ``WanCausalConv3d``). Values and gradients are the same but for
-rounding. What is left out:
+diffusers 0.42.1 (``autoencoder_kl_wan.py``: ``WanResidualBlock``, ``WanResample``, ``WanCausalConv3d``). Values and
+gradients are the same but for rounding. What is left out:
 
 - ``F.normalize`` and ``SiLU``, with all they keep for the backward: ``norm_silu`` keeps their input.
-- What a convolution reads: with frozen weights its gradient does not depend on it. And the copy with zeros around it: cuDNN pads by itself.
+- What a convolution reads: with frozen weights its gradient does not depend on it. And the copy with zeros around it:
+  cuDNN pads by itself.
 - Values that only a graph is made for: of the last convolution of a block, and of all that is linear (``Wants.GRAPH``).
 - The fp32 copy around the doubling of rows and columns, which only copies values.
 """
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NormSilu = Callable[["Tensor", "Tensor"], "Tensor"]
-"""(x_BCTHW, gamma_C) -> silu(x / |x| * sqrt(C) * gamma), where |x| is over the channels: ``WanRMS_norm`` and ``SiLU``."""
+"""(x_BCTHW, gamma_C) -> silu(x / |x| * sqrt(C) * gamma), where |x| is over the channels: ``WanRMS_norm`` and
+``SiLU``."""
 
 
 class Wants(Enum):
@@ -43,14 +46,21 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, caches: list[Any], first: bool, shortcut: Tensor | None, wants: Wants) -> Tensor:
         block, makes = self.block, wants is not Wants.GRAPH
-        residual = x if isinstance(block.conv_shortcut, nn.Identity) else convolved(x, block.conv_shortcut, makes=makes)[0]
-        h, caches[0] = normed_and_convolved(x, block.norm1, block.conv1, caches[0], self.norm_silu, hands=wants is Wants.ALL)
-        out, caches[1] = normed_and_convolved(h, block.norm2, block.conv2, caches[1], self.norm_silu, residual, makes, wants is Wants.ALL)
+        residual = (
+            x if isinstance(block.conv_shortcut, nn.Identity) else convolved(x, block.conv_shortcut, makes=makes)[0]
+        )
+        h, caches[0] = normed_and_convolved(
+            x, block.norm1, block.conv1, caches[0], self.norm_silu, hands=wants is Wants.ALL
+        )
+        out, caches[1] = normed_and_convolved(
+            h, block.norm2, block.conv2, caches[1], self.norm_silu, residual, makes, wants is Wants.ALL
+        )
         return out
 
 
 class Upsample(nn.Module):
-    """Of a ``WanResample`` that doubles rows, columns and, with mode ``upsample3d``, frames; and of Wan 2.2's shortcut around the block."""
+    """Of a ``WanResample`` that doubles rows, columns and, with mode ``upsample3d``, frames; and of Wan 2.2's shortcut
+    around the block."""
 
     def __init__(self, resample: Any, shortcut: nn.Module | None) -> None:
         super().__init__()
@@ -60,7 +70,9 @@ class Upsample(nn.Module):
         makes, in_time = wants is not Wants.GRAPH, bool(caches) and caches[0] is not None
         if in_time:
             entering = caches[0] if isinstance(caches[0], torch.Tensor) else None  # after the marker "Rep": zeros
-            x, caches[0] = convolved(_Joined.apply(x, entering), self.resample.time_conv, None, 2, makes, wants is Wants.ALL)
+            x, caches[0] = convolved(
+                _Joined.apply(x, entering), self.resample.time_conv, None, 2, makes, wants is Wants.ALL
+            )
         elif caches:
             caches[0] = "Rep"  # of the first frame no second is made
         conv = self.resample.resample[1]
@@ -69,14 +81,24 @@ class Upsample(nn.Module):
 
 
 def normed_and_convolved(
-    x: Tensor, norm: Any, conv: Any, cache: Tensor | None, norm_silu: NormSilu, residual: Tensor | None = None, makes: bool = True, hands: bool = True
+    x: Tensor,
+    norm: Any,
+    conv: Any,
+    cache: Tensor | None,
+    norm_silu: NormSilu,
+    residual: Tensor | None = None,
+    makes: bool = True,
+    hands: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """``conv(silu(norm(x)), cache) + residual``, and the cache handed on: of the first frame one, later two."""
-    joined = _Joined.apply(norm_silu(x, norm.gamma.flatten()), cache)  # nothing else holds the normed x, so the convolution runs without it
+    # nothing else holds the normed x, so the convolution runs without it
+    joined = _Joined.apply(norm_silu(x, norm.gamma.flatten()), cache)
     return convolved(joined, conv, residual, 1 if cache is None and x.shape[2] == 1 else 2, makes, hands)
 
 
-def convolved(x: Tensor, conv: Any, residual: Tensor | None = None, last: int = 0, makes: bool = True, hands: bool = True) -> tuple[Tensor, Tensor]:
+def convolved(
+    x: Tensor, conv: Any, residual: Tensor | None = None, last: int = 0, makes: bool = True, hands: bool = True
+) -> tuple[Tensor, Tensor]:
     """``conv(x) + residual`` without padding in time, and the ``last`` frames of ``x``."""
     return cast("tuple[Tensor, Tensor]", _Convolved.apply(x, residual, conv.weight, conv.bias, last, makes, hands))
 
@@ -84,7 +106,8 @@ def convolved(x: Tensor, conv: Any, residual: Tensor | None = None, last: int = 
 class _Joined(torch.autograd.Function):
     """The two frames that a causal convolution looks back on, zeros where there are none, and those of ``x``.
 
-    As ``torch.cat``, but that the gradient at the cache is no view: a view would keep the whole gradient of the joined frames.
+    As ``torch.cat``, but that the gradient at the cache is no view: a view would keep the whole gradient of the joined
+    frames.
     """
 
     @staticmethod
@@ -103,7 +126,9 @@ class _Convolved(torch.autograd.Function):
     """A convolution with frozen weights: keeps nothing of its input, and makes only those values that are asked for."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, last: int, makes: bool, hands: bool) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, last: int, makes: bool, hands: bool
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(weight)
         ctx.set_materialize_grads(False)
         ctx.shape, ctx.last = x.shape, last
@@ -118,7 +143,13 @@ class _Convolved(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_handed: Tensor | None) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        d_x = _pulled_back(d_out, ctx.shape, weight) if d_out is not None else None if d_handed is None else d_handed.new_zeros(ctx.shape)
+        d_x = (
+            _pulled_back(d_out, ctx.shape, weight)
+            if d_out is not None
+            else None
+            if d_handed is None
+            else d_handed.new_zeros(ctx.shape)
+        )
         if d_x is not None and d_handed is not None:
             d_x[:, :, d_x.shape[2] - ctx.last :] += d_handed
         return d_x, d_out if ctx.needs_input_grad[1] else None, None, None, None, None, None
@@ -131,13 +162,19 @@ class _Doubled(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, in_time: bool, makes: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, in_time: bool, makes: bool
+    ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.shape, ctx.times = x.shape, 2 if in_time else 1
         batch, channels, frames, height, width = x.shape
         if not makes:
             return _hollow(x, (batch, len(weight), frames * ctx.times, 2 * height, 2 * width))
-        x = x.view(batch, ctx.times, channels // ctx.times, frames, height, width).permute(0, 3, 1, 2, 4, 5).flatten(0, 2)
+        x = (
+            x.view(batch, ctx.times, channels // ctx.times, frames, height, width)
+            .permute(0, 3, 1, 2, 4, 5)
+            .flatten(0, 2)
+        )
         x = nn.functional.interpolate(x, scale_factor=2.0, mode="nearest-exact")
         out = torch.ops.aten.convolution(x, weight, bias, *_form(weight)).unflatten(0, (batch, -1)).transpose(1, 2)
         return out if residual is None else out.add_(residual)
@@ -149,8 +186,17 @@ class _Doubled(torch.autograd.Function):
         batch, channels, frames, height, width = ctx.shape
         shape = (batch * frames * ctx.times, weight.shape[1], 2 * height, 2 * width)
         d_x = _pulled_back(d_out.transpose(1, 2).flatten(0, 1), shape, weight)
-        d_x = d_x.unflatten(3, (width, 2)).unflatten(2, (height, 2)).sum((3, 5)).unflatten(0, (batch, frames, ctx.times))
-        return d_x.permute(0, 2, 3, 1, 4, 5).reshape(ctx.shape), d_out if ctx.needs_input_grad[1] else None, None, None, None, None
+        d_x = (
+            d_x.unflatten(3, (width, 2)).unflatten(2, (height, 2)).sum((3, 5)).unflatten(0, (batch, frames, ctx.times))
+        )
+        return (
+            d_x.permute(0, 2, 3, 1, 4, 5).reshape(ctx.shape),
+            d_out if ctx.needs_input_grad[1] else None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _form(weight: Tensor) -> tuple[Any, ...]:
@@ -164,7 +210,9 @@ def _form(weight: Tensor) -> tuple[Any, ...]:
 def _pulled_back(d: Tensor, shape: Any, weight: Tensor) -> Tensor:
     """The gradient at the input of a convolution, whose values do not matter."""
     hollow = _hollow(d, shape)
-    return cast("Tensor", torch.ops.aten.convolution_backward(d, hollow, weight, None, *_form(weight), (True, False, False))[0])
+    return cast(
+        "Tensor", torch.ops.aten.convolution_backward(d, hollow, weight, None, *_form(weight), (True, False, False))[0]
+    )
 
 
 def _hollow(like: Tensor, shape: Any) -> Tensor:

@@ -1,7 +1,9 @@
-"""Segments of the Wan decoder (``wan_vae``) in strips of rows: their values without gradient, and their pull-back, recomputed with gradient.
+"""Segments of the Wan decoder (``wan_vae``) in strips of rows: their values without gradient, and their pull-back,
+recomputed with gradient.
 
-Rows of a segment's output depend on ``halo`` rows on either side of the same rows of its input and of its caches. A strip is computed with those, and
-only its own rows count: the values are the whole ones, and so is the gradient, which adds up over the strips.
+Rows of a segment's output depend on ``halo`` rows on either side of the same rows of its input and of its caches. A
+strip is computed with those, and only its own rows count: the values are the whole ones, and so is the gradient, which
+adds up over the strips.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ Cotangents = tuple["Tensor | None", ...]
 
 
 def sizes_of(segments: Sequence[Segment], shape_BCTHW: Sequence[int], first: bool) -> list[int]:
-    """The elements of each segment's input or output, whichever is larger, where the first one's input has this shape. The frames do not count."""
+    """The elements of each segment's input or output, whichever is larger, where the first one's input has this shape.
+    The frames do not count."""
     batch, channels, frames, height, width = shape_BCTHW
     elements = [batch * channels * frames * height * width]
     for segment in segments[:-1]:
@@ -34,13 +37,20 @@ def sizes_of(segments: Sequence[Segment], shape_BCTHW: Sequence[int], first: boo
 
 
 def strips_of(segment: Segment, elements: int, largest: int, strips: int) -> int:
-    """Into how many strips a segment is cut that has ``elements`` in its input or output (whichever is larger), where the segment with the
-    ``largest`` such number is cut into ``strips``: as many as keep its strips no larger than that one's."""
+    """Into how many strips a segment is cut that has ``elements`` in its input or output (whichever is larger), where
+    the segment with the ``largest`` such number is cut into ``strips``: as many as keep its strips no larger than that
+    one's."""
     return 1 if segment.halo is None else -(-strips * elements // largest)
 
 
 def in_strips(
-    segment: Segment, x_BCTHW: Tensor, caches: Caches, first: bool, shortcut_BCTHW: Tensor | None, strips: int, wants: Wants = Wants.ALL
+    segment: Segment,
+    x_BCTHW: Tensor,
+    caches: Caches,
+    first: bool,
+    shortcut_BCTHW: Tensor | None,
+    strips: int,
+    wants: Wants = Wants.ALL,
 ) -> tuple[Tensor, Caches]:
     """A segment, in ``strips`` strips of rows one after the other. With ``Wants.OUTPUT`` no caches are handed on.
 
@@ -55,7 +65,10 @@ def in_strips(
     for core, halo in _strips(height, strips, segment.halo or 0):
         x, shortcut, *entering = (_rows(value, halo) if isinstance(value, torch.Tensor) else value for value in inputs)
         out, handed = segment(x, tuple(entering), first, shortcut, wants)
-        inner, made = slice(core.start - halo.start, core.stop - halo.start), (out, *handed) if wants is Wants.ALL else (out,)
+        inner, made = (
+            slice(core.start - halo.start, core.stop - halo.start),
+            (out, *handed) if wants is Wants.ALL else (out,),
+        )
         scales = [segment.row_scale] + [1] * (len(made) - 1)
         if not whole:
             whole = [_of_height(part, height * scale) for part, scale in zip(made, scales, strict=True)]
@@ -77,7 +90,8 @@ def pull_back(
     hands_back: bool,
     strips: int = 1,
 ) -> tuple[Tensor | None, Tensor | None, Cotangents]:
-    """Recomputes a segment with gradient and pulls its cotangents back, in ``strips`` strips of rows, as even as can be.
+    """Recomputes a segment with gradient and pulls its cotangents back, in ``strips`` strips of rows, as even as can
+    be.
 
     Args:
         x_BCTHW: it may be overwritten, by its gradient.
@@ -94,7 +108,8 @@ def pull_back(
     wanted = [i for i, value in enumerate(inputs) if isinstance(value, torch.Tensor) and (i < 2 or hands_back)]
     height, width_of_halo = x_BCTHW.shape[3], segment.halo or 0
     strips = min(strips, height)
-    # Whose memory a gradient may take. In one strip that at the input comes in memory of its own, that at a cache as a part of something larger.
+    # Whose memory a gradient may take. In one strip that at the input comes in memory of its own, that at a cache as a
+    # part of something larger.
     in_place_of_x = strips > 1 and (d_out_BCTHW is None or d_out_BCTHW.shape != x_BCTHW.shape)
     used_up: list[Tensor | None] = [None if strips == 1 else x_BCTHW if in_place_of_x else d_out_BCTHW, None, *d_handed]
     above: Tensor | None = None
@@ -104,17 +119,23 @@ def pull_back(
         if above is not None:
             leaves[0] = torch.cat([above, _rows(x_BCTHW, slice(core.start, halo.stop))], dim=3)
         if in_place_of_x:  # the next strip needs rows of x that this one's gradient takes the place of
-            above = _rows(leaves[0], slice(max(0, core.stop - width_of_halo) - halo.start, core.stop - halo.start)).clone()
+            above = _rows(
+                leaves[0], slice(max(0, core.stop - width_of_halo) - halo.start, core.stop - halo.start)
+            ).clone()
         for i in wanted:
             leaves[i].requires_grad_()
         inner = slice(core.start - halo.start, core.stop - halo.start)
         with torch.enable_grad():
             out, handed = segment(leaves[0], tuple(leaves[2:]), first, leaves[1], Wants.GRAPH)
-            pairs = [(_rows(made, inner), _rows(d, core)) for made, d in zip(handed, d_handed, strict=True) if d is not None]
+            pairs = [
+                (_rows(made, inner), _rows(d, core)) for made, d in zip(handed, d_handed, strict=True) if d is not None
+            ]
             if d_out_BCTHW is not None:
                 pairs.append((_rows(out, inner, segment.row_scale), _rows(d_out_BCTHW, core, segment.row_scale)))
         del out, handed
-        gradients = torch.autograd.grad([made for made, _ in pairs], [leaves[i] for i in wanted], [d for _, d in pairs], allow_unused=True)
+        gradients = torch.autograd.grad(
+            [made for made, _ in pairs], [leaves[i] for i in wanted], [d for _, d in pairs], allow_unused=True
+        )
         del pairs, leaves
         for i, d in zip(wanted, gradients, strict=True):
             if d is not None:
@@ -127,7 +148,8 @@ def pull_back(
 class _RowSum:
     """Adds up the gradients of strips that come from top to bottom and overlap in their halos.
 
-    Rows are written once their own strip has come, not before: so the sum can take the place of a gradient that the strips use up as they come.
+    Rows are written once their own strip has come, not before: so the sum can take the place of a gradient that the
+    strips use up as they come.
     """
 
     total: Tensor
@@ -154,7 +176,8 @@ class _RowSum:
 
 
 def _strips(height: int, count: int, halo: int) -> Iterator[tuple[slice, slice]]:
-    """``count`` slices that cover ``height`` rows, each with its own rows plus ``halo`` on either side as far as there are any."""
+    """``count`` slices that cover ``height`` rows, each with its own rows plus ``halo`` on either side as far as there
+    are any."""
     edges = [height * i // count for i in range(count + 1)]
     for start, stop in zip(edges[:-1], edges[1:], strict=True):
         yield slice(start, stop), slice(max(0, start - halo), min(height, stop + halo))

@@ -1,7 +1,8 @@
-"""Before a model is loaded: what has to be downloaded is said and fits the disk, what is here is whole, and the host's memory is enough.
+"""Before a model is loaded: what has to be downloaded is said and fits the disk, what is here is whole, and the host's
+memory is enough.
 
-Of a hub repository only what is used is fetched: configurations, the tokenizer and safetensors files. What is complete in the hub's cache, or
-in a folder, needs no network.
+Of a hub repository only what is used is fetched: configurations, the tokenizer and safetensors files. What is complete
+in the hub's cache, or in a folder, needs no network.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ HOST_MARGIN = 2 << 30
 
 
 def prepare(folder_or_id: str, role: Role, say: Say, without: tuple[str, ...] = ()) -> Path:
-    """The model's folder on this machine, complete: a folder is checked, a hub id is downloaded where the cache lacks it.
+    """The model's folder on this machine, complete: a folder is checked, a hub id is downloaded where the cache lacks
+    it.
 
     An interrupted download is resumed by the next call.
 
@@ -44,9 +46,8 @@ def prepare(folder_or_id: str, role: Role, say: Say, without: tuple[str, ...] = 
         say: is told, before a download, how large it is and how much of it is here.
         without: subfolders that are not needed (``"transformer"`` where a single file stands for it).
 
-    Raises:
-        BadInputError: no such folder or repository, no access to it, no safetensors in it, a file missing or damaged (named).
-        LowmemError: not enough disk; the network failed.
+    Raises: BadInputError: no such folder or repository, no access to it, no safetensors in it, a file missing or
+        damaged (named). LowmemError: not enough disk; the network failed.
     """
     place = resolve(folder_or_id, role)
     if Path(place).is_dir():
@@ -62,14 +63,19 @@ def prepare(folder_or_id: str, role: Role, say: Say, without: tuple[str, ...] = 
 
 
 def check_host_memory(folder: Path, role: Role, bytes_per_number: int, without: tuple[str, ...] = ()) -> None:
-    """The largest of a folder's models must fit into the host's free memory on its way to the card: they are loaded one after another, in the
-    run's dtype; two transformers count as one. Where the system does not say what is free, nothing is checked.
+    """The largest of a folder's models must fit into the host's free memory on its way to the card: they are loaded one
+    after another, in the run's dtype; two transformers count as one. Where the system does not say what is free,
+    nothing is checked.
 
     Raises:
         LowmemError: it does not fit.
     """
     free = available_host_bytes()
-    needs = {subfolder: bytes_per_number * weight_count(folder / subfolder) for subfolder in subfolders(folder, role) if subfolder not in without}
+    needs = {
+        subfolder: bytes_per_number * weight_count(folder / subfolder)
+        for subfolder in subfolders(folder, role)
+        if subfolder not in without
+    }
     if SECOND in needs:
         needs["transformer"] = needs.get("transformer", 0) + needs.pop(SECOND)
     largest = max(needs, key=lambda subfolder: needs[subfolder])
@@ -77,12 +83,14 @@ def check_host_memory(folder: Path, role: Role, bytes_per_number: int, without: 
         what = f"{largest} of the generator" if largest else "critic"
         raise LowmemError(
             f"Loading the {what} ({folder}) takes {_gb(needs[largest])} of host memory and {_gb(HOST_MARGIN)} besides; {_gb(free)} are free. "
-            "Close other programs, add swap, take a smaller model" + (", or -s dtype=bf16, which halves it." if bytes_per_number > 2 else ".")
+            "Close other programs, add swap, take a smaller model"
+            + (", or -s dtype=bf16, which halves it." if bytes_per_number > 2 else ".")
         )
 
 
 def available_host_bytes() -> int | None:
-    """``MemAvailable`` and free swap of Linux, bounded by the memory limit of a container (cgroup v2); ``None`` on other systems."""
+    """``MemAvailable`` and free swap of Linux, bounded by the memory limit of a container (cgroup v2); ``None`` on
+    other systems."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         fields = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
@@ -106,7 +114,9 @@ def hub_file(repository: str, name: str, say: Say) -> Path:
             return Path(cached)
         sizes = _sizes(repository)
         if name not in sizes:
-            raise BadInputError(f"{repository} on the Hugging Face hub has no file {name}. It has: {', '.join(sorted(sizes)[:8])}")
+            raise BadInputError(
+                f"{repository} on the Hugging Face hub has no file {name}. It has: {', '.join(sorted(sizes)[:8])}"
+            )
         _announce(repository, {name: sizes[name]}, say)
         return Path(hf_hub_download(repository, name))
 
@@ -129,14 +139,20 @@ def _sizes(hub_id: str) -> dict[str, int]:
 
 def _wanted(hub_id: str, role: Role, sizes: dict[str, int], without: tuple[str, ...]) -> dict[str, int]:
     """The files that loading reads. Raises BadInputError where the weights are no safetensors, or there are none."""
-    wanted = [name for name in sizes if name == MODEL_INDEX or name.startswith("tokenizer/")] if role == "generator" else []
+    wanted = (
+        [name for name in sizes if name == MODEL_INDEX or name.startswith("tokenizer/")] if role == "generator" else []
+    )
     second = [SECOND] if role == "generator" and f"{SECOND}/config.json" in sizes else []
     for subfolder in (*SUBFOLDERS[role], *second):
         if subfolder in without:
             wanted += [name for name in sizes if name == f"{subfolder}/config.json"]
             continue
         prefix = f"{subfolder}/" if subfolder else ""
-        names = [name.removeprefix(prefix) for name in sizes if name.startswith(prefix) and "/" not in name.removeprefix(prefix)]
+        names = [
+            name.removeprefix(prefix)
+            for name in sizes
+            if name.startswith(prefix) and "/" not in name.removeprefix(prefix)
+        ]
         weights = weight_files(names)
         if not weights:
             refuse_pickles(f"{hub_id} on the Hugging Face hub", prefix, names)
@@ -144,7 +160,9 @@ def _wanted(hub_id: str, role: Role, sizes: dict[str, int], without: tuple[str, 
                 f"{hub_id} on the Hugging Face hub has no safetensors in {prefix or 'its top folder'}: it is not a {role} in the layout expected."
             )
         indices = weight_indices(names)
-        small = [name for name in names if name.endswith((".json", ".txt", ".model", ".jinja")) and ".index." not in name]
+        small = [
+            name for name in names if name.endswith((".json", ".txt", ".model", ".jinja")) and ".index." not in name
+        ]
         wanted += [prefix + name for name in (*weights, *indices, *small)]
     return {name: sizes[name] for name in wanted}
 
@@ -174,7 +192,9 @@ def _cached_folder(hub_id: str, role: Role) -> Path | None:
         try:
             cached = try_to_load_from_cache(hub_id, f"{subfolder}/config.json".lstrip("/"))
         except HFValidationError as error:
-            raise BadInputError(f"There is no folder {hub_id}, and it is no id on the Hugging Face hub (owner/name).") from error
+            raise BadInputError(
+                f"There is no folder {hub_id}, and it is no id on the Hugging Face hub (owner/name)."
+            ) from error
         if isinstance(cached, str):
             return Path(cached).parents[1 if subfolder else 0]
     return None
@@ -183,15 +203,25 @@ def _cached_folder(hub_id: str, role: Role) -> Path | None:
 @contextmanager
 def _hub_errors(hub_id: str) -> Iterator[None]:
     """The hub's failures as ours."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     again = "Run the same command again: what is here already is not downloaded twice."
     try:
         yield
     except GatedRepoError as error:
-        raise BadInputError(f"{hub_id} asks for its licence to be accepted: open https://huggingface.co/{hub_id}, accept it, then hf auth login.") from error
+        raise BadInputError(
+            f"{hub_id} asks for its licence to be accepted: open https://huggingface.co/{hub_id}, accept it, then hf auth login."
+        ) from error
     except RepositoryNotFoundError as error:
-        raise BadInputError(f"There is no folder {hub_id}, and no such model on the Hugging Face hub, or it is private (hf auth login).") from error
+        raise BadInputError(
+            f"There is no folder {hub_id}, and no such model on the Hugging Face hub, or it is private (hf auth login)."
+        ) from error
     except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         raise BadInputError(
             f"{hub_id} is not complete on this machine, and the Hugging Face hub cannot be reached (or HF_HUB_OFFLINE is set). Download it where there is a "

@@ -91,12 +91,14 @@ def read_model_index(file: Path) -> dict[str, Any]:
 
 
 def has_second(index: Mapping[str, Any]) -> bool:
-    """Whether a ``model_index.json`` names a second transformer that its pipeline uses: without a boundary it uses the first alone."""
+    """Whether a ``model_index.json`` names a second transformer that its pipeline uses: without a boundary it uses the
+    first alone."""
     return index.get("boundary_ratio") is not None and bool((index.get(SECOND) or [None])[-1])
 
 
 def weight_files(names: list[str]) -> list[str]:
-    """Those of a folder's names that diffusers and transformers load, whole or in shards; variants (``.fp16.``) are not among them."""
+    """Those of a folder's names that diffusers and transformers load, whole or in shards; variants (``.fp16.``) are not
+    among them."""
     return [name for name in names if _WEIGHTS.fullmatch(name)]
 
 
@@ -152,7 +154,11 @@ def weight_count(folder: Path) -> int:
     """Numbers in all weight files of a folder: parameters."""
     names = sorted(path.name for path in folder.iterdir())
     shards = {shard for index in weight_indices(names) for shard in _shards(folder / index)}
-    return sum(math.prod(entry["shape"]) for name in shards or weight_files(names) for entry in _entries(read_header(folder / name)[0]))
+    return sum(
+        math.prod(entry["shape"])
+        for name in shards or weight_files(names)
+        for entry in _entries(read_header(folder / name)[0])
+    )
 
 
 def _entries(header: dict[str, Any]) -> Iterator[dict[str, Any]]:

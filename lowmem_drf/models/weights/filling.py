@@ -1,6 +1,7 @@
 """Values for models that were laid out on ``meta``: read, drawn, or whatever a caller makes, tensor by tensor.
 
-Nothing is ever there twice: a parameter is made where it is to stay, and a weight that is to be packed is gone before the next one is made.
+Nothing is ever there twice: a parameter is made where it is to stay, and a weight that is to be packed is gone before
+the next one is made.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ STD = 0.02
 """Of matrices and embeddings: the ``initializer_range`` of Qwen's models."""
 
 Value = Callable[[str, Sequence[int]], Tensor]
-"""(name of a parameter, shape) -> its value. Of a weight that is to be packed, the shape is that of the unpacked one."""
+"""(name of a parameter, shape) -> its value. Of a weight that is to be packed, the shape is that of the unpacked
+one."""
 
 
 def random_value(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Value:
@@ -32,10 +34,14 @@ def random_value(dtype: torch.dtype, device: torch.device, generator: torch.Gene
 
 
 def fill(
-    module: nn.Module, value: Value, recurse: bool = True, home: str | torch.device | None = None, taken: Callable[[nn.Parameter], None] | None = None
+    module: nn.Module,
+    value: Value,
+    recurse: bool = True,
+    home: str | torch.device | None = None,
+    taken: Callable[[nn.Parameter], None] | None = None,
 ) -> None:
-    """Gives the parameters of a module new values, frozen; one that several submodules share stays one. Weights of a ``PackedLinear`` are packed where
-    their values were made.
+    """Gives the parameters of a module new values, frozen; one that several submodules share stays one. Weights of a
+    ``PackedLinear`` are packed where their values were made.
 
     Args:
         recurse: those of its children too.

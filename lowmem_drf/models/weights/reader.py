@@ -1,7 +1,8 @@
-"""Tensors read from safetensors files one by one: changed, packed and put where they are to stay before the next one is read.
+"""Tensors read from safetensors files one by one: changed, packed and put where they are to stay before the next one is
+read.
 
-The host holds one tensor at a time, in memory of its own. A mapping of the file, which safetensors gives, would count as the process's memory on some
-systems, and its tensors would change with the file.
+The host holds one tensor at a time, in memory of its own. A mapping of the file, which safetensors gives, would count
+as the process's memory on some systems, and its tensors would change with the file.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Entry:
 
 
 class TensorFiles:
-    """The tensors of one or more safetensors files. Raises ValueError or OSError for a file that is damaged or missing."""
+    """The tensors of one or more safetensors files. Raises ValueError or OSError for a file that is damaged or
+    missing."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.entries: dict[str, Entry] = {}
@@ -52,13 +54,18 @@ class TensorFiles:
             header, start = read_header(file)
             for name, entry in header.items():
                 if name != "__metadata__":
-                    self.entries[name] = Entry(file, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+                    self.entries[name] = Entry(
+                        file, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"])
+                    )
 
     def read(self, name: str) -> Tensor:
-        """On the CPU, in the file's dtype. Raises ValueError for a dtype that is not in ``DTYPES``, or a file that ends too early."""
+        """On the CPU, in the file's dtype. Raises ValueError for a dtype that is not in ``DTYPES``, or a file that ends
+        too early."""
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
-            raise ValueError(f"its weights are quantised already ({name} is {entry.dtype}); give the model in 16 or 32 bit")
+            raise ValueError(
+                f"its weights are quantised already ({name} is {entry.dtype}); give the model in 16 or 32 bit"
+            )
         made = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
         with entry.file.open("rb", buffering=0) as stream:
             stream.seek(entry.start)
@@ -73,10 +80,14 @@ class TensorFiles:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The files that hold a model's weights, in the order of their names: the shards that an index lists, or the one file. Raises ValueError or OSError
-    where there are none."""
+    """The files that hold a model's weights, in the order of their names: the shards that an index lists, or the one
+    file. Raises ValueError or OSError where there are none."""
     names = [path.name for path in folder.iterdir()]
-    shards = {shard for index in weight_indices(names) for shard in json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()}
+    shards = {
+        shard
+        for index in weight_indices(names)
+        for shard in json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
+    }
     files = [folder / name for name in sorted(shards or weight_files(names))]
     if not files:
         raise ValueError(f"there are no safetensors files in {folder}")
@@ -91,15 +102,25 @@ def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def require_complete(files: TensorFiles, model: Any) -> None:
-    """Raises ValueError unless there is a tensor of the right shape for every parameter. Others in the files are not used, with a warning."""
+    """Raises ValueError unless there is a tensor of the right shape for every parameter. Others in the files are not
+    used, with a warning."""
     shapes = parameter_shapes(model)
     if missing := sorted(shapes.keys() - files.entries.keys()):
-        raise ValueError(f"its weights lack {len(missing)} tensors of the model its config.json describes (the first: {missing[0]})")
+        raise ValueError(
+            f"its weights lack {len(missing)} tensors of the model its config.json describes (the first: {missing[0]})"
+        )
     if other := [name for name, shape in shapes.items() if files.entries[name].shape != shape]:
-        raise ValueError(f"its config.json describes {other[0]} as {list(shapes[other[0]])}, and its weights have it as {list(files.entries[other[0]].shape)}")
+        raise ValueError(
+            f"its config.json describes {other[0]} as {list(shapes[other[0]])}, and its weights have it as {list(files.entries[other[0]].shape)}"
+        )
     ignored = model._keys_to_ignore_on_load_unexpected or ()
-    if unused := sorted(name for name in files.entries.keys() - shapes.keys() if not any(part in name for part in ignored)):
-        warnings.warn(f"{len(unused)} tensors of {files.entries[unused[0]].file.parent} are not used (the first: {unused[0]})", stacklevel=2)
+    if unused := sorted(
+        name for name in files.entries.keys() - shapes.keys() if not any(part in name for part in ignored)
+    ):
+        warnings.warn(
+            f"{len(unused)} tensors of {files.entries[unused[0]].file.parent} are not used (the first: {unused[0]})",
+            stacklevel=2,
+        )
 
 
 def fill_from_files(
@@ -113,15 +134,14 @@ def fill_from_files(
     blocks: int | None = None,
     taken: Callable[[nn.Parameter], None] | None = None,
 ) -> Any:
-    """Fills a model from ``meta``; each parameter in the dtype that ``from_pretrained`` would leave it in. Frozen, eval.
+    """Fills a model from ``meta``; each parameter in the dtype that ``from_pretrained`` would leave it in. Frozen,
+    eval.
 
-    Args:
-        names: the file's name of each parameter.
-        device: where weights are changed and packed.
-        home: where the model stays. Default: ``device``.
-        changes: added in fp32 (fp64 in an fp64 model), before anything is rounded or packed.
-        blocks: of the model's blocks only the first so many are read. The others have shapes and no values: they take a LoRA, and no memory.
-        taken: called with every parameter that has its value, before the next one is read (``filling.fill``).
+    Args: names: the file's name of each parameter. device: where weights are changed and packed. home: where the model
+        stays. Default: ``device``. changes: added in fp32 (fp64 in an fp64 model), before anything is rounded or
+        packed. blocks: of the model's blocks only the first so many are read. The others have shapes and no values:
+        they take a LoRA, and no memory. taken: called with every parameter that has its value, before the next one is
+        read (``filling.fill``).
     """
     device, home = torch.device(device), torch.device(device if home is None else home)
     changed = changes(parameter_shapes(model)) if changes else {}

@@ -1,4 +1,5 @@
-"""Where models come from: the word ``toyworld``, a folder, or a Hugging Face id; and one clear error when they do not."""
+"""Where models come from: the word ``toyworld``, a folder, or a Hugging Face id; and one clear error when they do
+not."""
 
 from __future__ import annotations
 
@@ -13,12 +14,15 @@ TOYWORLD = "toyworld"
 
 
 def resolve(model_id: str, role: Literal["generator", "critic"]) -> str:
-    """``toyworld`` -> the folder of that role in the package; anything else as it is (a folder, or an id on the Hugging Face hub)."""
+    """``toyworld`` -> the folder of that role in the package; anything else as it is (a folder, or an id on the Hugging
+    Face hub)."""
     if model_id != TOYWORLD:
         return model_id
     folder = Path(__file__).resolve().parents[2] / "toy" / "weights" / role
     if not folder.is_dir():
-        raise BadInputError(f"ToyWorld's {role} is missing ({folder}). Reinstall lowmem-drf, or rebuild it: python -m lowmem_drf.toy.build")
+        raise BadInputError(
+            f"ToyWorld's {role} is missing ({folder}). Reinstall lowmem-drf, or rebuild it: python -m lowmem_drf.toy.build"
+        )
     return str(folder)
 
 
@@ -42,9 +46,11 @@ def loading(what: str, folder_or_id: str) -> Iterator[None]:
 
 
 def complete(loaded: tuple[Any, Any]) -> Any:
-    """The model of ``from_pretrained(…, output_loading_info=True)``. Raises ValueError if weights were missing: the libraries only warn,
-    and leave them at random."""
+    """The model of ``from_pretrained(…, output_loading_info=True)``. Raises ValueError if weights were missing: the
+    libraries only warn, and leave them at random."""
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"its weights lack {len(missing)} tensors of the model its config.json describes (the first: {missing[0]})")
+        raise ValueError(
+            f"its weights lack {len(missing)} tensors of the model its config.json describes (the first: {missing[0]})"
+        )
     return model

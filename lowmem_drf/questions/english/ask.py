@@ -1,4 +1,5 @@
-"""A prompt's questions: what it says (TA), asked part by part as in a Davidsonian scene graph (arXiv 2310.18235), and the fixed ones (Phy, VQ)."""
+"""A prompt's questions: what it says (TA), asked part by part as in a Davidsonian scene graph (arXiv 2310.18235), and
+the fixed ones (Phy, VQ)."""
 
 from __future__ import annotations
 
@@ -35,11 +36,12 @@ class Asked:
 def questions(prompt: str, mode: str = "yesno") -> tuple[Question, ...]:
     """The questions of a free English prompt. No model, no network, always the same.
 
-    mode: ``yesno``; ``dense``: explanation queries with a reference answer; ``both``; ``vanilla``: one global question; ``heldout``: ``yesno``
-    in wordings that training never uses, for evaluation.
+    mode: ``yesno``; ``dense``: explanation queries with a reference answer; ``both``; ``vanilla``: one global question;
+    ``heldout``: ``yesno`` in wordings that training never uses, for evaluation.
 
-    Yes/no alignment questions are answered ``yes`` by a clip that follows the prompt; at most one, ``foil``, contradicts the prompt and is answered ``no``,
-    and shares its weight with the question that it contradicts. Phy and VQ ask every property both ways, half the weight each.
+    Yes/no alignment questions are answered ``yes`` by a clip that follows the prompt; at most one, ``foil``,
+    contradicts the prompt and is answered ``no``, and shares its weight with the question that it contradicts. Phy and
+    VQ ask every property both ways, half the weight each.
 
     Raises:
         BadInputError: an unknown mode.
@@ -70,7 +72,9 @@ def _alignment_questions(facts: Facts, speaker: wording.Speaker, asked: list[Ask
     out = []
     for item in asked:
         shared = contrast is not None and contrast.twin == item.texts[0]
-        out.append(Question("TA", item.texts[second] + wording.ANSWER, "yes", weight=0.5 if shared else 1.0, name=item.name))
+        out.append(
+            Question("TA", item.texts[second] + wording.ANSWER, "yes", weight=0.5 if shared else 1.0, name=item.name)
+        )
     if contrast:
         out.append(Question("TA", contrast.texts[second] + wording.ANSWER, "no", weight=0.5, name="foil"))
     return out
@@ -85,7 +89,10 @@ def alignment(facts: Facts, speaker: wording.Speaker) -> list[Asked]:
         ("camera", facts.camera, 5, 4),
         ("style", facts.styles, 7, 6),
     ):
-        found += [Asked(name, wording.cue(item), first + step * k, k) for k, item in enumerate(sorted(cues, key=lambda cue: cue.subject != "the camera"))]
+        found += [
+            Asked(name, wording.cue(item), first + step * k, k)
+            for k, item in enumerate(sorted(cues, key=lambda cue: cue.subject != "the camera"))
+        ]
     found.sort(key=lambda item: item.order)
     found += [Asked("text", wording.text(item), 4 + 9 * k, k) for k, item in enumerate(facts.texts)]
     if len(found) < 3:
@@ -105,10 +112,20 @@ def _entities(facts: Facts, speaker: wording.Speaker) -> list[Asked]:
         last = entity.key
         implied = i in busy and shown > 1
         out.append(
-            Asked("time" if last in nouns.TIMES.keys() - nouns.SKY else "subject", speaker.existence(i), (1 if not shown else 6 + 4 * shown) + 14 * implied, i)
+            Asked(
+                "time" if last in nouns.TIMES.keys() - nouns.SKY else "subject",
+                speaker.existence(i),
+                (1 if not shown else 6 + 4 * shown) + 14 * implied,
+                i,
+            )
         )
         shown += 1
-        if entity.quantity and (entity.count is None or entity.count > 0) and entity.count != 1 or entity.quantity == "one":
+        if (
+            entity.quantity
+            and (entity.count is None or entity.count > 0)
+            and entity.count != 1
+            or entity.quantity == "one"
+        ):
             out.append(Asked("count", speaker.count(i), 3 + 2 * len([o for o in out if o.name == "count"]), i))
     return out
 
@@ -120,12 +137,35 @@ def _claims(facts: Facts, speaker: wording.Speaker) -> list[Asked]:
     for claim in sorted((*facts.attributes, *facts.actions, *facts.relations), key=lambda c: c.order):
         entity = facts.subjects[claim.subjects[0]]
         last = entity.key
-        name = "count" if claim.topic == "count" else "time" if last in nouns.LIGHT and claim.kind == "attribute" else claim.kind
+        name = (
+            "count"
+            if claim.topic == "count"
+            else "time"
+            if last in nouns.LIGHT and claim.kind == "attribute"
+            else claim.kind
+        )
         mood = claim.kind == "attribute" and (last in nouns.LIGHT or last in nouns.VAGUE)
-        key = "manner" if claim.topic == "manner" else "color" if claim.topic == "color" else "mood" if mood else claim.kind
-        first, step = {"manner": (30, 5), "color": (4, 2.5), "mood": (10, 5), "attribute": (9, 3), "action": (2, 2), "relation": (8, 4)}[key]
+        key = (
+            "manner"
+            if claim.topic == "manner"
+            else "color"
+            if claim.topic == "color"
+            else "mood"
+            if mood
+            else claim.kind
+        )
+        first, step = {
+            "manner": (30, 5),
+            "color": (4, 2.5),
+            "mood": (10, 5),
+            "attribute": (9, 3),
+            "action": (2, 2),
+            "relation": (8, 4),
+        }[key]
         still = claim.words.split()[0] in STATIVE and claim.subjects in placed  # "sits" says less than "is on a chair"
-        rank = first + step * seen.get(key, 0) + (12 if still else -2 if key == "relation" and claim.form == "be" else 0)
+        rank = (
+            first + step * seen.get(key, 0) + (12 if still else -2 if key == "relation" and claim.form == "be" else 0)
+        )
         out.append(Asked(name, speaker.claim(claim), rank, claim.order, claim))
         seen[key] = seen.get(key, 0) + 1
     return out

@@ -57,7 +57,9 @@ def chunks(items: list[Token]) -> list[Chunk]:
                 out.append(Chunk("NP", phrase.key, phrase))
             i = end
         else:
-            kind: Kind = token.tag if token.tag in {"PREP", "ADV", "CONJ", "COMMA", "SUB", "REL", "TO", "THERE"} else "ADV"  # type: ignore[assignment]
+            kind: Kind = (
+                token.tag if token.tag in {"PREP", "ADV", "CONJ", "COMMA", "SUB", "REL", "TO", "THERE"} else "ADV"
+            )  # type: ignore[assignment]
             if token.tag not in {"QUOTE", "GEN", "NOT"}:
                 out.append(Chunk(kind, token.text if kind == "PREP" else token.low))
             i += 1

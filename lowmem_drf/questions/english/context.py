@@ -64,8 +64,8 @@ class Context:
         return self.items[i - 1].tag == "ADJ" and self.items[j].tag == "BE"
 
     def numbers(self, i: int) -> set[bool | None]:
-        """Whether plural, of all noun phrases from the clause's start to ``i``: the verb may belong to the last or to an earlier one
-        (``a glass of lemonade with two slices of lemon stands``)."""
+        """Whether plural, of all noun phrases from the clause's start to ``i``: the verb may belong to the last or to
+        an earlier one (``a glass of lemonade with two slices of lemon stands``)."""
         found = {self.subject_plural(i)}
         for j in range(i - 1, -1, -1):
             token = self.items[j]
@@ -126,7 +126,11 @@ class Context:
             j -= 1
         low = self.items[j].low
         somebody = low.endswith(("er", "or", "ist", "man", "ian")) and low not in nouns.NOT_A_PERSON
-        if somebody or self.items[j].tag in {"PRON", "REL"} or low in nouns.PERSON | nouns.ANIMALS | nouns.MASS | nouns.SKY:
+        if (
+            somebody
+            or self.items[j].tag in {"PRON", "REL"}
+            or low in nouns.PERSON | nouns.ANIMALS | nouns.MASS | nouns.SKY
+        ):
             return True
         while j > 0 and self.items[j - 1].tag in {"N", "ADJ"}:
             j -= 1
@@ -136,4 +140,10 @@ class Context:
         """The next word is a verb of a plural subject: this word is its noun (``ocean waves crash``)."""
         after = self.at(i + 1)
         forms = FORMS.get(after.low, {})
-        return after.tag == "BE" or "base" in forms and after.tag == "" and after.low not in lx.PREPOSITIONS or "ing" in forms
+        return (
+            after.tag == "BE"
+            or "base" in forms
+            and after.tag == ""
+            and after.low not in lx.PREPOSITIONS
+            or "ing" in forms
+        )

@@ -1,4 +1,5 @@
-"""Explanation queries with a reference made from the prompt alone: the critic's probability of the reference is the reward."""
+"""Explanation queries with a reference made from the prompt alone: the critic's probability of the reference is the
+reward."""
 
 from __future__ import annotations
 
@@ -17,18 +18,49 @@ MAX_PARTS = 10
 
 def dense(facts: Facts, claims: list[Claim], speaker: Speaker, kept: tuple[Check, ...]) -> list[Question]:
     """claims: attributes, actions and relations, the most important first."""
-    out = [_query("TA", "Describe what happens in this video in one sentence.", sentence(facts.prompt) or "The video shows a recognizable scene.", "global")]
-    parts = [q for claim in claims if claim.topic != "manner" for q in [_part(_whole(claim, facts), speaker)] if q is not None]
+    out = [
+        _query(
+            "TA",
+            "Describe what happens in this video in one sentence.",
+            sentence(facts.prompt) or "The video shows a recognizable scene.",
+            "global",
+        )
+    ]
+    parts = [
+        q
+        for claim in claims
+        if claim.topic != "manner"
+        for q in [_part(_whole(claim, facts), speaker)]
+        if q is not None
+    ]
     for cue in (*facts.places[:1], *facts.times[:1]):
         if cue.subject == "the video" and cue.words.startswith("take place"):
-            asked = "Where does the video take place?" if cue.kind == "place" else "When or in what weather does the video take place?"
-            parts.append(_query("TA", asked + IN_A_SENTENCE, capital(state(cue.subject, False, cue.form, cue.words)) + ".", cue.kind))
-    for cues, asked, name in ((facts.camera, "How is the video filmed?", "camera"), (facts.styles, "What is the visual style of the video?", "style")):
+            asked = (
+                "Where does the video take place?"
+                if cue.kind == "place"
+                else "When or in what weather does the video take place?"
+            )
+            parts.append(
+                _query(
+                    "TA", asked + IN_A_SENTENCE, capital(state(cue.subject, False, cue.form, cue.words)) + ".", cue.kind
+                )
+            )
+    for cues, asked, name in (
+        (facts.camera, "How is the video filmed?", "camera"),
+        (facts.styles, "What is the visual style of the video?", "style"),
+    ):
         if cues:
             told = " ".join(capital(state(c.subject, False, c.form, c.words)) + "." for c in cues[:3])
             parts.append(_query("TA", asked + IN_A_SENTENCE, told, name))
     if facts.texts:
-        parts.append(_query("TA", "What text can be read in the video?" + IN_A_SENTENCE, f'The text "{facts.texts[0]}" can be read.', "text"))
+        parts.append(
+            _query(
+                "TA",
+                "What text can be read in the video?" + IN_A_SENTENCE,
+                f'The text "{facts.texts[0]}" can be read.',
+                "text",
+            )
+        )
     seen: set[str] = set()
     fixed_parts = [q for q in parts if q.name in {"place", "time", "camera", "style", "text"}]
     for q in [*[q for q in parts if q not in fixed_parts][: MAX_PARTS - len(fixed_parts)], *fixed_parts]:
@@ -50,7 +82,11 @@ def _query(aspect: str, text: str, answer: str, name: str) -> Question:
 
 def _whole(claim: Claim, facts: Facts) -> Claim:
     """An action with where it leads: ``walks`` -> ``walks along a narrow trail``."""
-    longer = [r.full for r in facts.relations if r.subjects == claim.subjects and r.form == claim.form and r.full.startswith(claim.full + " ")]
+    longer = [
+        r.full
+        for r in facts.relations
+        if r.subjects == claim.subjects and r.form == claim.form and r.full.startswith(claim.full + " ")
+    ]
     return replace(claim, full=longer[0]) if longer and claim.kind == "action" else claim
 
 
@@ -78,7 +114,14 @@ def _part(claim: Claim, speaker: Speaker) -> Question | None:
 def _fixed(facts: Facts, speaker: Speaker, kept: tuple[Check, ...]) -> list[Question]:
     physics = [check.clause for check in kept if check.aspect == "Phy"]
     quality = [check.clause for check in kept if check.aspect == "VQ"]
-    moving = next((f"of {speaker.names[c.subjects[0]]} " for c in facts.actions if not speaker.names[c.subjects[0]].startswith(("a ", "an "))), "")
+    moving = next(
+        (
+            f"of {speaker.names[c.subjects[0]]} "
+            for c in facts.actions
+            if not speaker.names[c.subjects[0]].startswith(("a ", "an "))
+        ),
+        "",
+    )
     out = []
     if physics:
         out.append(
@@ -90,5 +133,7 @@ def _fixed(facts: Facts, speaker: Speaker, kept: tuple[Check, ...]) -> list[Ques
             )
         )
     if quality:
-        out.append(_query("VQ", "Explain the visual quality of this video.", f"The video is {listed(quality)}.", "quality"))
+        out.append(
+            _query("VQ", "Explain the visual quality of this video.", f"The video is {listed(quality)}.", "quality")
+        )
     return out

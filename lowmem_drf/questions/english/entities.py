@@ -62,8 +62,16 @@ class Cast:
         self.described: list[tuple[int, str]] = []
         self.subjects: list[int] = []
 
-    def add(self, phrase: NounPhrase, subject: bool = False, ask: bool = True, describe: bool = True, besides: Sequence[int] = ()) -> Ref:
-        """besides: entities that a pronoun cannot mean; describe: the adjectives before the noun are worth questions of their own."""
+    def add(
+        self,
+        phrase: NounPhrase,
+        subject: bool = False,
+        ask: bool = True,
+        describe: bool = True,
+        besides: Sequence[int] = (),
+    ) -> Ref:
+        """besides: entities that a pronoun cannot mean; describe: the adjectives before the noun are worth questions of
+        their own."""
         if phrase.pronoun:
             kind = lx.PRONOUNS.get(phrase.pronoun, "")
             found = self.resolve(kind, subject, besides)
@@ -96,7 +104,9 @@ class Cast:
         )
         if known is None:
             known = len(self.entities)
-            body = phrase.key in nouns.BODY and not (subject and (phrase.possessor or not phrase.adjectives) and phrase.determiner not in lx.POSSESSIVES)
+            body = phrase.key in nouns.BODY and not (
+                subject and (phrase.possessor or not phrase.adjectives) and phrase.determiner not in lx.POSSESSIVES
+            )
             person = is_person(phrase.key)
             self.entities.append(
                 Entity(
@@ -127,23 +137,36 @@ class Cast:
         for i in range(len(self.entities) - 1, -1, -1):
             entity = self.entities[i]
             same = entity.key == noun.lower().rsplit(" ", 1)[-1]
-            clash = phrase and phrase.adjectives and entity.adjectives and not set(phrase.adjectives) & set(entity.adjectives)
+            clash = (
+                phrase
+                and phrase.adjectives
+                and entity.adjectives
+                and not set(phrase.adjectives) & set(entity.adjectives)
+            )
             if same and not clash:
                 return i
         return None
 
     def resolve(self, kind: str, subject: bool = True, besides: Sequence[int] = ()) -> int | None:
-        """``he``, ``she``, ``it`` or ``they`` -> the last subject that it can mean, else the last mention; people before animals.
+        """``he``, ``she``, ``it`` or ``they`` -> the last subject that it can mean, else the last mention; people
+        before animals.
 
-        subject: the pronoun is a subject or a possessive. Another ``it`` or ``them`` rather means what was mentioned last.
+        subject: the pronoun is a subject or a possessive. Another ``it`` or ``them`` rather means what was mentioned
+        last.
         """
         if not kind:
             return None
-        order = [*reversed(self.subjects), *reversed(range(len(self.entities)))] if subject or kind in {"he", "she"} else [*reversed(range(len(self.entities)))]
+        order = (
+            [*reversed(self.subjects), *reversed(range(len(self.entities)))]
+            if subject or kind in {"he", "she"}
+            else [*reversed(range(len(self.entities)))]
+        )
         if kind in {"he", "she"}:
             order = [i for i in order if self.entities[i].person] + [i for i in order if not self.entities[i].person]
         if kind == "it":
-            order = [i for i in order if not self.entities[i].fleeting] + [i for i in order if self.entities[i].fleeting]
+            order = [i for i in order if not self.entities[i].fleeting] + [
+                i for i in order if self.entities[i].fleeting
+            ]
         for i in order:
             if i in besides:
                 continue
@@ -153,7 +176,12 @@ class Cast:
                 continue
             if kind == "they" and entity.plural and (entity.animate or i in self.subjects):
                 return i
-            if kind in {"he", "she"} and entity.animate and not entity.plural and noun not in (nouns.FEMALE if kind == "he" else nouns.MALE):
+            if (
+                kind in {"he", "she"}
+                and entity.animate
+                and not entity.plural
+                and noun not in (nouns.FEMALE if kind == "he" else nouns.MALE)
+            ):
                 return i
             if kind == "it" and not entity.plural and not entity.person:
                 return i
@@ -173,7 +201,8 @@ class Cast:
                 self.entities[i].ambiguous = not own
 
     def name(self, i: int) -> str:
-        """``the dogs``, ``the red car``, ``the woman's hair``, ``Tokyo``; ``a man`` where nothing tells two men apart."""
+        """``the dogs``, ``the red car``, ``the woman's hair``, ``Tokyo``; ``a man`` where nothing tells two men
+        apart."""
         entity = self.entities[i]
         if entity.ambiguous:
             return entity.head if entity.plural else f"{article(entity.head)} {entity.head}"

@@ -1,4 +1,5 @@
-"""Camera and style in the words of video prompts, and phrases of captioners that are about the video instead of the world."""
+"""Camera and style in the words of video prompts, and phrases of captioners that are about the video instead of the
+world."""
 
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ TAIL = (
 ALONE = r"(?:^|(?<=, )|(?<=\. )|(?<=; ))"
 
 SHOTS = (
-    (r"(?:ultra[- ])?wide(?:[- ]angle)?(?= (?:\w+ )?(?:shot|view|lens|footage|angle)|,|$)|wide[- ]angle", "a wide shot"),
+    (
+        r"(?:ultra[- ])?wide(?:[- ]angle)?(?= (?:\w+ )?(?:shot|view|lens|footage|angle)|,|$)|wide[- ]angle",
+        "a wide shot",
+    ),
     (rf"drone(?=[- ]{SHOT_WORD}|[- ]photography)|{ALONE}drone(?=\s*[,.;]|\s*$)", "a drone shot"),
     (r"fpv", "an FPV shot"),
     (rf"aerial(?= (?:\w+ )?{SHOT_WORD}|\s*\x02)|{ALONE}aerial(?=\s*[,.;]|\s*$)", "an aerial view"),
@@ -51,8 +55,14 @@ SHOTS = (
     (r"panning(?= (?:shot|camera))|pan(?= shot)", "a panning shot"),
     (r"orbit(?:ing|al)?(?= (?:shot|camera))", "an orbit shot"),
     (r"steadicam", "filmed with a steadicam"),
-    (r"hand[- ]?held(?= (?:\w+ )?(?:shot|camera|camerawork|footage|video|style)|\s*[,.;]|\s*$)", "filmed with a handheld camera"),
-    (r"(?:static|fixed|stationary|locked[- ]off)(?= (?:shot|camera|frame|view|framing))", "filmed with a static camera"),
+    (
+        r"hand[- ]?held(?= (?:\w+ )?(?:shot|camera|camerawork|footage|video|style)|\s*[,.;]|\s*$)",
+        "filmed with a handheld camera",
+    ),
+    (
+        r"(?:static|fixed|stationary|locked[- ]off)(?= (?:shot|camera|frame|view|framing))",
+        "filmed with a static camera",
+    ),
     (r"(?:super |ultra )?slow[- ]?mo(?:tion)?", "in slow motion"),
     (r"time[- ]?lapse", "a time-lapse"),
     (r"hyper[- ]?lapse", "a hyperlapse"),
@@ -134,7 +144,14 @@ ARTISTS = (
     r"(?:vincent )?van gogh|(?:katsushika )?hokusai|(?:pablo )?picasso|(?:claude )?monet|(?:salvador )?dal[ií]|rembrandt|(?:gustav )?klimt"
     r"|(?:andy )?warhol|(?:wassily )?kandinsky|vermeer|banksy|(?:leonardo )?da vinci|(?:edvard )?munch|(?:henri )?matisse"
 )
-SPELLINGS = {"vhs": "VHS", "ghibli": "Ghibli", "studio ghibli": "Studio Ghibli", "pixar": "Pixar", "disney": "Disney", "cctv": "CCTV"}
+SPELLINGS = {
+    "vhs": "VHS",
+    "ghibli": "Ghibli",
+    "studio ghibli": "Studio Ghibli",
+    "pixar": "Pixar",
+    "disney": "Disney",
+    "cctv": "CCTV",
+}
 
 MOVES = wordset(
     """
@@ -143,7 +160,16 @@ MOVES = wordset(
     """
 )
 """What a camera does."""
-MOVE_FORMS = {"pans": "pan", "panning": "pan", "pan": "pan", "dollies": "dolly", "dollying": "dolly", "cranes": "crane", "arcs": "arc", "trucks": "truck"}
+MOVE_FORMS = {
+    "pans": "pan",
+    "panning": "pan",
+    "pan": "pan",
+    "dollies": "dolly",
+    "dollying": "dolly",
+    "cranes": "crane",
+    "arcs": "arc",
+    "trucks": "truck",
+}
 DIRECTIONAL = re.compile(
     r"(?:^|(?<=[,.;]))\s*(?:an? |the )?(?:slow(?:ly)? |smooth(?:ly)? |gentle |gently |fast |quick(?:ly)? |camera )*"
     r"(pan|zoom|tilt|dolly|truck|push|pull|orbit|crane|arc|pans|zooms|tilts|panning|zooming|tilting)[- ]?(?:shot )?"
@@ -178,7 +204,8 @@ NARRATION = re.compile(
 )
 """``The video shows``"""
 TAKES_PLACE = re.compile(
-    r"(?:^|(?<=[.;]))\s*(?:the|this)\s+(?:scene|video|action|story|clip)\s+(?:takes place|is set|unfolds|happens|occurs)\s+", re.IGNORECASE
+    r"(?:^|(?<=[.;]))\s*(?:the|this)\s+(?:scene|video|action|story|clip)\s+(?:takes place|is set|unfolds|happens|occurs)\s+",
+    re.IGNORECASE,
 )
 COMMENT = re.compile(
     r",?\s*(?:\band\s+)?\b(?:creating|casting|adding|evoking|suggesting|conveying|enhancing|emphasi[sz]ing|highlighting|showcasing|symboli[sz]ing"
@@ -186,12 +213,15 @@ COMMENT = re.compile(
     re.IGNORECASE,
 )
 """``, creating a sense of …``: a captioner's opinion."""
-PICTURE = re.compile(r"^(?:an?\s+)?((?:\w+ly\s+)?(?:\w+\s+)?)(painting|illustration|drawing|sketch)\s+of\s+", re.IGNORECASE)
+PICTURE = re.compile(
+    r"^(?:an?\s+)?((?:\w+ly\s+)?(?:\w+\s+)?)(painting|illustration|drawing|sketch)\s+of\s+", re.IGNORECASE
+)
 OF_IT = re.compile(r"(^|[,.;])[^,.;\x02]{0,30}\x02[\s\x02]*of\s+")
 """What is left of ``a cinematic drone shot of`` once its parts are cut (``\\x02``)."""
 QUOTED = re.compile(r'"([^"]{1,120})"')
 SPOKEN = re.compile(
-    r"\b(?:he|she|they|man|woman|boy|girl|person|voice|narrator)\s+(?:says?|said|whispers?|shouts?|yells?|asks?|replies)[\s,:]*$", re.IGNORECASE
+    r"\b(?:he|she|they|man|woman|boy|girl|person|voice|narrator)\s+(?:says?|said|whispers?|shouts?|yells?|asks?|replies)[\s,:]*$",
+    re.IGNORECASE,
 )
 SAYS = re.compile(
     r"(?:\s+(?:that|which))?\s+(?:(?:is |are )?(?:says?|saying|reads?|reading|labell?ed|titled|spelling|spells?(?: out)?|displays?|displaying"

@@ -1,4 +1,5 @@
-"""Camera, style and quoted text: fixed phrases that are found by pattern and cut out, so that what is left is about the world."""
+"""Camera, style and quoted text: fixed phrases that are found by pattern and cut out, so that what is left is about the
+world."""
 
 from __future__ import annotations
 
@@ -13,12 +14,28 @@ from lowmem_drf.questions.english.verbs import FORMS
 START, STOP = r"(?:^|(?<=[,.;]))\s*", r"\s*(?=[,.;]|$)"
 """The edges of a segment between commas."""
 MANNER = re.compile(r"\b(?:slowly|smoothly|gently|gradually|steadily|quickly|swiftly|gracefully|subtly|then)\b\s*")
-PURPOSE = re.compile(r",.*$|\s+to (?:follow|reveal|show|capture|track|keep|focus)\b.*$|\s+at an? \w+ (?:pace|speed)\b.*$")
+PURPOSE = re.compile(
+    r",.*$|\s+to (?:follow|reveal|show|capture|track|keep|focus)\b.*$|\s+at an? \w+ (?:pace|speed)\b.*$"
+)
 NEW_THING = re.compile(r"\b(an? [^,]+?)(?=\s+(?:to|at|from|across|through|along)\b|,|$)")
 NO_THING = re.compile(r"\b(?:pace|speed|angle|distance|shot|view|circle|moment|direction)\b")
 CUT = " \x02 "
 """Stands where a camera or style word was, until what hung on it is cut too."""
-MARKS = str.maketrans({"“": '"', "”": '"', "„": '"', "«": '"', "»": '"', "‘": "'", "’": "'", "`": "'", "…": "...", "\u00a0": " ", "‑": "-"})
+MARKS = str.maketrans(
+    {
+        "“": '"',
+        "”": '"',
+        "„": '"',
+        "«": '"',
+        "»": '"',
+        "‘": "'",
+        "’": "'",
+        "`": "'",
+        "…": "...",
+        "\u00a0": " ",
+        "‑": "-",
+    }
+)
 
 
 @dataclass(slots=True)
@@ -74,11 +91,19 @@ def _quote(found: Filming, match: re.Match[str]) -> str:
 
 
 def _camera(found: Filming, match: re.Match[str]) -> str:
-    """``camera slowly pans left and zooms in on the ball`` -> two claims about the camera. Things that it follows stay in the text."""
+    """``camera slowly pans left and zooms in on the ball`` -> two claims about the camera. Things that it follows stay
+    in the text."""
     lead, verb, rest = match[1].lower(), match[2].lower(), match[3]
     base = _move(verb)
     if base is None:
-        if re.search(r"\b(?:is|stays?|remains?)\b", lead) and verb in {"static", "still", "fixed", "stationary", "steady", "handheld"}:
+        if re.search(r"\b(?:is|stays?|remains?)\b", lead) and verb in {
+            "static",
+            "still",
+            "fixed",
+            "stationary",
+            "steady",
+            "handheld",
+        }:
             found.add("camera", verb, "the camera")
             _shots(found, rest, inner=True)
             return ", "
@@ -107,7 +132,11 @@ def _move(word: str) -> str | None:
 def _shots(found: Filming, text: str, inner: bool = False) -> str:
     """inner: within a clause about the camera, where a shot is what it moves to or from."""
     for pattern, words in fw.SHOTS:
-        lead = r"(?:,?\s*\b(?:moving|going|transitioning|shifting|starting|changing)\b)?(?:\s*\b(?:from|to|in|into|with)\s+)*" if inner else ""
+        lead = (
+            r"(?:,?\s*\b(?:moving|going|transitioning|shifting|starting|changing)\b)?(?:\s*\b(?:from|to|in|into|with)\s+)*"
+            if inner
+            else ""
+        )
 
         def take(match: re.Match[str], words: str = words) -> str:
             found.add("camera", words)
@@ -130,7 +159,10 @@ def _styles(found: Filming, text: str) -> str:
     name = r"((?:an? |the )?[\w'-]+(?: (?!with|in|at|on|and|while|as)[\w'-]+){0,3})"
     text = _sub(rf",?\s*\b(?:in|with)?\s*(?:the )?style of {name}", of_artist, text)
     text = fw.PICTURE.sub(picture, text)
-    lead, tail = r"(?:\b(?:in|as|an?|the|with|shot on)\s+)*", r"(?:[- ](?:styled?|aesthetics?|look|effect|feel|vibe|grade|film|footage|camera))*"
+    lead, tail = (
+        r"(?:\b(?:in|as|an?|the|with|shot on)\s+)*",
+        r"(?:[- ](?:styled?|aesthetics?|look|effect|feel|vibe|grade|film|footage|camera))*",
+    )
     for pattern, words in fw.STYLES:
 
         def take(match: re.Match[str], words: str = words) -> str:
@@ -148,7 +180,9 @@ def _segments(found: Filming, text: str) -> str:
     def take(match: re.Match[str]) -> str:
         words = match[1].strip()
         name = sum(word[0].isupper() for word in words.split()) > 1 and not words.isupper()
-        found.add("style", words.lower() if words.lower() in fw.PLAIN else f"in {words if name else words.lower()} style")
+        found.add(
+            "style", words.lower() if words.lower() in fw.PLAIN else f"in {words if name else words.lower()} style"
+        )
         return " "
 
     lead = r"(?:in |with )?(?:(?:a|an|the) )?"

@@ -1,5 +1,6 @@
-"""What is asked of every clip: physical fidelity and visual quality, each property asked for and its defect asked for, so that a
-critic that says yes to everything gains nothing. A property that the prompt itself breaks (melting, film grain) is not asked."""
+"""What is asked of every clip: physical fidelity and visual quality, each property asked for and its defect asked for,
+so that a critic that says yes to everything gains nothing. A property that the prompt itself breaks (melting, film
+grain) is not asked."""
 
 from __future__ import annotations
 
@@ -51,8 +52,14 @@ CHECKS = (
     Check(
         "Phy",
         "shape",
-        ("Do solid objects keep their shape throughout the video?", "Does every solid thing stay the same shape in this clip?"),
-        ("Does any solid object change its shape unnaturally in the video?", "Can you see something deform without a cause in this clip?"),
+        (
+            "Do solid objects keep their shape throughout the video?",
+            "Does every solid thing stay the same shape in this clip?",
+        ),
+        (
+            "Does any solid object change its shape unnaturally in the video?",
+            "Can you see something deform without a cause in this clip?",
+        ),
         "solid things keep their shape",
         _any(
             CHANGE,
@@ -66,7 +73,10 @@ CHECKS = (
     Check(
         "Phy",
         "appear",
-        ("Does everything in the video stay in existence, with nothing appearing from nowhere?", "Do all things in this clip persist from frame to frame?"),
+        (
+            "Does everything in the video stay in existence, with nothing appearing from nowhere?",
+            "Do all things in this clip persist from frame to frame?",
+        ),
         ("Does anything suddenly appear or vanish in the video?", "Can you see something pop in or out of this clip?"),
         "nothing appears or vanishes",
         _any(
@@ -80,7 +90,10 @@ CHECKS = (
         "Phy",
         "smooth",
         ("Is the motion in the video smooth and continuous?", "Does everything move fluidly in this clip?"),
-        ("Are there sudden jumps in the motion in the video?", "Can you see anything skip from one place to another in this clip?"),
+        (
+            "Are there sudden jumps in the motion in the video?",
+            "Can you see anything skip from one place to another in this clip?",
+        ),
         "the motion is smooth, without jumps",
         (
             r"time-?lapse|hyper-?lapse|stop[- ]motion|claymation|clay animation|glitch|teleport|jump cut|fast cuts|quick cuts"
@@ -90,7 +103,10 @@ CHECKS = (
     Check(
         "Phy",
         "contact",
-        ("Do gravity and contact between things look plausible in the video?", "Do things rest on and touch one another as in the real world in this clip?"),
+        (
+            "Do gravity and contact between things look plausible in the video?",
+            "Do things rest on and touch one another as in the real world in this clip?",
+        ),
         (
             "Do things float without support or pass through each other in the video?",
             "Can you see anything defy gravity or go through something solid in this clip?",
@@ -110,7 +126,10 @@ CHECKS = (
             "Do the bodies in the video have the right number of limbs and natural proportions?",
             "Are arms, legs, hands and heads formed correctly in this clip?",
         ),
-        ("Are there deformed, extra or missing body parts in the video?", "Can you see limbs that are malformed or too many in this clip?"),
+        (
+            "Are there deformed, extra or missing body parts in the video?",
+            "Can you see limbs that are malformed or too many in this clip?",
+        ),
         "bodies are complete and well proportioned",
         _any(
             CHANGE,
@@ -122,8 +141,14 @@ CHECKS = (
     Check(
         "Phy",
         "constant",
-        ("Does everything in the video keep its own size and color?", "Do things stay equally large and keep their colors in this clip?"),
-        ("Does anything change its size or color for no reason in the video?", "Can you see something switch its color or grow in this clip?"),
+        (
+            "Does everything in the video keep its own size and color?",
+            "Do things stay equally large and keep their colors in this clip?",
+        ),
+        (
+            "Does anything change its size or color for no reason in the video?",
+            "Can you see something switch its color or grow in this clip?",
+        ),
         "size and color stay constant",
         _any(
             CHANGE,
@@ -161,7 +186,10 @@ CHECKS = (
     Check(
         "VQ",
         "flicker",
-        ("Is the brightness of the video stable from frame to frame?", "Does the light in this clip stay even over time?"),
+        (
+            "Is the brightness of the video stable from frame to frame?",
+            "Does the light in this clip stay even over time?",
+        ),
         ("Does the video flicker?", "Does the brightness of this clip jump up and down?"),
         "free of flicker",
         (
@@ -186,8 +214,14 @@ CHECKS = (
     Check(
         "VQ",
         "light",
-        ("Are the lighting and colors of the video natural?", "Do the colors and the light of this clip look true to life?"),
-        ("Are the colors of the video oversaturated or the lighting unnatural?", "Does this clip have garish colors or wrong exposure?"),
+        (
+            "Are the lighting and colors of the video natural?",
+            "Do the colors and the light of this clip look true to life?",
+        ),
+        (
+            "Are the colors of the video oversaturated or the lighting unnatural?",
+            "Does this clip have garish colors or wrong exposure?",
+        ),
         "natural in light and color",
         _any(
             UNREAL,
@@ -203,7 +237,10 @@ CHECKS = (
         "VQ",
         "overlay",
         ("Is the picture free of watermarks, logos and captions?", "Is this clip free of stamps and overlaid writing?"),
-        ("Does the video have a watermark, a logo or subtitles?", "Can you see a stamp or caption laid over this clip?"),
+        (
+            "Does the video have a watermark, a logo or subtitles?",
+            "Can you see a stamp or caption laid over this clip?",
+        ),
         "without watermark or caption",
         (
             r"\x22|watermark|logo|subtitle|caption|title card|\btitles?\b|credits|\btext\b|lettering|typography|letters|\bwords?\b"
@@ -217,14 +254,18 @@ CHECKS = (
 
 def fluid(facts: Facts) -> bool:
     """The first thing in the picture has no shape of its own."""
-    shapeless = wordset("smoke fire flames flame clouds cloud waves wave water ink fog mist lava liquid paint steam swirl ocean river waterfall")
+    shapeless = wordset(
+        "smoke fire flames flame clouds cloud waves wave water ink fog mist lava liquid paint steam swirl ocean river waterfall"
+    )
     return bool(facts.subjects) and facts.subjects[0].key in shapeless
 
 
 def checks(facts: Facts) -> tuple[Check, ...]:
     """The checks that hold for a good clip of this prompt."""
     low = facts.prompt.lower()
-    living = any(entity.animate for entity in facts.subjects) or bool(set(re.findall(r"[a-z]+", low)) & (nouns.PERSON | nouns.ANIMALS))
+    living = any(entity.animate for entity in facts.subjects) or bool(
+        set(re.findall(r"[a-z]+", low)) & (nouns.PERSON | nouns.ANIMALS)
+    )
     kept = []
     for check in CHECKS:
         if re.search(rf"(?<![a-z])(?:{check.cancelled})", low) or check.name == "overlay" and facts.texts:

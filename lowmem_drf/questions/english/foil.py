@@ -27,7 +27,9 @@ OPPOSITES = {
     "modern": "medieval", "old": "brand-new",
 }  # fmt: skip
 """Attributes that cannot hold at once."""
-RESTING = re.compile(r"sleep|asleep|lying|\bl(?:ie|ies|ay)\b|nap|rest|dream|doz|snooz|reclin|unconscious|bed|dead|relax|meditat")
+RESTING = re.compile(
+    r"sleep|asleep|lying|\bl(?:ie|ies|ay)\b|nap|rest|dream|doz|snooz|reclin|unconscious|bed|dead|relax|meditat"
+)
 INDOORS = wordset(
     """
     bakery ballroom bar bathroom bedroom cafe cinema classroom corridor diner factory gallery gym hallway hospital kitchen lab
@@ -45,25 +47,45 @@ class Foil:
 
 
 def foil(facts: Facts, speaker: wording.Speaker, asked: list[tuple[str, str, Claim | None]]) -> Foil | None:
-    """asked: training wording, name and claim of the alignment questions. ``None`` if nothing can be contradicted safely."""
+    """asked: training wording, name and claim of the alignment questions. ``None`` if nothing can be contradicted
+    safely."""
     said = set(re.findall(r"[a-z]+", facts.prompt.lower()))
     for text, _, claim in asked:
         other = COLORS.get(claim.words.lower(), "") if claim and claim.topic == "color" and claim.form == "be" else ""
         several = claim and sum(c.topic == "color" and c.subjects == claim.subjects for c in facts.attributes) > 1
-        if claim and other and other not in said and not several and not re.search(r"rainbow|colou?rful|multi-?colou?r|chang", facts.prompt.lower()):
+        if (
+            claim
+            and other
+            and other not in said
+            and not several
+            and not re.search(r"rainbow|colou?rful|multi-?colou?r|chang", facts.prompt.lower())
+        ):
             return Foil(speaker.claim(replace(claim, words=other)), text)
     for text, _, claim in asked:
-        other = OPPOSITES.get(claim.words.lower(), "") if claim and claim.kind == "attribute" and claim.form == "be" else ""
+        other = (
+            OPPOSITES.get(claim.words.lower(), "") if claim and claim.kind == "attribute" and claim.form == "be" else ""
+        )
         if claim and other and not set(other.split()) & said and facts.subjects[claim.subjects[0]].ask:
             return Foil(speaker.claim(replace(claim, words=other)), text)
     for cue in facts.camera:
         word = cue.words.split()[1] if len(cue.words.split()) > 1 else ""
-        if cue.subject == "the camera" and word in DIRECTIONS and len(facts.camera) == 1 and DIRECTIONS[word] not in said:
+        if (
+            cue.subject == "the camera"
+            and word in DIRECTIONS
+            and len(facts.camera) == 1
+            and DIRECTIONS[word] not in said
+        ):
             return _cue(cue, f"{cue.words.split()[0]} {DIRECTIONS[word]}", asked)
     for i, entity in enumerate(facts.subjects):
         wrong = (entity.count or 0) + 2
         text = speaker.count(i)[0] if entity.count and entity.ask else ""
-        if entity.plural and entity.count and entity.count < 6 and entity.label == "" and any(text == a for a, _, _ in asked):
+        if (
+            entity.plural
+            and entity.count
+            and entity.count < 6
+            and entity.label == ""
+            and any(text == a for a, _, _ in asked)
+        ):
             return Foil(speaker.count(i, wrong), text)
     for text, name, claim in asked:
         if (

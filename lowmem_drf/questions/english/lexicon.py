@@ -1,4 +1,5 @@
-"""Word lists: the closed classes of English and the adjectives that video prompts use. Nouns are in ``nouns``, verbs in ``verbs``."""
+"""Word lists: the closed classes of English and the adjectives that video prompts use. Nouns are in ``nouns``, verbs in
+``verbs``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What has been read of a prompt so far, where the reader stands in the sentence, and the ways to write something down."""
+"""What has been read of a prompt so far, where the reader stands in the sentence, and the ways to write something
+down."""
 
 from __future__ import annotations
 
@@ -154,7 +155,8 @@ class Notes:
             self.draft("attribute", subjects, "be", word, topic="color" if color else "")
 
     def have(self, owners: list[int], ref: Ref) -> None:
-        """``with a cap``, ``has long hair``: clothes are worn, and what is said of hair, eyes and the like is one claim each."""
+        """``with a cap``, ``has long hair``: clothes are worn, and what is said of hair, eyes and the like is one claim
+        each."""
         phrase = ref.phrase
         if not owners or phrase is None:
             return
@@ -165,9 +167,18 @@ class Notes:
         elif phrase.key in nouns.BODY and phrase.adjectives:
             for word in phrase.adjectives:
                 color = word.lower().split()[-1] in lx.COLORS
-                self.draft("attribute", owners, "do", "have", replace(phrase, adjectives=[word]).short(True, True), topic="color" if color else "")
+                self.draft(
+                    "attribute",
+                    owners,
+                    "do",
+                    "have",
+                    replace(phrase, adjectives=[word]).short(True, True),
+                    topic="color" if color else "",
+                )
         else:
-            self.draft("attribute", owners, "do", "have", replace(ref, counted=True), topic="count" if phrase.quantity else "")
+            self.draft(
+                "attribute", owners, "do", "have", replace(ref, counted=True), topic="count" if phrase.quantity else ""
+            )
 
     def time(self, prep: str, phrase: NounPhrase, fragment: bool = False) -> None:
         """fragment: the phrase stood alone, and ``prep`` is what its noun takes."""

@@ -58,7 +58,20 @@ class NounPhrase:
             return f"{self.determiner + ' ' if self.determiner not in {'', 'a', 'an'} else ''}{self.quantity} {text}".strip()
         if self.determiner in {"a", "an"}:
             return f"{article(text)} {text}"
-        if self.determiner in {"each", "every", "another", "some", "any", "all", "both", "no", "this", "that", "these", "those"}:
+        if self.determiner in {
+            "each",
+            "every",
+            "another",
+            "some",
+            "any",
+            "all",
+            "both",
+            "no",
+            "this",
+            "that",
+            "these",
+            "those",
+        }:
             return text if self.determiner in {"some", "any"} else f"{self.determiner} {text}"
         return f"{self.determiner} {text}" if self.determiner else text
 
@@ -71,9 +84,9 @@ def article(text: str) -> str:
         return "an" if first[0] in "AEFHILMNORSX" else "a"
     if word.startswith(("hour", "honest", "heir", "8", "11-", "18", "x-ray", "mri", "fpv", "h-")):
         return "an"
-    if word.startswith(("uni", "use", "usu", "euro", "one-", "once", "ufo", "uto", "ura", "ewe", "ukulele", "u-")) and not word.startswith(
-        ("unin", "unim", "unid")
-    ):
+    if word.startswith(
+        ("uni", "use", "usu", "euro", "one-", "once", "ufo", "uto", "ura", "ewe", "ukulele", "u-")
+    ) and not word.startswith(("unin", "unim", "unid")):
         return "a"
     return "an" if word[:1] in "aeiou" else "a"
 
@@ -116,7 +129,11 @@ def noun_phrase(items: list[Token], i: int) -> tuple[NounPhrase | list[str], int
                     isinstance(second, NounPhrase)
                     and second.nouns
                     and not second.of
-                    and (behind == len(items) or items[behind].tag not in {"BE", "HAVE"} and items[behind].form not in {"s", "base", "past"})
+                    and (
+                        behind == len(items)
+                        or items[behind].tag not in {"BE", "HAVE"}
+                        and items[behind].form not in {"s", "base", "past"}
+                    )
                 ):
                     inner.also, end = second, behind
             return _with_of(phrase, inner), end
@@ -137,7 +154,9 @@ def _opening(items: list[Token], i: int, phrase: NounPhrase) -> int:
         if token.tag in {"DET", "POSS"}:
             phrase.determiner = phrase.determiner or token.low
         elif token.tag == "NUM":
-            phrase.count = lx.NUMBERS.get(token.low) or (int(token.low) if token.low.isdigit() and len(token.low) < 7 else None)
+            phrase.count = lx.NUMBERS.get(token.low) or (
+                int(token.low) if token.low.isdigit() and len(token.low) < 7 else None
+            )
             phrase.quantity = token.low
         else:
             phrase.quantity = f"{phrase.determiner} {token.low}" if phrase.determiner == "a" else token.low
@@ -159,11 +178,23 @@ def _middle(items: list[Token], i: int, phrase: NounPhrase) -> int:
             else:
                 phrase.adjectives.append(token.text)
             join = ""
-        elif token.tag == "ADV" and after.tag == "ADJ" and not phrase.nouns and (phrase.determiner or phrase.quantity or phrase.adjectives):
+        elif (
+            token.tag == "ADV"
+            and after.tag == "ADJ"
+            and not phrase.nouns
+            and (phrase.determiner or phrase.quantity or phrase.adjectives)
+        ):
             if token.low.endswith("ly"):
                 phrase.adjectives.append(token.low)
                 join = " "
-        elif token.tag == "COMMA" and token.low == "," and after.tag == "ADJ" and phrase.adjectives and not phrase.nouns and _noun_ahead(items, i + 1):
+        elif (
+            token.tag == "COMMA"
+            and token.low == ","
+            and after.tag == "ADJ"
+            and phrase.adjectives
+            and not phrase.nouns
+            and _noun_ahead(items, i + 1)
+        ):
             pass
         elif token.low in {"and", "&", "or"} and after.tag == "ADJ" and phrase.adjectives and not phrase.nouns:
             same = after.low in lx.COLORS or _noun_ahead(items, i + 1) or not phrase.determiner
@@ -199,14 +230,21 @@ def _noun_ahead(items: list[Token], i: int) -> bool:
 def _one_color(before: str, low: str, previous: Token) -> bool:
     """``pale pink``, ``bright red``, ``golden brown``."""
     word = before.split()[-1].lower()
-    return low in lx.COLORS and previous.tag == "ADJ" and (word in lx.SHADES or word in lx.COLORS) and low not in nouns.MATERIALS
+    return (
+        low in lx.COLORS
+        and previous.tag == "ADJ"
+        and (word in lx.SHADES or word in lx.COLORS)
+        and low not in nouns.MATERIALS
+    )
 
 
 def _with_of(outer: NounPhrase, inner: NounPhrase) -> NounPhrase:
     """``a flock of birds`` counts birds; ``a cup of coffee`` is a cup."""
     if outer.key in nouns.GROUPS and inner.nouns and not inner.possessor:
         exact = (
-            {"pair": 2, "couple": 2, "trio": 3, "dozen": 12}.get(outer.key) if outer.determiner in {"a", "an"} and inner.key not in nouns.PLURAL_ONLY else None
+            {"pair": 2, "couple": 2, "trio": 3, "dozen": 12}.get(outer.key)
+            if outer.determiner in {"a", "an"} and inner.key not in nouns.PLURAL_ONLY
+            else None
         )
         inner.count = exact
         words = f"{outer.determiner if outer.determiner in {'a', 'an'} else ''} {outer.quantity} {' '.join([*outer.adjectives, *outer.nouns])}".strip()

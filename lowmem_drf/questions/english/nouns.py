@@ -162,7 +162,8 @@ MOVING = wordset(
     gleam glisten glitter twinkle tumble cascade billow wave ripple churn smolder smoulder open close pulse pulsate revolve turn
     """
 )
-"""Verbs whose -ing form before a thing says what it does (``a spinning top``); others name its use (``a welding torch``)."""
+"""Verbs whose -ing form before a thing says what it does (``a spinning top``); others name its use (``a welding
+torch``)."""
 LIGHT = wordset("candlelight daylight glow light lighting moonlight starlight sunlight sunshine")
 LOCATIVE = wordset(
     """

@@ -1,4 +1,5 @@
-"""An English prompt -> what it says. Careful rules, no model: what is not understood is left out rather than guessed."""
+"""An English prompt -> what it says. Careful rules, no model: what is not understood is left out rather than
+guessed."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ UNCOUNTED_PLACES = {"space", "water", "snow", "ice", "underwater", "downtown"}
 def parse(prompt: str) -> Facts:
     """Takes a prompt apart.
 
-    prompt: any text. Sentences, fragments and keyword lists in English are understood; of a text in another language nothing is. Never raises.
+    prompt: any text. Sentences, fragments and keyword lists in English are understood; of a text in another language
+    nothing is. Never raises.
     """
     text = clean(prompt)[:MAX_CHARACTERS]
     if foreign(text):
@@ -45,7 +47,10 @@ def parse(prompt: str) -> Facts:
     cast.settle()
     claims = _claims(cast, notes.drafts)
     once = {ref.entity: (prep, ref) for prep, ref in reversed(notes.places)}
-    places = [Cue("place", "the video", "do", f"take place {_at(prep, ref)} {_the(ref)}{cast.written(ref, [], True)}") for prep, ref in reversed(once.values())]
+    places = [
+        Cue("place", "the video", "do", f"take place {_at(prep, ref)} {_the(ref)}{cast.written(ref, [], True)}")
+        for prep, ref in reversed(once.values())
+    ]
     return Facts(
         text,
         tuple(cast.entities),
@@ -55,7 +60,10 @@ def parse(prompt: str) -> Facts:
         tuple(claim for claim in claims if claim.kind == "relation"),
         tuple(dict.fromkeys([*places, *notes.backdrops])),
         tuple(dict.fromkeys(notes.times)),
-        tuple(replace(cue, words=cast.named(_plain(cue.words))) if cue.subject == "the camera" else cue for cue in filming.camera),
+        tuple(
+            replace(cue, words=cast.named(_plain(cue.words))) if cue.subject == "the camera" else cue
+            for cue in filming.camera
+        ),
         (*filming.styles, *notes.moods),
         tuple(filming.texts),
     )
@@ -69,10 +77,15 @@ def _claims(cast: Cast, drafts: list[Draft]) -> list[Claim]:
             continue
         subjects = tuple(dict.fromkeys(draft.subjects))
         short, full = (
-            " ".join(part if isinstance(part, str) else cast.written(part, draft.subjects, whole) for part in draft.parts).strip() for whole in (False, True)
+            " ".join(
+                part if isinstance(part, str) else cast.written(part, draft.subjects, whole) for part in draft.parts
+            ).strip()
+            for whole in (False, True)
         )
         if all(short.lower() != cast.entities[i].label.lower() for i in subjects):  # "Is the red car red?"
-            claims.setdefault((subjects, draft.form, short), Claim(draft.kind, subjects, draft.form, short, full, draft.topic, order))
+            claims.setdefault(
+                (subjects, draft.form, short), Claim(draft.kind, subjects, draft.form, short, full, draft.topic, order)
+            )
     return list(claims.values())
 
 
@@ -105,7 +118,13 @@ def _at(prep: str, ref: Ref) -> str:
 def _the(ref: Ref) -> str:
     """The article that keyword prompts leave out: ``in park``, ``in ocean``."""
     phrase = ref.phrase
-    if phrase is None or phrase.determiner or phrase.plural or phrase.last[:1].isupper() or phrase.key in UNCOUNTED_PLACES:
+    if (
+        phrase is None
+        or phrase.determiner
+        or phrase.plural
+        or phrase.last[:1].isupper()
+        or phrase.key in UNCOUNTED_PLACES
+    ):
         return ""
     if phrase.key in nouns.THE:
         return "the " if phrase.adjectives else ""

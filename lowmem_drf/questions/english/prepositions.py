@@ -35,7 +35,11 @@ def prepositional(n: Notes, i: int, prep: str, phrase: NounPhrase) -> None:
         s.last = ref.entity
     elif low in IGNORED:
         n.cast.add(phrase, ask=False, describe=False)
-    elif phrase.key in nouns.TIMES and phrase.of is None and low in (ABOVE if phrase.key in nouns.SKY else IN_LIGHT if phrase.key in nouns.LIGHT else AT_TIMES):
+    elif (
+        phrase.key in nouns.TIMES
+        and phrase.of is None
+        and low in (ABOVE if phrase.key in nouns.SKY else IN_LIGHT if phrase.key in nouns.LIGHT else AT_TIMES)
+    ):
         n.time(low, phrase)
     elif low == "during":
         return
@@ -46,7 +50,9 @@ def prepositional(n: Notes, i: int, prep: str, phrase: NounPhrase) -> None:
     elif low == "with" and not participle:
         _with(n, i, phrase)
     elif not _place(n, i, low, phrase):
-        ref = n.cast.add(phrase, ask=phrase.key not in nouns.LOCATIVE, besides=[*s.subject, *(s.verb.subjects if s.verb else ())])
+        ref = n.cast.add(
+            phrase, ask=phrase.key not in nouns.LOCATIVE, besides=[*s.subject, *(s.verb.subjects if s.verb else ())]
+        )
         placed, s.placed = s.placed, False
         _relate(n, low, ref, phrase, placed)
         s.last = ref.entity if ref.entity is not None else s.last
@@ -57,7 +63,12 @@ def _place(n: Notes, i: int, low: str, phrase: NounPhrase) -> bool:
     s = n.s
     place = phrase.key in nouns.PLACES or phrase.of is None and phrase.last[:1].isupper() and low in {"in", "at"}
     bare = phrase.key in nouns.LOCATIVE and not phrase.adjectives and len(phrase.nouns) == 1
-    somebody = bool(s.subject or s.scene or s.verb and s.verb.subjects) or low in {"in", "at"} or i == 1 and n.next_kind(i) == "COMMA"
+    somebody = (
+        bool(s.subject or s.scene or s.verb and s.verb.subjects)
+        or low in {"in", "at"}
+        or i == 1
+        and n.next_kind(i) == "COMMA"
+    )
     setting = n.number == 0 or i == 1 or not n.places and low in {"in", "at", "on", "inside"}
     agent = s.verb is not None and s.verb.shape == "part" and not s.verb.phrases and low == "by"
     if not (place and low in nouns.PLACE_PREPOSITIONS and somebody and setting) or bare or agent:
@@ -71,11 +82,16 @@ def _place(n: Notes, i: int, low: str, phrase: NounPhrase) -> bool:
 
 
 def _relate(n: Notes, prep: str, ref: Ref, phrase: NounPhrase, placed: bool) -> None:
-    """A relation of the verb where there is one, else of what stands before. placed: the phrase before said where the scene is."""
+    """A relation of the verb where there is one, else of what stands before. placed: the phrase before said where the
+    scene is."""
     s, draft = n.s, n.s.verb
     if ref.entity is None:
         return
-    if draft and not draft.phrases and (draft.shape == "part" or draft.base in TAKES_PREPOSITION and not draft.has_object):
+    if (
+        draft
+        and not draft.phrases
+        and (draft.shape == "part" or draft.base in TAKES_PREPOSITION and not draft.has_object)
+    ):
         draft.parts += [prep, ref]
         draft.phrases += 1
         s.extend = lambda more: draft.parts.extend(["and", more])
@@ -83,7 +99,14 @@ def _relate(n: Notes, prep: str, ref: Ref, phrase: NounPhrase, placed: bool) -> 
     static = prep.replace(" ", "_") in STATIC and phrase.key not in nouns.LOCATIVE
     if draft and draft.subjects and not s.copula:
         relation = draft.grown(prep, ref)
-        if draft.phrases and not placed and static and draft.base not in STATIVE and s.last is not None and s.last not in draft.subjects:
+        if (
+            draft.phrases
+            and not placed
+            and static
+            and draft.base not in STATIVE
+            and s.last is not None
+            and s.last not in draft.subjects
+        ):
             relation = Draft("relation", [s.last], "be", [prep, ref])  # "runs past a house behind a tree"
         draft.phrases += 1
     elif s.subject:
@@ -136,7 +159,9 @@ def _apart(n: Notes, i: int, phrase: NounPhrase) -> bool:
     """``, with mountains in the background``, ``with smoke rising``: belongs to nobody."""
     s = n.s
     following = n.items[i + 1] if i + 1 < len(n.items) else None
-    place = n.items[i + 2].phrase if i + 2 < len(n.items) and following is not None and following.kind == "PREP" else None
+    place = (
+        n.items[i + 2].phrase if i + 2 < len(n.items) and following is not None and following.kind == "PREP" else None
+    )
     if (
         place is not None
         and place.key in nouns.LOCATIVE

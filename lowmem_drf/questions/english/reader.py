@@ -86,7 +86,8 @@ def _list_goes_on(n: Notes, i: int) -> bool:
 
 
 def _starts_afresh(n: Notes, i: int, phrase: NounPhrase) -> bool:
-    """Whether the phrase opens a clause rather than going on with a list. A subject still without its verb lays claim to the next one."""
+    """Whether the phrase opens a clause rather than going on with a list. A subject still without its verb lays claim
+    to the next one."""
     s = n.s
     if s.verb is None and not s.copula:
         fragment = s.before == "CONJ" and n.next_kind(i) == "PREP" or n.clause_at(i) and not n.clause_at(i, finite=True)
@@ -162,7 +163,14 @@ def _verb(n: Notes, verb: Verb, previous: list[int]) -> None:
         return
     there = s.before == "THERE"
     subjects = [] if there else _who(n, verb)
-    if not subjects and not there and not s.subject and s.before in {"START", "SUB", "COMMA"} and not s.scene and verb.finite:
+    if (
+        not subjects
+        and not there
+        and not s.subject
+        and s.before in {"START", "SUB", "COMMA"}
+        and not s.scene
+        and verb.finite
+    ):
         subjects = previous
     s.relative, s.extend, s.prep, s.finite = False, None, "", s.finite or verb.finite
     s.copula = verb.shape == "copula" and not verb.negated

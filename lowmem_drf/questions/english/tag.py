@@ -65,8 +65,12 @@ def _resolved(c: Context, i: int) -> str:
     if token.low == "one" and before.tag in {"ADJ", "DET"}:
         return "N"  # "the last one"
     if token.low in {"that", "who", "which"}:
-        return "REL" if token.low != "that" or before.tag in {"N", "COMMA", "ADV", "PREP"} and after.tag != "N" else "DET"
-    if token.low == "her" and (after.tag in {"PREP", "COMMA", "STOP", "CONJ", "SUB", "ADV"} or after.low in lx.PREPOSITIONS):
+        return (
+            "REL" if token.low != "that" or before.tag in {"N", "COMMA", "ADV", "PREP"} and after.tag != "N" else "DET"
+        )
+    if token.low == "her" and (
+        after.tag in {"PREP", "COMMA", "STOP", "CONJ", "SUB", "ADV"} or after.low in lx.PREPOSITIONS
+    ):
         return "PRON"
     return token.tag
 
@@ -95,7 +99,8 @@ def _open_class(c: Context, i: int) -> str:
         return "ADV"
     if low.endswith("ly") and (low not in lx.NOT_ADVERBS or before.tag == "V") and len(low) > 4:
         return "ADV"
-    grown = after.low in nouns.PLACES or after.low in nouns.NATURAL  # "pine forest", "mint leaves": no material, no colour
+    # "pine forest", "mint leaves": no material, no colour
+    grown = after.low in nouns.PLACES or after.low in nouns.NATURAL
     if low in lx.PLANT_COLORS and grown:
         return "N"
     if adjective(low):
@@ -109,7 +114,11 @@ def _open_class(c: Context, i: int) -> str:
 
 def _preposition(low: str, after: Token) -> str:
     """``looks up`` has no noun behind ``up``."""
-    adverbial = after.tag in {"COMMA", "STOP", "PREP", "CONJ", "SUB", "ADV"} or after.low in lx.PREPOSITIONS and after.low != "of"
+    adverbial = (
+        after.tag in {"COMMA", "STOP", "PREP", "CONJ", "SUB", "ADV"}
+        or after.low in lx.PREPOSITIONS
+        and after.low != "of"
+    )
     if low in lx.PARTICLES and adverbial:
         return "ADV"
     return "SUB" if low == "as" else "PREP"
@@ -121,24 +130,40 @@ def _adjective_or_noun(c: Context, i: int) -> str:
     second = adjective(c.at(i + 2).low)
     if before.tag == "N" and (low in lx.ALSO_NOUNS or comparative(low)):
         return "N"
-    if after.low and after.tag in {"", "N", "NUM"} and after.low not in lx.PREPOSITIONS or after.tag == "CONJ" and second:
+    if (
+        after.low
+        and after.tag in {"", "N", "NUM"}
+        and after.low not in lx.PREPOSITIONS
+        or after.tag == "CONJ"
+        and second
+    ):
         verb_next = "s" in FORMS.get(after.low, {}) and after.low not in NOUNY
         return "N" if verb_next and before.tag in {"DET", "POSS", "ADJ"} and low in lx.ALSO_NOUNS else "ADJ"
     if after.tag == "COMMA" and second and before.tag in {"DET", "ADJ", "POSS"}:
         return "ADJ"
-    inside = before.tag in {"DET", "POSS", "NUM", "QUANT"} or before.tag == "ADJ" and c.at(i - 2).tag in {"DET", "POSS", "NUM", "PREP"}
+    inside = (
+        before.tag in {"DET", "POSS", "NUM", "QUANT"}
+        or before.tag == "ADJ"
+        and c.at(i - 2).tag in {"DET", "POSS", "NUM", "PREP"}
+    )
     return "N" if inside or before.tag == "PREP" and low in lx.COLORS | lx.ALSO_NOUNS else "ADJ"
 
 
 def _unknown_verb(c: Context, i: int) -> str:
-    """Two nouns do not stand before ``the``, and no plural behind ``a``: in "a tailor hems the skirt" the second one is a verb that no list has."""
+    """Two nouns do not stand before ``the``, and no plural behind ``a``: in "a tailor hems the skirt" the second one is
+    a verb that no list has."""
     token, after = c.at(i), c.at(i + 1)
     low, many = token.low, c.subject_plural(i)
     object_next = after.tag in {"DET", "POSS"}
     third = low.endswith("s") and not low.endswith("ss")
     if third and (many is not True and object_next or c.singular(i)):
         token.form, token.base = "s", _stem(low)
-    elif many is True and not third and plural(c.at(i - 1).low) and (object_next or after.low in lx.PREPOSITIONS - {"of"} or after.low in lx.ADVERBS):
+    elif (
+        many is True
+        and not third
+        and plural(c.at(i - 1).low)
+        and (object_next or after.low in lx.PREPOSITIONS - {"of"} or after.low in lx.ADVERBS)
+    ):
         token.form, token.base = "base", low
     return "V" if token.form else "N"
 

@@ -58,7 +58,9 @@ def _finite(c: Context, i: int, form: str) -> str:
         return ""
     if form == "base":
         caused = c.cause and before.tag == "N" and bool(c.finite)
-        plain = (True in numbers or number is None and plural(before.low)) and not (adjective(low) and not follows and after.tag == "")
+        plain = (True in numbers or number is None and plural(before.low)) and not (
+            adjective(low) and not follows and after.tag == ""
+        )
         return "base" if caused or plain else ""
     if False not in numbers and number is not None:
         return ""
@@ -69,7 +71,9 @@ def _finite(c: Context, i: int, form: str) -> str:
 
 def _ing(c: Context, i: int, inside: bool) -> str:
     before, after = c.at(i - 1), c.at(i + 1)
-    verb_next = FORMS.get(after.low, {}).keys() & {"s", "past"} and after.low not in NOUNY and c.subject_plural(i) is False
+    verb_next = (
+        FORMS.get(after.low, {}).keys() & {"s", "past"} and after.low not in NOUNY and c.subject_plural(i) is False
+    )
     noun_next = nounlike(after) and after.low not in lx.PARTICLES and not verb_next
     if inside or before.tag == "GEN":
         return "ADJ" if noun_next else ""
@@ -77,7 +81,11 @@ def _ing(c: Context, i: int, inside: bool) -> str:
         if noun_next and before.low not in {"by", "without", "for"} and c.at(i + 2).low != "the":
             return "ADJ"  # "over rolling hills"
         return "ing" if before.low in {"by", "without", "while", "of", "for", "from"} else ""
-    if noun_next and before.tag in {"COMMA", "CONJ"} and FORMS.get(c.at(i).low, {}).get("ing") in INTRANSITIVE | INANIMATE:
+    if (
+        noun_next
+        and before.tag in {"COMMA", "CONJ"}
+        and FORMS.get(c.at(i).low, {}).get("ing") in INTRANSITIVE | INANIMATE
+    ):
         return "ADJ"  # ", flickering lights"
     if noun_next and before.tag == "START":
         return "ADJ" if plural(after.low) else "ing"  # "running horses", "riding a horse"

@@ -141,7 +141,13 @@ def _table() -> dict[str, dict[str, str]]:
         if base == "be":
             continue
         past, participle = IRREGULAR[base].split()[1:] if base in IRREGULAR else (_past(base),) * 2
-        for word, form in ((base, "base"), (third(base), "s"), (ing(base), "ing"), (past, "past"), (participle, "part")):
+        for word, form in (
+            (base, "base"),
+            (third(base), "s"),
+            (ing(base), "ing"),
+            (past, "past"),
+            (participle, "part"),
+        ):
             put(word, form, base)
         if base.endswith("l") and base[-2] in VOWELS:  # British travelling, travelled
             put(base + "ling", "ing", base)
@@ -207,5 +213,7 @@ PHRASAL = {
 UNSEEN = {"say", "tell", "think", "find", "lose"}
 """Verbs that a silent clip cannot show."""
 
-INANIMATE = wordset("flow blow flutter billow ripple shimmer glow burn shine rise fall swirl drift flicker steam gleam glisten reflect sway")
+INANIMATE = wordset(
+    "flow blow flutter billow ripple shimmer glow burn shine rise fall swirl drift flicker steam gleam glisten reflect sway"
+)
 """Verbs of things: after "a woman with a scarf", ``fluttering`` is said of the scarf."""

@@ -1,4 +1,5 @@
-"""Claims -> grammatical questions and statements. Two wordings of each question: training asks the first, evaluation the second."""
+"""Claims -> grammatical questions and statements. Two wordings of each question: training asks the first, evaluation
+the second."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from lowmem_drf.questions.english.nounphrase import CARDINALS, article
 from lowmem_drf.questions.english.verbs import third
 
 ANSWER = " Answer yes or no."
-"""Ends every yes/no question: it moves the critic's probability onto the two words that are scored, as VQAScore (arXiv 2404.01291) does."""
+"""Ends every yes/no question: it moves the critic's probability onto the two words that are scored, as VQAScore (arXiv
+2404.01291) does."""
 
 
 def ask(subject: str, plural: bool, form: Form, words: str) -> str:
@@ -41,7 +43,9 @@ def listed(names: list[str]) -> str:
 
 
 def uncounted(noun: str) -> bool:
-    return noun.endswith(("tion", "ness", "ity", "ence", "ance", "ery", "ment", "ware", "cream", "water", "light", "ice"))
+    return noun.endswith(
+        ("tion", "ness", "ity", "ence", "ance", "ery", "ment", "ware", "cream", "water", "light", "ice")
+    )
 
 
 class Speaker:
@@ -51,7 +55,9 @@ class Speaker:
         self.entities, self.names = entities, names
 
     def subject(self, claim: Claim) -> tuple[str, bool]:
-        return listed([self.names[i] for i in claim.subjects]), len(claim.subjects) > 1 or self.entities[claim.subjects[0]].plural
+        return listed([self.names[i] for i in claim.subjects]), len(claim.subjects) > 1 or self.entities[
+            claim.subjects[0]
+        ].plural
 
     def claim(self, claim: Claim) -> tuple[str, str]:
         """Both wordings."""
@@ -63,7 +69,8 @@ class Speaker:
         return capital(state(name, plural, claim.form, claim.full if full else claim.words)) + "."
 
     def named(self, i: int) -> bool:
-        """Whether its presence can be asked for in good English: not where a caption left the article out of an object (``plays piano``)."""
+        """Whether its presence can be asked for in good English: not where a caption left the article out of an object
+        (``plays piano``)."""
         entity = self.entities[i]
         last = entity.key
         return (
@@ -90,13 +97,21 @@ class Speaker:
             return f"{entity.determiner} {head}", False
         if entity.plural:
             return head, True
-        mass = entity.determiner == "" and not entity.animate and last not in nouns.CLOTHES and (last in nouns.MASS or uncounted(last) or not entity.lead)
+        mass = (
+            entity.determiner == ""
+            and not entity.animate
+            and last not in nouns.CLOTHES
+            and (last in nouns.MASS or uncounted(last) or not entity.lead)
+        )
         return head if mass else f"{article(head)} {head}", True
 
     def existence(self, i: int) -> tuple[str, str]:
         noun, there = self.noun(i)
         be = "Are" if self.entities[i].plural else "Is"
-        return f"{be} there {noun} in the video?" if there else f"Does the video show {noun}?", f"Can you see {noun} in this clip?"
+        return (
+            f"{be} there {noun} in the video?" if there else f"Does the video show {noun}?",
+            f"Can you see {noun} in this clip?",
+        )
 
     def count(self, i: int, number: int | None = None) -> tuple[str, str]:
         """``Are there exactly two dogs in the video?``, ``Is there a flock of birds in the video?``"""
@@ -105,7 +120,10 @@ class Speaker:
         exact = number or entity.count
         if exact is None:
             be = "Is" if entity.quantity.startswith(("a ", "an ")) and entity.quantity.endswith(" of") else "Are"
-            return f"{be} there {entity.quantity} {head} in the video?", f"Can you see {entity.quantity} {head} in this clip?"
+            return (
+                f"{be} there {entity.quantity} {head} in the video?",
+                f"Can you see {entity.quantity} {head} in this clip?",
+            )
         word = (CARDINALS.get(exact, str(exact)) if number else entity.quantity) or str(exact)
         be = "Is" if exact == 1 else "Are"
         return f"{be} there exactly {word} {head} in the video?", f"Does this clip show exactly {word} {head}?"
@@ -113,7 +131,9 @@ class Speaker:
 
 def cue(item: Cue) -> tuple[str, str]:
     """Camera, style, place and time, both wordings."""
-    return ask(item.subject, False, item.form, item.words), said(state(item.subject.replace("video", "clip"), False, item.form, item.words))
+    return ask(item.subject, False, item.form, item.words), said(
+        state(item.subject.replace("video", "clip"), False, item.form, item.words)
+    )
 
 
 def text(quoted: str) -> tuple[str, str]:

@@ -16,11 +16,18 @@ import torch
 def main(arguments: list[str] | None = None) -> None:
     """Stages, in this order because each needs the one before: vae, generator, tower, language, critic."""
     parser = argparse.ArgumentParser(prog="python -m lowmem_drf.toy.build", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "weights", help="folder to write generator/ and critic/ to")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).parent.parent / "weights",
+        help="folder to write generator/ and critic/ to",
+    )
     parser.add_argument("--work", type=Path, default=Path("toy-build"), help="folder for checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the training steps, for a quick try")
-    parser.add_argument("--stages", default="vae,generator,tower,language,critic", help="which to run; the others must be in --work")
+    parser.add_argument(
+        "--stages", default="vae,generator,tower,language,critic", help="which to run; the others must be in --work"
+    )
     parser.add_argument("--no-compile", action="store_true", help="do without torch.compile (it needs a C++ compiler)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
@@ -29,7 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def build(output: Path, work: Path, seed: int, scale: float, stages: list[str], compiled: bool = True) -> None:
-    """Runs the stages; a finished one is taken from its checkpoint. Writes what is complete: after ``generator`` and after ``critic``."""
+    """Runs the stages; a finished one is taken from its checkpoint. Writes what is complete: after ``generator`` and
+    after ``critic``."""
     from lowmem_drf.toy.build.critic import train_language, train_together
     from lowmem_drf.toy.build.critic_model import build_critic, save_critic
     from lowmem_drf.toy.build.generator import draw_samples, save_generator, train_generator
@@ -49,7 +57,8 @@ def build(output: Path, work: Path, seed: int, scale: float, stages: list[str], 
         if {"language", "critic"} & set(stages):
             train_language(critic, vae, work, seed, scale, log)
         if "critic" in stages:
-            # the clips of the generator's first part: more of them break physics, which is what the critic is to learn from
+            # the clips of the generator's first part: more of them break physics, which is what the critic is to learn
+            # from
             first = train_generator(vae, work, seed, scale, compiled, parts=1, log=log)
             clips = partial(draw_samples, first, vae, seed, max(24, int(1536 * min(1.0, scale))))
             train_together(critic, vae, clips, work, seed, scale, log)

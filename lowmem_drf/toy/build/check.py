@@ -1,8 +1,8 @@
 """Prints what ToyWorld's parts are worth: ``python -m lowmem_drf.toy.build.check [--json]``.
 
-The oracle against scenes whose truth is known, the VAE's fidelity, the base generator in the oracle's eyes, and the critic's recall of yes
-and of no, for every kind of question in both wordings and both ways, on clips of combinations that no model was trained on, half of them VAE
-reconstructions; and how often its explanations are right.
+The oracle against scenes whose truth is known, the VAE's fidelity, the base generator in the oracle's eyes, and the
+critic's recall of yes and of no, for every kind of question in both wordings and both ways, on clips of combinations
+that no model was trained on, half of them VAE reconstructions; and how often its explanations are right.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def _rates(frames_BTCHW: Tensor, combos: list[Combo]) -> dict[str, float]:
 
 @torch.no_grad()
 def check_oracle(seed: int = 100) -> dict[str, Any]:
-    """Rates on ground truth: clean, with the VAE's loss, against shuffled captions; recall of each defect; PSNR of the VAE."""
+    """Rates on ground truth: clean, with the VAE's loss, against shuffled captions; recall of each defect; PSNR of the
+    VAE."""
     generator = torch.Generator().manual_seed(seed)
     combos = all_combos() * 2
     tracks = draw_tracks(combos, generator)
@@ -80,18 +81,24 @@ def check_generator(prompts: int = 256, seeds: int = 2, steps: int = 10) -> dict
 
 
 def _truths(label: Any, combo: list[int], wording: int, generator: torch.Generator) -> list[Question]:
-    """Every yes/no question whose answer is known: each attribute right and wrong, each defect, the caption right and wrong."""
+    """Every yes/no question whose answer is known: each attribute right and wrong, each defect, the caption right and
+    wrong."""
     out = []
     for name, wordings in toyworld.ALIGNMENT.items():
         true = label.value[name]
         if true >= 0:
             options = toyworld.ATTRIBUTES[name]
             wrong = (true + 1 + int(torch.randint(len(options) - 1, (1,), generator=generator))) % len(options)
-            out += [Question("TA", wordings[wording].format(value=options[v]), a, name=name) for v, a in ((true, "yes"), (wrong, "no"))]
+            out += [
+                Question("TA", wordings[wording].format(value=options[v]), a, name=name)
+                for v, a in ((true, "yes"), (wrong, "no"))
+            ]
     for kind in DEFECTS:
         there = kind in label.defects
         for wordings, yes in (((toyworld.PHYSICS | toyworld.QUALITY)[kind], there), (toyworld.SOUND[kind], not there)):
-            out.append(Question("VQ" if kind in QUALITY else "Phy", wordings[wording], "yes" if yes else "no", name=kind))
+            out.append(
+                Question("VQ" if kind in QUALITY else "Phy", wordings[wording], "yes" if yes else "no", name=kind)
+            )
     if label.combo is not None:
         told = list(combo)
         at = int(torch.randint(4, (1,), generator=generator))
@@ -104,10 +111,11 @@ def _truths(label: Any, combo: list[int], wording: int, generator: torch.Generat
 
 @torch.no_grad()
 def check_critic(critic: QwenCritic | None = None, clips: int = 1200, seed: int = 200) -> dict[str, dict[str, float]]:
-    """Question -> recall of yes and of no, on clips of the split ``unseen``; half of the clips clean, every other one a reconstruction.
+    """Question -> recall of yes and of no, on clips of the split ``unseen``; half of the clips clean, every other one a
+    reconstruction.
 
-    Asked for a defect, "yes" is for the few clips that have it; asked whether a clip is sound ("sound? no"), "no" is. Each has its own
-    column: together, the many sound clips would hide what the critic misses.
+    Asked for a defect, "yes" is for the few clips that have it; asked whether a clip is sound ("sound? no"), "no" is.
+    Each has its own column: together, the many sound clips would hide what the critic misses.
     """
     critic = critic or load_critic(resolve(TOYWORLD, "critic"))
     vae = load_vae(resolve(TOYWORLD, "generator"))
@@ -116,42 +124,63 @@ def check_critic(critic: QwenCritic | None = None, clips: int = 1200, seed: int 
     for start in range(0, clips, 60):
         frames, _, combos, defect = draw_labelled(60, generator, clean_share=0.4, splits=("unseen",))
         labels = drawn_labels(combos, defect)
-        questions = [_truths(label, c, (start // 60) % 2, generator) for label, c in zip(labels, combos.tolist(), strict=True)]
+        questions = [
+            _truths(label, c, (start // 60) % 2, generator) for label, c in zip(labels, combos.tolist(), strict=True)
+        ]
         for asked, answers in zip(questions, critic(half_reconstructed(vae, frames, defect), questions), strict=True):
             for question, answer in zip(asked, answers, strict=True):
                 row = answer.logits_AV[0]
                 said = "yes" if row[list(answer.yes)].max() > row[list(answer.no)].max() else "no"
                 other_way = question.text in toyworld.SOUND.get(question.name, ())
-                right[question.name, f"sound? {question.answer}" if other_way else question.answer].append(float(said == question.answer))
+                right[question.name, f"sound? {question.answer}" if other_way else question.answer].append(
+                    float(said == question.answer)
+                )
     names = [*toyworld.ALIGNMENT, "global", *PHYSICS, *QUALITY]
-    return {name: {column: sum(found) / len(found) for column in CRITIC_COLUMNS if (found := right[name, column])} for name in names}
+    return {
+        name: {column: sum(found) / len(found) for column in CRITIC_COLUMNS if (found := right[name, column])}
+        for name in names
+    }
 
 
 @torch.no_grad()
-def check_explanations(critic: QwenCritic | None = None, clips: int = 1200, seed: int = 300) -> dict[str, dict[str, float]]:
-    """Dense question -> share of clips of the split ``unseen`` of which the critic, left to itself, would say exactly what is true: of clips
-    with nothing to find fault with (``sound``), and of those with a defect to be named."""
+def check_explanations(
+    critic: QwenCritic | None = None, clips: int = 1200, seed: int = 300
+) -> dict[str, dict[str, float]]:
+    """Dense question -> share of clips of the split ``unseen`` of which the critic, left to itself, would say exactly
+    what is true: of clips with nothing to find fault with (``sound``), and of those with a defect to be named."""
     critic = critic or load_critic(resolve(TOYWORLD, "critic"))
     vae = load_vae(resolve(TOYWORLD, "generator"))
     generator = torch.Generator().manual_seed(seed)
     right: dict[tuple[str, str], list[float]] = defaultdict(list)
     for _ in range(0, clips, 60):
         frames, _, combos, defect = draw_labelled(60, generator, clean_share=0.4, splits=("unseen",))
-        lessons = [[lesson for lesson in ask(label, generator) if lesson.question.kind == "dense"] for label in drawn_labels(combos, defect)]
+        lessons = [
+            [lesson for lesson in ask(label, generator) if lesson.question.kind == "dense"]
+            for label in drawn_labels(combos, defect)
+        ]
         asked = [[lesson.question for lesson in clip] for clip in lessons]
         for clip, answers in zip(lessons, critic(half_reconstructed(vae, frames, defect), asked), strict=True):
             for (question, _, correction), answer in zip(clip, answers, strict=True):
-                if correction is None:  # the words before the critic are true, so the likeliest next ones are what it would say
+                # the words before the critic are true, so the likeliest next ones are what it would say
+                if correction is None:
                     named = question.answer.startswith(tuple(toyworld.EXPLANATIONS.values()))
-                    right[question.name, "defect" if named else "sound"].append(float(answer.logits_AV.argmax(-1).equal(answer.target_A)))
+                    right[question.name, "defect" if named else "sound"].append(
+                        float(answer.logits_AV.argmax(-1).equal(answer.target_A))
+                    )
     names = [*(f"{name}_word" for name in toyworld.OPEN), "description", "motion", "picture"]
-    return {name: {kind: sum(found) / len(found) for kind in ("sound", "defect") if (found := right[name, kind])} for name in names}
+    return {
+        name: {kind: sum(found) / len(found) for kind in ("sound", "defect") if (found := right[name, kind])}
+        for name in names
+    }
 
 
 def _table(title: str, rows: dict[str, dict[str, float]]) -> str:
     columns = list(dict.fromkeys(c for row in rows.values() for c in row))
     lines = [f"{title:<22}" + "".join(f"{c:>12}" for c in columns)]
-    lines += [f"{name:<22}" + "".join(f"{row[c]:>12.3f}" if c in row else f"{'':>12}" for c in columns) for name, row in rows.items()]
+    lines += [
+        f"{name:<22}" + "".join(f"{row[c]:>12.3f}" if c in row else f"{'':>12}" for c in columns)
+        for name, row in rows.items()
+    ]
     return "\n".join(lines)
 
 
@@ -162,7 +191,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     oracle, generator, critic, explanations = check_oracle(), check_generator(), check_critic(), check_explanations()
     if options.json:
-        print(json.dumps({"oracle": oracle, "generator": generator, "critic": critic, "explanations": explanations}, indent=2))
+        print(
+            json.dumps(
+                {"oracle": oracle, "generator": generator, "critic": critic, "explanations": explanations}, indent=2
+            )
+        )
         return
     print(_table("oracle", {k: oracle[k] for k in ("clean", "vae", "shuffled captions", "chance")}))
     print("\n" + _table("defects", {"recall": oracle["defect recall"]}), f"\nVAE PSNR {oracle['vae psnr db']:.1f} dB")

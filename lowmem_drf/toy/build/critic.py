@@ -1,7 +1,9 @@
-"""The critic's language model: yes/no, short free-form answers and explanations, all questions of a clip packed in one pass.
+"""The critic's language model: yes/no, short free-form answers and explanations, all questions of a clip packed in one
+pass.
 
-First on cached tokens of the frozen tower, then both together with the generator's own clips, labelled by the oracle, among the drawn ones.
-Yes and no weigh the same for every kind of question: raw accuracy would reward a critic that always says no (docs/toyworld.md).
+First on cached tokens of the frozen tower, then both together with the generator's own clips, labelled by the oracle,
+among the drawn ones. Yes and no weigh the same for every kind of question: raw accuracy would reward a critic that
+always says no (docs/toyworld.md).
 """
 
 from __future__ import annotations
@@ -29,7 +31,13 @@ from lowmem_drf.types import Aspect, Question
 CLIPS = 9600  # cached for the first part
 BATCH = 24
 END = "<|im_end|>"
-SPOILS = {"morph": ("shape",), "recolor": ("color",), "jump": ("direction",), "jitter": ("direction",), "vanish": ("direction",)}
+SPOILS = {
+    "morph": ("shape",),
+    "recolor": ("color",),
+    "jump": ("direction",),
+    "jitter": ("direction",),
+    "vanish": ("direction",),
+}
 """What cannot be asked about a clip with the defect, because there is no one answer."""
 
 
@@ -66,13 +74,14 @@ class Lesson(NamedTuple):
     question: Question
     weight: float
     correction: tuple[int, str] | None = None
-    """Place and true word of the wrong one. What follows it is learned as it stands: after a wrong word a language model goes on as the
-    sentence does, and so must this one, or one wrong word would spoil the reward of all that come after."""
+    """Place and true word of the wrong one. What follows it is learned as it stands: after a wrong word a language
+    model goes on as the sentence does, and so must this one, or one wrong word would spoil the reward of all that come
+    after."""
 
 
 def ask(label: Label, generator: torch.Generator) -> list[Lesson]:
-    """Questions about one clip with their true answers: attributes, defects asked for in either way, one global, one open, a description and
-    two explanations."""
+    """Questions about one clip with their true answers: attributes, defects asked for in either way, one global, one
+    open, a description and two explanations."""
 
     def pick(n: int) -> int:
         return int(torch.randint(n, (1,), generator=generator))
@@ -84,14 +93,25 @@ def ask(label: Label, generator: torch.Generator) -> list[Lesson]:
             values = toyworld.ATTRIBUTES[name]
             yes = pick(2) == 0
             asked = true if yes else (true + 1 + pick(len(values) - 1)) % len(values)
-            out.append(Lesson(Question("TA", wordings[pick(2)].format(value=values[asked]), "yes" if yes else "no", name=name), 1.0))
-    # a defect is there in 1 clip of 15 and asked whenever it is; the others are asked 3 at a time: its absence is 5 times as common
+            out.append(
+                Lesson(
+                    Question("TA", wordings[pick(2)].format(value=values[asked]), "yes" if yes else "no", name=name),
+                    1.0,
+                )
+            )
+    # a defect is there in 1 clip of 15 and asked whenever it is; the others are asked 3 at a time: its absence is 5
+    # times as common
     absent = [d for d in DEFECTS if d not in label.defects]
     order = torch.randperm(len(absent), generator=generator).tolist()[:3]
     for defect in [*label.defects, *(absent[i] for i in order)]:
         there = defect in label.defects
-        for wordings, answer in (((toyworld.PHYSICS | toyworld.QUALITY)[defect], there), (toyworld.SOUND[defect], not there)):
-            question = Question("VQ" if defect in toyworld.QUALITY else "Phy", wordings[pick(2)], "yes" if answer else "no", name=defect)
+        for wordings, answer in (
+            ((toyworld.PHYSICS | toyworld.QUALITY)[defect], there),
+            (toyworld.SOUND[defect], not there),
+        ):
+            question = Question(
+                "VQ" if defect in toyworld.QUALITY else "Phy", wordings[pick(2)], "yes" if answer else "no", name=defect
+            )
             out.append(Lesson(question, 1.0 if there else 0.2))
     if label.combo is not None:
         yes, told = pick(2) == 0, _one_changed(label.combo, pick)
@@ -115,8 +135,8 @@ def _one_changed(combo: Combo, pick: Callable[[int], int]) -> Combo:
 
 
 def _explanations(label: Label, pick: Callable[[int], int]) -> list[Lesson]:
-    """What is to be said of the motion and of the picture, where there is one thing to say; now and then what training will want to hear is put
-    before the critic instead."""
+    """What is to be said of the motion and of the picture, where there is one thing to say; now and then what training
+    will want to hear is put before the critic instead."""
     out: list[Lesson] = []
     directions, true = toyworld.ATTRIBUTES["direction"], label.value["direction"]
     wrong = [toyworld.EXPLANATIONS[defect] for defect in sorted(label.defects) if defect in toyworld.PHYSICS]
@@ -124,11 +144,29 @@ def _explanations(label: Label, pick: Callable[[int], int]) -> list[Lesson]:
         said = wrong[0] if wrong else toyworld.sound_motion(directions[true])
         # of a motion with a defect "it moves left …"; of one without a wrong direction
         other = directions[true if wrong and true >= 0 else pick(len(directions))]
-        out.append(_lesson("Phy", toyworld.EXPLAIN_MOTION, "motion", toyworld.sound_motion(other) if pick(3) == 0 else said, said, 0.5 if wrong else 0.2))
+        out.append(
+            _lesson(
+                "Phy",
+                toyworld.EXPLAIN_MOTION,
+                "motion",
+                toyworld.sound_motion(other) if pick(3) == 0 else said,
+                said,
+                0.5 if wrong else 0.2,
+            )
+        )
     wrong = [toyworld.EXPLANATIONS[defect] for defect in sorted(label.defects) if defect in toyworld.QUALITY]
     if len(wrong) <= 1:
         said = wrong[0] if wrong else toyworld.SOUND_PICTURE
-        out.append(_lesson("VQ", toyworld.EXPLAIN_PICTURE, "picture", toyworld.SOUND_PICTURE if pick(3) == 0 else said, said, 0.5 if wrong else 0.2))
+        out.append(
+            _lesson(
+                "VQ",
+                toyworld.EXPLAIN_PICTURE,
+                "picture",
+                toyworld.SOUND_PICTURE if pick(3) == 0 else said,
+                said,
+                0.5 if wrong else 0.2,
+            )
+        )
     return out
 
 
@@ -140,14 +178,19 @@ def _lesson(aspect: Aspect, text: str, name: str, shown: str, true: str, weight:
     return Lesson(question, weight, None if at is None else (at, right[at]))
 
 
-def answer_loss(critic: QwenCritic, features: Tensor, grid: Tensor, asked: list[list[Lesson]]) -> tuple[Tensor, dict[str, float]]:
-    """Weighted cross-entropy of the answers' tokens; besides, the share of yes/no answers that are right, for each answer."""
+def answer_loss(
+    critic: QwenCritic, features: Tensor, grid: Tensor, asked: list[list[Lesson]]
+) -> tuple[Tensor, dict[str, float]]:
+    """Weighted cross-entropy of the answers' tokens; besides, the share of yes/no answers that are right, for each
+    answer."""
     with half_products():
         logits, sizes = critic.scored_logits(features, grid, [[lesson.question for lesson in clip] for clip in asked])
     logits = logits.float()
     flat = [lesson for clip in asked for lesson in clip]
     targets = torch.tensor([token for lesson in flat for token in targets_of(critic, lesson)])
-    weights = torch.tensor([lesson.weight / size for lesson, size in zip(flat, sizes, strict=True) for _ in range(size)])
+    weights = torch.tensor(
+        [lesson.weight / size for lesson, size in zip(flat, sizes, strict=True) for _ in range(size)]
+    )
     loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
     yes, no = critic.conversation.yes[0], critic.conversation.no[0]
     said = (logits[:, yes] > logits[:, no]).detach()
@@ -172,8 +215,8 @@ def reconstruct(vae: AutoencoderKLWan, frames_BTCHW: Tensor) -> Tensor:
 
 
 def half_reconstructed(vae: AutoencoderKLWan, frames: Tensor, defect: Tensor) -> Tensor:
-    """Every other clip through the VAE: the critic is to judge what the VAE makes. Not those with a defect of quality: the VAE mends noise
-    and flicker, so their labels would be wrong."""
+    """Every other clip through the VAE: the critic is to judge what the VAE makes. Not those with a defect of quality:
+    the VAE mends noise and flicker, so their labels would be wrong."""
     rows = torch.tensor([i for i in range(0, len(frames), 2) if defect[i] < len(toyworld.PHYSICS)])
     frames = frames.clone()
     if len(rows):
@@ -190,7 +233,9 @@ class Language(nn.Module):
 
 
 @torch.no_grad()
-def cache_tokens(critic: QwenCritic, vae: AutoencoderKLWan, seed: int, batches: int) -> tuple[Tensor, Tensor, list[Label]]:
+def cache_tokens(
+    critic: QwenCritic, vae: AutoencoderKLWan, seed: int, batches: int
+) -> tuple[Tensor, Tensor, list[Label]]:
     """-> the tower's tokens of 96 clips a batch (n, tokens, width) in fp16, the patch grid (1, 3), the labels."""
     draw = torch.Generator().manual_seed(seed)
     features, labels = [], []
@@ -202,13 +247,23 @@ def cache_tokens(critic: QwenCritic, vae: AutoencoderKLWan, seed: int, batches: 
     return torch.cat(features), grid[:1], labels
 
 
-def train_language(critic: QwenCritic, vae: AutoencoderKLWan, folder: Path, seed: int, scale: float = 1.0, log: Callable[[str], None] = print) -> None:
+def train_language(
+    critic: QwenCritic,
+    vae: AutoencoderKLWan,
+    folder: Path,
+    seed: int,
+    scale: float = 1.0,
+    log: Callable[[str], None] = print,
+) -> None:
     """First part: the tower is frozen, its tokens are cached."""
     critic.model.requires_grad_(False)
-    data = cache(partial(cache_tokens, critic, vae, seed + 1, max(1, int(CLIPS * min(1.0, scale)) // 96)))  # not made for a finished training
+    # not made for a finished training
+    data = cache(partial(cache_tokens, critic, vae, seed + 1, max(1, int(CLIPS * min(1.0, scale)) // 96)))
     language = Language(critic).train()
     language.requires_grad_(True)
-    schedule = Schedule(steps=int(4000 * scale), lr=2e-3, warmup=min(100, max(1, int(300 * scale))), ema=0.995, log_every=100)
+    schedule = Schedule(
+        steps=int(4000 * scale), lr=2e-3, warmup=min(100, max(1, int(300 * scale))), ema=0.995, log_every=100
+    )
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         tokens, grid, labels = data()
@@ -220,9 +275,16 @@ def train_language(critic: QwenCritic, vae: AutoencoderKLWan, folder: Path, seed
 
 
 def train_together(
-    critic: QwenCritic, vae: AutoencoderKLWan, draw: Callable[[], Tensor], folder: Path, seed: int, scale: float = 1.0, log: Callable[[str], None] = print
+    critic: QwenCritic,
+    vae: AutoencoderKLWan,
+    draw: Callable[[], Tensor],
+    folder: Path,
+    seed: int,
+    scale: float = 1.0,
+    log: Callable[[str], None] = print,
 ) -> None:
-    """Second part: tower and language model together, a third of each batch the generator's clips (``draw()``: frames_BTCHW), oracle-labelled."""
+    """Second part: tower and language model together, a third of each batch the generator's clips (``draw()``:
+    frames_BTCHW), oracle-labelled."""
 
     @cache  # not made for a training that is finished
     def data() -> tuple[Tensor, list[Label]]:
@@ -230,7 +292,9 @@ def train_together(
         return samples, measured_labels(samples)
 
     critic.model.train().requires_grad_(True)
-    schedule = Schedule(steps=int(1000 * scale), lr=8e-4, warmup=min(100, max(1, int(300 * scale))), ema=0.995, log_every=50)
+    schedule = Schedule(
+        steps=int(1000 * scale), lr=8e-4, warmup=min(100, max(1, int(300 * scale))), ema=0.995, log_every=50
+    )
     own = BATCH // 3
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -238,7 +302,9 @@ def train_together(
         frames, _, combos, defect = draw_labelled(BATCH - own, generator, clean_share=0.4)
         rows = torch.randint(len(samples), (own,), generator=generator)
         clips = torch.cat([half_reconstructed(vae, frames, defect), samples[rows]])
-        asked = [ask(label, generator) for label in [*drawn_labels(combos, defect), *(labels[i] for i in rows.tolist())]]
+        asked = [
+            ask(label, generator) for label in [*drawn_labels(combos, defect), *(labels[i] for i in rows.tolist())]
+        ]
         with half_products():
             features, grid = critic.embed_video(clips)
         return answer_loss(critic, features, grid, asked)

@@ -1,4 +1,5 @@
-"""ToyWorld's critic, untrained: ``Qwen2_5_VLForConditionalGeneration`` in small, its tokenizer and its preprocessor files."""
+"""ToyWorld's critic, untrained: ``Qwen2_5_VLForConditionalGeneration`` in small, its tokenizer and its preprocessor
+files."""
 
 from __future__ import annotations
 
@@ -21,8 +22,10 @@ PREPROCESSOR = {
     "merge_size": 2,
     "min_pixels": 32 * 32,
     "max_pixels": 32 * 32,
-    # not [0.5] * 3: a flat patch of the mean's colour is the zero vector after the tower's patch embedding, which has no bias, and the RMSNorm
-    # behind it blows its gradient up. Of all colours this one is the furthest from the three shades a background has (docs/decisions.md).
+    # not [0.5] * 3: a flat patch of the mean's colour is the zero vector after the tower's patch embedding, which has
+    # no bias, and the RMSNorm
+    # behind it blows its gradient up. Of all colours this one is the furthest from the three shades a background has
+    # (docs/decisions.md).
     "image_mean": [1.0, 0.0, 1.0],
     "image_std": [0.5, 0.5, 0.5],
     "rescale_factor": 1 / 255,
@@ -35,10 +38,14 @@ PREPROCESSOR = {
 def build_critic(seed: int) -> QwenCritic:
     """1.1M parameters: vision 96 x 3 (patch 4, 2 frames a slice, merge 2), language 128 x 3.
 
-    The language model starts larger than the library's default of 0.02 (0.08; embeddings 0.3): from small weights it stays at chance.
+    The language model starts larger than the library's default of 0.02 (0.08; embeddings 0.3): from small weights it
+    stays at chance.
     """
     tok = critic_tokenizer()
-    ids = {name: tok.convert_tokens_to_ids(f"<|{name}|>") for name in ("video_pad", "image_pad", "vision_start", "vision_end", "im_end", "endoftext")}
+    ids = {
+        name: tok.convert_tokens_to_ids(f"<|{name}|>")
+        for name in ("video_pad", "image_pad", "vision_start", "vision_end", "im_end", "endoftext")
+    }
     config = Qwen2_5_VLConfig(
         text_config=dict(
             vocab_size=len(tok), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
@@ -63,10 +70,13 @@ def build_critic(seed: int) -> QwenCritic:
 
 
 def save_critic(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
-    """A folder in transformers' layout, with the files the real models have. Weights in fp16: half the bytes, and no figure moves."""
+    """A folder in transformers' layout, with the files the real models have. Weights in fp16: half the bytes, and no
+    figure moves."""
     folder.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(model).half().save_pretrained(folder)
     critic_tokenizer().save_pretrained(folder)
     for name, role in (("preprocessor_config.json", "image"), ("video_preprocessor_config.json", "video")):
         kind = f"Qwen2VL{role.capitalize()}Processor"
-        (folder / name).write_text(json.dumps({**PREPROCESSOR, f"{role}_processor_type": kind}, indent=2) + "\n", encoding="utf-8")
+        (folder / name).write_text(
+            json.dumps({**PREPROCESSOR, f"{role}_processor_type": kind}, indent=2) + "\n", encoding="utf-8"
+        )

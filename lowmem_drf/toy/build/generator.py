@@ -1,8 +1,9 @@
 """ToyWorld's generator: ``UMT5EncoderModel`` + ``WanTransformer3DModel`` trained by flow matching on the VAE's latents.
 
-Its training captions are wrong as web captions are: form, colour and direction are each replaced by a random one, a third of the time first and a fifth
-of the time in a second, shorter part (as real trainings end on better captions). So it makes well-formed clips that follow the prompt only partly, which
-is what Diffusion-DRF is to mend. Clips of the split ``unseen`` are left out.
+Its training captions are wrong as web captions are: form, colour and direction are each replaced by a random one, a
+third of the time first and a fifth of the time in a second, shorter part (as real trainings end on better captions). So
+it makes well-formed clips that follow the prompt only partly, which is what Diffusion-DRF is to mend. Clips of the
+split ``unseen`` are left out.
 """
 
 from __future__ import annotations
@@ -41,7 +42,15 @@ class Generator(nn.Module):
         self.tokenizer = text_tokenizer()
         self.text_encoder = UMT5EncoderModel(
             UMT5Config(
-                vocab_size=len(self.tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, dropout_rate=0.0, pad_token_id=0, eos_token_id=1
+                vocab_size=len(self.tokenizer),
+                d_model=64,
+                d_kv=16,
+                d_ff=128,
+                num_layers=2,
+                num_heads=4,
+                dropout_rate=0.0,
+                pad_token_id=0,
+                eos_token_id=1,
             )
         )
         self.transformer = WanTransformer3DModel(
@@ -50,7 +59,8 @@ class Generator(nn.Module):
         )  # fmt: skip
 
     def condition(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Token ids (B, L) -> embeddings (B, L, 64), zero after the text's end, as ``WanPipeline`` gives them to the transformer."""
+        """Token ids (B, L) -> embeddings (B, L, 64), zero after the text's end, as ``WanPipeline`` gives them to the
+        transformer."""
         return self.text_encoder(ids, attention_mask=mask).last_hidden_state * mask[..., None]
 
 
@@ -70,7 +80,8 @@ def cache_latents(vae: AutoencoderKLWan, seed: int, n: int) -> tuple[Tensor, Ten
 
 
 def caption_table(tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor, dict[Combo, int]]:
-    """Every caption of every combination, tokenised once: ids and mask (270 * WORDINGS, L), and each combination's first row."""
+    """Every caption of every combination, tokenised once: ids and mask (270 * WORDINGS, L), and each combination's
+    first row."""
     combos = combos_of("train", "heldout", "unseen")
     texts = [caption(c, w) for c in combos for w in range(WORDINGS)]
     out = tokenizer(texts, padding="max_length", max_length=TEXT_TOKENS, truncation=True, return_tensors="pt")
@@ -78,11 +89,19 @@ def caption_table(tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor, d
 
 
 def train_generator(
-    vae: AutoencoderKLWan, folder: Path, seed: int, scale: float = 1.0, compiled: bool = True, parts: int = 2, log: Callable[[str], None] = print
+    vae: AutoencoderKLWan,
+    folder: Path,
+    seed: int,
+    scale: float = 1.0,
+    compiled: bool = True,
+    parts: int = 2,
+    log: Callable[[str], None] = print,
 ) -> Generator:
-    """Flow matching (Lipman et al. 2023): x_s = (1 - s) x_0 + s e, the transformer tells e - x_0. ``parts``: 1 stops before the better captions."""
+    """Flow matching (Lipman et al. 2023): x_s = (1 - s) x_0 + s e, the transformer tells e - x_0. ``parts``: 1 stops
+    before the better captions."""
     model = Generator(seed).train()
-    data = cache(partial(cache_latents, vae, seed, max(64, int(CLIPS * min(1.0, scale)))))  # not made for a training that is finished
+    # not made for a training that is finished
+    data = cache(partial(cache_latents, vae, seed, max(64, int(CLIPS * min(1.0, scale)))))
     ids, mask, row = caption_table(model.tokenizer)
     first = torch.zeros(3, 6, 5, 3, dtype=torch.long)
     for combo, i in row.items():
@@ -133,8 +152,17 @@ def draw_samples(model: Generator, vae: AutoencoderKLWan, seed: int, n: int, ste
 
 
 def save_generator(model: Generator, vae: AutoencoderKLWan, folder: Path) -> None:
-    """A folder in diffusers' layout, loaded as the real Wan2.1 is. Weights in fp16: half the bytes, and no figure moves."""
+    """A folder in diffusers' layout, loaded as the real Wan2.1 is. Weights in fp16: half the bytes, and no figure
+    moves."""
     model, vae = copy.deepcopy(model).half(), copy.deepcopy(vae).half()
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT, solver_order=1)
-    pipeline = WanPipeline(tokenizer=model.tokenizer, text_encoder=model.text_encoder, vae=vae, scheduler=scheduler, transformer=model.transformer)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT, solver_order=1
+    )
+    pipeline = WanPipeline(
+        tokenizer=model.tokenizer,
+        text_encoder=model.text_encoder,
+        vae=vae,
+        scheduler=scheduler,
+        transformer=model.transformer,
+    )
     pipeline.save_pretrained(folder)

@@ -1,4 +1,5 @@
-"""The training loop of ToyWorld's builds: warm-up, decay, EMA, a log line now and then, and a checkpoint that a later start goes on from."""
+"""The training loop of ToyWorld's builds: warm-up, decay, EMA, a log line now and then, and a checkpoint that a later
+start goes on from."""
 
 from __future__ import annotations
 
@@ -50,12 +51,16 @@ Loss = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum with orthogonalised updates (Newton-Schulz, K. Jordan 2024), for matrices and, flattened to matrices, convolutions.
+    """Momentum with orthogonalised updates (Newton-Schulz, K. Jordan 2024), for matrices and, flattened to matrices,
+    convolutions.
 
-    ``torch.optim.Muon`` takes two-dimensional weights only. Updates have the RMS of AdamW's (0.2 sqrt(max side)), so the two share one rate.
+    ``torch.optim.Muon`` takes two-dimensional weights only. Updates have the RMS of AdamW's (0.2 sqrt(max side)), so
+    the two share one rate.
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -80,12 +85,20 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(model: nn.Module, lr: float, weight_decay: float = 0.01) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices and convolutions inside ``model``, AdamW for embeddings, vectors and everything called ``head``."""
+    """Muon for the matrices and convolutions inside ``model``, AdamW for embeddings, vectors and everything called
+    ``head``."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for n, p in named if p.ndim >= 2 and min(p.flatten(1).shape) > 1 and not any(w in n for w in ("embed", "head", "shared", "table"))]
+    matrices = [
+        p
+        for n, p in named
+        if p.ndim >= 2 and min(p.flatten(1).shape) > 1 and not any(w in n for w in ("embed", "head", "shared", "table"))
+    ]
     chosen = {id(p) for p in matrices}
     rest = [p for _, p in named if id(p) not in chosen]
-    return [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0), Muon(matrices, lr=lr, weight_decay=weight_decay)]
+    return [
+        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
+        Muon(matrices, lr=lr, weight_decay=weight_decay),
+    ]
 
 
 def train(
@@ -119,7 +132,13 @@ def train(
         log(f"{name}: goes on from step {first}")
 
     def save(step: int) -> None:
-        state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in opts], "ema": ema, "generator": generator.get_state(), "step": step}
+        state = {
+            "model": model.state_dict(),
+            "optimizers": [o.state_dict() for o in opts],
+            "ema": ema,
+            "generator": generator.get_state(),
+            "step": step,
+        }
         torch.save(state, file.with_suffix(".tmp"))
         file.with_suffix(".tmp").replace(file)
 
@@ -146,7 +165,9 @@ def train(
         if (step + 1) % schedule.log_every == 0:
             pace = (time.monotonic() - start) / (step + 1 - first)
             words = " ".join(f"{k} {v:.4f}" for k, v in seen.items())
-            log(f"{name} {step + 1}/{schedule.steps}  {words}  {pace:.3f} s/step  {pace * (schedule.steps - step - 1) / 60:.1f} min left")
+            log(
+                f"{name} {step + 1}/{schedule.steps}  {words}  {pace:.3f} s/step  {pace * (schedule.steps - step - 1) / 60:.1f} min left"
+            )
         if (step + 1) % schedule.save_every == 0 or step + 1 == schedule.steps:
             save(step + 1)
     if schedule.ema:

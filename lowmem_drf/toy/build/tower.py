@@ -1,7 +1,8 @@
 """The critic's vision tower, first part: every merged token learns to tell what its slice of two frames shows.
 
-A language model over an untrained tower stays at chance (docs/toyworld.md). Linear heads read, from each token: presence, place, size,
-shade, form and colour in both frames, the motion between them, noise and blur. The heads are thrown away afterwards.
+A language model over an untrained tower stays at chance (docs/toyworld.md). Linear heads read, from each token:
+presence, place, size, shade, form and colour in both frames, the motion between them, noise and blur. The heads are
+thrown away afterwards.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def draw_labelled(
     for i, kind in enumerate(PHYSICS):
         rows = (defect == i).nonzero()[:, 0]
         if len(rows):
-            for whole, part in zip(fields, break_physics(Tracks(*(t[rows] for t in tracks)), kind, generator), strict=True):
+            for whole, part in zip(
+                fields, break_physics(Tracks(*(t[rows] for t in tracks)), kind, generator), strict=True
+            ):
                 whole[rows] = part
     tracks = Tracks(*fields)
     frames = render(tracks)
@@ -48,17 +51,22 @@ def draw_labelled(
 
 
 def roughen(frames: Tensor, generator: torch.Generator) -> Tensor:
-    """Slight noise (to 0.03) and softness (to 0.7 pixels), about what the VAE does to a clean clip, on three clips of four."""
+    """Slight noise (to 0.03) and softness (to 0.7 pixels), about what the VAE does to a clean clip, on three clips of
+    four."""
     n = len(frames)
     on = (torch.rand(n, generator=generator) < 0.75).float().view(-1, 1, 1, 1, 1)
     mix = 0.5 * on * torch.rand(n, 1, 1, 1, 1, generator=generator)
     soft = F.avg_pool2d(F.pad(frames.flatten(0, 1), (1, 1, 1, 1), mode="replicate"), 3, 1).view_as(frames)
     frames = frames + mix * (soft - frames)
-    return (frames + 0.03 * on * torch.rand(n, 1, 1, 1, 1, generator=generator) * torch.randn(frames.shape, generator=generator)).clamp(0, 1)
+    return (
+        frames
+        + 0.03 * on * torch.rand(n, 1, 1, 1, 1, generator=generator) * torch.randn(frames.shape, generator=generator)
+    ).clamp(0, 1)
 
 
 class SliceHeads(nn.Module):
-    """Linear read-outs of one merged token: two frames x (presence, x, y, radius, shade, 3 forms, 6 colours), 5 motions, noise, blur."""
+    """Linear read-outs of one merged token: two frames x (presence, x, y, radius, shade, 3 forms, 6 colours), 5
+    motions, noise, blur."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -76,19 +84,34 @@ class SliceHeads(nn.Module):
 
         frame = y[..., :28].unflatten(-1, (2, 14))
         present = pick(tracks.present)
-        truth = torch.stack([pick(t) for t in (tracks.x / SIZE - 0.5, tracks.y / SIZE - 0.5, tracks.radius / 6 - 1, tracks.shade - 0.5)], -1)
+        truth = torch.stack(
+            [
+                pick(t)
+                for t in (tracks.x / SIZE - 0.5, tracks.y / SIZE - 0.5, tracks.radius / 6 - 1, tracks.shade - 0.5)
+            ],
+            -1,
+        )
         weight = torch.stack([present, present, present, torch.ones_like(present)], -1)
         color = torch.cdist(tracks.rgb.flatten(0, 1), RGB).argmin(-1).view(tracks.rgb.shape[:2])
         parts = {
             "present": F.binary_cross_entropy_with_logits(frame[..., 0], present),
             "place": ((frame[..., 1:5] - truth) ** 2 * weight).mean() * 8,
-            "form": (F.cross_entropy(frame[..., 5:8].flatten(0, 3), pick(tracks.shape).flatten(), reduction="none") * present.flatten()).mean(),
-            "color": (F.cross_entropy(frame[..., 8:14].flatten(0, 3), pick(color).flatten(), reduction="none") * present.flatten()).mean(),
+            "form": (
+                F.cross_entropy(frame[..., 5:8].flatten(0, 3), pick(tracks.shape).flatten(), reduction="none")
+                * present.flatten()
+            ).mean(),
+            "color": (
+                F.cross_entropy(frame[..., 8:14].flatten(0, 3), pick(color).flatten(), reduction="none")
+                * present.flatten()
+            ).mean(),
         }
         step = torch.stack((tracks.x, tracks.y), -1)[:, index].diff(dim=2)[:, :, 0]  # (B, slices, 2)
-        heading = (step[..., None, :] - 1.2 * DIRECTION).norm(dim=-1).argmin(-1)[:, :-1]  # the last slice holds one frame twice
+        # the last slice holds one frame twice
+        heading = (step[..., None, :] - 1.2 * DIRECTION).norm(dim=-1).argmin(-1)[:, :-1]
         motion = y[:, :-1, :, 28:33]
-        parts["motion"] = 0.5 * F.cross_entropy(motion.flatten(0, 2), heading[..., None].expand(motion.shape[:-1]).flatten())
+        parts["motion"] = 0.5 * F.cross_entropy(
+            motion.flatten(0, 2), heading[..., None].expand(motion.shape[:-1]).flatten()
+        )
         for i, name in ((33, "noise"), (34, "blur")):
             label = (defect == DEFECTS.index(name)).float()[:, None, None].expand(y.shape[:-1])
             parts[name] = F.binary_cross_entropy_with_logits(y[..., i], label)
@@ -104,12 +127,16 @@ class Tower(nn.Module):
         self.heads = SliceHeads(critic.model.config.vision_config.out_hidden_size)
 
 
-def train_tower(critic: QwenCritic, folder: Path, seed: int, scale: float = 1.0, log: Callable[[str], None] = print) -> None:
+def train_tower(
+    critic: QwenCritic, folder: Path, seed: int, scale: float = 1.0, log: Callable[[str], None] = print
+) -> None:
     """Trains the vision tower of ``critic`` in place."""
     torch.manual_seed(seed)
     tower = Tower(critic).train()
     tower.visual.requires_grad_(True)
-    schedule = Schedule(steps=int(2500 * scale), lr=2e-3, warmup=min(100, max(1, int(300 * scale))), ema=0.99, log_every=100)
+    schedule = Schedule(
+        steps=int(2500 * scale), lr=2e-3, warmup=min(100, max(1, int(300 * scale))), ema=0.99, log_every=100
+    )
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         frames, tracks, _, defect = draw_labelled(24, generator, clean_share=0.4)

@@ -14,12 +14,21 @@ from lowmem_drf.toy.build.loop import Schedule, train
 from lowmem_drf.toy.defects import PHYSICS, break_physics
 from lowmem_drf.toy.scenes import combos_of, draw_tracks, render
 
-CONFIG = dict(base_dim=8, z_dim=16, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[True, True], scale_factor_temporal=4, scale_factor_spatial=4)
+CONFIG = dict(
+    base_dim=8,
+    z_dim=16,
+    dim_mult=[1, 2, 4],
+    num_res_blocks=1,
+    temperal_downsample=[True, True],
+    scale_factor_temporal=4,
+    scale_factor_spatial=4,
+)
 KL_WEIGHT = 2e-4
 
 
 def draw_clips(n: int, generator: torch.Generator, defect_share: float = 0.25) -> Tensor:
-    """n clips (B, C, T, H, W) in [-1, 1] of the combinations models may train on, a share of them with a physics defect."""
+    """n clips (B, C, T, H, W) in [-1, 1] of the combinations models may train on, a share of them with a physics
+    defect."""
     combos = torch.tensor(combos_of("train", "heldout"))
     tracks = draw_tracks(combos[torch.randint(len(combos), (n,), generator=generator)], generator)
     frames = render(tracks)
@@ -32,29 +41,36 @@ def draw_clips(n: int, generator: torch.Generator, defect_share: float = 0.25) -
 
 
 def shape_nearby(x_BCTHW: Tensor) -> Tensor:
-    """(B, 1, T, H, W) 1 within two pixels of the shape, else 0: most of a frame is background, which any VAE gets right at once."""
+    """(B, 1, T, H, W) 1 within two pixels of the shape, else 0: most of a frame is background, which any VAE gets right
+    at once."""
     background = x_BCTHW.flatten(3).median(-1).values[..., None, None]
     return F.max_pool3d(((x_BCTHW - background).abs().amax(1, keepdim=True) > 0.1).float(), (1, 5, 5), 1, (0, 2, 2))
 
 
 def decode_unclamped(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
-    """``AutoencoderKLWan._decode`` (diffusers 0.42.1) less its final clamp, under which a pixel past the range never learns to come back."""
+    """``AutoencoderKLWan._decode`` (diffusers 0.42.1) less its final clamp, under which a pixel past the range never
+    learns to come back."""
     vae.clear_cache()
     z = vae.post_quant_conv(z)
     chunks = []
     for i in range(z.shape[2]):
         vae._conv_idx = [0]
-        chunks.append(vae.decoder(z[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=i == 0))
+        chunks.append(
+            vae.decoder(z[:, :, i : i + 1], feat_cache=vae._feat_map, feat_idx=vae._conv_idx, first_chunk=i == 0)
+        )
     vae.clear_cache()
     return torch.cat(chunks, 2)
 
 
 def train_vae(folder: Path, seed: int, scale: float = 1.0, log: Callable[[str], None] = print) -> AutoencoderKLWan:
-    """A third of the steps on single frames, the rest on clips; then the latents' mean and standard deviation are measured."""
+    """A third of the steps on single frames, the rest on clips; then the latents' mean and standard deviation are
+    measured."""
     torch.manual_seed(seed)
     vae = AutoencoderKLWan(**CONFIG, latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
     image_steps = int(1000 * scale)
-    schedule = Schedule(steps=int(3400 * scale), lr=4e-3, warmup=min(100, max(1, int(300 * scale))), floor=0.01, ema=0.99, log_every=100)
+    schedule = Schedule(
+        steps=int(3400 * scale), lr=4e-3, warmup=min(100, max(1, int(300 * scale))), floor=0.01, ema=0.99, log_every=100
+    )
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         images = step < image_steps
@@ -71,11 +87,19 @@ def train_vae(folder: Path, seed: int, scale: float = 1.0, log: Callable[[str], 
         mse = error.pow(2).mean()
         psnr = (10 * torch.log10(4 / mse.detach())).item()
         near = 1 + 3 * shape_nearby(x)
-        return (error.abs() * near).mean() + 2 * (error.pow(2) * near).mean() + 0.5 * edges + KL_WEIGHT * kl, {"psnr": psnr, "kl": kl.item()}
+        return (error.abs() * near).mean() + 2 * (error.pow(2) * near).mean() + 0.5 * edges + KL_WEIGHT * kl, {
+            "psnr": psnr,
+            "kl": kl.item(),
+        }
 
     train("vae", vae, loss, schedule, folder, seed, log=log)
     vae.eval().requires_grad_(False)
     with torch.no_grad():
-        z = torch.cat([vae.encode(draw_clips(90, torch.Generator().manual_seed(seed + i), 0)).latent_dist.mode() for i in range(4)])
+        z = torch.cat(
+            [
+                vae.encode(draw_clips(90, torch.Generator().manual_seed(seed + i), 0)).latent_dist.mode()
+                for i in range(4)
+            ]
+        )
     vae.register_to_config(latents_mean=z.mean((0, 2, 3, 4)).tolist(), latents_std=z.std((0, 2, 3, 4)).tolist())
     return vae

@@ -1,11 +1,12 @@
 """Writes ``preprocess.npz``: what Hugging Face's video and image processors make of the frames of ``preprocess_cases``.
 
-    pip install --no-deps "torchvision==0.28.0"   # the one that goes with the torch installed; in an environment of its own
-    PYTHONPATH=. python tests/method/golden/make_preprocess.py
+    pip install --no-deps "torchvision==0.28.0"   # the one that goes with the torch installed; in an environment of its
+    own PYTHONPATH=. python tests/method/golden/make_preprocess.py
 
-The processors need torchvision, and a torchvision that does not fit the torch beside it breaks transformers: that is why its results
-are kept in a file, and it is no dependency of the tests. Only its Python part is used here, so the operators of its compiled part are
-declared where they are missing. Per case: the grid, the values for float frames (fp32), and those for uint8 frames (levels of 255).
+The processors need torchvision, and a torchvision that does not fit the torch beside it breaks transformers: that is
+why its results are kept in a file, and it is no dependency of the tests. Only its Python part is used here, so the
+operators of its compiled part are declared where they are missing. Per case: the grid, the values for float frames
+(fp32), and those for uint8 frames (levels of 255).
 """
 
 import warnings
@@ -74,7 +75,11 @@ def main() -> None:
         muted = torch.from_numpy(frames_THWC(case, *MUTED)).permute(0, 3, 1, 2)
         levels = as_levels(processed(case, muted)[0], case)
         places = stored_places(values.size)
-        arrays |= {f"{case.name}/grid": grid, f"{case.name}/float": values[places], f"{case.name}/uint8": levels[places]}
+        arrays |= {
+            f"{case.name}/grid": grid,
+            f"{case.name}/float": values[places],
+            f"{case.name}/uint8": levels[places],
+        }
         print(f"{case.name:24} {grid.tolist()} {values.size} values, {len(places)} kept")
     np.savez_compressed(FILE, **arrays)
     print(f"{FILE.name}: {FILE.stat().st_size / 1024:.0f} KiB")

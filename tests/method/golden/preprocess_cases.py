@@ -1,4 +1,5 @@
-"""The cases of ``preprocess.npz``: geometries, sizes and frames, for the script that makes the file and for the test that reads it."""
+"""The cases of ``preprocess.npz``: geometries, sizes and frames, for the script that makes the file and for the test
+that reads it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ GEOMETRIES = {
     "qwen3": VideoGeometry(16, 2, 2, 128 * 32 * 32, 768 * 32 * 32, HALF, HALF, bounds="clip"),
 }
 MUTED = (80, 170)
-"""Levels of the uint8 frames: away from black and white, where uint8 frames saturate between the two passes of their resizing."""
+"""Levels of the uint8 frames: away from black and white, where uint8 frames saturate between the two passes of their
+resizing."""
 STORED = 1024
 """Values kept of a larger case, at places spread over all of them."""
 

@@ -1,4 +1,5 @@
-"""A published LoRA merged into the base: our own exports there and back, and files in the ways that others write them."""
+"""A published LoRA merged into the base: our own exports there and back, and files in the ways that others write
+them."""
 
 from __future__ import annotations
 
@@ -68,7 +69,11 @@ def trained():
 @pytest.mark.parametrize("form", FORMATS)
 def test_our_own_exports_merge_to_the_tuned_weights(trained, form: str, scale: float, file, base: str) -> None:
     _, state = trained
-    save_file(to_format(state, ALPHA, RANK, form, torch.float32), file, metadata=adapter_metadata(state, ALPHA, RANK) if form == "diffusers" else None)
+    save_file(
+        to_format(state, ALPHA, RANK, form, torch.float32),
+        file,
+        metadata=adapter_metadata(state, ALPHA, RANK) if form == "diffusers" else None,
+    )
     merged, count = merged_into(base, file, scale)
     assert count == len(state) / 2
     weights, before = dict(merged.named_parameters()), dict(tiny_transformer().named_parameters())
@@ -78,10 +83,14 @@ def test_our_own_exports_merge_to_the_tuned_weights(trained, form: str, scale: f
         if delta is None:
             assert torch.equal(value, before[name])
         else:
-            # comfyui's file has alpha / rank multiplied into A; a sum of 3 products, two factors, and the sum with the weight: 8 roundings of 2^-24
+            # comfyui's file has alpha / rank multiplied into A; a sum of 3 products, two factors, and the sum with the
+            # weight: 8 roundings of 2^-24
             b, a = (state[name.replace(".weight", f".lora_{side}.weight")].abs() for side in "BA")
             bound = scale * ALPHA / RANK * (b @ a) + before[name].abs()
-            assert (((value.double() - before[name].double()) - scale * delta.double()).abs() <= 8 * 2.0**-24 * bound.double()).all()
+            assert (
+                ((value.double() - before[name].double()) - scale * delta.double()).abs()
+                <= 8 * 2.0**-24 * bound.double()
+            ).all()
 
 
 def test_the_merged_model_says_what_the_tuned_one_says(trained, file, base: str) -> None:
@@ -95,7 +104,8 @@ def test_the_merged_model_says_what_the_tuned_one_says(trained, file, base: str)
 
 
 def lightx2v(prefix: str = "diffusion_model.") -> dict[str, torch.Tensor]:
-    """As lightx2v's step-distillation files: everywhere, ranks that differ, whole differences of biases, norms and modulations."""
+    """As lightx2v's step-distillation files: everywhere, ranks that differ, whole differences of biases, norms and
+    modulations."""
     return {
         prefix + name: value
         for name, value in {
@@ -174,11 +184,16 @@ def test_packed_weights_are_changed_before_they_are_packed(quant: str, file, bas
 
 
 def test_a_weight_may_change_in_both_ways(file, base: str) -> None:
-    tensors = {f"diffusion_model.head.head.{key}": value for key, value in {"lora_down.weight": noise(2, 24), "lora_up.weight": noise(16, 2)}.items()}
+    tensors = {
+        f"diffusion_model.head.head.{key}": value
+        for key, value in {"lora_down.weight": noise(2, 24), "lora_up.weight": noise(16, 2)}.items()
+    }
     save_file(tensors | {"diffusion_model.head.head.diff": noise(16, 24)}, file)
     merged, count = merged_into(base, file)
     assert count == 1
-    assert torch.equal(merged.proj_out.weight, tiny_transformer().proj_out.weight + (product(tensors, "head.head") + noise(16, 24)))
+    assert torch.equal(
+        merged.proj_out.weight, tiny_transformer().proj_out.weight + (product(tensors, "head.head") + noise(16, 24))
+    )
 
 
 def test_16_bit_weights_are_rounded_once(file, base: str) -> None:
@@ -188,7 +203,9 @@ def test_16_bit_weights_are_rounded_once(file, base: str) -> None:
     merged, _ = merged_into(base, file, dtype=torch.bfloat16)
     rounded = {name: value.bfloat16().float() for name, value in tensors.items()}
     wanted = (tiny_transformer().blocks[1].ffn.net[2].weight + product(rounded, "blocks.1.ffn.2")).bfloat16()
-    assert merged.blocks[1].ffn.net[2].weight.dtype == torch.bfloat16 and torch.equal(merged.blocks[1].ffn.net[2].weight, wanted)
+    assert merged.blocks[1].ffn.net[2].weight.dtype == torch.bfloat16 and torch.equal(
+        merged.blocks[1].ffn.net[2].weight, wanted
+    )
 
 
 def without(tensors: dict, *names: str) -> dict:
@@ -198,13 +215,22 @@ def without(tensors: dict, *names: str) -> dict:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (lightx2v() | {"diffusion_model.blocks.9.self_attn.q.diff_b": noise(24)}, r"1 of its tensors .*blocks\.9\.self_attn\.q\.diff_b"),
+        (
+            lightx2v() | {"diffusion_model.blocks.9.self_attn.q.diff_b": noise(24)},
+            r"1 of its tensors .*blocks\.9\.self_attn\.q\.diff_b",
+        ),
         (lightx2v() | {"diffusion_model.blocks.0.self_attn.q.dora_scale": noise(24)}, r"self_attn\.q\.dora_scale"),
         (lightx2v() | {"diffusion_model.blocks.0.cross_attn.k_img.diff_b": noise(24)}, r"cross_attn\.k_img\.diff_b"),
         (lightx2v() | {"lora_te_text_model.lora_up.weight": noise(24, 2)}, "lora_te_text_model"),
         (without(lightx2v(), "blocks.1.ffn.2.lora_up.weight"), r"half a pair for blocks\.1\.ffn\.net\.2"),
-        (lightx2v() | {"diffusion_model.blocks.1.ffn.2.lora_up.weight": noise(48, 5)}, r"pair for blocks\.1\.ffn\.net\.2 is \[48, 5\] x \[5, 32\]"),
-        (lightx2v() | {"diffusion_model.head.head.diff_b": noise(8)}, r"diff_b is \[8\], and the model's proj_out\.bias is \[16\]"),
+        (
+            lightx2v() | {"diffusion_model.blocks.1.ffn.2.lora_up.weight": noise(48, 5)},
+            r"pair for blocks\.1\.ffn\.net\.2 is \[48, 5\] x \[5, 32\]",
+        ),
+        (
+            lightx2v() | {"diffusion_model.head.head.diff_b": noise(8)},
+            r"diff_b is \[8\], and the model's proj_out\.bias is \[16\]",
+        ),
         (lightx2v() | {"diffusion_model.blocks.0.self_attn.norm_q.diff_b": noise(24)}, r"norm_q\.bias is not there"),
         (lightx2v() | {"diffusion_model.head.head.diff_b": torch.full((16,), float("nan"))}, "holds NaN"),
         ({}, "it holds nothing"),
@@ -223,7 +249,15 @@ def test_an_alpha_of_single_modules_in_the_header(trained, file) -> None:
     header = adapter_metadata(state, ALPHA, RANK)
     ((key, text),) = header.items()
     tensors = to_format(state, ALPHA, RANK, "diffusers", torch.float32)
-    save_file(tensors, file, metadata={key: text.replace('"transformer.alpha_pattern": {}', '"transformer.alpha_pattern": {"blocks.0.attn1.to_q": 1}')})
+    save_file(
+        tensors,
+        file,
+        metadata={
+            key: text.replace(
+                '"transformer.alpha_pattern": {}', '"transformer.alpha_pattern": {"blocks.0.attn1.to_q": 1}'
+            )
+        },
+    )
     with pytest.raises(BadInputError, match=r"blocks\.0\.attn1\.to_q"):
         base_changes(str(file), SHAPES, quiet)
     save_file(tensors, file, metadata={key: "{"})

@@ -127,11 +127,18 @@ def bad_states() -> dict[str, tuple[dict[str, torch.Tensor], str]]:
     return {
         "missing": ({k: v for k, v in good.items() if ".attn1." in k and "lora_A" in k}, "missing"),
         "unknown": (
-            {**good, "blocks.7.attn1.to_q.lora_A.weight": good[first], "blocks.7.attn1.to_q.lora_B.weight": good[first]},
+            {
+                **good,
+                "blocks.7.attn1.to_q.lora_A.weight": good[first],
+                "blocks.7.attn1.to_q.lora_B.weight": good[first],
+            },
             "no LoRA module of this model",
         ),
         "rank": (lora_state(trained(rank=3)), "another rank"),
-        "width": ({k: torch.cat([v, v], 1) if k.endswith("to_q.lora_A.weight") else v for k, v in good.items()}, "another rank or width"),
+        "width": (
+            {k: torch.cat([v, v], 1) if k.endswith("to_q.lora_A.weight") else v for k, v in good.items()},
+            "another rank or width",
+        ),
         "nan": ({**good, first: torch.full_like(good[first], float("nan"))}, "NaN"),
         "empty": ({}, "missing"),
     }

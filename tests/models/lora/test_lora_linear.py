@@ -82,7 +82,8 @@ def test_gradients_that_nobody_wants_are_not_made(model):
 
 
 def test_bytes():
-    """Of a feed-forward's second layer: kept is its input, and at no time is more than that, the activation or one gradient of it there."""
+    """Of a feed-forward's second layer: kept is its input, and at no time is more than that, the activation or one
+    gradient of it there."""
     wide, narrow = 4000, 24
     block = torch.nn.Linear(wide, narrow)
     holder = torch.nn.ModuleDict({"blocks": torch.nn.ModuleDict({"ffn": block})}).requires_grad_(False)

@@ -69,7 +69,9 @@ def test_the_names_in_a_checkpoint_stay():
     """Those of runs that were begun with an earlier version."""
     tensors, optimizer = fresh("adamw")
     step(tensors, optimizer, 0, 1)
-    assert set(pack_optimizer(optimizer, KEYS)) == {f"{key}.{moment}" for key in KEYS for moment in ("step", "exp_avg", "exp_avg_sq")}
+    assert set(pack_optimizer(optimizer, KEYS)) == {
+        f"{key}.{moment}" for key in KEYS for moment in ("step", "exp_avg", "exp_avg_sq")
+    }
 
 
 def test_a_large_tensors_moments_take_a_byte_each_and_the_tables_are_shared():
@@ -77,7 +79,10 @@ def test_a_large_tensors_moments_take_a_byte_each_and_the_tables_are_shared():
     step(tensors, optimizer, 0, 1)
     packed = pack_optimizer(optimizer, KEYS)
     blocks = tensors[0].numel() // 256
-    assert sum(tensor.nbytes for name, tensor in packed.items() if name.startswith(KEYS[0])) == 2 * (tensors[0].numel() + 4 * blocks) + 8
+    assert (
+        sum(tensor.nbytes for name, tensor in packed.items() if name.startswith(KEYS[0]))
+        == 2 * (tensors[0].numel() + 4 * blocks) + 8
+    )
     assert packed[f"{KEYS[1]}.state1"].dtype == torch.float32
     assert packed["qmap1"].nbytes == packed["qmap2"].nbytes == 4 * 256
 
@@ -141,9 +146,10 @@ def test_paged_moments_are_the_hosts():
 
 
 def test_its_updates_follow_those_of_fp32_moments():
-    """Twenty updates of ToyWorld's LoRA. The code of 8 bit has steps of 0.7% of a block's largest number down to a tenth of it, and finer ones below:
-    a moment is off by 2% on average, the root of the second one by half of that, and an angle of 0.045 (cosine 0.999) leaves room for both and for what
-    the one trajectory sees that the other does not."""
+    """Twenty updates of ToyWorld's LoRA. The code of 8 bit has steps of 0.7% of a block's largest number down to a
+    tenth of it, and finer ones below: a moment is off by 2% on average, the root of the second one by half of that, and
+    an angle of 0.045 (cosine 0.999) leaves room for both and for what the one trajectory sees that the other does
+    not."""
     texts = train_prompts()[:4]
     moved = {}
     for name in ("adamw", "adamw8bit"):
@@ -151,11 +157,18 @@ def test_its_updates_follow_those_of_fp32_moments():
         models, prompts = load_models(config, texts), as_prompts(texts)
         add_lora(models.transformer, config.lora.rank, config.lora.alpha, config.lora.targets, seed=0)
         parts, questions = models.parts(lora_parameters(models.transformer)), draft_questions(config, prompts)
-        trainer, before = SingleTrainer(config, named_lora(models.transformer)), [tensor.detach().clone() for tensor in parts.lora]
+        trainer, before = (
+            SingleTrainer(config, named_lora(models.transformer)),
+            [tensor.detach().clone() for tensor in parts.lora],
+        )
         for n in range(20):
             update(config, models, parts, trainer, n, [prompts[n % 4]], questions, None)
-        moved[name] = torch.cat([(tensor.detach() - old).flatten() for tensor, old in zip(parts.lora, before, strict=True)])
-        large = [tensor for key, tensor in trainer.pack().items() if key.endswith(".state1") and tensor.dtype == torch.uint8]
+        moved[name] = torch.cat(
+            [(tensor.detach() - old).flatten() for tensor, old in zip(parts.lora, before, strict=True)]
+        )
+        large = [
+            tensor for key, tensor in trainer.pack().items() if key.endswith(".state1") and tensor.dtype == torch.uint8
+        ]
         assert len(large) == (0 if name == "adamw" else len(parts.lora))
     assert torch.cosine_similarity(moved["adamw"], moved["adamw8bit"], dim=0) > 0.999
     assert moved["adamw8bit"].norm().item() == pytest.approx(moved["adamw"].norm().item(), rel=0.01)

@@ -1,10 +1,24 @@
-"""The packed critic is the critic: logits and frame gradients equal those of transformers' own forward, one question at a time."""
+"""The packed critic is the critic: logits and frame gradients equal those of transformers' own forward, one question at
+a time."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from _critic import DENSE, FAMILIES, LONG, SHORT, WORD, clips, expanded, inputs, lift_rotations, questions, separately, untouched
+from _critic import (
+    DENSE,
+    FAMILIES,
+    LONG,
+    SHORT,
+    WORD,
+    clips,
+    expanded,
+    inputs,
+    lift_rotations,
+    questions,
+    separately,
+    untouched,
+)
 from _tiny import relative_difference, tiny_critic, tiny_critic_model, tiny_critic_tokenizer, tiny_video_settings
 
 from lowmem_drf.models.qwen_vl.critic import QwenCritic, video_geometry
@@ -21,10 +35,15 @@ def test_packed_is_separate(count: int, family: str, monkeypatch) -> None:
     oracle = untouched(critic, tiny_critic_model(torch.float64, family=family)[0])
     frames, asked = clips(1), questions(count)
     wanted = [separately(oracle, frames, q) for q in asked]
-    upstreams = [torch.randn(w.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i, w in enumerate(wanted)]
+    upstreams = [
+        torch.randn(w.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        for i, w in enumerate(wanted)
+    ]
     (wanted_grad,) = torch.autograd.grad(sum((w * u).sum() for w, u in zip(wanted, upstreams, strict=True)), frames)
     (answers,) = critic(frames, [asked])
-    (got_grad,) = torch.autograd.grad(sum((a.logits_AV * u).sum() for a, u in zip(answers, upstreams, strict=True)), frames)
+    (got_grad,) = torch.autograd.grad(
+        sum((a.logits_AV * u).sum() for a, u in zip(answers, upstreams, strict=True)), frames
+    )
     for answer, logits in zip(answers, wanted, strict=True):
         assert answer.logits_AV.shape == logits.shape and answer.target_A.shape == logits.shape[:1]
         assert relative_difference(answer.logits_AV, logits) < 1e-10
@@ -69,7 +88,11 @@ def test_no_questions() -> None:
 @pytest.mark.parametrize(("family", "width", "grid"), [("qwen2_5_vl", 24, [3, 6, 10]), ("qwen3_vl", 48, [3, 6, 10, 5])])
 def test_features_can_be_computed_once_and_asked_later(family: str, width: int, grid: list[int]) -> None:
     """Indexed like any tensor, as who caches them does. Qwen3-VL's hold the DeepStack tokens besides."""
-    critic, frames, asked = tiny_critic(family=family), clips(3, dtype=torch.float32), [questions(2), questions(3), questions(1)]
+    critic, frames, asked = (
+        tiny_critic(family=family),
+        clips(3, dtype=torch.float32),
+        [questions(2), questions(3), questions(1)],
+    )
     with torch.no_grad():
         features, grids = critic.embed_video(frames)
         assert features.shape == (3, 3 * 3 * 5, width) and grids.tolist() == [grid] * 3
@@ -83,13 +106,16 @@ def test_features_can_be_computed_once_and_asked_later(family: str, width: int, 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("frames", "fps"), [(5, 1.0), (6, 2.0), (6, 0.5), (2, 2.0), (9, 2 / 3)])
 def test_prefix_is_that_of_transformers(frames: int, fps: float, family: str) -> None:
-    """Tokens as the processor writes them (Qwen3-VL's times in words among them), positions as ``get_rope_index`` counts them."""
+    """Tokens as the processor writes them (Qwen3-VL's times in words among them), positions as ``get_rope_index``
+    counts them."""
     critic = tiny_critic(fps=fps, family=family)
     wanted = inputs(critic, clips(1, frames, dtype=torch.float32), "red?")
     _, grid = critic.embed_video(clips(1, frames, dtype=torch.float32))
     prefix, length = critic.prefix(grid), len(critic.prefix(grid).ids_P)
     keys = ("mm_token_type_ids", "video_grid_thw", "second_per_grid_ts")
-    positions, _ = critic.model.model.get_rope_index(wanted["input_ids"], **{key: wanted[key] for key in keys if key in wanted})
+    positions, _ = critic.model.model.get_rope_index(
+        wanted["input_ids"], **{key: wanted[key] for key in keys if key in wanted}
+    )
     assert torch.equal(prefix.ids_P, wanted["input_ids"][0, :length])
     assert torch.equal(prefix.positions_3P, positions[:, 0, :length])
     assert positions[:, 0, length].tolist() == [prefix.start] * 3
@@ -102,12 +128,15 @@ def test_times_are_spelled_out_for_qwen3_vl() -> None:
     assert text == (
         "<|vision_start|><0.2 seconds><|vision_start|><|video_pad|><|vision_end|><1.0 seconds><|vision_start|><|video_pad|><|vision_end|><|vision_end|>"
     )
-    assert text == f"<|vision_start|>{tiny_critic(family='qwen3_vl').family.spell('<|video_pad|>', [2, 2, 2, 3], 2.0)}<|vision_end|>"
+    assert (
+        text
+        == f"<|vision_start|>{tiny_critic(family='qwen3_vl').family.spell('<|video_pad|>', [2, 2, 2, 3], 2.0)}<|vision_end|>"
+    )
 
 
 def test_positions_at_fractions_of_a_second() -> None:
-    """tokens_per_second 4, two frames per patch, 16 frames a second: half a position per patch, rounded down (transformers < 5.18 gives 0
-    throughout)."""
+    """tokens_per_second 4, two frames per patch, 16 frames a second: half a position per patch, rounded down
+    (transformers < 5.18 gives 0 throughout)."""
     prefix = tiny_critic(fps=16.0).prefix(torch.tensor([[5, 2, 2]]))
     times = prefix.positions_3P[0, prefix.slots_N]
     assert (times - times[0]).tolist() == [0, 0, 1, 1, 2]
@@ -122,7 +151,11 @@ def test_answer_words() -> None:
     critic = tiny_critic()
     word = critic.tokenizer.convert_tokens_to_ids
     (answers,) = critic(clips(1, dtype=torch.float32), [[SHORT, LONG, WORD]])
-    assert answers[0].yes == (word("yes"), word("Yes"), word("YES")) and answers[0].no == (word("no"), word("No"), word("NO"))
+    assert answers[0].yes == (word("yes"), word("Yes"), word("YES")) and answers[0].no == (
+        word("no"),
+        word("No"),
+        word("NO"),
+    )
     assert [a.target_A.tolist() for a in answers] == [[word("yes")], [word("no")], [word("red")]]
 
 
@@ -130,7 +163,10 @@ def test_casings_with_a_leading_space_count_too() -> None:
     """Byte-level BPE, as Qwen's, writes `` yes`` as ``Ġyes``."""
     tokenizer = tiny_critic_tokenizer()
     tokenizer.add_tokens(["Ġyes", "ĠYes", "▁no"])
-    conversation, word = Conversation(tokenizer, tokenizer.convert_tokens_to_ids("<|video_pad|>")), tokenizer.convert_tokens_to_ids
+    conversation, word = (
+        Conversation(tokenizer, tokenizer.convert_tokens_to_ids("<|video_pad|>")),
+        tokenizer.convert_tokens_to_ids,
+    )
     assert conversation.yes == (word("yes"), word("Yes"), word("YES"), word("Ġyes"), word("ĠYes"))
     assert conversation.no == (word("no"), word("No"), word("NO"), word("▁no"))
 

@@ -1,4 +1,5 @@
-"""Checkpointing really happens on a frozen critic in ``eval``: asserted as bytes and as work, at the depth of the real models."""
+"""Checkpointing really happens on a frozen critic in ``eval``: asserted as bytes and as work, at the depth of the real
+models."""
 
 from __future__ import annotations
 
@@ -65,7 +66,13 @@ def test_no_mode_of_the_model_undoes_it(family: str) -> None:
     """transformers' own checkpointing stops at ``eval()``."""
     critic, frames, asked = tiny_critic(torch.float64, family=family), clips(1), [questions(3)]
     saved = []
-    for change in (lambda: None, lambda: critic.set_checkpointing(True), critic.model.train, critic.model.eval, lambda: critic.set_checkpointing(True)):
+    for change in (
+        lambda: None,
+        lambda: critic.set_checkpointing(True),
+        critic.model.train,
+        critic.model.eval,
+        lambda: critic.set_checkpointing(True),
+    ):
         change()
         with SavedBytes(critic.model) as kept:
             critic(frames, asked)

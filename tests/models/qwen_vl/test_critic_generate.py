@@ -30,8 +30,11 @@ def shown(critic, tokens: list[int]) -> str:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("frames", "size", "seed"), [(5, (24, 40), 0), (6, (16, 16), 1), (2, (8, 8), 2)])
-def test_generate_is_that_of_transformers(family: str, checkpointing: bool, frames: int, size: tuple[int, int], seed: int) -> None:
-    """In fp64, so that no tie is decided by rounding. With checkpointing on transformers' own layers would drop the cache."""
+def test_generate_is_that_of_transformers(
+    family: str, checkpointing: bool, frames: int, size: tuple[int, int], seed: int
+) -> None:
+    """In fp64, so that no tie is decided by rounding. With checkpointing on transformers' own layers would drop the
+    cache."""
     critic = tiny_critic(torch.float64, seed, family=family)
     critic.set_checkpointing(checkpointing)
     clip = clips(1, frames, size).detach()
@@ -46,8 +49,8 @@ def test_generate_is_that_of_transformers(family: str, checkpointing: bool, fram
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_positions_of_what_is_said_follow_the_text(family: str) -> None:
-    """One row and column of tokens and half a second between frames: Qwen2.5-VL's time positions reach further than the text behind the
-    video."""
+    """One row and column of tokens and half a second between frames: Qwen2.5-VL's time positions reach further than the
+    text behind the video."""
     critic = tiny_critic(torch.float64, fps=1 / 4, family=family)
     clip = clips(1, 8, (8, 8)).detach()
     model, _ = tiny_critic_model(torch.float64, family=family)

@@ -1,4 +1,5 @@
-"""The critic on the attention kernel: ranges say what the mask says, and answers and gradients are those of SDPA within its own rounding."""
+"""The critic on the attention kernel: ranges say what the mask says, and answers and gradients are those of SDPA within
+its own rounding."""
 
 from __future__ import annotations
 
@@ -11,7 +12,11 @@ from lowmem_drf.ops import ranged_attention
 from lowmem_drf.types import Question
 
 ASKED = [
-    [Question("TA", "is the circle red ?", "yes"), Question("Phy", "does it jump ?", "no"), Question("VQ", "describe the video", "sharp motion", kind="dense")],
+    [
+        Question("TA", "is the circle red ?", "yes"),
+        Question("Phy", "does it jump ?", "no"),
+        Question("VQ", "describe the video", "sharp motion", kind="dense"),
+    ],
     [Question("Phy", "does it vanish ?", "no")],
 ]
 
@@ -35,7 +40,9 @@ def test_ranges_are_the_mask(clips):
 def answers(critic, frames):
     frames = frames.clone().requires_grad_()
     logits = torch.cat([answer.logits_AV.flatten() for clip in critic(frames, ASKED) for answer in clip])
-    upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(logits.dtype)
+    upstream = torch.randn(logits.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(
+        logits.dtype
+    )
     return logits.detach(), *torch.autograd.grad(logits, frames, upstream)
 
 

@@ -72,17 +72,38 @@ def take_another_architecture(folder: Path) -> None:
 SETTINGS = "video_preprocessor_config.json"
 BROKEN = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "Cannot load the critic"),
-    "another model": (take_another_architecture, "'umt5' model, and the critic must be a 'qwen2_5_vl' .Qwen2.5-VL. or 'qwen3_vl' .Qwen3-VL."),
+    "another model": (
+        take_another_architecture,
+        "'umt5' model, and the critic must be a 'qwen2_5_vl' .Qwen2.5-VL. or 'qwen3_vl' .Qwen3-VL.",
+    ),
     "no preprocessor": (lambda folder: (folder / SETTINGS).unlink(), "preprocessor_config.json"),
     "half a preprocessor": (lambda folder: (folder / SETTINGS).write_text('{"patch_size": 4}'), "lack"),
-    "broken weights": (lambda folder: (folder / "model.safetensors").write_bytes(b"not weights"), "Cannot load the critic"),
+    "broken weights": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"not weights"),
+        "Cannot load the critic",
+    ),
     "missing weights": (lose_a_tensor, r"lack 1 tensors .*language_model.layers.1.mlp.up_proj.weight"),
-    "no template": (lambda folder: (folder / "chat_template.jinja").unlink(), "no chat template. Use an instruction-tuned model"),
-    "patch": (lambda folder: edit(folder, SETTINGS, patch_size=8), "do not belong together: patch_size is 8 .* and 4 in the model"),
+    "no template": (
+        lambda folder: (folder / "chat_template.jinja").unlink(),
+        "no chat template. Use an instruction-tuned model",
+    ),
+    "patch": (
+        lambda folder: edit(folder, SETTINGS, patch_size=8),
+        "do not belong together: patch_size is 8 .* and 4 in the model",
+    ),
     "merge": (lambda folder: edit(folder, SETTINGS, merge_size=1), "do not belong together: merge_size is 1"),
-    "temporal patch": (lambda folder: edit(folder, SETTINGS, temporal_patch_size=1), "do not belong together: temporal_patch_size is 1"),
-    "video token": (lambda folder: edit(folder, "config.json", video_token_id=7), "do not belong together: the model's video token is 7 .* is 6 in the"),
-    "longer tokenizer": (grow_the_tokenizer, "do not belong together: token 'onomatopoeia' has id 69, and the model embeds 69"),
+    "temporal patch": (
+        lambda folder: edit(folder, SETTINGS, temporal_patch_size=1),
+        "do not belong together: temporal_patch_size is 1",
+    ),
+    "video token": (
+        lambda folder: edit(folder, "config.json", video_token_id=7),
+        "do not belong together: the model's video token is 7 .* is 6 in the",
+    ),
+    "longer tokenizer": (
+        grow_the_tokenizer,
+        "do not belong together: token 'onomatopoeia' has id 69, and the model embeds 69",
+    ),
 }
 
 
@@ -112,7 +133,9 @@ def test_unusable_templates_are_refused(template: str | None, reason: str) -> No
 def test_a_vocabulary_without_yes() -> None:
     tokenizer = tiny_critic_tokenizer()
     content = json.loads(tokenizer.backend_tokenizer.to_str())
-    content["model"]["vocab"] = {token: index for token, index in content["model"]["vocab"].items() if token.lower() != "yes"}
+    content["model"]["vocab"] = {
+        token: index for token, index in content["model"]["vocab"].items() if token.lower() != "yes"
+    }
     tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(content))
     with pytest.raises(BadInputError, match="no single token for 'yes'"):
         Conversation(tokenizer, tokenizer.convert_tokens_to_ids("<|video_pad|>"))
@@ -125,8 +148,8 @@ def test_a_dense_question_needs_a_reference() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_more_tokens_than_the_model_was_made_for(family: str) -> None:
-    """The limit is on one conversation: each question counts its positions from the prefix on. 2 x 2 tokens a slice, and what stands
-    around them."""
+    """The limit is on one conversation: each question counts its positions from the prefix on. 2 x 2 tokens a slice,
+    and what stands around them."""
     critic = tiny_critic(family=family)
     frames = clips(1, frames=4, size=(16, 16), dtype=torch.float32)
     longest = len(critic.prefix(critic.embed_video(frames)[1]).ids_P) + len(critic.conversation.ask(DENSE).ids)
@@ -135,7 +158,9 @@ def test_more_tokens_than_the_model_was_made_for(family: str) -> None:
     critic(frames, [[DENSE] * 5])
     config.max_position_embeddings = longest - 1
     critic(frames, [[SHORT] * 5])
-    with pytest.raises(BadInputError, match=rf"would read {longest} tokens, 8 of them the video's, .* {longest - 1} .*critic.frames"):
+    with pytest.raises(
+        BadInputError, match=rf"would read {longest} tokens, 8 of them the video's, .* {longest - 1} .*critic.frames"
+    ):
         critic(frames, [[SHORT], [DENSE]][1:])
     with pytest.raises(BadInputError, match="critic.frames"):
         critic.generate("red?", frames[0], 200)

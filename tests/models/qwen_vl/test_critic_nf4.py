@@ -65,8 +65,8 @@ def test_what_is_quantised(folder) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_is_that_of_the_values_the_bits_stand_for(folder, dtype: torch.dtype, checkpointing: bool) -> None:
-    """The bound is the arithmetic's: what the same critic's result changes by where its weights are the same and its rounding is not
-    (fp32 against fp64 in fp32; bf16 against fp32 in bf16), twice."""
+    """The bound is the arithmetic's: what the same critic's result changes by where its weights are the same and its
+    rounding is not (fp32 against fp64 in fp32; bf16 against fp32 in bf16), twice."""
     exact = dequantised(folder, dtype)
     small = load_critic(str(folder), dtype, quant="nf4")
     small.set_checkpointing(checkpointing)
@@ -105,7 +105,8 @@ def test_its_weights_cost_no_activation_memory(folder) -> None:
 
 
 def test_a_forward_without_gradient_changes_nothing_for_the_next_one_with_it(folder) -> None:
-    """On processors with AVX512-BF16 bitsandbytes' own module would repack the weights then, and the gradient would silently be cut."""
+    """On processors with AVX512-BF16 bitsandbytes' own module would repack the weights then, and the gradient would
+    silently be cut."""
     critic, frames, asked = load_critic(str(folder), quant="nf4"), clips(1, dtype=torch.float32), [questions(3)]
     before, _ = gradient(critic, frames, asked)
     said = critic.generate("red?", frames[0], 3)
@@ -119,7 +120,10 @@ def test_a_forward_without_gradient_changes_nothing_for_the_next_one_with_it(fol
     [
         (lambda patch: patch.setattr(quant, "KEPT", ["visual", "lm_head"]), "model.visual.blocks.0"),
         (lambda patch: patch.setattr(quant, "KEPT", ["model.visual"]), "lm_head is quantised"),
-        (lambda patch: patch.setattr(quant, "KEPT", [*quant.KEPT, "mlp.up_proj"]), "layers.0.mlp.up_proj is torch.float32, and should be NF4"),
+        (
+            lambda patch: patch.setattr(quant, "KEPT", [*quant.KEPT, "mlp.up_proj"]),
+            "layers.0.mlp.up_proj is torch.float32, and should be NF4",
+        ),
     ],
     ids=["the spelling that skips nothing", "head", "a layer left out"],
 )
@@ -130,7 +134,9 @@ def test_what_is_not_as_it_should_be_is_named(spoil, name: str, folder, monkeypa
     assert not isinstance(caught.value, BadInputError)
 
 
-@pytest.mark.parametrize("settings", [{"bnb_4bit_quant_type": "fp4"}, {"bnb_4bit_use_double_quant": False}], ids=["fp4", "one quantisation"])
+@pytest.mark.parametrize(
+    "settings", [{"bnb_4bit_quant_type": "fp4"}, {"bnb_4bit_use_double_quant": False}], ids=["fp4", "one quantisation"]
+)
 def test_other_4_bit_settings_are_not_taken_for_nf4(folder, settings, monkeypatch) -> None:
     usual = quant.loading_arguments
 

@@ -103,8 +103,13 @@ def test_fewer_layers_at_full_width() -> None:
         model = empty_model(known.config, layers=2)
         text, vision = model.config.text_config, model.config.vision_config
         assert (len(model.model.language_model.layers), len(model.model.visual.blocks)) == (2, 2), name
-        assert text.hidden_size == known.config["text_config"]["hidden_size"] and vision.hidden_size == known.config["vision_config"]["hidden_size"]
-    assert len(empty_model(KNOWN["Qwen/Qwen3-VL-8B-Instruct"].config, layers=10).model.visual.deepstack_merger_list) == 1
+        assert (
+            text.hidden_size == known.config["text_config"]["hidden_size"]
+            and vision.hidden_size == known.config["vision_config"]["hidden_size"]
+        )
+    assert (
+        len(empty_model(KNOWN["Qwen/Qwen3-VL-8B-Instruct"].config, layers=10).model.visual.deepstack_merger_list) == 1
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -126,7 +131,10 @@ def test_the_stand_in_tokenizer(name: str) -> None:
     config = KNOWN[name].config
     tokenizer = module.stand_in_tokenizer(config)
     word = tokenizer.convert_tokens_to_ids
-    assert word("<|video_pad|>") == config["video_token_id"] and word("<|im_end|>") == config["text_config"]["eos_token_id"] == tokenizer.eos_token_id
+    assert (
+        word("<|video_pad|>") == config["video_token_id"]
+        and word("<|im_end|>") == config["text_config"]["eos_token_id"] == tokenizer.eos_token_id
+    )
     text = 'Does the “red” ball jump?\n{"yes": 1}'
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text and max(ids) < 300

@@ -1,4 +1,5 @@
-"""The Wan decoder in chunks is the Wan decoder: bitwise forward, and the same gradient when chunks are recomputed in reverse."""
+"""The Wan decoder in chunks is the Wan decoder: bitwise forward, and the same gradient when chunks are recomputed in
+reverse."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def chunked(decoder: WanDecoder, latents: Tensor) -> tuple[list[Tensor], list[tu
 
 
 BITWISE = [(config, dtype) for config in CONFIGS for dtype in (torch.float32, torch.float64, torch.bfloat16)]
-# Here one frame and four frames go through different fp64 kernels of the pointwise post_quant_conv: 2e-16 apart (held by the gradient test
+# Here one frame and four frames go through different fp64 kernels of the pointwise post_quant_conv: 2e-16 apart (held
+# by the gradient test
 # below).
 BITWISE.remove(("wan22", torch.float64))
 
@@ -34,7 +36,9 @@ def test_chunks_are_bitwise_decode(config: str, dtype: torch.dtype) -> None:
     decoder, latents = WanDecoder(vae), tiny_latents(2, frames=4, dtype=dtype)
     with torch.no_grad():
         frames, _ = chunked(decoder, latents)
-        mean, inverse_std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
+        mean, inverse_std = (
+            torch.tensor(x).view(1, -1, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std)
+        )
         library = vae.decode(latents / (1.0 / inverse_std).to(dtype) + mean.to(dtype)).sample
     assert [f.shape[1] for f in frames] == [1, 4, 4, 4]
     assert torch.equal(torch.cat(frames, dim=1), decoder.decode(latents))
@@ -76,7 +80,12 @@ def test_reverse_time_gradient_is_the_monolithic_one(config: str) -> None:
             frames, handed_on = decoder.chunk(x, caches)
         outputs = [frames, *(handed_on[j] for j in cotangents)]
         inputs = {j: c for j, c in enumerate(caches) if isinstance(c, Tensor)}
-        grads = torch.autograd.grad(outputs, [x, *inputs.values()], [upstream[:, starts[i] : starts[i + 1]], *cotangents.values()], allow_unused=True)
+        grads = torch.autograd.grad(
+            outputs,
+            [x, *inputs.values()],
+            [upstream[:, starts[i] : starts[i + 1]], *cotangents.values()],
+            allow_unused=True,
+        )
         got[:, :, i : i + 1] = grads[0]
         cotangents = {j: g for j, g in zip(inputs, grads[1:], strict=True) if g is not None}
     assert relative_difference(got, wanted) < 1e-10

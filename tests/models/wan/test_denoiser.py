@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from _tiny import GENERATORS, SavedBytes, relative_difference, save_tiny_generator, tiny_condition, tiny_latents, tiny_text, tiny_transformer, tiny_vae
+from _tiny import (
+    GENERATORS,
+    SavedBytes,
+    relative_difference,
+    save_tiny_generator,
+    tiny_condition,
+    tiny_latents,
+    tiny_text,
+    tiny_transformer,
+    tiny_vae,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowmem_drf.errors import BadInputError
@@ -36,7 +46,13 @@ def test_euler_with_the_velocity_is_wan_pipeline() -> None:
 
     model, tokenizer = tiny_text()
     transformer, prompt, noise = tiny_transformer(), "a red circle moves left", tiny_latents(1, dtype=torch.float32)
-    settings = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=1, disable_corrector=list(range(5)))
+    settings = dict(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=3.0,
+        solver_order=1,
+        disable_corrector=list(range(5)),
+    )
     pipe = WanPipeline(tokenizer, model, tiny_vae(), UniPCMultistepScheduler(**settings), transformer)
     pipe.set_progress_bar_config(disable=True)
     call = dict(height=16, width=16, num_frames=9, num_inference_steps=5, max_sequence_length=12, output_type="latent")
@@ -52,11 +68,15 @@ def test_euler_with_the_velocity_is_wan_pipeline() -> None:
 
 
 def test_a_timestep_for_each_token_is_one_for_the_clip(monkeypatch) -> None:
-    """Wan2.2-TI2V-5B's pipeline expands the timestep to every token (``expand_timesteps``), for videos that begin with an image. Without one all are the
-    same, and a timestep per clip is the same computation: to rounding in fp64."""
+    """Wan2.2-TI2V-5B's pipeline expands the timestep to every token (``expand_timesteps``), for videos that begin with
+    an image. Without one all are the same, and a timestep per clip is the same computation: to rounding in fp64."""
     to_fp32 = torch.Tensor.float
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_fp32(x))
-    transformer, x, text = tiny_transformer(torch.float64, **GENERATORS["wan2.2-5b"][0]), torch.randn(2, 6, 3, 4, 2, dtype=torch.float64), tiny_condition(2)
+    transformer, x, text = (
+        tiny_transformer(torch.float64, **GENERATORS["wan2.2-5b"][0]),
+        torch.randn(2, 6, 3, 4, 2, dtype=torch.float64),
+        tiny_condition(2),
+    )
     for sigma in (0.999999, 0.857, 0.25):
         expanded = torch.full((2, 3 * 2 * 1), float(timestep_of(sigma)))
         wanted = transformer(x, expanded, text, return_dict=False)[0]
@@ -65,7 +85,8 @@ def test_a_timestep_for_each_token_is_one_for_the_clip(monkeypatch) -> None:
 
 @pytest.mark.parametrize("name", ["wan2.1-1.3b", "wan2.2-5b"])
 def test_the_frames_are_those_of_the_pipeline(name: str) -> None:
-    """From noise to pixels, with the pipeline's own settings: for Wan2.2-TI2V-5B ``expand_timesteps`` and a VAE of 16 x 16 pixels."""
+    """From noise to pixels, with the pipeline's own settings: for Wan2.2-TI2V-5B ``expand_timesteps`` and a VAE of 16 x
+    16 pixels."""
     from diffusers import UniPCMultistepScheduler, WanPipeline
 
     from lowmem_drf.models.wan.decoder import WanDecoder
@@ -75,13 +96,33 @@ def test_the_frames_are_those_of_the_pipeline(name: str) -> None:
     transformer, vae = tiny_transformer(**of_transformer), tiny_vae(**of_vae)
     factor = vae.config.scale_factor_spatial
     noise = torch.randn(1, transformer.config.in_channels, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=1, disable_corrector=[*range(3)])
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=3.0,
+        solver_order=1,
+        disable_corrector=[*range(3)],
+    )
     pipe = WanPipeline(tokenizer, model, vae, scheduler, transformer, expand_timesteps=name == "wan2.2-5b")
     pipe.set_progress_bar_config(disable=True)
-    call = dict(height=4 * factor, width=4 * factor, num_frames=9, num_inference_steps=3, max_sequence_length=12, output_type="pt")
+    call = dict(
+        height=4 * factor,
+        width=4 * factor,
+        num_frames=9,
+        num_inference_steps=3,
+        max_sequence_length=12,
+        output_type="pt",
+    )
     wanted = pipe("a red circle", "blue", latents=noise.clone(), guidance_scale=2.0, **call).frames
     encoder = TextEncoder(model, tokenizer)
-    x_0, _ = rollout(as_velocity(transformer), flow_sigmas(3, 3.0), noise, encoder.encode(["a red circle"], 12), encoder.encode(["blue"], 12), 2.0)
+    x_0, _ = rollout(
+        as_velocity(transformer),
+        flow_sigmas(3, 3.0),
+        noise,
+        encoder.encode(["a red circle"], 12),
+        encoder.encode(["blue"], 12),
+        2.0,
+    )
     with torch.no_grad():
         frames = WanDecoder(vae).decode(x_0)
     assert frames.shape == wanted.shape

@@ -1,4 +1,5 @@
-"""Generators of two transformers: whose turn it is, what is trained, what is on the card, and what a run of theirs is made into."""
+"""Generators of two transformers: whose turn it is, what is trained, what is on the card, and what a run of theirs is
+made into."""
 
 from __future__ import annotations
 
@@ -83,10 +84,26 @@ def test_the_rollout_is_wan_pipelines_with_two_transformers() -> None:
 
     model, tokenizer = tiny_text()
     high, low, noise = tiny_transformer(seed=3), tiny_transformer(seed=4), tiny_latents(1, dtype=torch.float32)
-    settings = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=1, disable_corrector=list(range(6)))
-    pipe = WanPipeline(tokenizer, model, tiny_vae(), UniPCMultistepScheduler(**settings), high, low, boundary_ratio=BOUNDARY)
+    settings = dict(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=3.0,
+        solver_order=1,
+        disable_corrector=list(range(6)),
+    )
+    pipe = WanPipeline(
+        tokenizer, model, tiny_vae(), UniPCMultistepScheduler(**settings), high, low, boundary_ratio=BOUNDARY
+    )
     pipe.set_progress_bar_config(disable=True)
-    call = dict(height=16, width=16, num_frames=9, num_inference_steps=6, max_sequence_length=12, output_type="latent", guidance_scale=3.0)
+    call = dict(
+        height=16,
+        width=16,
+        num_frames=9,
+        num_inference_steps=6,
+        max_sequence_length=12,
+        output_type="latent",
+        guidance_scale=3.0,
+    )
     wanted = pipe(PROMPTS[0], "red", latents=noise.clone(), **call).frames
     sigmas = flow_sigmas(6, 3.0)
     assert [expert_at(sigma, BOUNDARY) for sigma in sigmas[:-1].tolist()] == ["high"] * 2 + ["low"] * 4
@@ -102,7 +119,9 @@ def test_the_boundary_itself_is_the_high_noise_transformers() -> None:
     assert [expert_at(sigma, 0.875) for sigma in (0.8751, 0.875, 0.8749)] == ["high", "high", "low"]
     sigmas = flow_sigmas(5, 3.0).tolist()
     for steps in range(6):
-        assert [expert_at(sigma, boundary_after(sigmas, steps)) for sigma in sigmas[:-1]] == ["high"] * steps + ["low"] * (5 - steps)
+        assert [expert_at(sigma, boundary_after(sigmas, steps)) for sigma in sigmas[:-1]] == ["high"] * steps + [
+            "low"
+        ] * (5 - steps)
 
 
 @pytest.mark.parametrize("expert", ["low", "high"])
@@ -122,11 +141,19 @@ def test_no_gradient_reaches_the_frozen_one(expert: str) -> None:
 
 def test_what_a_folder_says(folder: Path, tmp_path) -> None:
     config = generator_config(str(folder))
-    assert config.boundary == BOUNDARY and config.transformer_2 == json.loads((folder / "transformer_2/config.json").read_text())
-    assert subfolders_of(config, "low") == ("transformer_2", "transformer") and subfolders_of(config, "high") == ("transformer", "transformer_2")
+    assert config.boundary == BOUNDARY and config.transformer_2 == json.loads(
+        (folder / "transformer_2/config.json").read_text()
+    )
+    assert subfolders_of(config, "low") == ("transformer_2", "transformer") and subfolders_of(config, "high") == (
+        "transformer",
+        "transformer_2",
+    )
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     index = json.loads((copy / "model_index.json").read_text())
-    for change, message in (({"boundary_ratio": 1.5}, "between 0 and 1"), ({"transformer_2": [None, None]}, "beside a transformer_2")):
+    for change, message in (
+        ({"boundary_ratio": 1.5}, "between 0 and 1"),
+        ({"transformer_2": [None, None]}, "beside a transformer_2"),
+    ):
         (copy / "model_index.json").write_text(json.dumps(index | change))
         with pytest.raises(BadInputError, match=message):
             generator_config(str(copy))
@@ -150,7 +177,9 @@ def test_both_are_looked_for(folder: Path, tmp_path, monkeypatch) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     assert prepare(str(copy), "generator", print) == copy
     counted = []
-    monkeypatch.setattr("lowmem_drf.models.weights.downloads.weight_count", lambda place: counted.append(place.name) or 0)
+    monkeypatch.setattr(
+        "lowmem_drf.models.weights.downloads.weight_count", lambda place: counted.append(place.name) or 0
+    )
     check_host_memory(copy, "generator", 2)
     assert counted == ["transformer", "vae", "text_encoder", "transformer_2"]
     (copy / "transformer_2/diffusion_pytorch_model.safetensors").unlink()
@@ -165,11 +194,20 @@ def test_both_are_looked_for(folder: Path, tmp_path, monkeypatch) -> None:
 
 
 REFUSED = [
-    (("model.expert=high",), ("steps 0 to 6", "steps 7 to 19", "Graded are 17, 18, 19", "sampler.graded=[4, 5, 6]'", "model.expert=low")),
-    (("sampler.shift=12", "sampler.graded_steps=8"), ("steps 13 to 19", "'sampler.graded=[13, 14, 15, 16, 17, 18, 19]' -s sampler.graded_steps=7")),
+    (
+        ("model.expert=high",),
+        ("steps 0 to 6", "steps 7 to 19", "Graded are 17, 18, 19", "sampler.graded=[4, 5, 6]'", "model.expert=low"),
+    ),
+    (
+        ("sampler.shift=12", "sampler.graded_steps=8"),
+        ("steps 13 to 19", "'sampler.graded=[13, 14, 15, 16, 17, 18, 19]' -s sampler.graded_steps=7"),
+    ),
     (("sampler.graded=[0, 18]", "sampler.graded_steps=2"), ("'sampler.graded=[18, 19]'",)),
     (("sampler.graded=[0, 1]", "sampler.graded_steps=2"), ("'sampler.graded=[18, 19]', or -s model.expert=high",)),
-    (("sampler.steps=1", "sampler.graded_steps=1"), ("denoises step 0,", "the low-noise one no step", "Set -s model.expert=high.")),
+    (
+        ("sampler.steps=1", "sampler.graded_steps=1"),
+        ("denoises step 0,", "the low-noise one no step", "Set -s model.expert=high."),
+    ),
     (('sampler.graded="random"',), ('sampler.graded to "tail"',)),
     (("model.transformer=some.safetensors",), ("model.transformer", "has two")),
     (("model.base_lora=some.safetensors",), ("model.base_lora", "has two")),
@@ -186,7 +224,12 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(overrides, said)
 
 def test_what_fits_is_not_refused() -> None:
     generator = KNOWN_GENERATORS[A14B].config
-    for overrides in ((), ("sampler.graded_steps=13",), ("model.expert=high", "sampler.graded=[4, 5, 6]"), ('sampler.graded="last"', "sampler.graded_steps=1")):
+    for overrides in (
+        (),
+        ("sampler.graded_steps=13",),
+        ("model.expert=high", "sampler.graded=[4, 5, 6]"),
+        ('sampler.graded="last"', "sampler.graded_steps=1"),
+    ):
         require_expert(load_config("rtx4090", [f'model.id="{A14B}"', *overrides]), generator)
 
 
@@ -212,7 +255,12 @@ def test_the_lora_is_on_the_one_that_is_trained(configured, folder: Path, overri
     [
         ('memory.park=["transformer","critic","vae"]',),
         ("memory.checkpoint=true", 'memory.stream=["transformer"]'),
-        ("memory.checkpoint=true", 'memory.stream=["transformer"]', 'memory.park=["transformer"]', "memory.record_rollout=true"),
+        (
+            "memory.checkpoint=true",
+            'memory.stream=["transformer"]',
+            'memory.park=["transformer"]',
+            "memory.record_rollout=true",
+        ),
     ],
     ids=["parked", "streamed", "both, recorded"],
 )
@@ -243,7 +291,9 @@ def test_one_is_on_the_card_at_a_time(configured, expert) -> None:
 
 
 @pytest.mark.parametrize("park", [(), ('memory.park=["transformer"]',)], ids=["resident", "parked"])
-@pytest.mark.parametrize("expert", [LOW, ("model.expert=high", "sampler.steps=6", "sampler.graded=[0, 1]")], ids=["low", "high"])
+@pytest.mark.parametrize(
+    "expert", [LOW, ("model.expert=high", "sampler.steps=6", "sampler.graded=[0, 1]")], ids=["low", "high"]
+)
 def test_the_plan_is_a_real_update(configured, expert, park) -> None:
     """Bytes of all stages; and the shortened plan is the whole one, though its sampler has other noise levels."""
     config = configured(*expert, *park, "batch=1", "micro_batch=1", "kernels.ops=naive")
@@ -256,7 +306,9 @@ def test_the_plan_is_a_real_update(configured, expert, park) -> None:
 
 def test_of_two_parked_transformers_the_card_holds_one(configured) -> None:
     """In a rollout and in the graded steps; resident ones are both there all the time."""
-    resident, parked = (make_plan(configured(*LOW, *memory), card_named("")) for memory in ((), ('memory.park=["transformer"]',)))
+    resident, parked = (
+        make_plan(configured(*LOW, *memory), card_named("")) for memory in ((), ('memory.park=["transformer"]',))
+    )
     with Ledger(ALLOCATOR_BLOCK) as ledger:
         model = tiny_transformer()
         ledger.adopt([*model.parameters(), *model.buffers()])
@@ -266,7 +318,8 @@ def test_of_two_parked_transformers_the_card_holds_one(configured) -> None:
 
 
 def test_a_run_from_the_command_to_the_file(tiny_preset, folder: Path, tmp_path) -> None:
-    """Trained, sampled and exported; the file says which of the two it is for, and a merged model lies where the pipeline looks for it."""
+    """Trained, sampled and exported; the file says which of the two it is for, and a merged model lies where the
+    pipeline looks for it."""
     overrides = [f'model.id="{folder.as_posix()}"', *LOW, "log.sample_every=0", 'memory.park=["transformer"]']
     run = tmp_path / "run"
     train_command(str(tiny_preset), None, run, 1, None, False, overrides, False)
@@ -288,7 +341,16 @@ def test_an_exported_file_is_read_by_the_pipeline_it_is_for(tiny_preset, folder:
     from diffusers import WanPipeline
 
     run = tmp_path / "run"
-    train_command(str(tiny_preset), None, run, 1, None, False, [f'model.id="{folder.as_posix()}"', *LOW, "log.sample_every=0", "optim.lr=0.1"], False)
+    train_command(
+        str(tiny_preset),
+        None,
+        run,
+        1,
+        None,
+        False,
+        [f'model.id="{folder.as_posix()}"', *LOW, "log.sample_every=0", "optim.lr=0.1"],
+        False,
+    )
     (file,) = export_run(run, dtype="fp32").paths
     pipe = WanPipeline.from_pretrained(folder)
     pipe.load_lora_weights(file, load_into_transformer_2=True)
@@ -303,10 +365,24 @@ def test_an_exported_file_is_read_by_the_pipeline_it_is_for(tiny_preset, folder:
 
 
 def test_both_are_downloaded(folder: Path, tmp_path, monkeypatch) -> None:
-    files = [SimpleNamespace(rfilename=path.relative_to(folder).as_posix(), size=1) for path in folder.rglob("*") if path.is_file()]
+    files = [
+        SimpleNamespace(rfilename=path.relative_to(folder).as_posix(), size=1)
+        for path in folder.rglob("*")
+        if path.is_file()
+    ]
     asked: list[str] = []
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub, "model_info", lambda repository, files_metadata: SimpleNamespace(siblings=files))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, allow_patterns: asked.extend(allow_patterns) or str(folder))
+    monkeypatch.setattr(
+        huggingface_hub, "model_info", lambda repository, files_metadata: SimpleNamespace(siblings=files)
+    )
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda repository, allow_patterns: asked.extend(allow_patterns) or str(folder),
+    )
     assert prepare("someone/two-experts", "generator", lambda text: None) == folder
-    assert {"transformer_2/config.json", "transformer_2/diffusion_pytorch_model.safetensors", "model_index.json"} <= set(asked)
+    assert {
+        "transformer_2/config.json",
+        "transformer_2/diffusion_pytorch_model.safetensors",
+        "model_index.json",
+    } <= set(asked)

@@ -1,4 +1,5 @@
-"""The Wan transformer on the kernels: the velocity and every gradient of diffusers' arithmetic, within the rounding that arithmetic has itself."""
+"""The Wan transformer on the kernels: the velocity and every gradient of diffusers' arithmetic, within the rounding
+that arithmetic has itself."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from lowmem_drf.ops import fused_ops, naive_ops
 
 @pytest.fixture
 def exact(monkeypatch):
-    """(settings) -> velocity and gradients in fp64 of the model that ``as_loaded(dtype)`` makes, on the very same inputs."""
+    """(settings) -> velocity and gradients in fp64 of the model that ``as_loaded(dtype)`` makes, on the very same
+    inputs."""
     to_fp32 = torch.Tensor.float
 
     def run(dtype, settings):
@@ -41,15 +43,23 @@ def as_loaded(dtype):
     return model
 
 
-@pytest.mark.parametrize("settings", [dict(), dict(slices=2, keep_attention="host"), dict(checkpoint="host", keep_attention="card")], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)  # Triton's interpreter cuts bf16 off where a card rounds
+@pytest.mark.parametrize(
+    "settings", [dict(), dict(slices=2, keep_attention="host"), dict(checkpoint="host", keep_attention="card")], ids=str
+)
+# Triton's interpreter cuts bf16 off where a card rounds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_fused_rows_are_diffusers_arithmetic(dtype, settings, exact):
     truth = exact(dtype, settings)
-    naive, fused = (gradients(as_loaded(dtype), settings | dict(rows=rows), dtype) for rows in (naive_ops(), fused_ops()))
+    naive, fused = (
+        gradients(as_loaded(dtype), settings | dict(rows=rows), dtype) for rows in (naive_ops(), fused_ops())
+    )
     assert len(truth) > 40
     for name, part in (("velocity", slice(1)), ("gradients", slice(1, None))):
-        ours, exactly, theirs = (torch.cat([tensor.double().flatten() for tensor in found[part]]) for found in (fused, truth, naive))
-        # element by element it is the operations that are held to their rounding (tests/kernels); through a whole model roundings add up by chance
+        ours, exactly, theirs = (
+            torch.cat([tensor.double().flatten() for tensor in found[part]]) for found in (fused, truth, naive)
+        )
+        # element by element it is the operations that are held to their rounding (tests/kernels); through a whole model
+        # roundings add up by chance
         budget = 2 * ((theirs - exactly).norm() + torch.finfo(dtype).eps * exactly.norm())
         assert (ours - exactly).norm() <= budget, name
 
@@ -65,12 +75,17 @@ def test_fused_rows_are_used():
     with Watch():
         gradients(make(torch.float32), dict(rows=fused_ops()), torch.float32)
     ours = {name for name in seen if name.startswith("lowmem_drf::")}
-    assert ours == {f"lowmem_drf::{op}_{way}" for op in ("norm_modulate", "gate_residual", "rope_qk") for way in ("forward", "backward")}
+    assert ours == {
+        f"lowmem_drf::{op}_{way}"
+        for op in ("norm_modulate", "gate_residual", "rope_qk")
+        for way in ("forward", "backward")
+    }
     assert not [name for name in seen if "rms_norm" in name]
 
 
 def test_the_recompute_of_a_block_takes_a_third_less_at_true_size():
-    """Wan2.1-1.3B, 832x480, 81 frames, in the plan: what a block's recompute and backward take above what the blocks keep."""
+    """Wan2.1-1.3B, 832x480, 81 frames, in the plan: what a block's recompute and backward take above what the blocks
+    keep."""
     peaks = {}
     for rows in (naive_ops(), fused_ops()):
         with FakeTensorMode() as mode:

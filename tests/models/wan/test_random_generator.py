@@ -36,7 +36,10 @@ def mode():
 
 def layout(model) -> dict:
     """What a model is made of: shape and dtype by name; parameters and buffers."""
-    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    return {
+        name: (tuple(tensor.shape), tensor.dtype)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    }
 
 
 def loaded(generator, kind: str, dtype):
@@ -70,8 +73,18 @@ def test_fake_is_laid_out_as_loaded(generator, kind: str, dtype, inside: bool, m
 
 
 def test_norms_of_a_16_bit_transformer_are_in_fp32(generator) -> None:
-    dtypes = {name: parameter.dtype for name, parameter in random_transformer(generator_config(str(generator)).transformer, torch.bfloat16).named_parameters()}
-    assert dtypes["blocks.0.scale_shift_table"] == dtypes["scale_shift_table"] == dtypes["blocks.0.norm2.weight"] == torch.float32
+    dtypes = {
+        name: parameter.dtype
+        for name, parameter in random_transformer(
+            generator_config(str(generator)).transformer, torch.bfloat16
+        ).named_parameters()
+    }
+    assert (
+        dtypes["blocks.0.scale_shift_table"]
+        == dtypes["scale_shift_table"]
+        == dtypes["blocks.0.norm2.weight"]
+        == torch.float32
+    )
     assert dtypes["condition_embedder.time_embedder.linear_1.weight"] == torch.float32
     assert dtypes["blocks.0.attn1.norm_q.weight"] == dtypes["proj_out.weight"] == torch.bfloat16
 
@@ -110,7 +123,10 @@ def test_a_fake_generator_runs_forward_and_backward(mode) -> None:
     """At true size: 832x480x81, 32,760 tokens."""
     config = KNOWN_GENERATORS["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"].config
     transformer = fake_transformer(config.transformer | {"num_layers": 2}, torch.bfloat16, mode)
-    text, vae = fake_text(config.text | {"num_layers": 2}, torch.bfloat16, mode), fake_vae(config.vae, torch.float32, mode)
+    text, vae = (
+        fake_text(config.text | {"num_layers": 2}, torch.bfloat16, mode),
+        fake_vae(config.vae, torch.float32, mode),
+    )
     with Fakes(mode):
         add_lora(transformer, rank=4, alpha=4.0)
         empty_lora(transformer, mode)
@@ -124,7 +140,9 @@ def test_a_fake_generator_runs_forward_and_backward(mode) -> None:
         more, _ = decoder.chunk(velocity[:, :, 1:2], caches)
         (frames.sum() + more.sum()).backward()
     assert frames.shape == (1, 1, 3, 480, 832) and more.shape == (1, 4, 3, 480, 832)
-    assert x.grad.shape == x.shape and all(parameter.grad.dtype == torch.float32 for parameter in lora_parameters(transformer))
+    assert x.grad.shape == x.shape and all(
+        parameter.grad.dtype == torch.float32 for parameter in lora_parameters(transformer)
+    )
     assert all(isinstance(tensor, FakeTensor) for tensor in (velocity, frames, more, x.grad))
 
 
@@ -142,15 +160,22 @@ def test_a_fake_critic_runs_as_a_real_one(family: str, quant: str, checkpointing
         with mode:
             shown = torch.empty(frames.shape, requires_grad=True)
         got = fake(shown, [questions(3), questions(2)])
-        (gradient,) = torch.autograd.grad(sum(answer.logits_AV.log_softmax(-1)[0, 0] for clip in got for answer in clip), shown)
-    assert [[answer.logits_AV.shape for answer in clip] for clip in got] == [[answer.logits_AV.shape for answer in clip] for clip in wanted]
+        (gradient,) = torch.autograd.grad(
+            sum(answer.logits_AV.log_softmax(-1)[0, 0] for clip in got for answer in clip), shown
+        )
+    assert [[answer.logits_AV.shape for answer in clip] for clip in got] == [
+        [answer.logits_AV.shape for answer in clip] for clip in wanted
+    ]
     assert gradient.shape == frames.shape and isinstance(gradient, FakeTensor)
 
 
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
 def test_packed_weights_have_the_bytes_of_real_ones(generator, quant: str, mode) -> None:
     config = generator_config(str(generator)).transformer
-    real, fake = random_transformer(config, torch.bfloat16, quant=quant), fake_transformer(config, torch.bfloat16, mode, quant)
+    real, fake = (
+        random_transformer(config, torch.bfloat16, quant=quant),
+        fake_transformer(config, torch.bfloat16, mode, quant),
+    )
     assert layout(real) == layout(fake) and layout(real) != layout(random_transformer(config, torch.bfloat16))
     assert layout(real) == layout(load_denoiser(str(generator), torch.bfloat16, quant=quant))
 
@@ -163,12 +188,24 @@ def test_a_packed_critic_has_the_bytes_of_a_real_one(tmp_path, mode) -> None:
 
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
 def test_packed_weights_are_those_that_are_not_packed(generator, quant: str) -> None:
-    """The same draws; only the linears of the blocks' attentions and feed-forwards are packed, within half a step of their format."""
+    """The same draws; only the linears of the blocks' attentions and feed-forwards are packed, within half a step of
+    their format."""
     config = generator_config(str(generator)).transformer
     plain, packed = random_transformer(config), random_transformer(config, quant=quant)
     found = {name for name, module in packed.named_modules() if isinstance(module, PackedLinear)}
-    inside = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
-    assert found == {f"blocks.{block}.{name}" for block in range(2) for name in (*inside, "ffn.net.0.proj", "ffn.net.2")}
+    inside = (
+        "attn1.to_q",
+        "attn1.to_k",
+        "attn1.to_v",
+        "attn1.to_out.0",
+        "attn2.to_q",
+        "attn2.to_k",
+        "attn2.to_v",
+        "attn2.to_out.0",
+    )
+    assert found == {
+        f"blocks.{block}.{name}" for block in range(2) for name in (*inside, "ffn.net.0.proj", "ffn.net.2")
+    }
     others = dict(packed.named_parameters())
     for name, wanted in plain.named_parameters():
         module = name.removesuffix(".weight")
@@ -178,7 +215,8 @@ def test_packed_weights_are_those_that_are_not_packed(generator, quant: str) -> 
         layer = packed.get_submodule(module)
         got = unpack(quant, layer.shape, layer.packed(), torch.float32)
         largest = wanted.abs().amax(1, keepdim=True) if quant == "int8" else wanted.abs().max()
-        step = largest / 254 if quant == "int8" else 0.16 * largest  # nf4: half of its widest gap, 0.304, and the rounding of the scale
+        # nf4: half of its widest gap, 0.304, and the rounding of the scale
+        step = largest / 254 if quant == "int8" else 0.16 * largest
         assert ((got - wanted).abs() <= step * 1.001).all()
 
 
@@ -194,4 +232,6 @@ def test_a_fake_packed_transformer_runs_forward_and_backward(generator, mode) ->
                 text = torch.empty(1, 6, 16)
             velocity = as_velocity(transformer)(x, 0.5, text)
             velocity.sum().backward()
-        assert isinstance(x.grad, FakeTensor) and all(parameter.grad is not None for parameter in lora_parameters(transformer))
+        assert isinstance(x.grad, FakeTensor) and all(
+            parameter.grad is not None for parameter in lora_parameters(transformer)
+        )

@@ -1,4 +1,5 @@
-"""A transformer from one safetensors file: the same weights as from a folder, under every naming; anything else is refused by name."""
+"""A transformer from one safetensors file: the same weights as from a folder, under every naming; anything else is
+refused by name."""
 
 from __future__ import annotations
 
@@ -26,12 +27,17 @@ def generator(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def original(generator) -> dict[str, torch.Tensor]:
     """The folder's transformer under Wan's own names."""
-    return {wan_name(name): value for name, value in load_file(generator / "transformer" / "diffusion_pytorch_model.safetensors").items()}
+    return {
+        wan_name(name): value
+        for name, value in load_file(generator / "transformer" / "diffusion_pytorch_model.safetensors").items()
+    }
 
 
 @pytest.mark.parametrize("name", KNOWN_GENERATORS)
 def test_names_are_those_that_diffusers_converts(name: str) -> None:
-    ours = [parameter for parameter, _ in empty_transformer(KNOWN_GENERATORS[name].config.transformer).named_parameters()]
+    ours = [
+        parameter for parameter, _ in empty_transformer(KNOWN_GENERATORS[name].config.transformer).named_parameters()
+    ]
     converted = convert_wan_transformer_to_diffusers({wan_name(parameter): parameter for parameter in ours})
     assert len(converted) == len(ours) and all(theirs == parameter for theirs, parameter in converted.items())
 
@@ -40,10 +46,15 @@ def test_names_are_those_that_diffusers_converts(name: str) -> None:
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model."])
 def test_it_is_the_folders_transformer(generator, original, prefix: str, dtype, tmp_path) -> None:
     save_file({prefix + name: value for name, value in original.items()}, tmp_path / "wan.safetensors")
-    ours, theirs = load_single_file(tmp_path / "wan.safetensors", str(generator), dtype), load_denoiser(str(generator), dtype)
+    ours, theirs = (
+        load_single_file(tmp_path / "wan.safetensors", str(generator), dtype),
+        load_denoiser(str(generator), dtype),
+    )
     assert dict(ours.config) | {"_name_or_path": ""} == dict(theirs.config) | {"_name_or_path": ""}
     state, wanted = ours.state_dict(), theirs.state_dict()
-    assert state.keys() == wanted.keys() and all(state[name].dtype == wanted[name].dtype and torch.equal(state[name], wanted[name]) for name in wanted)
+    assert state.keys() == wanted.keys() and all(
+        state[name].dtype == wanted[name].dtype and torch.equal(state[name], wanted[name]) for name in wanted
+    )
     assert all(torch.equal(buffer, dict(theirs.named_buffers())[name]) for name, buffer in ours.named_buffers())
     assert not ours.training and not any(parameter.requires_grad for parameter in ours.parameters())
 
@@ -84,7 +95,10 @@ def changed(original, **new: torch.Tensor | None) -> dict[str, torch.Tensor]:
         ({"head__head__bias": torch.zeros(3)}, r"head\.head\.bias is \[3\], wanted is \[16\]"),
         ({"img_emb__proj__0__weight": torch.zeros(3)}, "image-to-video"),
         ({"vace_blocks__0__after_proj__bias": torch.zeros(3)}, "VACE"),
-        ({"head__head__weight": torch.zeros(16, 24).to(torch.float8_e4m3fn)}, r"quantised \(head\.head\.weight is F8_E4M3\)"),
+        (
+            {"head__head__weight": torch.zeros(16, 24).to(torch.float8_e4m3fn)},
+            r"quantised \(head\.head\.weight is F8_E4M3\)",
+        ),
         ({"head__head__scale_weight": torch.ones(1)}, "quantised"),
         ({"scaled_fp8": torch.ones(1)}, "quantised"),
     ],
@@ -97,7 +111,10 @@ def test_what_does_not_fit_is_named(generator, original, new, message: str, tmp_
 
 
 def test_another_size_of_the_model(generator, tmp_path) -> None:
-    save_file({wan_name(name): value for name, value in tiny_transformer(layers=3).state_dict().items()}, tmp_path / "wan.safetensors")
+    save_file(
+        {wan_name(name): value for name, value in tiny_transformer(layers=3).state_dict().items()},
+        tmp_path / "wan.safetensors",
+    )
     with pytest.raises(BadInputError, match="Let model.id name the model"):
         load_single_file(tmp_path / "wan.safetensors", str(generator))
 

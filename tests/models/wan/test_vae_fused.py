@@ -1,4 +1,5 @@
-"""The decoder with a kernel for its norms: values and gradients of diffusers' own modules up to rounding, in every form in which memory is saved."""
+"""The decoder with a kernel for its norms: values and gradients of diffusers' own modules up to rounding, in every form
+in which memory is saved."""
 
 from functools import partial
 
@@ -44,10 +45,18 @@ def test_a_window_is_the_graph_with_its_caches_detached(name, window):
 def test_with_the_kernel_frames_and_gradient_are_within_the_budget_of_eager(name, strips):
     latents, kept, upstream = some_latents(2), (0, 4), None
     runs = {}
-    for label, dtype, make in (("exact", torch.float64, WanDecoder), ("eager", torch.float32, WanDecoder), ("kernel", torch.float32, fused)):
+    for label, dtype, make in (
+        ("exact", torch.float64, WanDecoder),
+        ("eager", torch.float32, WanDecoder),
+        ("kernel", torch.float32, fused),
+    ):
         decoder = make(vae_of(name, dtype), strips=strips)
         frames, entering = decode(decoder, latents.to(dtype), kept)
-        upstream = torch.randn(frames.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64) if upstream is None else upstream
+        upstream = (
+            torch.randn(frames.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+            if upstream is None
+            else upstream
+        )
         runs[label] = frames, vae_backward(decoder, latents.to(dtype), entering, upstream.to(dtype), kept)
     for i, what in enumerate(("frames", "gradient")):
         assert_within_budget(what, runs["kernel"][i], runs["exact"][i], runs["eager"][i])
@@ -60,7 +69,10 @@ def test_the_weights_are_cast_for_the_gradient():
     frames, entering = decode(mixed, latents, kept)
     half = naive(vae_of("wan21", torch.float32).bfloat16())
     upstream = torch.randn_like(frames)
-    copies = {chunk: tuple(c if c is None or isinstance(c, str) else half._host.put(c.get().clone()) for c in caches) for chunk, caches in entering.items()}
+    copies = {
+        chunk: tuple(c if c is None or isinstance(c, str) else half._host.put(c.get().clone()) for c in caches)
+        for chunk, caches in entering.items()
+    }
     got = vae_backward(mixed, latents, entering, upstream, kept)
     assert got.dtype == torch.float32 and got.isfinite().all()
     assert torch.equal(got, vae_backward(half, latents, copies, upstream, kept))
@@ -81,7 +93,9 @@ def test_one_graph_is_the_stream(name):
     """``decode`` under autograd, for the oracle of the step."""
     latents, factor = some_latents(3).requires_grad_(), vae_of(name).config.scale_factor_spatial
     upstream = torch.randn(1, 9, 3, 3 * factor, 2 * factor, dtype=torch.float64)
-    expected, got = (torch.autograd.grad(make(vae_of(name)).decode(latents), latents, upstream)[0] for make in (WanDecoder, naive))
+    expected, got = (
+        torch.autograd.grad(make(vae_of(name)).decode(latents), latents, upstream)[0] for make in (WanDecoder, naive)
+    )
     assert relative_difference(got, expected) < LIMIT
 
 
@@ -94,13 +108,16 @@ def test_a_block_keeps_its_input_and_one_activation():
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         segment(x, caches, False, None, Wants.GRAPH)
     weights = {weight.untyped_storage().data_ptr() for weight in segment.module.parameters()}
-    activations = {t.untyped_storage().data_ptr(): t.nbytes for t in kept if t.untyped_storage().data_ptr() not in weights}
+    activations = {
+        t.untyped_storage().data_ptr(): t.nbytes for t in kept if t.untyped_storage().data_ptr() not in weights
+    }
     assert activations.pop(x.untyped_storage().data_ptr()) == x.nbytes
     assert list(activations.values()) == [x.nbytes]
 
 
 def test_the_pull_back_takes_fewer_operations():
-    """The last convolution of a block is not made again: five of six are left. What an upsampler saves so, it takes once more: its output is not kept."""
+    """The last convolution of a block is not made again: five of six are left. What an upsampler saves so, it takes
+    once more: its output is not kept."""
     latents, flops = some_latents(3, dtype=torch.float32), {}
     for make in (WanDecoder, naive):
         decoder = make(vae_of("wan21", torch.float32))

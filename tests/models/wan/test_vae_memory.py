@@ -22,7 +22,14 @@ from lowmem_drf.schema import Memory
 GIB = 1024**3
 FAKES = Fakes(FakeTensorMode(allow_non_fake_inputs=True))
 """One for all tests: most of what they run are the same operators on the same shapes."""
-WAN21 = dict(base_dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[], temperal_downsample=[False, True, True])
+WAN21 = dict(
+    base_dim=96,
+    z_dim=16,
+    dim_mult=[1, 2, 4, 4],
+    num_res_blocks=2,
+    attn_scales=[],
+    temperal_downsample=[False, True, True],
+)
 LATENT_HEIGHT, LATENT_WIDTH = 60, 104  # 832x480 pixels
 
 
@@ -41,7 +48,8 @@ def true_vae(mode):
 
 
 def true_size(frames, grad_dtype, strips):
-    """Peak bytes of (decode, backward) of a clip of 832x480 with 8 kept frames, the weights of the whole VAE in fp32 included."""
+    """Peak bytes of (decode, backward) of a clip of 832x480 with 8 kept frames, the weights of the whole VAE in fp32
+    included."""
     mode = FAKES.mode
     vae = true_vae(mode)
     latents = mode.from_tensor(torch.empty(1, 16, (frames - 1) // 4 + 1, LATENT_HEIGHT, LATENT_WIDTH))
@@ -49,7 +57,9 @@ def true_size(frames, grad_dtype, strips):
     with FAKES, Ledger() as ledger:
         ledger.adopt(vae.parameters())
         assert 0.47 * GIB < ledger.card_bytes < 0.48 * GIB
-        decoder = WanDecoder(vae, grad_dtype=grad_dtype, strips=strips, caches="host", store=HostStore(torch.device("cpu")))
+        decoder = WanDecoder(
+            vae, grad_dtype=grad_dtype, strips=strips, caches="host", store=HostStore(torch.device("cpu"))
+        )
         made, entering = decode(decoder, latents, kept)
         peaks = [ledger.peak_card_bytes]
         ledger.reset_peak()
@@ -77,7 +87,14 @@ def test_that_of_wan_2_2_stays_under_8_gib_at_1280x704(grad_dtype):
         with FAKES, Ledger() as ledger:
             ledger.adopt(vae.parameters())
             weights = ledger.card_bytes
-            decoder = WanDecoder(vae, grad_dtype=grad_dtype, strips=4, caches="host", store=HostStore(torch.device("cpu")), norm_silu=norm_silu)
+            decoder = WanDecoder(
+                vae,
+                grad_dtype=grad_dtype,
+                strips=4,
+                caches="host",
+                store=HostStore(torch.device("cpu")),
+                norm_silu=norm_silu,
+            )
             made, entering = decode(decoder, latents, kept)
             decoded = ledger.peak_card_bytes - weights
             ledger.reset_peak()
@@ -92,7 +109,10 @@ def test_that_of_wan_2_2_stays_under_8_gib_at_1280x704(grad_dtype):
 def entering_shapes():
     """Of the caches that enter the third chunk, and all later ones, at true size."""
     mode = FAKES.mode
-    decoder, latents = WanDecoder(true_vae(mode), norm_silu=norm_silu), mode.from_tensor(torch.empty(1, 16, 1, LATENT_HEIGHT, LATENT_WIDTH))
+    decoder, latents = (
+        WanDecoder(true_vae(mode), norm_silu=norm_silu),
+        mode.from_tensor(torch.empty(1, 16, 1, LATENT_HEIGHT, LATENT_WIDTH)),
+    )
     with FAKES, torch.no_grad():
         caches = decoder.start(1)
         for _ in range(2):
@@ -101,8 +121,8 @@ def entering_shapes():
 
 
 def chunk_peaks(shapes, memory, fused):
-    """Peak bytes of one chunk (without gradient, in its pull-back), weights and all that waits on the card included, and of the pull-back the
-    operations."""
+    """Peak bytes of one chunk (without gradient, in its pull-back), weights and all that waits on the card included,
+    and of the pull-back the operations."""
     mode = FAKES.mode
     vae = true_vae(mode)
     grad_dtype = DTYPES[memory.vae_grad_dtype]
@@ -138,7 +158,9 @@ def test_gradients_in_fp32_stay_under_6_gib_too(entering_shapes):
 )
 def test_the_kernel_takes_30_percent_off_the_peak_of_a_chunk(memory, entering_shapes):
     """Of its pull-back; of a decode it takes what there is to take beside the caches."""
-    (decode_before, before, flops_before), (decode_after, after, flops) = (chunk_peaks(entering_shapes, memory, fused) for fused in (False, True))
+    (decode_before, before, flops_before), (decode_after, after, flops) = (
+        chunk_peaks(entering_shapes, memory, fused) for fused in (False, True)
+    )
     assert after <= 0.70 * before
     assert decode_after < decode_before
     assert flops < 0.9 * flops_before
@@ -168,7 +190,8 @@ def test_each_saving_saves_bytes_on_the_card():
     assert strips < plain
     waiting, both = (peaks(strips=n, caches="host")[0] for n in (1, 4))
     assert waiting < plain and both < min(waiting, strips)
-    # the gradients of a whole set of caches are never on the card at once: the larger half of it are those of full resolution
+    # the gradients of a whole set of caches are never on the card at once: the larger half of it are those of full
+    # resolution
     assert strips - both > caches_bytes() / 2
 
 

@@ -1,4 +1,5 @@
-"""The segments of the Wan decoder: their pull-back in strips of rows is that of the whole segment; and the clamp at the end."""
+"""The segments of the Wan decoder: their pull-back in strips of rows is that of the whole segment; and the clamp at the
+end."""
 
 from dataclasses import replace
 
@@ -49,15 +50,24 @@ def test_a_segment_in_strips_of_any_height_is_the_segment(name, norm_silu, hands
         generator = torch.Generator().manual_seed(5)
         with torch.no_grad():
             out, handed = segment(x, caches, first, shortcut)
-        d_out, *d_handed = (torch.randn(t.shape, generator=generator, dtype=t.dtype) if isinstance(t, torch.Tensor) else None for t in (out, *handed))
+        d_out, *d_handed = (
+            torch.randn(t.shape, generator=generator, dtype=t.dtype) if isinstance(t, torch.Tensor) else None
+            for t in (out, *handed)
+        )
 
         def pulled(strips, *cotangents, segment=segment, x=x, caches=caches, first=first, shortcut=shortcut):
             own = [d if d is None else d.clone() for d in cotangents]  # they may be overwritten
-            d_x, d_shortcut, d_caches = pull_back(segment, x.clone(), caches, first, shortcut, own[0], tuple(own[1:]), hands_back, strips)
+            d_x, d_shortcut, d_caches = pull_back(
+                segment, x.clone(), caches, first, shortcut, own[0], tuple(own[1:]), hands_back, strips
+            )
             return [d_x, d_shortcut, *d_caches]
 
         no_handed = [None for _ in d_handed]
-        for cotangents, counts in (([d_out, *d_handed], {2, x.shape[3]}), ([d_out, *no_handed], {3}), ([None, *d_handed], {3})):
+        for cotangents, counts in (
+            ([d_out, *d_handed], {2, x.shape[3]}),
+            ([d_out, *no_handed], {3}),
+            ([None, *d_handed], {3}),
+        ):
             whole = pulled(1, *cotangents)
             assert hands_back or all(d is None for d in whole[2:])
             for strips in counts:
@@ -108,7 +118,12 @@ def test_a_narrower_halo_would_not_do():
         d_out, d_handed = torch.randn_like(out), (None,) * len(handed)
         expected = pull_back(segment, x.clone(), caches, first, shortcut, d_out.clone(), d_handed, False)[0]
         narrower = replace(segment, halo=segment.halo - 1)
-        assert relative_difference(pull_back(narrower, x.clone(), caches, first, shortcut, d_out, d_handed, False, 3)[0], expected) > LIMIT
+        assert (
+            relative_difference(
+                pull_back(narrower, x.clone(), caches, first, shortcut, d_out, d_handed, False, 3)[0], expected
+            )
+            > LIMIT
+        )
         checked += 1
     assert checked
 

@@ -1,4 +1,5 @@
-"""What is checked before a model is loaded: files missing, cut or of another format, downloads, disk and host memory. No network."""
+"""What is checked before a model is loaded: files missing, cut or of another format, downloads, disk and host memory.
+No network."""
 
 from __future__ import annotations
 
@@ -53,7 +54,11 @@ def shard(folder: Path, weights: str) -> Path:
     names = sorted(state)
     where = {name: halves[i % 2] for i, name in enumerate(names)}
     for half in halves:
-        save_file({name: state[name] for name in names if where[name] == half}, file.with_name(half), metadata={"format": "pt"})
+        save_file(
+            {name: state[name] for name in names if where[name] == half},
+            file.with_name(half),
+            metadata={"format": "pt"},
+        )
     index = file.with_name(f"{file.name}.index.json")
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
     file.unlink()
@@ -151,7 +156,8 @@ def test_all_that_is_missing_is_named(originals, tmp_path) -> None:
 
 
 class Hub:
-    """A hub with one repository, its cache a folder of the test. ``fails``: raised by the download after its first file."""
+    """A hub with one repository, its cache a folder of the test. ``fails``: raised by the download after its first
+    file."""
 
     def __init__(self, cache: Path, repository: str, source: Path) -> None:
         self.cache, self.repository, self.source = cache, repository, source
@@ -170,7 +176,12 @@ class Hub:
         if repository != self.repository:
             raise RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, request=None))
         files = [path for path in sorted(self.source.rglob("*")) if path.is_file()]
-        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=path.relative_to(self.source).as_posix(), size=path.stat().st_size) for path in files])
+        return SimpleNamespace(
+            siblings=[
+                SimpleNamespace(rfilename=path.relative_to(self.source).as_posix(), size=path.stat().st_size)
+                for path in files
+            ]
+        )
 
     def _fetch(self, name: str) -> None:
         target = self.snapshot / name
@@ -198,7 +209,14 @@ class Hub:
 def hub(folder: Path, role: str, tmp_path, monkeypatch) -> Hub:
     """Holds much that loading does not need."""
     hub = Hub(tmp_path / "hub", "someone/model", folder)
-    for name in ("README.md", "model.gguf", "assets/demo.mp4", "image_encoder/model.safetensors", "model.fp16.safetensors", "transformer/x.fp16.safetensors"):
+    for name in (
+        "README.md",
+        "model.gguf",
+        "assets/demo.mp4",
+        "image_encoder/model.safetensors",
+        "model.fp16.safetensors",
+        "transformer/x.fp16.safetensors",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"unused")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub.cache))
@@ -273,7 +291,9 @@ def test_a_repository_of_pickles(hub: Hub, role: str) -> None:
     assert not hub.downloaded
 
 
-@pytest.mark.parametrize(("name", "message"), [("someone/else", "no such model"), ("/no/folder", "There is no folder /no/folder")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("someone/else", "no such model"), ("/no/folder", "There is no folder /no/folder")]
+)
 def test_what_there_is_not(hub: Hub, role: str, name: str, message: str) -> None:
     with pytest.raises(BadInputError, match=message):
         prepare(name, role, quiet)
@@ -303,5 +323,12 @@ def test_host_memory(folder: Path, role: str, monkeypatch) -> None:
 
 def test_free_host_memory_is_what_the_system_says() -> None:
     free = available_host_bytes()
-    total = next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal")) * 1024
+    total = (
+        next(
+            int(line.split()[1])
+            for line in Path("/proc/meminfo").read_text().splitlines()
+            if line.startswith("MemTotal")
+        )
+        * 1024
+    )
     assert free is not None and 0 < free <= 4 * total

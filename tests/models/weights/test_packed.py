@@ -1,4 +1,5 @@
-"""Packed linear layers: bitsandbytes' bits, the gradient of the values they stand for, and nothing kept but the bits."""
+"""Packed linear layers: bitsandbytes' bits, the gradient of the values they stand for, and nothing kept but the
+bits."""
 
 from __future__ import annotations
 
@@ -16,7 +17,16 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lowmem_drf.errors import LowmemError
-from lowmem_drf.models.lora.adapter import ADAPTER, add_lora, attach_lora, lora_layers, lora_parameters, lora_scale, lora_state, remove_lora
+from lowmem_drf.models.lora.adapter import (
+    ADAPTER,
+    add_lora,
+    attach_lora,
+    lora_layers,
+    lora_parameters,
+    lora_scale,
+    lora_state,
+    remove_lora,
+)
 from lowmem_drf.models.lora.linear import linear
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
 from lowmem_drf.models.wan.random_generator import random_transformer
@@ -33,7 +43,9 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tor
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def layer(quant: str, shape: tuple[int, int] = (160, 128), bias: bool = True, dtype: torch.dtype = torch.float32) -> PackedLinear:
+def layer(
+    quant: str, shape: tuple[int, int] = (160, 128), bias: bool = True, dtype: torch.dtype = torch.float32
+) -> PackedLinear:
     made = PackedLinear(shape[1], shape[0], bias, quant)
     made.pack(0.1 * noise(*shape))
     if bias:
@@ -65,7 +77,10 @@ def test_nf4_stands_for_its_sixteen_values(shape: tuple[int, int], dtype: torch.
     made = layer("nf4", shape, bias=False)
     count = shape[0] * shape[1]
     halves = torch.stack([made.weight.flatten() >> 4, made.weight.flatten() & 15], 1).flatten()[:count].long()
-    scales = made.nested_code[made.absmax.long()] * made.nested_absmax.repeat_interleave(256)[: len(made.absmax)] + made.offset
+    scales = (
+        made.nested_code[made.absmax.long()] * made.nested_absmax.repeat_interleave(256)[: len(made.absmax)]
+        + made.offset
+    )
     table = bnb.functional.get_4bit_type("nf4", device="cpu")
     wanted = (table[halves] * scales.repeat_interleave(64)[:count]).view(shape)
     assert torch.equal(values(made, dtype), wanted.to(dtype))
@@ -121,7 +136,8 @@ def test_one_row_without_gradient(quant: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("quant", QUANTS)
 def test_a_backward_keeps_the_bits_and_nothing_else(quant: str) -> None:
-    """Through autograd's own saved tensors, so that checkpointing drops them, and as the very tensors that were there in the forward."""
+    """Through autograd's own saved tensors, so that checkpointing drops them, and as the very tensors that were there
+    in the forward."""
     made, x = layer(quant), noise(7, 128).requires_grad_()
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
@@ -203,7 +219,9 @@ def test_from_bitsandbytes_shares_its_tensors_and_leaves_it_empty() -> None:
     assert torch.equal(made(x), wanted) and bits() is None
 
 
-@pytest.mark.parametrize("settings", [{"quant_type": "fp4"}, {"compress_statistics": False}, {"blocksize": 128}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"quant_type": "fp4"}, {"compress_statistics": False}, {"blocksize": 128}], ids=str
+)
 def test_other_settings_of_bitsandbytes_are_refused(settings) -> None:
     theirs = bnb.nn.Linear4bit(128, 160, False, torch.float32, device="meta")
     arguments = {"quant_type": "nf4", "compress_statistics": True} | settings
@@ -268,7 +286,9 @@ def test_the_lean_lora_linear_keeps_its_input_and_the_bits(quant: str) -> None:
     found = transformer.blocks[0].ffn.net[2]
     x = noise(50, 32, dtype=torch.bfloat16).requires_grad_()
     kept: dict[int, int] = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.update({tensor.data_ptr(): tensor.nbytes}) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.update({tensor.data_ptr(): tensor.nbytes}) or tensor, lambda tensor: tensor
+    ):
         y = linear(found, x, gelu=True)
     lora = [matrices[ADAPTER].weight for matrices in (found.lora_A, found.lora_B)]
     for tensor in (x, *lora, *found.base_layer.packed()):
@@ -312,5 +332,7 @@ def test_lora_gradients_are_those_of_the_values_bitwise(quant: str, slices: int)
     for transformer in (packed, plain):
         set_activations(transformer, True, slices=slices)
         v = as_velocity(transformer)(x, 0.5, text)
-        made.append([v.detach(), *torch.autograd.grad(v, lora_parameters(transformer), noise(*v.shape, dtype=torch.float64))])
+        made.append(
+            [v.detach(), *torch.autograd.grad(v, lora_parameters(transformer), noise(*v.shape, dtype=torch.float64))]
+        )
     assert all(torch.equal(a, b) and bool(a.any()) for a, b in zip(*made, strict=True))

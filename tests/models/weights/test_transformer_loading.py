@@ -46,11 +46,18 @@ def own(folder: Path, tmp_path: Path) -> Path:
 
 def same(one, other) -> bool:
     """Names, dtypes and bits of parameters and buffers."""
-    mine, theirs = ({name: tensor for tensors in (m.named_parameters(), m.named_buffers()) for name, tensor in tensors} for m in (one, other))
-    return mine.keys() == theirs.keys() and all(mine[name].dtype == theirs[name].dtype and torch.equal(mine[name], theirs[name]) for name in mine)
+    mine, theirs = (
+        {name: tensor for tensors in (m.named_parameters(), m.named_buffers()) for name, tensor in tensors}
+        for m in (one, other)
+    )
+    return mine.keys() == theirs.keys() and all(
+        mine[name].dtype == theirs[name].dtype and torch.equal(mine[name], theirs[name]) for name in mine
+    )
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=["in fp32", "in bf16", "in fp16"])
+@pytest.mark.parametrize(
+    "stored", [torch.float32, torch.bfloat16, torch.float16], ids=["in fp32", "in bf16", "in fp16"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shards", [1, 2])
 def test_it_is_what_diffusers_loads(own: Path, stored: torch.dtype, dtype: torch.dtype, shards: int) -> None:
@@ -61,9 +68,16 @@ def test_it_is_what_diffusers_loads(own: Path, stored: torch.dtype, dtype: torch
     if shards == 1:
         save_file(state, own / WEIGHTS, metadata={"format": "pt"})
     else:
-        where = {name: f"diffusion_pytorch_model-0000{1 + place % 2}-of-00002.safetensors" for place, name in enumerate(sorted(state))}
+        where = {
+            name: f"diffusion_pytorch_model-0000{1 + place % 2}-of-00002.safetensors"
+            for place, name in enumerate(sorted(state))
+        }
         for shard in set(where.values()):
-            save_file({name: value for name, value in state.items() if where[name] == shard}, own / shard, metadata={"format": "pt"})
+            save_file(
+                {name: value for name, value in state.items() if where[name] == shard},
+                own / shard,
+                metadata={"format": "pt"},
+            )
         (own / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
     theirs = WanTransformer3DModel.from_pretrained(own.parent, subfolder="transformer", torch_dtype=dtype)
     ours = load_denoiser(str(own.parent), dtype)
@@ -74,7 +88,9 @@ def test_it_is_what_diffusers_loads(own: Path, stored: torch.dtype, dtype: torch
 
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_packed_weights_are_those_of_the_file_and_the_rest_is_as_it_was(folder: Path, quant: str, dtype: torch.dtype) -> None:
+def test_packed_weights_are_those_of_the_file_and_the_rest_is_as_it_was(
+    folder: Path, quant: str, dtype: torch.dtype
+) -> None:
     state = load_file(folder / "transformer" / WEIGHTS)
     plain, packed = load_denoiser(str(folder), dtype), load_denoiser(str(folder), dtype, quant=quant)
     modules = {name: module for name, module in packed.named_modules() if isinstance(module, PackedLinear)}
@@ -97,7 +113,8 @@ def test_packed_weights_are_those_of_the_file_and_the_rest_is_as_it_was(folder: 
 
 @pytest.mark.parametrize("quant", ["none", *QUANTS])
 def test_a_tensor_is_gone_before_the_next_is_read(folder: Path, quant: str, monkeypatch) -> None:
-    """Whatever is read is converted or packed at once; with ``none`` in the file's own dtype it stays, and is not copied."""
+    """Whatever is read is converted or packed at once; with ``none`` in the file's own dtype it stays, and is not
+    copied."""
     read, before = weight_reader.TensorFiles.read, []
 
     def watched(files, name):
@@ -144,21 +161,33 @@ def test_it_may_stay_elsewhere_than_where_it_is_packed(folder: Path, quant: str,
 
 @pytest.mark.parametrize("quant", QUANTS)
 def test_a_single_file_is_packed_the_same(folder: Path, quant: str, tmp_path: Path) -> None:
-    save_file({wan_name(name): value for name, value in load_file(folder / "transformer" / WEIGHTS).items()}, tmp_path / "wan.safetensors")
+    save_file(
+        {wan_name(name): value for name, value in load_file(folder / "transformer" / WEIGHTS).items()},
+        tmp_path / "wan.safetensors",
+    )
     assert same(
-        load_single_file(tmp_path / "wan.safetensors", str(folder), torch.bfloat16, quant=quant), load_denoiser(str(folder), torch.bfloat16, quant=quant)
+        load_single_file(tmp_path / "wan.safetensors", str(folder), torch.bfloat16, quant=quant),
+        load_denoiser(str(folder), torch.bfloat16, quant=quant),
     )
 
 
 @pytest.mark.parametrize("single", [False, True], ids=["folder", "single file"])
 def test_a_run_loads_what_its_configuration_says(folder: Path, single: bool, tmp_path: Path, capsys) -> None:
     lora, file = tmp_path / "lora.safetensors", folder / "transformer" / WEIGHTS
-    save_file({"diffusion_model.head.head.diff_b": torch.ones(16), "diffusion_model.blocks.0.self_attn.q.diff": torch.ones(24, 24)}, lora)
+    save_file(
+        {
+            "diffusion_model.head.head.diff_b": torch.ones(16),
+            "diffusion_model.blocks.0.self_attn.q.diff": torch.ones(24, 24),
+        },
+        lora,
+    )
     overrides = [f"model.id={folder}", "model.quant=int8", f"model.base_lora={lora}", "model.base_lora_scale=0.5"]
     config = load_config("toy", overrides + ([f"model.transformer={file}"] if single else []))
     cpu = torch.device("cpu")
     model = load_transformer(config, folder, torch.float32, cpu)
-    wanted = load_denoiser(str(folder), quant="int8", changes=lambda shapes: base_changes(str(lora), shapes, print, 0.5))
+    wanted = load_denoiser(
+        str(folder), quant="int8", changes=lambda shapes: base_changes(str(lora), shapes, print, 0.5)
+    )
     assert same(model, wanted) and "merged into 2 tensors" in capsys.readouterr().err
     assert torch.equal(model.proj_out.bias, load_denoiser(str(folder)).proj_out.bias + 0.5)
     exported = load_transformer(config, folder, torch.float32, cpu, quant="none")
@@ -168,25 +197,37 @@ def test_a_run_loads_what_its_configuration_says(folder: Path, single: bool, tmp
 
 def test_another_subfolder(folder: Path, tmp_path: Path) -> None:
     tiny_transformer(seed=5).save_pretrained(tmp_path / "transformer_2")
-    assert torch.equal(load_denoiser(str(tmp_path), subfolder="transformer_2").proj_out.weight, tiny_transformer(seed=5).proj_out.weight)
+    assert torch.equal(
+        load_denoiser(str(tmp_path), subfolder="transformer_2").proj_out.weight,
+        tiny_transformer(seed=5).proj_out.weight,
+    )
 
 
 def test_a_repository_of_the_hub(folder: Path, monkeypatch) -> None:
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(folder))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "snapshot_download",
+        lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(folder),
+    )
     assert same(load_denoiser("someone/wan"), load_denoiser(str(folder)))
     assert asked == [("someone/wan", ["transformer/*.json", "transformer/*.safetensors"])]
 
 
 def spoil(folder: Path, **new: torch.Tensor | None) -> None:
     state = load_file(folder / WEIGHTS) | {name.replace("__", "."): value for name, value in new.items()}
-    save_file({name: value for name, value in state.items() if value is not None}, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(
+        {name: value for name, value in state.items() if value is not None}, folder / WEIGHTS, metadata={"format": "pt"}
+    )
 
 
 @pytest.mark.parametrize(
     ("new", "message"),
     [
-        ({"proj_out__bias": None}, r"lack 1 tensors of the model its config.json describes \(the first: proj_out.bias\)"),
+        (
+            {"proj_out__bias": None},
+            r"lack 1 tensors of the model its config.json describes \(the first: proj_out.bias\)",
+        ),
         ({"proj_out__bias": torch.zeros(3)}, r"describes proj_out.bias as \[16\], and its weights have it as \[3\]"),
         ({"proj_out__bias": torch.zeros(16, dtype=torch.uint8)}, r"quantised already \(proj_out.bias is U8\)"),
     ],
@@ -199,7 +240,8 @@ def test_weights_that_do_not_fit_are_named(own: Path, new, message: str) -> None
 
 
 def test_tensors_that_are_not_used_are_said(own: Path, recwarn) -> None:
-    spoil(own, blocks__0__attn2__norm_added_q__weight=torch.zeros(3))  # as in published image-to-video files; diffusers says nothing of it either
+    # as in published image-to-video files; diffusers says nothing of it either
+    spoil(own, blocks__0__attn2__norm_added_q__weight=torch.zeros(3))
     load_denoiser(str(own.parent))
     assert not [warning for warning in recwarn if "not used" in str(warning.message)]
     spoil(own, blocks__7__ffn__net__2__bias=torch.zeros(3))
