@@ -234,11 +234,11 @@ def tiny_critic_model(
         _spread(model, 1.0, generator)
     model = model.to(dtype).eval().requires_grad_(False)
     if dtype == torch.float64:
-        _lift_norms(model)
+        lift_norms(model)
     return model, tiny_critic_tokenizer()
 
 
-def _lift_norms(model: nn.Module) -> None:
+def lift_norms(model: nn.Module) -> None:
     """Qwen's RMSNorm computes in fp32 whatever the model's dtype. In an fp64 oracle its backward would round to fp32
     (1e-7), and hide what is tested."""
 
