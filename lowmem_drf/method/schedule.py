@@ -27,9 +27,9 @@ def flow_sigmas(steps: int, shift: float) -> Tensor:
     """Noise levels of the sampler, fp64, shape (steps + 1,), falling from 1 - 1e-6 to exactly 0.
 
     The grid of ``diffusers`` 0.42 ``UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=shift)``, which Wan's
-    pipelines ship; with ``solver_order=1`` and its corrector off, that scheduler is the Euler update below, so
-    ``WanPipeline`` reproduces our clips. In contrast to ``FlowMatchEulerDiscreteScheduler`` the last step is not nearly
-    empty, so grading it alone (K = 1) trains something.
+    pipelines ship. With ``solver_order=1`` and ``disable_corrector=list(range(steps))`` (Wan ships it with the
+    corrector on) that scheduler is the Euler update below, so ``WanPipeline`` reproduces our clips. In contrast to
+    ``FlowMatchEulerDiscreteScheduler`` the last step is not nearly empty, so grading it alone (K = 1) trains something.
 
     Raises:
         BadInputError: fewer than one step, or a shift that is not positive.

@@ -3,7 +3,9 @@
 The chain rule allows cuts, and the cuts are exact: the graph from reward to LoRA is cut at the kept pixel frames, at
 the latents, between decode chunks (at the VAE's causal caches) and between graded steps. Each piece is run forward
 without gradient first, then recomputed with gradient when its cotangent is known, one piece live at a time.
-``naive.naive_step`` is the same step as one graph.
+``naive.naive_step`` is the same step as one graph. Exact means equal to that graph: with guidance both leave out what
+``guidance_grad`` leaves out, and the decoder's clamp has in both the gradient that ``models/wan_vae.InwardClamp`` gives
+it.
 
 Clipping, the refusal of non-finite LoRA gradients, the optimizer and all device moves but those of the caches are the
 caller's.

@@ -25,11 +25,12 @@ class TextEncoder:
     tokenizer: Any
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str], max_tokens: int = 226) -> Tensor:
+    def encode(self, texts: Sequence[str], max_tokens: int = 512) -> Tensor:
         """Embeddings (B, max_tokens, D) in the encoder's dtype; zeros after a text's own tokens; longer texts are cut.
 
         ``max_tokens`` is part of what the transformer sees (it attends to the zeros too): keep the one it was trained
-        with, 226 in WanPipeline.
+        with, 512 for Wan. (``WanPipeline`` passes 512 too; 226 is the default of its ``encode_prompt`` when that is
+        called alone.)
         """
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
