@@ -9,8 +9,6 @@ arguments.
 from __future__ import annotations
 
 import difflib
-import json
-import math
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -254,22 +252,6 @@ def _did_you_mean(key: str) -> str:
 
 def to_toml(config: Config) -> str:
     """The complete configuration as TOML that ``load_config`` reads back to an equal tree."""
-    return "\n".join(_toml_lines(config.model_dump())) + "\n"
+    import tomli_w
 
-
-def _toml_lines(table: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    for key, value in table.items():
-        if not isinstance(value, Mapping):
-            yield f"{key} = {_toml_value(value)}"
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from ("", f"[{path}{key}]")
-            yield from _toml_lines(value, f"{path}{key}.")
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, float) and not math.isfinite(value):
-        return repr(value)
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return tomli_w.dumps(config.model_dump())

@@ -1,5 +1,7 @@
 """Presets, overrides, and errors that say everything at once."""
 
+import tomllib
+
 import pytest
 
 from lowmem_drf.config import known_keys, load_config, parse_override, preset_path, to_toml
@@ -72,6 +74,13 @@ def test_the_resolved_configuration_is_complete_and_reads_back(tmp_path):
     assert load_config(file) == config
     for key in known_keys():
         assert key.rpartition(".")[2] + " = " in to_toml(config), key
+
+
+def test_control_characters_and_infinities_read_back():
+    config = load_config("toy")
+    odd = {"negative_prompt": "".join(map(chr, [*range(32), 127, 133, 0x2028])), "shift": float("inf")}
+    config = config.model_copy(update={"sampler": config.sampler.model_copy(update=odd)})
+    assert tomllib.loads(to_toml(config)) == config.model_dump()
 
 
 @pytest.mark.parametrize(
