@@ -91,8 +91,9 @@ def measure(config: Config, device: torch.device, cap_gib: float | None, console
         join(config.device)
     if device.type == "cuda":
         if cap_gib:
+            # of the current card: this function takes no device without an index, and ``device`` has none
             torch.cuda.set_per_process_memory_fraction(
-                min(1.0, (cap_gib - 0.5) * GIB / torch.cuda.get_device_properties(device).total_memory), device
+                min(1.0, (cap_gib - 0.5) * GIB / torch.cuda.get_device_properties(device).total_memory)
             )
         meter = Meter(device)
         models, prompts, questions = _random_models(config, device, meter)

@@ -60,7 +60,7 @@ class Measured:
 
     def matches(self, combos: list[Combo]) -> dict[str, Tensor]:
         """(B,) True where the clip shows what was asked for; ``all`` is shape, colour and direction."""
-        c = torch.tensor(combos)
+        c = torch.tensor(combos, device=self.shape.device)
         hits = {"shape": self.shape == c[:, 0], "color": self.color == c[:, 1], "direction": self.motion == c[:, 2]}
         return {
             **hits,
@@ -193,8 +193,8 @@ def judge_clips(frames_BTCHW: Tensor, prompts: list[str]) -> list[Verdict]:
         raise ValueError(f"Not of ToyWorld's grammar: {prompts[combos.index(None)]!r}")
     seen = measure(frames_BTCHW)
     hits = {**seen.matches(known), "physics": seen.physics, "quality": seen.quality}
-    names = [f.name for f in fields(Verdict)]
-    return [Verdict(**{n: bool(hits[n][i]) for n in names}) for i in range(len(prompts))]
+    rows = zip(*(hits[f.name].tolist() for f in fields(Verdict)), strict=True)
+    return [Verdict(*row) for row in rows]
 
 
 def judge(frames_TCHW: Tensor, prompt: str) -> Verdict:

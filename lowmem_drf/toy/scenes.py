@@ -121,7 +121,7 @@ def coverage(x: Tensor, y: Tensor, radius: Tensor, shape: Tensor, size: int = SI
     All three forms have the area of a circle of the given radius: square of half side 0.886 r, upward triangle of side
     2.694 r.
     """
-    centre = torch.arange(size) + 0.5
+    centre = torch.arange(size, device=x.device) + 0.5
     dx = centre[None, :] - x[..., None, None]
     dy = centre[:, None] - y[..., None, None]
     r = radius[..., None, None]

@@ -4,11 +4,15 @@ import copy
 import json
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+import torch
 from _root import ROOT
 from PIL import Image
+from rich.console import Console
 
+from lowmem_drf.commands import bench
 from lowmem_drf.config import load_config
 
 sys.path.insert(0, str(ROOT))
@@ -126,6 +130,22 @@ def test_a_promise_is_kept_or_named():
             node = node[key]
         node[where[-1]] = value
         assert list(toy_seeds.verdicts(base, worse).values()).count(False) == 1
+
+
+def test_a_cap_reaches_the_allocator(monkeypatch):
+    """Of a card that torch is made to see. The device has no index, as the one that ``bench`` measures on."""
+    capped = []
+    stop = RuntimeError("the cap is set")
+    monkeypatch.setattr("torch.cuda.memory._lazy_init", lambda: None)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=24 * 2**30))
+    monkeypatch.setattr(
+        "torch._C._cuda_setMemoryFraction", lambda fraction, device: capped.append((fraction, device)), raising=False
+    )
+    monkeypatch.setattr(bench, "Meter", Mock(side_effect=stop))
+    with pytest.raises(RuntimeError, match="the cap is set"):
+        bench.measure(load_config("toy"), torch.device("cuda"), 12.5, Console())
+    assert capped == [(0.5, 0)]
 
 
 def test_zero3_against_streaming_has_the_same_update_in_both_and_says_what_failed(monkeypatch, tmp_path, capsys):

@@ -55,6 +55,19 @@ def test_the_oracle_is_right_on_ground_truth(world, noise):
         assert value.float().mean() > 0.97, name
 
 
+def test_the_oracle_measures_on_the_device_where_the_clips_are(world):
+    """``meta`` stands for a card: torch refuses to mix its tensors with those of the CPU."""
+    combos, tracks, frames = world
+    seen = measure(frames.to("meta"))
+    found = [
+        *seen.matches(combos).values(),
+        seen.physics,
+        seen.quality,
+        render(type(tracks)(*(part.to("meta") for part in tracks))),
+    ]
+    assert {tensor.device.type for tensor in found} == {"meta"}
+
+
 def test_the_oracle_is_at_chance_on_shuffled_captions(world):
     combos, _, frames = world
     order = torch.randperm(len(combos), generator=generator(1)).tolist()
