@@ -95,6 +95,18 @@ def default_preset(card_gb: float | None, card: str = "") -> str:
     )
 
 
+def chosen_preset() -> tuple[str, str]:
+    """The preset for this machine when none is named, and why it is that one, for the user to read."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return default_preset(None), " (the default: there is no CUDA card)"
+    card = torch.cuda.get_device_properties(0)
+    return default_preset(
+        card.total_memory / 1e9, card.name
+    ), f" (the default: the largest that fits the {card.name}, {card.total_memory / 1e9:.0f} GB)"
+
+
 def _is_for(preset: str, card: str) -> bool:
     """Whether the header names the card: ``24 GB (RTX 4090)`` and "NVIDIA GeForce RTX 4090"."""
     named = re.search(r"\((.+?)\)", preset_card(presets()[preset]))

@@ -21,7 +21,7 @@ import torch
 from lowmem_drf.assembly.assemble import Models, assemble, critic_rate, resolve_device
 from lowmem_drf.assembly.loading import with_partitioned_critic
 from lowmem_drf.assembly.text_cache import DTYPES
-from lowmem_drf.config import load_config, preset_card, preset_path
+from lowmem_drf.config import chosen_preset, load_config, preset_card, preset_path
 from lowmem_drf.distributed.ranks import join
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.memory.meter import Meter
@@ -61,8 +61,6 @@ class Measured:
 def bench_command(preset: str | None, vram: str | None, overrides: Sequence[str], as_json: bool) -> None:
     """A table of planned and measured, or JSON."""
     from rich.console import Console
-
-    from lowmem_drf.commands.train import chosen_preset
 
     name = preset or chosen_preset()[0]
     config = one_micro_batch(load_config(name, [*overrides, "processes=1"]))

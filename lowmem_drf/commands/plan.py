@@ -14,7 +14,7 @@ def plan_command(preset: str | None, vram: str | None, overrides: Sequence[str],
     """A table, or JSON. Where it does not fit: what to change."""
     from rich.console import Console
 
-    from lowmem_drf.commands.train import chosen_preset
+    from lowmem_drf.config import chosen_preset
 
     name = preset or chosen_preset()[0]
     config = load_config(name, overrides)

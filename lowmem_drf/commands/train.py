@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_drf import __version__
-from lowmem_drf.config import default_preset, known_keys, load_config, preset_card, preset_path, to_toml
+from lowmem_drf.config import chosen_preset, known_keys, load_config, preset_card, preset_path, to_toml
 from lowmem_drf.distributed.ranks import ALONE, Ranks, end_process, join, started_processes
 from lowmem_drf.errors import DEBUG, BadInputError
 from lowmem_drf.models.weights.sources import TOYWORLD
@@ -109,18 +109,6 @@ def train_command(
         ranks.leave()
     if started_processes():
         end_process()
-
-
-def chosen_preset() -> tuple[str, str]:
-    """The default preset, and why it is that one."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return default_preset(None), " (the default: there is no CUDA card)"
-    card = torch.cuda.get_device_properties(0)
-    return default_preset(
-        card.total_memory / 1e9, card.name
-    ), f" (the default: the largest that fits the {card.name}, {card.total_memory / 1e9:.0f} GB)"
 
 
 def _print(config: Config, name: str, card: str) -> None:

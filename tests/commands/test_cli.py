@@ -209,7 +209,7 @@ def test_a_folder_that_holds_a_run_is_refused_with_the_way_to_go_on(run_cli, tin
 
 def test_the_default_preset_is_named_with_its_reason(run_cli, tmp_path, tiny_preset, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("lowmem_drf.commands.train.default_preset", lambda card_gb: str(tiny_preset))
+    monkeypatch.setattr("lowmem_drf.config.default_preset", lambda card_gb: str(tiny_preset))
     code, out, err = run_cli("train", "--steps", "1")
     assert code == 0, err
     assert f"preset {tiny_preset} (the default: there is no CUDA card)" in out
