@@ -2,8 +2,8 @@
 
 ``load_config`` reads a preset (a name or a path), applies ``key=value`` overrides, checks everything and reports
 **all** problems at once, each with the place it came from and its key. The tree is complete: every field has a default,
-and a preset holds only what differs. Only ``run/`` and ``cli.py`` see the whole tree; everything below takes flat
-arguments.
+and a preset holds only what differs from them, or from the preset that it names in ``extends``. Only ``run/`` and
+``cli.py`` see the whole tree; everything below takes flat arguments.
 """
 
 from __future__ import annotations
@@ -130,7 +130,11 @@ def copy_preset(preset: str, target: Path | None = None) -> Path:
         raise BadInputError(f"{path} exists already. Give another name: lowmem-drf presets copy {preset} OTHER.toml")
     if not path.parent.is_dir():
         raise BadInputError(f"the folder {path.parent} does not exist. Make it first.")
-    path.write_bytes(source.read_bytes())
+    text = source.read_text(encoding="utf-8")
+    extends = re.search(r'^extends *= *"(.+)"', text, re.MULTILINE)
+    if extends and extends[1] not in presets():  # a path from the file's own folder
+        text = text.replace(extends[0], f'extends = "{_extended(source, extends[1])}"', 1)
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -149,11 +153,42 @@ def parse_override(text: str) -> tuple[str, Any]:
 def load_config(preset: str | Path = DEFAULT_PRESET, overrides: Iterable[str] = ()) -> Config:
     """The configuration of a preset with overrides on top. Raises BadInputError that lists every problem."""
     path = preset_path(preset) if isinstance(preset, str) else preset
+    return _overridden(_preset_values(path), overrides)
+
+
+def _preset_values(path: Path, below: tuple[Path, ...] = ()) -> dict[str, tuple[Any, str]]:
+    """Key -> (value, the file that sets it): the preset's own keys over those of the preset that it extends.
+
+    ``below``: the presets that extend this one.
+    """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadInputError(f"{path}: cannot be read as a TOML file: {error}") from error
-    return _overridden({key: (value, str(path)) for key, value in _flat(table)}, overrides)
+    chain = (*below, path.resolve())
+    values: dict[str, tuple[Any, str]] = {}
+    if "extends" in table:
+        base = _extended(path, table.pop("extends"))
+        if base.resolve() in chain:
+            circle = ", ".join(str(file) for file in (*chain, base.resolve()))
+            raise BadInputError(
+                f"{path}: extends: these presets extend each other in a circle: {circle}. Take the line out of one of them."
+            )
+        values = _preset_values(base, chain)
+    return values | {key: (value, str(path)) for key, value in _flat(table)}
+
+
+def _extended(path: Path, extends: Any) -> Path:
+    """The preset that the one at ``path`` extends: by its name, or by its path from the folder of ``path``."""
+    if not isinstance(extends, str):
+        raise BadInputError(
+            f'{path}: extends: give one preset, by its name or by its path from this file, for example extends = "rtx4090"'
+        )
+    is_path = extends not in presets() and (extends.endswith(".toml") or "/" in extends)
+    try:
+        return preset_path(str(path.parent.absolute() / Path(extends).expanduser()) if is_path else extends)
+    except BadInputError as error:
+        raise BadInputError(f"{path}: extends: {error}") from error
 
 
 def change(config: Config, overrides: Iterable[str]) -> Config:

@@ -13,6 +13,7 @@ from lowmem_drf.config import (
     preset_card,
     preset_summary,
     presets,
+    to_toml,
 )
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.schema import Config
@@ -27,18 +28,72 @@ def test_these_presets_and_no_others_are_in_the_package():
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
-def test_a_preset_loads_and_holds_only_what_differs_from_the_defaults(name):
-    config, defaults = load_config(name).model_dump(), Config().model_dump()
+def test_a_preset_holds_only_what_differs_from_what_it_extends(name):
     table = tomllib.loads(presets()[name].read_text(encoding="utf-8"))
-    for section, value in config.items():
-        assert (section in table) == (value != defaults[section]), section
+    below = load_config(extended) if (extended := table.pop("extends", "")) else Config()
+    below, loaded = leaves(below.model_dump()), leaves(load_config(name).model_dump())
+    own = leaves(table)
+    assert {key: loaded[key] for key in own} == own
+    assert {key for key in loaded if loaded[key] != below[key]} == own.keys()
+
+
+def leaves(table, prefix=""):
+    """Dotted key -> value."""
+    nested = {prefix + key: value for key, value in table.items()}
+    return {
+        k: v
+        for key, value in nested.items()
+        for k, v in (leaves(value, f"{key}.") if isinstance(value, dict) else {key: value}).items()
+    }
+
+
+def test_a_preset_extends_another_by_name_or_by_path(tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    base, mine = tmp_path / "base.toml", tmp_path / "inner" / "mine.toml"
+    base.write_text('extends = "toy"\nsteps = 3\nbatch = 4\nmicro_batch = 4\n[critic.weights]\nTA = 5\n')
+    mine.write_text('extends = "../base.toml"\nsteps = 7\n[critic.weights]\nVQ = 6\n')
+    config = load_config(str(mine), ["micro_batch=1"])
+    assert (config.steps, config.batch, config.micro_batch, config.model.id) == (7, 4, 1, "toyworld")
+    assert config.critic.weights.model_dump() == {"TA": 5.0, "Phy": 2.0, "VQ": 6.0}
+    monkeypatch.chdir(mine.parent)
+    assert load_config("mine.toml", ["micro_batch=1"]) == config
+    assert "extends" not in to_toml(config)
+    assert load_config(copy_preset(str(mine), tmp_path / "copy.toml"), ["micro_batch=1"]) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('extends = "mine.toml"', "in a circle: .*mine.toml, .*mine.toml. Take the line out of one of them"),
+        ('extends = "other.toml"', "in a circle: .*mine.toml, .*other.toml, .*mine.toml"),
+        ('extends = "rtx409"', "mine.toml: extends: there is no preset 'rtx409'. Did you mean rtx4090"),
+        ('extends = "no.toml"', "mine.toml: extends: preset file .*no.toml does not exist"),
+        ('extends = ["toy"]', "mine.toml: extends: give one preset"),
+    ],
+)
+def test_what_cannot_be_extended(tmp_path, text, said):
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    (tmp_path / "other.toml").write_text('extends = "./mine.toml"')
+    with pytest.raises(BadInputError, match=said):
+        load_config(file)
+
+
+def test_a_problem_names_the_file_that_has_it(tmp_path):
+    (tmp_path / "base.toml").write_text("batch = 0")
+    (tmp_path / "mine.toml").write_text('extends = "base.toml"\nsteps = "many"')
+    with pytest.raises(BadInputError) as caught:
+        load_config(tmp_path / "mine.toml")
+    assert f"{tmp_path / 'base.toml'}: batch: " in str(caught.value) and f"{tmp_path / 'mine.toml'}: steps: " in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_a_preset_is_short_and_its_header_says_what_and_how(name):
     lines = presets()[name].read_text(encoding="utf-8").splitlines()
     header = "\n".join(line for line in lines if line.startswith("#"))
-    assert len([line for line in lines if line and not line.startswith("#")]) <= 40
+    assert len(lines) <= 30
     assert len(preset_summary(presets()[name])) > 20
     for word in ("lowmem-drf train", "GPU: "):
         assert word in header
