@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.models.weights.files import (
@@ -27,6 +28,9 @@ from lowmem_drf.models.weights.files import (
     weight_indices,
 )
 from lowmem_drf.models.weights.sources import resolve
+
+if TYPE_CHECKING:
+    from huggingface_hub import DryRunFileInfo
 
 Say = Callable[[str], None]
 
@@ -106,51 +110,45 @@ def available_host_bytes() -> int | None:
 
 def hub_file(repository: str, name: str, say: Say) -> Path:
     """One file of a hub repository, downloaded once. Raises BadInputError, LowmemError as ``prepare``."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, list_repo_files, try_to_load_from_cache
 
     with _hub_errors(repository):
         cached = try_to_load_from_cache(repository, name)
         if isinstance(cached, str):
             return Path(cached)
-        sizes = _sizes(repository)
-        if name not in sizes:
+        names = list_repo_files(repository)
+        if name not in names:
             raise BadInputError(
-                f"{repository} on the Hugging Face hub has no file {name}. It has: {', '.join(sorted(sizes)[:8])}"
+                f"{repository} on the Hugging Face hub has no file {name}. It has: {', '.join(sorted(names)[:8])}"
             )
-        _announce(repository, {name: sizes[name]}, say)
+        _announce(repository, [hf_hub_download(repository, name, dry_run=True)], say)
         return Path(hf_hub_download(repository, name))
 
 
 def _download(hub_id: str, role: Role, say: Say, without: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import list_repo_files, snapshot_download
 
     with _hub_errors(hub_id):
-        wanted = _wanted(hub_id, role, _sizes(hub_id), without)
-        _announce(hub_id, wanted, say)
-        return Path(snapshot_download(hub_id, allow_patterns=sorted(wanted)))
+        wanted = _wanted(hub_id, role, list_repo_files(hub_id), without)
+        _announce(hub_id, snapshot_download(hub_id, allow_patterns=wanted, dry_run=True), say)
+        return Path(snapshot_download(hub_id, allow_patterns=wanted))
 
 
-def _sizes(hub_id: str) -> dict[str, int]:
-    """Bytes of every file of a repository, by name."""
-    from huggingface_hub import model_info
-
-    return {file.rfilename: int(file.size or 0) for file in model_info(hub_id, files_metadata=True).siblings or ()}
-
-
-def _wanted(hub_id: str, role: Role, sizes: dict[str, int], without: tuple[str, ...]) -> dict[str, int]:
-    """The files that loading reads. Raises BadInputError where the weights are no safetensors, or there are none."""
+def _wanted(hub_id: str, role: Role, files: list[str], without: tuple[str, ...]) -> list[str]:
+    """Those of a repository's files that loading reads. Raises BadInputError where the weights are no safetensors, or
+    there are none."""
     wanted = (
-        [name for name in sizes if name == MODEL_INDEX or name.startswith("tokenizer/")] if role == "generator" else []
+        [name for name in files if name == MODEL_INDEX or name.startswith("tokenizer/")] if role == "generator" else []
     )
-    second = [SECOND] if role == "generator" and f"{SECOND}/config.json" in sizes else []
+    second = [SECOND] if role == "generator" and f"{SECOND}/config.json" in files else []
     for subfolder in (*SUBFOLDERS[role], *second):
         if subfolder in without:
-            wanted += [name for name in sizes if name == f"{subfolder}/config.json"]
+            wanted += [name for name in files if name == f"{subfolder}/config.json"]
             continue
         prefix = f"{subfolder}/" if subfolder else ""
         names = [
             name.removeprefix(prefix)
-            for name in sizes
+            for name in files
             if name.startswith(prefix) and "/" not in name.removeprefix(prefix)
         ]
         weights = weight_files(names)
@@ -164,16 +162,14 @@ def _wanted(hub_id: str, role: Role, sizes: dict[str, int], without: tuple[str, 
             name for name in names if name.endswith((".json", ".txt", ".model", ".jinja")) and ".index." not in name
         ]
         wanted += [prefix + name for name in (*weights, *indices, *small)]
-    return {name: sizes[name] for name in wanted}
+    return wanted
 
 
-def _announce(hub_id: str, wanted: dict[str, int], say: Say) -> None:
+def _announce(hub_id: str, files: list[DryRunFileInfo], say: Say) -> None:
     """Says what is to come. Raises LowmemError where the disk has no room for it."""
-    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    here = sum(size for name, size in wanted.items() if isinstance(try_to_load_from_cache(hub_id, name), str))
-    todo = sum(wanted.values()) - here
+    todo, here = (sum(file.file_size or 0 for file in files if file.will_download == new) for new in (True, False))
     say(f"{hub_id}: {_gb(todo)} to download, {_gb(here) if here else '0'} of it is here; to {HF_HUB_CACHE}")
     place = next(path for path in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).absolute().parents) if path.exists())
     if (free := shutil.disk_usage(place).free) < todo + DISK_MARGIN:

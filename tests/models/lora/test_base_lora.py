@@ -4,12 +4,12 @@ them."""
 from __future__ import annotations
 
 import shutil
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
 from _tiny import randomise_lora, tiny_condition, tiny_latents, tiny_transformer
+from huggingface_hub import DryRunFileInfo
 from safetensors.torch import save_file
 
 from lowmem_drf.errors import BadInputError
@@ -271,13 +271,14 @@ def test_from_the_hub(source: str, file, tmp_path, monkeypatch) -> None:
     cache = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
 
-    def download(repository: str, name: str) -> str:
+    def download(repository: str, name: str, dry_run: bool = False) -> str | DryRunFileInfo:
         assert (repository, name) == ("someone/loras", "sub/distill.safetensors")
+        if dry_run:
+            return DryRunFileInfo("1" * 40, 738_000_000, name, "", is_cached=False, will_download=True)
         cache.mkdir()
         return shutil.copy(file, cache / "distill.safetensors")
 
-    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename="sub/distill.safetensors", size=738_000_000)])
-    monkeypatch.setattr(huggingface_hub, "model_info", lambda repository, files_metadata: info)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repository: ["sub/distill.safetensors"])
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     said = []
     assert len(base_changes(source, SHAPES, said.append)) == 15

@@ -6,13 +6,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
 from _tiny import BOUNDARY, save_tiny_generator, tiny_condition, tiny_latents, tiny_text, tiny_transformer, tiny_vae
 from _trainer import Keeping
+from huggingface_hub import DryRunFileInfo
 from rich.console import Console
 from safetensors import safe_open
 
@@ -365,21 +365,20 @@ def test_an_exported_file_is_read_by_the_pipeline_it_is_for(tiny_preset, folder:
 
 
 def test_both_are_downloaded(folder: Path, tmp_path, monkeypatch) -> None:
-    files = [
-        SimpleNamespace(rfilename=path.relative_to(folder).as_posix(), size=1)
-        for path in folder.rglob("*")
-        if path.is_file()
-    ]
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     asked: list[str] = []
+
+    def download(repository: str, allow_patterns: list[str], dry_run: bool = False) -> str | list[DryRunFileInfo]:
+        asked.extend(() if dry_run else allow_patterns)
+        return (
+            [DryRunFileInfo("1" * 40, 1, name, "", is_cached=False, will_download=True) for name in allow_patterns]
+            if dry_run
+            else str(folder)
+        )
+
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(
-        huggingface_hub, "model_info", lambda repository, files_metadata: SimpleNamespace(siblings=files)
-    )
-    monkeypatch.setattr(
-        huggingface_hub,
-        "snapshot_download",
-        lambda repository, allow_patterns: asked.extend(allow_patterns) or str(folder),
-    )
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repository: files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert prepare("someone/two-experts", "generator", lambda text: None) == folder
     assert {
         "transformer_2/config.json",

@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 from _tiny import save_tiny_critic, save_tiny_generator
+from huggingface_hub import DryRunFileInfo
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 
@@ -169,18 +170,22 @@ class Hub:
     def snapshot(self) -> Path:
         return self.cache / f"models--{self.repository.replace('/', '--')}" / "snapshots" / COMMIT
 
-    def model_info(self, repository: str, files_metadata: bool = False) -> SimpleNamespace:
-        assert files_metadata
+    def list_repo_files(self, repository: str) -> list[str]:
         if not self.online:
             raise OfflineModeIsEnabled("offline")
         if repository != self.repository:
             raise RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, request=None))
-        files = [path for path in sorted(self.source.rglob("*")) if path.is_file()]
-        return SimpleNamespace(
-            siblings=[
-                SimpleNamespace(rfilename=path.relative_to(self.source).as_posix(), size=path.stat().st_size)
-                for path in files
-            ]
+        return [path.relative_to(self.source).as_posix() for path in sorted(self.source.rglob("*")) if path.is_file()]
+
+    def _info(self, name: str) -> DryRunFileInfo:
+        here = self.snapshot / name
+        return DryRunFileInfo(
+            COMMIT,
+            (self.source / name).stat().st_size,
+            name,
+            str(here),
+            is_cached=here.exists(),
+            will_download=not here.exists(),
         )
 
     def _fetch(self, name: str) -> None:
@@ -193,14 +198,20 @@ class Hub:
             (refs / "main").write_text(COMMIT)
             self.downloaded.append(name)
 
-    def snapshot_download(self, repository: str, allow_patterns: list[str]) -> str:
-        for name in allow_patterns:
+    def snapshot_download(
+        self, repository: str, allow_patterns: list[str], dry_run: bool = False
+    ) -> str | list[DryRunFileInfo]:
+        if dry_run:
+            return [self._info(name) for name in allow_patterns]
+        for name in sorted(allow_patterns):
             self._fetch(name)
             if self.fails is not None:
                 raise self.fails
         return str(self.snapshot)
 
-    def hf_hub_download(self, repository: str, name: str) -> str:
+    def hf_hub_download(self, repository: str, name: str, dry_run: bool = False) -> str | DryRunFileInfo:
+        if dry_run:
+            return self._info(name)
         self._fetch(name)
         return str(self.snapshot / name)
 
@@ -220,7 +231,7 @@ def hub(folder: Path, role: str, tmp_path, monkeypatch) -> Hub:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"unused")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub.cache))
-    for name in ("model_info", "snapshot_download", "hf_hub_download"):
+    for name in ("list_repo_files", "snapshot_download", "hf_hub_download"):
         monkeypatch.setattr(huggingface_hub, name, getattr(hub, name))
     return hub
 
