@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
     from lowmem_drf.models.wan.decoder import WanDecoder
     from lowmem_drf.models.wan.experts import OtherExpert
-    from lowmem_drf.planner.partitioned import Partitioned
     from lowmem_drf.types import Critic, Velocity
 
 
@@ -189,15 +188,13 @@ def assemble(
     meter: StageMeter,
     chosen: Chosen | None = None,
     other: OtherExpert | None = None,
-    stand_in: Callable[[Any, Sequence[Any], bool], Partitioned] | None = None,
 ) -> Models:
     """Loaded models with the configuration's memory settings on them, the VAE without its encoder. ``texts``: see
     ``Models``.
 
     ``chosen``: the form of the operations; ``None``: it is chosen here, for ``device``. ``other``: the transformer that
     is not trained, where there are two; it is parked and streamed where ``transformer`` is, and in a rollout one of
-    them is awake at a time. ``stand_in``: in a plan, makes of a model, its blocks and whether it is the transformer
-    what stands for its partitioned weights.
+    them is awake at a time.
 
     Raises BadInputError: the video's size does not fit the models, or a kernel that is asked for cannot run.
     """
@@ -207,19 +204,12 @@ def assemble(
 
     drop_encoder(vae)
     memory, store = config.memory, HostStore(device)
-    streamed: dict[str, Streamed | Partitioned] = {}
-    ask: Critic | None = None
+    streamed: dict[str, Streamed] = {}
     generators = {"transformer": transformer} | ({} if other is None else {"expert": other.transformer})
     if "transformer" in memory.stream:
         streamed |= {name: Streamed(list(model.blocks), device, store) for name, model in generators.items()}
     if critic is not None and "critic" in memory.stream:
         streamed["critic"] = critic.stream(device, store)
-    if stand_in is not None:
-        streamed["transformer"] = stand_in(transformer, list(transformer.blocks), True)
-        if critic is not None and config.zero.critic:
-            streamed["critic"] = partitioned = stand_in(critic.model, critic.leaves, False)
-            critic.enter_by(critic.leaves, partitioned)
-            ask = partitioned.called(critic)
     shape = latent_shape(config, transformer, vae)
     chosen = chosen or choose(config, device, attention_shape(config, transformer, shape), DTYPES[config.dtype])
     recorder = Recorder(store, memory.keep_attention != "none") if memory.record_rollout else None
@@ -271,7 +261,6 @@ def assemble(
         residency=residency,
         recorder=recorder,
         kernels=str(chosen),
-        ask=ask,
         expert=other.transformer if other else None,
     )
 

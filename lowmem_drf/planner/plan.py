@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,14 +42,13 @@ from lowmem_drf.planner.shortening import (
     scaled,
     shortened,
     with_records,
-    with_weights_gathered_once,
 )
 from lowmem_drf.planner.stages import SUMS, Plan, StagePlan
-from lowmem_drf.planner.zero import PlannedTrainer, partitioned
+from lowmem_drf.planner.zero import PlannedTrainer, PlannedZero3
 from lowmem_drf.prompts import as_prompts
 from lowmem_drf.schema import Config
 from lowmem_drf.training.trainer import SingleTrainer, Trainer
-from lowmem_drf.types import Prompt, Question
+from lowmem_drf.types import Parts, Prompt, Question
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -75,6 +73,7 @@ class PlanMeter:
 
     def __init__(self, ledger: Ledger) -> None:
         self.stages: dict[str, StagePlan] = {}
+        self.partitioned: list[PlannedZero3] = []
         self._models: list[Any] = []
         self._ledger = ledger
 
@@ -98,7 +97,10 @@ class PlanMeter:
         ledger.reset_peak()
         kept, before_it = ledger.card_bytes, ledger.spent
         asleep = ledger.on_card(self._tensors())
-        yield
+        with ExitStack() as gathered:
+            for model in self.partitioned:
+                gathered.enter_context(model.stage(name))
+            yield
         weights = ledger.on_card(self._tensors())
         ledger.wait(ledger.link.quiet(ledger.seconds))  # as the run's meter waits for the device
         spent = ledger.spent - before_it
@@ -115,6 +117,8 @@ class PlanMeter:
             tflop=spent.flops / 1e12,
             what=_what(ledger.close_peak()),
         )
+        for model in self.partitioned:
+            now = model.with_gathers(name, now)
         before = self.stages.get(name)
         larger = now if before is None or now.peak_gib >= before.peak_gib else before
         self.stages[name] = (
@@ -165,12 +169,13 @@ def make_plan(
             _encode_text(config, generator, mode, meter)
         models, prompts, questions = _fake_models(short, generator, mode, meter)
         parts = models.parts(lora_parameters(models.transformer))
+        parts = _partitioned(config, short, card, ledger, models, parts, meter)
         if only:
             parts = one_stage(parts, only, models)
         if not whole:
             parts = with_replays(parts, models, ledger)
         latents = [torch.zeros(config.micro_batch, *models.latent_shape) for _ in range(ungraded)]
-        trainer = _trainer(config, models)
+        trainer = _trainer(config, ledger, models)
         update(short, models, parts, trainer, 0, prompts, questions, None)
         del latents
     stages = (
@@ -178,8 +183,6 @@ def make_plan(
         if whole
         else with_records(config, short, meter.stages, models.recorder.step_bytes if models.recorder else 0, card)
     )
-    if config.engine == "zero3" and config.zero.rollout == "gathered":
-        stages = with_weights_gathered_once(config, short, stages)
     return scaled(config, short, stages, card, vram_gib or card.gib)
 
 
@@ -201,11 +204,34 @@ def decide_rollout(config: Config, card: Card, vram_gib: float | None = None, fa
     return gathered if make_plan(gathered, card, vram_gib, "rollout", fakes=fakes).fits else partitioned
 
 
-def _trainer(config: Config, models: Models) -> Trainer:
+def _partitioned(
+    config: Config, short: Config, card: Card, ledger: Ledger, models: Models, parts: Parts, meter: PlanMeter
+) -> Parts:
+    """The parts of a step whose models' weights ZeRO-3 partitions."""
+    if config.engine != "zero3":
+        return parts
+    transformer, gathered, once = (
+        models.transformer,
+        config.zero.rollout == "gathered",
+        short.sampler.steps / config.sampler.steps,
+    )
+    trained = PlannedZero3(
+        config, ledger, card, transformer, transformer.blocks, ("rollout", "denoise_backward"), gathered, once
+    )
+    meter.partitioned = [trained]
+    parts = replace(parts, velocity=trained.called(parts.velocity))
+    if not config.zero.critic:
+        return parts
+    critic = PlannedZero3(config, ledger, card, models.asked_critic.model, models.asked_critic.leaves, ("critic",))
+    meter.partitioned.append(critic)
+    return replace(parts, critic=critic.called(parts.critic))
+
+
+def _trainer(config: Config, ledger: Ledger, models: Models) -> Trainer:
     """With the state that it has from the first step on."""
     lora = named_lora(models.transformer)
     if config.engine != "single":
-        return PlannedTrainer(config, lora)
+        return PlannedTrainer(config, ledger, lora)
     trainer = SingleTrainer(config, lora)
     trainer.fill()
     return trainer
@@ -267,11 +293,8 @@ def _fake_models(
     critic = fake_critic(config.critic.id, dtype, critic_rate(config), config.critic.quant, mode=mode)
     vae = fake_vae(generator.vae, DTYPES[config.memory.vae_dtype], mode)
     meter.load([transformer, vae, critic.model, *([other.transformer] if other else [])])
-    stand_in = partial(partitioned, config) if config.engine == "zero3" else None
     return (
-        assemble(
-            config, transformer, vae, critic, texts, torch.device("cpu"), meter, choose_planned(config), other, stand_in
-        ),
+        assemble(config, transformer, vae, critic, texts, torch.device("cpu"), meter, choose_planned(config), other),
         prompts,
         questions,
     )

@@ -49,16 +49,6 @@ def of_one_process(config: Config) -> Config:
     return config.model_copy(update={"batch": batch, "micro_batch": min(config.micro_batch, batch)})
 
 
-def with_weights_gathered_once(config: Config, short: Config, stages: dict[str, StagePlan]) -> dict[str, StagePlan]:
-    """For a rollout under gathered weights, whose only copies are these: ``scaled`` is not to stretch them to all its
-    steps."""
-    if "rollout" not in stages:
-        return stages
-    stage, once = stages["rollout"], short.sampler.steps / config.sampler.steps
-    shares = {key: getattr(stage, key) * once for key in ("stall_s", "copy_s", "moved_gib", "between_gib")}
-    return stages | {"rollout": replace(stage, s=stage.s - stage.stall_s * (1 - once), **shares)}
-
-
 def with_records(
     config: Config, short: Config, stages: dict[str, StagePlan], step_bytes: int, card: Card
 ) -> dict[str, StagePlan]:

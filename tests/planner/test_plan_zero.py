@@ -1,15 +1,12 @@
-"""The plan of a run on DeepSpeed: the stand-in for partitioned weights against DeepSpeed and against derived bytes, and
-what a plan of many processes says."""
+"""The plan of a run on DeepSpeed: partitioned weights against derived bytes, and what a plan of many processes says."""
 
 import io
 import json
-import socket
-import subprocess
-import sys
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
-from _root import ROOT
 from rich.console import Console
 from torch import nn
 
@@ -19,14 +16,12 @@ from lowmem_drf.models.generators import generator_config
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
 from lowmem_drf.models.wan.random_generator import random_transformer
 from lowmem_drf.planner.cards import GIB, card_named
-from lowmem_drf.planner.costs import Rates
-from lowmem_drf.planner.gathering import Rules
 from lowmem_drf.planner.ladder import LADDERS, _changed
 from lowmem_drf.planner.ledger import Ledger
-from lowmem_drf.planner.partitioned import DISK_BYTES_PER_S, Partitioned, Sharing
 from lowmem_drf.planner.plan import decide_rollout, make_plan, new_fakes
 from lowmem_drf.planner.report import print_plan
-from lowmem_drf.planner.stages import STAGES
+from lowmem_drf.planner.stages import STAGES, StagePlan
+from lowmem_drf.planner.zero import PlannedZero3
 
 CARD = card_named("")
 FAKES = new_fakes()
@@ -39,160 +34,134 @@ COMMON = (
     "critic.frames=2",
     "memory.checkpoint=true",
 )
-ZERO3 = (*COMMON, "engine=zero3", "processes=2", "zero.stage3_param_persistence_threshold=0")
+ZERO3 = (*COMMON, "engine=zero3", "processes=2")
 WIDTH = 96
 BLOCK = WIDTH * WIDTH + WIDTH
 """Numbers of a ``_Chain``'s block, fp32."""
 
 
 class _Chain(nn.Module):
-    """Blocks, one linear each, that forwards enter one after another."""
+    """Blocks, one linear each, that forwards enter one after another, between two smaller linears."""
 
-    def __init__(self, before=0):
+    def __init__(self):
         super().__init__()
-        self.before = nn.ModuleList(nn.Identity() for _ in range(before))
+        self.before, self.after = nn.Linear(WIDTH, 8), nn.Linear(8, WIDTH)
         self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
         self.requires_grad_(False)
 
-    def forward(self, x):
-        for module in (*self.before, *self.blocks):
-            x = module(x)
-        return x
+
+ENDS = sum(tensor.numel() for part in (_Chain().before, _Chain().after) for tensor in part.parameters())
+BYTES = 4 * (6 * BLOCK + ENDS)
 
 
-def chain(ranks, ahead=0, live=10**9, offload="cpu", pinned=False, gathered=False, stays=0, rates=None, before=0):
-    """(model, stand-in, ledger): within the ledger."""
-    ledger = Ledger(rates=rates)
-    ledger.__enter__()
-    model = _Chain(before)
-    ledger.adopt(model.parameters())
-    stand_in = Partitioned(
-        model, list(model.blocks), Sharing(ranks, offload, pinned, Rules(ahead, live, stays), gathered)
+@contextmanager
+def chain(ranks, offload="cpu", pinned=False, gathered=False, once=1.0, rate=22.0):
+    """(stand-in, ledger)"""
+    config = load_config(
+        "toy",
+        [
+            *ZERO3,
+            f"processes={ranks}",
+            f"batch={ranks}",
+            f"zero.offload={offload}",
+            f"zero.pin_memory={str(pinned).lower()}",
+        ],
     )
-    for place, block in enumerate(model.blocks):
-        block.forward = stand_in.forward(place, block.forward)
-    return model, stand_in, ledger
+    with Ledger() as ledger:
+        model = _Chain()
+        ledger.adopt(model.parameters())
+        stages = ("rollout", "denoise_backward")
+        yield (
+            PlannedZero3(config, ledger, replace(CARD, link=rate), model, model.blocks, stages, gathered, once),
+            ledger,
+        )
 
 
-@pytest.fixture(autouse=True)
-def no_ledger_is_left():
-    yield
-    for ledger in list(Ledger._stack):
-        ledger.__exit__(None, None, None)
+def row(s=10.0):
+    """A stage that computes for so many seconds."""
+    return StagePlan(
+        peak_gib=0, weights_gib=0, kept_gib=0, host_gib=0, s=s, stall_s=0, copy_s=0, moved_gib=0, tflop=0, what=""
+    )
 
 
-def a_pass(model, ledger):
-    """Peak bytes of a forward without gradient above what was there, its activations left out."""
-    x = torch.zeros(1, WIDTH)
-    before = ledger.card_bytes
-    ledger.reset_peak()
-    with torch.no_grad():
-        model(x)
-    # what a block is given; what it returns comes when nothing is doubled
-    return ledger.peak_card_bytes - before - x.nbytes
+def passed(stand_in, stage, gradients):
+    """The stage's figures after a pass for each of ``gradients``."""
+    with stand_in.stage(stage):
+        for gradient in gradients:
+            with torch.set_grad_enabled(gradient):
+                stand_in.called(lambda: None)()
+    return stand_in.with_gathers(stage, row())
 
 
-@pytest.fixture(scope="module")
-def gathers():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    command = [sys.executable, str(ROOT / "tests" / "_gathers.py"), str(port)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests", timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_the_stand_in_has_gathered_what_deepspeed_has(gathers):
-    """As every block is entered, in forwards alone, in forwards with gradient and in backwards: block by block, to the
-    number."""
-    assert len(gathers) == 2
-    for rows in gathers.values():
-        assert len(rows) == 48  # 8 blocks: two forwards, and two with a backward
-        assert all(real == planned for real, planned in rows)
-        assert any(len(real) > 1 for real, _ in rows)  # something was gathered ahead
-
-
-def test_bytes_of_a_gather_of_several_processes():
-    """The padded bytes of a block in one buffer, and each tensor again by itself; before that the own parts beside the
-    buffer."""
-    for ranks in (2, 3, 7):
-        model, _, ledger = chain(ranks)
-        parts = 4 * (-(-WIDTH * WIDTH // ranks) + -(-WIDTH // ranks))
-        assert ledger.card_bytes == 0 and ledger.host_bytes == 6 * parts
-        assert a_pass(model, ledger) == max(parts * ranks + 4 * BLOCK, parts + parts * ranks)
-        ledger.__exit__(None, None, None)
-
-
-def test_one_process_copies_each_tensor_once():
-    model, _, ledger = chain(1)
-    assert ledger.host_bytes == 6 * 4 * BLOCK
-    assert a_pass(model, ledger) == 4 * BLOCK + 4 * WIDTH  # what the block returns
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_every_process_keeps_a_padded_part_of_each_tensor(ranks):
+    parts = 4 * sum(-(-tensor.numel() // ranks) for tensor in _Chain().parameters())
+    with chain(ranks) as (_, ledger):
+        assert (ledger.card_bytes, ledger.host_bytes) == (0, parts)
+    with chain(ranks, offload="none") as (_, ledger):
+        assert (ledger.card_bytes, ledger.host_bytes) == (parts, 0)
 
 
 def test_pinned_parts_take_powers_of_two():
-    _, _, ledger = chain(2, pinned=True)
-    assert WIDTH * WIDTH // 2 * 4 == 18432 and ledger.host_bytes == 6 * (32768 + 256)
+    with chain(2, pinned=True) as (_, ledger):
+        ends = 2 * 4 * 8 * WIDTH // 2 + 4 * WIDTH // 2 + 4 * 8 // 2  # 1536 rounds up to 2048, 192 to 256
+        assert ends == 2 * 1536 + 192 + 16 and WIDTH * WIDTH // 2 * 4 == 18432
+        assert ledger.host_bytes == 6 * (32768 + 256) + 2 * 2048 + 256 + 16
 
 
-def test_small_tensors_stay_on_the_card():
-    model, _, ledger = chain(2, stays=WIDTH)
-    assert ledger.card_bytes == 6 * 4 * WIDTH and ledger.host_bytes == 6 * 4 * WIDTH * WIDTH // 2
-    assert model.blocks[0].bias.numel() == WIDTH and model.blocks[0].weight.numel() == 0
-    assert a_pass(model, ledger) == 4 * WIDTH * WIDTH + 4 * WIDTH * WIDTH // 2  # alone it needs no second copy
-
-
-def test_parts_without_offload_are_on_the_card():
-    _, _, ledger = chain(2, offload="none")
-    assert ledger.host_bytes == 0 and ledger.card_bytes == 6 * 4 * BLOCK // 2
-
-
-@pytest.mark.parametrize(("before", "blocks"), [(0, 2), (1, 3), (9, 4)])
-def test_every_module_gathers_a_bucket_ahead_up_to_what_may_be_alive(before, blocks):
-    """A bucket of one block. The model itself gathers the first one, each module without weights another, the first
-    block one more."""
-    model, stand_in, _ = chain(1, ahead=BLOCK, live=4 * BLOCK, before=before)
-    seen = []
-    for block in model.blocks:
-        block.register_forward_pre_hook(lambda *_: seen.append(stand_in.gathering.numel))
-    with torch.no_grad():
-        model(torch.zeros(1, WIDTH))
-    assert seen[0] == max(seen) == blocks * BLOCK
-
-
-def test_gathered_weights_stay_until_they_are_dropped():
-    for gathered in (True, False):
-        model, stand_in, ledger = chain(2, gathered=gathered)
-        a_pass(model, ledger)
-        assert ledger.card_bytes == (6 * 4 * BLOCK if gathered else 0)
-        moved = ledger.link.up_bytes
-        a_pass(model, ledger)
-        assert ledger.link.up_bytes == (1 if gathered else 2) * moved
-        stand_in.drop()
-        assert ledger.card_bytes == 0
-        ledger.__exit__(None, None, None)
+def test_a_stage_that_calls_the_model_has_room_for_the_block_at_work_and_the_next_and_a_gathered_rollout_for_all():
+    """Of several processes for the buffer that a block is gathered into besides."""
+    for ranks, gathered in ((1, False), (2, False), (2, True)):
+        few = 4 * BLOCK * (2 if ranks == 1 else 3)
+        with chain(ranks, gathered=gathered) as (stand_in, ledger):
+            for stage, nbytes in (("rollout", BYTES if gathered else few), ("denoise_backward", few), ("decode", 0)):
+                with stand_in.stage(stage):
+                    assert ledger.card_bytes == nbytes
+                assert ledger.card_bytes == 0
 
 
 def test_traffic_of_a_pass():
-    """The own part from the host, the others' from their cards, and the own part to every other one."""
+    """The own part from the host, the others' from their cards, and the own part to every other one. A backward gathers
+    the blocks again."""
     for ranks, offload in ((1, "cpu"), (2, "cpu"), (4, "cpu"), (4, "none")):
-        model, _, ledger = chain(ranks, offload=offload)
-        a_pass(model, ledger)
-        own, others = (6 * 4 * BLOCK // ranks) * (offload != "none"), 6 * 4 * BLOCK // ranks * (ranks - 1)
-        link = ledger.link
-        assert (link.up_bytes, link.down_bytes, link.between_bytes) == (own + others, others, 2 * others)
-        ledger.__exit__(None, None, None)
+        with chain(ranks, offload=offload) as (stand_in, _):
+            for stage, gradients, nbytes in (
+                ("rollout", (False, False), 2 * BYTES),
+                ("denoise_backward", (True,), BYTES + 4 * 6 * BLOCK),
+                ("decode", (), 0),
+            ):
+                made = passed(stand_in, stage, gradients)
+                own, others = nbytes / ranks * (offload != "none"), nbytes / ranks * (ranks - 1)
+                assert made.moved_gib * GIB == pytest.approx(own + 2 * others)
+                assert made.between_gib * GIB == pytest.approx(2 * others)
 
 
-def test_time_of_a_pass_with_nothing_ahead_is_that_of_its_copies():
-    never = {torch.float32: 1e30}
-    for ranks, offload in ((1, "cpu"), (2, "cpu"), (2, "nvme")):
-        model, _, ledger = chain(ranks, offload=offload, rates=Rates(never, 1e30, 1e30, link=1e9))
-        a_pass(model, ledger)
-        # read before it is sent; the next block's is read when it is asked for
-        disk = 4 * BLOCK / DISK_BYTES_PER_S * (offload == "nvme")
-        assert ledger.seconds == pytest.approx(6 * (4 * BLOCK / 1e9 + disk), rel=1e-6)
-        ledger.__exit__(None, None, None)
+def test_a_gathered_rollout_moves_the_weights_once():
+    """Of a rollout of which half is planned, half the bytes: the plan doubles them."""
+    with chain(2, gathered=True, once=0.5) as (stand_in, _):
+        assert passed(stand_in, "rollout", [False] * 4).moved_gib * GIB == pytest.approx(0.5 * BYTES * 1.5)
+
+
+def test_gathers_run_beside_computation_and_are_waited_for_where_they_take_longer():
+    with chain(2, rate=1.0) as (stand_in, _):
+        fast = passed(stand_in, "rollout", [False])
+        assert (fast.s, fast.stall_s) == (10.0, 0.0) and fast.copy_s == pytest.approx(1.5 * BYTES / 1e9)
+    with chain(2, rate=1e-6) as (stand_in, _):  # 1000 bytes a second
+        slow = passed(stand_in, "rollout", [False])
+        assert slow.s == pytest.approx(BYTES / 1000) and slow.stall_s == pytest.approx(slow.s - 10.0)
+
+
+def test_peaks_are_those_of_one_card_with_three_blocks_in_the_place_of_the_weights(plans):
+    """To the rounding of the allocator. The gradients of the LoRA are made in the backward, and on one card before
+    it."""
+    config = load_config("toy", COMMON)
+    transformer = random_transformer(generator_config(config.model.id).transformer, torch.float32)
+    add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets)
+    three = 3 * sum(tensor.nbytes for tensor in transformer.blocks[0].parameters())
+    for stage, gradients in (("rollout", 0), ("denoise_backward", sum(lora_sizes(config)))):
+        one, many = (plans[name].stages[stage] for name in ("single", "partitioned"))
+        own = [(row.peak_gib - row.kept_gib - row.weights_gib) * GIB for row in (one, many)]
+        assert own[1] == pytest.approx(own[0] + three + gradients, rel=0, abs=512 * 4)
 
 
 @pytest.fixture(scope="module")
@@ -232,8 +201,7 @@ def test_traffic_between_cards_adds_up_and_is_of_the_stages_that_gather(plans):
 
 
 def test_a_partitioned_rollout_moves_the_weights_in_every_pass(plans):
-    """Four steps without guidance, and once under gathered weights. ToyWorld is smaller than what may be gathered
-    ahead."""
+    """Four steps without guidance, and once under gathered weights."""
     assert plans["partitioned"].stages["rollout"].between_gib == pytest.approx(
         4 * plans["gathered"].stages["rollout"].between_gib
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,9 +41,6 @@ from lowmem_drf.models.weights.quant import (
 )
 from lowmem_drf.models.weights.sources import complete, loading
 from lowmem_drf.types import Answer, Question
-
-if TYPE_CHECKING:
-    from lowmem_drf.planner.partitioned import Partitioned
 
 DEFAULT_FPS = 2.0
 """The sampling rate of Qwen2.5-VL and Qwen3-VL."""
@@ -114,7 +111,7 @@ class QwenCritic:
         self.conversation = Conversation(tokenizer, model.config.video_token_id)
         self._prefixes: dict[tuple[float, ...], Prefix] = {}
         self._ranges = False
-        self._streamed: Streamed | Partitioned | None = None
+        self._streamed: Streamed | None = None
         self._streamed_modules: list[Any] = []
         speed_up_vision(model.model.visual)
 
@@ -276,12 +273,8 @@ class QwenCritic:
         self.embedding_on_host(device)
         modules = [*self.model.model.visual.blocks, *self.model.model.language_model.layers, self.model.lm_head]
         streamed = Streamed(modules, device, store)
-        self.enter_by(modules, streamed)
+        self._streamed_modules, self._streamed = modules, streamed
         return streamed
-
-    def enter_by(self, modules: Sequence[Any], streamed: Streamed | Partitioned) -> None:
-        """From here on these modules are called by ``streamed.forward``. ``set_checkpointing`` comes after it."""
-        self._streamed_modules, self._streamed = list(modules), streamed
 
     def prefix(self, grid: Tensor) -> Prefix:
         """Everything before the question for clips of one grid. Raises BadInputError where the clips differ."""

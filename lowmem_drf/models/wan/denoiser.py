@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from lowmem_drf.memory.recorded_rollout import Recorder
     from lowmem_drf.memory.streaming import Streamed
     from lowmem_drf.ops import Attention, RowOps
-    from lowmem_drf.planner.partitioned import Partitioned
     from lowmem_drf.types import Velocity
 
 TRAIN_TIMESTEPS = 1000
@@ -93,7 +92,7 @@ def set_activations(
     keep_attention: Literal["none", "card", "host"] = "none",
     recorder: Recorder | None = None,
     rollout_attention: Any = None,
-    streamed: Streamed | Partitioned | None = None,
+    streamed: Streamed | None = None,
     hooked: bool = False,
 ) -> None:
     """How the blocks compute, and what they keep of a forward with gradient. May be called again, with or without a
