@@ -28,8 +28,7 @@ def questions_command(
     """``lowmem-drf questions``: a table, or the JSON that ``critic.questions`` reads."""
     from rich.console import Console
 
-    from lowmem_drf.config import chosen_preset
-    from lowmem_drf.config import load_config
+    from lowmem_drf.config import chosen_preset, load_config
     from lowmem_drf.training.run_folder import write_aside
 
     if (prompt is None) == (file is None):

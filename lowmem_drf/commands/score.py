@@ -46,8 +46,7 @@ def score_command(
     from lowmem_drf.assembly.loading import load_run_critic
     from lowmem_drf.assembly.questions import draft_questions, require_weights
     from lowmem_drf.assembly.references import finish_questions
-    from lowmem_drf.config import chosen_preset
-    from lowmem_drf.config import load_config
+    from lowmem_drf.config import chosen_preset, load_config
     from lowmem_drf.prompts import as_prompts
     from lowmem_drf.video import read_video
 
