@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from lowmem_drf.errors import BadInputError
 
 if TYPE_CHECKING:
-    from lowmem_drf.memory.kept_attention import Tape
+    from lowmem_drf.memory.kept_attention import KeptAttention
 
 RowChoice = Literal["auto", "fused", "naive"]
 AttentionName = Literal["auto", "triton", "sdpa", "xformers", "flash"]
@@ -131,22 +131,22 @@ class Attention:
     pair: Pair | None
     """``None``: it has no log-sum-exp to give."""
 
-    def taped(self, q: Tensor, k: Tensor, v: Tensor, tape: Tape) -> Tensor:
-        """As ``call``; the result is written on the tape, or read from it and not computed."""
-        out: Tensor = _Taped.apply(q, k, v, self.pair, tape)
+    def keep_attention(self, q: Tensor, k: Tensor, v: Tensor, kept_attention: KeptAttention) -> Tensor:
+        """As ``call``; the result is written on the kept_attention, or read from it and not computed."""
+        out: Tensor = _WithKeptAttention.apply(q, k, v, self.pair, kept_attention)
         return out
 
 
-class _Taped(torch.autograd.Function):
+class _WithKeptAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pair: Pair, tape: Tape) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pair: Pair, kept_attention: KeptAttention) -> Tensor:
         forward, ctx.backward_of = pair
-        if tape.reading:
-            out, lse = tape.read()
-            out = out.detach()  # what is returned gets a place in the graph; the tape's own must not
+        if kept_attention.reading:
+            out, lse = kept_attention.read()
+            out = out.detach()  # what is returned gets a place in the graph; the kept_attention's own must not
         else:
             out, lse = forward(q, k, v)
-            tape.write(out, lse)
+            kept_attention.write(out, lse)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 

@@ -12,7 +12,7 @@ Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Parked = Literal["critic", "vae", "transformer"]
+Parkable = Literal["critic", "vae", "transformer"]
 Streamable = Literal["critic", "transformer"]
 Name = Annotated[str, Field(min_length=1)]
 
@@ -190,7 +190,7 @@ class Memory(Node):
     record_rollout: bool = False
     """At the graded steps the rollout leaves on the host what their backward needs, and they run no forward of their
     own."""
-    park: list[Parked] = []
+    park: list[Parkable] = []
     """Whose weights wait on the host outside their stages."""
     stream: list[Streamable] = []
     """Whose layers wait on the host in their stages too, and come to the card one after another as they are needed."""

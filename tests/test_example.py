@@ -12,7 +12,7 @@ from _tiny import lift_norms, randomise_lora
 from lowmem_drf.method.frames import kept_frames
 from lowmem_drf.method.reward import RewardSpec
 from lowmem_drf.method.schedule import draw_noise, flow_sigmas
-from lowmem_drf.method.step import StepPlan, drf_step
+from lowmem_drf.method.step import StepSpec, drf_step
 from lowmem_drf.models.lora.adapter import DEFAULT_TARGETS, add_lora, load_lora_state, lora_parameters, lora_state
 from lowmem_drf.models.qwen_vl.critic import load_critic
 from lowmem_drf.models.wan.decoder import WanDecoder, load_vae
@@ -65,7 +65,7 @@ def test_its_gradient_is_the_relays(example):
 
     parts = relay_parts(lora_state(models.transformer), rank=16, alpha=16.0)
     spec = RewardSpec(weights=example.SHARES)
-    plan = StepPlan(
+    plan = StepSpec(
         flow_sigmas(example.N, 3.0), tuple(range(example.N - example.K, example.N)), kept_frames(9, 9), reward=spec
     )
     text = load_text(resolve("toyworld", "generator"), FP64).encode(PROMPTS, 16)

@@ -21,11 +21,11 @@ from lowmem_drf.memory.streaming import Streamed
 from lowmem_drf.method.frames import frames_at_rate, kept_fps, kept_frames
 from lowmem_drf.method.reward import RewardSpec
 from lowmem_drf.method.schedule import choose_graded, draw_noise, flow_sigmas
-from lowmem_drf.method.step import StepPlan
+from lowmem_drf.method.step import StepSpec
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.ops import ranged_attention
 from lowmem_drf.prompts import as_prompts, load_prompts
-from lowmem_drf.schema import Config, Parked
+from lowmem_drf.schema import Config, Parkable
 from lowmem_drf.types import Parts, Prompt
 
 if TYPE_CHECKING:
@@ -82,12 +82,12 @@ def critic_rate(config: Config) -> float:
     return kept_fps(config.video.frames, config.video.fps, critic_frames(config), config.critic.frame_sampling)
 
 
-def step_plan(config: Config, step: int, scales: Mapping[str, float] | None = None) -> StepPlan:
+def step_plan(config: Config, step: int, scales: Mapping[str, float] | None = None) -> StepSpec:
     """The plan of update ``step``: its random choices depend on the run's seed and on ``step`` alone. ``scales``:
     ``RewardSpec.scales``."""
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "plan", step))
     sampler, critic = config.sampler, config.critic
-    return StepPlan(
+    return StepSpec(
         sigmas=flow_sigmas(sampler.steps, sampler.shift),
         graded=choose_graded(sampler.graded, sampler.steps, sampler.graded_steps, generator),
         kept=kept_frames(config.video.frames, critic_frames(config), critic.frame_sampling, generator),
@@ -148,7 +148,7 @@ class Models:
             raise ValueError("the models were loaded without a critic")
         return self.critic
 
-    def awake(self, *names: Parked) -> None:
+    def awake(self, *names: Parkable) -> None:
         """Outside the stages of a step: from here on these models are on the card, and no other one that may be
         parked."""
         self.residency.need(*names)

@@ -45,7 +45,7 @@ def choose(config: Config, device: torch.device, shape: Sequence[int], dtype: to
     kernels = config.kernels
     rows = choose_rows(kernels.ops, device)
     attention, why = choose_attention(
-        kernels.attention, device, shape, dtype, taped=config.memory.keep_attention != "none"
+        kernels.attention, device, shape, dtype, keep_attention=config.memory.keep_attention != "none"
     )
     return Chosen(rows, attention, why, int8_attention(device) if kernels.rollout_attention == "int8" else None)
 

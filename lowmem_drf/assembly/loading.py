@@ -20,7 +20,7 @@ from lowmem_drf.models.generators import generator_config
 from lowmem_drf.models.weights.downloads import check_host_memory, prepare
 from lowmem_drf.models.weights.files import SECOND
 from lowmem_drf.models.weights.sources import TOYWORLD, resolve
-from lowmem_drf.schema import Config, Parked
+from lowmem_drf.schema import Config, Parkable
 
 if TYPE_CHECKING:
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
@@ -89,7 +89,7 @@ def with_partitioned_critic(config: Config, models: Models) -> Models:
     return replace(models, ask=ask)
 
 
-def _home(config: Config, name: Parked, device: torch.device) -> torch.device:
+def _home(config: Config, name: Parkable, device: torch.device) -> torch.device:
     """Where a model's weights lie when it is loaded: on the host if they are to wait there, and may be too many for the
     card."""
     waits = name in config.memory.park or name in config.memory.stream or (name == "critic" and config.zero.critic)

@@ -46,7 +46,7 @@ LARGEST_ON_CPU = 1e9
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """GiB and seconds by stage, of one micro-batch with all steps of the sampler."""
 
     gib: dict[str, float]
@@ -76,7 +76,7 @@ def bench_command(preset: str | None, vram: str | None, overrides: Sequence[str]
         _print(plan, measured, name, console)
 
 
-def measure(config: Config, device: torch.device, cap_gib: float | None, console: Console) -> Measured:
+def measure(config: Config, device: torch.device, cap_gib: float | None, console: Console) -> Measurement:
     """Updates on random weights; the last is measured, once the libraries have chosen their kernels.
 
     ``cap_gib``: on CUDA the allocator fails above it (less half a GiB for the CUDA context, as on a card of that size).
@@ -103,7 +103,7 @@ def measure(config: Config, device: torch.device, cap_gib: float | None, console
             raise LowmemError(
                 f"out of memory {where}: {error}\nAsk for a change that fits: lowmem-drf plan --preset NAME --vram GB"
             ) from error
-        return Measured(peaks, seconds, torch.cuda.get_device_name(device))
+        return Measurement(peaks, seconds, torch.cuda.get_device_name(device))
     _refuse_large(config)
     with console.status("measuring …"), Ledger(ALLOCATOR_BLOCK) as ledger:
         counted = PlanMeter(ledger)
@@ -120,7 +120,7 @@ def measure(config: Config, device: torch.device, cap_gib: float | None, console
     clock = Meter(device)
     models, prompts, questions = _random_models(config, device, clock)
     seconds, _ = _updates(config, models, prompts, questions, count=2)
-    return Measured({name: stage.peak_gib for name, stage in counted.stages.items()}, seconds, "CPU")
+    return Measurement({name: stage.peak_gib for name, stage in counted.stages.items()}, seconds, "CPU")
 
 
 def _random_models(
@@ -184,7 +184,7 @@ def _refuse_large(config: Config) -> None:
         )
 
 
-def _as_json(plan: Plan, measured: Measured, name: str) -> dict[str, Any]:
+def _as_json(plan: Plan, measured: Measurement, name: str) -> dict[str, Any]:
     """As that of ``plan``, with what was measured in every stage. ``text`` is planned only: its encoder is not here."""
     rows = {
         stage: asdict(row) | {"measured_gib": measured.gib.get(stage), "measured_s": measured.s.get(stage)}
@@ -193,7 +193,7 @@ def _as_json(plan: Plan, measured: Measured, name: str) -> dict[str, Any]:
     return plan.as_json(name) | {"device": measured.device, "measured_peak_gib": measured.peak_gib, "stages": rows}
 
 
-def _print(plan: Plan, measured: Measured, name: str, console: Console) -> None:
+def _print(plan: Plan, measured: Measurement, name: str, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 

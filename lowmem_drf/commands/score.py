@@ -14,7 +14,7 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.preprocess import resized
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.questions import toyworld
-from lowmem_drf.scoring.score import Score, judge
+from lowmem_drf.scoring.score import ClipScore, score_clip
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,7 +81,7 @@ def score_command(
 
         result = saliency_of(model, seen_TCHW, questions, reward_spec(config))
         answers = result.answers
-    score = judge(model, seen_TCHW, questions, answers, reward_spec(config))
+    score = score_clip(model, seen_TCHW, questions, answers, reward_spec(config))
     if as_json:
         print(json.dumps(score.as_json(), ensure_ascii=False))
     else:
@@ -94,7 +94,7 @@ def score_command(
         console.print(f"{path}: what moves the reward, pixel by pixel", highlight=False, markup=False)
 
 
-def print_table(score: Score, prompt: str, console: Console) -> None:
+def print_table(score: ClipScore, prompt: str, console: Console) -> None:
     """A line a question, by aspect; red where the critic disagrees."""
     from rich.table import Table
     from rich.text import Text

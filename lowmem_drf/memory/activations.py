@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lowmem_drf.memory.host import Held, HostStore
-from lowmem_drf.memory.kept_attention import Tape
+from lowmem_drf.memory.kept_attention import KeptAttention
 from lowmem_drf.memory.recorded_rollout import Recorder, replayed
 
 
@@ -28,8 +28,8 @@ class BlockPolicy:
 
     The last ``keep`` blocks keep all they need: they run no second forward. The others keep their input: on the card,
     or in ``store``, where the next one that the backward needs is fetched while the present one is computed. With
-    ``attentions`` they keep the results of their attentions too (``Tape``); the blocks' ``forward`` then takes an
-    argument ``tape``.
+    ``attentions`` they keep the results of their attentions too (``KeptAttention``); the blocks' ``forward`` then takes an
+    argument ``kept_attention``.
 
     A block whose ``forward`` has a method ``unread`` is recomputed by that: the same, but nobody will read what it
     returns.
@@ -55,7 +55,7 @@ class BlockPolicy:
         self._store = store
         self._attentions, self._attention_store = attentions, attention_store
         self._newest: Callable[[], Held | None] = _nothing
-        self._newest_tape: Callable[[], Tape | None] = _nothing
+        self._newest_kept: Callable[[], KeptAttention | None] = _nothing
         self._recorder = recorder
 
     def __call__(self, block: Any, hidden: Tensor, *rest: Any) -> Tensor:
@@ -66,30 +66,30 @@ class BlockPolicy:
             return block(hidden, *rest)
         unread = getattr(block.forward, "unread", block)
         fetch, differentiable = self._put_aside(block, hidden), hidden.requires_grad
-        tape, before = self._new_tape(block)
+        kept_attention, before = self._new_kept(block)
         inputs = [hidden]  # the closure must not hold it after the forward
 
         def run(*rest: Any) -> Tensor:
             if inputs:
-                return block(inputs.pop(), *rest, **tape)
-            for one in tape.values():
+                return block(inputs.pop(), *rest, **kept_attention)
+            for one in kept_attention.values():
                 one.rewind()
             again = fetch().detach().requires_grad_(differentiable)
             if (following := before()) is not None:
                 following.prefetch()
-            return unread(again, *rest, **tape)
+            return unread(again, *rest, **kept_attention)
 
         del hidden
         return checkpoint(run, *rest, use_reentrant=False, preserve_rng_state=False)
 
-    def _new_tape(self, block: nn.Module) -> tuple[dict[str, Tape], Callable[[], Tape | None]]:
-        """The block's tape as an argument, and that of the block before it."""
+    def _new_kept(self, block: nn.Module) -> tuple[dict[str, KeptAttention], Callable[[], KeptAttention | None]]:
+        """The block's kept_attention as an argument, and that of the block before it."""
         if self._attentions is None:
             return {}, _nothing
-        tape = Tape(self._attention_store if self._attentions == "host" else None)
-        before = self._newest_tape if self._places[id(block)] else _nothing
-        self._newest_tape = weakref.ref(tape)
-        return {"tape": tape}, before
+        kept_attention = KeptAttention(self._attention_store if self._attentions == "host" else None)
+        before = self._newest_kept if self._places[id(block)] else _nothing
+        self._newest_kept = weakref.ref(kept_attention)
+        return {"kept_attention": kept_attention}, before
 
     def _put_aside(self, block: nn.Module, hidden: Tensor) -> Callable[[], Tensor]:
         """Where the block's input comes from when it is recomputed."""

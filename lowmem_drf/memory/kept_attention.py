@@ -13,7 +13,7 @@ from torch import Tensor
 from lowmem_drf.memory.host import Held, HostStore
 
 
-class Tape:
+class KeptAttention:
     """The results of one block's attentions, in the order in which they are computed. Written in a forward, read once
     in its recompute.
 
@@ -35,7 +35,7 @@ class Tape:
             self._results.append((self._store.put(out), self._store.put(lse)))
 
     def rewind(self) -> None:
-        """From here on it is read. Raises RuntimeError the second time: a tape is used up by one backward."""
+        """From here on it is read. Raises RuntimeError the second time: a kept_attention is used up by one backward."""
         if self.reading:
             raise RuntimeError(
                 "the attentions of a block were kept for one backward, and this is another one: run the forward again"

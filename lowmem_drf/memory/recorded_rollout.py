@@ -1,7 +1,7 @@
 """Graded steps that run no forward: the rollout ran it already, and left on the host what a backward needs of it.
 
 That is, of one pass of the transformer: what entered each block, what came out of the last one, and the results of the
-blocks' attentions (``tape``). The graded step computes each block once more, with gradient, and that is all. The values
+blocks' attentions (``kept_attention``). The graded step computes each block once more, with gradient, and that is all. The values
 are those that a forward of its own would have had.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lowmem_drf.memory.host import Held, HostStore
-from lowmem_drf.memory.kept_attention import Tape
+from lowmem_drf.memory.kept_attention import KeptAttention
 
 
 class Record:
@@ -28,7 +28,7 @@ class Record:
     def __init__(self, store: HostStore, attentions: bool) -> None:
         self._store, self._attentions = store, attentions
         self._inputs: list[Held] = []
-        self._tapes: list[Tape | None] = []
+        self._kept_attentions: list[KeptAttention | None] = []
         self._output: Held | None = None
 
     @property
@@ -36,14 +36,14 @@ class Record:
         """Of what has not been taken yet."""
         held = [*self._inputs, self._output] if self._output is not None else self._inputs
         return sum(one.nbytes for one in held if one is not None) + sum(
-            tape.nbytes for tape in self._tapes if tape is not None
+            kept_attention.nbytes for kept_attention in self._kept_attentions if kept_attention is not None
         )
 
-    def enter(self, hidden: Tensor) -> Tape | None:
-        """The next block's input; returns the tape for its attentions."""
+    def enter(self, hidden: Tensor) -> KeptAttention | None:
+        """The next block's input; returns the kept_attention for its attentions."""
         self._inputs.append(self._store.put(hidden))
-        self._tapes.append(Tape(self._store) if self._attentions else None)
-        return self._tapes[-1]
+        self._kept_attentions.append(KeptAttention(self._store) if self._attentions else None)
+        return self._kept_attentions[-1]
 
     def leave(self, hidden: Tensor) -> None:
         """The output of the last block."""
@@ -53,18 +53,18 @@ class Record:
         assert self._output is not None
         return self._output.get()
 
-    def take(self, place: int) -> tuple[Tensor, Tape | None]:
-        """What entered a block, and its tape. Blocks are taken from the last to the first: the one before is fetched
+    def take(self, place: int) -> tuple[Tensor, KeptAttention | None]:
+        """What entered a block, and its kept_attention. Blocks are taken from the last to the first: the one before is fetched
         meanwhile."""
         self._store.settle()
-        hidden, tape = self._inputs.pop(), self._tapes.pop()
+        hidden, kept_attention = self._inputs.pop(), self._kept_attentions.pop()
         assert len(self._inputs) == place, "blocks are taken from the last to the first"
         arrived = hidden.get()
-        if tape is not None:
-            tape.prefetch()
+        if kept_attention is not None:
+            kept_attention.prefetch()
         if self._inputs:
             self._inputs[-1].prefetch()
-        return arrived, tape
+        return arrived, kept_attention
 
 
 class Recorder:
@@ -123,7 +123,7 @@ class RecordedForward:
         record = self._recorder.recording
         if record is None or torch.is_grad_enabled():
             return self.forward(hidden, *rest, **arguments)
-        out = self.forward(hidden, *rest, tape=record.enter(hidden), recorded=True)
+        out = self.forward(hidden, *rest, kept_attention=record.enter(hidden), recorded=True)
         if self._is_last:
             record.leave(out)
         return out
@@ -139,10 +139,10 @@ def replayed(record: Record, block: Any, place: int, is_last: bool, hidden: Tens
     flat = [tensor for value in rest for tensor in (value if isinstance(value, tuple) else (value,))]
     lengths = [len(value) if isinstance(value, tuple) else None for value in rest]
 
-    def run(hidden: Tensor, tape: Tape | None, flat: Sequence[Tensor]) -> Tensor:
+    def run(hidden: Tensor, kept_attention: KeptAttention | None, flat: Sequence[Tensor]) -> Tensor:
         values = iter(flat)
         again = [next(values) if length is None else tuple(next(values) for _ in range(length)) for length in lengths]
-        result: Tensor = block.forward.unread(hidden, *again, tape=tape)
+        result: Tensor = block.forward.unread(hidden, *again, kept_attention=kept_attention)
         return result
 
     parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
@@ -164,15 +164,15 @@ class _FromRecord(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, tape = ctx.record.take(ctx.place)
-        if tape is not None:
-            tape.rewind()
+        hidden, kept_attention = ctx.record.take(ctx.place)
+        if kept_attention is not None:
+            kept_attention.rewind()
         leaves = [
             tensor.detach().requires_grad_(need)
             for tensor, need in zip((hidden, *ctx.saved_tensors), ctx.needs_input_grad[5:], strict=False)
         ]
         with torch.enable_grad():
-            out = ctx.run(leaves[0], tape, leaves[1:])
+            out = ctx.run(leaves[0], kept_attention, leaves[1:])
         inputs = [*leaves, *ctx.parameters]
         gradients = iter(
             torch.autograd.grad(out, [tensor for tensor in inputs if tensor.requires_grad], d_out, allow_unused=True)

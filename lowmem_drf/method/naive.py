@@ -18,13 +18,13 @@ from lowmem_drf.types import StepStats
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from lowmem_drf.method.step import StepPlan
+    from lowmem_drf.method.step import StepSpec
     from lowmem_drf.types import Parts, Question
 
 
 def naive_step(
     parts: Parts,
-    plan: StepPlan,
+    plan: StepSpec,
     noise_BCFhw: Tensor,
     cond: Any,
     uncond: Any,

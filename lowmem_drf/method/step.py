@@ -37,7 +37,7 @@ Chain = Literal["full", "drtune"]
 
 
 @dataclass(frozen=True)
-class StepPlan:
+class StepSpec:
     """What a step does, apart from its models and its data."""
 
     sigmas: Tensor
@@ -104,7 +104,7 @@ class StepPlan:
 
 def drf_step(
     parts: Parts,
-    plan: StepPlan,
+    plan: StepSpec,
     noise_BCFhw: Tensor,
     cond: Any,
     uncond: Any,
@@ -184,7 +184,7 @@ def rollout(
 
 @torch.no_grad()
 def lv_copy(
-    velocity: Velocity, plan: StepPlan, x_0_BCFhw: Tensor, cond: Any, uncond: Any, generators: Sequence[Generator]
+    velocity: Velocity, plan: StepSpec, x_0_BCFhw: Tensor, cond: Any, uncond: Any, generators: Sequence[Generator]
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """A DRaFT-LV sample: x_0 noised back to the last step's sigma, and denoised by that step. Returns what ``rollout``
     returns."""
@@ -212,7 +212,7 @@ def critic_backward(
 
 
 def denoise_backward(
-    parts: Parts, plan: StepPlan, entering: Mapping[int, Tensor], d_x_0_BCFhw: Tensor, cond: Any, uncond: Any
+    parts: Parts, plan: StepSpec, entering: Mapping[int, Tensor], d_x_0_BCFhw: Tensor, cond: Any, uncond: Any
 ) -> None:
     """The graded steps, last to first, one transformer pass at a time; adds to the ``.grad`` of ``parts.lora``.
 

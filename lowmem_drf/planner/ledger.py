@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_drf.planner.costs import CONVOLUTIONS, Counters, Rates, facts
 from lowmem_drf.planner.fakes import DEVICE_OF, key_of, tensors_of
-from lowmem_drf.planner.pcie import Link
+from lowmem_drf.planner.pcie import Pcie
 
 IN_FLIGHT = 256 * 1024**2
 """Bytes of the card that may wait for their copy to the host to end (``host``). The newest tensor may in any case: its
@@ -99,7 +99,7 @@ class Ledger(TorchDispatchMode):
         self.at_peak: tuple[Item, ...] = ()
         """What ``peak_card_bytes`` was made of, the largest first."""
         self._block, self._rates = block, rates
-        self.link = Link(rates.link if rates else math.inf, IN_FLIGHT)
+        self.link = Pcie(rates.link if rates else math.inf, IN_FLIGHT)
         self._earlier = Counters()
         self._paused = False
         self._named: str | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 
 
-class Link:
+class Pcie:
     """Times are seconds on the clock of whoever asks, and never go back.
 
     Args: rate: bytes a second, each way. Infinite: copies take no time. in_flight: bytes that may be on their way to

@@ -24,12 +24,12 @@ def with_replays(parts: Parts, models: Models, ledger: Ledger) -> Parts:
         holder = block  # what records a pass and what brings the weights is done every time
         while isinstance(holder.forward, RecordedForward | StreamedForward | Called):
             holder = holder.forward
-        holder.forward = _ReplayedBlock(holder.forward, ledger)
-    return replace(parts, decoder=_ReplayedDecoder(parts.decoder, ledger))
+        holder.forward = _ShortcutBlock(holder.forward, ledger)
+    return replace(parts, decoder=_ShortcutDecoder(parts.decoder, ledger))
 
 
-class _ReplayedBlock:
-    """A block's ``forward``. Under gradient, and where what it computes is recorded (then it gets a tape), nothing is
+class _ShortcutBlock:
+    """A block's ``forward``. Under gradient, and where what it computes is recorded (then it gets a kept_attention), nothing is
     replayed."""
 
     def __init__(self, forward: Any, ledger: Ledger) -> None:
@@ -43,7 +43,7 @@ class _ReplayedBlock:
         return self._ledger.replay(("block", hidden_BLD.shape), run, partial(torch.zeros_like, hidden_BLD))
 
 
-class _ReplayedDecoder:
+class _ShortcutDecoder:
     """A decoder whose chunks are replayed once what one hands on is as large as what entered it."""
 
     def __init__(self, decoder: Decoder, ledger: Ledger) -> None:

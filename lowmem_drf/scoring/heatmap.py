@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lowmem_drf.scoring.saliency import Saliency
-    from lowmem_drf.scoring.score import Score, Verdict
+    from lowmem_drf.scoring.score import ClipScore, QuestionScore
 
 INFERNO = (
     (0, 0, 4),
@@ -49,13 +49,15 @@ MIN_SECONDS = 4.0
 """A shorter clip is slowed down to this."""
 
 
-def write_heatmap(path: Path, frames_TCHW: Tensor, saliency: Saliency, score: Score, prompt: str, fps: float) -> Path:
+def write_heatmap(
+    path: Path, frames_TCHW: Tensor, saliency: Saliency, score: ClipScore, prompt: str, fps: float
+) -> Path:
     """Writes the clip as MP4 and returns the path. ``frames_TCHW``: float in [0, 1]; the maps may have another size."""
     frames_TCHW = frames_TCHW.float().cpu()
     return write_mp4(path, draw(frames_TCHW, saliency, score, prompt), min(fps, len(frames_TCHW) / MIN_SECONDS))
 
 
-def draw(frames_TCHW: Tensor, saliency: Saliency, score: Score, prompt: str) -> Tensor:
+def draw(frames_TCHW: Tensor, saliency: Saliency, score: ClipScore, prompt: str) -> Tensor:
     """The clip's pictures: (T, 3, H', W'), float in [0, 1]."""
     page = _Page(frames_TCHW.shape[-2:], score, prompt)
     big_TCHW = _fit(frames_TCHW, page.panel)
@@ -91,7 +93,7 @@ def colormap(values_THW: Tensor) -> Tensor:
 class _Page:
     """Everything that does not move, and the places of what does."""
 
-    def __init__(self, size: Sequence[int], score: Score, prompt: str) -> None:
+    def __init__(self, size: Sequence[int], score: ClipScore, prompt: str) -> None:
         from PIL import Image, ImageDraw
 
         self.panel = _inside(size, (WIDTH - 2 * MARGIN - GAP) // 2, PANEL_HEIGHT)
@@ -122,7 +124,7 @@ class _Page:
             _frame(pen, x, y, self.thumb)
             self._card(pen, score.verdicts[which], x + self.thumb[1] + 12, y, card - self.thumb[1] - 12)
 
-    def _card(self, pen: ImageDraw, verdict: Verdict, x: int, y: int, width: int) -> None:
+    def _card(self, pen: ImageDraw, verdict: QuestionScore, x: int, y: int, width: int) -> None:
         question = verdict.question
         pen.text((x, y - 2), question.aspect, ASPECT_INKS[question.aspect], _font(13))
         pen.text((x + width, y - 2), f"p(wanted) {verdict.p_answer:.0%}", FAINT, _font(13), anchor="ra")

@@ -23,7 +23,7 @@ SPOKEN_TOKENS = 96
 
 
 @dataclass(frozen=True)
-class Verdict:
+class QuestionScore:
     """The critic's view of one question."""
 
     question: Question
@@ -44,12 +44,12 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Score:
+class ClipScore:
     """The critic's view of one clip."""
 
     reward: float
     by_aspect: Mapping[str, float]
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[QuestionScore, ...]
 
     def as_json(self) -> dict[str, object]:
         """``{"reward", "questions": [{"aspect", "kind", "text", "answer", "p_answer", "reward", "said",
@@ -64,9 +64,9 @@ class Score:
         return {"reward": self.reward, "questions": rows}
 
 
-def judge(
+def score_clip(
     critic: QwenCritic, frames_TCHW: Tensor, questions: Sequence[Question], answers: Sequence[Answer], spec: RewardSpec
-) -> Score:
+) -> ClipScore:
     """The critic's answers to these questions about these frames as a score; its own words to the dense ones are
     generated here.
 
@@ -78,22 +78,26 @@ def judge(
         raise NonFiniteError(
             "the critic's reward is NaN or infinite on this clip. Try another precision: -s dtype=fp32"
         )
-    return Score(
+    return ClipScore(
         total.item(),
         by_aspect,
         tuple(_verdict(critic, frames_TCHW, q, a, spec) for q, a in zip(questions, answers, strict=True)),
     )
 
 
-def _verdict(critic: QwenCritic, frames_TCHW: Tensor, question: Question, answer: Answer, spec: RewardSpec) -> Verdict:
+def _verdict(
+    critic: QwenCritic, frames_TCHW: Tensor, question: Question, answer: Answer, spec: RewardSpec
+) -> QuestionScore:
     reward = question_reward(answer, question, spec).item()
     if question.kind == "dense":
         p_answer = token_probabilities(answer).log().mean().exp().item()
-        return Verdict(question, reward, p_answer, critic.generate(question.text, frames_TCHW, SPOKEN_TOKENS), None)
+        return QuestionScore(
+            question, reward, p_answer, critic.generate(question.text, frames_TCHW, SPOKEN_TOKENS), None
+        )
     probabilities_V = answer.logits_AV[0].softmax(-1)
     p = {"yes": probabilities_V[list(answer.yes)].sum().item(), "no": probabilities_V[list(answer.no)].sum().item()}
     said = max(p, key=lambda word: p[word])
     # the share of two probabilities that may both vanish: from the logits
     yes, no = (answer.logits_AV[0, list(ids)].logsumexp(-1) for ids in (answer.yes, answer.no))
     p_said = torch.sigmoid((yes - no).abs()).item()
-    return Verdict(question, reward, p[question.answer.strip().lower()], said, p_said)
+    return QuestionScore(question, reward, p[question.answer.strip().lower()], said, p_said)

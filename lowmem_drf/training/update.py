@@ -13,7 +13,7 @@ import torch
 from lowmem_drf.assembly.assemble import Models, derive_seed, step_plan
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import NonFiniteError
-from lowmem_drf.method.step import StepPlan, drf_step
+from lowmem_drf.method.step import StepSpec, drf_step
 from lowmem_drf.schema import Config, Optim
 from lowmem_drf.types import Parts, Prompt, Question, StepStats
 
@@ -133,7 +133,7 @@ def _accumulate(
     config: Config,
     models: Models,
     parts: Parts,
-    plan: StepPlan,
+    plan: StepSpec,
     step: int,
     prompts: Sequence[Prompt],
     seeds: Sequence[int],

@@ -31,7 +31,7 @@ from _ranks import (
 )
 
 from lowmem_drf.distributed import links
-from lowmem_drf.distributed.links import Link
+from lowmem_drf.distributed.links import Pcie
 from lowmem_drf.distributed.ranks import Ranks, join, launched, rank_device
 from lowmem_drf.distributed.watch import Watch, watch
 from lowmem_drf.errors import BadInputError, LowmemError
@@ -273,7 +273,7 @@ def test_strangers_are_not_let_in(monkeypatch):
             links._accept(server, ranks, "token")
         port = server.getsockname()[1]
         accepting = threading.Thread(target=lambda: found.update(links._accept(server, ranks, "token")))
-        found: dict[int, Link] = {}
+        found: dict[int, Pcie] = {}
         accepting.start()
         mine = links._reach(["127.0.0.1"], port, "token", Ranks(1, 2, 1, 2))
         accepting.join()

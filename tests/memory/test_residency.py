@@ -26,7 +26,7 @@ from lowmem_drf.errors import LowmemError
 from lowmem_drf.memory.host import HostStore
 from lowmem_drf.memory.residency import NEEDS, Parked, Residency
 from lowmem_drf.method.schedule import draw_noise, flow_sigmas
-from lowmem_drf.method.step import StepPlan, drf_step
+from lowmem_drf.method.step import StepSpec, drf_step
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
 from lowmem_drf.models.qwen_vl.critic import load_critic
 from lowmem_drf.models.wan.decoder import WanDecoder
@@ -217,7 +217,7 @@ def test_a_relay_step_with_every_switch_on_equals_the_plain_one(slices, under_a_
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_fp32(x))
     transformer, vae, critic = tuned_transformer(), tiny_vae(torch.float64), tiny_critic(torch.float64)
     plain = Parts(as_velocity(transformer), WanDecoder(vae), critic, lora_parameters(transformer))
-    plan = StepPlan(flow_sigmas(4, 3.0), (2, 3), kept=(0, 3, 8), guidance=3.0, guidance_grad="both")
+    plan = StepSpec(flow_sigmas(4, 3.0), (2, 3), kept=(0, 3, 8), guidance=3.0, guidance_grad="both")
     asked = [
         [
             Question("TA", "is the circle red ?", "yes", name="color"),

@@ -26,7 +26,7 @@ from torch import nn
 from lowmem_drf.errors import BadInputError, NonFiniteError
 from lowmem_drf.method.naive import naive_step
 from lowmem_drf.method.reward import RewardSpec
-from lowmem_drf.method.step import StepPlan, decode, drf_step, rollout, vae_backward
+from lowmem_drf.method.step import StepSpec, decode, drf_step, rollout, vae_backward
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_draft_lv_is_the_mean_over_the_clip_and_its_copies(parts):
     last, generator = plan.sigmas[-2:], torch.Generator().manual_seed(3)
     for _ in range(2):
         noised = (1 - last[0]) * x_0 + last[0] * torch.randn(x_0.shape[1:], generator=generator).double()
-        gradient, _ = lora_gradients(drf_step, parts, StepPlan(last, (0,), KEPT), noised, cond, uncond, questions)
+        gradient, _ = lora_gradients(drf_step, parts, StepSpec(last, (0,), KEPT), noised, cond, uncond, questions)
         alone = alone + gradient
     assert relative_difference(together, alone / 3) < LIMIT
 

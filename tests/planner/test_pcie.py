@@ -12,7 +12,7 @@ from lowmem_drf.models.weights import downloads
 from lowmem_drf.planner.cards import card_named
 from lowmem_drf.planner.costs import Rates
 from lowmem_drf.planner.ledger import Ledger
-from lowmem_drf.planner.pcie import Link
+from lowmem_drf.planner.pcie import Pcie
 from lowmem_drf.planner.plan import make_plan
 from lowmem_drf.planner.report import _require_host_memory
 
@@ -21,7 +21,7 @@ MIB = 1024**2
 
 
 def test_copies_queue_up_each_way_by_itself():
-    link = Link(10.0, in_flight=100)
+    link = Pcie(10.0, in_flight=100)
     assert link.fetch(now=1.0, nbytes=20, written=0.0) == 3.0
     assert link.fetch(now=1.5, nbytes=10, written=0.0) == 4.0  # behind the first
     assert link.fetch(now=9.0, nbytes=10, written=12.0) == 13.0  # not before it is there
@@ -31,7 +31,7 @@ def test_copies_queue_up_each_way_by_itself():
 
 
 def test_a_full_way_to_the_host_is_waited_for():
-    link = Link(10.0, in_flight=100)
+    link = Pcie(10.0, in_flight=100)
     # the newest alone may be more than allowed
     assert [link.send(now=0.0, nbytes=60)[1] for _ in range(3)] == [0.0, 6.0, 12.0]
     assert link.sent(now=0.0) == 18.0

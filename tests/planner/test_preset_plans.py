@@ -146,7 +146,7 @@ def test_the_header_says_what_the_plan_says(plans, name):
         not together or abs(int(together[1]) - plans[name]["all_host_gib"]) <= 0.56
     )
     assert bool(together) == bool(re.search(rf"^# Needs: {HOST_GB[name]} GB of host memory", text, re.MULTILINE))
-    assert re.search(r"^# Measured: .+", text, re.MULTILINE) and re.search(r"^# Gives up: .+", text, re.MULTILINE)
+    assert re.search(r"^# Measurement: .+", text, re.MULTILINE) and re.search(r"^# Gives up: .+", text, re.MULTILINE)
 
 
 def test_the_transformers_stage_does_not_grow_with_graded_steps(fakes):

@@ -19,7 +19,7 @@ from lowmem_drf.method.reward import RewardSpec
 from lowmem_drf.questions.templates import make_questions
 from lowmem_drf.scoring.heatmap import PERCENTILE, _wrap, colormap, draw, glow
 from lowmem_drf.scoring.saliency import Saliency, saliency
-from lowmem_drf.scoring.score import Score, Verdict, judge
+from lowmem_drf.scoring.score import ClipScore, QuestionScore, score_clip
 from lowmem_drf.toy.captions import caption
 from lowmem_drf.toy.scenes import BACKGROUNDS, FPS, Combo, combos_of, coverage, draw_tracks, render
 from lowmem_drf.types import Answer, Question
@@ -64,13 +64,13 @@ def test_answers_about_a_file_are_right(critic, clips):
         frames = seen_by(critic, path)
         assert frames.shape[-2:] == (32, 32)
         questions = make_questions(caption(combo), "yesno", "toyworld")
-        score = judge(critic, frames, questions, critic(frames[None], [questions])[0], RewardSpec())
+        score = score_clip(critic, frames, questions, critic(frames[None], [questions])[0], RewardSpec())
         assert [v.question.text for v in score.verdicts if v.disagrees] == []
         other = Combo(combo.shape, (combo.color + 1) % 6, combo.motion, combo.background)
         questions = [q for q in make_questions(caption(other), "yesno", "toyworld") if q.name == "color"]
         assert all(
             v.disagrees
-            for v in judge(critic, frames, questions, critic(frames[None], [questions])[0], RewardSpec()).verdicts
+            for v in score_clip(critic, frames, questions, critic(frames[None], [questions])[0], RewardSpec()).verdicts
         )
 
 
@@ -147,7 +147,9 @@ def test_probabilities_and_words():
         Question("VQ", "explain", "words", kind="dense"),
         Question("TA", "it?", "Yes"),
     ]
-    no, spoken, yes = judge(Speaker(), torch.zeros(7, 3, 2, 2), questions, [yesno, dense, yesno], RewardSpec()).verdicts
+    no, spoken, yes = score_clip(
+        Speaker(), torch.zeros(7, 3, 2, 2), questions, [yesno, dense, yesno], RewardSpec()
+    ).verdicts
     assert (no.said, spoken.said, yes.said) == ("yes", "explain 7", "yes")
     assert (no.disagrees, spoken.disagrees, yes.disagrees) == (True, False, False)
     assert [v.p_answer for v in (no, spoken, yes)] == pytest.approx([0.15, 0.25, 0.3])
@@ -159,7 +161,7 @@ def test_probabilities_and_words():
 def test_a_reward_that_is_not_finite_is_refused():
     answer = Answer(torch.full((1, 2), math.nan), torch.tensor([0]), yes=(0,), no=(1,))
     with pytest.raises(NonFiniteError, match="reward"):
-        judge(None, torch.zeros(1, 3, 2, 2), [Question("TA", "a", "yes")], [answer], RewardSpec())
+        score_clip(None, torch.zeros(1, 3, 2, 2), [Question("TA", "a", "yes")], [answer], RewardSpec())
 
 
 def run_score(video, prompt, **options):
@@ -248,11 +250,11 @@ def test_a_few_extreme_pixels_do_not_darken_the_rest():
 @pytest.mark.parametrize(("height", "width", "count"), [(32, 32, 29), (480, 832, 3), (832, 480, 1), (9, 301, 13)])
 def test_a_page_of_any_size_can_be_drawn(height, width, count):
     verdicts = tuple(
-        Verdict(Question("TA", "is it a very long question " * (i % 5), "yes"), -1.0, 0.5, "no", 0.9)
+        QuestionScore(Question("TA", "is it a very long question " * (i % 5), "yes"), -1.0, 0.5, "no", 0.9)
         for i in range(count)
     )
     maps = Saliency([], torch.rand(2, height, width), torch.zeros(count, 2, height, width))
-    page = draw(torch.rand(2, 3, height, width), maps, Score(-1.0, {"TA": -1.0}, verdicts), "a prompt " * 60)
+    page = draw(torch.rand(2, 3, height, width), maps, ClipScore(-1.0, {"TA": -1.0}, verdicts), "a prompt " * 60)
     assert page.shape[:2] == (2, 3)
     assert page.shape[3] == 1600
     assert page.shape[2] % 2 == 0

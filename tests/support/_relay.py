@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from lowmem_drf.method.schedule import flow_sigmas
-from lowmem_drf.method.step import StepPlan
+from lowmem_drf.method.step import StepSpec
 from lowmem_drf.types import Question
 
 LIMIT = 1e-10  # relative difference of LoRA gradients in fp64 that the method promises
@@ -21,7 +21,7 @@ QUESTIONS = (
 
 
 def plan_of(graded, **changes):
-    return StepPlan(flow_sigmas(STEPS, 3.0), tuple(graded), **{"kept": KEPT, **changes})
+    return StepSpec(flow_sigmas(STEPS, 3.0), tuple(graded), **{"kept": KEPT, **changes})
 
 
 def lora_gradients(step, parts, *args, **kwargs):

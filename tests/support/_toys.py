@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowmem_drf.method.schedule import draw_noise, flow_sigmas
-from lowmem_drf.method.step import StepPlan
+from lowmem_drf.method.step import StepSpec
 from lowmem_drf.method.vae_stream import pull_back_chunk
 from lowmem_drf.types import Answer, Parts, Question
 
@@ -119,4 +119,4 @@ def batch_of(size):
 
 
 def plan_of(graded, **changes):
-    return StepPlan(flow_sigmas(STEPS, 3.0), tuple(graded), KEPT, **changes)
+    return StepSpec(flow_sigmas(STEPS, 3.0), tuple(graded), KEPT, **changes)

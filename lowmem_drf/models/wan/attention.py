@@ -33,20 +33,20 @@ def attention_named(name: AttentionName) -> Attention:
 
 
 def choose_attention(
-    name: AttentionName, device: torch.device, shape: Sequence[int], dtype: torch.dtype, taped: bool = False
+    name: AttentionName, device: torch.device, shape: Sequence[int], dtype: torch.dtype, keep_attention: bool = False
 ) -> tuple[Attention, str]:
     """The back end of a run, and why it was taken.
 
     Args: shape: (B, L, H, d) of the self-attention. With ``auto`` on a CUDA card every back end that can run does one
-        such attention, forward and backward, a few times; the fastest is taken. taped: its results will be kept for the
+        such attention, forward and backward, a few times; the fastest is taken. keep_attention: its results will be kept for the
         backward, so it must have a log-sum-exp to give.
 
     Raises:
         BadInputError: what was asked for cannot run; says why, and what to do.
     """
     if name == "auto":
-        return _fastest(device, shape, dtype, taped)
-    reason = why_not(name, device) or (_no_lse(name) if taped else None)
+        return _fastest(device, shape, dtype, keep_attention)
+    reason = why_not(name, device) or (_no_lse(name) if keep_attention else None)
     if reason:
         raise BadInputError(f"kernels.attention = {name!r} cannot run: {reason}")
     return attention_named(name), "as asked"
@@ -75,11 +75,17 @@ def _no_lse(name: AttentionName) -> str | None:
     )
 
 
-def _fastest(device: torch.device, shape: Sequence[int], dtype: torch.dtype, taped: bool) -> tuple[Attention, str]:
+def _fastest(
+    device: torch.device, shape: Sequence[int], dtype: torch.dtype, keep_attention: bool
+) -> tuple[Attention, str]:
     if device.type != "cuda":
         return attention_named("sdpa"), "the CPU's own"
     candidates: list[AttentionName] = ["triton", "sdpa", "xformers", "flash"]
-    able = [attention_named(name) for name in candidates if not why_not(name, device) and not (taped and _no_lse(name))]
+    able = [
+        attention_named(name)
+        for name in candidates
+        if not why_not(name, device) and not (keep_attention and _no_lse(name))
+    ]
     seconds = {one.name: _seconds(one.call, device, shape, dtype) for one in able}
     best = min(able, key=lambda one: seconds[one.name])
     return best, "the fastest here: " + ", ".join(

@@ -25,7 +25,7 @@ from lowmem_drf.memory.streaming import Resident
 from lowmem_drf.models.lora.linear import APPROXIMATE, linear
 
 if TYPE_CHECKING:
-    from lowmem_drf.memory.kept_attention import Tape
+    from lowmem_drf.memory.kept_attention import KeptAttention
     from lowmem_drf.memory.streaming import Layer
     from lowmem_drf.ops import Attention, RowOps
 
@@ -64,11 +64,11 @@ class BlockForward:
         text_BLD: Tensor,
         time_B6D: Tensor,
         rotary: tuple[Tensor, Tensor],
-        tape: Tape | None = None,
+        kept_attention: KeptAttention | None = None,
         recorded: bool = False,
     ) -> Tensor:
         exact = recorded or self._rollout_attention is None or torch.is_grad_enabled()
-        return self._forward(hidden_BLD, text_BLD, time_B6D, rotary, tape, unread=False, exact=exact)
+        return self._forward(hidden_BLD, text_BLD, time_B6D, rotary, kept_attention, unread=False, exact=exact)
 
     def unread(
         self,
@@ -76,11 +76,11 @@ class BlockForward:
         text_BLD: Tensor,
         time_B6D: Tensor,
         rotary: tuple[Tensor, Tensor],
-        tape: Tape | None = None,
+        kept_attention: KeptAttention | None = None,
     ) -> Tensor:
         """For a recompute: keeps what ``__call__`` keeps, and, in slices, leaves out what comes after the
         self-attention, which keeps only its inputs."""
-        return self._forward(hidden_BLD, text_BLD, time_B6D, rotary, tape, unread=True, exact=True)
+        return self._forward(hidden_BLD, text_BLD, time_B6D, rotary, kept_attention, unread=True, exact=True)
 
     def _forward(
         self,
@@ -88,7 +88,7 @@ class BlockForward:
         text_BLD: Tensor,
         time_B6D: Tensor,
         rotary: tuple[Tensor, Tensor],
-        tape: Tape | None,
+        kept_attention: KeptAttention | None,
         unread: bool,
         exact: bool,
     ) -> Tensor:
@@ -106,7 +106,7 @@ class BlockForward:
         q, k, v = before(
             weights.bound(self._before), sliced=[hidden_BLD, *rotary], shared=[modulation_B6D, *weights.tensors()]
         )
-        attended_BLHd = self._attend(q, k, v, tape) if exact else self._rollout_attention(q, k, v)
+        attended_BLHd = self._attend(q, k, v, kept_attention) if exact else self._rollout_attention(q, k, v)
         del q, k, v
         text_k = self._rows.rms_norm(attn2.to_k(text_BLD), attn2.norm_k.weight, attn2.norm_k.eps).unflatten(
             2, (attn2.heads, -1)
@@ -117,7 +117,9 @@ class BlockForward:
             partial(in_slices, count=self._count, parameters=parameters, unread=unread) if self._count > 1 else _whole
         )
         shared = [modulation_B6D, text_k, text_v, *weights.tensors()]
-        (out_BLD,) = after(weights.bound(partial(self._after, tape)), sliced=[hidden_BLD, attended_BLHd], shared=shared)
+        (out_BLD,) = after(
+            weights.bound(partial(self._after, kept_attention)), sliced=[hidden_BLD, attended_BLHd], shared=shared
+        )
         return out_BLD
 
     def _before(self, hidden: Tensor, cos: Tensor, sin: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,7 +131,13 @@ class BlockForward:
         return q, k, self._linear(attn.to_v, x).unflatten(2, (attn.heads, -1))
 
     def _after(
-        self, tape: Tape | None, hidden: Tensor, attended: Tensor, modulation: Tensor, text_k: Tensor, text_v: Tensor
+        self,
+        kept_attention: KeptAttention | None,
+        hidden: Tensor,
+        attended: Tensor,
+        modulation: Tensor,
+        text_k: Tensor,
+        text_v: Tensor,
     ) -> tuple[Tensor]:
         block, attn, rows = self._block, self._block.attn2, self._rows
         gate, ff_shift, ff_scale, ff_gate = modulation.chunk(6, dim=1)[2:]
@@ -142,7 +150,7 @@ class BlockForward:
         q = rows.rms_norm(self._linear(attn.to_q, x), attn.norm_q.weight, attn.norm_q.eps).unflatten(
             2, (attn.heads, -1)
         )
-        hidden = hidden + self._out(attn, self._attend(q, text_k, text_v, tape))
+        hidden = hidden + self._out(attn, self._attend(q, text_k, text_v, kept_attention))
         x = rows.norm_modulate(hidden, ff_scale, ff_shift, block.norm3.eps)
         return (rows.gate_residual(hidden, self._feed_forward(x), ff_gate),)
 
@@ -160,11 +168,11 @@ class BlockForward:
             return result
         return linear(ffn.net[2], linear(ffn.net[0].proj, x), gelu=True)  # between them diffusers has a dropout of 0
 
-    def _attend(self, q_BLHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, tape: Tape | None) -> Tensor:
+    def _attend(self, q_BLHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, kept_attention: KeptAttention | None) -> Tensor:
         return (
             self._attention.call(q_BLHd, k_BLHd, v_BLHd)
-            if tape is None
-            else self._attention.taped(q_BLHd, k_BLHd, v_BLHd, tape)
+            if kept_attention is None
+            else self._attention.keep_attention(q_BLHd, k_BLHd, v_BLHd, kept_attention)
         )
 
 
