@@ -181,8 +181,6 @@ class Memory(Node):
     checkpoint: bool | Literal["host"] = True
     """Recompute each transformer block in its backward; ``"host"``: and what enters the blocks waits on the host.
     ``false`` keeps all."""
-    keep_blocks: NonNegative = 0
-    """The last so many transformer blocks keep all they need for their backward, whatever ``checkpoint`` says."""
     token_slices: Positive = 1
     """Slices of tokens in which a transformer block does what it does token by token: all but its self-attention."""
     keep_attention: Literal["none", "card", "host"] = "none"
@@ -213,8 +211,6 @@ class Memory(Node):
                 "stream",
                 "layers that keep everything (memory.checkpoint = false) keep their weights too; set checkpoint = true",
             )
-        if self.record_rollout and self.keep_blocks:
-            yield "keep_blocks", "with record_rollout no block keeps anything on the card; set keep_blocks = 0"
 
 
 class Zero(Node):

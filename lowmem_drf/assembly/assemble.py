@@ -214,7 +214,7 @@ def assemble(
     chosen = chosen or choose(config, device, attention_shape(config, transformer, shape), DTYPES[config.dtype])
     recorder = Recorder(store, memory.keep_attention != "none") if memory.record_rollout else None
     set_activations(
-        transformer, memory.checkpoint, memory.keep_blocks, memory.token_slices, store,
+        transformer, memory.checkpoint, memory.token_slices, store,
         chosen.rows, chosen.attention, memory.keep_attention, recorder, chosen.rollout_attention,
         streamed.get("transformer"), hooked=config.engine == "zero3",
     )  # fmt: skip

@@ -40,10 +40,7 @@ MAY_CHANGE = (
         "optim.schedule",
         "optim.warmup_steps",
     ),
-    *(
-        f"memory.{key}"
-        for key in ("checkpoint", "keep_blocks", "token_slices", "park", "stream", "text_device", "vram_gib")
-    ),
+    *(f"memory.{key}" for key in ("checkpoint", "token_slices", "park", "stream", "text_device", "vram_gib")),
     *(f"memory.{key}" for key in ("vae_strips", "vae_caches", "vae_cache_every", "keep_attention", "record_rollout")),
     *("kernels.ops", "kernels.attention"),
 )

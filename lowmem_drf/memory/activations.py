@@ -1,4 +1,5 @@
-"""What a transformer keeps of its forward for its backward: a policy per block, and slices of tokens inside a block.
+"""What a transformer keeps of its forward for its backward: what enters each block, and slices of tokens inside a
+block.
 
 A block that is recomputed keeps its input alone, on the card or on the host. All else that its forward was given (text
 embeddings, time, rotary embedding) is shared by the blocks and kept once. Recompute is PyTorch's
@@ -26,10 +27,9 @@ class BlockPolicy:
     """A ``gradient_checkpointing_func`` of diffusers' models: called with (block, hidden states, what else the block
     takes) for every block in order, under gradient.
 
-    The last ``keep`` blocks keep all they need: they run no second forward. The others keep their input: on the card,
-    or in ``store``, where the next one that the backward needs is fetched while the present one is computed. With
-    ``attentions`` they keep the results of their attentions too (``KeptAttention``); the blocks' ``forward`` then takes an
-    argument ``kept_attention``.
+    Each block keeps its input: on the card, or in ``store``, from where the next one that the backward needs is fetched
+    while the present one is computed. With ``attentions`` it keeps the results of its attentions too
+    (``KeptAttention``); the blocks' ``forward`` then takes an argument ``kept_attention``.
 
     A block whose ``forward`` has a method ``unread`` is recomputed by that: the same, but nobody will read what it
     returns.
@@ -44,14 +44,12 @@ class BlockPolicy:
     def __init__(
         self,
         blocks: Sequence[nn.Module],
-        keep: int,
         store: HostStore | None,
         attentions: Literal["card", "host"] | None = None,
         attention_store: HostStore | None = None,
         recorder: Recorder | None = None,
     ) -> None:
         self._places = {id(block): place for place, block in enumerate(blocks)}
-        self._kept = frozenset(map(id, blocks[len(blocks) - min(keep, len(blocks)) :]))
         self._store = store
         self._attentions, self._attention_store = attentions, attention_store
         self._newest: Callable[[], Held | None] = _nothing
@@ -62,8 +60,6 @@ class BlockPolicy:
         if self._recorder is not None and self._recorder.replaying is not None:
             place = self._places[id(block)]
             return replayed(self._recorder.replaying, block, place, place == len(self._places) - 1, hidden, rest)
-        if id(block) in self._kept:
-            return block(hidden, *rest)
         unread = getattr(block.forward, "unread", block)
         fetch, differentiable = self._put_aside(block, hidden), hidden.requires_grad
         kept_attention, before = self._new_kept(block)

@@ -145,7 +145,6 @@ LADDERS: dict[str, tuple[Rung, ...]] = {
     ),
     "denoise_backward": (
         _one_clip,
-        _set("memory.keep_blocks", 0, lambda c: c.memory.keep_blocks == 0),
         _set("memory.keep_attention", "host", lambda c: c.memory.keep_attention != "card"),
         _set("memory.checkpoint", True, lambda c: bool(c.memory.checkpoint)),
         _park("critic"),

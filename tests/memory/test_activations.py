@@ -30,12 +30,11 @@ def fp64_throughout(monkeypatch):
 
 
 @pytest.mark.parametrize("differentiable", [True, False], ids=["to-the-latents", "lora-only"])
-@pytest.mark.parametrize("keep", [0, 1, 4, 9])
 @pytest.mark.parametrize("checkpoint", [True, "host"])
-def test_what_waits_where_changes_no_bit(checkpoint, keep, differentiable):
+def test_what_waits_where_changes_no_bit(checkpoint, differentiable):
     transformer = make()
     wanted = gradients(transformer, PLAIN, differentiable=differentiable)
-    got = gradients(transformer, dict(checkpoint=checkpoint, keep_blocks=keep), differentiable=differentiable)
+    got = gradients(transformer, dict(checkpoint=checkpoint), differentiable=differentiable)
     assert len(got) == len(wanted) > 40 and all(g.any() for g in got)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
@@ -46,7 +45,7 @@ def test_what_waits_where_changes_no_bit(checkpoint, keep, differentiable):
     [DEFAULT_TARGETS, ("to_q",), ("ffn.net.2",), ("attn2.to_k", "time_proj", "text_embedder.linear_1")],
     ids=str,
 )
-@pytest.mark.parametrize("settings", [PLAIN, dict(), dict(checkpoint="host", keep_blocks=2)], ids=str)
+@pytest.mark.parametrize("settings", [PLAIN, dict(), dict(checkpoint="host")], ids=str)
 def test_slices_change_nothing_but_rounding(fp64_throughout, settings, targets, differentiable):
     transformer = make(targets=targets)
     wanted = gradients(transformer, PLAIN, differentiable=differentiable)
@@ -97,7 +96,7 @@ def test_forwards_may_be_many_before_a_backward_and_may_be_given_up():
     the host is empty after."""
     transformer = make()
     wanted = gradients(transformer, PLAIN)
-    set_activations(transformer, "host", keep_blocks=1, store=STORE)
+    set_activations(transformer, "host", store=STORE)
     velocity, x, text = as_velocity(transformer), tiny_latents(2).requires_grad_(), tiny_condition(2)
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     with Ledger() as ledger:
@@ -105,8 +104,8 @@ def test_forwards_may_be_many_before_a_backward_and_may_be_given_up():
             velocity(x, 0.9, text)
         velocity(x, 0.7, text)
         first, second = velocity(x, 0.5, text), velocity(x, 0.5, text)
-        # 3 blocks of 2 graphs: 12 tokens of 2 clips, width 24
-        assert ledger.host_bytes == 2 * 3 * x[0, 0].numel() // 4 * 24 * 8 * 2
+        # 4 blocks of 2 graphs: 12 tokens of 2 clips, width 24
+        assert ledger.host_bytes == 2 * 4 * x[0, 0].numel() // 4 * 24 * 8 * 2
         for v in (first, second):
             got = torch.autograd.grad(v, [*lora_parameters(transformer), x], upstream)
             assert all(torch.equal(a, b) for a, b in zip(got, wanted[1:], strict=True))
@@ -128,7 +127,7 @@ def true_size():
     seen = {}
 
     def run(layers=2, **settings):
-        settings = dict(checkpoint=True, keep_blocks=0, slices=1) | settings
+        settings = dict(checkpoint=True, slices=1) | settings
         key = (layers, *sorted(settings.items()))
         if key not in seen:
             with FakeTensorMode() as mode:
@@ -156,16 +155,6 @@ def test_on_the_host_the_peak_does_not_grow_with_the_blocks(true_size):
     assert many.waiting - few.waiting == HIDDEN
     few, many = (true_size(layers, slices=4) for layers in (2, 3))
     assert many.peak - few.peak >= HIDDEN
-
-
-def test_bytes_of_kept_blocks_at_true_size(true_size):
-    for slices, of_a_block in ((1, 2.9 * GIB), (4, 0.38 * GIB)):
-        none, one = (true_size(keep_blocks=keep, slices=slices) for keep in (0, 1))
-        assert one.kept - none.kept > of_a_block
-        assert one.flops < none.flops - 4 * 32_760**2 * 1536  # its attention runs forward once, not twice
-    assert true_size(keep_blocks=1, slices=4).kept < true_size(keep_blocks=1).kept - 2.5 * GIB
-    # the first block's recompute is as large as ever
-    assert true_size(keep_blocks=1, slices=4).peak == true_size(slices=4).peak
 
 
 def test_bytes_and_price_of_slices_at_true_size(true_size):

@@ -43,22 +43,19 @@ class Attentions(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("keep_blocks", [0, 1])
 @pytest.mark.parametrize("slices", [1, 2, 4])  # of 12 tokens
 @pytest.mark.parametrize("checkpoint", [True, "host"])
 @pytest.mark.parametrize("where", ["card", "host"])
-def test_kept_attentions_change_no_bit_and_none_runs_twice(where, checkpoint, slices, keep_blocks):
-    transformer, settings = make(layers=LAYERS), dict(checkpoint=checkpoint, slices=slices, keep_blocks=keep_blocks)
+def test_kept_attentions_change_no_bit_and_none_runs_twice(where, checkpoint, slices):
+    transformer, settings = make(layers=LAYERS), dict(checkpoint=checkpoint, slices=slices)
     with Attentions() as plain:
         wanted = gradients(transformer, settings)
     with Attentions() as kept:
         got = gradients(transformer, settings | dict(keep_attention=where))
     assert len(got) > 40 and all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
     of_a_forward = 1 + slices  # among the tokens, and to the text slice by slice
-    # a block that keeps everything computes its slices again all the same
-    again = (slices if slices > 1 else 0) * keep_blocks
-    assert kept.forward == LAYERS * of_a_forward + again
-    assert plain.forward == (2 * LAYERS - keep_blocks) * of_a_forward + again
+    assert kept.forward == LAYERS * of_a_forward
+    assert plain.forward == 2 * LAYERS * of_a_forward
     assert kept.backward == plain.backward == LAYERS * of_a_forward
 
 
@@ -236,5 +233,3 @@ def test_settings_that_keep_what_nobody_takes_are_refused():
     ):
         with pytest.raises(BadInputError, match="checkpoint = true"):
             load_config("toy", settings)
-    with pytest.raises(BadInputError, match="keep_blocks = 0"):
-        load_config("toy", ["memory.checkpoint=true", "memory.record_rollout=true", "memory.keep_blocks=1"])

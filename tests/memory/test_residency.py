@@ -235,7 +235,7 @@ def test_a_relay_step_with_every_switch_on_equals_the_plain_one(slices, under_a_
 
     store = HostStore(CPU)
     with Ledger() if under_a_ledger else nullcontext():
-        set_activations(transformer, "host", keep_blocks=1, slices=slices, store=store)
+        set_activations(transformer, "host", slices=slices, store=store)
         modules = {"transformer": transformer, "vae": vae, "critic": critic.model}
         residency = Residency(modules, list(modules), CPU, store, lambda name: nullcontext())
         got, _ = lora_gradients(drf_step, replace(plain, stage=residency.stage), plan, *inputs)

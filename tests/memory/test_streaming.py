@@ -59,7 +59,6 @@ SETTINGS = [
     {},
     {"slices": 3},
     {"checkpoint": "host", "keep_attention": "host", "slices": 2},
-    {"keep_blocks": 2},
     {"checkpoint": False},
 ]
 

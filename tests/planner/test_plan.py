@@ -158,13 +158,7 @@ def test_every_stage_has_a_ladder():
 
 def test_a_ladder_climbs_from_time_to_bits_to_the_critic_to_the_clip():
     """Where every rung has something to change."""
-    wasteful = (
-        "micro_batch=2",
-        "memory.checkpoint=false",
-        "memory.keep_blocks=1",
-        "critic.frames=16",
-        "critic.id=Qwen/Qwen2.5-VL-7B-Instruct",
-    )
+    wasteful = ("micro_batch=2", "memory.checkpoint=false", "critic.frames=16", "critic.id=Qwen/Qwen2.5-VL-7B-Instruct")
     config = load_config("toy", [*wasteful, "video.frames=81", "video.width=480", "video.height=480"])
     config = config.model_copy(update={"memory": config.memory.model_copy(update={"keep_attention": "card"})})
     overrides = {stage: [rung(config) for rung in ladder] for stage, ladder in LADDERS.items()}

@@ -84,7 +84,6 @@ def _downloaded(hub_id: str, subfolder: str) -> Path:
 def set_activations(
     transformer: WanTransformer3DModel,
     checkpoint: bool | Literal["host"] = True,
-    keep_blocks: int = 0,
     slices: int = 1,
     store: HostStore | None = None,
     rows: RowOps | None = None,
@@ -99,14 +98,13 @@ def set_activations(
     LoRA on. Where memory is saved nothing else changes but the rounding of matrix products over ``slices``.
 
     Args: checkpoint: ``True``: each block keeps its input, and is computed again in its backward. ``"host"``: and the
-        inputs wait in ``store``. ``False``: each block keeps all it needs. keep_blocks: so many blocks at the end keep
-        all in any case. slices: what a block does token by token is done in so many slices of tokens, with gradient and
-        without (see ``wan_block``). 1: as in diffusers. store: of ``"host"``. rows, attention: the form of the
-        operations; by default diffusers' arithmetic and PyTorch's SDPA. keep_attention: under ``checkpoint``, blocks
-        keep the results of their attentions too, and never compute one twice. recorder: decides about forwards that are
-        taken from the rollout. rollout_attention: (q, k, v) -> out, among the tokens, wherever there is no gradient and
-        nothing is recorded. streamed: the blocks, where their weights are streamed. hooked: the blocks' weights come by
-        hooks on their calls (``activations.Called``).
+        inputs wait in ``store``. ``False``: each block keeps all it needs. slices: what a block does token by token is
+        done in so many slices of tokens, with gradient and without (see ``wan_block``). 1: as in diffusers. store: of
+        ``"host"``. rows, attention: the form of the operations; by default diffusers' arithmetic and PyTorch's SDPA.
+        keep_attention: under ``checkpoint``, blocks keep the results of their attentions too, and never compute one
+        twice. recorder: decides about forwards that are taken from the rollout. rollout_attention: (q, k, v) -> out,
+        among the tokens, wherever there is no gradient and nothing is recorded. streamed: the blocks, where their
+        weights are streamed. hooked: the blocks' weights come by hooks on their calls (``activations.Called``).
 
     Raises:
         BadInputError: an image-to-video transformer.
@@ -127,7 +125,6 @@ def set_activations(
         return
     policy = BlockPolicy(
         blocks,
-        keep_blocks,
         store if checkpoint == "host" else None,
         None if keep_attention == "none" else keep_attention,
         store,
