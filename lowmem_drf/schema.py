@@ -1,5 +1,6 @@
 """The configuration of a run as a frozen, typed tree (pydantic). Its defaults are the product's; a preset holds only
-what differs."""
+what differs. docs/configuration.md is generated from the docstrings here: ``python -m bench.configuration_doc``.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ Name = Annotated[str, Field(min_length=1)]
 
 
 class Node(BaseModel):
-    """A section. ``problems`` yields (field, message) for what one field's type cannot say."""
+    """A section. ``problems`` yields (field, message) for errors that the type of one field cannot express."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -27,11 +28,18 @@ class Node(BaseModel):
 
 
 class Video(Node):
+    """The clips that are generated."""
+
     width: Positive = 832
+    """Width in pixels: a multiple of 8 and of the generator's patch grid (16 for Wan2.1, 32 for Wan2.2-TI2V-5B). Memory
+    grows with width x height, the time of attention with its square."""
     height: Positive = 480
+    """Height in pixels; the same rule as for ``width``."""
     frames: Positive = 81
-    """Pixel frames: 4n + 1, one for the first latent frame and four for every other."""
+    """Pixel frames, 4n + 1: one for the first latent frame, four for every other. The time of attention grows with
+    their square."""
     fps: Positive = 16
+    """Frames per second. It is written into the MP4 and tells the critic how fast the motion is; it costs nothing."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         for name, value in (("width", self.width), ("height", self.height)):
@@ -43,42 +51,56 @@ class Video(Node):
 
 
 class Model(Node):
+    """The generator: a video diffusion model, frozen."""
+
     id: Name = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     """A diffusers folder, a Hugging Face id, or ``toyworld`` for the models in this package."""
     transformer: str = ""
-    """A single safetensors file (as ComfyUI's) in place of the transformer of ``id``. Empty: that of ``id``."""
+    """A single safetensors file, as ComfyUI uses, that replaces the transformer of ``id``. Empty: the transformer of
+    ``id``."""
     expert: Literal["low", "high"] = "low"
-    """Of a generator of two transformers (Wan2.2-T2V-A14B): the LoRA is trained on the one for low noise, or on that
-    for high noise. All graded steps are to be its own."""
+    """For a generator with two transformers (Wan2.2-T2V-A14B): train the LoRA on the low-noise or the high-noise one.
+    All graded steps must belong to it."""
     base_lora: str = ""
-    """A LoRA that is merged into the frozen base before training, for example a step-distillation one: a safetensors
-    file, or ``owner/repo/file.safetensors`` on the hub. Empty: none."""
+    """A LoRA that is merged into the frozen base before training, such as a step-distillation LoRA: a safetensors file,
+    or ``owner/repo/file.safetensors`` on the hub. It costs nothing during training. Empty: none."""
     base_lora_scale: PositiveFloat = 1.0
+    """Strength at which ``base_lora`` is merged."""
     quant: Literal["none", "nf4", "int8"] = "none"
-    """What the linears of the frozen base's blocks are kept in: ``nf4`` (bitsandbytes' 4 bit), ``int8``, or ``dtype``
-    (``none``)."""
+    """Storage format of the frozen blocks' linear layers: ``dtype`` (``none``), ``int8`` (half the memory of bf16) or
+    ``nf4`` (bitsandbytes' 4 bit, about a quarter). The error of int8 is one to three times that of computing in bf16,
+    that of nf4 ten to thirty times."""
     text_tokens: Positive = 512
-    """Prompts are padded or cut to this many tokens, as ``WanPipeline`` does."""
+    """Prompts are padded or cut to this many tokens, as in ``WanPipeline``. The transformer sees the padding: keep the
+    number it was trained with."""
 
 
 class Sampler(Node):
+    """Denoising, and which of its steps carry gradient."""
+
     steps: Positive = 20
+    """N: denoising steps. Each costs a transformer pass without gradient, two with guidance."""
     graded_steps: Positive = 3
-    """K: how many steps carry gradient."""
+    """K: how many steps carry gradient. Each costs a forward and a backward pass; peak memory does not depend on K."""
     graded: Literal["tail", "last", "random"] | list[NonNegative] = "tail"
-    """Which: the last K (``tail``), the very last one (``last``), K at random each update, or an explicit list of step
-    numbers."""
+    """Which steps carry gradient: the last K (``tail``), the very last one (``last``), K drawn at random in each update
+    (``random``), or a list of step numbers, counted from 0."""
     chain: Literal["full", "drtune"] = "full"
-    """``drtune`` stops the gradient at the transformer's input; ``full`` lets it through to earlier graded steps."""
+    """``full``: the gradient flows through the transformer's input to earlier graded steps. ``drtune`` (arXiv
+    2405.00760) stops it there: a little cheaper, and approximate."""
     guidance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 5.0
-    """1 is no guidance and one transformer pass a step; above 1 there are two. A generator of two transformers has it
-    for both."""
+    """Classifier-free guidance scale, for both transformers of a generator that has two. 1 is no guidance; above 1 each
+    step takes two transformer passes instead of one."""
     guidance_grad: Literal["cond", "both"] = "cond"
-    """Gradient through the conditional branch alone, or through both."""
+    """With guidance: gradient through the conditional branch alone (``cond``), or through both (``both``), which costs
+    a second graded pass per step and no memory. The relay is exact for the choice made here."""
     shift: PositiveFloat = 3.0
+    """Timestep shift of the flow-matching schedule: higher values put more steps at high noise. Wan uses 3 to 8."""
     lv_samples: NonNegative = 0
-    """DRaFT-LV: extra noise draws at the last step that average its gradient. 0 is off."""
+    """DRaFT-LV (arXiv 2309.17400): extra noised copies of the clip, which the last step denoises again; the gradient
+    is averaged over clip and copies. Each copy costs another decode, critic pass and backward. 0 is off."""
     negative_prompt: str = ""
+    """Text of the unconditional branch; used with guidance above 1."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.graded_steps > self.steps:
@@ -101,9 +123,14 @@ class Sampler(Node):
 
 
 class Weights(Node):
+    """Each aspect's weight in the reward. Its share is its weight over the sum, however many questions it asks."""
+
     TA: NonNegativeFloat = 1.0
+    """Text-video alignment."""
     Phy: NonNegativeFloat = 1.0
+    """Physical fidelity."""
     VQ: NonNegativeFloat = 1.0
+    """Visual quality."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.TA + self.Phy + self.VQ == 0:
@@ -111,40 +138,54 @@ class Weights(Node):
 
 
 class Critic(Node):
+    """The frozen vision-language model that judges the clips, and what it is asked."""
+
     id: Name = "Qwen/Qwen2.5-VL-7B-Instruct"
-    """A transformers folder, a Hugging Face id, or ``toyworld``."""
+    """A transformers folder, a Hugging Face id, or ``toyworld``. The model's size sets the memory of the critic's
+    stage."""
     quant: Literal["none", "nf4"] = "nf4"
-    """``nf4``: the language layers in 4 bit (bitsandbytes), vision tower and lm_head in ``dtype``. ``none``: all in
-    ``dtype``."""
+    """Storage format of the critic. ``nf4``: the language layers in 4 bit (bitsandbytes), vision tower and lm_head in
+    ``dtype``. ``none``: everything in ``dtype``, which takes more than twice the memory."""
     mode: Literal["yesno", "dense", "both", "vanilla"] = "both"
-    """``yesno``: yes/no questions of all three aspects. ``dense``: explanation queries of all three, scored token by
-    token. ``both``. ``vanilla``: one global yes/no question, the baseline that collapses."""
+    """What is asked: yes/no questions of all three aspects (``yesno``), explanations scored token by token (``dense``),
+    ``both``, or one global yes/no question (``vanilla``, the baseline that collapses). One pass answers all questions,
+    so more of them cost little."""
     questions: Name = "templates"
-    """Who writes them: ``templates``, ``critic`` (the critic itself, once, before training; cached), or a JSON file in
-    the form that ``lowmem-drf questions --json`` prints. Questions in a prompt file come before all of these."""
+    """Who writes the questions: ``templates`` (rules), ``critic`` (the critic itself, once before training; cached), or
+    a JSON file in the format of ``lowmem-drf questions --json``. Questions in a prompt file take precedence."""
     reference: Literal["auto", "prompt"] = "auto"
-    """Where the answers wanted of dense questions come from. ``auto``: what the critic says of the prompt's
-    ``reference_video``, where there is one. ``prompt``: always the writer's, made from the prompt."""
+    """Source of the reference answers to dense questions. ``auto``: what the critic says about the prompt's
+    ``reference_video``, if there is one. ``prompt``: always made from the prompt."""
     token_weights: Literal["contrast", "uniform"] = "contrast"
-    """Of a dense answer. ``contrast``: a token weighs what seeing the clip does for it; words the critic would say
-    anyway weigh little."""
+    """Weights of the tokens of a dense answer. ``contrast``: a token counts as much as seeing the clip raises its
+    probability, so words that the critic would say anyway count little; computed once, before training. ``uniform``:
+    all tokens count alike."""
     normalize: bool = False
-    """Divide each question's reward by how much it has varied so far."""
+    """Divide each question's reward by its running standard deviation, so that questions whose reward varies most do
+    not dominate. It costs nothing."""
     frames: Positive | Annotated[str, Field(pattern=r"^fps:\d+(\.\d+)?$")] = 8
-    """How many of the clip's frames the critic sees, or how many a second (``"fps:2"``)."""
+    """How many frames of the clip the critic sees: a number, or a rate per second such as ``"fps:2"``. Memory and time
+    of the critic grow with them; the VAE backward visits the chunks that hold them."""
     frame_sampling: Literal["uniform", "random_phase", "motion"] = "uniform"
-    """Which: evenly spaced with both ends (``uniform``), a grid with a random phase every update (``random_phase``), or
-    denser where the clip moves (``motion``)."""
+    """Which frames the critic sees: evenly spaced with both ends (``uniform``), an even grid with a new random phase in
+    each update (``random_phase``), or more where the clip moves (``motion``)."""
     reward: Literal["yes_logprob", "yes_margin"] = "yes_logprob"
+    """Reward of a yes/no question: the log-probability of the wanted answer (``yes_logprob``), or its log-odds against
+    the other answer (``yes_margin``). Dense questions always use log-probabilities."""
     hinge: Literal["off"] | Annotated[float, Field(allow_inf_nan=False)] = "off"
-    """Stop pushing a question whose reward is above this."""
+    """Cap on each question's reward: a question above it is pushed no further. ``off``: no cap."""
     weights: Weights = Weights()
 
 
 class Lora(Node):
+    """The weights that are trained."""
+
     rank: Positive = 32
+    """Rank of the LoRA. Its weights, gradients, optimizer state and file grow in proportion."""
     alpha: PositiveFloat = 32.0
+    """The LoRA's contribution is multiplied by ``alpha / rank``."""
     targets: list[Name] = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+    """Linear layers that get a LoRA, by the end of their names. Fewer layers take less memory and time."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.targets:
@@ -152,52 +193,74 @@ class Lora(Node):
 
 
 class Optim(Node):
+    """The optimizer, on the gradient of a whole update."""
+
     name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
-    """``adamw8bit``: moments in 8 bit (bitsandbytes), a quarter of the bytes. ``paged_adamw8bit``: and they move to the
-    host when the card is full."""
+    """``adamw`` keeps Adam's moments in fp32. ``adamw8bit`` keeps them in 8 bit (bitsandbytes): a quarter of the
+    memory, rounded. ``paged_adamw8bit`` also moves them to the host when the card is full."""
     lr: PositiveFloat = 1e-4
+    """Learning rate after the warm-up."""
     weight_decay: NonNegativeFloat = 0.0
+    """AdamW's decoupled weight decay."""
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    """Decay rates of Adam's first and second moment."""
     eps: PositiveFloat = 1e-8
+    """Added to the denominator of Adam's update."""
     grad_clip: PositiveFloat = 1.0
+    """A gradient whose norm is larger is scaled down to this norm."""
     warmup_steps: NonNegative = 0
+    """Updates over which the learning rate rises linearly to ``lr``."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """After the warm-up: hold the rate, or let it fall to 0 at the last update."""
+    """Learning rate after the warm-up: constant, or down to 0 at the last update along a half cosine or a line."""
 
 
 class Memory(Node):
+    """How the update fits the card. Only ``vae_backward`` and the two dtypes change the gradient by more than
+    rounding."""
+
     vae_backward: Annotated[str, Field(pattern=r"^(exact|window:\d+)$")] = "exact"
-    """``exact``, or ``window:n``: cache gradients stop after n chunks (ChopGrad)."""
+    """``exact``: cache gradients flow back to the first frame; the gradient is that of one graph with our clamp of the
+    pixels (docs/memory.md). ``window:n`` (ChopGrad) stops them after n chunks: fewer chunks to recompute where kept
+    frames lie far apart, and an approximate gradient."""
     vae_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of the decode whose frames the critic sees. In bf16 the Wan VAE bands."""
+    """Number format of the decode whose frames the critic sees. ``bf16`` halves its activations, but the Wan VAE's
+    frames show banding."""
     vae_grad_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of the VAE's recompute with gradient."""
+    """Number format of the VAE backward. ``bf16`` halves its activations and the stored caches; the gradient has a
+    cosine of 0.9999 with that in fp32."""
     vae_strips: Positive = 1
-    """Strips of rows in which a decode chunk is recomputed with gradient."""
+    """The VAE backward recomputes a chunk in this many strips of rows. More strips take less memory; rows at the
+    borders are computed twice."""
     vae_cache_every: Positive = 1
-    """What enters a decode chunk is kept on the host for one chunk in so many, and computed again between."""
+    """Caches that enter a decode chunk are stored on the host for one chunk in this many, and recomputed for the
+    others: less host memory, one more decode without gradient."""
     vae_caches: Literal["card", "host"] = "card"
-    """Where the running caches of the decode wait between two uses."""
+    """Where the running caches of the decode wait between two uses. ``host`` frees memory on the card and costs copies
+    over PCIe."""
     checkpoint: bool | Literal["host"] = True
-    """Recompute each transformer block in its backward; ``"host"``: and what enters the blocks waits on the host.
-    ``false`` keeps all."""
+    """``true``: a transformer block keeps only its input and is recomputed in its backward. ``"host"``: the inputs wait
+    on the host too, for copies over PCIe. ``false``: blocks keep all activations: fastest, most memory."""
     token_slices: Positive = 1
-    """Slices of tokens in which a transformer block does what it does token by token: all but its self-attention."""
+    """Slices of tokens in which a transformer block computes everything but its self-attention. More slices take less
+    memory; a little is computed twice."""
     keep_attention: Literal["none", "card", "host"] = "none"
-    """Under ``checkpoint``, blocks keep the results of their attentions, and no graded step computes one twice."""
+    """Under ``checkpoint``: where blocks keep the results of their attentions, so that no graded step computes one
+    twice. It costs memory on the card, or on the host and copies."""
     record_rollout: bool = False
-    """At the graded steps the rollout leaves on the host what their backward needs, and they run no forward of their
-    own."""
+    """The rollout stores what the backward of the graded steps needs, and they run no forward of their own. It costs
+    host memory for every graded step."""
     park: list[Parkable] = []
-    """Whose weights wait on the host outside their stages."""
+    """Models offloaded to the host between their stages. It costs host memory and a copy over PCIe per stage."""
     stream: list[Streamable] = []
-    """Whose layers wait on the host in their stages too, and come to the card one after another as they are needed."""
+    """Models whose layers stay on the host and come to the card one after another as they are needed. It costs host
+    memory; the copies mostly hide behind the computation."""
     text_device: Literal["card", "stream", "host"] = "card"
-    """Where the text encoder runs, once for all prompts: on the card; there too, its layers coming from the host one
-    after another (``"stream"``: the same embeddings, under a second more for a prompt); or on the host, which takes
-    minutes and none of the card."""
+    """Where the text encoder runs, once for all prompts: on the card; on the card with its layers copied in one by one
+    (``stream``: the same embeddings, under a second more per prompt); or on the CPU (``host``: minutes, no memory on
+    the card)."""
     vram_gib: NonNegativeFloat = 0.0
-    """The budget of the whole process on the card: ``train`` refuses a plan above it. 0: what the card has."""
+    """Memory on the card that the whole process may use, in GiB: ``train`` refuses a plan above it. 0: all of the
+    card."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         for name, on in (("keep_attention", self.keep_attention != "none"), ("record_rollout", self.record_rollout)):
@@ -220,6 +283,7 @@ class Zero(Node):
     """Where the optimizer's state waits, and with ``zero3`` the partitioned weights. ``nvme``: weights in files under
     ``nvme_path``, the optimizer's state in host memory. ``none``: on the cards."""
     nvme_path: str = ""
+    """Folder on the disk for ``offload = "nvme"``."""
     pin_memory: bool = True
     """Page-locked host memory: copies run beside computation, and the system cannot swap it out."""
     critic: bool = False
@@ -240,46 +304,58 @@ class Zero(Node):
 
 
 class Kernels(Node):
+    """Which implementation computes an operation. Results agree up to rounding, except with ``rollout_attention =
+    "int8"``."""
+
     ops: Literal["auto", "fused", "naive"] = "auto"
-    """Norms, modulation, rotary embedding and gates of the transformer, norm and SiLU of the VAE: our Triton kernels
-    (``fused``), or as diffusers computes them (``naive``). ``auto``: ``fused`` on a CUDA card."""
+    """Norms, modulation, rotary embedding and gates of the transformer, norm and SiLU of the VAE: Triton kernels
+    (``fused``, less memory and time) or diffusers' code (``naive``). ``auto``: ``fused`` on a CUDA card."""
     attention: Literal["auto", "triton", "sdpa", "xformers", "flash"] = "auto"
-    """Of the transformer; with ``triton`` the critic's too. ``auto``: the fastest on this card, timed at the start."""
+    """Attention of the transformer; ``triton`` covers the critic too. ``auto``: the fastest on this card, timed at the
+    start."""
     rollout_attention: Literal["same", "int8"] = "same"
-    """Wherever there is no gradient (rollout, samples): ``int8`` is faster and inexact. Graded steps are never computed
-    with it."""
+    """Attention where there is no gradient (rollout, samples). ``int8`` is faster and inexact; graded steps never use
+    it. ``same``: as ``attention``."""
 
 
 class Log(Node):
+    """What a run writes, and how often."""
+
     checkpoint_every: Positive = 25
+    """Save a checkpoint every this many updates."""
     keep: Positive = 3
-    """Checkpoints kept; older ones are deleted."""
+    """Checkpoints to keep; older ones are deleted."""
     sample_every: NonNegative = 50
-    """Write sample clips every so many updates, and at the end. 0 is never."""
+    """Write sample clips every this many updates, and at the end. 0: never. Each clip costs a rollout and a decode."""
     sample_prompts: Positive = 4
+    """Number of prompts that sample clips are made for."""
     eval_prompts: NonNegative = 8
-    """Prompts of the table after training. 0 is no table."""
+    """Number of prompts in the table after training. 0: no table. Each costs a clip of the base and one of the tuned
+    model per seed."""
     eval_seeds: Positive = 2
+    """Clips per prompt in that table, each from its own noise."""
     eval_batch: Positive = 1
-    """Clips made at once where there is no gradient (samples, evaluation)."""
+    """Clips made at once where there is no gradient (samples, evaluation). Memory grows with it."""
 
 
 class Config(Node):
     """The whole configuration of a run."""
 
     prompts: str = ""
-    """A prompt file (txt or jsonl), or ``toyworld`` for the prompts of the toy world."""
+    """A prompt file (txt or jsonl), or ``toyworld`` for ToyWorld's prompts."""
     steps: Positive = 500
     """Updates of the LoRA."""
     batch: Positive = 4
-    """Prompts (clips) of one update."""
+    """Prompts per update, one clip each. Time grows with it, memory does not."""
     micro_batch: Positive = 1
-    """Clips of one relay pass, at most; memory grows with it, the gradient is that of ``batch``."""
+    """Clips in one pass of the relay, at most. Memory grows with it; the gradient is that of the whole ``batch``."""
     seed: NonNegative = 0
+    """Seed of every random choice: the LoRA's initial weights, the order of prompts, noise."""
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """Of the transformer, the text encoder and the critic. The VAE (bands in bf16), LoRA weights, reward and optimizer
-    are fp32."""
+    """Number format of the transformer, the text encoder and the critic. LoRA weights, reward and optimizer stay in
+    fp32, and so does the VAE by default, which bands in bf16."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto``: the CUDA card if there is one, else the CPU."""
     engine: Literal["single", "zero1", "zero2", "zero3"] = "single"
     """``single``: one process. Else DeepSpeed: prompts are split over processes, a card each, and of the LoRA's
     training state every process keeps a part: the optimizer's (``zero1``), the gradients too (``zero2``), and of the
