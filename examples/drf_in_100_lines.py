@@ -5,29 +5,28 @@ reward is the log-probability of the answers we want. Its gradient flows through
 last K denoising steps into LoRA weights. The package computes the same gradient in far less memory, piece by piece
 (``lowmem_drf/method/step.py``); ``tests/test_example.py`` holds the two equal.
 
-    python examples/drf_in_100_lines.py 30      # updates; CPU, no download, a few seconds each
+    python examples/drf_in_100_lines.py 30      # updates; on the CPU, no download, 3 s each
 
 Shapes: B clips, Q questions, C channels, F latent frames (h, w), T pixel frames (H, W), L tokens, V vocabulary.
 """
 
 import sys
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from peft import LoraConfig
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, UMT5EncoderModel
 
-import lowmem_drf
 from lowmem_drf.method.preprocess import video_patches  # frames -> patches, differentiable
 from lowmem_drf.method.schedule import flow_sigmas
 from lowmem_drf.models.lora.adapter import DEFAULT_TARGETS  # all linear layers of the blocks
 from lowmem_drf.models.qwen_vl.files import video_geometry, video_settings
 from lowmem_drf.models.wan.vae import InwardClamp
+from lowmem_drf.models.weights.sources import resolve
 from lowmem_drf.questions.toyworld import attributes, dense  # prompt -> questions with the answers we want
 from lowmem_drf.toy.captions import train_prompts
 
-WEIGHTS = Path(lowmem_drf.__file__).parent / "toy" / "weights"
+GENERATOR, CRITIC = resolve("toyworld", "generator"), resolve("toyworld", "critic")  # folders in this package
 N, K = 10, 3  # denoising steps, and how many of them carry gradient
 SHARES = {"TA": 0.5, "Phy": 0.25, "VQ": 0.25}  # of the reward: text alignment, physical fidelity, visual quality
 
@@ -37,16 +36,16 @@ class Models:
 
     def __init__(self):
         def load(cls, folder, name="", **dtype):
-            return cls.from_pretrained(WEIGHTS / folder, subfolder=name, **dtype).eval().requires_grad_(False)
+            return cls.from_pretrained(folder, subfolder=name, **dtype).eval().requires_grad_(False)
 
-        self.transformer = load(WanTransformer3DModel, "generator", "transformer")
-        self.vae = load(AutoencoderKLWan, "generator", "vae")
-        self.text_encoder = load(UMT5EncoderModel, "generator", "text_encoder", dtype=torch.float32)
-        self.text_tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "generator", subfolder="tokenizer")
-        self.critic = load(Qwen2_5_VLForConditionalGeneration, "critic", dtype=torch.float32)
-        self.tokenizer = AutoTokenizer.from_pretrained(WEIGHTS / "critic")
-        self.geometry = video_geometry(video_settings(str(WEIGHTS / "critic")))
-        self.transformer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=DEFAULT_TARGETS))
+        self.transformer = load(WanTransformer3DModel, GENERATOR, "transformer")
+        self.vae = load(AutoencoderKLWan, GENERATOR, "vae")
+        self.text_encoder = load(UMT5EncoderModel, GENERATOR, "text_encoder", dtype=torch.float32)
+        self.text_tokenizer = AutoTokenizer.from_pretrained(GENERATOR, subfolder="tokenizer")
+        self.critic = load(Qwen2_5_VLForConditionalGeneration, CRITIC, dtype=torch.float32)
+        self.tokenizer = AutoTokenizer.from_pretrained(CRITIC)
+        self.geometry = video_geometry(video_settings(CRITIC))
+        self.transformer.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=list(DEFAULT_TARGETS)))
         self.lora = [weight for weight in self.transformer.parameters() if weight.requires_grad]
 
 
@@ -57,19 +56,18 @@ def embed(models, prompts):
     return models.text_encoder(**tokens).last_hidden_state * tokens.attention_mask[..., None]
 
 
-def sample(models, noise_BCFhw, text_BLD):
+def sample(transformer, noise_BCFhw, text_BLD):
     """The rollout: N Euler steps from noise to clean latents. The last K are in the graph."""
     x, sigmas = noise_BCFhw, flow_sigmas(N, shift=3.0).tolist()
     for k in range(N):
         with torch.set_grad_enabled(k >= N - K):
             timestep = torch.full((len(x),), int(1000 * sigmas[k]))
-            x = x + (sigmas[k + 1] - sigmas[k]) * models.transformer(x, timestep, text_BLD).sample
+            x = x + (sigmas[k + 1] - sigmas[k]) * transformer(x, timestep, text_BLD).sample
     return x
 
 
-def decode(models, x_BCFhw):
+def decode(vae, x_BCFhw):
     """Latents -> frames (B, T, 3, H, W) in [0, 1]. The VAE is causal: it decodes frame by frame and keeps caches."""
-    vae = models.vae
     mean, std = (torch.tensor(v).view(-1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     x = vae.post_quant_conv(x_BCFhw / (1 / std) + mean)  # rounded as in WanPipeline
     vae.clear_cache()
@@ -102,19 +100,21 @@ def reward(models, frames_TCHW, prompt):
 
 def mean_reward(models, noise_BCFhw, prompts):
     """The whole method: prompts and noise -> clips -> what the critic says of them, differentiable in the LoRA."""
-    frames_BTCHW = decode(models, sample(models, noise_BCFhw, embed(models, prompts)))
+    frames_BTCHW = decode(models.vae, sample(models.transformer, noise_BCFhw, embed(models, prompts)))
     return torch.stack([reward(models, *clip) for clip in zip(frames_BTCHW, prompts, strict=True)]).mean()
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    models, prompts = Models(), train_prompts()
+    models, prompts, rewards = Models(), train_prompts(), []
     optimizer = torch.optim.AdamW(models.lora, lr=6e-4, weight_decay=0.0)
-    for update in range(int(sys.argv[1]) if len(sys.argv) > 1 else 20):
+    for update in range(int(sys.argv[1]) if len(sys.argv) > 1 else 30):
         batch = [prompts[i] for i in torch.randint(len(prompts), (8,))]
         value = mean_reward(models, torch.randn(8, 16, 3, 8, 8), batch)
         (-value).backward()
         torch.nn.utils.clip_grad_norm_(models.lora, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        print(f"update {update + 1:3d}  reward {value.item():.3f}", flush=True)
+        rewards.append(value.item())
+        last = rewards[-10:]
+        print(f"update {update + 1:3d}  reward {last[-1]:.3f}  mean of ten {sum(last) / len(last):.3f}", flush=True)
