@@ -3,7 +3,6 @@ side by side."""
 
 from __future__ import annotations
 
-import os
 import shlex
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.files import written_aside
 from lowmem_drf.method.frames import frames_at_rate, kept_fps, kept_frames
 
 if TYPE_CHECKING:
@@ -49,20 +49,16 @@ def write_mp4(path: Path, frames_TCHW: Tensor, fps: float, upscale: int = 1) -> 
 
     pixels_THWC = _to_uint8(frames_TCHW, upscale)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        with av.open(str(aside), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            stream = container.add_stream(
-                "libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(CRF)}
-            )
-            stream.height, stream.width = pixels_THWC.shape[1:3]
-            stream.pix_fmt = "yuv420p"
-            for pixels_HWC in pixels_THWC:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels_HWC, format="rgb24")))
-            container.mux(stream.encode())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with (
+        written_aside(path) as aside,
+        av.open(str(aside), "w", format="mp4", options={"movflags": "+faststart"}) as container,
+    ):
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(CRF)})
+        stream.height, stream.width = pixels_THWC.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for pixels_HWC in pixels_THWC:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels_HWC, format="rgb24")))
+        container.mux(stream.encode())
     return path
 
 

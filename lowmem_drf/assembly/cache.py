@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lowmem_drf.training.run_folder import write_aside
+from lowmem_drf.files import write_text
 
 
 def cache_folder() -> Path:
@@ -40,7 +40,7 @@ class Cache:
         """Written aside and renamed: a reader never sees a part."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_aside(self._file(key), json.dumps({"key": key, "value": value}, indent=2, ensure_ascii=False) + "\n")
+            write_text(self._file(key), json.dumps({"key": key, "value": value}, indent=2, ensure_ascii=False) + "\n")
         except OSError:
             return
 

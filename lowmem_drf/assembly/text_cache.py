@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem_drf.assembly.cache import cache_folder
+from lowmem_drf.files import written_aside
 from lowmem_drf.schema import Config
 
 if TYPE_CHECKING:
@@ -110,15 +110,10 @@ class TextCache:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        path = self._file(text)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
+        with suppress(OSError, SafetensorError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            save_file({"embedding_LD": embedding_LD.contiguous()}, aside, metadata={"key": self._name(text)})
-            os.replace(aside, path)
-        except (OSError, SafetensorError):
-            with suppress(OSError):
-                aside.unlink()
+            with written_aside(self._file(text)) as aside:
+                save_file({"embedding_LD": embedding_LD.contiguous()}, aside, metadata={"key": self._name(text)})
 
     def _name(self, text: str) -> str:
         return json.dumps(self._key | {"text": text}, sort_keys=True, ensure_ascii=False)

@@ -29,7 +29,7 @@ def questions_command(
     from rich.console import Console
 
     from lowmem_drf.config import chosen_preset, load_config
-    from lowmem_drf.training.run_folder import write_aside
+    from lowmem_drf.files import write_text
 
     if (prompt is None) == (file is None):
         raise BadInputError(
@@ -47,7 +47,7 @@ def questions_command(
         questions = written_questions(config, prompts, questions, load_run_critic(config), console)
     text = to_json({p.text: questions[p.id] for p in prompts})
     if output is not None:
-        write_aside(output, text)
+        write_text(output, text)
         console.print(
             f"{output}: edit it, then run: lowmem-drf train -s critic.questions={output}", highlight=False, markup=False
         )

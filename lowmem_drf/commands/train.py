@@ -13,11 +13,12 @@ from lowmem_drf import __version__
 from lowmem_drf.config import chosen_preset, known_keys, load_config, preset_card, preset_path, to_toml
 from lowmem_drf.distributed.ranks import ALONE, Ranks, end_process, join, started_processes
 from lowmem_drf.errors import DEBUG, BadInputError
+from lowmem_drf.files import write_text
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.planner.cards import card_named
 from lowmem_drf.schema import Config
 from lowmem_drf.training.checkpoint import checkpoint_steps
-from lowmem_drf.training.run_folder import RUNS, claim, default_output, find_run, make_writable, release, write_aside
+from lowmem_drf.training.run_folder import RUNS, claim, default_output, find_run, make_writable, release
 from lowmem_drf.types import Prompt
 
 if TYPE_CHECKING:
@@ -190,8 +191,8 @@ def start(
         if ranks.chief:
             if resume:
                 _require_same_questions(run, asked)
-            write_aside(run / "config.toml", to_toml(config))
-            write_aside(run / "questions.json", asked)
+            write_text(run / "config.toml", to_toml(config))
+            write_text(run / "questions.json", asked)
     except BaseException:
         release(made)
         raise

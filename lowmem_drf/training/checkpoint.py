@@ -9,7 +9,6 @@ random state and the prompts' cursor are kept, and all noise is drawn from (seed
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lowmem_drf.errors import BadInputError, LowmemError
+from lowmem_drf.files import discard, written_aside
 from lowmem_drf.prompts import Cursor
 
 if TYPE_CHECKING:
@@ -68,26 +68,21 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, alpha: float, keep: int) 
     parent.mkdir(parents=True, exist_ok=True)
     for left in parent.glob(".step-*"):
         shutil.rmtree(left)
-    aside, final = parent / f".step-{checkpoint.step:06d}", parent / f"step-{checkpoint.step:06d}"
-    aside.mkdir()
-    # one entry only: safetensors writes several in random order, and equal LoRAs are to be equal files
-    save_file(dict(checkpoint.lora), aside / "lora.safetensors", metadata={"alpha": repr(alpha)})
-    save_file({**checkpoint.optimizer, **_random_state()}, aside / "state.safetensors")
+    final = parent / f"step-{checkpoint.step:06d}"
     cursor = {
         "step": checkpoint.step,
         **asdict(checkpoint.cursor),
         "prompts": checkpoint.prompts,
         "spread": dict(checkpoint.spread),
     }
-    (aside / "cursor.json").write_text(json.dumps(cursor, indent=2) + "\n", encoding="utf-8")
-    for path in (*aside.iterdir(), aside):
-        _flush(path)
-    if final.exists():
-        _discard(final)
-    os.replace(aside, final)
-    _flush(parent)
+    with written_aside(final) as aside:
+        aside.mkdir()
+        # one entry only: safetensors writes several in random order, and equal LoRAs are to be equal files
+        save_file(dict(checkpoint.lora), aside / "lora.safetensors", metadata={"alpha": repr(alpha)})
+        save_file({**checkpoint.optimizer, **_random_state()}, aside / "state.safetensors")
+        (aside / "cursor.json").write_text(json.dumps(cursor, indent=2) + "\n", encoding="utf-8")
     for step in checkpoint_steps(run)[:-keep]:
-        _discard(parent / f"step-{step:06d}")
+        discard(parent / f"step-{step:06d}")
     return final
 
 
@@ -122,21 +117,3 @@ def _random_state() -> dict[str, Tensor]:
     if torch.cuda.is_available():
         state["rng.cuda"] = torch.cuda.get_rng_state()
     return state
-
-
-def _discard(folder: Path) -> None:
-    """Deletes a checkpoint; it loses its name first, so that a half-deleted one is never taken for a whole one."""
-    doomed = folder.with_name(f".{folder.name}.deleted")
-    os.replace(folder, doomed)
-    shutil.rmtree(doomed)
-
-
-def _flush(path: Path) -> None:
-    """Waits until a file or a folder's entries are on the disk."""
-    if path.is_dir() and os.name == "nt":  # Windows cannot open folders, and journals their entries
-        return
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

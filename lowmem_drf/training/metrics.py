@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lowmem_drf.training.run_folder import write_aside
+from lowmem_drf.files import write_text
 from lowmem_drf.training.update import UpdateReport
 
 
@@ -20,7 +20,7 @@ class Metrics:
         self._path = run / "metrics.jsonl"
         if self._path.exists():
             rows = read_metrics(run)
-            write_aside(self._path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= done))
+            write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= done))
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=done + 1)
 

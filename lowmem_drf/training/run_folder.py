@@ -90,20 +90,6 @@ def run_config(folder: Path) -> Config:
     return config.model_copy(update={"engine": "single", "processes": 1, "zero": Zero(), "memory": memory})
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Writes a whole file under another name, then renames it: a reader sees the old text or the new one, never a
-    part."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def _last_written(run: Path) -> tuple[float, str]:
     files = [run / "config.toml", run / "metrics.jsonl"]
     return max(file.stat().st_mtime for file in files if file.exists()), run.name

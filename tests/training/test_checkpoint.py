@@ -30,7 +30,7 @@ MOMENTS = {
     "before the rename of the second save": ("os.replace", 5),
     "in the rotation": ("shutil.rmtree", 1),
     "between an update and its line": ("lowmem_drf.training.metrics.Metrics.write", 3),
-    "in the last save": ("os.fsync", 19),
+    "in the last save": ("os.fsync", 25),
 }
 """Moment of death -> the function in whose n-th call the process kills itself."""
 

@@ -1,0 +1,62 @@
+"""Files and folders that are there whole or not at all: written beside their place, flushed to the disk, then
+renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def written_aside(path: Path, ending: str = ".part") -> Iterator[Path]:
+    """Yields a hidden path beside ``path``, for a file or a folder. When the block ends, what was written there is
+    flushed and takes the place of ``path``; if the block raises, it is deleted and ``path`` stays as it was.
+
+    A process that is killed leaves ``path`` whole, and at most the hidden path behind. Two processes may write the same
+    ``path``: the last one wins.
+
+    Args:
+        ending: of the hidden path's name, for libraries that judge a file by it.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}{ending}")
+    try:
+        yield aside
+        for written in (*aside.rglob("*"), aside):
+            _flush(written)
+        if aside.is_dir() and path.is_dir():  # only a file can be replaced in one step
+            discard(path)
+        os.replace(aside, path)
+        _flush(path.parent)
+    finally:
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                aside.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in UTF-8 through ``written_aside``."""
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def discard(folder: Path) -> None:
+    """Deletes a folder. It loses its name first, so that nobody takes a half-deleted folder for a whole one."""
+    doomed = folder.with_name(f".{folder.name}.deleted")
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or a folder's list of entries, is on the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders, and journals their entries
+        return
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
