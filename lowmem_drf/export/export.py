@@ -4,8 +4,6 @@ in."""
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,7 +15,15 @@ import torch
 from lowmem_drf import __version__
 from lowmem_drf.assembly.loading import load_transformer, prepare_generator
 from lowmem_drf.errors import BadInputError, LowmemError
-from lowmem_drf.export.verify import Verified, probe_lora, require_same_model, verify_export, verify_merge
+from lowmem_drf.export.verify import (
+    Verified,
+    probe_lora,
+    require_same_model,
+    require_stored,
+    verify_export,
+    verify_merge,
+)
+from lowmem_drf.files import written_aside
 from lowmem_drf.models.generators import GeneratorConfig, generator_config
 from lowmem_drf.models.lora.formats import (
     FORMATS,
@@ -93,7 +99,7 @@ def export_run(
     described = generator_config(str(generator))
     subfolder, other = subfolders_of(described, config.model.expert)
     expert = config.model.expert if other else ""
-    blocks = _blocks_to_read(described, subfolder, merge is not None)
+    blocks = _blocks_to_read(described, subfolder, lora, merge is not None)
     transformer = load_transformer(
         config, generator, torch.float32, torch.device("cpu"), subfolder, quant="none", blocks=blocks
     )
@@ -123,23 +129,31 @@ def export_run(
     return Exported(tuple(paths), tuple(lines))
 
 
-def _blocks_to_read(generator: GeneratorConfig, subfolder: str, merges: bool) -> int | None:
-    """How many of the transformer's blocks the check reads: all (``None``) where the host has room for them in fp32,
+def _blocks_to_read(generator: GeneratorConfig, subfolder: str, lora: LoraFile, merges: bool) -> int | None:
+    """How many of the transformer's blocks the check reads: all (``None``) where the host has room for ``host_bytes``,
     else the first few.
 
     Raises:
         LowmemError: a model is to be merged, which needs all.
     """
     free = available_host_bytes()
-    needed = 4 * sum(parameter.numel() for parameter in empty_transformer(getattr(generator, subfolder)).parameters())
+    needed = host_bytes(empty_transformer(getattr(generator, subfolder)), lora)
     if free is None or needed + HOST_MARGIN <= free:
         return None
     if merges:
         raise LowmemError(
-            f"--merge needs the whole transformer in fp32: {needed / 1e9:.1f} GB of host memory and {HOST_MARGIN / 1e9:.1f} GB besides; {free / 1e9:.1f} GB "
-            "are free. Close other programs or add swap, or export the LoRA alone: that needs less."
+            f"--merge needs the whole transformer in fp32: with the LoRA, {needed / 1e9:.1f} GB of host memory and {HOST_MARGIN / 1e9:.1f} GB besides; "
+            f"{free / 1e9:.1f} GB are free. Close other programs or add swap, or export the LoRA alone: that needs less."
         )
     return FEW
+
+
+def host_bytes(transformer: WanTransformer3DModel, lora: LoraFile) -> int:
+    """Host memory of an export or a merge of all blocks, besides Python and the libraries: the transformer in fp32,
+    once; the LoRA in fp32, four times (as read, attached, in the file's format, and the file); the largest weight in
+    fp64, four times (its B A, and what adding it takes)."""
+    sizes = [parameter.numel() for parameter in transformer.parameters()]
+    return 4 * sum(sizes) + 4 * 4 * sum(tensor.numel() for tensor in lora.state.values()) + 4 * 8 * max(sizes)
 
 
 def export_lora(
@@ -172,13 +186,16 @@ def export_lora(
     if form == "diffusers":
         header |= adapter_metadata(lora.state, lora.alpha, lora.rank)
     header["sshs_model_hash"] = model_hash(save(tensors))
-    aside = output.with_name(f".{output.stem}.part.safetensors")
     try:
-        _write(aside, save(tensors, metadata=header))
-        verified = verify_export(aside, lora, form, dtype, transformer)
-        os.replace(aside, output)
-    finally:
-        aside.unlink(missing_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with written_aside(output, ".part.safetensors") as aside:  # diffusers takes a file of another name for a pickle
+            aside.write_bytes(save(tensors, metadata=header))
+            del tensors
+            verified = verify_export(aside, lora, form, dtype, transformer)
+    except OSError as error:
+        raise BadInputError(
+            f"{output.parent} cannot be written to: {error.strerror}. Give another file with --output."
+        ) from error
     return output, verified
 
 
@@ -187,7 +204,7 @@ def merge_lora(
 ) -> Verified:
     """Writes ``folder/subfolder`` (diffusers layout): W + (alpha / rank) B A in fp32, then rounded to ``dtype``, but
     for the norms and the time embedding, which diffusers keeps in fp32. ``transformer`` (the base, fp32, without LoRA)
-    becomes the merged model.
+    is used up: its memory is given back before the merged model is read.
 
     Raises:
         BadInputError: the LoRA is not one of this model, or the folder cannot be written.
@@ -196,26 +213,25 @@ def merge_lora(
     tuned = probe_lora(transformer, lora)
     kept = transformer._keep_in_fp32_modules or []
     with torch.no_grad():
-        for name, delta in lora.deltas().items():
-            transformer.get_submodule(name).weight.add_(delta)
+        for name in lora.pairs():
+            transformer.get_submodule(name).weight.add_(lora.delta(name))
         require_same_model(transformer, tuned)
         for name, parameter in transformer.named_parameters():
             if not any(part in kept for part in name.split(".")):
                 parameter.data = parameter.data.to(dtype)
-    aside = folder.with_name(f".{folder.name}.part")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        transformer.save_pretrained(aside / subfolder)
-        verified = verify_merge(aside, transformer, tuned, subfolder)
-        if folder.exists():
-            folder.rmdir()  # empty, as export_run made sure
-        os.replace(aside, folder)
+        with written_aside(folder) as aside:
+            transformer.save_pretrained(aside / subfolder)
+            require_stored(aside / subfolder, transformer)
+            transformer.to("meta")
+            verified = verify_merge(aside, dtype, tuned, subfolder)
+            if folder.exists():
+                folder.rmdir()  # empty, as export_run made sure
     except OSError as error:
         raise BadInputError(
             f"{folder} cannot be written: {error.strerror or error}. Give another folder with --merge."
         ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return verified
 
 
@@ -234,19 +250,6 @@ def _output_file(output: Path | None, name: str, run: Path) -> Path:
     if file.suffix != ".safetensors":
         raise BadInputError(f"--output {file} must end in .safetensors: ComfyUI lists no other files.")
     return file
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise BadInputError(
-            f"{path.parent} cannot be written to: {error.strerror}. Give another file with --output."
-        ) from error
 
 
 def _metadata(config: Config, checkpoint: str, transformer: WanTransformer3DModel, expert: str) -> dict[str, str]:

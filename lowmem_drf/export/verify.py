@@ -9,7 +9,9 @@ times the largest relative error of a module, plus the rounding of the fp32 comp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,12 +24,18 @@ from lowmem_drf.models.lora.adapter import attach_lora, lora_layers, lora_scale,
 from lowmem_drf.models.lora.formats import LoraFile, diffusers_reads_kohya
 from lowmem_drf.models.lora.readers import attach_as_diffusers, attach_as_lowmem_drf, load_as_diffusers
 from lowmem_drf.models.wan.denoiser import as_velocity
+from lowmem_drf.models.weights.reader import TensorFiles, files_in
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
     from peft.tuners.lora import LoraLayer
 
+Factors = tuple[float, Tensor, Tensor]
+"""scaling, A, B: a module's weight changes by scaling B A."""
+
 _SIGMAS = (0.95, 0.5, 0.1)
+_ROWS = 256
+"""Rows of a module's product that are compared at once: 57 MB in fp64 where Wan2.1-14B is widest."""
 _SMALL = 4  # patches along each side of the probe: the weights are all used, the activations stay small
 
 
@@ -94,7 +102,7 @@ def verify_export(
     by_diffusers = form != "kohya" or diffusers_reads_kohya(lora.state)
     try:
         (attach_as_diffusers if by_diffusers else attach_as_lowmem_drf)(transformer, path)
-        deltas = {name: _delta(layer) for name, layer in lora_layers(transformer).items()}
+        read = {name: _factors(layer) for name, layer in lora_layers(transformer).items()}
         output = _run(transformer)
     except Exception as error:
         raise LowmemError(
@@ -103,7 +111,7 @@ def verify_export(
     finally:
         if lora_layers(transformer):
             remove_lora(transformer)
-    error_share = _require_same_weights(deltas, lora, dtype)
+    error_share = _require_same_weights(read, lora, dtype)
     difference = _largest(output - tuned.tuned)
     bound = error_share * tuned.effect + _rounding(transformer, tuned.tuned)
     if not difference <= bound:
@@ -128,48 +136,95 @@ def require_same_model(transformer: WanTransformer3DModel, tuned: Probe) -> None
         )
 
 
-def verify_merge(
-    folder: Path, transformer: WanTransformer3DModel, tuned: Probe, subfolder: str = "transformer"
-) -> Verified:
-    """Reads a merged model back with diffusers. Raises LowmemError unless every weight is, to the bit, the one in
-    ``transformer``."""
-    read_back = load_as_diffusers(folder, subfolder)
-    own, other = transformer.state_dict(), read_back.state_dict()
-    if changed := [
-        name for name, value in own.items() if name not in other or not torch.equal(value.float(), other[name])
-    ]:
-        raise LowmemError(
-            f"The merged model was not written correctly: {changed[0]} differs. It was deleted; check the disk."
-        )
-    return Verified(_largest(_run(read_back) - tuned.tuned), tuned.effect, "diffusers")
-
-
-def _delta(layer: LoraLayer) -> Tensor:
-    """scaling B A of a loaded layer's one adapter, fp64, whatever the reader named it."""
-    (name,) = layer.lora_A
-    a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
-    return layer.scaling[name] * (b.double() @ a.double())
-
-
-def _require_same_weights(deltas: dict[str, Tensor], lora: LoraFile, dtype: torch.dtype) -> float:
-    """Every module's B A within the bound of two roundings per factor; returns the largest such bound as a share of its
-    B A."""
-    wanted = lora.deltas()
-    if deltas.keys() != wanted.keys():
-        odd = sorted(deltas.keys() ^ wanted.keys())
-        raise LowmemError(f"The exported file holds other modules than the LoRA: {', '.join(odd[:3])}. It was deleted.")
-    share = 0.0
-    for module, (a, b) in lora.pairs().items():
-        (size_a, error_a), (size_b, error_b) = (_rounded_twice(x.double(), dtype) for x in (a, b))
-        bound = (lora.alpha / lora.rank) * ((size_b + error_b) @ (size_a + error_a) - size_b @ size_a)
-        # the comparison is itself computed, in fp64
-        slack = torch.finfo(torch.float64).eps * 4 * lora.rank * (lora.alpha / lora.rank) * (size_b @ size_a)
-        if not bool(((deltas[module].cpu() - wanted[module]).abs() <= bound + slack).all()):
+def require_stored(folder: Path, transformer: WanTransformer3DModel) -> None:
+    """Raises LowmemError unless every weight is, to the bit, in the safetensors files of the folder."""
+    files = TensorFiles(files_in(folder))
+    for name, value in transformer.state_dict().items():
+        stored = files.read(name) if name in files.entries else None
+        if stored is None or stored.dtype != value.dtype or not torch.equal(stored, value):
             raise LowmemError(
-                f"The exported file's {module} differs from the LoRA by more than {dtype} rounds. It was deleted."
+                f"The merged model was not written correctly: {name} differs. It was deleted; check the disk."
             )
-        if size := float(wanted[module].norm()):
-            share = max(share, float(bound.norm()) / size)
+
+
+def verify_merge(folder: Path, dtype: torch.dtype, tuned: Probe, subfolder: str = "transformer") -> Verified:
+    """Reads a merged model back with diffusers, in the dtype of its files, and runs it in fp32.
+
+    Raises:
+        LowmemError: what diffusers reads is not what is in the files.
+    """
+    read_back = load_as_diffusers(folder, subfolder, dtype)
+    require_stored(folder / subfolder, read_back)
+    with _computing_in_fp32(read_back):
+        output = _run(read_back)
+    return Verified(_largest(output - tuned.tuned), tuned.effect, "diffusers")
+
+
+@contextmanager
+def _computing_in_fp32(transformer: WanTransformer3DModel) -> Iterator[None]:
+    """Casts a model to fp32, its blocks one at a time, each while it computes: the whole model in fp32 would take as
+    much memory as the one that was merged."""
+    for name, parameter in transformer.named_parameters():
+        if not name.startswith("blocks."):
+            parameter.data = parameter.data.float()
+    kept: list[tuple[torch.nn.Parameter, Tensor]] = []
+
+    def cast(block: torch.nn.Module, _inputs: object) -> None:
+        for parameter in block.parameters():
+            kept.append((parameter, parameter.data))
+            parameter.data = parameter.data.float()
+
+    def restore(_block: torch.nn.Module, _inputs: object, _output: object) -> None:
+        while kept:
+            parameter, value = kept.pop()
+            parameter.data = value
+
+    hooks = [
+        hook
+        for block in transformer.blocks
+        for hook in (block.register_forward_pre_hook(cast), block.register_forward_hook(restore))
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _factors(layer: LoraLayer) -> Factors:
+    """Of a loaded layer's one adapter, whatever the reader named it."""
+    (name,) = layer.lora_A
+    return layer.scaling[name], layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
+
+
+def _require_same_weights(read: Mapping[str, Factors], lora: LoraFile, dtype: torch.dtype) -> float:
+    """Every module's B A within the bound of two roundings per factor; returns the largest such bound as a share of its
+    B A. Products are compared a few rows at a time: all of them, in fp64, would take several times the model's
+    memory."""
+    wanted = lora.pairs()
+    if read.keys() != wanted.keys():
+        odd = sorted(read.keys() ^ wanted.keys())
+        raise LowmemError(f"The exported file holds other modules than the LoRA: {', '.join(odd[:3])}. It was deleted.")
+    scale, share = lora.alpha / lora.rank, 0.0
+    for module, (a, b) in wanted.items():
+        scaling, read_a, read_b = read[module]
+        size_a, error_a = _rounded_twice(a.double(), dtype)
+        bound_squares = squares = 0.0
+        for rows, read_rows in zip(b.double().split(_ROWS), read_b.double().split(_ROWS), strict=True):
+            size_b, error_b = _rounded_twice(rows, dtype)
+            sizes = size_b @ size_a
+            bound = scale * ((size_b + error_b) @ (size_a + error_a) - sizes)
+            # the comparison is itself computed, in fp64
+            slack = torch.finfo(torch.float64).eps * 4 * lora.rank * scale * sizes
+            delta = scale * (rows @ a.double())
+            if not bool(((scaling * (read_rows @ read_a.double()) - delta).abs() <= bound + slack).all()):
+                raise LowmemError(
+                    f"The exported file's {module} differs from the LoRA by more than {dtype} rounds. It was deleted."
+                )
+            bound_squares += float(bound.square().sum())
+            squares += float(delta.square().sum())
+        if squares:
+            share = max(share, math.sqrt(bound_squares / squares))
     return share
 
 

@@ -129,9 +129,9 @@ def test_foreign_variants_are_read() -> None:
     file = from_format(tensors, {})
     assert file.alpha == file.rank == RANK
     alphas = dict(zip(["blocks.1.attn2.to_q", "blocks.1.ffn.net.2"], [1.0, 2.0], strict=True))
-    for module, delta in file.deltas().items():
-        a, b = lora.pairs()[module]
-        torch.testing.assert_close(delta, alphas[module] / RANK * (b.double() @ a.double()))
+    assert file.pairs().keys() == lora.pairs().keys() == alphas.keys()
+    for module, (a, b) in lora.pairs().items():
+        torch.testing.assert_close(file.delta(module), alphas[module] / RANK * (b.double() @ a.double()))
 
 
 def test_diffusers_reads_kohya_predicts_the_converter() -> None:

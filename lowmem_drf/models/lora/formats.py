@@ -62,9 +62,11 @@ class LoraFile:
             module: (self.state[f"{module}.lora_A.weight"], self.state[f"{module}.lora_B.weight"]) for module in modules
         }
 
-    def deltas(self) -> dict[str, Tensor]:
-        """What it adds to each module's weight, (alpha / rank) B A, fp64."""
-        return {module: (self.alpha / self.rank) * (b.double() @ a.double()) for module, (a, b) in self.pairs().items()}
+    def delta(self, module: str) -> Tensor:
+        """What it adds to a module's weight, (alpha / rank) B A, fp64: of all modules at once, several times the
+        model."""
+        a, b = (self.state[f"{module}.lora_{side}.weight"].double() for side in "AB")
+        return (b @ a).mul_(self.alpha / self.rank)
 
 
 def to_format(

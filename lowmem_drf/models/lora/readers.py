@@ -9,6 +9,7 @@ from lowmem_drf.models.lora.adapter import attach_lora
 from lowmem_drf.models.lora.formats import read_lora
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import WanTransformer3DModel
 
 
@@ -26,9 +27,12 @@ def attach_as_lowmem_drf(transformer: WanTransformer3DModel, path: Path) -> None
     attach_lora(transformer, file.state, file.alpha)
 
 
-def load_as_diffusers(folder: Path, subfolder: str) -> WanTransformer3DModel:
-    """A merged transformer, by ``from_pretrained``."""
+def load_as_diffusers(folder: Path, subfolder: str, dtype: torch.dtype) -> WanTransformer3DModel:
+    """A merged transformer, by ``from_pretrained``. In the dtype of its files its weights stay mapped to them, and take
+    no memory."""
     from diffusers import WanTransformer3DModel
 
-    transformer: WanTransformer3DModel = WanTransformer3DModel.from_pretrained(folder, subfolder=subfolder)
+    transformer: WanTransformer3DModel = WanTransformer3DModel.from_pretrained(
+        folder, subfolder=subfolder, torch_dtype=dtype
+    )
     return transformer.eval()

@@ -77,9 +77,10 @@ def test_our_own_exports_merge_to_the_tuned_weights(trained, form: str, scale: f
     merged, count = merged_into(base, file, scale)
     assert count == len(state) / 2
     weights, before = dict(merged.named_parameters()), dict(tiny_transformer().named_parameters())
-    deltas = LoraFile(state, ALPHA, {}).deltas()
+    lora = LoraFile(state, ALPHA, {})
     for name, value in weights.items():
-        delta = deltas.get(name.removesuffix(".weight"), None) if name.endswith(".weight") else None
+        module = name.removesuffix(".weight")
+        delta = lora.delta(module) if module in lora.pairs() else None
         if delta is None:
             assert torch.equal(value, before[name])
         else:
