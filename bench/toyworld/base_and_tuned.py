@@ -1,15 +1,15 @@
-"""The README's picture: held-out ToyWorld prompts as film strips, the base model's clip above the tuned one's, from the
-same noise.
+"""The README's moving picture: clips of held-out ToyWorld prompts, the base model's above the tuned one's, from the same noise.
 
-    python -m bench.toyworld.base_and_tuned RUN --output docs/images/base_and_tuned.png
+    python -m bench.toyworld.base_and_tuned RUN --output docs/images/base_and_tuned.gif
 
-The prompts are the first of ``heldout_prompts``, none is picked by hand; the oracle's verdict stands beside each strip.
+The prompts are the first of ``heldout_prompts``; none is picked by hand. The oracle's verdict stands under each clip.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,87 +25,83 @@ from lowmem_drf.toy.oracle import Verdict, judge
 from lowmem_drf.training.lora_file import load_run_lora
 from lowmem_drf.training.run_folder import find_run, make_writable, run_config
 
-ZOOM, GAP, MARGIN, LABEL = 3, 6, 28, 132
-CAPTION_SIZE, LABEL_SIZE, VERDICT_SIZE = 19, 17, 14
+ZOOM, GAP, MARGIN, SIDE, LINE, TEXT = 4, 12, 16, 58, 17, 14  # pixels
 INK, GRAY, GREEN, RED, PAPER = "#1f2328", "#59636e", "#1a7f37", "#cf222e", "#ffffff"
+CHECKED = ("color", "shape", "direction", "physics", "quality")
 
 
 @dataclass(frozen=True)
-class Strip:
-    """A clip with what is said of it."""
+class Column:
+    """A prompt with the base model's clip and the tuned one's, each with what the oracle says of it."""
 
-    name: str
-    frames_TCHW: Tensor  # [0, 1]
-    verdict: Verdict
-
-
-def wrong(verdict: Verdict) -> list[str]:
-    """What the oracle finds wrong, in lines that fit beside a strip."""
-    lines = [
-        [name for name in line if not getattr(verdict, name)]
-        for line in (("color", "shape"), ("direction",), ("physics", "quality"))
-    ]
-    return [", ".join(line) for line in lines if line]
+    prompt: str
+    clips: tuple[tuple[Tensor, Verdict], ...]  # frames (T, 3, H, W) in [0, 1]
 
 
-def sheet(rows: Sequence[tuple[str, Sequence[Strip]]]) -> Image.Image:
-    """Blocks of strips, each under its prompt."""
-    frames, _, height, width = rows[0][1][0].frames_TCHW.shape
-    tall, wide = height * ZOOM, width * ZOOM
-    block = CAPTION_SIZE + 2 * GAP + sum(tall + GAP for _ in rows[0][1])
+def said(verdict: Verdict) -> tuple[str, str]:
+    """The oracle's verdict in words, and their colour."""
+    wrong = [name for name in CHECKED if not getattr(verdict, name)]
+    return (f"wrong {', '.join(wrong[:2])}", RED) if wrong else ("right", GREEN)
+
+
+def moving_picture(columns: Sequence[Column]) -> list[Image.Image]:
+    """A picture for each frame of the clips: a column a prompt."""
+    frames, _, height, width = columns[0].clips[0][0].shape
+    tall, wide, head = height * ZOOM, width * ZOOM, 3 * LINE + 4
+    row = tall + LINE + GAP
     page = Image.new(
-        "RGB", (2 * MARGIN + LABEL + frames * (wide + GAP) - GAP, MARGIN + len(rows) * (block + MARGIN)), PAPER
+        "RGB", (2 * MARGIN + SIDE + len(columns) * (wide + GAP) - GAP, 2 * MARGIN + head + 2 * row - GAP), PAPER
     )
-    draw = ImageDraw.Draw(page)
-    for r, (prompt, strips) in enumerate(rows):
-        top = MARGIN + r * (block + MARGIN)
-        draw.text((MARGIN + LABEL, top), prompt.replace(" ,", ","), fill=INK, font=ImageFont.load_default(CAPTION_SIZE))
-        for s, strip in enumerate(strips):
-            y = top + CAPTION_SIZE + 2 * GAP + s * (tall + GAP)
-            faults = wrong(strip.verdict)
-            said, colour = ("\n".join(("wrong:", *faults)), RED) if faults else ("all correct", GREEN)
-            draw.text((MARGIN, y), strip.name, fill=INK if s else GRAY, font=ImageFont.load_default(LABEL_SIZE))
-            draw.multiline_text(
-                (MARGIN, y + 23), said, fill=colour, font=ImageFont.load_default(VERDICT_SIZE), spacing=3
-            )
-            for t, frame in enumerate(strip.frames_TCHW):
-                pixels = Image.fromarray((frame.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
-                page.paste(
-                    pixels.resize((wide, tall), Image.Resampling.NEAREST), (MARGIN + LABEL + t * (wide + GAP), y)
-                )
-    return page
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(TEXT)
+    places = []
+    for r, name in enumerate(("base", "tuned")):
+        draw.text((MARGIN, MARGIN + head + r * row + tall // 2 - LINE // 2), name, fill=(GRAY, INK)[r], font=font)
+    for c, column in enumerate(columns):
+        left = MARGIN + SIDE + c * (wide + GAP)
+        lines = textwrap.wrap(column.prompt.replace(" ,", ","), 20)[:3]
+        draw.multiline_text((left, MARGIN), "\n".join(lines), fill=INK, font=font, spacing=3)
+        for r, (clip, verdict) in enumerate(column.clips):
+            top = MARGIN + head + r * row
+            text, colour = said(verdict)
+            draw.text((left, top + tall + 1), text, fill=colour, font=font)
+            places.append(((left, top), (clip.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()))
+    pictures = []
+    for t in range(frames):
+        picture = page.copy()
+        for place, pixels in places:
+            picture.paste(Image.fromarray(pixels[t]).resize((wide, tall), Image.Resampling.NEAREST), place)
+        pictures.append(picture)
+    return pictures
 
 
-def picture(run: Path, prompts: int, seed: int) -> Image.Image:
-    """The sheet of a run. Raises BadInputError: no such run, or no checkpoint in it."""
+def columns_of(run: Path, prompts: int, seed: int) -> list[Column]:
+    """The clips of a run. Raises BadInputError: no such run, or no checkpoint in it."""
     config = run_config(run)
     texts = heldout_prompts(prompts, seed)
     models = load_models(config, texts, with_critic=False)
     load_run_lora(models.transformer, run, config)
-    rows = []
-    for text, (base, tuned) in zip(texts, base_and_tuned(config, models, texts, seed), strict=True):
-        clips = {"base": base, "tuned": tuned}
-        rows.append((text, [Strip(name, clip, judge(clip, text)) for name, clip in clips.items() if clip is not None]))
-    return sheet(rows)
+    pairs = zip(texts, base_and_tuned(config, models, texts, seed), strict=True)
+    return [Column(text, tuple((clip, judge(clip, text)) for clip in pair if clip is not None)) for text, pair in pairs]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Writes the picture; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.toyworld.base_and_tuned", description=__doc__.partition("\n")[0] if __doc__ else None
-    )
+    """Writes the GIF; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.toyworld.base_and_tuned", description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="a ToyWorld run's folder; default: the latest under runs/")
-    parser.add_argument("--output", type=Path, default=Path("docs/images/base_and_tuned.png"))
-    parser.add_argument("--prompts", type=int, default=4, help="how many held-out prompts")
+    parser.add_argument("--output", type=Path, default=Path("docs/images/base_and_tuned.gif"))
+    parser.add_argument("--prompts", type=int, default=6, help="how many held-out prompts")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts' order and of the noise")
     options = parser.parse_args(arguments)
     try:
-        made = picture(find_run(options.run), options.prompts, options.seed)
+        pictures = moving_picture(columns_of(find_run(options.run), options.prompts, options.seed))
         make_writable(options.output.absolute().parent)
     except LowmemError as error:
         print(f"Error: {error}", file=sys.stderr)
         return error.exit_code
-    made.save(options.output, optimize=True)
+    durations = [160] * (len(pictures) - 1) + [900]  # ms; the last frame rests
+    pictures[0].save(
+        options.output, save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=True
+    )
     print(options.output)
     return 0
 

@@ -59,12 +59,14 @@ def test_seeds_then_picture(tiny_toyworld, tiny_preset, tmp_path, capsys):
     assert result["rows"][0]["base"] == result["rows"][1]["base"]
     assert result["rows"][0]["tuned"] != result["rows"][1]["tuned"]
 
-    file = tmp_path / "images" / "pair.png"
+    file = tmp_path / "images" / "pair.gif"
     assert picture.main([str(tmp_path / "seed-0"), "--output", str(file), "--prompts", "2"]) == 0
     with Image.open(file) as image:
-        assert image.width == 2 * picture.MARGIN + picture.LABEL + 9 * (32 * picture.ZOOM + picture.GAP) - picture.GAP
-        assert image.getpixel((0, 0)) == (255, 255, 255)
-        assert len(image.getcolors(2**24)) > 100
+        columns = 2 * (32 * picture.ZOOM + picture.GAP) - picture.GAP
+        assert (image.n_frames, image.width) == (9, 2 * picture.MARGIN + picture.SIDE + columns)
+        first = image.convert("RGB")
+        assert first.getpixel((0, 0)) == (255, 255, 255)
+        assert len(first.getcolors(2**24)) > 100
 
 
 def test_modes_side_by_side_go_on_from_what_was_measured(tiny_toyworld, tiny_preset, tmp_path, capsys):
