@@ -4,6 +4,7 @@ behind."""
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from _tiny import randomise_lora, save_tiny_generator, tiny_condition, tiny_latents, tiny_transformer
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_drf.assembly.loading import load_transformer
 from lowmem_drf.config import load_config, to_toml
@@ -366,6 +368,59 @@ def test_a_base_that_the_host_has_no_room_for(run: Path, tmp_path, monkeypatch) 
     monkeypatch.setattr(export, "to_format", wrong)
     with pytest.raises(LowmemError, match="differs from the LoRA by more than"):
         export_run(run, output=tmp_path / "wrong.safetensors")
+
+
+class Float64Bytes(TorchDispatchMode):
+    """The most bytes of fp64 tensors that were alive at once, of those that operations within it made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if (
+            isinstance(made, torch.Tensor)
+            and made.dtype == torch.float64
+            and id(storage := made.untyped_storage()) not in self.alive
+        ):
+            self.alive[id(storage)] = storage.nbytes()
+            weakref.finalize(storage, self.alive.pop, id(storage))
+            self.peak = max(self.peak, sum(self.alive.values()))
+        return made
+
+
+@pytest.mark.parametrize("made", ["file", "merged"])
+def test_few_products_are_alive_at_once(made: str, tmp_path) -> None:
+    """In fp64 all of them would take several times the model's memory. Of one module, an export holds B A as read and
+    as wanted, two more products for the bound, the bound and what comparing takes; a merge holds B A alone. The factors
+    are counted as one more each."""
+    layers = 8
+    transformer = tiny_transformer(layers=layers)
+    add_lora(transformer, rank=RANK, alpha=ALPHA)
+    randomise_lora(transformer)
+    lora = LoraFile(lora_state(transformer), ALPHA, {})
+    sizes = [8 * len(b) * a.shape[1] for a, b in lora.pairs().values()]
+    base = tiny_transformer(layers=layers)
+    with Float64Bytes() as counted:
+        if made == "file":
+            export_lora(lora, "comfyui", torch.bfloat16, tmp_path / "l.safetensors", base, {})
+        else:
+            merge_lora(lora, torch.bfloat16, tmp_path / "merged", base)
+    assert max(sizes) <= counted.peak <= 12 * max(sizes) < sum(sizes) / 2
+    with Float64Bytes() as counted:
+        kept = [lora.delta(module) for module in lora.pairs()]
+    assert counted.peak >= sum(product.nbytes for product in kept) == sum(sizes), "it sees what is held"
+
+
+def test_the_check_of_memory_counts_what_an_export_takes(run: Path, monkeypatch) -> None:
+    """A byte less than is needed, and only the first blocks are read."""
+    needed = export.host_bytes(tiny_transformer(), trained()[0])
+    for free, part in ((needed, False), (needed - 1, True)):
+        monkeypatch.setattr(export, "available_host_bytes", lambda free=free: export.HOST_MARGIN + free)
+        monkeypatch.setattr(export, "FEW", 1)
+        assert ("first 1 blocks" in str(export_run(run))) is part
 
 
 def test_blocks_that_are_not_read_take_no_memory(run: Path) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.lora.formats import ADAPTER_METADATA, header_alpha, read_tensors
+from lowmem_drf.models.lora.formats import ADAPTER_METADATA, SIDES, header_alpha, read_tensors, split_key
 from lowmem_drf.models.wan.names import wan_name
 from lowmem_drf.models.weights.downloads import hub_file
 from lowmem_drf.models.weights.reader import Change
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
-_SIDES = {"lora_A.weight": "A", "lora_down.weight": "A", "lora_B.weight": "B", "lora_up.weight": "B", "alpha": "alpha"}
 _WHOLE = {"diff": "weight", "diff_b": "bias", "diff_m": "scale_shift_table"}
 """Suffix of what is added as it is -> the parameter of its module."""
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)[:/](.+\.safetensors)")
@@ -86,14 +85,17 @@ def read_changes(
     parts: dict[str, list[Change]] = {}
     unused, misfits = [], []
     for key, value in tensors.items():
-        stem, suffix = _split(key)
+        bare = key
+        for prefix in _PREFIXES:
+            bare = bare.removeprefix(prefix)
+        stem, suffix = split_key(bare, SIDES | _WHOLE)
         module = known.get(stem)
-        if module is None or suffix not in _SIDES | _WHOLE:
+        if module is None or not suffix:
             unused.append(key)
         elif not bool(value.isfinite().all()):
             misfits.append(f"{key} holds NaN or infinity")
-        elif suffix in _SIDES:
-            pairs.setdefault(module, {})[_SIDES[suffix]] = value
+        elif suffix in SIDES:
+            pairs.setdefault(module, {})[SIDES[suffix]] = value
         else:
             name = f"{module}.{_WHOLE[suffix]}".removeprefix(".")
             if shapes.get(name) == tuple(value.shape):
@@ -146,16 +148,6 @@ def _known_modules(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int
             continue
         known |= {own: module, f"lora_unet_{own.replace('.', '_')}": module}
     return known
-
-
-def _split(key: str) -> tuple[str, str]:
-    """(name of the module in the file without the prefix, suffix); an unknown suffix stays with the name."""
-    for prefix in _PREFIXES:
-        key = key.removeprefix(prefix)
-    for suffix in (*_SIDES, *_WHOLE):
-        if key.endswith(f".{suffix}"):
-            return key.removesuffix(f".{suffix}"), suffix
-    return key, ""
 
 
 def _added(value: Tensor) -> Change:

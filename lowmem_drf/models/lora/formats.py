@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -31,15 +31,7 @@ from lowmem_drf.models.wan.names import BLOCK_LINEARS
 LoraFormat = Literal["comfyui", "diffusers", "kohya"]
 FORMATS: tuple[str, ...] = get_args(LoraFormat)
 
-_DIFFUSERS = {wan: name for name, wan in BLOCK_LINEARS.items()}
-_UNDERSCORED = {wan.replace(".", "_"): name for name, wan in BLOCK_LINEARS.items()}
-_SUFFIXES = {
-    "lora_A.weight": "A",
-    "lora_down.weight": "A",
-    "lora_B.weight": "B",
-    "lora_up.weight": "B",
-    "alpha": "alpha",
-}
+SIDES = {"lora_A.weight": "A", "lora_down.weight": "A", "lora_B.weight": "B", "lora_up.weight": "B", "alpha": "alpha"}
 ADAPTER_METADATA = "lora_adapter_metadata"
 
 
@@ -84,9 +76,9 @@ def to_format(
             tensors[f"transformer.{name}"] = value.to(dtype)
         elif form == "comfyui":
             folded = value * (alpha / rank) if side == "A" else value
-            tensors[f"diffusion_model.{_wan_name(module, form)}.lora_{side}.weight"] = folded.to(dtype)
+            tensors[f"{_stem(module, form)}.lora_{side}.weight"] = folded.to(dtype)
         else:
-            stem = "lora_unet_" + _wan_name(module, form).replace(".", "_")
+            stem = _stem(module, form)
             tensors[f"{stem}.lora_{'down' if side == 'A' else 'up'}.weight"] = value.to(dtype)
             tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     if lost := [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]:
@@ -144,8 +136,12 @@ def from_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> L
     """
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        stem, suffix = _split_key(key)
-        pairs.setdefault(_module_name(stem), {})[_SUFFIXES[suffix]] = value.to(torch.float32)
+        stem, suffix = split_key(key, SIDES)
+        if not suffix:
+            raise BadInputError(
+                f"its tensor {key} is not part of a LoRA that this program reads (pairs of lora_A and lora_B, or lora_down and lora_up)"
+            )
+        pairs.setdefault(_module_name(stem), {})[SIDES[suffix]] = value.to(torch.float32)
     if not pairs:
         raise BadInputError("it holds no LoRA")
     if half := [module for module, pair in pairs.items() if not {"A", "B"} <= pair.keys()]:
@@ -179,35 +175,31 @@ def model_hash(file: bytes) -> str:
     return hashlib.sha256(file[8 + int.from_bytes(file[:8], "little") :]).hexdigest()
 
 
-def _wan_name(module: str, form: str) -> str:
+def split_key(key: str, suffixes: Iterable[str]) -> tuple[str, str]:
+    """A key -> (what it calls the module, suffix). An unknown suffix stays with the name, and is empty."""
+    suffix = next((suffix for suffix in suffixes if key.endswith(f".{suffix}")), "")
+    return (key.removesuffix(f".{suffix}"), suffix) if suffix else (key, "")
+
+
+def _stem(module: str, form: LoraFormat) -> str:
+    """What a file of ComfyUI's or kohya's calls a Linear of a block."""
     match = re.fullmatch(r"(blocks\.\d+)\.(.+)", module)
     if match is None or match[2] not in BLOCK_LINEARS:
         raise BadInputError(f"The {form} format has no name for a LoRA on {module}. Export with --format diffusers.")
-    return f"{match[1]}.{BLOCK_LINEARS[match[2]]}"
-
-
-def _split_key(key: str) -> tuple[str, str]:
-    for suffix in _SUFFIXES:
-        if key.endswith(f".{suffix}"):
-            return key.removesuffix(f".{suffix}"), suffix
-    raise BadInputError(
-        f"its tensor {key} is not part of a LoRA that this program reads (pairs of lora_A and lora_B, or lora_down and lora_up)"
-    )
+    own = f"{match[1]}.{BLOCK_LINEARS[match[2]]}"
+    return f"diffusion_model.{own}" if form == "comfyui" else f"lora_unet_{own.replace('.', '_')}"
 
 
 def _module_name(stem: str) -> str:
-    """A key without its suffix -> the module's name in diffusers."""
-    if match := re.fullmatch(r"diffusion_model\.(blocks\.\d+)\.(.+)", stem):
-        name, known = match[2], _DIFFUSERS
-    elif match := re.fullmatch(r"lora_unet_(blocks_\d+)_(.+)", stem):
-        name, known = match[2], _UNDERSCORED
-    elif stem.startswith(("diffusion_model.", "lora_")):
-        raise BadInputError(f"its module {stem} is none of a Wan transformer's blocks: this is a LoRA of another model")
-    else:
+    """The inverse of ``_stem``; a file of diffusers' has the module's own name, with its prefix or, in a checkpoint,
+    without."""
+    if not stem.startswith(("diffusion_model.", "lora_")):
         return stem.removeprefix("transformer.")
-    if name not in known:
-        raise BadInputError(f"its module {stem} is none of a Wan transformer's: this is a LoRA of another model")
-    return f"{match[1].replace('_', '.')}.{known[name]}"
+    if number := re.search(r"blocks[._](\d+)", stem):
+        for module in (f"blocks.{number[1]}.{linear}" for linear in BLOCK_LINEARS):
+            if stem in (_stem(module, "comfyui"), _stem(module, "kohya")):
+                return module
+    raise BadInputError(f"its module {stem} is none of a Wan transformer's: this is a LoRA of another model")
 
 
 def header_alpha(metadata: Mapping[str, str], rank: int) -> float:
