@@ -3,6 +3,7 @@ probability."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,38 +16,18 @@ from lowmem_drf.video import write_mp4
 
 if TYPE_CHECKING:
     from PIL import Image
-    from PIL.ImageDraw import ImageDraw
-    from PIL.ImageFont import FreeTypeFont
+    from PIL.ImageFont import FreeTypeFont, ImageFont
     from torch import Tensor
 
     from lowmem_drf.scoring.saliency import Saliency
     from lowmem_drf.scoring.score import ClipScore, QuestionScore
 
-INFERNO = (
-    (0, 0, 4),
-    (40, 11, 84),
-    (101, 21, 110),
-    (159, 42, 99),
-    (212, 72, 66),
-    (245, 125, 21),
-    (250, 193, 39),
-    (252, 255, 164),
-)
-"""Support points of matplotlib's ``inferno`` (CC0): lightness rises evenly from black to pale yellow."""
-PERCENTILE = 0.995
-"""Of a map's values over the clip: what is full heat. A few extreme pixels would darken the rest."""
-
-WIDTH, MARGIN, GAP = 1600, 24, 16
-PANEL_HEIGHT = 416
-THUMB = (124, 72)
-"""Widest and highest of a question's map."""
-COLUMNS = 4
-LINE = 18
-GROUND, INK, SPOKEN, FAINT, GOOD, BAD = "#121317", "#eceef2", "#c3cad6", "#969ba6", "#7fd1a2", "#ff6f61"
-ASPECT_INKS = {"TA": "#79b8ff", "Phy": "#f2b35d", "VQ": "#c6a0f6"}
-EDGE = "#343842"
-MIN_SECONDS = 4.0
-"""A shorter clip is slowed down to this."""
+PERCENTILE = 0.995  # of a map's values over the clip: full heat. A few extreme pixels would darken the rest
+WIDTH, MARGIN, GAP, COLUMNS, LINE = 1600, 24, 16, 4, 18
+PANEL, THUMB = ((WIDTH - 2 * MARGIN - GAP) // 2, 416), (124, 4 * LINE)
+"""Widest and highest of the two large pictures, and of a question's map."""
+GROUND, EDGE, INK, FAINT, GOOD, BAD = "#121317", "#343842", "#eceef2", "#969ba6", "#7fd1a2", "#ff6f61"
+MIN_SECONDS = 4.0  # a shorter clip is slowed down to this
 
 
 def write_heatmap(
@@ -58,116 +39,90 @@ def write_heatmap(
 
 
 def draw(frames_TCHW: Tensor, saliency: Saliency, score: ClipScore, prompt: str) -> Tensor:
-    """The clip's pictures: (T, 3, H', W'), float in [0, 1]."""
-    page = _Page(frames_TCHW.shape[-2:], score, prompt)
-    big_TCHW = _fit(frames_TCHW, page.panel)
-    small_TCHW = _fit(frames_TCHW, page.thumb)
-    pictures_THWC = np.repeat(np.asarray(page.image)[None], len(frames_TCHW), axis=0)
-    _paste(pictures_THWC, big_TCHW, page.panels[0])
-    _paste(pictures_THWC, glow(big_TCHW, saliency.total_THW), page.panels[1])
-    for place, map_THW in zip(page.thumbs, saliency.by_question_QTHW[page.order], strict=True):
-        _paste(pictures_THWC, glow(small_TCHW, map_THW), place)
-    return torch.from_numpy(pictures_THWC).permute(0, 3, 1, 2).float() / 255
+    """The clip's pictures: (T, 3, H', W'), float in [0, 1]. Two large pictures side by side, below them the questions
+    by aspect."""
+    aspects = list(dict.fromkeys(v.question.aspect for v in score.verdicts))
+    order = sorted(range(len(score.verdicts)), key=lambda i: aspects.index(score.verdicts[i].question.aspect))
+    large_TCHW, small_TCHW = (_fit(frames_TCHW, _inside(frames_TCHW.shape[-2:], *box)) for box in (PANEL, THUMB))
+    clips = [
+        large_TCHW,
+        glow(large_TCHW, saliency.total_THW),
+        *(glow(small_TCHW, saliency.by_question_QTHW[i]) for i in order),
+    ]
+
+    height, width = large_TCHW.shape[-2:]
+    left, top, below = (WIDTH - 2 * width - GAP) // 2, MARGIN + 72, MARGIN + 72 + height + 34
+    across, down = (WIDTH - 2 * MARGIN + GAP) // COLUMNS, THUMB[1] + GAP
+    cards = [(MARGIN + i % COLUMNS * across, below + i // COLUMNS * down) for i in range(len(order))]
+    places = [(left, top), (left + width + GAP, top), *cards]
+    image = _page(places, clips, [score.verdicts[i] for i in order], across - GAP, prompt, f"reward {score.reward:.3f}")
+    page_CHW = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    pages_TCHW = page_CHW.repeat(len(frames_TCHW), 1, 1, 1)
+    for (x, y), clip_TCHW in zip(places, clips, strict=True):
+        pages_TCHW[:, :, y : y + clip_TCHW.shape[-2], x : x + clip_TCHW.shape[-1]] = clip_TCHW.clamp(0, 1)
+    return pages_TCHW
+
+
+def _page(
+    places: Sequence[tuple[int, int]],
+    clips: Sequence[Tensor],
+    verdicts: Sequence[QuestionScore],
+    card: int,
+    prompt: str,
+    reward: str,
+) -> Image.Image:
+    """All that does not move. ``places``: of the two large pictures, then of the questions' maps. ``card``: width of a
+    question's map and text."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    title, small = ImageFont.load_default(22), ImageFont.load_default(15)
+    image = Image.new(
+        "RGB", (WIDTH, 2 * ((places[-1][1] + max(THUMB[1], clips[-1].shape[-2]) + MARGIN + 1) // 2)), GROUND
+    )
+    pen = ImageDraw.Draw(image)
+    for i, line in enumerate(_wrap(prompt, title, WIDTH - 2 * MARGIN - 200, 2)):
+        pen.text((MARGIN, MARGIN + 30 * i), line, INK, title)
+    pen.text((WIDTH - MARGIN, MARGIN), reward, INK, title, anchor="ra")
+    for (x, y), clip_TCHW, text in zip(
+        places, clips, ["what the critic is shown", "|d reward / d pixel|", *[""] * len(verdicts)], strict=True
+    ):
+        # a dark picture is seen to end
+        pen.rectangle((x - 1, y - 1, x + clip_TCHW.shape[-1], y + clip_TCHW.shape[-2]), outline=EDGE)
+        pen.text((x, y + clip_TCHW.shape[-2] + 5), text, FAINT, small)
+    for (x, y), v in zip(places[2:], verdicts, strict=True):
+        inset = clips[2].shape[-1] + 12
+        yesno = v.question.kind == "yesno"
+        said = f"says {v.said} {v.p_said:.0%}, wanted {v.question.answer}" if yesno else f"says: {v.said}"
+        asked, answered = (
+            _wrap(text, small, card - inset, n) for text, n in ((v.question.text, 1 + yesno), (said, 2 - yesno))
+        )
+        lines = [(f"{v.question.aspect}, p(wanted) {v.p_answer:.0%}", FAINT), *((line, INK) for line in asked)]
+        for i, (line, ink) in enumerate(
+            [*lines, *((line, BAD if v.disagrees else GOOD if yesno else FAINT) for line in answered)]
+        ):
+            pen.text((x + inset, y + LINE * i - 2), line, ink, small)
+    return image
 
 
 def glow(frames_TCHW: Tensor, map_THW: Tensor) -> Tensor:
     """Frames in gray, darkened, with the map over them as heat: (T, 3, H, W), float in [0, 1]. One scale for the whole
     clip."""
     heat_T1HW = _fit(map_THW[:, None], frames_TCHW.shape[-2:])
-    top = torch.quantile(_some(heat_T1HW), PERCENTILE)
+    top = float(np.quantile(heat_T1HW.numpy(), PERCENTILE))
     heat_T1HW = (heat_T1HW / top).clamp(0, 1) if top > 0 else torch.zeros_like(heat_T1HW)
-    gray_T1HW = frames_TCHW.mean(1, keepdim=True) * 0.55
-    alpha_T1HW = heat_T1HW.sqrt()
-    return gray_T1HW * (1 - alpha_T1HW) + colormap(heat_T1HW[:, 0]) * alpha_T1HW
+    return torch.lerp(frames_TCHW.mean(1, keepdim=True) * 0.55, colormap(heat_T1HW[:, 0]), heat_T1HW.sqrt())
 
 
 def colormap(values_THW: Tensor) -> Tensor:
-    """[0, 1] -> colors (T, 3, H, W) in [0, 1]: ``INFERNO``, linear between its points."""
-    points_PC = torch.tensor(INFERNO, dtype=torch.float32) / 255
-    place = values_THW.clamp(0, 1) * (len(points_PC) - 1)
-    low = place.floor().clamp(max=len(points_PC) - 2).long()
-    share = (place - low)[..., None]
-    return (points_PC[low] * (1 - share) + points_PC[low + 1] * share).permute(0, 3, 1, 2)
+    """[0, 1] -> colors (T, 3, H, W) in [0, 1]: black, red, yellow, white, linear between them."""
+    return torch.stack([3 * values_THW, 3 * values_THW - 1, 3 * values_THW - 2], 1).clamp(0, 1)
 
 
-class _Page:
-    """Everything that does not move, and the places of what does."""
-
-    def __init__(self, size: Sequence[int], score: ClipScore, prompt: str) -> None:
-        from PIL import Image, ImageDraw
-
-        self.panel = _inside(size, (WIDTH - 2 * MARGIN - GAP) // 2, PANEL_HEIGHT)
-        self.thumb = _inside(size, *THUMB)
-        aspects = list(dict.fromkeys(v.question.aspect for v in score.verdicts))
-        self.order = [i for aspect in aspects for i, v in enumerate(score.verdicts) if v.question.aspect == aspect]
-        self.thumbs: list[tuple[int, int]] = []
-        card = (WIDTH - 2 * MARGIN - (COLUMNS - 1) * GAP) // COLUMNS
-        tall = max(self.thumb[0], 4 * LINE)
-        rows = -(-len(self.order) // COLUMNS)
-        title = _wrap(prompt, 22, WIDTH - 2 * MARGIN - 200, 2)
-        top = MARGIN + 30 * len(title) + 12
-        below = top + self.panel[0] + 34
-        height = below + rows * (tall + GAP) + MARGIN - GAP
-        self.image: Image.Image = Image.new("RGB", (WIDTH, height + height % 2), GROUND)
-        pen = ImageDraw.Draw(self.image)
-        for i, line in enumerate(title):
-            pen.text((MARGIN, MARGIN + 30 * i), line, INK, _font(22))
-        pen.text((WIDTH - MARGIN, MARGIN), f"reward {score.reward:.3f}", INK, _font(22), anchor="ra")
-        left = (WIDTH - 2 * self.panel[1] - GAP) // 2
-        self.panels = ((left, top), (left + self.panel[1] + GAP, top))
-        for (x, y), name in zip(self.panels, ("what the critic is shown", "|d reward / d pixel|"), strict=True):
-            _frame(pen, x, y, self.panel)
-            pen.text((x, y + self.panel[0] + 5), name, FAINT, _font(14))
-        for i, which in enumerate(self.order):
-            x, y = MARGIN + i % COLUMNS * (card + GAP), below + i // COLUMNS * (tall + GAP)
-            self.thumbs.append((x, y))
-            _frame(pen, x, y, self.thumb)
-            self._card(pen, score.verdicts[which], x + self.thumb[1] + 12, y, card - self.thumb[1] - 12)
-
-    def _card(self, pen: ImageDraw, verdict: QuestionScore, x: int, y: int, width: int) -> None:
-        question = verdict.question
-        pen.text((x, y - 2), question.aspect, ASPECT_INKS[question.aspect], _font(13))
-        pen.text((x + width, y - 2), f"p(wanted) {verdict.p_answer:.0%}", FAINT, _font(13), anchor="ra")
-        lines = _wrap(question.text, 15, width, 2 if question.kind == "yesno" else 1)
-        for i, line in enumerate(lines):
-            pen.text((x, y + LINE * (i + 1) - 3), line, INK, _font(15))
-        at = y + LINE * (len(lines) + 1) - 1
-        if question.kind == "yesno":
-            said = f"says {verdict.said} {verdict.p_said:.0%}, wanted {question.answer}"
-            pen.text((x, at), said, BAD if verdict.disagrees else GOOD, _font(14))
-        else:
-            for i, line in enumerate(_wrap(f"says: {verdict.said}", 14, width, 2)):
-                pen.text((x, at + LINE * i), line, SPOKEN, _font(14))
-
-
-def _frame(pen: ImageDraw, x: int, y: int, size: tuple[int, int]) -> None:
-    """Around a picture, so that a dark one is seen to end."""
-    pen.rectangle((x - 1, y - 1, x + size[1], y + size[0]), outline=EDGE)
-
-
-def _font(size: int) -> FreeTypeFont:
-    """Pillow's own face: no font needs to be installed."""
-    from PIL import ImageFont
-
-    font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont)
-    return font
-
-
-def _wrap(text: str, size: int, width: int, lines: int) -> list[str]:
-    """The text in at most so many lines of ``width`` pixels; what does not fit ends in an ellipsis."""
-    font = _font(size)
-    wrapped, rest = list[str](), text.split()
-    while rest and len(wrapped) < lines:
-        fitting = next((n for n in range(len(rest), 0, -1) if font.getlength(" ".join(rest[:n])) <= width), 1)
-        wrapped.append(" ".join(rest[:fitting]))
-        rest = rest[fitting:]
-    if wrapped:
-        cut = wrapped[-1] + (" …" if rest else "")
-        while font.getlength(cut) > width and len(cut) > 2:
-            cut = cut.rstrip(" …")[:-1].rstrip() + "…"
-        wrapped[-1] = cut
-    return wrapped
+def _wrap(text: str, font: FreeTypeFont | ImageFont, width: int, lines: int) -> list[str]:
+    """The text in at most so many lines of about ``width`` pixels, by the mean width of its letters; what does not fit
+    ends in an ellipsis."""
+    columns = int(0.95 * width * len(text) / max(1.0, font.getlength(text)))
+    return textwrap.wrap(text, max(2, columns), max_lines=lines, placeholder=" …")
 
 
 def _inside(size: Sequence[int], width: int, height: int) -> tuple[int, int]:
@@ -178,19 +133,5 @@ def _inside(size: Sequence[int], width: int, height: int) -> tuple[int, int]:
 
 def _fit(frames_TCHW: Tensor, size: Sequence[int]) -> Tensor:
     """Shrunk by area, so that nothing thin is lost; enlarged by repetition, so that pixels stay pixels."""
-    height, width = frames_TCHW.shape[-2:]
-    if size[0] <= height and size[1] <= width:
-        return F.interpolate(frames_TCHW, size=tuple(size), mode="area")
-    return F.interpolate(frames_TCHW, size=tuple(size), mode="nearest-exact")
-
-
-def _some(values: Tensor, limit: int = 2**20) -> Tensor:
-    """At most so many of the values, evenly spaced: ``torch.quantile`` takes no more than 16 million."""
-    flat = values.flatten()
-    return flat[:: -(-len(flat) // limit)]
-
-
-def _paste(pictures_THWC: np.ndarray, frames_TCHW: Tensor, place: tuple[int, int]) -> None:
-    pixels_THWC = (frames_TCHW.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    x, y = place
-    pictures_THWC[:, y : y + pixels_THWC.shape[1], x : x + pixels_THWC.shape[2]] = pixels_THWC
+    shrinks = size[0] <= frames_TCHW.shape[-2] and size[1] <= frames_TCHW.shape[-1]
+    return F.interpolate(frames_TCHW, size=tuple(size), mode="area" if shrinks else "nearest-exact")
