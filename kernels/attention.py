@@ -35,6 +35,7 @@ from lowmem_drf.kernels.attention_backward import (
     FP32_TILES,
     LOG2E,
     attention_backward_op,
+    check_inputs,
     describe,
     dot,
     launchable,
@@ -309,38 +310,12 @@ def attention_backward(
 def _checked(q: Tensor, k: Tensor, v: Tensor, scale: float | None, ranges: Tensor | None) -> float:
     """The scale to use, once everything fits."""
     tensors = {"q": q, "k": k, "v": v} | ({} if ranges is None else {"ranges": ranges})
-    if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in DTYPES:
-        got = ", ".join(f"{name} {x.dtype}" for name, x in tensors.items())
-        raise TypeError(
-            f"q, k and v must have one dtype, bfloat16, float16 or float32; got {got}. For float64 take attention_naive."
-        )
-    if len({x.device for x in tensors.values()}) > 1 or q.device.type not in ("cuda", "cpu"):
-        raise ValueError(
-            f"All tensors must be on one CUDA card; got {', '.join(f'{name} on {x.device}' for name, x in tensors.items())}."
-        )
-    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
-    if (
-        q.dim() != 4
-        or k.dim() != 4
-        or k.shape != v.shape
-        or q.shape[0] != k.shape[0]
-        or q.shape[3] != k.shape[3]
-        or 0 in (*q.shape, *k.shape)
-    ):
-        raise ValueError(f"q must be (B, L, H, d), k and v (B, M, G, d), none of them empty; got {shapes}.")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"The heads of q must be a multiple of those of k; got {shapes}.")
-    if q.shape[3] not in HEAD_DIMS:
-        raise ValueError(
-            f"The head dimension must be one of {HEAD_DIMS}; got {shapes}. Take attention_naive or PyTorch's attention."
-        )
+    scale = check_inputs(tensors, scale, DTYPES, HEAD_DIMS, "attention_naive")
     if ranges is not None and ranges.dtype is not torch.int32:
         raise TypeError(f"ranges must be int32, got {ranges.dtype}.")
     if ranges is not None and ranges.shape not in ((1, q.shape[1], 3), (q.shape[0], q.shape[1], 3)):
-        raise ValueError(f"ranges must be (B or 1, L, 3); got {shapes}.")
-    if scale is not None and scale <= 0:
-        raise ValueError(f"scale must be positive, got {scale}.")
-    return q.shape[3] ** -0.5 if scale is None else float(scale)
+        raise ValueError(f"ranges must be (B or 1, L, 3); q is {tuple(q.shape)}, ranges {tuple(ranges.shape)}.")
+    return scale
 
 
 def causal_ranges(L: int, device: torch.device | str) -> Tensor:

@@ -22,7 +22,7 @@ thread; ``bench/kernels/resources.py`` counts them).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import triton
@@ -355,6 +355,50 @@ _tuned_key, _tuned_key_fp32 = (
 _tuned_query, _tuned_query_fp32 = (
     tuned(tiles, key=["D"])(attention_query_backward_kernel) for tiles in (QUERY_TILES, FP32_TILES)
 )
+
+
+def check_inputs(
+    tensors: Mapping[str, Tensor],
+    scale: float | None,
+    dtypes: Sequence[torch.dtype],
+    head_dims: Sequence[int],
+    otherwise: str,
+) -> float:
+    """The scale to use. ``tensors``: q, k, v and what else has to be on their device; ``otherwise``: what to call where
+    they do not fit.
+
+    Raises:
+        TypeError: a dtype that is not one of ``dtypes``, or several.
+        ValueError: shapes or devices that do not fit together; a scale that is not positive.
+    """
+    q, k, v = (tensors[name] for name in "qkv")
+    if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in dtypes:
+        got, known = (
+            ", ".join(f"{name} {x.dtype}" for name, x in tensors.items()),
+            ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes),
+        )
+        raise TypeError(f"q, k and v must have one dtype of {known}; got {got}. For others take {otherwise}.")
+    if len({x.device for x in tensors.values()}) > 1 or q.device.type not in ("cuda", "cpu"):
+        raise ValueError(
+            f"All tensors must be on one CUDA card; got {', '.join(f'{name} on {x.device}' for name, x in tensors.items())}."
+        )
+    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+    if (
+        q.dim() != 4
+        or k.dim() != 4
+        or k.shape != v.shape
+        or q.shape[0] != k.shape[0]
+        or q.shape[3] != k.shape[3]
+        or 0 in (*q.shape, *k.shape)
+    ):
+        raise ValueError(f"q must be (B, L, H, d), k and v (B, M, G, d), none of them empty; got {shapes}.")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"The heads of q must be a multiple of those of k; got {shapes}.")
+    if q.shape[3] not in head_dims:
+        raise ValueError(f"The head dimension must be one of {head_dims}; got {shapes}. For others take {otherwise}.")
+    if scale is not None and scale <= 0:
+        raise ValueError(f"scale must be positive, got {scale}.")
+    return q.shape[3] ** -0.5 if scale is None else float(scale)
 
 
 def launchable(x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from lowmem_drf.kernels.attention_backward import LOG2E, UPCAST, dot, launchable, load_tile, store_tile
+from lowmem_drf.kernels.attention_backward import LOG2E, UPCAST, check_inputs, dot, launchable, load_tile, store_tile
 from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tiles_for, tuned
 
 HEAD_DIMS = (64, 128)
@@ -211,32 +211,10 @@ def attention_int8(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
     tensors = {"q": q, "k": k, "v": v}
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values()):
         raise ValueError("attention_int8 has no gradient. Call it under torch.no_grad(), or take attention.")
-    if len({x.dtype for x in tensors.values()}) > 1 or q.dtype not in (torch.bfloat16, torch.float16):
-        got = ", ".join(f"{name} {x.dtype}" for name, x in tensors.items())
-        raise TypeError(
-            f"q, k and v must have one dtype, bfloat16 or float16; got {got}. For others take attention_int8_naive."
-        )
-    if len({x.device for x in tensors.values()}) > 1 or q.device.type not in ("cuda", "cpu"):
-        raise ValueError(
-            f"All tensors must be on one CUDA card; got {', '.join(f'{name} on {x.device}' for name, x in tensors.items())}."
-        )
-    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
-    if (
-        q.dim() != 4
-        or k.dim() != 4
-        or k.shape != v.shape
-        or q.shape[0] != k.shape[0]
-        or q.shape[3] != k.shape[3]
-        or 0 in (*q.shape, *k.shape)
-    ):
-        raise ValueError(f"q must be (B, L, H, d), k and v (B, M, G, d), none of them empty; got {shapes}.")
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"The heads of q must be a multiple of those of k; got {shapes}.")
-    if q.shape[3] not in HEAD_DIMS:
-        raise ValueError(f"The head dimension must be one of {HEAD_DIMS}; got {shapes}. Take attention.")
-    if scale is not None and scale <= 0:
-        raise ValueError(f"scale must be positive, got {scale}.")
-    return attention_int8_op(q, k, v, q.shape[3] ** -0.5 if scale is None else float(scale))
+    scale = check_inputs(
+        tensors, scale, (torch.bfloat16, torch.float16), HEAD_DIMS, "attention or attention_int8_naive"
+    )
+    return attention_int8_op(q, k, v, scale)
 
 
 def variants(card: int) -> Iterator[Variant]:

@@ -72,11 +72,8 @@ def empty_transformer(config: Mapping[str, Any], layers: int | None = None, quan
 
     require_library(quant, "model.quant", ("none", "nf4", "int8"))
 
-    settings = dict(config)
-    if layers is not None:
-        settings["num_layers"] = min(layers, settings["num_layers"])
     with torch.device("meta"):
-        model = WanTransformer3DModel.from_config(settings)
+        model = WanTransformer3DModel.from_config(_cut(config, layers))
     rope: Any = model.rope
     model.rope = type(rope)(rope.attention_head_dim, rope.patch_size, rope.max_seq_len)
     lay_out(model, quant, in_transformer)
@@ -96,11 +93,13 @@ def empty_text(config: Mapping[str, Any], layers: int | None = None) -> Any:
     """The text encoder on ``meta``."""
     from transformers import UMT5Config, UMT5EncoderModel
 
-    settings = dict(config)
-    if layers is not None:
-        settings["num_layers"] = min(layers, settings["num_layers"])
     with torch.device("meta"):
-        return UMT5EncoderModel(UMT5Config.from_dict(settings))
+        return UMT5EncoderModel(UMT5Config.from_dict(_cut(config, layers)))
+
+
+def _cut(config: Mapping[str, Any], layers: int | None) -> dict[str, Any]:
+    """A ``config.json`` with at most so many layers."""
+    return dict(config) if layers is None else {**config, "num_layers": min(layers, config["num_layers"])}
 
 
 def fill_as_loaded(

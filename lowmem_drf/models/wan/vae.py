@@ -12,7 +12,7 @@ its input and of its caches, and on ``halo`` rows besides. ``wan_strips`` uses t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +84,7 @@ def segments_of(decoder: Any, patch_size: int | None, norm_silu: NormSilu | None
     def residual(block: Any, opens_shortcut: bool = False) -> Segment:
         channels = block.conv2.out_channels
         if norm_silu is None:
-            return Segment(_Residual(block), 2, channels, halo=2, opens_shortcut=opens_shortcut)
+            return Segment(_Block(block, _with_caches), 2, channels, halo=2, opens_shortcut=opens_shortcut)
         module = wan_fused.Residual(block, norm_silu)
         return Segment(module, 2, channels, halo=2, opens_shortcut=opens_shortcut, unread={1: block.conv2.in_channels})
 
@@ -104,9 +104,12 @@ def segments_of(decoder: Any, patch_size: int | None, norm_silu: NormSilu | None
         )
 
     middle, shortcuts = decoder.mid_block, [getattr(block, "avg_shortcut", None) for block in decoder.up_blocks]
-    found = [Segment(_ConvIn(decoder.conv_in), 1, decoder.conv_in.out_channels, halo=1), residual(middle.resnets[0])]
+    found = [
+        Segment(_Block(decoder.conv_in, _cached), 1, decoder.conv_in.out_channels, halo=1),
+        residual(middle.resnets[0]),
+    ]
     for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
-        found += [Segment(_Attention(attention), slots=0), residual(resnet)]
+        found += [Segment(_Block(attention, lambda block, x, caches: block(x)), slots=0), residual(resnet)]
     for block, shortcut, following in zip(decoder.up_blocks, shortcuts, [*shortcuts[1:], None], strict=True):
         found += [residual(resnet, shortcut is not None and i == 0) for i, resnet in enumerate(block.resnets)]
         # Wan 2.1's block has a list of one, Wan 2.2's the module; the last block of either has None
@@ -133,31 +136,21 @@ def _cached(conv: nn.Module, x: Tensor, caches: list[Any]) -> Tensor:
     return conv(x, entering)
 
 
-class _ConvIn(nn.Module):
-    def __init__(self, conv: nn.Module) -> None:
+def _with_caches(block: nn.Module, x: Tensor, caches: list[Any]) -> Tensor:
+    """A block of diffusers that reads its caches and writes what it hands on in their place."""
+    return block(x, feat_cache=caches, feat_idx=[0])
+
+
+class _Block(nn.Module):
+    """One of diffusers' modules, called by ``run(module, x, caches)``. It needs neither the shortcut nor to know which
+    chunk this is."""
+
+    def __init__(self, block: nn.Module, run: Callable[[nn.Module, Tensor, list[Any]], Tensor]) -> None:
         super().__init__()
-        self.conv = conv
+        self.block, self._run = block, run
 
     def forward(self, x: Tensor, caches: list[Any], first: bool, shortcut: Tensor | None, wants: Wants) -> Tensor:
-        return _cached(self.conv, x, caches)
-
-
-class _Residual(nn.Module):
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, x: Tensor, caches: list[Any], first: bool, shortcut: Tensor | None, wants: Wants) -> Tensor:
-        return self.block(x, feat_cache=caches, feat_idx=[0])
-
-
-class _Attention(nn.Module):
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, x: Tensor, caches: list[Any], first: bool, shortcut: Tensor | None, wants: Wants) -> Tensor:
-        return self.block(x)
+        return self._run(self.block, x, caches)
 
 
 class _Upsample(nn.Module):
@@ -166,7 +159,7 @@ class _Upsample(nn.Module):
         self.resample, self.shortcut = resample, shortcut
 
     def forward(self, x: Tensor, caches: list[Any], first: bool, shortcut: Tensor | None, wants: Wants) -> Tensor:
-        x = self.resample(x, feat_cache=caches, feat_idx=[0])
+        x = _with_caches(self.resample, x, caches)
         return x if self.shortcut is None else x + self.shortcut(shortcut, first_chunk=first)
 
 
