@@ -188,13 +188,14 @@ def assemble(
     meter: StageMeter,
     chosen: Chosen | None = None,
     other: OtherExpert | None = None,
+    store: HostStore | None = None,
 ) -> Models:
     """Loaded models with the configuration's memory settings on them, the VAE without its encoder. ``texts``: see
     ``Models``.
 
     ``chosen``: the form of the operations; ``None``: it is chosen here, for ``device``. ``other``: the transformer that
     is not trained, where there are two; it is parked and streamed where ``transformer`` is, and in a rollout one of
-    them is awake at a time.
+    them is awake at a time. ``store``: where tensors wait on the host; a plan's only counts.
 
     Raises BadInputError: the video's size does not fit the models, or a kernel that is asked for cannot run.
     """
@@ -203,7 +204,7 @@ def assemble(
     from lowmem_drf.models.wan.experts import two_experts
 
     drop_encoder(vae)
-    memory, store = config.memory, HostStore(device)
+    memory, store = config.memory, store or HostStore(device)
     streamed: dict[str, Streamed] = {}
     generators = {"transformer": transformer} | ({} if other is None else {"expert": other.transformer})
     if "transformer" in memory.stream:

@@ -24,6 +24,7 @@ from lowmem_drf.assembly.text_cache import DTYPES
 from lowmem_drf.config import chosen_preset, load_config, preset_card, preset_path
 from lowmem_drf.distributed.ranks import join
 from lowmem_drf.errors import BadInputError, LowmemError
+from lowmem_drf.memory.host import HostStore
 from lowmem_drf.memory.meter import Meter
 from lowmem_drf.models.generators import generator_config
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
@@ -33,6 +34,7 @@ from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.plan import ALLOCATOR_BLOCK, PlanMeter, make_plan, plan_prompts
 from lowmem_drf.planner.shortening import one_micro_batch
 from lowmem_drf.planner.stages import Plan
+from lowmem_drf.planner.store import planned_store
 from lowmem_drf.schema import Config
 from lowmem_drf.training.trainer import SingleTrainer, make_trainer
 from lowmem_drf.training.update import update
@@ -107,7 +109,7 @@ def measure(config: Config, device: torch.device, cap_gib: float | None, console
     _refuse_large(config)
     with console.status("measuring …"), Ledger(ALLOCATOR_BLOCK) as ledger:
         counted = PlanMeter(ledger)
-        models, prompts, questions = _random_models(config, device, counted)
+        models, prompts, questions = _random_models(config, device, counted, planned_store())
         counted.load(
             [
                 models.transformer,
@@ -116,7 +118,7 @@ def measure(config: Config, device: torch.device, cap_gib: float | None, console
                 *([models.expert] if models.expert else []),
             ]
         )
-        _updates(config, models, prompts, questions)
+        _updates(config, models, prompts, questions, ledger=ledger)
     clock = Meter(device)
     models, prompts, questions = _random_models(config, device, clock)
     seconds, _ = _updates(config, models, prompts, questions, count=2)
@@ -124,7 +126,7 @@ def measure(config: Config, device: torch.device, cap_gib: float | None, console
 
 
 def _random_models(
-    config: Config, device: torch.device, meter: Any
+    config: Config, device: torch.device, meter: Any, store: HostStore | None = None
 ) -> tuple[Models, list[Prompt], dict[str, tuple[Question, ...]]]:
     from lowmem_drf.models.qwen_vl.random_critic import random_critic
     from lowmem_drf.models.wan.random_generator import random_transformer, random_vae
@@ -153,7 +155,7 @@ def _random_models(
     }
     critic = random_critic(resolve(config.critic.id, "critic"), dtype, device, critic_rate(config), config.critic.quant)
     vae = random_vae(generator.vae, DTYPES[config.memory.vae_dtype], device)
-    models = assemble(config, transformer, vae, critic, texts, device, meter, other=other)
+    models = assemble(config, transformer, vae, critic, texts, device, meter, other=other, store=store)
     return with_partitioned_critic(config, models) if config.zero.critic else models, prompts, questions
 
 
@@ -163,12 +165,16 @@ def _updates(
     prompts: Sequence[Prompt],
     questions: Mapping[str, tuple[Question, ...]],
     count: int = 1,
+    ledger: Ledger | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds and peak GiB by stage of the last of ``count`` updates."""
     trainer, models = make_trainer(config, models)
     parts = models.parts(lora_parameters(models.transformer))
     if isinstance(trainer, SingleTrainer):
         trainer.fill()  # DeepSpeed's are made by its first step
+        if ledger is not None:
+            for moment in trainer.paged():
+                ledger.on_host(moment)
     for step in range(count):
         report = update(config, models, parts, trainer, step, prompts, questions, None)
     return report.stage_s, report.stage_peak_gib

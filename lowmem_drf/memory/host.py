@@ -13,13 +13,12 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lowmem_drf.errors import LowmemError
-from lowmem_drf.planner.ledger import IN_FLIGHT, Ledger
 
 ARENA = 64 * 1024**2
 """Bytes. Long enough for full speed over PCIe, short enough that the last one, half empty, costs nothing worth
@@ -27,6 +26,10 @@ counting."""
 
 ALIGN = 256
 """Bytes. Pieces begin at multiples of it."""
+
+IN_FLIGHT = 256 * 1024**2
+"""Bytes of the card that may wait for their copy to the host to end. The newest tensor may in any case: its copy runs
+beside the computation."""
 
 Piece = tuple[int, int, int]
 """Arena, offset, length."""
@@ -60,16 +63,44 @@ class Held:
         return coming()
 
 
+class Waiting(Protocol):
+    """A tensor that a ``Copier`` has put aside."""
+
+    def fetch(self) -> Callable[[], Tensor]:
+        """Starts the copy to the card. What it returns waits for the copy, and gives the tensor; it is called once."""
+        ...
+
+
+class Copier(Protocol):
+    """Copies tensors to host memory and back."""
+
+    def put(self, tensor: Tensor) -> Waiting:
+        """Starts the copy to the host of a tensor without gradient."""
+        ...
+
+    def settle(self) -> None:
+        """What is computed from here on waits for the copies to the host that are under way."""
+        ...
+
+    def keep(self, table: Tensor) -> Tensor:
+        """The tensor in host memory, where it stays and is read."""
+        ...
+
+    def send(self, rows: Tensor) -> Tensor:
+        """What was read there, on the card."""
+        ...
+
+
 class HostStore:
     """Puts tensors aside. One per run.
 
-    On a CPU run card and host are the same memory and nothing is copied, except under a ``Ledger``: there ``put`` makes
-    a copy that counts as the host's and ``get`` one that counts as the card's, so that the bytes are those of a run
-    with a card.
+    Args:
+        device: the card. On a CPU run card and host are the same memory and nothing is copied.
+        copier: does the copies; by default the one for ``device``.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._pinned = _Pinned(device) if device.type == "cuda" else None
+    def __init__(self, device: torch.device, copier: Copier | None = None) -> None:
+        self._copier: Copier = copier or (_Pinned(device) if device.type == "cuda" else _SameMemory())
 
     def put(self, tensor: Tensor) -> Held:
         """Starts the copy to the host. The caller may drop the card's tensor at once, and must not write into it. On
@@ -79,58 +110,52 @@ class HostStore:
         Raises:
             LowmemError: there is not enough host memory.
         """
-        tensor = tensor.detach()
-        if self._pinned is not None:
-            return Held(tensor.nbytes, self._pinned.put(tensor).fetch)
-        ledger = Ledger.active()
-        if ledger is not None:
-            return Held(tensor.nbytes, _Booked(tensor, ledger).fetch)
-        # a view would keep the whole storage it looks into
-        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-        own = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
-        return Held(tensor.nbytes, lambda: _arrived(own))
+        return Held(tensor.nbytes, self._copier.put(tensor.detach()).fetch)
 
     def settle(self) -> None:
         """Lets go of all tensors of the card whose copies are under way: what is computed from here on waits for those
         copies."""
-        ledger = Ledger.active()
-        if self._pinned is not None:
-            self._pinned.settle()
-        elif ledger is not None:
-            ledger.wait(ledger.link.sent(ledger.seconds))
+        self._copier.settle()
+
+    def keep(self, table: Tensor) -> Tensor:
+        """The tensor in host memory, where it stays and is read."""
+        return self._copier.keep(table.detach())
+
+    def send(self, rows: Tensor) -> Tensor:
+        """What was read of ``keep``'s tensor, on the card."""
+        return self._copier.send(rows)
 
 
-class _Booked:
-    """A tensor that waits on the host as far as the ledger knows."""
+class _Here:
+    """A tensor that waits where it is."""
 
-    def __init__(self, tensor: Tensor, ledger: Ledger) -> None:
-        with ledger.off_the_clock():
-            self._copy = tensor.clone(memory_format=torch.contiguous_format)
-        ledger.on_host(self._copy)
-        self._written, until = ledger.link.send(ledger.seconds, tensor.nbytes)
-        ledger.wait(until)
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
 
     def fetch(self) -> Callable[[], Tensor]:
-        ledger = Ledger.active()
-        if ledger is None:
-            return _arrived(self._copy.clone())
-        arrival = ledger.link.fetch(ledger.seconds, self._copy.nbytes, self._written)
-        with ledger.off_the_clock("from the host"):
-            tensor = self._copy.clone()
-
-        def wait() -> Tensor:
-            ledger.wait(arrival)
-            return tensor
-
-        return wait
+        return lambda: self._tensor
 
 
-def _arrived(tensor: Tensor) -> Callable[[], Tensor]:
-    return lambda: tensor
+class _SameMemory:
+    """The ``Copier`` of a CPU run."""
+
+    def put(self, tensor: Tensor) -> _Here:
+        # a view would keep the whole storage it looks into
+        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        return _Here(tensor if whole else tensor.clone(memory_format=torch.contiguous_format))
+
+    def settle(self) -> None:
+        pass
+
+    def keep(self, table: Tensor) -> Tensor:
+        return table
+
+    def send(self, rows: Tensor) -> Tensor:
+        return rows
 
 
 class _Pinned:
-    """The arenas of one card, and its two copy streams."""
+    """The ``Copier`` of a card: its arenas, and its two copy streams."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -168,6 +193,12 @@ class _Pinned:
     def settle(self) -> None:
         while self._leaving:
             self._let_go()
+
+    def keep(self, table: Tensor) -> Tensor:
+        return table.cpu()
+
+    def send(self, rows: Tensor) -> Tensor:
+        return rows.to(self._device)
 
     def fetch(self, held: _OnHost) -> _Coming:
         while self._leaving and self._leaving[0][1].query():

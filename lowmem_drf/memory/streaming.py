@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_drf.memory.host import ALIGN, HostStore
-from lowmem_drf.planner.ledger import Ledger
 
 Place = tuple[dict[str, Any], str, bool, torch.dtype, torch.Size, int]
 """Where a tensor belongs (a module's dictionary, the key), whether it is a parameter, its dtype, shape, and where it
@@ -178,24 +177,16 @@ class StreamedForward:
 
 class HostEmbedding(nn.Module):
     """In the place of an ``nn.Embedding``: its table stays in host memory, where rows are looked up; the rows go to
-    ``device``."""
+    ``device``, that of ``store``."""
 
-    def __init__(self, embedding: Any, device: torch.device) -> None:
+    def __init__(self, embedding: Any, device: torch.device, store: HostStore) -> None:
         super().__init__()
-        self.num_embeddings, self.device = embedding.num_embeddings, device
-        table = embedding.weight.detach().cpu()
-        if (ledger := Ledger.active()) is not None:
-            with ledger.off_the_clock():
-                table = table.clone()
-            ledger.on_host(table)
-        self._table = table
+        self.num_embeddings, self.device, self._store = embedding.num_embeddings, device, store
+        self._table = store.keep(embedding.weight)
 
     def forward(self, ids_BL: Tensor) -> Tensor:
         """(B, L, D), no gradient."""
-        rows_BLD = nn.functional.embedding(ids_BL.cpu(), self._table).to(self.device)
-        if (ledger := Ledger.active()) is not None:
-            ledger.wait(ledger.link.fetch(ledger.seconds, rows_BLD.nbytes, written=0.0))
-        return rows_BLD
+        return self._store.send(nn.functional.embedding(ids_BL.cpu(), self._table))
 
 
 def _frozen(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:

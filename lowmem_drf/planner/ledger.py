@@ -2,7 +2,7 @@
 
 A dispatch mode sees every storage that PyTorch makes and learns when it dies, so it counts what a caching allocator
 would be asked for, on real tensors as on fake ones (``fakes``). On a machine without CUDA fake tensors are fake CPU
-tensors; what would wait in host memory is booked there by ``HostStore`` (``on_host``).
+tensors; what would wait in host memory is booked there by ``planned_store`` (``on_host``).
 
 Not seen: workspaces inside a kernel (cuDNN, cuBLAS), the CUDA context and the allocator's fragmentation. ``plan``
 states them apart.
@@ -23,13 +23,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowmem_drf.memory.host import IN_FLIGHT
 from lowmem_drf.planner.costs import CONVOLUTIONS, Counters, Rates, facts
 from lowmem_drf.planner.fakes import DEVICE_OF, key_of, tensors_of
 from lowmem_drf.planner.pcie import Pcie
-
-IN_FLIGHT = 256 * 1024**2
-"""Bytes of the card that may wait for their copy to the host to end (``host``). The newest tensor may in any case: its
-copy runs beside the computation."""
 
 LOOKED_AT = 0.005
 """What the peak is made of is noted whenever it has grown by this share: the list may be that much short of the peak

@@ -24,7 +24,6 @@ from lowmem_drf.assembly.assemble import Models, assemble, critic_rate, run_prom
 from lowmem_drf.assembly.kernel_choice import choose_planned
 from lowmem_drf.assembly.questions import draft_questions
 from lowmem_drf.assembly.text_cache import BATCH, DTYPES, LARGE_BYTES
-from lowmem_drf.memory.host import HostStore
 from lowmem_drf.models.generators import GeneratorConfig, generator_config
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters, named_lora
 from lowmem_drf.models.qwen_vl.known import KNOWN
@@ -46,6 +45,7 @@ from lowmem_drf.planner.shortening import (
 from lowmem_drf.planner.stages import SUMS, Plan, StagePlan
 from lowmem_drf.planner.zero import PlannedTrainer, PlannedZero3
 from lowmem_drf.prompts import as_prompts
+from lowmem_drf.planner.store import planned_store
 from lowmem_drf.schema import Config
 from lowmem_drf.training.trainer import SingleTrainer, Trainer
 from lowmem_drf.types import Parts, Prompt, Question
@@ -234,6 +234,8 @@ def _trainer(config: Config, ledger: Ledger, models: Models) -> Trainer:
         return PlannedTrainer(config, ledger, lora)
     trainer = SingleTrainer(config, lora)
     trainer.fill()
+    for moment in trainer.paged():
+        ledger.on_host(moment)
     return trainer
 
 
@@ -262,7 +264,7 @@ def _encode_text(config: Config, generator: GeneratorConfig, mode: FakeTensorMod
         meter.stages["text"] = StagePlan(**nothing, host_gib=nbytes / GIB, what="it runs on the host")
         return
     if where == "stream":
-        stream_text(encoder, torch.device("cpu"), HostStore(torch.device("cpu")))
+        stream_text(encoder, torch.device("cpu"), planned_store())
     meter.load([encoder])
     ids_BL = torch.ones(1 if nbytes >= LARGE_BYTES else BATCH, config.model.text_tokens, dtype=torch.int64)
     with meter.stage("text"), torch.no_grad():
@@ -294,7 +296,18 @@ def _fake_models(
     vae = fake_vae(generator.vae, DTYPES[config.memory.vae_dtype], mode)
     meter.load([transformer, vae, critic.model, *([other.transformer] if other else [])])
     return (
-        assemble(config, transformer, vae, critic, texts, torch.device("cpu"), meter, choose_planned(config), other),
+        assemble(
+            config,
+            transformer,
+            vae,
+            critic,
+            texts,
+            torch.device("cpu"),
+            meter,
+            choose_planned(config),
+            other,
+            planned_store(),
+        ),
         prompts,
         questions,
     )

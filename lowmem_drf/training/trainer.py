@@ -11,7 +11,13 @@ import torch
 
 from lowmem_drf.assembly.assemble import Models
 from lowmem_drf.models.lora.adapter import named_lora
-from lowmem_drf.models.lora.optimizers import fill_states, make_optimizer, pack_optimizer, unpack_optimizer
+from lowmem_drf.models.lora.optimizers import (
+    fill_states,
+    make_optimizer,
+    pack_optimizer,
+    paged_moments,
+    unpack_optimizer,
+)
 from lowmem_drf.models.wan.denoiser import as_velocity
 from lowmem_drf.schema import Config
 
@@ -80,6 +86,10 @@ class SingleTrainer:
     def fill(self) -> None:
         """Makes the moments that the first step would make."""
         fill_states(self._optimizer)
+
+    def paged(self) -> list[Tensor]:
+        """The moments that may move to the host."""
+        return paged_moments(self._optimizer)
 
     def pack(self) -> dict[str, Tensor]:
         return pack_optimizer(self._optimizer, self._names)

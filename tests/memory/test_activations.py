@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from _blocks import STORE, gradients, make
+from _blocks import PLANNED, STORE, gradients, make
 from _relay import LIMIT, relative_difference
 from _tiny import tiny_condition, tiny_latents, tiny_transformer
 from _true_size import HIDDEN, graded_step, wan_1_3b
@@ -96,7 +96,7 @@ def test_forwards_may_be_many_before_a_backward_and_may_be_given_up():
     the host is empty after."""
     transformer = make()
     wanted = gradients(transformer, PLAIN)
-    set_activations(transformer, "host", store=STORE)
+    set_activations(transformer, "host", store=PLANNED)
     velocity, x, text = as_velocity(transformer), tiny_latents(2).requires_grad_(), tiny_condition(2)
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     with Ledger() as ledger:
@@ -132,7 +132,7 @@ def true_size():
         if key not in seen:
             with FakeTensorMode() as mode:
                 model = wan_1_3b(mode, layers)
-                set_activations(model, store=STORE, **settings)
+                set_activations(model, store=PLANNED, **settings)
                 seen[key] = graded_step(model)
         return seen[key]
 

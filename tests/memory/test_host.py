@@ -14,6 +14,7 @@ from lowmem_drf.errors import LowmemError
 from lowmem_drf.memory import host
 from lowmem_drf.memory.host import HostStore
 from lowmem_drf.planner.ledger import Ledger
+from lowmem_drf.planner.store import planned_store
 
 CPU = torch.device("cpu")
 
@@ -44,7 +45,7 @@ def test_on_a_cpu_nothing_is_copied_but_a_view_out_of_something_larger():
 
 
 def test_under_a_ledger_the_bytes_are_those_of_a_card_and_a_host():
-    store = HostStore(CPU)
+    store = planned_store()
     with Ledger() as ledger:
         tensor = torch.ones(1000)
         held = store.put(tensor)
@@ -91,10 +92,10 @@ def test_copies_are_ordered_whatever_their_streams_are_late_with(pinned_store):
             del held
         most = max(most, live)
     assert taken > 300
-    assert len(pinned_store._pinned._arenas) <= -(-most // host.ARENA)  # packed: not one arena more than the bytes need
+    assert len(pinned_store._copier._arenas) <= -(-most // host.ARENA)  # packed: not one arena more than the bytes need
     for held, values in waiting:
         assert held.get().tolist() == values
-    for stream in (pinned_store._pinned._to_host, pinned_store._pinned._to_card):
+    for stream in (pinned_store._copier._to_host, pinned_store._copier._to_card):
         stream.synchronize()
 
 
@@ -114,9 +115,9 @@ def test_the_card_holds_few_tensors_that_are_on_their_way(pinned_store):
 
 def test_weights_that_are_in_host_memory_already_are_packed_too(pinned_store):
     def put_from_host(tensor):
-        pinned_store._pinned._device = torch.device("meta")  # so that a CPU tensor is none of the card's
+        pinned_store._copier._device = torch.device("meta")  # so that a CPU tensor is none of the card's
         held = pinned_store.put(tensor)
-        pinned_store._pinned._device = CPU
+        pinned_store._copier._device = CPU
         return held
 
     assert put_from_host(torch.arange(100)).get().tolist() == list(range(100))

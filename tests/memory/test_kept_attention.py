@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from _blocks import STORE, gradients, make
+from _blocks import PLANNED, STORE, gradients, make
 from _relay import QUESTIONS, lora_gradients, plan_of
 from _tiny import Z_DIM, tiny_condition, tiny_latents, tiny_parts
 from _true_size import HIDDEN, TOKENS, graded_step, wan_1_3b
@@ -61,7 +61,7 @@ def test_kept_attentions_change_no_bit_and_none_runs_twice(where, checkpoint, sl
 
 def test_without_gradient_nothing_is_kept():
     transformer = make()
-    set_activations(transformer, store=STORE, keep_attention="host")
+    set_activations(transformer, store=PLANNED, keep_attention="host")
     with Ledger() as ledger, torch.no_grad():
         as_velocity(transformer)(tiny_latents(1), 0.5, tiny_condition(1))
         assert ledger.host_bytes == 0
@@ -93,10 +93,10 @@ def relay(monkeypatch):
         [QUESTIONS, QUESTIONS[::-1]],
     )
 
-    def run(plan, record, attentions=True, **settings):
-        recorder = Recorder(STORE, attentions) if record else None
+    def run(plan, record, attentions=True, store=STORE, **settings):
+        recorder = Recorder(store, attentions) if record else None
         set_activations(
-            transformer, store=STORE, keep_attention="host" if attentions else "none", recorder=recorder, **settings
+            transformer, store=store, keep_attention="host" if attentions else "none", recorder=recorder, **settings
         )
         counts = Counter()
 
@@ -166,7 +166,7 @@ def test_what_is_recorded_is_exact_whatever_the_rollout_is(relay, attentions):
 
 def test_records_are_used_up(relay):
     with Ledger() as ledger:
-        relay(plan_of((3, 4, 5), guidance=3.0), True)
+        relay(plan_of((3, 4, 5), guidance=3.0), True, store=PLANNED)
         gc.collect()
         assert ledger.peak_host_bytes > 0 == ledger.host_bytes
 
@@ -178,7 +178,7 @@ def true_size():
     def run(**settings):
         with FakeTensorMode() as mode:
             model = wan_1_3b(mode, 2)
-            set_activations(model, store=STORE, **settings)
+            set_activations(model, store=PLANNED, **settings)
             return graded_step(model)
 
     return run
@@ -199,8 +199,8 @@ def test_bytes_and_operations_of_a_record_at_true_size():
     """A rollout's pass and the graded step that takes it: one forward in all, and then the backward."""
     with FakeTensorMode() as mode:
         model = wan_1_3b(mode, 2)
-        recorder = Recorder(STORE, attentions=True)
-        set_activations(model, store=STORE, keep_attention="host", recorder=recorder)
+        recorder = Recorder(PLANNED, attentions=True)
+        set_activations(model, store=PLANNED, keep_attention="host", recorder=recorder)
         velocity = as_velocity(model, recorder)
         with Ledger() as ledger:
             ledger.adopt([*model.parameters(), *model.buffers()])

@@ -33,6 +33,7 @@ from lowmem_drf.models.wan.decoder import WanDecoder
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
 from lowmem_drf.models.weights.packed_linear import PackedLinear
 from lowmem_drf.planner.ledger import Ledger
+from lowmem_drf.planner.store import planned_store
 from lowmem_drf.types import Parts, Question
 
 CPU = torch.device("cpu")
@@ -62,7 +63,7 @@ def check_bytes(module):
     with Ledger() as ledger:
         ledger.adopt(storages_of(module))
         assert ledger.card_bytes == frozen + trainable and frozen > 100
-        parked = Parked("it", module, CPU, HostStore(CPU))
+        parked = Parked("it", module, CPU, planned_store())
         assert parked.nbytes == frozen and not parked.awake
         for _ in range(2):
             assert (ledger.card_bytes, ledger.host_bytes) == (trainable, frozen)
@@ -162,7 +163,7 @@ def test_bytes_at_true_size():
         frozen, trainable = sizes_of(model)
         with Ledger() as ledger:
             ledger.adopt(storages_of(model))
-            parked = Parked("transformer", model, CPU, HostStore(CPU))
+            parked = Parked("transformer", model, CPU, planned_store())
             assert (ledger.card_bytes, ledger.host_bytes) == (trainable, frozen) and frozen > 200 * 1024**2
             parked.wake()
             assert ledger.card_bytes == frozen + trainable
@@ -233,7 +234,7 @@ def test_a_relay_step_with_every_switch_on_equals_the_plain_one(slices, under_a_
     set_activations(transformer, checkpoint=False)
     wanted, _ = lora_gradients(drf_step, plain, plan, *inputs)
 
-    store = HostStore(CPU)
+    store = planned_store() if under_a_ledger else HostStore(CPU)
     with Ledger() if under_a_ledger else nullcontext():
         set_activations(transformer, "host", slices=slices, store=store)
         modules = {"transformer": transformer, "vae": vae, "critic": critic.model}

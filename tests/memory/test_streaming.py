@@ -22,6 +22,7 @@ from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
 from lowmem_drf.models.weights.packed_linear import PackedLinear
 from lowmem_drf.ops import fused_ops, naive_ops, triton_attention
 from lowmem_drf.planner.ledger import Ledger
+from lowmem_drf.planner.store import planned_store
 from lowmem_drf.types import Question
 
 CPU = torch.device("cpu")
@@ -65,8 +66,8 @@ SETTINGS = [
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=[",".join(map(str, one)) or "plain" for one in SETTINGS])
 def test_gradients_are_those_of_resident_weights_to_the_bit(settings):
-    transformer, store = tuned(), HostStore(CPU)
-    set_activations(transformer, store=store, **settings)
+    transformer, store = tuned(), planned_store()
+    set_activations(transformer, store=HostStore(CPU), **settings)
     wanted = passes(transformer)
     with Ledger():  # under which every fetch is a copy of its own
         streamed = Streamed(list(transformer.blocks), CPU, store)
@@ -105,7 +106,7 @@ def test_a_graph_keeps_no_weights_of_blocks_that_are_recomputed(slices, quant):
     if quant != "none":
         packed(transformer)
     with Ledger():
-        streamed = Streamed(list(transformer.blocks), CPU, HostStore(CPU))
+        streamed = Streamed(list(transformer.blocks), CPU, planned_store())
         came: list[weakref.ref[torch.Tensor]] = []
         for layer in streamed.layers:
             layer.fetch = lambda do=layer.fetch, layer=layer: (
@@ -139,7 +140,7 @@ def test_kernels_run_on_streamed_weights():
     set_activations(transformer, **settings)
     wanted = gradients(transformer)
     with Ledger():
-        streamed = Streamed(list(transformer.blocks), CPU, HostStore(CPU))
+        streamed = Streamed(list(transformer.blocks), CPU, planned_store())
         came: list[weakref.ref[torch.Tensor]] = []
         for layer in streamed.layers:
             layer.fetch = lambda do=layer.fetch, layer=layer: (
@@ -219,7 +220,7 @@ def test_the_card_holds_two_layers_and_the_host_all_of_them():
     with Ledger() as ledger:
         ledger.adopt(tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers()))
         assert ledger.card_bytes == len(layers) * one
-        streamed = Streamed(layers, CPU, HostStore(CPU))
+        streamed = Streamed(layers, CPU, planned_store())
         for place, layer in enumerate(layers):
             layer.forward = streamed.forward(place, layer.forward)
         assert (ledger.card_bytes, ledger.host_bytes) == (0, len(layers) * one == streamed.nbytes and streamed.nbytes)
@@ -281,7 +282,7 @@ def test_a_streamed_critic_says_the_same(tmp_path, family, quant):
     with Ledger() as ledger:
         ledger.adopt(tensor for tensor in (*critic.model.parameters(), *critic.model.buffers()))
         before = ledger.card_bytes
-        streamed = critic.stream(CPU, HostStore(CPU))
+        streamed = critic.stream(CPU, planned_store())
         assert isinstance(critic.model.get_input_embeddings(), HostEmbedding)
         assert ledger.card_bytes < before - streamed.nbytes / 2
         got = gradient(critic)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from _tiny import randomise_lora
 
+from lowmem_drf.assembly import assemble as parts
 from lowmem_drf.assembly.assemble import step_plan
 from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.commands.train import train_command
@@ -18,6 +19,7 @@ from lowmem_drf.method.step import drf_step
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
 from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.questions.templates import make_questions
+from lowmem_drf.planner.store import planned_store
 
 TEXT = "a red circle moves right on a gray background"
 SMALL = (
@@ -76,9 +78,9 @@ def test_gradients_do_not_depend_on_where_weights_wait(resident, quant, stream, 
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
-def test_nor_when_every_arrival_is_a_copy(resident, quant):
-    """Under a ledger what comes from the host is new memory each time, as on a card; slices, host checkpoints and kept
-    attentions besides."""
+def test_nor_when_every_arrival_is_a_copy(resident, quant, monkeypatch):
+    """In a planned store what comes from the host is new memory each time, as on a card; slices, host checkpoints and
+    kept attentions besides."""
     everything = (
         "memory.checkpoint=host",
         "memory.keep_attention=host",
@@ -86,6 +88,7 @@ def test_nor_when_every_arrival_is_a_copy(resident, quant):
         "memory.vae_caches=host",
     )
     exact = gradient(quant, (), (), *everything)
+    monkeypatch.setattr(parts, "HostStore", lambda device: planned_store())
     with Ledger():
         assert torch.equal(gradient(quant, ["transformer", "critic"], ["vae"], *everything), exact)
 

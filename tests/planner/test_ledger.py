@@ -9,10 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowmem_drf.memory.host import HostStore
 from lowmem_drf.planner.costs import Rates
 from lowmem_drf.planner.fakes import Fakes
 from lowmem_drf.planner.ledger import Ledger
+from lowmem_drf.planner.store import planned_store
 
 MIB = 1024**2
 
@@ -123,7 +123,7 @@ def test_fake_tensors_count_as_real_ones_do():
 
 def test_what_is_replayed_counts_as_if_it_were_done():
     rates = Rates({torch.float32: 1e9}, 2e9, 1e6, 1e6)
-    x, store = floats(1).view(512, 512), HostStore(torch.device("cpu"))
+    x, store = floats(1).view(512, 512), planned_store()
 
     def run():
         y = x.mm(x).exp()

@@ -7,7 +7,6 @@ import torch
 
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.memory.host import HostStore
 from lowmem_drf.models.weights import downloads
 from lowmem_drf.planner.cards import card_named
 from lowmem_drf.planner.costs import Rates
@@ -15,6 +14,7 @@ from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.pcie import Pcie
 from lowmem_drf.planner.plan import make_plan
 from lowmem_drf.planner.report import _require_host_memory
+from lowmem_drf.planner.store import planned_store
 
 CPU = torch.device("cpu")
 MIB = 1024**2
@@ -47,7 +47,7 @@ def test_what_was_started_in_time_is_not_waited_for():
     rates = Rates({torch.float32: 1e9}, 1e9, math.inf, link=MIB)
     for compute, stall in ((2.0, 0.0), (0.25, 0.75)):
         with Ledger(rates=rates) as ledger:
-            held = HostStore(CPU).put(torch.ones(MIB // 4))
+            held = planned_store().put(torch.ones(MIB // 4))
             ledger.wait(ledger.link.quiet(ledger.seconds))
             before = ledger.spent
             held.prefetch()
@@ -60,7 +60,7 @@ def test_what_was_started_in_time_is_not_waited_for():
 
 def test_a_copy_on_the_link_takes_no_time_of_the_card():
     with Ledger(rates=Rates({torch.float32: 1e9}, 1e9, 1e6)) as ledger:
-        held = HostStore(CPU).put(torch.ones(MIB))
+        held = planned_store().put(torch.ones(MIB))
         made = ledger.seconds
         held.get()
         assert ledger.seconds == made

@@ -6,8 +6,9 @@ from _tiny import randomise_lora, tiny_condition, tiny_latents, tiny_transformer
 from lowmem_drf.memory.host import HostStore
 from lowmem_drf.models.lora.adapter import DEFAULT_TARGETS, add_lora, lora_parameters
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
+from lowmem_drf.planner.store import planned_store
 
-STORE = HostStore(torch.device("cpu"))
+STORE, PLANNED = HostStore(torch.device("cpu")), planned_store()
 
 
 def make(dtype=torch.float64, layers=4, targets=DEFAULT_TARGETS):

@@ -91,6 +91,4 @@ def late_store(monkeypatch, arena=4096, in_flight=2000):
     monkeypatch.setattr(host, "ARENA", arena)
     monkeypatch.setattr(host, "IN_FLIGHT", in_flight)
     monkeypatch.setattr(host._Pinned, "_allocate", lambda self: torch.zeros(host.ARENA, dtype=torch.uint8))
-    store = HostStore(torch.device("cpu"))
-    store._pinned = host._Pinned(torch.device("cpu"))
-    return store
+    return HostStore(torch.device("cpu"), host._Pinned(torch.device("cpu")))

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.schema import Optim
 
 if TYPE_CHECKING:
@@ -52,8 +51,7 @@ def make_optimizer(optim: Optim, lora: Sequence[Tensor]) -> Optimizer:
 
 
 def fill_states(optimizer: Optimizer) -> None:
-    """Makes the moments that the first ``step`` would make. Changes no weight. Under a ``Ledger`` moments that are
-    paged count as the host's: on a card that is full that is where they are."""
+    """Makes the moments that the first ``step`` would make. Changes no weight."""
     if isinstance(optimizer, torch.optim.AdamW):
         _fill_by_a_step(optimizer)
         return
@@ -64,12 +62,14 @@ def fill_states(optimizer: Optimizer) -> None:
                 bnb.init_state(group, tensor, group_index, index)
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # paged moments are zeroed by the card, and the CPU may write into them from here on
-    ledger = Ledger.active()
-    if ledger is not None and bnb.is_paged:
-        for tensor in _parameters(bnb):
-            if tensor.numel() >= PAGED_FROM:
-                ledger.on_host(bnb.state[tensor]["state1"])
-                ledger.on_host(bnb.state[tensor]["state2"])
+
+
+def paged_moments(optimizer: Optimizer) -> list[Tensor]:
+    """The moments that ``fill_states`` made pageable: on a card that is full they are on the host."""
+    if not getattr(optimizer, "is_paged", False):
+        return []
+    large = [tensor for tensor in _parameters(optimizer) if tensor.numel() >= PAGED_FROM]
+    return [optimizer.state[tensor][key] for tensor in large for key in ("state1", "state2")]
 
 
 def _fill_by_a_step(optimizer: Optimizer) -> None:

@@ -249,12 +249,6 @@ class QwenCritic:
         for module in layers if on else ():
             module.forward = partial(_recomputed, module.forward)
 
-    def embedding_on_host(self, device: torch.device) -> None:
-        """The token embedding, a GiB of the 7B model, stays in host memory from here on; the critic computes on
-        ``device``."""
-        if not isinstance(self._embedding, HostEmbedding):
-            self.model.set_input_embeddings(HostEmbedding(self._embedding, device))
-
     @property
     def leaves(self) -> list[Any]:
         """The modules whose code reads weights of submodules without calling them, and the layers: who gathers weights
@@ -267,10 +261,11 @@ class QwenCritic:
 
     def stream(self, device: torch.device, store: HostStore) -> Streamed:
         """From here on the weights of the vision tower's blocks, of the language model's layers and of lm_head come to
-        ``device`` one after another, whenever they are needed, and the embedding stays on the host.
-        ``set_checkpointing`` comes after it: a layer that is not computed again in its backward keeps its weights till
-        then."""
-        self.embedding_on_host(device)
+        ``device`` one after another, whenever they are needed, and the embedding, a GiB of the 7B model, stays on the
+        host. ``set_checkpointing`` comes after it: a layer that is not computed again in its backward keeps its weights
+        till then."""
+        if not isinstance(self._embedding, HostEmbedding):
+            self.model.set_input_embeddings(HostEmbedding(self._embedding, device, store))
         modules = [*self.model.model.visual.blocks, *self.model.model.language_model.layers, self.model.lm_head]
         streamed = Streamed(modules, device, store)
         self._streamed_modules, self._streamed = modules, streamed

@@ -80,7 +80,7 @@ def stream_text(model: UMT5EncoderModel, device: torch.device, store: HostStore)
     """From here on the weights of the encoder's blocks come to ``device`` one block after another, in every pass, and
     the token embedding (2 GiB of Wan's in 16 bit) stays in host memory, where rows are looked up. The embeddings are
     bitwise those of a resident encoder. What is left, the last norm, is the caller's to move."""
-    model.set_input_embeddings(HostEmbedding(model.get_input_embeddings(), device))
+    model.set_input_embeddings(HostEmbedding(model.get_input_embeddings(), device, store))
     blocks: list[Any] = list(model.encoder.block)
     streamed = Streamed(blocks, device, store)
     for place, block in enumerate(blocks):

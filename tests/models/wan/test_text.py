@@ -7,10 +7,10 @@ import torch
 from _tiny import save_tiny_generator, tiny_text
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.memory.host import HostStore
 from lowmem_drf.models.wan.random_generator import random_text
 from lowmem_drf.models.wan.text import TextEncoder, load_text, stream_text
 from lowmem_drf.planner.ledger import Ledger
+from lowmem_drf.planner.store import planned_store
 
 PROMPTS = ["a red circle moves left", "  a blue   square &amp; a green triangle ", "", "the " * 30]
 
@@ -54,7 +54,7 @@ def test_of_a_streamed_encoder_the_card_holds_two_blocks() -> None:
         ledger.adopt(model.parameters())
         model(ids)
         resident = ledger.peak_card_bytes
-        stream_text(model, torch.device("cpu"), HostStore(torch.device("cpu")))
+        stream_text(model, torch.device("cpu"), planned_store())
         norm = model.encoder.final_layer_norm.weight.nbytes
         assert ledger.card_bytes <= norm + 64 and ledger.host_bytes >= whole - norm  # besides the weights: the tokens
         ledger.reset_peak()

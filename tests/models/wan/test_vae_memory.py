@@ -9,7 +9,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowmem_drf.assembly.assemble import DTYPES
 from lowmem_drf.config import load_config
 from lowmem_drf.kernels.norm_silu import norm_silu
-from lowmem_drf.memory.host import HostStore
 from lowmem_drf.method.frames import kept_frames
 from lowmem_drf.method.vae_stream import decode, vae_backward
 from lowmem_drf.models.generators import KNOWN_GENERATORS
@@ -17,6 +16,7 @@ from lowmem_drf.models.wan.decoder import WanDecoder
 from lowmem_drf.planner.fake_models import fake_vae
 from lowmem_drf.planner.fakes import Fakes
 from lowmem_drf.planner.ledger import Ledger
+from lowmem_drf.planner.store import planned_store
 from lowmem_drf.schema import Memory
 
 GIB = 1024**3
@@ -57,9 +57,7 @@ def true_size(frames, grad_dtype, strips):
     with FAKES, Ledger() as ledger:
         ledger.adopt(vae.parameters())
         assert 0.47 * GIB < ledger.card_bytes < 0.48 * GIB
-        decoder = WanDecoder(
-            vae, grad_dtype=grad_dtype, strips=strips, caches="host", store=HostStore(torch.device("cpu"))
-        )
+        decoder = WanDecoder(vae, grad_dtype=grad_dtype, strips=strips, caches="host", store=planned_store())
         made, entering = decode(decoder, latents, kept)
         peaks = [ledger.peak_card_bytes]
         ledger.reset_peak()
@@ -88,12 +86,7 @@ def test_that_of_wan_2_2_stays_under_8_gib_at_1280x704(grad_dtype):
             ledger.adopt(vae.parameters())
             weights = ledger.card_bytes
             decoder = WanDecoder(
-                vae,
-                grad_dtype=grad_dtype,
-                strips=4,
-                caches="host",
-                store=HostStore(torch.device("cpu")),
-                norm_silu=norm_silu,
+                vae, grad_dtype=grad_dtype, strips=4, caches="host", store=planned_store(), norm_silu=norm_silu
             )
             made, entering = decode(decoder, latents, kept)
             decoded = ledger.peak_card_bytes - weights
@@ -128,7 +121,7 @@ def chunk_peaks(shapes, memory, fused):
     grad_dtype = DTYPES[memory.vae_grad_dtype]
     with FAKES, Ledger() as ledger, torch.no_grad():
         ledger.adopt(vae.parameters())
-        store = HostStore(torch.device("cpu"))
+        store = planned_store()
         wait = store.put if memory.vae_caches == "host" else lambda tensor: tensor
         settings = dict(grad_dtype=grad_dtype, strips=memory.vae_strips, caches=memory.vae_caches, store=store)
         decoder = WanDecoder(vae, **settings, norm_silu=norm_silu if fused else None)
@@ -169,7 +162,7 @@ def test_the_kernel_takes_30_percent_off_the_peak_of_a_chunk(memory, entering_sh
 def peaks(frames=13, cache_every=1, **settings):
     """(card, host) peak bytes of the stream's gradient on a real VAE, its weights not counted."""
     latents = some_latents(1 + (frames - 1) // 4, 6, 4, dtype=torch.float32)
-    decoder = WanDecoder(vae_of("wan21", torch.float32), **settings)
+    decoder = WanDecoder(vae_of("wan21", torch.float32), store=planned_store(), **settings)
     with Ledger() as ledger:
         stream_gradient(decoder, latents, (0, 5, frames - 1), cache_every=cache_every)
     return ledger.peak_card_bytes, ledger.peak_host_bytes
@@ -214,7 +207,7 @@ def test_the_host_holds_every_mth_of_the_entering_caches():
 @pytest.mark.parametrize("caches", ["card", "host"])
 def test_nothing_stays_behind(caches):
     latents = some_latents(4, dtype=torch.float32)
-    decoder = WanDecoder(vae_of("wan21", torch.float32), strips=2, caches=caches)
+    decoder = WanDecoder(vae_of("wan21", torch.float32), strips=2, caches=caches, store=planned_store())
     with Ledger() as ledger:
         kept = stream_gradient(decoder, latents, (0, 12))
         assert ledger.host_bytes == 0
