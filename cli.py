@@ -157,7 +157,7 @@ def export_lora(
     ] = None,
 ) -> None:
     """Write the LoRA as one file that ComfyUI and diffusers load; it is verified before it is announced."""
-    from lowmem_drf.export.export import export_run
+    from lowmem_drf.commands.export_lora import export_run
     from lowmem_drf.training.run_folder import find_run
 
     typer.echo(export_run(find_run(run), step, format_, dtype, output, merge))

@@ -43,9 +43,9 @@ from lowmem_drf.planner.shortening import (
     with_records,
 )
 from lowmem_drf.planner.stages import SUMS, Plan, StagePlan
+from lowmem_drf.planner.store import planned_store
 from lowmem_drf.planner.zero import PlannedTrainer, PlannedZero3
 from lowmem_drf.prompts import as_prompts
-from lowmem_drf.planner.store import planned_store
 from lowmem_drf.schema import Config
 from lowmem_drf.training.trainer import SingleTrainer, Trainer
 from lowmem_drf.types import Parts, Prompt, Question

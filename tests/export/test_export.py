@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_drf.assembly.loading import load_transformer
+from lowmem_drf.commands import export_lora as command
+from lowmem_drf.commands.export_lora import DTYPES, export_run
 from lowmem_drf.config import load_config, to_toml
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.export import export
-from lowmem_drf.export.export import DTYPES, export_lora, export_run, merge_lora
+from lowmem_drf.export.export import export_lora, merge_lora
 from lowmem_drf.export.verify import verify_export
 from lowmem_drf.models.lora.adapter import add_lora, attach_lora, lora_layers, lora_state
 from lowmem_drf.models.lora.formats import (
@@ -349,8 +351,8 @@ def test_a_base_that_the_host_has_no_room_for(run: Path, tmp_path, monkeypatch) 
     """Only its first blocks are read: the file is the same, its wrong weights are found in all blocks, and nothing is
     merged."""
     whole = export_run(run, output=tmp_path / "whole.safetensors")
-    monkeypatch.setattr(export, "available_host_bytes", lambda: export.HOST_MARGIN + 1000)
-    monkeypatch.setattr(export, "FEW", 1)
+    monkeypatch.setattr(command, "available_host_bytes", lambda: command.HOST_MARGIN + 1000)
+    monkeypatch.setattr(command, "FEW", 1)
     part = export_run(run, output=tmp_path / "part.safetensors")
     assert "first 1 blocks (of 2; the weights of all were compared)" in str(part) and "blocks" not in str(whole)
     files = [load_file(made.paths[0]) for made in (whole, part)]
@@ -418,8 +420,8 @@ def test_the_check_of_memory_counts_what_an_export_takes(run: Path, monkeypatch)
     """A byte less than is needed, and only the first blocks are read."""
     needed = export.host_bytes(tiny_transformer(), trained()[0])
     for free, part in ((needed, False), (needed - 1, True)):
-        monkeypatch.setattr(export, "available_host_bytes", lambda free=free: export.HOST_MARGIN + free)
-        monkeypatch.setattr(export, "FEW", 1)
+        monkeypatch.setattr(command, "available_host_bytes", lambda free=free: command.HOST_MARGIN + free)
+        monkeypatch.setattr(command, "FEW", 1)
         assert ("first 1 blocks" in str(export_run(run))) is part
 
 

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from _blocks import PLANNED, STORE, gradients, make
+from _blocks import PLANNED, gradients, make
 from _relay import LIMIT, relative_difference
 from _tiny import tiny_condition, tiny_latents, tiny_transformer
 from _true_size import HIDDEN, graded_step, wan_1_3b

@@ -20,11 +20,11 @@ from lowmem_drf.assembly.generate import generate
 from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.assembly.questions import draft_questions
 from lowmem_drf.commands.bench import measure
+from lowmem_drf.commands.export_lora import export_run
 from lowmem_drf.commands.sample import sample_command
 from lowmem_drf.commands.train import train_command
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.export.export import export_run
 from lowmem_drf.method.schedule import flow_sigmas
 from lowmem_drf.method.step import rollout
 from lowmem_drf.models.generators import KNOWN_GENERATORS, generator_config
