@@ -393,11 +393,11 @@ class Float64Bytes(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("made", ["file", "merged"])
-def test_few_products_are_alive_at_once(made: str, tmp_path) -> None:
+@pytest.mark.parametrize(("made", "products"), [("file", 8), ("merged", 1)])
+def test_few_products_are_alive_at_once(made: str, products: int, tmp_path) -> None:
     """In fp64 all of them would take several times the model's memory. Of one module, an export holds B A as read and
-    as wanted, two more products for the bound, the bound and what comparing takes; a merge holds B A alone. The factors
-    are counted as one more each."""
+    as wanted, their difference and its size, two products and their difference for the bound, and the slack; a merge
+    holds B A alone. The factors, of so low a rank, are less than one more."""
     layers = 8
     transformer = tiny_transformer(layers=layers)
     add_lora(transformer, rank=RANK, alpha=ALPHA)
@@ -410,7 +410,7 @@ def test_few_products_are_alive_at_once(made: str, tmp_path) -> None:
             export_lora(lora, "comfyui", torch.bfloat16, tmp_path / "l.safetensors", base, {})
         else:
             merge_lora(lora, torch.bfloat16, tmp_path / "merged", base)
-    assert max(sizes) <= counted.peak <= 12 * max(sizes) < sum(sizes) / 2
+    assert max(sizes) <= counted.peak <= (products + 1) * max(sizes) < sum(sizes) / 2
     with Float64Bytes() as counted:
         kept = [lora.delta(module) for module in lora.pairs()]
     assert counted.peak >= sum(product.nbytes for product in kept) == sum(sizes), "it sees what is held"
