@@ -155,13 +155,13 @@ def verify_merge(folder: Path, dtype: torch.dtype, tuned: Probe, subfolder: str 
     """
     read_back = load_as_diffusers(folder, subfolder, dtype)
     require_stored(folder / subfolder, read_back)
-    with _computing_in_fp32(read_back):
+    with computing_in_fp32(read_back):
         output = _run(read_back)
     return Verified(_largest(output - tuned.tuned), tuned.effect, "diffusers")
 
 
 @contextmanager
-def _computing_in_fp32(transformer: WanTransformer3DModel) -> Iterator[None]:
+def computing_in_fp32(transformer: WanTransformer3DModel) -> Iterator[None]:
     """Casts a model to fp32, its blocks one at a time, each while it computes: the whole model in fp32 would take as
     much memory as the one that was merged."""
     for name, parameter in transformer.named_parameters():

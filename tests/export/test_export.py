@@ -19,7 +19,7 @@ from lowmem_drf.commands import export_lora as command
 from lowmem_drf.commands.export_lora import DTYPES, export_run
 from lowmem_drf.config import load_config, to_toml
 from lowmem_drf.errors import BadInputError, LowmemError
-from lowmem_drf.export import export
+from lowmem_drf.export import export, verify
 from lowmem_drf.export.export import export_lora, merge_lora
 from lowmem_drf.export.verify import verify_export
 from lowmem_drf.models.lora.adapter import add_lora, attach_lora, lora_layers, lora_state
@@ -264,6 +264,40 @@ def test_merge(dtype: str, tmp_path) -> None:
         stored["blocks.0.attn1.to_q.weight"].dtype == DTYPES[dtype]
         and stored["blocks.0.norm2.weight"].dtype == torch.float32
     )
+
+
+@pytest.mark.parametrize("wrong", ["file", "reader"])
+def test_a_wrong_merge_is_found_and_deleted(wrong: str, tmp_path, monkeypatch) -> None:
+    base = tiny_transformer()
+    save_pretrained, load_as_diffusers = base.save_pretrained, verify.load_as_diffusers
+
+    def other_file(folder: Path) -> None:
+        save_pretrained(folder)
+        file = folder / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        save_file(tensors | {"proj_out.bias": tensors["proj_out.bias"] + 1}, file, metadata={"format": "pt"})
+
+    def other_reader(*arguments):
+        model = load_as_diffusers(*arguments)
+        model.proj_out.bias.data = model.proj_out.bias.data + 1
+        return model
+
+    if wrong == "file":
+        base.save_pretrained = other_file
+    else:
+        monkeypatch.setattr(verify, "load_as_diffusers", other_reader)
+    with pytest.raises(LowmemError, match="not written correctly: proj_out.bias differs"):
+        merge_lora(trained()[0], torch.bfloat16, tmp_path / "merged", base)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_in_16_bits_computes_in_fp32_block_by_block(tmp_path) -> None:
+    tiny_transformer().bfloat16().save_pretrained(tmp_path)
+    whole, stored = (verify.load_as_diffusers(tmp_path, "", dtype) for dtype in (torch.float32, torch.bfloat16))
+    with verify.computing_in_fp32(stored):
+        assert torch.equal(velocity(stored), velocity(whole))
+        assert torch.equal(velocity(stored), velocity(whole)), "the blocks have their weights again"
+    assert stored.blocks[1].ffn.net[2].weight.dtype == torch.bfloat16
 
 
 @pytest.fixture
