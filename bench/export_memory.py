@@ -3,10 +3,10 @@
     python -m bench.export_memory
     python -m bench.export_memory --merge --json bench/results/export_memory.json
 
-A run's folder as ``train`` leaves it, with a LoRA of random numbers on all linear layers of the blocks, and a
-generator's folder of the hub's layout whose weights are zeros in sparse files, which take no disk. The command runs in
-a process of its own. Its peak is what the kernel reports (``ru_maxrss``): all resident pages, those of files mapped
-into memory included. ``--merge`` writes a whole transformer in bf16 into the temporary folder: 2.8 GB for 1.3B.
+It makes a run's folder as ``train`` leaves it, with a LoRA of random numbers on all linear layers of the blocks, and a
+generator's folder in the hub's layout, whose weights are zeros in sparse files that take no disk. The command runs in a
+process of its own. Its peak is what the kernel reports (``ru_maxrss``): all resident pages, also those of files that
+are mapped into memory. ``--merge`` writes a whole transformer in bf16 into the temporary folder: 2.8 GB for 1.3B.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Files and folders that are there whole or not at all: written beside their place, flushed to the disk, then
-renamed."""
+"""Files and folders that are there whole or not at all: written beside their place, flushed to the disk, renamed."""
 
 from __future__ import annotations
 

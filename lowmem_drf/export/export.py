@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 
 def host_bytes(transformer: WanTransformer3DModel, lora: LoraFile) -> int:
-    """Host memory of an export or a merge of all blocks, besides Python and the libraries: the transformer in fp32,
-    once; the LoRA in fp32, four times (as read, attached, in the file's format, and the file); the largest weight in
-    fp64, four times (its B A, and what adding it takes)."""
+    """Host memory that an export or a merge of all blocks takes besides Python and the libraries: the transformer in
+    fp32, once; the LoRA in fp32, four times (as read, attached, in the file's format, and the file); the largest weight
+    in fp64, four times (its B A, and what adding it takes)."""
     sizes = [parameter.numel() for parameter in transformer.parameters()]
     return 4 * sum(sizes) + 4 * 4 * sum(tensor.numel() for tensor in lora.state.values()) + 4 * 8 * max(sizes)
 

@@ -162,7 +162,7 @@ def verify_merge(folder: Path, dtype: torch.dtype, tuned: Probe, subfolder: str 
 
 @contextmanager
 def computing_in_fp32(transformer: WanTransformer3DModel) -> Iterator[None]:
-    """Casts a model to fp32, its blocks one at a time, each while it computes: the whole model in fp32 would take as
+    """Casts a model to fp32, its blocks one at a time, each while it computes. The whole model in fp32 would take as
     much memory as the one that was merged."""
     for name, parameter in transformer.named_parameters():
         if not name.startswith("blocks."):
@@ -198,9 +198,9 @@ def _factors(layer: LoraLayer) -> Factors:
 
 
 def _require_same_weights(read: Mapping[str, Factors], lora: LoraFile, dtype: torch.dtype) -> float:
-    """Every module's B A within the bound of two roundings per factor; returns the largest such bound as a share of its
-    B A. Products are compared a few rows at a time: all of them, in fp64, would take several times the model's
-    memory."""
+    """Requires every module's B A to be within the bound of two roundings per factor; returns the largest such bound as
+    a share of its B A. Products are compared a few rows at a time: all, in fp64, would take more memory than the model.
+    """
     wanted = lora.pairs()
     if read.keys() != wanted.keys():
         odd = sorted(read.keys() ^ wanted.keys())

@@ -429,8 +429,8 @@ class Float64Bytes(TorchDispatchMode):
 
 @pytest.mark.parametrize(("made", "products"), [("file", 8), ("merged", 1)])
 def test_few_products_are_alive_at_once(made: str, products: int, tmp_path) -> None:
-    """In fp64 all of them would take several times the model's memory. Of one module, an export holds B A as read and
-    as wanted, their difference and its size, two products and their difference for the bound, and the slack; a merge
+    """In fp64 all of them would take more memory than the model. Of one module, an export holds B A as read and as
+    wanted, their difference and its size, two products and their difference for the bound, and the slack; a merge
     holds B A alone. The factors, of so low a rank, are less than one more."""
     layers = 8
     transformer = tiny_transformer(layers=layers)

@@ -55,7 +55,7 @@ class LoraFile:
         }
 
     def delta(self, module: str) -> Tensor:
-        """What it adds to a module's weight, (alpha / rank) B A, fp64: of all modules at once, several times the
+        """What it adds to a module's weight, (alpha / rank) B A, fp64. All modules' together take more than the
         model."""
         a, b = (self.state[f"{module}.lora_{side}.weight"].double() for side in "AB")
         return (b @ a).mul_(self.alpha / self.rank)
@@ -191,8 +191,8 @@ def _stem(module: str, form: LoraFormat) -> str:
 
 
 def _module_name(stem: str) -> str:
-    """The inverse of ``_stem``; a file of diffusers' has the module's own name, with its prefix or, in a checkpoint,
-    without."""
+    """The inverse of ``_stem``. diffusers' files have the module's own name behind a prefix; checkpoints have it
+    bare."""
     if not stem.startswith(("diffusion_model.", "lora_")):
         return stem.removeprefix("transformer.")
     if number := re.search(r"blocks[._](\d+)", stem):

@@ -28,8 +28,8 @@ def attach_as_lowmem_drf(transformer: WanTransformer3DModel, path: Path) -> None
 
 
 def load_as_diffusers(folder: Path, subfolder: str, dtype: torch.dtype) -> WanTransformer3DModel:
-    """A merged transformer, by ``from_pretrained``. In the dtype of its files its weights stay mapped to them, and take
-    no memory."""
+    """A merged transformer, by ``from_pretrained``. In the dtype of its files its weights stay mapped to the files,
+    and take no memory of their own."""
     from diffusers import WanTransformer3DModel
 
     transformer: WanTransformer3DModel = WanTransformer3DModel.from_pretrained(
