@@ -364,8 +364,11 @@ def check_inputs(
     head_dims: Sequence[int],
     otherwise: str,
 ) -> float:
-    """The scale to use. ``tensors``: q, k, v and what else has to be on their device; ``otherwise``: what to call where
-    they do not fit.
+    """The scale to use.
+
+    Args:
+        tensors: q, k, v, and what else has to be on their device.
+        otherwise: what to call for inputs that do not fit.
 
     Raises:
         TypeError: a dtype that is not one of ``dtypes``, or several.

@@ -2,8 +2,8 @@
 
 ``load_config`` reads a preset (a name or a path), applies ``key=value`` overrides, checks everything and reports
 **all** problems at once, each with the place it came from and its key. The tree is complete: every field has a default,
-and a preset holds only what differs from them, or from the preset that it names in ``extends``. Only ``run/`` and
-``cli.py`` see the whole tree; everything below takes flat arguments.
+and a preset holds only what differs from the defaults, or from the preset that it names in ``extends``. Only ``run/``
+and ``cli.py`` see the whole tree; everything below takes flat arguments.
 """
 
 from __future__ import annotations

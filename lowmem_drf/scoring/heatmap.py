@@ -39,8 +39,7 @@ def write_heatmap(
 
 
 def draw(frames_TCHW: Tensor, saliency: Saliency, score: ClipScore, prompt: str) -> Tensor:
-    """The clip's pictures: (T, 3, H', W'), float in [0, 1]. Two large pictures side by side, below them the questions
-    by aspect."""
+    """The clip's pictures, the questions below them by aspect: (T, 3, H', W'), float in [0, 1]."""
     aspects = list(dict.fromkeys(v.question.aspect for v in score.verdicts))
     order = sorted(range(len(score.verdicts)), key=lambda i: aspects.index(score.verdicts[i].question.aspect))
     large_TCHW, small_TCHW = (_fit(frames_TCHW, _inside(frames_TCHW.shape[-2:], *box)) for box in (PANEL, THUMB))
@@ -71,8 +70,8 @@ def _page(
     prompt: str,
     reward: str,
 ) -> Image.Image:
-    """All that does not move. ``places``: of the two large pictures, then of the questions' maps. ``card``: width of a
-    question's map and text."""
+    """All that does not move. ``places``: of the large pictures and of the maps. ``card``: width of a map and its
+    text."""
     from PIL import Image, ImageDraw, ImageFont
 
     title, small = ImageFont.load_default(22), ImageFont.load_default(15)
@@ -119,8 +118,8 @@ def colormap(values_THW: Tensor) -> Tensor:
 
 
 def _wrap(text: str, font: FreeTypeFont | ImageFont, width: int, lines: int) -> list[str]:
-    """The text in at most so many lines of about ``width`` pixels, by the mean width of its letters; what does not fit
-    ends in an ellipsis."""
+    """At most so many lines of about ``width`` pixels, by the text's mean width of a letter; what is cut ends in
+    "…"."""
     columns = int(0.95 * width * len(text) / max(1.0, font.getlength(text)))
     return textwrap.wrap(text, max(2, columns), max_lines=lines, placeholder=" …")
 

@@ -142,8 +142,10 @@ def _with_caches(block: nn.Module, x: Tensor, caches: list[Any]) -> Tensor:
 
 
 class _Block(nn.Module):
-    """One of diffusers' modules, called by ``run(module, x, caches)``. It needs neither the shortcut nor to know which
-    chunk this is."""
+    """One of diffusers' modules, called by ``run(module, x, caches)``.
+
+    It needs neither the shortcut nor to know which chunk this is.
+    """
 
     def __init__(self, block: nn.Module, run: Callable[[nn.Module, Tensor, list[Any]], Tensor]) -> None:
         super().__init__()

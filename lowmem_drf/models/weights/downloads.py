@@ -135,8 +135,10 @@ def _download(hub_id: str, role: Role, say: Say, without: tuple[str, ...]) -> Pa
 
 
 def _wanted(hub_id: str, role: Role, files: list[str], without: tuple[str, ...]) -> list[str]:
-    """Those of a repository's files that loading reads. Raises BadInputError where the weights are no safetensors, or
-    there are none."""
+    """The files of a repository that loading reads.
+
+    Raises BadInputError where the weights are no safetensors, or there are none.
+    """
     wanted = (
         [name for name in files if name == MODEL_INDEX or name.startswith("tokenizer/")] if role == "generator" else []
     )
