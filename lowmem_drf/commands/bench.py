@@ -96,9 +96,9 @@ def measure(config: Config, device: torch.device, cap_gib: float | None, console
                 min(1.0, (cap_gib - 0.5) * GIB / torch.cuda.get_device_properties(device).total_memory)
             )
         meter = Meter(device)
-        models, prompts, questions = _random_models(config, device, meter)
         try:
             with console.status("measuring …"):
+                models, prompts, questions = _random_models(config, device, meter)
                 seconds, peaks = _updates(config, models, prompts, questions, count=3)
         except torch.OutOfMemoryError as error:
             where = f"under a cap of {cap_gib:g} GiB" if cap_gib else "on this card"

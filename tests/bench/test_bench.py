@@ -14,6 +14,7 @@ from rich.console import Console
 
 from lowmem_drf.commands import bench
 from lowmem_drf.config import load_config
+from lowmem_drf.errors import LowmemError
 
 sys.path.insert(0, str(ROOT))
 
@@ -137,15 +138,14 @@ def test_a_promise_is_kept_or_named():
 def test_a_cap_reaches_the_allocator(monkeypatch):
     """Of a card that torch is made to see. The device has no index, as the one that ``bench`` measures on."""
     capped = []
-    stop = RuntimeError("the cap is set")
     monkeypatch.setattr("torch.cuda.memory._lazy_init", lambda: None)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=24 * 2**30))
     monkeypatch.setattr(
         "torch._C._cuda_setMemoryFraction", lambda fraction, device: capped.append((fraction, device)), raising=False
     )
-    monkeypatch.setattr(bench, "Meter", Mock(side_effect=stop))
-    with pytest.raises(RuntimeError, match="the cap is set"):
+    monkeypatch.setattr(bench, "_random_models", Mock(side_effect=torch.OutOfMemoryError("no room for the models")))
+    with pytest.raises(LowmemError, match="under a cap of 12.5 GiB: no room for the models"):
         bench.measure(load_config("toy"), torch.device("cuda"), 12.5, Console())
     assert capped == [(0.5, 0)]
 
