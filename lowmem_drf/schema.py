@@ -279,11 +279,9 @@ class Memory(Node):
 class Zero(Node):
     """DeepSpeed's ZeRO (arXiv 1910.02054). Of interest where ``engine`` is not ``single``."""
 
-    offload: Literal["cpu", "nvme", "none"] = "cpu"
-    """Where the optimizer's state waits, and with ``zero3`` the partitioned weights. ``nvme``: weights in files under
-    ``nvme_path``, the optimizer's state in host memory. ``none``: on the cards."""
-    nvme_path: str = ""
-    """Folder on the disk for ``offload = "nvme"``."""
+    offload: Literal["cpu", "none"] = "cpu"
+    """Where the optimizer's state waits, and with ``zero3`` the partitioned weights: in host memory, or on the
+    cards."""
     pin_memory: bool = True
     """Page-locked host memory: copies run beside computation, and the system cannot swap it out."""
     critic: bool = False
@@ -291,16 +289,6 @@ class Zero(Node):
     rollout: Literal["auto", "gathered", "partitioned"] = "auto"
     """``zero3``: in the rollout the whole transformer stays on each card (``gathered``: its weights travel once), or is
     gathered block by block in every step (``partitioned``). ``auto``: gathered where the plan says that it fits."""
-    stage3_prefetch_bucket_size: NonNegative = 50_000_000
-    """Numbers of weights that are gathered ahead of their use."""
-    stage3_max_live_parameters: Positive = 1_000_000_000
-    """Gathered weights above which nothing more is gathered ahead."""
-    stage3_param_persistence_threshold: NonNegative = 100_000
-    """Tensors of no more numbers stay on every card."""
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        if (self.offload == "nvme") != bool(self.nvme_path):
-            yield "nvme_path", 'goes with offload = "nvme", and only with it: the folder on the disk'
 
 
 class Kernels(Node):
