@@ -90,20 +90,20 @@ def train_command(
         settings = [word for text in overrides for word in ("-s", text)]
         from lowmem_drf.distributed.launch import launch
 
-        debug = [DEBUG] if DEBUG in sys.argv else []
-        code = launch(config.processes, [*debug, "train", *chosen, "--output", str(run), *settings])
-        if code:
+        program = [sys.executable, "-m", "lowmem_drf", *([DEBUG] if DEBUG in sys.argv else [])]
+        command = [*program, "train", *chosen, "--output", str(run), *settings]
+        if code := launch(config.processes, command, lambda: _advice(run)):
             raise SystemExit(code)
         return
     if config.engine == "single":
         start(config, run, resume, origin)
         return
-    from lowmem_drf.distributed.watch import watch
+    from lowmem_drf.distributed.launch import failing_together
 
-    ranks = join(config.device)
-    run = ranks.from_chief(run)  # its name has the time in it
-    with watch(ranks, lambda: _advice(run)) as watching:
-        start(config, run, resume, origin, ranks, watching.fail_now)
+    with failing_together(lambda: _advice(run)) as fail:
+        ranks = join(config.device)
+        run = ranks.from_chief(run)  # its name has the time in it
+        start(config, run, resume, origin, ranks, fail)
         ranks.leave()
     if started_processes():
         end_process()

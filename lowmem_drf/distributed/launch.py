@@ -1,136 +1,109 @@
 """``train --num-processes N``: starts the processes of a run on this machine, and ends with them.
 
-Imports the standard library only: it is up before torch would be loaded. What torchrun does beyond this (several
-machines, restarts) is left to torchrun.
+Torch's ``SubprocessContext`` starts and polls them. When one fails or dies, it sends SIGTERM to the others. Nothing in
+them catches it, so it ends them even inside a collective that would never return. ``torchrun`` and ``deepspeed`` do the
+same to processes that they started.
+
+The user reads what rank 0 prints, and one message when the run fails. A process that fails writes its message into
+torch's error file, and the launcher prints the message of the first one. Under other launchers the process prints it.
 """
 
 from __future__ import annotations
 
-import ctypes
+import json
+import logging
 import os
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import IO
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from lowmem_drf.distributed.ranks import OURS, launched, launched_by_us
+from lowmem_drf.errors import DEBUG, explain
+from lowmem_drf.training.run_folder import write_aside
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing import SubprocessContext
 
 POLL_S = 0.05
-LEAVE_S = 10.0
-"""So long the others may take to end by themselves when one has ended badly: ``watch`` ends them, and prints why."""
-TERM_S = 5.0
-"""Between SIGTERM and SIGKILL."""
+SETTLE_S = 5.0
+"""A RuntimeError may only say that a peer is gone. The process waits this long before it reports the error: a launcher
+that saw the peer fail ends it in the meantime."""
 LAST_LINES = 20
-PR_SET_PDEATHSIG = 1
-"""prctl(2)."""
-REPORTS = "Error: rank "
-"""How ``watch`` begins when it speaks in place of rank 0."""
+
+Advice = Callable[[], str]
+"""Returns the end of a failure's message: what is saved, and how to go on."""
 
 
-@dataclass
-class Child:
-    """A process of the run."""
+def launch(count: int, command: Sequence[str], advice: Advice) -> int:
+    """Runs ``command`` in ``count`` processes, which find their rank in the environment variables that torchrun sets.
 
-    rank: int
-    process: subprocess.Popen[bytes]
-    errors: IO[bytes] | None
-    """What it writes to stderr; rank 0 writes to the terminal."""
-    pushed: bool = False
-    """It was made to end: how it ended says nothing."""
+    The first SIGINT or SIGTERM is sent on to every process as SIGINT; the second one kills them. The processes do not
+    outlive this one (``ranks.join``).
 
-
-def launch(count: int, arguments: Sequence[str], program: Sequence[str] = (sys.executable, "-m", "lowmem_drf")) -> int:
-    """Runs ``program`` with ``arguments`` in ``count`` processes, each knowing its rank from the environment as
-    torchrun sets it (``ranks.join`` reads it).
-
-    Rank 0 has the terminal. Of the others nothing is seen, but the last lines of one that ended badly where rank 0 has
-    not said why. SIGINT and SIGTERM reach each process once; the processes do not outlive this one, however it ends.
-
-    Returns: The exit code: 0 if all ended well, else that of rank 0, else that of the first that ended badly. A process
-        killed by a signal counts as 1, and as 130 where this one was signalled too.
+    Returns:
+        The exit code: 0, that of the first process that failed, 1 if a signal killed it, 130 after an interrupt.
     """
-    children: list[Child] = []
-    with _signals() as got:
+    import torch.distributed as dist
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, SubprocessContext
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the user reads our one message
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # by default torch kills the processes at the first SIGINT
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"} | OURS
+    shared |= {
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+    shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // count, 1)))
+    with tempfile.TemporaryDirectory() as folder, _signals() as got:
+        context = SubprocessContext(
+            name="train",
+            entrypoint=command[0],
+            args={rank: tuple(command[1:]) for rank in range(count)},
+            envs={rank: {"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(count)},
+            logs_specs=DefaultLogsSpecs(folder, {rank: Std.ALL for rank in range(1, count)}),
+        )
         try:
-            port = _free_port()
-            for rank in range(count):
-                children.append(_start(rank, count, port, [*program, *arguments]))
-            bad = _wait(children, got)
+            context.start()
+            text, code = _outcome(context, got, advice)
         finally:
-            for child in children:
-                if child.process.poll() is None:
-                    child.process.kill()
-                    child.process.wait()
-    culprit = next((child for child in sorted(bad, key=lambda child: child.rank != 0) if not child.pushed), None)
-    if culprit is None:
-        return _code(bad[0].process.returncode, bool(got)) if bad else 0
-    if not got and not (culprit.rank == 0 and culprit.process.returncode > 0):  # else rank 0 has said why
-        sys.stderr.write(_last_words(culprit, bad))
-    return _code(culprit.process.returncode, bool(got))
+            context.close(signal.SIGKILL)
+    if code and sys.stderr.isatty():
+        text = f"\x1b[?25h\n{text}"  # rank 0 was ended on the last line of its progress, with the cursor hidden
+    sys.stderr.write(text)
+    return code
 
 
-def _start(rank: int, count: int, port: int, command: list[str]) -> Child:
-    env = dict(os.environ, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
-    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    env.setdefault("OMP_NUM_THREADS", str(max(_cores() // count, 1)))
-    errors = tempfile.TemporaryFile() if rank else None  # noqa: SIM115 - open as long as the child
-    nothing = subprocess.DEVNULL if rank else None
-    # a session of its own: Ctrl-C on the terminal reaches this process only, which hands it on
-    process = subprocess.Popen(
-        command,
-        env=env,
-        stdin=nothing,
-        stdout=nothing,
-        stderr=errors,
-        start_new_session=True,
-        preexec_fn=_dies_with_parent(),
-    )
-    return Child(rank, process, errors)
-
-
-def _dies_with_parent() -> Callable[[], None] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    prctl, parent = ctypes.CDLL(None, use_errno=True).prctl, os.getpid()
-
-    def in_child() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it was faster
-            os._exit(1)
-
-    return in_child
-
-
-def _wait(children: Sequence[Child], got: Sequence[int]) -> list[Child]:
-    """Returns those that ended badly, in the order in which they did."""
-    bad: list[Child] = []
-    living, forwarded, push_at, push = list(children), 0, float("inf"), signal.SIGTERM
-    while living:
-        for number in got[forwarded:]:
-            _send(living, number)
-            forwarded += 1
-        ended = [child for child in living if child.process.poll() is not None]
-        bad += [child for child in ended if child.process.returncode]
-        living = [child for child in living if child not in ended]
-        now = time.monotonic()
-        if push_at == float("inf") and (bad or forwarded > 1):
-            push_at = now + LEAVE_S
-        if now > push_at:
-            for child in living:
-                child.pushed = True
-            _send(living, push)
-            push, push_at = signal.SIGKILL, now + TERM_S
-        time.sleep(POLL_S)
-    return bad
-
-
-def _send(children: Sequence[Child], number: int) -> None:
-    for child in children:
-        child.process.send_signal(number)
+def _outcome(context: SubprocessContext, got: Sequence[int], advice: Advice) -> tuple[str, int]:
+    """Waits for the processes. Returns what to tell the user, and the exit code."""
+    sent = False
+    while (result := context.wait(POLL_S, POLL_S)) is None:
+        if len(got) > 1:
+            context.close(signal.SIGKILL)
+        elif got and not sent:
+            sent = True
+            for handler in context.subprocess_handlers.values():
+                handler.proc.send_signal(signal.SIGINT)
+    if not result.failures:
+        return "", 0
+    failure = next(iter(result.failures.values()))  # the first one seen; behind it are those that torch ended
+    reported = Path(context.error_files[failure.local_rank]).is_file()
+    if len(got) > 1 or (got and not reported):
+        return f"Interrupted. {_safe(advice)}\n", 130
+    if reported:
+        return failure.message, failure.exitcode
+    how = f"exit code {failure.exitcode}" if failure.exitcode > 0 else failure.signal_name()
+    how += " (out of host memory? see dmesg)" if failure.exitcode == -signal.SIGKILL else ""
+    said = Path(context.stderrs[failure.local_rank] or os.devnull).read_text(errors="replace").splitlines()
+    lines = [f"Error: rank {failure.local_rank} died with {how}. The run was stopped.", _safe(advice)]
+    return "\n".join([*lines, *said[-LAST_LINES:]]) + "\n", max(failure.exitcode, 1)
 
 
 @contextmanager
@@ -148,40 +121,43 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _last_words(culprit: Child, bad: Sequence[Child]) -> str:
-    """Why the run ended, where rank 0 has not said it."""
-    words = {child.rank: _tail(child) for child in bad}
-    for _, lines in sorted(words.items()):
-        reports = [number for number, line in enumerate(lines) if line.startswith(REPORTS)]
-        if reports:
-            return "\n".join(lines[reports[-1] :]) + "\n"
-    code = culprit.process.returncode
-    how = (
-        f"ended with exit code {code}"
-        if code > 0
-        else f"was killed by {signal.Signals(-code).name} (out of host memory? see dmesg)"
-    )
-    return "\n".join([f"Error: rank {culprit.rank} {how}. The run was stopped.", *words[culprit.rank]]) + "\n"
+@contextmanager
+def failing_together(advice: Advice) -> Iterator[Callable[[BaseException], None]]:
+    """Around the work of a process that a launcher started: an exception that leaves the block ends the process there.
+
+    Yields:
+        A function that does the same with an exception that must not be raised, because a collective would be entered
+        on its way out. Without a launcher it does nothing, and exceptions are raised as usual.
+    """
+    try:
+        yield lambda error: fail(error, advice) if launched() else None
+    except BaseException as error:
+        if launched():
+            fail(error, advice)
+        raise
 
 
-def _tail(child: Child) -> list[str]:
-    if child.errors is None:
-        return []
-    child.errors.seek(0)
-    return child.errors.read().decode(errors="replace").splitlines()[-LAST_LINES:]
+def fail(error: BaseException, advice: Advice) -> NoReturn:
+    """Ends this process with the exit code of ``errors.explain``, and leaves a message unless another one says it."""
+    if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":
+        time.sleep(SETTLE_S)
+    rank = int(os.environ["RANK"])
+    message, code = explain(error)
+    if code == 130 and rank and error.args:
+        code = 0  # all have agreed on it, and saved (``train``): rank 0 speaks
+    shown = "".join(traceback.format_exception(error)) if DEBUG in sys.argv else ""
+    shown += f"Error: {f'rank {rank}: ' if rank else ''}{message}\n{_safe(advice)}" if code not in (0, 130) else message
+    if launched_by_us():
+        report = {"message": shown.rstrip() + "\n", "timestamp": time.time()}
+        write_aside(Path(os.environ["TORCHELASTIC_ERROR_FILE"]), json.dumps(report))
+    elif rank == 0 or code not in (0, 130):
+        print(shown.rstrip(), file=sys.stderr)
+    sys.stdout.flush()
+    os._exit(code)
 
 
-def _code(code: int, interrupted: bool) -> int:
-    if code < 0:
-        return 130 if interrupted else 1
-    return code
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-    return port
+def _safe(advice: Advice) -> str:
+    """An advice that cannot be given, for example of a folder that cannot be read, must not hide the failure."""
+    with suppress(Exception):
+        return advice()
+    return ""

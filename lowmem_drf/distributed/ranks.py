@@ -7,6 +7,7 @@ queue. Tensors are DeepSpeed's business.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,11 +20,13 @@ from lowmem_drf.errors import BadInputError
 JOIN_TIMEOUT = timedelta(minutes=10)
 """For processes that never come."""
 TIMEOUT = timedelta(hours=6)
-"""For processes that wait for each other. A dead one is found by ``watch``, in seconds; one that downloads 30 GB is
-only slow."""
+"""For processes that wait for each other: one that downloads 30 GB is only slow. A dead one is noticed by the launcher,
+in seconds."""
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LOCAL_COUNT = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
 """torchrun's name and that of the deepspeed launcher."""
+OURS = {"TORCHELASTIC_RUN_ID": "lowmem-drf"}
+"""What ``distributed/launch.py`` sets for the processes that it starts."""
 
 T = TypeVar("T")
 
@@ -131,6 +134,11 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def launched_by_us() -> bool:
+    """Whether the launcher is ``distributed/launch.py``, which prints the message of a process that failed."""
+    return os.environ.items() >= OURS.items()
+
+
 def join(device_wish: str) -> Ranks:
     """Joins the others that the launcher started; without a launcher, makes the group of one process that DeepSpeed
     wants.
@@ -148,6 +156,8 @@ def join(device_wish: str) -> Ranks:
     import torch
     import torch.distributed as dist
 
+    if launched_by_us():
+        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]  # Linux
     device = rank_device(device_wish, place, torch.cuda.device_count())
     os.environ.setdefault("DS_ACCELERATOR", device)
     if device == "cuda":

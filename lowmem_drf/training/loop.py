@@ -144,8 +144,9 @@ def _save(
 
 @contextmanager
 def _finish_on_interrupt(progress: TrainProgress, run: Path, ranks: Ranks) -> Iterator[list[int]]:
-    """Within the block the first Ctrl-C (or SIGTERM) only fills the list; the second ends the process at once, which
-    costs nothing that is saved."""
+    """Within the block the first Ctrl-C only fills the list; the second ends the process at once, which costs nothing
+    that is saved. SIGTERM counts as Ctrl-C in a run of one process. Of several, launchers end with it those that wait
+    for a dead one."""
     asked: list[int] = []
 
     def on_signal(number: int, frame: object) -> None:
@@ -161,7 +162,8 @@ def _finish_on_interrupt(progress: TrainProgress, run: Path, ranks: Ranks) -> It
         if ranks.chief:
             progress.notice("Finishing this update, then saving. Press Ctrl-C again to stop at once.")
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM) if ranks.count == 1 else (signal.SIGINT,)
+    before = {number: signal.signal(number, on_signal) for number in numbers}
     try:
         yield asked
     finally:

@@ -1,5 +1,4 @@
-"""ToyWorld trained by two processes under ZeRO-3 with CPU offload, from the command line: its files, resuming with
-other numbers of processes, a killed one."""
+"""ToyWorld trained by two processes under ZeRO-3 with CPU offload: its files, Ctrl-C, a killed process, resuming."""
 
 import json
 import os
@@ -9,36 +8,35 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from _processes import trained
 from _root import ROOT
 from safetensors.torch import load_file
 
-from lowmem_drf.commands.train import train_command
+from lowmem_drf.commands.train import start, train_command
+from lowmem_drf.config import load_config
+from lowmem_drf.distributed.ranks import Ranks
+from lowmem_drf.errors import BadInputError
 from lowmem_drf.toy.captions import train_prompts
 from lowmem_drf.training.checkpoint import checkpoint_steps
 from lowmem_drf.training.metrics import read_metrics
 
 SETTINGS = [
-    *(
-        "steps=4",
-        "batch=4",
-        "micro_batch=1",
-        "sampler.steps=2",
-        "sampler.graded_steps=1",
-        "critic.normalize=true",
-        "optim.schedule=constant",
-    ),
-    *("log.checkpoint_every=1", "log.keep=10", "log.sample_every=2", "log.sample_prompts=3", "log.eval_prompts=3"),
+    *("video.frames=5", "critic.frames=2", "steps=4", "batch=2", "micro_batch=1"),
+    *("sampler.steps=2", "sampler.graded_steps=1", "critic.normalize=true", "optim.schedule=constant"),
+    *("log.checkpoint_every=1", "log.keep=10", "log.sample_every=4", "log.sample_prompts=3", "log.eval_prompts=3"),
 ]
-ZERO = ["engine=zero3", "zero.stage3_param_persistence_threshold=1000"]
+ZERO = ["engine=zero3", "processes=2"]
 QUICKLY = ["log.sample_every=0", "log.eval_prompts=0"]
 WITHIN_S = 30.0
 
 
-def command(*words, settings=()):
-    return [
+def command_line(*words, settings=()):
+    """``lowmem-drf train`` in a process of its own."""
+    command = [
         sys.executable,
         "-m",
         "lowmem_drf",
@@ -46,20 +44,8 @@ def command(*words, settings=()):
         *map(str, words),
         *(word for text in settings for word in ("-s", text)),
     ]
-
-
-def started(*words, settings=()):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command(*words, settings=settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env
-    )
-
-
-def trained(*words, settings=()):
-    process = started(*words, settings=settings)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, out + err
-    return out, err
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +66,10 @@ def one(prompts, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(prompts, tmp_path_factory):
-    """The same of two, and what it said."""
+def two(prompts, pair, tmp_path_factory):
+    """The same of two, and what each of them said."""
     run = tmp_path_factory.mktemp("two") / "run"
-    return run, *trained(
-        "--preset", "toy", "--prompts", prompts, "--output", run, "--num-processes", 2, settings=[*SETTINGS, *ZERO]
-    )
+    return run, pair(trained, prompts, run, [*SETTINGS, *ZERO])
 
 
 def files(run):
@@ -95,7 +79,7 @@ def files(run):
 
 
 def test_the_files_are_those_of_one_process(one, two):
-    run, *_ = two
+    run, _ = two
     assert files(run) == files(one)
     assert len(list((run / "tensorboard").iterdir())) == 1
     for ours, theirs in zip(read_metrics(run), read_metrics(one), strict=True):
@@ -133,13 +117,13 @@ def test_the_samples_of_both_processes_are_written_under_their_own_names(one, tw
 
 
 def test_one_process_talks(two):
-    _, out, err = two
+    _, (out, silence) = two
     lines = [line.split(" ")[1] for line in out.splitlines() if line.startswith("update ")]
     assert lines == sorted(set(lines)) and lines[-1] == "4/4"
     assert "on cpu, fp32, 2 processes under DeepSpeed (zero3)\n" in out
     assert out.count("Next:") == 1
     assert out.count("oracle: color") == 1  # the table, of clips that both made
-    assert err == ""
+    assert silence == ""
 
 
 def at_update_2(run, copy):
@@ -153,37 +137,70 @@ def lora(run, step):
     return (run / "checkpoints" / f"step-{step:06d}" / "lora.safetensors").read_bytes()
 
 
-def test_a_run_goes_on_with_one_process_and_then_with_two(two, tmp_path):
+def test_a_run_goes_on_with_one_process_and_then_with_two(two, pair, tmp_path):
     """That its state is taken up exactly by any number of processes is in test_zero.py."""
     run = at_update_2(two[0], tmp_path / "run")
-    trained("--resume", "--output", run, "--steps", 3, "--num-processes", 1, settings=QUICKLY)
+    train_command(None, None, run, 3, None, True, [*QUICKLY, "engine=single", "processes=1"], False)
     assert lora(run, 2) == lora(two[0], 2)
-    trained("--resume", "--output", run, "--steps", 4, "--num-processes", 2, settings=QUICKLY)
+    pair(trained, None, run, [*QUICKLY, *ZERO, "steps=4"], True)
     assert checkpoint_steps(run) == [1, 2, 3, 4]
     for ours, theirs in zip(read_metrics(run), read_metrics(two[0]), strict=True):
         assert (ours["prompts"], ours["seed"]) == (theirs["prompts"], theirs["seed"])
 
 
-def test_a_killed_process_ends_the_run_in_seconds_with_one_message_and_a_usable_checkpoint(prompts, two, tmp_path):
-    """Resumed, the run gives the bytes of the unbroken one."""
+def interrupted(ranks, prompts, run, overrides):
+    """``train``, in which one process gets Ctrl-C in the second update, as it begins. Returns what all say in the
+    end."""
+    from lowmem_drf.training import loop as train
+
+    def update(config, models, parts, trainer, step, *rest):
+        if step == 1 and not ranks.chief:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(config, models, parts, trainer, step, *rest)
+
+    original = train.update
+    config = load_config("toy", [*overrides, f"prompts={json.dumps(str(prompts))}"])
+    with mock.patch.object(train, "update", update), pytest.raises(KeyboardInterrupt) as ended:
+        start(config, run, False, "", ranks)
+    return str(ended.value)
+
+
+def test_ctrl_c_in_one_process_finishes_the_update_of_all_and_saves(prompts, two, pair, tmp_path):
+    """That our launcher hands it on, waits and prints the message once is in test_launch.py."""
     run = tmp_path / "run"
-    settings = [*SETTINGS, *ZERO, *QUICKLY, "steps=1000"]
-    process = started("--preset", "toy", "--prompts", prompts, "--output", run, "--num-processes", 2, settings=settings)
+    said = pair(interrupted, prompts, run, [*SETTINGS, *ZERO, *QUICKLY, "steps=1000", "log.checkpoint_every=1000"])
+    assert (
+        said == [f"Interrupted after update 2; it is saved. Go on with: lowmem-drf train --resume --output {run}"] * 2
+    )
+    assert checkpoint_steps(run) == [2]
+    assert lora(run, 2) == lora(two[0], 2)
+
+
+def test_a_killed_process_ends_the_run_with_one_message_and_resumed_it_gives_the_bytes_of_the_unbroken_one(
+    prompts, two, pair, tmp_path
+):
+    """From the command line."""
+    run = tmp_path / "run"
+    settings = [*SETTINGS, "engine=zero3", *QUICKLY, "steps=1000"]
+    process = command_line(
+        "--preset", "toy", "--prompts", prompts, "--output", run, "--num-processes", 2, settings=settings
+    )
     while not checkpoint_steps(run):
-        assert process.poll() is None
+        assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     os.kill(_rank(process.pid, 1), signal.SIGKILL)
     killed = time.monotonic()
-    _, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=60)
     assert time.monotonic() - killed < WITHIN_S
     assert process.returncode == 1
     saved = checkpoint_steps(run)[-1]
     assert err.splitlines() == [
-        "Error: rank 1 died without a word (killed, or out of host memory: see dmesg). The run was stopped.",
+        "Error: rank 1 died with SIGKILL (out of host memory? see dmesg). The run was stopped.",
         f"Update {saved} is saved. Go on with: lowmem-drf train --resume --output {run}",
     ]
+    assert out.count("update 1/1000 ") == 1  # of rank 0 alone
     assert saved < 4
-    trained("--resume", "--output", run, "--steps", 4)
+    pair(trained, None, run, ["steps=4"], True)
     assert lora(run, 4) == lora(two[0], 4)
 
 
@@ -195,29 +212,21 @@ def _rank(parent, rank):
     raise AssertionError(f"there is no rank {rank}")
 
 
-def test_fewer_prompts_than_processes_are_refused(tmp_path):
+def test_fewer_prompts_than_processes_are_refused_by_all(tmp_path):
     (tmp_path / "prompts.txt").write_text(train_prompts()[0])
-    process = started(
-        "--preset",
-        "toy",
-        "--prompts",
-        tmp_path / "prompts.txt",
-        "--output",
-        tmp_path / "run",
-        "--num-processes",
-        2,
-        settings=ZERO,
-    )
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert err.startswith("Error: there are 1 prompts for 2 processes") and len(err.splitlines()) <= 2
+    config = load_config("toy", [*ZERO, f"prompts={json.dumps(str(tmp_path / 'prompts.txt'))}"])
+    for rank in range(2):
+        with pytest.raises(BadInputError, match="^there are 1 prompts for 2 processes"):
+            start(config, tmp_path / "run", False, "", Ranks(rank, 2, rank, 2))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_prints_what_deepspeed_is_told_and_the_plan_of_each_process(capfd):
     import tomllib
 
-    train_command("toy", None, None, None, None, False, ["engine=zero3", "zero.critic=true"], True, num_processes=2)
+    train_command(
+        "toy", None, None, None, None, False, [*SETTINGS, "engine=zero3", "zero.critic=true"], True, num_processes=2
+    )
     out, err = capfd.readouterr()
     assert tomllib.loads(out)["processes"] == 2
     told = "\n".join(line.removeprefix("# ") for line in out.splitlines() if line.startswith("# "))

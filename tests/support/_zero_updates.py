@@ -1,15 +1,8 @@
-"""One process of a few updates under DeepSpeed: ``python _zero_worker.py OUT "VARIANT -- VARIANT ..." [STATE]``; a
-variant is overrides of preset ``toy``.
-
-Rank 0 saves to OUT what each variant gave: {variant: {"gradients", "lora", "state", "report", "reduced", "gathered"}}.
-A variant that begins with ``TAKEN`` makes no update: it takes up what is in STATE, and gives "lora" and "state".
-"""
+"""A few updates of ToyWorld, in one process or in each process of a run. A variant is overrides of preset ``toy``."""
 
 from __future__ import annotations
 
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -20,16 +13,19 @@ from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.assembly.questions import draft_questions
 from lowmem_drf.assembly.references import finish_questions
 from lowmem_drf.config import load_config
-from lowmem_drf.distributed.ranks import ALONE, Ranks, end_process, join
+from lowmem_drf.distributed import zero
+from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.models.lora.adapter import add_lora, load_lora_state, lora_parameters, lora_state, named_lora
 from lowmem_drf.training.trainer import make_trainer
 from lowmem_drf.training.update import update
 
-TAKEN = "taken up by "
 COMMON = (
+    "video.frames=5",
+    "optim.grad_clip=0.5",
+    "critic.frames=2",
     "batch=2",
     "micro_batch=1",
-    "sampler.steps=3",
+    "sampler.steps=2",
     "sampler.graded_steps=2",
     "memory.checkpoint=true",
     "kernels.ops=naive",
@@ -53,8 +49,11 @@ def ready(overrides, ranks: Ranks = ALONE):
     return config, models, prompts, questions
 
 
-def updates(overrides, ranks: Ranks, state=None):
-    """Two updates, and what they gave. ``state``: (LoRA, optimizer's) to begin from; then no update is made."""
+def updates(overrides, ranks: Ranks, state=None, count=2):
+    """``count`` updates, and what they gave: {"gradients", "lora", "state", "report", "reduced", "gathered"}.
+
+    ``state``: (LoRA, optimizer's) is taken up; then no update is made, and only "lora" and "state" are given.
+    """
     config, models, prompts, questions = ready(overrides, ranks)
     if state:
         load_lora_state(models.transformer, state[0])
@@ -76,7 +75,8 @@ def updates(overrides, ranks: Ranks, state=None):
     with _counted(made, models) as parts_stage:
         object.__setattr__(parts, "stage", parts_stage(parts.stage))
         made["report"] = [
-            update(config, models, parts, trainer, number, prompts, questions, None, {}, ranks) for number in range(2)
+            update(config, models, parts, trainer, number, prompts, questions, None, {}, ranks)
+            for number in range(count)
         ]
     with trainer.whole():
         made["lora"] = lora_state(models.transformer)
@@ -126,19 +126,16 @@ def _counted(made, models):
         yield staged
 
 
-def main(out: str, variants: str, state: str = "") -> None:
-    torch.set_num_threads(1)
-    ranks = join("cpu")
-    taken = torch.load(state) if state else None
-    made = {
-        variant: updates(variant.removeprefix(TAKEN).split(), ranks, taken if variant.startswith(TAKEN) else None)
-        for variant in variants.split(" -- ")
-    }
+def all_updates(ranks: Ranks, variants, file: str, some_stay: str = ""):
+    """Rank 0 saves to ``file`` what each (variant, state) gave, in their order: it is too large for a pipe.
+
+    ToyWorld's tensors are about as small as those that ZeRO-3 keeps on every card. So here all of them are partitioned;
+    in the variant ``some_stay``, of one update, only the largest ones are, and nothing is gathered ahead.
+    """
+    made = []
+    for variant, state in variants:
+        settings = {"PERSIST_NUMEL": 40_000, "PREFETCH_NUMEL": 0} if variant == some_stay else {"PERSIST_NUMEL": 0}
+        with mock.patch.multiple(zero, **settings):
+            made.append(updates(variant.split(), ranks, state, 1 if variant == some_stay else 2))
     if ranks.chief:
-        torch.save(made, Path(out))
-    ranks.leave()
-    end_process()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+        torch.save(made, file)

@@ -1,0 +1,115 @@
+"""Processes that stay for many tests, forked from a server that has imported everything: imports are paid for once.
+
+What needs several processes and does not end them is tested here; how processes are started and end is in
+test_launch.py.
+"""
+
+import io
+import multiprocessing
+import os
+import sys
+import tempfile
+import traceback
+from contextlib import redirect_stdout
+from multiprocessing.connection import wait
+from pathlib import Path
+from unittest import mock
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    [
+        "deepspeed",
+        "peft",
+        "diffusers.models.autoencoders.autoencoder_kl_wan",
+        "diffusers.models.transformers.transformer_wan",
+        "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+        "transformers.models.umt5.modeling_umt5",
+        "lowmem_drf.commands.train",
+        "lowmem_drf.training.loop",
+    ]
+)
+HANG_S = 600.0
+
+
+class Processes:
+    """Call it with a function of a module and its arguments: each process runs ``function(ranks, *arguments)``."""
+
+    def __init__(self, count: int) -> None:
+        from torch.distributed import TCPStore
+
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._folder = tempfile.TemporaryDirectory()
+        self._logs = [Path(self._folder.name) / f"rank{rank}" for rank in range(count)]
+        self._ends, self._processes = [], []
+        with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"):  # deepspeed chooses it when the server imports it
+            for rank in range(count):
+                ours, theirs = CONTEXT.Pipe()
+                process = CONTEXT.Process(
+                    target=_serve, args=(rank, count, self._store.port, theirs, str(self._logs[rank])), daemon=True
+                )
+                process.start()
+                theirs.close()
+                self._ends.append(ours)
+                self._processes.append(process)
+
+    def __call__(self, function, *arguments):
+        """What the function returned, by rank."""
+        for end in self._ends:
+            end.send((function, arguments))
+        answers = {}
+        while len(answers) < len(self._ends):  # of whoever fails the others may wait for ever
+            waiting = {end: rank for rank, end in enumerate(self._ends) if rank not in answers}
+            ready = wait(list(waiting), HANG_S)
+            assert ready, f"hanging: {sorted(waiting.values())}\n{self._said()}"
+            for end in ready:
+                try:
+                    good, answers[waiting[end]] = end.recv()
+                except EOFError:
+                    raise AssertionError(f"rank {waiting[end]} died\n{self._said()}") from None
+                assert good, answers[waiting[end]]
+        return [answers[rank] for rank in range(len(self._ends))]
+
+    def _said(self):
+        return "\n".join(log.read_text() for log in self._logs)
+
+    def close(self):
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._folder.cleanup()
+
+
+def _serve(rank, count, port, end, log):
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    import torch
+
+    from lowmem_drf.distributed.ranks import join
+
+    torch.set_num_threads(1)
+    ranks = join("cpu")
+    while True:
+        function, arguments = end.recv()
+        try:
+            end.send((True, function(ranks, *arguments)))
+        except BaseException:
+            end.send((False, traceback.format_exc()))
+
+
+def trained(ranks, prompts, run, overrides, resume=False):
+    """``lowmem-drf train`` as one process of a run; returns what it printed."""
+    from lowmem_drf.commands import train as start
+
+    said = io.StringIO()
+    with (
+        mock.patch.object(start, "join", lambda device: ranks),
+        mock.patch.object(type(ranks), "leave", type(ranks).barrier),
+        mock.patch.object(start, "end_process"),
+        redirect_stdout(said),
+    ):
+        start.train_command(None if resume else "toy", prompts, run, None, None, resume, overrides, False)
+    return said.getvalue()
