@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from lowmem_drf.distributed.ranks import OURS, launched, launched_by_us
 from lowmem_drf.errors import DEBUG, explain
-from lowmem_drf.training.run_folder import write_aside
+from lowmem_drf.files import write_text
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import SubprocessContext
@@ -149,7 +149,7 @@ def fail(error: BaseException, advice: Advice) -> NoReturn:
     shown += f"Error: {f'rank {rank}: ' if rank else ''}{message}\n{_safe(advice)}" if code not in (0, 130) else message
     if launched_by_us():
         report = {"message": shown.rstrip() + "\n", "timestamp": time.time()}
-        write_aside(Path(os.environ["TORCHELASTIC_ERROR_FILE"]), json.dumps(report))
+        write_text(Path(os.environ["TORCHELASTIC_ERROR_FILE"]), json.dumps(report))
     elif rank == 0 or code not in (0, 130):
         print(shown.rstrip(), file=sys.stderr)
     sys.stdout.flush()

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from lowmem_drf.config import change, default_preset, load_config
-from lowmem_drf.distributed.zero import REDUCE_BUCKET
+from lowmem_drf.distributed.zero import LIVE_NUMEL, PERSIST_NUMEL, PREFETCH_NUMEL, REDUCE_BUCKET
 from lowmem_drf.models.generators import generator_config
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
 from lowmem_drf.models.wan.random_generator import random_transformer
@@ -282,13 +282,10 @@ def test_the_preset_is_in_blocks_and_for_any_number_of_processes_that_divides_th
     width, feed_forward = generator["num_attention_heads"] * generator["attention_head_dim"], generator["ffn_dim"]
     linears = 8 * width * width + 2 * width * feed_forward
     lora = config.lora.rank * (8 * 2 * width + 2 * (width + feed_forward))
-    block, zero = linears + lora, config.zero
-    assert (
-        zero.stage3_prefetch_bucket_size == pytest.approx(block, rel=0.01)
-        and zero.stage3_max_live_parameters == 2 * zero.stage3_prefetch_bucket_size
-    )
+    block = linears + lora
+    assert pytest.approx(block, rel=0.01) == PREFETCH_NUMEL and LIVE_NUMEL == 2 * PREFETCH_NUMEL
     # modulation stays, the LoRA does not
-    assert 6 * width <= zero.stage3_param_persistence_threshold < config.lora.rank * width
+    assert 6 * width <= PERSIST_NUMEL < config.lora.rank * width
     for count in (1, 4):
         assert change(config, [f"processes={count}"]).processes == count
 
