@@ -150,9 +150,10 @@ class Critic(Node):
     """What is asked: yes/no questions of all three aspects (``yesno``), explanations scored token by token (``dense``),
     ``both``, or one global yes/no question (``vanilla``, the baseline that collapses). One pass answers all questions,
     so more of them cost little."""
-    questions: Name = "templates"
-    """Who writes the questions: ``templates`` (rules), ``critic`` (the critic itself, once before training; cached), or
-    a JSON file in the format of ``lowmem-drf questions --json``. Questions in a prompt file take precedence."""
+    questions: Name = "phrases"
+    """Who writes the questions: ``phrases`` (quotes the prompt's own clauses; no model), ``critic`` (the critic itself,
+    once before training; cached), or a JSON file in the format of ``lowmem-drf questions --json``. Questions in a
+    prompt file take precedence. ToyWorld's critic and prompts use ToyWorld's own ``grammar`` in place of ``phrases``."""
     reference: Literal["auto", "prompt"] = "auto"
     """Source of the reference answers to dense questions. ``auto``: what the critic says about the prompt's
     ``reference_video``, if there is one. ``prompt``: always made from the prompt."""
@@ -175,6 +176,13 @@ class Critic(Node):
     hinge: Literal["off"] | Annotated[float, Field(allow_inf_nan=False)] = "off"
     """Cap on each question's reward: a question above it is pushed no further. ``off``: no cap."""
     weights: Weights = Weights()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.questions == "templates":
+            yield (
+                "questions",
+                '"templates" is gone: use "phrases", which quotes the prompt (any language, no model), or "critic"',
+            )
 
 
 class Lora(Node):

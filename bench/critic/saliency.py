@@ -24,7 +24,7 @@ from bench.versions import versions
 from lowmem_drf.method.reward import RewardSpec
 from lowmem_drf.models.qwen_vl.critic import QwenCritic, load_critic
 from lowmem_drf.models.weights.sources import TOYWORLD, resolve
-from lowmem_drf.questions.templates import make_questions
+from lowmem_drf.questions.make import make_questions
 from lowmem_drf.scoring.saliency import saliency
 from lowmem_drf.toy.captions import caption
 from lowmem_drf.toy.scenes import BACKGROUNDS, Combo, combos_of, coverage, draw_tracks, render

@@ -10,8 +10,9 @@ from lowmem_drf.assembly.cache import Cache, cache_folder
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.reward import RewardSpec
 from lowmem_drf.models.weights.sources import TOYWORLD
-from lowmem_drf.questions.file import load_questions
-from lowmem_drf.questions.templates import Grammar, make_questions
+from lowmem_drf.questions.file import WRITERS, load_questions, require_same_prompts
+from lowmem_drf.questions.make import Grammar, make_questions
+from lowmem_drf.questions.phrases import foils
 from lowmem_drf.questions.writer import VERSION, UnusableError, write_questions
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import counted
@@ -31,28 +32,36 @@ WRITTEN_TOKENS = 2048
 
 def grammar_of(config: Config) -> Grammar:
     """ToyWorld's critic knows its own words only."""
-    return "toyworld" if TOYWORLD in (config.critic.id, config.prompts) else "english"
+    return "toyworld" if TOYWORLD in (config.critic.id, config.prompts) else "phrases"
 
 
-def draft_questions(config: Config, prompts: Sequence[Prompt], grammar: Grammar | None = None) -> Questions:
-    """Without a model: the prompt's own questions, or the user's file's, or those of the templates (also what a writer
-    falls back to).
+def draft_questions(
+    config: Config, prompts: Sequence[Prompt], grammar: Grammar | None = None, strict: bool = True
+) -> Questions:
+    """Without a model: the prompt's own questions, or the user's file's, or the grammar's (also what a writer falls
+    back to).
 
-    ``grammar``: of the templates; ``None`` takes the critic's.
+    Args: grammar: ``None`` takes the critic's. strict: a file has to have the questions of every prompt. If not, the
+        grammar's take the place of those it has not.
 
-    Raises BadInputError: a file that cannot be used; prompts that the templates cannot take apart, every one named.
+    Raises: BadInputError: a file that cannot be used or has other prompts; prompts that are not in ToyWorld's grammar,
+        every one named.
     """
-    source = config.critic.questions
-    given = {} if source in ("templates", "critic") else load_questions(source)
+    source, grammar = config.critic.questions, grammar or grammar_of(config)
+    if source == "grammar" and grammar != "toyworld":
+        raise BadInputError(
+            'critic.questions = "grammar" is ToyWorld\'s own. For other prompts use critic.questions = "phrases", "critic" or a file.'
+        )
+    given = {} if source in WRITERS else load_questions(source)
+    if given and strict:
+        require_same_prompts(source, given, prompts)
+    pool = foils(prompt.text for prompt in prompts) if grammar == "phrases" else ()
     made: Questions = {}
     refused: list[tuple[Prompt, BadInputError]] = []
     for prompt in prompts:
         try:
-            made[prompt.id] = (
-                prompt.questions
-                or given.get(prompt.text)
-                or make_questions(prompt.text, config.critic.mode, grammar or grammar_of(config))
-            )
+            asked = prompt.questions or given.get(prompt.text)
+            made[prompt.id] = asked or make_questions(prompt.text, config.critic.mode, grammar, pool)
         except BadInputError as error:
             refused.append((prompt, error))
     if refused:
@@ -85,8 +94,8 @@ def written_questions(
     critic: QwenCritic,
     console: Console,
 ) -> Questions:
-    """The critic writes the questions of every prompt that brings none; the templates' fixed ones stay. Cached by
-    prompt, model and version.
+    """The critic writes the questions of every prompt that brings none; the fixed ones stay. Cached by prompt, model
+    and version.
 
     What it writes twice in a row and cannot be used leaves the draft as it is, and is told on ``console``.
     """
@@ -113,7 +122,7 @@ def written_questions(
         made[prompt.id] = (*written, *(question for question in draft[prompt.id] if question.aspect != "TA"))
     if failed:
         console.print(
-            f"The critic as writer gave no usable JSON for {len(failed)} of {len(prompts)} prompts, twice each; they get the templates' questions. "
+            f"The critic as writer gave no usable JSON for {len(failed)} of {len(prompts)} prompts, twice each; they get the draft's questions. "
             f"First: {failed[0]}",
             highlight=False, markup=False,
         )  # fmt: skip

@@ -40,7 +40,7 @@ def questions_command(
     # who names no preset wants to see the questions of the prompt, whatever this machine would train on
     free = preset is None and not all(toyworld.attributes(p.text) for p in prompts)
     console = Console(stderr=as_json, soft_wrap=True)
-    questions = draft_questions(config, prompts, "english" if free else None)
+    questions = draft_questions(config, prompts, "phrases" if free else None)
     if needs_writer(config):
         from lowmem_drf.assembly.loading import load_run_critic
 

@@ -63,7 +63,7 @@ def score_command(
         raise BadInputError(
             "ToyWorld's critic, the default where there is no CUDA card, knows ToyWorld's words only. Name a real one: --critic Qwen/Qwen2.5-VL-3B-Instruct"
         )
-    draft = draft_questions(config, prompts, "toyworld" if toy else "english")
+    draft = draft_questions(config, prompts, "toyworld" if toy else "phrases")
     require_weights(draft, reward_spec(config))
     shown_TCHW, fps = read_video(video, *_wanted(config.critic.frames if frames is None else frames))
 

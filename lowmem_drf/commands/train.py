@@ -16,6 +16,7 @@ from lowmem_drf.errors import DEBUG, BadInputError
 from lowmem_drf.files import write_text
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.planner.cards import card_named
+from lowmem_drf.questions.file import WRITERS
 from lowmem_drf.schema import Config
 from lowmem_drf.training.checkpoint import checkpoint_steps
 from lowmem_drf.training.run_folder import RUNS, claim, default_output, find_run, make_writable, release
@@ -216,7 +217,7 @@ def _absolute(config: Config) -> Config:
         if Path(value := getattr(config.model, name)).is_file()
     }
     config = config.model_copy(update={"model": config.model.model_copy(update=files)})
-    if config.critic.questions not in ("templates", "critic"):
+    if config.critic.questions not in WRITERS:
         path = str(Path(config.critic.questions).expanduser().absolute())
         config = config.model_copy(update={"critic": config.critic.model_copy(update={"questions": path})})
     return config

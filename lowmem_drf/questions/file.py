@@ -1,5 +1,6 @@
-"""Questions as JSON, for programs and for editing: ``[{"prompt": …, "questions": [{"aspect", "kind", "text", "answer",
-"weight", "name"}]}]``."""
+"""Questions as JSON, for programs and for editing:
+``[{"prompt": …, "questions": [{"aspect", "kind", "text", "answer", "weight", "name"}]}]``.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +11,10 @@ from typing import Any
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.prompts import parse_question
-from lowmem_drf.types import Question
+from lowmem_drf.types import Prompt, Question
+
+WRITERS = ("phrases", "critic", "grammar")
+"""Values of ``critic.questions`` that name no file."""
 
 
 def to_json(questions: Mapping[str, Sequence[Question]]) -> str:
@@ -39,7 +43,7 @@ def load_questions(path: str | Path) -> dict[str, tuple[Question, ...]]:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise BadInputError(
-            f"critic.questions = {str(path)!r}: there is no such file. Use templates, critic, or a file made with: "
+            f"critic.questions = {str(path)!r}: there is no such file. Use phrases, critic, or a file made with: "
             "lowmem-drf questions --prompts PROMPTS.txt --output QUESTIONS.json"
         ) from error
     except (OSError, ValueError) as error:
@@ -58,8 +62,35 @@ def load_questions(path: str | Path) -> dict[str, tuple[Question, ...]]:
         if row["prompt"] in found:
             raise BadInputError(f"{where}: the prompt {row['prompt']!r} is there twice; keep one of them")
         if not row["questions"]:
-            raise BadInputError(f"{where}: has no question; delete the entry to have them made for it")
+            raise BadInputError(
+                f"{where}: has no question. Give it some, or take those of: lowmem-drf questions --json"
+            )
         found[row["prompt"]] = tuple(
             parse_question(f"{where}, question {n}", item) for n, item in enumerate(row["questions"], 1)
         )
     return found
+
+
+def require_same_prompts(path: str | Path, given: Mapping[str, Sequence[Question]], prompts: Sequence[Prompt]) -> None:
+    """Raises BadInputError that names the prompts without questions of their own that the file does not have."""
+    missing = [prompt for prompt in prompts if not prompt.questions and prompt.text not in given]
+    if not missing:
+        return
+    unused = sorted(given.keys() - {prompt.text for prompt in prompts})
+    message = f"{path}: has no questions for {len(missing)} of {len(prompts)} prompts:"
+    message += _named([f"{prompt.id} {_shown(prompt.text)}" for prompt in missing])
+    if unused:
+        message += f"\nIt has questions for {len(unused)} prompts that the run does not have:"
+        message += _named([_shown(text) for text in unused])
+    raise BadInputError(
+        f"{message}\nThe texts have to be the same. Copy the changed ones into the file, or make it again: "
+        "lowmem-drf questions --prompts PROMPTS.txt --output QUESTIONS.json"
+    )
+
+
+def _named(names: Sequence[str]) -> str:
+    return "".join(f"\n  {name}" for name in names[:5]) + (f"\n  and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 100 else text[:99] + "…")

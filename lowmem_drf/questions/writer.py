@@ -1,7 +1,7 @@
 """A language model, usually the critic itself, takes the prompt apart and writes the questions as JSON.
 
 It writes what depends on the prompt: text alignment, and the physics of what is to happen. The fixed questions of
-physical fidelity and visual quality are the templates'. What it writes is checked question by question; one answer that
+physical fidelity and visual quality are ``fixed``'s. What it writes is checked question by question; one answer that
 cannot be used is sent back with the reason, once.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.prompts import parse_question
-from lowmem_drf.questions.english.wording import ANSWER
+from lowmem_drf.questions.fixed import ANSWER
 from lowmem_drf.types import Question
 
 Generate = Callable[[str], str]
@@ -81,8 +81,8 @@ def write_questions(prompt: str, mode: str, generate: Generate) -> tuple[Questio
 
 
 def read_questions(said: str, mode: str) -> tuple[Question, ...]:
-    """The first JSON array in a text, checked, without repetitions; yes/no questions end in the templates' instruction.
-    Raises UnusableError."""
+    """The first JSON array in a text, checked, without repetitions; yes/no questions end in the fixed ones'
+    instruction. Raises UnusableError."""
     rows = _first_array(said)
     made: dict[str, Question] = {}
     for number, row in enumerate(rows, 1):
@@ -99,7 +99,7 @@ def read_questions(said: str, mode: str) -> tuple[Question, ...]:
         raise UnusableError(f"it holds {len(made)} different questions, and there are to be {FEWEST} to {MOST}")
     if all(question.aspect != "TA" for question in made.values()):
         raise UnusableError('no question has aspect "TA"')
-    # as the templates end theirs: the answer is scored where the first word is to be said
+    # as the fixed questions end: the answer is scored where the first word is to be said
     return tuple(replace(q, text=q.text.strip() + ANSWER) if q.kind == "yesno" else q for q in made.values())
 
 

@@ -20,7 +20,8 @@ from lowmem_drf.method.reward import RewardSpec, mean_reward
 from lowmem_drf.models.lora.adapter import lora_scale
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.prompts import as_prompts, load_prompts
-from lowmem_drf.questions.templates import Grammar, make_questions
+from lowmem_drf.questions.make import Grammar, make_questions
+from lowmem_drf.questions.phrases import foils
 from lowmem_drf.schema import Config
 from lowmem_drf.scoring.oracle_rates import oracle_for
 from lowmem_drf.terminal import work_bar
@@ -62,7 +63,7 @@ def make_trial(config: Config, prompts: Sequence[Prompt], count: int, seeds: int
             "of the training file, with other noise (give held-out ones: lowmem-drf eval --prompts FILE)",
         )
     heldout = _heldout_questions(chosen, grammar_of(config))
-    return Trial(chosen, seeds, draft_questions(config, chosen), heldout, source)
+    return Trial(chosen, seeds, draft_questions(config, chosen, strict=False), heldout, source)
 
 
 def finish_trial(config: Config, trial: Trial, critic: QwenCritic, console: Console) -> Trial:
@@ -194,7 +195,8 @@ def _ask(
 def _heldout_questions(prompts: Sequence[Prompt], grammar: Grammar) -> dict[str, tuple[Question, ...]]:
     """Questions that training does not ask; empty unless they can be made of every prompt."""
     try:
-        return {prompt.id: make_questions(prompt.text, "heldout", grammar) for prompt in prompts}
+        others = foils(prompt.text for prompt in prompts)
+        return {prompt.id: make_questions(prompt.text, "heldout", grammar, others) for prompt in prompts}
     except BadInputError:
         return {}
 

@@ -18,9 +18,9 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.qwen_vl.critic import load_critic
 from lowmem_drf.models.weights.sources import TOYWORLD, resolve
 from lowmem_drf.prompts import as_prompts
-from lowmem_drf.questions.english.wording import ANSWER
 from lowmem_drf.questions.file import load_questions, to_json
-from lowmem_drf.questions.templates import make_questions
+from lowmem_drf.questions.fixed import ANSWER
+from lowmem_drf.questions.make import make_questions
 from lowmem_drf.questions.writer import UnusableError, read_questions, write_questions
 from lowmem_drf.toy.scenes import Combo, draw_tracks, render
 from lowmem_drf.types import Prompt, Question
@@ -146,7 +146,7 @@ def config_of(*overrides):
     )
 
 
-def test_the_writers_questions_replace_the_templates_of_alignment_and_are_cached(own_cache, quiet):
+def test_the_writers_questions_replace_the_phrases_and_are_cached(own_cache, quiet):
     config, prompts = config_of(), as_prompts([DOGS])
     draft = draft_questions(config, prompts)
     written = written_questions(config, prompts, draft, Writer(json.dumps(GOOD)), quiet)["0001"]
@@ -159,7 +159,7 @@ def test_the_writers_questions_replace_the_templates_of_alignment_and_are_cached
             written_questions(other, prompts, draft, Writer(), quiet)
 
 
-def test_a_writer_that_gives_no_json_leaves_the_templates_and_is_told_of(own_cache, quiet):
+def test_a_writer_that_gives_no_json_leaves_the_phrases_and_is_told_of(own_cache, quiet):
     config, prompts = (
         config_of(),
         (*as_prompts([DOGS]), Prompt("mine", "a cat", (Question("TA", "Is it a cat?", "yes"),))),
@@ -169,20 +169,20 @@ def test_a_writer_that_gives_no_json_leaves_the_templates_and_is_told_of(own_cac
     said = quiet.export_text()
     assert (
         "no usable JSON for 1 of 2 prompts" in said
-        and "templates" in said
+        and "the draft's questions" in said
         and "0001 (there is no JSON array in it)" in said
     )
     assert not own_cache.exists()
 
 
-def test_toyworlds_critic_cannot_write_and_trains_on_templates_all_the_same(own_cache, quiet):
+def test_toyworlds_critic_cannot_write_and_trains_on_its_grammar_all_the_same(own_cache, quiet):
     config, prompts = load_config("toy", ["critic.questions=critic", "critic.mode=yesno"]), as_prompts([RED])
     draft = draft_questions(config, prompts)
     assert finish_questions(config, prompts, draft, load_critic(resolve(TOYWORLD, "critic")), quiet) == draft
     assert "no usable JSON" in quiet.export_text()
 
 
-def test_a_users_file_goes_before_templates_and_the_prompts_own_questions_before_both(tmp_path):
+def test_a_users_file_goes_before_the_grammar_and_the_prompts_own_questions_before_both(tmp_path):
     file = tmp_path / "questions.json"
     mine = (
         Question("TA", "Is it red?", "yes", weight=2.0, name="color"),
@@ -193,8 +193,16 @@ def test_a_users_file_goes_before_templates_and_the_prompts_own_questions_before
     own = Prompt("own", RED, (Question("TA", "Is it?", "yes"),))
     blue = "a blue circle moves left on a gray background"
     config = load_config("toy", [f"critic.questions={file}", "critic.mode=yesno"])
-    made = draft_questions(config, (*as_prompts([RED, blue]), own))
-    assert made == {"0001": mine, "0002": make_questions(blue, "yesno", "toyworld"), "own": own.questions}
+    assert draft_questions(config, (*as_prompts([RED]), own)) == {"0001": mine, "own": own.questions}
+    for prompts, named in (([RED, blue], (blue,)), ([blue], (blue, RED))):  # some are in it, none is
+        with pytest.raises(BadInputError, match="has no questions for 1 of") as refused:
+            draft_questions(config, as_prompts(prompts))
+        assert all(repr(text) in str(refused.value) for text in named) and ("does not have" in str(refused.value)) == (
+            RED in named
+        )
+    # what evaluation asks of prompts that were not trained on
+    held_out = draft_questions(config, as_prompts([RED, blue]), strict=False)
+    assert held_out == {"0001": mine, "0002": make_questions(blue, "yesno", "toyworld")}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError, NonFiniteError
 from lowmem_drf.method.preprocess import resized
 from lowmem_drf.method.reward import RewardSpec
-from lowmem_drf.questions.templates import make_questions
+from lowmem_drf.questions.make import make_questions
 from lowmem_drf.scoring.heatmap import PERCENTILE, _wrap, colormap, draw, glow
 from lowmem_drf.scoring.saliency import Saliency, saliency
 from lowmem_drf.scoring.score import ClipScore, QuestionScore, score_clip

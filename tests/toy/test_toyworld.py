@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.questions.templates import MODES, make_questions
+from lowmem_drf.questions.make import MODES, make_questions
 from lowmem_drf.toy.captions import WORDINGS, caption, heldout_prompts, parse, train_prompts
 from lowmem_drf.toy.defects import DEFECTS, PHYSICS, break_physics, break_quality
 from lowmem_drf.toy.oracle import judge, judge_clips, measure

@@ -23,7 +23,7 @@ from lowmem_drf.models.wan.attention import attention_named
 from lowmem_drf.models.wan.decoder import WanDecoder
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
 from lowmem_drf.ops import fused_ops, naive_ops, triton_attention
-from lowmem_drf.questions.templates import make_questions
+from lowmem_drf.questions.make import make_questions
 from lowmem_drf.types import Parts
 
 TEXT = "a red circle moves right on a gray background"

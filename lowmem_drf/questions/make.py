@@ -1,0 +1,62 @@
+"""Prompt -> the questions that the critic is asked about its clip, without a model: ``phrases`` quotes any prompt,
+``toyworld`` knows ToyWorld's grammar. ``writer`` has a language model write them, ``file`` reads what a user wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.questions import phrases, toyworld
+from lowmem_drf.types import Question
+
+Grammar = Literal["phrases", "toyworld"]
+"""Whose words the critic understands: any, or ToyWorld's only."""
+
+MODES = ("yesno", "dense", "both", "vanilla", "heldout")
+
+
+def make_questions(
+    prompt: str,
+    mode: str = "yesno",
+    grammar: Grammar = "phrases",
+    others: Sequence[phrases.Foil] = (),
+) -> tuple[Question, ...]:
+    """The questions of a prompt.
+
+    Args:
+        mode: ``yesno`` asks for every part of the prompt, for physics and for quality; ``dense`` asks for
+            explanations of all three; ``both``; ``vanilla`` asks one global question; ``heldout`` is ``yesno`` in
+            wordings that training never uses.
+        others: ``phrases.foils`` of the set that the prompt is from.
+
+    Raises:
+        BadInputError: an unknown mode or grammar; ``toyworld``: a prompt that does not name one shape, color, motion
+            and background.
+    """
+    if mode not in MODES:
+        raise BadInputError(f"critic.mode = {mode!r} is unknown. Use one of: {', '.join(MODES)}.")
+    if grammar not in get_args(Grammar):
+        raise BadInputError(f"the grammar {grammar!r} is unknown. Use one of: {', '.join(get_args(Grammar))}.")
+    return _toyworld_questions(prompt, mode) if grammar == "toyworld" else phrases.questions(prompt, mode, others)
+
+
+def _toyworld_questions(prompt: str, mode: str) -> tuple[Question, ...]:
+    values = toyworld.attributes(prompt)
+    if values is None:
+        wanted = "; ".join(f"{name}: {', '.join(options)}" for name, options in toyworld.ATTRIBUTES.items())
+        raise BadInputError(
+            f"No questions can be made from the prompt {prompt!r}: "
+            f"ToyWorld's grammar wants one word of each of {wanted}. "
+            'Example: "a red circle moves left on a gray background". '
+            'Or give the questions yourself in a .jsonl prompt file ("questions").'
+        )
+    match mode:
+        case "vanilla":
+            return toyworld.vanilla(prompt)
+        case "dense":
+            return toyworld.dense(values)
+        case "both":
+            return (*toyworld.yesno(values), *toyworld.dense(values))
+    return toyworld.yesno(values, wording=1 if mode == "heldout" else 0)
