@@ -15,24 +15,26 @@ UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 """Characters of Thai, Japanese, Chinese and Korean: two of them count as a word."""
 WORD = re.compile(rf"[{UNSPACED}]{{1,2}}|[^\s{UNSPACED}]+")
 
+
+def either(words: str) -> str:
+    """A pattern for one of the words that spaces separate; "_" is a space, "_" or "-", and "$" the end of a word."""
+    return "|".join(words.split()).replace("_", "[ _-]").replace("$", r"\b")
+
+
 NEGATION = re.compile(
-    r"\b(?:no|not|without|never|none|nobody|nothing|neither|nor|cannot|kein\w*|nicht|ohne|nie|sans|pas|jamais|"
-    "aucune?|ni|sin|"
-    r"nunca|senza|non|sem|não|без|не|нет)\b|n['’]t\b|[没不无未沒無]|ない|なし|なく|ません|ずに",
+    r"\b(?:no|not|without|never|none|nobody|nothing|neither|nor|cannot|kein\w*|nicht|ohne|nie|sans|pas|jamais|aucune?|ni|"
+    r"sin|nunca|senza|non|sem|não|без|не|нет)\b|n['’]t\b|[没不无未沒無]|ない|なし|なく|ません|ずに",
     re.IGNORECASE,
 )
-
-
-def wordset(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-DETERMINERS = wordset(
-    """
-    a an the his her its their my our your this that these those some one two three four five six seven eight nine
-    ten several many another he she it they there ein eine einen einem einer der die das den dem sein seine ihr ihre
-    zwei drei un une le la les des deux trois son sa ses il elle una unos unas el los las su sus dos tres uno gli lo i due um uma os as dois
-    """
+DETERMINERS = frozenset(
+    either(
+        """
+        a an the his her its their my our your this that these those some one two three four five six seven
+        eight nine ten several many another he she it they there ein eine einen einem einer der die das den dem
+        sein seine ihr ihre zwei drei un une le la les des deux trois son sa ses il elle una unos unas el los
+        las su sus dos tres uno gli lo i due um uma os as dois
+        """
+    ).split("|")
 )
 """What can open a new subject. English first; then German, French, Spanish, Italian, Portuguese."""
 
@@ -45,28 +47,26 @@ _MARKUP = re.compile(
 )
 _WEIGHT = re.compile(r"(?<=\D):\d*\.?\d+(?=\s*[)\]])")
 """Of ``(word:1.2)``."""
-_QUALITY = re.compile(
-    r"(?:an? )?(?:(?:(?:very|ultra|highly|extremely|super|hyper|insanely|intricate|fine|absurdly)[- ]?)?"
-    "(?:masterpiece|(?:best|high|top|amazing|great|good|premium|highest|excellent|ultra)[- ]quality|detail(?:s|ed)?|"
-    "aesthetic|"
-    r"(?:full[- ]?)?(?:u|f)?hdr?|\d{1,2}k(?: uhd| hdr| resolution)?|(?:1080|720|2160)p|hires|absurdres|octane render|"
-    r"(?:high|highest)[- ]?res(?:olution)?|award[- ]winning(?: photo\w*)?|trending on \w+|artstation|raw photo|"
-    r"score_\d\w*|"
-    r"rating_\w+|newest|unreal engine(?: 5)?|杰作|傑作|(?:最佳|最高|高)(?:质量|品质|画质|品質|画質)|超?高?清|"
-    "meisterwerk|"
-    r"(?:beste|hohe) qualität|chef-d'œuvre|(?:meilleure|haute) qualité|obra maestra|(?:mejor|alta) calidad)[ ,]*)+",
-    re.IGNORECASE,
+_DEGREE = either("very ultra highly extremely super hyper insanely intricate fine absurdly")
+_QUALITY_WORDS = either(
+    r"""
+    masterpiece (?:best|high|highest|top|amazing|great|good|premium|excellent|ultra)_quality detail(?:s|ed)?
+    aesthetic (?:full_?)?[uf]?hdr? \d{1,2}k(?:_uhd|_hdr|_resolution)? (?:1080|720|2160)p hires highres
+    absurdres octane_render newest (?:high|highest)_?resolution award_winning(?:_photo\w*)? trending_on_\w+
+    artstation raw_photo score_\d\w* rating_\w+ unreal_engine(?:_5)? 杰作 傑作
+    (?:最佳|最高|高)(?:质量|品质|画质|品質|画質) 超?高?清 meisterwerk (?:beste|hohe)_qualität chef-d'œuvre (?:meilleure|haute)_qualité obra_maestra
+    (?:mejor|alta)_calidad
+    """
 )
+_QUALITY = re.compile(rf"(?:an? )?(?:(?:(?:{_DEGREE})[- ]?)?(?:{_QUALITY_WORDS})[ ,]*)+", re.IGNORECASE)
 _QUOTED = re.compile(r'"[^"\n]{1,200}"|“[^”\n]{1,200}”|«[^»\n]{1,200}»|「[^」\n]{1,200}」|『[^』\n]{1,200}』')
+_OPENERS = either("and_then und_dann et_puis y_luego e_poi während wobei puis tandis_que pendant_que mientras mentre")
 _SEPARATOR = re.compile(
-    r"(?<!\b[A-Z])(?<!\b(?:Mr|Dr|St|vs))(?<!\b(?:Mrs|e\.g|i\.e|z\.B))[.!?…]+(?=\s|$)|(?<=[a-z]{2})\.(?=[A-Z])|"
-    r"[。！？]+|\n+"
-    r"|[;；؛]|(?<!\d),|,(?!\d)|[，،]|:(?=\s)|：|\s[–—-]+\s|—|\s*\|\s*"
-    r"|(?<!\ba)(?<!\bfor)\s+(?=while\s)|(?<!\ball)(?<!\bnothing)(?<!\bnone)\s+(?=but\s)|\s+(?=as (?:he|she|it|they)\s)"
+    r"(?<!\b[A-Z\d])(?<!\b(?:Mr|Dr|St|vs))(?<!\b(?:Mrs|e\.g|i\.e|z\.B))[.!?…]+(?=\s|$)"
+    r"|(?-i:(?<=[a-z]{2})\.(?=[A-Z]))|[。！？]+|\n+|[;；؛]|(?<!\d),|,(?!\d)|[，،]|:(?=\s)|：|\s[–—-]+\s|—|\s*\|\s*"
+    r"|(?<!\ba)(?<!\bfor)\s+(?=while\s)|(?<!\ball)(?<!\bnothing)\s+(?=but\s)|\s+(?=as (?:he|she|it|they)\s)"
     r"|(?<!\bsince)(?<!\bby)(?<!\band)\s+(?=then\s)|(?<!\beven)\s+(?=(?:until|when|whereas)\s)"
-    r"|\s+(?=(?:and then|und dann|et puis|y luego|e poi|während|wobei|puis|tandis que|pendant que|mientras|mentre|"
-    r"enquanto)\s)"
-    r"|(?=然后|接着|随后|同时|与此同时)",
+    rf"|\s+(?=(?:{_OPENERS})\s)|(?=然后|接着|随后|同时|与此同时)",
     re.IGNORECASE,
 )
 _JAPANESE = re.compile(r"[\u3040-\u30ff]")
@@ -74,37 +74,38 @@ _AND = re.compile(r"\s+(?=(?:and|und|et|y|e|и)\s)", re.IGNORECASE)
 _VERB = re.compile(r"\w{2,}(?<!s)s|\w{2,}ing|\w{3,}ed|\w{2,}ly", re.IGNORECASE)
 """How an English word looks that can open what a subject does next."""
 _PAIR = re.compile(r"\b(?:between|both|either|zwischen|entre|tra)\b", re.IGNORECASE)
-_CONNECTIVE = re.compile(
-    "(?:(?:and|then|while|but|next(?! to)|finally|afterwards?|meanwhile|also|until|when|whereas|after that|"
-    "at the same time|"
-    "as(?= (?:he|she|it|they) )|und|dann|während|danach|et|puis|ensuite|pendant que|tandis que|y|luego|mientras|e|"
-    "poi|mentre|então|"
-    r"enquanto|и|затем|потом|пока)(?:\s*,\s*|\s+)|(?:然后|接着|随后|同时|与此同时|并且|そして|それから|"
-    "同時に)[，、]?)+",
-    re.IGNORECASE,
+_LEADING = either(
+    """
+    and then while but next(?!_to) finally afterwards? meanwhile also until when whereas after_that
+    at_the_same_time as(?=_(?:he|she|it|they)_) und dann während danach et puis ensuite pendant_que
+    tandis_que y luego mientras e poi mentre então enquanto и затем потом пока
+    """
 )
+_LEADING_UNSPACED = either("然后 接着 随后 同时 与此同时 并且 そして それから 同時に")
+_CONNECTIVE = re.compile(rf"(?:(?:{_LEADING})(?:\s*,\s*|\s+)|(?:{_LEADING_UNSPACED})[，、]?)+", re.IGNORECASE)
 _RELATIVE = re.compile(r"(?:which|who|whose|whom|where|or|nor|oder|ou|ni)\b", re.IGNORECASE)
 _OR = re.compile(r"\b(?:or|nor|oder|noch|ou|ni|или)\b", re.IGNORECASE)
-_EMPTY = re.compile(
-    "(?:(?:in|on|at|behind|before|beside|above|below|under|near|around|with|to|of|from|him|her|them|it|me|us|first|"
-    "second|last|"
-    r"once|now|later|here|there|then|next|soon|again|\w{4,}ly)\W*)+",
-    re.IGNORECASE,
+_VAGUE = either(
+    r"""
+    in on at behind before beside above below under near around with to of from him her them it me us first
+    second last once now later here there then next soon again \w{4,}ly
+    """
 )
+_EMPTY = re.compile(rf"(?:(?:{_VAGUE})\b\W*)+", re.IGNORECASE)
 """Says nothing alone: "Behind him", "Slowly"."""
-_ADJECTIVE = (
-    "(?:very )?(?:tall|short|long|small|big|large|little|huge|tiny|old|young|new|dark|light|bright|pale|deep|wide|"
-    "narrow|thin|thick|"
-    "wet|dry|warm|cold|hot|cool|soft|hard|quiet|calm|lone|slow|fast|red|black|white|blue|green|yellow|brown|gr[ae]y|"
-    "pink|purple|"
-    r"orange|golden|silver|heavy|low|high|wild|strong|worn|round|sad|proud)"
+_ADJECTIVE = either(
+    """
+    tall short long small big large little huge tiny old young new dark light bright pale deep wide narrow
+    thin thick wet dry warm cold hot cool soft hard quiet calm lone slow fast red black white blue green
+    yellow brown gr[ae]y pink purple orange golden silver heavy low high wild strong worn round
+    """
 )
+_ENDS = re.compile(rf"\b(?:{_ADJECTIVE})$", re.IGNORECASE)
+_BEGINS = re.compile(rf"(?:and )?(?:{_ADJECTIVE})\b", re.IGNORECASE)
+"""With an adjective: "chopping red" and "green and yellow peppers"."""
 _ATTRIBUTE = rf"(?:{_ADJECTIVE}|\w+(?:[ndzgw]y|sty|ful|ous|less|ish))(?:,\s*\w+)?"
 _OPEN = re.compile(rf"\b(?:a|an|the|his|her|its|their|two|three) {_ATTRIBUTE}$", re.IGNORECASE)
 """Ends within a noun phrase: "walks through a long"."""
-_ADJECTIVES = re.compile(rf"\b{_ADJECTIVE}$", re.IGNORECASE), re.compile(rf"(?:and )?{_ADJECTIVE}\b", re.IGNORECASE)
-"""Ends and begins with one: "chopping red" and "green and yellow peppers"."""
-_PREDICATES = re.compile(rf"(?:and )?{_ADJECTIVE}(?: and {_ADJECTIVE})?", re.IGNORECASE)
 
 
 @dataclass(slots=True)
@@ -182,8 +183,7 @@ def _plain(prompt: str) -> str:
 
 
 def _pieces(text: str) -> list[Piece]:
-    """Cut at connectives and at punctuation outside quotation marks. 、 ends clauses in Japanese and lists in
-    Chinese."""
+    """Cut at connectives and at punctuation outside quotation marks. 、 ends clauses in Japanese, lists in Chinese."""
     quoted = [match.span() for match in _QUOTED.finditer(text)]
     ends = list(_SEPARATOR.finditer(text))
     if _JAPANESE.search(text):
@@ -257,9 +257,8 @@ def _belong(before: str, text: str) -> bool:
         first = text.split()[0].lower()
         clause = first in DETERMINERS or _CONNECTIVE.match(text) or re.fullmatch(r"\w+(?<!s)s", first)
         return first == "and" or not clause
-    if _ADJECTIVES[0].search(before) and _ADJECTIVES[1].match(text) or _PREDICATES.fullmatch(text) and size(before) > 2:
-        return True
-    return bool(_RELATIVE.match(text) or _EMPTY.fullmatch(before))
+    adjectives = _ENDS.search(before) and _BEGINS.match(text)
+    return bool(adjectives or _RELATIVE.match(text) or _EMPTY.fullmatch(before))
 
 
 def _end_of_list(pieces: list[Piece], start: int) -> int:

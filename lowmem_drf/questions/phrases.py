@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from lowmem_drf.questions import fixed
-from lowmem_drf.questions.clauses import LONGEST, NEGATION, UNSPACED, Clauses, cut, shorten, size, wordset
+from lowmem_drf.questions.clauses import LONGEST, NEGATION, UNSPACED, Clauses, cut, shorten, size
 from lowmem_drf.types import Question
 
 MOST = 20
@@ -36,19 +36,24 @@ _CLAUSE = 'Does this video show "{}"?', 'Can you see "{}" in this clip?'
 _WHOLE = 'Does this video show "{}"?', 'Is this a clip of "{}"?'
 _NOTHING = "Does the video show a recognizable scene?", "Can you tell what this clip shows?"
 
+
+def _wordset(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 _SMALL_WORDS = {
-    "en": wordset("the and with for from into onto over that this there are was his her its their while then who has"),
-    "de": wordset("der die das den dem des ein eine einen einem einer und mit von auf ist sind im am zum zur ihr sein"),
-    "fr": wordset("le la les des une un et dans sur avec sous par est au aux du qui son sa ses"),
-    "es": wordset("el la los las una un y en con por del al sobre bajo su sus que es"),
-    "it": wordset("il lo gli una un e di con nel nella sul sulla che è del della"),
-    "pt": wordset("os as uma um e com no na nos nas do da em que seu sua ao"),
+    "en": _wordset("the and with for from into onto over that this there are was his her its while then who"),
+    "de": _wordset(
+        "der die das den dem des ein eine einen einem einer und mit von auf ist sind im am zum zur ihr sein"
+    ),
+    "fr": _wordset("le la les des une un et dans sur avec sous par est au aux du qui son sa ses"),
+    "es": _wordset("el la los las una un y en con por del al sobre bajo su sus que es"),
+    "it": _wordset("il lo gli una un e di con nel nella sul sulla che è del della"),
+    "pt": _wordset("os as uma um e com no na nos nas do da em que seu sua ao"),
 }
 """They tell the language, and no content word is among them."""
 _SMALL = frozenset().union(*_SMALL_WORDS.values())
-_FILM = wordset(
-    "came shot ligh lens focu cine film styl view qual moti slow colo soft macr wide clos dept fiel phot scen"
-)
+_FILM = _wordset("came shot ligh lens focu cine film styl view qual moti slow colo soft macr wide clos dept fiel phot")
 """Stems of words that may be true of any clip."""
 
 
@@ -74,8 +79,7 @@ def foils(prompts: Iterable[str]) -> tuple[Foil, ...]:
 
 
 def content(text: str) -> frozenset[str]:
-    """What texts about the same share: the first four letters of words; pairs of characters where there are no
-    spaces."""
+    """What texts about the same share: the first four letters of words, pairs of characters where no spaces are."""
     low = text.casefold()
     words = {word[:4] for word in re.findall(rf"[^\W_{UNSPACED}]{{3,}}", low) if word not in _SMALL}
     runs = re.findall(f"[{UNSPACED}]+", low)
