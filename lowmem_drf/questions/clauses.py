@@ -54,8 +54,8 @@ _QUALITY_WORDS = either(
     aesthetic (?:full_?)?[uf]?hdr? \d{1,2}k(?:_uhd|_hdr|_resolution)? (?:1080|720|2160)p hires highres
     absurdres octane_render newest (?:high|highest)_?resolution award_winning(?:_photo\w*)? trending_on_\w+
     artstation raw_photo score_\d\w* rating_\w+ unreal_engine(?:_5)? 杰作 傑作
-    (?:最佳|最高|高)(?:质量|品质|画质|品質|画質) 超?高?清 meisterwerk (?:beste|hohe)_qualität chef-d'œuvre (?:meilleure|haute)_qualité obra_maestra
-    (?:mejor|alta)_calidad
+    (?:最佳|最高|高)(?:质量|品质|画质|品質|画質) 超?高?清 meisterwerk (?:beste|hohe)_qualität chef-d'œuvre
+    (?:meilleure|haute)_qualité obra_maestra (?:mejor|alta)_calidad
     """
 )
 _QUALITY = re.compile(rf"(?:an? )?(?:(?:(?:{_DEGREE})[- ]?)?(?:{_QUALITY_WORDS})[ ,]*)+", re.IGNORECASE)
