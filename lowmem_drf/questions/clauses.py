@@ -97,13 +97,12 @@ _ADJECTIVE = either(
     """
     tall short long small big large little huge tiny old young new dark light bright pale deep wide narrow
     thin thick wet dry warm cold hot cool soft hard quiet calm lone slow fast red black white blue green
-    yellow brown gr[ae]y pink purple orange golden silver heavy low high wild strong worn round
+    yellow brown gr[ae]y pink purple orange golden silver heavy low high wild strong cute worn round
     """
 )
-_ENDS = re.compile(rf"\b(?:{_ADJECTIVE})$", re.IGNORECASE)
-_BEGINS = re.compile(rf"(?:and )?(?:{_ADJECTIVE})\b", re.IGNORECASE)
+_ATTRIBUTE = rf"(?:{_ADJECTIVE}|\w+(?:[ndzgwf]y|sty|ful|ous|less|ish))"
+_ENDS, _BEGINS = re.compile(rf"\b{_ATTRIBUTE}$", re.IGNORECASE), re.compile(rf"(?:and )?{_ATTRIBUTE}\b", re.IGNORECASE)
 """With an adjective: "chopping red" and "green and yellow peppers"."""
-_ATTRIBUTE = rf"(?:{_ADJECTIVE}|\w+(?:[ndzgw]y|sty|ful|ous|less|ish))(?:,\s*\w+)?"
 _OPEN = re.compile(rf"\b(?:a|an|the|his|her|its|their|two|three) {_ATTRIBUTE}$", re.IGNORECASE)
 """Ends within a noun phrase: "walks through a long"."""
 
@@ -137,7 +136,7 @@ def cut(prompt: str) -> Clauses:
     for piece in pieces:
         text = tidy(piece.text)
         found = _CONNECTIVE.match(text)
-        text = tidy(text[found.end() :]) if found else text
+        text = tidy(re.sub(r"(?:^|\s)(?:and|but|und|et|y)$", "", text[found.end() :] if found else text))
         if text:
             clauses.setdefault(_same(text), text)
     short = ""
@@ -177,6 +176,7 @@ def _same(text: str) -> str:
 
 def _plain(prompt: str) -> str:
     text = "".join(char if char.isprintable() or char == "\n" else " " for char in prompt)
+    text = re.sub(r'^\s*["“]([^"“”]*)["”]\s*$', r"\1", text)
     if re.search(r"[a-z]", text):  # in capitals throughout, waves may BREAK
         text = re.sub(r'(?<!["“])\bBREAK\b', ", ", text)
     return _WEIGHT.sub("", _MARKUP.sub(" ", text))
@@ -210,7 +210,7 @@ def _at_and(piece: Piece) -> list[Piece]:
         if not after or NEGATION.search(before) or _PAIR.search(before) or before.count('"') % 2:
             continue
         determined = after[0].lower() in DETERMINERS
-        verb = not determined and _VERB.fullmatch(after[0]) and size(before) >= 3 and len(after) >= 2
+        verb = not determined and _VERB.fullmatch(after[0]) and size(before) >= 3 and after[1:2] not in ([], ["and"])
         if verb or determined and size(before) >= 5 and len(after) >= 3:
             parts.append(Piece(before, found[0]))
             at = found.end()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections import Counter
 
 import pytest
@@ -49,6 +50,9 @@ def test_what_people_write_is_asked_about_in_its_own_words(capsys):
         ("A ball falls between cups and plates on a shelf", ["A ball falls between cups and plates on a shelf"]),
         ("salt and pepper, black and white stripes", ["salt and pepper", "black and white stripes"]),
         ("A tall, dark stranger smiles", ["A tall, dark stranger smiles"]),
+        ("A cute, fluffy, round owl with big, shiny eyes", ["A cute, fluffy, round owl with big, shiny eyes"]),
+        ("A king of swords and shields and looks up, and", ["A king of swords and shields", "looks up"]),
+        ('"A dog barks, a cat hides"', ["A dog barks", "a cat hides"]),
         ("Slowly, a door opens. Behind it, a dog barks", ["Slowly, a door opens", "Behind it, a dog barks"]),
         ("A road without cars, people or dogs, at dawn", ["A road without cars, people or dogs", "at dawn"]),
         ("a cat, no dogs, no people", ["a cat", "no dogs", "no people"]),
@@ -122,6 +126,14 @@ def test_explanations_are_clauses_in_the_prompts_own_words():
     assert told == ["Two dogs chase a ball, no cats, the camera pans left.", "The camera pans left."]
     (long,) = (q.answer for q in make_questions("a very odd dog " * 30, "dense") if q.aspect == "TA")
     assert size(long) == LONGEST
+
+
+def test_a_thousand_prompts_take_no_long_time():
+    """Promised: under 5 s. Of the processor, so that what else the machine does plays no part."""
+    start = time.process_time()
+    prompts = as_prompts(f"{TEXTS[i % len(TEXTS)]}, take {i}" for i in range(1000))
+    draft_questions(load_config("toy", ["critic.id=some/critic", "prompts=p.txt"]), prompts)
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("mode", ["yesno", "heldout"])
