@@ -42,7 +42,7 @@ def _wordset(text: str) -> frozenset[str]:
 
 
 _SMALL_WORDS = {
-    "en": _wordset("the and with for from into onto over that this there are was his her its while then who"),
+    "en": _wordset("the and with for from into that this there are was his her its while then who"),
     "de": _wordset("der die das den dem des ein eine einen einem einer und mit von auf ist sind im am zum zur ihr"),
     "fr": _wordset("le la les des une un et dans sur avec sous par est au aux du qui son sa ses"),
     "es": _wordset("el la los las una un y en con por del al sobre bajo su sus que es"),
