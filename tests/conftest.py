@@ -95,14 +95,3 @@ def tiny_run(tiny_preset, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "run"
     train_command(str(tiny_preset), None, run, None, None, False, [], False)
     return run
-
-
-@pytest.fixture(scope="session")
-def pair():
-    """Two processes of one group."""
-    pytest.importorskip("deepspeed", reason="an optional library")
-    from _processes import Processes
-
-    processes = Processes(2)
-    yield processes
-    processes.close()

@@ -1,1 +1,4 @@
-"""Diffusion-DRF as pure functions. Models arrive as callables in ``types.Parts``; no model library is imported here."""
+"""Diffusion-DRF as pure functions of tensors. Models arrive as callables in ``types.Parts``.
+
+Not here: any model library, configuration, logging or device choice.
+"""

@@ -21,7 +21,7 @@ from lowmem_drf.distributed.launch import fail, failing_together, launch
 from lowmem_drf.distributed.ranks import OURS
 from lowmem_drf.errors import BadInputError, NonFiniteError
 
-WORKER = [sys.executable, str(ROOT / "tests" / "support" / "_ranks.py")]
+WORKER = [sys.executable, str(Path(__file__).with_name("_ranks.py"))]
 KILLED = "Error: rank 1 died with SIGKILL (out of host memory? see dmesg). The run was stopped."
 RANK = "import os, sys, time\nrank = int(os.environ['RANK'])\n"
 HANGS = "time.sleep(60)\n"

@@ -1,0 +1,14 @@
+"""Two processes that stay for all tests of this room."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def pair():
+    """Two processes of one group."""
+    pytest.importorskip("deepspeed", reason="an optional library")
+    from _processes import Processes
+
+    processes = Processes(2)
+    yield processes
+    processes.close()
