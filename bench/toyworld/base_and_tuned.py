@@ -17,8 +17,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from lowmem_drf.assembly.generate import base_and_tuned
 from lowmem_drf.assembly.loading import load_models
-from lowmem_drf.commands.sample import base_and_tuned
 from lowmem_drf.errors import LowmemError
 from lowmem_drf.toy.captions import heldout_prompts
 from lowmem_drf.toy.oracle import Verdict, judge

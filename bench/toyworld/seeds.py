@@ -24,10 +24,9 @@ from rich.table import Table
 
 from bench.versions import versions
 from lowmem_drf.assembly.loading import load_models
-from lowmem_drf.commands.eval import EVAL_PROMPTS, EVAL_SEEDS
 from lowmem_drf.commands.train import train_command
 from lowmem_drf.errors import LowmemError
-from lowmem_drf.scoring.evaluate import finish_trial, make_trial, with_progress
+from lowmem_drf.scoring.evaluate import EVAL_PROMPTS, EVAL_SEEDS, finish_trial, make_trial, with_progress
 from lowmem_drf.training.lora_file import load_run_lora
 from lowmem_drf.training.metrics import read_metrics
 from lowmem_drf.training.run_folder import run_config

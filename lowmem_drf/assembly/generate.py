@@ -12,7 +12,8 @@ from lowmem_drf.assembly.assemble import Models
 from lowmem_drf.distributed.ranks import Ranks
 from lowmem_drf.method.schedule import flow_sigmas
 from lowmem_drf.method.step import rollout
-from lowmem_drf.schema import Sampler
+from lowmem_drf.models.lora.adapter import lora_scale
+from lowmem_drf.schema import Config, Sampler
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,3 +63,24 @@ def batches(
         new = number * size < len(mine)
         here = mine[number * size : (number + 1) * size] if new else range(min(size, len(texts)))
         yield here, generate(models, sampler, texts[here.start : here.stop], seeds[here.start : here.stop]), new
+
+
+def base_and_tuned(
+    config: Config, models: Models, texts: Sequence[str], seed: int, scale: float = 1.0, with_base: bool = True
+) -> Iterator[tuple[Tensor | None, Tensor]]:
+    """Yields (base clip, tuned clip) for each text, both from the same noise; the base is ``None`` unless
+    ``with_base``.
+
+    Clips are (T, 3, H, W), fp32 in [0, 1], on the host, generated ``log.eval_batch`` at a time. ``scale`` multiplies
+    the LoRA of the tuned clip.
+    """
+
+    def clips(some: Sequence[str], lora: float) -> list[Tensor]:
+        with lora_scale(models.transformer, lora):
+            return list(generate(models, config.sampler, some, [seed] * len(some)).frames_BTCHW.float().cpu())
+
+    size = config.log.eval_batch
+    for first in range(0, len(texts), size):
+        some = texts[first : first + size]
+        tuned = clips(some, scale)
+        yield from zip(clips(some, 0.0) if with_base else [None] * len(some), tuned, strict=True)

@@ -8,14 +8,17 @@ from pathlib import Path
 from lowmem_drf.assembly.assemble import run_prompts
 from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.models.weights.sources import TOYWORLD
-from lowmem_drf.scoring.evaluate import describe, finish_trial, make_trial, print_table, with_progress
+from lowmem_drf.scoring.evaluate import (
+    EVAL_PROMPTS,
+    EVAL_SEEDS,
+    describe,
+    finish_trial,
+    make_trial,
+    print_table,
+    with_progress,
+)
 from lowmem_drf.training.lora_file import load_run_lora
 from lowmem_drf.training.run_folder import find_run, run_config
-
-EVAL_PROMPTS = 128
-
-
-EVAL_SEEDS = 2
 
 
 def eval_command(run_folder: Path | None, file: Path | None, as_json: bool) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lowmem_drf.assembly.assemble import Models, run_prompts
-from lowmem_drf.assembly.generate import generate
+from lowmem_drf.assembly.assemble import run_prompts
+from lowmem_drf.assembly.generate import base_and_tuned
 from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.lora.adapter import lora_scale
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.prompts import load_prompts
 from lowmem_drf.schema import Config
@@ -20,9 +18,6 @@ from lowmem_drf.training.lora_file import load_lora_file, load_run_lora
 from lowmem_drf.training.previews import preview_texts, slug
 from lowmem_drf.training.run_folder import find_run, make_writable, run_config
 from lowmem_drf.video import side_by_side, watchable_upscale, write_mp4
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def sample_command(
@@ -65,24 +60,6 @@ def sample_command(
             )
             print(write_mp4(path, clip, config.video.fps, factor), flush=True)
             advance(1)
-
-
-def base_and_tuned(
-    config: Config, models: Models, texts: Sequence[str], seed: int, scale: float = 1.0, with_base: bool = True
-) -> Iterator[tuple[Tensor | None, Tensor]]:
-    """For each text the base model's clip (``None`` unless ``with_base``) and the tuned model's, from the same noise:
-    frames (T, 3, H, W), fp32 in [0, 1], on the host. Made ``log.eval_batch`` at a time."""
-    size = config.log.eval_batch
-    for first in range(0, len(texts), size):
-        some = texts[first : first + size]
-        seeds = [seed] * len(some)
-        with lora_scale(models.transformer, scale):
-            tuned = list(generate(models, config.sampler, some, seeds).frames_BTCHW.float().cpu())
-        base: list[Tensor | None] = [None] * len(some)
-        if with_base:
-            with lora_scale(models.transformer, 0.0):
-                base = list(generate(models, config.sampler, some, seeds).frames_BTCHW.float().cpu())
-        yield from zip(base, tuned, strict=True)
 
 
 def _texts(config: Config, texts: Sequence[str], file: Path | None) -> list[str]:

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
 
+EVAL_PROMPTS, EVAL_SEEDS = 128, 2
+"""Prompts of ``eval``, and clips of each."""
+
 
 @dataclass(frozen=True)
 class Trial:

@@ -12,9 +12,9 @@ from _root import ROOT
 from PIL import Image
 from rich.console import Console
 
-from lowmem_drf.commands import bench
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import LowmemError
+from lowmem_drf.planner import measure
 
 sys.path.insert(0, str(ROOT))
 
@@ -144,9 +144,9 @@ def test_a_cap_reaches_the_allocator(monkeypatch):
     monkeypatch.setattr(
         "torch._C._cuda_setMemoryFraction", lambda fraction, device: capped.append((fraction, device)), raising=False
     )
-    monkeypatch.setattr(bench, "_random_models", Mock(side_effect=torch.OutOfMemoryError("no room for the models")))
+    monkeypatch.setattr(measure, "_random_models", Mock(side_effect=torch.OutOfMemoryError("no room for the models")))
     with pytest.raises(LowmemError, match="under a cap of 12.5 GiB: no room for the models"):
-        bench.measure(load_config("toy"), torch.device("cuda"), 12.5, Console())
+        measure.measure(load_config("toy"), torch.device("cuda"), 12.5, Console())
     assert capped == [(0.5, 0)]
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from lowmem_drf.commands.bench import measure
 from lowmem_drf.config import change, load_config
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.planner.cards import CARDS, USABLE, card_named, parse_vram
 from lowmem_drf.planner.ladder import DEAR, LADDERS, advise, price
+from lowmem_drf.planner.measure import measure
 from lowmem_drf.planner.plan import make_plan, new_fakes
 from lowmem_drf.planner.report import refusal
 from lowmem_drf.planner.stages import STAGES

@@ -1,0 +1,163 @@
+"""Real updates with random weights at true size, measured stage by stage to be compared with their plan.
+
+On CUDA the bytes are the allocator's, with the models filled on the card. On the CPU a ledger counts the live bytes of
+one update, and a second one without the ledger gives the seconds. Under DeepSpeed this is one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowmem_drf.assembly.assemble import Models, assemble, critic_rate
+from lowmem_drf.assembly.loading import with_partitioned_critic
+from lowmem_drf.assembly.text_cache import DTYPES
+from lowmem_drf.distributed.ranks import join
+from lowmem_drf.errors import BadInputError, LowmemError
+from lowmem_drf.memory.host import HostStore
+from lowmem_drf.memory.meter import Meter
+from lowmem_drf.models.generators import generator_config
+from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
+from lowmem_drf.models.wan.experts import make_transformers
+from lowmem_drf.planner.cards import GIB
+from lowmem_drf.planner.ledger import Ledger
+from lowmem_drf.planner.plan import ALLOCATOR_BLOCK, PlanMeter, plan_prompts
+from lowmem_drf.planner.store import planned_store
+from lowmem_drf.schema import Config
+from lowmem_drf.training.trainer import SingleTrainer, make_trainer
+from lowmem_drf.training.update import update
+from lowmem_drf.types import Prompt, Question
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LARGEST_ON_CPU = 1e9
+"""Parameters of a transformer that is measured on a CPU."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """GiB and seconds by stage, of one micro-batch with all steps of the sampler."""
+
+    gib: dict[str, float]
+    s: dict[str, float]
+    device: str
+
+    @property
+    def peak_gib(self) -> float:
+        return max(self.gib.values())
+
+
+def measure(config: Config, device: torch.device, cap_gib: float | None, console: Console) -> Measurement:
+    """Updates on random weights; the last is measured, once the libraries have chosen their kernels.
+
+    ``cap_gib``: on CUDA the allocator fails above it (less half a GiB for the CUDA context, as on a card of that size).
+
+    Raises:
+        LowmemError: out of memory.
+        BadInputError: a transformer of more than 10^9 parameters on a CPU.
+    """
+    if config.engine != "single":
+        join(config.device)
+    if device.type == "cuda":
+        if cap_gib:
+            # of the current card: this function takes no device without an index, and ``device`` has none
+            torch.cuda.set_per_process_memory_fraction(
+                min(1.0, (cap_gib - 0.5) * GIB / torch.cuda.get_device_properties(device).total_memory)
+            )
+        meter = Meter(device)
+        try:
+            with console.status("measuring …"):
+                models, prompts, questions = _random_models(config, device, meter)
+                seconds, peaks = _updates(config, models, prompts, questions, count=3)
+        except torch.OutOfMemoryError as error:
+            where = f"under a cap of {cap_gib:g} GiB" if cap_gib else "on this card"
+            raise LowmemError(
+                f"out of memory {where}: {error}\nAsk for a change that fits: lowmem-drf plan --preset NAME --vram GB"
+            ) from error
+        return Measurement(peaks, seconds, torch.cuda.get_device_name(device))
+    _refuse_large(config)
+    with console.status("measuring …"), Ledger(ALLOCATOR_BLOCK) as ledger:
+        counted = PlanMeter(ledger)
+        models, prompts, questions = _random_models(config, device, counted, planned_store())
+        counted.load(
+            [
+                models.transformer,
+                models.decoder.vae,
+                models.asked_critic.model,
+                *([models.expert] if models.expert else []),
+            ]
+        )
+        _updates(config, models, prompts, questions, ledger=ledger)
+    clock = Meter(device)
+    models, prompts, questions = _random_models(config, device, clock)
+    seconds, _ = _updates(config, models, prompts, questions, count=2)
+    return Measurement({name: stage.peak_gib for name, stage in counted.stages.items()}, seconds, "CPU")
+
+
+def _random_models(
+    config: Config, device: torch.device, meter: Any, store: HostStore | None = None
+) -> tuple[Models, list[Prompt], dict[str, tuple[Question, ...]]]:
+    from lowmem_drf.models.qwen_vl.random_critic import random_critic
+    from lowmem_drf.models.wan.random_generator import random_transformer, random_vae
+    from lowmem_drf.models.weights.sources import resolve
+
+    generator, dtype = generator_config(config.model.id), DTYPES[config.dtype]
+    prompts, questions = plan_prompts(config)
+    home, taken = torch.device("cpu") if "transformer" in (*config.memory.park, *config.memory.stream) else device, None
+    if config.engine == "zero3":
+        from lowmem_drf.distributed.zero import Partition
+
+        taken = Partition(config).take
+    transformer, other = make_transformers(
+        generator,
+        config,
+        lambda name: random_transformer(
+            getattr(generator, name), dtype, device, quant=config.model.quant, home=home, taken=taken
+        ),
+    )
+    add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets)
+    width = generator.transformer["text_dim"]
+    noise = torch.Generator().manual_seed(0)
+    texts = {
+        text: torch.randn(config.model.text_tokens, width, generator=noise).to(dtype)
+        for text in [*(p.text for p in prompts), config.sampler.negative_prompt]
+    }
+    critic = random_critic(resolve(config.critic.id, "critic"), dtype, device, critic_rate(config), config.critic.quant)
+    vae = random_vae(generator.vae, DTYPES[config.memory.vae_dtype], device)
+    models = assemble(config, transformer, vae, critic, texts, device, meter, other=other, store=store)
+    return with_partitioned_critic(config, models) if config.zero.critic else models, prompts, questions
+
+
+def _updates(
+    config: Config,
+    models: Models,
+    prompts: Sequence[Prompt],
+    questions: Mapping[str, tuple[Question, ...]],
+    count: int = 1,
+    ledger: Ledger | None = None,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds and peak GiB by stage of the last of ``count`` updates."""
+    trainer, models = make_trainer(config, models)
+    parts = models.parts(lora_parameters(models.transformer))
+    if isinstance(trainer, SingleTrainer):
+        trainer.fill()  # DeepSpeed's are made by its first step
+        if ledger is not None:
+            for moment in trainer.paged():
+                ledger.on_host(moment)
+    for step in range(count):
+        report = update(config, models, parts, trainer, step, prompts, questions, None)
+    return report.stage_s, report.stage_peak_gib
+
+
+def _refuse_large(config: Config) -> None:
+    sizes = generator_config(config.model.id).transformer
+    parameters = sizes["num_layers"] * (sizes["num_attention_heads"] * sizes["attention_head_dim"]) ** 2 * 12
+    if parameters > LARGEST_ON_CPU:
+        raise BadInputError(
+            f"{config.model.id} has no place on a CPU ({parameters / 1e9:.1f} billion parameters in its blocks): bench needs a CUDA card for it. "
+            "Without one: lowmem-drf plan --preset NAME"
+        )
