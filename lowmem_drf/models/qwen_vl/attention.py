@@ -1,8 +1,8 @@
-"""The critic's attentions on a kernel that is told, row by row, which keys a query sees: no mask of tokens x tokens, no
-work on what is masked.
+"""The language model's attention through a kernel that takes key ranges instead of a mask of L x L: it neither stores
+the mask nor computes masked blocks.
 
-The questions' mask travels as ranges: int32 (B or 1, 1, L, 3), in the place of transformers' 4-D mask, which hands it
-on untouched. A row (prefix, start, stop) sees the keys [0, prefix) and [start, stop).
+Ranges are int32 (B or 1, 1, L, 3): the query of row (prefix, start, stop) attends to the keys [0, prefix) and
+[start, stop). They are passed as ``attention_mask``, which transformers hands to the attention function untouched.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from typing import Any
 from torch import Tensor
 
 NAME = "lowmem_drf_ranges"
-"""Of the attention in transformers' registry."""
+"""Key of our function in transformers' attention registry."""
 
 RangedAttention = Callable[[Tensor, Tensor, Tensor, float, Tensor], Tensor]
 """(q (B, L, H, d), k and v (B, L, G, d), scale, ranges (B or 1, L, 3)) -> (B, L, H, d). Differentiable."""
 
 
 def use_ranges(model: Any, attention: RangedAttention | None) -> None:
-    """The language model of a Qwen VLM reads ranges in place of a mask. ``None``: it reads masks, through PyTorch's
-    SDPA, again."""
+    """Makes the language model of a Qwen VLM take ranges instead of a mask; ``None`` restores masks and SDPA."""
     from transformers import AttentionInterface
 
     language = model.model.language_model
@@ -36,20 +35,13 @@ def use_ranges(model: Any, attention: RangedAttention | None) -> None:
 
 
 def _attend(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    **arguments: Any,
+    module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, scaling: float, **arguments: Any
 ) -> tuple[Tensor, None]:
-    """As transformers' attention functions: (B, H, L, d) -> (B, L, H, d). Without ranges (``generate``) it is
-    theirs."""
+    """An attention function as transformers calls it: (B, H, L, d) -> (B, L, H, d). Without ranges (``generate``) it
+    is transformers' SDPA."""
     if attention_mask is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **arguments)
-    return module.ranged_attention(
-        *(x.transpose(1, 2) for x in (query, key, value)), scaling, attention_mask[:, 0]
-    ), None
+        return sdpa_attention_forward(module, q, k, v, None, scaling=scaling, **arguments)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return module.ranged_attention(q, k, v, scaling, attention_mask[:, 0]), None

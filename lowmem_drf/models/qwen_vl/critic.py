@@ -1,9 +1,9 @@
-"""A Qwen VLM as a ``types.Critic``: frames in [0, 1] and questions -> the logits of the answers, differentiable in the
+"""A Qwen VLM as a ``types.Critic``: frames in [0, 1] and questions -> logits of the answers, differentiable in the
 frames.
 
-The vision tower runs once per clip, all questions of a clip share one sequence (``packing``), logits are computed only
-where answers are scored. What differs between the model families is in ``families``; position ids are computed there,
-as ``get_rope_index`` does. Written after transformers 5.23 (5.17 agrees in all that is used).
+The vision tower runs once per clip, all questions of a clip share one sequence (``packed_questions``), and logits are
+computed only at scored positions. ``families`` holds the differences between model families. Written against
+transformers 5.17 to 5.23.
 """
 
 from __future__ import annotations
@@ -31,14 +31,8 @@ from lowmem_drf.models.qwen_vl.files import (
 )
 from lowmem_drf.models.qwen_vl.packed_questions import Conversation
 from lowmem_drf.models.qwen_vl.vision import speed_up_vision
-from lowmem_drf.models.weights.quant import (
-    Quant,
-    check_quantised,
-    in_critic,
-    loading_arguments,
-    require_library,
-    take_over,
-)
+from lowmem_drf.models.weights import quant as quantisation
+from lowmem_drf.models.weights.quant import Quant
 from lowmem_drf.models.weights.sources import complete, loading
 from lowmem_drf.types import Answer, Question
 
@@ -53,18 +47,19 @@ def load_critic(
     fps: float | None = None,
     quant: Quant = "none",
 ) -> QwenCritic:
-    """A Qwen2.5-VL or Qwen3-VL in transformers layout, frozen, eval.
+    """Loads a Qwen2.5-VL or Qwen3-VL in transformers layout, frozen, in eval mode.
 
-    ``fps``: frames per second of what the critic will be shown; ``None`` takes the rate in the model's preprocessor
-    settings (2 where there is none). ``quant="nf4"``: the linears of the language model's layers in 4 bit, all else in
-    ``dtype``.
+    Args:
+        fps: frame rate of the clips it will judge. ``None``: the rate in its preprocessor settings, else 2.
+        quant: ``nf4`` stores the linear layers of the language model in 4 bits, all else in ``dtype``.
 
-    Raises: BadInputError: not a model of a known family, it cannot be loaded, its files do not belong together, or
-        bitsandbytes is missing. LowmemError: it was not quantised as asked.
+    Raises:
+        BadInputError: unknown family, files that are missing or do not fit together, or no bitsandbytes.
+        LowmemError: other layers were quantised than asked for.
     """
     from transformers import AutoConfig
 
-    require_library(quant)
+    quantisation.require_library(quant)
     with loading("the critic", folder_or_id):
         config = AutoConfig.from_pretrained(folder_or_id)
         cls = family_of(config.model_type).model_class()
@@ -72,33 +67,25 @@ def load_critic(
         if quant == "none" and already:
             raise ValueError("its weights are quantised already; -s critic.quant=nf4 takes those of bitsandbytes")
         settings, tokenizer = video_settings(folder_or_id), load_tokenizer(folder_or_id)
-        arguments = loading_arguments(quant, dtype, device, already)
-        model = complete(
-            cls.from_pretrained(
-                folder_or_id, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **arguments
-            )
-        )
+        arguments = quantisation.loading_arguments(quant, dtype, device, already)
+        arguments |= {"dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True}
+        model = complete(cls.from_pretrained(folder_or_id, **arguments))
     if quant == "none":
         model = model.to(device)
     else:
-        take_over(model, dtype)
-        check_quantised(model, quant, in_critic)
-    return QwenCritic(
-        model.eval().requires_grad_(False),
-        tokenizer,
-        video_geometry(settings),
-        fps=fps or float(settings.get("fps") or DEFAULT_FPS),
-    )
+        quantisation.convert_bnb(model, dtype)
+        quantisation.check_quantised(model, quant, quantisation.in_critic)
+    model.eval().requires_grad_(False)
+    return QwenCritic(model, tokenizer, video_geometry(settings), fps or float(settings.get("fps") or DEFAULT_FPS))
 
 
 class QwenCritic:
-    """``types.Critic`` on a Qwen2.5-VL or Qwen3-VL. Called with (frames_BTCHW in [0, 1], questions of each clip);
-    gradient to the frames, none to the weights unless they were thawed.
+    """``types.Critic`` on a Qwen2.5-VL or Qwen3-VL, called with (frames_BTCHW in [0, 1], questions of each clip).
 
-    ``fps``: frames per second of the frames it is given: they reach the model as time positions or as times in words.
+    Gradients flow to the frames, and to the weights only if they were unfrozen. ``fps``: frame rate of the clips; it
+    reaches the model as time positions or as timestamps in text.
 
-    Raises:
-        BadInputError: tokenizer, preprocessor and model do not belong together, or there is no usable chat template.
+    Raises BadInputError: tokenizer, preprocessor and model do not fit together, or there is no usable chat template.
     """
 
     def __init__(self, model: Any, tokenizer: Any, geometry: VideoGeometry, fps: float = DEFAULT_FPS) -> None:
@@ -117,7 +104,7 @@ class QwenCritic:
 
     @property
     def family(self) -> Family:
-        """What differs between model families. A module, so not kept: critics can be copied."""
+        """Looked up each time: it is a module, and critics must stay deep-copyable."""
         return family_of(self.model.config.model_type)
 
     @property
@@ -127,7 +114,7 @@ class QwenCritic:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Compute device."""
         embedding = self._embedding
         return embedding.device if isinstance(embedding, HostEmbedding) else torch.device(embedding.weight.device)
 
@@ -136,64 +123,53 @@ class QwenCritic:
         return self.answer_from_features(features_BND, grid, questions)
 
     def embed_video(self, frames_BTCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Frames in [0, 1] -> what the vision tower says, (B, n, D) with n tokens of the language model a clip, and its
-        grid, int64 on the CPU: (B, 3) time, rows, columns before merging; Qwen3-VL's (B, 4) has the number of frames
-        besides."""
+        """Frames in [0, 1] -> (features (B, n, D) for n video tokens per clip, ``Family``'s grid)."""
         pixels, grid = self.family.patches(frames_BTCHW, self.geometry)
-        return self.family.watch(self.model, pixels, grid), grid
+        return self.family.encode(self.model, pixels, grid), grid
 
     def answer_from_features(
         self, features_BND: Tensor, grid: Tensor, questions: Sequence[Sequence[Question]]
     ) -> list[list[Answer]]:
-        """An answer per clip and question from ``embed_video``'s results. All clips have one grid; the number of
-        questions may differ, and be 0."""
+        """An answer per clip and question, from the results of ``embed_video``. All clips share one grid; the number
+        of questions may differ, and may be 0."""
         if not any(questions):
             return [[] for _ in questions]
         logits_RV, sizes = self.scored_logits(features_BND, grid, questions)
-        rows = iter(logits_RV.split(sizes))
-        conversation = self.conversation
+        rows, chat = iter(logits_RV.split(sizes)), self.conversation
         return [
-            [
-                Answer(next(rows), torch.tensor(conversation.ask(q).target), yes=conversation.yes, no=conversation.no)
-                for q in clip
-            ]
+            [Answer(next(rows), torch.tensor(chat.tokens(q).target), yes=chat.yes, no=chat.no) for q in clip]
             for clip in questions
         ]
 
     def scored_logits(
         self, features_BND: Tensor, grid: Tensor, questions: Sequence[Sequence[Question]]
     ) -> tuple[Tensor, list[int]]:
-        """The logits of all answers in one tensor (R, V), fp32 (fp64 of an fp64 model), and the answer tokens of each
-        question, flat over clips: the vectorised form for who trains a critic.
+        """Logits of all answer tokens, (R, V) in fp32 (fp64 for an fp64 model), and the answer tokens of each question,
+        flat over clips. For training a critic.
 
-        Raises:
-            BadInputError: clips of different sizes, or more tokens than the model was made for.
+        Raises BadInputError: clips of different sizes, or more tokens than the model supports.
         """
-        prefix, device = self.prefix(grid), features_BND.device
+        prefix, device, clips = self.prefix(grid), features_BND.device, len(questions)
         length = len(prefix.ids_P)
-        self._require_room(prefix, max(len(self.conversation.ask(q).ids) for clip in questions for q in clip))
+        self._require_room(prefix, max(len(self.conversation.tokens(q).ids) for clip in questions for q in clip))
         packed = self.conversation.pack(length, questions, self._ranges)
-        ids_BL = torch.cat([prefix.ids_P.expand(len(questions), -1), packed.ids_BS], dim=1)
-        question_BS = packed.offset_BS + prefix.start
-        positions_3BL = torch.cat(
-            [prefix.positions_3P[:, None].expand(-1, len(questions), -1), question_BS.expand(3, -1, -1)], dim=-1
-        )
-        hidden_BLD = self._read(
-            ids_BL, positions_3BL, features_BND, prefix, packed.mask.to(device), use_cache=False
-        ).last_hidden_state
-        logits_RV = self.model.lm_head(hidden_BLD[packed.clip_R.to(device), (packed.place_R + length).to(device)])
+        ids_BL = torch.cat([prefix.ids_P.expand(clips, -1), packed.ids_BS], dim=1)
+        positions_3BP = prefix.positions_3P[:, None].expand(-1, clips, -1)
+        positions_3BL = torch.cat([positions_3BP, (packed.offset_BS + prefix.start).expand(3, -1, -1)], dim=-1)
+        mask = packed.mask.to(device)
+        out = self._decode(ids_BL, positions_3BL, features_BND, prefix, mask, use_cache=False)
+        rows_R = packed.clip_R.to(device), (packed.place_R + length).to(device)
+        logits_RV = self.model.lm_head(out.last_hidden_state[rows_R])
         return logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32)), packed.sizes
 
     @torch.no_grad()
     def generate(self, text: str, frames_TCHW: Tensor | None = None, max_new_tokens: int = 256) -> str:
-        """The model's answer to a user's text, with or without a clip in [0, 1] before it: greedy, without special
-        tokens.
+        """The model's reply to a user's text, optionally about a clip in [0, 1]: greedy, without special tokens.
 
-        As ``model.generate(do_sample=False)`` of transformers, but for a repetition penalty in the model's own
-        settings, which is not applied.
+        Equals ``model.generate(do_sample=False)`` of transformers without the repetition penalty of the model's
+        generation settings.
 
-        Raises:
-            BadInputError: more tokens than the model was made for.
+        Raises BadInputError: more tokens than the model supports.
         """
         from lowmem_drf.models.qwen_vl.generation import greedy
 
@@ -212,30 +188,30 @@ class QwenCritic:
             )
 
         def step(ids_1L: Tensor, positions_31L: Tensor, cache: Any) -> tuple[Tensor, Any]:
-            seen = (features, prefix) if cache is None else (None, None)
-            out = self._read(ids_1L, positions_31L, *seen, mask=None, past_key_values=cache, use_cache=True)
+            video = (features, prefix) if cache is None else (None, None)
+            out = self._decode(ids_1L, positions_31L, *video, mask=None, past_key_values=cache, use_cache=True)
             return self.model.lm_head(out.last_hidden_state[:, -1]), out.past_key_values
 
-        said = greedy(step, ids, positions_3L, self._ends(), max_new_tokens)
-        return str(self.tokenizer.decode(said, skip_special_tokens=True)).strip()
+        ends = self.model.generation_config.eos_token_id
+        ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id} - {None}
+        made = greedy(step, ids, positions_3L, ends, max_new_tokens)
+        return str(self.tokenizer.decode(made, skip_special_tokens=True)).strip()
 
     def set_attention(self, attention: RangedAttention | None, head_dims: Collection[int] = ()) -> None:
-        """The kernel for the attentions of language model and vision tower, each where its heads are of one of
-        ``head_dims``. ``None``: PyTorch's SDPA, with a mask of tokens x tokens for the questions."""
+        """Sets the attention kernel of language model and vision tower, each only if its head dimension is in
+        ``head_dims``. ``None``: PyTorch's SDPA, with an L x L mask for the questions."""
         text, vision = self.model.config.get_text_config(), self.model.config.vision_config
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self._ranges = attention is not None and width in head_dims
         use_ranges(self.model, attention if self._ranges else None)
-        speed_up_vision(
-            self.model.model.visual, attention if vision.hidden_size // vision.num_heads in head_dims else None
-        )
+        fits_vision = vision.hidden_size // vision.num_heads in head_dims
+        speed_up_vision(self.model.model.visual, attention if fits_vision else None)
 
     def set_checkpointing(self, on: bool) -> None:
-        """Layer-wise gradient checkpointing of the vision tower and the language model, whatever mode they are in.
+        """Gradient checkpointing of every layer of the vision tower and the language model.
 
-        transformers' layers checkpoint only in training mode, and a frozen model is in ``eval``. Here each layer's
-        ``forward`` is recomputed in the backward as it is: no module changes its mode, so dropout stays off, and
-        without gradients (``generate``) nothing changes.
+        transformers' layers checkpoint only in training mode; this wraps ``forward``, so a frozen model stays in eval
+        mode, with dropout off. Without gradients (``generate``) nothing changes.
         """
         from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -251,38 +227,35 @@ class QwenCritic:
 
     @property
     def leaves(self) -> list[Any]:
-        """The modules whose code reads weights of submodules without calling them, and the layers: who gathers weights
-        module by module takes each of these as one."""
-        return [
-            self.model.model.visual.patch_embed,
-            *self.model.model.visual.blocks,
-            *self.model.model.language_model.layers,
-        ]
+        """Modules to gather as a unit when weights are partitioned: the layers, and the patch embedding, whose code
+        reads a submodule's weight without calling it."""
+        visual, language = self.model.model.visual, self.model.model.language_model
+        return [visual.patch_embed, *visual.blocks, *language.layers]
 
     def stream(self, device: torch.device, store: HostStore) -> Streamed:
-        """From here on the weights of the vision tower's blocks, of the language model's layers and of lm_head come to
-        ``device`` one after another, whenever they are needed, and the embedding, a GiB of the 7B model, stays on the
-        host. ``set_checkpointing`` comes after it: a layer that is not computed again in its backward keeps its weights
-        till then."""
+        """Streams the weights of the vision blocks, the language model's layers and lm_head to ``device`` on demand;
+        the embedding (1 GiB in the 7B model)
+        stays on the host.
+
+        Call ``set_checkpointing`` afterwards: a layer that is not recomputed keeps its weights until its backward.
+        """
         if not isinstance(self._embedding, HostEmbedding):
             self.model.set_input_embeddings(HostEmbedding(self._embedding, device, store))
         modules = [*self.model.model.visual.blocks, *self.model.model.language_model.layers, self.model.lm_head]
-        streamed = Streamed(modules, device, store)
-        self._streamed_modules, self._streamed = modules, streamed
-        return streamed
+        self._streamed_modules, self._streamed = modules, Streamed(modules, device, store)
+        return self._streamed
 
     def prefix(self, grid: Tensor) -> Prefix:
-        """Everything before the question for clips of one grid. Raises BadInputError where the clips differ."""
+        """The tokens before the question, for clips of one grid. Raises BadInputError if the clips differ."""
         if bool((grid != grid[0]).any()):
             raise BadInputError("The clips of one call must have the same size and number of frames.")
         key = (*(int(n) for n in grid[0]), self.fps)
         if key not in self._prefixes:
-            self._prefixes[key] = make_prefix(
-                self.family, self.conversation, self.model.config.vision_config, grid[0].tolist(), self.fps
-            )
+            vision = self.model.config.vision_config
+            self._prefixes[key] = make_prefix(self.family, self.conversation, vision, grid[0].tolist(), self.fps)
         return self._prefixes[key]
 
-    def _read(
+    def _decode(
         self,
         ids_BL: Tensor,
         positions_3BL: Tensor,
@@ -291,34 +264,23 @@ class QwenCritic:
         mask: Tensor | None,
         **arguments: Any,
     ) -> Any:
-        """The language model over token ids, the video's features in the places that ``prefix`` keeps for them."""
+        """Runs the language model over token ids, with the video's features at the prefix's video tokens."""
         device, slots = self.device, None
         inputs_BLD = self._embedding(ids_BL.to(device))
         if features is not None and prefix is not None:
             slots, features = prefix.slots_N.to(device), features.to(inputs_BLD.dtype)
             inputs_BLD = inputs_BLD.index_copy(1, slots, features[..., : inputs_BLD.shape[-1]])
-        return self.family.read(
-            self.model,
-            inputs_BLD,
-            features,
-            slots,
-            attention_mask=mask,
-            position_ids=positions_3BL.to(device),
-            **arguments,
-        )
+        arguments |= {"attention_mask": mask, "position_ids": positions_3BL.to(device)}
+        return self.family.decode(self.model, inputs_BLD, features, slots, **arguments)
 
     def _require_room(self, prefix: Prefix, more: int) -> None:
         limit = self.model.config.get_text_config().max_position_embeddings
         if (tokens := len(prefix.ids_P) + more) > limit:
             raise BadInputError(
-                f"The critic would read {tokens} tokens, {len(prefix.slots_N)} of them the video's, and was made for {limit} (max_position_embeddings). "
-                "Show it fewer frames (critic.frames) or smaller ones (video.width, video.height)."
+                f"The critic would read {tokens} tokens, {len(prefix.slots_N)} of them the video's, and supports "
+                f"{limit} (max_position_embeddings). Show it fewer frames (critic.frames) or smaller ones "
+                "(video.width, video.height)."
             )
-
-    def _ends(self) -> set[int]:
-        """The tokens after which nothing more is said."""
-        ends = self.model.generation_config.eos_token_id
-        return {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id} - {None}
 
 
 def _recomputed(forward: Callable[..., Any], *inputs: Any, **arguments: Any) -> Any:

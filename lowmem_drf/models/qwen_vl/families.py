@@ -1,5 +1,4 @@
-"""The seam between the critic and its model families: what one file a family (``qwen2_5_vl``, ``qwen3_vl``) must
-bring."""
+"""The interface between the critic and its model families, one file each: ``qwen2_5_vl``, ``qwen3_vl``."""
 
 from __future__ import annotations
 
@@ -16,47 +15,49 @@ from lowmem_drf.models.qwen_vl.packed_questions import Conversation
 
 
 class Family(Protocol):
-    """A module with these names. Written against transformers 5.17 to 5.23.
+    """A module with these names, written against transformers 5.17 to 5.23.
 
-    ``grid``: a row of int64 per clip: time, rows and columns in patches, before merging; a family may add columns of
-    its own. ``features``: (B, n, D) with n tokens of the language model a clip; the first columns, as wide as its
-    embedding, take the place of the video tokens.
+    ``grid``: int64, one row per clip: time, rows and columns in patches, before merging; a family may append columns.
+    ``features``: (B, n, D) for n video tokens per clip. Their first columns, as many as the embedding is wide, replace
+    the embeddings of the video tokens.
     """
 
     NAME: str
-    """For people."""
+    """Shown in messages."""
     MODEL_TYPE: str
     """``model_type`` in config.json."""
     BOUNDS: Literal["frame", "clip"]
-    """Whether its processor bounds the pixels of a frame or of a whole clip (``VideoGeometry.bounds``)."""
+    """``VideoGeometry.bounds``: the processor limits the pixels of each frame, or of the whole clip."""
 
     def model_class(self) -> Any:
-        """The class of transformers, imported here."""
+        """The class in transformers, imported lazily."""
         ...
 
     def patches(self, frames_BTCHW: Tensor, geometry: VideoGeometry) -> tuple[Tensor, Tensor]:
-        """Frames in [0, 1] -> (pixel patches as the vision tower takes them, grid on the CPU). Differentiable."""
+        """Frames in [0, 1] -> (pixel patches for the vision tower, grid on the CPU). Differentiable."""
         ...
 
-    def watch(self, model: Any, pixels: Tensor, grid: Tensor) -> Tensor:
-        """The vision tower: pixel patches -> features."""
+    def encode(self, model: Any, pixels: Tensor, grid: Tensor) -> Tensor:
+        """Runs the vision tower: pixel patches -> features."""
         ...
 
-    def spell(self, video_token: str, grid: Sequence[int], fps: float) -> str:
-        """The text that the processor puts in the place of the template's video token, with one ``video_token`` a
-        block."""
+    def placeholder(self, video_token: str, grid: Sequence[int], fps: float) -> str:
+        """The text that the processor substitutes for the template's video token, with one ``video_token`` per block
+        of tokens."""
         ...
 
     def blocks(self, vision_config: Any, grid: Sequence[int], fps: float) -> list[tuple[Tensor, int]]:
-        """The video tokens' positions (3, tokens), block by block, relative to where the block starts, and how far it
-        pushes what follows."""
+        """For each block of video tokens: positions (3, tokens) relative to the block's start, and the distance from
+        the block's start to the text after it."""
         ...
 
-    def read(
+    def decode(
         self, model: Any, inputs_BLD: Tensor, features_BND: Tensor | None, slots_N: Tensor | None, **arguments: Any
     ) -> Any:
-        """The language model's output (``last_hidden_state``, ``past_key_values``). ``features`` and their places in L,
-        ``slots``, for what they add beyond the input; ``None`` where there is no video in these inputs."""
+        """Runs the language model; returns ``last_hidden_state`` and ``past_key_values``.
+
+        ``features`` and their positions ``slots`` in L serve additions to deeper layers; ``None`` without a video.
+        """
         ...
 
 
@@ -64,7 +65,7 @@ FAMILIES: tuple[Family, ...] = (qwen2_5_vl, qwen3_vl)
 
 
 def family_of(model_type: str) -> Family:
-    """The family of a ``model_type``. Raises ValueError, as transformers does for a model that it does not know."""
+    """Raises ValueError for an unknown ``model_type``, as transformers does."""
     for family in FAMILIES:
         if model_type == family.MODEL_TYPE:
             return family
@@ -74,14 +75,14 @@ def family_of(model_type: str) -> Family:
 
 @dataclass(frozen=True)
 class Prefix:
-    """Everything before the question, on the CPU."""
+    """The tokens before the question, on the CPU; tensors are int64."""
 
     ids_P: Tensor
-    """int64, with the video token at every place of the video."""
+    """The video token stands once for every row of the features."""
     slots_N: Tensor
-    """int64: those places, in the order of the features."""
+    """Indices of the video tokens."""
     positions_3P: Tensor
-    """int64: time, row, column; equal for text."""
+    """Time, row, column; equal for text."""
     start: int
     """Position of the text that follows."""
 
@@ -89,14 +90,14 @@ class Prefix:
 def make_prefix(
     family: Family, conversation: Conversation, vision_config: Any, grid: Sequence[int], fps: float
 ) -> Prefix:
-    """The prefix of a clip with the positions of transformers' ``get_rope_index``: text counts on, a block of the video
-    starts where the text before it ended, and the text after it where the family's ``blocks`` say."""
+    """The prefix of a clip, with positions as transformers' ``get_rope_index`` computes them: consecutive for text; a
+    video block starts where the text before it ended, and ``Family.blocks`` says where the text after it starts."""
     blocks = iter(family.blocks(vision_config, grid, fps))
     ids: list[int] = []
     slots: list[int] = []
     positions: list[Tensor] = []
     place = 0
-    for token in conversation.prefix(lambda video_token: family.spell(video_token, grid, fps)):
+    for token in conversation.prefix(lambda video_token: family.placeholder(video_token, grid, fps)):
         if token == conversation.video_token_id:
             block_3N, advance = next(blocks)
             slots += range(len(ids), len(ids) + block_3N.shape[1])

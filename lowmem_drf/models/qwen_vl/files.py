@@ -1,5 +1,4 @@
-"""A critic's folder or hub repository apart from its weights: preprocessor settings, tokenizer, and whether all of it
-fits together."""
+"""A critic's files other than its weights: preprocessor settings and tokenizer, and whether they fit the model."""
 
 from __future__ import annotations
 
@@ -13,8 +12,8 @@ from lowmem_drf.method.preprocess import VideoGeometry
 
 
 def video_geometry(settings: Mapping[str, Any]) -> VideoGeometry:
-    """A preprocessor's JSON -> the numbers of ``method/preprocess.py``; whose bounds they are, the model's family says.
-    Raises BadInputError where one is missing."""
+    """A preprocessor's JSON -> the numbers for ``method/preprocess.py`` (``bounds`` comes from the model family).
+    Raises BadInputError if one is missing."""
     size = settings.get("size") or {}
     try:
         return VideoGeometry(
@@ -28,13 +27,11 @@ def video_geometry(settings: Mapping[str, Any]) -> VideoGeometry:
             max_video_tokens=settings.get("max_video_tokens"),
         )
     except KeyError as error:
-        raise BadInputError(
-            f"The critic's video preprocessor settings lack {error}: use the model's complete folder."
-        ) from error
+        raise BadInputError(f"The critic's preprocessor settings lack {error}: use the complete folder.") from error
 
 
 def check_geometry(geometry: VideoGeometry, vision_config: Any) -> None:
-    """Raises BadInputError where the preprocessor cuts frames otherwise than the vision tower expects."""
+    """Raises BadInputError if preprocessor and vision tower disagree on the patches."""
     pairs = {
         "patch_size": (geometry.patch, vision_config.patch_size),
         "merge_size": (geometry.merge, vision_config.spatial_merge_size),
@@ -43,56 +40,51 @@ def check_geometry(geometry: VideoGeometry, vision_config: Any) -> None:
     for name, (ours, theirs) in pairs.items():
         if ours != theirs:
             raise BadInputError(
-                f"The critic's preprocessor and model do not belong together: {name} is {ours} in the video preprocessor's settings and {theirs} "
-                "in the model's vision_config. Take preprocessor_config.json and config.json from one model."
+                f"The critic's preprocessor and model do not belong together: {name} is {ours} in the video "
+                f"preprocessor's settings and {theirs} in the model's vision_config. "
+                "Take preprocessor_config.json and config.json from one model."
             )
 
 
 def check_tokenizer(tokenizer: Any, embedding_rows: int) -> None:
-    """Raises BadInputError where the tokenizer has tokens that the model cannot embed."""
+    """Raises BadInputError if the tokenizer has tokens that the model cannot embed."""
     token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if last >= embedding_rows:
         raise BadInputError(
-            f"The critic's tokenizer and model do not belong together: token {token!r} has id {last}, and the model embeds {embedding_rows} tokens. "
-            "Take the tokenizer's files and the weights from one model."
+            f"The critic's tokenizer and model do not belong together: token {token!r} has id {last}, and the model "
+            f"embeds {embedding_rows} tokens. Take the tokenizer's files and the weights from one model."
         )
 
 
 def load_tokenizer(folder_or_id: str) -> Any:
-    """The tokenizer with its chat template, where the folder has one. Raises OSError or ValueError as transformers
-    does."""
+    """The tokenizer, with its chat template if there is one. Raises OSError or ValueError as transformers does."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder_or_id)
-    if not tokenizer.chat_template:  # before transformers 4.50 the template stood in a file of its own
+    if not tokenizer.chat_template:  # before transformers 4.50 it was a separate file
         tokenizer.chat_template = _read_json(folder_or_id, "chat_template.json").get("chat_template")
     return tokenizer
 
 
 def video_settings(folder_or_id: str) -> dict[str, Any]:
-    """The video processor's settings, where transformers looks for them, newest place first. Read as JSON: the class
-    itself needs torchvision. Raises OSError where there are none."""
-    for settings in (
-        _read_json(folder_or_id, "video_preprocessor_config.json"),
-        _read_json(folder_or_id, "processor_config.json").get("video_processor"),
-        _read_json(folder_or_id, "preprocessor_config.json"),
-    ):
-        if settings:
-            return dict(settings)
-    raise OSError("it has no video_preprocessor_config.json, processor_config.json or preprocessor_config.json")
+    """The video processor's settings from the files in which transformers looks for them, in its order. Read as JSON,
+    because the class needs torchvision. Raises OSError if there are none."""
+    settings = (
+        _read_json(folder_or_id, "video_preprocessor_config.json")
+        or _read_json(folder_or_id, "processor_config.json").get("video_processor")
+        or _read_json(folder_or_id, "preprocessor_config.json")
+    )
+    if not settings:
+        raise OSError("it has no video_preprocessor_config.json, processor_config.json or preprocessor_config.json")
+    return dict(settings)
 
 
 def _read_json(folder_or_id: str, name: str) -> dict[str, Any]:
-    """A JSON file of a model folder or of the hub; empty where there is none."""
+    """A JSON file of a model folder or of the hub; empty if there is none."""
     from transformers.utils import cached_file
 
-    path = cached_file(
-        folder_or_id,
-        name,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    failures = ("gated_repo", "missing_entries", "connection_errors")
+    path = cached_file(folder_or_id, name, **{f"_raise_exceptions_for_{kind}": False for kind in failures})
     if path is None:
         return {}
     content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))

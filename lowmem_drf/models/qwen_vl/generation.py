@@ -9,24 +9,23 @@ import torch
 from torch import Tensor
 
 Step = Callable[[Tensor, Tensor, Any], tuple[Tensor, Any]]
-"""(new token ids (1, L), their positions (3, 1, L), cache or ``None``) -> (logits (1, V) after the last of them,
-cache)."""
+"""(new token ids (1, L), positions (3, 1, L), cache or ``None``) -> (logits (1, V) of the next token, cache)."""
 
 
 def greedy(step: Step, ids_L: Tensor, positions_3L: Tensor, ends: Collection[int], limit: int) -> list[int]:
-    """The tokens that follow ``ids_L``, at most ``limit``, up to and without one of ``ends``.
+    """At most ``limit`` tokens that follow ``ids_L``, up to the first of ``ends``, which is left out.
 
-    Positions count on from the prompt's last, even where a video's times reach further, as transformers does it.
+    As in transformers, positions continue from the prompt's last token even if a video's time positions reach further.
     """
     ids, positions, cache = ids_L[None], positions_3L[:, None], None
-    said: list[int] = []
+    made: list[int] = []
     start = int(positions_3L[0, -1]) + 1
-    while len(said) < limit:
+    while len(made) < limit:
         logits_1V, cache = step(ids, positions, cache)
         token = int(logits_1V.argmax())
         if token in ends:
             break
-        positions = torch.full((3, 1, 1), start + len(said))
-        said.append(token)
+        positions = torch.full((3, 1, 1), start + len(made))
+        made.append(token)
         ids = torch.tensor([[token]])
-    return said
+    return made

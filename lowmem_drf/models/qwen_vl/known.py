@@ -1,7 +1,7 @@
 """Published configurations of critics, to build them at true size without a download.
 
-From config.json and (video_)preprocessor_config.json of the repositories named, on huggingface.co, as of 2026; token
-ids are those of all four. ``parameters`` is what the weights' index counts; a tied lm_head counts once.
+From config.json and (video_)preprocessor_config.json of the repositories on huggingface.co, as of 2026. ``parameters``
+is the count of the weights' index; a tied lm_head counts once.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _TEXT_TOKENS = {"bos_token_id": 151643, "eos_token_id": 151645}
 
 @dataclass(frozen=True)
 class KnownCritic:
-    """What a critic's folder says apart from weights and tokenizer."""
+    """A critic without its weights and tokenizer."""
 
     config: dict[str, Any]
     settings: dict[str, Any]
-    """Of the video preprocessor."""
+    """Video preprocessor settings."""
     parameters: int
 
 
@@ -66,14 +66,8 @@ def _qwen2_5_vl(
         "image_mean": [0.48145466, 0.4578275, 0.40821073],
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     }
-    config = {
-        "model_type": "qwen2_5_vl",
-        "text_config": text,
-        "vision_config": vision,
-        "tie_word_embeddings": tied,
-        **_TOKENS,
-    }
-    return KnownCritic(config, settings, parameters)
+    models = {"text_config": text, "vision_config": vision, "tie_word_embeddings": tied}
+    return KnownCritic({"model_type": "qwen2_5_vl", **models, **_TOKENS}, settings, parameters)
 
 
 def _qwen3_vl(parameters: int, hidden: int, intermediate: int, tied: bool, vision: dict[str, Any]) -> KnownCritic:
@@ -113,14 +107,8 @@ def _qwen3_vl(parameters: int, hidden: int, intermediate: int, tied: bool, visio
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
     }
-    config = {
-        "model_type": "qwen3_vl",
-        "text_config": text,
-        "vision_config": common | vision,
-        "tie_word_embeddings": tied,
-        **_TOKENS,
-    }
-    return KnownCritic(config, settings, parameters)
+    models = {"text_config": text, "vision_config": common | vision, "tie_word_embeddings": tied}
+    return KnownCritic({"model_type": "qwen3_vl", **models, **_TOKENS}, settings, parameters)
 
 
 KNOWN: dict[str, KnownCritic] = {
@@ -131,17 +119,11 @@ KNOWN: dict[str, KnownCritic] = {
         8_292_166_656, 3584, 18944, layers=28, heads=28, kv_heads=4, vocab=152064, tied=False
     ),
     "Qwen/Qwen3-VL-4B-Instruct": _qwen3_vl(
-        4_437_815_808,
-        2560,
-        9728,
-        tied=True,
-        vision={"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]},
+        4_437_815_808, 2560, 9728, True,
+        {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]},
     ),
     "Qwen/Qwen3-VL-8B-Instruct": _qwen3_vl(
-        8_767_123_696,
-        4096,
-        12288,
-        tied=False,
-        vision={"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]},
+        8_767_123_696, 4096, 12288, False,
+        {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]},
     ),
-}
+}  # fmt: skip

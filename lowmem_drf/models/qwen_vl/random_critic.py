@@ -1,8 +1,7 @@
-"""Critics with random weights at their true size: what a benchmark needs before anyone downloads 16 GB.
+"""Critics with random weights at true size, to benchmark memory and time without downloading 16 GB.
 
-The model is laid out on ``meta`` and filled module by module on the device, in its final dtype, each linear of the
-language layers quantised before the next is drawn: the host never holds the model. Such a critic sees nothing; its
-memory and its time are the real one's.
+The model is built on ``meta`` and filled module by module on the device in its final dtype, and each linear layer is
+quantised before the next is drawn, so the host never holds the model.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from lowmem_drf.models.qwen_vl.critic import DEFAULT_FPS, QwenCritic
 from lowmem_drf.models.qwen_vl.families import family_of
 from lowmem_drf.models.qwen_vl.files import load_tokenizer, video_geometry, video_settings
 from lowmem_drf.models.qwen_vl.known import KNOWN
-from lowmem_drf.models.qwen_vl.random_tokenizer import stand_in_tokenizer
+from lowmem_drf.models.qwen_vl.random_tokenizer import byte_tokenizer
 from lowmem_drf.models.weights.filling import fill, random_value
 from lowmem_drf.models.weights.quant import Quant, check_quantised, in_critic, lay_out, require_library
 from lowmem_drf.models.weights.sources import loading
@@ -34,14 +33,14 @@ def random_critic(
     seed: int = 0,
     layers: int | None = None,
 ) -> QwenCritic:
-    """A frozen critic of random weights; the same weights for the same seed, device and dtype, whatever ``quant`` is.
+    """A frozen critic with random weights, which depend on seed, device and dtype alone, not on ``quant``.
 
-    Args: name_or_folder: a hub id of ``known_critics`` (nothing is downloaded, the tokenizer is a stand-in), or a
-        model's folder, of which everything but the weights is used. layers: at most so many layers of the language
-        model and blocks of the vision tower, at full width.
+    Args:
+        name_or_folder: a hub id in ``KNOWN`` (with ``byte_tokenizer``; nothing is downloaded), or a model's folder, of
+            which all but the weights is used.
+        layers: at most this many layers of the language model and blocks of the vision tower, at full width.
 
-    Raises:
-        BadInputError: neither a known id nor a usable folder, or bitsandbytes is missing.
+    Raises BadInputError: neither a known id nor a usable folder, or no bitsandbytes.
     """
     require_library(quant)
     config, settings, tokenizer = described(name_or_folder)
@@ -50,14 +49,13 @@ def random_critic(
 
 
 def described(name_or_folder: str) -> tuple[dict[str, Any], dict[str, Any], Any]:
-    """A critic's config.json, the settings of its video preprocessor, and a tokenizer: all of it but the weights.
-    Raises BadInputError."""
+    """(config.json, video preprocessor settings, tokenizer) of a critic. Raises BadInputError."""
     if name_or_folder in KNOWN:
         known = KNOWN[name_or_folder]
-        return known.config, known.settings, stand_in_tokenizer(known.config)
+        return known.config, known.settings, byte_tokenizer(known.config)
     if not Path(name_or_folder).is_dir():
         raise BadInputError(
-            f"No configuration of {name_or_folder!r} is known here. Give a model's folder, or one of: {', '.join(KNOWN)}."
+            f"No configuration of {name_or_folder!r} is known. Give a model's folder, or one of: {', '.join(KNOWN)}."
         )
     from transformers import AutoConfig
 
@@ -75,7 +73,7 @@ def random_model(
     seed: int,
     layers: int | None = None,
 ) -> Any:
-    """The family's class of transformers, filled at random, frozen, eval. ``config``: that of config.json."""
+    """The family's class in transformers, filled at random, frozen, in eval mode. ``config``: config.json."""
     model = empty_model(config, layers)
     remake_rotary(model, device)
     lay_out(model, quant, in_critic)
@@ -91,7 +89,7 @@ def random_model(
 
 
 def empty_model(config: Mapping[str, Any], layers: int | None = None) -> Any:
-    """The model on ``meta``: shapes, no values."""
+    """The model on ``meta``."""
     settings = copy.deepcopy(dict(config))
     cls = family_of(settings.pop("model_type")).model_class()
     if layers is not None:
@@ -101,11 +99,11 @@ def empty_model(config: Mapping[str, Any], layers: int | None = None) -> Any:
 
 
 def remake_rotary(model: Any, device: str | torch.device = "cpu") -> None:
-    """Rotary embeddings from ``meta`` anew on the device: their buffers are in no checkpoint."""
+    """Rebuilds rotary embeddings that are on ``meta`` on the device: checkpoints do not hold their buffers."""
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            made: Any = type(module)
-            model.set_submodule(name, made(module.config).to(device))
+            cls: Any = type(module)
+            model.set_submodule(name, cls(module.config).to(device))
 
 
 def _shorten(settings: dict[str, Any], layers: int) -> None:

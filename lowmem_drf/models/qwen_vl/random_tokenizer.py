@@ -1,8 +1,5 @@
-"""A tokenizer for critics whose weights are random: bytes, the answer words, and the special tokens at the ids that the
-model expects.
-
-A question has about four times the tokens that the real tokenizer would make of it.
-"""
+"""A tokenizer for critics with random weights: bytes, the answer words, and the special tokens at the ids that the
+model expects. It gives a question about four times as many tokens as the real one."""
 
 from __future__ import annotations
 
@@ -12,20 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-TEMPLATE = """\
-<|im_start|>system
-You are a helpful assistant.<|im_end|>
-{% for m in messages %}<|im_start|>{{ m['role'] }}
-{% for c in m['content'] %}{% if c['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
+TEMPLATE = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
+    "{% if c['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 WORDS = ("yes", "Yes", "YES", "no", "No", "NO")
 
 
-def stand_in_tokenizer(config: Mapping[str, Any]) -> Any:
-    """A byte-level BPE tokenizer of transformers with a chat template of Qwen's form, for a model of this
-    ``config.json``, whose vocabulary must have room for some 300 tokens."""
+def byte_tokenizer(config: Mapping[str, Any]) -> Any:
+    """A byte-level BPE tokenizer with a chat template of Qwen's form, for a model of this ``config.json`` with a
+    vocabulary of at least 300 tokens."""
     from transformers import PreTrainedTokenizerFast
 
     special = {
@@ -45,16 +41,14 @@ def stand_in_tokenizer(config: Mapping[str, Any]) -> Any:
         if token.startswith("<|")
     ]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+    merges = [f"{part[:-1]} {part[-1]}" for part in dict.fromkeys(parts)]
     content = {
         "version": "1.0",
         "added_tokens": [token | flags for token in added],
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True},
-        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "vocab": vocabulary,
-            "merges": [f"{part[:-1]} {part[-1]}" for part in dict.fromkeys(parts)],
-        },
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
     }
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tokenizer.json"
@@ -65,6 +59,6 @@ def stand_in_tokenizer(config: Mapping[str, Any]) -> Any:
 
 
 def _byte_letters() -> list[str]:
-    """The 256 letters that stand for bytes in a byte-level vocabulary, as GPT-2 chose them."""
+    """GPT-2's 256 letters for bytes in a byte-level vocabulary."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     return [chr(byte) for byte in sorted(printable)] + [chr(256 + i) for i in range(256 - len(printable))]

@@ -1,8 +1,8 @@
-"""Two slow spots of Qwen's vision tower, taken over with the same mathematics.
+"""Faster forms of two parts of Qwen's vision tower, with the same mathematics.
 
-transformers calls the attention kernel once per frame and window (160 or more calls a layer for a batch of 32 short
-clips); windows of one length share a call here. The patch embedding is a Conv3d whose kernel is its stride, so it is a
-matrix product, and its backward as one is several times faster on a CPU.
+transformers calls the attention kernel once per frame and window (over 160 calls per layer for 32 short clips); here
+windows of one length share a call. The patch embedding is a Conv3d with stride equal to its kernel, so it is a matrix
+product; as one, its backward is several times faster on a CPU.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from lowmem_drf.ops import window_ranges
 
 
 def speed_up_vision(visual: Any, attention: RangedAttention | None = None) -> None:
-    """Replaces ``forward`` of the patch embedding and of every attention in a Qwen2.5-VL or Qwen3-VL vision tower.
-    Parameters stay as they are, outputs up to rounding. ``attention``: a kernel that does all windows of a layer in one
-    call, as they lie."""
+    """Replaces ``forward`` of the patch embedding and of every attention. Outputs agree up to rounding. ``attention``:
+    a kernel that computes all windows of a layer in one call, in place."""
     visual.patch_embed.forward = MethodType(_linear_patch_embed, visual.patch_embed)
     for block in visual.blocks:
         block.attn.ranged_attention = attention
@@ -30,8 +29,7 @@ def speed_up_vision(visual: Any, attention: RangedAttention | None = None) -> No
 
 
 def _linear_patch_embed(self: Any, hidden_states: Tensor) -> Tensor:
-    """As ``forward`` of ``Qwen2_5_VisionPatchEmbed`` and ``Qwen3VLVisionPatchEmbed``: patches (S, C * t * p * p) -> (S,
-    D)."""
+    """``forward`` of ``Qwen2_5_VisionPatchEmbed`` and ``Qwen3VLVisionPatchEmbed``: (S, C * t * p * p) -> (S, D)."""
     weight = self.proj.weight.flatten(1)
     return F.linear(hidden_states.to(weight.dtype), weight, self.proj.bias)
 
@@ -39,16 +37,15 @@ def _linear_patch_embed(self: Any, hidden_states: Tensor) -> Tensor:
 def _batched_attention(
     self: Any, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
 ) -> Tensor:
-    """As ``forward`` of ``Qwen2_5_VLVisionAttention`` and ``Qwen3VLVisionAttention`` (transformers 5.23): hidden_states
-    (S, D), windows given by their cumulative lengths."""
+    """``forward`` of ``Qwen2_5_VLVisionAttention`` and ``Qwen3VLVisionAttention`` (transformers 5.23): hidden_states
+    (S, D), windows by their cumulative lengths."""
     rows = hidden_states.shape[0]
     query, key, value = self.qkv(hidden_states).view(rows, 3, self.num_heads, -1).unbind(1)
     query, key = (_rotate(x, *position_embeddings) for x in (query, key))
     if self.ranged_attention is not None:
         ranges = _ranges(tuple(cu_seqlens.tolist())).to(hidden_states.device)
-        return self.proj(
-            self.ranged_attention(query[None], key[None], value[None], self.scaling, ranges).reshape(rows, -1)
-        )
+        output = self.ranged_attention(query[None], key[None], value[None], self.scaling, ranges)
+        return self.proj(output.reshape(rows, -1))
     groups, back = _windows(tuple(cu_seqlens.tolist()))
     outputs = []
     for length, index in groups:
@@ -59,7 +56,7 @@ def _batched_attention(
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``apply_rotary_pos_emb_vision`` of one tensor (S, heads, d): in fp32, or fp64 of an fp64 model."""
+    """``apply_rotary_pos_emb_vision`` of one tensor (S, heads, d), in fp32, or in fp64 for an fp64 model."""
     high = x.to(torch.promote_types(x.dtype, torch.float32))
     first, second = high.chunk(2, dim=-1)
     rotated = high * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
@@ -77,8 +74,8 @@ def _ranges(cu_seqlens: tuple[int, ...]) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _windows(cu_seqlens: tuple[int, ...]) -> tuple[list[tuple[int, Tensor | None]], Tensor | None]:
-    """(length, rows of all windows of that length) for each length, and the order that puts the rows back; ``None``
-    where rows are in order already."""
+    """(length, rows of all windows of that length) for each length, and the permutation that restores the order of
+    rows; ``None`` for rows that are already in order."""
     lengths = [end - start for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
     if len(set(lengths)) == 1:
         return [(lengths[0], None)], None

@@ -200,7 +200,7 @@ def answer_loss(
 
 def targets_of(critic: QwenCritic, lesson: Lesson) -> list[int]:
     """The tokens that are to be predicted: the answer's, the wrong word put right."""
-    tokens = list(critic.conversation.ask(lesson.question).target)
+    tokens = list(critic.conversation.tokens(lesson.question).target)
     if lesson.correction:
         at, word = lesson.correction
         tokens[at] = critic.tokenizer.convert_tokens_to_ids(word)

@@ -32,7 +32,7 @@ def test_ranges_are_the_mask(clips):
     seen = (column < prefix[..., None]) | ((column >= start[..., None]) & (column < stop[..., None]))
     padding = stop == 0
     assert torch.equal(seen[~padding], mask[~padding])
-    lengths = [sum(len(conversation.ask(q).ids) for q in clip) for clip in clips]
+    lengths = [sum(len(conversation.tokens(q).ids) for q in clip) for clip in clips]
     assert (~padding).sum(1).tolist() == [11 + length for length in lengths]
     assert not seen[padding].any()
 

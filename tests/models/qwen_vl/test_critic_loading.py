@@ -143,7 +143,7 @@ def test_a_vocabulary_without_yes() -> None:
 
 def test_a_dense_question_needs_a_reference() -> None:
     with pytest.raises(BadInputError, match="no reference answer"):
-        tiny_critic().conversation.ask(Question("TA", "what is it?", " ", kind="dense"))
+        tiny_critic().conversation.tokens(Question("TA", "what is it?", " ", kind="dense"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -152,7 +152,7 @@ def test_more_tokens_than_the_model_was_made_for(family: str) -> None:
     and what stands around them."""
     critic = tiny_critic(family=family)
     frames = clips(1, frames=4, size=(16, 16), dtype=torch.float32)
-    longest = len(critic.prefix(critic.embed_video(frames)[1]).ids_P) + len(critic.conversation.ask(DENSE).ids)
+    longest = len(critic.prefix(critic.embed_video(frames)[1]).ids_P) + len(critic.conversation.tokens(DENSE).ids)
     config = critic.model.config.text_config
     config.max_position_embeddings = longest
     critic(frames, [[DENSE] * 5])

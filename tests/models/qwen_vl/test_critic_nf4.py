@@ -13,7 +13,6 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from lowmem_drf.errors import BadInputError, LowmemError
-from lowmem_drf.models.qwen_vl import critic as module
 from lowmem_drf.models.qwen_vl.critic import load_critic
 from lowmem_drf.models.weights import quant
 from lowmem_drf.models.weights.packed_linear import PackedLinear, unpack
@@ -144,7 +143,7 @@ def test_other_4_bit_settings_are_not_taken_for_nf4(folder, settings, monkeypatc
         made = usual(*arguments)
         return made | {"quantization_config": BitsAndBytesConfig(**made["quantization_config"].to_dict() | settings)}
 
-    monkeypatch.setattr(module, "loading_arguments", other)
+    monkeypatch.setattr(quant, "loading_arguments", other)
     with pytest.raises(LowmemError, match=r"layers.0.self_attn.q_proj is not NF4 with double quantisation"):
         load_critic(str(folder), quant="nf4")
 

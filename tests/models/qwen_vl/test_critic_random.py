@@ -21,7 +21,7 @@ TINY = "tiny"
 
 @pytest.fixture(params=FAMILIES)
 def tiny_known(request, monkeypatch) -> str:
-    """A known critic of tiny layers whose vocabulary has room for the stand-in tokenizer."""
+    """A known critic of tiny layers whose vocabulary has room for the byte tokenizer."""
     config = tiny_critic_config(request.param, width=96)
     config["text_config"] |= {"vocab_size": 400, "eos_token_id": 305, "pad_token_id": 306}
     config |= {"image_token_id": 301, "video_token_id": 302, "vision_start_token_id": 303, "vision_end_token_id": 304}
@@ -127,9 +127,9 @@ def test_unknown_names() -> None:
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_the_stand_in_tokenizer(name: str) -> None:
+def test_the_byte_tokenizer(name: str) -> None:
     config = KNOWN[name].config
-    tokenizer = module.stand_in_tokenizer(config)
+    tokenizer = module.byte_tokenizer(config)
     word = tokenizer.convert_tokens_to_ids
     assert (
         word("<|video_pad|>") == config["video_token_id"]
