@@ -1,11 +1,8 @@
-"""Configurations of published video generators, to lay them out at true size without a download, and the configuration
-of any other.
+"""Configurations of video generators: published ones at true size without a download, and any that is on this machine.
 
-Written down without the repositories at hand. Wan2.1-14B's transformer and Wan2.1's VAE are the defaults of diffusers
-0.42.1, and a test holds them to those; nothing offline holds the others (Wan2.1-1.3B's and Wan2.2's transformers,
-UMT5-XXL, Wan2.2-5B's VAE and the statistics of its latents). They serve random and fake weights, a single-file
-transformer, which must fit its configuration tensor by tensor, and the plan; a model that is on this machine brings its
-own. ``parameters`` is what each configuration counts, each tensor once.
+The published ones were written down from memory. A test compares Wan2.1-14B's transformer and Wan2.1's VAE to the
+defaults of diffusers 0.42.1; the others are not checked offline. They serve random and fake weights, the plan, and
+single-file transformers, which must fit tensor by tensor. ``parameters`` counts each tensor once.
 """
 
 from __future__ import annotations
@@ -28,27 +25,25 @@ _KINDS = {
     "vae": "AutoencoderKLWan",
     "text_encoder": "umt5",
 }
-"""What a configuration names itself: ``_class_name`` in diffusers, ``model_type`` in transformers."""
+"""Subfolder -> ``_class_name`` (diffusers) or ``model_type`` (transformers)."""
 
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """What the ``config.json`` of a generator's models say, and its ``model_index.json``."""
+    """The ``config.json`` files of a generator's models, and its ``model_index.json``."""
 
     transformer: dict[str, Any]
     vae: dict[str, Any]
     text: dict[str, Any]
     transformer_2: dict[str, Any] | None = None
-    """Of a generator of two experts (see ``experts``): the one for low noise. ``transformer`` is the one for high noise
-    then."""
+    """The low-noise expert if there are two (``wan/experts.py``); ``transformer`` is then the high-noise one."""
     boundary: float | None = None
-    """``boundary_ratio``, in (0, 1): between the two. ``None`` where there is one."""
+    """``boundary_ratio`` between two experts, in (0, 1)."""
 
 
 @dataclass(frozen=True)
 class KnownGenerator:
-    """A generator that is known without its files: its configuration, and the parameters of each model by field
-    name."""
+    """A published generator: its configuration, and the parameters of each model by field name."""
 
     config: GeneratorConfig
     parameters: Mapping[str, int]
@@ -163,24 +158,23 @@ KNOWN_GENERATORS: dict[str, KnownGenerator] = {
 
 
 def generator_config(folder_or_id: str) -> GeneratorConfig:
-    """The configuration of a generator without its weights, and without the network.
+    """The configuration of a generator, without its weights and without the network.
 
-    Args: folder_or_id: ``toyworld``, a diffusers folder, or a hub id: one of ``KNOWN_GENERATORS``, or one whose
-        configuration is in the hub's cache, which comes first.
+    ``folder_or_id``: ``toyworld``, a diffusers folder, or a hub id that is in the hub's cache or in
+    ``KNOWN_GENERATORS``.
 
-    Raises:
-        BadInputError: the configuration is not here, cannot be read, or is not that of a Wan generator.
+    Raises BadInputError: the configuration is not on this machine, cannot be read, or is not that of a Wan generator.
     """
     place = resolve(folder_or_id, "generator")
 
     def find(name: str) -> Path | None:
         return Path(place) / name if Path(place).is_dir() else _cached(place, name)
 
-    files = {
-        field: file for field, subfolder in SUBFOLDERS.items() if (file := find(f"{subfolder}/config.json")) is not None
-    }
-    if len(files) == len(SUBFOLDERS) and (index := find(MODEL_INDEX)) is not None:
-        models = {field: _read(SUBFOLDERS[field], file, place) for field, file in files.items()}
+    files = [find(f"{subfolder}/config.json") for subfolder in SUBFOLDERS.values()]
+    index = find(MODEL_INDEX)
+    if index is not None and None not in files:
+        pairs = zip(SUBFOLDERS.items(), files, strict=True)
+        models = {field: _read(subfolder, file, place) for (field, subfolder), file in pairs if file is not None}
         _refuse_image_to_video(models, place)
         boundary = _boundary(read_model_index(index))
         second = find(f"{SECOND}/config.json") if boundary is not None else None
@@ -190,20 +184,20 @@ def generator_config(folder_or_id: str) -> GeneratorConfig:
     if place in KNOWN_GENERATORS:
         return KNOWN_GENERATORS[place].config
     raise BadInputError(
-        f"No configuration of {place!r} is on this machine, neither as a folder nor in the hub's cache. If it is an id on the Hugging Face hub, get its "
-        f"configuration (a few kilobytes): hf download {place} --include '*.json'\nOr give a folder in diffusers layout, or one of: "
-        f"{', '.join(KNOWN_GENERATORS)}."
+        f"No configuration of {place!r} is on this machine, neither as a folder nor in the hub's cache. If it is an id "
+        f"on the Hugging Face hub, get its configuration (a few kilobytes): hf download {place} --include '*.json'\n"
+        f"Or give a folder in diffusers layout, or one of: {', '.join(KNOWN_GENERATORS)}."
     )
 
 
 def _cached(hub_id: str, name: str) -> Path | None:
-    """A file of the hub's cache; ``None`` where it is not there."""
+    """A file in the hub's cache, or ``None``."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         cached = try_to_load_from_cache(hub_id, name)
-    except HFValidationError:  # not the form of an id: a folder that does not exist
+    except HFValidationError:  # not an id, so a folder that does not exist
         return None
     return Path(cached) if isinstance(cached, str) else None
 
@@ -212,12 +206,13 @@ def _refuse_image_to_video(models: Mapping[str, dict[str, Any]], place: str) -> 
     taken, made = models["transformer"].get("in_channels"), models["vae"].get("z_dim")
     if taken != made:
         raise BadInputError(
-            f"The transformer of {place} takes {taken} channels, and its VAE's latents have {made}: it is an image-to-video model. Take a text-to-video one."
+            f"The transformer of {place} takes {taken} channels, and its VAE's latents have {made}: it is an "
+            "image-to-video model. Take a text-to-video one."
         )
 
 
 def _boundary(index: Mapping[str, Any]) -> float | None:
-    """``boundary_ratio`` where there are two experts. Without one diffusers never calls a second transformer."""
+    """``boundary_ratio`` if there are two experts. Without it diffusers never calls a second transformer."""
     ratio = index.get("boundary_ratio")
     if ratio is None:
         return None
@@ -238,6 +233,7 @@ def _read(subfolder: str, file: Path, place: str) -> dict[str, Any]:
         raise BadInputError(f"{file} cannot be read as a configuration ({error}). Get it anew.") from error
     if kind != _KINDS[subfolder]:
         raise BadInputError(
-            f"{place} holds a {kind} in {subfolder}, and a {_KINDS[subfolder]} is expected there: this program trains Wan's text-to-video models."
+            f"{place} holds a {kind} in {subfolder}, and a {_KINDS[subfolder]} is expected there: this program trains "
+            "Wan's text-to-video models."
         )
     return config

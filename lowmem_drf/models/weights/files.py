@@ -1,4 +1,4 @@
-"""Safetensors files before they are read: is everything there, and is it whole? Nothing is loaded; headers are read."""
+"""Checks that a model's safetensors files are complete and undamaged. Reads headers, loads nothing."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lowmem_drf.errors import BadInputError
 Role = Literal["generator", "critic"]
 
 SUBFOLDERS: dict[Role, tuple[str, ...]] = {"generator": ("transformer", "vae", "text_encoder"), "critic": ("",)}
-"""Where a model folder holds weights, each with a config.json. A generator of two experts has ``SECOND`` besides."""
+"""Folders with weights and a config.json. A generator with two experts also has ``SECOND``."""
 
 SECOND = "transformer_2"
 MODEL_INDEX = "model_index.json"
-"""Of a generator: which models it has."""
+"""Lists a generator's models."""
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safetensors")
@@ -39,49 +39,51 @@ class Problem:
 
 
 def find_problems(folder: Path, role: Role, without: tuple[str, ...] = ()) -> list[Problem]:
-    """What keeps a model folder from being loaded. ``without``: subfolders that are not needed.
+    """Why a model folder cannot be loaded. ``without``: subfolders that are not needed.
 
-    Raises:
-        BadInputError: weights in another format than safetensors.
+    Raises BadInputError: weights in another format than safetensors.
     """
     problems: list[Problem] = []
+
+    def missing(file: str, what: str = "is missing") -> None:
+        problems.append(Problem(file, what, True))
+
     for subfolder in subfolders(folder, role):
         if subfolder in without:
             continue
         place, prefix = folder / subfolder, f"{subfolder}/" if subfolder else ""
         if not (place / "config.json").is_file():
-            problems.append(Problem(f"{prefix}config.json", "is missing", True))
+            missing(f"{prefix}config.json")
         names = sorted(path.name for path in place.iterdir()) if place.is_dir() else []
         found, indices = weight_files(names), weight_indices(names)
         wanted = set(found) | {shard for index in indices for shard in _shards(place / index)}
         if not wanted:
             refuse_pickles(str(folder), prefix, names)
-            problems.append(Problem(f"{prefix}*.safetensors", "are missing", True))
+            missing(f"{prefix}*.safetensors", "are missing")
         if not indices and (shards := [name for name in found if "-of-" in name]):
-            problems.append(Problem(f"{prefix}{shards[0].split('-0')[0]}.safetensors.index.json", "is missing", True))
+            missing(f"{prefix}{shards[0].split('-0')[0]}.safetensors.index.json")
         for name in sorted(wanted):
-            if (place / name).is_file():
-                if what := damage(place / name):
-                    problems.append(Problem(prefix + name, what, False))
-            else:
-                problems.append(Problem(prefix + name, "is missing", True))
+            if not (place / name).is_file():
+                missing(prefix + name)
+            elif what := damage(place / name):
+                problems.append(Problem(prefix + name, what, False))
     if role == "generator":
         if not (folder / "tokenizer").is_dir():
-            problems.append(Problem("tokenizer/", "is missing", True))
+            missing("tokenizer/")
         if not (folder / MODEL_INDEX).is_file():
-            problems.append(Problem(MODEL_INDEX, "is missing", True))
+            missing(MODEL_INDEX)
     return problems
 
 
 def subfolders(folder: Path, role: Role) -> tuple[str, ...]:
-    """Where this model folder is to hold weights."""
+    """Subfolders in which this model must have weights."""
     index = folder / MODEL_INDEX
     second = role == "generator" and index.is_file() and has_second(read_model_index(index))
     return (*SUBFOLDERS[role], SECOND) if second else SUBFOLDERS[role]
 
 
 def read_model_index(file: Path) -> dict[str, Any]:
-    """Raises BadInputError where it cannot be read."""
+    """Raises BadInputError if it cannot be read."""
     try:
         index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         index.get("boundary_ratio")
@@ -91,33 +93,32 @@ def read_model_index(file: Path) -> dict[str, Any]:
 
 
 def has_second(index: Mapping[str, Any]) -> bool:
-    """Whether a ``model_index.json`` names a second transformer that its pipeline uses: without a boundary it uses the
-    first alone."""
+    """True if a ``model_index.json`` names a second transformer and the boundary without which it is not used."""
     return index.get("boundary_ratio") is not None and bool((index.get(SECOND) or [None])[-1])
 
 
 def weight_files(names: list[str]) -> list[str]:
-    """Those of a folder's names that diffusers and transformers load, whole or in shards; variants (``.fp16.``) are not
-    among them."""
+    """The names that diffusers and transformers load, whole or in shards, without variants (``.fp16.``)."""
     return [name for name in names if _WEIGHTS.fullmatch(name)]
 
 
 def weight_indices(names: list[str]) -> list[str]:
-    """The lists of shards among a folder's names."""
+    """The names of shard indices."""
     return [name for name in names if _INDEX.fullmatch(name)]
 
 
 def refuse_pickles(where: str, prefix: str, names: list[str]) -> None:
-    """Raises BadInputError where the weights are there in a format that can hold code."""
+    """Raises BadInputError if there are weights in a format that can run code."""
     if pickles := [name for name in names if name.endswith(PICKLES)]:
         raise BadInputError(
-            f"{where} holds its weights as {prefix}{pickles[0]}, and only safetensors files are loaded: pickles can run code. "
-            "Take a repository with safetensors, or convert them: from_pretrained(…).save_pretrained(FOLDER, safe_serialization=True)."
+            f"{where} holds its weights as {prefix}{pickles[0]}, and only safetensors files are loaded: "
+            "pickles can run code. Take a repository with safetensors, or convert them: "
+            "from_pretrained(…).save_pretrained(FOLDER, safe_serialization=True)."
         )
 
 
 def damage(file: Path) -> str:
-    """What is wrong with a safetensors file; empty where its header and its size agree."""
+    """A description of a safetensors file's damage; empty if its header and size agree."""
     try:
         header, start = read_header(file)
     except ValueError as error:
@@ -129,7 +130,7 @@ def damage(file: Path) -> str:
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """A safetensors file's header, and where its data starts. Raises ValueError with what is wrong."""
+    """(header of a safetensors file, offset of its data). Raises ValueError that describes the damage."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
@@ -151,14 +152,11 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
 
 
 def weight_count(folder: Path) -> int:
-    """Numbers in all weight files of a folder: parameters."""
+    """Parameters in all weight files of a folder."""
     names = sorted(path.name for path in folder.iterdir())
     shards = {shard for index in weight_indices(names) for shard in _shards(folder / index)}
-    return sum(
-        math.prod(entry["shape"])
-        for name in shards or weight_files(names)
-        for entry in _entries(read_header(folder / name)[0])
-    )
+    headers = [read_header(folder / name)[0] for name in shards or weight_files(names)]
+    return sum(math.prod(entry["shape"]) for header in headers for entry in _entries(header))
 
 
 def _entries(header: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
-"""Values for models that were laid out on ``meta``: read, drawn, or whatever a caller makes, tensor by tensor.
+"""Fills models that were built on ``meta``, tensor by tensor, with values that the caller reads or draws.
 
-Nothing is ever there twice: a parameter is made where it is to stay, and a weight that is to be packed is gone before
-the next one is made.
+No value exists twice: parameters are made on their final device, and a weight to be packed is freed before the next one
+is made.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from lowmem_drf.models.weights.packed_linear import PackedLinear
 
 STD = 0.02
-"""Of matrices and embeddings: the ``initializer_range`` of Qwen's models."""
+"""``initializer_range`` of Qwen's models."""
 
 Value = Callable[[str, Sequence[int]], Tensor]
-"""(name of a parameter, shape) -> its value. Of a weight that is to be packed, the shape is that of the unpacked
-one."""
+"""(parameter name, unpacked shape) -> value."""
 
 
 def random_value(dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Value:
-    """Matrices and kernels get normal noise, the scales of norms 1, biases 0."""
+    """Normal noise for matrices and convolutions, 1 for the scales of norms, 0 for biases."""
 
     def value(name: str, shape: Sequence[int]) -> Tensor:
         made = torch.empty(shape, dtype=dtype, device=device)
@@ -40,13 +39,13 @@ def fill(
     home: str | torch.device | None = None,
     taken: Callable[[nn.Parameter], None] | None = None,
 ) -> None:
-    """Gives the parameters of a module new values, frozen; one that several submodules share stays one. Weights of a
-    ``PackedLinear`` are packed where their values were made.
+    """Gives the parameters of a module new values, frozen. Shared parameters stay shared; weights of a
+    ``PackedLinear`` are packed on the device of their values.
 
     Args:
-        recurse: those of its children too.
-        home: where they are to stay. Default: where they were made.
-        taken: called with every parameter that has its value, before the next one is made. It may leave it empty.
+        recurse: fills the children too.
+        home: final device. Default: the device of the values.
+        taken: called with every filled parameter before the next one is made. It may empty the parameter.
     """
     made: dict[int, nn.Parameter] = {}
     for name, parameter in list(module.named_parameters(recurse=recurse, remove_duplicate=False)):

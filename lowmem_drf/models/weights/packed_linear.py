@@ -1,15 +1,16 @@
-"""Frozen linear layers whose weights are kept in 4 or 8 bit, and unpacked for each product.
+"""Frozen linear layers with 4- or 8-bit weights, unpacked for each product.
 
-    nf4    NormalFloat4 in blocks of 64 weights, the blocks' scales in 8 bit in blocks of 256 (double quantisation;
-    QLoRA, arXiv 2305.14314) int8   w = q * scale / 127, scale the largest absolute value of a row (LLM.int8(), arXiv
-    2208.07339, without its outliers)
+    nf4    NormalFloat4 in blocks of 64 weights, with 8-bit scales in blocks of 256 (double quantisation; QLoRA, arXiv
+           2305.14314)
+    int8   w = q * scale / 127, where scale is the largest absolute value of a row (LLM.int8(), arXiv 2208.07339,
+           without its outliers)
 
-bitsandbytes' own operators (0.50) pack and unpack NF4, on CUDA, on the CPU and on fake tensors. Its modules are not
-used: their scales hide in an attribute of the weight, their backward takes the weight from there, and their forward may
-repack it. Here everything is a plain parameter or buffer, and what a backward needs goes through ``save_for_backward``,
-so weights may be parked, streamed and checkpointed like any other.
+bitsandbytes' operators (0.50) pack and unpack NF4 on CUDA, on the CPU and on fake tensors. Its modules are not used:
+they keep the scales in an attribute of the weight, read the weight from there in the backward, and may repack it in the
+forward. Here all tensors are plain parameters and buffers and go through ``save_for_backward``, so they can be
+offloaded, streamed and checkpointed like any others.
 
-An unpacked weight lives as long as its product: 16 bits of one layer at a time.
+An unpacked weight lives only during its product.
 """
 
 from __future__ import annotations
@@ -31,22 +32,22 @@ Packing = Literal["nf4", "int8"]
 BLOCK = 64
 """Weights that share a scale in NF4."""
 NESTED_BLOCK = 256
-"""Scales that share a scale of their own."""
+"""Scales of NF4 that share a scale."""
 
 _BUFFERS: dict[str, tuple[str, ...]] = {"nf4": ("absmax", "nested_absmax", "nested_code", "offset"), "int8": ("scale",)}
 _Device = str | torch.device
 
 
 class PackedLinear(nn.Linear):
-    """x (…, in) -> (…, out) in the dtype of x: x W^T + b. Frozen: a gradient goes to x alone.
+    """x W^T + b: (…, in) -> (…, out) in the dtype of x. Frozen: only x gets a gradient.
 
-    Laid out on ``meta``, without values; ``pack`` gives it a weight, and the bias, which is a plain parameter, is the
-    caller's to fill.
+    Created on ``meta``; ``pack`` sets the weight, and the caller fills the bias, a plain parameter.
 
-    Attributes: weight: nf4: uint8 (ceil(out * in / 2), 1), two weights a byte. int8: int8 (out, in). absmax,
-        nested_absmax, nested_code, offset: of nf4, as bitsandbytes' ``QuantState``: uint8 (n,) for n blocks; fp32
-        (ceil(n / 256),); fp32 (256,), the values of an 8-bit scale; fp32 (), the mean of all scales. scale: of int8:
-        fp32 (out,).
+    Attributes:
+        weight: nf4: uint8 (ceil(out * in / 2), 1), two weights per byte. int8: int8 (out, in).
+        absmax, nested_absmax, nested_code, offset: nf4, as bitsandbytes' ``QuantState``: uint8 (n,) for n blocks; fp32
+            (ceil(n / 256),); fp32 (256,), the values of an 8-bit scale; fp32 (), the mean of all scales.
+        scale: int8: fp32 (out,).
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, quant: Packing) -> None:
@@ -58,20 +59,19 @@ class PackedLinear(nn.Linear):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in): of the weight that is packed."""
+        """(out, in) of the unpacked weight."""
         return self.out_features, self.in_features
 
     def pack(self, weight: Tensor, home: _Device | None = None) -> None:
-        """Quantises ``weight`` (out, in), of any floating dtype, on its own device, and keeps the result on ``home``
-        (default: there)."""
+        """Quantises ``weight`` (out, in), of any floating dtype, on its device, and moves the result to ``home``."""
         if tuple(weight.shape) != self.shape:
             raise ValueError(f"a weight of {list(weight.shape)} for a layer of {list(self.shape)}")
         self._take(tensor if home is None else tensor.to(home) for tensor in _quantise(self.quant, weight.detach()))
 
     @classmethod
     def from_bnb(cls, linear: Any) -> PackedLinear:
-        """Takes the tensors out of a ``bitsandbytes.nn.Linear4bit``, without a copy. Raises LowmemError unless it is
-        NF4 with double quantisation in blocks of the sizes above."""
+        """Moves the tensors out of a ``bitsandbytes.nn.Linear4bit``, without a copy. Raises LowmemError unless it is
+        NF4 with double quantisation in blocks of 64 and 256."""
         state = getattr(linear.weight, "quant_state", None)
         if (
             state is None
@@ -85,12 +85,12 @@ class PackedLinear(nn.Linear):
         made._take((packed, state.absmax, state.state2.absmax, state.state2.code, state.offset))
         if linear.bias is not None:
             made.bias = nn.Parameter(linear.bias.data, requires_grad=False)
-        # module and weight refer to each other: the tensors would live until the next garbage collection
+        # module and weight form a cycle: the tensors would live until the next garbage collection
         linear.weight = linear.quant_state = None
         return made
 
     def packed(self) -> tuple[Tensor, ...]:
-        """The tensors that ``unpack`` takes, the weight first."""
+        """The tensors for ``unpack``, the weight first."""
         return self.weight, *(getattr(self, name) for name in _BUFFERS[self.quant])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -109,8 +109,7 @@ class PackedLinear(nn.Linear):
             self.register_buffer(name, tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        """Moves reach the scales, casts (``.to(dtype)``, ``.half()``) do not: bitsandbytes reads them as fp32, whatever
-        they are."""
+        """Device moves reach the scales, casts (``.to(dtype)``, ``.half()``) do not: bitsandbytes needs fp32."""
         scales = {id(buffer) for buffer in self.buffers(recurse=False) if buffer.dtype is torch.float32}
         made: PackedLinear = super()._apply(
             lambda x: fn(x.view(torch.int32)).view(torch.float32) if id(x) in scales else fn(x), recurse
@@ -118,52 +117,37 @@ class PackedLinear(nn.Linear):
         return made
 
     def _fits_gemm(self, x: Tensor) -> bool:
-        return (
-            not (torch.is_grad_enabled() and x.requires_grad)
-            and x.dtype is not torch.float64
-            and self.in_features % BLOCK == 0
-        )
+        differentiable = torch.is_grad_enabled() and x.requires_grad
+        return not differentiable and x.dtype is not torch.float64 and self.in_features % BLOCK == 0
 
     def _one_row(self, x: Tensor) -> Tensor:
-        """Generation: bitsandbytes' product with packed weights. On CUDA it reads a quarter of the bytes, and unpacks
-        nothing into memory."""
+        """bitsandbytes' product with packed weights, for generation: on CUDA it reads a quarter of the bytes and
+        unpacks nothing to memory."""
         weight, absmax, nested_absmax, nested_code, offset = self.packed()
-        result: Tensor = torch.ops.bitsandbytes.gemm_4bit(
-            x,
-            weight,
-            self.shape,
-            nested_absmax,
-            BLOCK,
-            "nf4",
-            self.bias,
-            absmax_8bit=absmax,
-            absmax_code=nested_code,
-            absmax_offset=offset,
-        )
+        scales = {"absmax_8bit": absmax, "absmax_code": nested_code, "absmax_offset": offset}
+        product = torch.ops.bitsandbytes.gemm_4bit
+        result: Tensor = product(x, weight, self.shape, nested_absmax, BLOCK, "nf4", self.bias, **scales)
         return result
 
 
 def unpack(quant: Packing, shape: tuple[int, int], packed: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    """The weight (out, in) that a ``PackedLinear``'s ``packed()`` stands for, in ``dtype``: rounded to it once, from
-    fp32."""
+    """The weight (out, in) of a ``PackedLinear``'s ``packed()``, rounded once from fp32 to ``dtype``."""
     if quant == "int8":
         q, scale = packed
-        # one kernel on CUDA: no fp32 copy of the weight on the way to 16 bits
+        # one kernel on CUDA, without an fp32 copy of the weight
         return torch.mul(q, (scale / 127)[:, None], out=torch.empty(shape, dtype=dtype, device=q.device))
     ops = torch.ops.bitsandbytes
     weight, absmax, nested_absmax, nested_code, offset = packed
     scales = ops.dequantize_blockwise(absmax, nested_absmax, nested_code, NESTED_BLOCK, torch.float32).add_(offset)
-    # as one row where blocks do not end with the rows: the CPU's kernel for AVX-512 (bitsandbytes 0.50.2) gives such
-    # rows other rows' scales
+    # one long row unless blocks end with the rows: the AVX-512 kernel of bitsandbytes 0.50.2 mixes up their scales
     rows = shape if shape[1] % BLOCK == 0 else (1, shape[0] * shape[1])
-    made: Tensor = ops.dequantize_4bit(
-        weight, scales, BLOCK, "nf4", rows, torch.float32 if dtype is torch.float64 else dtype
-    )
+    supported = torch.float32 if dtype is torch.float64 else dtype
+    made: Tensor = ops.dequantize_4bit(weight, scales, BLOCK, "nf4", rows, supported)
     return made.view(shape).to(dtype)
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b. The packed tensors are all that is kept, and W is unpacked again in the backward."""
+    """x W^T + b. Saves only the packed tensors, and unpacks W again in the backward."""
 
     @staticmethod
     def forward(
@@ -183,18 +167,17 @@ class _Product(torch.autograd.Function):
 
 
 def _quantise(quant: Packing, weight: Tensor) -> tuple[Tensor, ...]:
-    """As ``bitsandbytes.functional.quantize_4bit(…, compress_statistics=True)`` of NF4, or, in any dtype, as its
-    ``int8_vectorwise_quant``, whose CUDA kernel takes fp16 alone."""
+    """NF4 as ``bitsandbytes.functional.quantize_4bit(…, compress_statistics=True)``; int8 as its
+    ``int8_vectorwise_quant``, but in any dtype: the CUDA kernel takes only fp16."""
     if quant == "int8":
         scale = weight.abs().amax(1).float()
-        steps = 127 / scale.clamp_min(1e-30)  # a row of zeros stays one
+        steps = 127 / scale.clamp_min(1e-30)  # a row of zeros stays zero
         return (weight * steps[:, None]).round_().to(torch.int8), scale
     import bitsandbytes  # noqa: F401  # defines the operators
 
     ops = torch.ops.bitsandbytes
-    packed, scales = ops.quantize_4bit(
-        weight.float() if weight.dtype is torch.float64 else weight, BLOCK, "nf4", torch.uint8
-    )
+    weight = weight.float() if weight.dtype is torch.float64 else weight
+    packed, scales = ops.quantize_4bit(weight, BLOCK, "nf4", torch.uint8)
     offset = scales.mean()
     code = scales.new_empty(256).copy_(_scale_values())
     absmax, nested_absmax = ops.quantize_blockwise(scales - offset, code, NESTED_BLOCK)
@@ -203,8 +186,8 @@ def _quantise(quant: Packing, weight: Tensor) -> tuple[Tensor, ...]:
 
 @cache
 def _scale_values() -> Tensor:
-    """fp32 (256,): bitsandbytes' dynamic 8-bit data type (arXiv 2110.02861)."""
+    """bitsandbytes' dynamic 8-bit data type (arXiv 2110.02861), fp32 (256,)."""
     from bitsandbytes.functional import create_dynamic_map
 
-    with _disable_current_modes():  # kept for good: never as a fake tensor
+    with _disable_current_modes():  # cached, so never a fake tensor
         return create_dynamic_map()

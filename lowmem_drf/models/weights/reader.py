@@ -1,8 +1,7 @@
-"""Tensors read from safetensors files one by one: changed, packed and put where they are to stay before the next one is
-read.
+"""Reads safetensors files tensor by tensor: each is changed, packed and moved before the next one is read.
 
-The host holds one tensor at a time, in memory of its own. A mapping of the file, which safetensors gives, would count
-as the process's memory on some systems, and its tensors would change with the file.
+So the host holds one tensor at a time, in allocated memory. safetensors would map the file: on some systems that counts
+as the process's memory, and the tensors would change with the file.
 """
 
 from __future__ import annotations
@@ -21,32 +20,32 @@ from lowmem_drf.models.wan.random_generator import fill_as_loaded
 from lowmem_drf.models.weights.files import read_header, weight_files, weight_indices
 from lowmem_drf.models.weights.filling import Value
 from lowmem_drf.models.weights.packed_linear import PackedLinear
+from lowmem_drf.models.weights.sources import refuse_missing
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""safetensors' names of the dtypes that are read. The others hold quantised weights."""
+"""safetensors' names of the supported dtypes. All others hold quantised weights."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 Change = Callable[[torch.device, torch.dtype], Tensor]
-"""(device, dtype) -> what is added to a parameter, in its shape."""
+"""(device, dtype) -> the tensor to add to a parameter, in its shape."""
 Changes = Callable[[Shapes], Mapping[str, Change]]
-"""Shapes of a model's parameters by name -> what is added to some of them."""
+"""Shapes of a model's parameters by name -> changes of some of them by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a tensor lies."""
+    """Location of a tensor."""
 
     file: Path
     start: int
-    """Bytes from the file's beginning."""
+    """Byte offset in the file."""
     dtype: str
-    """safetensors' name of it."""
+    """As safetensors names it."""
     shape: tuple[int, ...]
 
 
 class TensorFiles:
-    """The tensors of one or more safetensors files. Raises ValueError or OSError for a file that is damaged or
-    missing."""
+    """The tensors of safetensors files. Raises ValueError or OSError for a damaged or missing file."""
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.entries: dict[str, Entry] = {}
@@ -54,13 +53,11 @@ class TensorFiles:
             header, start = read_header(file)
             for name, entry in header.items():
                 if name != "__metadata__":
-                    self.entries[name] = Entry(
-                        file, start + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"])
-                    )
+                    offset = start + entry["data_offsets"][0]
+                    self.entries[name] = Entry(file, offset, entry["dtype"], tuple(entry["shape"]))
 
     def read(self, name: str) -> Tensor:
-        """On the CPU, in the file's dtype. Raises ValueError for a dtype that is not in ``DTYPES``, or a file that ends
-        too early."""
+        """On the CPU, in the file's dtype. Raises ValueError for a dtype not in ``DTYPES``, or a truncated file."""
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
             raise ValueError(
@@ -80,8 +77,8 @@ class TensorFiles:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """The files that hold a model's weights, in the order of their names: the shards that an index lists, or the one
-    file. Raises ValueError or OSError where there are none."""
+    """A model's weight files, sorted: the shards that an index lists, or the one file. Raises ValueError or OSError if
+    there are none."""
     names = [path.name for path in folder.iterdir()]
     shards = {
         shard
@@ -95,32 +92,23 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def parameter_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Of a model's parameters by name, those of packed weights as they would be unpacked."""
+    """Shapes by parameter name; of packed weights, the unpacked shapes."""
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()} | {
         f"{name}.weight": module.shape for name, module in model.named_modules() if isinstance(module, PackedLinear)
     }
 
 
 def require_complete(files: TensorFiles, model: Any) -> None:
-    """Raises ValueError unless there is a tensor of the right shape for every parameter. Others in the files are not
-    used, with a warning."""
-    shapes = parameter_shapes(model)
-    if missing := sorted(shapes.keys() - files.entries.keys()):
-        raise ValueError(
-            f"its weights lack {len(missing)} tensors of the model its config.json describes (the first: {missing[0]})"
-        )
-    if other := [name for name, shape in shapes.items() if files.entries[name].shape != shape]:
-        raise ValueError(
-            f"its config.json describes {other[0]} as {list(shapes[other[0]])}, and its weights have it as {list(files.entries[other[0]].shape)}"
-        )
+    """Raises ValueError unless there is a tensor of the right shape for every parameter; warns of unused tensors."""
+    shapes, entries = parameter_shapes(model), files.entries
+    refuse_missing(shapes.keys() - entries.keys())
+    if other := [name for name, shape in shapes.items() if entries[name].shape != shape]:
+        described, held = (list(shape) for shape in (shapes[other[0]], entries[other[0]].shape))
+        raise ValueError(f"its config.json describes {other[0]} as {described}, and its weights have it as {held}")
     ignored = model._keys_to_ignore_on_load_unexpected or ()
-    if unused := sorted(
-        name for name in files.entries.keys() - shapes.keys() if not any(part in name for part in ignored)
-    ):
-        warnings.warn(
-            f"{len(unused)} tensors of {files.entries[unused[0]].file.parent} are not used (the first: {unused[0]})",
-            stacklevel=2,
-        )
+    if unused := sorted(name for name in entries.keys() - shapes.keys() if not any(part in name for part in ignored)):
+        where = entries[unused[0]].file.parent
+        warnings.warn(f"{len(unused)} tensors of {where} are not used (the first: {unused[0]})", stacklevel=2)
 
 
 def fill_from_files(
@@ -134,14 +122,15 @@ def fill_from_files(
     blocks: int | None = None,
     taken: Callable[[nn.Parameter], None] | None = None,
 ) -> Any:
-    """Fills a model from ``meta``; each parameter in the dtype that ``from_pretrained`` would leave it in. Frozen,
-    eval.
+    """Fills a model that is on ``meta``; frozen, in eval mode. Dtypes are those that ``from_pretrained`` would give.
 
-    Args: names: the file's name of each parameter. device: where weights are changed and packed. home: where the model
-        stays. Default: ``device``. changes: added in fp32 (fp64 in an fp64 model), before anything is rounded or
-        packed. blocks: of the model's blocks only the first so many are read. The others have shapes and no values:
-        they take a LoRA, and no memory. taken: called with every parameter that has its value, before the next one is
-        read (``filling.fill``).
+    Args:
+        names: parameter name -> name in the files.
+        device: where weights are changed and packed.
+        home: final device. Default: ``device``.
+        changes: added in fp32 (fp64 in an fp64 model), before rounding and packing.
+        blocks: read only the first N blocks. The others get shapes but no memory, which is enough to take a LoRA.
+        taken: called with every filled parameter before the next one is read (``filling.fill``).
     """
     device, home = torch.device(device), torch.device(device if home is None else home)
     changed = changes(parameter_shapes(model)) if changes else {}

@@ -1,9 +1,8 @@
-"""Where models come from: the word ``toyworld``, a folder, or a Hugging Face id; and one clear error when they do
-not."""
+"""Where models come from: the word ``toyworld``, a folder, or a Hugging Face id; one clear error when loading fails."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -14,43 +13,49 @@ TOYWORLD = "toyworld"
 
 
 def resolve(model_id: str, role: Literal["generator", "critic"]) -> str:
-    """``toyworld`` -> the folder of that role in the package; anything else as it is (a folder, or an id on the Hugging
-    Face hub)."""
+    """``toyworld`` -> the folder of that role in the package; a folder or hub id is returned unchanged."""
     if model_id != TOYWORLD:
         return model_id
     folder = Path(__file__).resolve().parents[2] / "toy" / "weights" / role
     if not folder.is_dir():
         raise BadInputError(
-            f"ToyWorld's {role} is missing ({folder}). Reinstall lowmem-drf, or rebuild it: python -m lowmem_drf.toy.build"
+            f"ToyWorld's {role} is missing ({folder}). Reinstall lowmem-drf, or rebuild it: "
+            "python -m lowmem_drf.toy.build"
         )
     return str(folder)
 
 
 @contextmanager
 def loading(what: str, folder_or_id: str) -> Iterator[None]:
-    """Turns a library's failure to find or read a model into a BadInputError that names both and says what to do."""
+    """Turns a library's failure to find or read a model into a BadInputError that says what to do."""
     import torch
     from safetensors import SafetensorError
 
     try:
         yield
-    except torch.OutOfMemoryError:  # a RuntimeError too, but not the input's fault
+    except torch.OutOfMemoryError:  # a RuntimeError that the input did not cause
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
         raise BadInputError(
             f"Cannot load {what} from {folder_or_id!r}: {reason}\n"
-            "Give 'toyworld', a folder in diffusers / transformers layout, or a Hugging Face id (downloaded once, then cached)."
+            "Give 'toyworld', a folder in diffusers / transformers layout, or a Hugging Face id (downloaded once, "
+            "then cached)."
         ) from error
 
 
 def complete(loaded: tuple[Any, Any]) -> Any:
-    """The model of ``from_pretrained(…, output_loading_info=True)``. Raises ValueError if weights were missing: the
-    libraries only warn, and leave them at random."""
+    """The model from ``from_pretrained(…, output_loading_info=True)``. Raises ValueError if weights were missing: the
+    libraries only warn, and leave them random."""
     model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(
-            f"its weights lack {len(missing)} tensors of the model its config.json describes (the first: {missing[0]})"
-        )
+    refuse_missing(info["missing_keys"])
     return model
+
+
+def refuse_missing(names: Collection[str]) -> None:
+    """Raises ValueError unless ``names``, the tensors that the weights lack, is empty."""
+    if names:
+        raise ValueError(
+            f"its weights lack {len(names)} tensors of the model its config.json describes (the first: {min(names)})"
+        )
