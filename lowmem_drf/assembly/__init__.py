@@ -1,5 +1,4 @@
-"""From a configuration to loaded models put together as ``types.Parts``, their texts and questions; clips without
-gradient.
+"""Configuration -> loaded models as ``types.Parts``, with their texts and questions; generation without gradients.
 
-Not here: training (``training/``), and the model classes themselves (``models/``).
+Not here: training (``training/``) and the model classes (``models/``).
 """

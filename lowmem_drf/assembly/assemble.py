@@ -1,4 +1,4 @@
-"""Configuration -> the prompts of a run, the plan of an update, and loaded models put together as ``types.Parts``."""
+"""Configuration -> the prompts of a run, the ``StepSpec`` of an update, and loaded models as ``types.Parts``."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ if TYPE_CHECKING:
 
 
 def derive_seed(*words: object) -> int:
-    """A 63-bit seed from a run's seed and what it is for: noise needs no state that a checkpoint would have to keep."""
+    """A 63-bit seed from a run's seed and a purpose, so that checkpoints need no random state."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, words)).encode()).digest()[:8]) >> 1
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto``, ``cpu`` or ``cuda`` -> a device. Raises BadInputError for a card that is not there."""
+    """``auto``, ``cpu`` or ``cuda`` -> a device. Raises BadInputError if there is no CUDA card."""
     if name == "cuda" and not torch.cuda.is_available():
         raise BadInputError(
             'device = "cuda", but torch sees no CUDA card. Use -s device=cpu, or install a CUDA build of torch.'
@@ -52,7 +52,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def run_prompts(config: Config) -> tuple[Prompt, ...]:
-    """The training prompts of a configuration. Raises BadInputError where it names none."""
+    """The training prompts of a configuration. Raises BadInputError if it names none."""
     if config.prompts == TOYWORLD:
         from lowmem_drf.toy.captions import train_prompts
 
@@ -68,22 +68,20 @@ def reward_spec(config: Config) -> RewardSpec:
 
 
 def critic_frames(config: Config) -> int:
-    """How many frames of a clip the critic sees."""
+    """Number of frames of a clip that the critic sees."""
     frames, video = config.critic.frames, config.video
-    return (
-        frames
-        if isinstance(frames, int)
-        else frames_at_rate(video.frames, video.fps, float(frames.removeprefix("fps:")))
-    )
+    if isinstance(frames, int):
+        return frames
+    return frames_at_rate(video.frames, video.fps, float(frames.removeprefix("fps:")))
 
 
 def critic_rate(config: Config) -> float:
-    """Frames a second of what the critic sees."""
+    """Frames per second that the critic sees."""
     return kept_fps(config.video.frames, config.video.fps, critic_frames(config), config.critic.frame_sampling)
 
 
 def step_plan(config: Config, step: int, scales: Mapping[str, float] | None = None) -> StepSpec:
-    """The plan of update ``step``: its random choices depend on the run's seed and on ``step`` alone. ``scales``:
+    """The specification of update ``step``. Its random choices depend only on the run's seed and ``step``. ``scales``:
     ``RewardSpec.scales``."""
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "plan", step))
     sampler, critic = config.sampler, config.critic
@@ -103,31 +101,30 @@ def step_plan(config: Config, step: int, scales: Mapping[str, float] | None = No
 
 
 class StageMeter(Protocol):
-    """Measures the stages of an update: ``memory.meter.Meter``, or the plan's."""
+    """Measures the stages of an update: ``memory.meter.Meter``, or the planner's."""
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         """Entered around each stage."""
         ...
 
     def take(self) -> tuple[dict[str, float], dict[str, float]]:
-        """(seconds by stage, peak GiB by stage) since the last time."""
+        """(seconds by stage, peak GiB by stage) since the last call."""
         ...
 
 
 @dataclass(frozen=True)
 class Models:
-    """What is loaded: the generator with its LoRA, the critic if it is needed, and the embeddings of every text."""
+    """The loaded models: the generator with its LoRA, the critic if it is needed, and the text embeddings."""
 
     transformer: Any
-    """The one that is trained."""
+    """The trained one."""
     velocity: Velocity
     decoder: WanDecoder
     critic: QwenCritic | None
     texts: Mapping[str, Tensor]
-    """Text -> (l, D) on the host, without the zeros after its end, the negative prompt's among them: padded, a thousand
-    prompts of Wan's would take 4 GiB."""
+    """Text, or negative prompt -> (l, D) on the host, unpadded: padded, a thousand of Wan's prompts take 4 GiB."""
     text_tokens: int
-    """L: what they are padded to."""
+    """L, to which ``condition`` pads."""
     negative_prompt: str
     latent_shape: tuple[int, int, int, int]
     device: torch.device
@@ -135,26 +132,25 @@ class Models:
     residency: Residency = field(compare=False)
     recorder: Recorder | None = field(compare=False, default=None)
     kernels: str = ""
-    """The form of the operations, in words."""
+    """The chosen operations, for printing."""
     ask: Critic | None = field(compare=False, default=None)
-    """How the critic is to be called, where that is not the critic itself."""
+    """Callable to use in place of ``critic`` if its weights are partitioned."""
     expert: Any = None
-    """Of a generator of two transformers, the one that is not trained."""
+    """The transformer that is not trained, if the generator has two."""
 
     @property
     def asked_critic(self) -> QwenCritic:
-        """The critic, which must have been loaded. Outside the stages of a step ``awake`` comes first."""
+        """The critic. Outside the stages of a step, call ``awake`` first. Raises ValueError if it was not loaded."""
         if self.critic is None:
             raise ValueError("the models were loaded without a critic")
         return self.critic
 
     def awake(self, *names: Parkable) -> None:
-        """Outside the stages of a step: from here on these models are on the card, and no other one that may be
-        parked."""
+        """Outside the stages of a step: brings these models to the card, and offloads all others that may be."""
         self.residency.need(*names)
 
     def awake_for(self, stage: str) -> None:
-        """Outside the stages of a step: as at the beginning of this one."""
+        """Outside the stages of a step: ``awake`` with the models of ``stage``."""
         self.residency.need_for(stage)
 
     def parts(self, lora: Sequence[Tensor]) -> Parts:
@@ -163,14 +159,13 @@ class Models:
         return parts if self.recorder is None else replace(parts, recorder=self.recorder)
 
     def condition(self, texts: Sequence[str]) -> Tensor:
-        """(B, L, D) on the device."""
+        """Embeddings (B, L, D) on the device."""
         rows = [self.texts[text] for text in texts]
-        return torch.stack([torch.nn.functional.pad(row, (0, 0, 0, self.text_tokens - len(row))) for row in rows]).to(
-            self.device
-        )
+        padded = [torch.nn.functional.pad(row, (0, 0, 0, self.text_tokens - len(row))) for row in rows]
+        return torch.stack(padded).to(self.device)
 
     def no_condition(self, batch: int) -> Tensor:
-        """The negative prompt, (B, L, D)."""
+        """Embeddings of the negative prompt, (B, L, D)."""
         return self.condition([self.negative_prompt] * batch)
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
@@ -190,14 +185,16 @@ def assemble(
     other: OtherExpert | None = None,
     store: HostStore | None = None,
 ) -> Models:
-    """Loaded models with the configuration's memory settings on them, the VAE without its encoder. ``texts``: see
-    ``Models``.
+    """Applies the configuration's memory settings to loaded models, and removes the VAE's encoder.
 
-    ``chosen``: the form of the operations; ``None``: it is chosen here, for ``device``. ``other``: the transformer that
-    is not trained, where there are two; it is parked and streamed where ``transformer`` is, and in a rollout one of
-    them is awake at a time. ``store``: where tensors wait on the host; a plan's only counts.
+    Args:
+        texts: see ``Models``.
+        chosen: the operations. ``None``: chosen here for ``device``.
+        other: the second transformer, which is not trained. It is offloaded and streamed like ``transformer``; in a
+            rollout only one of the two is on the card.
+        store: host memory for parked, streamed and offloaded tensors. A plan passes one that only counts.
 
-    Raises BadInputError: the video's size does not fit the models, or a kernel that is asked for cannot run.
+    Raises BadInputError: the video's size does not fit the models, or a requested kernel cannot run.
     """
     from lowmem_drf.models.wan.decoder import WanDecoder, drop_encoder
     from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
@@ -221,53 +218,36 @@ def assemble(
     )  # fmt: skip
     if other is not None:  # it has no gradient, and nothing to keep
         set_activations(
-            other.transformer, checkpoint=False, slices=memory.token_slices, rows=chosen.rows, attention=chosen.attention,
-            rollout_attention=chosen.rollout_attention, streamed=streamed.get("expert"),
+            other.transformer, checkpoint=False, slices=memory.token_slices, rows=chosen.rows,
+            attention=chosen.attention, rollout_attention=chosen.rollout_attention, streamed=streamed.get("expert"),
         )  # fmt: skip
     if critic is not None:
         critic.set_checkpointing(bool(memory.checkpoint))
         critic.set_attention(*(ranged_attention() if chosen.attention.name == "triton" else (None,)))
     decoder = WanDecoder(
-        vae,
-        grad_dtype=DTYPES[memory.vae_grad_dtype],
-        strips=memory.vae_strips,
-        caches=memory.vae_caches,
-        store=store,
-        norm_silu=chosen.rows.norm_silu,
-    )
+        vae, grad_dtype=DTYPES[memory.vae_grad_dtype], strips=memory.vae_strips, caches=memory.vae_caches,
+        store=store, norm_silu=chosen.rows.norm_silu,
+    )  # fmt: skip
     modules = generators | {"vae": vae} | ({} if critic is None else {"critic": critic.model})
     parked = modules.keys() & {*memory.park, *(["expert"] if "transformer" in memory.park else [])}
-    # in a rollout the two transformers are woken as their turn comes
-    residency = Residency(
-        modules, parked, device, store, meter.stage, streamed, NEEDS if other is None else {**NEEDS, "rollout": ()}
-    )
+    needs = NEEDS if other is None else {**NEEDS, "rollout": ()}  # two_experts brings each transformer in its turn
+    residency = Residency(modules, parked, device, store, meter.stage, streamed, needs)
     velocity = as_velocity(transformer, recorder)
     if other is not None:
-        velocity = two_experts(
-            velocity, as_velocity(other.transformer), config.model.expert, other.boundary, residency.need
-        )
+        second = as_velocity(other.transformer)
+        velocity = two_experts(velocity, second, config.model.expert, other.boundary, residency.need)
     for name in streamed.keys() - parked:
-        bring(modules[name], device)  # what is not streamed: it was loaded in host memory
+        bring(modules[name], device)  # the parts that are not streamed were loaded to the host
     return Models(
-        transformer=transformer,
-        velocity=velocity,
-        decoder=decoder,
-        critic=critic,
-        texts=texts,
-        text_tokens=config.model.text_tokens,
-        negative_prompt=config.sampler.negative_prompt,
-        latent_shape=shape,
-        device=device,
-        meter=meter,
-        residency=residency,
-        recorder=recorder,
-        kernels=str(chosen),
+        transformer=transformer, velocity=velocity, decoder=decoder, critic=critic, texts=texts,
+        text_tokens=config.model.text_tokens, negative_prompt=config.sampler.negative_prompt, latent_shape=shape,
+        device=device, meter=meter, residency=residency, recorder=recorder, kernels=str(chosen),
         expert=other.transformer if other else None,
-    )
+    )  # fmt: skip
 
 
 def attention_shape(config: Config, transformer: Any, latent: Sequence[int]) -> tuple[int, int, int, int]:
-    """(B, L, H, d) of the transformer's self-attention over latents of this shape (C, F, h, w)."""
+    """(B, L, H, d) of the transformer's self-attention for latents (C, F, h, w)."""
     tokens = math.prod(side // patch for side, patch in zip(latent[1:], transformer.config.patch_size, strict=True))
     return config.micro_batch, tokens, transformer.config.num_attention_heads, transformer.config.attention_head_dim
 
@@ -276,10 +256,8 @@ def latent_shape(config: Config, transformer: Any, vae: Any) -> tuple[int, int, 
     """(C, F, h, w). Raises BadInputError: the video's size does not fit the models."""
     video, factor = config.video, vae.config.scale_factor_spatial
     _, patch_height, patch_width = transformer.config.patch_size
-    for name, value, unit in (
-        ("width", video.width, factor * patch_width),
-        ("height", video.height, factor * patch_height),
-    ):
+    sides = ("width", video.width, factor * patch_width), ("height", video.height, factor * patch_height)
+    for name, value, unit in sides:
         if value % unit:
             raise BadInputError(
                 f"video.{name} = {value} is not a multiple of {unit}, the patch grid of {config.model.id}. "
@@ -290,5 +268,5 @@ def latent_shape(config: Config, transformer: Any, vae: Any) -> tuple[int, int, 
 
 
 def toyworld_models(config: Config) -> bool:
-    """The oracle can judge: ToyWorld's generator at the size its oracle measures."""
+    """True for ToyWorld's generator at 32 x 32, the size that its oracle measures."""
     return config.model.id == TOYWORLD and config.video.width == config.video.height == 32

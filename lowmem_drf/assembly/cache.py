@@ -1,8 +1,5 @@
-"""What a model wrote, kept on the disk: questions and reference answers are made once for a prompt, a model and a
-version.
-
-One readable JSON file each, named by the hash of all that the text depends on.
-"""
+"""Text that a model wrote (questions, reference answers), cached on disk: one JSON file per text, named by the hash of
+everything that the text depends on."""
 
 from __future__ import annotations
 
@@ -22,14 +19,13 @@ def cache_folder() -> Path:
 
 
 class Cache:
-    """Values by key (both JSON). A file that cannot be read counts as missing; a folder that cannot be written to only
-    forgets."""
+    """JSON values by JSON key. An unreadable file counts as missing; an unwritable folder caches nothing."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def get(self, key: dict[str, Any]) -> Any:
-        """What was put under this key, or ``None``."""
+        """The value of this key, or ``None``."""
         try:
             row = json.loads(self._file(key).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -37,7 +33,7 @@ class Cache:
         return row.get("value") if isinstance(row, dict) and row.get("key") == key else None
 
     def put(self, key: dict[str, Any], value: Any) -> None:
-        """Written aside and renamed: a reader never sees a part."""
+        """Writes the file under another name and renames it, so that readers never see a part."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self._file(key), json.dumps({"key": key, "value": value}, indent=2, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""Clips without gradient: for samples, comparisons and evaluation."""
+"""Generation without gradients, for samples, comparisons and evaluation."""
 
 from __future__ import annotations
 
@@ -26,23 +26,21 @@ class Generated:
     frames_BTCHW: Tensor
     """Float in [0, 1], on the models' device."""
     velocity_norm: float
-    """Root mean square of a clip's velocity, mean over steps and clips."""
+    """RMS of a clip's velocity, mean over steps and clips."""
 
 
 @torch.no_grad()
 def generate(models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequence[int]) -> Generated:
-    """A clip per text and seed, with whatever LoRA is on. A clip depends on its own text and seed only."""
+    """A clip per text and seed, with the LoRA at its present scale. A clip depends only on its own text and seed."""
     sigmas = flow_sigmas(sampler.steps, sampler.shift)
     cond, uncond = models.condition(texts), models.no_condition(len(texts))
     steps = range(sampler.steps)
     models.awake_for("rollout")
     x_0, entering = rollout(models.velocity, sigmas, models.noise(seeds), cond, uncond, sampler.guidance, keep=steps)
     path = [*(entering[k] for k in steps), x_0]
-    # the Euler update backwards: v = (x_next - x) / (sigma_next - sigma)
-    norms = [
-        ((path[k + 1] - path[k]) / (sigmas[k + 1] - sigmas[k]).item()).pow(2).flatten(1).mean(1).sqrt().mean().item()
-        for k in steps
-    ]
+    # the Euler update solved for v: v = (x_next - x) / (sigma_next - sigma)
+    velocities = ((path[k + 1] - path[k]) / (sigmas[k + 1] - sigmas[k]).item() for k in steps)
+    norms = [v.pow(2).flatten(1).mean(1).sqrt().mean().item() for v in velocities]
     models.awake("vae")
     return Generated(models.decoder.decode(x_0), sum(norms) / len(norms))
 
@@ -50,12 +48,10 @@ def generate(models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequ
 def batches(
     models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequence[int], size: int, ranks: Ranks, unit: int = 1
 ) -> Iterator[tuple[range, Generated, bool]]:
-    """``generate`` in batches of ``size`` over this process's part of the texts: (positions, clips, whether they are
-    new).
+    """Yields (indices, clips, new) of batches of ``size`` over this rank's share of the texts.
 
-    Every process makes equally many, since weights that are partitioned are gathered by all of them together: where one
-    has fewer texts it repeats the first batch of all, which is not new. ``unit``: so many texts in a row belong to one
-    process.
+    All ranks generate equally many batches, because partitioned weights are gathered by all of them together: a rank
+    with fewer texts repeats the first batch, with ``new`` False. ``unit``: consecutive texts to keep on one rank.
     """
     parts = [range(part.start * unit, part.stop * unit) for part in ranks.parts(len(texts) // unit)]
     mine = parts[ranks.rank]
@@ -68,8 +64,7 @@ def batches(
 def base_and_tuned(
     config: Config, models: Models, texts: Sequence[str], seed: int, scale: float = 1.0, with_base: bool = True
 ) -> Iterator[tuple[Tensor | None, Tensor]]:
-    """Yields (base clip, tuned clip) for each text, both from the same noise; the base is ``None`` unless
-    ``with_base``.
+    """Yields (base clip, tuned clip) for each text, from the same noise; the base is ``None`` unless ``with_base``.
 
     Clips are (T, 3, H, W), fp32 in [0, 1], on the host, generated ``log.eval_batch`` at a time. ``scale`` multiplies
     the LoRA of the tuned clip.

@@ -1,5 +1,4 @@
-"""Configuration -> the form of each operation that a run uses: chosen once, before anything is computed, and
-printed."""
+"""Chooses the implementation of each operation once, at the start of a run."""
 
 from __future__ import annotations
 
@@ -20,13 +19,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a run uses, and why."""
+    """The chosen implementations."""
 
     rows: RowOps
     attention: Attention
     why: str
+    """Reason for the attention, printed."""
     rollout_attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None
-    """Where there is no gradient; ``None``: ``attention``."""
+    """Attention without gradients; ``None``: ``attention``."""
 
     def __str__(self) -> str:
         rollout = "; int8 attention without gradient" if self.rollout_attention else ""
@@ -34,25 +34,19 @@ class Chosen:
 
 
 def choose(config: Config, device: torch.device, shape: Sequence[int], dtype: torch.dtype) -> Chosen:
-    """For a run on ``device``.
+    """For a run on ``device``; ``shape``: (B, L, H, d) of the transformer's self-attention.
 
-    Args:
-        shape: (B, L, H, d) of the transformer's self-attention.
-
-    Raises:
-        BadInputError: what was asked for cannot run here; says why, and what to do.
+    Raises BadInputError: a requested implementation cannot run here.
     """
-    kernels = config.kernels
+    kernels, keep = config.kernels, config.memory.keep_attention != "none"
     rows = choose_rows(kernels.ops, device)
-    attention, why = choose_attention(
-        kernels.attention, device, shape, dtype, keep_attention=config.memory.keep_attention != "none"
-    )
+    attention, why = choose_attention(kernels.attention, device, shape, dtype, keep_attention=keep)
     return Chosen(rows, attention, why, int8_attention(device) if kernels.rollout_attention == "int8" else None)
 
 
 def choose_planned(config: Config) -> Chosen:
-    """For a plan, which computes nothing: ``auto`` stands for a CUDA card with Triton, whatever is here. Of attentions
-    it knows those that take the bytes of any: out, log-sum-exp, gradients."""
+    """For a plan, which computes nothing: ``auto`` means a CUDA card with Triton, whatever this machine has. All
+    attentions need the same bytes (output, log-sum-exp, gradients), so two stand for all."""
     kernels = config.kernels
     rows: RowChoice = "fused" if kernels.ops == "auto" else kernels.ops
     attention = attention_named("triton" if kernels.attention == "triton" else "sdpa")

@@ -1,4 +1,4 @@
-"""The models that a configuration names, from the disk (and before that from the hub) to the device."""
+"""Loads the models that a configuration names, from the hub or the disk to the device."""
 
 from __future__ import annotations
 
@@ -29,15 +29,14 @@ if TYPE_CHECKING:
 
 
 def load_models(config: Config, texts: Sequence[str], with_critic: bool = True, ranks: Ranks = ALONE) -> Models:
-    """Loads every model the configuration names; the text encoder is gone once all ``texts`` are encoded. The LoRA is
-    the caller's.
+    """Loads every model of the configuration, without a LoRA. The text encoder is freed once ``texts`` are encoded.
 
-    Everything is downloaded and checked before anything is loaded. Of many processes on a machine one downloads and
-    encodes for all; under ZeRO-3 the transformer is partitioned over them as it is read.
+    Everything is downloaded and checked before anything is loaded. One rank per machine downloads and encodes for all;
+    under ZeRO-3 the transformer is partitioned while it is read.
 
     Raises:
-        BadInputError: a model cannot be found or is damaged, or the video's size does not fit it.
-        LowmemError: not enough disk or host memory, or a download failed.
+        BadInputError: a model is missing or damaged, or the video's size does not fit it.
+        LowmemError: too little disk or host memory, or a download failed.
     """
     _hide_loading_bars(config)
     from lowmem_drf.models.wan.decoder import load_vae
@@ -51,12 +50,9 @@ def load_models(config: Config, texts: Sequence[str], with_critic: bool = True, 
         if with_critic:
             prepare(config.critic.id, "critic", say)
         home = _home(config, "transformer", device)
-        # on their way to the card, packed, or partitioned, transformers are never here in full
-        passing = (
-            ()
-            if home.type == "cpu" and config.model.quant == "none" and config.engine != "zero3"
-            else ("transformer", SECOND)
-        )
+        # transformers that go to the card, or are packed or partitioned, are never on the host in full
+        whole = home.type == "cpu" and config.model.quant == "none" and config.engine != "zero3"
+        passing = () if whole else ("transformer", SECOND)
         check_host_memory(generator, "generator", DTYPES[config.dtype].itemsize, (*_without(config), *passing))
         text_device = torch.device("cpu") if config.memory.text_device == "host" else device
         encoded = encode_texts(config, str(generator), [*texts, config.sampler.negative_prompt], text_device)
@@ -65,11 +61,11 @@ def load_models(config: Config, texts: Sequence[str], with_critic: bool = True, 
         from lowmem_drf.distributed.zero import Partition
 
         taken = Partition(config).take
-    transformer, other = make_transformers(
-        described,
-        config,
-        lambda name: load_transformer(config, generator, DTYPES[config.dtype], device, name, home, taken=taken),
-    )
+
+    def load(name: str) -> Any:
+        return load_transformer(config, generator, DTYPES[config.dtype], device, name, home, taken=taken)
+
+    transformer, other = make_transformers(described, config, load)
     vae = load_vae(str(generator), DTYPES[config.memory.vae_dtype], _home(config, "vae", device))
     critic = load_run_critic(config, _home(config, "critic", device)) if with_critic else None
     models = assemble(config, transformer, vae, critic, encoded, device, Meter(device), other=other)
@@ -77,7 +73,7 @@ def load_models(config: Config, texts: Sequence[str], with_critic: bool = True, 
 
 
 def with_partitioned_critic(config: Config, models: Models) -> Models:
-    """The models with the critic's weights, which are here in full, partitioned over the processes."""
+    """Partitions the weights of the loaded critic over the ranks."""
     from lowmem_drf.distributed.zero import Partition, ZeroForward
 
     critic, partition = models.asked_critic, Partition(config)
@@ -90,14 +86,13 @@ def with_partitioned_critic(config: Config, models: Models) -> Models:
 
 
 def _home(config: Config, name: Parkable, device: torch.device) -> torch.device:
-    """Where a model's weights lie when it is loaded: on the host if they are to wait there, and may be too many for the
-    card."""
-    waits = name in config.memory.park or name in config.memory.stream or (name == "critic" and config.zero.critic)
-    return torch.device("cpu") if waits else device
+    """The device to load a model to: the host for offloaded and streamed models, which may not fit on the card."""
+    on_host = name in config.memory.park or name in config.memory.stream or (name == "critic" and config.zero.critic)
+    return torch.device("cpu") if on_host else device
 
 
 def prepare_generator(config: Config) -> Path:
-    """The generator's folder, complete. Raises as ``downloads.prepare``."""
+    """The generator's complete folder. Raises as ``downloads.prepare``."""
     return prepare(config.model.id, "generator", say, _without(config))
 
 
@@ -112,17 +107,17 @@ def load_transformer(
     blocks: int | None = None,
     taken: Callable[[torch.nn.Parameter], None] | None = None,
 ) -> Any:
-    """The frozen base that the LoRA of a run is trained on: of the folder or the single file, with ``model.base_lora``
-    added, then packed.
+    """The frozen base of a run's LoRA, from the folder or the single file: ``model.base_lora`` is merged, then the
+    weights are packed.
 
     Args:
-        home: where it stays. Default: ``device``, where its weights are changed and packed.
+        device: where weights are changed and packed.
+        home: final device. Default: ``device``.
         quant: default: ``model.quant``.
-        blocks: only the first so many have values, and take memory.
-        taken: called with every parameter as soon as it has its value.
+        blocks: only the first N blocks get values and memory.
+        taken: called with every filled parameter.
 
-    Raises:
-        BadInputError: a file cannot be found or used, or bitsandbytes is missing.
+    Raises BadInputError: a file is missing or unusable, or no bitsandbytes.
     """
     from lowmem_drf.models.lora.base import base_changes
     from lowmem_drf.models.wan.denoiser import load_denoiser
@@ -148,9 +143,8 @@ def load_transformer(
 
 
 def load_run_critic(config: Config, home: torch.device | None = None) -> QwenCritic:
-    """The critic alone, as a run has it. ``home``: where its weights are to lie. Default: on the run's device, and
-    there in any case if they are quantised as they are loaded: a CPU takes minutes to quantise what a card does in
-    seconds."""
+    """The critic as a run uses it. ``home``: device of its weights; default: the run's device, which also quantised
+    weights get: a CPU takes minutes to quantise what a card does in seconds."""
     _hide_loading_bars(config)
     from lowmem_drf.models.qwen_vl.critic import load_critic
 
@@ -158,11 +152,9 @@ def load_run_critic(config: Config, home: torch.device | None = None) -> QwenCri
     device = home or device if config.critic.quant == "none" else device
     if config.critic.quant == "none":
         check_host_memory(folder, "critic", DTYPES[config.dtype].itemsize)
-    elif device.type == "cpu":  # else its weights stream to the card one by one
-        # half a byte a weight in 4 bit, two of all others: a byte, about, and no less
-        check_host_memory(folder, "critic", 1)
-    # ToyWorld's critic was trained at the one frame rate that its folder names; a real one is told how fast its frames
-    # pass
+    elif device.type == "cpu":  # on a card, weights are quantised one by one
+        check_host_memory(folder, "critic", 1)  # half a byte per 4-bit weight, two per other weight: at least one
+    # ToyWorld's critic was trained at one frame rate, which its folder names
     fps = None if config.critic.id == TOYWORLD else critic_rate(config)
     critic = load_critic(str(folder), DTYPES[config.dtype], device, fps, config.critic.quant)
     critic.set_checkpointing(bool(config.memory.checkpoint))
@@ -170,16 +162,16 @@ def load_run_critic(config: Config, home: torch.device | None = None) -> QwenCri
 
 
 def say(text: str) -> None:
-    """A line for whoever waits."""
+    """Prints a line for the user who waits."""
     print(text, file=sys.stderr, flush=True)
 
 
 def _without(config: Config) -> tuple[str, ...]:
-    """Subfolders of the generator that are not needed."""
+    """Unneeded subfolders of the generator."""
     return ("transformer",) if config.model.transformer else ()
 
 
 def _hide_loading_bars(config: Config) -> None:
-    """Where nothing is downloaded. To be called before the libraries are imported."""
+    """Hides the libraries' bars if nothing is downloaded. Call it before they are imported."""
     if Path(resolve(config.model.id, "generator")).is_dir() and Path(resolve(config.critic.id, "critic")).is_dir():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

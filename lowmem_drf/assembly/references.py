@@ -1,13 +1,11 @@
-"""What a good answer is, fixed once before training: by a caption-matched real clip where there is one, and which of
-its words count.
+"""Reference answers and token weights, computed once before training.
 
-Reference-guided (Diffusion-DRF, arXiv 2601.04153): the critic is asked a dense question about the real clip, and what
-it says is the answer wanted of the generated one. A yes/no question that it does not answer as wanted even there cannot
-judge anything, and is left out.
+Reference-guided (Diffusion-DRF, arXiv 2601.04153): the critic's answer to a dense question about a caption-matched real
+clip becomes the reference answer for generated clips. Yes/no questions that it answers wrongly even about the real clip
+are left out.
 
-Token weights: of "it moves left and keeps its form" only "moves left" depends on the clip. A token weighs the
-probability it has when the clip is seen, less the one it has when the critic sees nothing but static: what it would say
-anyway.
+Token weights: in "it moves left and keeps its form" only "moves left" depends on the clip. The weight of a token is its
+probability given the clip minus its probability given static, which the critic would say anyway.
 """
 
 from __future__ import annotations
@@ -35,13 +33,13 @@ if TYPE_CHECKING:
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
 
 VERSION = 1
-"""Goes into the cache's key."""
+"""Part of the cache key."""
 
 ANSWER_TOKENS = 96
-"""A reference answer is cut here."""
+"""Maximum length of a reference answer."""
 
 WEIGHT_FLOOR = 0.05
-"""Of a token that the critic would say anyway. Not 0: the answer is to stay a sentence."""
+"""Weight of a token that the critic would say anyway; above 0, so that the answer stays a sentence."""
 
 BLIND_BATCH = 32
 
@@ -53,10 +51,10 @@ def finish_questions(
     critic: QwenCritic,
     console: Console,
 ) -> Questions:
-    """The draft, written by the critic where that is wanted, with the references of real clips and token weights.
-    Nothing of this is done again during training.
+    """The draft with questions that the critic writes, references of real clips and token weights, each if the
+    configuration asks for it.
 
-    Raises BadInputError: a reference video that cannot be read.
+    Raises BadInputError: an unreadable reference video.
     """
     questions = written_questions(config, prompts, draft, critic, console) if needs_writer(config) else dict(draft)
     seen: dict[str, list[Tensor]] = {}
@@ -68,21 +66,18 @@ def finish_questions(
             questions[prompt.id], seen[prompt.id] = _guided_by_clip(config, prompt, before, critic)
             left_out += sum(old.weight > 0 == new.weight for old, new in zip(before, questions[prompt.id], strict=True))
         if left_out:
-            console.print(
-                f"{left_out} yes/no questions are left out: the critic does not answer them as wanted even of the real clip.",
-                highlight=False,
-            )
-    return (
-        _weighted_tokens(questions, seen, critic, console) if config.critic.token_weights == "contrast" else questions
-    )
+            why = "the critic does not answer them as wanted even of the real clip"
+            console.print(f"{left_out} yes/no questions are left out: {why}.", highlight=False)
+    weighted = config.critic.token_weights == "contrast"
+    return _weighted_tokens(questions, seen, critic, console) if weighted else questions
 
 
 @torch.no_grad()
 def _guided_by_clip(
     config: Config, prompt: Prompt, questions: Sequence[Question], critic: QwenCritic
 ) -> tuple[tuple[Question, ...], list[Tensor]]:
-    """Questions with what the critic says of the prompt's real clip, and what it gives each token of that (empty for
-    yes/no)."""
+    """Questions with the critic's answers about the prompt's real clip, and the probabilities of their tokens (empty
+    for yes/no)."""
     from lowmem_drf.assembly.assemble import critic_frames, critic_rate
     from lowmem_drf.video import read_video
 
@@ -93,15 +88,9 @@ def _guided_by_clip(
     cache = Cache(cache_folder() / "references")
     guided = []
     for question in questions:
-        if question.kind == "dense" and not prompt.questions:  # an answer that stands in the prompt file is the user's
-            key = {
-                "question": question.text,
-                "video": digest,
-                "frames": len(frames),
-                "fps": critic.fps,
-                "version": VERSION,
-                **critic_key(config),
-            }
+        if question.kind == "dense" and not prompt.questions:  # answers in the prompt file are the user's
+            key = {"question": question.text, "video": digest, "frames": len(frames), "fps": critic.fps}
+            key |= {"version": VERSION, **critic_key(config)}
             said = cache.get(key)
             if said is None:
                 said = critic.generate(question.text, frames, max_new_tokens=ANSWER_TOKENS).strip()
@@ -109,60 +98,44 @@ def _guided_by_clip(
             question = replace(question, answer=said or question.answer)
         guided.append(question)
     answers = critic(frames[None].to(critic.model.device), [guided])[0]
-    margin = RewardSpec("yes_margin")
-    failed = [
-        q.kind == "yesno" and question_reward(a, q, margin).item() < 0 for q, a in zip(guided, answers, strict=True)
-    ]
-    # nothing would be left: the clip is not of this caption
+    margin, pairs = RewardSpec("yes_margin"), list(zip(guided, answers, strict=True))
+    failed = [q.kind == "yesno" and question_reward(a, q, margin).item() < 0 for q, a in pairs]
+    # if no question would be left, the clip does not show this caption
     if all(failed[i] or q.weight == 0 for i, q in enumerate(guided)):
         failed = [False] * len(guided)
     kept = tuple(replace(q, weight=0.0) if bad else q for q, bad in zip(guided, failed, strict=True))
-    return kept, [
-        token_probabilities(a) if q.kind == "dense" else torch.empty(0) for q, a in zip(guided, answers, strict=True)
-    ]
+    return kept, [token_probabilities(a) if q.kind == "dense" else torch.empty(0) for q, a in pairs]
 
 
 @torch.no_grad()
 def _weighted_tokens(
     questions: Questions, seen: Mapping[str, Sequence[Tensor]], critic: QwenCritic, console: Console
 ) -> Questions:
-    """``token_weights`` of all dense questions. ``seen``: by prompt id, each token's probability given the real clip; 1
-    where there is none."""
-    dense = {
-        (q.text, q.answer): q
-        for asked in questions.values()
-        for q in asked
-        if q.kind == "dense" and not q.token_weights
-    }
+    """Sets ``token_weights`` of all dense questions. ``seen``: token probabilities given the real clip, by prompt id; 1
+    without a clip."""
+    asked = [q for of_prompt in questions.values() for q in of_prompt if q.kind == "dense" and not q.token_weights]
+    pending = list({(q.text, q.answer): q for q in asked}.values())
     blind: dict[tuple[str, str], Tensor] = {}
-    pending = list(dense.values())
     frames = _static(critic)
     batches = [pending[i : i + BLIND_BATCH] for i in range(0, len(pending), BLIND_BATCH)]
     for batch in counted(console, "weighing the answers' words", batches):
-        blind |= {
-            (q.text, q.answer): token_probabilities(a) for q, a in zip(batch, critic(frames, [batch])[0], strict=True)
-        }
-    return {
-        prompt: tuple(
-            _weigh(question, seen[prompt][i] if prompt in seen else None, blind)
-            if (question.text, question.answer) in blind
-            else question
-            for i, question in enumerate(asked)
-        )
-        for prompt, asked in questions.items()
-    }
+        pairs = zip(batch, critic(frames, [batch])[0], strict=True)
+        blind |= {(q.text, q.answer): token_probabilities(a) for q, a in pairs}
 
+    def weighted(prompt: str, i: int, question: Question) -> Question:
+        blind_A = blind.get((question.text, question.answer))
+        if blind_A is None:
+            return question
+        seen_A = seen[prompt][i] if prompt in seen else torch.ones_like(blind_A)
+        weights_A = WEIGHT_FLOOR + (1 - WEIGHT_FLOOR) * (seen_A - blind_A).clamp(min=0)
+        return replace(question, token_weights=tuple(round(weight, 4) for weight in weights_A.tolist()))
 
-def _weigh(question: Question, seen_A: Tensor | None, blind: Mapping[tuple[str, str], Tensor]) -> Question:
-    blind_A = blind[question.text, question.answer]
-    seen_A = torch.ones_like(blind_A) if seen_A is None else seen_A
-    weights_A = WEIGHT_FLOOR + (1 - WEIGHT_FLOOR) * (seen_A - blind_A).clamp(min=0)
-    return replace(question, token_weights=tuple(round(weight, 4) for weight in weights_A.tolist()))
+    return {name: tuple(weighted(name, i, q) for i, q in enumerate(some)) for name, some in questions.items()}
 
 
 def _static(critic: QwenCritic) -> Tensor:
-    """White noise, as short and small as the critic takes it: (1, T, 3, H, W). Plain gray is a scene too, and critics
-    describe it."""
+    """The shortest and smallest white noise that the critic takes, (1, T, 3, H, W). Not gray: critics describe it as a
+    scene."""
     geometry = critic.geometry
     unit = geometry.patch * geometry.merge
     side = unit * math.ceil(geometry.min_pixels**0.5 / unit)

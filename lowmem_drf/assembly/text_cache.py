@@ -1,8 +1,8 @@
-"""Prompts -> their embeddings. A large encoder's are kept on the disk, so that its 11 GB are read once per prompt set,
-and it is gone afterwards.
+"""Text embeddings. Those of a large encoder are cached on disk, so that its 11 GB are read once per prompt set; the
+encoder is freed afterwards.
 
-A file holds the embedding of one text under a name that is the hash of all that it depends on. It is a cache: a file
-that cannot be read counts as missing, and a folder that cannot be written to only forgets.
+One file per text, named by the hash of everything that the embedding depends on. An unreadable file counts as missing;
+an unwritable folder caches nothing.
 """
 
 from __future__ import annotations
@@ -29,30 +29,29 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 BATCH = 32
-"""Texts that a small encoder reads at once. A large one reads one at a time, so that what is in the cache does not
-depend on what was encoded with it; 512 tokens keep a card busy."""
+"""Texts per batch of a small encoder. A large one encodes one at a time, so that a cached embedding does not depend on
+its batch; 512 tokens keep a card busy."""
 
 LARGE_BYTES = 1 << 28
-"""Of an encoder's weights: below, encoding again is as quick as a cache, and nothing is kept."""
+"""Embeddings of encoders with less weights are not cached: encoding again is as fast."""
 
 WHOLE_BYTES = 1 << 26
 SLICES, SLICE_BYTES = 64, 1 << 16
-"""A file up to so large is fingerprinted as a whole, a larger one by its size and evenly spaced slices."""
+"""Files above ``WHOLE_BYTES`` are fingerprinted by their size and evenly spaced slices."""
 
 VERSION = 1
-"""Of what a file holds. To be raised when ``TextEncoder.encode`` changes what it gives."""
+"""Raise it when ``TextEncoder.encode`` changes its result."""
 
 
 def encode_texts(config: Config, generator: str, texts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
-    """Text -> embedding (l, D) on the CPU in the run's dtype, without the zeros after its end.
+    """Text -> embedding (l, D) on the CPU in the run's dtype, without padding.
 
     Args:
-        generator: the generator's folder, with ``text_encoder`` and ``tokenizer``; a hub id loads, and nothing is kept.
+        generator: folder with ``text_encoder`` and ``tokenizer``, or a hub id, for which nothing is cached.
         texts: in any order, with repetitions.
-        device: where the encoder runs, if it has to.
+        device: where the encoder runs.
 
-    Raises:
-        BadInputError: the encoder cannot be loaded.
+    Raises BadInputError: the encoder cannot be loaded.
     """
     unique = list(dict.fromkeys(texts))
     cache = _cache_for(config, Path(generator), device)
@@ -71,7 +70,7 @@ def encode_texts(config: Config, generator: str, texts: Sequence[str], device: t
         if device.type == "cuda":
             torch.cuda.empty_cache()
             if release := getattr(torch.accelerator, "empty_host_cache", None):  # not in every version
-                release()  # of a streamed encoder: PyTorch would keep its pinned memory for this process
+                release()  # frees the pinned memory of a streamed encoder, which PyTorch would keep
     return {text: encoded[text] for text in unique}
 
 
@@ -83,19 +82,19 @@ def _encoded(encoder: TextEncoder, texts: list[str], max_tokens: int, batch: int
 
 
 def without_padding(row_LD: Tensor) -> Tensor:
-    """Without the rows of zeros at the end; a copy, so that the batch it came from is freed."""
+    """Drops the rows of zeros at the end. A copy, so that the batch is freed."""
     used = row_LD.any(dim=1).nonzero()
     return row_LD[: int(used.max()) + 1 if len(used) else 0].clone()
 
 
 class TextCache:
-    """Embeddings by text, of one encoder. ``key``: JSON, all that they depend on besides the text."""
+    """Embeddings of one encoder by text. ``key``: JSON of everything else that they depend on."""
 
     def __init__(self, folder: Path, key: dict[str, Any]) -> None:
         self._folder, self._key = folder, key
 
     def get(self, text: str) -> Tensor | None:
-        """What was put, or ``None``."""
+        """The embedding, or ``None``."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -123,7 +122,7 @@ class TextCache:
 
 
 def _cache_for(config: Config, generator: Path, device: torch.device) -> TextCache | None:
-    """``None`` for a small encoder, and for one whose files are not at hand."""
+    """``None`` for a small encoder, and for a hub id."""
     weights = sum(file.stat().st_size for file in (generator / "text_encoder").glob("*.safetensors"))
     if weights < LARGE_BYTES:
         return None
@@ -138,7 +137,7 @@ def _cache_for(config: Config, generator: Path, device: torch.device) -> TextCac
 
 
 def _fingerprint(generator: Path) -> str:
-    """Hash over the files of encoder and tokenizer: names, sizes, contents (of large files in slices)."""
+    """Hash of names, sizes and contents (large files: slices) of encoder and tokenizer."""
     digest = hashlib.sha256()
     for subfolder in ("text_encoder", "tokenizer"):
         for file in sorted(path for path in (generator / subfolder).iterdir() if path.is_file()):
