@@ -1,4 +1,4 @@
-"""The few exceptions of lowmem-drf. Every message says what happened and what to do about it."""
+"""The exceptions of lowmem-drf. Every message says what happened and what to do."""
 
 
 class LowmemError(Exception):
@@ -8,14 +8,13 @@ class LowmemError(Exception):
 
 
 class BadInputError(LowmemError):
-    """What the user gave cannot be used: a preset, a key, a file, a folder. Exit code 2; nothing was written."""
+    """A preset, key, file or folder that the user gave cannot be used. Exit code 2; nothing was written."""
 
     exit_code = 2
 
 
 class NonFiniteError(LowmemError):
-    """A reward, a gradient or a weight is NaN or infinite. Raised before the optimizer step, so the weights are still
-    good."""
+    """A reward, gradient or weight is NaN or infinite. Raised before the optimizer step, so the weights are good."""
 
 
 DEBUG = "--debug"
@@ -23,8 +22,7 @@ DEBUG = "--debug"
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """What to tell the user of ``error``, with the cure, and the exit code. What is shown begins with "Error: ", but
-    for an interruption (code 130)."""
+    """(message for the user, with the cure, and exit code). The caller prefixes "Error: ", except for code 130."""
     if isinstance(error, KeyboardInterrupt):
         return str(error) or "Interrupted.", 130
     if isinstance(error, LowmemError):

@@ -1,6 +1,6 @@
-"""Prompt files, and the seeded, resumable stream of prompts.
+"""Prompt files, and a seeded, resumable stream of prompts.
 
-``txt``: one prompt a line; blank lines and lines that start with ``#`` are skipped. ``jsonl``: one object a line,
+``txt``: one prompt per line; blank lines and lines that start with ``#`` are skipped. ``jsonl``: one object per line,
 ``{"prompt": str, "id"?: str, "questions"?: [...], "reference_video"?: str}`` where a question is
 ``{"aspect": "TA"|"Phy"|"VQ", "text": str, "answer": str, "kind"?: "yesno"|"dense", "weight"?: number, "name"?: str}``.
 UTF-8, with or without a byte order mark.
@@ -25,14 +25,14 @@ _QUESTION_KEYS = {"aspect", "text", "answer", "kind", "weight", "name"}
 
 
 def load_prompts(path: str | Path) -> tuple[Prompt, ...]:
-    """Every prompt of a file, in its order. Raises BadInputError with file and line."""
+    """The prompts of a file, in order. Raises BadInputError with file and line."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise BadInputError(
             f"prompt file {path} does not exist. Write one prompt a line into it, or give another file with --prompts."
         )
     try:
-        # splitlines also breaks at characters that JSON strings may hold
+        # splitlines also breaks at characters that JSON strings may contain
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
@@ -47,27 +47,24 @@ def load_prompts(path: str | Path) -> tuple[Prompt, ...]:
     ]
     if not rows:
         raise BadInputError(f"prompt file {path} holds no prompt. Write one prompt a line into it.")
-    prompts = tuple(
-        _from_json(f"{path}:{n}", n, text, path.parent) if is_json else Prompt(id=f"{n:04d}", text=text)
-        for n, text in rows
-    )
-    seen: dict[str, int] = {}
-    for (n, _), prompt in zip(rows, prompts, strict=True):
-        if prompt.id in seen:
+    prompts: dict[str, tuple[int, Prompt]] = {}
+    for n, text in rows:
+        prompt = _from_json(f"{path}:{n}", n, text, path.parent) if is_json else Prompt(id=f"{n:04d}", text=text)
+        if used := prompts.get(prompt.id):
             raise BadInputError(
-                f"{path}:{n}: id {prompt.id!r} is already used in line {seen[prompt.id]}. Give each prompt its own."
+                f"{path}:{n}: id {prompt.id!r} is already used in line {used[0]}. Give each prompt its own."
             )
-        seen[prompt.id] = n
-    return prompts
+        prompts[prompt.id] = n, prompt
+    return tuple(prompt for _, prompt in prompts.values())
 
 
 def as_prompts(texts: Iterable[str]) -> tuple[Prompt, ...]:
-    """Prompts from plain texts, numbered from 0001 as the lines of a txt file are."""
+    """Prompts from plain texts, numbered from 0001 like the lines of a txt file."""
     return tuple(Prompt(id=f"{n:04d}", text=text) for n, text in enumerate(texts, 1))
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """A hash of all that training uses of the prompts: a resumed run checks that they are the same."""
+    """A hash of the prompts, with which a resumed run checks that they are the same."""
     return hashlib.sha256(repr(tuple(prompts)).encode()).hexdigest()
 
 
@@ -78,8 +75,7 @@ def _from_json(where: str, number: int, text: str, folder: Path) -> Prompt:
         raise BadInputError(f'{where}: not JSON ({error.msg}). Write one object a line: {{"prompt": "..."}}') from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise BadInputError(f'{where}: there is no "prompt". Write one object a line: {{"prompt": "..."}}')
-    if unknown := sorted(set(row) - _PROMPT_KEYS):
-        raise BadInputError(f"{where}: unknown key {unknown[0]!r}. Keys: {', '.join(sorted(_PROMPT_KEYS))}")
+    _refuse_unknown(where, row, _PROMPT_KEYS)
     video = row.get("reference_video")
     if video is not None and not (isinstance(video, str) and (folder / video).is_file()):
         raise BadInputError(
@@ -96,19 +92,20 @@ def _from_json(where: str, number: int, text: str, folder: Path) -> Prompt:
     )
 
 
+def _refuse_unknown(where: str, row: dict[str, Any], keys: set[str]) -> None:
+    if unknown := sorted(set(row) - keys):
+        raise BadInputError(f"{where}: unknown key {unknown[0]!r}. Keys: {', '.join(sorted(keys))}")
+
+
 def parse_question(where: str, item: Any) -> Question:
-    """A question of a prompt file, a questions file or a writer. ``where`` opens the message of the BadInputError."""
+    """A question of a prompt file, a questions file or a writer. Raises BadInputError that starts with ``where``."""
     if not isinstance(item, dict):
         raise BadInputError(f"{where}: is to be an object with {', '.join(sorted(_QUESTION_KEYS))}.")
-    if unknown := sorted(set(item) - _QUESTION_KEYS):
-        raise BadInputError(f"{where}: unknown key {unknown[0]!r}. Keys: {', '.join(sorted(_QUESTION_KEYS))}")
+    _refuse_unknown(where, item, _QUESTION_KEYS)
     kind = item.get("kind", "yesno")
-    for key, allowed in (
-        ("aspect", get_args(Aspect)),
-        ("kind", get_args(Kind)),
-        ("answer", ("yes", "no") if kind == "yesno" else ()),
-    ):
-        value = item.get(key, "yesno" if key == "kind" else None)
+    choices = {"aspect": get_args(Aspect), "kind": get_args(Kind), "answer": ("yes", "no") if kind == "yesno" else ()}
+    for key, allowed in choices.items():
+        value = kind if key == "kind" else item.get(key)
         if allowed and value not in allowed:
             raise BadInputError(f"{where}: {key} {value!r} is to be one of {', '.join(allowed)}.")
     for key in ("text", "answer"):
@@ -122,15 +119,14 @@ def parse_question(where: str, item: Any) -> Question:
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """Where a stream stands: the next prompt is number ``index`` of pass ``epoch``."""
+    """Position of a stream: the next prompt is number ``index`` of pass ``epoch``."""
 
     epoch: int = 0
     index: int = 0
 
 
 class PromptStream:
-    """Endless passes over the prompts, each shuffled by (seed, epoch): a cursor alone brings the stream back to its
-    place."""
+    """Endless passes over the prompts, each shuffled by (seed, epoch), so that a cursor restores the position."""
 
     def __init__(self, prompts: Sequence[Prompt], seed: int, cursor: Cursor | None = None) -> None:
         self._prompts = tuple(prompts)
@@ -138,7 +134,7 @@ class PromptStream:
         self.cursor = cursor or Cursor()
 
     def take(self, count: int) -> tuple[Prompt, ...]:
-        """The next ``count`` prompts; the cursor moves on."""
+        """The next ``count`` prompts; advances the cursor."""
         taken: list[Prompt] = []
         epoch, index = self.cursor.epoch, self.cursor.index
         while len(taken) < count:

@@ -1,4 +1,4 @@
-"""Progress of work that takes a while: a bar with an ETA on a terminal, plain lines in a log file."""
+"""Progress of long work: a bar with an ETA on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Item = TypeVar("Item")
 
 
 def counted(console: Console, what: str, items: Sequence[Item]) -> Iterator[Item]:
-    """The items one by one, with a ``work_bar`` where there are any."""
+    """Yields the items, with a ``work_bar`` if there are any."""
     if items:
         with work_bar(console, what, len(items)) as advance:
             for item in items:
@@ -27,17 +27,16 @@ def counted(console: Console, what: str, items: Sequence[Item]) -> Iterator[Item
 
 @contextmanager
 def work_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields the function to tell of work done: a bar with ETA on a terminal, elsewhere a plain line every
+    """Yields a function that advances a bar on a terminal, or elsewhere prints a line every
     ``PLAIN_WORK_EVERY_S``."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     done, start = 0, time.monotonic()
     last_line = start
-    # stdout may be a pipe while the bar is on stderr: what is printed meanwhile must not be taken to the terminal then
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=sys.stdout.isatty()
-    ) as bar:
+    plain, piped = not console.is_terminal, not sys.stdout.isatty()
+    # with the bar on stderr and stdout piped, rich must not redirect prints to the terminal
+    with Progress(*columns, console=console, transient=True, disable=plain, redirect_stdout=not piped) as bar:
         task = bar.add_task(what, total=total)
 
         def advance(count: int) -> None:
@@ -45,13 +44,10 @@ def work_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int]
             done += count
             bar.advance(task, count)
             now = time.monotonic()
-            if not console.is_terminal and done < total and now - last_line > PLAIN_WORK_EVERY_S:
+            if plain and done < total and now - last_line > PLAIN_WORK_EVERY_S:
                 last_line = now
-                console.print(
-                    f"{what} {done}/{total}  ETA {clock((now - start) / done * (total - done))}",
-                    highlight=False,
-                    markup=False,
-                )
+                eta = clock((now - start) / done * (total - done))
+                console.print(f"{what} {done}/{total}  ETA {eta}", highlight=False, markup=False)
 
         yield advance
 

@@ -1,5 +1,4 @@
-"""Clips as video files: any that PyAV decodes is read, MP4 (H.264, yuv420p: plays everywhere) is written; two clips
-side by side."""
+"""Video files: reads any that PyAV decodes, writes MP4 (H.264, yuv420p: plays everywhere); clips side by side."""
 
 from __future__ import annotations
 
@@ -28,22 +27,20 @@ WATCHABLE_PIXELS = 256
 LABEL_PIXELS = 18
 
 MAX_READ_PIXELS = 2**28
-"""Frames x height x width that ``read_video`` returns at most: 3 GiB as floats; 32 frames of 3840x2160."""
+"""Limit of ``read_video`` on frames x height x width: 3 GiB as floats, 32 frames of 3840x2160."""
 SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
-"""Containers whose key frames can be jumped to. Elsewhere (a GIF's frames build on one another) all is decoded from the
-start."""
+"""Containers with seekable key frames. Others (each frame of a GIF builds on the last) are decoded from the start."""
 
 
 def watchable_upscale(height: int, width: int) -> int:
-    """The factor that brings a tiny clip to a size a person can watch; 1 for real ones."""
+    """The factor that makes a tiny clip large enough to watch; 1 for real ones."""
     return max(1, WATCHABLE_PIXELS // min(height, width))
 
 
 def write_mp4(path: Path, frames_TCHW: Tensor, fps: float, upscale: int = 1) -> Path:
-    """Writes frames (T, 3, H, W), float in [0, 1], and returns the path.
+    """Writes frames (T, 3, H, W), float in [0, 1] or uint8, under another name, renames the file, and returns its path.
 
-    ``upscale`` repeats each pixel. Odd sizes are padded by their last row and column (yuv420p wants even ones). Written
-    aside and renamed.
+    ``upscale`` repeats each pixel. Odd sizes are padded with their last row and column, since yuv420p needs even ones.
     """
     import av
 
@@ -63,41 +60,39 @@ def write_mp4(path: Path, frames_TCHW: Tensor, fps: float, upscale: int = 1) -> 
 
 
 def read_video(path: Path, frames: int | None = None, fps: float | None = None) -> tuple[Tensor, float]:
-    """Frames (T, 3, H, W), float in [0, 1], on the host, upright (a phone's rotation is applied), and how many a second
-    they are.
+    """(frames (T, 3, H, W), frames per second): float in [0, 1], on the host, with the file's rotation applied.
 
-    Decodes what it returns and what that builds on, and holds no more than it returns.
+    Decodes only the returned frames and those that they build on, and holds only the returned ones.
 
-    Args: frames: this many, evenly spaced in time from the first frame to the last; all, if there are fewer. fps: so
-        many a second, over the whole video (``frames_at_rate``). With both: the first ``frames`` at that rate; fewer,
-        if the video ends before. A video's own rate is never exceeded. With neither: every frame.
+    Args:
+        frames: number of frames, evenly spaced in time from first to last; all, if there are fewer.
+        fps: frames per second, at most the video's rate, over the whole video (``frames_at_rate``). With both: the
+            first ``frames`` at that rate, or fewer. With neither: every frame.
 
-    Raises: BadInputError: there is no such file, it cannot be decoded, it holds no video or no frame, it is cut off, or
-        it is more than ``MAX_READ_PIXELS``.
+    Raises BadInputError: the file is missing, damaged or not a video, or exceeds ``MAX_READ_PIXELS``.
     """
     with _opened(path) as (container, stream):
         timeline = _timeline(container, stream, path)
         places, rate = _places(timeline, frames, fps)
         _check_size(path, len(places), stream.width, stream.height)
-    with _opened(path) as (container, stream):  # again: not every container can be wound back
+    with _opened(path) as (container, stream):  # again, because not every container can be rewound
         pixels_THWC = _decode(container, stream, timeline, places)
     if not pixels_THWC:
         raise BadInputError(f"{path}: none of its frames can be decoded. {_cure(path)}")
     if len({pixels.shape for pixels in pixels_THWC}) > 1:
-        raise BadInputError(
-            f"{path}: its frames change their size. Give them one: {_convert(path, '-vf scale=832:480 ')}"
-        )
+        cure = _convert(path, "-vf scale=832:480 ")
+        raise BadInputError(f"{path}: its frames change their size. Give them one: {cure}")
     return torch.from_numpy(np.stack(pixels_THWC)).permute(0, 3, 1, 2).float() / 255, rate
 
 
 @dataclass(frozen=True)
 class _Timeline:
-    """When the frames of a video are shown, in order, in units of ``unit`` seconds."""
+    """Times of a video's frames, ascending, in units of ``unit`` seconds."""
 
     ticks: list[int]
     unit: Fraction
     keys: list[int]
-    """Ticks of the frames that build on no other."""
+    """Times of the key frames; empty unless ``SEEKABLE``."""
     fps: float
 
 
@@ -111,62 +106,54 @@ def _convert(path: Path, filters: str = "") -> str:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """(container, its video stream). What PyAV raises inside is told as what is wrong with the file."""
+    """(container, video stream). PyAV's errors become BadInputErrors that describe the file."""
     import av
 
     if not path.exists():
         raise BadInputError(f"there is no video {path}. Check the path.")
+    formats = "Give a video: MP4, MOV, WebM, MKV or GIF."
     if not path.is_file():
-        raise BadInputError(f"{path} is not a file. Give a video: MP4, MOV, WebM, MKV or GIF.")
+        raise BadInputError(f"{path} is not a file. {formats}")
     try:
         with av.open(f"file:{path}") as container:
-            streams = [
-                stream for stream in container.streams.video if not stream.disposition & stream.disposition.attached_pic
-            ]
+            streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
             if not streams:
-                raise BadInputError(
-                    f"{path} holds no video"
-                    + (", only sound." if container.streams.audio else ".")
-                    + " Give a video: MP4, MOV, WebM, MKV or GIF."
-                )
+                sound = ", only sound" if container.streams.audio else ""
+                raise BadInputError(f"{path} holds no video{sound}. {formats}")
             if streams[0].codec_context is None:
                 raise BadInputError(f"{path}: PyAV has no decoder for its video. Convert it: {_convert(path)}")
             streams[0].thread_type = "AUTO"
             yield container, streams[0]
     except PermissionError as error:
-        raise BadInputError(
-            f"{path} may not be read. Change its permissions: chmod +r {shlex.quote(str(path))}"
-        ) from error
+        cure = f"chmod +r {shlex.quote(str(path))}"
+        raise BadInputError(f"{path} may not be read. Change its permissions: {cure}") from error
     except av.error.FFmpegError as error:
         raise BadInputError(
-            f"{path} cannot be read as a video ({error.strerror}): it is none, or it is cut off or damaged. {_cure(path)}"
+            f"{path} cannot be read as a video ({error.strerror}): it is none, or it is cut off or damaged. "
+            f"{_cure(path)}"
         ) from error
 
 
 def _timeline(container: Any, stream: Any, path: Path) -> _Timeline:
-    """From the packets, without decoding any. Raises BadInputError for none, or fewer than the file announces."""
+    """Reads packets without decoding. Raises BadInputError for none, or fewer than the header announces."""
     packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
     if not packets:
         raise BadInputError(f"{path} holds no frames. {_cure(path)}")
     if len(packets) < stream.frames or any(packet.is_corrupt for packet in packets):
-        raise BadInputError(
-            f"{path} is cut off or damaged: it announces {stream.frames} frames and holds {len(packets)} or fewer. {_cure(path)}"
-        )
+        counts = f"it announces {stream.frames} frames and holds {len(packets)} or fewer"
+        raise BadInputError(f"{path} is cut off or damaged: {counts}. {_cure(path)}")
     timed = all(packet.pts is not None for packet in packets)
     unit = stream.time_base if timed else 1 / (stream.average_rate or Fraction(1))
     ticks = sorted(packet.pts for packet in packets) if timed else list(range(len(packets)))
-    keys = (
-        sorted(packet.pts for packet in packets if packet.is_keyframe)
-        if timed and container.format.name in SEEKABLE
-        else []
-    )
+    seekable = timed and container.format.name in SEEKABLE
+    keys = sorted(packet.pts for packet in packets if packet.is_keyframe) if seekable else []
     span = (ticks[-1] - ticks[0]) * unit
     rate = (len(ticks) - 1) / span if span else stream.average_rate or Fraction(1)
     return _Timeline(ticks, unit, keys, float(rate))
 
 
 def _places(timeline: _Timeline, frames: int | None, fps: float | None) -> tuple[list[int], float]:
-    """Which frames, ascending, and how many a second they are."""
+    """(indices of the chosen frames, ascending, and their frames per second)."""
     n, first, last = len(timeline.ticks), timeline.ticks[0], timeline.ticks[-1]
     if frames is not None and fps is not None:
         rate = min(fps, timeline.fps)
@@ -174,10 +161,10 @@ def _places(timeline: _Timeline, frames: int | None, fps: float | None) -> tuple
         count = min(frames, 1 + int((last - first) / step + 1e-6))
         return [_nearest(timeline.ticks, first + i * step) for i in range(count)], rate
     keep = frames_at_rate(n, timeline.fps, fps) if fps is not None else n if frames is None else min(frames, n)
-    even = (first + i * (last - first) / max(n - 1, 1) for i in kept_frames(n, keep))
-    return [_nearest(timeline.ticks, tick) for tick in even] if keep < n else list(range(n)), kept_fps(
-        n, timeline.fps, keep
-    )
+    rate = kept_fps(n, timeline.fps, keep)
+    if keep >= n:
+        return list(range(n)), rate
+    return [_nearest(timeline.ticks, first + i * (last - first) / max(n - 1, 1)) for i in kept_frames(n, keep)], rate
 
 
 def _nearest(ticks: Sequence[int], tick: float) -> int:
@@ -186,17 +173,18 @@ def _nearest(ticks: Sequence[int], tick: float) -> int:
 
 
 def _check_size(path: Path, count: int, width: int, height: int) -> None:
-    if count * width * height > MAX_READ_PIXELS:
+    frame = width * height
+    if count * frame > MAX_READ_PIXELS:
         raise BadInputError(
-            f"{path}: {count} frames of {width}x{height} are {count * width * height / 1e6:.0f} million pixels, and the limit is "
-            f"{MAX_READ_PIXELS / 1e6:.0f}. Look at fewer frames (-s critic.frames={max(1, MAX_READ_PIXELS // (width * height))}), "
-            f"or make it smaller: {_convert(path, '-vf scale=1280:-2 ')}"
+            f"{path}: {count} frames of {width}x{height} are {count * frame / 1e6:.0f} million pixels, and the limit "
+            f"is {MAX_READ_PIXELS / 1e6:.0f}. Look at fewer frames (-s critic.frames="
+            f"{max(1, MAX_READ_PIXELS // frame)}), or make it smaller: {_convert(path, '-vf scale=1280:-2 ')}"
         )
 
 
 def _decode(container: Any, stream: Any, timeline: _Timeline, places: Sequence[int]) -> list[np.ndarray]:
-    """The frames at ``places``, uint8 (H, W, 3). Jumps ahead where a key frame lies between two of them. Behind the
-    last frame that can be decoded that frame stands again: some packets show nothing."""
+    """The frames at ``places``, uint8 (H, W, 3). Seeks if a key frame lies between two of them. Repeats the last frame
+    that can be decoded: some packets show nothing."""
     wanted: list[np.ndarray] = []
     at, shown, frames = -1, None, container.decode(stream)
     for place in places:
@@ -218,8 +206,7 @@ def _upright(frame: Any) -> np.ndarray:
 
 
 def side_by_side(clips_TCHW: Sequence[Tensor], labels: Sequence[str], upscale: int = 1) -> Tensor:
-    """Clips of one size next to each other, each under its label: (T, 3, H * upscale + 18, sum of widths), float in [0,
-    1]."""
+    """Clips of one size in a row, under their labels: (T, 3, H * upscale + 18, sum of widths), float in [0, 1]."""
     columns = []
     for clip_TCHW, label in zip(clips_TCHW, labels, strict=True):
         big = clip_TCHW.float().cpu().repeat_interleave(upscale, -1).repeat_interleave(upscale, -2)
@@ -231,7 +218,7 @@ def side_by_side(clips_TCHW: Sequence[Tensor], labels: Sequence[str], upscale: i
 
 
 def _label(text: str, width: int) -> Tensor:
-    """(3, 18, width) dark text on white."""
+    """(3, 18, width), black text on white."""
     from PIL import Image, ImageDraw, ImageFont
 
     image = Image.new("RGB", (width, LABEL_PIXELS), "white")
@@ -240,7 +227,7 @@ def _label(text: str, width: int) -> Tensor:
 
 
 def to_pixels(frames_TCHW: Tensor) -> Tensor:
-    """Frames in [0, 1] as uint8 on the CPU; frames that are uint8 stay."""
+    """Frames in [0, 1], or uint8, as uint8 on the CPU."""
     if frames_TCHW.dtype == torch.uint8:
         return frames_TCHW.cpu()
     return (frames_TCHW.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)

@@ -27,9 +27,8 @@ def eval_command(run_folder: Path | None, file: Path | None, as_json: bool) -> N
 
     run = find_run(run_folder)
     config = run_config(run)
-    trial = make_trial(
-        config, () if config.prompts == TOYWORLD or file else run_prompts(config), EVAL_PROMPTS, EVAL_SEEDS, file
-    )
+    prompts = () if config.prompts == TOYWORLD or file else run_prompts(config)
+    trial = make_trial(config, prompts, EVAL_PROMPTS, EVAL_SEEDS, file)
     models = load_models(config, [prompt.text for prompt in trial.prompts])
     step = load_run_lora(models.transformer, run, config)
     console = Console(stderr=as_json)

@@ -1,4 +1,4 @@
-"""``lowmem-drf sample``: MP4 clips of a run's model, with ``--compare`` beside the base model's."""
+"""``lowmem-drf sample``: MP4 clips from a run's model, with ``--compare`` beside the base model's clips."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def sample_command(
     seed: int,
     output: Path | None,
 ) -> None:
-    """Writes a clip per prompt and prints each file's path.
+    """Writes a clip per prompt and prints its path.
 
-    Raises BadInputError: no run, no such LoRA, a LoRA of another model, a scale that is not finite, an output that
+    Raises BadInputError: no run, no such LoRA or one for another model, a scale that is not finite, or an output that
     cannot be written.
     """
     if not math.isfinite(scale):
@@ -51,19 +51,19 @@ def sample_command(
     paths = _paths(output or run / "samples" / source, wanted, seed, compare, is_folder=output is None)
     label = "tuned" if scale == 1 else f"tuned, LoRA x {scale:g}"
     upscale = watchable_upscale(config.video.height, config.video.width)
+    clips = base_and_tuned(config, models, wanted, seed, scale, with_base=compare)
     with work_bar(Console(stderr=True), "clips", len(wanted)) as advance:
-        for path, (base, tuned) in zip(
-            paths, base_and_tuned(config, models, wanted, seed, scale, with_base=compare), strict=True
-        ):
-            clip, factor = (
-                (tuned, upscale) if base is None else (side_by_side((base, tuned), ("base", label), upscale), 1)
-            )
-            print(write_mp4(path, clip, config.video.fps, factor), flush=True)
+        for path, (base, tuned) in zip(paths, clips, strict=True):
+            if base is None:
+                write_mp4(path, tuned, config.video.fps, upscale)
+            else:
+                write_mp4(path, side_by_side((base, tuned), ("base", label), upscale), config.video.fps)
+            print(path, flush=True)
             advance(1)
 
 
 def _texts(config: Config, texts: Sequence[str], file: Path | None) -> list[str]:
-    """What the user asked for; where that is nothing, the run's own sample prompts."""
+    """The user's prompts, or else the run's sample prompts."""
     asked = [*texts, *(prompt.text for prompt in (load_prompts(file) if file else ()))]
     if any(not text.strip() for text in asked):
         raise BadInputError(
@@ -73,7 +73,7 @@ def _texts(config: Config, texts: Sequence[str], file: Path | None) -> list[str]
 
 
 def _paths(output: Path, texts: Sequence[str], seed: int, compare: bool, is_folder: bool) -> list[Path]:
-    """A file for one prompt (``output`` itself if it ends in .mp4), a folder of files for several."""
+    """One path per prompt: ``output`` itself if it ends in .mp4, else files in it."""
     if not is_folder and output.suffix.lower() == ".mp4":
         if len(texts) > 1:
             raise BadInputError(f"--output {output} is one file, and there are {len(texts)} prompts. Give a folder.")

@@ -1,4 +1,4 @@
-"""``lowmem-drf score``: what the critic says of any video, question by question, and where its gradient points."""
+"""``lowmem-drf score``: the critic's answers about any video, question by question, and a saliency clip."""
 
 from __future__ import annotations
 
@@ -35,10 +35,9 @@ def score_command(
     mode: str | None,
     overrides: Sequence[str],
 ) -> None:
-    """Prints the critic's view of a video as a table or as JSON, and writes the saliency clip.
+    """Prints the critic's scores of a video as a table or as JSON, and writes the saliency clip.
 
-    Raises BadInputError: a video that cannot be read, a prompt or question that cannot be asked, a critic that cannot
-    be loaded.
+    Raises BadInputError: an unreadable video, an unusable prompt or question, or a critic that cannot be loaded.
     """
     from rich.console import Console
 
@@ -54,14 +53,15 @@ def score_command(
         raise BadInputError('the prompt is empty. Say what the video should show: --prompt "a corgi surfing a wave"')
     flags = {"critic.id": critic, "critic.quant": quant, "critic.mode": mode}
     flagged = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flags.items() if value is not None]
-    # whatever trains, all is shown
+    # all questions by default, whatever the preset trains on
     config = load_config(preset or chosen_preset()[0], ["critic.mode=both", *overrides, *flagged])
     target = None if saliency is None else _target(saliency)
     prompts = as_prompts([prompt])
     toy = config.critic.id == TOYWORLD
     if toy and preset is None and toyworld.attributes(prompt) is None:
         raise BadInputError(
-            "ToyWorld's critic, the default where there is no CUDA card, knows ToyWorld's words only. Name a real one: --critic Qwen/Qwen2.5-VL-3B-Instruct"
+            "ToyWorld's critic, the default where there is no CUDA card, knows ToyWorld's words only. Name a real one: "
+            "--critic Qwen/Qwen2.5-VL-3B-Instruct"
         )
     draft = draft_questions(config, prompts, "toyworld" if toy else "phrases")
     require_weights(draft, reward_spec(config))
@@ -69,7 +69,7 @@ def score_command(
 
     console = Console(stderr=as_json, soft_wrap=True)
     model = load_run_critic(config)
-    if not toy:  # ToyWorld's knows one frame rate, that of its training
+    if not toy:  # ToyWorld's critic was trained at one frame rate
         model.fps = fps
     questions = finish_questions(config, prompts, draft, model, console)[prompts[0].id]
     seen_TCHW = resized(shown_TCHW[None].to(model.model.device), model.geometry)[0]
@@ -95,13 +95,12 @@ def score_command(
 
 
 def print_table(score: ClipScore, prompt: str, console: Console) -> None:
-    """A line a question, by aspect; red where the critic disagrees."""
+    """Prints one line per question, by aspect, red if the critic disagrees."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        "", "question", "wanted", "the critic says", "p(wanted)", "reward", title=Text(prompt), title_justify="left"
-    )
+    headings = ("", "question", "wanted", "the critic says", "p(wanted)", "reward")
+    table = Table(*headings, title=Text(prompt), title_justify="left")
     for column in table.columns[-2:]:
         column.justify = "right"
     aspects = list(dict.fromkeys(v.question.aspect for v in score.verdicts))
@@ -125,11 +124,12 @@ def print_table(score: ClipScore, prompt: str, console: Console) -> None:
 def _describe(config: Config, shown_TCHW: Tensor, seen_TCHW: Tensor, fps: float) -> str:
     given, seen = (f"{clip.shape[-1]}x{clip.shape[-2]}" for clip in (shown_TCHW, seen_TCHW))
     size = given if given == seen else f"{given}, seen as {seen},"
-    return f"{len(shown_TCHW)} frames of {size} at {fps:.2f} a second; critic {config.critic.id}, {config.critic.mode} questions"
+    critic = f"critic {config.critic.id}, {config.critic.mode} questions"
+    return f"{len(shown_TCHW)} frames of {size} at {fps:.2f} a second; {critic}"
 
 
 def _wanted(frames: int | str) -> tuple[int | None, float | None]:
-    """What ``critic.frames`` says as a number of frames, or as a rate. Raises BadInputError where it is neither."""
+    """``critic.frames`` as (number of frames, ``None``) or (``None``, rate). Raises BadInputError for neither."""
     text = str(frames)
     try:
         count, rate = (None, float(text.removeprefix("fps:"))) if text.startswith("fps:") else (int(text), None)
@@ -141,7 +141,7 @@ def _wanted(frames: int | str) -> tuple[int | None, float | None]:
 
 
 def _target(path: Path) -> Path:
-    """Where the saliency clip goes: known to be writable before anything is computed."""
+    """The saliency clip's path, checked to be writable before anything is computed."""
     from lowmem_drf.training.run_folder import make_writable
 
     if path.suffix.lower() != ".mp4" or path.is_dir():

@@ -1,4 +1,4 @@
-"""Judges clips: base against tuned, the critic's verdict on any video, and where its gradient points.
+"""Judges clips: base against tuned, the critic's scores of any video, and saliency maps of its gradient.
 
-Not here: the reward of training (``method/reward.py``), and the commands that print these results (``commands/``).
+Not here: the training reward (``method/reward.py``), and the commands that print these results (``commands/``).
 """

@@ -1,4 +1,4 @@
-"""Base against tuned on the same prompts and noise: what the critic says, and what it cannot see."""
+"""Base against tuned on the same prompts and noise: the critic's reward, and measures that the critic cannot see."""
 
 from __future__ import annotations
 
@@ -39,21 +39,20 @@ EVAL_PROMPTS, EVAL_SEEDS = 128, 2
 
 @dataclass(frozen=True)
 class Trial:
-    """What both models are put to."""
+    """Prompts, seeds and questions of a comparison."""
 
     prompts: tuple[Prompt, ...]
     seeds: int
     questions: Mapping[str, tuple[Question, ...]]
-    """By prompt id: those training asks."""
+    """By prompt id: the questions of training."""
     heldout: Mapping[str, Sequence[Question]]
-    """By prompt id: those training never asks. Empty where they cannot be made."""
+    """By prompt id: questions that training never asks. Empty if they cannot be made."""
     source: str
-    """Where the prompts come from, in words."""
+    """Origin of the prompts, for printing."""
 
 
 def make_trial(config: Config, prompts: Sequence[Prompt], count: int, seeds: int, file: Path | None = None) -> Trial:
-    """The prompts of ``file`` (all of them), or ``count`` held-out ones of ToyWorld, or the first ``count`` of the
-    run's own ``prompts``."""
+    """Takes all prompts of ``file``, or ``count`` held-out ones of ToyWorld, or the first ``count`` of ``prompts``."""
     if file is not None:
         chosen, source = load_prompts(file), f"of {file}"
     elif config.prompts == TOYWORLD:
@@ -61,24 +60,22 @@ def make_trial(config: Config, prompts: Sequence[Prompt], count: int, seeds: int
 
         chosen, source = as_prompts(heldout_prompts(count, seed=0)), "held out from training"
     else:
-        chosen, source = (
-            tuple(prompts[:count]),
-            "of the training file, with other noise (give held-out ones: lowmem-drf eval --prompts FILE)",
-        )
+        chosen = tuple(prompts[:count])
+        source = "of the training file, with other noise (give held-out ones: lowmem-drf eval --prompts FILE)"
     heldout = _heldout_questions(chosen, grammar_of(config))
     return Trial(chosen, seeds, draft_questions(config, chosen, strict=False), heldout, source)
 
 
 def finish_trial(config: Config, trial: Trial, critic: QwenCritic, console: Console) -> Trial:
-    """With the questions as training has them (``references.finish_questions``)."""
+    """Finishes the questions as training does (``references.finish_questions``)."""
     return replace(trial, questions=finish_questions(config, trial.prompts, trial.questions, critic, console))
 
 
 def compare(
     config: Config, models: Models, trial: Trial, advance: Callable[[int], None], ranks: Ranks = ALONE
 ) -> dict[str, Any]:
-    """The JSON of ``eval``: ``{"prompts", "seeds", "base", "tuned"}``, the LoRA off and on. ``advance`` is told of
-    clips done."""
+    """The JSON of ``eval``: ``{"prompts", "seeds", "base", "tuned"}``. ``advance`` is called with the number of clips
+    done."""
     sides = {}
     for name, scale in (("base", 0.0), ("tuned", 1.0)):
         with lora_scale(models.transformer, scale):
@@ -90,13 +87,13 @@ def compare(
 def measure(
     config: Config, models: Models, trial: Trial, advance: Callable[[int], None], ranks: Ranks = ALONE
 ) -> dict[str, Any]:
-    """The measures of the model as it is, over prompts x seeds. Many processes share the prompts, and all get the
-    measures.
+    """Measures the model at its present LoRA scale, over prompts x seeds. Ranks share the prompts, and all get the
+    result.
 
-    ``reward_by_aspect``: ``null`` for an aspect nobody asks about. ``heldout_reward``: ``null`` without held-out
-    questions. ``diversity``: mean pairwise root mean square distance between the clips of one prompt. ``motion``: mean
-    absolute difference of successive frames. ``velocity_norm``: root mean square of the velocity, mean over steps.
-    Clips are dropped as soon as they are measured: a real one takes 0.4 GB.
+    ``reward_by_aspect``: ``null`` for an aspect without questions. ``heldout_reward``: ``null`` without held-out
+    questions. ``diversity``: mean pairwise RMS distance between the clips of one prompt. ``motion``: mean absolute
+    difference of successive frames. ``velocity_norm``: RMS of the velocity, mean over steps. Clips (0.4 GB for a real
+    model) are freed as soon as they are measured.
     """
     prompts = [prompt for prompt in trial.prompts for _ in range(trial.seeds)]
     texts = [prompt.text for prompt in prompts]
@@ -121,9 +118,8 @@ def measure(
                 by_prompt.add({"diversity": diversity(torch.stack(of_a_prompt)[None])}, 1)
                 of_a_prompt.clear()
         advance(size * ranks.count)
-    by_clip, by_prompt, oracle = (
-        _Mean.together(means) for means in zip(*ranks.gather((by_clip, by_prompt, oracle)), strict=True)
-    )
+    gathered = ranks.gather((by_clip, by_prompt, oracle))
+    by_clip, by_prompt, oracle = (_Mean.together(means) for means in zip(*gathered, strict=True))
     means = by_clip.means() | by_prompt.means()
     measures: dict[str, Any] = {
         "reward": means["reward"],
@@ -135,19 +131,16 @@ def measure(
 
 
 def diversity(clips_PSTCHW: Tensor) -> float:
-    """Mean over prompts P and pairs of seeds S of the root mean square distance of two clips; 0 for one seed."""
-    seeds = clips_PSTCHW.shape[1]
-    pairs = [(a, b) for a in range(seeds) for b in range(a)]
-    distances = [
-        (clips_PSTCHW[:, a] - clips_PSTCHW[:, b]).pow(2).flatten(1).mean(1).sqrt().mean().item() for a, b in pairs
-    ]
+    """RMS distance of two clips, mean over prompts P and pairs of seeds S; 0 for one seed."""
+    pairs = [(clips_PSTCHW[:, a], clips_PSTCHW[:, b]) for a in range(clips_PSTCHW.shape[1]) for b in range(a)]
+    distances = [(a - b).pow(2).flatten(1).mean(1).sqrt().mean().item() for a, b in pairs]
     return sum(distances) / len(distances) if distances else 0.0
 
 
 def with_progress(
     config: Config, models: Models, trial: Trial, console: Console, ranks: Ranks = ALONE
 ) -> dict[str, Any]:
-    """``compare``, with how far it is and how long it will take."""
+    """``compare`` with a progress bar."""
     with work_bar(console, "clips", 2 * trial.seeds * len(trial.prompts)) as advance:
         return compare(config, models, trial, advance, ranks)
 
@@ -157,7 +150,7 @@ def describe(trial: Trial) -> str:
 
 
 def print_table(result: Mapping[str, Any], console: Console) -> None:
-    """Base against tuned, a line a measure."""
+    """Prints base against tuned, one line per measure."""
     from rich.table import Table
 
     table = Table("", *("base", "tuned", "change"), title=None)
@@ -169,12 +162,9 @@ def print_table(result: Mapping[str, Any], console: Console) -> None:
 
 
 def _rows(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[tuple[str, float, float, str]]:
+    aspects = [(name, value) for name, value in base["reward_by_aspect"].items() if value is not None]
     rows = [("reward", base["reward"], tuned["reward"], ".3f")]
-    rows += [
-        (f"  {name}", value, tuned["reward_by_aspect"][name], ".3f")
-        for name, value in base["reward_by_aspect"].items()
-        if value is not None
-    ]
+    rows += [(f"  {name}", value, tuned["reward_by_aspect"][name], ".3f") for name, value in aspects]
     if base["heldout_reward"] is not None:
         rows.append(("reward, questions not trained on", base["heldout_reward"], tuned["heldout_reward"], ".3f"))
     rows += [(f"oracle: {name}", value, tuned["oracle"][name], ".1%") for name, value in base.get("oracle", {}).items()]
@@ -188,7 +178,7 @@ def _ask(
     questions: Mapping[str, Sequence[Question]],
     spec: RewardSpec,
 ) -> dict[str, float]:
-    """Mean reward of these clips under ``reward``, and by aspect."""
+    """Mean reward of these clips, in total and by aspect."""
     asked = [questions[prompt.id] for prompt in prompts]
     models.awake("critic")
     total, by_aspect, _ = mean_reward((models.ask or models.asked_critic)(frames_BTCHW, asked), asked, spec)
@@ -196,7 +186,7 @@ def _ask(
 
 
 def _heldout_questions(prompts: Sequence[Prompt], grammar: Grammar) -> dict[str, tuple[Question, ...]]:
-    """Questions that training does not ask; empty unless they can be made of every prompt."""
+    """Questions that training does not ask; empty unless every prompt allows them."""
     try:
         others = foils(prompt.text for prompt in prompts)
         return {prompt.id: make_questions(prompt.text, "heldout", grammar, others) for prompt in prompts}
@@ -205,7 +195,7 @@ def _heldout_questions(prompts: Sequence[Prompt], grammar: Grammar) -> dict[str,
 
 
 class _Mean:
-    """Means over batches of different size, by key; a key counts where it appears."""
+    """Means by key over batches of different size, each over the batches that have the key."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
@@ -218,7 +208,7 @@ class _Mean:
 
     @staticmethod
     def together(parts: Sequence[_Mean]) -> _Mean:
-        """Over the batches of all of them."""
+        """The means over all parts."""
         total = _Mean()
         for part in parts:
             for key, value in part._sums.items():

@@ -1,4 +1,4 @@
-"""ToyWorld's oracle as rates; ``None`` where there is no oracle."""
+"""Rates of ToyWorld's oracle."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ RATES = ("color", "shape", "direction", "physics", "quality", "all")
 
 
 def oracle_for(config: Config, texts: Sequence[str]) -> Callable[[Tensor, Sequence[str]], Mapping[str, float]] | None:
-    """A judge of clips of these prompts, or ``None``: another model or size, or a prompt that is not of ToyWorld's
-    grammar."""
+    """``oracle_rates``, or ``None`` for another model or size, or a prompt outside ToyWorld's grammar."""
     if not toyworld_models(config):
         return None
     from lowmem_drf.toy.captions import parse
@@ -25,7 +24,7 @@ def oracle_for(config: Config, texts: Sequence[str]) -> Callable[[Tensor, Sequen
 
 
 def oracle_rates(frames_BTCHW: Tensor, texts: Sequence[str]) -> dict[str, float]:
-    """Share of the clips that the oracle finds right, by what it measures; ``all`` is color, shape and direction."""
+    """Share of correct clips by property; ``all`` means color, shape and direction."""
     from lowmem_drf.toy.oracle import judge_clips
 
     verdicts = judge_clips(frames_BTCHW, list(texts))

@@ -1,4 +1,4 @@
-"""Where a critic's gradient points: |d reward / d pixel| of the frames it is shown."""
+"""Saliency: |d reward / d pixel| of the frames that a critic sees."""
 
 from __future__ import annotations
 
@@ -18,22 +18,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Saliency:
-    """What moves a clip's reward. Maps are fp32 on the host, sums over the color channels of the gradient's absolute
-    value."""
+    """Maps of |gradient| summed over color channels, fp32 on the host."""
 
     answers: list[Answer]
-    """No gradient."""
+    """Detached."""
     total_THW: Tensor
     """Of the reward."""
     by_question_QTHW: Tensor
-    """Of each question's own reward."""
+    """Of each question's reward."""
 
 
 def saliency(critic: Critic, frames_TCHW: Tensor, questions: Sequence[Question], spec: RewardSpec) -> Saliency:
-    """One forward pass and one backward pass for the reward and for every question.
+    """One forward pass, then a backward pass for the reward and one for every question.
 
-    Args:
-        frames_TCHW: [0, 1], floating point, on the critic's device. The maps have their size.
+    ``frames_TCHW``: floating point in [0, 1], on the critic's device; the maps have the same size.
 
     Raises:
         NonFiniteError: a gradient is NaN or infinite.
@@ -43,10 +41,7 @@ def saliency(critic: Critic, frames_TCHW: Tensor, questions: Sequence[Question],
     with torch.enable_grad():
         answers = critic(frames_1TCHW, [questions])[0]
         total, _, _ = total_reward(answers, questions, spec)
-        rewards = [
-            total,
-            *(question_reward(answer, question, spec) for answer, question in zip(answers, questions, strict=True)),
-        ]
+        rewards = [total, *(question_reward(a, q, spec) for a, q in zip(answers, questions, strict=True))]
     maps = []
     for i, reward in enumerate(rewards):
         (gradient_1TCHW,) = torch.autograd.grad(reward, frames_1TCHW, retain_graph=i + 1 < len(rewards))

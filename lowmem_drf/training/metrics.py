@@ -1,4 +1,4 @@
-"""``metrics.jsonl`` and ``tensorboard/``: one line, and one point of every curve, per update."""
+"""``metrics.jsonl`` and ``tensorboard/``: one line and one point per curve for every update."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lowmem_drf.training.update import UpdateReport
 
 
 class Metrics:
-    """Writes both; a resumed run (``done`` updates) first drops what was written after its checkpoint."""
+    """Writes both. A resumed run (``done`` updates) first drops everything after its checkpoint."""
 
     def __init__(self, run: Path, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -38,7 +38,7 @@ class Metrics:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run, without a last one that a killed process left unfinished."""
+    """The lines of a run, without a last line that a killed process left unfinished."""
     rows: list[dict[str, Any]] = []
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         try:
@@ -49,7 +49,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
-    """``{"reward": 1, "stage_s": {"decode": 2}}`` -> reward, stage_s/decode. Lists (prompts, seeds) are no curves."""
+    """``{"reward": 1.0, "stage_s": {"decode": 2}}`` -> reward, stage_s/decode. Lists (prompts, seeds) are dropped."""
     flat: list[tuple[str, float]] = []
     for key, value in row.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The clips a run shows of itself: fixed prompts, fixed seeds, one MP4 each."""
+"""Sample clips that a run writes while it trains: fixed prompts, fixed seeds, one MP4 each."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PREVIEW_SEED = 0
 
 
 def preview_texts(config: Config, prompts: Sequence[Prompt]) -> list[str]:
-    """What samples show: held-out prompts in ToyWorld, else the first of the prompt file."""
+    """Held-out prompts in ToyWorld, else the first of the prompt file."""
     if config.prompts == TOYWORLD:
         from lowmem_drf.toy.captions import heldout_prompts
 
@@ -29,13 +29,12 @@ def preview_texts(config: Config, prompts: Sequence[Prompt]) -> list[str]:
 def write_previews(
     config: Config, run: Path, models: Models, texts: Sequence[str], step: int, ranks: Ranks = ALONE
 ) -> None:
-    """``samples/step-000050/01-<prompt>.mp4`` of every text, from the same noise at every step. Of many processes each
-    makes some of the clips, and the first one writes them."""
+    """Writes ``samples/step-000050/01-<prompt>.mp4`` for every text, from the same noise at every step. Ranks share the
+    clips, and the chief writes them."""
     folder = run / "samples" / f"step-{step:06d}"
     upscale = watchable_upscale(config.video.height, config.video.width)
-    for here, made, new in batches(
-        models, config.sampler, texts, [PREVIEW_SEED] * len(texts), config.log.eval_batch, ranks
-    ):
+    seeds = [PREVIEW_SEED] * len(texts)
+    for here, made, new in batches(models, config.sampler, texts, seeds, config.log.eval_batch, ranks):
         clips = [(i, to_pixels(frames)) for i, frames in zip(here, made.frames_BTCHW, strict=True)] if new else []
         for i, pixels in (clip for some in ranks.gather(clips) for clip in some):
             if ranks.chief:
@@ -43,5 +42,5 @@ def write_previews(
 
 
 def slug(text: str) -> str:
-    """A file name that says what the prompt says."""
+    """A file name from a prompt."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60].rstrip("-") or "clip"

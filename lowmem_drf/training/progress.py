@@ -1,4 +1,4 @@
-"""What a person watches: three lines on a terminal that are drawn anew with every update, plain lines in a log file."""
+"""Progress of training: three lines on a terminal that are redrawn with every update, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -20,27 +20,9 @@ from lowmem_drf.training.update import UpdateReport
 
 PLAIN_EVERY_S = 5.0
 SMOOTH = 10
-"""Updates that the shown rates are averaged over: one update's few clips say little."""
+"""The shown rates are means over this many updates: the few clips of one say little."""
 ASPECTS = {"TA": "text", "Phy": "physics", "VQ": "quality"}
 BARS = "▁▂▃▄▅▆▇█"
-
-
-class Eta:
-    """Seconds an update, from all but the first (which warms up), samples and saves not counted."""
-
-    def __init__(self) -> None:
-        self._seconds: list[float] = []
-
-    def add(self, update_s: float) -> None:
-        self._seconds.append(update_s)
-
-    @property
-    def update_s(self) -> float:
-        counted = self._seconds[1:] or self._seconds
-        return sum(counted) / len(counted)
-
-    def left(self, updates: int) -> str:
-        return clock(self.update_s * updates)
 
 
 class TrainProgress:
@@ -50,7 +32,7 @@ class TrainProgress:
         self._console = console
         self._steps = steps
         self._done = done
-        self._eta = Eta()
+        self._seconds: list[float] = []
         self._recent: deque[UpdateReport] = deque(maxlen=SMOOTH)
         self._rewards: list[float] = []
         self._live: Live | None = None
@@ -68,11 +50,11 @@ class TrainProgress:
         self._live = None
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def update(self, report: UpdateReport) -> None:
-        self._eta.add(report.update_s)
+        self._seconds.append(report.update_s)
         self._recent.append(report)
         self._rewards.append(report.reward)
         if self._live is not None:
@@ -82,15 +64,15 @@ class TrainProgress:
             self.note(f"update {self._head(report)} | {self._rates()} | {_stages(report)}")
 
     def notice(self, text: str) -> None:
-        """A line for the moment, from a signal handler: nothing is printed through ``sys.stdout`` or rich here, whose
-        locks the interrupted code may hold."""
+        """Shows a line from a signal handler. It does not print through ``sys.stdout`` or rich, because the interrupted
+        code may hold their locks."""
         if self._live is not None:
             self._notice = text
         else:
             os.write(sys.stderr.fileno(), f"{text}\n".encode())
 
     def leave(self, text: str) -> None:
-        """The last line of a process that a signal handler is about to end."""
+        """Writes the last line of a process that a signal handler is about to end."""
         show_cursor = "\n\x1b[?25h" if self._live is not None else ""
         os.write(sys.stderr.fileno(), f"{show_cursor}{text}\n".encode())
 
@@ -107,27 +89,24 @@ class TrainProgress:
         )
 
     def _head(self, report: UpdateReport) -> str:
-        eta = self._eta.left(self._steps - report.step)
-        return f"{report.step}/{self._steps}  {self._eta.update_s:.2f} s/update  ETA {eta}"
+        warm = self._seconds[1:] or self._seconds  # the first update warms up
+        update_s = sum(warm) / len(warm)
+        eta = clock(update_s * (self._steps - report.step))
+        return f"{report.step}/{self._steps}  {update_s:.2f} s/update  ETA {eta}"
 
     def _rates(self) -> str:
-        aspects = {
-            name: self._average([r.reward_by_aspect[name] for r in self._recent if name in r.reward_by_aspect])
-            for name in ASPECTS
-        }
-        shown = [f"reward {self._average([r.reward for r in self._recent]):+.3f}"]
-        shown += [f"{ASPECTS[name]} {value:+.3f}" for name, value in aspects.items() if value == value]
-        judged = [r.oracle for r in self._recent if r.oracle]
-        if judged:
-            rates = [
-                f"{name} {self._average([row[name] for row in judged]):.0%}" for name in ("all", "physics", "quality")
-            ]
+        shown = [f"reward {_mean([r.reward for r in self._recent]):+.3f}"]
+        for name, word in ASPECTS.items():
+            if values := [r.reward_by_aspect[name] for r in self._recent if name in r.reward_by_aspect]:
+                shown.append(f"{word} {_mean(values):+.3f}")
+        if judged := [r.oracle for r in self._recent if r.oracle]:
+            rates = [f"{name} {_mean([row[name] for row in judged]):.0%}" for name in ("all", "physics", "quality")]
             shown.append("oracle: " + " ".join(rates))
         return "  ".join(shown)
 
-    @staticmethod
-    def _average(values: list[float]) -> float:
-        return sum(values) / len(values) if values else float("nan")
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _stages(report: UpdateReport) -> str:
@@ -136,9 +115,9 @@ def _stages(report: UpdateReport) -> str:
 
 
 def sparkline(values: list[float], width: int) -> str:
-    """The course of ``values`` in ``width`` characters, each the mean of its share."""
+    """``values`` as a curve of ``width`` characters, each the mean of its share."""
     size = max(1, -(-len(values) // width))
-    means = [sum(part) / len(part) for part in (values[i : i + size] for i in range(0, len(values), size))]
+    means = [_mean(values[i : i + size]) for i in range(0, len(values), size)]
     low, high = min(means), max(means)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(BARS[round((value - low) * scale)] for value in means).ljust(width)
