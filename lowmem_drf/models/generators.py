@@ -51,54 +51,24 @@ class KnownGenerator:
 
 def _transformer(heads: int, ffn: int, layers: int, channels: int) -> dict[str, Any]:
     return {
-        "_class_name": _KINDS["transformer"],
-        "patch_size": [1, 2, 2],
-        "num_attention_heads": heads,
-        "attention_head_dim": 128,
-        "in_channels": channels,
-        "out_channels": channels,
-        "text_dim": 4096,
-        "freq_dim": 256,
-        "ffn_dim": ffn,
-        "num_layers": layers,
-        "cross_attn_norm": True,
-        "qk_norm": "rms_norm_across_heads",
-        "eps": 1e-06,
-        "added_kv_proj_dim": None,
-        "image_dim": None,
-        "rope_max_seq_len": 1024,
-    }
+        "_class_name": _KINDS["transformer"], "patch_size": [1, 2, 2], "num_attention_heads": heads,
+        "attention_head_dim": 128, "in_channels": channels, "out_channels": channels, "text_dim": 4096, "freq_dim": 256,
+        "ffn_dim": ffn, "num_layers": layers, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "eps": 1e-06,
+        "added_kv_proj_dim": None, "image_dim": None, "rope_max_seq_len": 1024,
+    }  # fmt: skip
 
 
 _UMT5_XXL = {
-    "architectures": ["UMT5EncoderModel"],
-    "model_type": _KINDS["text_encoder"],
-    "vocab_size": 256384,
-    "d_model": 4096,
-    "d_kv": 64,
-    "d_ff": 10240,
-    "num_layers": 24,
-    "num_decoder_layers": 24,
-    "num_heads": 64,
-    "relative_attention_num_buckets": 32,
-    "relative_attention_max_distance": 128,
-    "dropout_rate": 0.1,
-    "layer_norm_epsilon": 1e-06,
-    "feed_forward_proj": "gated-gelu",
-    "pad_token_id": 0,
-    "eos_token_id": 1,
+    "architectures": ["UMT5EncoderModel"], "model_type": _KINDS["text_encoder"], "vocab_size": 256384, "d_model": 4096,
+    "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_decoder_layers": 24, "num_heads": 64,
+    "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "dropout_rate": 0.1,
+    "layer_norm_epsilon": 1e-06, "feed_forward_proj": "gated-gelu", "pad_token_id": 0, "eos_token_id": 1,
     "decoder_start_token_id": 0,
-}
+}  # fmt: skip
 
 _VAE = {
-    "_class_name": _KINDS["vae"],
-    "base_dim": 96,
-    "z_dim": 16,
-    "dim_mult": [1, 2, 4, 4],
-    "num_res_blocks": 2,
-    "attn_scales": [],
-    "temperal_downsample": [False, True, True],
-    "dropout": 0.0,
+    "_class_name": _KINDS["vae"], "base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
+    "attn_scales": [], "temperal_downsample": [False, True, True], "dropout": 0.0,
     "latents_mean": [
         *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
         *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
@@ -107,18 +77,11 @@ _VAE = {
         *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
         *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.916),
     ],
-}
+}  # fmt: skip
 
 _VAE_2_2 = _VAE | {
-    "base_dim": 160,
-    "decoder_base_dim": 256,
-    "z_dim": 48,
-    "is_residual": True,
-    "in_channels": 12,
-    "out_channels": 12,
-    "patch_size": 2,
-    "scale_factor_spatial": 16,
-    "scale_factor_temporal": 4,
+    "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12,
+    "patch_size": 2, "scale_factor_spatial": 16, "scale_factor_temporal": 4,
     "latents_mean": [
         *(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891),
         *(0.157, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502),
@@ -131,7 +94,7 @@ _VAE_2_2 = _VAE | {
         *(0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944),
         *(0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.06, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
     ],
-}
+}  # fmt: skip
 
 _WAN_14B = _transformer(heads=40, ffn=13824, layers=40, channels=16)
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 LARGEST_ON_CPU = 1e9
-"""Parameters of a transformer that is measured on a CPU."""
+"""Limit on the parameters of a transformer that is measured on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Measurement:
 
 
 def measure(config: Config, device: torch.device, cap_gib: float | None, console: Console) -> Measurement:
-    """Updates on random weights; the last is measured, once the libraries have chosen their kernels.
+    """Runs updates on random weights and measures the last one, after the libraries have chosen their kernels.
 
-    ``cap_gib``: on CUDA the allocator fails above it (less half a GiB for the CUDA context, as on a card of that size).
+    ``cap_gib``: on CUDA, the size of the card to imitate; the allocator gets half a GiB less, for the CUDA context.
 
     Raises:
         LowmemError: out of memory.
@@ -64,10 +64,9 @@ def measure(config: Config, device: torch.device, cap_gib: float | None, console
         join(config.device)
     if device.type == "cuda":
         if cap_gib:
-            # of the current card: this function takes no device without an index, and ``device`` has none
-            torch.cuda.set_per_process_memory_fraction(
-                min(1.0, (cap_gib - 0.5) * GIB / torch.cuda.get_device_properties(device).total_memory)
-            )
+            share = (cap_gib - 0.5) * GIB / torch.cuda.get_device_properties(device).total_memory
+            # for the current card: this function refuses a device without an index, as ``device`` is
+            torch.cuda.set_per_process_memory_fraction(min(1.0, share))
         meter = Meter(device)
         try:
             with console.status("measuring …"):
@@ -83,14 +82,8 @@ def measure(config: Config, device: torch.device, cap_gib: float | None, console
     with console.status("measuring …"), Ledger(ALLOCATOR_BLOCK) as ledger:
         counted = PlanMeter(ledger)
         models, prompts, questions = _random_models(config, device, counted, planned_store())
-        counted.load(
-            [
-                models.transformer,
-                models.decoder.vae,
-                models.asked_critic.model,
-                *([models.expert] if models.expert else []),
-            ]
-        )
+        expert = [models.expert] if models.expert else []
+        counted.load([models.transformer, models.decoder.vae, models.asked_critic.model, *expert])
         _updates(config, models, prompts, questions, ledger=ledger)
     clock = Meter(device)
     models, prompts, questions = _random_models(config, device, clock)
@@ -112,13 +105,12 @@ def _random_models(
         from lowmem_drf.distributed.zero import Partition
 
         taken = Partition(config).take
-    transformer, other = make_transformers(
-        generator,
-        config,
-        lambda name: random_transformer(
-            getattr(generator, name), dtype, device, quant=config.model.quant, home=home, taken=taken
-        ),
-    )
+
+    def fill(name: str) -> Any:
+        sizes, quant = getattr(generator, name), config.model.quant
+        return random_transformer(sizes, dtype, device, quant=quant, home=home, taken=taken)
+
+    transformer, other = make_transformers(generator, config, fill)
     add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets)
     width = generator.transformer["text_dim"]
     noise = torch.Generator().manual_seed(0)
@@ -158,6 +150,6 @@ def _refuse_large(config: Config) -> None:
     parameters = sizes["num_layers"] * (sizes["num_attention_heads"] * sizes["attention_head_dim"]) ** 2 * 12
     if parameters > LARGEST_ON_CPU:
         raise BadInputError(
-            f"{config.model.id} has no place on a CPU ({parameters / 1e9:.1f} billion parameters in its blocks): bench needs a CUDA card for it. "
-            "Without one: lowmem-drf plan --preset NAME"
+            f"{config.model.id} has no place on a CPU ({parameters / 1e9:.1f} billion parameters in its blocks): bench "
+            "needs a CUDA card for it. Without one: lowmem-drf plan --preset NAME"
         )

@@ -101,7 +101,7 @@ def measure(
     kept = list(kept_frames(config.video.frames, critic_frames(config)))
     spec = reward_spec(config)
     judge = oracle_for(config, texts)
-    by_clip, by_prompt, oracle = _Mean(), _Mean(), _Mean()
+    by_clip, by_prompt, oracle = _Sums(), _Sums(), _Sums()
     of_a_prompt: list[Tensor] = []
     for here, made, new in batches(models, config.sampler, texts, seeds, config.log.eval_batch, ranks, trial.seeds):
         frames, some, size = made.frames_BTCHW, [prompts[i] for i in here], len(here) if new else 0
@@ -119,15 +119,15 @@ def measure(
                 of_a_prompt.clear()
         advance(size * ranks.count)
     gathered = ranks.gather((by_clip, by_prompt, oracle))
-    by_clip, by_prompt, oracle = (_Mean.together(means) for means in zip(*gathered, strict=True))
-    means = by_clip.means() | by_prompt.means()
+    clip_means, prompt_means, rates = (_means(sums) for sums in zip(*gathered, strict=True))
+    means = clip_means | prompt_means
     measures: dict[str, Any] = {
         "reward": means["reward"],
         "reward_by_aspect": {aspect: means.get(aspect) for aspect in get_args(Aspect)},
         "heldout_reward": means.get("heldout_reward"),
         **{name: means[name] for name in ("diversity", "motion", "velocity_norm")},
     }
-    return measures | ({"oracle": oracle.means()} if judge else {})
+    return measures | ({"oracle": rates} if judge else {})
 
 
 def diversity(clips_PSTCHW: Tensor) -> float:
@@ -194,27 +194,19 @@ def _heldout_questions(prompts: Sequence[Prompt], grammar: Grammar) -> dict[str,
         return {}
 
 
-class _Mean:
-    """Means by key over batches of different size, each over the batches that have the key."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
+class _Sums(dict[str, tuple[float, int]]):
+    """Sums and counts over batches of different size, by key. A mean is over the batches that have the key."""
 
     def add(self, values: Mapping[str, float], count: int) -> None:
         for key, value in values.items():
-            self._sums[key] = self._sums.get(key, 0.0) + value * count
-            self._counts[key] = self._counts.get(key, 0) + count
+            total, counted = self.get(key, (0.0, 0))
+            self[key] = total + value * count, counted + count
 
-    @staticmethod
-    def together(parts: Sequence[_Mean]) -> _Mean:
-        """The means over all parts."""
-        total = _Mean()
-        for part in parts:
-            for key, value in part._sums.items():
-                total._sums[key] = total._sums.get(key, 0.0) + value
-                total._counts[key] = total._counts.get(key, 0) + part._counts[key]
-        return total
 
-    def means(self) -> dict[str, float]:
-        return {key: total / self._counts[key] for key, total in self._sums.items()}
+def _means(parts: Sequence[_Sums]) -> dict[str, float]:
+    whole = _Sums()
+    for part in parts:
+        for key, (more, count) in part.items():
+            total, counted = whole.get(key, (0.0, 0))
+            whole[key] = total + more, counted + count
+    return {key: total / count for key, (total, count) in whole.items()}

@@ -10,11 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 _TOKENS = {
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-}
+    "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653,
+}  # fmt: skip
 _TEXT_TOKENS = {"bos_token_id": 151643, "eos_token_id": 151645}
 
 
@@ -32,81 +29,44 @@ def _qwen2_5_vl(
     parameters: int, hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool
 ) -> KnownCritic:
     text = {
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-        "max_position_embeddings": 128000,
-        "rms_norm_eps": 1e-06,
+        "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab,
+        "max_position_embeddings": 128000, "rms_norm_eps": 1e-06,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]},
-        "tie_word_embeddings": tied,
-        **_TEXT_TOKENS,
-    }
+        "tie_word_embeddings": tied, **_TEXT_TOKENS,
+    }  # fmt: skip
     vision = {
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": hidden,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "tokens_per_second": 2,
-        "window_size": 112,
+        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": hidden,
+        "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "tokens_per_second": 2, "window_size": 112,
         "fullatt_block_indexes": [7, 15, 23, 31],
-    }
+    }  # fmt: skip
     settings = {
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "min_pixels": 3136,
-        "max_pixels": 12845056,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-    }
+        "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "min_pixels": 3136, "max_pixels": 12845056,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }  # fmt: skip
     models = {"text_config": text, "vision_config": vision, "tie_word_embeddings": tied}
     return KnownCritic({"model_type": "qwen2_5_vl", **models, **_TOKENS}, settings, parameters)
 
 
 def _qwen3_vl(parameters: int, hidden: int, intermediate: int, tied: bool, vision: dict[str, Any]) -> KnownCritic:
     text = {
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "max_position_embeddings": 262144,
+        "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 262144,
         "rms_norm_eps": 1e-06,
         "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 5000000.0,
-            "mrope_section": [24, 20, 20],
-            "mrope_interleaved": True,
+            "rope_type": "default", "rope_theta": 5000000.0, "mrope_section": [24, 20, 20], "mrope_interleaved": True,
         },
-        "tie_word_embeddings": tied,
-        **_TEXT_TOKENS,
-    }
+        "tie_word_embeddings": tied, **_TEXT_TOKENS,
+    }  # fmt: skip
     common = {
-        "num_heads": 16,
-        "out_hidden_size": hidden,
-        "patch_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
+        "num_heads": 16, "out_hidden_size": hidden, "patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2,
         "num_position_embeddings": 2304,
-    }
+    }  # fmt: skip
     settings = {
-        "patch_size": 16,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "size": {"shortest_edge": 4096, "longest_edge": 25165824},
-        "fps": 2,
-        "image_mean": [0.5, 0.5, 0.5],
+        "patch_size": 16, "temporal_patch_size": 2, "merge_size": 2,
+        "size": {"shortest_edge": 4096, "longest_edge": 25165824}, "fps": 2, "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
-    }
+    }  # fmt: skip
     models = {"text_config": text, "vision_config": common | vision, "tie_word_embeddings": tied}
     return KnownCritic({"model_type": "qwen3_vl", **models, **_TOKENS}, settings, parameters)
 

@@ -153,10 +153,15 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
 
 def weight_count(folder: Path) -> int:
     """Parameters in all weight files of a folder."""
-    names = sorted(path.name for path in folder.iterdir())
-    shards = {shard for index in weight_indices(names) for shard in _shards(folder / index)}
-    headers = [read_header(folder / name)[0] for name in shards or weight_files(names)]
+    headers = [read_header(file)[0] for file in listed_weights(folder)]
     return sum(math.prod(entry["shape"]) for header in headers for entry in _entries(header))
+
+
+def listed_weights(folder: Path) -> list[Path]:
+    """The weight files that a library loads, sorted: the shards that an index lists, or else the one file."""
+    names = [path.name for path in folder.iterdir()]
+    shards = {shard for index in weight_indices(names) for shard in _shards(folder / index)}
+    return [folder / name for name in sorted(shards or weight_files(names))]
 
 
 def _entries(header: dict[str, Any]) -> Iterator[dict[str, Any]]:

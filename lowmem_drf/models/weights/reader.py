@@ -6,7 +6,6 @@ as the process's memory, and the tensors would change with the file.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_drf.models.wan.random_generator import fill_as_loaded
-from lowmem_drf.models.weights.files import read_header, weight_files, weight_indices
+from lowmem_drf.models.weights.files import listed_weights, read_header
 from lowmem_drf.models.weights.filling import Value
 from lowmem_drf.models.weights.packed_linear import PackedLinear
 from lowmem_drf.models.weights.sources import refuse_missing
@@ -77,16 +76,9 @@ class TensorFiles:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """A model's weight files, sorted: the shards that an index lists, or the one file. Raises ValueError or OSError if
-    there are none."""
-    names = [path.name for path in folder.iterdir()]
-    shards = {
-        shard
-        for index in weight_indices(names)
-        for shard in json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
-    }
-    files = [folder / name for name in sorted(shards or weight_files(names))]
-    if not files:
+    """A model's weight files, sorted. Raises ValueError or OSError if there are none, BadInputError for a damaged
+    index."""
+    if not (files := listed_weights(folder)):
         raise ValueError(f"there are no safetensors files in {folder}")
     return files
 
