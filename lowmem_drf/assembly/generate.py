@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from lowmem_drf.assembly.assemble import Models
 from lowmem_drf.distributed.ranks import Ranks
@@ -14,9 +14,6 @@ from lowmem_drf.method.schedule import flow_sigmas
 from lowmem_drf.method.step import rollout
 from lowmem_drf.models.lora.adapter import lora_scale
 from lowmem_drf.schema import Config, Sampler
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,7 @@ from pathlib import Path
 from lowmem_drf.assembly.assemble import run_prompts
 from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.models.weights.sources import TOYWORLD
-from lowmem_drf.scoring.evaluate import (
-    EVAL_PROMPTS,
-    EVAL_SEEDS,
-    describe,
-    finish_trial,
-    make_trial,
-    print_table,
-    with_progress,
-)
+from lowmem_drf.scoring import evaluate
 from lowmem_drf.training.lora_file import load_run_lora
 from lowmem_drf.training.run_folder import find_run, run_config
 
@@ -28,15 +20,15 @@ def eval_command(run_folder: Path | None, file: Path | None, as_json: bool) -> N
     run = find_run(run_folder)
     config = run_config(run)
     prompts = () if config.prompts == TOYWORLD or file else run_prompts(config)
-    trial = make_trial(config, prompts, EVAL_PROMPTS, EVAL_SEEDS, file)
+    trial = evaluate.make_trial(config, prompts, evaluate.EVAL_PROMPTS, evaluate.EVAL_SEEDS, file)
     models = load_models(config, [prompt.text for prompt in trial.prompts])
     step = load_run_lora(models.transformer, run, config)
     console = Console(stderr=as_json)
     models.awake("critic")
-    trial = finish_trial(config, trial, models.asked_critic, console)
-    console.print(f"{run}, step {step}: {describe(trial)}", highlight=False, markup=False, soft_wrap=True)
-    result = with_progress(config, models, trial, console)
+    trial = evaluate.finish_trial(config, trial, models.asked_critic, console)
+    console.print(f"{run}, step {step}: {evaluate.describe(trial)}", highlight=False, markup=False, soft_wrap=True)
+    result = evaluate.with_progress(config, models, trial, console)
     if as_json:
         print(json.dumps(result))
     else:
-        print_table(result, console)
+        evaluate.print_table(result, console)

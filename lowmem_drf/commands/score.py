@@ -9,18 +9,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from lowmem_drf.assembly.assemble import reward_spec
+from lowmem_drf.assembly.loading import load_run_critic
+from lowmem_drf.assembly.questions import draft_questions, require_weights
+from lowmem_drf.assembly.references import finish_questions
+from lowmem_drf.config import chosen_preset, load_config
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.preprocess import resized
 from lowmem_drf.models.weights.sources import TOYWORLD
+from lowmem_drf.prompts import as_prompts
 from lowmem_drf.questions import toyworld
+from lowmem_drf.schema import Config
+from lowmem_drf.scoring.heatmap import write_heatmap
+from lowmem_drf.scoring.saliency import saliency as saliency_of
 from lowmem_drf.scoring.score import ClipScore, score_clip
+from lowmem_drf.training.run_folder import make_writable
+from lowmem_drf.video import read_video
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import Tensor
-
-    from lowmem_drf.schema import Config
 
 
 def score_command(
@@ -40,14 +49,6 @@ def score_command(
     Raises BadInputError: an unreadable video, an unusable prompt or question, or a critic that cannot be loaded.
     """
     from rich.console import Console
-
-    from lowmem_drf.assembly.assemble import reward_spec
-    from lowmem_drf.assembly.loading import load_run_critic
-    from lowmem_drf.assembly.questions import draft_questions, require_weights
-    from lowmem_drf.assembly.references import finish_questions
-    from lowmem_drf.config import chosen_preset, load_config
-    from lowmem_drf.prompts import as_prompts
-    from lowmem_drf.video import read_video
 
     if not prompt.strip():
         raise BadInputError('the prompt is empty. Say what the video should show: --prompt "a corgi surfing a wave"')
@@ -77,8 +78,6 @@ def score_command(
         with torch.no_grad():
             answers, result = model(seen_TCHW[None], [questions])[0], None
     else:
-        from lowmem_drf.scoring.saliency import saliency as saliency_of
-
         result = saliency_of(model, seen_TCHW, questions, reward_spec(config))
         answers = result.answers
     score = score_clip(model, seen_TCHW, questions, answers, reward_spec(config))
@@ -88,8 +87,6 @@ def score_command(
         console.print(_describe(config, shown_TCHW, seen_TCHW, fps), highlight=False, markup=False)
         print_table(score, prompt, console)
     if target is not None and result is not None:
-        from lowmem_drf.scoring.heatmap import write_heatmap
-
         path = write_heatmap(target, shown_TCHW, result, score, prompt, fps)
         console.print(f"{path}: what moves the reward, pixel by pixel", highlight=False, markup=False)
 
@@ -142,8 +139,6 @@ def _wanted(frames: int | str) -> tuple[int | None, float | None]:
 
 def _target(path: Path) -> Path:
     """The saliency clip's path, checked to be writable before anything is computed."""
-    from lowmem_drf.training.run_folder import make_writable
-
     if path.suffix.lower() != ".mp4" or path.is_dir():
         raise BadInputError(f"--saliency {path}: the clip is an MP4 file. Give a name that ends in .mp4.")
     make_writable(path.parent)

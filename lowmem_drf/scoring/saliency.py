@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from lowmem_drf.errors import NonFiniteError
 from lowmem_drf.method.reward import RewardSpec, question_reward, total_reward
 from lowmem_drf.types import Answer, Critic, Question
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,7 @@ from lowmem_drf.memory.streaming import HostEmbedding, Streamed
 from lowmem_drf.method.preprocess import VideoGeometry
 from lowmem_drf.models.qwen_vl.attention import RangedAttention, use_ranges
 from lowmem_drf.models.qwen_vl.families import Family, Prefix, family_of, make_prefix
-from lowmem_drf.models.qwen_vl.files import (
-    check_geometry,
-    check_tokenizer,
-    load_tokenizer,
-    video_geometry,
-    video_settings,
-)
+from lowmem_drf.models.qwen_vl.files import load_tokenizer, require_fit, video_geometry, video_settings
 from lowmem_drf.models.qwen_vl.packed_questions import Conversation
 from lowmem_drf.models.qwen_vl.vision import speed_up_vision
 from lowmem_drf.models.weights import quant as quantisation
@@ -93,8 +87,7 @@ class QwenCritic:
         self.tokenizer = tokenizer
         self.fps = fps
         self.geometry = replace(geometry, bounds=self.family.BOUNDS)
-        check_tokenizer(tokenizer, self._embedding.num_embeddings)
-        check_geometry(geometry, model.config.vision_config)
+        require_fit(model, tokenizer, geometry)
         self.conversation = Conversation(tokenizer, model.config.video_token_id)
         self._prefixes: dict[tuple[float, ...], Prefix] = {}
         self._ranges = False
@@ -234,8 +227,7 @@ class QwenCritic:
 
     def stream(self, device: torch.device, store: HostStore) -> Streamed:
         """Streams the weights of the vision blocks, the language model's layers and lm_head to ``device`` on demand;
-        the embedding (1 GiB in the 7B model)
-        stays on the host.
+        the token embedding (1 GiB in the 7B model) stays on the host.
 
         Call ``set_checkpointing`` afterwards: a layer that is not recomputed keeps its weights until its backward.
         """

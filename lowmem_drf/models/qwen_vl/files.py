@@ -30,12 +30,19 @@ def video_geometry(settings: Mapping[str, Any]) -> VideoGeometry:
         raise BadInputError(f"The critic's preprocessor settings lack {error}: use the complete folder.") from error
 
 
-def check_geometry(geometry: VideoGeometry, vision_config: Any) -> None:
-    """Raises BadInputError if preprocessor and vision tower disagree on the patches."""
+def require_fit(model: Any, tokenizer: Any, geometry: VideoGeometry) -> None:
+    """Raises BadInputError if the model cannot embed every token, or its patches are not the preprocessor's."""
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if last >= (rows := model.get_input_embeddings().num_embeddings):
+        raise BadInputError(
+            f"The critic's tokenizer and model do not belong together: token {token!r} has id {last}, and the model "
+            f"embeds {rows} tokens. Take the tokenizer's files and the weights from one model."
+        )
+    vision = model.config.vision_config
     pairs = {
-        "patch_size": (geometry.patch, vision_config.patch_size),
-        "merge_size": (geometry.merge, vision_config.spatial_merge_size),
-        "temporal_patch_size": (geometry.temporal_patch, vision_config.temporal_patch_size),
+        "patch_size": (geometry.patch, vision.patch_size),
+        "merge_size": (geometry.merge, vision.spatial_merge_size),
+        "temporal_patch_size": (geometry.temporal_patch, vision.temporal_patch_size),
     }
     for name, (ours, theirs) in pairs.items():
         if ours != theirs:
@@ -44,16 +51,6 @@ def check_geometry(geometry: VideoGeometry, vision_config: Any) -> None:
                 f"preprocessor's settings and {theirs} in the model's vision_config. "
                 "Take preprocessor_config.json and config.json from one model."
             )
-
-
-def check_tokenizer(tokenizer: Any, embedding_rows: int) -> None:
-    """Raises BadInputError if the tokenizer has tokens that the model cannot embed."""
-    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if last >= embedding_rows:
-        raise BadInputError(
-            f"The critic's tokenizer and model do not belong together: token {token!r} has id {last}, and the model "
-            f"embeds {embedding_rows} tokens. Take the tokenizer's files and the weights from one model."
-        )
 
 
 def load_tokenizer(folder_or_id: str) -> Any:
