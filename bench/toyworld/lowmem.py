@@ -28,7 +28,7 @@ from bench.versions import versions
 from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.commands.train import train_command
 from lowmem_drf.errors import LowmemError
-from lowmem_drf.scoring.evaluate import finish_trial, make_trial, with_progress
+from lowmem_drf.scoring.evaluate import compare, finish_trial, make_trial
 from lowmem_drf.training.checkpoint import checkpoint_folder
 from lowmem_drf.training.lora_file import load_run_lora
 from lowmem_drf.training.metrics import read_metrics
@@ -85,7 +85,7 @@ def measure(run: Path, console: Console) -> dict[str, Any]:
     models = load_models(config, [prompt.text for prompt in trial.prompts])
     load_run_lora(models.transformer, run, config)
     models.awake("critic")
-    return with_progress(config, models, finish_trial(config, trial, models.asked_critic, console), console)
+    return compare(config, models, finish_trial(config, trial, models.asked_critic, console), console)
 
 
 def verdict(row: Mapping[str, Any], first: Mapping[str, Any]) -> str:

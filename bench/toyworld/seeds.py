@@ -26,7 +26,7 @@ from bench.versions import versions
 from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.commands.train import train_command
 from lowmem_drf.errors import LowmemError
-from lowmem_drf.scoring.evaluate import EVAL_PROMPTS, EVAL_SEEDS, finish_trial, make_trial, with_progress
+from lowmem_drf.scoring.evaluate import EVAL_PROMPTS, EVAL_SEEDS, compare, finish_trial, make_trial
 from lowmem_drf.training.lora_file import load_run_lora
 from lowmem_drf.training.metrics import read_metrics
 from lowmem_drf.training.run_folder import run_config
@@ -52,7 +52,7 @@ def train_and_measure(
     load_run_lora(models.transformer, run, config)
     models.awake("critic")
     trial = finish_trial(config, trial, models.asked_critic, console)
-    result = with_progress(config, models, trial, console)
+    result = compare(config, models, trial, console)
     base, tuned = result["base"], result["tuned"]
     metrics = read_metrics(run)
     timed = {"train_s": train_s, "updates": len(metrics), "updates_s": sum(row["update_s"] for row in metrics)}

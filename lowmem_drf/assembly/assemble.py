@@ -80,7 +80,7 @@ def critic_rate(config: Config) -> float:
     return kept_fps(config.video.frames, config.video.fps, critic_frames(config), config.critic.frame_sampling)
 
 
-def step_plan(config: Config, step: int, scales: Mapping[str, float] | None = None) -> StepSpec:
+def step_spec(config: Config, step: int, scales: Mapping[str, float] | None = None) -> StepSpec:
     """The specification of update ``step``. Its random choices depend only on the run's seed and ``step``. ``scales``:
     ``RewardSpec.scales``."""
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "plan", step))

@@ -27,7 +27,7 @@ def eval_command(run_folder: Path | None, file: Path | None, as_json: bool) -> N
     models.awake("critic")
     trial = evaluate.finish_trial(config, trial, models.asked_critic, console)
     console.print(f"{run}, step {step}: {evaluate.describe(trial)}", highlight=False, markup=False, soft_wrap=True)
-    result = evaluate.with_progress(config, models, trial, console)
+    result = evaluate.compare(config, models, trial, console)
     if as_json:
         print(json.dumps(result))
     else:

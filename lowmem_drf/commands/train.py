@@ -286,11 +286,11 @@ def _announce(
 
 
 def _finish(console: Console, config: Config, run: Path, models: Models, trial: Trial | None, ranks: Ranks) -> None:
-    from lowmem_drf.scoring.evaluate import describe, print_table, with_progress
+    from lowmem_drf.scoring.evaluate import compare, describe, print_table
 
     if trial:
         console.print(f"\nBase against tuned: {describe(trial)}", highlight=False, markup=False)
-        print_table(with_progress(config, models, trial, console, ranks), console)
+        print_table(compare(config, models, trial, console, ranks), console)
     here = run.parent == RUNS
     console.print("Next:", highlight=False)
     for command in (

@@ -71,15 +71,13 @@ def finish_trial(config: Config, trial: Trial, critic: QwenCritic, console: Cons
     return replace(trial, questions=finish_questions(config, trial.prompts, trial.questions, critic, console))
 
 
-def compare(
-    config: Config, models: Models, trial: Trial, advance: Callable[[int], None], ranks: Ranks = ALONE
-) -> dict[str, Any]:
-    """The JSON of ``eval``: ``{"prompts", "seeds", "base", "tuned"}``. ``advance`` is called with the number of clips
-    done."""
+def compare(config: Config, models: Models, trial: Trial, console: Console, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """The JSON of ``eval``: ``{"prompts", "seeds", "base", "tuned"}``, with a progress bar on ``console``."""
     sides = {}
-    for name, scale in (("base", 0.0), ("tuned", 1.0)):
-        with lora_scale(models.transformer, scale):
-            sides[name] = measure(config, models, trial, advance, ranks)
+    with work_bar(console, "clips", 2 * trial.seeds * len(trial.prompts)) as advance:
+        for name, scale in (("base", 0.0), ("tuned", 1.0)):
+            with lora_scale(models.transformer, scale):
+                sides[name] = measure(config, models, trial, advance, ranks)
     return {"prompts": len(trial.prompts), "seeds": trial.seeds, **sides}
 
 
@@ -135,14 +133,6 @@ def diversity(clips_PSTCHW: Tensor) -> float:
     pairs = [(clips_PSTCHW[:, a], clips_PSTCHW[:, b]) for a in range(clips_PSTCHW.shape[1]) for b in range(a)]
     distances = [(a - b).pow(2).flatten(1).mean(1).sqrt().mean().item() for a, b in pairs]
     return sum(distances) / len(distances) if distances else 0.0
-
-
-def with_progress(
-    config: Config, models: Models, trial: Trial, console: Console, ranks: Ranks = ALONE
-) -> dict[str, Any]:
-    """``compare`` with a progress bar."""
-    with work_bar(console, "clips", 2 * trial.seeds * len(trial.prompts)) as advance:
-        return compare(config, models, trial, advance, ranks)
 
 
 def describe(trial: Trial) -> str:

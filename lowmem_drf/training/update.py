@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowmem_drf.assembly.assemble import Models, derive_seed, step_plan
+from lowmem_drf.assembly.assemble import Models, derive_seed, step_spec
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import NonFiniteError
 from lowmem_drf.method.step import StepSpec, drf_step
@@ -88,7 +88,7 @@ def update(
         were not changed.
     """
     start = time.perf_counter()
-    plan = step_plan(config, step, scales)
+    plan = step_spec(config, step, scales)
     seeds = [derive_seed(config.seed, "noise", step, clip) for clip in range(len(prompts))]
     lr = learning_rate(config.optim, step, config.steps)
     some, its_seeds = ranks.share(prompts), ranks.share(seeds)

@@ -11,7 +11,7 @@ import torch
 from _tiny import randomise_lora
 
 from lowmem_drf.assembly import assemble as parts
-from lowmem_drf.assembly.assemble import step_plan
+from lowmem_drf.assembly.assemble import step_spec
 from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.commands.train import train_command
 from lowmem_drf.config import load_config
@@ -56,7 +56,7 @@ def gradient(quant, stream=(), park=(), *overrides):
         cond = models.condition([TEXT])
         drf_step(
             models.parts(lora),
-            step_plan(config, 0),
+            step_spec(config, 0),
             models.noise([3]),
             cond,
             models.no_condition(1),

@@ -11,7 +11,7 @@ import torch
 from _relay import lora_gradients
 from _tiny import randomise_lora
 
-from lowmem_drf.assembly.assemble import step_plan
+from lowmem_drf.assembly.assemble import step_spec
 from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.commands.train import train_command
 from lowmem_drf.config import load_config
@@ -44,7 +44,7 @@ def test_gradients_of_toyworld(monkeypatch):
     twice what PyTorch's own fp32 is off."""
     config = load_config("toy", SMALL)
     models = load_models(config, [TEXT])
-    plan, cond = step_plan(config, 0), models.condition([TEXT])
+    plan, cond = step_spec(config, 0), models.condition([TEXT])
     critic, noise, questions = (
         models.asked_critic,
         draw_noise(models.latent_shape, [3]),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from _trainer import Keeping
 
-from lowmem_drf.assembly.assemble import critic_frames, critic_rate, derive_seed, step_plan
+from lowmem_drf.assembly.assemble import critic_frames, critic_rate, derive_seed, step_spec
 from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.assembly.questions import draft_questions
 from lowmem_drf.commands.train import train_command
@@ -156,20 +156,20 @@ def test_an_infinite_gradient_is_refused_before_the_optimizer(ready, monkeypatch
 
 def test_random_choices_of_an_update_depend_on_seed_and_update_alone(tiny_preset):
     config = load_config(tiny_preset)
-    plans = [step_plan(config, step) for step in range(12)]
-    again = step_plan(config, 5)
+    plans = [step_spec(config, step) for step in range(12)]
+    again = step_spec(config, 5)
     assert (again.graded, again.kept) == (plans[5].graded, plans[5].kept)
     assert len({plan.graded for plan in plans}) > 1
     assert len({plan.kept for plan in plans}) > 1
     other = load_config(tiny_preset, ["seed=1"])
-    assert [step_plan(other, step).kept for step in range(12)] != [plan.kept for plan in plans]
+    assert [step_spec(other, step).kept for step in range(12)] != [plan.kept for plan in plans]
 
 
 def test_the_critic_sees_a_number_of_frames_or_so_many_a_second():
     """9 frames at 8 a second."""
     for frames, count, rate in (("3", 3, 2.0), ("9", 9, 8.0), ('"fps:4"', 4, 3.0), ('"fps:8"', 8, 7.0)):
         config = load_config("toy", [f"critic.frames={frames}"])
-        assert (len(step_plan(config, 0).kept), critic_frames(config), critic_rate(config)) == (count, count, rate)
+        assert (len(step_spec(config, 0).kept), critic_frames(config), critic_rate(config)) == (count, count, rate)
     config = load_config("toy", ["critic.frames=3", "critic.frame_sampling=random_phase"])
     assert critic_rate(config) == 8 / 3  # a grid of three frames' spacing
 
