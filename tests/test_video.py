@@ -1,5 +1,5 @@
-"""Any video is read: the right frames at the right rate, upright, without decoding the rest; what is no video is
-refused with a cure."""
+"""Reading videos: the right frames, rate and rotation, without decoding the rest; other files are refused with a
+cure."""
 
 import struct
 from fractions import Fraction
@@ -27,8 +27,7 @@ def numbers(clip_TCHW):
 
 
 def write(path, codec="libx264", pixels="yuv420p", rate=25, ticks=None, clip=None, **options):
-    """A video by PyAV itself. ``ticks``: when each frame is shown, in 1/1000 s; even at ``rate`` where there are
-    none."""
+    """A video written with PyAV. ``ticks``: time of each frame in ms; default: evenly at ``rate``."""
     clip = numbered() if clip is None else clip
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options={key: str(value) for key, value in options.items()})

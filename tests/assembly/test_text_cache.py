@@ -1,5 +1,4 @@
-"""Embeddings of texts: those of the encoder, kept on the disk where the encoder is large, and never another
-encoder's."""
+"""Text embeddings: equal to the encoder's, cached on disk for a large encoder, never taken from another encoder."""
 
 from __future__ import annotations
 
@@ -95,7 +94,7 @@ def test_the_second_time_nothing_is_loaded(generator, cache, large, loads, tiny_
 
 
 def test_only_what_is_missing_is_encoded_and_alike(generator, cache, large, loads, tiny_preset) -> None:
-    """One at a time: what a text's embedding is does not depend on the others."""
+    """Encoded one at a time, so that an embedding does not depend on the other texts."""
     config = configuration(tiny_preset)
     some = encode_texts(config, str(generator), TEXTS[:1], CPU)
     more = encode_texts(config, str(generator), TEXTS, CPU)

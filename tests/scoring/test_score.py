@@ -103,7 +103,7 @@ def test_the_bench_prints_every_background(tmp_path, capsys):
 
 
 class Linear:
-    """A critic whose logit of yes is linear in the frames: its gradient is known."""
+    """A critic with a yes logit that is linear in the frames, so that its gradient is known."""
 
     def __init__(self, weights_QTCHW):
         self.weights = weights_QTCHW

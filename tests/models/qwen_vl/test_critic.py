@@ -87,7 +87,7 @@ def test_no_questions() -> None:
 
 @pytest.mark.parametrize(("family", "width", "grid"), [("qwen2_5_vl", 24, [3, 6, 10]), ("qwen3_vl", 48, [3, 6, 10, 5])])
 def test_features_can_be_computed_once_and_asked_later(family: str, width: int, grid: list[int]) -> None:
-    """Indexed like any tensor, as who caches them does. Qwen3-VL's hold the DeepStack tokens besides."""
+    """Cached features may be indexed by clip. Qwen3-VL's include the DeepStack tokens."""
     critic, frames, asked = (
         tiny_critic(family=family),
         clips(3, dtype=torch.float32),
@@ -106,8 +106,7 @@ def test_features_can_be_computed_once_and_asked_later(family: str, width: int, 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("frames", "fps"), [(5, 1.0), (6, 2.0), (6, 0.5), (2, 2.0), (9, 2 / 3)])
 def test_prefix_is_that_of_transformers(frames: int, fps: float, family: str) -> None:
-    """Tokens as the processor writes them (Qwen3-VL's times in words among them), positions as ``get_rope_index``
-    counts them."""
+    """Tokens as the processor writes them (with Qwen3-VL's timestamps), positions as ``get_rope_index`` counts them."""
     critic = tiny_critic(fps=fps, family=family)
     wanted = inputs(critic, clips(1, frames, dtype=torch.float32), "red?")
     _, grid = critic.embed_video(clips(1, frames, dtype=torch.float32))
@@ -123,7 +122,7 @@ def test_prefix_is_that_of_transformers(frames: int, fps: float, family: str) ->
 
 
 def test_times_are_spelled_out_for_qwen3_vl() -> None:
-    """Also the time of a last slice that one frame fills: it is that frame's own."""
+    """A last slice with a single frame gets the time of that frame."""
     text = expanded("<|vision_start|><|video_pad|><|vision_end|>", [2, 2, 2], 3, 2.0, "qwen3_vl")
     start, end, slice_ = "<|vision_start|>", "<|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
     assert text == f"{start}<0.2 seconds>{slice_}<1.0 seconds>{slice_}{end}"

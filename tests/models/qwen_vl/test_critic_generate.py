@@ -1,4 +1,4 @@
-"""What the critic says in words is what transformers' own ``generate`` says, token for token."""
+"""``QwenCritic.generate`` agrees with transformers' ``generate`` token by token."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_it_stops_at_the_end_of_the_turn() -> None:
 
 
 def test_nothing_is_computed_beyond_what_is_said() -> None:
-    """One step for the prompt and one for each token but the last, each given only what is new."""
+    """One step for the prompt and one per token except the last, each with new tokens only."""
     lengths, places = [], []
 
     def step(ids_1L, positions_31L, cache):

@@ -1,5 +1,5 @@
-"""The critic on the attention kernel: ranges say what the mask says, and answers and gradients are those of SDPA within
-its own rounding."""
+"""The critic on the attention kernel: ranges describe the same mask; answers and gradients equal SDPA's within
+rounding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a folder to a critic, and every way in which a folder does not hold one."""
+"""Loading a critic from a folder, and every way in which that fails."""
 
 from __future__ import annotations
 
@@ -148,8 +148,7 @@ def test_a_dense_question_needs_a_reference() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_more_tokens_than_the_model_was_made_for(family: str) -> None:
-    """The limit is on one conversation: each question counts its positions from the prefix on. 2 x 2 tokens a slice,
-    and what stands around them."""
+    """The limit applies to the prefix plus one question, since every question's positions start after the prefix."""
     critic = tiny_critic(family=family)
     frames = clips(1, frames=4, size=(16, 16), dtype=torch.float32)
     longest = len(critic.prefix(critic.embed_video(frames)[1]).ids_P) + len(critic.conversation.tokens(DENSE).ids)

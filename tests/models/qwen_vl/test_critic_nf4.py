@@ -1,4 +1,4 @@
-"""NF4: what is quantised and what is not, and that its gradient is that of the values its 4 bits stand for."""
+"""NF4 critics: which layers are quantised, and gradients equal to those of the dequantised weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def dequantised(folder, dtype: torch.dtype):
-    """A 16- or 32-bit critic with exactly the values that the NF4 one's weights stand for."""
+    """A 16- or 32-bit critic with the dequantised weights of the NF4 one."""
     plain, small = load_critic(str(folder), dtype), load_critic(str(folder), dtype, quant="nf4")
     modules = dict(small.model.named_modules())
     with torch.no_grad():
@@ -64,8 +64,8 @@ def test_what_is_quantised(folder) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_is_that_of_the_values_the_bits_stand_for(folder, dtype: torch.dtype, checkpointing: bool) -> None:
-    """The bound is the arithmetic's: what the same critic's result changes by where its weights are the same and its
-    rounding is not (fp32 against fp64 in fp32; bf16 against fp32 in bf16), twice."""
+    """The bound is twice the rounding error of the critic with the dequantised weights (fp32 against fp64; bf16 against
+    fp32)."""
     exact = dequantised(folder, dtype)
     small = load_critic(str(folder), dtype, quant="nf4")
     small.set_checkpointing(checkpointing)
@@ -82,7 +82,7 @@ def test_gradient_is_that_of_the_values_the_bits_stand_for(folder, dtype: torch.
 
 
 def test_it_is_not_the_unquantised_critic(folder) -> None:
-    """It points the same way all the same: nearer to it than to the gradient of any other clip."""
+    """Its gradient differs, but is closer to the unquantised one than to that of another clip."""
     frames, asked = clips(2, dtype=torch.float32), [questions(5)] * 2
     got, _ = gradient(load_critic(str(folder), quant="nf4"), frames, asked)
     wanted, _ = gradient(load_critic(str(folder)), frames, asked)
@@ -92,7 +92,7 @@ def test_it_is_not_the_unquantised_critic(folder) -> None:
 
 
 def test_its_weights_cost_no_activation_memory(folder) -> None:
-    """A frozen 4-bit linear keeps its packed weight for the backward, as a plain one keeps its own."""
+    """A frozen 4-bit layer saves its packed weight for the backward, where a plain one saves the full weight."""
     frames, asked = clips(1, dtype=torch.float32), [questions(5)]
     kept = {}
     for name in ("none", "nf4"):

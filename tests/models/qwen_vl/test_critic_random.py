@@ -1,4 +1,4 @@
-"""Critics of random weights: the published sizes, and a filling that never holds the model twice."""
+"""Critics with random weights: published sizes, filled without ever holding the model twice."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_same_weights_in_4_bit_and_without(tiny_known: str) -> None:
 
 
 def test_a_rotary_embedding_is_that_of_the_configuration(tiny_known: str) -> None:
-    """Buffers that no checkpoint holds."""
+    """Its buffers are in no checkpoint."""
     known = module.KNOWN[tiny_known].config
     made = random_critic(tiny_known).model
     settings = {key: value for key, value in known.items() if key != "model_type"}
@@ -78,7 +78,7 @@ def test_a_rotary_embedding_is_that_of_the_configuration(tiny_known: str) -> Non
 
 
 def test_a_layer_is_quantised_before_the_next_is_drawn(tiny_known: str, monkeypatch) -> None:
-    """So that no more than one matrix of them is ever there in 16 bit."""
+    """At most one matrix exists in 16 bits at a time."""
     pack, drawn = PackedLinear.pack, []
 
     def watched(layer, weight, home) -> None:

@@ -1,5 +1,4 @@
-"""Packed linear layers: bitsandbytes' bits, the gradient of the values they stand for, and nothing kept but the
-bits."""
+"""Packed linear layers: bitsandbytes' bits, gradients of the dequantised weights, and only packed tensors saved."""
 
 from __future__ import annotations
 
@@ -136,8 +135,7 @@ def test_one_row_without_gradient(quant: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("quant", QUANTS)
 def test_a_backward_keeps_the_bits_and_nothing_else(quant: str) -> None:
-    """Through autograd's own saved tensors, so that checkpointing drops them, and as the very tensors that were there
-    in the forward."""
+    """Saved through autograd, so that checkpointing drops them, and without copies."""
     made, x = layer(quant), noise(7, 128).requires_grad_()
     kept: list[torch.Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
@@ -171,7 +169,7 @@ def test_under_checkpointing_nothing_is_kept_and_gradients_are_the_same(quant: s
 
 @pytest.mark.parametrize(("quant", "packed_bytes"), [("nf4", 0.5 + 1 / 64 + 4 / 64 / 256), ("int8", 1 + 4 / 512)])
 def test_bytes(quant: str, packed_bytes: float) -> None:
-    """At rest, and the one unpacked weight of a forward and of a backward; NF4's scales in fp32 beside it."""
+    """Of the packed weight, and of the one unpacked weight in a forward and in a backward (NF4: with fp32 scales)."""
     made = layer(quant, (1024, 512), bias=False)
     weight = 1024 * 512
     assert sum(tensor.nbytes for tensor in made.packed()) == pytest.approx(packed_bytes * weight, abs=2000)
@@ -301,7 +299,7 @@ def test_the_lean_lora_linear_keeps_its_input_and_the_bits(quant: str) -> None:
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_a_lora_on_packed_weights(quant: str, dtype: torch.dtype) -> None:
-    """All that is done to one: its dtype, its strength, off and on again, to the bit."""
+    """Its dtype, its scale, removing and attaching it, bit by bit."""
     transformer = random_transformer(CONFIG, dtype, quant=quant)
     x, text = tiny_latents(1, dtype=torch.float32), tiny_condition(1, torch.float32)
     base = as_velocity(transformer)(x, 0.5, text)

@@ -1,4 +1,4 @@
-"""The transformer read tensor by tensor: diffusers' own result to the bit, packed on the way, and never there twice."""
+"""The transformer read tensor by tensor: bit-equal to diffusers', packed while it is read, never in memory twice."""
 
 from __future__ import annotations
 
@@ -113,8 +113,7 @@ def test_packed_weights_are_those_of_the_file_and_the_rest_is_as_it_was(
 
 @pytest.mark.parametrize("quant", ["none", *QUANTS])
 def test_a_tensor_is_gone_before_the_next_is_read(folder: Path, quant: str, monkeypatch) -> None:
-    """Whatever is read is converted or packed at once; with ``none`` in the file's own dtype it stays, and is not
-    copied."""
+    """Each tensor is converted or packed at once; unquantised and in the file's dtype, it is kept without a copy."""
     read, before = weight_reader.TensorFiles.read, []
 
     def watched(files, name):
@@ -131,7 +130,7 @@ def test_a_tensor_is_gone_before_the_next_is_read(folder: Path, quant: str, monk
 
 @pytest.mark.parametrize("quant", ["none", *QUANTS])
 def test_bytes_while_it_is_read(tmp_path: Path, quant: str) -> None:
-    """Never more than what stays, and what packing one tensor takes: several times its size in fp32 on the CPU."""
+    """At most the final bytes and the packing of one tensor, which takes several times its fp32 size on the CPU."""
     transformer = tiny_transformer(num_attention_heads=8, attention_head_dim=12, layers=12, ffn_dim=192)
     transformer.save_pretrained(tmp_path / "transformer")
     files = weight_reader.TensorFiles([tmp_path / "transformer" / WEIGHTS])
