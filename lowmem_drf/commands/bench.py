@@ -43,7 +43,7 @@ def bench_command(preset: str | None, vram: str | None, overrides: Sequence[str]
 
 
 def _as_json(plan: Plan, measured: Measurement, name: str) -> dict[str, Any]:
-    """As that of ``plan``, with what was measured in every stage. ``text`` is planned only: its encoder is not here."""
+    """The JSON of ``plan`` with the measurements of every stage; ``text`` has none, because no encoder is loaded."""
     rows = {
         stage: asdict(row) | {"measured_gib": measured.gib.get(stage), "measured_s": measured.s.get(stage)}
         for stage, row in plan.stages.items()

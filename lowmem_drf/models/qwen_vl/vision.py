@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from lowmem_drf.models.qwen_vl.attention import RangedAttention
 from lowmem_drf.ops import window_ranges
 
+_ranges = lru_cache(maxsize=8)(window_ranges)
+
 
 def speed_up_vision(visual: Any, attention: RangedAttention | None = None) -> None:
     """Replaces ``forward`` of the patch embedding and of every attention. Outputs agree up to rounding. ``attention``:
@@ -65,11 +67,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _take(x: Tensor, index: Tensor | None) -> Tensor:
     return x if index is None else x[index.to(x.device)]
-
-
-@lru_cache(maxsize=8)
-def _ranges(cu_seqlens: tuple[int, ...]) -> Tensor:
-    return window_ranges(cu_seqlens)
 
 
 @lru_cache(maxsize=64)

@@ -46,8 +46,7 @@ def answers(critic, frames):
     return logits.detach(), *torch.autograd.grad(logits, frames, upstream)
 
 
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(("family", "checkpointed"), [("qwen2_5_vl", False), ("qwen3_vl", True)])
 def test_answers_and_gradients(family, checkpointed):
     frames = torch.rand(2, 4, 3, 24, 16, generator=torch.Generator().manual_seed(0))
     sizes = dict(family=family, width=192, vision_width=32)
