@@ -149,10 +149,6 @@ class Models:
         """Outside the stages of a step: brings these models to the card, and offloads all others that may be."""
         self.residency.need(*names)
 
-    def awake_for(self, stage: str) -> None:
-        """Outside the stages of a step: ``awake`` with the models of ``stage``."""
-        self.residency.need_for(stage)
-
     def parts(self, lora: Sequence[Tensor]) -> Parts:
         """For training."""
         parts = Parts(self.velocity, self.decoder, self.ask or self.asked_critic, lora, self.residency.stage)
@@ -265,8 +261,3 @@ def latent_shape(config: Config, transformer: Any, vae: Any) -> tuple[int, int, 
             )
     frames = (video.frames - 1) // vae.config.scale_factor_temporal + 1
     return transformer.config.in_channels, frames, video.height // factor, video.width // factor
-
-
-def toyworld_models(config: Config) -> bool:
-    """True for ToyWorld's generator at 32 x 32, the size that its oracle measures."""
-    return config.model.id == TOYWORLD and config.video.width == config.video.height == 32

@@ -32,7 +32,7 @@ def generate(models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequ
     sigmas = flow_sigmas(sampler.steps, sampler.shift)
     cond, uncond = models.condition(texts), models.no_condition(len(texts))
     steps = range(sampler.steps)
-    models.awake_for("rollout")
+    models.residency.need_for("rollout")
     x_0, entering = rollout(models.velocity, sigmas, models.noise(seeds), cond, uncond, sampler.guidance, keep=steps)
     path = [*(entering[k] for k in steps), x_0]
     # the Euler update solved for v: v = (x_next - x) / (sigma_next - sigma)

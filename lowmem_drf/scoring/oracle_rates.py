@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lowmem_drf.assembly.assemble import toyworld_models
+from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.schema import Config
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ RATES = ("color", "shape", "direction", "physics", "quality", "all")
 
 def oracle_for(config: Config, texts: Sequence[str]) -> Callable[[Tensor, Sequence[str]], Mapping[str, float]] | None:
     """``oracle_rates``, or ``None`` for another model or size, or a prompt outside ToyWorld's grammar."""
-    if not toyworld_models(config):
+    if config.model.id != TOYWORLD or not config.video.width == config.video.height == 32:
         return None
     from lowmem_drf.toy.captions import parse
 

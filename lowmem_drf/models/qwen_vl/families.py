@@ -23,7 +23,6 @@ class Family(Protocol):
     """
 
     NAME: str
-    """Shown in messages."""
     MODEL_TYPE: str
     """``model_type`` in config.json."""
     BOUNDS: Literal["frame", "clip"]
@@ -54,10 +53,8 @@ class Family(Protocol):
     def decode(
         self, model: Any, inputs_BLD: Tensor, features_BND: Tensor | None, slots_N: Tensor | None, **arguments: Any
     ) -> Any:
-        """Runs the language model; returns ``last_hidden_state`` and ``past_key_values``.
-
-        ``features`` and their positions ``slots`` in L serve additions to deeper layers; ``None`` without a video.
-        """
+        """Runs the language model; returns ``last_hidden_state`` and ``past_key_values``. ``features`` and their
+        indices ``slots`` in L are for additions to deeper layers; ``None`` without a video."""
         ...
 
 
