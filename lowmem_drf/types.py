@@ -1,13 +1,13 @@
-"""The words of lowmem-drf as types, and the legend of shape letters.
+"""Shared types, and the legend of shape letters.
 
-Shape letters, used as name suffixes at the joints (``frames_BTCHW``):
+Shape letters, used as name suffixes at interfaces (``frames_BTCHW``):
 
     B  clips of an update           T  pixel frames            H W  pixels, height and width
     C  channels                     F  latent frames           h w  latent height and width
     N  denoising steps              K  graded steps            V    vocabulary of the critic
     L  tokens of a text             A  tokens of an answer
 
-Pixel frames are in [0, 1] wherever a name ends in ``_BTCHW`` or ``_TCHW``; the VAE's own range [-1, 1] does not leave
+Pixel frames are in [0, 1] where a name ends in ``_BTCHW`` or ``_TCHW``; the VAE's own range [-1, 1] does not leave
 ``models/wan/decoder.py``. Latents are the transformer's (normalised by the VAE's mean and standard deviation).
 """
 
@@ -29,19 +29,18 @@ Kind = Literal["yesno", "dense"]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One thing asked about a clip."""
+    """A question about a clip."""
 
     aspect: Aspect
     text: str
     answer: str
-    """The answer wanted: ``"yes"`` or ``"no"`` for ``yesno``, the reference explanation for ``dense``."""
+    """The wanted answer: ``"yes"`` or ``"no"`` for ``yesno``, the reference explanation for ``dense``."""
     kind: Kind = "yesno"
     weight: float = 1.0
     name: str = ""
-    """Short key for metrics (``color``, ``jump``). Empty: the aspect stands for it."""
+    """Short key for metrics (``color``, ``jump``). Empty: the aspect is the key."""
     token_weights: tuple[float, ...] = ()
-    """``dense``: the weight of each token of the answer in its reward, as the critic's tokenizer cuts it. Empty: all
-    alike."""
+    """``dense``: weight of each answer token in the reward, as the critic's tokenizer splits it. Empty: all equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +50,13 @@ class Prompt:
     id: str
     text: str
     questions: tuple[Question, ...] = ()
-    """Questions given by the user. Empty: they are made from ``text``."""
+    """The user's questions. Empty: they are made from ``text``."""
     reference_video: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """A finished clip with what it was made from."""
+    """A finished clip with its prompt and seed."""
 
     frames_TCHW: Tensor  # float, [0, 1]
     prompt: str
@@ -67,43 +66,42 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the critic says to one question about one clip."""
+    """The critic's answer to one question about one clip."""
 
     logits_AV: Tensor
-    """fp32 logits at the positions that predict the wanted answer's tokens. ``yesno``: A = 1."""
+    """fp32 logits at the positions that predict the wanted answer's tokens; A = 1 for ``yesno``."""
     target_A: Tensor
-    """int64 token ids of the wanted answer. For ``yesno``: of its first casing; all casings are in ``yes`` and
-    ``no``."""
+    """int64 token ids of the wanted answer. ``yesno``: of its first casing; ``yes`` and ``no`` hold all casings."""
     yes: tuple[int, ...] = ()
     no: tuple[int, ...] = ()
 
 
 class Decoder(Protocol):
-    """A causal video VAE decoder, whole and in chunks. A chunk is one latent frame and the pixel frames it makes."""
+    """A causal video VAE decoder. A chunk is one latent frame and the pixel frames it makes."""
 
     temporal_factor: int
     """Pixel frames per latent frame (4 for Wan). The first latent frame makes one pixel frame."""
 
     def decode(self, latents_BCFhw: Tensor) -> Tensor:
-        """All frames at once, as the model library does it. Returns (B, T, C, H, W) in [0, 1]. Differentiable."""
+        """All frames at once, as the model library makes them: (B, T, C, H, W) in [0, 1]. Differentiable."""
         ...
 
     def start(self, batch: int) -> tuple[Any, ...]:
-        """The caches that enter the first chunk: a tuple of tensors and ``None``."""
+        """The caches that enter the first chunk: tensors and ``None``."""
         ...
 
     def chunk(self, latents_BC1hw: Tensor, caches: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
-        """Latent frame + entering caches -> (frames (B, t, C, H, W) in [0, 1], caches handed on). Pure and
+        """Latent frame and entering caches -> frames (B, t, C, H, W) in [0, 1] and the caches handed on. Pure and
         differentiable in both; the frames are bitwise those of ``decode``."""
         ...
 
     def advance(self, latents_BC1hw: Tensor, caches: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The caches that ``chunk`` hands on, computed again for ``chunk_backward``, in its number format."""
+        """The caches that ``chunk`` hands on, recomputed for ``chunk_backward``, in the dtype of the gradient."""
         ...
 
     def store(self, caches: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Caches as ``chunk`` handed them on -> as they wait for ``chunk_backward``: anything that it and ``chunk``
-        take as entering caches."""
+        """The form in which caches from ``chunk`` wait for ``chunk_backward``: any that ``chunk_backward`` and
+        ``advance`` take as entering caches."""
         ...
 
     def chunk_backward(
@@ -115,36 +113,40 @@ class Decoder(Protocol):
         d_handed: tuple[Any, ...],
         hands_back: bool,
     ) -> tuple[Tensor, tuple[Any, ...]]:
-        """The pull-back of one chunk.
+        """Vector-Jacobian product of one chunk.
 
-        Args: caches: that entered it, stored. local: the frames of the chunk that have a gradient, as positions in it.
-            May be empty. d_made_BtCHW: their gradients, in this order. d_handed: what the next chunk's
-            ``chunk_backward`` returned as gradients at the caches, which may be overwritten. Empty: zero. hands_back:
-            whether gradients at ``caches`` are wanted.
+        Args:
+            caches: the entering caches, stored.
+            local: positions in the chunk of the frames that have a gradient. May be empty.
+            d_made_BtCHW: gradients of these frames.
+            d_handed: the cache gradients that the next chunk's ``chunk_backward`` returned; may be overwritten. Empty:
+                zero.
+            hands_back: whether gradients at ``caches`` are wanted.
 
-        Returns: The gradient at the latents (B, C, 1, h, w), and those at the caches in any form that
-            ``chunk_backward`` takes as ``d_handed`` (empty if not wanted).
+        Returns:
+            The gradient at the latents (B, C, 1, h, w), and those at the caches, in any form that ``chunk_backward``
+            takes as ``d_handed`` (empty if not wanted).
         """
         ...
 
 
 Velocity = Callable[["Tensor", float, Any], "Tensor"]
-"""(latents x_BCFhw, sigma in (0, 1], condition) -> velocity dx/dsigma, the same shape. The LoRA is on."""
+"""(latents x_BCFhw, sigma in (0, 1], condition) -> velocity dx/dsigma, same shape, with the LoRA applied."""
 
 Critic = Callable[["Tensor", "Sequence[Sequence[Question]]"], "list[list[Answer]]"]
 """(frames_BTCHW in [0, 1], questions of each clip) -> an answer per clip and question. Differentiable in the frames."""
 
 
 class Recorder(Protocol):
-    """Lets a graded step use what the rollout's own pass at that step computed. See ``memory.recorded_rollout``."""
+    """Lets graded steps reuse the rollout's passes. See ``memory.recorded_rollout``."""
 
     def record(self, step: int, conditions: Sequence[Any]) -> AbstractContextManager[None]:
-        """Around one step of the rollout: its passes of the velocity with these very conditions are recorded."""
+        """Wraps a step of the rollout: velocity passes with these very condition objects are recorded."""
         ...
 
     def replay(self, step: int, condition: Any) -> AbstractContextManager[None]:
-        """Around one graded pass of the velocity: it is taken from the record, if there is one, which is used up by its
-        backward."""
+        """Wraps a graded velocity pass: it is taken from its record, if there is one. Its backward uses the record
+        up."""
         ...
 
 
@@ -156,29 +158,25 @@ class _NoRecorder:
         return nullcontext()
 
 
-def _no_stage(name: str) -> AbstractContextManager[Any]:
-    return nullcontext()
-
-
 @dataclass(frozen=True)
 class Parts:
-    """The models of a step, as callables. ``method/`` knows nothing else of them."""
+    """The models of a step, as callables: all that ``method/`` knows of them."""
 
     velocity: Velocity
     decoder: Decoder
     critic: Critic
     lora: Sequence[Tensor]
-    """The trainable tensors: their ``.grad`` is what a step adds to."""
-    stage: Callable[[str], AbstractContextManager[Any]] = field(default=_no_stage)
-    """Entered around each stage (``rollout``, ``decode``, ``critic``, ``vae_backward``, ``denoise_backward``):
-    residency, peak meter, clock."""
+    """The trainable tensors; a step adds to their ``.grad``."""
+    stage: Callable[[str], AbstractContextManager[Any]] = nullcontext
+    """Wraps each stage (``rollout``, ``decode``, ``critic``, ``vae_backward``, ``denoise_backward``): residency, peak
+    meter, clock."""
     recorder: Recorder = field(default_factory=_NoRecorder)
     """By default every graded step runs its own forward."""
 
 
 @dataclass(slots=True)
 class StepStats:
-    """What one step reports."""
+    """Statistics of one step."""
 
     reward: float
     """Mean over clips of the weighted mean over questions."""
@@ -186,6 +184,6 @@ class StepStats:
     reward_by_question: dict[str, float]
     """Keyed by ``Question.name``, mean over clips."""
     latents_BCFhw: Tensor
-    """The rollout's end: for monitors (velocity norm, samples). No gradient."""
+    """End of the rollout, for monitors (velocity norm, samples). No gradient."""
     frames_BTCHW: Tensor
     """The frames the critic saw. No gradient."""

@@ -1,7 +1,7 @@
-"""Which pixel frames the critic sees, and which decode chunks hold them.
+"""Selection of the pixel frames for the critic, and of the decode chunks that hold them.
 
-A chunk is one latent frame. Chunk 0 makes pixel frame 0; chunk c > 0 makes frames (c - 1) t + 1 .. c t, with t the
-VAE's temporal factor.
+A chunk is one latent frame. With the VAE's temporal factor t, chunk 0 makes pixel frame 0, and chunk c > 0 makes frames
+(c - 1) t + 1 .. c t.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 FrameMode = Literal["uniform", "random_phase", "motion"]
 
 MIN_FRAMES, MAX_FRAMES = 4, 768
-"""At a rate, a clip gives at least and at most so many frames (as far as it has them): Hugging Face's and
-qwen-vl-utils' own bounds."""
+"""Bounds on the frames of a clip at a given rate, as in Hugging Face's processor and in qwen-vl-utils."""
 
 
 def kept_frames(
@@ -30,9 +29,10 @@ def kept_frames(
 ) -> tuple[int, ...]:
     """Ascending, unique pixel frames for the critic.
 
-    Args: mode: ``"uniform"``: evenly spaced with both ends (one frame: the middle one). ``"random_phase"``: a grid of
-        spacing ``n_frames / n_keep`` with one random phase, so that over many updates every frame is judged and none
-        can be sacrificed. ``"motion"``: as ``"uniform"``, until ``motion_frames`` knows the clip.
+    Args:
+        mode: ``"uniform"``: evenly spaced, both ends included (one frame: the middle one). ``"random_phase"``: spacing
+            ``n_frames / n_keep`` and one random phase, so that over many updates the critic judges every frame.
+            ``"motion"``: as ``"uniform"``, until the clip is known (``motion_frames``).
 
     Raises:
         BadInputError: ``n_keep`` not in 1..n_frames, or an unknown mode.
@@ -50,9 +50,9 @@ def kept_frames(
 def motion_frames(x_0_BCFhw: Tensor, n_frames: int, n_keep: int, temporal_factor: int) -> tuple[int, ...]:
     """Ascending, unique pixel frames: both ends, and between them more where the clip changes.
 
-    The change from one latent frame to the next (mean absolute difference over clips, channels and places) is spread
-    evenly over the pixel frames of the later one; a half of the mean is added everywhere, so that a still passage is
-    looked at too. The frames cut the sum into equal parts.
+    The change between two latent frames (mean absolute difference over clips, channels and places) is spread evenly
+    over the pixel frames of the later one. Half the mean change is added everywhere, so that still passages get frames
+    too. The frames cut the sum into equal parts.
     """
     change = (x_0_BCFhw[:, :, 1:].float() - x_0_BCFhw[:, :, :-1].float()).abs().mean(dim=(0, 1, 3, 4))
     rates = [change[chunk].item() for chunk in range(len(change))]
@@ -65,8 +65,8 @@ def motion_frames(x_0_BCFhw: Tensor, n_frames: int, n_keep: int, temporal_factor
 
 
 def _cut_evenly(passed: Sequence[float], n_keep: int) -> tuple[int, ...]:
-    """The first frames at which the ascending ``passed`` reaches 0, 1/(n-1), 2/(n-1) .. of its end; ascending and
-    unique (one frame: the middle)."""
+    """The first frames at which the ascending ``passed`` reaches 0, 1/(n-1), 2/(n-1) .. of its end (one frame: the
+    middle); unique."""
     if n_keep == 1:
         return (bisect_left(passed, 0.5 * passed[-1]),)
     chosen: list[int] = []
@@ -78,11 +78,11 @@ def _cut_evenly(passed: Sequence[float], n_keep: int) -> tuple[int, ...]:
 
 
 def frames_at_rate(n_frames: int, fps: float, rate: float, temporal_patch: int = 2) -> int:
-    """How many frames of a clip of ``n_frames`` at ``fps`` the critic sees at ``rate`` frames a second.
+    """The number of frames the critic sees of a clip of ``n_frames`` at ``fps``, at ``rate`` frames a second.
 
     The rule of ``Qwen2VLVideoProcessor.sample_frames`` (transformers 5.23): a multiple of ``temporal_patch``, rounded
-    down, in 4..768 and no more than there are. A clip shorter than one temporal patch gives all it has (Hugging Face
-    fails there); ``video_patches`` fills it up.
+    down, in 4..768 and at most ``n_frames``. A clip shorter than one temporal patch gives all its frames (Hugging Face
+    fails there); ``video_patches`` pads it.
 
     Raises:
         BadInputError: a rate that is not above 0; a clip without a frame rate.
@@ -91,7 +91,8 @@ def frames_at_rate(n_frames: int, fps: float, rate: float, temporal_patch: int =
         raise BadInputError(f'critic.frames = "fps:{rate:g}": the rate must be above 0, for example "fps:2"')
     if not 0 < fps < float("inf"):
         raise BadInputError(
-            f'critic.frames = "fps:{rate:g}" needs a clip with a frame rate, and this one has none. Give a number of frames instead.'
+            f'critic.frames = "fps:{rate:g}" needs a clip with a frame rate, and this one has none. '
+            "Give a number of frames instead."
         )
     most = min(MAX_FRAMES, n_frames) // temporal_patch * temporal_patch
     wanted = min(max(n_frames / fps * rate, MIN_FRAMES), most)
@@ -99,12 +100,12 @@ def frames_at_rate(n_frames: int, fps: float, rate: float, temporal_patch: int =
 
 
 def kept_fps(n_frames: int, fps: float, n_keep: int, mode: FrameMode = "uniform") -> float:
-    """Kept frames per second of the clip: one over the mean time between two neighbours of ``kept_frames``. A critic's
+    """Kept frames per second: one over the mean time between neighbours in ``kept_frames``. A critic's
     ``second_per_grid_ts`` is its temporal patch over this.
 
-    Hugging Face's ``sampled_fps`` is ``n_keep / n_frames * fps``, true of frames at a spacing of ``n_frames / n_keep``
-    (``random_phase``); ``uniform`` and ``motion`` take both ends, so their frames lie ``(n_frames - 1) / (n_keep - 1)``
-    apart (``motion``: on average).
+    Hugging Face's ``sampled_fps``, ``n_keep / n_frames * fps``, holds for a spacing of ``n_frames / n_keep``
+    (``random_phase``). ``uniform`` and ``motion`` include both ends: their mean spacing is
+    ``(n_frames - 1) / (n_keep - 1)``.
     """
     if mode != "random_phase" and n_keep > 1:
         return fps * (n_keep - 1) / (n_frames - 1)
@@ -131,15 +132,15 @@ class ChunkVisit:
     local: tuple[int, ...]
     """Positions of the same frames inside the chunk."""
     hands_back: bool
-    """Whether gradients of the entering caches go on to the chunk before."""
+    """Whether the gradients at its entering caches go on to the chunk before."""
 
 
 def backward_chunks(kept: Sequence[int], temporal_factor: int, window: int | None) -> tuple[ChunkVisit, ...]:
     """The chunks that the VAE backward recomputes, in reverse time order.
 
-    Cache gradients leave a kept chunk towards earlier chunks and stop ``window`` chunks below the last kept chunk they
-    passed (``None``: they never stop, exact; 0: they never leave). Kept chunks in reach of each other therefore cost no
-    accuracy.
+    Cache gradients flow from a kept chunk to earlier chunks and stop ``window`` chunks below the last kept chunk they
+    passed. ``None``: they never stop (exact); 0: they never leave their chunk. So truncation costs nothing between kept
+    chunks within the window of each other.
     """
     holders = {chunk_of_frame(frame, temporal_factor) for frame in kept}
     last = max(holders)

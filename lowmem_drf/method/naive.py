@@ -1,5 +1,4 @@
-"""One step of Diffusion-DRF as a single autograd graph, with no saving whatever: the oracle that ``step.drf_step`` must
-equal.
+"""One step of Diffusion-DRF as a single autograd graph: the oracle that ``step.drf_step`` must equal.
 
 Only ungraded steps run without gradient. Memory grows with the number of graded steps and of frames. Not for training.
 """
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 def naive_step(
     parts: Parts,
-    plan: StepSpec,
+    spec: StepSpec,
     noise_BCFhw: Tensor,
     cond: Any,
     uncond: Any,
@@ -32,35 +31,35 @@ def naive_step(
     lv_generators: Sequence[Generator] = (),
     share: float = 1.0,
 ) -> StepStats:
-    """Adds the gradient of -share * reward (mean over clips) to the ``.grad`` of ``parts.lora``. The arguments are
-    those of ``drf_step``.
+    """Adds the gradient of -share * reward (mean over clips) to the ``.grad`` of ``parts.lora``. Arguments as in
+    ``drf_step``.
 
     Raises:
-        ValueError: ``plan.vae_window`` is set; one graph has no truncation.
+        ValueError: ``spec.vae_window`` is set; one graph has no truncation.
     """
-    if plan.vae_window is not None:
+    if spec.vae_window is not None:
         raise ValueError("naive_step is one exact graph: it has no vae_window")
-    sigmas = plan.sigmas.tolist()
+    sigmas = spec.sigmas.tolist()
 
     def step(x: Tensor, k: int) -> Tensor:
-        graded = k in plan.graded
+        graded = k in spec.graded
         with torch.set_grad_enabled(graded):
-            seen = x if graded and plan.chain == "full" else x.detach()
-            v = guided(parts.velocity, seen, sigmas[k], cond, uncond, plan.guidance, plan.guidance_grad)
+            x_in = x if graded and spec.chain == "full" else x.detach()
+            v = guided(parts.velocity, x_in, sigmas[k], cond, uncond, spec.guidance, spec.guidance_grad)
         return euler_step(x, v, sigmas[k], sigmas[k + 1])
 
     def reward(x_0: Tensor) -> tuple[Tensor, StepStats]:
-        frames = parts.decoder.decode(x_0)[:, list(plan.seen(x_0, parts.decoder.temporal_factor))]
-        mean, by_aspect, by_question = mean_reward(parts.critic(frames, questions), questions, plan.reward)
+        frames = parts.decoder.decode(x_0)[:, list(spec.seen(x_0, parts.decoder.temporal_factor))]
+        mean, by_aspect, by_question = mean_reward(parts.critic(frames, questions), questions, spec.reward)
         return mean, StepStats(mean.item(), by_aspect, by_question, x_0.detach(), frames.detach())
 
     with torch.enable_grad():
         x = noise_BCFhw
-        for k in range(plan.steps):
+        for k in range(spec.steps):
             x = step(x, k)
         total, stats = reward(x)
-        last = plan.steps - 1
-        for _ in range(plan.lv_samples):
-            total = total + reward(step(renoise(x, sigmas[last], plan.lv_sources(lv_generators, len(x))), last))[0]
-        (-share * total / (1 + plan.lv_samples)).backward(inputs=list(parts.lora))
+        last = spec.steps - 1
+        for _ in range(spec.lv_samples):
+            total = total + reward(step(renoise(x, sigmas[last], lv_generators), last))[0]
+        (-share * total / (1 + spec.lv_samples)).backward(inputs=list(parts.lora))
     return stats

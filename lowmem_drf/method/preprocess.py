@@ -1,13 +1,13 @@
-"""The differentiable twin of the critic's video processor: frames in [0, 1] -> the vision tower's patches.
+"""Differentiable counterpart of the critic's video processor: frames in [0, 1] -> the vision tower's patches.
 
-After ``Qwen2VLVideoProcessor`` and ``Qwen3VLVideoProcessor`` of transformers 5.23 (resize rules, bicubic resize with
-antialias, normalisation, patch order; 5.17 agrees), with ``cap_pixels_per_frame=True``: the rule of qwen-vl-utils, by
-which these models were trained and which transformers announces as its default. Frame sampling is in ``frames``.
+Follows ``Qwen2VLVideoProcessor`` and ``Qwen3VLVideoProcessor`` of transformers 5.23 (resize rules, antialiased bicubic
+resize, normalisation, patch order; 5.17 agrees) with ``cap_pixels_per_frame=True``: the rule of qwen-vl-utils, which
+these models were trained with and transformers announces as its default. ``frames`` samples the frames.
 
-On float frames the result is Hugging Face's, but for one thing: bicubic resampling overshoots at edges, and values past
-black or white saturate here, as those of uint8 frames do there. For uint8 frames Hugging Face resizes in two passes,
-each rounded to 1/255 and saturated; nothing is rounded here, or there were no gradient: the two differ by about one
-level of 255, more where noise overshoots between the passes, and only where frames are resized.
+On float frames the result is Hugging Face's, except that overshoot of the bicubic resize saturates at black and white,
+as uint8 does there. On uint8 frames Hugging Face resizes in two passes and rounds each to 1/255. Rounding would kill
+the gradient, so nothing is rounded here: resized frames differ by about one level of 255, more where noise overshoots
+between the passes.
 """
 
 from __future__ import annotations
@@ -38,17 +38,16 @@ class VideoGeometry:
     merge: int
     """Patches per token of the language model, each side. Frame sides are multiples of ``patch * merge``."""
     min_pixels: int
-    """Of a frame, or of the whole clip (``size.shortest_edge``)."""
+    """Per frame or per clip, see ``bounds`` (``size.shortest_edge``)."""
     max_pixels: int
-    """Of a frame, or of the whole clip (``size.longest_edge``)."""
+    """Per frame or per clip (``size.longest_edge``)."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     bounds: Literal["frame", "clip"] = "frame"
-    """What the two bounds are of: a frame (Qwen2-VL, Qwen2.5-VL) or all frames of a clip together (Qwen3-VL)."""
+    """What the two bounds apply to: each frame (Qwen2-VL, Qwen2.5-VL) or all frames of a clip together (Qwen3-VL)."""
     max_video_tokens: int | None = None
-    """The other bound of ``cap_pixels_per_frame``. ``frame``: 90% of this many tokens for a clip, shared by its frames;
-    ``None`` is Qwen2.5-VL's 128000 and binds from 300 frames on. ``clip``: this many tokens for a frame; ``None`` is
-    Qwen3-VL's 768."""
+    """The cap of ``cap_pixels_per_frame``. ``frame``: the frames of a clip share 90% of this many tokens; ``None`` is
+    Qwen2.5-VL's 128000, which binds from 300 frames on. ``clip``: tokens per frame; ``None`` is Qwen3-VL's 768."""
 
     @property
     def factor(self) -> int:
@@ -57,10 +56,10 @@ class VideoGeometry:
 
 
 def smart_resize(height: int, width: int, geometry: VideoGeometry, frames: int = 1) -> tuple[int, int]:
-    """The size that the frames of a clip are resized to: sides multiples of ``geometry.factor``, area within the
-    bounds, aspect ratio kept.
+    """The size that a clip's frames are resized to: sides multiples of ``geometry.factor``, area within the bounds,
+    aspect ratio kept.
 
-    ``frames``: of the clip, before an odd number is filled up.
+    ``frames``: the clip's, before padding to an even number.
 
     Raises:
         BadInputError: an aspect ratio above 200.
@@ -68,23 +67,22 @@ def smart_resize(height: int, width: int, geometry: VideoGeometry, frames: int =
     factor = geometry.factor
     low = geometry.min_pixels
     if geometry.bounds == "clip":
-        # Hugging Face refuses a clip that does not fill one patch; here it is filled up
+        # Hugging Face refuses a clip that does not fill one patch; here it is padded
         frames = max(frames, geometry.temporal_patch)
         if min(height, width) < factor:
             scale = max(factor / height, factor / width)
             height, width = int(height * scale), int(width * scale)
         counted = round(frames / geometry.temporal_patch) * geometry.temporal_patch
-        high = (
-            max(min((geometry.max_video_tokens or 768) * factor**2, geometry.max_pixels // frames), int(low * 1.05))
-            * frames
-        )
+        per_frame = min((geometry.max_video_tokens or 768) * factor**2, geometry.max_pixels // frames)
+        high = max(per_frame, int(low * 1.05)) * frames
     else:
         budget = int((geometry.max_video_tokens or 128_000) * factor**2 * 0.9) * geometry.temporal_patch
         high = max(min(geometry.max_pixels, budget // frames), int(low * 1.05))
         frames = counted = 1
     if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
         raise BadInputError(
-            f"the critic cannot look at {width}x{height} frames: the aspect ratio must be at most {MAX_ASPECT_RATIO}. Crop the video."
+            f"the critic cannot look at {width}x{height} frames: the aspect ratio must be at most {MAX_ASPECT_RATIO}. "
+            "Crop the video."
         )
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
     if counted * rows * columns > high:
@@ -97,29 +95,26 @@ def smart_resize(height: int, width: int, geometry: VideoGeometry, frames: int =
 
 
 def resized(frames_BTCHW: Tensor, geometry: VideoGeometry) -> Tensor:
-    """The frames at the size the critic looks at, float in [0, 1]. Differentiable; done twice, it changes nothing
-    more."""
+    """The frames at the critic's size, float in [0, 1]. Differentiable and idempotent."""
     batch, frames, _, height, width = frames_BTCHW.shape
     size = smart_resize(height, width, geometry, frames)
     if size == (height, width):
         return frames_BTCHW
     # bicubic overshoots; uint8 images saturate there, and so do we
-    return (
-        F.interpolate(frames_BTCHW.flatten(0, 1), size=size, mode="bicubic", antialias=True)
-        .clamp(0, 1)
-        .unflatten(0, (batch, frames))
-    )
+    x = F.interpolate(frames_BTCHW.flatten(0, 1), size=size, mode="bicubic", antialias=True)
+    return x.clamp(0, 1).unflatten(0, (batch, frames))
 
 
 def video_patches(frames_BTCHW: Tensor, geometry: VideoGeometry) -> tuple[Tensor, Tensor]:
     """Patches of B clips, one clip after the other. Differentiable.
 
     Args:
-        frames_BTCHW: [0, 1], floating point. An odd number of frames is filled up by repeating the last.
+        frames_BTCHW: [0, 1], floating point. An odd number of frames is padded by repeating the last.
 
-    Returns: ``pixel_values_videos`` (B * grid_t * grid_h * grid_w, C * temporal_patch * patch * patch), dtype of the
-        frames, in the order of Hugging Face (the patches of one merged token are neighbours), and ``video_grid_thw``
-        (B, 3), int64, on the CPU.
+    Returns:
+        ``pixel_values_videos`` (B * grid_t * grid_h * grid_w, C * temporal_patch * patch * patch), in the frames' dtype
+        and Hugging Face's order (the patches of one merged token are neighbours), and ``video_grid_thw`` (B, 3), int64,
+        on the CPU.
     """
     x = resized(frames_BTCHW, geometry)
     batch, frames, channels, rows, columns = x.shape

@@ -1,8 +1,7 @@
-"""The critic's logits -> a reward per question -> one number per clip -> the mean over clips.
+"""The critic's logits -> a reward per question -> one per clip -> the mean over clips.
 
-All arithmetic is in fp32, or fp64 where the logits are. Nothing is learned and nothing is normalised over a batch: the
-reward of a clip depends on that clip alone, and on the scales of ``RewardSpec``, which an update does not change while
-it runs (``Spread``).
+Arithmetic is in fp32, or fp64 if the logits are. Nothing is learned or normalised over a batch: a clip's reward depends
+on that clip alone, and on ``RewardSpec.scales``, which are constant during an update (``Spread``).
 """
 
 from __future__ import annotations
@@ -26,21 +25,20 @@ RewardKind = Literal["yes_logprob", "yes_margin"]
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """How answers become a reward."""
+    """Conversion of answers into a reward."""
 
     kind: RewardKind = "yes_logprob"
-    """Of yes/no questions. ``yes_logprob``: log-probability of the wanted answer, all casings together. ``yes_margin``:
-    log-odds of the wanted answer against the other one. Dense questions always give the mean log-probability of the
-    reference's tokens, weighted by ``Question.token_weights``: the token-wise reward of Diffusion-DRF (arXiv
-    2601.04153)."""
+    """For yes/no questions. ``yes_logprob``: log-probability of the wanted answer, all casings together.
+    ``yes_margin``: log-odds of the wanted answer against the other. Dense questions always give the mean
+    log-probability of the reference's tokens, weighted by ``Question.token_weights``: the token-wise reward of
+    Diffusion-DRF (arXiv 2601.04153)."""
     hinge: float | None = None
-    """Target: a question's reward is min(reward, hinge), so what is good enough is pushed no further. ``None``: no
-    target."""
+    """Target: a question's reward is min(reward, hinge), so good answers are pushed no further. ``None``: no target."""
     weights: Mapping[str, float] = field(default_factory=lambda: {"TA": 1.0, "Phy": 1.0, "VQ": 1.0})
-    """Per aspect: its share in the total, however many questions it asks."""
+    """Share of each aspect in the total, however many questions it asks."""
     scales: Mapping[str, float] = field(default_factory=dict)
-    """Per-question normalisation: by question name (or aspect, where it has none), what its reward is divided by in the
-    total. Rewards are reported as they are. A name that is not here counts as 1."""
+    """Per-question normalisation: the total divides each reward by its scale, keyed by question name (or aspect, if it
+    has none). Default 1. Reported rewards are not scaled."""
 
     def __post_init__(self) -> None:
         if self.kind not in ("yes_logprob", "yes_margin"):
@@ -56,12 +54,13 @@ class RewardSpec:
 def question_reward(answer: Answer, question: Question, spec: RewardSpec) -> Tensor:
     """Reward of one answer, a scalar; higher is better; at most 0 for log-probabilities.
 
-    Raises: BadInputError: a yes/no question that wants neither yes nor no; token weights of another number than the
-        answer's tokens.
+    Raises:
+        BadInputError: a yes/no question that wants neither yes nor no; a number of token weights that is not the
+            answer's number of tokens.
     """
-    logits_AV = answer.logits_AV.to(torch.promote_types(answer.logits_AV.dtype, torch.float32))
+    logits_AV = _at_least_fp32(answer.logits_AV)
     if question.kind == "dense":
-        logp_A = logits_AV.log_softmax(-1).gather(-1, answer.target_A[:, None].to(logits_AV.device))[:, 0]
+        logp_A = _at_targets(logits_AV.log_softmax(-1), answer)
         reward = logp_A.mean() if not question.token_weights else logp_A @ _shares(question, logp_A)
     else:
         wanted, other = _wanted_and_other(answer, question)
@@ -73,18 +72,25 @@ def question_reward(answer: Answer, question: Question, spec: RewardSpec) -> Ten
 
 
 def token_probabilities(answer: Answer) -> Tensor:
-    """(A,) on the CPU, in [0, 1]: the probability of each token of the wanted answer after those before it."""
-    logits_AV = answer.logits_AV.detach().to(torch.promote_types(answer.logits_AV.dtype, torch.float32))
-    return logits_AV.softmax(-1).gather(-1, answer.target_A[:, None].to(logits_AV.device))[:, 0].cpu()
+    """(A,) on the CPU, in [0, 1]: the probability of each token of the wanted answer, given those before it."""
+    return _at_targets(_at_least_fp32(answer.logits_AV.detach()).softmax(-1), answer).cpu()
+
+
+def _at_least_fp32(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _at_targets(values_AV: Tensor, answer: Answer) -> Tensor:
+    return values_AV.gather(-1, answer.target_A[:, None].to(values_AV.device))[:, 0]
 
 
 def _shares(question: Question, like_A: Tensor) -> Tensor:
-    """The token weights as shares of 1."""
+    """The token weights, scaled to sum to 1."""
     weights = like_A.new_tensor(question.token_weights)
     if len(weights) != len(like_A) or not weights.sum() > 0:
         raise BadInputError(
-            f"the dense question {question.text!r} has {len(weights)} token weights that sum to {weights.sum():g}, and its answer has "
-            f"{len(like_A)} tokens: give one weight a token, not all of them 0"
+            f"the dense question {question.text!r} has {len(weights)} token weights that sum to {weights.sum():g}, and "
+            f"its answer has {len(like_A)} tokens: give one weight a token, not all of them 0"
         )
     return weights / weights.sum()
 
@@ -105,10 +111,11 @@ def total_reward(
 ) -> tuple[Tensor, dict[str, float], dict[str, float]]:
     """Reward of one clip.
 
-    Returns: The weighted mean over aspects of the weighted mean over each one's questions, a scalar with gradient (each
-        reward divided by its question's scale): an aspect's say depends on its weight, not on how many questions it
-        asks. Aspects that are not asked count nothing; the rewards by aspect (weighted by question weight alone); the
-        rewards by question name (or aspect, where it has no name; plain mean where several share it).
+    Returns:
+        The total, a scalar with gradient: the weighted mean over aspects of the weighted mean over an aspect's
+        questions, each reward divided by its question's scale. Aspects without a question do not count.
+        The rewards by aspect, weighted by question weight alone.
+        The rewards by question name (or aspect, if it has none; plain mean if several share it).
 
     Raises:
         BadInputError: no question, or none with a weight above 0.
@@ -131,7 +138,7 @@ def total_reward(
     by_aspect = {
         aspect: sum(w * r.item() for w, r, _ in rows) / sum(w for w, _, _ in rows) for aspect, rows in of_aspect.items()
     }
-    return total, by_aspect, {name: sum(values) / len(values) for name, values in by_question.items()}
+    return total, by_aspect, _means(by_question)
 
 
 def mean_reward(
@@ -139,11 +146,8 @@ def mean_reward(
 ) -> tuple[Tensor, dict[str, float], dict[str, float]]:
     """``total_reward`` averaged over clips; an aspect or question name over the clips that have it."""
     clips = [total_reward(a, q, spec) for a, q in zip(answers, questions, strict=True)]
-    return (
-        torch.stack([clip[0] for clip in clips]).mean(),
-        _mean_by_key([c[1] for c in clips]),
-        _mean_by_key([c[2] for c in clips]),
-    )
+    total = torch.stack([clip[0] for clip in clips]).mean()
+    return total, _mean_by_key([clip[1] for clip in clips]), _mean_by_key([clip[2] for clip in clips])
 
 
 def _mean_by_key(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -151,17 +155,20 @@ def _mean_by_key(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     for row in rows:
         for key, value in row.items():
             columns[key].append(value)
+    return _means(columns)
+
+
+def _means(columns: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {key: sum(values) / len(values) for key, values in columns.items()}
 
 
 @dataclass
 class Spread:
-    """Per-question normalisation: how much each question's reward has varied from update to update, as scales of mean
-    1.
+    """Per-question normalisation: the spread of each question's reward over updates, as scales of mean 1.
 
-    Rewards of different questions live on different scales (a yes that is nearly certain, an explanation of ten
-    tokens), and what varies most would drown the rest. Mean and variance run exponentially. A question that is answered
-    hardly varies any more: a floor keeps its scale from vanishing and its gradient from exploding.
+    Rewards of different questions live on different scales (a nearly certain yes, an explanation of ten tokens); the
+    one that varies most would drown the rest. Mean and variance are exponential. An answered question hardly varies any
+    more: the floor keeps its scale from vanishing and its gradient from exploding.
     """
 
     decay: float = 0.95
@@ -173,7 +180,7 @@ class Spread:
     """Name -> number of updates, running mean, running variance."""
 
     def add(self, rewards: Mapping[str, float]) -> None:
-        """The mean rewards of one update, by question name."""
+        """Adds the mean rewards of one update, by question name."""
         for name, reward in rewards.items():
             count, mean, variance = self.seen.get(name, (0, 0.0, 0.0))
             share = max(1 - self.decay, 1 / (count + 1))  # a plain average until the window is full
@@ -181,11 +188,9 @@ class Spread:
             self.seen[name] = count + 1, mean + share * delta, (1 - share) * (variance + share * delta * delta)
 
     def scales(self) -> dict[str, float]:
-        """``RewardSpec.scales``: empty until some question was seen ``warmup`` times and varied."""
+        """``RewardSpec.scales``: empty until a question was seen ``warmup`` times and varied."""
         deviations = {name: variance**0.5 for name, (count, _, variance) in self.seen.items() if count >= self.warmup}
         mean = sum(deviations.values()) / len(deviations) if deviations else 0.0
-        return (
-            {name: (deviation / mean + self.floor) / (1 + self.floor) for name, deviation in deviations.items()}
-            if mean > 0
-            else {}
-        )
+        if not mean > 0:
+            return {}
+        return {name: (deviation / mean + self.floor) / (1 + self.floor) for name, deviation in deviations.items()}

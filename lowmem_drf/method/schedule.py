@@ -1,8 +1,8 @@
 """The sampler: sigmas, noise, guidance, the Euler update and the choice of graded steps.
 
 Flow matching: x_sigma = (1 - sigma) x_0 + sigma eps, velocity v = dx/dsigma = eps - x_0, sigma from 1 (noise) to 0
-(clip). Step k of N goes from ``sigmas[k]`` to ``sigmas[k + 1]``. Higher-order solvers are left out: with them a step's
-update depends on earlier velocities, and the gradient of a graded step would no longer be one pass through one step.
+(clip). Step k of N goes from ``sigmas[k]`` to ``sigmas[k + 1]``. There are no higher-order solvers: their updates
+depend on earlier velocities, so the gradient of a graded step would not be one pass through one step.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from lowmem_drf.types import Velocity
 
 GuidanceGrad = Literal["cond", "both"]
-"""Where the gradient of a guided step goes: through the conditional pass alone, or through both passes."""
+"""Gradient of a guided step: through the conditional pass alone, or through both passes."""
 
 
 def flow_sigmas(steps: int, shift: float) -> Tensor:
     """Noise levels of the sampler, fp64, shape (steps + 1,), falling from 1 - 1e-6 to exactly 0.
 
-    The grid of ``diffusers`` 0.42 ``UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=shift)``, which Wan's
+    The grid of diffusers 0.42's ``UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=shift)``, which Wan's
     pipelines ship. With ``solver_order=1`` and ``disable_corrector=list(range(steps))`` (Wan ships it with the
-    corrector on) that scheduler is the Euler update below, so ``WanPipeline`` reproduces our clips. In contrast to
+    corrector on) it makes the Euler update below, so ``WanPipeline`` reproduces our clips. Unlike in
     ``FlowMatchEulerDiscreteScheduler`` the last step is not nearly empty, so grading it alone (K = 1) trains something.
 
     Raises:
@@ -40,7 +40,7 @@ def flow_sigmas(steps: int, shift: float) -> Tensor:
         raise BadInputError(f"sampler.shift is {shift}: it must be above 0 (1 is no shift; Wan uses 3 to 8)")
     unshifted = torch.linspace(1, 1e-3, steps + 1, dtype=torch.float64)[:-1]
     sigmas = shift * unshifted / (1 + (shift - 1) * unshifted)
-    sigmas[0] -= 1e-6  # as UniPC has it, whose log-SNR is infinite at 1
+    sigmas[0] -= 1e-6  # as in UniPC: the log-SNR is infinite at 1
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
@@ -52,14 +52,19 @@ def euler_step(x_BCFhw: Tensor, velocity_BCFhw: Tensor, sigma: float, sigma_next
 def draw_noise(shape_CFhw: Sequence[int], seeds: Sequence[int]) -> Tensor:
     """Standard normal fp32 noise (B, C, F, h, w) on the CPU, one generator per clip.
 
-    A clip's noise depends on its own seed only: not on the batch it is in, nor on the device.
+    A clip's noise depends on its own seed only, not on its batch or the device.
     """
     return torch.stack([torch.randn(*shape_CFhw, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
 def renoise(x_0_BCFhw: Tensor, sigma: float, generators: Sequence[Generator]) -> Tensor:
-    """(1 - sigma) sg(x_0) + sigma eps with fresh eps from a CPU generator per clip: a DRaFT-LV sample (arXiv
-    2309.17400)."""
+    """(1 - sigma) sg(x_0) + sigma eps: a DRaFT-LV sample (arXiv 2309.17400).
+
+    Each clip has its own CPU generator: global random state would break exact resume, and one generator for all would
+    make a clip's noise depend on its batch. Raises ValueError where their numbers differ.
+    """
+    if len(generators) != len(x_0_BCFhw):
+        raise ValueError(f"lv_samples needs lv_generators, one per clip: {len(x_0_BCFhw)}, not {len(generators)}")
     eps = torch.stack([torch.randn(x_0_BCFhw.shape[1:], generator=generator) for generator in generators]).to(x_0_BCFhw)
     return (1 - sigma) * x_0_BCFhw.detach() + sigma * eps
 
@@ -67,12 +72,13 @@ def renoise(x_0_BCFhw: Tensor, sigma: float, generators: Sequence[Generator]) ->
 def choose_graded(mode: str | Sequence[int], steps: int, k: int, generator: Generator | None = None) -> tuple[int, ...]:
     """The steps that carry gradient, ascending.
 
-    Args: mode: ``"tail"`` the last ``k``; ``"last"`` the last one (``k`` is not used); ``"random"`` ``k`` different
-        steps drawn anew in every call; or the steps themselves (``k`` is not used; negative ones count from the end).
-        generator: of ``"random"``.
+    Args:
+        mode: ``"tail"``: the last ``k``. ``"last"``: the last one. ``"random"``: ``k`` different steps, drawn from
+            ``generator`` in every call. Or a list of steps; negative ones count from the end. ``"last"`` and a list
+            ignore ``k``.
 
     Raises:
-        BadInputError: an unknown mode, ``k`` not in 1..steps, a listed step that does not exist.
+        BadInputError: an unknown mode, ``k`` not in 1..steps, a listed step out of range.
     """
     if not isinstance(mode, str):
         bad = [i for i in mode if not -steps <= i < steps]
@@ -95,7 +101,7 @@ def guided(
 ) -> Tensor:
     """Velocity under classifier-free guidance: v_u + scale (v_c - v_u). Scale 1 is no guidance and costs one pass.
 
-    With ``grad="cond"`` v_u is a constant, both for the weights and for x.
+    With ``grad="cond"`` v_u is a constant for both the weights and x.
     """
     if scale == 1:
         return velocity(x_BCFhw, sigma, cond)
@@ -107,8 +113,7 @@ def guided(
 def gradient_passes(cond: Any, uncond: Any, scale: float, grad: GuidanceGrad) -> tuple[tuple[Any, float], ...]:
     """The transformer passes that carry gradient in a ``guided`` step, each with its factor d v / d v_pass.
 
-    Guidance is linear in its two passes, so a backward can take them one after the other, and never needs a constant
-    one.
+    Guidance is linear in its two passes, so a backward can take one after the other and skip a constant one.
     """
     if scale == 1 or grad == "cond":
         return ((cond, scale),)

@@ -1,14 +1,13 @@
-"""The relay: one step of Diffusion-DRF whose memory grows neither with the graded steps K nor with the frames.
+"""The relay: one step of Diffusion-DRF whose memory grows neither with the number K of graded steps nor with the
+frames.
 
-The chain rule allows cuts, and the cuts are exact: the graph from reward to LoRA is cut at the kept pixel frames, at
-the latents, between decode chunks (at the VAE's causal caches) and between graded steps. Each piece is run forward
-without gradient first, then recomputed with gradient when its cotangent is known, one piece live at a time.
-``naive.naive_step`` is the same step as one graph. Exact means equal to that graph: with guidance both leave out what
-``guidance_grad`` leaves out, and the decoder's clamp has in both the gradient that ``models/wan_vae.InwardClamp`` gives
-it.
+The graph from reward to LoRA is cut at the kept frames, at the latents, between decode chunks (at the VAE's causal
+caches) and between graded steps. Each piece runs forward without gradient first, and is recomputed with gradient when
+its cotangent is known: one piece is live at a time. By the chain rule the result is exact: it equals that of
+``naive.naive_step``, the same step as one graph. (With guidance both leave out what ``guidance_grad`` leaves out, and
+in both the decoder's clamp has the gradient of ``models/wan/vae.InwardClamp``.)
 
-Clipping, the refusal of non-finite LoRA gradients, the optimizer and all device moves but those of the caches are the
-caller's.
+The caller clips, refuses non-finite LoRA gradients, runs the optimizer and moves models between devices.
 """
 
 from __future__ import annotations
@@ -33,21 +32,150 @@ if TYPE_CHECKING:
 
     from lowmem_drf.types import Critic, Parts, Question, Velocity
 
+
+def drf_step(
+    parts: Parts,
+    spec: StepSpec,
+    noise_BCFhw: Tensor,
+    cond: Any,
+    uncond: Any,
+    questions: Sequence[Sequence[Question]],
+    lv_generators: Sequence[Generator] = (),
+    share: float = 1.0,
+) -> StepStats:
+    """Adds the gradient of -share * reward (mean over clips) to the ``.grad`` of ``parts.lora``.
+
+    Args:
+        noise_BCFhw: sigma = 1 latents, on the transformer's device, fp32 (or fp64).
+        cond, uncond: conditions for ``parts.velocity``; ``uncond`` is not used if ``spec.guidance`` is 1.
+        questions: per clip.
+        lv_generators: CPU generators of the DRaFT-LV noise, one per clip; needed with ``spec.lv_samples``.
+        share: fraction that these clips are of a larger batch.
+
+    Returns:
+        Statistics of the sampled trajectory. DRaFT-LV's copies count in the gradient, not here.
+
+    Raises:
+        NonFiniteError: the reward, or the gradient at the frames or at a latent, is NaN or infinite. Gradients that
+            earlier pieces added (later steps, other DRaFT-LV copies) stay, so drop the ``.grad``.
+    """
+    with parts.stage("rollout"):
+        conditions = [one for one, _ in gradient_passes(cond, uncond, spec.guidance, spec.guidance_grad)]
+        record = partial(parts.recorder.record, conditions=conditions)
+        x_0, entering = rollout(
+            parts.velocity, spec.sigmas, noise_BCFhw, cond, uncond, spec.guidance, spec.graded, record
+        )
+        trajectories = [(x_0, entering)] + [
+            lv_copy(parts.velocity, spec, x_0, cond, uncond, lv_generators) for _ in range(spec.lv_samples)
+        ]
+    all_stats = []
+    for x_0, entering in trajectories:
+        kept = spec.seen(x_0, parts.decoder.temporal_factor)
+        with parts.stage("decode"):
+            frames, caches = decode(parts.decoder, x_0, kept, spec.vae_window, spec.vae_cache_every)
+        with parts.stage("critic"):
+            stats, d_frames = critic_backward(parts.critic, frames, questions, spec.reward, share / len(trajectories))
+        with parts.stage("vae_backward"):
+            d_x_0 = vae_backward(parts.decoder, x_0, caches, d_frames, kept, spec.vae_window)
+        with parts.stage("denoise_backward"):
+            denoise_backward(parts, spec, entering, d_x_0, cond, uncond)
+        all_stats.append(replace(stats, latents_BCFhw=x_0))
+    return all_stats[0]
+
+
+@torch.no_grad()
+def rollout(
+    velocity: Velocity,
+    sigmas: Tensor,
+    noise_BCFhw: Tensor,
+    cond: Any,
+    uncond: Any,
+    guidance: float = 1.0,
+    keep: Collection[int] = (),
+    record: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """All denoising steps, without gradient; also the plain sampler. Each step in ``keep`` runs inside
+    ``record(step)``.
+
+    Returns:
+        The clean latents x_0, and the latents that enter each step in ``keep``.
+    """
+    levels = sigmas.tolist()
+    x, entering = noise_BCFhw, {}
+    for k, (sigma, sigma_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
+        if k in keep:
+            entering[k] = x
+        with record(k) if k in keep else nullcontext():
+            v = guided(velocity, x, sigma, cond, uncond, guidance)
+        x = euler_step(x, v, sigma, sigma_next)
+    return x, entering
+
+
+@torch.no_grad()
+def lv_copy(
+    velocity: Velocity, spec: StepSpec, x_0_BCFhw: Tensor, cond: Any, uncond: Any, generators: Sequence[Generator]
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """A DRaFT-LV sample: x_0 noised back to the last step's sigma and denoised by that step. Returns as ``rollout``."""
+    last = spec.steps - 1
+    noised = renoise(x_0_BCFhw, spec.sigmas[last].item(), generators)
+    return rollout(velocity, spec.sigmas[last:], noised, cond, uncond, spec.guidance)[0], {last: noised}
+
+
+def critic_backward(
+    critic: Critic, frames_BTCHW: Tensor, questions: Sequence[Sequence[Question]], spec: RewardSpec, share: float = 1.0
+) -> tuple[StepStats, Tensor]:
+    """One pass of the critic. Returns the statistics (without latents) and the gradient of -share * reward at the
+    frames."""
+    frames = frames_BTCHW.detach().requires_grad_()
+    with torch.enable_grad():
+        reward, by_aspect, by_question = mean_reward(critic(frames, questions), questions, spec)
+    if not reward.detach().isfinite():
+        bad = [name for name, value in by_question.items() if not torch.tensor(value).isfinite()]
+        raise NonFiniteError(
+            f"the reward is {reward.item()} (questions: {', '.join(bad)}): run the critic in bfloat16 or float32"
+        )
+    (d_frames,) = torch.autograd.grad(reward, frames, torch.full_like(reward, -share))
+    refuse_non_finite(d_frames, "the gradient at the frames the critic saw")
+    return StepStats(reward.item(), by_aspect, by_question, frames.new_empty(0), frames.detach()), d_frames
+
+
+def denoise_backward(
+    parts: Parts, spec: StepSpec, entering: Mapping[int, Tensor], d_x_0_BCFhw: Tensor, cond: Any, uncond: Any
+) -> None:
+    """The graded steps, last to first, one transformer pass at a time; adds to the ``.grad`` of ``parts.lora``.
+
+    The Euler update passes its cotangent on unchanged, and (sigma_next - sigma) times it to the velocity. Ungraded
+    steps only pass it on.
+    """
+    sigmas, d_x = spec.sigmas.tolist(), d_x_0_BCFhw
+    for k in reversed(spec.graded):
+        # nothing trainable precedes the first graded step
+        x = entering[k].detach().requires_grad_(spec.chain == "full" and k != spec.graded[0])
+        for condition, factor in gradient_passes(cond, uncond, spec.guidance, spec.guidance_grad):
+            with torch.enable_grad(), parts.recorder.replay(k, condition):
+                v = parts.velocity(x, sigmas[k], condition)
+            d_v = factor * (sigmas[k + 1] - sigmas[k]) * d_x
+            v.backward(d_v.to(v.dtype), inputs=[*parts.lora, x] if x.requires_grad else list(parts.lora))
+        if x.grad is not None:
+            d_x = d_x + x.grad
+            refuse_non_finite(d_x, f"the gradient at the latents that enter step {k}")
+
+
 Chain = Literal["full", "drtune"]
 
 
 @dataclass(frozen=True)
 class StepSpec:
-    """What a step does, apart from its models and its data."""
+    """Settings of a step. Raises BadInputError where they contradict each other."""
 
     sigmas: Tensor
-    """``schedule.flow_sigmas``: (N + 1,)."""
+    """(N + 1,), see ``schedule.flow_sigmas``."""
     graded: tuple[int, ...]
     """The K steps that carry gradient, ascending. The velocity of any other step is a constant."""
     kept: tuple[int, ...]
     """The pixel frames the critic sees, ascending."""
     follow_motion: bool = False
-    """As many frames as in ``kept``, and those that ``frames.motion_frames`` chooses."""
+    """``frames.motion_frames`` chooses the frames, as many as in ``kept``."""
     chain: Chain = "full"
     """``full``: the gradient passes through the transformer's input from graded step to graded step. ``drtune`` (arXiv
     2405.00760): it passes through the update's identity alone."""
@@ -56,11 +184,10 @@ class StepSpec:
     vae_window: int | None = None
     """See ``frames.backward_chunks``. ``None``: exact."""
     vae_cache_every: int = 1
-    """The caches that enter the chunks of the VAE backward are stored for one of them in so many; the others are
-    computed again, group by group."""
+    """Entering caches are stored for every n-th chunk of the VAE backward; the others are recomputed."""
     lv_samples: int = 0
     """DRaFT-LV: n noised copies of the clip that the last step denoises again; the gradient is the mean over 1 + n.
-    Only where the last step is the one graded step."""
+    Needs the last step to be the only graded step."""
     reward: RewardSpec = field(default_factory=RewardSpec)
 
     def __post_init__(self) -> None:
@@ -92,142 +219,3 @@ class StepSpec:
             return self.kept
         frames = (x_0_BCFhw.shape[2] - 1) * temporal_factor + 1
         return motion_frames(x_0_BCFhw.detach(), frames, len(self.kept), temporal_factor)
-
-    @staticmethod
-    def lv_sources(generators: Sequence[Generator], clips: int) -> Sequence[Generator]:
-        """The CPU generators of the DRaFT-LV noise, one per clip: global random state would break exact resume, and one
-        generator for all clips would make a clip's noise depend on its batch."""
-        if len(generators) != clips:
-            raise ValueError(f"lv_samples needs lv_generators, one per clip: {clips}, not {len(generators)}")
-        return generators
-
-
-def drf_step(
-    parts: Parts,
-    plan: StepSpec,
-    noise_BCFhw: Tensor,
-    cond: Any,
-    uncond: Any,
-    questions: Sequence[Sequence[Question]],
-    lv_generators: Sequence[Generator] = (),
-    share: float = 1.0,
-) -> StepStats:
-    """Adds the gradient of -share * reward (mean over clips) to the ``.grad`` of ``parts.lora``.
-
-    Args:
-        noise_BCFhw: sigma = 1 latents, on the transformer's device, fp32 (or fp64).
-        cond, uncond: what ``parts.velocity`` takes as condition. ``uncond`` is used where ``plan.guidance`` is not 1.
-        questions: per clip.
-        lv_generators: CPU generators, one per clip; needed with ``plan.lv_samples``.
-        share: of a larger batch.
-
-    Returns:
-        What happened on the sampled trajectory (DRaFT-LV's copies add to the gradient, not to the statistics).
-
-    Raises: NonFiniteError: the reward, or the gradient at the frames or at a latent, is NaN or infinite. Nothing was
-        added from it; what pieces before it added (later steps, other DRaFT-LV copies) is still there, so drop the
-        ``.grad``.
-    """
-    with parts.stage("rollout"):
-        record = partial(
-            parts.recorder.record,
-            conditions=[one for one, _ in gradient_passes(cond, uncond, plan.guidance, plan.guidance_grad)],
-        )
-        x_0, entering = rollout(
-            parts.velocity, plan.sigmas, noise_BCFhw, cond, uncond, plan.guidance, plan.graded, record
-        )
-        trajectories = [(x_0, entering)] + [
-            lv_copy(parts.velocity, plan, x_0, cond, uncond, lv_generators) for _ in range(plan.lv_samples)
-        ]
-    all_stats = []
-    for x_0, entering in trajectories:
-        kept = plan.seen(x_0, parts.decoder.temporal_factor)
-        with parts.stage("decode"):
-            frames, caches = decode(parts.decoder, x_0, kept, plan.vae_window, plan.vae_cache_every)
-        with parts.stage("critic"):
-            stats, d_frames = critic_backward(parts.critic, frames, questions, plan.reward, share / len(trajectories))
-        with parts.stage("vae_backward"):
-            d_x_0 = vae_backward(parts.decoder, x_0, caches, d_frames, kept, plan.vae_window)
-        with parts.stage("denoise_backward"):
-            denoise_backward(parts, plan, entering, d_x_0, cond, uncond)
-        all_stats.append(replace(stats, latents_BCFhw=x_0))
-    return all_stats[0]
-
-
-@torch.no_grad()
-def rollout(
-    velocity: Velocity,
-    sigmas: Tensor,
-    noise_BCFhw: Tensor,
-    cond: Any,
-    uncond: Any,
-    guidance: float = 1.0,
-    keep: Collection[int] = (),
-    record: Callable[[int], AbstractContextManager[None]] = lambda step: nullcontext(),
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """All denoising steps, without gradient. Also the plain sampler. ``record`` is entered around each step in
-    ``keep``.
-
-    Returns:
-        The clean latents x_0, and the latents that enter each step in ``keep``.
-    """
-    levels = sigmas.tolist()
-    x, entering = noise_BCFhw, {}
-    for k, (sigma, sigma_next) in enumerate(zip(levels[:-1], levels[1:], strict=True)):
-        if k in keep:
-            entering[k] = x
-        with record(k) if k in keep else nullcontext():
-            v = guided(velocity, x, sigma, cond, uncond, guidance)
-        x = euler_step(x, v, sigma, sigma_next)
-    return x, entering
-
-
-@torch.no_grad()
-def lv_copy(
-    velocity: Velocity, plan: StepSpec, x_0_BCFhw: Tensor, cond: Any, uncond: Any, generators: Sequence[Generator]
-) -> tuple[Tensor, dict[int, Tensor]]:
-    """A DRaFT-LV sample: x_0 noised back to the last step's sigma, and denoised by that step. Returns what ``rollout``
-    returns."""
-    last = plan.steps - 1
-    noised = renoise(x_0_BCFhw, plan.sigmas[last].item(), plan.lv_sources(generators, len(x_0_BCFhw)))
-    return rollout(velocity, plan.sigmas[last:], noised, cond, uncond, plan.guidance)[0], {last: noised}
-
-
-def critic_backward(
-    critic: Critic, frames_BTCHW: Tensor, questions: Sequence[Sequence[Question]], spec: RewardSpec, share: float = 1.0
-) -> tuple[StepStats, Tensor]:
-    """One pass of the critic. Returns the statistics (latents: empty) and the gradient of -share * reward at the
-    frames."""
-    frames = frames_BTCHW.detach().requires_grad_()
-    with torch.enable_grad():
-        reward, by_aspect, by_question = mean_reward(critic(frames, questions), questions, spec)
-    if not reward.detach().isfinite():
-        bad = [name for name, value in by_question.items() if not torch.tensor(value).isfinite()]
-        raise NonFiniteError(
-            f"the reward is {reward.item()} (questions: {', '.join(bad)}): run the critic in bfloat16 or float32"
-        )
-    (d_frames,) = torch.autograd.grad(reward, frames, torch.full_like(reward, -share))
-    refuse_non_finite(d_frames, "the gradient at the frames the critic saw")
-    return StepStats(reward.item(), by_aspect, by_question, frames.new_empty(0), frames.detach()), d_frames
-
-
-def denoise_backward(
-    parts: Parts, plan: StepSpec, entering: Mapping[int, Tensor], d_x_0_BCFhw: Tensor, cond: Any, uncond: Any
-) -> None:
-    """The graded steps, last to first, one transformer pass at a time; adds to the ``.grad`` of ``parts.lora``.
-
-    The Euler update hands its cotangent on unchanged, and (sigma_next - sigma) times it to the velocity. Ungraded steps
-    only hand it on.
-    """
-    sigmas, d_x = plan.sigmas.tolist(), d_x_0_BCFhw
-    for k in reversed(plan.graded):
-        # nothing trainable lies before the first graded step
-        x = entering[k].detach().requires_grad_(plan.chain == "full" and k != plan.graded[0])
-        for condition, factor in gradient_passes(cond, uncond, plan.guidance, plan.guidance_grad):
-            with torch.enable_grad(), parts.recorder.replay(k, condition):
-                v = parts.velocity(x, sigmas[k], condition)
-            d_v = factor * (sigmas[k + 1] - sigmas[k]) * d_x
-            v.backward(d_v.to(v.dtype), inputs=[*parts.lora, x] if x.requires_grad else list(parts.lora))
-        if x.grad is not None:
-            d_x = d_x + x.grad
-            refuse_non_finite(d_x, f"the gradient at the latents that enter step {k}")

@@ -1,8 +1,8 @@
 """The VAE's part of the relay: the decode in chunks, and its backward in chunks, in reverse time order.
 
-A chunk depends on those before it through the decoder's causal caches alone. So what enters a chunk is kept (or
-computed again from what entered an earlier one), and the gradient at what it hands on is what the next chunk's backward
-gave at what entered that.
+A chunk depends on earlier chunks through the decoder's causal caches alone. So the caches that enter a chunk are stored
+(or recomputed from those of an earlier chunk), and the cotangents of the caches it hands on are the gradients that the
+next chunk's backward returned.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 Caches = tuple[Any, ...]
 Cotangents = tuple[Any, ...]
-"""Of caches, one each; ``None`` for a cache that is no tensor, or where the gradient is zero. Empty: none."""
+"""One per cache; ``None`` if it is no tensor, or the gradient is zero. Empty: all zero."""
 
 
 @torch.no_grad()
 def decode(
     decoder: Decoder, x_0_BCFhw: Tensor, kept: Sequence[int], window: int | None = None, cache_every: int = 1
 ) -> tuple[Tensor, dict[int, Caches]]:
-    """The kept frames (B, T, C, H, W) in [0, 1], chunk by chunk, and by chunk the stored caches that ``vae_backward``
-    needs: those that enter the first, and every ``cache_every``-th from there, of the chunks it visits.
+    """The kept frames (B, T, C, H, W) in [0, 1], and, by chunk, the stored caches for ``vae_backward``: those that
+    enter every ``cache_every``-th chunk that it visits, from the first on.
 
     Chunks after the last kept frame are not decoded.
     """
@@ -57,8 +57,7 @@ def vae_backward(
 ) -> Tensor:
     """Gradient at the latents from the gradient at the kept frames: one chunk at a time, in reverse time order.
 
-    The caches that a chunk hands on are outputs too: their cotangents are the next chunk's gradient at its entering
-    caches. ``entering`` is emptied on the way: 37 GiB for 81 frames of Wan at 832x480 in bf16.
+    ``entering`` is emptied on the way: its caches take 37 GiB for 81 frames of Wan at 832x480 in bf16.
     """
     visits = backward_chunks(kept, decoder.temporal_factor, window)
     d_x_0 = torch.zeros_like(x_0_BCFhw)
@@ -83,8 +82,7 @@ def vae_backward(
 def _fill_in(
     decoder: Decoder, x_0_BCFhw: Tensor, entering: MutableMapping[int, Caches], last: int, visited: set[int]
 ) -> None:
-    """Computes what entered the visited chunks after the last one whose caches are there, up to and with chunk
-    ``last``."""
+    """Recomputes the caches that enter visited chunks, from the last chunk whose caches are stored up to ``last``."""
     first = max(entering)
     caches = entering[first]
     for chunk in range(first, last):
@@ -102,8 +100,7 @@ def pull_back_chunk(
     d_handed: Cotangents,
     hands_back: bool,
 ) -> tuple[Tensor, Cotangents]:
-    """``Decoder.chunk_backward`` by one graph of the whole ``chunk``, for any decoder whose stored caches are the
-    tensors themselves."""
+    """``Decoder.chunk_backward`` as one graph of the whole ``chunk``, for decoders that store caches as tensors."""
     z = latents_BC1hw.detach().requires_grad_()
     entering = tuple(
         cache.detach().requires_grad_(hands_back) if isinstance(cache, torch.Tensor) else cache for cache in caches
@@ -113,19 +110,19 @@ def pull_back_chunk(
     pairs = [(made[:, list(local)], d_made_BtCHW)] if len(local) else []
     if d_handed:
         pairs += [(out, d) for out, d in zip(handed, d_handed, strict=True) if d is not None and out.requires_grad]
-    if not pairs:  # no later chunk depends on this one: a decoder without caches
+    if not pairs:  # a decoder without caches: no later chunk depends on this one
         return torch.zeros_like(z), ()
-    leaves = [i for i, cache in enumerate(entering) if isinstance(cache, torch.Tensor) and cache.requires_grad]
+    leaves = [cache for cache in entering if isinstance(cache, torch.Tensor) and cache.requires_grad]
     outputs, cotangents = zip(*pairs, strict=True)
-    d_z, *d_leaves = torch.autograd.grad(
-        outputs, [z, *(entering[i] for i in leaves)], cotangents, materialize_grads=True
-    )
-    by_index = dict(zip(leaves, d_leaves, strict=True))
-    return d_z, tuple(by_index.get(i) for i in range(len(caches))) if hands_back else ()
+    d_z, *d_leaves = torch.autograd.grad(outputs, [z, *leaves], cotangents, materialize_grads=True)
+    if not hands_back:
+        return d_z, ()
+    d_caches = iter(d_leaves)
+    return d_z, tuple(next(d_caches) if isinstance(cache, torch.Tensor) else None for cache in entering)
 
 
 def refuse_non_finite(tensor: Tensor, what: str) -> None:
-    """Raises NonFiniteError that names ``what``."""
+    """Raises NonFiniteError naming ``what``."""
     if not tensor.isfinite().all():
         raise NonFiniteError(
             f"{what} is NaN or infinite; lower the learning rate, or run the models in bfloat16 or float32"
