@@ -1,9 +1,9 @@
-"""The only door to the kernels: which form of each operation a run uses, chosen once at its start and printed.
+"""The only module that imports the kernels. The implementation of each operation is chosen once per run, and printed.
 
-``RowOps``: what a transformer block does token by token, and the VAE's norm with SiLU. ``naive`` is the arithmetic of
-diffusers 0.42, operation by operation; ``fused`` are the Triton kernels. ``Attention``: as a differentiable call, and
-as a pair (forward, backward) for fused attention checkpointing, which calls the backward of an attention whose forward
-it never repeats. The back ends that are not ours are in ``models/wan/attention.py``.
+``RowOps``: the token-wise operations of a transformer block, and the VAE's norm with SiLU. ``naive`` is the arithmetic
+of diffusers 0.42, operation by operation; ``fused`` are the Triton kernels. ``Attention``: a differentiable call, and a
+pair (forward, backward) for fused attention checkpointing, which runs an attention's backward without repeating its
+forward. The other back ends are in ``models/wan/attention.py``.
 
 An explicit choice that cannot run is an error; only ``auto`` chooses.
 """
@@ -34,7 +34,7 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class RowOps:
-    """Functions of x_BLD in the dtype of x, fp32 inside. Scales, shifts and gates are fp32, (B, 1, D)."""
+    """Functions of x_BLD in the dtype of x, with fp32 arithmetic. Scales, shifts and gates are fp32, (B, 1, D)."""
 
     name: str
     norm_modulate: Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -49,13 +49,13 @@ class RowOps:
     """(q, k, weight_q, weight_k, cos, sin, heads, eps): RMSNorm over all channels, split in heads, rotated: two (B, L,
     H, d)."""
     norm_silu: Callable[[Tensor, Tensor], Tensor] | None
-    """(x_BCTHW, gamma_C): SiLU of the VAE's RMSNorm over channels. ``None``: diffusers' own modules."""
+    """(x_BCTHW, gamma_C): SiLU of the VAE's RMSNorm over channels. ``None``: diffusers' modules."""
     lean_linears: bool
-    """Linear layers with a LoRA as in ``models/lora/linear.py``, and not as in peft."""
+    """LoRA layers are computed by ``models/lora/linear.py`` instead of peft."""
 
 
 def naive_ops() -> RowOps:
-    """As diffusers computes them, to the bit."""
+    """The arithmetic of diffusers, bit by bit."""
     return RowOps("naive", _norm_modulate, _layer_norm, _gate_residual, _rms_norm, _rope_qk, None, False)
 
 
@@ -99,15 +99,14 @@ def _rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def _rope_qk(
     q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    rotated = [
-        _rotate(_rms_norm(x, weight, eps).unflatten(2, (heads, -1)), cos, sin)
-        for x, weight in ((q, weight_q), (k, weight_k))
-    ]
-    return rotated[0], rotated[1]
+    def normed(x: Tensor, weight: Tensor) -> Tensor:
+        return _rotate(_rms_norm(x, weight, eps).unflatten(2, (heads, -1)), cos, sin)
+
+    return normed(q, weight_q), normed(k, weight_k)
 
 
 def _rotate(x_BLHd: Tensor, cos_1L1d: Tensor, sin_1L1d: Tensor) -> Tensor:
-    """Rotary embedding on pairs of neighbours, in the embedding's dtype. Leaves in the dtype of ``x``."""
+    """Rotary embedding on neighbouring channels, in the embedding's dtype; returns the dtype of ``x``."""
     x_1, x_2 = x_BLHd.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos_1L1d[..., 0::2], sin_1L1d[..., 1::2]
     out = torch.empty_like(x_BLHd)
@@ -117,22 +116,22 @@ def _rotate(x_BLHd: Tensor, cos_1L1d: Tensor, sin_1L1d: Tensor) -> Tensor:
 
 
 Pair = tuple[Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], Callable[..., tuple[Tensor, Tensor, Tensor]]]
-"""(q, k, v) -> (out, lse), and (d_out, q, k, v, out, lse) -> (dq, dk, dv); (B, L, H, d) all but lse, which is the
-backend's own business."""
+"""(q, k, v) -> (out, lse), and (d_out, q, k, v, out, lse) -> (dq, dk, dv). All are (B, L, H, d) except lse, which only
+the back end reads."""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Attention without a mask on (B, L, H, d)."""
+    """Unmasked attention on (B, L, H, d)."""
 
     name: AttentionName
     call: Callable[[Tensor, Tensor, Tensor], Tensor]
     """Differentiable."""
     pair: Pair | None
-    """``None``: it has no log-sum-exp to give."""
+    """``None``: the back end does not return its log-sum-exp."""
 
     def keep_attention(self, q: Tensor, k: Tensor, v: Tensor, kept_attention: KeptAttention) -> Tensor:
-        """As ``call``; the result is written on the kept_attention, or read from it and not computed."""
+        """As ``call``. A forward writes its result to ``kept_attention``; the recompute reads it from there."""
         out: Tensor = _WithKeptAttention.apply(q, k, v, self.pair, kept_attention)
         return out
 
@@ -143,7 +142,7 @@ class _WithKeptAttention(torch.autograd.Function):
         forward, ctx.backward_of = pair
         if kept_attention.reading:
             out, lse = kept_attention.read()
-            out = out.detach()  # what is returned gets a place in the graph; the kept_attention's own must not
+            out = out.detach()  # the returned tensor joins the graph, the kept one must not
         else:
             out, lse = forward(q, k, v)
             kept_attention.write(out, lse)
@@ -164,31 +163,31 @@ def triton_attention() -> Attention:
 
 
 def ranged_attention() -> tuple[Callable[[Tensor, Tensor, Tensor, float, Tensor], Tensor], tuple[int, ...]]:
-    """The same kernel for the critic, which tells it what each query sees, and the sizes of heads that it knows.
-    Imports Triton."""
+    """The same kernel with a range of keys per query, for the critic, and the head sizes it supports. Imports
+    Triton."""
     from lowmem_drf.kernels.attention import HEAD_DIMS, attention
 
     return attention, HEAD_DIMS
 
 
 def packed_ranges(prefix: int, lengths: Sequence[int], tokens: int) -> Tensor:
-    """(1, tokens, 3) for that kernel, on the CPU: questions of these lengths behind a prefix, each seeing the prefix
-    and itself; padding sees nothing."""
+    """(1, tokens, 3) on the CPU, for ``ranged_attention``: questions of these lengths behind a prefix. Each sees the
+    prefix and itself; padding sees nothing."""
     from lowmem_drf.kernels import attention
 
     return attention.packed_ranges(prefix, lengths, tokens, "cpu")
 
 
 def window_ranges(bounds: Sequence[int]) -> Tensor:
-    """(1, L, 3) for that kernel, on the CPU: the windows [bounds[n], bounds[n + 1]) of a sequence."""
+    """(1, L, 3) on the CPU, for ``ranged_attention``: the windows [bounds[n], bounds[n + 1]) of a sequence."""
     from lowmem_drf.kernels import attention
 
     return attention.window_ranges(bounds, "cpu")
 
 
 def sdpa_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """FlashAttention as PyTorch has it: of the card (16 bit), of the CPU (and of the plan, which has fake CPU tensors);
-    in fp32 on a card the memory-efficient one."""
+    """PyTorch's FlashAttention for the card (16 bit) or the CPU (and the plan's fake CPU tensors); in fp32 on a card
+    its memory-efficient attention."""
     heads = [x.transpose(1, 2) for x in (q, k, v)]
     if q.device.type == "cpu":
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(*heads)
@@ -220,16 +219,16 @@ def sdpa_backward(
 
 
 def why_no_triton(device: torch.device) -> str | None:
-    """What keeps the kernels from running on ``device``, with the cure; ``None``: nothing."""
+    """The reason why the kernels cannot run on ``device``, with the cure; ``None`` if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed. On Linux it comes with PyTorch: pip install triton"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "there is no CUDA card. On a CPU kernels can only be interpreted, very slowly: set the environment variable TRITON_INTERPRET=1"
+        return "there is no CUDA card. To interpret the kernels on the CPU, very slowly, set TRITON_INTERPRET=1"
     return None
 
 
 def choose_rows(choice: RowChoice, device: torch.device) -> RowOps:
-    """``auto``: the kernels on a CUDA card, and diffusers' arithmetic on a CPU.
+    """``auto``: the kernels on a CUDA card, diffusers' arithmetic on a CPU.
 
     Raises:
         BadInputError: ``fused`` cannot run on ``device``.
@@ -243,10 +242,10 @@ def choose_rows(choice: RowChoice, device: torch.device) -> RowOps:
 
 
 def int8_attention(device: torch.device | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """``kernels/attention_int8.py``: no gradient. ``device``: where it must be able to run; ``None``: nowhere.
+    """``kernels/attention_int8.py``, without gradient. ``device``: where it must run; ``None``: nowhere yet (a plan).
 
     Raises:
-        BadInputError: it cannot.
+        BadInputError: it cannot run there.
     """
     reason = why_no_triton(device) if device is not None else None
     if reason:

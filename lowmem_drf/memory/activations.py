@@ -1,10 +1,8 @@
-"""What a transformer keeps of its forward for its backward: what enters each block, and slices of tokens inside a
-block.
+"""What a transformer's forward keeps for its backward: a policy per block, and slices of tokens inside a block.
 
-A block that is recomputed keeps its input alone, on the card or on the host. All else that its forward was given (text
-embeddings, time, rotary embedding) is shared by the blocks and kept once. Recompute is PyTorch's
-(``torch.utils.checkpoint``, not reentrant), which stops as soon as all that the backward needs is there; random numbers
-are not replayed: nothing here draws any.
+A recomputed block keeps its input alone, on the card or on the host. Its other arguments (text embeddings, time, rotary
+embedding) are shared by the blocks and kept once. Recompute is PyTorch's non-reentrant ``torch.utils.checkpoint``,
+which stops as soon as all saved tensors are there. Random state is not replayed: nothing here draws numbers.
 """
 
 from __future__ import annotations
@@ -24,21 +22,22 @@ from lowmem_drf.memory.recorded_rollout import Recorder, replayed
 
 
 class BlockPolicy:
-    """A ``gradient_checkpointing_func`` of diffusers' models: called with (block, hidden states, what else the block
-    takes) for every block in order, under gradient.
+    """A ``gradient_checkpointing_func`` of diffusers' models: called as (block, hidden states, the block's other
+    arguments) for every block in order, under gradient.
 
-    Each block keeps its input: on the card, or in ``store``, from where the next one that the backward needs is fetched
-    while the present one is computed. With ``attentions`` it keeps the results of its attentions too
-    (``KeptAttention``); the blocks' ``forward`` then takes an argument ``kept_attention``.
+    Each block keeps its input: on the card, or in ``store``, from
+    where the next one that the backward needs is prefetched during the present one. With ``attentions`` blocks keep the
+    results of their attentions too, and the blocks' ``forward`` takes an argument ``kept_attention``
+    (``KeptAttention``).
 
-    A block whose ``forward`` has a method ``unread`` is recomputed by that: the same, but nobody will read what it
-    returns.
+    A block whose ``forward`` has a method ``unread`` is recomputed by it: same saved tensors, but nobody reads its
+    result.
 
     Args:
         store: for the inputs. ``None``: they stay on the card.
-        attentions: ``None``, or where the attentions' results are kept.
-        attention_store: of ``attentions = "host"``.
-        recorder: has the forwards that the rollout ran already.
+        attentions: where the results of the attentions are kept. ``None``: they are recomputed.
+        attention_store: for ``attentions="host"``.
+        recorder: has the forwards that the rollout already ran.
     """
 
     def __init__(
@@ -52,8 +51,8 @@ class BlockPolicy:
         self._places = {id(block): place for place, block in enumerate(blocks)}
         self._store = store
         self._attentions, self._attention_store = attentions, attention_store
-        self._newest: Callable[[], Held | None] = _nothing
-        self._newest_kept: Callable[[], KeptAttention | None] = _nothing
+        self._newest: Callable[[], Held | None] = lambda: None
+        self._newest_kept: Callable[[], KeptAttention | None] = lambda: None
         self._recorder = recorder
 
     def __call__(self, block: Any, hidden: Tensor, *rest: Any) -> Tensor:
@@ -63,7 +62,7 @@ class BlockPolicy:
         unread = getattr(block.forward, "unread", block)
         fetch, differentiable = self._put_aside(block, hidden), hidden.requires_grad
         kept_attention, before = self._new_kept(block)
-        inputs = [hidden]  # the closure must not hold it after the forward
+        inputs = [hidden]  # so that the closure does not hold it after the forward
 
         def run(*rest: Any) -> Tensor:
             if inputs:
@@ -79,26 +78,26 @@ class BlockPolicy:
         return checkpoint(run, *rest, use_reentrant=False, preserve_rng_state=False)
 
     def _new_kept(self, block: nn.Module) -> tuple[dict[str, KeptAttention], Callable[[], KeptAttention | None]]:
-        """The block's kept_attention as an argument, and that of the block before it."""
+        """The block's ``kept_attention`` argument, and a reference to the preceding block's."""
         if self._attentions is None:
-            return {}, _nothing
+            return {}, lambda: None
         kept_attention = KeptAttention(self._attention_store if self._attentions == "host" else None)
-        before = self._newest_kept if self._places[id(block)] else _nothing
+        before = self._newest_kept if self._places[id(block)] else lambda: None
         self._newest_kept = weakref.ref(kept_attention)
         return {"kept_attention": kept_attention}, before
 
     def _put_aside(self, block: nn.Module, hidden: Tensor) -> Callable[[], Tensor]:
-        """Where the block's input comes from when it is recomputed."""
+        """Stores the block's input; returns the function that fetches it for the recompute."""
         if self._store is None:
             kept = hidden.detach()
             return lambda: kept
         store = self._store
         held = store.put(hidden)
-        before = self._newest if self._places[id(block)] else _nothing
+        before = self._newest if self._places[id(block)] else lambda: None
         self._newest = weakref.ref(held)
 
         def fetch() -> Tensor:
-            store.settle()  # the forward is over: what it put aside last is not on the card any more
+            store.settle()  # the forward is over: frees the card's copies of what it stored last
             arrived, following = held.get(), before()
             if following is not None:
                 following.prefetch()
@@ -108,10 +107,10 @@ class BlockPolicy:
 
 
 class Called:
-    """A block's ``forward`` whose weights come and go by hooks on the call of the block (ZeRO-3). It has no ``unread``:
-    a recompute calls the block, and so passes the hooks.
+    """A block's ``forward`` if hooks on the block's call fetch its weights (ZeRO-3). It has no ``unread``: a recompute
+    calls the block, and so runs the hooks.
 
-    ``pace``: of all blocks together.
+    ``pace``: shared by all blocks.
     """
 
     def __init__(self, forward: Callable[..., Tensor], pace: Pace) -> None:
@@ -123,26 +122,22 @@ class Called:
 
 
 class Pace:
-    """Keeps the CPU at most a block ahead of the card. DeepSpeed's gathers do not wait for the computation: those of
-    all blocks would be under way before the first one is done, and their buffers, which are free only when the card has
-    passed them, would fill it."""
+    """Keeps the CPU at most one block ahead of the card. DeepSpeed's gathers do not wait for the computation: those of
+    all blocks would be issued before the first block is done, and their buffers, which become free only when the card
+    has passed them, would fill it."""
 
     def __init__(self) -> None:
         self._before: torch.cuda.Event | None = None
 
     def keep(self, device: torch.device) -> None:
-        """A block begins. Returns when what was issued before the last one began is done. (At a block's end would not
-        do: a recompute stops half-way.)"""
+        """Called when a block begins. Returns once the work issued before the preceding block began is done. (A block's
+        end would not do: a recompute stops half-way.)"""
         if device.type != "cuda":
             return
         before, self._before = self._before, torch.cuda.Event(blocking=True)
         self._before.record()
         if before is not None:
             before.synchronize()
-
-
-def _nothing() -> None:
-    return None
 
 
 def in_slices(
@@ -153,14 +148,17 @@ def in_slices(
     parameters: Iterable[Tensor] = (),
     unread: bool = False,
 ) -> tuple[Tensor, ...]:
-    """``function(*sliced, *shared)``, computed in ``count`` slices of dimension 1, each recomputed by itself in the
-    backward: what is alive inside ``function`` is alive for one slice at a time.
+    """``function(*sliced, *shared)`` in ``count`` slices along dimension 1, each recomputed by itself in the backward:
+    only one slice's intermediate tensors are alive at a time.
 
-    Args: function: works on each place of dimension 1 by itself. All it returns has that dimension, as long as the
-        inputs'. sliced: (B, L, …), kept for the backward. shared: given whole to every slice, and kept. parameters: the
-        trainable tensors inside ``function``: their gradients are returned to autograd, as those of the inputs. unread:
-        nobody will read the results: the recompute of a checkpoint around this call, which only wants to know what is
-        kept. They are not computed; all of them must be shaped like the first of ``sliced``.
+    Args:
+        function: acts on each index of dimension 1 independently. All its results have that dimension, as long as the
+            inputs'.
+        sliced: (B, L, …), kept for the backward.
+        shared: passed whole to every slice, and kept.
+        parameters: trainable tensors inside ``function``; they get gradients as the inputs do.
+        unread: nobody reads the results: the recompute of a checkpoint around this call, which only needs the saved
+            tensors. Results are not computed; they must all have the shape of ``sliced[0]``.
     """
     step = -(-sliced[0].shape[1] // count)
     tensors = (*sliced, *shared, *parameters)
@@ -205,23 +203,16 @@ class _Sliced(torch.autograd.Function):
         needed = ctx.needs_input_grad[5:]
         inputs = ctx.saved_tensors
         sliced = inputs[: ctx.sliced]
-        shared = [
-            tensor.detach().requires_grad_(need)
-            for tensor, need in zip(inputs[ctx.sliced :], needed[ctx.sliced :], strict=False)
-        ]
+        shared = _leaves(inputs[ctx.sliced :], needed[ctx.sliced :])
         d_sliced = [torch.zeros_like(tensor) if need else None for tensor, need in zip(sliced, needed, strict=False)]
         whole = [tensor for tensor in (*shared, *ctx.parameters) if tensor.requires_grad]
         d_whole: list[Tensor | None] = [None] * len(whole)
         for start in range(0, sliced[0].shape[1], ctx.step):
-            parts = [
-                part.detach().requires_grad_(need)
-                for part, need in zip(_cut(sliced, start, ctx.step), needed, strict=False)
-            ]
+            parts = _leaves(_cut(sliced, start, ctx.step), needed)
             with torch.enable_grad():
                 made = ctx.function(*parts, *shared)
-            pairs = [
-                (out, d) for out, d in zip(made, _cut(cotangents, start, ctx.step), strict=True) if out.requires_grad
-            ]
+            d_made = _cut(cotangents, start, ctx.step)
+            pairs = [(out, d) for out, d in zip(made, d_made, strict=True) if out.requires_grad]
             outputs, d_outputs = zip(*pairs, strict=True)
             wanted = [part for part in parts if part.requires_grad]
             gradients = torch.autograd.grad(outputs, [*wanted, *whole], d_outputs, allow_unused=True)
@@ -233,9 +224,14 @@ class _Sliced(torch.autograd.Function):
                 d_whole[i] = _add(d_whole[i], gradient)
         totals = iter(d_whole)
         rest = [
-            _cast(next(totals), tensor.dtype) if tensor.requires_grad else None for tensor in (*shared, *ctx.parameters)
+            None if not tensor.requires_grad or (total := next(totals)) is None else total.to(tensor.dtype)
+            for tensor in (*shared, *ctx.parameters)
         ]
-        return (None, None, None, None, None, *d_sliced, *rest)
+        return (*[None] * 5, *d_sliced, *rest)
+
+
+def _leaves(tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    return [tensor.detach().requires_grad_(need) for tensor, need in zip(tensors, needed, strict=False)]
 
 
 def _add(total: Tensor | None, more: Tensor | None) -> Tensor | None:
@@ -244,7 +240,3 @@ def _add(total: Tensor | None, more: Tensor | None) -> Tensor | None:
         return total
     more = more.to(torch.promote_types(more.dtype, torch.float32))
     return more if total is None else total.add_(more)
-
-
-def _cast(total: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if total is None else total.to(dtype)

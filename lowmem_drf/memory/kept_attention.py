@@ -1,7 +1,7 @@
 """Fused attention checkpointing: a recomputed block repeats its matrix products, but not its attentions.
 
-Their outputs and log-sum-exps, all that an attention's backward needs besides q, k and v, were kept: on the card, or on
-the host.
+Besides q, k and v an attention's backward needs only its output and log-sum-exp. These are kept, on the card or on the
+host.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from lowmem_drf.memory.host import Held, HostStore
 
 
 class KeptAttention:
-    """The results of one block's attentions, in the order in which they are computed. Written in a forward, read once
-    in its recompute.
+    """The results of one block's attentions, in the order of computation: written in a forward, read once in its
+    recompute.
 
     ``store``: where they wait. ``None``: on the card.
     """
@@ -25,7 +25,7 @@ class KeptAttention:
         self._results: deque[tuple[Tensor | Held, Tensor | Held]] = deque()
         self.reading = False
         self.nbytes = 0
-        """Of all that was written."""
+        """Bytes written so far."""
 
     def write(self, out: Tensor, lse: Tensor) -> None:
         self.nbytes += out.nbytes + lse.nbytes
@@ -35,7 +35,7 @@ class KeptAttention:
             self._results.append((self._store.put(out), self._store.put(lse)))
 
     def rewind(self) -> None:
-        """From here on it is read. Raises RuntimeError the second time: a kept_attention is used up by one backward."""
+        """Turns from writing to reading. Raises RuntimeError the second time: one backward uses the results up."""
         if self.reading:
             raise RuntimeError(
                 "the attentions of a block were kept for one backward, and this is another one: run the forward again"
@@ -43,7 +43,7 @@ class KeptAttention:
         self.reading = True
 
     def prefetch(self) -> None:
-        """Starts the copy of the next result to the card."""
+        """Starts to copy the next result to the card."""
         for kept in self._results[0] if self._results else ():
             if isinstance(kept, Held):
                 kept.prefetch()

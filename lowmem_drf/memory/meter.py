@@ -1,8 +1,7 @@
-"""A clock and a peak meter around the stages of a step: ``Parts.stage``.
+"""Clock and peak meter around the stages of a step (``Parts.stage``).
 
-On CUDA the peak is the allocator's. On the CPU it is the process's resident memory, whose high-water mark Linux lets a
-process reset (``/proc/self/clear_refs``, see proc(5)); on other systems the mark cannot be reset and the peak is that
-of the whole process so far.
+On CUDA the peak is the allocator's. On the CPU it is the process's resident memory: Linux can reset its high-water mark
+(``/proc/self/clear_refs``, see proc(5)); elsewhere the peak covers the whole process so far.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ GIB = 1024**3
 
 
 class Meter:
-    """Seconds and peak GiB by stage name, since the last ``take``. A stage entered several times: seconds add up, the
-    largest peak counts."""
+    """Seconds and peak GiB by stage name, since the last ``take``. Over several entries of a stage seconds add up, and
+    the largest peak counts."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -28,7 +27,7 @@ class Meter:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measures the block. Waits for the device at both ends, so that a stage's work counts as its own."""
+        """Measures the block. Synchronises the device at both ends, so that a stage's work counts as its own."""
         self._synchronize()
         _reset_peak(self._device)
         start = time.perf_counter()
@@ -40,7 +39,7 @@ class Meter:
             self._peak_gib[name] = max(self._peak_gib.get(name, 0.0), _peak_gib(self._device))
 
     def take(self) -> tuple[dict[str, float], dict[str, float]]:
-        """(seconds by stage, peak GiB by stage), and starts anew."""
+        """(seconds by stage, peak GiB by stage); then starts anew."""
         taken = self._seconds, self._peak_gib
         self._seconds, self._peak_gib = {}, {}
         return taken

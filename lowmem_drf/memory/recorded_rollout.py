@@ -1,8 +1,8 @@
-"""Graded steps that run no forward: the rollout ran it already, and left on the host what a backward needs of it.
+"""Graded steps without a forward: the rollout's forward of the same step left on the host what its backward needs.
 
-That is, of one pass of the transformer: what entered each block, what came out of the last one, and the results of the
-blocks' attentions (``kept_attention``). The graded step computes each block once more, with gradient, and that is all. The values
-are those that a forward of its own would have had.
+A record of one transformer pass holds the input of each block, the output of the last one, and the results of the
+blocks' attentions (``kept_attention``). The graded step recomputes each block once, with gradient, and nothing else.
+Its values are those of a forward of its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lowmem_drf.memory.kept_attention import KeptAttention
 
 
 class Record:
-    """One pass over the blocks. Everything waits in ``store``.
+    """One pass over the blocks, in host memory.
 
     ``attentions``: whether the results of the blocks' attentions are kept too.
     """
@@ -33,20 +33,18 @@ class Record:
 
     @property
     def nbytes(self) -> int:
-        """Of what has not been taken yet."""
-        held = [*self._inputs, self._output] if self._output is not None else self._inputs
-        return sum(one.nbytes for one in held if one is not None) + sum(
-            kept_attention.nbytes for kept_attention in self._kept_attentions if kept_attention is not None
-        )
+        """Bytes not taken yet."""
+        held = (*self._inputs, self._output, *self._kept_attentions)
+        return sum(one.nbytes for one in held if one is not None)
 
     def enter(self, hidden: Tensor) -> KeptAttention | None:
-        """The next block's input; returns the kept_attention for its attentions."""
+        """Stores the next block's input; returns where to write its attentions."""
         self._inputs.append(self._store.put(hidden))
         self._kept_attentions.append(KeptAttention(self._store) if self._attentions else None)
         return self._kept_attentions[-1]
 
     def leave(self, hidden: Tensor) -> None:
-        """The output of the last block."""
+        """Stores the output of the last block."""
         self._output = self._store.put(hidden)
 
     def output(self) -> Tensor:
@@ -54,8 +52,8 @@ class Record:
         return self._output.get()
 
     def take(self, place: int) -> tuple[Tensor, KeptAttention | None]:
-        """What entered a block, and its kept_attention. Blocks are taken from the last to the first: the one before is fetched
-        meanwhile."""
+        """A block's input and its kept attentions. Blocks are taken from last to first; the preceding one is
+        prefetched."""
         self._store.settle()
         hidden, kept_attention = self._inputs.pop(), self._kept_attentions.pop()
         assert len(self._inputs) == place, "blocks are taken from the last to the first"
@@ -68,7 +66,7 @@ class Record:
 
 
 class Recorder:
-    """A ``types.Recorder``: which passes of the rollout are recorded, and which of the records a graded step takes."""
+    """A ``types.Recorder``: decides which passes of the rollout are recorded, and which record a graded step takes."""
 
     def __init__(self, store: HostStore, attentions: bool) -> None:
         self._store, self._attentions = store, attentions
@@ -77,9 +75,9 @@ class Recorder:
         self.recording: Record | None = None
         """Blocks that run without gradient write into it."""
         self.replaying: Record | None = None
-        """Blocks that run with gradient are taken from it."""
+        """Blocks that run with gradient read from it."""
         self.step_bytes = 0
-        """Of the records of one step, the last one that was recorded."""
+        """Bytes of the records of the last recorded step."""
 
     @contextmanager
     def record(self, step: int, conditions: Sequence[Any]) -> Iterator[None]:
@@ -100,7 +98,7 @@ class Recorder:
 
     @contextmanager
     def during(self, condition: Any) -> Iterator[None]:
-        """Around one pass of the transformer."""
+        """Wraps one pass of the transformer."""
         if self._wanted is not None and id(condition) in self._wanted[1] and not torch.is_grad_enabled():
             self.recording = self._records[self._wanted[0], id(condition)] = Record(self._store, self._attentions)
         try:
@@ -110,7 +108,7 @@ class Recorder:
 
 
 class RecordedForward:
-    """A block's ``forward`` that, without gradient, writes into the recorder's ``recording``, where there is one."""
+    """A block's ``forward`` that writes into the recorder's ``recording``, if there is one and gradient is off."""
 
     def __init__(self, forward: Any, is_last: bool, recorder: Recorder) -> None:
         self.forward = forward
@@ -130,11 +128,10 @@ class RecordedForward:
 
 
 def replayed(record: Record, block: Any, place: int, is_last: bool, hidden: Tensor, rest: Sequence[Any]) -> Tensor:
-    """``block(hidden, *rest)``, whose forward is recorded: its values are not looked at but for the gradient's way
-    through ``hidden``.
+    """``block(hidden, *rest)`` from its record. Only the last block's result has values; the others are there for the
+    gradient.
 
-    Args:
-        rest: tensors, and tuples of them.
+    ``rest``: tensors, and tuples of tensors.
     """
     flat = [tensor for value in rest for tensor in (value if isinstance(value, tuple) else (value,))]
     lengths = [len(value) if isinstance(value, tuple) else None for value in rest]
@@ -151,7 +148,7 @@ def replayed(record: Record, block: Any, place: int, is_last: bool, hidden: Tens
 
 
 class _FromRecord(torch.autograd.Function):
-    """Only the last block's output is read by anybody; the others' have a shape and no values."""
+    """Only the last block's output is read; the others have a shape and no values."""
 
     @staticmethod
     def forward(
@@ -167,14 +164,11 @@ class _FromRecord(torch.autograd.Function):
         hidden, kept_attention = ctx.record.take(ctx.place)
         if kept_attention is not None:
             kept_attention.rewind()
-        leaves = [
-            tensor.detach().requires_grad_(need)
-            for tensor, need in zip((hidden, *ctx.saved_tensors), ctx.needs_input_grad[5:], strict=False)
-        ]
+        given = zip((hidden, *ctx.saved_tensors), ctx.needs_input_grad[5:], strict=False)
+        leaves = [tensor.detach().requires_grad_(need) for tensor, need in given]
         with torch.enable_grad():
             out = ctx.run(leaves[0], kept_attention, leaves[1:])
         inputs = [*leaves, *ctx.parameters]
-        gradients = iter(
-            torch.autograd.grad(out, [tensor for tensor in inputs if tensor.requires_grad], d_out, allow_unused=True)
-        )
-        return (None, None, None, None, None, *(next(gradients) if tensor.requires_grad else None for tensor in inputs))
+        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        gradients = iter(torch.autograd.grad(out, wanted, d_out, allow_unused=True))
+        return (*[None] * 5, *(next(gradients) if tensor.requires_grad else None for tensor in inputs))

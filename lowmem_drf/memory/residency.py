@@ -1,8 +1,8 @@
-"""Whose weights are on the card, and when: park and wake.
+"""Parking and waking of models: which weights are on the card, and when.
 
-Frozen weights never change, so the host keeps one copy of them for good: parking drops the card's, waking copies it
-back, nothing is ever copied down. Tensors are woken one by one, each with card memory of its own: in one large block, a
-small tensor that lands in it while it is free keeps the allocator from ever giving it out whole again.
+Frozen weights never change, so the host keeps one copy of them for good: parking drops the card's copy, waking makes
+one, nothing is ever copied back. Each tensor gets its own block of card memory: in one large block, a small tensor
+allocated there while it is free would keep the allocator from ever using it as a whole again.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ NEEDS: Mapping[str, frozenset[str]] = {
     "denoise_backward": frozenset({"transformer"}),
     "update": frozenset(),
 }
-"""The models that a stage calls."""
+"""The models that each stage calls."""
 
 
 class Droppable(Protocol):
-    """Weights that come to the card as they are needed: ``streaming.Streamed``, ``zero.ZeroEngine``."""
+    """Weights that come to the card on demand: ``streaming.Streamed``, ``zero.ZeroEngine``."""
 
     def drop(self) -> None:
-        """None of them is on the card any more, but for what a graph keeps."""
+        """Frees all of them on the card, except those that a graph holds."""
         ...
 
 
 class Parked:
-    """A module whose frozen weights (parameters that need no gradient, buffers) live on the host, and on ``device``
-    while it is awake. Trainable ones are moved to ``device`` and stay there.
+    """A module whose frozen weights (parameters without gradient, buffers) live on the host, and on ``device`` while it
+    is awake. Trainable parameters are moved to ``device`` and stay there.
 
-    It begins parked, wherever its weights were: a module loaded in host memory is on the card for the first time when
-    it is woken. Parameters remain the same objects, with dtype and ``device`` as when awake; only their shapes are
-    empty. Awake they are contiguous.
+    It begins parked, wherever its weights were: a module loaded on the host reaches the card when it is first woken.
+    Parameters remain the same objects, with their dtype and ``device``, and are empty while parked. Awake they are
+    contiguous.
     """
 
     def __init__(self, name: str, module: nn.Module, device: torch.device, store: HostStore) -> None:
@@ -52,12 +52,11 @@ class Parked:
         for parameter in module.parameters():
             if parameter.requires_grad and parameter.device.type != device.type:
                 parameter.data = parameter.data.to(device)
-        # tied weights have one storage, and must have one again when they are woken
+        # tied weights share one storage, and must share one again when they are woken
         groups: dict[Any, list[Tensor]] = {}
         for tensor in _frozen(module):
-            groups.setdefault(
-                (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride()), []
-            ).append(tensor)
+            view = tensor.storage_offset(), tensor.shape, tensor.stride()
+            groups.setdefault((tensor.untyped_storage()._cdata, *view), []).append(tensor)
         self._waiting: list[tuple[Held, list[Tensor], Tensor]] = []
         for tensors in groups.values():
             held, nothing = store.put(tensors[0]), tensors[0].detach().new_empty(0, device=device)
@@ -65,7 +64,7 @@ class Parked:
             _point(tensors, nothing)  # one by one: host memory never holds the weights twice
         store.settle()
         self.nbytes = sum(held.nbytes for held, _, _ in self._waiting)
-        """On the card while awake, trainable ones left out."""
+        """Bytes on the card while awake, without trainable parameters."""
         self._guards = self._guard()
 
     @property
@@ -73,7 +72,7 @@ class Parked:
         return not self._guards
 
     def park(self) -> None:
-        """Frees the card's copy. No graph that will run backward may need it any more."""
+        """Frees the card's copy. No graph whose backward is still to run may need it."""
         if self.awake:
             for _, tensors, nothing in self._waiting:
                 _point(tensors, nothing)
@@ -89,26 +88,26 @@ class Parked:
             self._guards = []
 
     def _guard(self) -> list[RemovableHandle]:
-        # every part: models are entered anywhere, and parts without weights of their own look into those of their
-        # children
+        # on every submodule: any may be called directly, and one without weights may read its children's
         return [part.register_forward_pre_hook(self._refuse) for part in self._module.modules()]
 
     def _refuse(self, module: nn.Module, inputs: Any) -> None:
         raise LowmemError(
-            f"{self._name} was called while its weights wait on the host (memory.park): it is awake only in its own stages. "
-            f"Take it out of memory.park, or report this, since the program should have woken it."
+            f"{self._name} was called while its weights wait on the host (memory.park): it is awake only in its own "
+            "stages. Take it out of memory.park, or report this, since the program should have woken it."
         )
 
 
 class Residency:
     """Parks and wakes models around the stages of a step.
 
-    Args: modules: the models by name: ``critic``, ``vae``, ``transformer``, ``expert``. parked: the names of those
-        whose weights wait on the host outside their stages. The others are left alone, on the card. streamed: by name
-        the layers whose weights come one at a time. None is on the card outside the model's stages. needs: the models
-        that are awake in each stage from its beginning. inner: entered inside each stage once the models it does not
-        need are gone, before those it needs come: a peak meter, which so counts the weights of no other stage, and the
-        time that waking takes.
+    Args:
+        modules: the models by name: ``critic``, ``vae``, ``transformer``, ``expert``.
+        parked: names of the models offloaded to the host between their stages. The others stay on the card.
+        inner: context of each stage, entered after the other models are parked and before the stage's own are woken. A
+            peak meter there counts no other stage's weights, and counts the time of waking.
+        streamed: by name, weights that come layer by layer. They are dropped outside the model's stages.
+        needs: the models that are awake in each stage from its beginning.
     """
 
     def __init__(
@@ -121,8 +120,7 @@ class Residency:
         streamed: Mapping[str, Droppable] | None = None,
         needs: Mapping[str, Collection[str]] = NEEDS,
     ) -> None:
-        unknown = set(parked) - set(modules)
-        if unknown:
+        if unknown := set(parked) - set(modules):
             raise ValueError(f"to be parked, but not among the modules: {sorted(unknown)}")
         self._models = {name: Parked(name, modules[name], device, store) for name in parked}
         self._streamed: Mapping[str, Droppable] = streamed or {}
@@ -130,12 +128,13 @@ class Residency:
         self._inner = inner
 
     def add(self, name: str, layers: Droppable) -> None:
-        """More weights of a model that come as they are needed. They are not on the card outside the model's stages."""
+        """Adds streamed weights of a model."""
         self._streamed = {**self._streamed, name: layers}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """``Parts.stage``: in the block the models that the stage needs are awake, and no other one of those parked."""
+        """``Parts.stage``: inside it the models that the stage needs are awake, and all other parked models are
+        asleep."""
         needed = self._needs[name]
         self._park_but(needed)
         with self._inner(name):
@@ -143,12 +142,12 @@ class Residency:
             yield
 
     def need_for(self, stage: str) -> None:
-        """Outside a step: as at the beginning of a stage."""
+        """Outside a step: wakes and parks as at the beginning of a stage."""
         self.need(*self._needs[stage])
 
     def need(self, *names: str) -> None:
-        """Outside a step (samples, checks), and where two models share a stage: from here to the next stage these are
-        awake, and no other one of those parked."""
+        """Wakes these models and parks all others, until the next stage: for samples and checks outside a step, and for
+        two models that share a stage."""
         self._park_but(names)
         self._wake(names)
 
@@ -167,8 +166,8 @@ class Residency:
 
 
 def bring(module: nn.Module, device: torch.device) -> None:
-    """Moves to ``device`` what lies elsewhere. By tensors: ``to`` of diffusers' and transformers' models refuses some
-    that were quantised."""
+    """Moves tensors on other devices to ``device``. By tensors, since ``to`` of diffusers' and transformers' models
+    refuses some quantised models."""
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.device.type != device.type:
             tensor.data = tensor.data.to(device)
@@ -180,7 +179,7 @@ def _point(tensors: Sequence[Tensor], data: Tensor) -> None:
 
 
 def _frozen(module: nn.Module) -> Iterator[Tensor]:
-    """Each tensor object once, in the order of the module."""
+    """Each tensor object once, in the module's order."""
     seen: set[int] = set()
     for tensor in (*module.parameters(), *module.buffers()):
         if not tensor.requires_grad and id(tensor) not in seen:
