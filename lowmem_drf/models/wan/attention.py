@@ -1,5 +1,5 @@
-"""Attention back ends of the Wan transformer: our kernel, and those that diffusers' attention dispatcher offers
-(PyTorch's SDPA, xformers, flash-attn)."""
+"""Attention back ends of the Wan transformer: our kernel, and those of diffusers' attention dispatcher (PyTorch's SDPA,
+xformers, flash-attn)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.ops import Attention, AttentionName, sdpa_backward, sdpa_forward, triton_attention, why_no_triton
 
 DISPATCHED: dict[AttentionName, str] = {"sdpa": "native", "xformers": "xformers", "flash": "flash"}
-"""Names of ``kernels.attention`` -> of ``diffusers.models.attention_dispatch.AttentionBackendName``."""
+"""Names of ``kernels.attention`` -> of diffusers' ``AttentionBackendName``."""
 
 CURES: dict[AttentionName, str] = {
     "xformers": 'pip install "lowmem-drf[xformers]", or -s kernels.attention=sdpa',
@@ -24,25 +24,27 @@ TRIALS = 3
 
 
 def attention_named(name: AttentionName) -> Attention:
-    """A back end, whether it can run here or not. Not ``auto``."""
+    """A back end other than ``auto``, whether or not it can run here."""
     if name == "triton":
         return triton_attention()
-    return Attention(
-        name, partial(_dispatched, DISPATCHED[name]), (sdpa_forward, sdpa_backward) if name == "sdpa" else None
-    )
+    pair = (sdpa_forward, sdpa_backward) if name == "sdpa" else None
+    return Attention(name, partial(_dispatched, DISPATCHED[name]), pair)
 
 
 def choose_attention(
     name: AttentionName, device: torch.device, shape: Sequence[int], dtype: torch.dtype, keep_attention: bool = False
 ) -> tuple[Attention, str]:
-    """The back end of a run, and why it was taken.
+    """The back end of a run, and the reason for the choice.
 
-    Args: shape: (B, L, H, d) of the self-attention. With ``auto`` on a CUDA card every back end that can run does one
-        such attention, forward and backward, a few times; the fastest is taken. keep_attention: its results will be kept for the
-        backward, so it must have a log-sum-exp to give.
+    ``auto`` on a CUDA card runs one such attention with every available back end, forward and backward, a few times,
+    and takes the fastest.
+
+    Args:
+        shape: (B, L, H, d) of the self-attention.
+        keep_attention: its results are kept for the backward, so the back end must return its log-sum-exp.
 
     Raises:
-        BadInputError: what was asked for cannot run; says why, and what to do.
+        BadInputError: the requested back end cannot run; says why, and the cure.
     """
     if name == "auto":
         return _fastest(device, shape, dtype, keep_attention)
@@ -53,7 +55,7 @@ def choose_attention(
 
 
 def why_not(name: AttentionName, device: torch.device) -> str | None:
-    """What keeps a back end from running on ``device``, with the cure; ``None``: nothing."""
+    """The reason why a back end cannot run on ``device``, with the cure; ``None`` if it can."""
     if name == "triton":
         return why_no_triton(device)
     if name == "sdpa":
@@ -70,9 +72,7 @@ def why_not(name: AttentionName, device: torch.device) -> str | None:
 def _no_lse(name: AttentionName) -> str | None:
     if name in ("triton", "sdpa"):
         return None
-    return (
-        "memory.keep_attention needs a back end that gives its log-sum-exp. Cure: -s kernels.attention=triton or sdpa"
-    )
+    return "memory.keep_attention needs an attention's log-sum-exp. Cure: -s kernels.attention=triton or sdpa"
 
 
 def _fastest(
@@ -80,23 +80,18 @@ def _fastest(
 ) -> tuple[Attention, str]:
     if device.type != "cuda":
         return attention_named("sdpa"), "the CPU's own"
-    candidates: list[AttentionName] = ["triton", "sdpa", "xformers", "flash"]
-    able = [
-        attention_named(name)
-        for name in candidates
-        if not why_not(name, device) and not (keep_attention and _no_lse(name))
-    ]
-    seconds = {one.name: _seconds(one.call, device, shape, dtype) for one in able}
-    best = min(able, key=lambda one: seconds[one.name])
-    return best, "the fastest here: " + ", ".join(
-        f"{name} {1000 * s:.1f} ms" for name, s in sorted(seconds.items(), key=lambda pair: pair[1])
-    )
+    candidates: tuple[AttentionName, ...] = ("triton", "sdpa", "xformers", "flash")
+    able = [name for name in candidates if not (why_not(name, device) or (keep_attention and _no_lse(name)))]
+    seconds = {name: _seconds(attention_named(name).call, device, shape, dtype) for name in able}
+    order = sorted(able, key=lambda name: seconds[name])
+    times = ", ".join(f"{name} {1000 * seconds[name]:.1f} ms" for name in order)
+    return attention_named(order[0]), f"the fastest here: {times}"
 
 
 def _seconds(
     call: Callable[[Tensor, Tensor, Tensor], Tensor], device: torch.device, shape: Sequence[int], dtype: torch.dtype
 ) -> float:
-    """Of a forward and a backward, the best of a few after one to warm up."""
+    """Of one forward and backward: the best of a few runs, after a warm-up."""
     q, k, v = (torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3))
     times = []
     for _ in range(TRIALS + 1):

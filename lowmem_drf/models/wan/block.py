@@ -1,13 +1,12 @@
-"""A Wan block's ``forward``, taken apart: its token-by-token work as functions that may be fused kernels and may run in
-slices, its attentions as calls whose results may be kept.
+"""The ``forward`` of a Wan block as two token-wise functions around the self-attention.
 
-All of a block but the attention among its tokens works on each token by itself: norms, modulation, projections, rotary
-embedding, the attention to the text, the feed-forward, gates. Diffusers computes each of these over the whole sequence,
-with fp32 copies of it on the way. Here they are two functions, before and after the self-attention. In slices of tokens
-each is computed and recomputed slice by slice: of the whole sequence only the block's input, q, k, v and the
-attention's output are alive.
+Everything in a block except the self-attention acts on each token independently: norms, modulation, projections, rotary
+embedding, cross-attention to the text, feed-forward, gates. Diffusers computes each over the whole sequence, with fp32
+copies. Here each operation may be a fused kernel, and the two functions may run in slices of tokens, recomputed slice
+by slice: of the whole sequence only the block's input, q, k, v and the attention's output are alive. Results of the
+attentions may be kept for the recompute.
 
-Same operations as ``WanTransformerBlock.forward`` and ``WanAttnProcessor`` of diffusers 0.42, in their order.
+Same operations in the same order as ``WanTransformerBlock.forward`` and ``WanAttnProcessor`` of diffusers 0.42.
 """
 
 from __future__ import annotations
@@ -31,11 +30,12 @@ if TYPE_CHECKING:
 
 
 class BlockForward:
-    """The ``forward`` of one block (T2V: no image tokens).
+    """The ``forward`` of one text-to-video block.
 
-    Args: count: slices of tokens. 1: the whole sequence, recomputed by nobody but a checkpoint around the block.
-        rollout_attention: among the tokens, where there is no gradient and nothing is recorded. ``None``:
-        ``attention``. weights: the block's, where they are streamed.
+    Args:
+        count: slices of tokens. With 1 only a checkpoint around the block recomputes it.
+        rollout_attention: self-attention for passes without gradient that are not recorded. ``None``: ``attention``.
+        weights: the block's, if they are streamed.
 
     Raises:
         BadInputError: an image-to-video block.
@@ -52,7 +52,7 @@ class BlockForward:
     ) -> None:
         if block.attn2.add_k_proj is not None:
             raise BadInputError(
-                "the transformer is an image-to-video one: its blocks attend to an image besides. Take a text-to-video model."
+                "the transformer is an image-to-video one: its blocks also attend to an image. Take a text-to-video model."
             )
         self._block, self._rows, self._attention, self._count = block, rows, attention, count
         self._rollout_attention = rollout_attention
@@ -66,61 +66,40 @@ class BlockForward:
         rotary: tuple[Tensor, Tensor],
         kept_attention: KeptAttention | None = None,
         recorded: bool = False,
-    ) -> Tensor:
-        exact = recorded or self._rollout_attention is None or torch.is_grad_enabled()
-        return self._forward(hidden_BLD, text_BLD, time_B6D, rotary, kept_attention, unread=False, exact=exact)
-
-    def unread(
-        self,
-        hidden_BLD: Tensor,
-        text_BLD: Tensor,
-        time_B6D: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        kept_attention: KeptAttention | None = None,
-    ) -> Tensor:
-        """For a recompute: keeps what ``__call__`` keeps, and, in slices, leaves out what comes after the
-        self-attention, which keeps only its inputs."""
-        return self._forward(hidden_BLD, text_BLD, time_B6D, rotary, kept_attention, unread=True, exact=True)
-
-    def _forward(
-        self,
-        hidden_BLD: Tensor,
-        text_BLD: Tensor,
-        time_B6D: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        kept_attention: KeptAttention | None,
-        unread: bool,
-        exact: bool,
+        unread: bool = False,
     ) -> Tensor:
         block = self._block
         attn1, attn2 = block.attn1, block.attn2
         modulation_B6D = block.scale_shift_table + time_B6D.float()
-        before = (
-            partial(in_slices, count=self._count, parameters=_trainable(attn1.to_q, attn1.to_k, attn1.to_v))
-            if self._count > 1
-            else _whole
-        )
-        # in slices these are called again in the backward, when the block's weights may have left it: they are handed
-        # them
+        run: Any = partial(in_slices, count=self._count) if self._count > 1 else _whole
+        # the backward calls slices again when the block's weights may have left it, so they are arguments
         weights = self._weights if self._count > 1 else Resident()
-        q, k, v = before(
-            weights.bound(self._before), sliced=[hidden_BLD, *rotary], shared=[modulation_B6D, *weights.tensors()]
+        q, k, v = run(
+            weights.bound(self._before),
+            sliced=[hidden_BLD, *rotary],
+            shared=[modulation_B6D, *weights.tensors()],
+            parameters=_trainable(attn1.to_q, attn1.to_k, attn1.to_v),
         )
-        attended_BLHd = self._attend(q, k, v, kept_attention) if exact else self._rollout_attention(q, k, v)
+        if recorded or unread or self._rollout_attention is None or torch.is_grad_enabled():
+            attended_BLHd = self._attend(q, k, v, kept_attention)
+        else:
+            attended_BLHd = self._rollout_attention(q, k, v)
         del q, k, v
-        text_k = self._rows.rms_norm(attn2.to_k(text_BLD), attn2.norm_k.weight, attn2.norm_k.eps).unflatten(
-            2, (attn2.heads, -1)
-        )
-        text_v = attn2.to_v(text_BLD).unflatten(2, (attn2.heads, -1))
-        parameters = _trainable(attn1.to_out, attn2.to_q, attn2.to_out, block.ffn)
-        after = (
-            partial(in_slices, count=self._count, parameters=parameters, unread=unread) if self._count > 1 else _whole
-        )
-        shared = [modulation_B6D, text_k, text_v, *weights.tensors()]
-        (out_BLD,) = after(
-            weights.bound(partial(self._after, kept_attention)), sliced=[hidden_BLD, attended_BLHd], shared=shared
+        text_k = self._rows.rms_norm(attn2.to_k(text_BLD), attn2.norm_k.weight, attn2.norm_k.eps)
+        text_v = attn2.to_v(text_BLD)
+        (out_BLD,) = run(
+            weights.bound(partial(self._after, kept_attention)),
+            sliced=[hidden_BLD, attended_BLHd],
+            shared=[modulation_B6D, _heads(attn2, text_k), _heads(attn2, text_v), *weights.tensors()],
+            parameters=_trainable(attn1.to_out, attn2.to_q, attn2.to_out, block.ffn),
+            unread=unread,
         )
         return out_BLD
+
+    def unread(self, *inputs: Any, **arguments: Any) -> Tensor:
+        """For a recompute: saves the same tensors as ``__call__``. In slices it skips the part after the
+        self-attention, which saves only its inputs."""
+        return self(*inputs, **arguments, unread=True)
 
     def _before(self, hidden: Tensor, cos: Tensor, sin: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         block, attn = self._block, self._block.attn1
@@ -128,7 +107,7 @@ class BlockForward:
         x = self._rows.norm_modulate(hidden, scale, shift, block.norm1.eps)
         q, k = self._linear(attn.to_q, x), self._linear(attn.to_k, x)
         q, k = self._rows.rope_qk(q, k, attn.norm_q.weight, attn.norm_k.weight, cos, sin, attn.heads, attn.norm_q.eps)
-        return q, k, self._linear(attn.to_v, x).unflatten(2, (attn.heads, -1))
+        return q, k, _heads(attn, self._linear(attn.to_v, x))
 
     def _after(
         self,
@@ -142,15 +121,11 @@ class BlockForward:
         block, attn, rows = self._block, self._block.attn2, self._rows
         gate, ff_shift, ff_scale, ff_gate = modulation.chunk(6, dim=1)[2:]
         hidden = rows.gate_residual(hidden, self._out(block.attn1, attended), gate)
-        x = (
-            rows.layer_norm(hidden, block.norm2.weight, block.norm2.bias, block.norm2.eps)
-            if isinstance(block.norm2, nn.LayerNorm)
-            else hidden
-        )
-        q = rows.rms_norm(self._linear(attn.to_q, x), attn.norm_q.weight, attn.norm_q.eps).unflatten(
-            2, (attn.heads, -1)
-        )
-        hidden = hidden + self._out(attn, self._attend(q, text_k, text_v, kept_attention))
+        x, norm = hidden, block.norm2
+        if isinstance(norm, nn.LayerNorm):
+            x = rows.layer_norm(hidden, norm.weight, norm.bias, norm.eps)
+        q = rows.rms_norm(self._linear(attn.to_q, x), attn.norm_q.weight, attn.norm_q.eps)
+        hidden = hidden + self._out(attn, self._attend(_heads(attn, q), text_k, text_v, kept_attention))
         x = rows.norm_modulate(hidden, ff_scale, ff_shift, block.norm3.eps)
         return (rows.gate_residual(hidden, self._feed_forward(x), ff_gate),)
 
@@ -158,7 +133,7 @@ class BlockForward:
         return linear(layer, x) if self._rows.lean_linears else layer(x)
 
     def _out(self, attn: Any, attended_BLHd: Tensor) -> Tensor:
-        """The projection after the attention. What follows it in diffusers is a dropout of 0."""
+        """The projection after the attention. The dropout of 0 that follows in diffusers is left out."""
         return self._linear(attn.to_out[0], attended_BLHd.flatten(2, 3))
 
     def _feed_forward(self, x: Tensor) -> Tensor:
@@ -166,19 +141,20 @@ class BlockForward:
         if not self._rows.lean_linears or getattr(ffn.net[0], "approximate", None) != APPROXIMATE:
             result: Tensor = ffn(x)
             return result
-        return linear(ffn.net[2], linear(ffn.net[0].proj, x), gelu=True)  # between them diffusers has a dropout of 0
+        return linear(ffn.net[2], linear(ffn.net[0].proj, x), gelu=True)  # without the dropout of 0 between them
 
     def _attend(self, q_BLHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, kept_attention: KeptAttention | None) -> Tensor:
-        return (
-            self._attention.call(q_BLHd, k_BLHd, v_BLHd)
-            if kept_attention is None
-            else self._attention.keep_attention(q_BLHd, k_BLHd, v_BLHd, kept_attention)
-        )
+        if kept_attention is None:
+            return self._attention.call(q_BLHd, k_BLHd, v_BLHd)
+        return self._attention.keep_attention(q_BLHd, k_BLHd, v_BLHd, kept_attention)
 
 
-def _whole(function: Any, sliced: list[Tensor], shared: list[Tensor]) -> tuple[Tensor, ...]:
-    result: tuple[Tensor, ...] = function(*sliced, *shared)
-    return result
+def _whole(function: Any, sliced: list[Tensor], shared: list[Tensor], **_: Any) -> Any:
+    return function(*sliced, *shared)
+
+
+def _heads(attn: Any, x_BLD: Tensor) -> Tensor:
+    return x_BLD.unflatten(2, (attn.heads, -1))
 
 
 def _trainable(*modules: nn.Module) -> Iterator[Tensor]:

@@ -1,10 +1,10 @@
-"""The Wan video VAE as a ``types.Decoder``: whole, or one latent frame at a time with its caches as values.
+"""The Wan video VAE as a ``types.Decoder``: as a whole, or latent frame by latent frame with explicit caches.
 
-diffusers 0.42.1, ``AutoencoderKLWan._decode``, already decodes one latent frame at a time; between chunks it keeps, in
-a mutable list, the last two input frames of every causal convolution. Here that list is an argument and a result, so
-that any chunk can be computed again from what entered it. Encoding is not needed by the method and not here.
+``AutoencoderKLWan._decode`` of diffusers 0.42.1 also decodes one latent frame at a time; between chunks it keeps the
+last two input frames of every causal convolution in a mutable list. Here that list is an argument and a result, so that
+any chunk can be recomputed from its entering caches. The method needs no encoding.
 
-A pixel past the range is clamped, as in diffusers, but its gradient is not always zero: see ``wan_vae.InwardClamp``.
+A pixel out of range is clamped, as in diffusers, but its gradient is not always zero: see ``vae.InwardClamp``.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ON_THE_WAY = 1024**3
-"""Bytes on their way to the card for the next segment while the present one computes. All that the backward of a
-segment of Wan 2.1 needs at 832x480 in bf16, half of it in fp32."""
+"""Limit, in bytes, on prefetches for the next segment while the present one computes. At 832x480 it fits all that the
+backward of one segment of Wan 2.1 needs in bf16, half of it in fp32."""
 
 
 def load_vae(
@@ -37,36 +37,37 @@ def load_vae(
     """The VAE in subfolder ``vae`` of a diffusers model: frozen, eval. Raises BadInputError if it cannot be loaded."""
     from diffusers import AutoencoderKLWan
 
+    load = AutoencoderKLWan.from_pretrained
     with loading("the VAE", folder_or_id):
-        vae = complete(
-            AutoencoderKLWan.from_pretrained(folder_or_id, subfolder="vae", torch_dtype=dtype, output_loading_info=True)
-        )
+        vae = complete(load(folder_or_id, subfolder="vae", torch_dtype=dtype, output_loading_info=True))
     return vae.to(device).eval().requires_grad_(False)
 
 
 def drop_encoder(vae: AutoencoderKLWan) -> None:
-    """Lets go of what only encoding needs: nearly half of the Wan VAE's weights. ``decode`` works on."""
+    """Frees the weights that only encoding needs, nearly half of the Wan VAE's. ``decode`` still works."""
     vae.encoder = vae.quant_conv = None
 
 
 class WanDecoder:
-    """``types.Decoder`` on an ``AutoencoderKLWan``. Latents are the transformer's; frames are in [0, 1], in the VAE's
+    """``types.Decoder`` for an ``AutoencoderKLWan``. Latents are the transformer's; frames are in [0, 1], in the VAE's
     dtype.
 
-    Args: vae: its dtype is that of ``decode`` and ``chunk``, whose frames the critic sees. grad_dtype: of
-        ``chunk_backward`` and of the caches that are stored for it. ``None``: the VAE's. strips: of rows, in which
-        ``chunk_backward`` recomputes the largest pieces of the decoder, those of full resolution; smaller ones are cut
-        into fewer, so that no strip is larger (``wan_strips.strips_of``). The gradient is the same. With ``norm_silu``
-        what has no gradient is computed in these strips too. caches: ``"host"``: the running caches of a decode, and in
-        ``chunk_backward`` the inputs of the segments and the gradients of the caches, wait in host memory between their
-        uses, and the card holds those of one segment (and of the next, on their way). store: the host memory of the
-        run. What ``store`` keeps for the backward is there in any case. norm_silu: the function of a kernel for
-        (x_BCTHW, gamma_C) -> silu(WanRMS_norm(x)). With it the decoder runs on less memory (``wan_fused``); frames and
-        gradients are the same but for rounding. ``None``: on diffusers' own modules.
+    Args:
+        vae: ``decode`` and ``chunk``, which make the critic's frames, run in its dtype.
+        grad_dtype: dtype of ``chunk_backward`` and of the caches stored for it. ``None``: the VAE's.
+        strips: strips of rows in which ``chunk_backward`` recomputes the largest segments, those of full resolution;
+            smaller ones are cut into fewer, none larger (``vae_strips.strips_of``). The gradient is the same. With
+            ``norm_silu`` passes without gradient run in these strips too.
+        caches: with ``"host"`` the running caches of a decode, and in ``chunk_backward`` the inputs of the segments and
+            the gradients of the caches, wait in host memory between uses; the card holds one segment's, and prefetches
+            the next one's.
+        store: the run's host memory. Caches stored for the backward are there in any case.
+        norm_silu: kernel for (x_BCTHW, gamma_C) -> silu(WanRMS_norm(x)). With it the decoder takes less memory
+            (``vae_fused``); frames and gradients are the same up to rounding. ``None``: diffusers' modules.
 
     Raises:
         BadInputError: fewer than one strip.
-        ValueError: ``norm_silu`` and weights that are not frozen: they would get no gradient.
+        ValueError: ``norm_silu`` with trainable weights: they would get no gradient.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class WanDecoder:
     ) -> None:
         if norm_silu is not None and any(weight.requires_grad for weight in vae.decoder.parameters()):
             raise ValueError(
-                "with norm_silu the decoder's weights get no gradient: freeze them, vae.requires_grad_(False)"
+                "norm_silu gives the decoder's weights no gradient: freeze them, vae.requires_grad_(False)"
             )
         if strips < 1:
             raise BadInputError(f"memory.vae_strips is {strips}: it must be 1 or more")
@@ -106,32 +107,31 @@ class WanDecoder:
         return _frames(torch.cat(made, dim=2))
 
     def start(self, batch: int) -> Caches:
-        """The caches that enter the first chunk. ``batch`` is part of the contract; Wan's caches start empty whatever
-        it is."""
+        """The caches that enter the first chunk. Wan's are empty for any ``batch``."""
         return (None,) * self._slots[-1].stop
 
     def chunk(self, latents_BC1hw: Tensor, caches: Caches) -> tuple[Tensor, Caches]:
-        """(B, C, 1, h, w) and the caches that enter -> frames (B, 1 or 4, 3, H, W) in [0, 1] and the caches handed on.
+        """(B, C, 1, h, w) and the entering caches -> frames (B, 1 or 4, 3, H, W) in [0, 1] and the caches handed on.
 
-        Pure: ``caches`` is not changed. Differentiable in the latents and in every tensor of ``caches``. Bitwise the
-        frames of ``decode``, but where ``norm_silu`` and several strips round them otherwise.
+        Pure, and differentiable in the latents and in every tensor of ``caches``. The frames are bitwise those of
+        ``decode``, unless ``norm_silu`` and several strips round differently.
         """
         y, handed = self._run(self._into(latents_BC1hw, self.vae.dtype), caches)
         return _frames(y), handed
 
     @torch.no_grad()
     def advance(self, latents_BC1hw: Tensor, caches: Caches) -> Caches:
-        """What ``chunk`` hands on, in the dtype of the gradient: half the time and the room where that is bf16."""
+        """The caches that ``chunk`` hands on, in the dtype of the gradient: in bf16 half the time and memory."""
         return self._run(self._into(latents_BC1hw, self._grad_dtype), caches)[1]
 
     def store(self, caches: Caches) -> Caches:
-        """What ``chunk`` handed on, as it waits for ``chunk_backward``: on the host, in its dtype."""
-        if self._grad_dtype == self.vae.dtype:
-            return tuple(self._host.put(cache) if isinstance(cache, torch.Tensor) else cache for cache in caches)
-        return tuple(
-            self._host.put(_get(cache).to(self._grad_dtype)) if isinstance(cache, torch.Tensor | Held) else cache
-            for cache in caches
-        )
+        """Moves caches to the host, in the dtype of the gradient."""
+
+        def stored(cache: Any) -> Any:
+            value = cache if self._grad_dtype == self.vae.dtype else _get(cache)
+            return self._host.put(value.to(self._grad_dtype)) if isinstance(value, torch.Tensor) else value
+
+        return tuple(map(stored, caches))
 
     def chunk_backward(
         self,
@@ -142,9 +142,9 @@ class WanDecoder:
         d_handed: Caches,
         hands_back: bool,
     ) -> tuple[Tensor, Caches]:
-        """See ``types.Decoder``. One forward without gradient, that keeps what enters each segment; then the segments
-        in reverse, each recomputed with gradient, the large ones in strips of rows. One segment's graph is live at a
-        time. Gradients at the caches take the memory of ``d_handed``."""
+        """See ``types.Decoder``. A forward without gradient keeps the input of each segment; then the segments are
+        recomputed with gradient in reverse order, large ones in strips of rows. One segment's graph is live at a time.
+        Gradients at the caches reuse the memory of ``d_handed``."""
         first, dtype = _is_first(caches), self._grad_dtype
         z = latents_BC1hw.detach().requires_grad_()
         with torch.enable_grad():
@@ -165,13 +165,8 @@ class WanDecoder:
             inputs.pop()
             entering, d_out = self._entering(i, caches, x), tuple(map(_get, d_handed[slots]))
             if i:
-                _prefetch(
-                    [
-                        *inputs[-2 if inputs[-1] is None else -1 :],
-                        *self._read(i - 1, caches),
-                        *d_handed[self._slots[i - 1]],
-                    ]
-                )
+                start = -2 if inputs[-1] is None else -1
+                _prefetch([*inputs[start:], *self._read(i - 1, caches), *d_handed[self._slots[i - 1]]])
             d_x, d_end, made = pull_back(segment, x, entering, first, shortcut, d_x, d_out, hands_back, counts[i])
             del x, shortcut, entering, d_out
             d_caches[slots] = [self._wait(d) for d in made]
@@ -181,21 +176,18 @@ class WanDecoder:
             if segment.opens_shortcut and d_shortcut is not None:
                 d_x = d_shortcut if d_x is None else d_x + d_shortcut
                 d_shortcut = None
-        if d_x is None:
-            return torch.zeros_like(z), tuple(d_caches) if hands_back else ()
-        return torch.autograd.grad(stem, z, d_x)[0], tuple(d_caches) if hands_back else ()
+        d_z = torch.zeros_like(z) if d_x is None else torch.autograd.grad(stem, z, d_x)[0]
+        return d_z, tuple(d_caches) if hands_back else ()
 
     def _counts(self, shape_BCTHW: Sequence[int], first: bool) -> list[int]:
-        """Into how many strips each segment is cut, where the first one's input has this shape."""
+        """The number of strips of each segment, if the first segment's input has this shape."""
         sizes = sizes_of(self._segments, shape_BCTHW, first)
-        return [
-            strips_of(segment, size, max(sizes), self._strips)
-            for segment, size in zip(self._segments, sizes, strict=True)
-        ]
+        sized = zip(self._segments, sizes, strict=True)
+        return [strips_of(segment, size, max(sizes), self._strips) for segment, size in sized]
 
     @torch.no_grad()
     def _inputs(self, x: Tensor, caches: Caches, first: bool, counts: Sequence[int]) -> list[Any]:
-        """What enters each segment; ``None`` where it is better computed again."""
+        """The input of each segment; ``None`` if it is cheaper to recompute than to keep."""
         inputs: list[Any] = []
         for i in range(len(self._segments)):
             inputs.append(None if i and self._segments[i - 1].cheap else self._wait(x))
@@ -206,7 +198,7 @@ class WanDecoder:
 
     @torch.no_grad()
     def _input(self, i: int, inputs: Sequence[Any], caches: Caches, first: bool, counts: Sequence[int]) -> Tensor:
-        """What enters a segment, kept or computed again."""
+        """The input of a segment, kept or recomputed."""
         if inputs[i] is not None:
             return _get(inputs[i])
         return self._output(i - 1, _get(inputs[i - 1]), self._shortcut(i - 1, inputs), caches, first, counts)
@@ -214,46 +206,44 @@ class WanDecoder:
     def _output(
         self, i: int, x: Tensor, shortcut: Tensor | None, caches: Caches, first: bool, counts: Sequence[int]
     ) -> Tensor:
-        """What a segment makes, as it comes back from the host: upsampling leaves other strides, and sums over channels
-        depend on them in their last bit."""
-        strips = counts[i] if self._fused else 1
-        return in_strips(
-            self._segments[i], x, tuple(map(_get, caches[self._slots[i]])), first, shortcut, strips, Wants.OUTPUT
-        )[0].contiguous()
+        """A segment's output, contiguous as it would return from the host: upsampling leaves other strides, which
+        change the last bit of sums over channels."""
+        slots, strips = self._slots[i], counts[i] if self._fused else 1
+        made = in_strips(self._segments[i], x, tuple(map(_get, caches[slots])), first, shortcut, strips, Wants.OUTPUT)
+        return made[0].contiguous()
 
     def _shortcut(self, i: int, inputs: Sequence[Any]) -> Tensor | None:
-        """The shortcut that ends at a segment, if one does."""
+        """The shortcut that ends at a segment, if there is one."""
         if not self._segments[i].ends_shortcut:
             return None
         return _get(inputs[max(j for j in range(i) if self._segments[j].opens_shortcut)])
 
     def _read(self, i: int, caches: Caches) -> list[Any]:
-        """The caches that enter a segment whose values its pull-back reads."""
-        return [cache for place, cache in enumerate(caches[self._slots[i]]) if place not in self._segments[i].unread]
+        """A segment's entering caches, without those of which its backward reads only the shape."""
+        shape_only = self._segments[i].shape_only
+        return [cache for slot, cache in enumerate(caches[self._slots[i]]) if slot not in shape_only]
 
     def _entering(self, i: int, caches: Caches, x: Tensor) -> Caches:
-        """The caches that enter a segment, on the card, for its pull-back. Of those that it does not read, the
+        """A segment's entering caches on the card, for its backward; placeholders for those of which it reads only the
         shape."""
         entering = list(caches[self._slots[i]])
-        for place, channels in self._segments[i].unread.items():
-            waiting = entering[place]
-            if isinstance(waiting, Held):
+        for slot, channels in self._segments[i].shape_only.items():
+            held = entering[slot]
+            if isinstance(held, Held):
                 one_frame = len(x) * channels * x.shape[3] * x.shape[4] * x.element_size()
-                entering[place] = x.new_zeros(()).expand(len(x), channels, waiting.nbytes // one_frame, *x.shape[3:])
+                entering[slot] = x.new_zeros(()).expand(len(x), channels, held.nbytes // one_frame, *x.shape[3:])
         return tuple(map(_get, entering))
 
     def _run(self, x: Tensor, caches: Caches) -> tuple[Tensor, Caches]:
         """All segments of one chunk."""
         first, handed, shortcut = _is_first(caches), [], None
-        counts = (
-            self._counts(x.shape, first) if self._fused and not torch.is_grad_enabled() else [1] * len(self._segments)
-        )
+        in_parts = self._fused and not torch.is_grad_enabled()
+        counts = self._counts(x.shape, first) if in_parts else [1] * len(self._segments)
         for i, (segment, slots) in enumerate(zip(self._segments, self._slots, strict=True)):
             if segment.opens_shortcut:
                 shortcut = x
-            entering = tuple(
-                cache.to(x) if isinstance(cache, torch.Tensor) else cache for cache in map(_get, caches[slots])
-            )
+            values = map(_get, caches[slots])
+            entering = tuple(cache.to(x) if isinstance(cache, torch.Tensor) else cache for cache in values)
             if i + 1 < len(self._segments):
                 _prefetch(caches[self._slots[i + 1]])
             x, made = in_strips(segment, x, entering, first, shortcut, counts[i])
@@ -265,22 +255,19 @@ class WanDecoder:
         return x, tuple(handed)
 
     def _wait(self, value: Any) -> Any:
-        """Where a tensor is until it is used again. A graph's tensors stay."""
-        return (
-            self._host.put(value)
-            if self._waits and isinstance(value, torch.Tensor) and not value.requires_grad
-            else value
-        )
+        """The tensor, or its copy on the host until it is used again. A graph's tensors stay."""
+        goes = self._waits and isinstance(value, torch.Tensor) and not value.requires_grad
+        return self._host.put(value) if goes else value
 
     def _into(self, latents_BCFhw: Tensor, dtype: torch.dtype) -> Tensor:
-        """What enters the decoder."""
+        """The decoder's input."""
         conv = self.vae.post_quant_conv
         weights = {name: weight.to(dtype) for name, weight in conv.named_parameters()}
         return torch.func.functional_call(conv, weights, (self._to_vae(latents_BCFhw.to(dtype)),))
 
     def _to_vae(self, x_BCFhw: Tensor) -> Tensor:
-        """Undoes the normalisation, in WanPipeline's own arithmetic (division by the inverse), so that its clips are
-        reproduced to the bit."""
+        """Undoes the normalisation with WanPipeline's arithmetic (division by the inverse), to reproduce its clips bit
+        by bit."""
         mean = torch.tensor(self.vae.config.latents_mean).view(1, -1, 1, 1, 1).to(x_BCFhw)
         inverse_std = (1.0 / torch.tensor(self.vae.config.latents_std).view(1, -1, 1, 1, 1)).to(x_BCFhw)
         return x_BCFhw / inverse_std + mean
@@ -295,7 +282,7 @@ def _get(value: Any) -> Any:
 
 
 def _prefetch(values: Sequence[Any]) -> None:
-    """Starts the way to the card of the first of these, as many as ``ON_THE_WAY`` allows."""
+    """Starts to copy the first of these to the card, as many as ``ON_THE_WAY`` allows."""
     waiting = [value for value in values if isinstance(value, Held)]
     for value, nbytes in zip(waiting, accumulate(value.nbytes for value in waiting), strict=True):
         if nbytes <= ON_THE_WAY:

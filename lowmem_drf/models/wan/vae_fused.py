@@ -1,14 +1,15 @@
-"""The pieces of the Wan decoder for a run with kernels: the functions of diffusers' modules, with less memory, on those
-modules' own weights.
+"""The pieces of the Wan decoder for a run with kernels: the functions of diffusers' modules in less memory, on the same
+weights.
 
-diffusers 0.42.1 (``autoencoder_kl_wan.py``: ``WanResidualBlock``, ``WanResample``, ``WanCausalConv3d``). Values and
-gradients are the same but for rounding. What is left out:
+After ``WanResidualBlock``, ``WanResample`` and ``WanCausalConv3d`` of diffusers 0.42.1. Values and gradients are the
+same up to rounding. They do without:
 
-- ``F.normalize`` and ``SiLU``, with all they keep for the backward: ``norm_silu`` keeps their input.
-- What a convolution reads: with frozen weights its gradient does not depend on it. And the copy with zeros around it:
-  cuDNN pads by itself.
-- Values that only a graph is made for: of the last convolution of a block, and of all that is linear (``Wants.GRAPH``).
-- The fp32 copy around the doubling of rows and columns, which only copies values.
+- The intermediate tensors of ``F.normalize`` and ``SiLU``: ``norm_silu`` saves their input.
+- The saved input of a convolution: with frozen weights its gradient does not depend on it. And its zero-padded copy:
+  cuDNN pads.
+- Values that nobody reads in a pass for the graph alone: of a block's last convolution and of linear functions
+  (``Wants.GRAPH``).
+- The fp32 copy around nearest-neighbour upsampling, which only copies values.
 """
 
 from __future__ import annotations
@@ -25,12 +26,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NormSilu = Callable[["Tensor", "Tensor"], "Tensor"]
-"""(x_BCTHW, gamma_C) -> silu(x / |x| * sqrt(C) * gamma), where |x| is over the channels: ``WanRMS_norm`` and
-``SiLU``."""
+"""(x_BCTHW, gamma_C) -> silu(x / |x| * sqrt(C) * gamma), with |x| over the channels: ``WanRMS_norm`` and ``SiLU``."""
 
 
 class Wants(Enum):
-    """What a segment is called for. Whoever asks for less may get more."""
+    """What the caller of a segment needs. It may get more."""
 
     ALL = "the output and the caches handed on"
     OUTPUT = "the output"
@@ -38,29 +38,25 @@ class Wants(Enum):
 
 
 class Residual(nn.Module):
-    """Of a ``WanResidualBlock`` without dropout."""
+    """A ``WanResidualBlock`` without dropout."""
 
     def __init__(self, block: Any, norm_silu: NormSilu) -> None:
         super().__init__()
         self.block, self.norm_silu = block, norm_silu
 
     def forward(self, x: Tensor, caches: list[Any], first: bool, shortcut: Tensor | None, wants: Wants) -> Tensor:
-        block, makes = self.block, wants is not Wants.GRAPH
-        residual = (
-            x if isinstance(block.conv_shortcut, nn.Identity) else convolved(x, block.conv_shortcut, makes=makes)[0]
-        )
-        h, caches[0] = normed_and_convolved(
-            x, block.norm1, block.conv1, caches[0], self.norm_silu, hands=wants is Wants.ALL
-        )
-        out, caches[1] = normed_and_convolved(
-            h, block.norm2, block.conv2, caches[1], self.norm_silu, residual, makes, wants is Wants.ALL
-        )
+        block, silu = self.block, self.norm_silu
+        makes, hands = wants is not Wants.GRAPH, wants is Wants.ALL
+        plain = isinstance(block.conv_shortcut, nn.Identity)
+        residual = x if plain else convolved(x, block.conv_shortcut, makes=makes)[0]
+        h, caches[0] = normed_and_convolved(x, block.norm1, block.conv1, caches[0], silu, hands=hands)
+        out, caches[1] = normed_and_convolved(h, block.norm2, block.conv2, caches[1], silu, residual, makes, hands)
         return out
 
 
 class Upsample(nn.Module):
-    """Of a ``WanResample`` that doubles rows, columns and, with mode ``upsample3d``, frames; and of Wan 2.2's shortcut
-    around the block."""
+    """A ``WanResample`` that doubles rows, columns and, in mode ``upsample3d``, frames; with Wan 2.2's shortcut around
+    the block."""
 
     def __init__(self, resample: Any, shortcut: nn.Module | None) -> None:
         super().__init__()
@@ -70,14 +66,13 @@ class Upsample(nn.Module):
         makes, in_time = wants is not Wants.GRAPH, bool(caches) and caches[0] is not None
         if in_time:
             entering = caches[0] if isinstance(caches[0], torch.Tensor) else None  # after the marker "Rep": zeros
-            x, caches[0] = convolved(
-                _Joined.apply(x, entering), self.resample.time_conv, None, 2, makes, wants is Wants.ALL
-            )
+            conv, hands = self.resample.time_conv, wants is Wants.ALL
+            x, caches[0] = convolved(_WithPastFrames.apply(x, entering), conv, None, 2, makes, hands)
         elif caches:
-            caches[0] = "Rep"  # of the first frame no second is made
+            caches[0] = "Rep"  # the first frame is not doubled
         conv = self.resample.resample[1]
         residual = None if self.shortcut is None else self.shortcut(shortcut, first_chunk=first)
-        return cast("Tensor", _Doubled.apply(x, residual, conv.weight, conv.bias, in_time, makes))
+        return cast("Tensor", _UpsampledConv.apply(x, residual, conv.weight, conv.bias, in_time, makes))
 
 
 def normed_and_convolved(
@@ -90,9 +85,9 @@ def normed_and_convolved(
     makes: bool = True,
     hands: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """``conv(silu(norm(x)), cache) + residual``, and the cache handed on: of the first frame one, later two."""
-    # nothing else holds the normed x, so the convolution runs without it
-    joined = _Joined.apply(norm_silu(x, norm.gamma.flatten()), cache)
+    """``conv(silu(norm(x)), cache) + residual``, and the cache handed on: one frame of the first chunk, later two."""
+    # nothing else holds the normed x, so it is freed before the convolution
+    joined = _WithPastFrames.apply(norm_silu(x, norm.gamma.flatten()), cache)
     return convolved(joined, conv, residual, 1 if cache is None and x.shape[2] == 1 else 2, makes, hands)
 
 
@@ -100,14 +95,13 @@ def convolved(
     x: Tensor, conv: Any, residual: Tensor | None = None, last: int = 0, makes: bool = True, hands: bool = True
 ) -> tuple[Tensor, Tensor]:
     """``conv(x) + residual`` without padding in time, and the ``last`` frames of ``x``."""
-    return cast("tuple[Tensor, Tensor]", _Convolved.apply(x, residual, conv.weight, conv.bias, last, makes, hands))
+    return cast("tuple[Tensor, Tensor]", _FrozenConv.apply(x, residual, conv.weight, conv.bias, last, makes, hands))
 
 
-class _Joined(torch.autograd.Function):
-    """The two frames that a causal convolution looks back on, zeros where there are none, and those of ``x``.
+class _WithPastFrames(torch.autograd.Function):
+    """The two frames before ``x`` that a causal convolution reads, zeros if there are none, and ``x``.
 
-    As ``torch.cat``, but that the gradient at the cache is no view: a view would keep the whole gradient of the joined
-    frames.
+    Like ``torch.cat``, but the cache's gradient is a copy: a view would keep the gradient of all joined frames alive.
     """
 
     @staticmethod
@@ -122,8 +116,8 @@ class _Joined(torch.autograd.Function):
         return d[:, :, 2:], d[:, :, 2 - ctx.frames : 2].clone() if ctx.needs_input_grad[1] else None
 
 
-class _Convolved(torch.autograd.Function):
-    """A convolution with frozen weights: keeps nothing of its input, and makes only those values that are asked for."""
+class _FrozenConv(torch.autograd.Function):
+    """A convolution with frozen weights: saves nothing of its input, and computes only the requested values."""
 
     @staticmethod
     def forward(
@@ -133,32 +127,27 @@ class _Convolved(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.shape, ctx.last = x.shape, last
         handed = x[:, :, x.shape[2] - last :]
-        handed = handed.clone() if hands else _hollow(x, handed.shape)
+        handed = handed.clone() if hands else _placeholder(x, handed.shape)
         if not makes:
-            return _hollow(x, (len(x), len(weight), x.shape[2] - weight.shape[2] + 1, *x.shape[3:])), handed
-        out = torch.ops.aten.convolution(x, weight, bias, *_form(weight))
+            return _placeholder(x, (len(x), len(weight), x.shape[2] - weight.shape[2] + 1, *x.shape[3:])), handed
+        out = torch.ops.aten.convolution(x, weight, bias, *_options(weight))
         return out if residual is None else out.add_(residual), handed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_handed: Tensor | None) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        d_x = (
-            _pulled_back(d_out, ctx.shape, weight)
-            if d_out is not None
-            else None
-            if d_handed is None
-            else d_handed.new_zeros(ctx.shape)
-        )
-        if d_x is not None and d_handed is not None:
+        d_x = None if d_out is None else _input_gradient(d_out, ctx.shape, weight)
+        if d_handed is not None:
+            d_x = d_handed.new_zeros(ctx.shape) if d_x is None else d_x
             d_x[:, :, d_x.shape[2] - ctx.last :] += d_handed
-        return d_x, d_out if ctx.needs_input_grad[1] else None, None, None, None, None, None
+        return d_x, d_out if ctx.needs_input_grad[1] else None, *[None] * 5
 
 
-class _Doubled(torch.autograd.Function):
-    """Rows and columns doubled by repetition, then a convolution of each frame with frozen weights, plus ``residual``.
+class _UpsampledConv(torch.autograd.Function):
+    """Nearest-neighbour upsampling of rows and columns, then a frozen convolution of each frame, plus ``residual``.
 
-    ``in_time``: the channels of a frame are those of two frames.
+    ``in_time``: each frame's channels hold two frames.
     """
 
     @staticmethod
@@ -169,14 +158,11 @@ class _Doubled(torch.autograd.Function):
         ctx.shape, ctx.times = x.shape, 2 if in_time else 1
         batch, channels, frames, height, width = x.shape
         if not makes:
-            return _hollow(x, (batch, len(weight), frames * ctx.times, 2 * height, 2 * width))
-        x = (
-            x.view(batch, ctx.times, channels // ctx.times, frames, height, width)
-            .permute(0, 3, 1, 2, 4, 5)
-            .flatten(0, 2)
-        )
+            return _placeholder(x, (batch, len(weight), frames * ctx.times, 2 * height, 2 * width))
+        x = x.view(batch, ctx.times, channels // ctx.times, frames, height, width)
+        x = x.permute(0, 3, 1, 2, 4, 5).flatten(0, 2)
         x = nn.functional.interpolate(x, scale_factor=2.0, mode="nearest-exact")
-        out = torch.ops.aten.convolution(x, weight, bias, *_form(weight)).unflatten(0, (batch, -1)).transpose(1, 2)
+        out = torch.ops.aten.convolution(x, weight, bias, *_options(weight)).unflatten(0, (batch, -1)).transpose(1, 2)
         return out if residual is None else out.add_(residual)
 
     @staticmethod
@@ -185,36 +171,27 @@ class _Doubled(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         batch, channels, frames, height, width = ctx.shape
         shape = (batch * frames * ctx.times, weight.shape[1], 2 * height, 2 * width)
-        d_x = _pulled_back(d_out.transpose(1, 2).flatten(0, 1), shape, weight)
-        d_x = (
-            d_x.unflatten(3, (width, 2)).unflatten(2, (height, 2)).sum((3, 5)).unflatten(0, (batch, frames, ctx.times))
-        )
-        return (
-            d_x.permute(0, 2, 3, 1, 4, 5).reshape(ctx.shape),
-            d_out if ctx.needs_input_grad[1] else None,
-            None,
-            None,
-            None,
-            None,
-        )
+        d_x = _input_gradient(d_out.transpose(1, 2).flatten(0, 1), shape, weight)
+        d_x = d_x.unflatten(3, (width, 2)).unflatten(2, (height, 2)).sum((3, 5))
+        d_x = d_x.unflatten(0, (batch, frames, ctx.times)).permute(0, 2, 3, 1, 4, 5).reshape(ctx.shape)
+        return d_x, d_out if ctx.needs_input_grad[1] else None, *[None] * 4
 
 
-def _form(weight: Tensor) -> tuple[Any, ...]:
-    """What ``aten::convolution`` is told besides: rows and columns stay as many, frames become fewer."""
+def _options(weight: Tensor) -> tuple[Any, ...]:
+    """Options of ``aten::convolution``: padded in rows and columns, not in time."""
     kernel = weight.shape[2:]
     padding = [0 if i == len(kernel) - 3 else size // 2 for i, size in enumerate(kernel)]
     ones = [1] * len(kernel)
     return ones, padding, ones, False, [0] * len(kernel), 1
 
 
-def _pulled_back(d: Tensor, shape: Any, weight: Tensor) -> Tensor:
-    """The gradient at the input of a convolution, whose values do not matter."""
-    hollow = _hollow(d, shape)
-    return cast(
-        "Tensor", torch.ops.aten.convolution_backward(d, hollow, weight, None, *_form(weight), (True, False, False))[0]
-    )
+def _input_gradient(d: Tensor, shape: Any, weight: Tensor) -> Tensor:
+    """The gradient at the input of a convolution, which does not depend on its values."""
+    x, wanted = _placeholder(d, shape), (True, False, False)
+    result: Tensor = torch.ops.aten.convolution_backward(d, x, weight, None, *_options(weight), wanted)[0]
+    return result
 
 
-def _hollow(like: Tensor, shape: Any) -> Tensor:
-    """A tensor of this shape, without values, in one element of memory."""
+def _placeholder(like: Tensor, shape: Any) -> Tensor:
+    """A tensor of this shape without values, in one element of memory."""
     return like.new_zeros(()).expand(shape)

@@ -1,9 +1,9 @@
-"""Segments of the Wan decoder (``wan_vae``) in strips of rows: their values without gradient, and their pull-back,
-recomputed with gradient.
+"""Segments of the Wan decoder (``vae``) in strips of rows: their values without gradient, and their recomputed
+backward.
 
-Rows of a segment's output depend on ``halo`` rows on either side of the same rows of its input and of its caches. A
-strip is computed with those, and only its own rows count: the values are the whole ones, and so is the gradient, which
-adds up over the strips.
+Rows of a segment's output depend on the same rows of its input and caches, and on ``halo`` rows on either side. A strip
+is computed with its halo, and only its own rows count: values are those of the whole segment, and gradients add up over
+the strips.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Cotangents = tuple["Tensor | None", ...]
 
 
 def sizes_of(segments: Sequence[Segment], shape_BCTHW: Sequence[int], first: bool) -> list[int]:
-    """The elements of each segment's input or output, whichever is larger, where the first one's input has this shape.
-    The frames do not count."""
+    """The elements of each segment's input or output, whichever is larger, if the first input has this shape. The
+    decoded frames do not count."""
     batch, channels, frames, height, width = shape_BCTHW
     elements = [batch * channels * frames * height * width]
     for segment in segments[:-1]:
@@ -37,9 +37,8 @@ def sizes_of(segments: Sequence[Segment], shape_BCTHW: Sequence[int], first: boo
 
 
 def strips_of(segment: Segment, elements: int, largest: int, strips: int) -> int:
-    """Into how many strips a segment is cut that has ``elements`` in its input or output (whichever is larger), where
-    the segment with the ``largest`` such number is cut into ``strips``: as many as keep its strips no larger than that
-    one's."""
+    """The number of strips of a segment with ``elements`` in its input or output (whichever is larger): none of them
+    larger than those of the segment with the ``largest`` number, which is cut into ``strips``."""
     return 1 if segment.halo is None else -(-strips * elements // largest)
 
 
@@ -52,10 +51,7 @@ def in_strips(
     strips: int,
     wants: Wants = Wants.ALL,
 ) -> tuple[Tensor, Caches]:
-    """A segment, in ``strips`` strips of rows one after the other. With ``Wants.OUTPUT`` no caches are handed on.
-
-    A graph goes through it in one strip only.
-    """
+    """A segment, strip after strip. With ``Wants.OUTPUT`` no caches are handed on. Differentiable in one strip only."""
     inputs, height = (x_BCTHW, shortcut_BCTHW, *caches), x_BCTHW.shape[3]
     strips = min(strips, height)
     if strips == 1:
@@ -65,10 +61,8 @@ def in_strips(
     for core, halo in _strips(height, strips, segment.halo or 0):
         x, shortcut, *entering = (_rows(value, halo) if isinstance(value, torch.Tensor) else value for value in inputs)
         out, handed = segment(x, tuple(entering), first, shortcut, wants)
-        inner, made = (
-            slice(core.start - halo.start, core.stop - halo.start),
-            (out, *handed) if wants is Wants.ALL else (out,),
-        )
+        inner = slice(core.start - halo.start, core.stop - halo.start)
+        made = (out, *handed) if wants is Wants.ALL else (out,)
         scales = [segment.row_scale] + [1] * (len(made) - 1)
         if not whole:
             whole = [_of_height(part, height * scale) for part, scale in zip(made, scales, strict=True)]
@@ -90,53 +84,48 @@ def pull_back(
     hands_back: bool,
     strips: int = 1,
 ) -> tuple[Tensor | None, Tensor | None, Cotangents]:
-    """Recomputes a segment with gradient and pulls its cotangents back, in ``strips`` strips of rows, as even as can
-    be.
+    """Backward of a segment: recomputes it with gradient, in ``strips`` strips of rows, as even as possible.
 
     Args:
-        x_BCTHW: it may be overwritten, by its gradient.
-        d_out_BCTHW: gradient at the output; ``None``: zero. It may be overwritten.
-        d_handed: gradients at the caches handed on, one each (``None``: zero). They may be overwritten.
+        x_BCTHW: may be overwritten by its gradient.
+        d_out_BCTHW: gradient at the output; ``None``: zero. May be overwritten.
+        d_handed: gradients at the caches handed on (``None``: zero). May be overwritten.
         hands_back: whether gradients at the entering caches are wanted.
 
     Returns:
-        Gradients at ``x_BCTHW``, at ``shortcut_BCTHW`` and at ``caches`` (``None``: zero, or not wanted).
+        Gradients at ``x_BCTHW``, ``shortcut_BCTHW`` and ``caches`` (``None``: zero, or not wanted).
     """
     inputs: list[Any] = [x_BCTHW, shortcut_BCTHW, *caches]
     if d_out_BCTHW is None and all(d is None for d in d_handed):
         return None, None, (None,) * len(caches)
     wanted = [i for i, value in enumerate(inputs) if isinstance(value, torch.Tensor) and (i < 2 or hands_back)]
-    height, width_of_halo = x_BCTHW.shape[3], segment.halo or 0
+    height, margin = x_BCTHW.shape[3], segment.halo or 0
     strips = min(strips, height)
-    # Whose memory a gradient may take. In one strip that at the input comes in memory of its own, that at a cache as a
-    # part of something larger.
+    # Memory that a gradient may take. In one strip the input's gradient has its own memory, a cache's is part of a
+    # larger tensor.
     in_place_of_x = strips > 1 and (d_out_BCTHW is None or d_out_BCTHW.shape != x_BCTHW.shape)
     used_up: list[Tensor | None] = [None if strips == 1 else x_BCTHW if in_place_of_x else d_out_BCTHW, None, *d_handed]
     above: Tensor | None = None
     d_inputs: dict[int, _RowSum] = {}
-    for core, halo in _strips(height, strips, width_of_halo):
+    for core, halo in _strips(height, strips, margin):
         leaves = [_rows(value, halo).detach() if isinstance(value, torch.Tensor) else value for value in inputs]
         if above is not None:
             leaves[0] = torch.cat([above, _rows(x_BCTHW, slice(core.start, halo.stop))], dim=3)
-        if in_place_of_x:  # the next strip needs rows of x that this one's gradient takes the place of
-            above = _rows(
-                leaves[0], slice(max(0, core.stop - width_of_halo) - halo.start, core.stop - halo.start)
-            ).clone()
+        inner = slice(core.start - halo.start, core.stop - halo.start)
+        if in_place_of_x:  # the next strip needs rows of x that this one's gradient overwrites
+            above = _rows(leaves[0], slice(max(0, core.stop - margin) - halo.start, inner.stop)).clone()
         for i in wanted:
             leaves[i].requires_grad_()
-        inner = slice(core.start - halo.start, core.stop - halo.start)
         with torch.enable_grad():
             out, handed = segment(leaves[0], tuple(leaves[2:]), first, leaves[1], Wants.GRAPH)
-            pairs = [
-                (_rows(made, inner), _rows(d, core)) for made, d in zip(handed, d_handed, strict=True) if d is not None
-            ]
+            graded = [(one, d) for one, d in zip(handed, d_handed, strict=True) if d is not None]
+            outputs, cotangents = [_rows(one, inner) for one, _ in graded], [_rows(d, core) for _, d in graded]
             if d_out_BCTHW is not None:
-                pairs.append((_rows(out, inner, segment.row_scale), _rows(d_out_BCTHW, core, segment.row_scale)))
-        del out, handed
-        gradients = torch.autograd.grad(
-            [made for made, _ in pairs], [leaves[i] for i in wanted], [d for _, d in pairs], allow_unused=True
-        )
-        del pairs, leaves
+                outputs.append(_rows(out, inner, segment.row_scale))
+                cotangents.append(_rows(d_out_BCTHW, core, segment.row_scale))
+        del out, handed, graded
+        gradients = torch.autograd.grad(outputs, [leaves[i] for i in wanted], cotangents, allow_unused=True)
+        del outputs, cotangents, leaves
         for i, d in zip(wanted, gradients, strict=True):
             if d is not None:
                 d_inputs.setdefault(i, _RowSum(inputs[i].shape, used_up[i])).add(d, core, halo)
@@ -146,10 +135,10 @@ def pull_back(
 
 
 class _RowSum:
-    """Adds up the gradients of strips that come from top to bottom and overlap in their halos.
+    """Sums the gradients of strips, which come from top to bottom and overlap in their halos.
 
-    Rows are written once their own strip has come, not before: so the sum can take the place of a gradient that the
-    strips use up as they come.
+    It writes rows only once their own strip has come, so the sum can take the memory of a gradient that the strips use
+    up.
     """
 
     total: Tensor
@@ -157,8 +146,7 @@ class _RowSum:
     def __init__(self, shape: Sequence[int], used_up: Tensor | None) -> None:
         self._shape = shape
         self._used_up = used_up if used_up is not None and used_up.shape == shape else None
-        self._ahead: Tensor | None = None
-        """Of rows whose own strip has not come yet."""
+        self._ahead: Tensor | None = None  # of rows whose own strip has not come yet
 
     def add(self, d_BCTHW: Tensor, core: slice, halo: slice) -> None:
         if core.stop - core.start == self._shape[3]:
@@ -176,7 +164,7 @@ class _RowSum:
 
 
 def _strips(height: int, count: int, halo: int) -> Iterator[tuple[slice, slice]]:
-    """``count`` slices that cover ``height`` rows, each with its own rows plus ``halo`` on either side as far as there
+    """``count`` slices that cover ``height`` rows, each alone and with ``halo`` more rows on either side, where there
     are any."""
     edges = [height * i // count for i in range(count + 1)]
     for start, stop in zip(edges[:-1], edges[1:], strict=True):
@@ -188,5 +176,5 @@ def _rows(x_BCTHW: Tensor, rows: slice, scale: int = 1) -> Tensor:
 
 
 def _of_height(part: Any, height: int) -> Any:
-    """Room for the tensor that this is a strip of. What is no tensor has no rows."""
+    """Memory for the whole tensor of which ``part`` is a strip. Other values have no rows."""
     return part.new_empty(*part.shape[:3], height, part.shape[4]) if isinstance(part, torch.Tensor) else part

@@ -102,7 +102,7 @@ def test_one_graph_is_the_stream(name):
 def test_a_block_keeps_its_input_and_one_activation():
     """And the weights that its convolutions go back through: no copy, no normed value, no square, no quotient."""
     vae, kept = vae_of("wan21", torch.float32), []
-    segment = next(s for s in segments_of(vae.decoder, None, norm_silu) if s.unread)
+    segment = next(s for s in segments_of(vae.decoder, None, norm_silu) if s.shape_only)
     x = torch.randn(1, segment.channels, 2, 6, 4, requires_grad=True)
     caches = tuple(torch.randn(1, segment.channels, 2, 6, 4, requires_grad=True) for _ in range(2))
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
