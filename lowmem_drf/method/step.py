@@ -1,4 +1,4 @@
-"""The relay: one step of Diffusion-DRF whose memory grows neither with the number K of graded steps nor with the
+"""The relay: one step of Diffusion-DRF in memory that grows neither with the number K of graded steps nor with the
 frames.
 
 The graph from reward to LoRA is cut at the kept frames, at the latents, between decode chunks (at the VAE's causal

@@ -1,4 +1,4 @@
-"""The Wan family (2.1 and 2.2) behind the seams of the method: denoiser, VAE decoder, text encoder.
+"""The Wan family (2.1 and 2.2) behind the method's interfaces: denoiser, VAE decoder, text encoder.
 
-Not here: LoRA (``models/lora/``), and how weights are read and packed (``models/weights/``).
+Not here: LoRA (``models/lora/``), and reading and packing of weights (``models/weights/``).
 """

@@ -1,12 +1,12 @@
-"""The two names of every module of a Wan transformer: diffusers' and Wan's own, which ComfyUI, LoRA files and original
+"""The two names of every module of a Wan transformer: diffusers', and Wan's own, which ComfyUI, LoRA files and original
 checkpoints use.
 
     blocks.0.attn1.to_q                            blocks.0.self_attn.q
     condition_embedder.time_embedder.linear_1      time_embedding.0
     proj_out                                       head.head
 
-As ``convert_wan_transformer_to_diffusers`` of diffusers 0.42.1 (``loaders/single_file_utils.py``) renames them,
-text-to-video models only. Note that ``norm2`` and ``norm3`` change places.
+The renaming is that of ``convert_wan_transformer_to_diffusers`` in diffusers 0.42.1 (``loaders/single_file_utils.py``),
+for text-to-video models only. Note that ``norm2`` and ``norm3`` swap.
 """
 
 from __future__ import annotations
@@ -27,11 +27,8 @@ BLOCK_LINEARS = {
 
 _BLOCK = {
     **BLOCK_LINEARS,
-    **{
-        f"attn{i}.norm_{x}": f"{attention}.norm_{x}"
-        for i, attention in ((1, "self_attn"), (2, "cross_attn"))
-        for x in "qk"
-    },
+    **{f"attn1.norm_{x}": f"self_attn.norm_{x}" for x in "qk"},
+    **{f"attn2.norm_{x}": f"cross_attn.norm_{x}" for x in "qk"},
     "norm2": "norm3",
     "norm3": "norm2",
     "scale_shift_table": "modulation",
@@ -49,10 +46,9 @@ _OUTSIDE = {
 
 
 def wan_name(name: str) -> str:
-    """diffusers' name of a module or parameter -> Wan's own. Raises KeyError for one that a text-to-video model of
-    Wan's does not have."""
-    block = re.fullmatch(r"(blocks\.\d+)\.(.+)", name)
-    if block:
+    """diffusers' name of a module or parameter -> Wan's own. Raises KeyError if no text-to-video model of Wan has
+    it."""
+    if block := re.fullmatch(r"(blocks\.\d+)\.(.+)", name):
         return f"{block[1]}.{_renamed(block[2], _BLOCK)}"
     return _renamed(name, _OUTSIDE)
 

@@ -1,9 +1,9 @@
-"""Generators with random weights at their true size: what a benchmark needs before anyone downloads 28 GB.
+"""Generators with random weights at true size: for benchmarks without a download of 28 GB.
 
-Laid out on ``meta`` and filled module by module on the device, in the dtypes that loading the real weights ends in:
-norms, the time embedding and the tables of the adaptive norms of a 16-bit transformer stay in fp32, as diffusers has
-it, and its blocks' linears are packed one by one where ``model.quant`` says so. Such a model makes noise; its memory
-and its time are the real one's.
+Models are laid out on ``meta`` and filled module by module on the device, in the dtypes of the loaded weights: as in
+diffusers, norms, the time embedding and the adaptive norms' tables of a 16-bit transformer stay in fp32;
+``model.quant`` packs its blocks' linear layers one by one. Such a model makes noise, in the time and memory of the real
+one.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ def random_transformer(
     home: str | torch.device | None = None,
     taken: Callable[[torch.nn.Parameter], None] | None = None,
 ) -> WanTransformer3DModel:
-    """A frozen transformer of this ``config.json``; the same weights for the same seed, device and dtype, whatever
-    ``quant`` is.
+    """A frozen transformer of this ``config.json``. Its weights depend on seed, device and dtype, not on ``quant``.
 
     Args:
         device: where they are drawn and packed.
-        layers: at most so many blocks, at full width.
-        quant: as ``load_denoiser``'s.
+        layers: at most this many blocks, at full width.
+        quant: as in ``load_denoiser``.
         home: where they stay. Default: ``device``.
-        taken: as ``fill``'s.
+        taken: as in ``fill``.
 
     Raises:
         BadInputError: bitsandbytes is missing.
@@ -61,19 +60,18 @@ def random_text(
     seed: int = 0,
     layers: int | None = None,
 ) -> UMT5EncoderModel:
-    """A frozen text encoder of this ``config.json``, without a tokenizer. ``layers``: at most so many."""
+    """A frozen text encoder of this ``config.json``, without a tokenizer. ``layers``: at most this many."""
     return fill_as_loaded(empty_text(config, layers), dtype, _random(device, seed), device)
 
 
 def empty_transformer(config: Mapping[str, Any], layers: int | None = None, quant: Quant = "none") -> Any:
-    """The transformer on ``meta``, but for its rotary tables, which no checkpoint holds: they are on the CPU, fp32 or
-    fp64. Raises BadInputError where bitsandbytes is missing."""
+    """The transformer on ``meta``, except its rotary tables, which no checkpoint holds: on the CPU, fp32 or fp64.
+    Raises BadInputError if bitsandbytes is missing."""
     from diffusers import WanTransformer3DModel
 
     require_library(quant, "model.quant", ("none", "nf4", "int8"))
-
     with torch.device("meta"):
-        model = WanTransformer3DModel.from_config(_cut(config, layers))
+        model = WanTransformer3DModel.from_config(_with_layers(config, layers))
     rope: Any = model.rope
     model.rope = type(rope)(rope.attention_head_dim, rope.patch_size, rope.max_seq_len)
     lay_out(model, quant, in_transformer)
@@ -94,12 +92,11 @@ def empty_text(config: Mapping[str, Any], layers: int | None = None) -> Any:
     from transformers import UMT5Config, UMT5EncoderModel
 
     with torch.device("meta"):
-        return UMT5EncoderModel(UMT5Config.from_dict(_cut(config, layers)))
+        return UMT5EncoderModel(UMT5Config.from_dict(_with_layers(config, layers)))
 
 
-def _cut(config: Mapping[str, Any], layers: int | None) -> dict[str, Any]:
-    """A ``config.json`` with at most so many layers."""
-    return dict(config) if layers is None else {**config, "num_layers": min(layers, config["num_layers"])}
+def _with_layers(config: Mapping[str, Any], most: int | None) -> dict[str, Any]:
+    return {**config, **({} if most is None else {"num_layers": min(most, config["num_layers"])})}
 
 
 def fill_as_loaded(
@@ -109,15 +106,14 @@ def fill_as_loaded(
     home: str | torch.device | None = None,
     taken: Callable[[torch.nn.Parameter], None] | None = None,
 ) -> Any:
-    """Fills a model from ``meta``; each parameter in the dtype that ``from_pretrained`` would leave it in. Frozen,
-    eval.
+    """Fills a model on ``meta``; each parameter in the dtype that ``from_pretrained`` would leave it in. Frozen, eval.
 
-    diffusers keeps the modules of ``_keep_in_fp32_modules`` in fp32 in any dtype; the same name in a class of
-    transformers matters to fp16 alone, and UMT5 is not run in it.
+    diffusers keeps ``_keep_in_fp32_modules`` in fp32 for any dtype. In transformers' classes the same name only matters
+    for fp16, in which UMT5 is not run.
 
     Args:
-        home: where the model is to stay, its buffers too. Default: where ``value_of`` makes its values.
-        taken: as ``fill``'s.
+        home: where the model stays, its buffers too. Default: where ``value_of`` makes its values.
+        taken: as in ``fill``.
     """
     from diffusers import ModelMixin
 

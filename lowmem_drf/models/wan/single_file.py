@@ -1,8 +1,8 @@
-"""``model.transformer``: one safetensors file with a Wan transformer, as ComfyUI and Wan's own repositories have it, in
-place of a folder's.
+"""``model.transformer``: a Wan transformer in one safetensors file, as ComfyUI and Wan's repositories have it, instead
+of a folder's.
 
-Its tensors have Wan's own names, bare or behind ``diffusion_model.`` or ``model.diffusion_model.``, or diffusers'
-names. It says nothing of the model's configuration: that is the one of ``model.id``, and the file must fit it exactly.
+Its tensors have Wan's names, bare or with prefix ``diffusion_model.`` or ``model.diffusion_model.``, or diffusers'
+names. The file has no configuration: it must exactly fit that of ``model.id``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
 _PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+_SCALES = ("scale_weight", "scale_input", "weight_scale", "scaled_fp8", "comfy_quant")
 _OTHER_KINDS = {
     "img_emb.": "an image-to-video",
     "vace_blocks.": "a VACE",
@@ -47,11 +48,12 @@ def load_single_file(
     """The transformer in a single file: frozen, eval, in the dtypes of ``load_denoiser``.
 
     Args:
-        folder_or_id: ``model.id``, whose configuration it has (``generator_config``).
-        quant, home, changes, blocks, taken: as ``load_denoiser``'s.
+        folder_or_id: ``model.id``, which gives the configuration (``generator_config``).
+        quant, home, changes, blocks, taken: as in ``load_denoiser``.
 
-    Raises: BadInputError: no such file, another format, quantised weights, a cut file, not a transformer of this
-        configuration, or bitsandbytes is missing.
+    Raises:
+        BadInputError: no such file, another format, quantised weights, a truncated file, not a transformer of this
+            configuration, or bitsandbytes is missing.
     """
     path = Path(file).expanduser()
     files = _checked(path)
@@ -61,7 +63,7 @@ def load_single_file(
 
 
 def _checked(path: Path) -> TensorFiles:
-    """The file's tensors. Raises BadInputError where they are not to be read."""
+    """The file's tensors. Raises BadInputError if they must not be read."""
     advice = "Give the 16-bit safetensors file of the model."
     if path.suffix == ".gguf":
         raise BadInputError(
@@ -77,15 +79,12 @@ def _checked(path: Path) -> TensorFiles:
         raise BadInputError(f"model.transformer, {path} {what}. Get it anew.")
     files = TensorFiles([path])
     low = sorted(name for name, entry in files.entries.items() if entry.dtype not in DTYPES)
-    scaled = sorted(
-        name
-        for name in files.entries
-        if name.rpartition(".")[2] in ("scale_weight", "scale_input", "weight_scale", "scaled_fp8", "comfy_quant")
-    )
+    scaled = sorted(name for name in files.entries if name.rpartition(".")[2] in _SCALES)
     if low or scaled:
         first = (low or scaled)[0]
         raise BadInputError(
-            f"model.transformer, {path} is quantised ({first} is {files.entries[first].dtype}); model.quant quantises full weights. {advice}"
+            f"model.transformer, {path} is quantised ({first} is {files.entries[first].dtype}); "
+            f"model.quant quantises full weights. {advice}"
         )
     return files
 
@@ -93,8 +92,7 @@ def _checked(path: Path) -> TensorFiles:
 def _matched(
     path: Path, header: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]], folder_or_id: str
 ) -> dict[str, str]:
-    """diffusers' name of each parameter -> its name in the file. Raises BadInputError where the two do not match one to
-    one."""
+    """diffusers' name of each parameter -> its name in the file. Raises BadInputError unless they match one to one."""
     prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in header)), "")
     in_file = {name.removeprefix(prefix): name for name in header}
     for beginning, kind in _OTHER_KINDS.items():
@@ -111,10 +109,8 @@ def _matched(
         problems.append(f"has {len(unexpected)} that it has not ({_some(unexpected)})")
     common = sorted(wanted.keys() & in_file.keys())
     if other := [own for own in common if header[in_file[own]].shape != shapes[wanted[own]]]:
-        own = other[0]
-        problems.append(
-            f"has {len(other)} of another shape ({own} is {list(header[in_file[own]].shape)}, wanted is {list(shapes[wanted[own]])})"
-        )
+        own, found = other[0], list(header[in_file[other[0]]].shape)
+        problems.append(f"has {len(other)} of another shape ({own} is {found}, wanted is {list(shapes[wanted[own]])})")
     if problems:
         raise BadInputError(
             f"model.transformer, {path}, does not fit the configuration of {folder_or_id}: it {'; '.join(problems)}.\n"

@@ -1,4 +1,4 @@
-"""The prompt encoder: UMT5, as ``WanPipeline._get_t5_prompt_embeds`` of diffusers 0.42.1 uses it."""
+"""The prompt encoder: UMT5, used as in ``WanPipeline._get_t5_prompt_embeds`` of diffusers 0.42.1."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], max_tokens: int = 512) -> Tensor:
-        """Embeddings (B, max_tokens, D) in the encoder's dtype; zeros after a text's own tokens; longer texts are cut.
+        """Embeddings (B, max_tokens, D) in the encoder's dtype, zero after a text's last token. Longer texts are
+        truncated.
 
-        ``max_tokens`` is part of what the transformer sees (it attends to the zeros too): keep the one it was trained
-        with, 512 for Wan. (``WanPipeline`` passes 512 too; 226 is the default of its ``encode_prompt`` when that is
-        called alone.)
+        The transformer attends to the zeros too, so ``max_tokens`` must be that of its training, 512 for Wan.
+        (``WanPipeline`` passes 512; 226 is only the default of its ``encode_prompt``.)
         """
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
@@ -63,12 +63,9 @@ def load_text(
     from transformers import AutoTokenizer, UMT5EncoderModel
 
     device = torch.device(device)
+    load = UMT5EncoderModel.from_pretrained
     with loading("the text encoder", folder_or_id):
-        model = complete(
-            UMT5EncoderModel.from_pretrained(
-                folder_or_id, subfolder="text_encoder", dtype=dtype, output_loading_info=True
-            )
-        )
+        model = complete(load(folder_or_id, subfolder="text_encoder", dtype=dtype, output_loading_info=True))
         tokenizer = AutoTokenizer.from_pretrained(folder_or_id, subfolder="tokenizer")
     model.eval().requires_grad_(False)
     if stream:
@@ -77,9 +74,9 @@ def load_text(
 
 
 def stream_text(model: UMT5EncoderModel, device: torch.device, store: HostStore) -> None:
-    """From here on the weights of the encoder's blocks come to ``device`` one block after another, in every pass, and
-    the token embedding (2 GiB of Wan's in 16 bit) stays in host memory, where rows are looked up. The embeddings are
-    bitwise those of a resident encoder. What is left, the last norm, is the caller's to move."""
+    """Streams the encoder's weights: its blocks come to ``device`` one by one in every pass, and the token embedding (2
+    GiB of Wan's in 16 bit) stays in host memory, where rows are looked up. Embeddings are bitwise those of a resident
+    encoder. The caller moves what is left, the last norm."""
     model.set_input_embeddings(HostEmbedding(model.get_input_embeddings(), device, store))
     blocks: list[Any] = list(model.encoder.block)
     streamed = Streamed(blocks, device, store)
