@@ -52,7 +52,7 @@ class BlockForward:
     ) -> None:
         if block.attn2.add_k_proj is not None:
             raise BadInputError(
-                "the transformer is an image-to-video one: its blocks attend to an image too. Take a text-to-video model."
+                "the transformer is an image-to-video one: its blocks attend to an image. Take a text-to-video model."
             )
         self._block, self._rows, self._attention, self._count = block, rows, attention, count
         self._rollout_attention = rollout_attention
@@ -65,6 +65,7 @@ class BlockForward:
         time_B6D: Tensor,
         rotary: tuple[Tensor, Tensor],
         kept_attention: KeptAttention | None = None,
+        *,
         recorded: bool = False,
         unread: bool = False,
     ) -> Tensor:
