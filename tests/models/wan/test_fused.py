@@ -27,8 +27,8 @@ def exact(monkeypatch):
             for wide, rounded in zip(model.parameters(), as_loaded(dtype).parameters(), strict=True):
                 wide.copy_(rounded)
         x, text = tiny_latents(2, dtype=dtype).double(), tiny_condition(2, dtype).double()
-        monkeypatch.setattr("test_activations.tiny_latents", lambda *_, **__: x)
-        monkeypatch.setattr("test_activations.tiny_condition", lambda *_: text)
+        monkeypatch.setattr("_blocks.tiny_latents", lambda *_, **__: x)
+        monkeypatch.setattr("_blocks.tiny_condition", lambda *_: text)
         result = gradients(model, settings)
         monkeypatch.undo()
         return result
