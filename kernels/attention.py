@@ -5,18 +5,18 @@ With S = scale q k^T, query i over the keys j that it sees::
 
     lse_i = log sum_j exp(S_ij)      out_i = sum_j exp(S_ij - lse_i) v_j
 
-``attention_backward.py`` has the backward pass. Nothing of size L x M is ever made; what is kept for it are q, k, v,
-out and lse.
+``attention_backward.py`` has the backward pass. No tensor of size L x M exists; saved for the backward are q, k, v, out
+and lse.
 
-Shapes, as diffusers has them: q and out (B, L, H, d); k, v (B, M, G, d), H a multiple of G (grouped queries: head h
-reads key head h // (H / G)), any strides with the last dimension contiguous; lse (B, H, L) fp32, natural logarithm, as
-PyTorch's flash attention gives it. d is 16, 32, 64, 80, 96 or 128 (the tensor cores see 80 and 96 as 128). bf16 and
-fp16, and fp32 exactly (for tests and toy models: slowly). Sums and exponentials are fp32.
+Shapes, as in diffusers: q and out (B, L, H, d); k, v (B, M, G, d), H a multiple of G (grouped queries: head h reads key
+head h // (H / G)), any strides with the last dimension contiguous; lse (B, H, L) fp32, natural logarithm, as PyTorch's
+flash attention returns it. d is 16, 32, 64, 80, 96 or 128 (the tensor cores pad 80 and 96 to 128). bf16 and fp16, and
+exact fp32 (slow, for tests and toy models). Sums and exponentials are fp32.
 
-``ranges`` says what a query sees: int32 (B or 1, L, 3), rows (prefix, start, stop) for the keys [0, prefix) and [start,
-stop), their union where they overlap. Causal: (0, 0, i + 1). Windows: (0, start, stop). Questions behind one prefix:
-(prefix, start of the question, i + 1). A row (0, 0, 0) sees nothing: out 0, lse -inf, no gradient. Blocks of keys that
-no query of a block sees are skipped; blocks that all of them see whole need no mask.
+``ranges`` gives the keys of each query: int32 (B or 1, L, 3), rows (prefix, start, stop) for the union of the keys [0,
+prefix) and [start, stop). Causal: (0, 0, i + 1). Windows: (0, start, stop). Questions behind one prefix: (prefix, start
+of the question, i + 1). A row (0, 0, 0) sees nothing: out 0, lse -inf, no gradient. Key blocks that no query of a block
+sees are skipped; those that all of them see whole need no mask.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def _(q, k, v, scale, ranges=None):
 
 @register_flop_formula(torch.ops.lowmem_drf.attention_forward)
 def _(q_shape, k_shape, *_, **__) -> int:
-    """As PyTorch counts its own: all queries with all keys. What ranges leave out is not known from shapes."""
+    """FLOPs as PyTorch counts its own: all queries with all keys. Shapes do not tell what ranges leave out."""
     B, L, H, d = q_shape
     return 4 * B * H * L * k_shape[1] * d
 
@@ -252,20 +252,20 @@ class _Attention(torch.autograd.Function):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, ranges: Tensor | None = None) -> Tensor:
-    """softmax(scale q k^T) v, differentiable in q, k and v. What nobody wants the gradient of costs nothing.
+    """softmax(scale q k^T) v, differentiable in q, k and v. Gradients that are not needed cost nothing.
 
     Args:
         q: (B, L, H, d), bf16, fp16 or fp32.
         k: (B, M, G, d), the same dtype, H a multiple of G.
         v: as k.
-        scale: positive; d ** -0.5 where it is None.
-        ranges: (B or 1, L, 3) int32, what each query sees; all keys where it is None.
+        scale: positive; ``None``: d ** -0.5.
+        ranges: (B or 1, L, 3) int32, the keys of each query; ``None``: all keys.
 
     Returns:
         (B, L, H, d).
 
     Raises:
-        TypeError: a dtype that the kernels do not have.
+        TypeError: a dtype without a kernel.
         ValueError: shapes or devices that do not fit together.
     """
     return _Attention.apply(q, k, v, _checked(q, k, v, scale, ranges), ranges)
@@ -274,8 +274,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, range
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, ranges: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of ``attention``, outside autograd: lse (B, H, L) fp32. With ``attention_backward`` for whoever keeps
-    them himself."""
+    """(out, lse) of ``attention`` outside autograd, for callers that keep them for ``attention_backward``; lse (B, H,
+    L) fp32."""
     return attention_forward_op(q, k, v, _checked(q, k, v, scale, ranges), ranges)
 
 
@@ -291,8 +291,8 @@ def attention_backward(
     wanted_q: bool = True,
     wanted_kv: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) from what ``attention_forward`` gave and the gradient of out; those that are not wanted have no
-    elements. Checks as ``attention``."""
+    """(dq, dk, dv) from the results of ``attention_forward`` and the gradient of out; unwanted ones are empty. Checks
+    as ``attention``."""
     scale = _checked(q, k, v, scale, ranges)
     for name, x in (("d_out", d_out), ("out", out)):
         if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
@@ -308,7 +308,7 @@ def attention_backward(
 
 
 def _checked(q: Tensor, k: Tensor, v: Tensor, scale: float | None, ranges: Tensor | None) -> float:
-    """The scale to use, once everything fits."""
+    """The scale, after all checks."""
     tensors = {"q": q, "k": k, "v": v} | ({} if ranges is None else {"ranges": ranges})
     scale = check_inputs(tensors, scale, DTYPES, HEAD_DIMS, "attention_naive")
     if ranges is not None and ranges.dtype is not torch.int32:
@@ -324,8 +324,8 @@ def causal_ranges(L: int, device: torch.device | str) -> Tensor:
 
 
 def window_ranges(bounds: Sequence[int], device: torch.device | str, causal: bool = False) -> Tensor:
-    """(1, L, 3) for windows [bounds[n], bounds[n + 1]) of a sequence (cu_seqlens): a query sees its own window;
-    ``causal``: of that, up to itself."""
+    """(1, L, 3) for windows [bounds[n], bounds[n + 1]) of a sequence (cu_seqlens): a query sees its own window; if
+    ``causal``, only up to itself."""
     windows = [
         torch.tensor([0, start, stop]).repeat(stop - start, 1)
         for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
@@ -334,8 +334,8 @@ def window_ranges(bounds: Sequence[int], device: torch.device | str, causal: boo
 
 
 def packed_ranges(prefix: int, lengths: Sequence[int], L: int, device: torch.device | str) -> Tensor:
-    """(1, L, 3) for a causal prefix and questions behind it, each seeing the prefix and itself up to the query; what
-    follows is padding and sees nothing."""
+    """(1, L, 3) for a causal prefix and the questions behind it. Each question sees the prefix and itself, causally;
+    the padding behind them sees nothing."""
     ranges = torch.zeros(L, 3, dtype=torch.int64)
     end = prefix + sum(lengths)
     ranges[:end] = window_ranges([0, prefix, *(prefix + torch.tensor(lengths).cumsum(0)).tolist()], "cpu", causal=True)[
@@ -352,8 +352,8 @@ def _ranges(ranges: Tensor, causal: bool, device: torch.device | str) -> Tensor:
 
 
 def variants(card: int) -> Iterator[Variant]:
-    """The forward kernel with every tile of a card: each case in bf16, the first one in fp16 too (the same code of the
-    same size), the fp32 tile once."""
+    """The forward kernel with every tile of a card: each case in bf16, the first one also in fp16 (same code, same
+    size), the fp32 tile once."""
     runs = [("bf16", *case, TILES) for case in CASES] + [("fp16", *CASES[0], TILES), ("fp32", 32, True, 1, FP32_TILES)]
     for element, d, ranges, group, tiles in runs:
         described = describe(element, d, ranges, group, "q k v ranges out lse", "qkv", "stride_rb scale L M")

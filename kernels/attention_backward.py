@@ -1,23 +1,23 @@
-"""The backward pass of attention (``attention.py``: forward pass, public functions), and what both passes share.
+"""The backward pass of attention (``attention.py``: forward pass, public functions), and code that both passes share.
 
 With S = scale q k^T, P = exp(S - lse) and the upstream gradient dO (FlashAttention-2: Dao 2023, arXiv 2307.08691,
 algorithm 2)::
 
-    delta = rowsum(dO * O)      dV = P^T dO      dP = dO V^T      dS = P * (dP - delta)      dQ = scale dS K      dK =
-    scale dS^T Q
+    delta = rowsum(dO * O)      dV = P^T dO            dP = dO V^T
+    dS = P * (dP - delta)       dQ = scale dS K        dK = scale dS^T Q
 
-P is made again tile by tile from q, k and the log-sum-exp. There are no atomics, hence the same bits every time: one
-kernel for dK and dV goes over the queries (of all heads that share the key head), another one for dQ goes over the
-keys; S and dP are made twice for that, 7 products instead of 5. P and dS are rounded to the dtype of the inputs for the
-products; sums, exponentials and lse are fp32.
+P is recomputed tile by tile from q, k and the log-sum-exp. Results are deterministic, without atomics: one kernel for
+dK and dV loops over the queries (of all heads that share the key head), another for dQ over the keys. That computes S
+and dP twice: 7 products instead of 5. P and dS are rounded to the inputs' dtype for the products; sums, exponentials
+and lse are fp32.
 
 Shapes: q, out, d_out (B, L, H, d); k, v (B, M, G, d), H a multiple of G; lse (B, H, L) fp32; ranges (B or 1, L, 3)
 int32 or none.
 
-What the tiles below have in common: before Hopper, Triton gives every warp 16 whole rows where a tile has at least as
-many rows as channels (128), and else cuts it by columns, so that P and dS pass through shared memory; mostly three
-stages, because with two the copy of the next block starts only when a block is done; registers decide the rest (255 a
-thread; ``bench/kernels/resources.py`` counts them).
+Common to the tiles below: before Hopper, Triton gives each warp 16 whole rows if a tile has at least as many rows as
+channels (128); otherwise it splits by columns, and P and dS go through shared memory. Three stages in most, because
+with two the copy of the next block starts only when a block is done. Registers decide the rest (255 per thread;
+``bench/kernels/resources.py`` counts them).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from lowmem_drf.kernels.tiles import CARDS, INTERPRETED, Tile, Variant, tiles_fo
 UPCAST = tl.constexpr(INTERPRETED)
 LOG2E = tl.constexpr(1.4426950408889634)
 SPAN = tl.constexpr(64)
-"""Queries and keys are counted in groups of so many where it is asked which of them meet (``_query_spans``)."""
+"""Group size of queries and keys in ``_query_spans``."""
 PADDING = 128
-"""The rows' lse and delta are padded to a multiple of this, the largest tile, so that they need no masks."""
+"""lse and delta are padded to a multiple of this, the largest tile, so that they need no masks."""
 
 DELTA_TILES = (
     Tile({"BLOCK_M": 64}, 4, 1, CARDS, "reads 2 x 16 KiB at d = 128 and keeps nothing: bandwidth is all there is"),
@@ -117,7 +117,7 @@ FP32_TILES = (
 
 @triton.jit
 def dot(b_x, b_y, b_acc=None):
-    """``b_acc + b_x @ b_y`` in fp32. The interpreter's dot knows no bf16."""
+    """``b_acc + b_x @ b_y`` in fp32. The interpreter's dot does not support bf16."""
     if UPCAST:
         b_x, b_y = b_x.to(tl.float32), b_y.to(tl.float32)
     return tl.dot(b_x, b_y, b_acc, input_precision="ieee")
@@ -125,8 +125,8 @@ def dot(b_x, b_y, b_acc=None):
 
 @triton.jit
 def load_tile(p_x, start, length, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows ``start`` to ``start + BLOCK`` of a matrix of ``length`` rows, the last one again where it ends: cheaper in
-    registers than a mask."""
+    """Rows ``start`` to ``start + BLOCK`` of a matrix of ``length`` rows. Beyond the end it repeats the last row, which
+    takes fewer registers than a mask."""
     o_r, o_d = tl.minimum(tl.arange(0, BLOCK), length - 1 - start), tl.arange(0, BLOCK_D)
     p_tile = p_x + start.to(tl.int64) * stride + ((o_r * stride)[:, None] + o_d[None, :])  # [BLOCK, BD]
     if D < BLOCK_D:
@@ -153,8 +153,8 @@ def load_ranges(p_ranges, o_m, L, M):
 
 @triton.jit
 def seen_blocks(b_prefix, b_start, b_stop, M, BLOCK_N: tl.constexpr):
-    """Key blocks that a block of queries sees: six bounds in order. All queries see all of [0, a) and [d, e), some see
-    some of [a, b), [c, d) and [e, f)."""
+    """The key blocks that a block of queries sees, as six ascending bounds: all queries see all of [0, a) and [d, e),
+    some see some of [a, b), [c, d) and [e, f)."""
     none = b_start >= b_stop
     a = tl.maximum(tl.min(b_prefix, 0), 0) // BLOCK_N
     b = tl.maximum(tl.cdiv(tl.max(b_prefix, 0), BLOCK_N), a)
@@ -405,7 +405,7 @@ def check_inputs(
 
 
 def launchable(x: Tensor) -> Tensor:
-    """x with its last dimension contiguous, as the kernels read it; other strides may be anything."""
+    """x with a contiguous last dimension, as the kernels need; other strides are free."""
     if x.device.type == "cpu" and not INTERPRETED:
         raise ValueError(
             "Attention's kernels need tensors on a CUDA card, got CPU tensors. Use attention_naive there, or set TRITON_INTERPRET=1."
@@ -414,8 +414,8 @@ def launchable(x: Tensor) -> Tensor:
 
 
 def _query_spans(ranges: Tensor, M: int) -> Tensor:
-    """(B or 1, ceil(M / 64), 2) int32: the first and, plus one, the last query, by groups of 64, to see any of 64 keys.
-    Transient: ``L * M / 256`` bytes."""
+    """(B or 1, ceil(M / 64), 2) int32: for each group of 64 keys the first query and one past the last query that see
+    any of them, in groups of 64. Transient: ``L * M / 256`` bytes."""
     L, span = ranges.shape[1], SPAN.value
     prefix, start, stop = torch.nn.functional.pad(ranges, (0, 0, 0, -L % span)).unflatten(1, (-1, span)).unbind(-1)
     some = start < stop
@@ -439,8 +439,8 @@ def attention_backward_op(
     wanted_q: bool = True,
     wanted_kv: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv); those that are not wanted are not computed and have no elements. Allocates 8 bytes a query and head
-    besides (padded to 128)."""
+    """(dq, dk, dv); unwanted ones are not computed and empty. Also allocates 8 bytes per query and head (padded to
+    128)."""
     d_out, q, k, v = (launchable(x) for x in (d_out, q, k, v))
     out, lse, ranges = out.contiguous(), lse.contiguous(), None if ranges is None else ranges.contiguous()
     B, L, H, d = q.shape
@@ -495,21 +495,20 @@ def _(
     wanted_kv=True,
     **_,
 ) -> int:
-    """As PyTorch counts its own, 5 products of all queries with all keys (what ranges leave out is not known from
-    shapes); S and dP alone serve both."""
+    """FLOPs as PyTorch counts its own: 5 products of all queries with all keys (shapes do not tell what ranges leave
+    out), with S and dP counted once."""
     B, L, H, d = q_shape
     return 2 * B * H * L * k_shape[1] * d * (2 * (wanted_q or wanted_kv) + wanted_q + 2 * wanted_kv)
 
 
 CASES = ((128, False, 1), (128, True, 7), (80, True, 1))
-"""(d, ranges, query heads to a key head) as the models have them: Wan; the critic's language model; its vision
-tower."""
+"""(d, ranges, query heads per key head) of the models: Wan; the critic's language model; its vision tower."""
 
 
 def describe(
     element: str, d: int, ranges: bool, group: int, pointers: str, strided: str, numbers: str
 ) -> tuple[dict[str, str], dict[str, object]]:
-    """Types and constants of a kernel's arguments: pointers (to the element, or as named here), strides by tensor and
+    """Types and constants of a kernel's arguments: pointers (to ``element``, or as named here), strides by tensor and
     dimension, numbers."""
     known = {"lse": "*fp32", "lse2": "*fp32", "delta": "*fp32", "ranges": "*i32", "spans": "*i32"}
     types = {f"p_{x}": known.get(x, f"*{element}") for x in pointers.split() if ranges or x not in ("ranges", "spans")}
@@ -521,7 +520,7 @@ def describe(
 
 
 def variants(card: int) -> Iterator[Variant]:
-    """Every kernel and tile of a card: each case above in bf16, the first one in fp16 too, the fp32 tile once."""
+    """Every kernel and tile of a card: each case above in bf16, the first one also in fp16, the fp32 tile once."""
     runs = [("bf16", *case, KEY_TILES, QUERY_TILES) for case in CASES]
     runs += [("fp16", *CASES[0], KEY_TILES, QUERY_TILES), ("fp32", 32, True, 1, FP32_TILES, FP32_TILES)]
     for element, d, ranges, group, key_tiles, query_tiles in runs:

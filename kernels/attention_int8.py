@@ -1,14 +1,15 @@
-"""Attention whose q k^T is a product of 8-bit integers, for passes without gradient (SageAttention: Zhang et al. 2024,
-arXiv 2410.02367)::
+"""Attention with an 8-bit integer product q k^T, for passes without gradient (SageAttention: Zhang et al. 2024, arXiv
+2410.02367)::
 
-    k' = k - mean of k over the tokens          (adds the same to all scores of a query: the softmax does not see it) q
-    = s_q q8, k' = s_k k8                     s: largest |element| / 127 of 128 queries or 64 keys of a head; halves are
-    rounded away from 0 out = softmax(scale s_q s_k q8 k8^T) v      q8 k8^T exact in int32, the softmax in fp32, p v in
-    the dtype of the inputs with fp32 sums
+    k' = k - mean of k over the tokens         adds the same to all scores of a query, which its softmax ignores
+    q = s_q q8, k' = s_k k8                    s: largest |element| / 127 of 128 queries or 64 keys of a head,
+                                               halves rounded away from 0
+    out = softmax(scale s_q s_k q8 k8^T) v     q8 k8^T exact in int32, softmax in fp32, p v in the inputs' dtype
+                                               with fp32 sums
 
-Integer products run at twice the speed of 16-bit ones or more on the tensor cores, and k is half as large to read.
-Channels in which all keys stand far from zero, as rotary embeddings and normalised keys leave them, would waste most of
-the 8 bits: hence the mean.
+On tensor cores integer products are at least twice as fast as 16-bit ones, and k is half as large to read. Rotary
+embeddings and normalised keys leave channels in which all keys are far from zero; these would waste most of the 8 bits,
+hence the mean.
 
 Shapes as in ``attention.py``: q and out (B, L, H, d); k, v (B, M, G, d), H a multiple of G; bf16 or fp16; d is 64 or
 128. Every query sees every key.
@@ -30,7 +31,7 @@ from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tiles_for, tuned
 
 HEAD_DIMS = (64, 128)
 QUERIES, KEYS = tl.constexpr(128), tl.constexpr(64)
-"""How many rows share a scale."""
+"""Rows that share a scale."""
 
 QUANTISE_TILES = (
     Tile(
@@ -80,7 +81,7 @@ def attention_int8_naive(q: Tensor, k: Tensor, v: Tensor, scale: float | None = 
 
 
 def _rounded(x_BLHd: Tensor, rows: int) -> Tensor:
-    """What is left of x after its way through 8 bits."""
+    """x after rounding to 8 bits."""
     groups = F.pad(x_BLHd, (0, 0, 0, 0, 0, -x_BLHd.shape[1] % rows)).unflatten(1, (-1, rows))
     step = groups.abs().amax((2, 4), keepdim=True).clamp(min=1e-12) / 127
     return ((groups / step + groups.sign() / 2).trunc() * step).flatten(1, 2)[:, : x_BLHd.shape[1]]
@@ -158,7 +159,7 @@ _tuned_attention = tuned(TILES, key=["D"])(attention_int8_kernel)
 
 
 def _quantised(x: Tensor, mean: Tensor | None, rows: int, factor: float) -> tuple[Tensor, Tensor]:
-    """(x in 8 bits, as x and contiguous; (B, H, ceil(L / rows)) fp32 steps times the factor)."""
+    """(x in 8 bits, contiguous; (B, H, ceil(L / rows)) fp32 steps times the factor)."""
     B, L, H, d = x.shape
     blocks = triton.cdiv(L, rows)
     x8, step = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(B, H, blocks, dtype=torch.float32)
@@ -168,7 +169,7 @@ def _quantised(x: Tensor, mean: Tensor | None, rows: int, factor: float) -> tupl
 
 @torch.library.custom_op("lowmem_drf::attention_int8", mutates_args=())
 def attention_int8_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Allocates one byte an element of q and k besides, and fp32 steps."""
+    """Also allocates one byte per element of q and k, and fp32 steps."""
     q, k, v = launchable(q), launchable(k), launchable(v)
     B, L, H, d = q.shape
     M, G = k.shape[1:3]
@@ -188,7 +189,7 @@ def _(q, k, v, scale):
 
 @register_flop_formula(torch.ops.lowmem_drf.attention_int8)
 def _(q_shape, k_shape, *_, **__) -> int:
-    """As for 16-bit attention; half of it are integer products."""
+    """FLOPs as for 16-bit attention; half of them are integer products."""
     B, L, H, d = q_shape
     return 4 * B * H * L * k_shape[1] * d
 
@@ -200,13 +201,14 @@ def attention_int8(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
         q: (B, L, H, d), bf16 or fp16.
         k: (B, M, G, d), the same dtype, H a multiple of G.
         v: as k.
-        scale: positive; d ** -0.5 where it is None.
+        scale: positive; ``None``: d ** -0.5.
 
     Returns:
         (B, L, H, d).
 
-    Raises: TypeError: a dtype that the kernels do not have. ValueError: shapes or devices that do not fit together; an
-        input requires a gradient, and gradients are recorded.
+    Raises:
+        TypeError: a dtype without a kernel.
+        ValueError: shapes or devices that do not fit together; an input requires gradient while gradients are recorded.
     """
     tensors = {"q": q, "k": k, "v": v}
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values()):
@@ -218,8 +220,8 @@ def attention_int8(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
 
 
 def variants(card: int) -> Iterator[Variant]:
-    """Both kernels with every tile of a card, in both dtypes: Wan's 128 channels, and 64; quantising queries, and keys
-    with their mean."""
+    """Both kernels with every tile of a card, in both dtypes: Wan's 128 channels, and 64; quantisation of queries, and
+    of keys with their mean."""
     strides = {f"stride_x{n}": "i32" for n in "blh"}
     for element in ("bf16", "fp16"):
         for d in HEAD_DIMS:

@@ -1,20 +1,18 @@
-"""The rest of adaLN that moves memory: LayerNorm with a scale and a shift per sequence, and a gated residual.
+"""The memory-bound rest of adaLN: LayerNorm with a scale and a shift per sequence, and a gated residual.
 
-    norm_modulate:  y   = (x - mean(x)) / sqrt(var(x) + eps) * weight + shift        mean and var over the channels of a
-                    token dx  = rstd * (g - mean(g) - n * mean(g * n))                     g = dy * weight, n = (x -
-                    mean) * rstd dweight = sum over tokens of dy * n,  dshift = sum over tokens of dy
+    norm_modulate:  y   = (x - mean(x)) / sqrt(var(x) + eps) * weight + shift    mean and var over a token's channels
+                    dx  = rstd * (g - mean(g) - n * mean(g * n))                 g = dy * weight, n = (x - mean) * rstd
+                    dweight = sum over tokens of dy * n,  dshift = sum over tokens of dy
     gate_residual:  out = x + y * gate,  dx = dout,  dy = dout * gate,  dgate = sum over tokens of dout * y
 
-Shapes: x, y (B, L, D) in bf16, fp16 or fp32, batch and tokens with any stride; weight, shift, gate (B, D) or (1, D) in
-fp32. Everything is computed in fp32 and rounded once. For the backward ``norm_modulate`` keeps x and 8 bytes a token,
-``gate_residual`` the gate, and y only where the gate's own gradient is wanted. Sums over tokens are made of partial
-sums, one row of D floats for 64 tokens: without atomics the same tile gives the same bits. They are the only memory
-beside the results.
+Shapes: x, y (B, L, D) in bf16, fp16 or fp32, any strides of batch and tokens; weight, shift, gate (B, D) or (1, D) in
+fp32. Arithmetic is in fp32, rounded once. Saved for the backward: ``norm_modulate`` x and 8 bytes a token,
+``gate_residual`` the gate, and y if the gate needs a gradient. Sums over tokens are made of partial sums, one row of D
+floats per 64 tokens, which is the only extra memory: without atomics the same tile gives the same bits.
 
-Source: adaLN-Zero of DiT (Peebles and Xie, arXiv 2212.09748) as ``WanTransformerBlock.forward`` of diffusers 0.42 has
-it: norm1, norm2 (a LayerNorm with a weight and a bias of its own: one row), norm3 and the two gates. Backward of
-LayerNorm: Ba et al., arXiv 1607.06450.
-Not done: the residual and the next norm in one pass. The attention to the text, or the block's end, stands between
+Source: adaLN-Zero of DiT (Peebles and Xie, arXiv 2212.09748) as in ``WanTransformerBlock.forward`` of diffusers 0.42:
+norm1, norm2 (an affine LayerNorm: one row), norm3 and the two gates. Backward of LayerNorm: Ba et al., arXiv
+1607.06450. The residual and the next norm cannot share a pass: the cross-attention, or the block's end, is between
 them.
 """
 
@@ -56,8 +54,8 @@ NORM_TILES = (
         "the same, 16 values a thread for a row of Wan-14B (5120, padded to 8192)",
     ),
 )
-"""``BLOCK``: values at a time. A row stands in registers whole, padded to a power of two, so that x is read once.
-``STAGES``: of the loop over tokens."""
+"""``BLOCK``: values of a row held in registers at once, padded to a power of two, so that x is read once. ``STAGES``:
+of the loop over tokens."""
 
 GATE_TILES = (
     Tile(
@@ -78,8 +76,7 @@ GATE_TILES = (
 )
 
 TOKENS = 4
-"""Tokens of one block where no sums are wanted: enough to use scale and shift more than once, few enough to fill a card
-with 4,000 tokens."""
+"""Tokens per block without sums: enough to reuse scale and shift, few enough to fill a card with 4,000 tokens."""
 GATE_TOKENS = 16
 TOKENS_OF_A_SUM = 64
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -234,7 +231,7 @@ def gate_residual_backward_kernel(
 def norm_modulate_forward(
     x_BLD: Tensor, weight_BD: Tensor, shift_BD: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and of each token the mean and the reciprocal of the standard deviation, (B, L) fp32."""
+    """y, and each token's mean and reciprocal standard deviation, (B, L) fp32."""
     _check_launchable("norm_modulate", x_BLD)
     batch, length, width = x_BLD.shape
     x, weight, shift = _rows(x_BLD), _rows(weight_BD), _rows(shift_BD)
@@ -279,8 +276,7 @@ def norm_modulate_backward(
     want_weight: bool,
     want_shift: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dweight, dshift; one that is not wanted is an empty tensor. Beside them L / 64 rows of D floats for each of
-    the last two."""
+    """dx, dweight, dshift; unwanted ones are empty. The last two allocate L / 64 rows of D floats each."""
     _check_launchable("norm_modulate", d_BLD)
     batch, length, width = x_BLD.shape
     d, x, weight = _rows(d_BLD), _rows(x_BLD), _rows(weight_BD)
@@ -340,8 +336,7 @@ def _(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor) -> Tensor:
 
 @torch.library.custom_op("lowmem_drf::gate_residual_backward", mutates_args=())
 def gate_residual_backward(d_BLD: Tensor, y_BLD: Tensor | None, gate_BD: Tensor, want_y: bool) -> tuple[Tensor, Tensor]:
-    """dy and, where y is given, dgate; one that is not wanted is an empty tensor. Beside them L / 64 rows of D floats
-    for dgate."""
+    """dy and, if y is given, dgate; unwanted ones are empty. dgate allocates L / 64 rows of D floats."""
     _check_launchable("gate_residual", d_BLD)
     batch, length, width = d_BLD.shape
     d, gate = _rows(d_BLD), _rows(gate_BD)
@@ -376,7 +371,7 @@ def _(d_BLD: Tensor, y_BLD: Tensor | None, gate_BD: Tensor, want_y: bool) -> tup
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """The kernels take any stride of batch and tokens, and channels that lie side by side."""
+    """Contiguous channels, as the kernels need; the strides of batch and tokens are free."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -385,12 +380,12 @@ def _row_stride(rows_BD: Tensor) -> int:
 
 
 def _tokens(block_d: int, sums: bool) -> int:
-    """Of one block. A power of two, and no fewer than any tile takes at a time."""
+    """Tokens per block: a power of two, at least the number that any tile takes at a time."""
     return max(TOKENS_OF_A_SUM if sums else TOKENS, max(tile.sizes["BLOCK"] for tile in NORM_TILES) // block_d)
 
 
 def _sum(partial_PD: Tensor, shape: torch.Size) -> Tensor:
-    """Of a batch's partial sums, or of all where one row served all: (B, D) or (1, D)."""
+    """Sums partial sums by batch element, or all of them for a shared row: (B, D) or (1, D)."""
     return partial_PD.view(shape[0], -1, shape[1]).sum(1)
 
 
@@ -432,19 +427,19 @@ class _GateResidual(torch.autograd.Function):
 
 
 def norm_modulate(x_BLD: Tensor, weight_BD: Tensor, shift_BD: Tensor, eps: float) -> Tensor:
-    """LayerNorm without parameters, times ``weight`` plus ``shift``.
+    """LayerNorm without parameters, times ``weight`` plus ``shift``. Differentiable in all three.
 
     Args:
-        x_BLD: `(B, L, D)` in bf16, fp16 or fp32; a slice of a longer sequence is not copied.
-        weight_BD: `(B, D)` or `(1, D)` in fp32: 1 + scale of an adaLN, or the weight of an affine LayerNorm.
-        shift_BD: of the same shape, fp32.
+        x_BLD: (B, L, D) in bf16, fp16 or fp32; a slice of a longer sequence is not copied.
+        weight_BD: (B, D) or (1, D) in fp32: 1 + scale of an adaLN, or the weight of an affine LayerNorm.
+        shift_BD: the same shape, fp32.
         eps: added to the variance.
 
     Returns:
-        `(B, L, D)` in the dtype of ``x``. Gradients for x, weight and shift.
+        (B, L, D) in the dtype of ``x``.
 
     Raises:
-        TypeError: another dtype. fp64 is for ``norm_modulate_naive``.
+        TypeError: another dtype. ``norm_modulate_naive`` takes fp64.
         ValueError: shapes or devices that do not fit.
     """
     _check("norm_modulate", {"x": x_BLD}, {"weight": weight_BD, "shift": shift_BD})
@@ -452,18 +447,18 @@ def norm_modulate(x_BLD: Tensor, weight_BD: Tensor, shift_BD: Tensor, eps: float
 
 
 def gate_residual(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor) -> Tensor:
-    """``x + y * gate``.
+    """``x + y * gate``, differentiable in all three.
 
     Args:
-        x_BLD: `(B, L, D)` in bf16, fp16 or fp32; a slice of a longer sequence is not copied.
+        x_BLD: (B, L, D) in bf16, fp16 or fp32; a slice of a longer sequence is not copied.
         y_BLD: the same shape and dtype.
-        gate_BD: `(B, D)` or `(1, D)` in fp32.
+        gate_BD: (B, D) or (1, D) in fp32.
 
     Returns:
-        `(B, L, D)` in the dtype of ``x``. Gradients for x, y and gate.
+        (B, L, D) in the dtype of ``x``.
 
     Raises:
-        TypeError: another dtype. fp64 is for ``gate_residual_naive``.
+        TypeError: another dtype. ``gate_residual_naive`` takes fp64.
         ValueError: shapes or devices that do not fit.
     """
     _check("gate_residual", {"x": x_BLD, "y": y_BLD}, {"gate": gate_BD})
@@ -500,9 +495,8 @@ def _check(op: str, sequences: dict[str, Tensor], rows: dict[str, Tensor]) -> No
 
 
 def variants(card: int) -> Iterator[Variant]:
-    """What may be launched on a card. Of the widths of Wan the least and the largest, of the gradients those of x and
-    y, and all; the other dtypes where most is asked of a card, all gradients at once. What lies between takes fewer
-    registers."""
+    """What a card may launch: of Wan's widths the smallest and the largest, with gradients of x and y, and with all;
+    other dtypes only in the most demanding case, with all gradients. Everything between takes fewer registers."""
     for tile in tiles_for(NORM_TILES, card):
         for element, width, sums in (
             ("bf16", 1536, False),

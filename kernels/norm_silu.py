@@ -4,21 +4,21 @@
     u = sqrt(C) * n * gamma
     y = silu(u) = u * sigmoid(u)     or u itself
 
-Shapes: x and y (B, C, T, H, W), gamma (C). Dtypes: bf16, fp16 or fp32, each its own; y has that of x. Arithmetic in
-fp32, one rounding at the end.
-Source: ``WanRMS_norm`` and ``SiLU`` as ``WanResidualBlock`` of diffusers 0.42.1 has them (``autoencoder_kl_wan.py``),
-whose ``F.normalize`` keeps x in fp32, its square, its norms and two quotients, and whose ``SiLU`` keeps its input.
+Shapes: x and y (B, C, T, H, W), gamma (C). Dtypes: bf16, fp16 or fp32, each on its own; y has the dtype of x.
+Arithmetic is in fp32, rounded once. Source: ``WanRMS_norm`` and ``SiLU`` as in ``WanResidualBlock`` of diffusers 0.42.1
+(``autoencoder_kl_wan.py``). There ``F.normalize`` saves x in fp32, its square, its norms and two quotients, and
+``SiLU`` saves its input.
 
-Saved for the backward: x alone. A program holds all channels of its positions, so that their norm costs no second
-reading, and a saved one would save nothing. With s = sigmoid(u) and v = sqrt(C) * gamma * d * s * (1 + u * (1 - s)),
-for an upstream gradient d:
+Saved for the backward: x alone. A program holds all channels of its positions, so the norm needs no second read, and
+saving it would gain nothing. With s = sigmoid(u) and v = sqrt(C) * gamma * d * s * (1 + u * (1 - s)), for an upstream
+gradient d:
 
     dx     = (v - n * sum_C(v * n)) / |x|        (v / 1e-12 where the norm is clamped)
     dgamma = sum over positions of v * n / gamma
 
-Tiles are channels x positions. Positions are what is contiguous in memory, so a warp reads them along; in channels-last
-memory the compiler turns the tile round by itself, for the stride of the channels is 1. No tensor is copied, strips of
-rows and of frames are read where they lie, as long as H and W are one dimension of memory.
+Tiles are channels x positions. Positions are contiguous in memory, so a warp reads along them; in channels-last memory
+the compiler transposes the tile, as the stride of the channels is 1. Nothing is copied: strips of rows and of frames
+are read in place if H and W form one dimension of memory.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from torch.autograd.function import once_differentiable
 from lowmem_drf.kernels.tiles import CARDS, INTERPRETED, Tile, Variant, tiles_for, tuned
 
 ELEMENTS = 8192
-"""Of a tile: all channels, the next power of two, times as many positions as that leaves. Of 96 channels 64: in bf16
-128 bytes, a line of the cache; of 384 still 32 bytes, the least that memory transfers."""
+"""Elements of a tile: all channels, padded to a power of two, times the positions that fit. At 96 channels these are
+64: 128 bytes in bf16, a cache line; at 384 still 32 bytes, the smallest memory transfer."""
 TILES: tuple[Tile, ...] = (
     Tile(
         {"ELEMENTS": ELEMENTS},
@@ -55,7 +55,7 @@ TILES: tuple[Tile, ...] = (
     ),
 )
 EPS = tl.constexpr(1e-12)
-"""Of ``F.normalize``."""
+"""As in ``F.normalize``."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -69,8 +69,8 @@ def norm_silu_naive(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool = True) -> Tens
 
 @triton.jit
 def _places(C, T, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """This program's batch element, frame, channels [BLOCK_C, 1] and positions [1, BLOCK_P], and which of these there
-    are."""
+    """This program's batch element, frame, channels [BLOCK_C, 1] and positions [1, BLOCK_P], and the masks of the
+    existing ones."""
     blocks = tl.cdiv(P, BLOCK_P)
     i_bt = tl.program_id(0) // blocks
     o_c = tl.arange(0, BLOCK_C)[:, None]
@@ -80,8 +80,8 @@ def _places(C, T, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def _of_channels(p_gamma, C, BLOCK_C: tl.constexpr):
-    """[BLOCK_C, 1] in fp32. Loaded as a row: a column's load would lay out the whole computation, so that a warp has
-    one position only."""
+    """[BLOCK_C, 1] in fp32. Loaded as a row: a column's load would set the layout of the whole computation, with one
+    position per warp."""
     o_c = tl.arange(0, BLOCK_C)
     return tl.load(p_gamma + o_c, mask=o_c < C, other=0.0).to(tl.float32)[:, None]
 
@@ -89,7 +89,7 @@ def _of_channels(p_gamma, C, BLOCK_C: tl.constexpr):
 @triton.jit
 def _sigmoid(b_u):
     b_root = tl.math.rsqrt(1.0 + tl.exp(-b_u))
-    # a division takes four times the instructions, and on the fastest memory this kernel is near their limit
+    # a division takes four times the instructions, and with the fastest memory this kernel is near that limit
     return b_root * b_root
 
 
@@ -154,8 +154,7 @@ def norm_silu_backward_kernel(
 
 
 def _extent(*tensors: Tensor) -> tuple[int, int]:
-    """Frames, and positions of each; one long frame where frames follow one another in the memory of all these
-    tensors."""
+    """Frames, and positions per frame; one long frame if frames are adjacent in the memory of all these tensors."""
     _, _, frames, height, width = tensors[0].shape
     if all(frames == 1 or x.stride(2) == height * width * _strides(x)[3] for x in tensors):
         return 1, frames * height * width
@@ -171,13 +170,12 @@ def _block_c(x: Tensor) -> int:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """With H and W one dimension of memory, copied where they are not: of strips of columns and of transposed
-    frames."""
+    """x with H and W as one dimension of memory; copied if they are not (strips of columns, transposed frames)."""
     return x if x.shape[3] == 1 or x.shape[4] == 1 or x.stride(3) == x.shape[4] * x.stride(4) else x.contiguous()
 
 
 def _require_launchable(x: Tensor) -> None:
-    """Here and not at the door: fake tensors of the CPU stand for a card's."""
+    """Here and not in the public function: the plan calls that with fake CPU tensors."""
     if x.device.type != "cuda" and not INTERPRETED:
         raise ValueError(
             f"norm_silu runs on a CUDA card; x is on {x.device}. On the CPU take norm_silu_naive, or set TRITON_INTERPRET=1 before Python starts"
@@ -185,13 +183,13 @@ def _require_launchable(x: Tensor) -> None:
 
 
 def _strides(x: Tensor) -> tuple[int, int, int, int]:
-    """Of batch, channels, frames and positions."""
+    """Strides of batch, channels, frames and positions."""
     return x.stride(0), x.stride(1), x.stride(2), x.stride(3 if x.shape[4] == 1 else 4)
 
 
 @torch.library.custom_op("lowmem_drf::norm_silu_forward", mutates_args=())
 def norm_silu_forward(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool) -> Tensor:
-    """y, in memory as x where x has no gaps."""
+    """y, in the memory layout of x if x has no gaps."""
     _require_launchable(x_BCTHW)
     x, gamma = _flat(x_BCTHW), gamma_C.contiguous()
     y = torch.empty_like(x)
@@ -223,10 +221,10 @@ def _(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool) -> Tensor:
 def norm_silu_backward(
     d_BCTHW: Tensor, x_BCTHW: Tensor, gamma_C: Tensor, silu: bool, wants_x: bool, wants_gamma: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients at x, in memory as x where x has no gaps, and at gamma; empty where not wanted.
+    """Gradients at x, in the memory layout of x if x has no gaps, and at gamma; unwanted ones are empty.
 
-    Where gamma's is wanted, a row of C fp32 numbers for each program waits for its sum: a 64th of x in fp32 at 96
-    channels, a 16th at 1024.
+    A wanted gamma gradient allocates a row of C fp32 numbers per program: 1/64 of x in fp32 at 96 channels, 1/16 at
+    1024.
     """
     _require_launchable(x_BCTHW)
     d, x, gamma = _flat(d_BCTHW), _flat(x_BCTHW), gamma_C.contiguous()
@@ -271,15 +269,16 @@ def norm_silu(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool = True) -> Tensor:
     """``silu(normalize(x_BCTHW, dim=1) * sqrt(C) * gamma_C)``, differentiable in both.
 
     Args:
-        x_BCTHW: bf16, fp16 or fp32, of up to 1024 channels.
+        x_BCTHW: bf16, fp16 or fp32, up to 1024 channels.
         gamma_C: one of these dtypes too.
         silu: ``False``: the norm alone.
 
     Returns:
         The shape and dtype of ``x_BCTHW``.
 
-    Raises: TypeError: another dtype. fp64 has ``norm_silu_naive``. ValueError: other shapes, or tensors that are not on
-        one device, or not on a card (where Triton interprets, on the CPU or a card).
+    Raises:
+        TypeError: another dtype. ``norm_silu_naive`` takes fp64.
+        ValueError: other shapes, or tensors not on one device, or not on a card (interpreted: on the CPU or a card).
     """
     for name, tensor in (("x_BCTHW", x_BCTHW), ("gamma_C", gamma_C)):
         if tensor.dtype not in DTYPES:
@@ -299,8 +298,8 @@ def norm_silu(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool = True) -> Tensor:
 
 
 def variants(card: int) -> Iterator[Variant]:
-    """Every width of the VAEs of Wan 2.1 (96, 192, 384) and 2.2 (256, 512, 1024), with frozen weights, channels one
-    after the other in memory."""
+    """Every width of the VAEs of Wan 2.1 (96, 192, 384) and 2.2 (256, 512, 1024), with frozen weights and contiguous
+    positions."""
     sizes = {"C": "i32:16", "T": "i32", "P": "i32:16", "root": "fp32"}
     for kernel, pointers, own, tensors, switches in (
         (norm_silu_forward_kernel, ("p_x", "p_gamma", "p_y"), {}, ("x", "y"), {}),

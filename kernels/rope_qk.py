@@ -3,16 +3,16 @@
     n = x * rstd,  rstd = 1 / sqrt(mean(x^2) + eps)      the mean is over all H * d channels ("rms_norm_across_heads")
     y[2i]     = n[2i] * w[2i] * cos[2i] - n[2i+1] * w[2i+1] * sin[2i+1]        i: pairs of neighbours within a head
     y[2i + 1] = n[2i] * w[2i] * sin[2i+1] + n[2i+1] * w[2i+1] * cos[2i]
-    dx = rstd * (g * w - n * mean(g * w * n)),  dw = sum over tokens of g * n     g: dy turned back, that is, by -sin
+    dx = rstd * (g * w - n * mean(g * w * n)),  dw = sum over tokens of g * n  g: dy rotated back, that is, by -sin
 
-Shapes: q, k (B, L, H * d) to (B, L, H, d), in bf16, fp16 or fp32, batch and tokens with any stride; weights (H * d,) in
-any of these; cos, sin (L, d) or (1, L, 1, d), where each value stands twice; ``rms_norm`` is the same without rotation
-and heads, (B, L, D) to (B, L, D). Everything is computed in fp32 and rounded once. For the backward x and 4 bytes a
-token are kept, and the weight, cos and sin, which live anyway. The weight's gradient is made of partial sums, one row
-of H * d floats for 64 tokens: without atomics the same tile gives the same bits. There is no other memory.
+Shapes: q, k (B, L, H * d) to (B, L, H, d), in bf16, fp16 or fp32, any strides of batch and tokens; weights (H * d,) in
+any of these; cos, sin (L, d) or (1, L, 1, d), each value repeated for its pair. ``rms_norm`` is the same without
+rotation and heads, (B, L, D) to (B, L, D). Arithmetic is in fp32, rounded once. Saved for the backward: x and 4 bytes a
+token, and the weight, cos and sin, which live anyway. The weight's gradient is made of partial sums, one row of H * d
+floats per 64 tokens, the only extra memory: without atomics the same tile gives the same bits.
 
-One launch for the queries and one for the keys: cos and sin are read by each, 1 KiB a token beside 6 (Wan-1.3B,
-forward) or 9 (backward).
+Queries and keys are launched separately. Each reads cos and sin, 1 KiB a token next to 6 (Wan-1.3B, forward) or 9
+(backward).
 
 Source: ``WanAttnProcessor`` and ``WanRotaryPosEmbed`` of diffusers 0.42. RMSNorm: Zhang and Sennrich, arXiv 1910.07467;
 rotary embedding: Su et al., arXiv 2104.09864.
@@ -49,12 +49,11 @@ TILES = (
         "the same, 16 values a thread for a row of Wan-14B (40 heads, padded to 64)",
     ),
 )
-"""``BLOCK``: values at a time. A row stands in registers whole, heads and their channels padded to powers of two.
-``STAGES``: of the loop over tokens."""
+"""``BLOCK``: values of a row held in registers at once, heads and their channels padded to powers of two. ``STAGES``:
+of the loop over tokens."""
 
 TOKENS = 4
-"""Tokens of one block where no sums are wanted: enough to use the weight more than once, few enough to fill a card with
-4,000 tokens."""
+"""Tokens per block without sums: enough to reuse the weight, few enough to fill a card with 4,000 tokens."""
 TOKENS_OF_A_SUM = 64
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -94,8 +93,8 @@ def _normalised(wide_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 @triton.jit
 def _turned(b_x, b_cos, b_sin, SIGN: tl.constexpr):
-    """Pairs of neighbours turned by the angle of cos [ROWS, 1, BLOCK_DIM] and sin, or back. Each value stands twice
-    there."""
+    """Pairs of neighbours rotated by the angle of cos [ROWS, 1, BLOCK_DIM] and sin, or back. Each value is there
+    twice."""
     b_1, b_2 = tl.split(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1], b_x.shape[2] // 2, 2]))
     b_c, _ = tl.split(tl.reshape(b_cos, [b_cos.shape[0], 1, b_x.shape[2] // 2, 2]))  # [ROWS, 1, BLOCK_DIM / 2]
     _, b_s = tl.split(tl.reshape(b_sin * SIGN, [b_cos.shape[0], 1, b_x.shape[2] // 2, 2]))
@@ -184,8 +183,8 @@ def rope_qk_backward_kernel(
 def rope_qk_forward(
     x_BLD: Tensor, weight_D: Tensor, cos_Ld: Tensor | None, sin_Ld: Tensor | None, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """y (B, L, H, d) and the reciprocal of each token's root mean square, (B, L) fp32. Without cos and sin nothing is
-    turned."""
+    """y (B, L, H, d) and each token's reciprocal root mean square, (B, L) fp32. Without cos and sin there is no
+    rotation."""
     _check_launchable(x_BLD)
     batch, length, width = x_BLD.shape
     x, weight = _rows(x_BLD), weight_D.contiguous()
@@ -235,8 +234,7 @@ def rope_qk_backward(
     want_x: bool,
     want_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx and dweight; one that is not wanted is an empty tensor. Beside them L / 64 rows of H * d floats for the
-    latter."""
+    """dx and dweight; unwanted ones are empty. dweight allocates L / 64 rows of H * d floats."""
     _check_launchable(d_BLHd)
     batch, length, width = x_BLD.shape
     d, x, weight = _rows(d_BLHd), _rows(x_BLD), weight_D.contiguous()
@@ -269,7 +267,7 @@ def _(
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """The kernels take any stride of what stands before the channels, and channels that lie side by side."""
+    """Contiguous channels, as the kernels need; all other strides are free."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -284,7 +282,7 @@ def _size(heads: int, width: int) -> dict[str, int]:
 
 
 def _tokens(size: dict[str, int], sums: bool) -> int:
-    """Of one block. A power of two, and no fewer than any tile takes at a time."""
+    """Tokens per block: a power of two, at least the number that any tile takes at a time."""
     return max(
         TOKENS_OF_A_SUM if sums else TOKENS,
         max(tile.sizes["BLOCK"] for tile in TILES) // (size["BLOCK_H"] * size["BLOCK_DIM"]),
@@ -330,19 +328,24 @@ def rope_qk(
     heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm over all heads' channels, then rotary embedding of pairs of neighbours, of queries and keys.
+    """RMSNorm over all heads' channels, then rotary embedding of neighbouring channels, for queries and keys.
+    Differentiable in q, k and the weights.
 
-    Args: q_BLD: `(B, L, H * d)` in bf16, fp16 or fp32, d even; a slice of a longer sequence is not copied. k_BLD: the
-        same shape and dtype. weight_q_D: `(H * d,)` in bf16, fp16 or fp32. weight_k_D: the same. cos: `(L, d)` or `(1,
-        L, 1, d)` in fp32, as ``WanRotaryPosEmbed`` makes it; fp64 is rounded to fp32. May be a slice of a longer table.
-        sin: the same. heads: H. eps: added to the mean square.
+    Args:
+        q_BLD: (B, L, H * d) in bf16, fp16 or fp32, d even; a slice of a longer sequence is not copied.
+        k_BLD: the same shape and dtype.
+        weight_q_D, weight_k_D: (H * d,) in bf16, fp16 or fp32.
+        cos, sin: (L, d) or (1, L, 1, d) in fp32, as ``WanRotaryPosEmbed`` makes them, or a slice of a longer table;
+            fp64 is rounded to fp32.
+        heads: H.
+        eps: added to the mean square.
 
     Returns:
-        q and k, `(B, L, H, d)` in their dtype. Gradients for q, k and the weights; cos and sin get none.
+        q and k, (B, L, H, d) in their dtype.
 
     Raises:
-        TypeError: another dtype. fp64 is for ``rope_qk_naive``.
-        ValueError: shapes or devices that do not fit, or tables that want a gradient.
+        TypeError: another dtype. ``rope_qk_naive`` takes fp64.
+        ValueError: shapes or devices that do not fit, or tables that require gradient.
     """
     _check("rope_qk", {"q": q_BLD, "k": k_BLD}, {"weight_q": weight_q_D, "weight_k": weight_k_D})
     length, width = q_BLD.shape[1:]
@@ -368,18 +371,18 @@ def rope_qk(
 
 
 def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """RMSNorm with a weight.
+    """RMSNorm with a weight, differentiable in both.
 
     Args:
-        x_BLD: `(B, L, D)` in bf16, fp16 or fp32; a slice of a longer sequence is not copied.
-        weight_D: `(D,)` in bf16, fp16 or fp32.
+        x_BLD: (B, L, D) in bf16, fp16 or fp32; a slice of a longer sequence is not copied.
+        weight_D: (D,) in bf16, fp16 or fp32.
         eps: added to the mean square.
 
     Returns:
-        `(B, L, D)` in the dtype of ``x``. Gradients for x and weight.
+        (B, L, D) in the dtype of ``x``.
 
     Raises:
-        TypeError: another dtype. fp64 is for ``rms_norm_naive``.
+        TypeError: another dtype. ``rms_norm_naive`` takes fp64.
         ValueError: shapes or devices that do not fit.
     """
     _check("rms_norm", {"x": x_BLD}, {"weight": weight_D})
@@ -404,8 +407,8 @@ def _check(op: str, sequences: dict[str, Tensor], weights: dict[str, Tensor]) ->
 
 
 def variants(card: int) -> Iterator[Variant]:
-    """What may be launched on a card. Of Wan's heads the least and the most, of the norms without rotation the widest;
-    the other dtypes where most is asked of a card, all gradients at once. What lies between takes fewer registers."""
+    """What a card may launch: the fewest and the most of Wan's heads, the widest of the norms without rotation; other
+    dtypes only in the most demanding case, with all gradients. Everything between takes fewer registers."""
     bf16 = (((12, 128), False), ((40, 128), False), ((40, 128), True), ((1, 5120), False), ((1, 5120), True))
     others = (((12, 128), True),)
     for tile in tiles_for(TILES, card):

@@ -1,9 +1,9 @@
-"""Which tiles a kernel runs with, on which card, and why: the vocabulary of the tables at the head of each kernel file.
+"""Tables of tile sizes: which tiles a kernel runs with, on which card, and why.
 
 A table is a tuple of ``Tile``. On a card Triton's autotuner times those that name it and keeps the fastest for each key
-(``tuned``). Interpreted (``TRITON_INTERPRET=1``: on the CPU, for tests and for ToyWorld) the first one is taken: the
-autotuner needs a driver. Every kernel file lists what may be launched (``variants``), and
-``tests/kernels/test_compile.py`` compiles all of it ahead of time for every card here.
+(``tuned``). Interpreted (``TRITON_INTERPRET=1``: on the CPU, for tests and ToyWorld) the first one is used, since the
+autotuner needs a driver. Every kernel file lists all possible launches (``variants``), and
+``tests/kernels/test_compile.py`` compiles them ahead of time for every card here.
 """
 
 from __future__ import annotations
@@ -16,38 +16,37 @@ import torch
 import triton
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Triton reads it when a kernel is defined, so this does too."""
+"""Read once at import, as Triton reads it when a kernel is defined."""
 
 CARDS = (80, 86, 89, 90, 120)
 """Compute capabilities: A100; RTX 3090; RTX 4090; H100 and H200; RTX 5090."""
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
-"""Shared memory that one block may use (CUDA C++ Programming Guide, table of technical specifications by compute
-capability)."""
+"""Shared memory per block, in KiB (CUDA C++ Programming Guide, technical specifications by compute capability)."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One choice."""
+    """One tile."""
 
     sizes: Mapping[str, int]
     """Constants of the kernel, for example ``{"BLOCK_M": 128, "BLOCK_N": 64}``."""
     warps: int
     stages: int
     cards: tuple[int, ...]
-    """Of ``CARDS``: where it is tried."""
+    """Subset of ``CARDS`` that tries it."""
     why: str
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel as it may be launched: what ahead-of-time compilation needs."""
+    """One possible launch of a kernel, for ahead-of-time compilation."""
 
     kernel: Any
     """The ``triton.jit`` function, not the autotuner around it."""
     tile: Tile
     types: Mapping[str, str]
-    """Every argument that is no constant, in order: ``"*bf16"``, ``"i32"``, ``"fp32"``."""
+    """Every argument that is not a constant, in order: ``"*bf16"``, ``"i32"``, ``"fp32"``."""
     constants: Mapping[str, Any] = field(default_factory=dict)
     """The other constants: head dimensions, switches."""
 
@@ -61,7 +60,7 @@ class Variant:
 
 
 def tiles_for(tiles: Sequence[Tile], card: int) -> list[Tile]:
-    """The tiles of a card; of one that is not in ``CARDS`` those of the next older one."""
+    """The tiles of a card; if it is not in ``CARDS``, those of the next older one."""
     known = max((one for one in CARDS if one <= card), default=CARDS[0])
     return [tile for tile in tiles if known in tile.cards]
 
@@ -73,11 +72,11 @@ def this_card() -> int:
 
 
 def tuned(tiles: Sequence[Tile], key: Sequence[str]) -> Callable[[Any], Any]:
-    """Decorates a ``triton.jit`` function: ``kernel[grid](…)`` is called without the tile's constants, and the tile is
-    the fastest of this card's.
+    """Decorates a ``triton.jit`` function: call ``kernel[grid](…)`` without the tile's constants, and it runs with this
+    card's fastest tile.
 
     Args:
-        key: arguments of the kernel; where one of them changes, the tiles are timed again.
+        key: names of kernel arguments; a change in one of them times the tiles again.
     """
     configs = [triton.Config(dict(tile.sizes), num_warps=tile.warps, num_stages=tile.stages) for tile in tiles]
 
