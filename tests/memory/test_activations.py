@@ -1,4 +1,4 @@
-"""What the blocks keep: every switch leaves the gradients as they are, and saves the bytes it says."""
+"""Activation policies: every setting leaves the gradients unchanged, and saves the bytes it claims."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PLAIN = dict(checkpoint=False)
 
 @pytest.fixture
 def fp64_throughout(monkeypatch):
-    """Diffusers computes norms and modulations in fp32, in an fp64 model too."""
+    """Diffusers computes norms and modulations in fp32, even in an fp64 model."""
     to_fp32 = torch.Tensor.float
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_fp32(x))
 
@@ -57,19 +57,19 @@ def test_slices_change_nothing_but_rounding(fp64_throughout, settings, targets, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rounding_over_slices_is_within_the_budget(dtype, monkeypatch):
-    """Against fp64: at most twice what the whole sequence's own rounding does, plus one rounding of the result."""
+    """Against fp64: at most twice the rounding error of the whole sequence, plus one rounding of the result."""
     whole = gradients(make(dtype), PLAIN, dtype)
     sliced = gradients(make(dtype), dict(slices=5), dtype)
     to_fp32 = torch.Tensor.float
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_fp32(x))
     exact_model = make(torch.float64)
-    with torch.no_grad():  # the very weights
+    with torch.no_grad():  # the same weights, to the bit
         for exact, rounded in zip(exact_model.parameters(), make(dtype).parameters(), strict=True):
             exact.copy_(rounded)
     text = tiny_condition(2, dtype).double()
-    monkeypatch.setattr("test_activations.tiny_condition", lambda *_: text)
+    monkeypatch.setattr("_blocks.tiny_condition", lambda *_: text)
     x = tiny_latents(2, dtype=dtype).double()
-    monkeypatch.setattr("test_activations.tiny_latents", lambda *_, **__: x)
+    monkeypatch.setattr("_blocks.tiny_latents", lambda *_, **__: x)
     exact = gradients(exact_model, PLAIN)
     for name, a, b, truth in zip(range(len(exact)), sliced, whole, exact, strict=True):
         budget = 2 * (b.double() - truth).norm() + torch.finfo(dtype).eps * truth.norm()
@@ -92,8 +92,8 @@ def test_without_gradient_slices_give_the_same_clip(fp64_throughout):
 
 
 def test_forwards_may_be_many_before_a_backward_and_may_be_given_up():
-    """A rollout, a forward that nobody differentiates, two graphs alive at once, backward in either order: right, and
-    the host is empty after."""
+    """A rollout, a forward without a backward, two live graphs, backward in either order: right, and the host is empty
+    after."""
     transformer = make()
     wanted = gradients(transformer, PLAIN)
     set_activations(transformer, "host", store=PLANNED)
@@ -158,8 +158,8 @@ def test_on_the_host_the_peak_does_not_grow_with_the_blocks(true_size):
 
 
 def test_bytes_and_price_of_slices_at_true_size(true_size):
-    """In diffusers a block's copies of its whole sequence take 4 GiB; in slices its backward holds what attention
-    needs, and little else."""
+    """In diffusers a block's copies of the whole sequence take 4 GiB; in slices its backward holds little more than
+    attention needs."""
     peaks = [true_size(slices=slices).peak for slices in (1, 4, 16)]
     assert peaks == sorted(peaks, reverse=True)
     assert peaks[0] > 4.2 * GIB and peaks[1] < 1.9 * GIB
@@ -173,8 +173,8 @@ def test_bytes_and_price_of_slices_at_true_size(true_size):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 50])
 def test_sliced_functions_have_the_gradients_of_whole_ones(count):
-    """Two results, a result nobody uses, an input without gradient, shared inputs with and without, a parameter, a
-    length no count divides."""
+    """Two results, an unused result, an input without gradient, shared inputs with and without, a parameter, a length
+    that no count divides."""
     generator = torch.Generator().manual_seed(0)
     x, y, shared, fixed, weight = (
         torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -197,7 +197,7 @@ def test_sliced_functions_have_the_gradients_of_whole_ones(count):
 
 
 def test_a_slice_at_a_time_is_alive():
-    """Forward, backward and without gradient: the hidden activations of one slice of 10 and no more."""
+    """Forward, backward and without gradient: only one slice's activations of 10 are alive."""
     wide = torch.nn.Linear(64, 6400, bias=False).requires_grad_(False)
     x, scale = torch.randn(1, 1000, 64, requires_grad=True), torch.ones(6400, requires_grad=True)
 
@@ -239,7 +239,7 @@ def test_under_zero_3_the_cpu_stays_a_block_ahead_of_the_card(monkeypatch):
 
     class Event:
         def __init__(self, blocking):
-            assert blocking  # a core is not to be kept busy with waiting
+            assert blocking  # waiting must not keep a core busy
             self.number = len([what for what, _ in log if what == "issued"])
 
         def record(self):

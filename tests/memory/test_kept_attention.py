@@ -1,5 +1,5 @@
-"""Fused attention checkpointing and recorded rollouts: no attention is computed twice, no gradient changes by a bit,
-and the bytes are known."""
+"""Fused attention checkpointing and recorded rollouts: no attention runs twice, gradients are bitwise the same, and
+bytes are known."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lowmem_drf.planner.ledger import Ledger
 
 LAYERS = 4
 LSE = TOKENS * 12 * 4
-"""Bytes of the log-sum-exps of one attention at true size."""
+"""Bytes of one attention's log-sum-exps at true size."""
 
 
 class Attentions(TorchDispatchMode):
@@ -79,7 +79,8 @@ def test_a_graph_serves_one_backward():
 
 @pytest.fixture
 def relay(monkeypatch):
-    """(settings, plan) -> the LoRA gradients of a relay step on the tiny models, and the attentions of its stages."""
+    """(settings, plan) -> the LoRA gradients of a relay step on the tiny models, and the number of attentions in each
+    stage."""
     to_fp32 = torch.Tensor.float
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_fp32(x))
     parts = tiny_parts()
@@ -145,8 +146,8 @@ def test_a_recorded_rollout_gives_the_same_gradients(relay, changes, attentions,
 
 @pytest.mark.parametrize("attentions", [True, False], ids=["attentions", "inputs-alone"])
 def test_what_is_recorded_is_exact_whatever_the_rollout_is(relay, attentions):
-    """Another attention without gradient changes the clip, and the graded steps are differentiated at its latents,
-    exactly."""
+    """Another attention without gradient changes the clip; the gradient of the graded steps at its latents stays
+    exact."""
     calls = []
 
     def rough(q, k, v):
@@ -196,7 +197,7 @@ def test_bytes_and_operations_at_true_size(true_size):
 
 
 def test_bytes_and_operations_of_a_record_at_true_size():
-    """A rollout's pass and the graded step that takes it: one forward in all, and then the backward."""
+    """A rollout's pass and the graded step that uses it: one forward in all, then the backward."""
     with FakeTensorMode() as mode:
         model = wan_1_3b(mode, 2)
         recorder = Recorder(PLANNED, attentions=True)

@@ -1,4 +1,4 @@
-"""Weights that wait on the host: bytes, values, what stays on the card, and who is told when they are not there."""
+"""Weights parked on the host: bytes, values, what stays on the card, and errors for calls without them."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_a_4_bit_critic_parked_and_woken_is_the_same(tmp_path):
     parked = check_bytes(critic.model)
     parked.wake()
     assert len(values) > 100 and all(torch.equal(a, b) for a, b in zip(storages_of(critic.model), values, strict=True))
-    # of these copies: the file's own lie at other addresses, where the CPU's sums have another order
+    # from these copies: the file's tensors have other addresses, which change the order of the CPU's sums
     wanted = gradient()
     parked.park()
     assert not any(tensor.numel() for tensor in (*critic.model.parameters(), *critic.model.buffers()))
@@ -145,7 +145,7 @@ def test_tied_weights_stay_tied():
 
 
 def test_a_lora_can_be_put_on_while_the_weights_are_away():
-    """As a run does: models are loaded and parked first."""
+    """As in a run: models are loaded and parked first."""
     transformer, wanted = tiny_transformer(layers=3), tuned_transformer(torch.float32)
     parked = Parked("transformer", transformer, CPU, HostStore(CPU))
     add_lora(transformer, rank=2, alpha=2.0)

@@ -1,5 +1,5 @@
-"""ToyWorld's update under every way of keeping frozen weights: the same gradients to the bit. (What quantisation does
-to a gradient: test_quant_error.py.)"""
+"""ToyWorld's update with frozen weights in every place: bitwise the same gradients. (``test_quant_error.py``: what
+quantisation does to a gradient.)"""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ once."""
 
 
 def gradient(quant, stream=(), park=(), *overrides):
-    """Of one update's loss, two graded steps, everything in bf16 but what always is fp32; flat."""
+    """Of one update's loss, two graded steps, in bf16 except for what is always fp32; flat."""
     places = [f"memory.stream={json.dumps(list(stream))}", f"memory.park={json.dumps(list(park))}"]
     config = load_config("toy", [*SMALL, "dtype=bf16", f"model.quant={quant}", *places, *overrides])
     models = load_models(config, [TEXT])
@@ -94,8 +94,8 @@ def test_nor_when_every_arrival_is_a_copy(resident, quant, monkeypatch):
 
 
 def test_a_run_goes_through_and_resumes_elsewhere(tmp_path):
-    """Two updates streamed and 8-bit, then a third with everything resident: weights may wait anywhere, their format
-    may not change."""
+    """Two updates streamed and 8-bit, then a third with everything resident: the place of weights may change, their
+    format may not."""
     run = tmp_path / "run"
     places = ['memory.stream=["transformer", "critic"]', 'memory.park=["vae"]']
     train_command("toy", None, run, 2, None, False, [*SMALL, "model.quant=int8", *places], False)

@@ -1,4 +1,4 @@
-"""Kept frames are sorted, unique and inside the clip; every kept frame belongs to exactly one visited chunk."""
+"""Kept frames are sorted, unique and inside the clip; each belongs to exactly one visited chunk."""
 
 import math
 
@@ -54,8 +54,7 @@ def test_bad_choice_is_refused(n_keep, mode, what):
 
 
 def hugging_face_frames(total, fps, rate, patch, low=4, high=768):
-    """``Qwen2VLVideoProcessor.sample_frames`` of transformers 5.23, word by word: the class itself needs
-    torchvision."""
+    """A copy of ``Qwen2VLVideoProcessor.sample_frames`` of transformers 5.23: the class itself needs torchvision."""
     max_frames = math.floor(min(high, total) / patch) * patch
     num_frames = total / fps * rate
     num_frames = min(max(num_frames, low), max_frames, total)
@@ -93,8 +92,7 @@ def test_a_rate_needs_a_frame_rate(fps):
 @pytest.mark.parametrize("mode", ["uniform", "random_phase"])
 @pytest.mark.parametrize(("n_frames", "n_keep"), [(81, 9), (81, 41), (9, 9), (2000, 8)])
 def test_the_rate_of_kept_frames_is_that_of_their_times(n_frames, n_keep, mode):
-    """The mean step of the kept frames' places, each of which is rounded down to a frame: by less than one frame over
-    all steps."""
+    """Each kept frame is rounded down, so the mean step is off by less than one frame over all steps."""
     kept = kept_frames(n_frames, n_keep, mode, torch.Generator().manual_seed(0))
     seconds = (kept[-1] - kept[0]) / 24 / (n_keep - 1)
     assert abs(1 / kept_fps(n_frames, 24, n_keep, mode) - seconds) * 24 * (n_keep - 1) < 1

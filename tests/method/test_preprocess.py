@@ -1,9 +1,9 @@
-"""The differentiable preprocess gives Hugging Face's patches, in Hugging Face's order.
+"""The differentiable preprocess returns Hugging Face's patches, in Hugging Face's order.
 
-Oracles: what Hugging Face's video and image processors, which need torchvision, made of the same frames
-(``golden/preprocess.npz``, written by ``golden/make_preprocess.py``); and, run here, transformers' numpy/PIL image
-processor, which needs none. That one repeats an image over a temporal patch, so the frame at place i of a temporal
-patch must give column block i of it what that frame, as an image, gives any column block.
+Oracles: the results of Hugging Face's video and image processors, which need torchvision, for the same frames
+(``golden/preprocess.npz``, written by ``golden/make_preprocess.py``); and transformers' numpy/PIL image processor, run
+here. That one repeats an image over a temporal patch, so frame i of a temporal patch must give column block i the
+values that this frame, as an image, gives any column block.
 """
 
 import math
@@ -38,8 +38,9 @@ def clips(batch, frames, height, width, low=0, high=256):
 def hugging_face(clip_THWC, geometry):
     """Patches of one clip, frame by frame: (frames, patches of a frame, C, pixels), and the grid of a frame."""
     processor = Qwen2VLImageProcessorPil(
-        size={"shortest_edge": geometry.min_pixels, "longest_edge": geometry.max_pixels}, patch_size=geometry.patch,
-        temporal_patch_size=geometry.temporal_patch, merge_size=geometry.merge, image_mean=list(MEAN), image_std=list(STD),
+        size={"shortest_edge": geometry.min_pixels, "longest_edge": geometry.max_pixels},
+        patch_size=geometry.patch, temporal_patch_size=geometry.temporal_patch, merge_size=geometry.merge,
+        image_mean=list(MEAN), image_std=list(STD),
     )  # fmt: skip
     result = processor(images=[Image.fromarray(frame) for frame in clip_THWC], return_tensors="pt")
     patches = result["pixel_values"].reshape(len(clip_THWC), -1, 3, geometry.temporal_patch, geometry.patch**2)
@@ -67,7 +68,7 @@ def golden():
 
 
 def stored_patches(case, levels=(0, 255)):
-    """Our patches at the places the file keeps; black, white and a level's step there; the grid."""
+    """Our patches at the stored places; black, white and a level's step there; the grid."""
     geometry = GEOMETRIES[case.geometry]
     frames = torch.from_numpy(frames_THWC(case, *levels)).permute(0, 3, 1, 2).float() / 255
     patches, grid = video_patches(frames[None], geometry)
@@ -79,8 +80,8 @@ def stored_patches(case, levels=(0, 255)):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_patches_are_those_of_hugging_face_processors(case, golden):
-    """Video and image, Qwen2.5-VL's rule and Qwen3-VL's, as-is, up and down, odd, portrait and landscape: within 1e-5
-    of the range from black to white; the grid exactly. What overshoots black or white saturates here."""
+    """Video and image, Qwen2.5-VL's rule and Qwen3-VL's, unresized, up and down, odd, portrait and landscape: within
+    1e-5 of the range from black to white; the grid exactly. Overshoot of black or white saturates here."""
     patches, black, white, grid = stored_patches(case)
     assert grid == golden[f"{case.name}/grid"].tolist()
     expected = torch.from_numpy(golden[f"{case.name}/float"]).clamp(black, white)
@@ -91,8 +92,8 @@ def test_patches_are_those_of_hugging_face_processors(case, golden):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_patches_of_uint8_frames_differ_by_their_rounding(case, golden):
     """torch resizes uint8 in two passes, rounds to a level after each, and rounds the filter's weights to 15 bits: half
-    a level after the second pass; half a level carried through its weights, whose absolute values sum up to 1.25
-    (bicubic, a = -1/2); and the weights' rounding, under a hundredth of a level. As-is, there is nothing to round."""
+    a level after the second pass; half a level through its weights, whose absolute values sum to 1.25 (bicubic, a =
+    -1/2); and under a hundredth of a level from the weights. Without a resize nothing is rounded."""
     patches, black, white, _ = stored_patches(case, MUTED)
     levels = (patches - black) / (white - black) * 255
     expected = torch.from_numpy(golden[f"{case.name}/uint8"])
@@ -134,8 +135,8 @@ def test_patches_are_hugging_face_patches(geometry, batch, frames, height, width
     ids=["near", "down", "up", "qwen"],
 )
 def test_resized_patches_are_hugging_face_patches_up_to_its_rounding_to_uint8(geometry, height, width):
-    """PIL resizes in two passes and rounds to 1/255 after each: half a level after the second, and half a level carried
-    through the second pass's weights, whose absolute values sum up to 1.25 (bicubic, a = -1/2)."""
+    """PIL resizes in two passes and rounds to 1/255 after each: half a level after the second, and half a level through
+    the second pass's weights, whose absolute values sum to 1.25 (bicubic, a = -1/2)."""
     # away from black and white, where PIL saturates between its passes
     clip = clips(1, 2, height, width, low=80, high=170)
     expected, grid = expected_patches(clip, geometry)

@@ -1,4 +1,4 @@
-"""The sampler is diffusers' UniPC at order 1; noise depends on the seed alone; graded steps are what was asked for."""
+"""The sampler is diffusers' UniPC of order 1; noise depends on the seed alone; graded steps are the requested ones."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_no_step_is_empty():
 
 def test_euler_is_unipc_of_order_1():
     """UniPC computes in fp32 through log-SNR: its distance to our fp64 update is at most twice that of our update in
-    fp32 plus its own rounding of sigma (1 ulp of fp32 per step, on values of order 1)."""
+    fp32 plus its rounding of sigma (1 ulp of fp32 per step, on values of order 1)."""
     steps = 10
     scheduler, sigmas = unipc(steps, 3.0), flow_sigmas(steps, 3.0).tolist()
     x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -1,6 +1,6 @@
-"""The relay equals the one-graph oracle in fp64 in every combination of its options, and refuses what it cannot do.
+"""The relay equals the one-graph oracle in fp64 for every combination of its options, and refuses impossible ones.
 
-Here with toys whose every derivative is non-trivial; ``test_step_models.py`` holds the real model classes to the same.
+The toys here have no trivial derivative; ``test_step_models.py`` repeats it with the real model classes.
 """
 
 from dataclasses import replace
@@ -75,7 +75,7 @@ def test_relay_is_naive_for_draft_lv(parts, samples, guidance, size):
 
 @pytest.mark.parametrize("lv", [0, 2])
 def test_relay_is_naive_where_the_frames_follow_the_motion(parts, lv):
-    """Every DRaFT-LV copy is a clip of its own, and has its own frames."""
+    """Every DRaFT-LV copy is a separate clip with its own frames."""
     graded = (STEPS - 1,) if lv else (STEPS - 2, STEPS - 1)
     assert_equal_steps(parts, plan_of(graded=graded, lv_samples=lv, follow_motion=True), seed=3 if lv else None)
 

@@ -1,5 +1,5 @@
-"""The relay's memory, as bytes that autograd saves: none in stages without gradient, else one piece, whatever K and the
-frames."""
+"""The relay's memory, as bytes saved by autograd: none in stages without gradient, otherwise one piece, for any K and
+any number of frames."""
 
 from dataclasses import replace
 

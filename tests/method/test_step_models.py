@@ -1,5 +1,5 @@
-"""The relay equals the one-graph oracle with the real classes: Wan transformer with LoRA, Wan VAE and Qwen2.5-VL, tiny,
-random, in fp64."""
+"""The relay equals the one-graph oracle with the real classes in fp64: tiny, random Wan transformer with LoRA, Wan VAE
+and Qwen2.5-VL."""
 
 from dataclasses import replace
 
@@ -21,8 +21,8 @@ def parts():
 
 @pytest.fixture(autouse=True)
 def fp64_throughout(monkeypatch):
-    """Diffusers computes Wan's norms and modulations in fp32 (``x.float()``), in an fp64 model too. That rounding would
-    hide small differences from the comparison, or amplify them to 1e-7."""
+    """Diffusers computes Wan's norms and modulations in fp32 (``x.float()``), even in an fp64 model. That rounding
+    would hide small differences, or amplify them to 1e-7."""
     to_fp32 = torch.Tensor.float
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else to_fp32(x))
 
@@ -70,8 +70,7 @@ def test_relay_is_naive(parts, k, chain, guidance, grad, size):
     ids=str,
 )
 def test_relay_is_naive_for_every_generator(generator, expert, graded, chain):
-    """Of the two experts the one for high noise denoises steps 0 and 1; the gradient passes the other's steps
-    unchanged."""
+    """The high-noise expert denoises steps 0 and 1. The gradient passes the other expert's steps unchanged."""
     parts = tiny_parts(generator=generator, expert=expert)
     channels = len(parts.decoder.vae.config.latents_mean)
     noise, condition = draw_noise((channels, 3, 4, 2), [0]).double(), tiny_condition(1, seed=0)

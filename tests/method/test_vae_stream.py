@@ -1,5 +1,5 @@
-"""The VAE stream: frames are diffusers' bit by bit, gradients those of one graph of diffusers' own decoder, however
-memory is saved."""
+"""The VAE stream: frames are bitwise diffusers', gradients those of one graph of diffusers' decoder, for every memory
+setting."""
 
 import pytest
 import torch
@@ -56,8 +56,7 @@ def test_the_pull_back_in_segments_is_that_of_the_whole_chunk(name, window):
 @pytest.mark.parametrize("rows", [3, 5])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_strips_change_nothing(name, rows, strips):
-    """5 and 3 rows of the latents: 5, 10, 20, 40 and 3, 6, 12, 24 rows of the segments, which 3 and 4 divide nowhere or
-    seldom."""
+    """5 and 3 rows of latents: segments have 5, 10, 20, 40 and 3, 6, 12, 24 rows, which 3 and 4 rarely divide."""
     vae, latents = vae_of(name), some_latents(4, rows)
     gradient, _, d_frames = stream_gradient(WanDecoder(vae, strips=strips), latents, (1, 8, 12))
     assert relative_difference(gradient, oracle(vae, latents, (1, 8, 12), d_frames)) < LIMIT
@@ -111,17 +110,16 @@ def test_a_graph_is_the_same_where_caches_wait_on_the_host(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_gradients_dtype_is_that_of_a_vae_cast_to_it(name):
-    """Values in fp32, gradients in bf16: the caches are rounded once, and the recompute is that of the VAE in bf16."""
+    """Values in fp32, gradients in bf16: caches are rounded once, and the recompute is that of the VAE in bf16."""
     latents, kept = some_latents(4, dtype=torch.float32), (0, 7, 12)
     mixed = WanDecoder(vae_of(name, torch.float32), grad_dtype=torch.bfloat16)
     frames, entering = decode(mixed, latents, kept)
     assert frames.dtype == torch.float32
     assert torch.equal(frames, decode(WanDecoder(mixed.vae), latents, kept)[0])
     half = WanDecoder(vae_of(name, torch.float32).bfloat16())
-    fp32, _ = decode(mixed, latents, kept), None
     rounded = {
-        chunk: half.store(tuple(c.get() if hasattr(c, "get") else c for c in caches))
-        for chunk, caches in fp32[1].items()
+        chunk: half.store(tuple(c.get().clone() if hasattr(c, "get") else c for c in caches))
+        for chunk, caches in entering.items()
     }
     assert {c.get().dtype for caches in rounded.values() for c in caches if hasattr(c, "get")} == {torch.bfloat16}
     d_frames = torch.randn_like(frames)
@@ -145,8 +143,7 @@ def test_inside_the_range_the_gradient_is_diffusers_own():
 
 
 def test_exact_costs_no_more_than_a_window_of_two_chunks_allows():
-    """8 evenly spaced frames of 81: a window of two visits every chunk too, so exact only hands gradients on
-    besides."""
+    """With 8 evenly spaced frames of 81 a window of two also visits every chunk, so exact only adds cache gradients."""
     kept, latents = kept_frames(81, 8), some_latents(21, 1, 1, dtype=torch.float32)
     decoder = WanDecoder(vae_of("toy", torch.float32))
     flops = {}

@@ -1,12 +1,13 @@
-"""Writes ``preprocess.npz``: what Hugging Face's video and image processors make of the frames of ``preprocess_cases``.
+"""Writes ``preprocess.npz``: the results of Hugging Face's video and image processors for the frames of
+``preprocess_cases``.
 
-    pip install --no-deps "torchvision==0.28.0"   # the one that goes with the torch installed; in an environment of its
-    own PYTHONPATH=. python tests/method/golden/make_preprocess.py
+    pip install --no-deps "torchvision==0.28.0"   # the one for the installed torch; in an environment of its own
+    PYTHONPATH=. python tests/method/golden/make_preprocess.py
 
-The processors need torchvision, and a torchvision that does not fit the torch beside it breaks transformers: that is
-why its results are kept in a file, and it is no dependency of the tests. Only its Python part is used here, so the
-operators of its compiled part are declared where they are missing. Per case: the grid, the values for float frames
-(fp32), and those for uint8 frames (levels of 255).
+The processors need torchvision, and a torchvision that does not fit torch breaks transformers. So the results are
+stored, and torchvision is no dependency of the tests. Only its Python part is used: operators of its compiled part are
+declared if they are missing. Per case: the grid, the values for float frames (fp32), and those for uint8 frames (levels
+of 255).
 """
 
 import warnings
@@ -21,7 +22,7 @@ BACKWARDS = ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_con
 
 
 def declare_operators() -> torch.library.Library:
-    """They are gone with the library that is returned."""
+    """They live as long as the returned library."""
     library = torch.library.Library("torchvision", "DEF")
     for name in (*OPERATORS, *(f"_{name}_backward" for name in BACKWARDS)):
         library.define(f"{name}(Tensor x) -> Tensor")
@@ -35,8 +36,9 @@ def processor_of(case: Case):
 
     geometry = GEOMETRIES[case.geometry]
     settings = dict(
-        size={"shortest_edge": geometry.min_pixels, "longest_edge": geometry.max_pixels}, patch_size=geometry.patch, merge_size=geometry.merge,
-        temporal_patch_size=geometry.temporal_patch, image_mean=list(geometry.mean), image_std=list(geometry.std),
+        size={"shortest_edge": geometry.min_pixels, "longest_edge": geometry.max_pixels},
+        patch_size=geometry.patch, merge_size=geometry.merge, temporal_patch_size=geometry.temporal_patch,
+        image_mean=list(geometry.mean), image_std=list(geometry.std),
     )  # fmt: skip
     if case.is_image:
         return Qwen2VLImageProcessor(**settings)
@@ -47,7 +49,7 @@ def processor_of(case: Case):
 
 
 def processed(case: Case, frames_TCHW: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """-> the patches, flat, and the grid. Float frames are in [0, 255]: both kinds are rescaled by 1/255."""
+    """The patches, flat, and the grid. Float frames are in [0, 255]: both kinds are rescaled by 1/255."""
     processor = processor_of(case)
     if case.is_image:
         result = processor(images=[frames_TCHW[0]], return_tensors="pt", input_data_format="channels_first")
@@ -57,7 +59,7 @@ def processed(case: Case, frames_TCHW: torch.Tensor) -> tuple[np.ndarray, np.nda
 
 
 def as_levels(values: np.ndarray, case: Case) -> np.ndarray:
-    """Normalised patches of uint8 frames -> the levels they were made of, exactly."""
+    """Normalised patches of uint8 frames -> their levels, exactly."""
     geometry = GEOMETRIES[case.geometry]
     per_channel = values.reshape(-1, 3, geometry.temporal_patch * geometry.patch**2)
     mean, std = (np.array(x, dtype=np.float64)[:, None] for x in (geometry.mean, geometry.std))

@@ -1,5 +1,5 @@
-"""The cases of ``preprocess.npz``: geometries, sizes and frames, for the script that makes the file and for the test
-that reads it."""
+"""The cases of ``preprocess.npz``: geometries, sizes and frames, for the script that writes the file and the test that
+reads it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,9 @@ GEOMETRIES = {
     "qwen3": VideoGeometry(16, 2, 2, 128 * 32 * 32, 768 * 32 * 32, HALF, HALF, bounds="clip"),
 }
 MUTED = (80, 170)
-"""Levels of the uint8 frames: away from black and white, where uint8 frames saturate between the two passes of their
-resizing."""
+"""Levels of the uint8 frames: far from black and white, where uint8 saturates between the two passes of the resize."""
 STORED = 1024
-"""Values kept of a larger case, at places spread over all of them."""
+"""Values stored of a larger case, spread over all of them."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ CASES = tuple(
 
 
 def frames_THWC(case: Case, low: int = 0, high: int = 255) -> np.ndarray:
-    """uint8 noise in [low, high] by integer arithmetic, the same on every machine: nothing is harder to resample."""
+    """uint8 noise in [low, high] by integer arithmetic, the same on every machine: the hardest input for a resize."""
     index = np.arange(case.frames * case.height * case.width * 3, dtype=np.uint64) + np.uint64(1)
     mixed = index * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -80,5 +79,6 @@ def frames_THWC(case: Case, low: int = 0, high: int = 255) -> np.ndarray:
 
 
 def stored_places(count: int) -> np.ndarray:
-    """Which of ``count`` values are kept: all, or ``STORED`` of them at a stride that meets every row and column."""
+    """The places of the stored values: all ``count``, or ``STORED`` of them at a stride that meets every row and
+    column."""
     return np.arange(count) if count <= 2 * STORED else (np.arange(STORED, dtype=np.int64) * 1_000_003) % count

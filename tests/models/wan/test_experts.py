@@ -1,5 +1,5 @@
-"""Generators of two transformers: whose turn it is, what is trained, what is on the card, and what a run of theirs is
-made into."""
+"""Generators with two transformers: which one denoises, which is trained and on the card, and where a run's files
+go."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from lowmem_drf.training.update import update
 A14B = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
 PROMPTS = ["a red circle moves left on a gray background", "a blue square moves up on a black background"]
 LOW, HIGH = ('sampler.graded="tail"',), ("model.expert=high", "sampler.graded=[0]", "sampler.graded_steps=1")
-"""Of the tiny preset's three steps the first is the high-noise transformer's."""
+"""The high-noise transformer denoises the first of the tiny preset's three steps."""
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def loaded(config):
 
 
 def gradients(config):
-    """Of one update, as the optimizer would see them."""
+    """Of one update, as the optimizer sees them."""
     models, lora = loaded(config)
     prompts = as_prompts(PROMPTS)
     trainer = Keeping(config, models.transformer)
@@ -119,14 +119,13 @@ def test_the_boundary_itself_is_the_high_noise_transformers() -> None:
     assert [expert_at(sigma, 0.875) for sigma in (0.8751, 0.875, 0.8749)] == ["high", "high", "low"]
     sigmas = flow_sigmas(5, 3.0).tolist()
     for steps in range(6):
-        assert [expert_at(sigma, boundary_after(sigmas, steps)) for sigma in sigmas[:-1]] == ["high"] * steps + [
-            "low"
-        ] * (5 - steps)
+        turns = [expert_at(sigma, boundary_after(sigmas, steps)) for sigma in sigmas[:-1]]
+        assert turns == ["high"] * steps + ["low"] * (5 - steps)
 
 
 @pytest.mark.parametrize("expert", ["low", "high"])
 def test_no_gradient_reaches_the_frozen_one(expert: str) -> None:
-    """A step of its own with gradient is refused; one without leaves no graph."""
+    """A step of the frozen expert with gradient is refused; without gradient it leaves no graph."""
     trained, frozen = tiny_transformer(torch.float64, 1), tiny_transformer(torch.float64, 2)
     velocity = two_experts(as_velocity(trained), as_velocity(frozen), expert, BOUNDARY, lambda name: None)
     x, text = tiny_latents(1).requires_grad_(), tiny_condition(1)
@@ -144,10 +143,8 @@ def test_what_a_folder_says(folder: Path, tmp_path) -> None:
     assert config.boundary == BOUNDARY and config.transformer_2 == json.loads(
         (folder / "transformer_2/config.json").read_text()
     )
-    assert subfolders_of(config, "low") == ("transformer_2", "transformer") and subfolders_of(config, "high") == (
-        "transformer",
-        "transformer_2",
-    )
+    assert subfolders_of(config, "low") == ("transformer_2", "transformer")
+    assert subfolders_of(config, "high") == ("transformer", "transformer_2")
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     index = json.loads((copy / "model_index.json").read_text())
     for change, message in (
@@ -295,7 +292,7 @@ def test_one_is_on_the_card_at_a_time(configured, expert) -> None:
     "expert", [LOW, ("model.expert=high", "sampler.steps=6", "sampler.graded=[0, 1]")], ids=["low", "high"]
 )
 def test_the_plan_is_a_real_update(configured, expert, park) -> None:
-    """Bytes of all stages; and the shortened plan is the whole one, though its sampler has other noise levels."""
+    """Bytes of all stages; and the shortened plan equals the whole one, although its sampler has other noise levels."""
     config = configured(*expert, *park, "batch=1", "micro_batch=1", "kernels.ops=naive")
     plan, whole = make_plan(config, card_named("")), make_plan(config, card_named(""), whole=True)
     measured = measure(config, torch.device("cpu"), None, Console(quiet=True))
@@ -305,7 +302,7 @@ def test_the_plan_is_a_real_update(configured, expert, park) -> None:
 
 
 def test_of_two_parked_transformers_the_card_holds_one(configured) -> None:
-    """In a rollout and in the graded steps; resident ones are both there all the time."""
+    """In the rollout and in the graded steps; resident ones are both there all the time."""
     resident, parked = (
         make_plan(configured(*LOW, *memory), card_named("")) for memory in ((), ('memory.park=["transformer"]',))
     )
@@ -318,8 +315,8 @@ def test_of_two_parked_transformers_the_card_holds_one(configured) -> None:
 
 
 def test_a_run_from_the_command_to_the_file(tiny_preset, folder: Path, tmp_path) -> None:
-    """Trained, sampled and exported; the file says which of the two it is for, and a merged model lies where the
-    pipeline looks for it."""
+    """Train, sample, export: the file names its transformer, and a merged model lies in the subfolder that the pipeline
+    reads."""
     overrides = [f'model.id="{folder.as_posix()}"', *LOW, "log.sample_every=0", 'memory.park=["transformer"]']
     run = tmp_path / "run"
     train_command(str(tiny_preset), None, run, 1, None, False, overrides, False)
@@ -337,20 +334,12 @@ def test_a_run_from_the_command_to_the_file(tiny_preset, folder: Path, tmp_path)
 
 
 def test_an_exported_file_is_read_by_the_pipeline_it_is_for(tiny_preset, folder: Path, tmp_path) -> None:
-    """``load_lora_weights(…, load_into_transformer_2=True)`` puts it where it was trained."""
+    """``load_lora_weights(…, load_into_transformer_2=True)`` puts it on the trained transformer."""
     from diffusers import WanPipeline
 
     run = tmp_path / "run"
-    train_command(
-        str(tiny_preset),
-        None,
-        run,
-        1,
-        None,
-        False,
-        [f'model.id="{folder.as_posix()}"', *LOW, "log.sample_every=0", "optim.lr=0.1"],
-        False,
-    )
+    overrides = [f'model.id="{folder.as_posix()}"', *LOW, "log.sample_every=0", "optim.lr=0.1"]
+    train_command(str(tiny_preset), None, run, 1, None, False, overrides, False)
     (file,) = export_run(run, dtype="fp32").paths
     pipe = WanPipeline.from_pretrained(folder)
     pipe.load_lora_weights(file, load_into_transformer_2=True)
@@ -369,12 +358,12 @@ def test_both_are_downloaded(folder: Path, tmp_path, monkeypatch) -> None:
     asked: list[str] = []
 
     def download(repository: str, allow_patterns: list[str], dry_run: bool = False) -> str | list[DryRunFileInfo]:
-        asked.extend(() if dry_run else allow_patterns)
-        return (
-            [DryRunFileInfo("1" * 40, 1, name, "", is_cached=False, will_download=True) for name in allow_patterns]
-            if dry_run
-            else str(folder)
-        )
+        if dry_run:
+            return [
+                DryRunFileInfo("1" * 40, 1, name, "", is_cached=False, will_download=True) for name in allow_patterns
+            ]
+        asked.extend(allow_patterns)
+        return str(folder)
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repository: files)

@@ -1,4 +1,4 @@
-"""Generators of random weights, and of fake ones: the same tensors, in the same dtypes, as loading would leave."""
+"""Random and fake generators: the same tensors, in the same dtypes, as after loading."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def mode():
 
 
 def layout(model) -> dict:
-    """What a model is made of: shape and dtype by name; parameters and buffers."""
+    """Shape and dtype by name, of parameters and buffers."""
     return {
         name: (tuple(tensor.shape), tensor.dtype)
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]
@@ -73,19 +73,11 @@ def test_fake_is_laid_out_as_loaded(generator, kind: str, dtype, inside: bool, m
 
 
 def test_norms_of_a_16_bit_transformer_are_in_fp32(generator) -> None:
-    dtypes = {
-        name: parameter.dtype
-        for name, parameter in random_transformer(
-            generator_config(str(generator)).transformer, torch.bfloat16
-        ).named_parameters()
-    }
-    assert (
-        dtypes["blocks.0.scale_shift_table"]
-        == dtypes["scale_shift_table"]
-        == dtypes["blocks.0.norm2.weight"]
-        == torch.float32
-    )
-    assert dtypes["condition_embedder.time_embedder.linear_1.weight"] == torch.float32
+    transformer = random_transformer(generator_config(str(generator)).transformer, torch.bfloat16)
+    dtypes = {name: parameter.dtype for name, parameter in transformer.named_parameters()}
+    tables = "blocks.0.scale_shift_table", "scale_shift_table", "blocks.0.norm2.weight"
+    for name in (*tables, "condition_embedder.time_embedder.linear_1.weight"):
+        assert dtypes[name] == torch.float32
     assert dtypes["blocks.0.attn1.norm_q.weight"] == dtypes["proj_out.weight"] == torch.bfloat16
 
 
@@ -188,8 +180,8 @@ def test_a_packed_critic_has_the_bytes_of_a_real_one(tmp_path, mode) -> None:
 
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
 def test_packed_weights_are_those_that_are_not_packed(generator, quant: str) -> None:
-    """The same draws; only the linears of the blocks' attentions and feed-forwards are packed, within half a step of
-    their format."""
+    """The same random draws; only the linear layers of attentions and feed-forwards in blocks are packed, within half a
+    step of their format."""
     config = generator_config(str(generator)).transformer
     plain, packed = random_transformer(config), random_transformer(config, quant=quant)
     found = {name for name, module in packed.named_modules() if isinstance(module, PackedLinear)}

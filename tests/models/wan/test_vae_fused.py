@@ -1,5 +1,5 @@
-"""The decoder with a kernel for its norms: values and gradients of diffusers' own modules up to rounding, in every form
-in which memory is saved."""
+"""The decoder with a kernel for its norms: values and gradients of diffusers' modules up to rounding, for every memory
+setting."""
 
 from functools import partial
 
@@ -25,7 +25,7 @@ fused = partial(WanDecoder, norm_silu=norm_silu)
 @pytest.mark.parametrize("kept", [(0,), (12,), (1, 8, 12), tuple(range(13))], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_gradient_is_that_of_one_graph_of_diffusers(name, kept, strips):
-    """In fp64, with the naive form in the kernel's place: the arithmetic around it."""
+    """In fp64, with the naive form in place of the kernel: the arithmetic around it."""
     vae, latents = vae_of(name), some_latents(4, batch=2)
     gradient, frames, d_frames = stream_gradient(naive(vae, strips=strips), latents, kept)
     assert relative_difference(gradient, oracle(vae, latents, kept, d_frames)) < LIMIT
@@ -100,7 +100,7 @@ def test_one_graph_is_the_stream(name):
 
 
 def test_a_block_keeps_its_input_and_one_activation():
-    """And the weights that its convolutions go back through: no copy, no normed value, no square, no quotient."""
+    """And the weights of its convolutions: no copy, no normed value, no square, no quotient."""
     vae, kept = vae_of("wan21", torch.float32), []
     segment = next(s for s in segments_of(vae.decoder, None, norm_silu) if s.shape_only)
     x = torch.randn(1, segment.channels, 2, 6, 4, requires_grad=True)
@@ -116,8 +116,8 @@ def test_a_block_keeps_its_input_and_one_activation():
 
 
 def test_the_pull_back_takes_fewer_operations():
-    """The last convolution of a block is not made again: five of six are left. What an upsampler saves so, it takes
-    once more: its output is not kept."""
+    """A block's last convolution is not recomputed: five of six are left. An upsampler's output is recomputed once
+    more, as it is not kept."""
     latents, flops = some_latents(3, dtype=torch.float32), {}
     for make in (WanDecoder, naive):
         decoder = make(vae_of("wan21", torch.float32))

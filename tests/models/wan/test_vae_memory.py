@@ -1,4 +1,4 @@
-"""The VAE stream's memory in bytes: at true size on fake tensors, and what each saving saves on real ones."""
+"""The VAE stream's memory in bytes: at true size on fake tensors, and the saving of each setting on real ones."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from lowmem_drf.schema import Memory
 
 GIB = 1024**3
 FAKES = Fakes(FakeTensorMode(allow_non_fake_inputs=True))
-"""One for all tests: most of what they run are the same operators on the same shapes."""
+"""Shared by all tests: they mostly run the same operators on the same shapes."""
 WAN21 = dict(
     base_dim=96,
     z_dim=16,
@@ -48,8 +48,8 @@ def true_vae(mode):
 
 
 def true_size(frames, grad_dtype, strips):
-    """Peak bytes of (decode, backward) of a clip of 832x480 with 8 kept frames, the weights of the whole VAE in fp32
-    included."""
+    """Peak bytes of (decode, backward) of a clip of 832x480 with 8 kept frames, including the weights of the whole VAE
+    in fp32."""
     mode = FAKES.mode
     vae = true_vae(mode)
     latents = mode.from_tensor(torch.empty(1, 16, (frames - 1) // 4 + 1, LATENT_HEIGHT, LATENT_WIDTH))
@@ -100,7 +100,7 @@ def test_that_of_wan_2_2_stays_under_8_gib_at_1280x704(grad_dtype):
 
 @pytest.fixture(scope="module")
 def entering_shapes():
-    """Of the caches that enter the third chunk, and all later ones, at true size."""
+    """Shapes of the caches that enter the third and later chunks, at true size."""
     mode = FAKES.mode
     decoder, latents = (
         WanDecoder(true_vae(mode), norm_silu=norm_silu),
@@ -114,8 +114,8 @@ def entering_shapes():
 
 
 def chunk_peaks(shapes, memory, fused):
-    """Peak bytes of one chunk (without gradient, in its pull-back), weights and all that waits on the card included,
-    and of the pull-back the operations."""
+    """Peak bytes of one chunk without gradient and of its backward, including weights and everything that waits on the
+    card; and the backward's FLOPs."""
     mode = FAKES.mode
     vae = true_vae(mode)
     grad_dtype = DTYPES[memory.vae_grad_dtype]
@@ -150,7 +150,7 @@ def test_gradients_in_fp32_stay_under_6_gib_too(entering_shapes):
     ids=["plain", "rtx4090", "bf16, 4 strips, host"],
 )
 def test_the_kernel_takes_30_percent_off_the_peak_of_a_chunk(memory, entering_shapes):
-    """Of its pull-back; of a decode it takes what there is to take beside the caches."""
+    """Off the peak of its backward; a decode's peak is mostly caches."""
     (decode_before, before, flops_before), (decode_after, after, flops) = (
         chunk_peaks(entering_shapes, memory, fused) for fused in (False, True)
     )
@@ -160,7 +160,7 @@ def test_the_kernel_takes_30_percent_off_the_peak_of_a_chunk(memory, entering_sh
 
 
 def peaks(frames=13, cache_every=1, **settings):
-    """(card, host) peak bytes of the stream's gradient on a real VAE, its weights not counted."""
+    """(card, host) peak bytes of the stream's gradient on a real VAE, without its weights."""
     latents = some_latents(1 + (frames - 1) // 4, 6, 4, dtype=torch.float32)
     decoder = WanDecoder(vae_of("wan21", torch.float32), store=planned_store(), **settings)
     with Ledger() as ledger:
@@ -169,7 +169,7 @@ def peaks(frames=13, cache_every=1, **settings):
 
 
 def caches_bytes(chunk=2, **settings):
-    """Of all the caches that enter a chunk."""
+    """Of all caches that enter a chunk."""
     decoder, latents = WanDecoder(vae_of("wan21", torch.float32)), some_latents(3, 6, 4, dtype=torch.float32)
     caches = decoder.start(1)
     with torch.no_grad():
@@ -189,7 +189,7 @@ def test_each_saving_saves_bytes_on_the_card():
 
 
 def test_the_card_holds_no_more_for_more_frames():
-    """Of a cache's bytes nothing; a chunk more costs its latents and its share of the bookkeeping, under 5%."""
+    """No bytes of caches; a further chunk costs its latents and its bookkeeping, under 5%."""
     few, many = (peaks(frames, strips=2, caches="host")[0] for frames in (17, 49))
     assert many == pytest.approx(few, rel=0.05)
 

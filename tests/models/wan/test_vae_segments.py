@@ -1,5 +1,5 @@
-"""The segments of the Wan decoder: their pull-back in strips of rows is that of the whole segment; and the clamp at the
-end."""
+"""The segments of the Wan decoder: their backward in strips of rows is that of the whole segment; and the final
+clamp."""
 
 from dataclasses import replace
 
@@ -32,7 +32,7 @@ def segment_runs(name, norm_silu=None):
 
 
 def replaced_runs(name, norm_silu):
-    """Each of ``segment_runs`` behind the segment with ``norm_silu`` in its place."""
+    """``segment_runs``, each behind the same segment with ``norm_silu``."""
     vae = vae_of(name)
     segments = segments_of(vae.decoder, vae.config.patch_size, norm_silu)
     return [(segments[i % len(segments)], *run) for i, run in enumerate(segment_runs(name))]
@@ -42,7 +42,7 @@ def replaced_runs(name, norm_silu):
 @pytest.mark.parametrize("norm_silu", [None, norm_silu_naive], ids=["diffusers", "fused"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_segment_in_strips_of_any_height_is_the_segment(name, norm_silu, hands_back):
-    """All its gradients, down to strips of one row, that are lower than their halo."""
+    """All its gradients, down to strips of one row, lower than their halo."""
     seen = 0
     for segment, x, caches, first, shortcut in segment_runs(name, norm_silu):
         if segment.halo is None:
@@ -108,7 +108,7 @@ def test_sizes_are_those_of_the_segments(name):
 
 
 def test_a_narrower_halo_would_not_do():
-    """The halos are no wider than they must be, and the test above would see narrower ones."""
+    """The halos are no wider than necessary, and the test above would notice narrower ones."""
     checked = 0
     for segment, x, caches, first, shortcut in segment_runs("toy"):
         if not segment.halo or x.shape[3] < 12:
@@ -118,12 +118,8 @@ def test_a_narrower_halo_would_not_do():
         d_out, d_handed = torch.randn_like(out), (None,) * len(handed)
         expected = pull_back(segment, x.clone(), caches, first, shortcut, d_out.clone(), d_handed, False)[0]
         narrower = replace(segment, halo=segment.halo - 1)
-        assert (
-            relative_difference(
-                pull_back(narrower, x.clone(), caches, first, shortcut, d_out, d_handed, False, 3)[0], expected
-            )
-            > LIMIT
-        )
+        got = pull_back(narrower, x.clone(), caches, first, shortcut, d_out, d_handed, False, 3)[0]
+        assert relative_difference(got, expected) > LIMIT
         checked += 1
     assert checked
 
