@@ -55,16 +55,6 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
-class Clip:
-    """A finished clip with its prompt and seed."""
-
-    frames_TCHW: Tensor  # float, [0, 1]
-    prompt: str
-    seed: int
-    fps: int
-
-
-@dataclass(frozen=True, slots=True)
 class Answer:
     """The critic's answer to one question about one clip."""
 

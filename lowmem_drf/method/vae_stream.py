@@ -91,36 +91,6 @@ def _fill_in(
             entering[chunk + 1] = decoder.store(caches)
 
 
-def pull_back_chunk(
-    decoder: Decoder,
-    latents_BC1hw: Tensor,
-    caches: Caches,
-    local: Sequence[int],
-    d_made_BtCHW: Tensor,
-    d_handed: Cotangents,
-    hands_back: bool,
-) -> tuple[Tensor, Cotangents]:
-    """``Decoder.chunk_backward`` as one graph of the whole ``chunk``, for decoders that store caches as tensors."""
-    z = latents_BC1hw.detach().requires_grad_()
-    entering = tuple(
-        cache.detach().requires_grad_(hands_back) if isinstance(cache, torch.Tensor) else cache for cache in caches
-    )
-    with torch.enable_grad():
-        made, handed = decoder.chunk(z, entering)
-    pairs = [(made[:, list(local)], d_made_BtCHW)] if len(local) else []
-    if d_handed:
-        pairs += [(out, d) for out, d in zip(handed, d_handed, strict=True) if d is not None and out.requires_grad]
-    if not pairs:  # a decoder without caches: no later chunk depends on this one
-        return torch.zeros_like(z), ()
-    leaves = [cache for cache in entering if isinstance(cache, torch.Tensor) and cache.requires_grad]
-    outputs, cotangents = zip(*pairs, strict=True)
-    d_z, *d_leaves = torch.autograd.grad(outputs, [z, *leaves], cotangents, materialize_grads=True)
-    if not hands_back:
-        return d_z, ()
-    d_caches = iter(d_leaves)
-    return d_z, tuple(next(d_caches) if isinstance(cache, torch.Tensor) else None for cache in entering)
-
-
 def refuse_non_finite(tensor: Tensor, what: str) -> None:
     """Raises NonFiniteError naming ``what``."""
     if not tensor.isfinite().all():

@@ -4,11 +4,12 @@ setting."""
 import pytest
 import torch
 from _relay import LIMIT, relative_difference
+from _toys import whole_chunk_backward
 from _vae import CONFIGS, fp64_throughout, library_graph, oracle, some_latents, stream_gradient, vae_of
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.frames import kept_frames
-from lowmem_drf.method.vae_stream import decode, pull_back_chunk, vae_backward
+from lowmem_drf.method.vae_stream import decode, vae_backward
 from lowmem_drf.models.wan.decoder import WanDecoder
 from lowmem_drf.planner.ledger import Ledger
 
@@ -42,7 +43,7 @@ def test_the_pull_back_in_segments_is_that_of_the_whole_chunk(name, window):
             return caches
 
         def chunk_backward(self, *args):
-            return pull_back_chunk(self, *args)
+            return whole_chunk_backward(self, *args)
 
     vae, latents = vae_of(name), some_latents(6)
     expected = stream_gradient(Whole(vae), latents, (2, 9, 20), window)[0]

@@ -7,7 +7,6 @@ from torch.nn import functional as F
 
 from lowmem_drf.method.schedule import draw_noise, flow_sigmas
 from lowmem_drf.method.step import StepSpec
-from lowmem_drf.method.vae_stream import pull_back_chunk
 from lowmem_drf.types import Answer, Parts, Question
 
 STEPS = 6
@@ -39,6 +38,28 @@ class ToyTransformer(nn.Module):
         return self.out(hidden).view_as(x)
 
 
+def whole_chunk_backward(decoder, latents_BC1hw, caches, local, d_made_BtCHW, d_handed, hands_back):
+    """``Decoder.chunk_backward`` as one graph of the whole ``chunk``, for decoders that store caches as tensors."""
+    z = latents_BC1hw.detach().requires_grad_()
+    entering = tuple(
+        cache.detach().requires_grad_(hands_back) if isinstance(cache, torch.Tensor) else cache for cache in caches
+    )
+    with torch.enable_grad():
+        made, handed = decoder.chunk(z, entering)
+    pairs = [(made[:, list(local)], d_made_BtCHW)] if len(local) else []
+    if d_handed:
+        pairs += [(out, d) for out, d in zip(handed, d_handed, strict=True) if d is not None and out.requires_grad]
+    if not pairs:  # a decoder without caches: no later chunk depends on this one
+        return torch.zeros_like(z), ()
+    leaves = [cache for cache in entering if isinstance(cache, torch.Tensor) and cache.requires_grad]
+    outputs, cotangents = zip(*pairs, strict=True)
+    d_z, *d_leaves = torch.autograd.grad(outputs, [z, *leaves], cotangents, materialize_grads=True)
+    if not hands_back:
+        return d_z, ()
+    d_caches = iter(d_leaves)
+    return d_z, tuple(next(d_caches) if isinstance(cache, torch.Tensor) else None for cache in entering)
+
+
 class ToyDecoder(nn.Module):
     """Two convolutions that are causal in time, a cache for each, and a clamp at the end."""
 
@@ -68,7 +89,7 @@ class ToyDecoder(nn.Module):
         return caches
 
     def chunk_backward(self, *args):
-        return pull_back_chunk(self, *args)
+        return whole_chunk_backward(self, *args)
 
     def decode(self, latents_BCFhw):
         x = latents_BCFhw

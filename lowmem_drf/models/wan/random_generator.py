@@ -18,7 +18,6 @@ from lowmem_drf.models.weights.quant import Quant, check_quantised, in_transform
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
-    from transformers import UMT5EncoderModel
 
 
 def random_transformer(
@@ -51,17 +50,6 @@ def random_vae(
 ) -> AutoencoderKLWan:
     """A frozen VAE of this ``config.json``."""
     return fill_as_loaded(empty_vae(config), dtype, _random(device, seed), device)
-
-
-def random_text(
-    config: Mapping[str, Any],
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    seed: int = 0,
-    layers: int | None = None,
-) -> UMT5EncoderModel:
-    """A frozen text encoder of this ``config.json``, without a tokenizer. ``layers``: at most this many."""
-    return fill_as_loaded(empty_text(config, layers), dtype, _random(device, seed), device)
 
 
 def empty_transformer(config: Mapping[str, Any], layers: int | None = None, quant: Quant = "none") -> Any:
