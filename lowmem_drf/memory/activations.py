@@ -106,7 +106,7 @@ class BlockPolicy:
         return fetch
 
 
-class Called:
+class HookedForward:
     """A block's ``forward`` if hooks on the block's call fetch its weights (ZeRO-3). It has no ``unread``: a recompute
     calls the block, and so runs the hooks.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lowmem_drf.assembly.assemble import Models
-from lowmem_drf.memory.activations import Called
+from lowmem_drf.memory.activations import HookedForward
 from lowmem_drf.memory.recorded_rollout import RecordedForward
 from lowmem_drf.memory.streaming import StreamedForward
 from lowmem_drf.planner.ledger import Ledger
@@ -22,7 +22,7 @@ def with_replays(parts: Parts, models: Models, ledger: Ledger) -> Parts:
     rollout, a chunk of the VAE."""
     for block in (*models.transformer.blocks, *(models.expert.blocks if models.expert else ())):
         holder = block  # what records a pass and what brings the weights is done every time
-        while isinstance(holder.forward, RecordedForward | StreamedForward | Called):
+        while isinstance(holder.forward, RecordedForward | StreamedForward | HookedForward):
             holder = holder.forward
         holder.forward = _ShortcutBlock(holder.forward, ledger)
     return replace(parts, decoder=_ShortcutDecoder(parts.decoder, ledger))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
-from lowmem_drf.memory.activations import BlockPolicy, Called, Pace
+from lowmem_drf.memory.activations import BlockPolicy, HookedForward, Pace
 from lowmem_drf.memory.recorded_rollout import RecordedForward
 from lowmem_drf.models.wan.attention import attention_named
 from lowmem_drf.models.wan.block import BlockForward
@@ -104,7 +104,7 @@ def set_activations(
         keep_attention: under ``checkpoint``, blocks keep the results of their attentions too, and never compute one
         twice. recorder: decides about forwards that are taken from the rollout. rollout_attention: (q, k, v) -> out,
         among the tokens, wherever there is no gradient and nothing is recorded. streamed: the blocks, where their
-        weights are streamed. hooked: the blocks' weights come by hooks on their calls (``activations.Called``).
+        weights are streamed. hooked: the blocks' weights come by hooks on their calls (``activations.HookedForward``).
 
     Raises:
         BadInputError: an image-to-video transformer.
@@ -118,7 +118,7 @@ def set_activations(
         forward: Any = BlockForward(
             block, rows or naive_ops(), attention or attention_named("sdpa"), slices, rollout_attention, weights
         )
-        forward = streamed.forward(place, forward) if streamed else Called(forward, pace) if hooked else forward
+        forward = streamed.forward(place, forward) if streamed else HookedForward(forward, pace) if hooked else forward
         block.forward = forward if recorder is None else RecordedForward(forward, block is blocks[-1], recorder)
     if checkpoint is False:
         transformer.disable_gradient_checkpointing()
