@@ -19,7 +19,7 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.memory.host import Held, HostStore
 from lowmem_drf.models.wan.vae import Caches, segments_of
 from lowmem_drf.models.wan.vae_fused import NormSilu, Wants
-from lowmem_drf.models.wan.vae_strips import in_strips, pull_back, sizes_of, strips_of
+from lowmem_drf.models.wan.vae_strips import in_strips, segment_backward, sizes_of, strips_of
 from lowmem_drf.models.weights.sources import complete, loading
 
 if TYPE_CHECKING:
@@ -167,7 +167,9 @@ class WanDecoder:
             if i:
                 start = -2 if inputs[-1] is None else -1
                 _prefetch([*inputs[start:], *self._read(i - 1, caches), *d_handed[self._slots[i - 1]]])
-            d_x, d_end, made = pull_back(segment, x, entering, first, shortcut, d_x, d_out, hands_back, counts[i])
+            d_x, d_end, made = segment_backward(
+                segment, x, entering, first, shortcut, d_x, d_out, hands_back, counts[i]
+            )
             del x, shortcut, entering, d_out
             d_caches[slots] = [self._wait(d) for d in made]
             del made

@@ -49,7 +49,7 @@ class Segment:
     """Its input is also the shortcut, which ends at the next segment with ``ends_shortcut``."""
     ends_shortcut: bool = False
     shape_only: Mapping[int, int] = field(default_factory=dict)
-    """Slot -> channels of the caches of which ``vae_strips.pull_back`` reads only the shape."""
+    """Slot -> channels of the caches of which ``vae_strips.segment_backward`` reads only the shape."""
     cheap: bool = False
     """Its output is cheaper to recompute than to keep."""
 

@@ -73,7 +73,7 @@ def in_strips(
     return whole[0], tuple(whole[1:])
 
 
-def pull_back(
+def segment_backward(
     segment: Segment,
     x_BCTHW: Tensor,
     caches: Caches,

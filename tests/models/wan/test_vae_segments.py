@@ -11,7 +11,7 @@ from _vae import CONFIGS, fp64_throughout, some_latents, vae_of
 from lowmem_drf.kernels.norm_silu import norm_silu_naive
 from lowmem_drf.models.wan.vae import InwardClamp, segments_of
 from lowmem_drf.models.wan.vae_fused import Wants
-from lowmem_drf.models.wan.vae_strips import in_strips, pull_back, sizes_of, strips_of
+from lowmem_drf.models.wan.vae_strips import in_strips, segment_backward, sizes_of, strips_of
 
 pytestmark = pytest.mark.usefixtures(fp64_throughout.__name__)
 
@@ -57,7 +57,7 @@ def test_a_segment_in_strips_of_any_height_is_the_segment(name, norm_silu, hands
 
         def pulled(strips, *cotangents, segment=segment, x=x, caches=caches, first=first, shortcut=shortcut):
             own = [d if d is None else d.clone() for d in cotangents]  # they may be overwritten
-            d_x, d_shortcut, d_caches = pull_back(
+            d_x, d_shortcut, d_caches = segment_backward(
                 segment, x.clone(), caches, first, shortcut, own[0], tuple(own[1:]), hands_back, strips
             )
             return [d_x, d_shortcut, *d_caches]
@@ -116,9 +116,9 @@ def test_a_narrower_halo_would_not_do():
         with torch.no_grad():
             out, handed = segment(x, caches, first, shortcut)
         d_out, d_handed = torch.randn_like(out), (None,) * len(handed)
-        expected = pull_back(segment, x.clone(), caches, first, shortcut, d_out.clone(), d_handed, False)[0]
+        expected = segment_backward(segment, x.clone(), caches, first, shortcut, d_out.clone(), d_handed, False)[0]
         narrower = replace(segment, halo=segment.halo - 1)
-        got = pull_back(narrower, x.clone(), caches, first, shortcut, d_out, d_handed, False, 3)[0]
+        got = segment_backward(narrower, x.clone(), caches, first, shortcut, d_out, d_handed, False, 3)[0]
         assert relative_difference(got, expected) > LIMIT
         checked += 1
     assert checked
