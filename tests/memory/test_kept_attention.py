@@ -117,8 +117,11 @@ def relay(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("slices", [1, 3])
-@pytest.mark.parametrize("attentions", [True, False], ids=["attentions", "inputs-alone"])
+@pytest.mark.parametrize(
+    ("attentions", "slices"),
+    [(True, 1), (True, 3), (False, 3)],
+    ids=["attentions", "attentions-sliced", "inputs-alone"],
+)
 @pytest.mark.parametrize(
     "changes",
     [

@@ -49,7 +49,7 @@ def assert_equal_steps(parts, plan, size, seed=None, batch=None):
     ("guidance", "grad"), [(1.0, "cond"), (4.7, "cond"), (4.7, "both")], ids=["unguided", "guided", "guided-both"]
 )
 @pytest.mark.parametrize("chain", ["full", "drtune"])
-@pytest.mark.parametrize("k", [1, 2, 5, STEPS], ids=lambda k: f"K{k}")
+@pytest.mark.parametrize("k", [2, STEPS], ids=lambda k: f"K{k}")
 def test_relay_is_naive(parts, k, chain, guidance, grad, size):
     assert_equal_steps(
         parts, plan_of(range(STEPS - k, STEPS), chain=chain, guidance=guidance, guidance_grad=grad), size

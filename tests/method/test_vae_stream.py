@@ -53,7 +53,7 @@ def test_the_pull_back_in_segments_is_that_of_the_whole_chunk(name, window):
     )
 
 
-@pytest.mark.parametrize("strips", [1, 2, 3, 4])
+@pytest.mark.parametrize("strips", [2, 3, 4])
 @pytest.mark.parametrize("rows", [3, 5])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_strips_change_nothing(name, rows, strips):
@@ -64,7 +64,7 @@ def test_strips_change_nothing(name, rows, strips):
 
 
 @pytest.mark.parametrize("window", [None, 1])
-@pytest.mark.parametrize("every", [2, 3, 4, 9])
+@pytest.mark.parametrize("every", [3, 9])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_caches_computed_again_give_the_same_bits(name, every, window):
     decoder, latents = WanDecoder(vae_of(name, torch.float32)), some_latents(6, dtype=torch.float32)

@@ -287,13 +287,14 @@ def test_one_is_on_the_card_at_a_time(configured, expert) -> None:
     assert torch.equal(made.frames_BTCHW, resident.frames_BTCHW)
 
 
-@pytest.mark.parametrize("park", [(), ('memory.park=["transformer"]',)], ids=["resident", "parked"])
 @pytest.mark.parametrize(
-    "expert", [LOW, ("model.expert=high", "sampler.steps=6", "sampler.graded=[0, 1]")], ids=["low", "high"]
+    "overrides",
+    [LOW, ("model.expert=high", "sampler.steps=6", "sampler.graded=[0, 1]", 'memory.park=["transformer"]')],
+    ids=["low, resident", "high, parked"],
 )
-def test_the_plan_is_a_real_update(configured, expert, park) -> None:
+def test_the_plan_is_a_real_update(configured, overrides) -> None:
     """Bytes of all stages; and the shortened plan equals the whole one, although its sampler has other noise levels."""
-    config = configured(*expert, *park, "batch=1", "micro_batch=1", "kernels.ops=naive")
+    config = configured(*overrides, "batch=1", "micro_batch=1", "kernels.ops=naive")
     plan, whole = make_plan(config, card_named("")), make_plan(config, card_named(""), whole=True)
     measured = measure(config, torch.device("cpu"), None, Console(quiet=True))
     for stage in set(STAGES) - {"text"}:

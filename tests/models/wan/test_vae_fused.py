@@ -22,7 +22,7 @@ fused = partial(WanDecoder, norm_silu=norm_silu)
 
 
 @pytest.mark.parametrize("strips", [1, 2, 3])
-@pytest.mark.parametrize("kept", [(0,), (12,), (1, 8, 12), tuple(range(13))], ids=str)
+@pytest.mark.parametrize("kept", [(0,), (1, 8, 12), tuple(range(13))], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_gradient_is_that_of_one_graph_of_diffusers(name, kept, strips):
     """In fp64, with the naive form in place of the kernel: the arithmetic around it."""
