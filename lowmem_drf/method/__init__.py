@@ -1,4 +1,4 @@
-"""Diffusion-DRF as pure functions of tensors. Models arrive as callables in ``types.Parts``.
+"""Diffusion-DRF as pure functions: the step and its one-graph oracle, sampler, frames, preprocess, reward.
 
-Not here: any model library, configuration, logging or device choice.
+Not here: models, which arrive as callables in ``types.Parts``, and the questions (``questions/``).
 """
