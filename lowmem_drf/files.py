@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lowmem_drf.errors import BadInputError
+
 
 @contextmanager
 def written_aside(path: Path, ending: str = ".part") -> Iterator[Path]:
@@ -48,6 +50,34 @@ def discard(folder: Path) -> None:
     doomed = folder.with_name(f".{folder.name}.deleted")
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
+
+
+def make_writable(folder: Path) -> list[Path]:
+    """Creates a folder and proves that files can be created in it. Returns the folders it created, for ``release``.
+
+    Raises:
+        BadInputError: the path is a file or cannot be written to. Nothing is left behind.
+    """
+    # os.path: Path.exists raises where a parent folder may not be read
+    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    probe = folder / f".writable-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        release(missing)
+        cure = "Give another folder with --output."
+        raise BadInputError(f"{folder} cannot be written to: {error.strerror}. {cure}") from error
+    return missing
+
+
+def release(made: list[Path]) -> None:
+    """Removes those folders of ``make_writable`` that are still empty, so that a run that did not start leaves no
+    trace."""
+    for path in made:
+        if os.path.isdir(path) and not os.listdir(path):
+            path.rmdir()
 
 
 def _flush(path: Path) -> None:

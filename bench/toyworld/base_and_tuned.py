@@ -20,10 +20,11 @@ from torch import Tensor
 from lowmem_drf.assembly.generate import base_and_tuned
 from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.errors import LowmemError
+from lowmem_drf.files import make_writable
 from lowmem_drf.toy.captions import heldout_prompts
 from lowmem_drf.toy.oracle import Verdict, judge
 from lowmem_drf.training.lora_file import load_run_lora
-from lowmem_drf.training.run_folder import find_run, make_writable, run_config
+from lowmem_drf.training.run_folder import find_run, run_config
 
 ZOOM, GAP, MARGIN, SIDE, LINE, TEXT = 4, 12, 16, 58, 17, 14  # pixels
 INK, GRAY, GREEN, RED, PAPER = "#1f2328", "#59636e", "#1a7f37", "#cf222e", "#ffffff"

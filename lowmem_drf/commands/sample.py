@@ -10,13 +10,14 @@ from lowmem_drf.assembly.assemble import run_prompts
 from lowmem_drf.assembly.generate import base_and_tuned
 from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.files import make_writable
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.prompts import load_prompts
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import work_bar
 from lowmem_drf.training.lora_file import load_lora_file, load_run_lora
 from lowmem_drf.training.previews import preview_texts, slug
-from lowmem_drf.training.run_folder import find_run, make_writable, run_config
+from lowmem_drf.training.run_folder import find_run, run_config
 from lowmem_drf.video import side_by_side, watchable_upscale, write_mp4
 
 

@@ -13,13 +13,13 @@ from lowmem_drf import __version__
 from lowmem_drf.config import chosen_preset, known_keys, load_config, preset_card, preset_path, to_toml
 from lowmem_drf.distributed.ranks import ALONE, Ranks, end_process, join, started_processes
 from lowmem_drf.errors import DEBUG, BadInputError
-from lowmem_drf.files import write_text
+from lowmem_drf.files import make_writable, release, write_text
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.planner.cards import card_named
 from lowmem_drf.questions.file import WRITERS
 from lowmem_drf.schema import Config
 from lowmem_drf.training.checkpoint import checkpoint_steps
-from lowmem_drf.training.run_folder import RUNS, claim, default_output, find_run, make_writable, release
+from lowmem_drf.training.run_folder import RUNS, claim, default_output, find_run
 from lowmem_drf.types import Prompt
 
 if TYPE_CHECKING:

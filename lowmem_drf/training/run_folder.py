@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.files import make_writable
 from lowmem_drf.schema import Config, Zero
 
 RUNS = Path("runs")
@@ -39,32 +40,6 @@ def claim(folder: Path) -> list[Path]:
             f"{folder} already holds a run ({', '.join(held)}). Go on with it: lowmem-drf train --resume --output {folder}; or give another --output."
         )
     return make_writable(folder)
-
-
-def make_writable(folder: Path) -> list[Path]:
-    """Makes a folder and proves that files can be made in it. Returns the folders it made.
-
-    Raises BadInputError: it is a file, or cannot be written to. Nothing is left behind.
-    """
-    missing = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
-    probe = folder / f".writable-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        release(missing)
-        raise BadInputError(
-            f"{folder} cannot be written to: {error.strerror}. Give another folder with --output."
-        ) from error
-    return missing
-
-
-def release(made: list[Path]) -> None:
-    """Removes folders of ``claim`` that are still empty: a run that did not start leaves nothing behind."""
-    for path in made:
-        if os.path.isdir(path) and not os.listdir(path):
-            path.rmdir()
 
 
 def find_run(folder: Path | None = None) -> Path:

@@ -13,13 +13,14 @@ from lowmem_drf.assembly.questions import draft_questions
 from lowmem_drf.commands.train import train_command
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError, NonFiniteError
+from lowmem_drf.files import release
 from lowmem_drf.models.lora.adapter import named_lora
 from lowmem_drf.prompts import as_prompts
 from lowmem_drf.questions.file import load_questions
 from lowmem_drf.scoring.evaluate import Trial, diversity, measure
 from lowmem_drf.toy.captions import train_prompts
 from lowmem_drf.training.metrics import read_metrics
-from lowmem_drf.training.run_folder import claim, find_run, release, run_config
+from lowmem_drf.training.run_folder import claim, find_run, run_config
 from lowmem_drf.training.trainer import SingleTrainer
 from lowmem_drf.training.update import learning_rate, update
 from lowmem_drf.video import read_video, side_by_side, write_mp4
