@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all: written beside their place, flushed to the disk, renamed."""
+"""Atomic writes of files and folders (written beside the target, flushed, renamed), and folders to write to."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from lowmem_drf.errors import BadInputError
 
 @contextmanager
 def written_aside(path: Path, ending: str = ".part") -> Iterator[Path]:
-    """Yields a hidden path beside ``path``, for a file or a folder. When the block ends, what was written there is
-    flushed and takes the place of ``path``; if the block raises, it is deleted and ``path`` stays as it was.
+    """Yields a hidden path beside ``path``, for a file or a folder. When the block ends, the hidden path is flushed to
+    the disk and replaces ``path``; if the block raises, it is deleted and ``path`` is unchanged.
 
-    A process that is killed leaves ``path`` whole, and at most the hidden path behind. Two processes may write the same
-    ``path``: the last one wins.
+    A process that is killed leaves ``path`` whole, and at most the hidden path behind. If two processes write the same
+    ``path``, the last one wins.
 
     Args:
-        ending: of the hidden path's name, for libraries that judge a file by it.
+        ending: suffix of the hidden path, for libraries that choose a file's format by its name.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}{ending}")
     try:
         yield aside
         for written in (*aside.rglob("*"), aside):
             _flush(written)
-        if aside.is_dir() and path.is_dir():  # only a file can be replaced in one step
+        if aside.is_dir() and path.is_dir():  # os.replace cannot replace a folder that is not empty
             discard(path)
         os.replace(aside, path)
         _flush(path.parent)
@@ -40,13 +40,13 @@ def written_aside(path: Path, ending: str = ".part") -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file in UTF-8 through ``written_aside``."""
+    """Writes a UTF-8 text file through ``written_aside``."""
     with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def discard(folder: Path) -> None:
-    """Deletes a folder. It loses its name first, so that nobody takes a half-deleted folder for a whole one."""
+    """Deletes a folder. It is renamed first, so that nobody takes a half-deleted folder for a whole one."""
     doomed = folder.with_name(f".{folder.name}.deleted")
     os.replace(folder, doomed)
     shutil.rmtree(doomed)
@@ -81,7 +81,7 @@ def release(made: list[Path]) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Waits until a file, or a folder's list of entries, is on the disk."""
+    """Waits until a file, or a folder's list of entries, is on the disk (fsync)."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open folders, and journals their entries
         return
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)

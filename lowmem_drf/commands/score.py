@@ -17,6 +17,7 @@ from lowmem_drf.assembly.questions import draft_questions, require_weights
 from lowmem_drf.assembly.references import finish_questions
 from lowmem_drf.config import chosen_preset, load_config
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.files import make_writable
 from lowmem_drf.method.preprocess import resized
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.prompts import as_prompts

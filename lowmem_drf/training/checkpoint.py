@@ -1,9 +1,9 @@
 """Checkpoints: all or nothing on disk, exact on resume.
 
-A checkpoint is written into a folder of another name, every file is flushed to the disk (fsync), and the folder is
-renamed; a process that is killed at any moment leaves the earlier checkpoints whole and at most a folder that the next
-save removes. Resumed, a run gives the same LoRA bytes on the CPU as an unbroken one: the optimizer's moments, the
-random state and the prompts' cursor are kept, and all noise is drawn from (seed, update, clip).
+A checkpoint is written to a hidden folder, flushed to the disk and renamed (``files.written_aside``). A process that
+is killed at any moment leaves the earlier checkpoints whole, and at most a hidden folder that the next save removes. On
+the CPU a resumed run gives the LoRA bytes of an unbroken one: optimizer moments, random state and prompt cursor are
+saved, and all noise is drawn from (seed, update, clip).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Checkpoint:
     """``optimizers.pack_optimizer``."""
     cursor: Cursor
     prompts: str
-    """``prompts.fingerprint``: a resumed run must have the same prompts."""
+    """``prompts.fingerprint``: a resumed run must use the same prompts."""
     spread: Mapping[str, tuple[int, float, float]] = field(default_factory=dict)
     """``reward.Spread.seen``."""
 
@@ -50,7 +50,7 @@ def checkpoint_steps(run: Path) -> list[int]:
 
 
 def checkpoint_folder(run: Path, step: int | None = None) -> Path:
-    """The folder of a step's checkpoint, or of the last. Raises BadInputError if it does not exist."""
+    """The folder of a step's checkpoint, by default of the last. Raises BadInputError if there is none."""
     steps = checkpoint_steps(run)
     if not steps:
         raise BadInputError(f"{run} has no checkpoint yet. Go on training: lowmem-drf train --resume --output {run}")
@@ -69,15 +69,11 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, alpha: float, keep: int) 
     for left in parent.glob(".step-*"):
         shutil.rmtree(left)
     final = parent / f"step-{checkpoint.step:06d}"
-    cursor = {
-        "step": checkpoint.step,
-        **asdict(checkpoint.cursor),
-        "prompts": checkpoint.prompts,
-        "spread": dict(checkpoint.spread),
-    }
+    cursor = {"step": checkpoint.step, **asdict(checkpoint.cursor)}
+    cursor |= {"prompts": checkpoint.prompts, "spread": dict(checkpoint.spread)}
     with written_aside(final) as aside:
         aside.mkdir()
-        # one entry only: safetensors writes several in random order, and equal LoRAs are to be equal files
+        # one metadata entry: safetensors writes several in random order, and equal LoRAs must give equal bytes
         save_file(dict(checkpoint.lora), aside / "lora.safetensors", metadata={"alpha": repr(alpha)})
         save_file({**checkpoint.optimizer, **_random_state()}, aside / "state.safetensors")
         (aside / "cursor.json").write_text(json.dumps(cursor, indent=2) + "\n", encoding="utf-8")
@@ -87,7 +83,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, alpha: float, keep: int) 
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Reads a checkpoint and sets the global random state to the one saved. Raises LowmemError if it is damaged."""
+    """Reads a checkpoint and restores the global random state. Raises LowmemError if it is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

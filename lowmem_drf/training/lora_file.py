@@ -1,4 +1,4 @@
-"""A LoRA from a run's checkpoint, or from any file, onto a transformer."""
+"""Loads a LoRA onto a transformer, from a run's checkpoint or from a file."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def load_run_lora(transformer: WanTransformer3DModel, run: Path, config: Config,
 
 
 def load_lora_file(transformer: WanTransformer3DModel, path: Path) -> None:
-    """Adds the LoRA of a file in any format that ``lora_formats`` reads. Raises BadInputError: no LoRA, or one of
-    another model."""
+    """Adds the LoRA of a file in any format that ``formats.read_lora`` reads. Raises BadInputError if it holds no LoRA
+    or one that does not fit this model."""
     lora = read_lora(path)
     try:
         attach_lora(transformer, lora.state, lora.alpha)

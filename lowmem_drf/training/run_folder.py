@@ -1,4 +1,4 @@
-"""A run's folder: made, found, refused. Its contents are listed in the README.
+"""The folder of a run: creates it, finds it, refuses one that is taken.
 
 config.toml  questions.json  metrics.jsonl  tensorboard/  samples/step-000050/  checkpoints/step-000050/
 """
@@ -19,7 +19,7 @@ _CONTENTS = ("config.toml", "metrics.jsonl", "checkpoints", "samples", "tensorbo
 
 
 def default_output(preset: str) -> Path:
-    """``runs/<preset>-<time>``, of a name that does not exist yet."""
+    """``runs/<preset>-<time>``, with a number where that exists already."""
     stem = f"{Path(preset).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, number = RUNS / stem, 1
     while path.exists():
@@ -29,21 +29,18 @@ def default_output(preset: str) -> Path:
 
 
 def claim(folder: Path) -> list[Path]:
-    """Makes the folder of a new run and proves that it can be written to. Returns the folders it made, for ``release``.
-
-    Raises BadInputError: it holds a run already, is a file, or cannot be written to.
-    """
-    # os.path: Path.exists raises where a folder on the way may not be looked into
+    """Creates the folder of a new run (``files.make_writable``). Raises BadInputError if it holds a run already."""
+    # os.path: Path.exists raises where a parent folder may not be read
     held = [name for name in _CONTENTS if os.path.exists(folder / name)]
     if held:
-        raise BadInputError(
-            f"{folder} already holds a run ({', '.join(held)}). Go on with it: lowmem-drf train --resume --output {folder}; or give another --output."
-        )
+        cure = f"Go on with it: lowmem-drf train --resume --output {folder}; or give another --output."
+        raise BadInputError(f"{folder} already holds a run ({', '.join(held)}). {cure}")
     return make_writable(folder)
 
 
 def find_run(folder: Path | None = None) -> Path:
-    """The given run, or the one under ``runs/`` that was written to last. Raises BadInputError if there is none."""
+    """The given run, by default the one under ``runs/`` that was written to last. Raises BadInputError if there is
+    none."""
     if folder is not None:
         if not (folder / "config.toml").is_file():
             raise BadInputError(f"{folder} is not a run: it has no config.toml. Train one with: lowmem-drf train")
@@ -57,8 +54,8 @@ def find_run(folder: Path | None = None) -> Path:
 
 
 def run_config(folder: Path) -> Config:
-    """The resolved configuration of a run, for a command that works in one process: what was partitioned over many is
-    streamed to it."""
+    """The resolved configuration of a run, changed for a command that runs in one process: models whose weights were
+    partitioned over the processes are streamed."""
     config = load_config(folder / "config.toml")
     partitioned = ["transformer", *(["critic"] if config.zero.critic else [])] if config.engine == "zero3" else []
     memory = config.memory.model_copy(update={"stream": [*config.memory.stream, *partitioned]})

@@ -1,4 +1,4 @@
-"""What an update does with the LoRA's gradients: one process by itself, or many together (``distributed.zero``)."""
+"""Gradient accumulation, clipping and the optimizer step: in one process, or in many (``distributed.zero``)."""
 
 from __future__ import annotations
 
@@ -30,35 +30,31 @@ class Trainer(Protocol):
     """The optimizer of the LoRA."""
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Around all backwards of an update, which add to ``.grad`` of the LoRA's tensors. Many processes: at its end
-        they average."""
+        """Wraps all backwards of an update, which add to ``.grad`` of the LoRA's tensors. Several processes average
+        their gradients when it ends."""
         ...
 
     def step(self, lr: float) -> float:
-        """Clips and steps with this rate. Returns the norm of the gradient before clipping, NaN or infinite if that
-        was: then no weight changed."""
+        """Clips and steps with this learning rate. Returns the gradient norm before clipping; if it is NaN or infinite,
+        no weight was changed."""
         ...
 
     def whole(self) -> AbstractContextManager[None]:
-        """Within the block the LoRA's tensors have their values. Of many processes all enter it."""
+        """Within the block the LoRA's tensors hold their full values. All processes must enter it."""
         ...
 
     def pack(self) -> dict[str, Tensor]:
-        """The state as tensors on the CPU (``optimizers.pack_optimizer``), the same for any number of processes, all of
-        which call it."""
+        """The optimizer's state as CPU tensors (``optimizers.pack_optimizer``), independent of the number of processes.
+        All processes must call it."""
         ...
 
     def unpack(self, packed: Mapping[str, Tensor]) -> None:
-        """Puts ``pack``'s tensors back. Raises BadInputError for the state of another optimizer."""
+        """Restores the tensors of ``pack``. Raises BadInputError if they belong to another optimizer."""
         ...
 
 
 class SingleTrainer:
-    """One process.
-
-    Args:
-        lora: the trainable tensors by name.
-    """
+    """The trainer of one process. ``lora``: the trainable tensors by name."""
 
     def __init__(self, config: Config, lora: Mapping[str, nn.Parameter]) -> None:
         self._names, self._lora = list(lora), list(lora.values())
@@ -84,7 +80,7 @@ class SingleTrainer:
         return nullcontext()
 
     def fill(self) -> None:
-        """Makes the moments that the first step would make."""
+        """Allocates the moments that the first step would allocate."""
         fill_states(self._optimizer)
 
     def paged(self) -> list[Tensor]:
@@ -101,11 +97,10 @@ class SingleTrainer:
 def make_trainer(
     config: Config, models: Models, abort: Callable[[BaseException], None] = lambda error: None
 ) -> tuple[Trainer, Models]:
-    """The trainer of these models' LoRA, which has its first values, and the models as they are to be used from here
-    on.
+    """The trainer of these models' LoRA, and the models to use from here on.
 
     Args:
-        abort: of many processes: is told of an exception within an update at once (``ZeroEngine``).
+        abort: with several processes, called at once with any exception raised within an update (``ZeroEngine``).
 
     Raises:
         LowmemError: DeepSpeed is asked for and missing.

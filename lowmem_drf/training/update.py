@@ -1,4 +1,5 @@
-"""One update of the LoRA: micro-batches through the relay, clip, refuse what is not finite, optimizer step."""
+"""One update of the LoRA: micro-batches through the relay, gradient clipping, refusal of non-finite values, optimizer
+step."""
 
 from __future__ import annotations
 
@@ -28,13 +29,13 @@ Judge = Callable[["Tensor", Sequence[str]], Mapping[str, float]]
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """What one update reports: a line of ``metrics.jsonl``."""
+    """The measurements of one update: a line of ``metrics.jsonl``."""
 
     step: int
-    """Updates done, this one included."""
+    """Updates done, including this one."""
     reward: float
-    """The one number whose gradient is taken: with ``critic.normalize``, of the scaled rewards. Those below are as the
-    critic gave them."""
+    """The scalar that is differentiated. With ``critic.normalize`` it is the mean of the scaled rewards; the rewards
+    below are unscaled."""
     reward_by_aspect: dict[str, float]
     reward_by_question: dict[str, float]
     grad_norm: float
@@ -44,16 +45,16 @@ class UpdateReport:
     stage_s: dict[str, float]
     stage_peak_gib: dict[str, float]
     prompts: list[str]
-    """Ids."""
+    """Prompt ids."""
     seed: list[int]
-    """Of each clip's noise."""
+    """Noise seed of each clip."""
     oracle: dict[str, float] = field(default_factory=dict)
     """ToyWorld: the oracle's rates on the clips of this update. Empty elsewhere."""
 
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
-    """The rate of update ``step`` (from 0) of ``steps``: linear warm-up, then constant, or down a half cosine or a line
-    to 0 at the end."""
+    """The learning rate of update ``step`` (from 0) of ``steps``: a linear warm-up, then constant, or a decay to 0 at
+    the end by a half cosine or a line."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     done = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
@@ -73,43 +74,40 @@ def update(
     scales: Mapping[str, float] | None = None,
     ranks: Ranks = ALONE,
 ) -> UpdateReport:
-    """Update ``step`` (from 0) on these prompts, one clip each.
+    """Runs update ``step`` (from 0) on these prompts, one clip each.
 
     Args:
-        prompts: of all processes. Each makes the clips of its share.
+        prompts: of all processes; each process makes the clips of its share.
         questions: by prompt id.
-        judge: measures the clips where the critic sees all their frames.
-        scales: what each question's reward is divided by (``RewardSpec.scales``).
+        judge: measures the clips; skipped where the critic does not see every frame.
+        scales: divisor of each question's reward (``RewardSpec.scales``).
 
     Returns:
-        The report of all processes' clips, in every process; times and peaks are the largest of them.
+        In every process, the same report over the clips of all processes. Times and peaks are the largest of any
+        process.
 
-    Raises: NonFiniteError: a reward or a gradient is NaN or infinite. Names the update, prompts and seeds; the weights
-        were not changed.
+    Raises:
+        NonFiniteError: a reward or a gradient is NaN or infinite. The message names update, prompts and seeds; the
+            weights are unchanged.
     """
     start = time.perf_counter()
-    plan = step_spec(config, step, scales)
+    spec = step_spec(config, step, scales)
     seeds = [derive_seed(config.seed, "noise", step, clip) for clip in range(len(prompts))]
     lr = learning_rate(config.optim, step, config.steps)
-    some, its_seeds = ranks.share(prompts), ranks.share(seeds)
+    own, own_seeds = ranks.share(prompts), ranks.share(seeds)
     with trainer.accumulate():
-        stats = _accumulate(config, models, parts, plan, step, some, its_seeds, questions)
-        if not bool(
-            torch.nn.utils.get_total_norm([tensor.grad for tensor in parts.lora if tensor.grad is not None]).isfinite()
-        ):
-            raise NonFiniteError(f"the LoRA's gradient is not finite in {_where(step, some, its_seeds)}")
+        stats = _accumulate(config, models, parts, spec, step, own, own_seeds, questions)
+        gradients = [tensor.grad for tensor in parts.lora if tensor.grad is not None]
+        if not bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
+            raise NonFiniteError(f"the LoRA's gradient is not finite in {_where(step, own, own_seeds)}")
     with models.meter.stage("update"):
         grad_norm = trainer.step(lr)
     if not math.isfinite(grad_norm):
-        raise NonFiniteError(
-            f"the mean of the processes' LoRA gradients is not finite in {_where(step, prompts, seeds)}"
-        )
+        where = _where(step, prompts, seeds)
+        raise NonFiniteError(f"the mean of the processes' LoRA gradients is not finite in {where}")
     frames = torch.cat([stat.frames_BTCHW for stat, _ in stats])
-    oracle = (
-        dict(judge(frames, [prompt.text for prompt in some]))
-        if judge and frames.shape[1] == config.video.frames
-        else {}
-    )
+    every_frame = frames.shape[1] == config.video.frames
+    oracle = dict(judge(frames, [prompt.text for prompt in own])) if judge and every_frame else {}
     rewards = [(stat.reward, stat.reward_by_aspect, stat.reward_by_question, weight) for stat, weight in stats]
     shares = ranks.gather((rewards, oracle, *models.meter.take()))
     made = [row for rows, *_ in shares for row in rows]
@@ -133,36 +131,35 @@ def _accumulate(
     config: Config,
     models: Models,
     parts: Parts,
-    plan: StepSpec,
+    spec: StepSpec,
     step: int,
     prompts: Sequence[Prompt],
     seeds: Sequence[int],
     questions: Mapping[str, Sequence[Question]],
 ) -> list[tuple[StepStats, float]]:
-    """Leaves in ``.grad`` the gradient of -(mean reward of the batch), micro-batch by micro-batch. Returns each one's
-    statistics and weight."""
+    """Accumulates the gradient of -(mean reward of the batch) in ``.grad``, one micro-batch after another. Returns the
+    statistics and the weight of each micro-batch."""
     stats: list[tuple[StepStats, float]] = []
     for first in range(0, len(prompts), config.micro_batch):
-        some, its_seeds = prompts[first : first + config.micro_batch], seeds[first : first + config.micro_batch]
-        texts = [prompt.text for prompt in some]
+        part = slice(first, first + config.micro_batch)
+        some, some_seeds = prompts[part], seeds[part]
         weight = len(some) / len(prompts)
-        lv_generators = [torch.Generator().manual_seed(derive_seed("lv", seed)) for seed in its_seeds]
+        cond = models.condition([prompt.text for prompt in some])
+        asked = [questions[prompt.id] for prompt in some]
+        lv_generators = [torch.Generator().manual_seed(derive_seed("lv", seed)) for seed in some_seeds]
         try:
-            stat = drf_step(
-                parts, plan, models.noise(its_seeds), models.condition(texts), models.no_condition(len(some)),
-                [questions[prompt.id] for prompt in some], lv_generators, weight,
-            )  # fmt: skip
+            noise, uncond = models.noise(some_seeds), models.no_condition(len(some))
+            stat = drf_step(parts, spec, noise, cond, uncond, asked, lv_generators, weight)
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error}\nThis happened in {_where(step, some, its_seeds)}") from error
+            raise NonFiniteError(f"{error}\nThis happened in {_where(step, some, some_seeds)}") from error
         stats.append((replace(stat, latents_BCFhw=stat.latents_BCFhw[:0]), weight))
     return stats
 
 
 def _where(step: int, prompts: Sequence[Prompt], seeds: Sequence[int]) -> str:
-    clips = "; ".join(
-        f"{prompt.id} ({prompt.text!r}, seed {seed})" for prompt, seed in zip(prompts, seeds, strict=True)
-    )
-    return f"update {step + 1}: {clips}. No weight was changed. Go on from the last checkpoint with a lower optim.lr, or leave the prompt out."
+    clips = "; ".join(f"{p.id} ({p.text!r}, seed {seed})" for p, seed in zip(prompts, seeds, strict=True))
+    cure = "Go on from the last checkpoint with a lower optim.lr, or leave the prompt out."
+    return f"update {step + 1}: {clips}. No weight was changed. {cure}"
 
 
 def _largest(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
