@@ -1,9 +1,9 @@
 """Preset TOML + overrides -> one frozen, typed tree (``schema.Config``).
 
 ``load_config`` reads a preset (a name or a path), applies ``key=value`` overrides, checks everything and reports
-**all** problems at once, each with the place it came from and its key. The tree is complete: every field has a default,
-and a preset holds only what differs from the defaults, or from the preset that it names in ``extends``. Only ``run/``
-and ``cli.py`` see the whole tree; everything below takes flat arguments.
+**all** problems at once, each with its source and its key. Every field has a default; a preset holds only the
+differences from the defaults, or from the preset that it names in ``extends``. ``method/``, ``memory/`` and
+``kernels/`` never see the tree: they take flat arguments.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _PATTERNS = {
     "memory.vae_backward": 'should be "exact" or "window:n", for example "window:3"',
     "critic.frames": 'should be a number of frames or "fps:rate", for example "fps:2"',
 }
-"""What the patterns of ``schema`` mean."""
+"""Error messages for keys that ``schema`` checks with a regular expression."""
 
 DEFAULT_PRESET = "toy"
-"""What ``load_config`` loads when nothing is named, and ``train`` where no card is: it runs anywhere."""
+"""Loaded by ``load_config`` when no preset is named, and by ``train`` on a machine without a card: it runs anywhere."""
 
 
 def known_keys(node: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of the tree, sections left out."""
+    """Every dotted key of the tree, without the sections."""
     keys: list[str] = []
     for name, info in node.model_fields.items():
         kind = info.annotation
@@ -50,78 +50,69 @@ def presets() -> dict[str, Path]:
 
 
 def preset_path(preset: str) -> Path:
-    """The file of a preset's name or path. Raises BadInputError with the names there are."""
+    """The file of a preset, given by name or path. Raises BadInputError that lists the presets."""
     if preset in presets():
         return presets()[preset]
     path = Path(preset).expanduser()
     if path.suffix == ".toml" or "/" in preset:
         if path.is_file():
             return path
-        raise BadInputError(
-            f"preset file {preset} does not exist. See the presets of this package with: lowmem-drf presets list"
-        )
+        cure = "See the presets of this package with: lowmem-drf presets list"
+        raise BadInputError(f"preset file {preset} does not exist. {cure}")
     near = difflib.get_close_matches(preset, presets(), n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
-    raise BadInputError(
-        f"there is no preset {preset!r}.{hint} Presets: {', '.join(presets())}; or give a path to a TOML file."
-    )
+    cure = f"Presets: {', '.join(presets())}; or give a path to a TOML file."
+    raise BadInputError(f"there is no preset {preset!r}.{hint} {cure}")
 
 
 def preset_summary(path: Path) -> str:
-    """The first line of a preset's header comment: what it is for."""
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
-    return first.lstrip("# ").strip()
+    """The purpose of a preset: the first line of its header comment."""
+    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ").strip()
 
 
 def preset_card(path: Path) -> str:
-    """What a preset's header comment says after ``GPU:``; it begins with the card's size (``24 GB``) where one is
-    needed."""
+    """The text after ``GPU:`` in a preset's header comment. It begins with the card's memory (``24 GB``), unless the
+    preset needs no card."""
     found = re.search(r"^# GPU: *(.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return found[1].strip() if found else "not stated"
 
 
 def default_preset(card_gb: float | None, card: str = "") -> str:
-    """``toy`` without a card (``None``), else the preset that asks for the most of the GB (10^9 bytes) there are; of
-    equals one made for a card of this name, then the shortest name (``rtx4090`` before ``rtx4090-fast``). ``toy`` asks
-    for none, so there always is one."""
+    """The largest preset that fits a card of ``card_gb`` GB (10^9 bytes), or ``toy`` where none fits or there is no
+    card (``None``). Of equally large ones, the preset made for the card named ``card``, then the shortest name
+    (``rtx4090`` before ``rtx4090-fast``)."""
     sizes = {name: _card_gb(path) for name, path in presets().items()}
-    fitting = {
-        name: size for name, size in sizes.items() if card_gb is not None and size is not None and size <= card_gb
-    }
-    return (
-        max(fitting, key=lambda name: (fitting[name] or 0.0, _is_for(name, card), -len(name)))
-        if fitting
-        else DEFAULT_PRESET
-    )
+    fitting = {name: size for name, size in sizes.items() if size is not None and size <= (card_gb or 0.0)}
+    rank = {name: (size, _is_for(name, card), -len(name)) for name, size in fitting.items()}
+    return max(rank, key=rank.__getitem__, default=DEFAULT_PRESET)
 
 
 def chosen_preset() -> tuple[str, str]:
-    """The preset for this machine when none is named, and why it is that one, for the user to read."""
+    """The default preset of this machine, and the reason for it as text to print behind its name."""
     import torch
 
     if not torch.cuda.is_available():
         return default_preset(None), " (the default: there is no CUDA card)"
     card = torch.cuda.get_device_properties(0)
-    return default_preset(
-        card.total_memory / 1e9, card.name
-    ), f" (the default: the largest that fits the {card.name}, {card.total_memory / 1e9:.0f} GB)"
+    gb = card.total_memory / 1e9
+    return default_preset(gb, card.name), f" (the default: the largest that fits the {card.name}, {gb:.0f} GB)"
 
 
 def _is_for(preset: str, card: str) -> bool:
-    """Whether the header names the card: ``24 GB (RTX 4090)`` and "NVIDIA GeForce RTX 4090"."""
+    """True if the header (``24 GB (RTX 4090)``) names the card ("NVIDIA GeForce RTX 4090")."""
     named = re.search(r"\((.+?)\)", preset_card(presets()[preset]))
     return bool(named and card and named[1].lower() in card.lower())
 
 
 def _card_gb(path: Path) -> float | None:
-    """``None`` where the header names no size."""
+    """The card's memory in GB (10^9 bytes) that the header names, or ``None``."""
     found = re.match(r"(\d+) GB", preset_card(path))
     return float(found[1]) if found else None
 
 
 def copy_preset(preset: str, target: Path | None = None) -> Path:
-    """Copies a preset to a new file (default: its name in the current folder). Raises BadInputError rather than
-    overwrite."""
+    """Copies a preset to a new file, by default under its name in the current folder. Raises BadInputError if the file
+    exists or its folder does not."""
     source = preset_path(preset)
     path = target or Path(source.name)
     if path.is_dir():
@@ -132,14 +123,15 @@ def copy_preset(preset: str, target: Path | None = None) -> Path:
         raise BadInputError(f"the folder {path.parent} does not exist. Make it first.")
     text = source.read_text(encoding="utf-8")
     extends = re.search(r'^extends *= *"(.+)"', text, re.MULTILINE)
-    if extends and extends[1] not in presets():  # a path from the file's own folder
+    if extends and extends[1] not in presets():  # a path relative to the preset's folder: the copy has another one
         text = text.replace(extends[0], f'extends = "{_extended(source, extends[1])}"', 1)
     path.write_text(text, encoding="utf-8")
     return path
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """``key=value`` -> (key, value). The value is TOML; what is not TOML is a string (``-s critic.mode=vanilla``)."""
+    """``key=value`` -> (key, value). The value is TOML; anything else is taken as a string (``-s
+    critic.mode=vanilla``)."""
     key, equals, raw = text.partition("=")
     key, raw = key.strip(), raw.strip()
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
@@ -151,16 +143,14 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def load_config(preset: str | Path = DEFAULT_PRESET, overrides: Iterable[str] = ()) -> Config:
-    """The configuration of a preset with overrides on top. Raises BadInputError that lists every problem."""
+    """The configuration of a preset with overrides applied. Raises BadInputError that lists every problem."""
     path = preset_path(preset) if isinstance(preset, str) else preset
     return _overridden(_preset_values(path), overrides)
 
 
 def _preset_values(path: Path, below: tuple[Path, ...] = ()) -> dict[str, tuple[Any, str]]:
-    """Key -> (value, the file that sets it): the preset's own keys over those of the preset that it extends.
-
-    ``below``: the presets that extend this one.
-    """
+    """Key -> (value, file that sets it), including the keys of the preset that this one extends. ``below``: the presets
+    that extend this one."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -171,19 +161,17 @@ def _preset_values(path: Path, below: tuple[Path, ...] = ()) -> dict[str, tuple[
         base = _extended(path, table.pop("extends"))
         if base.resolve() in chain:
             circle = ", ".join(str(file) for file in (*chain, base.resolve()))
-            raise BadInputError(
-                f"{path}: extends: these presets extend each other in a circle: {circle}. Take the line out of one of them."
-            )
+            message = f"these presets extend each other in a circle: {circle}. Take the line out of one of them."
+            raise BadInputError(f"{path}: extends: {message}")
         values = _preset_values(base, chain)
     return values | {key: (value, str(path)) for key, value in _flat(table)}
 
 
 def _extended(path: Path, extends: Any) -> Path:
-    """The preset that the one at ``path`` extends: by its name, or by its path from the folder of ``path``."""
+    """The file that ``extends`` names in the preset at ``path``: a preset's name, or a path relative to this file."""
     if not isinstance(extends, str):
-        raise BadInputError(
-            f'{path}: extends: give one preset, by its name or by its path from this file, for example extends = "rtx4090"'
-        )
+        cure = 'give one preset, by its name or by its path from this file, for example extends = "rtx4090"'
+        raise BadInputError(f"{path}: extends: {cure}")
     is_path = extends not in presets() and (extends.endswith(".toml") or "/" in extends)
     try:
         return preset_path(str(path.parent.absolute() / Path(extends).expanduser()) if is_path else extends)
@@ -192,7 +180,7 @@ def _extended(path: Path, extends: Any) -> Path:
 
 
 def change(config: Config, overrides: Iterable[str]) -> Config:
-    """The configuration with ``key=value`` overrides on top. Raises as ``load_config``."""
+    """The configuration with ``key=value`` overrides applied. Raises as ``load_config`` does."""
     return _overridden({key: (value, "configuration") for key, value in _flat(config.model_dump())}, overrides)
 
 
@@ -201,9 +189,8 @@ def _overridden(values: dict[str, tuple[Any, str]], overrides: Iterable[str]) ->
     for text in overrides:
         try:
             key, value = parse_override(text)
-            values |= {
-                k: (v, f"-s {text}") for k, v in ([(key, value)] if key in known_keys() else _flat({key: value}))
-            }
+            rows = [(key, value)] if key in known_keys() else _flat({key: value})  # a section as an inline table
+            values |= {k: (v, f"-s {text}") for k, v in rows}
         except BadInputError as error:
             problems.append(str(error))
     return _validate(values, problems)
@@ -243,7 +230,7 @@ def _validate(values: Mapping[str, tuple[Any, str]], problems: list[str]) -> Con
 
 
 def _without(tree: Mapping[str, Any], keys: Iterable[str], prefix: str = "") -> dict[str, Any]:
-    """The tree without the leaves of these keys."""
+    """The tree without these keys."""
     return {
         name: _without(value, keys, f"{prefix}{name}.") if isinstance(value, Mapping) else value
         for name, value in tree.items()
@@ -252,14 +239,12 @@ def _without(tree: Mapping[str, Any], keys: Iterable[str], prefix: str = "") -> 
 
 
 def _type_problems(error: ValidationError) -> dict[str, str]:
-    """One message a key: the branches of a union are said together."""
+    """One message per key, which joins the messages of a union's branches."""
     messages: dict[str, list[str]] = {}
     for item in error.errors():
         where = [str(part) for part in item["loc"]]
-        key = next(
-            (".".join(where[:n]) for n in range(len(where), 0, -1) if ".".join(where[:n]) in known_keys()),
-            ".".join(where),
-        )
+        prefixes = (".".join(where[:n]) for n in range(len(where), 0, -1))
+        key = next((prefix for prefix in prefixes if prefix in known_keys()), ".".join(where))
         said = item["msg"][0].lower() + item["msg"][1:]
         if item["type"] == "string_pattern_mismatch":
             said = _PATTERNS[key]
@@ -269,13 +254,11 @@ def _type_problems(error: ValidationError) -> dict[str, str]:
 
 
 def _cross_problems(node: Node, sources: Mapping[str, str], wrong: Iterable[str], prefix: str = "") -> list[str]:
-    """What ``problems`` says of each section, those left out that hold a key already reported as wrong."""
+    """The ``problems`` of every section, except sections that hold a key already reported as wrong."""
     found: list[str] = []
     if not any(key.startswith(prefix) for key in wrong):
-        found = [
-            f"{sources.get(prefix + field, 'default')}: {prefix}{field}: {message}"
-            for field, message in node.problems()
-        ]
+        rows = [(prefix + field, message) for field, message in node.problems()]
+        found = [f"{sources.get(key, 'default')}: {key}: {message}" for key, message in rows]
     for name in type(node).model_fields:
         if isinstance(child := getattr(node, name), Node):
             found += _cross_problems(child, sources, wrong, f"{prefix}{name}.")
@@ -286,19 +269,15 @@ def _did_you_mean(key: str) -> str:
     keys = known_keys()
     if inside := [known for known in keys if known.startswith(f"{key}.")]:
         return f" It is a section; its keys: {', '.join(inside)}"
-    leaf = key.rpartition(".")[2]
-    same_leaf = [known for known in keys if known.rpartition(".")[2] == leaf]
-    near = same_leaf[:1] or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    near = near or [
-        k
-        for k in keys
-        if k.rpartition(".")[2] in difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in keys], n=1)
-    ]
+    leaf, leaves = key.rpartition(".")[2], {known: known.rpartition(".")[2] for known in keys}
+    near = [known for known in keys if leaves[known] == leaf]
+    near = near or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    near = near or [known for known in keys if leaves[known] in difflib.get_close_matches(leaf, leaves.values(), n=1)]
     return f" Did you mean {near[0]}?" if near else " See every key with: lowmem-drf train --dry-run"
 
 
 def to_toml(config: Config) -> str:
-    """The complete configuration as TOML that ``load_config`` reads back to an equal tree."""
+    """The complete configuration as TOML; ``load_config`` reads back an equal tree."""
     import tomli_w
 
     return tomli_w.dumps(config.model_dump())

@@ -106,18 +106,16 @@ class Sampler(Node):
         if self.graded_steps > self.steps:
             yield "graded_steps", f"{self.graded_steps} graded steps do not fit in sampler.steps = {self.steps}"
         if self.graded == "last" and self.graded_steps != 1:
-            yield (
-                "graded_steps",
-                f'graded = "last" is one step, graded_steps = {self.graded_steps}; set it to 1, or graded = "tail"',
+            message = (
+                f'graded = "last" is one step, graded_steps = {self.graded_steps}; set it to 1, or graded = "tail"'
             )
+            yield "graded_steps", message
         if isinstance(self.graded, list):
             if len(set(self.graded)) != len(self.graded) or any(k >= self.steps for k in self.graded):
-                yield "graded", f"{self.graded} is to hold different step numbers from 0 to {self.steps - 1}"
-            elif len(self.graded) != self.graded_steps:
-                yield (
-                    "graded_steps",
-                    f"graded lists {len(self.graded)} steps, graded_steps says {self.graded_steps}; make them agree",
-                )
+                yield "graded", f"{self.graded} must hold different step numbers from 0 to {self.steps - 1}"
+            elif (count := len(self.graded)) != self.graded_steps:
+                message = f"graded lists {count} steps, graded_steps says {self.graded_steps}; make them agree"
+                yield "graded_steps", message
         if self.lv_samples and self.graded != "last":
             yield "lv_samples", 'DRaFT-LV works on the last step only; set graded = "last" and graded_steps = 1'
 
@@ -271,21 +269,17 @@ class Memory(Node):
     card."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
+        if self.checkpoint is not False:
+            return
         for name, on in (("keep_attention", self.keep_attention != "none"), ("record_rollout", self.record_rollout)):
-            if on and self.checkpoint is False:
-                yield (
-                    name,
-                    "blocks that keep everything (memory.checkpoint = false) have nothing to take from it; set checkpoint = true or leave it out",
-                )
-        if self.stream and self.checkpoint is False:
-            yield (
-                "stream",
-                "layers that keep everything (memory.checkpoint = false) keep their weights too; set checkpoint = true",
-            )
+            if on:
+                yield name, "has no effect with memory.checkpoint = false; set checkpoint = true or leave it out"
+        if self.stream:
+            yield "stream", "with memory.checkpoint = false layers keep their weights too; set checkpoint = true"
 
 
 class Zero(Node):
-    """DeepSpeed's ZeRO (arXiv 1910.02054). Of interest where ``engine`` is not ``single``."""
+    """DeepSpeed's ZeRO (arXiv 1910.02054). Used where ``engine`` is not ``single``."""
 
     offload: Literal["cpu", "none"] = "cpu"
     """Where the optimizer's state waits, and with ``zero3`` the partitioned weights: in host memory, or on the
@@ -293,10 +287,10 @@ class Zero(Node):
     pin_memory: bool = True
     """Page-locked host memory: copies run beside computation, and the system cannot swap it out."""
     critic: bool = False
-    """``zero3``: the critic's weights are partitioned too, by an engine of its own."""
+    """``zero3``: the critic's weights are partitioned too. It is then asked by all processes together."""
     rollout: Literal["auto", "gathered", "partitioned"] = "auto"
-    """``zero3``: in the rollout the whole transformer stays on each card (``gathered``: its weights travel once), or is
-    gathered block by block in every step (``partitioned``). ``auto``: gathered where the plan says that it fits."""
+    """``zero3``: in the rollout the whole transformer stays on each card (``gathered``: its weights are sent once), or
+    is gathered block by block in every step (``partitioned``). ``auto``: gathered if the plan fits the card."""
 
 
 class Kernels(Node):
@@ -353,12 +347,12 @@ class Config(Node):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto``: the CUDA card if there is one, else the CPU."""
     engine: Literal["single", "zero1", "zero2", "zero3"] = "single"
-    """``single``: one process. Else DeepSpeed: prompts are split over processes, a card each, and of the LoRA's
-    training state every process keeps a part: the optimizer's (``zero1``), the gradients too (``zero2``), and of the
-    frozen transformer's weights too (``zero3``)."""
+    """``single``: one process. Else DeepSpeed: prompts are split over the processes, a card each. Every process keeps a
+    part of the optimizer's state (``zero1``), of the LoRA's gradients too (``zero2``), and of the frozen transformer's
+    weights too (``zero3``)."""
     processes: Positive = 1
-    """How many ``train`` starts; ``batch`` is split over them. Under ``torchrun`` or ``deepspeed``: as many as these
-    started."""
+    """Number of processes that ``train`` starts; ``batch`` is split over them. Under ``torchrun`` or ``deepspeed``: the
+    number that these started."""
     video: Video = Video()
     model: Model = Model()
     sampler: Sampler = Sampler()
@@ -371,44 +365,30 @@ class Config(Node):
     log: Log = Log()
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        if self.micro_batch > self.batch:
-            yield (
-                "micro_batch",
-                f"{self.micro_batch} is more than batch = {self.batch}; lower it too: -s micro_batch={self.batch}",
-            )
+        if (size := self.micro_batch) > self.batch:
+            yield "micro_batch", f"{size} is more than batch = {self.batch}; lower it too: -s micro_batch={self.batch}"
         if isinstance(frames := self.critic.frames, int) and frames > self.video.frames:
             yield "critic.frames", f"the critic cannot see {frames} of video.frames = {self.video.frames}; lower it"
         if isinstance(frames, str) and not 0 < float(frames.removeprefix("fps:")) <= self.video.fps:
-            yield (
-                "critic.frames",
-                f"{frames!r}: the clip has {self.video.fps} frames a second (video.fps); give a rate above 0 and no higher",
-            )
-
+            clip = f"the clip has {self.video.fps} frames a second (video.fps)"
+            yield "critic.frames", f"{frames!r}: {clip}; give a rate above 0 and no higher"
         yield from self._engine_problems()
 
     def _engine_problems(self) -> Iterator[tuple[str, str]]:
         count = self.processes
         if self.engine == "single" and count > 1:
-            yield (
-                "engine",
-                f'"single" is one process, not {count}; set engine = "zero1" (weights on every card) or "zero3" (weights partitioned)',
-            )
+            cure = 'set engine = "zero1" (weights on every card) or "zero3" (weights partitioned)'
+            yield "engine", f'"single" is one process, not {count}; {cure}'
         if count > self.batch:
-            yield (
-                "processes",
-                f"{count} are more than the batch = {self.batch} prompts of an update: some would have none; raise it: -s batch={count}",
-            )
+            reason = f"more than the batch = {self.batch} prompts of an update: some would have none"
+            yield "processes", f"{count} are {reason}; raise it: -s batch={count}"
         elif self.batch % count:
             low = self.batch // count * count
-            yield (
-                "batch",
-                f"{self.batch} prompts cannot be split evenly over {count} processes; nearest: {low} or {low + count}",
-            )
+            cure = f"nearest: {low} or {low + count}"
+            yield "batch", f"{self.batch} prompts cannot be split evenly over {count} processes; {cure}"
         if self.engine != "single" and self.optim.name != "adamw":
-            yield (
-                "optim.name",
-                f"{self.optim.name} does not go with engine = {self.engine}, which splits the moments over the processes; set adamw",
-            )
+            reason = f"engine = {self.engine}, which splits the moments over the processes"
+            yield "optim.name", f"{self.optim.name} does not go with {reason}; set adamw"
         if self.zero.critic and self.engine != "zero3":
             yield "zero.critic", 'partitions the critic\'s weights: set engine = "zero3", or leave it out'
         if self.engine != "zero3":
@@ -416,21 +396,14 @@ class Config(Node):
         partitioned = ["transformer", *(["critic"] if self.zero.critic else [])]
         for name, quant in (("model", self.model.quant), ("critic", self.critic.quant)):
             if quant != "none" and (name == "model" or self.zero.critic):
-                reason = (
-                    "packed weights are gathered and unpacked on every card, which takes more of its memory, not less"
-                )
-                yield (
-                    f"{name}.quant",
-                    f'{quant} does not go with ZeRO-3: {reason}; set none, or engine = "zero1" with memory.stream',
-                )
+                reason = "gathering and unpacking the weights on every card takes more memory, not less"
+                cure = 'set none, or engine = "zero1" with memory.stream'
+                yield f"{name}.quant", f"{quant} does not go with ZeRO-3: {reason}; {cure}"
         for key, names in (("park", self.memory.park), ("stream", self.memory.stream)):
             if clash := [name for name in partitioned if name in names]:
-                yield f"memory.{key}", f"has {', '.join(clash)}, whose weights ZeRO-3 keeps and moves; leave it out"
+                yield f"memory.{key}", f"has {', '.join(clash)}, but ZeRO-3 itself moves these weights; leave it out"
         if self.memory.record_rollout:
-            yield (
-                "memory.record_rollout",
-                "keeps blocks' weights for a backward that ZeRO-3 has to gather; set it to false",
-            )
+            yield "memory.record_rollout", "does not gather the weights that ZeRO-3 partitions; set it to false"
 
     @property
     def vae_window(self) -> int | None:
