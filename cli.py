@@ -17,17 +17,23 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 presets_app = typer.Typer(no_args_is_help=True, help="The presets: list, show, copy.")
 app.add_typer(presets_app, name="presets")
 
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override any configuration key; repeatable."),
-]
+
+def _option(help_: str, *names: str, **settings: Any) -> Any:
+    """An option that is not set by default; ``help_`` says what happens then."""
+    return typer.Option(*names, help=help_, show_default=False, **settings)
+
+
+Preset = Annotated[str | None, _option("A preset's name or a TOML file. Default: as train chooses.")]
+PromptFile = Annotated[Path | None, _option("A prompt file: txt (one prompt a line) or jsonl.", "--prompts")]
 Run = Annotated[
     Path | None,
     typer.Argument(metavar="[RUN]", help="A run's folder. Default: the latest under runs/.", show_default=False),
 ]
-PromptFile = Annotated[
-    Path | None, typer.Option("--prompts", help="A prompt file: txt (one a line) or jsonl.", show_default=False)
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override any key of the configuration; repeatable."),
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _example(*lines: str) -> str:
@@ -35,13 +41,13 @@ def _example(*lines: str) -> str:
 
 
 def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors on stderr in a few lines with the cure; exit code 1 failed, 2 bad input, 130 interrupted. ``--debug``
-    shows where."""
+    """Prints errors to stderr in a few lines, with the cure. Exit code 1: the work failed; 2: bad input; 130:
+    interrupted. ``--debug`` adds the traceback."""
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of an accelerator that is not used here
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns about accelerators that are not used here
         try:
             command(*args, **kwargs)
         except (Exception, KeyboardInterrupt) as error:
@@ -67,10 +73,10 @@ def _version(wanted: bool) -> None:
 @app.callback(epilog=_example("lowmem-drf train", "lowmem-drf sample --compare", "lowmem-drf export-lora"))
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool, _option("Print the version and exit.", "--version", callback=_version, is_eager=True)
     ] = False,
     debug: Annotated[bool, typer.Option(DEBUG, help="Show tracebacks. Also after any command.")] = False,
-    # of the deepspeed launcher; LOCAL_RANK says it too
+    # passed by the deepspeed launcher, and ignored: the environment has LOCAL_RANK too
     local_rank: Annotated[int | None, typer.Option("--local_rank", "--local-rank", hidden=True)] = None,
 ) -> None:
     """Diffusion-DRF on consumer GPUs: fine-tune a text-to-video model with a vision-language model as the critic."""
@@ -81,30 +87,21 @@ def _main(
 def train(
     preset: Annotated[
         str | None,
-        typer.Option(
-            help="A preset's name or a TOML file. Default: toy without a CUDA card, else the largest that fits the card.",
-            show_default=False,
-        ),
+        _option("A preset's name or a TOML file. Default: the largest that fits the CUDA card; toy without a card."),
     ] = None,
     prompts: PromptFile = None,
-    output: Annotated[
-        Path | None, typer.Option(help="The run's folder. Default: runs/<preset>-<time>.", show_default=False)
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Updates.", show_default=False)] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of prompts, noise and LoRA.", show_default=False)] = None,
+    output: Annotated[Path | None, _option("The run's folder. Default: runs/<preset>-<time>.")] = None,
+    steps: Annotated[int | None, _option("Number of updates.")] = None,
+    seed: Annotated[int | None, _option("Seed of prompt order, noise and LoRA.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with --output, or with the latest run.")] = False,
     set_: Set = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and exit.")] = False,
     num_processes: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Processes, a card each: prompts are split over them (engine zero1, zero2, zero3).",
-            show_default=False,
-        ),
+        _option("Number of processes, each with a card; prompts are split over them (engine zero1, 2 or 3).", min=1),
     ] = None,
 ) -> None:
-    """Train a LoRA with Diffusion-DRF, then show base against tuned."""
+    """Train a LoRA with Diffusion-DRF, then compare base and tuned."""
     from lowmem_drf.commands.train import train_command
 
     train_command(preset, prompts, output, steps, seed, resume, set_ or [], dry_run, num_processes)
@@ -113,22 +110,20 @@ def train(
 @app.command(epilog=_example('lowmem-drf sample --prompt "a red circle moves left on a gray background" --compare'))
 @_reports_errors
 def sample(
-    run: Annotated[
-        Path | None, typer.Option(help="A run's folder. Default: the latest under runs/.", show_default=False)
-    ] = None,
-    lora: Annotated[Path | None, typer.Option(help="A LoRA file in place of the run's.", show_default=False)] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable.", show_default=False)] = None,
+    run: Annotated[Path | None, _option("A run's folder. Default: the latest under runs/.")] = None,
+    lora: Annotated[Path | None, _option("A LoRA file to use instead of the run's LoRA.")] = None,
+    prompt: Annotated[list[str] | None, _option("A prompt; repeatable.")] = None,
     prompts: PromptFile = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Base and tuned side by side, from the same noise.")
+        bool, typer.Option("--compare", help="Base and tuned side by side from the same noise.")
     ] = False,
-    lora_scale: Annotated[float, typer.Option(help="0 is the base model, 1 the tuned one.")] = 1.0,
+    lora_scale: Annotated[
+        float, typer.Option(help="Strength of the LoRA: 0 is the base model, 1 the tuned one.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
-    output: Annotated[
-        Path | None, typer.Option(help="MP4 file, or a folder for several. Default: in the run.", show_default=False)
-    ] = None,
+    output: Annotated[Path | None, _option("MP4 file, or a folder for several clips. Default: in the run.")] = None,
 ) -> None:
-    """Write MP4 clips of a run's model, with --compare beside the base model's."""
+    """Generate MP4 clips with a run's LoRA; --compare puts the base model's clip beside each."""
     from lowmem_drf.commands.sample import sample_command
 
     sample_command(run, lora, prompt or [], prompts, compare, lora_scale, seed, output)
@@ -141,22 +136,15 @@ def sample(
 @_reports_errors
 def export_lora(
     run: Run = None,
-    step: Annotated[
-        int | None, typer.Option(help="The checkpoint's step. Default: the last.", show_default=False)
-    ] = None,
+    step: Annotated[int | None, _option("Step of the checkpoint. Default: the last.")] = None,
     format_: Annotated[
         str, typer.Option("--format", help="comfyui (diffusers loads it too), diffusers, or kohya (musubi-tuner).")
     ] = "comfyui",
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="bf16, fp16 or fp32. Default: the run's own (ToyWorld: fp32).", show_default=False),
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="The file. Default: in the run.", show_default=False)] = None,
-    merge: Annotated[
-        Path | None, typer.Option(help="Write a whole model with the LoRA merged in here.", show_default=False)
-    ] = None,
+    dtype: Annotated[str | None, _option("bf16, fp16 or fp32. Default: the run's dtype (ToyWorld: fp32).")] = None,
+    output: Annotated[Path | None, _option("The file to write. Default: in the run.")] = None,
+    merge: Annotated[Path | None, _option("Folder for the whole model with the LoRA merged in.")] = None,
 ) -> None:
-    """Write the LoRA as one file that ComfyUI and diffusers load; it is verified before it is announced."""
+    """Write the LoRA as one verified file that ComfyUI and diffusers load."""
     from lowmem_drf.commands.export_lora import export_run
     from lowmem_drf.training.run_folder import find_run
 
@@ -165,13 +153,9 @@ def export_lora(
 
 @app.command("eval", epilog=_example("lowmem-drf eval", "lowmem-drf eval runs/toy-1 --prompts heldout.txt --json"))
 @_reports_errors
-def evaluate(
-    run: Run = None,
-    prompts: PromptFile = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Compare base and tuned on held-out prompts: reward, held-out questions, diversity, motion; in ToyWorld the
-    oracle's truth."""
+def evaluate(run: Run = None, prompts: PromptFile = None, json_: Json = False) -> None:
+    """Compare base and tuned on held-out prompts: reward, held-out questions, diversity, motion, and in ToyWorld the
+    oracle's rates."""
     from lowmem_drf.commands.eval import eval_command
 
     eval_command(run, prompts, json_)
@@ -185,28 +169,17 @@ def evaluate(
 @_reports_errors
 def score(
     video: Annotated[Path, typer.Argument(help="Any video: MP4, MOV, WebM, MKV, GIF.")],
-    prompt: Annotated[str, typer.Option(help="What it should show.")],
-    saliency: Annotated[
-        Path | None,
-        typer.Option(help="Write an MP4 that shows where the reward's gradient points.", show_default=False),
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="Whose critic is asked. Default: as train chooses.", show_default=False)
-    ] = None,
-    critic: Annotated[
-        str | None, typer.Option(help="A transformers folder, a Hugging Face id, or toyworld.", show_default=False)
-    ] = None,
-    quant: Annotated[str | None, typer.Option(help="none or nf4.", show_default=False)] = None,
-    frames: Annotated[
-        str | None, typer.Option(help='How many frames it sees, or a rate: "fps:2".', show_default=False)
-    ] = None,
-    mode: Annotated[
-        str | None, typer.Option(help="yesno, dense, both (the default) or vanilla.", show_default=False)
-    ] = None,
+    prompt: Annotated[str, typer.Option(help="The prompt that the video should match.")],
+    saliency: Annotated[Path | None, _option("Write an MP4 that shows where the reward's gradient points.")] = None,
+    preset: Annotated[str | None, _option("The preset whose critic is asked. Default: as train chooses.")] = None,
+    critic: Annotated[str | None, _option("A transformers folder, a Hugging Face id, or toyworld.")] = None,
+    quant: Annotated[str | None, _option("none or nf4.")] = None,
+    frames: Annotated[str | None, _option('How many frames the critic sees, or a rate: "fps:2".')] = None,
+    mode: Annotated[str | None, _option("yesno, dense, both (the default) or vanilla.")] = None,
     set_: Set = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_: Json = False,
 ) -> None:
-    """Show the critic's answer to every question about a video, and where its gradient points."""
+    """Show the critic's answer to every question about a video, and where the reward's gradient points."""
     from lowmem_drf.commands.score import score_command
 
     score_command(video, prompt, saliency, json_, preset, critic, quant, frames, mode, set_ or [])
@@ -222,17 +195,14 @@ def score(
 def questions(
     prompt: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="A prompt.", show_default=False)] = None,
     prompts: PromptFile = None,
-    preset: Annotated[
-        str | None, typer.Option(help="Whose critic.mode and critic.questions are taken.", show_default=False)
-    ] = None,
+    preset: Annotated[str | None, _option("The preset that sets critic.mode and critic.questions.")] = None,
     set_: Set = None,
     output: Annotated[
-        Path | None,
-        typer.Option(help="Write them as JSON to edit; train -s critic.questions=FILE reads it.", show_default=False),
+        Path | None, _option("Write a JSON file to edit; train reads it with -s critic.questions=FILE.")
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_: Json = False,
 ) -> None:
-    """Show the questions a prompt gives, or write them to a file to edit."""
+    """Show the questions that the critic is asked about a prompt, or write them to a file to edit."""
     from lowmem_drf.commands.questions import questions_command
 
     questions_command(prompt, prompts, preset, set_ or [], json_, output)
@@ -245,20 +215,13 @@ def questions(
 )
 @_reports_errors
 def plan(
-    preset: Annotated[
-        str | None, typer.Option(help="A preset's name or a TOML file. Default: as train chooses.", show_default=False)
-    ] = None,
-    vram: Annotated[
-        str | None,
-        typer.Option(
-            help="The card's memory, for example 24GB. Default: that of the preset's card.", show_default=False
-        ),
-    ] = None,
+    preset: Preset = None,
+    vram: Annotated[str | None, _option("The card's memory, for example 24GB. Default: the preset's card.")] = None,
     set_: Set = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_: Json = False,
 ) -> None:
-    """Predict the peak memory and the time of every stage, without a GPU and without weights; say what to change where
-    it does not fit."""
+    """Predict peak memory and time of every stage, without a GPU and without weights; say what to change if it does not
+    fit."""
     from lowmem_drf.commands.plan import plan_command
 
     plan_command(preset, vram, set_ or [], json_)
@@ -267,16 +230,12 @@ def plan(
 @app.command(epilog=_example("lowmem-drf bench --preset rtx4090 --vram 24GB", "lowmem-drf bench --preset toy --json"))
 @_reports_errors
 def bench(
-    preset: Annotated[
-        str | None, typer.Option(help="A preset's name or a TOML file. Default: as train chooses.", show_default=False)
-    ] = None,
-    vram: Annotated[
-        str | None, typer.Option(help="Let the allocator have no more than this, for example 24GB.", show_default=False)
-    ] = None,
+    preset: Preset = None,
+    vram: Annotated[str | None, _option("Limit PyTorch's allocator to this much memory, for example 24GB.")] = None,
     set_: Set = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_: Json = False,
 ) -> None:
-    """Measure one update of a preset at true size with random weights on this machine, beside its plan. Downloads
+    """Measure one update of a preset on this machine, at true size with random weights, beside its plan. Downloads
     nothing."""
     from lowmem_drf.commands.bench import bench_command
 
@@ -286,7 +245,7 @@ def bench(
 @presets_app.command("list", epilog=_example("lowmem-drf presets list"))
 @_reports_errors
 def presets_list() -> None:
-    """Name, card and purpose of every preset."""
+    """List every preset with its purpose and its card."""
     from lowmem_drf.config import preset_card, preset_summary, presets
 
     for name, path in presets().items():
@@ -295,7 +254,7 @@ def presets_list() -> None:
 
 @presets_app.command("show", epilog=_example("lowmem-drf presets show toy"))
 @_reports_errors
-def presets_show(name: Annotated[str, typer.Argument(help="A preset.")]) -> None:
+def presets_show(name: Annotated[str, typer.Argument(help="A preset's name or a TOML file.")]) -> None:
     """Print a preset."""
     from lowmem_drf.config import preset_path
 
@@ -307,10 +266,12 @@ def presets_show(name: Annotated[str, typer.Argument(help="A preset.")]) -> None
 )
 @_reports_errors
 def presets_copy(
-    name: Annotated[str, typer.Argument(help="A preset.")],
-    target: Annotated[Path | None, typer.Argument(help="Default: NAME.toml here.", show_default=False)] = None,
+    name: Annotated[str, typer.Argument(help="A preset's name or a TOML file.")],
+    target: Annotated[
+        Path | None, typer.Argument(help="The new file. Default: NAME.toml here.", show_default=False)
+    ] = None,
 ) -> None:
-    """Copy a preset to edit it."""
+    """Copy a preset to a new file to edit."""
     from lowmem_drf.config import copy_preset
 
     path = copy_preset(name, target)
