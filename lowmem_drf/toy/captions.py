@@ -24,7 +24,7 @@ WORDINGS = len(_FRAMES) * len(_MOVES)
 
 
 def caption(combo: Combo, wording: int = 0) -> str:
-    """The text of a combination in one of ``WORDINGS`` wordings."""
+    """The caption of a combination in one of ``WORDINGS`` wordings."""
     frame, verb = _FRAMES[wording % len(_FRAMES)], wording // len(_FRAMES) % len(_MOVES)
     motion = MOTIONS[combo.motion]
     moves = _STILL[verb] if motion == "still" else _MOVES[verb].format(d=motion)
@@ -34,28 +34,23 @@ def caption(combo: Combo, wording: int = 0) -> str:
 
 
 def parse(text: str) -> Combo | None:
-    """The combination a text speaks of; ``None`` unless it names one shape, one colour, one motion and one
+    """The combination that a text describes; ``None`` unless it names exactly one shape, colour, motion and
     background."""
-    words = attributes(text)
-    return (
-        Combo(*(ATTRIBUTES[name].index(words[name]) for name in ("shape", "color", "direction", "background")))
-        if words
-        else None
-    )
+    if not (words := attributes(text)):
+        return None
+    return Combo(*(ATTRIBUTES[name].index(words[name]) for name in ("shape", "color", "direction", "background")))
 
 
 def train_prompts() -> list[str]:
-    """The prompts of Diffusion-DRF: every combination of the split ``train`` in two wordings, 432 in all."""
+    """The training prompts of Diffusion-DRF: every combination of the split ``train`` in two wordings, 432 in all."""
     combos = combos_of("train")
     draws = torch.randint(WORDINGS, (len(combos),), generator=torch.Generator().manual_seed(1)).tolist()
-    return [caption(c, w) for c, w in zip(combos, draws, strict=True)] + [
-        caption(c, w + 1) for c, w in zip(combos, draws, strict=True)
-    ]
+    return [caption(c, w + other) for other in (0, 1) for c, w in zip(combos, draws, strict=True)]
 
 
 def heldout_prompts(n: int = 128, seed: int = 0) -> list[str]:
-    """n prompts of combinations that Diffusion-DRF never trains on, each combination before any comes again, wordings
-    drawn by seed."""
+    """n prompts of combinations that Diffusion-DRF never trains on. Each combination comes once before any comes twice;
+    the seed draws order and wordings."""
     generator = torch.Generator().manual_seed(seed)
     combos = combos_of("heldout", "unseen")
     out: list[str] = []
@@ -67,6 +62,6 @@ def heldout_prompts(n: int = 128, seed: int = 0) -> list[str]:
 
 
 def vocabulary() -> list[str]:
-    """Every word a caption can hold, sorted."""
+    """Every word that captions use, sorted."""
     words = {w for c in combos_of("train", "heldout", "unseen") for i in range(WORDINGS) for w in caption(c, i).split()}
     return sorted(words)

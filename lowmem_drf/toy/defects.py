@@ -1,9 +1,8 @@
-"""What can be wrong with a clip: six breaks of physics and three of image quality, each with a strength a person would
-see.
+"""Defects of a clip: six of physics and three of image quality, each strong enough for a person to see.
 
-Physics defects change the tracks before rendering; quality defects change the pixels. Amounts are drawn from ranges
-that start well above what a faithful VAE does to a clean clip, so that "has the defect" is a fact and not a matter of
-taste.
+Physics defects change the tracks before rendering; quality defects change the pixels. Their strengths are drawn from
+ranges that start well above the error of a faithful VAE on a clean clip, so that "has the defect" is a fact and not a
+matter of taste.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ def _rand(n: int, low: float, high: float, g: torch.Generator) -> Tensor:
 
 
 def _moment(n: int, first: int, last: int, g: torch.Generator) -> Tensor:
-    """(n, T) 1 from a frame drawn in [first, last] on, 0 before."""
+    """(n, T): 0 before a frame drawn in [first, last], 1 from it on."""
     k = torch.randint(first, last + 1, (n,), generator=g)
     return (torch.arange(FRAMES)[None] >= k[:, None]).float()
 
 
 def _reflect(place: Tensor, radius: Tensor) -> Tensor:
-    """Fold a coordinate back into the frame, so that a displaced shape stays visible."""
+    """Reflects a coordinate back into the frame, so that a displaced shape stays visible."""
     low, high = radius, SIZE - radius
     span = high - low
     folded = (place - low) % (2 * span)
@@ -40,9 +39,9 @@ def _reflect(place: Tensor, radius: Tensor) -> Tensor:
 def break_physics(tracks: Tracks, kind: str, generator: torch.Generator) -> Tracks:
     """The same scenes with one physics defect each.
 
-    jump: the place shifts by 8-13 pixels at once. jitter: every frame is off by 2-4 pixels, in turn. vanish: gone for
-    2-5 frames.
-    morph: becomes another form. pulse: the radius swings by a factor of 1.5-1.9. recolor: becomes another colour.
+    jump: the place shifts by 8-13 pixels at once. jitter: frames are off by 2-4 pixels to alternate sides. vanish: gone
+    for 2-5 frames. morph: becomes another form. pulse: the radius swings by a factor of 1.5-1.9. recolor: becomes
+    another colour.
     """
     n, g = len(tracks.x), generator
     angle = _rand(n, 0, 2 * torch.pi, g)
@@ -50,7 +49,7 @@ def break_physics(tracks: Tracks, kind: str, generator: torch.Generator) -> Trac
         shift = _moment(n, 2, FRAMES - 2, g) * _rand(n, 8, 13, g)[:, None]
         x = _reflect(tracks.x + shift * angle.cos()[:, None], tracks.radius)
         y = _reflect(tracks.y + shift * angle.sin()[:, None], tracks.radius)
-        # where folding brings the shape back to less than 8 pixels from its path, send it to the other side instead
+        # where the reflection brings the shape back to within 8 pixels of its path, send it to the other side instead
         short = ((x - tracks.x) ** 2 + (y - tracks.y) ** 2).sqrt().amax(1, keepdim=True) < 8
         opposite = torch.where(shift > 0, SIZE - tracks.x, tracks.x), torch.where(shift > 0, SIZE - tracks.y, tracks.y)
         far = ((opposite[0] - tracks.x) ** 2 + (opposite[1] - tracks.y) ** 2).sqrt().amax(1, keepdim=True) >= 8
@@ -80,8 +79,7 @@ def break_physics(tracks: Tracks, kind: str, generator: torch.Generator) -> Trac
             radius=tracks.radius * (swing[:, None] * torch.sin(phase + rate * torch.arange(FRAMES)[None])).exp()
         )
     if kind == "recolor":
-        # (n, 6) distance of the clip's colour to each
-        away = (tracks.rgb[:, :1, None] - RGB[None, None]).norm(dim=-1)[:, 0]
+        away = (tracks.rgb[:, :1, None] - RGB[None, None]).norm(dim=-1)[:, 0]  # (n, 6) distance to each colour
         weights = (away > 0.5).float()
         other = RGB[torch.multinomial(weights, 1, generator=g)[:, 0]][:, None]
         when = _moment(n, 2, FRAMES - 2, g)[..., None]
@@ -92,8 +90,8 @@ def break_physics(tracks: Tracks, kind: str, generator: torch.Generator) -> Trac
 def break_quality(frames_BTCHW: Tensor, kind: str, generator: torch.Generator) -> Tensor:
     """The same clips with one quality defect each; frames in [0, 1] in and out.
 
-    noise: white noise of standard deviation 0.10-0.22. blur: a Gaussian of 1.6-2.6 pixels. flicker: the brightness of
-    frames in turn goes up and down by a factor of 1.25-1.6.
+    noise: white noise with a standard deviation of 0.10-0.22. blur: a Gaussian of 1.6-2.6 pixels. flicker: the
+    brightness of alternate frames goes up and down by a factor of 1.25-1.6.
     """
     n, g = len(frames_BTCHW), generator
     if kind == "noise":

@@ -1,8 +1,8 @@
-"""The oracle: what a ToyWorld clip shows, measured and not learned, independent of the critic.
+"""The oracle: measures what a ToyWorld clip shows. Nothing is learned, and it is independent of the critic.
 
-Colour by the nearest palette entry, form by overlap with drawn templates, motion by the centroid's path; physics and
-quality by thresholds on the same measurements. The thresholds lie between what the VAE does to clean clips and the
-weakest defect of ``toy/defects.py``; ``python -m lowmem_drf.toy.build.check`` prints how well they separate.
+Colour: the nearest palette entry. Form: overlap with drawn templates. Motion: the centroid's path. Physics and quality:
+thresholds on the same measurements. The thresholds lie between the VAE's error on clean clips and the weakest defect of
+``toy/defects.py``; ``python -m lowmem_drf.toy.build.check`` prints how well they separate.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torch import Tensor
 from lowmem_drf.toy.captions import parse
 from lowmem_drf.toy.scenes import RGB, SHADE, SIZE, Combo, coverage
 
-MIN_AREA = 25.0  # pixels: under this a frame holds no shape (the smallest drawn one covers 66)
-MIN_OVERLAP = 0.72  # mean overlap with the best template, under which a blob is no form at all
+MIN_AREA = 25.0  # pixels: a smaller blob is no shape (the smallest drawn one covers 66)
+MIN_OVERLAP = 0.72  # mean overlap with the best template: a blob below it has no form
 MAX_COLOR_DISTANCE = 0.45  # to the nearest palette entry
-STILL_PX, MOVING_PX = 2.5, 4.5  # way from the first to the last frame; drawn shapes go 8-12 pixels or none
-JUMP_PX, JITTER_PX = 3.0, 1.2  # largest and root-mean-square departure of a frame's step from the median step
+STILL_PX, MOVING_PX = 2.5, 4.5  # distance from first to last frame; drawn shapes move 8-12 pixels or none
+JUMP_PX, JITTER_PX = 3.0, 1.2  # largest and root-mean-square deviation of a frame's step from the median step
 PULSE_RATIO = 1.30  # largest radius over smallest
-MORPH_MARGIN = 0.05  # another form fits two frames in a row better by this overlap
+MORPH_MARGIN = 0.05  # another form overlaps more by this much in two frames in a row
 RECOLOR_ANGLE = 0.35  # radians between a frame's colour and the clip's
-NOISE_STD = 0.05  # of a pixel against its neighbours, background only
+NOISE_STD = 0.05  # standard deviation of a background pixel from its neighbours
 BLUR_PX = 2.4  # width of the edge; an anti-aliased edge has 0.7, a Gaussian of s pixels 2.26 s
-FLICKER_STD = 0.022  # of the background's brightness over the frames
+FLICKER_STD = 0.022  # standard deviation of the background's brightness over the frames
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What B clips show. Indices into the name lists of ``scenes``; -1: none of them. Flags: (B,) bool, True is a
-    defect."""
+    """Measurements of B clips, each (B,). Attributes: indices into the name lists of ``scenes``, -1 for none of them.
+    Defects: bool, True where the clip has it."""
 
     shape: Tensor
     color: Tensor
@@ -50,7 +50,7 @@ class Measured:
 
     @property
     def physics(self) -> Tensor:
-        """(B,) True: in every frame, and no jump, shake, change of form, size or colour."""
+        """(B,) True: visible in every frame, no jump, shake, or change of form, size or colour."""
         return ~(self.jump | self.jitter | self.vanish | self.morph | self.pulse | self.recolor)
 
     @property
@@ -59,19 +59,16 @@ class Measured:
         return ~(self.noise | self.blur | self.flicker)
 
     def matches(self, combos: list[Combo]) -> dict[str, Tensor]:
-        """(B,) True where the clip shows what was asked for; ``all`` is shape, colour and direction."""
+        """(B,) True where the clip shows the combination asked for; ``all`` is shape, colour and direction."""
         c = torch.tensor(combos, device=self.shape.device)
-        hits = {"shape": self.shape == c[:, 0], "color": self.color == c[:, 1], "direction": self.motion == c[:, 2]}
-        return {
-            **hits,
-            "background": self.background == c[:, 3],
-            "all": hits["shape"] & hits["color"] & hits["direction"],
-        }
+        shape, color, direction = self.shape == c[:, 0], self.color == c[:, 1], self.motion == c[:, 2]
+        hits = {"shape": shape, "color": color, "direction": direction}
+        return {**hits, "background": self.background == c[:, 3], "all": shape & color & direction}
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The oracle on one clip and its prompt."""
+    """The oracle's verdict on one clip and its prompt."""
 
     color: bool
     shape: bool
@@ -118,11 +115,8 @@ def measure(frames_BTCHW: Tensor) -> Measured:
         best = torch.zeros_like(area)
         for stretch in (0.94, 1.0, 1.06):
             drawn = coverage(x, y, radius * stretch, torch.full(x.shape, form, device=x.device))
-            best = torch.maximum(
-                best,
-                torch.minimum(alpha, drawn).flatten(2).sum(-1)
-                / torch.maximum(alpha, drawn).flatten(2).sum(-1).clamp(min=1),
-            )
+            common = torch.minimum(alpha, drawn).flatten(2).sum(-1)
+            best = torch.maximum(best, common / torch.maximum(alpha, drawn).flatten(2).sum(-1).clamp(min=1))
         overlaps.append(best)
     overlap = torch.stack(overlaps, -1) * present[..., None]  # (B, T, 3)
     seen = present.sum(1, keepdim=True).clamp(min=1)
@@ -167,23 +161,23 @@ def measure(frames_BTCHW: Tensor) -> Measured:
     count = empty.flatten(1).sum(1).clamp(min=1) * 3
     noise = ((rest**2 * empty[:, :, None]).flatten(1).sum(1) / count).sqrt() > NOISE_STD
     edge = (4 * alpha * (1 - alpha)).flatten(2).sum(-1)
-    # perimeter of each form
-    around = torch.tensor([6.283, 7.090, 8.081], device=radius.device)[shape][:, None] * radius
-    blur = ((edge / around) * present).sum(1) / seen[:, 0] > BLUR_PX
+    perimeter = torch.tensor([6.283, 7.090, 8.081], device=radius.device)[shape][:, None] * radius  # of each form
+    blur = ((edge / perimeter) * present).sum(1) / seen[:, 0] > BLUR_PX
     flicker = shade.mean(-1).std(1) > FLICKER_STD
     some = present.any(1)
-    return Measured(
-        shape=torch.where(some & (score > MIN_OVERLAP), shape, -1), color=torch.where(some & (far < MAX_COLOR_DISTANCE), color, -1),
-        motion=torch.where(some, motion, -1), background=(shade.mean((1, 2))[:, None] - SHADE.to(shade)).abs().argmin(-1),
-        jump=jump, jitter=jitter, vanish=~present.all(1), morph=morph, pulse=pulse, recolor=recolor, noise=noise, blur=blur, flicker=flicker,
-    )  # fmt: skip
+    shape = torch.where(some & (score > MIN_OVERLAP), shape, -1)
+    color = torch.where(some & (far < MAX_COLOR_DISTANCE), color, -1)
+    motion = torch.where(some, motion, -1)
+    background = (shade.mean((1, 2))[:, None] - SHADE.to(shade)).abs().argmin(-1)
+    vanish = ~present.all(1)
+    return Measured(shape, color, motion, background, jump, jitter, vanish, morph, pulse, recolor, noise, blur, flicker)
 
 
 def judge_clips(frames_BTCHW: Tensor, prompts: list[str]) -> list[Verdict]:
-    """The oracle on B clips of 32 x 32 pixels in [0, 1] and their prompts.
+    """The oracle's verdicts on B clips of 32 x 32 pixels in [0, 1] and their prompts.
 
     Raises:
-        ValueError: a prompt is not of ToyWorld's grammar, or the clips are of another size.
+        ValueError: a prompt is not in ToyWorld's grammar, or the clips have another size.
     """
     if frames_BTCHW.shape[-2:] != (SIZE, SIZE):
         raise ValueError(f"The oracle measures clips of {SIZE} x {SIZE} pixels, not {tuple(frames_BTCHW.shape[-2:])}.")

@@ -1,11 +1,11 @@
 """ToyWorld's scenes: one coloured shape moves over a plain background for 9 frames of 32 x 32 pixels.
 
-A *combination* is (shape, colour, motion, background): 3 x 6 x 5 x 3 = 270 of them. What a caption does not say (place,
-size, speed, exact shades) is drawn at random, so that a prompt has many right clips. A fifth of the combinations (54)
-is held out from Diffusion-DRF, and half of those (27) from the training of every model as well.
+A *combination* is (shape, colour, motion, background): 3 x 6 x 5 x 3 = 270. Everything else (place, size, speed, exact
+shades) is drawn at random, so that many clips match a prompt. A fifth of the combinations (54) is held out from
+Diffusion-DRF, and half of those (27) from the training of every model as well.
 
-Scenes are kept as *tracks*: per frame the place, size, colour, form and presence of the shape. Rendering is exact area
-coverage to first order (a signed distance clamped to one pixel), so edges are anti-aliased and a shape moves by
+Scenes are stored as *tracks*: per frame the place, size, colour, form and presence of the shape. Rendering is exact
+area coverage to first order (a signed distance clamped to one pixel), so edges are anti-aliased and a shape moves by
 fractions of a pixel.
 """
 
@@ -37,12 +37,12 @@ SHADE_JITTER, RGB_JITTER = 0.05, 0.04
 RADIUS = (5.4, 6.8)  # radius of the circle of the same area, pixels
 SPEED = (0.8, 1.2)  # pixels a frame
 EXTENT = torch.tensor([[[1.0, 1.0], [1.0, 1.0]], [[0.886, 0.886], [0.886, 0.886]], [[1.347, 1.555], [1.347, 0.778]]])
-"""How far each form reaches from its centre, in radii: [form][towards 0 | away from 0][x | y]."""
+"""Extent of each form from its centre, in radii: [form][towards 0 | away from 0][x | y]."""
 DIRECTION = torch.tensor([[-1.0, 0.0], [1.0, 0.0], [0.0, -1.0], [0.0, 1.0], [0.0, 0.0]])  # x to the right, y down
 
 
 class Combo(NamedTuple):
-    """What a caption says, as indices into SHAPES, COLORS, MOTIONS and BACKGROUNDS."""
+    """The attributes in a caption, as indices into SHAPES, COLORS, MOTIONS and BACKGROUNDS."""
 
     shape: int
     color: int
@@ -75,8 +75,8 @@ def _split() -> dict[Combo, str]:
 
 
 SPLIT = _split()
-"""``train``: prompts of Diffusion-DRF. ``heldout``: seen by the models' own training, never by DRF. ``unseen``: by
-neither."""
+"""``train``: prompts of Diffusion-DRF. ``heldout``: used to train ToyWorld's models, never by Diffusion-DRF.
+``unseen``: used by neither."""
 
 
 def combos_of(*splits: str) -> list[Combo]:
@@ -89,11 +89,8 @@ def _uniform(low: float | Tensor, high: float | Tensor, n: int, generator: torch
 
 
 def draw_tracks(combos: list[Combo] | Tensor, generator: torch.Generator) -> Tracks:
-    """One scene per combination: free attributes drawn uniformly, motion straight and even, the shape inside the frame
-    throughout.
-
-    combos: list of Combo or int64 (B, 4).
-    """
+    """One scene per combination (a list, or int64 (B, 4)): free attributes are drawn uniformly, the motion is straight
+    and even, the shape stays inside the frame."""
     c = combos if isinstance(combos, Tensor) else torch.tensor(combos)
     n = len(c)
     radius = _uniform(*RADIUS, n, generator)
@@ -118,8 +115,8 @@ def draw_tracks(combos: list[Combo] | Tensor, generator: torch.Generator) -> Tra
 def coverage(x: Tensor, y: Tensor, radius: Tensor, shape: Tensor, size: int = SIZE) -> Tensor:
     """Share of each pixel that the shape covers, in [0, 1]: (..., size, size) for inputs of shape (...).
 
-    All three forms have the area of a circle of the given radius: square of half side 0.886 r, upward triangle of side
-    2.694 r.
+    All three forms have the area of a circle of the given radius: a square of half side 0.886 r, an upward triangle of
+    side 2.694 r.
     """
     centre = torch.arange(size, device=x.device) + 0.5
     dx = centre[None, :] - x[..., None, None]

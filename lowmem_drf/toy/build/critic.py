@@ -38,11 +38,11 @@ SPOILS = {
     "jitter": ("direction",),
     "vanish": ("direction",),
 }
-"""What cannot be asked about a clip with the defect, because there is no one answer."""
+"""Defect -> attributes without a single answer in a clip that has it; they are not asked about."""
 
 
 class Label:
-    """What is true of one clip: attributes (index, or -1 for none) and defects."""
+    """The truth about one clip: attributes (index, or -1 for none) and defects."""
 
     def __init__(self, combo: list[int], defects: set[str]) -> None:
         self.value = dict(zip(("shape", "color", "direction", "background"), combo, strict=True))
@@ -69,14 +69,13 @@ def measured_labels(frames_BTCHW: Tensor) -> list[Label]:
 
 
 class Lesson(NamedTuple):
-    """A question about a clip and the answer that is put before the critic, true but for one word at most."""
+    """A question about a clip, and the answer that the critic is shown, in which at most one word is wrong."""
 
     question: Question
     weight: float
     correction: tuple[int, str] | None = None
-    """Place and true word of the wrong one. What follows it is learned as it stands: after a wrong word a language
-    model goes on as the sentence does, and so must this one, or one wrong word would spoil the reward of all that come
-    after."""
+    """Position of the wrong word, and the true one. The words after it are learned as shown: a language model goes on
+    with the sentence it is given, and otherwise one wrong word would spoil the reward of all later ones."""
 
 
 def ask(label: Label, generator: torch.Generator) -> list[Lesson]:
@@ -99,8 +98,8 @@ def ask(label: Label, generator: torch.Generator) -> list[Lesson]:
                     1.0,
                 )
             )
-    # a defect is there in 1 clip of 15 and asked whenever it is; the others are asked 3 at a time: its absence is 5
-    # times as common
+    # 1 clip in 15 has a given defect, and is then asked about it; of absent defects 3 are asked: absence is 5 times as
+    # common
     absent = [d for d in DEFECTS if d not in label.defects]
     order = torch.randperm(len(absent), generator=generator).tolist()[:3]
     for defect in [*label.defects, *(absent[i] for i in order)]:
@@ -171,7 +170,7 @@ def _explanations(label: Label, pick: Callable[[int], int]) -> list[Lesson]:
 
 
 def _lesson(aspect: Aspect, text: str, name: str, shown: str, true: str, weight: float) -> Lesson:
-    """A dense question; its answers end with the end of the turn, which ``generate`` waits for."""
+    """A dense question. Its answer ends with the end-of-turn token, at which ``generate`` stops."""
     words, right = ([*answer.split(), END] for answer in (shown, true))
     at = next((i for i, (word, truth) in enumerate(zip(words, right, strict=False)) if word != truth), None)
     question = Question(aspect, text, " ".join(words), kind="dense", name=name)
@@ -181,8 +180,7 @@ def _lesson(aspect: Aspect, text: str, name: str, shown: str, true: str, weight:
 def answer_loss(
     critic: QwenCritic, features: Tensor, grid: Tensor, asked: list[list[Lesson]]
 ) -> tuple[Tensor, dict[str, float]]:
-    """Weighted cross-entropy of the answers' tokens; besides, the share of yes/no answers that are right, for each
-    answer."""
+    """Weighted cross-entropy of the answers' tokens, and the share of correct yes and of correct no answers."""
     with half_products():
         logits, sizes = critic.scored_logits(features, grid, [[lesson.question for lesson in clip] for clip in asked])
     logits = logits.float()
@@ -199,7 +197,7 @@ def answer_loss(
 
 
 def targets_of(critic: QwenCritic, lesson: Lesson) -> list[int]:
-    """The tokens that are to be predicted: the answer's, the wrong word put right."""
+    """The tokens to predict: the answer's, with the wrong word corrected."""
     tokens = list(critic.conversation.tokens(lesson.question).target)
     if lesson.correction:
         at, word = lesson.correction
@@ -215,8 +213,8 @@ def reconstruct(vae: AutoencoderKLWan, frames_BTCHW: Tensor) -> Tensor:
 
 
 def half_reconstructed(vae: AutoencoderKLWan, frames: Tensor, defect: Tensor) -> Tensor:
-    """Every other clip through the VAE: the critic is to judge what the VAE makes. Not those with a defect of quality:
-    the VAE mends noise and flicker, so their labels would be wrong."""
+    """Passes every other clip through the VAE, since the critic judges clips that the VAE decodes. Except clips with a
+    quality defect: the VAE removes noise and flicker, so their labels would be wrong."""
     rows = torch.tensor([i for i in range(0, len(frames), 2) if defect[i] < len(toyworld.PHYSICS)])
     frames = frames.clone()
     if len(rows):
@@ -225,7 +223,7 @@ def half_reconstructed(vae: AutoencoderKLWan, frames: Tensor, defect: Tensor) ->
 
 
 class Language(nn.Module):
-    """What the first part trains."""
+    """The modules that the first part trains."""
 
     def __init__(self, critic: QwenCritic) -> None:
         super().__init__()
@@ -257,7 +255,7 @@ def train_language(
 ) -> None:
     """First part: the tower is frozen, its tokens are cached."""
     critic.model.requires_grad_(False)
-    # not made for a finished training
+    # cached, so that a finished training does not compute it
     data = cache(partial(cache_tokens, critic, vae, seed + 1, max(1, int(CLIPS * min(1.0, scale)) // 96)))
     language = Language(critic).train()
     language.requires_grad_(True)
@@ -286,7 +284,7 @@ def train_together(
     """Second part: tower and language model together, a third of each batch the generator's clips (``draw()``:
     frames_BTCHW), oracle-labelled."""
 
-    @cache  # not made for a training that is finished
+    @cache  # a finished training does not compute it
     def data() -> tuple[Tensor, list[Label]]:
         samples = draw()
         return samples, measured_labels(samples)

@@ -22,9 +22,8 @@ PREPROCESSOR = {
     "merge_size": 2,
     "min_pixels": 32 * 32,
     "max_pixels": 32 * 32,
-    # not [0.5] * 3: a flat patch of the mean's colour is the zero vector after the tower's patch embedding, which has
-    # no bias, and the RMSNorm
-    # behind it blows its gradient up. Of all colours this one is the furthest from the three shades a background has
+    # not [0.5] * 3: the patch embedding has no bias, so a flat patch of the mean's colour becomes the zero vector, and
+    # the RMSNorm behind it blows up the gradient. This colour is the furthest from the three shades of the background
     # (docs/decisions.md).
     "image_mean": [1.0, 0.0, 1.0],
     "image_std": [0.5, 0.5, 0.5],
@@ -38,26 +37,28 @@ PREPROCESSOR = {
 def build_critic(seed: int) -> QwenCritic:
     """1.1M parameters: vision 96 x 3 (patch 4, 2 frames a slice, merge 2), language 128 x 3.
 
-    The language model starts larger than the library's default of 0.02 (0.08; embeddings 0.3): from small weights it
-    stays at chance.
+    The language model is initialised with a standard deviation of 0.08 (embeddings 0.3) instead of the library's 0.02:
+    from small weights it stays at chance.
     """
     tok = critic_tokenizer()
-    ids = {
-        name: tok.convert_tokens_to_ids(f"<|{name}|>")
-        for name in ("video_pad", "image_pad", "vision_start", "vision_end", "im_end", "endoftext")
-    }
+
+    def token(name: str) -> int:
+        return tok.convert_tokens_to_ids(f"<|{name}|>")
+
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=len(tok), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=1024, rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
-            pad_token_id=ids["endoftext"], bos_token_id=ids["endoftext"], eos_token_id=ids["im_end"], tie_word_embeddings=False,
+            vocab_size=len(tok), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=False,
+            rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
+            pad_token_id=token("endoftext"), bos_token_id=token("endoftext"), eos_token_id=token("im_end"),
         ),
         vision_config=dict(
-            depth=3, hidden_size=96, intermediate_size=256, num_heads=4, out_hidden_size=128, patch_size=4, temporal_patch_size=2,
-            spatial_merge_size=2, window_size=32, fullatt_block_indexes=[0, 1, 2], tokens_per_second=4,
+            depth=3, hidden_size=96, intermediate_size=256, num_heads=4, out_hidden_size=128, patch_size=4,
+            temporal_patch_size=2, spatial_merge_size=2, window_size=32, fullatt_block_indexes=[0, 1, 2],
+            tokens_per_second=4,
         ),
-        image_token_id=ids["image_pad"], video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"], vision_end_token_id=ids["vision_end"],
-        tie_word_embeddings=False,
+        image_token_id=token("image_pad"), video_token_id=token("video_pad"),
+        vision_start_token_id=token("vision_start"), vision_end_token_id=token("vision_end"), tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
@@ -70,8 +71,8 @@ def build_critic(seed: int) -> QwenCritic:
 
 
 def save_critic(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
-    """A folder in transformers' layout, with the files the real models have. Weights in fp16: half the bytes, and no
-    figure moves."""
+    """Writes a folder in transformers' layout with the files of the real models. Weights in fp16: half the bytes, and
+    no measured rate changes."""
     folder.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(model).half().save_pretrained(folder)
     critic_tokenizer().save_pretrained(folder)

@@ -1,9 +1,9 @@
 """ToyWorld's generator: ``UMT5EncoderModel`` + ``WanTransformer3DModel`` trained by flow matching on the VAE's latents.
 
-Its training captions are wrong as web captions are: form, colour and direction are each replaced by a random one, a
-third of the time first and a fifth of the time in a second, shorter part (as real trainings end on better captions). So
-it makes well-formed clips that follow the prompt only partly, which is what Diffusion-DRF is to mend. Clips of the
-split ``unseen`` are left out.
+Its training captions are as wrong as web captions: form, colour and direction are each replaced at random, in a third
+of the clips at first, in a fifth in a second, shorter part (as real trainings end on better captions). So it makes
+well-formed clips that follow the prompt only partly, which Diffusion-DRF is to improve. Clips of the split ``unseen``
+are left out.
 """
 
 from __future__ import annotations
@@ -42,20 +42,13 @@ class Generator(nn.Module):
         self.tokenizer = text_tokenizer()
         self.text_encoder = UMT5EncoderModel(
             UMT5Config(
-                vocab_size=len(self.tokenizer),
-                d_model=64,
-                d_kv=16,
-                d_ff=128,
-                num_layers=2,
-                num_heads=4,
-                dropout_rate=0.0,
-                pad_token_id=0,
-                eos_token_id=1,
+                vocab_size=len(self.tokenizer), d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4,
+                dropout_rate=0.0, pad_token_id=0, eos_token_id=1,
             )
-        )
+        )  # fmt: skip
         self.transformer = WanTransformer3DModel(
-            patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=32, in_channels=16, out_channels=16, text_dim=64, freq_dim=64,
-            ffn_dim=512, num_layers=4, rope_max_seq_len=64,
+            patch_size=(1, 2, 2), num_attention_heads=4, attention_head_dim=32, in_channels=16, out_channels=16,
+            text_dim=64, freq_dim=64, ffn_dim=512, num_layers=4, rope_max_seq_len=64,
         )  # fmt: skip
 
     def condition(self, ids: Tensor, mask: Tensor) -> Tensor:
@@ -97,10 +90,10 @@ def train_generator(
     parts: int = 2,
     log: Callable[[str], None] = print,
 ) -> Generator:
-    """Flow matching (Lipman et al. 2023): x_s = (1 - s) x_0 + s e, the transformer tells e - x_0. ``parts``: 1 stops
+    """Flow matching (Lipman et al. 2023): x_s = (1 - s) x_0 + s e, the transformer predicts e - x_0. ``parts``: 1 stops
     before the better captions."""
     model = Generator(seed).train()
-    # not made for a training that is finished
+    # cached, so that a finished training does not compute it
     data = cache(partial(cache_latents, vae, seed, max(64, int(CLIPS * min(1.0, scale)))))
     ids, mask, row = caption_table(model.tokenizer)
     first = torch.zeros(3, 6, 5, 3, dtype=torch.long)
@@ -136,7 +129,7 @@ def train_generator(
 
 @torch.no_grad()
 def draw_samples(model: Generator, vae: AutoencoderKLWan, seed: int, n: int, steps: int = 10) -> Tensor:
-    """n clips of the generator as it is, for captions of the training splits: frames_BTCHW in [0, 1]."""
+    """n clips of the generator for captions of the training splits: frames_BTCHW in [0, 1]."""
     generator = torch.Generator().manual_seed(seed + 2)
     combos = combos_of("train", "heldout")
     ids, mask, row = caption_table(model.tokenizer)
@@ -152,8 +145,8 @@ def draw_samples(model: Generator, vae: AutoencoderKLWan, seed: int, n: int, ste
 
 
 def save_generator(model: Generator, vae: AutoencoderKLWan, folder: Path) -> None:
-    """A folder in diffusers' layout, loaded as the real Wan2.1 is. Weights in fp16: half the bytes, and no figure
-    moves."""
+    """Writes a folder in diffusers' layout that loads like Wan2.1's. Weights in fp16: half the bytes, and no measured
+    rate changes."""
     model, vae = copy.deepcopy(model).half(), copy.deepcopy(vae).half()
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT, solver_order=1

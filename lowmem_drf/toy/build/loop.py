@@ -1,5 +1,4 @@
-"""The training loop of ToyWorld's builds: warm-up, decay, EMA, a log line now and then, and a checkpoint that a later
-start goes on from."""
+"""The training loop of ToyWorld's models: warm-up, decay, EMA, log lines, and checkpoints to resume from."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @dataclass(frozen=True)
 class Schedule:
-    """Length and pace of one training."""
+    """Length and learning rate of one training."""
 
     steps: int
     lr: float
@@ -47,7 +46,7 @@ def half_products() -> Iterator[None]:
 
 
 Loss = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
-"""(step, generator) -> loss to minimise and what to log. Draws all its randomness from the generator."""
+"""(step, generator) -> (loss to minimise, values to log). All its randomness comes from the generator."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -85,8 +84,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(model: nn.Module, lr: float, weight_decay: float = 0.01) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices and convolutions inside ``model``, AdamW for embeddings, vectors and everything called
-    ``head``."""
+    """Muon for the matrices and convolutions of ``model``, AdamW for embeddings, vectors and modules named ``head``."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [
         p
@@ -110,9 +108,9 @@ def train(
     seed: int,
     log: Callable[[str], None] = print,
 ) -> None:
-    """Trains ``model`` in place; ends with its EMA weights where the schedule has one.
+    """Trains ``model`` in place and leaves its EMA weights in it if the schedule has one.
 
-    ``folder/<name>.pt`` is the checkpoint: a start that finds one goes on from it; a finished training is not repeated.
+    ``folder/<name>.pt`` is the checkpoint: if it exists, training resumes from it; a finished training is not repeated.
     """
     file = folder / f"{name}.pt"
     opts = optimizers(model, schedule.lr)
@@ -142,7 +140,7 @@ def train(
         torch.save(state, file.with_suffix(".tmp"))
         file.with_suffix(".tmp").replace(file)
 
-    start, seen = time.monotonic(), {"loss": 0.0}
+    start, seen = time.monotonic(), dict[str, float]()
     for step in range(first, schedule.steps):
         groups = [group for opt in opts for group in opt.param_groups]
         for group, rate in zip(groups, rates, strict=True):
@@ -160,14 +158,13 @@ def train(
             decay = min(schedule.ema, (step + 1) / (step + 10))
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.values()), [trained[n] for n in ema], 1 - decay)
-        seen = {k: v + 0.1 * ({"loss": value.item(), **extra}.get(k, v) - v) if step > first else {"loss": value.item(), **extra}[k]
-                for k, v in {**{k: 0.0 for k in extra}, **seen}.items()}  # fmt: skip
+        for key, now in {"loss": value.item(), **extra}.items():  # running means
+            seen[key] = seen[key] + 0.1 * (now - seen[key]) if key in seen else now
         if (step + 1) % schedule.log_every == 0:
             pace = (time.monotonic() - start) / (step + 1 - first)
             words = " ".join(f"{k} {v:.4f}" for k, v in seen.items())
-            log(
-                f"{name} {step + 1}/{schedule.steps}  {words}  {pace:.3f} s/step  {pace * (schedule.steps - step - 1) / 60:.1f} min left"
-            )
+            left_min = pace * (schedule.steps - step - 1) / 60
+            log(f"{name} {step + 1}/{schedule.steps}  {words}  {pace:.3f} s/step  {left_min:.1f} min left")
         if (step + 1) % schedule.save_every == 0 or step + 1 == schedule.steps:
             save(step + 1)
     if schedule.ema:

@@ -1,8 +1,8 @@
-"""The critic's vision tower, first part: every merged token learns to tell what its slice of two frames shows.
+"""The critic's vision tower, first part: every merged token learns to describe its slice of two frames.
 
-A language model over an untrained tower stays at chance (docs/toyworld.md). Linear heads read, from each token:
+A language model over an untrained tower stays at chance (docs/toyworld.md). Linear heads predict from each token:
 presence, place, size, shade, form and colour in both frames, the motion between them, noise and blur. The heads are
-thrown away afterwards.
+discarded afterwards.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def draw_labelled(
 
 
 def roughen(frames: Tensor, generator: torch.Generator) -> Tensor:
-    """Slight noise (to 0.03) and softness (to 0.7 pixels), about what the VAE does to a clean clip, on three clips of
-    four."""
+    """Adds slight noise (up to 0.03) and blur (up to 0.7 pixels), about the VAE's error on a clean clip, to three clips
+    of four."""
     n = len(frames)
     on = (torch.rand(n, generator=generator) < 0.75).float().view(-1, 1, 1, 1, 1)
     mix = 0.5 * on * torch.rand(n, 1, 1, 1, 1, generator=generator)
@@ -119,7 +119,7 @@ class SliceHeads(nn.Module):
 
 
 class Tower(nn.Module):
-    """What is trained here: the critic's vision tower and the heads on it."""
+    """The modules that are trained here: the critic's vision tower and the heads on it."""
 
     def __init__(self, critic: QwenCritic) -> None:
         super().__init__()
