@@ -1,5 +1,4 @@
-"""Fixtures that several test files share: model folders of tiny random models, a preset on them, a run trained on
-it."""
+"""Fixtures of several rooms: folders of tiny random models, a preset that uses them, and a run of that preset."""
 
 import os
 import sys
@@ -9,13 +8,13 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported, by whomever
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 # helpers of the tests; bench
 sys.path[:0] = [str(Path(__file__).resolve().parent / "support"), str(Path(__file__).resolve().parents[1])]
 
 TINY_PRESET = """\
-# Tiny random models: nothing is learned, everything runs. Four updates: the last one has scales of the normalisation.
+# Tiny random models learn nothing, but everything runs. In the fourth update the normalisation has scales.
 prompts = "toyworld"
 steps = 4
 batch = 3
@@ -64,14 +63,23 @@ eval_batch = 4
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _few_threads():
-    """Tiny models are slower on many threads than on one, and sums depend on their number."""
+def _small():
+    """One thread, because tiny models are slower on several and sums depend on their number; and few prompts."""
+    from _few import few_prompts
+
     torch.set_num_threads(1)
+    few_prompts()
+
+
+@pytest.fixture
+def device():
+    """The card if there is one; else kernels are interpreted on the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory):
-    """(generator folder, critic folder) as diffusers and transformers write them."""
+    """(generator folder, critic folder) in the layouts of diffusers and transformers."""
     from _tiny import save_tiny_critic, save_tiny_generator
 
     folder = tmp_path_factory.mktemp("models")
@@ -89,7 +97,7 @@ def tiny_preset(tiny_folders, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_preset, tmp_path_factory):
-    """The folder of a complete run of 4 updates. Tests read it only."""
+    """The folder of a complete run of 4 updates, read-only for tests."""
     from lowmem_drf.commands.train import train_command
 
     run = tmp_path_factory.mktemp("runs") / "run"

@@ -1,4 +1,4 @@
-"""The README's measurements and picture, on tiny models that stand in for ToyWorld's."""
+"""The measurements and the picture of the README, on tiny models in place of ToyWorld's."""
 
 import copy
 import json
@@ -23,12 +23,14 @@ from bench.toyworld import base_and_tuned as picture
 from bench.toyworld import critic_modes
 from bench.toyworld import seeds as toy_seeds
 
-OVERRIDES = ["model.id=toyworld", "critic.id=toyworld", "video.width=32", "video.height=32", "log.sample_every=0"]
+OVERRIDES = str.split(
+    "-s model.id=toyworld -s critic.id=toyworld -s video.width=32 -s video.height=32 -s log.sample_every=0 -s steps=1"
+)
 
 
 @pytest.fixture
 def tiny_toyworld(tiny_folders, monkeypatch):
-    """``toyworld`` is the tiny random models."""
+    """The tiny random models under the name ``toyworld``."""
     folders = dict(zip(("generator", "critic"), map(str, tiny_folders), strict=True))
     for room in ("models.weights.downloads", "assembly.loading"):
         monkeypatch.setattr(f"lowmem_drf.{room}.resolve", lambda model_id, role: folders[role])
@@ -36,22 +38,12 @@ def tiny_toyworld(tiny_folders, monkeypatch):
 
 
 def test_seeds_then_picture(tiny_toyworld, tiny_preset, tmp_path, capsys):
-    arguments = [
-        "--seeds",
-        "0",
-        "4",
-        "--preset",
-        str(tiny_preset),
-        "--output",
-        str(tmp_path),
-        "--json",
-        str(tmp_path / "made" / "out.json"),
-    ]
-    arguments += [part for override in [*OVERRIDES, "steps=1"] for part in ("-s", override)]
-    assert toy_seeds.main(arguments) == 1  # random models learn nothing
+    report = tmp_path / "made" / "out.json"
+    files = ["--preset", str(tiny_preset), "--output", str(tmp_path), "--json", str(report)]
+    assert toy_seeds.main(["--seeds", "0", "4", *files, *OVERRIDES]) == 1  # random models learn nothing
     out = capsys.readouterr().out
     assert "seed 4: broken: all-correct rises by 35 points" in out
-    result = json.loads((tmp_path / "made" / "out.json").read_text())
+    result = json.loads(report.read_text())
     assert [row["seed"] for row in result["rows"]] == [0, 4]
     for row in result["rows"]:
         assert set(row) == {"seed", "train_s", "updates", "updates_s", "base", "tuned", "verdicts"}
@@ -71,38 +63,15 @@ def test_seeds_then_picture(tiny_toyworld, tiny_preset, tmp_path, capsys):
 
 
 def test_modes_side_by_side_go_on_from_what_was_measured(tiny_toyworld, tiny_preset, tmp_path, capsys):
-    arguments = [
-        "--preset",
-        str(tiny_preset),
-        *(part for override in [*OVERRIDES, "steps=1"] for part in ("-s", override)),
-    ]
+    arguments = ["--preset", str(tiny_preset), *OVERRIDES, "--modes", "vanilla", "dense"]
     first, whole = tmp_path / "first.json", tmp_path / "whole.json"
-    assert critic_modes.main([*arguments, "--modes", "vanilla", "dense", "--seeds", "0", "--json", str(first)]) == 0
-    assert (
-        critic_modes.main(
-            [
-                *arguments,
-                "--modes",
-                "vanilla",
-                "dense",
-                "--seeds",
-                "0",
-                "1",
-                "--merge",
-                str(first),
-                "--json",
-                str(whole),
-            ]
-        )
-        == 0
-    )
+    assert critic_modes.main([*arguments, "--seeds", "0", "--json", str(first)]) == 0
+    assert critic_modes.main([*arguments, "--seeds", "0", "1", "--merge", str(first), "--json", str(whole)]) == 0
     rows = json.loads(whole.read_text())["rows"]
     assert [(row["mode"], row["seed"]) for row in rows] == [("vanilla", 0), ("dense", 0), ("vanilla", 1), ("dense", 1)]
     assert rows[:2] == json.loads(first.read_text())["rows"]
-    assert (
-        len({row["base"]["heldout_reward"] for row in rows}) == 1
-        and len({row["tuned"]["heldout_reward"] for row in rows}) == 4
-    )
+    base, tuned = ({row[side]["heldout_reward"] for row in rows} for side in ("base", "tuned"))
+    assert (len(base), len(tuned)) == (1, 4)
     out = capsys.readouterr().out
     assert out.count("mean") >= 2 and "(base)" in out
     assert critic_modes.main(["-s", "optim.lrr=1"]) == 2
@@ -136,7 +105,7 @@ def test_a_promise_is_kept_or_named():
 
 
 def test_a_cap_reaches_the_allocator(monkeypatch):
-    """Of a card that torch is made to see. The device has no index, as the one that ``bench`` measures on."""
+    """On a faked card. The device has no index, like the one that ``bench`` measures on."""
     capped = []
     monkeypatch.setattr("torch.cuda.memory._lazy_init", lambda: None)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
@@ -158,9 +127,8 @@ def test_zero3_against_streaming_has_the_same_update_in_both_and_says_what_faile
         config = load_config(command[command.index("--preset") + 1], settings)
         made[config.engine] = config
         row = {"measured_gib": 1.5, "measured_s": 2.0}
-        good = json.dumps(
-            {"stages": {"text": {"measured_gib": None}, "rollout": row, "update": row}, "measured_peak_gib": 1.5}
-        )
+        stages = {"text": {"measured_gib": None}, "rollout": row, "update": row}
+        good = json.dumps({"stages": stages, "measured_peak_gib": 1.5})
         return SimpleNamespace(returncode=int(config.engine == "single"), stdout=good, stderr="Error: out of memory")
 
     monkeypatch.setattr(zero3.subprocess, "run", run)

@@ -1,13 +1,7 @@
-"""Kernels are interpreted where there is no card. Memory that PyTorch hands out uninitialised holds NaN: what a kernel
-does not write is seen."""
+"""Uninitialised memory holds NaN, so that values which a kernel does not write are noticed."""
 
 import pytest
 import torch
-
-
-@pytest.fixture
-def device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -1,20 +1,25 @@
-"""A training run in a process of its own that kills itself (SIGKILL) in the n-th call of a function."""
+"""Commands that run in a process of their own, started by a fork server that has imported torch already."""
 
 import os
 import pkgutil
 import signal
+import time
 from pathlib import Path
 from unittest import mock
 
 import torch
+from _few import few_prompts
 
+from lowmem_drf import cli
 from lowmem_drf.commands.train import train_command
+from lowmem_drf.training import loop
 
 
 def train_until_killed(function: str, call: int, preset: Path, run: Path) -> None:
-    """``function``: dotted name, patched where it is looked up. Returns only if it was called less often than
-    ``call``."""
+    """A training run that kills itself (SIGKILL) in call number ``call`` of ``function``, a dotted name that is patched
+    where it is looked up."""
     torch.set_num_threads(1)
+    few_prompts()
     original = pkgutil.resolve_name(function)
     calls = 0
 
@@ -27,3 +32,22 @@ def train_until_killed(function: str, call: int, preset: Path, run: Path) -> Non
 
     with mock.patch(function, killing):
         train_command(str(preset), None, run, None, None, False, [], False)
+
+
+def run_cli(arguments: list[str], folder: Path, blocked: int | None = None) -> None:
+    """Runs a command with its output in ``folder/out`` and ``folder/err``. Update ``blocked`` (from 0) prints "blocked"
+    and lasts for a minute."""
+    torch.set_num_threads(1)
+    few_prompts()
+    for handle, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), handle)
+    original = loop.update
+
+    def update(config, models, parts, trainer, step, *rest):
+        if step == blocked:
+            print("blocked", flush=True)
+            time.sleep(60)
+        return original(config, models, parts, trainer, step, *rest)
+
+    loop.update = update
+    cli.main(arguments)

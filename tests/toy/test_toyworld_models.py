@@ -11,8 +11,7 @@ from lowmem_drf.toy.defects import DEFECTS
 
 
 def at_least(rate: float, bound: float, n: int) -> bool:
-    """Whether a share of n draws may come from a rate of at least ``bound``: not under it by more than two standard
-    deviations."""
+    """True if the share ``rate`` of n draws is at most two standard deviations below ``bound``."""
     return rate >= bound - 2 * (bound * (1 - bound) / n) ** 0.5
 
 
@@ -23,7 +22,7 @@ def test_the_weights_are_small():
 
 
 def test_the_oracle_sees_through_the_vae():
-    found = check_oracle()
+    found = check_oracle(every=4)
     for kind in ("clean", "vae"):
         assert all(rate > 0.97 for rate in found[kind].values()), found[kind]
     for name, chance in found["chance"].items():
@@ -40,7 +39,7 @@ def test_the_base_generator_is_well_formed_and_follows_the_prompt_partly():
 
 @pytest.fixture(scope="module")
 def recalls():
-    return check_critic(clips=360)
+    return check_critic(clips=240)
 
 
 @pytest.mark.parametrize("name", ["color", "shape", "direction", "background", "global", *DEFECTS])
@@ -49,12 +48,12 @@ def test_the_critic_says_yes_and_no_where_it_should(recalls, name):
     assert set(recalls[name]) == ({"yes", "no", "sound? no", "sound? yes"} if name in DEFECTS else {"yes", "no"})
     for answer, rate in recalls[name].items():
         has_it = name in DEFECTS and answer in ("yes", "sound? no")
-        assert at_least(rate, bound, 24 if has_it else 300), (answer, recalls[name])
+        assert at_least(rate, bound, 16 if has_it else 200), (answer, recalls[name])
 
 
 def test_the_critics_explanations_are_right():
-    found = check_explanations(clips=360)
+    found = check_explanations(clips=240)
     for name, rates in found.items():
-        assert at_least(rates["sound"], 0.85, 200), (name, rates)
+        assert at_least(rates["sound"], 0.85, 130), (name, rates)
     for name in ("motion", "picture"):
-        assert at_least(found[name]["defect"], 0.85, 60), (name, found[name])
+        assert at_least(found[name]["defect"], 0.85, 40), (name, found[name])

@@ -1,5 +1,5 @@
-"""ToyWorld on the kernels, interpreted: the relay's gradients are those of diffusers' arithmetic, and a run of two
-updates goes through."""
+"""ToyWorld on the interpreted kernels: the relay's gradients equal those of diffusers' arithmetic, and a run of two
+updates completes. Small clips: the interpreter takes seconds per pass."""
 
 from __future__ import annotations
 
@@ -28,28 +28,20 @@ from lowmem_drf.types import Parts
 
 TEXT = "a red circle moves right on a gray background"
 SMALL = (
-    "batch=1",
-    "micro_batch=1",
-    "sampler.steps=2",
-    "sampler.graded_steps=1",
-    "memory.checkpoint=true",
-    "log.eval_prompts=0",
-    "log.sample_every=0",
+    *("video.width=16", "video.height=16", "video.frames=5", "critic.frames=3", "critic.token_weights=uniform"),
+    *("batch=1", "micro_batch=1", "sampler.steps=2", "sampler.graded_steps=1", "memory.checkpoint=true"),
+    *("log.eval_prompts=0", "log.sample_every=0"),
 )
-SHORT = ("video.frames=5", "critic.frames=3", "critic.token_weights=uniform")
 
 
 def test_gradients_of_toyworld(monkeypatch):
-    """All that has a kernel at once: rows, attention and its kept results, the VAE's norms, LoRA layers. Against fp64,
-    twice what PyTorch's own fp32 is off."""
+    """All kernels at once: rows, attention and its kept results, the VAE's norms, LoRA layers. Their error against fp64
+    is at most twice that of PyTorch's fp32."""
     config = load_config("toy", SMALL)
     models = load_models(config, [TEXT])
     plan, cond = step_spec(config, 0), models.condition([TEXT])
-    critic, noise, questions = (
-        models.asked_critic,
-        draw_noise(models.latent_shape, [3]),
-        [make_questions(TEXT, "dense")],
-    )
+    critic, questions = models.asked_critic, [make_questions(TEXT, "dense")]
+    noise = draw_noise(models.latent_shape, [4])  # 3 has a pixel at the clamp, where rounding decides
 
     def gradient(dtype, rows, attention):
         transformer, vae = deepcopy(models.transformer).to(dtype), deepcopy(models.decoder.vae).to(dtype)
@@ -59,9 +51,8 @@ def test_gradients_of_toyworld(monkeypatch):
         judge = QwenCritic(deepcopy(critic.model).to(dtype), critic.tokenizer, critic.geometry, critic.fps)
         for parameter in lora_parameters(transformer):
             parameter.data = parameter.data.to(dtype)
-        parts = Parts(
-            as_velocity(transformer), WanDecoder(vae, norm_silu=rows.norm_silu), judge, lora_parameters(transformer)
-        )
+        decoder = WanDecoder(vae, norm_silu=rows.norm_silu)
+        parts = Parts(as_velocity(transformer), decoder, judge, lora_parameters(transformer))
         return lora_gradients(drf_step, parts, plan, noise.to(dtype), cond.to(dtype), None, questions)[0].double()
 
     naive = gradient(torch.float32, naive_ops(), attention_named("sdpa"))
@@ -76,9 +67,8 @@ def test_gradients_of_toyworld(monkeypatch):
 
 def test_two_updates_of_toyworld(tmp_path, capsys):
     run = tmp_path / "run"
-    train_command(
-        "toy", None, run, 2, None, False, [*SMALL, *SHORT, "kernels.ops=fused", "kernels.attention=triton"], False
-    )
+    kernels = ["kernels.ops=fused", "kernels.attention=triton"]
+    train_command("toy", None, run, 2, None, False, [*SMALL, *kernels], False)
     assert "kernels: fused; attention: triton (as asked)" in capsys.readouterr().out
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
@@ -90,11 +80,9 @@ def test_what_cannot_run_is_refused(monkeypatch):
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for setting in (
-        "kernels.ops=fused",
-        "kernels.attention=triton",
-        "kernels.attention=xformers",
-        "kernels.attention=flash",
-        "kernels.rollout_attention=int8",
+        "ops=fused",
+        *(f"attention={name}" for name in ("triton", "xformers", "flash")),
+        "rollout_attention=int8",
     ):
-        with pytest.raises(BadInputError, match=rf"kernels\.{setting.split('=')[0].split('.')[1]} = .*cannot run: "):
-            load_models(load_config("toy", [*SMALL, setting]), [TEXT])
+        with pytest.raises(BadInputError, match=rf"kernels\.{setting.split('=')[0]} = .*cannot run: "):
+            load_models(load_config("toy", [*SMALL, f"kernels.{setting}"]), [TEXT])

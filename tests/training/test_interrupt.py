@@ -1,14 +1,13 @@
-"""What a person sees and does while a command works: progress, Ctrl-C once and twice."""
+"""Progress and Ctrl-C, once and twice, while a command works."""
 
 import io
 import json
 import os
 import signal
-import subprocess
-import sys
+import time
 
 import pytest
-from _root import ROOT
+from _killed import run_cli
 from rich.console import Console
 
 from lowmem_drf.commands.train import train_command
@@ -18,60 +17,57 @@ from lowmem_drf.training.metrics import read_metrics
 from lowmem_drf.training.progress import TrainProgress, sparkline
 
 
-def test_ctrl_c_finishes_the_update_saves_and_exits_130(tiny_preset, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "lowmem_drf.cli",
-        "train",
-        "--preset",
-        str(tiny_preset),
-        "--output",
-        str(tmp_path / "run"),
-        "--steps",
-        "10000",
-    ]
+@pytest.fixture
+def started(processes, tiny_preset, tmp_path):
+    """Starts a training run in ``tmp_path/run``; returns its process and a function that waits until a file of its
+    output holds a text."""
+    made = []
+
+    def start(options="", blocked=None):
+        words = ["train", "--preset", str(tiny_preset), "--output", str(tmp_path / "run"), *options.split()]
+        made.append(processes.Process(target=run_cli, args=(words, tmp_path, blocked)))
+        made[0].start()
+        return made[0], wait
+
+    def wait(name, text):
+        file = tmp_path / name
+        while not (file.exists() and text in file.read_text()):
+            assert made[0].is_alive(), (tmp_path / "err").read_text()
+            time.sleep(0.02)
+
+    yield start
+    made[0].kill()
+
+
+def test_ctrl_c_finishes_the_update_saves_and_exits_130(started, tmp_path):
     # checkpoints far apart: the one that is found was made because of the signal
-    command += ["-s", "log.checkpoint_every=10000", "-s", "log.sample_every=0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    for line in process.stdout:
-        if line.startswith("update"):
-            break
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "Interrupted after update" in err
-    assert "Traceback" not in err
+    process, wait = started("--steps 10000 -s log.checkpoint_every=10000 -s log.sample_every=0")
+    wait("out", "\nupdate")
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    err = (tmp_path / "err").read_text()
+    assert "Interrupted after update" in err and "Traceback" not in err
     (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = json.loads((folder / "cursor.json").read_text())["step"]
     assert step == read_metrics(tmp_path / "run")[-1]["step"]
 
 
-def test_a_second_ctrl_c_stops_at_once_and_costs_nothing_that_is_saved(tiny_preset, tiny_run, tmp_path):
-    run = tmp_path / "run"
-    code = (
-        "import sys, time\nfrom lowmem_drf import cli\nfrom lowmem_drf.training import loop as train\noriginal = train.update\n"
-        "def update(config, models, parts, optimizer, step, *rest):\n"
-        "    if step == 2:\n        print('blocked', flush=True)\n        time.sleep(60)\n"
-        "    return original(config, models, parts, optimizer, step, *rest)\n"
-        "train.update = update\nimport torch\ntorch.set_num_threads(1)\ncli.main(sys.argv[1:])"
-    )
-    command = [sys.executable, "-c", code, "train", "--preset", str(tiny_preset), "--output", str(run)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    assert any(line == "blocked\n" for line in process.stdout)
-    process.send_signal(signal.SIGINT)
-    assert process.stderr.readline() == "Finishing this update, then saving. Press Ctrl-C again to stop at once.\n"
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert (
-        err
-        == f"Stopped at once; update 2 is the last one saved. Go on with: lowmem-drf train --resume --output {run}\n"
-    )
+def test_a_second_ctrl_c_stops_at_once_and_costs_nothing_that_is_saved(started, tiny_run, tmp_path):
+    process, wait = started(blocked=2)
+    run, said = tmp_path / "run", "Finishing this update, then saving. Press Ctrl-C again to stop at once.\n"
+    wait("out", "blocked\n")
+    os.kill(process.pid, signal.SIGINT)
+    wait("err", said)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(30)
+    assert process.exitcode == 130
+    cure = f"Go on with: lowmem-drf train --resume --output {run}"
+    told = f"{said}Stopped at once; update 2 is the last one saved. {cure}\n"
+    assert (tmp_path / "err").read_text().endswith(told)  # after transformers' bars of loading
     train_command(None, None, run, None, None, True, [], False)
-    assert (checkpoint_folder(run) / "lora.safetensors").read_bytes() == (
-        checkpoint_folder(tiny_run) / "lora.safetensors"
-    ).read_bytes()
+    lora, expected = (checkpoint_folder(r) / "lora.safetensors" for r in (run, tiny_run))
+    assert lora.read_bytes() == expected.read_bytes()
 
 
 @pytest.mark.parametrize(

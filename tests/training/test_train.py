@@ -1,4 +1,4 @@
-"""The loop on tiny models: what a run leaves behind, what an update computes, and what stops it."""
+"""Training on tiny models: the contents of a run, the arithmetic of an update, and refusals."""
 
 import math
 import os
@@ -11,10 +11,10 @@ from lowmem_drf.assembly.assemble import critic_frames, critic_rate, derive_seed
 from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.assembly.questions import draft_questions
 from lowmem_drf.commands.train import train_command
-from lowmem_drf.config import load_config
+from lowmem_drf.config import change, load_config
 from lowmem_drf.errors import BadInputError, NonFiniteError
 from lowmem_drf.files import release
-from lowmem_drf.models.lora.adapter import named_lora
+from lowmem_drf.models.lora.adapter import add_lora, lora_parameters, named_lora
 from lowmem_drf.prompts import as_prompts
 from lowmem_drf.questions.file import load_questions
 from lowmem_drf.scoring.evaluate import Trial, diversity, measure
@@ -35,64 +35,38 @@ PROMPTS = [
 @pytest.fixture
 def ready(tiny_preset):
     """(configuration, models with a fresh LoRA, parts, prompts, questions)."""
-    from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
 
     def make(*overrides):
-        config = load_config(tiny_preset, overrides)
+        config, prompts = load_config(tiny_preset, overrides), as_prompts(PROMPTS)
         models = load_models(config, PROMPTS)
         add_lora(models.transformer, config.lora.rank, config.lora.alpha, config.lora.targets, seed=0)
-        prompts = as_prompts(PROMPTS)
-        return (
-            config,
-            models,
-            models.parts(lora_parameters(models.transformer)),
-            prompts,
-            draft_questions(config, prompts),
-        )
+        parts = models.parts(lora_parameters(models.transformer))
+        return config, models, parts, prompts, draft_questions(config, prompts)
 
     return make
 
 
 def test_a_run_leaves_what_the_contract_says(tiny_run):
-    assert {path.name for path in tiny_run.iterdir()} == {
-        "config.toml",
-        "questions.json",
-        "metrics.jsonl",
-        "tensorboard",
-        "samples",
-        "checkpoints",
-    }
+    folders = {"tensorboard", "samples", "checkpoints"}
+    assert {path.name for path in tiny_run.iterdir()} == {"config.toml", "questions.json", "metrics.jsonl"} | folders
     assert run_config(tiny_run).lora.rank == 2
-    assert set(load_questions(tiny_run / "questions.json")) == set(train_prompts())
-    assert sorted(path.name for path in (tiny_run / "checkpoints").iterdir()) == ["step-000003", "step-000004"]
-    assert {path.name for path in (tiny_run / "checkpoints" / "step-000004").iterdir()} == {
-        "lora.safetensors",
-        "state.safetensors",
-        "cursor.json",
-    }
-    assert sorted(path.name for path in (tiny_run / "samples").iterdir()) == [
-        "step-000000",
-        "step-000002",
-        "step-000004",
-    ]
+    assert set(load_questions(tiny_run / "questions.json")) < set(train_prompts())
+    assert sorted(os.listdir(tiny_run / "checkpoints")) == ["step-000003", "step-000004"]
+    last = tiny_run / "checkpoints" / "step-000004"
+    assert sorted(os.listdir(last)) == ["cursor.json", "lora.safetensors", "state.safetensors"]
+    assert sorted(os.listdir(tiny_run / "samples")) == ["step-000000", "step-000002", "step-000004"]
     assert len(list((tiny_run / "tensorboard").iterdir())) == 1
 
 
 def test_metrics_have_a_complete_line_per_update(tiny_run):
     rows = read_metrics(tiny_run)
+    stages = {"rollout", "decode", "critic", "vae_backward", "denoise_backward", "update"}
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for row in rows:
         assert set(row["reward_by_aspect"]) == {"TA", "Phy", "VQ"}
         assert {"color", "jump", "noise"} <= set(row["reward_by_question"])
-        assert (
-            set(row["stage_s"])
-            == set(row["stage_peak_gib"])
-            == {"rollout", "decode", "critic", "vae_backward", "denoise_backward", "update"}
-        )
-        assert all(
-            value > 0
-            for value in (*row["stage_s"].values(), *row["stage_peak_gib"].values(), row["grad_norm"], row["lr"])
-        )
+        assert set(row["stage_s"]) == set(row["stage_peak_gib"]) == stages
+        assert min(*row["stage_s"].values(), *row["stage_peak_gib"].values(), row["grad_norm"], row["lr"]) > 0
         assert len(row["prompts"]) == len(row["seed"]) == 3
     assert len({seed for row in rows for seed in row["seed"]}) == 12
 
@@ -104,14 +78,12 @@ def test_samples_are_playable_and_big_enough(tiny_run):
 
 
 def test_the_micro_batch_changes_memory_and_not_the_gradient(ready):
-    gradients = {}
+    config, models, parts, prompts, questions = ready()
+    trainer, gradients = Keeping(config, models.transformer), {}
     for size in (1, 2, 3):
-        config, models, parts, prompts, questions = ready(f"micro_batch={size}")
-        trainer = Keeping(config, models.transformer)
-        report = update(config, models, parts, trainer, 0, prompts, questions, None)
-        gradients[size] = torch.cat(
-            [torch.tensor([report.reward]), *(gradient.flatten() for gradient in trainer.gradients[0])]
-        )
+        report = update(change(config, [f"micro_batch={size}"]), models, parts, trainer, 0, prompts, questions, None)
+        parts_of_it = (gradient.flatten() for gradient in trainer.gradients[-1])
+        gradients[size] = torch.cat([torch.tensor([report.reward]), *parts_of_it])
     for size in (1, 2):
         # the same fp32 sums in another order: 2**-24 each, about a thousand terms
         assert (gradients[size] - gradients[3]).norm() <= 1000 * 2**-24 * gradients[3].norm()
@@ -120,9 +92,8 @@ def test_the_micro_batch_changes_memory_and_not_the_gradient(ready):
 def test_an_update_is_one_adamw_step_on_the_clipped_gradient(ready):
     config, models, parts, prompts, questions = ready("optim.grad_clip=1e-3", "optim.lr=0.01")
     before = [tensor.detach().clone() for tensor in parts.lora]
-    report = update(
-        config, models, parts, SingleTrainer(config, named_lora(models.transformer)), 0, prompts, questions, None
-    )
+    trainer = SingleTrainer(config, named_lora(models.transformer))
+    report = update(config, models, parts, trainer, 0, prompts, questions, None)
     assert report.grad_norm > 1e-3
     moved = [(tensor - old).abs().max().item() for tensor, old in zip(parts.lora, before, strict=True)]
     assert 0 < max(moved) <= 0.01 * (1 + 1e-3)  # AdamW's first step is lr x sign(gradient)
@@ -134,13 +105,11 @@ def test_a_non_finite_reward_names_update_prompt_and_seed_and_changes_nothing(re
     before = [tensor.detach().clone() for tensor in parts.lora]
     with torch.no_grad():
         models.critic.model.lm_head.weight.fill_(math.inf)
+    trainer = SingleTrainer(config, named_lora(models.transformer))
     with pytest.raises(NonFiniteError) as caught:
-        update(
-            config, models, parts, SingleTrainer(config, named_lora(models.transformer)), 6, prompts, questions, None
-        )
-    assert "update 7" in str(caught.value)
-    assert PROMPTS[0] in str(caught.value)
-    assert str(derive_seed(config.seed, "noise", 6, 0)) in str(caught.value)
+        update(config, models, parts, trainer, 6, prompts, questions, None)
+    for part in ("update 7", PROMPTS[0], str(derive_seed(config.seed, "noise", 6, 0))):
+        assert part in str(caught.value)
     assert all(torch.equal(tensor, old) for tensor, old in zip(parts.lora, before, strict=True))
 
 
@@ -148,10 +117,9 @@ def test_an_infinite_gradient_is_refused_before_the_optimizer(ready, monkeypatch
     config, models, parts, prompts, questions = ready()
     before = [tensor.detach().clone() for tensor in parts.lora]
     monkeypatch.setattr("torch.nn.utils.get_total_norm", lambda *a, **k: torch.tensor(math.nan))
+    trainer = SingleTrainer(config, named_lora(models.transformer))
     with pytest.raises(NonFiniteError, match="gradient is not finite in update 1"):
-        update(
-            config, models, parts, SingleTrainer(config, named_lora(models.transformer)), 0, prompts, questions, None
-        )
+        update(config, models, parts, trainer, 0, prompts, questions, None)
     assert all(torch.equal(tensor, old) for tensor, old in zip(parts.lora, before, strict=True))
 
 
@@ -176,8 +144,7 @@ def test_the_critic_sees_a_number_of_frames_or_so_many_a_second():
 
 
 def test_scales_of_the_normalisation_change_the_step(ready):
-    _, models, parts, prompts, questions = ready("micro_batch=3")
-    config, *_ = ready("micro_batch=3")
+    config, models, parts, prompts, questions = ready("micro_batch=3")
     trainer = Keeping(config, models.transformer)
     for scales in ({}, {"color": 0.1, "jump": 5.0}):
         update(config, models, parts, trainer, 0, prompts, questions, None, scales)
@@ -185,19 +152,16 @@ def test_scales_of_the_normalisation_change_the_step(ready):
     assert not torch.allclose(plain, scaled)
 
 
-@pytest.mark.parametrize("mode", ["vanilla", "yesno", "dense", "both"])
-def test_every_mode_trains_with_a_4_bit_critic(ready, mode):
-    config, models, parts, prompts, questions = ready(
-        f"critic.mode={mode}", "critic.quant=nf4", "memory.checkpoint=true"
-    )
-    assert {type(layer.self_attn.q_proj).__name__ for layer in models.critic.model.model.language_model.layers} == {
-        "PackedLinear"
-    }
-    report = update(
-        config, models, parts, SingleTrainer(config, named_lora(models.transformer)), 0, prompts, questions, None
-    )
-    assert math.isfinite(report.reward) and report.grad_norm > 0
-    assert set(report.reward_by_aspect) == ({"TA"} if mode == "vanilla" else {"TA", "Phy", "VQ"})
+def test_every_mode_trains_with_a_4_bit_critic(ready):
+    config, models, parts, prompts, _ = ready("critic.quant=nf4", "memory.checkpoint=true")
+    layers = models.critic.model.model.language_model.layers
+    assert {type(layer.self_attn.q_proj).__name__ for layer in layers} == {"PackedLinear"}
+    trainer = SingleTrainer(config, named_lora(models.transformer))
+    for mode in ("vanilla", "yesno", "dense", "both"):
+        config = change(config, [f"critic.mode={mode}"])
+        report = update(config, models, parts, trainer, 0, prompts, draft_questions(config, prompts), None)
+        assert math.isfinite(report.reward) and report.grad_norm > 0, mode
+        assert set(report.reward_by_aspect) == ({"TA"} if mode == "vanilla" else {"TA", "Phy", "VQ"})
 
 
 def test_learning_rate_schedules():
@@ -283,12 +247,11 @@ def test_texts_are_what_the_encoder_makes_of_them_but_kept_short(ready):
 
 
 def test_measures_do_not_depend_on_the_batch_and_name_every_aspect(ready):
+    config, models, _, prompts, questions = ready("critic.mode=vanilla")
+    trial = Trial(prompts, 2, questions, {}, "of the test")
     measured = []
     for size in (1, 3, 4):
-        config, models, *_ = ready(f"log.eval_batch={size}", "critic.mode=vanilla")
-        prompts = as_prompts(PROMPTS)
-        trial = Trial(prompts, 2, draft_questions(config, prompts), {}, "of the test")
-        measured.append(measure(config, models, trial, lambda clips: None))
+        measured.append(measure(change(config, [f"log.eval_batch={size}"]), models, trial, lambda clips: None))
     for name in ("reward", "diversity", "motion", "velocity_norm"):
         assert measured[0][name] > 0 or name == "reward"
         # fp32 kernels may sum in another order for another batch
