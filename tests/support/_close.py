@@ -1,7 +1,7 @@
-"""Tolerances that are derived: a kernel may err twice as much as eager PyTorch in the same dtype, plus one rounding of
-the result.
+"""Derived tolerances: a kernel's error may be twice that of eager PyTorch in the same dtype, plus one rounding of the
+result.
 
-Both errors are against fp64. The rule is that of FlashAttention's tests and of attention-gym's; see docs/kernels.md.
+Both errors are against fp64. FlashAttention's and attention-gym's tests use the same rule; see docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ def assert_within_budget(name: str, actual: Tensor, exact: Tensor, eager: Tensor
     """Element by element, and in the norm.
 
     Args:
-        actual: what the kernel made.
+        actual: the kernel's result.
         exact: the naive form on the same inputs in fp64.
-        eager: the naive form in the kernel's own dtype.
+        eager: the naive form in the kernel's dtype.
     """
     assert actual.shape == exact.shape == eager.shape, (
         f"{name}: shapes {tuple(actual.shape)}, {tuple(exact.shape)}, {tuple(eager.shape)}"
@@ -28,14 +28,8 @@ def assert_within_budget(name: str, actual: Tensor, exact: Tensor, eager: Tensor
     ours, theirs = (actual.double() - exact).abs(), (eager.double() - exact).abs()
     largest = exact.abs().max()
     worst, budget = ours.max(), 2 * (theirs.max() + eps * largest)
-    assert worst <= budget, (
-        f"{name}: off by {worst:.3g} at {_place(ours)}, budget {budget:.3g}, eager's own {theirs.max():.3g}, largest value {largest:.3g}"
-    )
+    place = tuple(int(i) for i in torch.unravel_index(ours.argmax(), ours.shape))
+    figures = f"budget {budget:.3g}, eager {theirs.max():.3g}, largest value {largest:.3g}"
+    assert worst <= budget, f"{name}: off by {worst:.3g} at {place}, {figures}"
     norm, norm_budget = ours.norm(), 2 * (theirs.norm() + eps * exact.norm())
-    assert norm <= norm_budget, (
-        f"{name}: error norm {norm:.3g}, budget {norm_budget:.3g}, eager's own {theirs.norm():.3g}"
-    )
-
-
-def _place(error: Tensor) -> tuple[int, ...]:
-    return tuple(int(i) for i in torch.unravel_index(error.argmax(), error.shape))
+    assert norm <= norm_budget, f"{name}: error norm {norm:.3g}, budget {norm_budget:.3g}, eager {theirs.norm():.3g}"

@@ -1,9 +1,7 @@
-"""Tiny random models of the real classes, for tests: seconds to build, no download, the shapes and code paths of the
-real ones.
+"""Tiny random models of the real classes: no download, and the code paths of the real ones.
 
-Every function takes its own seed and leaves the global generator as it was. Initialisations are larger than the
-libraries' own, so that a wrong mask, position or cache changes an output visibly instead of drowning in near-zero
-weights.
+Every function takes a seed and leaves the global generator unchanged. Weights are larger than the libraries' defaults,
+so that a wrong mask, position or cache changes an output visibly.
 """
 
 from __future__ import annotations
@@ -23,18 +21,19 @@ SPATIAL, TEMPORAL = 4, 4
 PATCH, MERGE, TEMPORAL_PATCH = 4, 2, 2
 
 PROMPT_WORDS = str.split(
-    "a red green blue yellow circle square triangle moves left right up down stays still on gray black white background the is not in and "
-    "video of shape color object"
+    "a red green blue yellow circle square triangle moves left right up down stays still on gray black white "
+    "background the is not in and video of shape color object"
 )
 QUESTION_WORDS = str.split(
-    "yes Yes YES no No NO ? . , : is the a in this video red green blue circle square moving moves left right up down does it jump flicker "
-    "vanish sharp what describe motion object stays whole clip answer or system user assistant You are helpful "
-    "< > seconds 0 1 2 3 4 5 6 7 8 9"
+    "yes Yes YES no No NO ? . , : is the a in this video red green blue circle square moving moves left right up down "
+    "does it jump flicker vanish sharp what describe motion object stays whole clip answer or system user assistant "
+    "You are helpful < > seconds 0 1 2 3 4 5 6 7 8 9"
 )
 CHAT_TEMPLATE = """\
 {% for m in messages %}<|im_start|>{{ m['role'] }}
 {% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}\
-{% if c['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% elif 'text' in c %}{{ c['text'] }}{% endif %}\
+{% if c['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>\
+{% elif 'text' in c %}{{ c['text'] }}{% endif %}\
 {% endfor %}{% endif %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
@@ -64,18 +63,9 @@ def tiny_transformer(dtype: torch.dtype = torch.float32, seed: int = 0, layers: 
 
     with _seeded(seed) as generator:
         settings = dict(
-            patch_size=(1, 2, 2),
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=Z_DIM,
-            out_channels=Z_DIM,
-            text_dim=TEXT_DIM,
-            freq_dim=16,
-            ffn_dim=32,
-            num_layers=layers,
-            cross_attn_norm=True,
-            rope_max_seq_len=32,
-        )
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=Z_DIM, out_channels=Z_DIM,
+            text_dim=TEXT_DIM, freq_dim=16, ffn_dim=32, num_layers=layers, cross_attn_norm=True, rope_max_seq_len=32,
+        )  # fmt: skip
         model = WanTransformer3DModel(**(settings | config))
         _spread(model, 0.8, generator)
     return model.to(dtype).eval().requires_grad_(False)
@@ -88,16 +78,10 @@ def tiny_vae(dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -
 
     with _seeded(seed) as generator:
         settings = dict(
-            base_dim=4,
-            z_dim=Z_DIM,
-            dim_mult=[1, 2, 2],
-            num_res_blocks=1,
-            temperal_downsample=[True, True],
-            latents_mean=[0.1, -0.2, 0.3, 0.0],
-            latents_std=[1.5, 0.8, 1.1, 2.0],
-            scale_factor_spatial=SPATIAL,
-            scale_factor_temporal=TEMPORAL,
-        )
+            base_dim=4, z_dim=Z_DIM, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.8, 1.1, 2.0],
+            scale_factor_spatial=SPATIAL, scale_factor_temporal=TEMPORAL,
+        )  # fmt: skip
         model = AutoencoderKLWan(**(settings | config))
         _spread(model, 1.0, generator)
         # Most pixels inside [-1, 1] and some outside, so that both sides of the clamp are exercised.
@@ -137,16 +121,8 @@ def tiny_critic_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    special = [
-        "<|pad|>",
-        "<|im_start|>",
-        "<|im_end|>",
-        "<|vision_start|>",
-        "<|vision_end|>",
-        "<|image_pad|>",
-        "<|video_pad|>",
-        "<unk>",
-    ]
+    names = ("pad", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
+    special = [*(f"<|{name}|>" for name in names), "<unk>"]
     vocab = {word: i for i, word in enumerate([*special, *QUESTION_WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -175,45 +151,25 @@ def tiny_critic_config(
         for name in ("image_pad", "video_pad", "vision_start", "vision_end", "pad", "im_end")
     }
     vision = dict(
-        depth=depth,
-        hidden_size=vision_width,
-        intermediate_size=24,
-        num_heads=2,
-        patch_size=PATCH,
-        spatial_merge_size=MERGE,
-        out_hidden_size=width,
-    )
+        depth=depth, hidden_size=vision_width, intermediate_size=24, num_heads=2, patch_size=PATCH,
+        spatial_merge_size=MERGE, out_hidden_size=width,
+    )  # fmt: skip
     vision |= {
         "qwen2_5_vl": dict(tokens_per_second=4, window_size=16, fullatt_block_indexes=[*range(1, depth, 2)]),
         "qwen3_vl": dict(num_position_embeddings=16, deepstack_visual_indexes=sorted({0, max(0, depth - 2)})),
     }[family]
     text = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=width * 4 // 3,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=width // 2,
-        max_position_embeddings=1024,
-        attention_dropout=dropout,
-        bos_token_id=None,
-        eos_token_id=ids["im_end"],
-        pad_token_id=ids["pad"],
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 4 // 3, num_hidden_layers=layers,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=width // 2, max_position_embeddings=1024,
+        attention_dropout=dropout, bos_token_id=None, eos_token_id=ids["im_end"], pad_token_id=ids["pad"],
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [width // 12] * 3},
-    )
+    )  # fmt: skip
     if family == "qwen2_5_vl":
         del text["head_dim"]
-    return dict(
-        model_type=family,
-        vision_config=vision | dict(temporal_patch_size=TEMPORAL_PATCH),
-        text_config=text,
-        image_token_id=ids["image_pad"],
-        video_token_id=ids["video_pad"],
-        vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"],
-        tie_word_embeddings=False,
-    )
+    tokens = {f"{name.replace('pad', 'token')}_id": ids[name] for name in ("image_pad", "video_pad")}
+    tokens |= {f"{name}_token_id": ids[name] for name in ("vision_start", "vision_end")}
+    vision |= dict(temporal_patch_size=TEMPORAL_PATCH)
+    return dict(model_type=family, vision_config=vision, text_config=text, tie_word_embeddings=False, **tokens)
 
 
 def tiny_critic_model(
@@ -279,16 +235,10 @@ def tiny_critic(
 
 
 WAN22_VAE: dict[str, Any] = dict(
-    decoder_base_dim=6,
-    dim_mult=[1, 2, 2, 2],
-    temperal_downsample=[False, True, True],
-    is_residual=True,
-    patch_size=2,
-    in_channels=12,
-    out_channels=12,
-    scale_factor_spatial=16,
-)
-"""Residual blocks, pixel patches, and a decoder of its own width."""
+    decoder_base_dim=6, dim_mult=[1, 2, 2, 2], temperal_downsample=[False, True, True], is_residual=True,
+    patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16,
+)  # fmt: skip
+"""Residual blocks, pixel patches, and a decoder of another width than the encoder."""
 
 GENERATORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "wan2.1-1.3b": ({}, {}),
@@ -298,16 +248,12 @@ GENERATORS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "wan2.2-5b": (
         dict(num_attention_heads=3, layers=3, in_channels=6, out_channels=6),
-        dict(
-            z_dim=6,
-            latents_mean=[0.1, -0.2, 0.3, 0.0, 0.2, -0.1],
-            latents_std=[1.5, 0.8, 1.1, 2.0, 0.9, 1.2],
-            **WAN22_VAE,
-        ),
+        WAN22_VAE
+        | dict(z_dim=6, latents_mean=[0.1, -0.2, 0.3, 0.0, 0.2, -0.1], latents_std=[1.5, 0.8, 1.1, 2.0, 0.9, 1.2]),
     ),
     "wan2.2-a14b": (dict(num_attention_heads=4, ffn_dim=48, layers=3), {}),
 }
-"""What tells the published generators apart, tiny: (of the transformer, of the VAE). The last one has two
+"""Tiny versions of the published generators: (settings of the transformer, of the VAE). The last one has two
 transformers."""
 BOUNDARY = 0.875
 
@@ -320,10 +266,9 @@ def tiny_parts(
     generator: str = "wan2.1-1.3b",
     expert: str = "low",
 ) -> Any:
-    """``types.Parts`` of tiny models, LoRA on with a non-zero B (with B = 0 the gradient of A vanishes and would prove
-    nothing).
+    """``types.Parts`` of tiny models with a LoRA whose B is not zero (with B = 0 the gradient of A vanishes).
 
-    ``generator``: of ``GENERATORS``; ``expert``: of its two transformers, the one that has the LoRA.
+    ``generator``: a key of ``GENERATORS``; ``expert``: the transformer that has the LoRA, where there are two.
     """
     from lowmem_drf.models.lora.adapter import DEFAULT_TARGETS, add_lora, lora_parameters
     from lowmem_drf.models.wan.decoder import WanDecoder
@@ -337,13 +282,8 @@ def tiny_parts(
     randomise_lora(transformer, b_std, seed)
     velocity = as_velocity(transformer)
     if generator == "wan2.2-a14b":
-        velocity = two_experts(
-            velocity,
-            as_velocity(tiny_transformer(dtype, seed + 50, **of_transformer)),
-            expert,
-            BOUNDARY,
-            lambda name: None,
-        )
+        other = as_velocity(tiny_transformer(dtype, seed + 50, **of_transformer))
+        velocity = two_experts(velocity, other, expert, BOUNDARY, lambda name: None)
     return Parts(
         velocity=velocity,
         decoder=WanDecoder(tiny_vae(dtype, seed, **of_vae)),
@@ -363,9 +303,8 @@ def randomise_lora(transformer: Any, std: float = 0.3, seed: int = 0) -> None:
 
 def tiny_condition(batch: int, dtype: torch.dtype = torch.float64, tokens: int = 6, seed: int = 0) -> Tensor:
     """Text embeddings (B, L, 16) as the tiny transformer takes them."""
-    return torch.randn(
-        batch, tokens, TEXT_DIM, generator=torch.Generator().manual_seed(seed + 7), dtype=torch.float64
-    ).to(dtype)
+    generator = torch.Generator().manual_seed(seed + 7)
+    return torch.randn(batch, tokens, TEXT_DIM, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def tiny_latents(
@@ -387,13 +326,9 @@ def save_tiny_generator(folder: Path, seed: int = 0, experts: bool = False) -> P
     text.save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
     scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        flow_shift=3.0,
-        num_train_timesteps=1000,
-        solver_order=1,
-        disable_corrector=[0],
-    )
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, num_train_timesteps=1000,
+        solver_order=1, disable_corrector=[0],
+    )  # fmt: skip
     scheduler.save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "WanPipeline",
@@ -422,8 +357,7 @@ def save_tiny_critic(folder: Path, seed: int = 0, family: str = "qwen2_5_vl", **
 
 
 def relative_difference(got: Tensor, wanted: Tensor) -> float:
-    """Largest absolute difference over the largest absolute value wanted. Raises where nothing is wanted: 0 == 0 would
-    prove nothing."""
+    """Largest absolute difference over the largest absolute value wanted, which must not be 0."""
     got, wanted = got.detach(), wanted.detach()
     scale = float(wanted.abs().max())
     assert scale > 0
@@ -431,8 +365,8 @@ def relative_difference(got: Tensor, wanted: Tensor) -> float:
 
 
 class SavedBytes:
-    """Context manager: the bytes autograd saves for backward inside it, each storage once, parameters and buffers left
-    out."""
+    """Context manager that counts the bytes autograd saves for backward: each storage once, without parameters and
+    buffers."""
 
     def __init__(self, *models: nn.Module) -> None:
         self._skip = {

@@ -21,24 +21,12 @@ def wan_1_3b(mode: FakeTensorMode, layers: int = 2) -> Any:
     """Wan2.1-T2V-1.3B with fewer layers and a LoRA of rank 32: bf16, but for what diffusers keeps in fp32."""
     from diffusers import WanTransformer3DModel
 
-    shape = dict(
-        num_attention_heads=12,
-        attention_head_dim=128,
-        in_channels=16,
-        out_channels=16,
-        text_dim=4096,
-        freq_dim=256,
-        ffn_dim=8960,
-    )
     with torch.device("meta"):
         model = WanTransformer3DModel(
-            **shape,
-            num_layers=layers,
-            cross_attn_norm=True,
-            qk_norm="rms_norm_across_heads",
-            eps=1e-6,
-            patch_size=(1, 2, 2),
-        )
+            num_attention_heads=12, attention_head_dim=128, in_channels=16, out_channels=16, text_dim=4096,
+            freq_dim=256, ffn_dim=8960, num_layers=layers, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+            eps=1e-6, patch_size=(1, 2, 2),
+        )  # fmt: skip
         for name, parameter in model.named_parameters():
             if not set(name.split(".")) & set(model._keep_in_fp32_modules):
                 parameter.data = parameter.data.to(torch.bfloat16)

@@ -43,8 +43,8 @@ def _rates(frames_BTCHW: Tensor, combos: list[Combo]) -> dict[str, float]:
 
 @torch.no_grad()
 def check_oracle(seed: int = 100, every: int = 1) -> dict[str, Any]:
-    """Rates on ground truth: clean clips, VAE reconstructions (of every ``every``-th clip), shuffled captions. Recall
-    of each defect, and the VAE's PSNR."""
+    """Rates on ground truth: clean clips, VAE reconstructions of every ``every``-th clip, shuffled captions; recall of
+    each defect; the VAE's PSNR."""
     generator = torch.Generator().manual_seed(seed)
     combos = all_combos() * 2
     tracks = draw_tracks(combos, generator)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lowmem_drf.models.qwen_vl.critic import QwenCritic
 from lowmem_drf.questions import toyworld
-from lowmem_drf.toy.build.loop import Schedule, half_products, train
+from lowmem_drf.toy.build.loop import Schedule, half_products, scaled, train
 from lowmem_drf.toy.build.tower import draw_labelled
 from lowmem_drf.toy.captions import WORDINGS, caption
 from lowmem_drf.toy.defects import DEFECTS
@@ -260,7 +260,7 @@ def train_language(
     language = Language(critic).train()
     language.requires_grad_(True)
     schedule = Schedule(
-        steps=int(4000 * scale), lr=2e-3, warmup=min(100, max(1, int(300 * scale))), ema=0.995, log_every=100
+        steps=scaled(4000, scale), lr=2e-3, warmup=min(100, scaled(300, scale)), ema=0.995, log_every=100
     )
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -291,7 +291,7 @@ def train_together(
 
     critic.model.train().requires_grad_(True)
     schedule = Schedule(
-        steps=int(1000 * scale), lr=8e-4, warmup=min(100, max(1, int(300 * scale))), ema=0.995, log_every=50
+        steps=scaled(1000, scale), lr=8e-4, warmup=min(100, scaled(300, scale)), ema=0.995, log_every=50
     )
     own = BATCH // 3
 

@@ -22,7 +22,7 @@ from lowmem_drf.method.schedule import flow_sigmas
 from lowmem_drf.method.step import rollout
 from lowmem_drf.models.wan.decoder import WanDecoder
 from lowmem_drf.models.wan.denoiser import as_velocity
-from lowmem_drf.toy.build.loop import Schedule, half_products, train
+from lowmem_drf.toy.build.loop import Schedule, half_products, scaled, train
 from lowmem_drf.toy.build.words import text_tokenizer
 from lowmem_drf.toy.captions import WORDINGS, caption
 from lowmem_drf.toy.scenes import Combo, combos_of, draw_tracks, render
@@ -101,7 +101,7 @@ def train_generator(
         first[combo] = i
     sizes = torch.tensor([3, 6, 5])
     velocity = torch.compile(model.transformer) if compiled else model.transformer
-    warmup = min(200, max(1, int(300 * scale)))
+    warmup = min(200, scaled(300, scale))
 
     def loss(swap_rate: float, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         n, (latents, combos) = 64, data()
@@ -122,7 +122,7 @@ def train_generator(
 
     plan = (("generator", 7500, 2e-3, SWAP_RATES[0]), ("generator_better_captions", 3000, 1.2e-3, SWAP_RATES[1]))
     for name, steps, lr, swap_rate in plan[:parts]:
-        schedule = Schedule(steps=int(steps * scale), lr=lr, warmup=warmup, floor=0.0, ema=0.998, log_every=100)
+        schedule = Schedule(steps=scaled(steps, scale), lr=lr, warmup=warmup, floor=0.0, ema=0.998, log_every=100)
         train(name, model, partial(loss, swap_rate), schedule, folder, seed, log=log)
     return model.eval().requires_grad_(False)
 

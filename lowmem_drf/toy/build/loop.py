@@ -35,6 +35,11 @@ class Schedule:
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+def scaled(count: int, scale: float) -> int:
+    """``count`` steps or clips at the ``--scale`` of a build, at least one."""
+    return max(1, int(count * scale))
+
+
 @contextmanager
 def half_products() -> Iterator[None]:
     """Matrix products in bfloat16 (weights stay fp32): twice as fast on a CPU with AVX512-BF16.

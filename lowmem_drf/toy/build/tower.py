@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowmem_drf.models.qwen_vl.critic import QwenCritic
-from lowmem_drf.toy.build.loop import Schedule, half_products, train
+from lowmem_drf.toy.build.loop import Schedule, half_products, scaled, train
 from lowmem_drf.toy.defects import DEFECTS, PHYSICS, break_physics, break_quality
 from lowmem_drf.toy.scenes import DIRECTION, FRAMES, RGB, SIZE, Tracks, combos_of, draw_tracks, render
 
@@ -135,7 +135,7 @@ def train_tower(
     tower = Tower(critic).train()
     tower.visual.requires_grad_(True)
     schedule = Schedule(
-        steps=int(2500 * scale), lr=2e-3, warmup=min(100, max(1, int(300 * scale))), ema=0.99, log_every=100
+        steps=scaled(2500, scale), lr=2e-3, warmup=min(100, scaled(300, scale)), ema=0.99, log_every=100
     )
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from lowmem_drf.toy.build.loop import Schedule, train
+from lowmem_drf.toy.build.loop import Schedule, scaled, train
 from lowmem_drf.toy.defects import PHYSICS, break_physics
 from lowmem_drf.toy.scenes import combos_of, draw_tracks, render
 
@@ -41,15 +41,15 @@ def draw_clips(n: int, generator: torch.Generator, defect_share: float = 0.25) -
 
 
 def shape_nearby(x_BCTHW: Tensor) -> Tensor:
-    """(B, 1, T, H, W) 1 within two pixels of the shape, else 0: most of a frame is background, which any VAE gets right
+    """(B, 1, T, H, W): 1 within two pixels of the shape, else 0. Most of a frame is background, which every VAE learns
     at once."""
     background = x_BCTHW.flatten(3).median(-1).values[..., None, None]
     return F.max_pool3d(((x_BCTHW - background).abs().amax(1, keepdim=True) > 0.1).float(), (1, 5, 5), 1, (0, 2, 2))
 
 
 def decode_unclamped(vae: AutoencoderKLWan, z: Tensor) -> Tensor:
-    """``AutoencoderKLWan._decode`` (diffusers 0.42.1) less its final clamp, under which a pixel past the range never
-    learns to come back."""
+    """``AutoencoderKLWan._decode`` (diffusers 0.42.1) without its final clamp, which has no gradient for pixels outside
+    the range."""
     vae.clear_cache()
     z = vae.post_quant_conv(z)
     chunks = []
@@ -67,9 +67,9 @@ def train_vae(folder: Path, seed: int, scale: float = 1.0, log: Callable[[str], 
     measured."""
     torch.manual_seed(seed)
     vae = AutoencoderKLWan(**CONFIG, latents_mean=[0.0] * 16, latents_std=[1.0] * 16)
-    image_steps = int(1000 * scale)
+    image_steps = scaled(1000, scale)
     schedule = Schedule(
-        steps=int(3400 * scale), lr=4e-3, warmup=min(100, max(1, int(300 * scale))), floor=0.01, ema=0.99, log_every=100
+        steps=scaled(3400, scale), lr=4e-3, warmup=min(100, scaled(300, scale)), floor=0.01, ema=0.99, log_every=100
     )
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -95,11 +95,8 @@ def train_vae(folder: Path, seed: int, scale: float = 1.0, log: Callable[[str], 
     train("vae", vae, loss, schedule, folder, seed, log=log)
     vae.eval().requires_grad_(False)
     with torch.no_grad():
-        z = torch.cat(
-            [
-                vae.encode(draw_clips(90, torch.Generator().manual_seed(seed + i), 0)).latent_dist.mode()
-                for i in range(4)
-            ]
-        )
+        clips = max(8, int(90 * min(1.0, scale)))
+        draws = [draw_clips(clips, torch.Generator().manual_seed(seed + i), 0) for i in range(4)]
+        z = torch.cat([vae.encode(x).latent_dist.mode() for x in draws])
     vae.register_to_config(latents_mean=z.mean((0, 2, 3, 4)).tolist(), latents_std=z.std((0, 2, 3, 4)).tolist())
     return vae
