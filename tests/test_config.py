@@ -54,21 +54,13 @@ def test_overrides_win_and_the_last_one_counts():
 
 
 def test_a_whole_section_as_an_inline_table():
-    assert load_config("toy", ["critic.weights={TA=0.5, VQ=0}"]).critic.weights.model_dump() == {
-        "TA": 0.5,
-        "Phy": 2.0,
-        "VQ": 0.0,
-    }
+    weights = load_config("toy", ["critic.weights={TA=0.5, VQ=0}"]).critic.weights
+    assert weights.model_dump() == {"TA": 0.5, "Phy": 2.0, "VQ": 0.0}
 
 
 def test_the_resolved_configuration_is_complete_and_reads_back(tmp_path):
-    overrides = [
-        "sampler.graded=[7, 9]",
-        "sampler.graded_steps=2",
-        'sampler.negative_prompt="a \\"b\\" \\\\ é\\n"',
-        "critic.hinge=-0.1",
-    ]
-    config = load_config("toy", overrides)
+    prompt = 'sampler.negative_prompt="a \\"b\\" \\\\ é\\n"'
+    config = load_config("toy", ["sampler.graded=[7, 9]", "sampler.graded_steps=2", prompt, "critic.hinge=-0.1"])
     file = tmp_path / "config.toml"
     file.write_text(to_toml(config), encoding="utf-8")
     assert load_config(file) == config
@@ -153,9 +145,8 @@ def test_values_that_cannot_work_are_refused(overrides, said):
 
 
 def test_a_valid_neighbour_of_each_refusal_is_taken():
-    config = load_config(
-        "toy", ["sampler.graded=last", "sampler.graded_steps=1", "sampler.lv_samples=2", "memory.vae_backward=window:2"]
-    )
+    last = ["sampler.graded=last", "sampler.graded_steps=1", "sampler.lv_samples=2"]
+    config = load_config("toy", [*last, "memory.vae_backward=window:2"])
     assert config.vae_window == 2
     assert load_config("toy", ["critic.frames=fps:8"]).critic.frames == "fps:8"
     assert load_config("toy").vae_window is None

@@ -1,4 +1,4 @@
-"""What is written aside is there whole or not at all."""
+"""Writes are atomic."""
 
 import os
 
@@ -23,14 +23,10 @@ def read(path):
 @pytest.mark.parametrize("write", [write_file, write_folder])
 def test_the_old_stays_until_the_new_is_whole_and_flushed(write, tmp_path, monkeypatch):
     path = tmp_path / "name.txt"
+    flushed, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (flushed.append(os.fstat(handle).st_ino), fsync(handle)))
     for text in ("old", "new"):
-        flushed = []
-        fsync = os.fsync
-        monkeypatch.setattr(
-            os,
-            "fsync",
-            lambda handle, fsync=fsync, flushed=flushed: (flushed.append(os.fstat(handle).st_ino), fsync(handle)),
-        )
+        flushed.clear()
         with written_aside(path) as aside:
             write(aside, text)
             assert aside.parent == path.parent and aside.name.startswith(".name.txt.")

@@ -34,9 +34,8 @@ def test_packing(folder: str, bound: float, tmp_path, monkeypatch, capsys) -> No
     one, four = result["rows"]
     assert result["ratio"] == four["packed"]["s"] / one["packed"]["s"]
     assert one["packed"]["kept_mib"] == one["separate"]["kept_mib"] < four["packed"]["kept_mib"]
-    assert all(
-        side["kept_mib"] < side["peak_mib"] for row in result["rows"] for side in (row["packed"], row["separate"])
-    )
+    sides = [row[way] for row in result["rows"] for way in ("packed", "separate")]
+    assert all(side["kept_mib"] < side["peak_mib"] for side in sides)
 
 
 def test_packing_asks_both_kinds() -> None:

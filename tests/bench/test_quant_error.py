@@ -1,4 +1,4 @@
-"""What 4 and 8 bits cost, held to what is written about it: the bench itself, on fewer clips."""
+"""The error of 4 and 8 bits stays within the documented figures: the bench itself, on fewer clips."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lowmem_drf.models.weights.quant import in_transformer
 
 ERROR = {"bf16": 0.03, "int8": 0.04, "int8, bf16": 0.05, "nf4": 0.35, "nf4, bf16": 0.35}
 COSINE = {"bf16": 0.9995, "int8": 0.9993, "int8, bf16": 0.999, "nf4": 0.95, "nf4, bf16": 0.95}
-"""Of every part, on the mean: a third more than bench/results/quant_error.json has, at least."""
+"""Bounds on the mean of every part: at least a third above the figures of bench/results/quant_error.json."""
 
 
 def check(rows) -> None:
@@ -27,7 +27,7 @@ def check(rows) -> None:
         for part, figures in row.items():
             assert 0 < figures["error"] < ERROR[name], (name, part)
             assert COSINE[name] < figures["cosine"] < 1 and figures["worst"] <= figures["cosine"], (name, part)
-    for part in quant_error.PARTS:  # what the bits cost, and not the rounding
+    for part in quant_error.PARTS:  # the error comes from the bits, not from rounding
         assert rows["nf4"][part]["error"] > 5 * rows["int8"][part]["error"]
 
 
@@ -36,31 +36,24 @@ def test_toyworld_and_a_true_block(tmp_path, capsys, monkeypatch) -> None:
     file = tmp_path / "made" / "out.json"
     assert quant_error.main(["--clips", "2", "--blocks", "Wan2.1-1.3B", "--json", str(file)]) == 0
     models = json.loads(file.read_text())["models"]
-    assert (
-        list(models) == ["ToyWorld", "a block of Wan2.1-1.3B"] and "a block of Wan2.1-1.3B" in capsys.readouterr().out
-    )
+    assert list(models) == ["ToyWorld", "a block of Wan2.1-1.3B"]
+    assert "a block of Wan2.1-1.3B" in capsys.readouterr().out
     for rows in models.values():
         check(rows)
 
 
 def test_the_committed_figures() -> None:
     result = json.loads((ROOT / "bench" / "results" / "quant_error.json").read_text())
-    assert result["clips"] == 16 and list(result["models"]) == [
-        "ToyWorld",
-        *(f"a block of {name}" for name in quant_error.BLOCKS),
-    ]
+    blocks = [f"a block of {name}" for name in quant_error.BLOCKS]
+    assert result["clips"] == 16 and list(result["models"]) == ["ToyWorld", *blocks]
     for rows in result["models"].values():
         check(rows)
 
 
 @pytest.mark.parametrize("name", quant_error.BLOCKS.values())
 def test_the_share_of_weights_that_are_packed(name: str) -> None:
-    """As the docstring of ``models.weights.quant`` says."""
-    config = KNOWN_GENERATORS[name].config.transformer
-    model = empty_transformer(config)
-    packed = sum(
-        p.numel()
-        for key, p in model.named_parameters()
-        if key.endswith(".weight") and in_transformer(key.removesuffix(".weight"))
-    )
+    """The docstring of ``models.weights.quant`` names it."""
+    model = empty_transformer(KNOWN_GENERATORS[name].config.transformer)
+    weights = {key.removesuffix(".weight"): p for key, p in model.named_parameters() if key.endswith(".weight")}
+    packed = sum(p.numel() for key, p in weights.items() if in_transformer(key))
     assert packed / sum(p.numel() for p in model.parameters()) == pytest.approx(0.98, abs=0.005)

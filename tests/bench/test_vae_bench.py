@@ -19,11 +19,8 @@ def test_window(monkeypatch, tmp_path, capsys):
     short, long = json.loads((tmp_path / "out.json").read_text())["settings"]
     assert short["kept"] == list(range(9)) and long["kept"] == [0, 16]
     assert [row["vae_backward"] for row in long["rows"]] == ["window:0", "window:2", "exact"]
-    assert [row["chunks"] for row in short["rows"]] == [3, 3, 3] and [row["chunks"] for row in long["rows"]] == [
-        2,
-        4,
-        5,
-    ]
+    chunks = [[row["chunks"] for row in setting["rows"]] for setting in (short, long)]
+    assert chunks == [[3, 3, 3], [2, 4, 5]]
     for name in ("critic", "noise"):
         none, two, exact = (row[name] for row in long["rows"])
         assert none["error"] > two["error"] > exact["error"] == 0

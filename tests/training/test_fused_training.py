@@ -68,7 +68,7 @@ def test_gradients_of_toyworld(monkeypatch):
 def test_two_updates_of_toyworld(tmp_path, capsys):
     run = tmp_path / "run"
     kernels = ["kernels.ops=fused", "kernels.attention=triton"]
-    train_command("toy", None, run, 2, None, False, [*SMALL, *kernels], False)
+    train_command("toy", None, run, 2, None, False, [*SMALL, *kernels, "critic.mode=vanilla"], False)
     assert "kernels: fused; attention: triton (as asked)" in capsys.readouterr().out
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]

@@ -13,7 +13,6 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lowmem_drf.method.schedule import draw_noise, flow_sigmas
 from lowmem_drf.method.step import rollout
@@ -28,15 +27,14 @@ from lowmem_drf.toy.build.generator import SHIFT, TEXT_TOKENS
 from lowmem_drf.toy.build.tower import draw_labelled
 from lowmem_drf.toy.captions import WORDINGS, caption, heldout_prompts, parse
 from lowmem_drf.toy.defects import DEFECTS, PHYSICS, QUALITY
-from lowmem_drf.toy.oracle import measure
+from lowmem_drf.toy.oracle import Measured, measure
 from lowmem_drf.toy.scenes import Combo, all_combos, draw_tracks, render
 from lowmem_drf.types import Question
 
 CRITIC_COLUMNS = ("yes", "no", "sound? no", "sound? yes")
 
 
-def _rates(frames_BTCHW: Tensor, combos: list[Combo]) -> dict[str, float]:
-    seen = measure(frames_BTCHW)
+def _rates(seen: Measured, combos: list[Combo]) -> dict[str, float]:
     hits = {**seen.matches(combos), "physics": seen.physics, "quality": seen.quality}
     return {name: value.float().mean().item() for name, value in hits.items()}
 
@@ -53,12 +51,12 @@ def check_oracle(seed: int = 100, every: int = 1) -> dict[str, Any]:
     again = torch.cat([reconstruct(vae, part) for part in frames[::every].split(90)])
     order = torch.randperm(len(combos), generator=generator).tolist()
     labelled, _, _, defect = draw_labelled(900, generator, clean_share=0.0, splits=("train", "heldout", "unseen"))
-    seen = measure(labelled)
-    caught = {kind: getattr(seen, kind)[defect == i].float().mean().item() for i, kind in enumerate(DEFECTS)}
+    clean, broken = measure(frames), measure(labelled)
+    caught = {kind: getattr(broken, kind)[defect == i].float().mean().item() for i, kind in enumerate(DEFECTS)}
     return {
-        "clean": _rates(frames, combos),
-        "vae": _rates(again, combos[::every]),
-        "shuffled captions": _rates(frames, [combos[i] for i in order]),
+        "clean": _rates(clean, combos),
+        "vae": _rates(measure(again), combos[::every]),
+        "shuffled captions": _rates(clean, [combos[i] for i in order]),
         "chance": {"shape": 1 / 3, "color": 1 / 6, "direction": 1 / 5, "background": 1 / 3, "all": 1 / 90},
         "defect recall": caught,
         "vae psnr db": -10 * (again - frames[::every]).pow(2).mean().log10().item(),
@@ -77,7 +75,8 @@ def check_generator(prompts: int = 256, seeds: int = 2, steps: int = 10) -> dict
         noise = draw_noise((16, 3, 8, 8), [start + i for i in range(len(part))])
         latents, _ = rollout(velocity, flow_sigmas(steps, SHIFT), noise, text.encode(part, TEXT_TOKENS), None)
         clips.append(decoder.decode(latents))
-    return _rates(torch.cat(clips), [combo for combo in (parse(t) for t in texts) if combo is not None])
+    combos = [combo for combo in (parse(t) for t in texts) if combo is not None]
+    return _rates(measure(torch.cat(clips)), combos)
 
 
 def _truths(label: Any, combo: list[int], wording: int, generator: torch.Generator) -> list[Question]:
