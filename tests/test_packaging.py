@@ -1,4 +1,4 @@
-"""The wheel: built here, unpacked elsewhere, used as an installed package is."""
+"""The wheel, built here and used as an installed package."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from _root import ROOT
 from lowmem_drf import __version__
 
 BESIDE = {"cli.py": "cli.py", "presets/toy.toml": "presets/toy.toml", "kernels/README.md": "kernels/README.md"}
-"""What stands beside the package in a checkout, and where in the package of a wheel."""
+"""Files beside the package in a checkout -> their place in the package of a wheel."""
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +35,8 @@ def installed(wheel, tmp_path_factory):
 
 
 def run(installed, folder, *command):
-    done = subprocess.run(
-        [sys.executable, *command],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(installed)},
-    )
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=folder, env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

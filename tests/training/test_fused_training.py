@@ -41,7 +41,8 @@ def test_gradients_of_toyworld(monkeypatch):
     models = load_models(config, [TEXT])
     plan, cond = step_spec(config, 0), models.condition([TEXT])
     critic, questions = models.asked_critic, [make_questions(TEXT, "dense")]
-    noise = draw_noise(models.latent_shape, [4])  # 3 has a pixel at the clamp, where rounding decides
+    # not seed 3: its gradient is 20 times as large as those of 4 and 5, and amplifies roundings (docs/decisions.md)
+    noise = draw_noise(models.latent_shape, [4])
 
     def gradient(dtype, rows, attention):
         transformer, vae = deepcopy(models.transformer).to(dtype), deepcopy(models.decoder.vae).to(dtype)
