@@ -77,10 +77,8 @@ def test_the_oracle_is_at_chance_on_shuffled_captions(world):
 @pytest.mark.parametrize("kind", DEFECTS)
 def test_the_oracle_sees_every_defect_and_no_other_aspect(world, kind):
     tracks, frames = type(world[1])(*(part[::2] for part in world[1])), world[2][::2]
-    if kind in PHYSICS:
-        broken = render(break_physics(tracks, kind, generator(2)))
-    else:
-        broken = break_quality(frames, kind, generator(2))
+    draw = generator(2)
+    broken = render(break_physics(tracks, kind, draw)) if kind in PHYSICS else break_quality(frames, kind, draw)
     seen = measure(broken)
     assert getattr(seen, kind).float().mean() > 0.9
     other = seen.quality if kind in PHYSICS else seen.physics
