@@ -26,7 +26,6 @@ from lowmem_drf.schema import Config
 from lowmem_drf.scoring.heatmap import write_heatmap
 from lowmem_drf.scoring.saliency import saliency as saliency_of
 from lowmem_drf.scoring.score import ClipScore, score_clip
-from lowmem_drf.files import make_writable
 from lowmem_drf.video import read_video
 
 if TYPE_CHECKING:
