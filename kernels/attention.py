@@ -1,22 +1,22 @@
 """Attention that keeps its log-sum-exp: FlashAttention-2 (Dao 2023, arXiv 2307.08691, algorithm 1), forward pass and
 public functions.
 
-With S = scale q k^T, query i over the keys j that it sees::
+With S = scale q k^T, for query i over the keys j that it sees::
 
     lse_i = log sum_j exp(S_ij)      out_i = sum_j exp(S_ij - lse_i) v_j
 
-``attention_backward.py`` has the backward pass. No tensor of size L x M exists; saved for the backward are q, k, v, out
-and lse.
+``attention_backward.py`` has the backward pass. Nothing of size L x M is allocated; the backward keeps q, k, v, out and
+lse.
 
 Shapes, as in diffusers: q and out (B, L, H, d); k, v (B, M, G, d), H a multiple of G (grouped queries: head h reads key
-head h // (H / G)), any strides with the last dimension contiguous; lse (B, H, L) fp32, natural logarithm, as PyTorch's
-flash attention returns it. d is 16, 32, 64, 80, 96 or 128 (the tensor cores pad 80 and 96 to 128). bf16 and fp16, and
-exact fp32 (slow, for tests and toy models). Sums and exponentials are fp32.
+head h // (H / G)), any strides with the last dimension contiguous; lse (B, H, L) fp32, natural logarithm, as in
+PyTorch's flash attention. d is 16, 32, 64, 80, 96 or 128 (the tensor cores see 80 and 96 as 128). Dtypes: bf16, fp16,
+and exact fp32 (slow; for tests and toy models). Sums and exponentials are fp32.
 
-``ranges`` gives the keys of each query: int32 (B or 1, L, 3), rows (prefix, start, stop) for the union of the keys [0,
+``ranges`` says which keys a query sees: int32 (B or 1, L, 3), rows (prefix, start, stop) for the union of the keys [0,
 prefix) and [start, stop). Causal: (0, 0, i + 1). Windows: (0, start, stop). Questions behind one prefix: (prefix, start
-of the question, i + 1). A row (0, 0, 0) sees nothing: out 0, lse -inf, no gradient. Key blocks that no query of a block
-sees are skipped; those that all of them see whole need no mask.
+of the question, i + 1). A row (0, 0, 0) sees nothing: out 0, lse -inf, no gradient. The kernel skips key blocks that no
+query of a block sees, and masks only the blocks that some of them see in part.
 """
 
 from __future__ import annotations
@@ -30,50 +30,32 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from lowmem_drf.kernels.attention_backward import (
-    CASES,
+from lowmem_drf.kernels.attention_backward import attention_backward_op
+from lowmem_drf.kernels.attention_common import (
     FP32_TILES,
     LOG2E,
-    attention_backward_op,
-    check_inputs,
-    describe,
+    attention_variants,
     dot,
-    launchable,
     load_ranges,
     load_tile,
     seen_blocks,
     store_tile,
 )
-from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tiles_for, tuned
+from lowmem_drf.kernels.checks import DTYPES, check_attention, require_card, row_stride, with_unit_stride
+from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tuned
 
 LN2 = tl.constexpr(0.6931471805599453)
 HEAD_DIMS = (16, 32, 64, 80, 96, 128)
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 TILES = (
-    Tile(
-        {"BLOCK_M": 128, "BLOCK_N": 64},
-        8,
-        3,
-        CARDS,
-        "16 rows a warp, and 96 KiB: all that the smaller cards have; 128 KiB on Hopper",
-    ),
-    Tile(
-        {"BLOCK_M": 128, "BLOCK_N": 32},
-        8,
-        3,
-        (86, 89, 120),
-        "FlashAttention-2's choice on these cards: 64 KiB; less is wasted on a ragged end",
-    ),
-    Tile(
-        {"BLOCK_M": 64, "BLOCK_N": 64},
-        4,
-        2,
-        (80,),
-        "two blocks on a multiprocessor: one multiplies while the other one exponentiates; 56 KiB",
-    ),
+    Tile({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3, CARDS,
+         "16 rows a warp, and 96 KiB: all that the smaller cards have; 128 KiB on Hopper"),
+    Tile({"BLOCK_M": 128, "BLOCK_N": 32}, 8, 3, (86, 89, 120),
+         "FlashAttention-2's choice on these cards: 64 KiB; less is wasted on a ragged end"),
+    Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2, (80,),
+         "two blocks on a multiprocessor: one multiplies while the other one exponentiates; 56 KiB"),
     Tile({"BLOCK_M": 128, "BLOCK_N": 128}, 8, 2, (90,), "two warp groups of 64 queries, wide products; 160 KiB"),
-)
+)  # fmt: skip
 
 
 def attention_naive(
@@ -100,8 +82,8 @@ def _forward_step(
     b_acc, b_max, b_sum, b_q, b_prefix, b_start, b_stop, p_k, p_v, block, stride_kl, stride_vl, scale_log2, M,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PARTLY: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys: the running maximum (of scores in units of log 2), the sum of exponentials and the weighted
-    values."""
+    """Adds one block of keys to the weighted values, the maximum (of scores in units of log 2) and the sum of
+    exponentials."""
     start_n = block * BLOCK_N
     b_k = load_tile(p_k, start_n, M, stride_kl, D, BLOCK_D, BLOCK_N)
     b_v = load_tile(p_v, start_n, M, stride_vl, D, BLOCK_D, BLOCK_N)
@@ -111,9 +93,8 @@ def _forward_step(
         if b_prefix is None:
             b_s = tl.where(o_n < M, b_s, float("-inf"))
         else:
-            b_s = tl.where(
-                (o_n < b_prefix[:, None]) | ((o_n >= b_start[:, None]) & (o_n < b_stop[:, None])), b_s, float("-inf")
-            )
+            seen = (o_n < b_prefix[:, None]) | ((o_n >= b_start[:, None]) & (o_n < b_stop[:, None]))
+            b_s = tl.where(seen, b_s, float("-inf"))
     b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale_log2)
     b_p = tl.exp2(tl.fma(b_s, scale_log2, -b_new[:, None]))
     b_old = tl.exp2(b_max - b_new)
@@ -126,7 +107,8 @@ def _forward_step(
 def attention_forward_kernel(
     p_q, p_k, p_v, p_ranges, p_out, p_lse,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh, stride_rb,
-    scale, L, M, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    scale, L, M,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     i_h, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(1)
@@ -151,47 +133,15 @@ def attention_forward_kernel(
         if p_ranges is not None:
             block = tl.where(i < a, i, d + i - a)
         b_acc, b_max, b_sum = _forward_step(
-            b_acc,
-            b_max,
-            b_sum,
-            b_q,
-            b_prefix,
-            b_start,
-            b_stop,
-            p_k,
-            p_v,
-            block,
-            stride_kl,
-            stride_vl,
-            scale_log2,
-            M,
-            D,
-            BLOCK_D,
-            BLOCK_N,
-            False,
-        )
+            b_acc, b_max, b_sum, b_q, b_prefix, b_start, b_stop, p_k, p_v, block, stride_kl, stride_vl, scale_log2, M,
+            D, BLOCK_D, BLOCK_N, False,
+        )  # fmt: skip
     for i in range(b - a + d - c + f - e):
         block = tl.where(i < b - a, a + i, tl.where(i < b - a + d - c, c + i - (b - a), e + i - (b - a + d - c)))
         b_acc, b_max, b_sum = _forward_step(
-            b_acc,
-            b_max,
-            b_sum,
-            b_q,
-            b_prefix,
-            b_start,
-            b_stop,
-            p_k,
-            p_v,
-            block,
-            stride_kl,
-            stride_vl,
-            scale_log2,
-            M,
-            D,
-            BLOCK_D,
-            BLOCK_N,
-            True,
-        )
+            b_acc, b_max, b_sum, b_q, b_prefix, b_start, b_stop, p_k, p_v, block, stride_kl, stride_vl, scale_log2, M,
+            D, BLOCK_D, BLOCK_N, True,
+        )  # fmt: skip
     b_none = b_sum == 0.0
     b_sum = tl.where(b_none, 1.0, b_sum)
     b_lse = tl.where(b_none, float("-inf"), (b_max + tl.log2(b_sum)) * LN2)
@@ -200,25 +150,27 @@ def attention_forward_kernel(
     tl.store(p_lse + (i_b * H + i_h) * L + o_m, b_lse, mask=o_m < L)
 
 
-_tuned_forward, _tuned_forward_fp32 = (
-    tuned(tiles, key=["D"])(attention_forward_kernel) for tiles in (TILES, FP32_TILES)
-)
+_tuned_forward = tuned(TILES, key=["D"])(attention_forward_kernel)
+_tuned_forward_fp32 = tuned(FP32_TILES, key=["D"])(attention_forward_kernel)
 
 
 @torch.library.custom_op("lowmem_drf::attention_forward", mutates_args=())
 def attention_forward_op(
     q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse), and nothing else is allocated."""
-    q, k, v, ranges = launchable(q), launchable(k), launchable(v), None if ranges is None else ranges.contiguous()
+    """(out, lse); allocates nothing else."""
+    require_card("attention", q)
+    q, k, v = (with_unit_stride(x) for x in (q, k, v))
+    ranges = None if ranges is None else ranges.contiguous()
     B, L, H, d = q.shape
     M, G = k.shape[1:3]
     out, lse = q.new_empty(q.shape), q.new_empty(B, H, L, dtype=torch.float32)
     strides = [n for x in (q, k, v) for n in x.stride()[:3]]
-    rows = 0 if ranges is None or len(ranges) == 1 else ranges.stride(0)
-    (_tuned_forward_fp32 if q.dtype is torch.float32 else _tuned_forward)[
-        lambda meta: (triton.cdiv(L, meta["BLOCK_M"]), H, B)
-    ](q, k, v, ranges, out, lse, *strides, rows, scale, L, M, GROUP=H // G, D=d, BLOCK_D=triton.next_power_of_2(d))
+    stride_r = 0 if ranges is None else row_stride(ranges)
+    kernel = _tuned_forward_fp32 if q.dtype is torch.float32 else _tuned_forward
+    kernel[lambda meta: (triton.cdiv(L, meta["BLOCK_M"]), H, B)](
+        q, k, v, ranges, out, lse, *strides, stride_r, scale, L, M, GROUP=H // G, D=d, BLOCK_D=triton.next_power_of_2(d)
+    )
     return out, lse
 
 
@@ -229,7 +181,8 @@ def _(q, k, v, scale, ranges=None):
 
 @register_flop_formula(torch.ops.lowmem_drf.attention_forward)
 def _(q_shape, k_shape, *_, **__) -> int:
-    """FLOPs as PyTorch counts its own: all queries with all keys. Shapes do not tell what ranges leave out."""
+    """As PyTorch counts its own attention: all queries with all keys, because shapes do not show what ranges leave
+    out."""
     B, L, H, d = q_shape
     return 4 * B * H * L * k_shape[1] * d
 
@@ -252,21 +205,21 @@ class _Attention(torch.autograd.Function):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, ranges: Tensor | None = None) -> Tensor:
-    """softmax(scale q k^T) v, differentiable in q, k and v. Gradients that are not needed cost nothing.
+    """softmax(scale q k^T) v, differentiable in q, k and v. Gradients that are not needed are not computed.
 
     Args:
         q: (B, L, H, d), bf16, fp16 or fp32.
         k: (B, M, G, d), the same dtype, H a multiple of G.
         v: as k.
-        scale: positive; ``None``: d ** -0.5.
-        ranges: (B or 1, L, 3) int32, the keys of each query; ``None``: all keys.
+        scale: positive; None: d ** -0.5.
+        ranges: (B or 1, L, 3) int32, the keys that each query sees; None: all keys.
 
     Returns:
         (B, L, H, d).
 
     Raises:
-        TypeError: a dtype without a kernel.
-        ValueError: shapes or devices that do not fit together.
+        TypeError: a dtype that the kernels do not have.
+        ValueError: shapes or devices that do not match.
     """
     return _Attention.apply(q, k, v, _checked(q, k, v, scale, ranges), ranges)
 
@@ -274,43 +227,33 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, range
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, ranges: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of ``attention`` outside autograd, for callers that keep them for ``attention_backward``; lse (B, H,
-    L) fp32."""
+    """(out, lse) of ``attention`` without autograd, lse (B, H, L) fp32: for callers that keep both and then call
+    ``attention_backward``."""
     return attention_forward_op(q, k, v, _checked(q, k, v, scale, ranges), ranges)
 
 
 def attention_backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float | None = None,
-    ranges: Tensor | None = None,
-    wanted_q: bool = True,
-    wanted_kv: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq, dk, dv) from the results of ``attention_forward`` and the gradient of out; unwanted ones are empty. Checks
-    as ``attention``."""
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    scale: float | None = None, ranges: Tensor | None = None, wanted_q: bool = True, wanted_kv: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv) from the results of ``attention_forward`` and the gradient of out. Unwanted gradients have no
+    elements. Checks as ``attention``."""
     scale = _checked(q, k, v, scale, ranges)
     for name, x in (("d_out", d_out), ("out", out)):
         if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"{name} must be as q, {tuple(q.shape)} {q.dtype} on {q.device}; got {tuple(x.shape)} {x.dtype} on {x.device}."
-            )
+            wanted, got = (f"{tuple(y.shape)} {y.dtype} on {y.device}" for y in (q, x))
+            raise ValueError(f"{name} must be as q, {wanted}; got {got}.")
     B, L, H, _ = q.shape
     if lse.shape != (B, H, L) or lse.dtype is not torch.float32 or lse.device != q.device:
-        raise ValueError(
-            f"lse must be {(B, H, L)} torch.float32 on {q.device}, as attention_forward gives it; got {tuple(lse.shape)} {lse.dtype}, {lse.device}."
-        )
+        wanted = f"{(B, H, L)} torch.float32 on {q.device}, as attention_forward gives it"
+        raise ValueError(f"lse must be {wanted}; got {tuple(lse.shape)} {lse.dtype}, {lse.device}.")
     return attention_backward_op(d_out, q, k, v, out, lse, scale, ranges, wanted_q, wanted_kv)
 
 
 def _checked(q: Tensor, k: Tensor, v: Tensor, scale: float | None, ranges: Tensor | None) -> float:
-    """The scale, after all checks."""
+    """Checks the inputs and returns the scale to use."""
     tensors = {"q": q, "k": k, "v": v} | ({} if ranges is None else {"ranges": ranges})
-    scale = check_inputs(tensors, scale, DTYPES, HEAD_DIMS, "attention_naive")
+    scale = check_attention(tensors, scale, DTYPES, HEAD_DIMS, "attention_naive")
     if ranges is not None and ranges.dtype is not torch.int32:
         raise TypeError(f"ranges must be int32, got {ranges.dtype}.")
     if ranges is not None and ranges.shape not in ((1, q.shape[1], 3), (q.shape[0], q.shape[1], 3)):
@@ -324,23 +267,20 @@ def causal_ranges(L: int, device: torch.device | str) -> Tensor:
 
 
 def window_ranges(bounds: Sequence[int], device: torch.device | str, causal: bool = False) -> Tensor:
-    """(1, L, 3) for windows [bounds[n], bounds[n + 1]) of a sequence (cu_seqlens): a query sees its own window; if
-    ``causal``, only up to itself."""
-    windows = [
-        torch.tensor([0, start, stop]).repeat(stop - start, 1)
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    """(1, L, 3) for windows [bounds[n], bounds[n + 1]) of a sequence (cu_seqlens): a query sees its own window,
+    ``causal``: up to itself."""
+    pairs = zip(bounds[:-1], bounds[1:], strict=True)
+    windows = [torch.tensor([0, start, stop]).repeat(stop - start, 1) for start, stop in pairs]
     return _ranges(torch.cat(windows), causal, device)
 
 
 def packed_ranges(prefix: int, lengths: Sequence[int], L: int, device: torch.device | str) -> Tensor:
-    """(1, L, 3) for a causal prefix and the questions behind it. Each question sees the prefix and itself, causally;
-    the padding behind them sees nothing."""
+    """(1, L, 3) for a causal prefix and causal questions behind it, each of which sees the prefix and itself. The rest
+    is padding, which sees nothing."""
     ranges = torch.zeros(L, 3, dtype=torch.int64)
     end = prefix + sum(lengths)
-    ranges[:end] = window_ranges([0, prefix, *(prefix + torch.tensor(lengths).cumsum(0)).tolist()], "cpu", causal=True)[
-        0
-    ]
+    bounds = [0, prefix, *(prefix + torch.tensor(lengths).cumsum(0)).tolist()]
+    ranges[:end] = window_ranges(bounds, "cpu", causal=True)[0]
     ranges[prefix:end, 0] = prefix
     return _ranges(ranges, False, device)
 
@@ -352,10 +292,5 @@ def _ranges(ranges: Tensor, causal: bool, device: torch.device | str) -> Tensor:
 
 
 def variants(card: int) -> Iterator[Variant]:
-    """The forward kernel with every tile of a card: each case in bf16, the first one also in fp16 (same code, same
-    size), the fp32 tile once."""
-    runs = [("bf16", *case, TILES) for case in CASES] + [("fp16", *CASES[0], TILES), ("fp32", 32, True, 1, FP32_TILES)]
-    for element, d, ranges, group, tiles in runs:
-        described = describe(element, d, ranges, group, "q k v ranges out lse", "qkv", "stride_rb scale L M")
-        for tile in tiles_for(tiles, card):
-            yield Variant(attention_forward_kernel, tile, *described)
+    """The forward kernel with every tile of a card, on the cases of the models."""
+    yield from attention_variants(attention_forward_kernel, TILES, card)

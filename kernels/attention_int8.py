@@ -1,15 +1,15 @@
-"""Attention with an 8-bit integer product q k^T, for passes without gradient (SageAttention: Zhang et al. 2024, arXiv
+"""Attention that computes q k^T in 8-bit integers, for passes without gradient (SageAttention: Zhang et al. 2024, arXiv
 2410.02367)::
 
-    k' = k - mean of k over the tokens         adds the same to all scores of a query, which its softmax ignores
-    q = s_q q8, k' = s_k k8                    s: largest |element| / 127 of 128 queries or 64 keys of a head,
-                                               halves rounded away from 0
-    out = softmax(scale s_q s_k q8 k8^T) v     q8 k8^T exact in int32, softmax in fp32, p v in the inputs' dtype
-                                               with fp32 sums
+    k'  = k - mean of k over the tokens     adds the same to all scores of a query, which the softmax cancels
+    q   = s_q q8,  k' = s_k k8              s: largest |element| / 127, over 128 queries or 64 keys of a head;
+                                            halves are rounded away from 0
+    out = softmax(scale s_q s_k q8 k8^T) v  q8 k8^T exact in int32, softmax in fp32,
+                                            p v in the dtype of the inputs with fp32 sums
 
-On tensor cores integer products are at least twice as fast as 16-bit ones, and k is half as large to read. Rotary
-embeddings and normalised keys leave channels in which all keys are far from zero; these would waste most of the 8 bits,
-hence the mean.
+Tensor cores run integer products at least twice as fast as 16-bit ones, and k8 has half the bytes of k. Subtracting the
+mean matters because rotary embeddings and normalised keys leave channels in which all keys are far from zero; these
+would waste most of the 8 bits.
 
 Shapes as in ``attention.py``: q and out (B, L, H, d); k, v (B, M, G, d), H a multiple of G; bf16 or fp16; d is 64 or
 128. Every query sees every key.
@@ -26,45 +26,26 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from lowmem_drf.kernels.attention_backward import LOG2E, UPCAST, check_inputs, dot, launchable, load_tile, store_tile
-from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tiles_for, tuned
+from lowmem_drf.kernels.attention_common import LOG2E, UPCAST, dot, load_tile, store_tile
+from lowmem_drf.kernels.checks import check_attention, require_card, with_unit_stride
+from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tiles_for, tuned, variant
 
 HEAD_DIMS = (64, 128)
 QUERIES, KEYS = tl.constexpr(128), tl.constexpr(64)
 """Rows that share a scale."""
 
 QUANTISE_TILES = (
-    Tile(
-        {},
-        8,
-        1,
-        CARDS,
-        "the rows of one scale at a time, 32 KiB at the most: 64 registers a thread hold them between maximum and rounding",
-    ),
-)
+    Tile({}, 8, 1, CARDS,
+         "the rows of one scale at a time, at most 32 KiB: 64 registers a thread keep them from maximum to rounding"),
+)  # fmt: skip
 TILES = (
-    Tile(
-        {"BLOCK_M": 128, "BLOCK_N": 64},
-        8,
-        3,
-        CARDS,
-        "a block of keys with one scale; 16 rows a warp; 64 KiB, 89 on Hopper",
-    ),
-    Tile(
-        {"BLOCK_M": 128, "BLOCK_N": 32},
-        8,
-        4,
-        (80, 86, 89, 120),
-        "52 KiB, and few enough registers for two blocks on a multiprocessor of an A100",
-    ),
-    Tile(
-        {"BLOCK_M": 64, "BLOCK_N": 64},
-        4,
-        3,
-        (90,),
-        "one warp group, two blocks on a multiprocessor: one multiplies, the other one exponentiates; 81 KiB",
-    ),
-)
+    Tile({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3, CARDS,
+         "a block of keys with one scale; 16 rows a warp; 64 KiB, 89 on Hopper"),
+    Tile({"BLOCK_M": 128, "BLOCK_N": 32}, 8, 4, (80, 86, 89, 120),
+         "52 KiB, and few enough registers for two blocks on a multiprocessor of an A100"),
+    Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3, (90,),
+         "one warp group, two blocks on a multiprocessor: one multiplies, the other one exponentiates; 81 KiB"),
+)  # fmt: skip
 
 
 def attention_int8_naive(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
@@ -74,14 +55,13 @@ def attention_int8_naive(q: Tensor, k: Tensor, v: Tensor, scale: float | None = 
     q_BLHd, k_BMGd, v_BMGd = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
     q_BLHd = _rounded(q_BLHd, QUERIES.value)
     k_BMGd = _rounded(k_BMGd - k_BMGd.mean(1, keepdim=True), KEYS.value)
-    p_BGHLM = torch.einsum(
-        "blghd,bmgd->bghlm", q_BLHd.unflatten(2, (G, H // G)) * (d**-0.5 if scale is None else scale), k_BMGd
-    ).softmax(-1)
+    q_BLGHd = q_BLHd.unflatten(2, (G, H // G)) * (d**-0.5 if scale is None else scale)
+    p_BGHLM = torch.einsum("blghd,bmgd->bghlm", q_BLGHd, k_BMGd).softmax(-1)
     return torch.einsum("bghlm,bmgd->blghd", p_BGHLM, v_BMGd).flatten(2, 3).to(q.dtype)
 
 
 def _rounded(x_BLHd: Tensor, rows: int) -> Tensor:
-    """x after rounding to 8 bits."""
+    """x quantised to 8 bits and back."""
     groups = F.pad(x_BLHd, (0, 0, 0, 0, 0, -x_BLHd.shape[1] % rows)).unflatten(1, (-1, rows))
     step = groups.abs().amax((2, 4), keepdim=True).clamp(min=1e-12) / 127
     return ((groups / step + groups.sign() / 2).trunc() * step).flatten(1, 2)[:, : x_BLHd.shape[1]]
@@ -93,8 +73,8 @@ def quantise_kernel(
 ):
     i, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(1)
-    # [ROWS, D]
-    b_x = load_tile(p_x + i_b * stride_xb + i_h * stride_xh, i * ROWS, L, stride_xl, D, D, ROWS).to(tl.float32)
+    p_x += i_b * stride_xb + i_h * stride_xh
+    b_x = load_tile(p_x, i * ROWS, L, stride_xl, D, D, ROWS).to(tl.float32)  # [ROWS, D]
     if p_mean is not None:
         b_x -= tl.load(p_mean + (i_b * H + i_h) * D + tl.arange(0, D))[None, :]
     step = tl.maximum(tl.max(tl.max(tl.abs(b_x), 1), 0), 1e-12) / 127
@@ -106,10 +86,11 @@ def quantise_kernel(
 
 @triton.jit
 def _step(
-    b_acc, b_max, b_sum, b_q8, q_step, p_k8, p_k_step, p_v, block, stride_kl, stride_vl, M, D: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr
+    b_acc, b_max, b_sum, b_q8, q_step, p_k8, p_k_step, p_v, block, stride_kl, stride_vl, M,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys: the running maximum (of scores in units of log 2), the sum of exponentials and the weighted
-    values."""
+    """Adds one block of keys to the weighted values, the maximum (of scores in units of log 2) and the sum of
+    exponentials."""
     start_n = block * BLOCK_N
     b_k8 = tl.trans(load_tile(p_k8, start_n, M, stride_kl, D, D, BLOCK_N))  # [D, BN]
     b_v = load_tile(p_v, start_n, M, stride_vl, D, D, BLOCK_N)
@@ -159,7 +140,7 @@ _tuned_attention = tuned(TILES, key=["D"])(attention_int8_kernel)
 
 
 def _quantised(x: Tensor, mean: Tensor | None, rows: int, factor: float) -> tuple[Tensor, Tensor]:
-    """(x in 8 bits, contiguous; (B, H, ceil(L / rows)) fp32 steps times the factor)."""
+    """(x in 8 bits, contiguous; its scales times ``factor``, (B, H, ceil(L / rows)) fp32)."""
     B, L, H, d = x.shape
     blocks = triton.cdiv(L, rows)
     x8, step = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(B, H, blocks, dtype=torch.float32)
@@ -169,8 +150,9 @@ def _quantised(x: Tensor, mean: Tensor | None, rows: int, factor: float) -> tupl
 
 @torch.library.custom_op("lowmem_drf::attention_int8", mutates_args=())
 def attention_int8_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Also allocates one byte per element of q and k, and fp32 steps."""
-    q, k, v = launchable(q), launchable(k), launchable(v)
+    """Also allocates one byte per element of q and k, and the fp32 scales."""
+    require_card("attention_int8", q)
+    q, k, v = (with_unit_stride(x) for x in (q, k, v))
     B, L, H, d = q.shape
     M, G = k.shape[1:3]
     q8, q_step = _quantised(q, None, QUERIES.value, scale * LOG2E.value)
@@ -189,7 +171,7 @@ def _(q, k, v, scale):
 
 @register_flop_formula(torch.ops.lowmem_drf.attention_int8)
 def _(q_shape, k_shape, *_, **__) -> int:
-    """FLOPs as for 16-bit attention; half of them are integer products."""
+    """As for 16-bit attention; half of the products are integer ones."""
     B, L, H, d = q_shape
     return 4 * B * H * L * k_shape[1] * d
 
@@ -201,47 +183,31 @@ def attention_int8(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
         q: (B, L, H, d), bf16 or fp16.
         k: (B, M, G, d), the same dtype, H a multiple of G.
         v: as k.
-        scale: positive; ``None``: d ** -0.5.
+        scale: positive; None: d ** -0.5.
 
     Returns:
         (B, L, H, d).
 
     Raises:
-        TypeError: a dtype without a kernel.
-        ValueError: shapes or devices that do not fit together; an input requires gradient while gradients are recorded.
+        TypeError: a dtype that the kernels do not have.
+        ValueError: shapes or devices that do not match; an input requires a gradient while gradients are recorded.
     """
     tensors = {"q": q, "k": k, "v": v}
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values()):
         raise ValueError("attention_int8 has no gradient. Call it under torch.no_grad(), or take attention.")
-    scale = check_inputs(
-        tensors, scale, (torch.bfloat16, torch.float16), HEAD_DIMS, "attention or attention_int8_naive"
-    )
-    return attention_int8_op(q, k, v, scale)
+    dtypes, otherwise = (torch.bfloat16, torch.float16), "attention or attention_int8_naive"
+    return attention_int8_op(q, k, v, check_attention(tensors, scale, dtypes, HEAD_DIMS, otherwise))
 
 
 def variants(card: int) -> Iterator[Variant]:
-    """Both kernels with every tile of a card, in both dtypes: Wan's 128 channels, and 64; quantisation of queries, and
-    of keys with their mean."""
-    strides = {f"stride_x{n}": "i32" for n in "blh"}
+    """Both kernels with every tile of a card, in both dtypes, for Wan's 128 channels and for 64; quantisation of keys
+    (with their mean) and of queries."""
+    kinds = dict.fromkeys(("p_mean", "p_step", "p_q_step", "p_k_step", "factor"), "fp32")
+    kinds |= dict.fromkeys(("p_x8", "p_q8", "p_k8"), "i8")
     for element in ("bf16", "fp16"):
         for d in HEAD_DIMS:
             for tile in tiles_for(QUANTISE_TILES, card):
-                types = (
-                    {"p_x": f"*{element}", "p_mean": "*fp32", "p_x8": "*i8", "p_step": "*fp32"}
-                    | strides
-                    | {"factor": "fp32", "L": "i32"}
-                )
-                yield Variant(quantise_kernel, tile, types, {"ROWS": KEYS.value, "D": d})
-                types = {name: kind for name, kind in types.items() if name != "p_mean"}
-                yield Variant(quantise_kernel, tile, types, {"p_mean": None, "ROWS": QUERIES.value, "D": d})
-            types = {
-                "p_q8": "*i8",
-                "p_k8": "*i8",
-                "p_v": f"*{element}",
-                "p_q_step": "*fp32",
-                "p_k_step": "*fp32",
-                "p_out": f"*{element}",
-            }
-            types |= {"stride_vb": "i32", "stride_vl": "i32", "stride_vh": "i32", "L": "i32", "M": "i32"}
+                for constants in ({"ROWS": KEYS.value, "D": d}, {"p_mean": None, "ROWS": QUERIES.value, "D": d}):
+                    yield variant(quantise_kernel, tile, element, constants, **kinds)
             for tile in tiles_for(TILES, card):
-                yield Variant(attention_int8_kernel, tile, types, {"GROUP": 1, "D": d})
+                yield variant(attention_int8_kernel, tile, element, {"GROUP": 1, "D": d}, **kinds)

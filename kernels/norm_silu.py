@@ -4,21 +4,20 @@
     u = sqrt(C) * n * gamma
     y = silu(u) = u * sigmoid(u)     or u itself
 
-Shapes: x and y (B, C, T, H, W), gamma (C). Dtypes: bf16, fp16 or fp32, each on its own; y has the dtype of x.
-Arithmetic is in fp32, rounded once. Source: ``WanRMS_norm`` and ``SiLU`` as in ``WanResidualBlock`` of diffusers 0.42.1
-(``autoencoder_kl_wan.py``). There ``F.normalize`` saves x in fp32, its square, its norms and two quotients, and
-``SiLU`` saves its input.
+Shapes: x and y (B, C, T, H, W), gamma (C). Dtypes: bf16, fp16 or fp32, independent of each other; y has the dtype of x.
+Computes in fp32 and rounds once, at the end. Source: ``WanRMS_norm`` and ``SiLU`` in ``WanResidualBlock`` of diffusers
+0.42.1 (``autoencoder_kl_wan.py``). There, ``F.normalize`` keeps x in fp32, its square, its norms and two quotients, and
+``SiLU`` keeps its input.
 
-Saved for the backward: x alone. A program holds all channels of its positions, so the norm needs no second read, and
-saving it would gain nothing. With s = sigmoid(u) and v = sqrt(C) * gamma * d * s * (1 + u * (1 - s)), for an upstream
-gradient d:
+The backward keeps x alone. A program holds all channels of its positions, so it recomputes their norm without another
+read. With s = sigmoid(u) and v = sqrt(C) * gamma * d * s * (1 + u * (1 - s)), for an upstream gradient d:
 
     dx     = (v - n * sum_C(v * n)) / |x|        (v / 1e-12 where the norm is clamped)
     dgamma = sum over positions of v * n / gamma
 
 Tiles are channels x positions. Positions are contiguous in memory, so a warp reads along them; in channels-last memory
-the compiler transposes the tile, as the stride of the channels is 1. Nothing is copied: strips of rows and of frames
-are read in place if H and W form one dimension of memory.
+the stride of the channels is 1, and the compiler transposes the tile. No tensor is copied: the kernels read strips of
+rows and of frames in place, as long as H and W are one dimension of memory.
 """
 
 from __future__ import annotations
@@ -33,30 +32,20 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowmem_drf.kernels.tiles import CARDS, INTERPRETED, Tile, Variant, tiles_for, tuned
+from lowmem_drf.kernels.checks import DTYPES, require_card
+from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tiles_for, tuned, variant
 
 ELEMENTS = 8192
-"""Elements of a tile: all channels, padded to a power of two, times the positions that fit. At 96 channels these are
-64: 128 bytes in bf16, a cache line; at 384 still 32 bytes, the smallest memory transfer."""
-TILES: tuple[Tile, ...] = (
-    Tile(
-        {"ELEMENTS": ELEMENTS},
-        8,
-        1,
-        CARDS,
-        "32 elements a thread, at most 128 registers: two programs share a multiprocessor, one loads while one computes",
-    ),
-    Tile(
-        {"ELEMENTS": ELEMENTS},
-        16,
-        1,
-        CARDS,
-        "16 elements a thread: twice the warps to compute while others wait, more of them to add up over",
-    ),
-)
+"""Values of a tile: all channels, padded to a power of two, times as many positions as fit. 96 channels leave 64
+positions, in bf16 a cache line of 128 bytes; 384 channels leave 32 bytes, the least that memory transfers."""
+TILES = (
+    Tile({"ELEMENTS": ELEMENTS}, 8, 1, CARDS,
+         "32 elements a thread, at most 128 registers: of two programs on a multiprocessor one loads, one computes"),
+    Tile({"ELEMENTS": ELEMENTS}, 16, 1, CARDS,
+         "16 elements a thread: twice the warps to compute while others wait, more of them to add up over"),
+)  # fmt: skip
 EPS = tl.constexpr(1e-12)
-"""As in ``F.normalize``."""
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""The bound of ``F.normalize``."""
 
 
 def norm_silu_naive(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool = True) -> Tensor:
@@ -69,8 +58,8 @@ def norm_silu_naive(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool = True) -> Tens
 
 @triton.jit
 def _places(C, T, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """This program's batch element, frame, channels [BLOCK_C, 1] and positions [1, BLOCK_P], and the masks of the
-    existing ones."""
+    """This program's batch element, frame, channels [BLOCK_C, 1] and positions [1, BLOCK_P], and the mask of those that
+    exist."""
     blocks = tl.cdiv(P, BLOCK_P)
     i_bt = tl.program_id(0) // blocks
     o_c = tl.arange(0, BLOCK_C)[:, None]
@@ -79,8 +68,8 @@ def _places(C, T, P, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def _of_channels(p_gamma, C, BLOCK_C: tl.constexpr):
-    """[BLOCK_C, 1] in fp32. Loaded as a row: a column's load would set the layout of the whole computation, with one
+def _load_gamma(p_gamma, C, BLOCK_C: tl.constexpr):
+    """[BLOCK_C, 1] in fp32. Loaded as a row: loading a column would set the layout of the whole computation to one
     position per warp."""
     o_c = tl.arange(0, BLOCK_C)
     return tl.load(p_gamma + o_c, mask=o_c < C, other=0.0).to(tl.float32)[:, None]
@@ -89,7 +78,7 @@ def _of_channels(p_gamma, C, BLOCK_C: tl.constexpr):
 @triton.jit
 def _sigmoid(b_u):
     b_root = tl.math.rsqrt(1.0 + tl.exp(-b_u))
-    # a division takes four times the instructions, and with the fastest memory this kernel is near that limit
+    # a division takes four times the instructions, and with the fastest memory they nearly limit this kernel
     return b_root * b_root
 
 
@@ -101,37 +90,31 @@ def norm_silu_forward_kernel(
     SILU: tl.constexpr, BLOCK_C: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     i_b, i_t, o_c, o_p, m = _places(C, T, P, BLOCK_C, ELEMENTS // BLOCK_C)
-    # [BLOCK_C, BLOCK_P]
-    b_x = tl.load(p_x + i_b * stride_xb + i_t * stride_xt + o_c * stride_xc + o_p * step_x, mask=m, other=0.0).to(
-        tl.float32
-    )
-    b_gamma = _of_channels(p_gamma, C, BLOCK_C)
+    p_x += i_b * stride_xb + i_t * stride_xt
+    b_x = tl.load(p_x + o_c * stride_xc + o_p * step_x, mask=m, other=0.0).to(tl.float32)  # [BLOCK_C, BLOCK_P]
+    b_gamma = _load_gamma(p_gamma, C, BLOCK_C)
     b_norm = tl.sqrt(tl.sum(b_x * b_x, axis=0))[None, :]  # [1, BLOCK_P]
     b_y = b_x * (root / tl.maximum(b_norm, EPS)) * b_gamma
     if SILU:
         b_y = b_y * _sigmoid(b_y)
-    tl.store(
-        p_y + i_b * stride_yb + i_t * stride_yt + o_c * stride_yc + o_p * step_y, b_y.to(p_y.dtype.element_ty), mask=m
-    )
+    p_y += i_b * stride_yb + i_t * stride_yt
+    tl.store(p_y + o_c * stride_yc + o_p * step_y, b_y.to(p_y.dtype.element_ty), mask=m)
 
 
 @tuned(TILES, key=["C"])
 @triton.jit
 def norm_silu_backward_kernel(
     p_d, p_x, p_gamma, p_dx, p_dgamma, C, T, P, root,
-    stride_db, stride_dc, stride_dt, step_d, stride_xb, stride_xc, stride_xt, step_x, stride_dxb, stride_dxc, stride_dxt, step_dx,
+    stride_db, stride_dc, stride_dt, step_d, stride_xb, stride_xc, stride_xt, step_x,
+    stride_dxb, stride_dxc, stride_dxt, step_dx,
     SILU: tl.constexpr, DX: tl.constexpr, DGAMMA: tl.constexpr, BLOCK_C: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     i_b, i_t, o_c, o_p, m = _places(C, T, P, BLOCK_C, ELEMENTS // BLOCK_C)
-    # [BLOCK_C, BLOCK_P]
-    b_x = tl.load(p_x + i_b * stride_xb + i_t * stride_xt + o_c * stride_xc + o_p * step_x, mask=m, other=0.0).to(
-        tl.float32
-    )
-    # [BLOCK_C, BLOCK_P]
-    b_d = tl.load(p_d + i_b * stride_db + i_t * stride_dt + o_c * stride_dc + o_p * step_d, mask=m, other=0.0).to(
-        tl.float32
-    )
-    b_gamma = root * _of_channels(p_gamma, C, BLOCK_C)
+    p_x += i_b * stride_xb + i_t * stride_xt
+    b_x = tl.load(p_x + o_c * stride_xc + o_p * step_x, mask=m, other=0.0).to(tl.float32)  # [BLOCK_C, BLOCK_P]
+    p_d += i_b * stride_db + i_t * stride_dt
+    b_d = tl.load(p_d + o_c * stride_dc + o_p * step_d, mask=m, other=0.0).to(tl.float32)  # [BLOCK_C, BLOCK_P]
+    b_gamma = root * _load_gamma(p_gamma, C, BLOCK_C)
     b_norm = tl.sqrt(tl.sum(b_x * b_x, axis=0))[None, :]  # [1, BLOCK_P]
     b_inverse = 1.0 / tl.maximum(b_norm, EPS)
     b_n = b_x * b_inverse
@@ -146,15 +129,13 @@ def norm_silu_backward_kernel(
         b_v = b_d * b_gamma
         b_along = tl.where(b_norm > EPS, tl.sum(b_v * b_n, axis=0)[None, :], 0.0)
         b_dx = (b_v - b_n * b_along) * b_inverse
-        tl.store(
-            p_dx + i_b * stride_dxb + i_t * stride_dxt + o_c * stride_dxc + o_p * step_dx,
-            b_dx.to(p_dx.dtype.element_ty),
-            mask=m,
-        )
+        p_dx += i_b * stride_dxb + i_t * stride_dxt
+        tl.store(p_dx + o_c * stride_dxc + o_p * step_dx, b_dx.to(p_dx.dtype.element_ty), mask=m)
 
 
 def _extent(*tensors: Tensor) -> tuple[int, int]:
-    """Frames, and positions per frame; one long frame if frames are adjacent in the memory of all these tensors."""
+    """Number of frames, and of positions per frame. Frames that are contiguous in all tensors count as one long
+    frame."""
     _, _, frames, height, width = tensors[0].shape
     if all(frames == 1 or x.stride(2) == height * width * _strides(x)[3] for x in tensors):
         return 1, frames * height * width
@@ -170,16 +151,8 @@ def _block_c(x: Tensor) -> int:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """x with H and W as one dimension of memory; copied if they are not (strips of columns, transposed frames)."""
+    """x with H and W as one dimension of memory: strips of columns and transposed frames are copied."""
     return x if x.shape[3] == 1 or x.shape[4] == 1 or x.stride(3) == x.shape[4] * x.stride(4) else x.contiguous()
-
-
-def _require_launchable(x: Tensor) -> None:
-    """Here and not in the public function: the plan calls that with fake CPU tensors."""
-    if x.device.type != "cuda" and not INTERPRETED:
-        raise ValueError(
-            f"norm_silu runs on a CUDA card; x is on {x.device}. On the CPU take norm_silu_naive, or set TRITON_INTERPRET=1 before Python starts"
-        )
 
 
 def _strides(x: Tensor) -> tuple[int, int, int, int]:
@@ -189,26 +162,17 @@ def _strides(x: Tensor) -> tuple[int, int, int, int]:
 
 @torch.library.custom_op("lowmem_drf::norm_silu_forward", mutates_args=())
 def norm_silu_forward(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool) -> Tensor:
-    """y, in the memory layout of x if x has no gaps."""
-    _require_launchable(x_BCTHW)
+    """y, with the memory layout of x if x has no gaps."""
+    require_card("norm_silu", x_BCTHW)
     x, gamma = _flat(x_BCTHW), gamma_C.contiguous()
     y = torch.empty_like(x)
     if x.numel():
         frames, positions = _extent(x, y)
         with torch.cuda.device_of(x):
             norm_silu_forward_kernel[(_programs(x, frames, positions),)](
-                x,
-                gamma,
-                y,
-                x.shape[1],
-                frames,
-                positions,
-                x.shape[1] ** 0.5,
-                *_strides(x),
-                *_strides(y),
-                SILU=silu,
-                BLOCK_C=_block_c(x),
-            )
+                x, gamma, y, x.shape[1], frames, positions, x.shape[1] ** 0.5, *_strides(x), *_strides(y),
+                SILU=silu, BLOCK_C=_block_c(x),
+            )  # fmt: skip
     return y
 
 
@@ -221,12 +185,9 @@ def _(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool) -> Tensor:
 def norm_silu_backward(
     d_BCTHW: Tensor, x_BCTHW: Tensor, gamma_C: Tensor, silu: bool, wants_x: bool, wants_gamma: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients at x, in the memory layout of x if x has no gaps, and at gamma; unwanted ones are empty.
-
-    A wanted gamma gradient allocates a row of C fp32 numbers per program: 1/64 of x in fp32 at 96 channels, 1/16 at
-    1024.
-    """
-    _require_launchable(x_BCTHW)
+    """dx, with the memory layout of x if x has no gaps, and dgamma; unwanted gradients are empty tensors. dgamma also
+    allocates C floats per program: 1/64 of x in fp32 at 96 channels, 1/16 at 1024."""
+    require_card("norm_silu", x_BCTHW)
     d, x, gamma = _flat(d_BCTHW), _flat(x_BCTHW), gamma_C.contiguous()
     dx = torch.empty_like(x) if wants_x else x.new_empty(0)
     frames, positions = _extent(d, x, *([dx] if wants_x else []))
@@ -235,8 +196,9 @@ def norm_silu_backward(
     if x.numel():
         with torch.cuda.device_of(x):
             norm_silu_backward_kernel[(programs,)](
-                d, x, gamma, dx, rows, x.shape[1], frames, positions, x.shape[1] ** 0.5, *_strides(d), *_strides(x),
-                *(_strides(dx) if wants_x else (0, 0, 0, 0)), SILU=silu, DX=wants_x, DGAMMA=wants_gamma, BLOCK_C=_block_c(x),
+                d, x, gamma, dx, rows, x.shape[1], frames, positions, x.shape[1] ** 0.5,
+                *_strides(d), *_strides(x), *(_strides(dx) if wants_x else (0, 0, 0, 0)),
+                SILU=silu, DX=wants_x, DGAMMA=wants_gamma, BLOCK_C=_block_c(x),
             )  # fmt: skip
     return dx, rows.sum(0).to(gamma.dtype) if wants_gamma else gamma.new_empty(0)
 
@@ -245,9 +207,8 @@ def norm_silu_backward(
 def _(
     d_BCTHW: Tensor, x_BCTHW: Tensor, gamma_C: Tensor, silu: bool, wants_x: bool, wants_gamma: bool
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(_flat(x_BCTHW)) if wants_x else x_BCTHW.new_empty(0), gamma_C.new_empty(
-        gamma_C.shape if wants_gamma else 0
-    )
+    dx = torch.empty_like(_flat(x_BCTHW)) if wants_x else x_BCTHW.new_empty(0)
+    return dx, gamma_C.new_empty(gamma_C.shape if wants_gamma else 0)
 
 
 class _NormSilu(torch.autograd.Function):
@@ -269,56 +230,41 @@ def norm_silu(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool = True) -> Tensor:
     """``silu(normalize(x_BCTHW, dim=1) * sqrt(C) * gamma_C)``, differentiable in both.
 
     Args:
-        x_BCTHW: bf16, fp16 or fp32, up to 1024 channels.
-        gamma_C: one of these dtypes too.
+        x_BCTHW: bf16, fp16 or fp32, of up to 1024 channels.
+        gamma_C: bf16, fp16 or fp32.
         silu: ``False``: the norm alone.
 
     Returns:
         The shape and dtype of ``x_BCTHW``.
 
     Raises:
-        TypeError: another dtype. ``norm_silu_naive`` takes fp64.
-        ValueError: other shapes, or tensors not on one device, or not on a card (interpreted: on the CPU or a card).
+        TypeError: another dtype. fp64 is for ``norm_silu_naive``.
+        ValueError: other shapes, or tensors that are not on one device, or not on a card (if Triton interprets: CPU or
+            card).
     """
     for name, tensor in (("x_BCTHW", x_BCTHW), ("gamma_C", gamma_C)):
         if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"norm_silu takes bf16, fp16 and fp32; {name} is {tensor.dtype}. norm_silu_naive takes fp64"
-            )
+            known = "norm_silu takes bf16, fp16 and fp32"
+            raise TypeError(f"{known}; {name} is {tensor.dtype}. norm_silu_naive takes fp64")
     if x_BCTHW.ndim != 5 or not 1 <= x_BCTHW.shape[1] <= 1024 or gamma_C.shape != (x_BCTHW.shape[1],):
         shapes = f"{tuple(x_BCTHW.shape)} and {tuple(gamma_C.shape)}"
-        raise ValueError(
-            f"norm_silu takes x of shape (B, C, T, H, W) with 1 to 1024 channels, and gamma of shape (C); it got {shapes}"
-        )
+        known = "norm_silu takes x of shape (B, C, T, H, W) with 1 to 1024 channels, and gamma of shape (C)"
+        raise ValueError(f"{known}; it got {shapes}")
     if x_BCTHW.device != gamma_C.device or x_BCTHW.device.type == "meta":
-        raise ValueError(
-            f"norm_silu takes tensors with values, on one device; x is on {x_BCTHW.device}, gamma on {gamma_C.device}"
-        )
+        devices = f"x is on {x_BCTHW.device}, gamma on {gamma_C.device}"
+        raise ValueError(f"norm_silu takes tensors with values, on one device; {devices}")
     return _NormSilu.apply(x_BCTHW, gamma_C, silu)
 
 
 def variants(card: int) -> Iterator[Variant]:
-    """Every width of the VAEs of Wan 2.1 (96, 192, 384) and 2.2 (256, 512, 1024), with frozen weights and contiguous
-    positions."""
-    sizes = {"C": "i32:16", "T": "i32", "P": "i32:16", "root": "fp32"}
-    for kernel, pointers, own, tensors, switches in (
-        (norm_silu_forward_kernel, ("p_x", "p_gamma", "p_y"), {}, ("x", "y"), {}),
-        (
-            norm_silu_backward_kernel,
-            ("p_d", "p_x", "p_gamma", "p_dx"),
-            {"p_dgamma": "*fp32"},
-            ("d", "x", "dx"),
-            {"DX": True, "DGAMMA": False},
-        ),
+    """Every padded width of the VAEs of Wan 2.1 (96, 192 and 384 channels) and 2.2 (256, 512, 1024); frozen weights,
+    contiguous positions."""
+    kinds = {"C": "i32:16", "P": "i32:16", "root": "fp32", "p_dgamma": "fp32"}
+    for kernel, tensors, switches in (
+        (norm_silu_forward_kernel.fn, ("x", "y"), {}),
+        (norm_silu_backward_kernel.fn, ("d", "x", "dx"), {"DX": True, "DGAMMA": False}),
     ):
-        strides = {f"stride_{tensor}{dimension}": "i32" for tensor in tensors for dimension in "bct"}
         constants = {"SILU": True} | switches | {f"step_{tensor}": 1 for tensor in tensors}
-        for element, block_c, tile in itertools.product(
-            ("bf16", "fp32"), (128, 256, 512, 1024), tiles_for(TILES, card)
-        ):
-            yield Variant(
-                kernel.fn,
-                tile,
-                dict.fromkeys(pointers, f"*{element}") | own | sizes | strides,
-                constants | {"BLOCK_C": block_c},
-            )
+        for element, block_c in itertools.product(("bf16", "fp32"), (128, 256, 512, 1024)):
+            for tile in tiles_for(TILES, card):
+                yield variant(kernel, tile, element, constants | {"BLOCK_C": block_c}, **kinds)

@@ -1,18 +1,18 @@
-"""RMSNorm over all channels of a token and rotary embedding, for the queries and keys of an attention.
+"""RMSNorm over all channels of a token, then rotary embedding, for the queries and keys of an attention.
 
     n = x * rstd,  rstd = 1 / sqrt(mean(x^2) + eps)      the mean is over all H * d channels ("rms_norm_across_heads")
     y[2i]     = n[2i] * w[2i] * cos[2i] - n[2i+1] * w[2i+1] * sin[2i+1]        i: pairs of neighbours within a head
     y[2i + 1] = n[2i] * w[2i] * sin[2i+1] + n[2i+1] * w[2i+1] * cos[2i]
-    dx = rstd * (g * w - n * mean(g * w * n)),  dw = sum over tokens of g * n  g: dy rotated back, that is, by -sin
+    dx = rstd * (g * w - n * mean(g * w * n)),  dw = sum over tokens of g * n     g: dy rotated back, that is, by -sin
 
-Shapes: q, k (B, L, H * d) to (B, L, H, d), in bf16, fp16 or fp32, any strides of batch and tokens; weights (H * d,) in
-any of these; cos, sin (L, d) or (1, L, 1, d), each value repeated for its pair. ``rms_norm`` is the same without
-rotation and heads, (B, L, D) to (B, L, D). Arithmetic is in fp32, rounded once. Saved for the backward: x and 4 bytes a
-token, and the weight, cos and sin, which live anyway. The weight's gradient is made of partial sums, one row of H * d
-floats per 64 tokens, the only extra memory: without atomics the same tile gives the same bits.
+Shapes: q, k (B, L, H * d) to (B, L, H, d), in bf16, fp16 or fp32, batch and tokens with any stride; weights (H * d,) in
+any of these; cos, sin (L, d) or (1, L, 1, d), which hold each value twice. ``rms_norm`` is the same without rotation
+and heads, (B, L, D) to (B, L, D). Computes in fp32 and rounds once. The backward keeps x, 4 bytes a token, and
+references to the weight, cos and sin. The weight's gradient adds up partial sums, one row of H * d floats per 64
+tokens: there are no atomics, so the same tile gives the same bits. Nothing else is allocated.
 
-Queries and keys are launched separately. Each reads cos and sin, 1 KiB a token next to 6 (Wan-1.3B, forward) or 9
-(backward).
+Queries and keys take one launch each. Both read cos and sin: 1 KiB a token, beside 6 KiB of other data in the forward
+and 9 in the backward (Wan-1.3B).
 
 Source: ``WanAttnProcessor`` and ``WanRotaryPosEmbed`` of diffusers 0.42. RMSNorm: Zhang and Sennrich, arXiv 1910.07467;
 rotary embedding: Su et al., arXiv 2104.09864.
@@ -29,33 +29,22 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowmem_drf.kernels.tiles import CARDS, INTERPRETED, Tile, Variant, tiles_for, tuned
+from lowmem_drf.kernels.checks import DTYPES, require_card, with_unit_stride
+from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tiles_for, tuned, variant
 
 TILES = (
     Tile({"BLOCK": 4096, "STAGES": 1}, 8, 1, CARDS, "2 tokens of Wan-1.3B a step: the weight is read once for both"),
     Tile({"BLOCK": 2048, "STAGES": 1}, 4, 1, CARDS, "1 token of Wan-1.3B a step: small blocks, sums over 4 warps only"),
-    Tile(
-        {"BLOCK": 4096, "STAGES": 2},
-        8,
-        1,
-        CARDS,
-        "the next tokens are on their way while these are summed: where a row is wide, few blocks fit beside each other",
-    ),
-    Tile(
-        {"BLOCK": 8192, "STAGES": 2},
-        16,
-        1,
-        CARDS,
-        "the same, 16 values a thread for a row of Wan-14B (40 heads, padded to 64)",
-    ),
-)
-"""``BLOCK``: values of a row held in registers at once, heads and their channels padded to powers of two. ``STAGES``:
+    Tile({"BLOCK": 4096, "STAGES": 2}, 8, 1, CARDS,
+         "loads the next tokens while it sums these, for wide rows, of which few blocks fit on a processor"),
+    Tile({"BLOCK": 8192, "STAGES": 2}, 16, 1, CARDS,
+         "the same, 16 values a thread for a row of Wan-14B (40 heads, padded to 64)"),
+)  # fmt: skip
+"""``BLOCK``: values at a time. Registers hold whole rows, heads and their channels padded to powers of two. ``STAGES``:
 of the loop over tokens."""
 
-TOKENS = 4
-"""Tokens per block without sums: enough to reuse the weight, few enough to fill a card with 4,000 tokens."""
-TOKENS_OF_A_SUM = 64
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TOKENS, TOKENS_OF_A_SUM = 4, 64
+"""Tokens per block, without a sum over tokens and with one. 4 reuse the weight, and 4,000 tokens fill a card."""
 
 
 def rms_norm_naive(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -65,15 +54,9 @@ def rms_norm_naive(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def rope_qk_naive(
-    q_BLD: Tensor,
-    k_BLD: Tensor,
-    weight_q_D: Tensor,
-    weight_k_D: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+    q_BLD: Tensor, k_BLD: Tensor, weight_q_D: Tensor, weight_k_D: Tensor,
+    cos: Tensor, sin: Tensor, heads: int, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The formula in plain PyTorch, with fp32 copies of the sequence (fp64 stays fp64). Differentiable in q, k and the
     weights."""
     return _naive(q_BLD, weight_q_D, cos, sin, heads, eps), _naive(k_BLD, weight_k_D, cos, sin, heads, eps)
@@ -92,9 +75,9 @@ def _normalised(wide_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 @triton.jit
-def _turned(b_x, b_cos, b_sin, SIGN: tl.constexpr):
-    """Pairs of neighbours rotated by the angle of cos [ROWS, 1, BLOCK_DIM] and sin, or back. Each value is there
-    twice."""
+def _rotated(b_x, b_cos, b_sin, SIGN: tl.constexpr):
+    """Rotates pairs of neighbours by the angle of cos and sin [ROWS, 1, BLOCK_DIM], which hold each value twice.
+    SIGN -1 rotates back."""
     b_1, b_2 = tl.split(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1], b_x.shape[2] // 2, 2]))
     b_c, _ = tl.split(tl.reshape(b_cos, [b_cos.shape[0], 1, b_x.shape[2] // 2, 2]))  # [ROWS, 1, BLOCK_DIM / 2]
     _, b_s = tl.split(tl.reshape(b_sin * SIGN, [b_cos.shape[0], 1, b_x.shape[2] // 2, 2]))
@@ -129,7 +112,7 @@ def rope_qk_forward_kernel(
         if ROTATE:
             b_cos = tl.load(p_cos + o_row * stride_cos + o_c, mask=m_row & (o_c < DIM), other=0.0)
             b_sin = tl.load(p_sin + o_row * stride_sin + o_c, mask=m_row & (o_c < DIM), other=0.0)
-            b_y = _turned(b_y, b_cos, b_sin, 1)
+            b_y = _rotated(b_y, b_cos, b_sin, 1)
         tl.store(p_y + (i_b * length + o_row) * (HEADS * DIM) + o_d, b_y.to(p_y.dtype.element_ty), mask=m_row & m_d)
         tl.store(p_rstd + i_b * length + o_l, b_rstd, mask=m_l)
 
@@ -164,17 +147,15 @@ def rope_qk_backward_kernel(
         if ROTATE:
             b_cos = tl.load(p_cos + o_row * stride_cos + o_c, mask=m_row & (o_c < DIM), other=0.0)
             b_sin = tl.load(p_sin + o_row * stride_sin + o_c, mask=m_row & (o_c < DIM), other=0.0)
-            b_g = _turned(b_g, b_cos, b_sin, -1)
+            b_g = _rotated(b_g, b_cos, b_sin, -1)
         b_n = b_x * b_rstd
         b_gn = b_g * b_n
         if WANT_WEIGHT:
             b_dweight += tl.sum(b_gn, axis=0, keep_dims=True)
         if WANT_X:
             b_mean = tl.sum(tl.sum(b_gn * b_weight, axis=2), axis=1)[:, None, None] / (HEADS * DIM)
-            b_dx = (b_g * b_weight - b_n * b_mean) * b_rstd
-            tl.store(
-                p_dx + (i_b * length + o_row) * (HEADS * DIM) + o_d, b_dx.to(p_dx.dtype.element_ty), mask=m_row & m_d
-            )
+            b_dx = ((b_g * b_weight - b_n * b_mean) * b_rstd).to(p_dx.dtype.element_ty)
+            tl.store(p_dx + (i_b * length + o_row) * (HEADS * DIM) + o_d, b_dx, mask=m_row & m_d)
     if WANT_WEIGHT:
         tl.store(p_dweight + tl.program_id(0).to(tl.int64) * (HEADS * DIM) + o_d, b_dweight, mask=m_d)
 
@@ -183,33 +164,21 @@ def rope_qk_backward_kernel(
 def rope_qk_forward(
     x_BLD: Tensor, weight_D: Tensor, cos_Ld: Tensor | None, sin_Ld: Tensor | None, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """y (B, L, H, d) and each token's reciprocal root mean square, (B, L) fp32. Without cos and sin there is no
+    """y (B, L, H, d) and the reciprocal root mean square of each token, (B, L) fp32. Without cos and sin there is no
     rotation."""
-    _check_launchable(x_BLD)
+    require_card("rope_qk", x_BLD)
     batch, length, width = x_BLD.shape
-    x, weight = _rows(x_BLD), weight_D.contiguous()
-    cos, sin = (x, x) if cos_Ld is None or sin_Ld is None else (_rows(cos_Ld), _rows(sin_Ld))
+    x, weight = with_unit_stride(x_BLD), weight_D.contiguous()
+    cos, sin = (x, x) if cos_Ld is None or sin_Ld is None else (with_unit_stride(cos_Ld), with_unit_stride(sin_Ld))
     y = torch.empty((batch, length, heads, width // heads), dtype=x.dtype, device=x.device)
     rstd = torch.empty((batch, length), dtype=torch.float32, device=x.device)
     size = _size(heads, width)
     tokens = _tokens(size, sums=False)
     with torch.cuda.device_of(x):
         rope_qk_forward_kernel[(batch * triton.cdiv(length, tokens),)](
-            x,
-            weight,
-            cos,
-            sin,
-            y,
-            rstd,
-            length,
-            tokens,
-            *x.stride()[:2],
-            cos.stride(0),
-            sin.stride(0),
-            eps,
-            **size,
-            ROTATE=cos_Ld is not None,
-        )
+            x, weight, cos, sin, y, rstd, length, tokens, *x.stride()[:2], cos.stride(0), sin.stride(0), eps,
+            **size, ROTATE=cos_Ld is not None,
+        )  # fmt: skip
     return y, rstd
 
 
@@ -218,27 +187,20 @@ def _(
     x_BLD: Tensor, weight_D: Tensor, cos_Ld: Tensor | None, sin_Ld: Tensor | None, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     batch, length, width = x_BLD.shape
-    return x_BLD.new_empty((batch, length, heads, width // heads)), x_BLD.new_empty(
-        (batch, length), dtype=torch.float32
-    )
+    rstd = x_BLD.new_empty((batch, length), dtype=torch.float32)
+    return x_BLD.new_empty((batch, length, heads, width // heads)), rstd
 
 
 @torch.library.custom_op("lowmem_drf::rope_qk_backward", mutates_args=())
 def rope_qk_backward(
-    d_BLHd: Tensor,
-    x_BLD: Tensor,
-    weight_D: Tensor,
-    rstd_BL: Tensor,
-    cos_Ld: Tensor | None,
-    sin_Ld: Tensor | None,
-    want_x: bool,
-    want_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    """dx and dweight; unwanted ones are empty. dweight allocates L / 64 rows of H * d floats."""
-    _check_launchable(d_BLHd)
+    d_BLHd: Tensor, x_BLD: Tensor, weight_D: Tensor, rstd_BL: Tensor, cos_Ld: Tensor | None, sin_Ld: Tensor | None,
+    want_x: bool, want_weight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dx and dweight; unwanted gradients are empty tensors. For dweight also allocates L / 64 rows of H * d floats."""
+    require_card("rope_qk", d_BLHd)
     batch, length, width = x_BLD.shape
-    d, x, weight = _rows(d_BLHd), _rows(x_BLD), weight_D.contiguous()
-    cos, sin = (x, x) if cos_Ld is None or sin_Ld is None else (_rows(cos_Ld), _rows(sin_Ld))
+    d, x, weight = with_unit_stride(d_BLHd), with_unit_stride(x_BLD), weight_D.contiguous()
+    cos, sin = (x, x) if cos_Ld is None or sin_Ld is None else (with_unit_stride(cos_Ld), with_unit_stride(sin_Ld))
     size = _size(d.shape[2], width)
     tokens = _tokens(size, sums=want_weight)
     programs = batch * triton.cdiv(length, tokens)
@@ -246,7 +208,8 @@ def rope_qk_backward(
     dweight = torch.empty((programs, width) if want_weight else 0, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
         rope_qk_backward_kernel[(programs,)](
-            d, x, weight, cos, sin, rstd_BL, dx, dweight, length, tokens, *d.stride()[:3], *x.stride()[:2], cos.stride(0), sin.stride(0),
+            d, x, weight, cos, sin, rstd_BL, dx, dweight, length, tokens,
+            *d.stride()[:3], *x.stride()[:2], cos.stride(0), sin.stride(0),
             **size, ROTATE=cos_Ld is not None, WANT_X=want_x, WANT_WEIGHT=want_weight,
         )  # fmt: skip
     return dx, dweight.sum(0).to(weight.dtype) if want_weight else weight.new_empty(0)
@@ -254,45 +217,21 @@ def rope_qk_backward(
 
 @rope_qk_backward.register_fake
 def _(
-    d_BLHd: Tensor,
-    x_BLD: Tensor,
-    weight_D: Tensor,
-    rstd_BL: Tensor,
-    cos_Ld: Tensor | None,
-    sin_Ld: Tensor | None,
-    want_x: bool,
-    want_weight: bool,
-) -> tuple[Tensor, Tensor]:
+    d_BLHd: Tensor, x_BLD: Tensor, weight_D: Tensor, rstd_BL: Tensor, cos_Ld: Tensor | None, sin_Ld: Tensor | None,
+    want_x: bool, want_weight: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return x_BLD.new_empty(x_BLD.shape if want_x else 0), weight_D.new_empty(weight_D.shape if want_weight else 0)
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """Contiguous channels, as the kernels need; all other strides are free."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def _size(heads: int, width: int) -> dict[str, int]:
-    dim = width // heads
-    return {
-        "HEADS": heads,
-        "DIM": dim,
-        "BLOCK_H": triton.next_power_of_2(heads),
-        "BLOCK_DIM": triton.next_power_of_2(dim),
-    }
+    dim, power = width // heads, triton.next_power_of_2
+    return {"HEADS": heads, "DIM": dim, "BLOCK_H": power(heads), "BLOCK_DIM": power(dim)}
 
 
 def _tokens(size: dict[str, int], sums: bool) -> int:
-    """Tokens per block: a power of two, at least the number that any tile takes at a time."""
-    return max(
-        TOKENS_OF_A_SUM if sums else TOKENS,
-        max(tile.sizes["BLOCK"] for tile in TILES) // (size["BLOCK_H"] * size["BLOCK_DIM"]),
-    )
-
-
-def _check_launchable(tensor: Tensor) -> None:
-    if tensor.device.type != "cuda" and not INTERPRETED:
-        cure = "Take rope_qk_naive and rms_norm_naive, or set TRITON_INTERPRET=1 before Triton is imported"
-        raise ValueError(f"rope_qk: tensors on {tensor.device}; Triton needs a CUDA card. {cure}")
+    """Tokens per block: a power of two, and at least as many as any tile takes at a time."""
+    most = max(tile.sizes["BLOCK"] for tile in TILES) // (size["BLOCK_H"] * size["BLOCK_DIM"])
+    return max(TOKENS_OF_A_SUM if sums else TOKENS, most)
 
 
 class _NormRotate(torch.autograd.Function):
@@ -309,43 +248,32 @@ class _NormRotate(torch.autograd.Function):
     def backward(ctx: Any, d_BLHd: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:2]
         made = rope_qk_backward(d_BLHd, *ctx.saved_tensors, *wanted)
-        return (
-            *(gradient if want else None for gradient, want in zip(made, wanted, strict=True)),
-            None,
-            None,
-            None,
-            None,
-        )
+        return *(gradient if want else None for gradient, want in zip(made, wanted, strict=True)), *(None,) * 4
 
 
 def rope_qk(
-    q_BLD: Tensor,
-    k_BLD: Tensor,
-    weight_q_D: Tensor,
-    weight_k_D: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """RMSNorm over all heads' channels, then rotary embedding of neighbouring channels, for queries and keys.
-    Differentiable in q, k and the weights.
+    q_BLD: Tensor, k_BLD: Tensor, weight_q_D: Tensor, weight_k_D: Tensor,
+    cos: Tensor, sin: Tensor, heads: int, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """RMSNorm over the channels of all heads, then rotary embedding of pairs of neighbours, for queries and keys.
 
     Args:
-        q_BLD: (B, L, H * d) in bf16, fp16 or fp32, d even; a slice of a longer sequence is not copied.
+        q_BLD: `(B, L, H * d)` in bf16, fp16 or fp32, d even; a slice of a longer sequence is not copied.
         k_BLD: the same shape and dtype.
-        weight_q_D, weight_k_D: (H * d,) in bf16, fp16 or fp32.
-        cos, sin: (L, d) or (1, L, 1, d) in fp32, as ``WanRotaryPosEmbed`` makes them, or a slice of a longer table;
-            fp64 is rounded to fp32.
+        weight_q_D: `(H * d,)` in bf16, fp16 or fp32.
+        weight_k_D: the same.
+        cos: `(L, d)` or `(1, L, 1, d)` in fp32, as ``WanRotaryPosEmbed`` makes it; fp64 is rounded to fp32. May be a
+            slice of a longer table.
+        sin: the same.
         heads: H.
         eps: added to the mean square.
 
     Returns:
-        q and k, (B, L, H, d) in their dtype.
+        q and k, `(B, L, H, d)` in their dtype. q, k and the weights get gradients; cos and sin do not.
 
     Raises:
-        TypeError: another dtype. ``rope_qk_naive`` takes fp64.
-        ValueError: shapes or devices that do not fit, or tables that require gradient.
+        TypeError: another dtype. fp64 is for ``rope_qk_naive``.
+        ValueError: shapes or devices that do not match, or cos or sin require a gradient.
     """
     _check("rope_qk", {"q": q_BLD, "k": k_BLD}, {"weight_q": weight_q_D, "weight_k": weight_k_D})
     length, width = q_BLD.shape[1:]
@@ -355,35 +283,31 @@ def rope_qk(
         if table.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"rope_qk: {name} is {table.dtype}; it must be float32 or float64")
         if table.shape not in ((length, width // heads), (1, length, 1, width // heads)):
-            raise ValueError(
-                f"rope_qk: {name} has shape {tuple(table.shape)}; for q {tuple(q_BLD.shape)} it must be (L, d) or (1, L, 1, d)"
-            )
+            wanted = f"for q {tuple(q_BLD.shape)} it must be (L, d) or (1, L, 1, d)"
+            raise ValueError(f"rope_qk: {name} has shape {tuple(table.shape)}; {wanted}")
         if table.device != q_BLD.device:
             raise ValueError(f"rope_qk: {name} is on {table.device} and q on {q_BLD.device}; all must be on one device")
         if table.requires_grad:
-            raise ValueError(
-                f"rope_qk: {name} wants a gradient, which is not computed; detach it or take rope_qk_naive"
-            )
+            raise ValueError(f"rope_qk: {name} wants a gradient, which is not computed; detach it or use rope_qk_naive")
     tables = [table.view(length, -1).float() for table in (cos, sin)]
-    return _NormRotate.apply(q_BLD, weight_q_D, *tables, heads, eps), _NormRotate.apply(
-        k_BLD, weight_k_D, *tables, heads, eps
-    )
+    q, k = (_NormRotate.apply(x, w, *tables, heads, eps) for x, w in ((q_BLD, weight_q_D), (k_BLD, weight_k_D)))
+    return q, k
 
 
 def rms_norm(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """RMSNorm with a weight, differentiable in both.
+    """RMSNorm with a weight.
 
     Args:
-        x_BLD: (B, L, D) in bf16, fp16 or fp32; a slice of a longer sequence is not copied.
-        weight_D: (D,) in bf16, fp16 or fp32.
+        x_BLD: `(B, L, D)` in bf16, fp16 or fp32; a slice of a longer sequence is not copied.
+        weight_D: `(D,)` in bf16, fp16 or fp32.
         eps: added to the mean square.
 
     Returns:
-        (B, L, D) in the dtype of ``x``.
+        `(B, L, D)` in the dtype of ``x``, differentiable in x and weight.
 
     Raises:
-        TypeError: another dtype. ``rms_norm_naive`` takes fp64.
-        ValueError: shapes or devices that do not fit.
+        TypeError: another dtype. fp64 is for ``rms_norm_naive``.
+        ValueError: shapes or devices that do not match.
     """
     _check("rms_norm", {"x": x_BLD}, {"weight": weight_D})
     return _NormRotate.apply(x_BLD, weight_D, None, None, 1, eps).squeeze(2)
@@ -395,40 +319,26 @@ def _check(op: str, sequences: dict[str, Tensor], weights: dict[str, Tensor]) ->
         raise ValueError(f"{op}: {next(iter(sequences))} has shape {tuple(x.shape)}; it must be (B, L, D)")
     for name, tensor in (sequences | weights).items():
         if tensor.dtype not in DTYPES or (name in sequences and tensor.dtype != x.dtype):
-            raise TypeError(
-                f"{op}: {name} is {tensor.dtype}; the kernel takes bfloat16, float16 and float32, one for all sequences. Else there is {op}_naive"
-            )
+            known = "bfloat16, float16 and float32, one for all sequences"
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; the kernel takes {known}. Else there is {op}_naive")
         if tensor.device != x.device or x.device.type == "meta":
-            raise ValueError(
-                f"{op}: {name} is on {tensor.device}, others on {x.device}; all must be on one device that holds values"
-            )
+            devices = f"{name} is on {tensor.device}, others on {x.device}"
+            raise ValueError(f"{op}: {devices}; all must be on one device that holds values")
         if tensor.shape != (wanted := x.shape if name in sequences else x.shape[2:]):
             raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; it must be {tuple(wanted)}")
 
 
 def variants(card: int) -> Iterator[Variant]:
-    """What a card may launch: the fewest and the most of Wan's heads, the widest of the norms without rotation; other
-    dtypes only in the most demanding case, with all gradients. Everything between takes fewer registers."""
+    """The least and the most heads of Wan, and the widest norm without rotation; the other dtypes with all gradients.
+    What lies between takes fewer registers."""
     bf16 = (((12, 128), False), ((40, 128), False), ((40, 128), True), ((1, 5120), False), ((1, 5120), True))
     others = (((12, 128), True),)
+    fp32 = dict.fromkeys(("p_cos", "p_sin", "p_rstd", "p_dweight", "eps"), "fp32")
     for tile in tiles_for(TILES, card):
         for element, shapes in (("bf16", bf16), ("fp16", others), ("fp32", others)):
             for (heads, dim), want_weight in shapes:
                 constants = {**_size(heads, heads * dim), "ROTATE": heads > 1}
                 if not want_weight:
-                    yield _variant(rope_qk_forward_kernel.fn, tile, element, constants)
-                yield _variant(
-                    rope_qk_backward_kernel.fn, tile, element, constants | {"WANT_X": True, "WANT_WEIGHT": want_weight}
-                )
-
-
-def _variant(kernel: Any, tile: Tile, element: str, constants: dict[str, Any]) -> Variant:
-    wide = ("p_cos", "p_sin", "p_rstd", "p_dweight", "eps")
-    kinds = {
-        name: "fp32" if name in wide else element if name.startswith("p_") else "i32"
-        for name in kernel.arg_names
-        if not name.isupper()
-    }
-    return Variant(
-        kernel, tile, {name: f"*{kind}" if name.startswith("p_") else kind for name, kind in kinds.items()}, constants
-    )
+                    yield variant(rope_qk_forward_kernel.fn, tile, element, constants, **fp32)
+                switches = {"WANT_X": True, "WANT_WEIGHT": want_weight}
+                yield variant(rope_qk_backward_kernel.fn, tile, element, constants | switches, **fp32)

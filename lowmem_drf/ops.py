@@ -61,7 +61,8 @@ def naive_ops() -> RowOps:
 
 def fused_ops() -> RowOps:
     """The kernels. Imports Triton."""
-    from lowmem_drf.kernels.modulate import gate_residual, norm_modulate
+    from lowmem_drf.kernels.gate_residual import gate_residual
+    from lowmem_drf.kernels.modulate import norm_modulate
     from lowmem_drf.kernels.norm_silu import norm_silu
     from lowmem_drf.kernels.rope_qk import rms_norm, rope_qk
 

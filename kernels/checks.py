@@ -1,0 +1,103 @@
+"""Input checks and layouts that several kernels share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lowmem_drf.kernels.tiles import INTERPRETED
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def require_card(op: str, x: Tensor) -> None:
+    """Raises ValueError where ``op`` cannot be launched. Launchers call it, and not public functions: fake tensors on
+    the CPU, which stand for a card's, never reach a launcher."""
+    if x.device.type != "cuda" and not INTERPRETED:
+        raise ValueError(
+            f"{op}: tensors on {x.device}; Triton needs a CUDA card. "
+            f"Use {op}_naive, or set TRITON_INTERPRET=1 before Triton is imported"
+        )
+
+
+def with_unit_stride(x: Tensor) -> Tensor:
+    """``x`` with its last dimension contiguous, copied if it is not. Kernels take any other stride."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def row_stride(x: Tensor) -> int:
+    """Stride of the batch; 0 if one row serves the whole batch."""
+    return x.stride(0) if len(x) > 1 else 0
+
+
+def sum_rows(partial_PD: Tensor, shape: torch.Size) -> Tensor:
+    """Adds up partial sums to one row per sequence, or to one row for all: ``shape`` is (B, D) or (1, D)."""
+    return partial_PD.view(shape[0], -1, shape[1]).sum(1)
+
+
+def check_rows(op: str, sequences: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> None:
+    """Sequences (B, L, D) of one dtype, ``x`` among them, and fp32 rows (B, D) or (1, D).
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: shapes or devices that do not match.
+    """
+    x = sequences["x"]
+    if x.dtype not in DTYPES:
+        known = "bfloat16, float16 and float32"
+        raise TypeError(f"{op}: x is {x.dtype}; the kernel takes {known}. For others there is {op}_naive")
+    for name, tensor in (*sequences.items(), *rows.items()):
+        if tensor.dtype != (wanted := x.dtype if name in sequences else torch.float32):
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; it must be {wanted}")
+        if tensor.device != x.device or x.device.type == "meta":
+            devices = f"{name} is on {tensor.device} and x on {x.device}"
+            raise ValueError(f"{op}: {devices}; all must be on one device that holds values")
+    if x.dim() != 3:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; it must be (B, L, D)")
+    for name, tensor in sequences.items():
+        if tensor.shape != x.shape:
+            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; it must be that of x, {tuple(x.shape)}")
+    for name, tensor in rows.items():
+        if tensor.dim() != 2 or tensor.shape[0] not in (1, x.shape[0]) or tensor.shape[1] != x.shape[2]:
+            wanted = f"for x {tuple(x.shape)} it must be (B, D) or (1, D)"
+            raise ValueError(f"{op}: {name} has shape {tuple(tensor.shape)}; {wanted}")
+    if len({tensor.shape for tensor in rows.values()}) > 1:
+        shapes = [tuple(tensor.shape) for tensor in rows.values()]
+        raise ValueError(f"{op}: {' and '.join(rows)} have shapes {shapes}; they must agree")
+
+
+def check_attention(
+    tensors: Mapping[str, Tensor], scale: float | None,
+    dtypes: Sequence[torch.dtype], head_dims: Sequence[int], otherwise: str,
+) -> float:  # fmt: skip
+    """Checks the inputs of an attention and returns the scale to use.
+
+    Args:
+        tensors: q, k, v, and others that must be on their device.
+        otherwise: what to call for inputs that the kernel does not take.
+
+    Raises:
+        TypeError: a dtype outside ``dtypes``, or several dtypes.
+        ValueError: shapes or devices that do not match; a scale that is not positive.
+    """
+    q, k, v = (tensors[name] for name in "qkv")
+    if len({x.dtype for x in (q, k, v)}) > 1 or q.dtype not in dtypes:
+        got = ", ".join(f"{name} {x.dtype}" for name, x in tensors.items())
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"q, k and v must have one dtype of {known}; got {got}. For others take {otherwise}.")
+    if len({x.device for x in tensors.values()}) > 1 or q.device.type not in ("cuda", "cpu"):
+        got = ", ".join(f"{name} on {x.device}" for name, x in tensors.items())
+        raise ValueError(f"All tensors must be on one CUDA card; got {got}.")
+    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in tensors.items())
+    empty = 0 in (*q.shape, *k.shape)
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[::3] != k.shape[::3] or empty:
+        raise ValueError(f"q must be (B, L, H, d), k and v (B, M, G, d), none of them empty; got {shapes}.")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"The heads of q must be a multiple of those of k; got {shapes}.")
+    if q.shape[3] not in head_dims:
+        raise ValueError(f"The head dimension must be one of {head_dims}; got {shapes}. For others take {otherwise}.")
+    if scale is not None and scale <= 0:
+        raise ValueError(f"scale must be positive, got {scale}.")
+    return q.shape[3] ** -0.5 if scale is None else float(scale)
