@@ -1,4 +1,4 @@
-"""What a result was made with."""
+"""Versions of the software that a result was measured with."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ import lowmem_drf
 
 
 def versions(*libraries: str) -> dict[str, str]:
-    """Of Python, lowmem-drf and these libraries."""
-    return {
-        "python": platform.python_version(),
-        "lowmem-drf": lowmem_drf.__version__,
-        **{name: metadata.version(name) for name in libraries},
-    }
+    """Versions of Python, lowmem-drf and these libraries."""
+    own = {"python": platform.python_version(), "lowmem-drf": lowmem_drf.__version__}
+    return own | {name: metadata.version(name) for name in libraries}

@@ -1,10 +1,11 @@
-"""The ops of ``bench.kernels.speed``: what each takes, and at which sizes. One entry for every public function of
-``kernels/`` with a naive form."""
+"""The ops that ``bench.kernels.speed`` measures, with their inputs and sizes: every public function of ``kernels/``
+that has a naive form."""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +23,10 @@ class Input:
     shape: tuple[str, ...] = ()
     """Names of sizes; a product is written ``"H*d"``."""
     dtype: torch.dtype | None = None
-    """None: that of the run."""
+    """None: the dtype of the run."""
     grad: bool = False
     make: Callable[[Sizes, torch.device], Any] | None = None
-    """Of the sizes, where it is not a tensor of normal deviates."""
+    """Makes the value from the sizes; None: random normal values."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,14 @@ class Op:
     name: str
     inputs: Mapping[str, Input]
     sizes: Mapping[str, Sizes]
-    """By what they are."""
+    """Label to sizes."""
     tiny: Sizes
     """For the interpreter."""
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     products: bool = False
-    """Attention, rather than an op that moves memory."""
+    """True for attention, whose speed is in FLOPs; the other ops move memory."""
+    tests: str = ""
+    """File in ``tests/kernels/``; default: ``test_<file>.py``."""
 
     @property
     def fused(self) -> Callable[..., Any]:
@@ -51,6 +54,10 @@ class Op:
     def naive(self) -> Callable[..., Any]:
         return getattr(importlib.import_module(f"lowmem_drf.kernels.{self.file}"), f"{self.name}_naive")
 
+    @property
+    def test_file(self) -> str:
+        return self.tests or f"test_{self.file}.py"
+
 
 def _angles(function: Callable[[Tensor], Tensor], sizes: Sizes, device: torch.device) -> Tensor:
     table = torch.linspace(0, 100, sizes["L"] * sizes["d"] // 2, device=device).view(1, sizes["L"], 1, -1)
@@ -58,7 +65,7 @@ def _angles(function: Callable[[Tensor], Tensor], sizes: Sizes, device: torch.de
 
 
 def _packed(sizes: Sizes, device: torch.device) -> Tensor | None:
-    """A prefix and questions of equal length behind it; None: every query sees every key."""
+    """Ranges of a prefix and questions of equal length behind it; None: every query sees every key."""
     if "prefix" not in sizes:
         return None
     packed_ranges = importlib.import_module("lowmem_drf.kernels.attention").packed_ranges
@@ -80,6 +87,8 @@ SEQUENCE, ROW, WEIGHT = ("B", "L", "H*d"), ("B", "H*d"), ("H*d",)
 EPS = _constant(1e-6)
 COS, SIN = (Input(make=functools.partial(_angles, function)) for function in (torch.cos, torch.sin))
 QUERIES, KEYS = Input(("B", "L", "H", "d"), grad=True), Input(("B", "M", "G", "d"), grad=True)
+X, ROW_FP32 = Input(SEQUENCE, grad=True), Input(ROW, torch.float32)
+CRITIC = {"B": 1, "L": 4096, "H": 28, "d": 128, "M": 4096, "G": 4, "prefix": 2560, "questions": 24}
 
 OPS = (
     Op(
@@ -89,16 +98,7 @@ OPS = (
         {
             **{f"{name}, self": {**sizes, "M": sizes["L"], "G": sizes["H"]} for name, sizes in (WAN | WAN_14B).items()},
             "Wan-1.3B, to 512 text tokens": {"B": 1, "L": 32760, "H": 12, "d": 128, "M": 512, "G": 12},
-            "critic, 24 questions packed": {
-                "B": 1,
-                "L": 4096,
-                "H": 28,
-                "d": 128,
-                "M": 4096,
-                "G": 4,
-                "prefix": 2560,
-                "questions": 24,
-            },
+            "critic, 24 questions packed": CRITIC,
         },
         {**TINY, "M": 10, "G": 1, "prefix": 4, "questions": 2},
         products=True,
@@ -114,44 +114,29 @@ OPS = (
     Op(
         "modulate",
         "norm_modulate",
-        {
-            "x_BLD": Input(SEQUENCE, grad=True),
-            "weight_BD": Input(ROW, torch.float32),
-            "shift_BD": Input(ROW, torch.float32),
-            "eps": EPS,
-        },
+        {"x_BLD": X, "weight_BD": ROW_FP32, "shift_BD": ROW_FP32, "eps": EPS},
         WAN | WAN_14B,
         TINY,
     ),
     Op(
-        "modulate",
         "gate_residual",
-        {
-            "x_BLD": Input(SEQUENCE, grad=True),
-            "y_BLD": Input(SEQUENCE, grad=True),
-            "gate_BD": Input(ROW, torch.float32),
-        },
+        "gate_residual",
+        {"x_BLD": X, "y_BLD": X, "gate_BD": ROW_FP32},
         WAN | WAN_14B,
         TINY,
+        tests="test_modulate.py",
     ),
     Op(
         "rope_qk",
         "rope_qk",
         {
-            **{name: Input(SEQUENCE, grad=True) for name in ("q_BLD", "k_BLD")},
-            **{name: Input(WEIGHT) for name in ("weight_q_D", "weight_k_D")},
+            **{"q_BLD": X, "k_BLD": X, "weight_q_D": Input(WEIGHT), "weight_k_D": Input(WEIGHT)},
             **{"cos": COS, "sin": SIN, "heads": _constant("H"), "eps": EPS},
         },
         WAN | WAN_14B,
         TINY,
     ),
-    Op(
-        "rope_qk",
-        "rms_norm",
-        {"x_BLD": Input(SEQUENCE, grad=True), "weight_D": Input(WEIGHT), "eps": EPS},
-        WAN | WAN_14B,
-        TINY,
-    ),
+    Op("rope_qk", "rms_norm", {"x_BLD": X, "weight_D": Input(WEIGHT), "eps": EPS}, WAN | WAN_14B, TINY),
     Op(
         "norm_silu",
         "norm_silu",
@@ -168,16 +153,13 @@ OPS = (
 
 
 def build(op: Op, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """The op's arguments."""
+    """Arguments of the op, the same for every call."""
     torch.manual_seed(0)
     made: dict[str, Any] = {}
     for name, spec in op.inputs.items():
         if spec.make:
             made[name] = spec.make(sizes, device)
         else:
-            shape = [
-                functools.reduce(lambda size, factor: size * sizes[factor], product.split("*"), 1)
-                for product in spec.shape
-            ]
+            shape = [math.prod(sizes[factor] for factor in product.split("*")) for product in spec.shape]
             made[name] = torch.randn(shape, dtype=spec.dtype or dtype, device=device).requires_grad_(spec.grad)
     return made

@@ -1,21 +1,20 @@
-"""What each kernel asks of each card: registers, shared memory, spills. Compiled ahead of time, no card is needed.
+"""Registers, shared memory and spills of every kernel on every card, from ahead-of-time compilation without a card.
 
     python -m bench.kernels.resources --card 89
     python -m bench.kernels.resources --json bench/results/kernel_resources.json
 
-Compiles every ``Variant`` of every file in ``kernels/``, as Triton's just-in-time compiler does for aligned tensors:
-pointers and arguments named ``stride…`` are multiples of 16, and so is what a variant calls ``"i32:16"`` (the notation
-of Triton's own ahead-of-time compiler). Registers and spilled bytes are ptxas' own figures, shared memory is Triton's.
+Compiles every ``Variant`` of every file in ``kernels/`` as Triton's just-in-time compiler does for aligned tensors:
+pointers, arguments named ``stride…`` and arguments of type ``"i32:16"`` (the notation of Triton's ahead-of-time
+compiler) are multiples of 16. ptxas reports registers and spilled bytes, Triton the shared memory.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import importlib
 import io
-import json
+import itertools
 import multiprocessing
 import os
 import re
@@ -32,11 +31,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from bench.script import make_parser, save
+
 FOLDER = Path(__file__).resolve().parents[2] / "kernels"
 WORKERS = 2
 LOG_COLUMNS = 200
-"""Of the table where there is no terminal."""
+"""Width of the table when the output is not a terminal."""
 ALIGNMENT = 16
+QUICK_CARD = 89
+Job = tuple[str, int, int]
+"""File, card, index of the variant."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Resource:
     file: str
     kernel: str
     name: str
-    """Of the variant: kernel, dtype, constants, tile."""
+    """The variant's name: kernel, dtype, constants, tile."""
     card: int
     dtype: str
     constants: dict[str, Any]
@@ -54,36 +58,54 @@ class Resource:
     warps: int
     stages: int
     registers: int
-    """Of a thread."""
+    """Per thread."""
     shared_kib: float
-    """Of a block."""
+    """Per block."""
     spill_bytes: int
-    """Stored and loaded, as ptxas counts them: instructions' bytes of a thread, each place in the program once."""
+    """Bytes per thread that spill instructions store and load, as ptxas counts them: each instruction once."""
     compile_s: float
 
 
 def kernel_files() -> list[str]:
-    """Names of the modules in ``kernels/`` that hold kernels."""
-    return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "tiles")
+    """Names of the modules in ``kernels/`` that define a kernel."""
+    defines = re.compile(r"^def \w+_kernel\(", re.MULTILINE)
+    return sorted(path.stem for path in FOLDER.glob("*.py") if defines.search(path.read_text(encoding="utf-8")))
 
 
-def resources(*cards: int) -> list[Resource]:
-    """Compiles all variants for these cards, in two processes.
+def all_jobs(cards: Iterable[int]) -> list[Job]:
+    """All variants for these cards."""
+    pairs = itertools.product(kernel_files(), cards)
+    return [(file, card, index) for file, card in pairs for index in range(len(_variants(file, card)))]
+
+
+def quick_jobs() -> list[Job]:
+    """Each kernel with each of its tiles once: on ``QUICK_CARD`` or else the first card that tries the tile, with the
+    largest constants, which usually take the most registers."""
+    from lowmem_drf.kernels.tiles import CARDS
+
+    chosen: dict[tuple[str, str], tuple[int, Job]] = {}
+    for card, file in itertools.product((QUICK_CARD, *CARDS), kernel_files()):
+        largest: dict[tuple[str, str], tuple[int, Job]] = {}
+        for index, variant in enumerate(_variants(file, card)):
+            key = variant.kernel.__name__, repr(variant.tile)
+            size = sum(int(value or 0) for value in variant.constants.values())
+            largest[key] = max(largest.get(key, (-1, (file, card, index))), (size, (file, card, index)))
+        chosen = largest | chosen
+    return [job for _, job in chosen.values()]
+
+
+def resources(jobs: Sequence[Job]) -> list[Resource]:
+    """Compiles these jobs in two processes.
 
     Raises:
         RuntimeError: Triton is interpreted here.
     """
     if os.environ.get("TRITON_INTERPRET"):
-        raise RuntimeError(
-            "TRITON_INTERPRET is set: there is nothing to compile in this process; run python -m bench.kernels.resources"
-        )
-    jobs = [
-        (name, card, index) for name in kernel_files() for card in cards for index in range(len(_variants(name, card)))
-    ]
+        cure = "run python -m bench.kernels.resources"
+        raise RuntimeError(f"TRITON_INTERPRET is set: there is nothing to compile in this process; {cure}")
     with tempfile.TemporaryDirectory() as cache:
-        workers = ProcessPoolExecutor(
-            WORKERS, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(cache,)
-        )
+        spawn = multiprocessing.get_context("spawn")
+        workers = ProcessPoolExecutor(WORKERS, spawn, initializer=_start_worker, initargs=(cache,))
         with workers as pool:
             return list(pool.map(_compile, *zip(*jobs, strict=True)))
 
@@ -92,7 +114,7 @@ def _start_worker(cache: str) -> None:
     from triton import knobs
 
     knobs.cache.dir = cache
-    knobs.compilation.always_compile = True  # what comes from a cache takes no time, and ptxas says nothing of it
+    knobs.compilation.always_compile = True  # a cached kernel would take no time and have no output of ptxas
     knobs.nvidia.dump_ptxas_log = True
 
 
@@ -100,55 +122,45 @@ def _start_worker(cache: str) -> None:
 def _variants(name: str, card: int) -> list[Any]:
     module = importlib.import_module(f"lowmem_drf.kernels.{name}")
     if not hasattr(module, "variants"):
-        raise AttributeError(
-            f"kernels/{name}.py has no variants(card): what it may launch cannot be compiled ahead of time"
-        )
+        raise AttributeError(f"kernels/{name}.py has no variants(card), which ahead-of-time compilation needs")
     return list(module.variants(card))
 
 
-def _compile(name: str, card: int, index: int) -> Resource:
+def _compile(file: str, card: int, index: int) -> Resource:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    variant = _variants(name, card)[index]
+    variant = _variants(file, card)[index]
     kernel, tile = variant.kernel, variant.tile
     constants = {**variant.constants, **tile.sizes}
     start, log = time.perf_counter(), io.StringIO()
     try:
-        kinds = {
-            argument: "constexpr" if argument in constants else variant.types[argument] for argument in kernel.arg_names
-        }
+        kinds = {name: "constexpr" if name in constants else variant.types[name] for name in kernel.arg_names}
         aligned = [
-            i
-            for i, (argument, kind) in enumerate(kinds.items())
-            if kind.startswith("*") or kind.endswith(":16") or argument.startswith("stride")
+            kind.startswith("*") or kind.endswith(":16") or argument.startswith("stride")
+            for argument, kind in kinds.items()
         ]
+        attributes = {(i,): [["tt.divisibility", ALIGNMENT]] for i, yes in enumerate(aligned) if yes}
         signature = {argument: kind.removesuffix(":16") for argument, kind in kinds.items()}
-        source = ASTSource(
-            kernel, signature, constexprs=constants, attrs={(i,): [["tt.divisibility", ALIGNMENT]] for i in aligned}
-        )
+        source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
         with contextlib.redirect_stdout(log):
             compiled = triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
     except Exception as error:
-        raise RuntimeError(f"kernels/{name}.py: {variant.name} does not compile for sm_{card}: {error!r}") from None
+        raise RuntimeError(f"kernels/{file}.py: {variant.name} does not compile for sm_{card}: {error!r}") from None
     taken = time.perf_counter() - start
     registers, spilled = _from_ptxas(log.getvalue())
-    dtype = next((kind.lstrip("*") for kind in variant.types.values() if kind.startswith("*")), "")
-    of_tile = {"tile": dict(tile.sizes), "warps": tile.warps, "stages": tile.stages}
-    measured = {
-        "registers": registers,
-        "shared_kib": compiled.metadata.shared / 1024,
-        "spill_bytes": spilled,
-        "compile_s": taken,
-    }
-    return Resource(name, kernel.__name__, variant.name, card, dtype, dict(variant.constants), **of_tile, **measured)
+    return Resource(
+        file=file, kernel=kernel.__name__, name=variant.name, card=card,
+        dtype=next((kind.lstrip("*") for kind in variant.types.values() if kind.startswith("*")), ""),
+        constants=dict(variant.constants), tile=dict(tile.sizes), warps=tile.warps, stages=tile.stages,
+        registers=registers, shared_kib=compiled.metadata.shared / 1024, spill_bytes=spilled, compile_s=taken,
+    )  # fmt: skip
 
 
 def _from_ptxas(log: str) -> tuple[int, int]:
-    """(registers, bytes of spill stores and loads). Raises ValueError where there are none to read: zero must mean
-    zero."""
+    """(registers, bytes of spill stores and loads). Raises ValueError if the log has none: zero must mean zero."""
     registers, spills = re.findall(r"Used (\d+) registers", log), re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
     if not registers or not spills:
         raise ValueError(f"ptxas said nothing of registers or spills: {log[:500]!r}")
@@ -156,60 +168,34 @@ def _from_ptxas(log: str) -> tuple[int, int]:
 
 
 def table(rows: Iterable[Resource]) -> Table:
-    made = Table(
-        "kernel",
-        "card",
-        "dtype",
-        "constants",
-        "tile",
-        "warps",
-        "stages",
-        "registers",
-        "shared KiB",
-        "spill bytes",
-        "compile s",
-    )
+    figures = ("warps", "stages", "registers", "shared KiB", "spill bytes", "compile s")
+    made = Table("kernel", "card", "dtype", "constants", "tile", *figures)
     for row in rows:
         shape = [" ".join(f"{key}={value}" for key, value in values.items()) for values in (row.constants, row.tile)]
-        figures = [str(row.registers), f"{row.shared_kib:.1f}", str(row.spill_bytes), f"{row.compile_s:.1f}"]
+        numbers = [str(row.warps), str(row.stages), str(row.registers), f"{row.shared_kib:.1f}", str(row.spill_bytes)]
+        style = "red" if row.spill_bytes else None
         made.add_row(
-            row.kernel,
-            f"sm_{row.card}",
-            row.dtype,
-            *shape,
-            str(row.warps),
-            str(row.stages),
-            *figures,
-            style="red" if row.spill_bytes else None,
-        )
+            row.kernel, f"sm_{row.card}", row.dtype, *shape, *numbers, f"{row.compile_s:.1f}", style=style
+        )  # fmt: skip
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.kernels.resources", description=__doc__.partition("\n")[0] if __doc__ else None
-    )
-    parser.add_argument(
-        "--card", type=int, nargs="+", help="compute capabilities, 89 for 8.9; without it, all in kernels/tiles.py"
-    )
-    parser.add_argument("--json", type=Path, help="write the rows to this file too")
+    parser = make_parser(__spec__.name, __doc__)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--card", type=int, nargs="+", help="compute capabilities, 89 for 8.9; default: all")
+    which.add_argument("--quick", action="store_true", help="each kernel with each of its tiles once, on one card")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET"):  # read when a kernel is defined: too late for this process
         clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        return subprocess.run(
-            [sys.executable, "-m", "bench.kernels.resources", *(sys.argv[1:] if arguments is None else arguments)],
-            env=clean,
-        ).returncode
-    from bench.versions import versions
+        words = sys.argv[1:] if arguments is None else arguments
+        return subprocess.run([sys.executable, "-m", __spec__.name, *words], env=clean).returncode
     from lowmem_drf.kernels.tiles import CARDS
 
-    rows = resources(*(options.card or CARDS))
+    rows = resources(quick_jobs() if options.quick else all_jobs(options.card or CARDS))
     Console(soft_wrap=True, width=None if sys.stdout.isatty() else LOG_COLUMNS).print(table(rows))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        found = {"versions": versions("torch", "triton"), "rows": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    save(options.json, {"rows": [asdict(row) for row in rows]}, "torch", "triton")
     return 0
 
 

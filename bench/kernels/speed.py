@@ -1,24 +1,22 @@
-"""Every kernel against its naive form, and attention against PyTorch's and xformers': time and peak memory, on a CUDA
-card.
+"""Time and peak memory of every kernel against its naive form, and of attention against PyTorch's and xformers'. Needs
+a CUDA card.
 
     python -m bench.kernels.speed --json bench/results/kernels.json
     python -m bench.kernels.speed --ops attention rope_qk --quick
 
-An op is measured only if its tests pass on this card: they run first. A figure is the median of many runs, each after
-the L2 cache was overwritten; peak memory is what a pass adds to what was allocated before it. Ops that move memory are
-held against ``copy_`` of as many bytes in the same run, counting each byte of their inputs, of what they keep and of
-their results once. FLOPs of attention are those of the pairs that are attended to, 4 d in the forward and 10 d in the
-backward. ``bench.kernels.ops`` is the list: what each op takes, and at which sizes.
+The tests of an op run first, on this card; it is measured only if they pass. A time is the median of many runs, each
+after the L2 cache was overwritten. Peak memory is the increase over what was allocated before the pass. Ops that move
+memory are compared with ``copy_`` of as many bytes in the same run; inputs, kept tensors and results count once each.
+FLOPs of attention count the pairs of query and key that are attended to: 4 d in the forward, 10 d in the backward.
+``bench.kernels.ops`` lists the inputs and sizes of each op.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import gc
 import importlib
 import importlib.util
-import json
 import statistics
 import subprocess
 import sys
@@ -33,26 +31,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.kernels.ops import OPS, Op, build
-from bench.versions import versions
+from bench.script import make_parser, save
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests" / "kernels"
 LOG_COLUMNS = 180
-"""Of the table where there is no terminal."""
+"""Width of the table when the output is not a terminal."""
 SPIN = 2_000_000
-"""Cycles that the card waits before a measured run, so that launching it from Python is not part of it: about a
-millisecond."""
+"""Cycles (about a millisecond) that the card waits before a measured run, so that Python's launch does not count."""
 ENOUGH_MS, LEAST, MOST = 300.0, 5, 100
-"""So long is one figure measured, in so many runs at least and at most."""
+"""Measuring time of one figure, and the least and largest number of runs."""
 GIB, MIB = 1024**3, 1024**2
 FLOPS = {"forward": 1.0, "backward": 2.5, "both": 3.5}
-"""Of the forward's: the backward has five products for its two."""
+"""Multiples of the forward's FLOPs: the backward has five products, the forward two."""
 
 Pass = Callable[..., Any]
 
 
 def rivals(op: Op, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Pass]]:
-    """Name and function of everything that computes the same. All take the op's arguments."""
+    """Name and function of every implementation. All take the arguments of the op."""
     yield "triton", op.fused
     yield "naive", op.naive
     if not op.products:
@@ -71,14 +68,13 @@ def rivals(op: Op, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Pass]]:
 
 
 def _sdpa(backend: Any, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor, ranges: Tensor | None = None) -> Tensor:
-    """``ranges`` are in the mask."""
+    """Ignores ``ranges``: the mask holds them."""
     from torch.nn.attention import sdpa_kernel
 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(
-            1, 2
-        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)
 
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, ranges: None = None) -> Tensor:
@@ -86,14 +82,14 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, ranges: None = None) -> Tensor:
 
 
 def seen(ranges_BL3: Tensor, keys: int) -> Tensor:
-    """(B or 1, L, keys): which keys a query sees."""
+    """(B or 1, L, keys): True if the query sees the key."""
     prefix, start, stop = ranges_BL3[..., None].unbind(2)
     key = torch.arange(keys, device=ranges_BL3.device)
     return (key < prefix) | ((key >= start) & (key < stop))
 
 
 def forward_flops(arguments: Mapping[str, Any]) -> int:
-    """Of the pairs that are attended to, by all heads: two products of 2 d each."""
+    """FLOPs of all heads: two products of 2 d for each pair that is attended to."""
     batch, queries, heads, dim = arguments["q"].shape
     keys, ranges = arguments["k"].shape[1], arguments.get("ranges")
     pairs = batch * queries * keys if ranges is None else int(seen(ranges, keys).sum()) * (batch // len(ranges))
@@ -101,7 +97,7 @@ def forward_flops(arguments: Mapping[str, Any]) -> int:
 
 
 def passes(function: Pass, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Forward without a graph, and where there are gradients backward alone and both."""
+    """The forward without a graph; if there are gradients, also the backward alone, and both."""
 
     def forward() -> Any:
         with torch.no_grad():
@@ -113,16 +109,14 @@ def passes(function: Pass, arguments: Mapping[str, Any]) -> Iterator[tuple[str, 
         return
     with torch.no_grad():
         upstream = [torch.randn_like(out) for out in _tensors(function(**arguments))]
-    yield (
-        "backward",
-        functools.partial(torch.autograd.grad, _tensors(function(**arguments)), leaves, upstream, retain_graph=True),
-    )
+    grad = functools.partial(torch.autograd.grad, retain_graph=True)
+    yield "backward", functools.partial(grad, _tensors(function(**arguments)), leaves, upstream)
     yield "both", lambda: torch.autograd.grad(_tensors(function(**arguments)), leaves, upstream)
 
 
 def moved_bytes(function: Pass, arguments: Mapping[str, Any]) -> dict[str, int]:
-    """What each pass must at least read and write: inputs and results; the upstream gradient, what was kept, and
-    gradients. By pass."""
+    """Least number of bytes that each pass reads and writes: inputs and results in the forward; the upstream gradient,
+    kept tensors and gradients in the backward."""
     kept: list[Tensor] = []
     with torch.no_grad():
         forward = _bytes([*_tensors(arguments.values()), *_tensors(function(**arguments))])
@@ -132,7 +126,7 @@ def moved_bytes(function: Pass, arguments: Mapping[str, Any]) -> dict[str, int]:
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         outs = _tensors(function(**arguments))
     upstream = [torch.ones_like(out) for out in outs]
-    # a gradient that is the upstream one moves nothing
+    # _bytes counts a gradient that is the upstream tensor itself once: it moves nothing
     backward = _bytes([*upstream, *kept, *torch.autograd.grad(outs, leaves, upstream)])
     return {"forward": forward, "backward": backward, "both": forward + backward}
 
@@ -146,12 +140,12 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
-    """Of different memory: what is read twice, as the rotary tables are, counts once."""
+    """Bytes of distinct memory: rotary tables, which are read twice, count once."""
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 def median_ms(run: Callable[[], Any]) -> float:
-    """By CUDA events; each run finds an L2 cache full of something else."""
+    """Median by CUDA events; the L2 cache is overwritten before each run."""
     run()  # compiles, and times tiles
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     other = torch.empty(2 * max(properties.L2_cache_size, 64 * MIB), dtype=torch.int8, device="cuda")
@@ -179,14 +173,15 @@ def peak_bytes(run: Callable[[], Any]) -> int:
 
 
 def copy_ms(moved: int) -> float:
-    """Of a copy that reads and writes so many bytes together."""
+    """Time of a copy whose reads and writes add up to ``moved`` bytes."""
     source = torch.empty(moved // 2, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     return median_ms(lambda: target.copy_(source))
 
 
 def measure(op: Op, label: str, dtype: torch.dtype, device: str = "cuda") -> list[dict[str, Any]]:
-    """Rows of all who compute it. A rival that cannot is a row that says why; the kernel itself must."""
+    """One row per implementation and pass. A rival that fails becomes a row with the reason; the kernel itself must
+    run."""
     arguments = build(op, op.sizes[label], dtype, torch.device(device))
     flops = forward_flops(arguments) if op.products else 0
     moved = {} if op.products else moved_bytes(op.fused, arguments)
@@ -202,8 +197,7 @@ def measure(op: Op, label: str, dtype: torch.dtype, device: str = "cuda") -> lis
                 else:
                     row |= {"gb_per_s": moved[direction] / ms / 1e6, "of_copy": copies[direction] / ms}
                 rows.append(row)
-        # no such back end for these sizes, or out of memory
-        except (RuntimeError, NotImplementedError, ValueError) as error:
+        except (RuntimeError, NotImplementedError, ValueError) as error:  # no back end for these sizes; out of memory
             if name == "triton":
                 raise
             rows.append({**same, "cannot": str(error).strip().splitlines()[0][:120]})
@@ -224,25 +218,18 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
         if "cannot" in row:
             made.add_row(*names, "", row["by"], f"cannot: {row['cannot']}", style="dim")
             continue
-        speed = (
-            [f"{row['gb_per_s']:,.0f}", f"{row['of_copy']:.0%}", ""]
-            if "of_copy" in row
-            else ["", "", f"{row['tflops']:,.0f}"]
-        )
+        moved = [f"{row['gb_per_s']:,.0f}", f"{row['of_copy']:.0%}"] if "of_copy" in row else ["", ""]
+        speed = [*moved, f"{row['tflops']:,.0f}" if "tflops" in row else ""]
         style = "bold" if row["by"] == "triton" else None
         made.add_row(*names, row["pass"], row["by"], f"{row['ms']:.3f}", f"{row['peak_mib']:,.0f}", *speed, style=style)
     return made
 
 
 def tests_pass(ops: Sequence[Op]) -> bool:
-    """Runs the tests of these ops on this machine; what failed is on stderr."""
-    files = [TESTS / f"test_{name}.py" for name in dict.fromkeys(op.file for op in ops)]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    """Runs the tests of these ops on this machine; prints failures to stderr."""
+    files = [str(TESTS / name) for name in dict.fromkeys(op.test_file for op in ops)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         print(done.stdout[-4000:], done.stderr[-2000:], sep="\n", file=sys.stderr)
     return done.returncode == 0
@@ -254,18 +241,11 @@ def _commit() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the table as it grows; returns the exit code: 1 where an op's tests fail, 2 without a card."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.kernels.speed", description=__doc__.partition("\n")[0] if __doc__ else None
-    )
-    parser.add_argument("--ops", nargs="+", choices=[op.name for op in OPS], help="without it, all")
-    parser.add_argument("--quick", action="store_true", help="of each op the first sizes only")
-    parser.add_argument(
-        "--no-tests",
-        action="store_true",
-        help="measure whatever the tests would say; the result says that it was not gated",
-    )
-    parser.add_argument("--json", type=Path, help="write the rows to this file too")
+    """Prints the table as it grows; returns the exit code: 1 if the tests of an op fail, 2 without a card."""
+    parser = make_parser(__spec__.name, __doc__)
+    parser.add_argument("--ops", nargs="+", choices=[op.name for op in OPS], help="default: all")
+    parser.add_argument("--quick", action="store_true", help="only the first sizes of each op")
+    parser.add_argument("--no-tests", action="store_true", help="measure without running the tests; the result says so")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("bench.kernels.speed: no CUDA card here; python -m bench.kernels.resources needs none", file=sys.stderr)
@@ -293,16 +273,8 @@ def _save(path: Path, rows: Sequence[Mapping[str, Any]], gated: bool) -> None:
     card = torch.cuda.get_device_properties(torch.cuda.current_device())
     device = {"name": card.name, "capability": f"{card.major}.{card.minor}", "memory_gib": card.total_memory / GIB}
     libraries = ["torch", "triton", *(["xformers"] if importlib.util.find_spec("xformers") else [])]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found = {
-        "device": device,
-        "cuda": torch.version.cuda,
-        "versions": versions(*libraries),
-        "commit": _commit(),
-        "gated": gated,
-        "rows": rows,
-    }
-    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    found = {"device": device, "cuda": torch.version.cuda, "commit": _commit(), "gated": gated, "rows": rows}
+    save(path, found, *libraries)
 
 
 if __name__ == "__main__":

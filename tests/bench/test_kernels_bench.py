@@ -1,4 +1,4 @@
-"""The bench of the kernels, as far as it goes without a card: its list of ops, its arithmetic, and when it refuses."""
+"""The bench of the kernels without a card: its list of ops, its arithmetic, and when it refuses."""
 
 import importlib
 from dataclasses import replace
@@ -14,6 +14,11 @@ from bench.kernels.resources import kernel_files
 BY_NAME = {op.name: op for op in OPS}
 
 
+@pytest.fixture
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def test_every_public_op_is_in_the_list():
     modules = {file: importlib.import_module(f"lowmem_drf.kernels.{file}") for file in kernel_files()}
     public = {
@@ -24,7 +29,7 @@ def test_every_public_op_is_in_the_list():
     }
     assert {(op.file, op.name) for op in OPS} == public
     assert len(BY_NAME) == len(OPS) > 0 and all(op.sizes for op in OPS)
-    assert all((kernels.TESTS / f"test_{op.file}.py").exists() for op in OPS)
+    assert all((kernels.TESTS / op.test_file).exists() for op in OPS)
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -50,10 +55,7 @@ def test_inputs_of_true_size_fit_the_op(op):
     for sizes in op.sizes.values():
         values = build(given, sizes, op.dtypes[0], torch.device("cpu"))
         with FakeTensorMode() as mode:
-            fakes = {
-                name: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
-                for name, value in values.items()
-            }
+            fakes = {name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for name, x in values.items()}
             outs = kernels._tensors(op.fused(**build(drawn, sizes, op.dtypes[0], torch.device("cpu")), **fakes))
         assert outs and all(out.numel() > 2**22 and out.dtype == op.dtypes[0] for out in outs)
 
@@ -61,15 +63,11 @@ def test_inputs_of_true_size_fit_the_op(op):
 def test_moved_bytes(device):
     B, L, D = 2, 10, 32
     sequence, row = 2 * B * L * D, 4 * B * D
+    tables = 2 * 2 * D + 2 * 4 * L * 16  # two weights; cos and sin once for q and k
     for name, forward, backward in (
         ("norm_modulate", 2 * sequence + 2 * row, 3 * sequence + row + 8 * B * L),
         ("gate_residual", 3 * sequence + row, 2 * sequence + row),  # dx is the upstream gradient
-        # tables once for q and k
-        (
-            "rope_qk",
-            4 * sequence + 2 * 2 * D + 2 * 4 * L * 16,
-            6 * sequence + 2 * 4 * B * L + 2 * 2 * D + 2 * 4 * L * 16,
-        ),
+        ("rope_qk", 4 * sequence + tables, 6 * sequence + 2 * 4 * B * L + tables),
         ("rms_norm", 2 * sequence + 2 * D, 3 * sequence + 4 * B * L + 2 * D),
     ):
         op = BY_NAME[name]
@@ -106,23 +104,16 @@ def timed(monkeypatch):
 
 
 def test_rows(timed, monkeypatch, device):
-    gate, attention = (
-        replace(BY_NAME[name], sizes={"tiny": BY_NAME[name].tiny}) for name in ("gate_residual", "attention")
-    )
+    ops = (BY_NAME["gate_residual"], BY_NAME["attention"])
+    gate, attention = (replace(op, sizes={"tiny": op.tiny}) for op in ops)
     rows = kernels.measure(gate, "tiny", torch.float16, str(device))
     assert [(row["by"], row["pass"]) for row in rows] == [
         (by, which) for by in ("triton", "naive") for which in ("forward", "backward", "both")
     ]
     forward = kernels.moved_bytes(gate.fused, build(gate, gate.tiny, torch.float16, device))["forward"]
     figures = {"ms": 2.0, "peak_mib": 3.0, "gb_per_s": pytest.approx(forward / 2e-3 / 1e9), "of_copy": 0.5}
-    assert rows[0] == {
-        "op": "gate_residual",
-        "sizes": "tiny",
-        "dtype": "float16",
-        "by": "triton",
-        "pass": "forward",
-        **figures,
-    }
+    names = {"op": "gate_residual", "sizes": "tiny", "dtype": "float16", "by": "triton", "pass": "forward"}
+    assert rows[0] == names | figures
 
     def broken(*_, **__):
         raise RuntimeError("No available kernel.\nAnd more.")
@@ -132,9 +123,7 @@ def test_rows(timed, monkeypatch, device):
     assert [row["by"] for row in rows if "cannot" in row] == ["SDPA flash", "SDPA cuDNN", "SDPA efficient"]
     assert {row["cannot"] for row in rows if "cannot" in row} == {"No available kernel."}
     flops = kernels.forward_flops(build(attention, attention.tiny, torch.float16, device))
-    assert [row["tflops"] for row in rows[:3]] == [
-        pytest.approx(times * flops / 2e-3 / 1e12) for times in (1, 2.5, 3.5)
-    ]
+    assert [row["tflops"] for row in rows[:3]] == pytest.approx([n * flops / 2e-3 / 1e12 for n in (1, 2.5, 3.5)])
     kernels.table(rows)
 
     def wrong(**_):
@@ -161,35 +150,20 @@ def test_nothing_is_measured_where_a_test_fails(monkeypatch, tmp_path, capsys):
 
 
 def test_result_says_whether_it_was_gated(monkeypatch, tmp_path, capsys):
-    row = {
-        "op": "gate_residual",
-        "sizes": "some",
-        "dtype": "bfloat16",
-        "by": "triton",
-        "pass": "forward",
-        "ms": 0.5,
-        "peak_mib": 3.0,
-    }
+    row = {"op": "gate_residual", "sizes": "some", "dtype": "bfloat16"}
+    found = [
+        row | {"by": "triton", "pass": "forward", "ms": 0.5, "peak_mib": 3.0, "gb_per_s": 1234.0, "of_copy": 0.9},
+        row | {"by": "naive", "cannot": "memory"},
+    ]
     saved = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        kernels,
-        "measure",
-        lambda op, label, dtype: [
-            row | {"gb_per_s": 1234.0, "of_copy": 0.9},
-            {**row, "by": "naive", "cannot": "memory"},
-        ],
-    )
+    monkeypatch.setattr(kernels, "measure", lambda op, label, dtype: found)
     monkeypatch.setattr(kernels, "_save", lambda path, rows, gated: saved.append((len(rows), gated)))
     monkeypatch.setattr(kernels, "TESTS", tmp_path)
     (tmp_path / "test_modulate.py").write_text("def test_right():\n    pass\n")
     assert kernels.main(["--ops", "gate_residual", "--quick", "--json", str(tmp_path / "x.json")]) == 0
-    assert (
-        "not gated" not in (out := capsys.readouterr().out)
-        and "1,234" in out
-        and "90%" in out
-        and "cannot: memory" in out
-    )
+    out = capsys.readouterr().out
+    assert "not gated" not in out and all(words in out for words in ("1,234", "90%", "cannot: memory"))
     assert kernels.main(["--ops", "gate_residual", "--no-tests", "--json", str(tmp_path / "x.json")]) == 0
     assert "not gated" in capsys.readouterr().out
     assert saved == [(2, True), *((2 * n, False) for n in range(1, 1 + len(BY_NAME["gate_residual"].sizes)))]
