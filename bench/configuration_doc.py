@@ -1,9 +1,9 @@
-"""Writes docs/configuration.md from the schema: every key, what it takes, its default, what it does and what it costs.
+"""Writes docs/configuration.md from the schema: the type, default, effect and cost of every key.
 
     python -m bench.configuration_doc
 
-The texts are the docstrings under the fields of ``lowmem_drf/schema.py``. ``tests/test_configuration_doc.py`` holds the
-page to them, so it never says less than the schema knows.
+The texts are the docstrings of the fields in ``lowmem_drf/schema.py``. ``tests/test_configuration_doc.py`` fails when
+the page differs from them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 ABOUT = """\
 # Configuration
 
-Every key of a preset, of a run's `config.toml`, and of `-s key=value` (`lowmem-drf train -s optim.lr=1e-4 -s memory.park='["critic"]'`), with its
-default. A preset holds only what differs from the defaults. Values are TOML. This page is generated from `lowmem_drf/schema.py`
+Every key of a preset, of a run's `config.toml`, and of `-s key=value` \
+(`lowmem-drf train -s optim.lr=1e-4 -s memory.park='["critic"]'`), with its
+default. A preset holds only what differs from the defaults. Values are TOML. \
+This page is generated from `lowmem_drf/schema.py`
 (`python -m bench.configuration_doc`)."""
 
 
 def field_docs() -> dict[str, dict[str, str]]:
-    """Class -> field -> the docstring under it, as Markdown; under the name ``""`` the class's own."""
+    """Class -> field -> docstring as Markdown; the field ``""`` has the docstring of the class."""
     docs: dict[str, dict[str, str]] = {}
     for node in ast.parse(Path(schema.__file__).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef):
@@ -61,24 +63,21 @@ def what_it_takes(spec: Mapping[str, Any]) -> str:
     if choices := spec.get("enum", [spec["const"]] if "const" in spec else []):
         return ", ".join(f"`{json.dumps(choice)}`" for choice in choices)
     if "pattern" in spec:
-        readable = (
-            spec["pattern"].strip("^$").replace(r"\d+(\.\d+)?", "<number>").replace(r"\d+", "<number>").strip("()")
-        )
+        pattern = spec["pattern"].strip("^$").replace(r"\d+(\.\d+)?", "<number>")
+        readable = pattern.replace(r"\d+", "<number>").strip("()")
         return " or ".join(f'`"{part}"`' for part in readable.split("|"))
     if spec["type"] == "array":
         return f"list of {what_it_takes(spec['items'])}"
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    return " ".join(
-        [spec["type"], ", ".join(f"{sign} {spec[key]:g}" for key, sign in bounds.items() if key in spec)]
-    ).strip()
+    limits = ", ".join(f"{sign} {spec[key]:g}" for key, sign in bounds.items() if key in spec)
+    return f"{spec['type']} {limits}".strip()
 
 
 def page() -> str:
     """docs/configuration.md. Raises ValueError for a key that the schema does not explain."""
     docs, properties = field_docs(), Config.model_json_schema()
-    specs = {name: part["properties"] for name, part in properties["$defs"].items()} | {
-        "Config": properties["properties"]
-    }
+    specs = {name: part["properties"] for name, part in properties["$defs"].items()}
+    specs["Config"] = properties["properties"]
     lines, before = [ABOUT], None
     for key in known_keys():
         section, name = section_of(key), key.rpartition(".")[2]
@@ -86,15 +85,8 @@ def page() -> str:
             raise ValueError(f"{key} has no docstring in lowmem_drf/schema.py")
         if section is not before:
             title = f"`{key.rpartition('.')[0]}`" if "." in key else "The run"
-            lines += [
-                "",
-                f"## {title}",
-                "",
-                docs[section.__name__][""],
-                "",
-                "| Key | Takes | Default | What it does, and what it costs |",
-                "|---|---|---|---|",
-            ]
+            lines += ["", f"## {title}", "", docs[section.__name__][""], ""]
+            lines += ["| Key | Takes | Default | What it does, and what it costs |", "|---|---|---|---|"]
             before = section
         default, text = json.dumps(section.model_fields[name].default), docs[section.__name__][name]
         cells = [f"`{key}`", what_it_takes(specs[section.__name__][name]), f"`{default}`", text]

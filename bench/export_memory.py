@@ -1,17 +1,16 @@
-"""How much host memory do ``export-lora`` and ``--merge`` take at a model's true size?
+"""Host memory of ``export-lora`` and of ``--merge`` at a model's true size.
 
     python -m bench.export_memory
     python -m bench.export_memory --merge --json bench/results/export_memory.json
 
-It makes a run's folder as ``train`` leaves it, with a LoRA of random numbers on all linear layers of the blocks, and a
-generator's folder in the hub's layout, whose weights are zeros in sparse files that take no disk. The command runs in a
-process of its own. Its peak is what the kernel reports (``ru_maxrss``): all resident pages, also those of files that
-are mapped into memory. ``--merge`` writes a whole transformer in bf16 into the temporary folder: 2.8 GB for 1.3B.
+Makes the folder of a run as ``train`` leaves it, with a random LoRA on all linear layers of the blocks, and the folder
+of a generator in the hub's layout, with zero weights in sparse files that take no disk. The command runs in a separate
+process. Its peak is the kernel's ``ru_maxrss``: all resident pages, memory-mapped files included. ``--merge`` writes a
+whole transformer in bf16 into the temporary folder: 2.8 GB for 1.3B.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -27,7 +26,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.versions import versions
+from bench.script import make_parser, save
 from lowmem_drf.config import load_config, to_toml
 from lowmem_drf.models.generators import KNOWN_GENERATORS
 from lowmem_drf.models.wan.random_generator import empty_text, empty_transformer, empty_vae
@@ -43,7 +42,7 @@ CLASSES = {"transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan", "t
 
 
 def write_sparse(file: Path, model: torch.nn.Module) -> None:
-    """A safetensors file with a model's parameters in fp32, all zeros."""
+    """Writes a safetensors file with a model's parameters as fp32 zeros."""
     header: dict[str, Any] = {}
     end = 0
     for name, parameter in model.named_parameters():
@@ -57,7 +56,7 @@ def write_sparse(file: Path, model: torch.nn.Module) -> None:
 
 
 def make_generator(folder: Path, model: str) -> None:
-    """A diffusers folder of ``KNOWN_GENERATORS[model]``. Its tokenizer is empty: an export reads none."""
+    """Makes a diffusers folder of ``KNOWN_GENERATORS[model]``. Its tokenizer is empty: an export does not read it."""
     known = KNOWN_GENERATORS[model].config
     made = {
         "transformer": (empty_transformer(known.transformer), known.transformer),
@@ -67,25 +66,23 @@ def make_generator(folder: Path, model: str) -> None:
     for name, (module, config) in made.items():
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        write_sparse(
-            folder / name / f"{'model' if name == 'text_encoder' else 'diffusion_pytorch_model'}.safetensors", module
-        )
+        stem = "model" if name == "text_encoder" else "diffusion_pytorch_model"
+        write_sparse(folder / name / f"{stem}.safetensors", module)
     (folder / "tokenizer").mkdir()
     index = {"_class_name": "WanPipeline", **{name: ["diffusers", kind] for name, kind in CLASSES.items()}}
     (folder / MODEL_INDEX).write_text(json.dumps(index), encoding="utf-8")
 
 
 def make_run(folder: Path, generator: Path, rank: int) -> None:
-    """A run with one checkpoint, step 1. B is not zero, as after training."""
+    """Makes a run with one checkpoint, step 1. B is not zero, as after training."""
     from safetensors.torch import save_file
 
-    overrides = [f"model.id={generator}", f"lora.rank={rank}"]
-    config = load_config(PRESET, overrides)
+    config = load_config(PRESET, [f"model.id={generator}", f"lora.rank={rank}"])
     transformer = empty_transformer(json.loads((generator / "transformer" / "config.json").read_text(encoding="utf-8")))
-    noise = torch.Generator().manual_seed(0)
+    noise, targets = torch.Generator().manual_seed(0), tuple(f".{target}" for target in config.lora.targets)
     state = {}
     for name, module in transformer.named_modules():
-        if isinstance(module, torch.nn.Linear) and name.endswith(tuple(f".{target}" for target in config.lora.targets)):
+        if isinstance(module, torch.nn.Linear) and name.endswith(targets):
             for side, shape in (("A", (rank, module.in_features)), ("B", (module.out_features, rank))):
                 state[f"{name}.lora_{side}.weight"] = torch.randn(shape, generator=noise) / math.sqrt(shape[1])
     checkpoint = folder / "checkpoints" / "step-000001"
@@ -95,7 +92,7 @@ def make_run(folder: Path, generator: Path, rank: int) -> None:
 
 
 def measure(arguments: list[str]) -> dict[str, float]:
-    """Peak of resident memory in GiB, and seconds, of a command in a process of its own. Raises CalledProcessError."""
+    """Peak resident memory in GiB and seconds of a command in a separate process. Raises CalledProcessError."""
     command = [sys.executable, "-m", "lowmem_drf", *arguments]
     start = time.perf_counter()
     process = subprocess.Popen(command)
@@ -108,7 +105,6 @@ def measure(arguments: list[str]) -> dict[str, float]:
 
 
 def table(rows: Mapping[str, Mapping[str, float]], title: str) -> Table:
-    """The peaks as a table."""
     made = Table("command", "peak RSS, GiB", "seconds", title=title)
     for command, row in rows.items():
         made.add_row(command, f"{row['peak_gib']:.2f}", f"{row['seconds']:.0f}")
@@ -117,13 +113,10 @@ def table(rows: Mapping[str, Mapping[str, float]], title: str) -> Table:
 
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.export_memory", description=__doc__.partition("\n")[0] if __doc__ else None
-    )
+    parser = make_parser(__spec__.name, __doc__)
     parser.add_argument("--model", choices=tuple(MODELS), default="1.3B")
     parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--merge", action="store_true", help="--merge as well")
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    parser.add_argument("--merge", action="store_true", help="also measure --merge")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as made:
         place = Path(made)
@@ -133,14 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.merge:
             rows["export-lora --merge"] = measure(["export-lora", str(place / "run"), "--merge", str(place / "merged")])
     Console(soft_wrap=True).print(table(rows, f"{MODELS[options.model]}, rank {options.rank}"))
-    if options.json:
-        result = {
-            "model": MODELS[options.model],
-            "rank": options.rank,
-            "versions": versions("torch", "diffusers", "peft", "safetensors"),
-            **rows,
-        }
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    result = {"model": MODELS[options.model], "rank": options.rank, **rows}
+    save(options.json, result, "torch", "diffusers", "peft", "safetensors")
     return 0
 
 

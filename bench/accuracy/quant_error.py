@@ -1,27 +1,24 @@
-"""What do 4 and 8 bits in the frozen base (``model.quant``) do to the velocity, and to the gradients of a LoRA on it?
+"""Error of the velocity, and of a LoRA's gradients, when the frozen base is stored in 4 or 8 bits (``model.quant``).
 
     python -m bench.accuracy.quant_error --json bench/results/quant_error.json
 
-Against the same model in fp32, for the same inputs and the same gradient at its output. bf16 throughout stands beside
-it, to tell what rounding alone does. The LoRA is of rank 8, its product a twentieth of each weight.
+The reference is the same model in fp32, with the same inputs and the same gradient at its output. bf16 throughout shows
+the share of rounding. The LoRA has rank 8; the norm of its product is a twentieth of each weight's.
 
-ToyWorld's generator, trained: at the latents that its own sampler visits, for 16 held-out prompts. One block of
-Wan2.1-1.3B and of 14B at its true size, 128 tokens: what it adds to its input. Its weights are random and Gaussian,
-which is what NF4's values were made for: its figures say how much of the error comes from the format at that width, and
-no more.
+Two kinds of models. ToyWorld's trained generator, at the latents that its own sampler visits for 16 held-out prompts.
+And one block of Wan2.1-1.3B and of 14B at true size, 128 tokens, without its residual input. The block's weights are
+random and Gaussian, the distribution that NF4's values were chosen for, so its figures only show the format's error at
+that width.
 
-``error`` is the norm of the difference over the norm of what is wanted, ``cosine`` the one between the two, means over
-noise levels and clips (``worst``: the smallest cosine). Of the gradients all modules make one vector.
+``error`` is the norm of the difference over the norm of the reference, ``cosine`` the cosine between the two, both as
+means over noise levels and clips (``worst``: the smallest cosine). The gradients of all modules form one vector.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from bench.versions import versions
-from lowmem_drf.errors import LowmemError
+from bench.script import make_parser, reports_errors, save
 from lowmem_drf.method.schedule import draw_noise, flow_sigmas
 from lowmem_drf.models.generators import KNOWN_GENERATORS
 from lowmem_drf.models.lora.adapter import ADAPTER, add_lora, lora_layers, lora_parameters, remove_lora
@@ -45,7 +41,7 @@ from lowmem_drf.toy.captions import heldout_prompts
 
 STEPS, RANK, SHARE = 10, 8, 0.05
 TOKENS, TEXT = 128, 64
-"""Of the block: those of the video, and those of the text."""
+"""Tokens of the block: of the video and of the text."""
 BLOCKS = {"Wan2.1-1.3B": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan2.1-14B": "Wan-AI/Wan2.1-T2V-14B-Diffusers"}
 VARIANTS = {
     "bf16": ("none", torch.bfloat16),
@@ -54,16 +50,16 @@ VARIANTS = {
     "nf4": ("nf4", torch.float32),
     "nf4, bf16": ("nf4", torch.bfloat16),
 }
-"""Name -> what the linears of the blocks are kept in, and the dtype of everything else."""
+"""Name -> storage format of the blocks' linear layers, and the dtype of everything else."""
 PARTS = ("output", "lora", "input")
-"""What is compared: what comes out, and the gradients of the LoRA and at the input."""
+"""The output, and the gradients of the LoRA and at the input."""
 
 Results = list[dict[str, Tensor]]
-"""By noise level and clip: the parts, each flat."""
+"""The flattened parts of each noise level and clip."""
 
 
 def variant(transformer: Any, quant: str, dtype: torch.dtype) -> Any:
-    """A copy of an fp32 transformer in other bits; what diffusers keeps in fp32 stays in it."""
+    """A copy of an fp32 transformer in another format, except for the modules that diffusers keeps in fp32."""
     made = copy.deepcopy(transformer)
     lay_out(made, quant, in_transformer)  # type: ignore[arg-type]
     for name, module in made.named_modules():
@@ -79,7 +75,7 @@ def variant(transformer: Any, quant: str, dtype: torch.dtype) -> Any:
 
 
 def put_lora(transformer: Any, reference: Any) -> None:
-    """A LoRA whose product has ``SHARE`` of the norm of the reference's weight, module by module."""
+    """Adds a LoRA; the norm of its product is ``SHARE`` of the reference's weight, module by module."""
     add_lora(transformer, RANK, float(RANK))
     for place, (name, layer) in enumerate(lora_layers(transformer).items()):
         a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
@@ -88,8 +84,8 @@ def put_lora(transformer: Any, reference: Any) -> None:
             b.mul_(SHARE * reference.get_submodule(name).weight.norm() / (b @ a).norm())
 
 
-def held_against(reference: Any, run: Callable[[Any], Results]) -> dict[str, dict[str, dict[str, float]]]:
-    """By variant and part: error and cosine."""
+def compare_variants(reference: Any, run: Callable[[Any], Results]) -> dict[str, dict[str, dict[str, float]]]:
+    """Error and cosine of each variant and part."""
 
     def results(transformer: Any) -> Results:
         put_lora(transformer, reference)
@@ -121,7 +117,7 @@ def parts(output: Tensor, x: Tensor, cotangent: Tensor, lora: Sequence[Tensor]) 
 
 
 def toy(clips: int) -> tuple[Any, Callable[[Any], Results]]:
-    """ToyWorld's transformer, and what is done with each of its variants."""
+    """ToyWorld's transformer, and the function that runs a variant of it."""
     folder = resolve(TOYWORLD, "generator")
     reference = load_denoiser(folder)
     text = load_text(folder).encode(heldout_prompts(clips), TEXT_TOKENS)
@@ -145,8 +141,8 @@ def toy(clips: int) -> tuple[Any, Callable[[Any], Results]]:
 
 
 def block(config: dict[str, Any]) -> tuple[Any, Callable[[Any], Results]]:
-    """A transformer of this configuration with one block, and what is done with that block: its output less its input,
-    as that passes by unchanged."""
+    """A transformer of this configuration with one block, and the function that runs a variant of it. The output is the
+    block's without its input, which the residual passes unchanged."""
     reference = random_transformer(config, layers=1)
     width = config["num_attention_heads"] * config["attention_head_dim"]
     noise = torch.Generator().manual_seed(0)
@@ -170,48 +166,29 @@ def table(title: str, rows: dict[str, dict[str, dict[str, float]]]) -> Table:
         made.add_column(column, justify="right")
     for name, row in rows.items():
         for part, figures in row.items():
-            made.add_row(
-                name if part == PARTS[0] else "",
-                part,
-                *(f"{figures[column]:.5f}" for column in columns),
-                end_section=part == PARTS[-1],
-            )
+            cells = (f"{figures[column]:.5f}" for column in columns)
+            made.add_row(name if part == PARTS[0] else "", part, *cells, end_section=part == PARTS[-1])
     return made
 
 
+@reports_errors
 def main(arguments: list[str] | None = None) -> int:
     """Prints the tables; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.accuracy.quant_error", description=__doc__.partition("\n")[0] if __doc__ else None
-    )
-    parser.add_argument("--clips", type=int, default=16, help="of ToyWorld")
-    parser.add_argument(
-        "--blocks", nargs="*", default=list(BLOCKS), choices=list(BLOCKS), help="at true size; none: --blocks"
-    )
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    parser = make_parser(__spec__.name, __doc__)
+    parser.add_argument("--clips", type=int, default=16, help="number of ToyWorld clips")
+    text = "blocks at true size; an empty list: none"
+    parser.add_argument("--blocks", nargs="*", default=list(BLOCKS), choices=list(BLOCKS), help=text)
     options = parser.parse_args(arguments)
     console = Console(soft_wrap=True)
-    try:
-        require_library("nf4", "model.quant")
-        made = {"ToyWorld": held_against(*toy(options.clips))}
-        made |= {
-            f"a block of {name}": held_against(*block(KNOWN_GENERATORS[BLOCKS[name]].config.transformer))
-            for name in options.blocks
-        }
-    except LowmemError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return error.exit_code
+    require_library("nf4", "model.quant")
+    made = {"ToyWorld": compare_variants(*toy(options.clips))}
+    for name in options.blocks:
+        config = KNOWN_GENERATORS[BLOCKS[name]].config.transformer
+        made[f"a block of {name}"] = compare_variants(*block(config))
     for title, rows in made.items():
         console.print(table(title, rows))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "clips": options.clips,
-            "device": "CPU",
-            "versions": versions("torch", "diffusers", "bitsandbytes"),
-            "models": made,
-        }
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    result = {"clips": options.clips, "device": "CPU", "models": made}
+    save(options.json, result, "torch", "diffusers", "bitsandbytes")
     return 0
 
 

@@ -1,24 +1,22 @@
-"""What does int8 attention in the rollout do to the clips?
+"""Effect of int8 attention in the rollout on the clips.
 
     python -m bench.accuracy.rollout_int8 --json bench/results/rollout_int8.json
 
-ToyWorld's base generator, held-out prompts, the same noise: clips with exact attention among the tokens, with the
-kernel's 8-bit scheme (``kernels/attention_int8.py``, its form in plain PyTorch), and with exact attention from other
-noise, as the yardstick. The oracle judges all of them. 48 tokens a clip share one scale for q and one for k; a real
-clip has a scale for every 128 queries and 64 keys.
+ToyWorld's base generator on held-out prompts, from the same noise: clips with exact attention among the tokens, with
+the kernel's 8-bit scheme (the plain PyTorch form in ``kernels/attention_int8.py``), and, as a yardstick, with exact
+attention from other noise. The oracle judges all of them. In ToyWorld, the 48 tokens of a clip share one scale for q
+and one for k; a real clip has a scale per 128 queries and per 64 keys.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench.versions import versions
+from bench.script import make_parser, save
 from lowmem_drf.kernels.attention_int8 import attention_int8_naive
 from lowmem_drf.method.schedule import draw_noise, flow_sigmas
 from lowmem_drf.method.step import rollout
@@ -32,7 +30,7 @@ from lowmem_drf.toy.oracle import measure
 STEPS, SHIFT, TEXT_TOKENS, BATCH = 10, 3.0, 16, 64
 
 OTHER_NOISE = 100_000
-"""Seeds of the yardstick begin here."""
+"""First seed of the yardstick."""
 
 
 @torch.no_grad()
@@ -47,45 +45,30 @@ def clips(
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
         noise = draw_noise((16, 3, 8, 8), [first_seed + start + i for i in range(len(part))])
-        made.append(
-            decoder.decode(
-                rollout(
-                    as_velocity(transformer), flow_sigmas(STEPS, SHIFT), noise, text.encode(part, TEXT_TOKENS), None
-                )[0]
-            )
-        )
+        encoded, sigmas = text.encode(part, TEXT_TOKENS), flow_sigmas(STEPS, SHIFT)
+        made.append(decoder.decode(rollout(as_velocity(transformer), sigmas, noise, encoded, None)[0]))
     return torch.cat(made)
 
 
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--prompts", type=int, default=256)
-    arguments.add_argument("--json", type=Path)
-    options = arguments.parse_args()
+def main(arguments: list[str] | None = None) -> int:
+    """Prints a line per kind of clips; returns the exit code."""
+    parser = make_parser(__spec__.name, __doc__)
+    parser.add_argument("--prompts", type=int, default=256)
+    options = parser.parse_args(arguments)
     prompts = heldout_prompts(options.prompts)
+    combos = [combo for prompt in prompts if (combo := parse(prompt))]
     exact = clips(prompts, None)
+    int8, other = clips(prompts, attention_int8_naive), clips(prompts, None, OTHER_NOISE)
     rows = {}
-    for name, made in (
-        ("exact", exact),
-        ("int8", clips(prompts, attention_int8_naive)),
-        ("other noise", clips(prompts, None, OTHER_NOISE)),
-    ):
+    for name, made in (("exact", exact), ("int8", int8), ("other noise", other)):
         seen = measure(made)
-        hits = {
-            **seen.matches([combo for prompt in prompts if (combo := parse(prompt))]),
-            "physics": seen.physics,
-            "quality": seen.quality,
-        }
+        hits = {**seen.matches(combos), "physics": seen.physics, "quality": seen.quality}
         rates = {key: value.float().mean().item() for key, value in hits.items()}
         rows[name] = {"levels_of_255": 255 * (made - exact).abs().mean().item(), **rates}
-    for name, row in rows.items():
-        print(f"{name:12}", "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
-    if options.json:
-        options.json.write_text(
-            json.dumps({"rows": rows, "prompts": len(prompts), "versions": versions("torch", "diffusers")}, indent=2)
-            + "\n"
-        )
+        print(f"{name:12}", "  ".join(f"{key} {value:.3f}" for key, value in rows[name].items()))
+    save(options.json, {"rows": rows, "prompts": len(prompts)}, "torch", "diffusers")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

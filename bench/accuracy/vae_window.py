@@ -1,26 +1,23 @@
-"""What does truncating the VAE's backward in time cost in accuracy, and what does it save in time?
+"""Accuracy and time of a VAE backward that is truncated in time.
 
     python -m bench.accuracy.vae_window --json bench/results/vae_window.json
 
-ToyWorld's trained VAE and critic. For ``memory.vae_backward = "window:n"`` against ``exact``: relative error and cosine
-of the gradient at the latents, and the seconds of the backward. ToyWorld's clips of 9 frames are 3 chunks; the longer
-ones go on as they began and turn round every 9 frames. The gradient at the kept frames is the critic's own, of its
-explanations of each aspect (``critic``), or white noise (``noise``).
+ToyWorld's trained VAE and critic, ``memory.vae_backward = "window:n"`` against ``exact``: relative error and cosine of
+the gradient at the latents, and seconds of the backward. ToyWorld's clips of 9 frames are 3 chunks; longer clips play
+them forwards and backwards. The gradient at the kept frames is the critic's, for its explanations of each aspect
+(``critic``), or white noise (``noise``).
 
-Also: how many pixels the VAE saturates, how much of the critic's gradient lies on them, and how much of it would push
-them further out: the part that ``wan_vae.InwardClamp`` drops, where a plain clamp drops all of it.
+Also: the share of pixels that the VAE saturates, the share of the critic's gradient on them, and the part of it that
+would push them further out, which ``wan_vae.InwardClamp`` drops; a plain clamp drops all of it.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench.versions import versions
-from lowmem_drf.errors import LowmemError
+from bench.script import device_name, make_parser, reports_errors, save
 from lowmem_drf.method.frames import backward_chunks, kept_frames
 from lowmem_drf.method.reward import RewardSpec
 from lowmem_drf.method.step import critic_backward
@@ -42,13 +38,13 @@ from lowmem_drf.toy.captions import caption
 from lowmem_drf.toy.scenes import FRAMES, Combo, combos_of, draw_tracks, render
 
 SETTINGS = ((9, 9), (81, 4), (81, 8))
-"""Frames of the clip, and how many of them the critic sees, evenly spaced."""
+"""Frames of the clip, and number of evenly spaced frames that the critic sees."""
 WINDOWS = (0, 1, 2, 3, 4, 5)
 
 
 @dataclass(frozen=True)
 class Clips:
-    """Latents of clips, what the VAE makes of the frames kept of them, and the gradients there."""
+    """Latents of clips, the decoded frames that are kept, and the gradients at those."""
 
     latents_BCFhw: Tensor
     kept: tuple[int, ...]
@@ -57,7 +53,7 @@ class Clips:
 
 
 def turning(frames: int) -> list[int]:
-    """0, 1, .. 8, 7, .. 0, 1 ..: the frame of a ToyWorld clip that each frame of a longer one shows."""
+    """0, 1, .. 8, 7, .. 0, 1 ..: the frame of a ToyWorld clip for each frame of a longer one."""
     there_and_back = [*range(FRAMES), *range(FRAMES - 2, 0, -1)]
     return [there_and_back[i % len(there_and_back)] for i in range(frames)]
 
@@ -66,10 +62,8 @@ def turning(frames: int) -> list[int]:
 def encoded(decoder: WanDecoder, clips_BTCHW: Tensor) -> Tensor:
     """Frames in [0, 1] -> latents (B, C, F, h, w) as the transformer has them."""
     config = decoder.vae.config
-    mean, std = (
-        torch.tensor(values).view(1, -1, 1, 1, 1).to(clips_BTCHW)
-        for values in (config.latents_mean, config.latents_std)
-    )
+    pair = (config.latents_mean, config.latents_std)
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1).to(clips_BTCHW) for values in pair)
     return (decoder.vae.encode(clips_BTCHW.transpose(1, 2) * 2 - 1).latent_dist.mode() - mean) / std
 
 
@@ -85,7 +79,7 @@ def clips_of(decoder: WanDecoder, critic: QwenCritic, combos: Sequence[Combo], f
 
 
 def gradient(decoder: WanDecoder, clips: Clips, d_frames: Tensor, window: int | None) -> tuple[Tensor, float]:
-    """The gradient at the latents, and the seconds of its backward."""
+    """The gradient at the latents, and the seconds of the backward."""
     _, entering = decode(decoder, clips.latents_BCFhw, clips.kept, window)
     start = time.perf_counter()
     d_latents = vae_backward(decoder, clips.latents_BCFhw, entering, d_frames, clips.kept, window)
@@ -95,38 +89,34 @@ def gradient(decoder: WanDecoder, clips: Clips, d_frames: Tensor, window: int | 
 
 
 def compare(got: Tensor, wanted: Tensor) -> dict[str, float]:
-    """Relative error and cosine, of all clips' gradients as one vector."""
-    error = ((got - wanted).norm() / wanted.norm()).item()
-    return {
-        "error": error,
-        "cosine": torch.cosine_similarity(got.flatten().double(), wanted.flatten().double(), dim=0).item(),
-    }
+    """Relative error and cosine of all clips' gradients as one vector."""
+    cosine = torch.cosine_similarity(got.flatten().double(), wanted.flatten().double(), dim=0)
+    return {"error": ((got - wanted).norm() / wanted.norm()).item(), "cosine": cosine.item()}
 
 
 def measure(decoder: WanDecoder, clips: Clips, repeats: int) -> list[dict[str, Any]]:
-    """A row a window, ``exact`` last: ``chunks`` visited, ``s`` (median) and, by upstream, ``error`` and ``cosine``."""
+    """One row per window, ``exact`` last: ``chunks`` visited, ``s`` (median), and ``error`` and ``cosine`` per upstream
+    gradient."""
     windows = [*WINDOWS, None]
     made: dict[tuple[str, int | None], Tensor] = {}
     seconds: dict[int | None, list[float]] = {window: [] for window in windows}
     for _ in range(max(1, repeats)):
         for name, d_frames in clips.upstream.items():
-            for window in windows:  # by turns, so that a busy machine is busy for all of them
+            for window in windows:  # in turns, so that other load affects all of them
                 made[name, window], s = gradient(decoder, clips, d_frames, window)
                 seconds[window].append(s)
     rows = []
     for window in windows:
-        row: dict[str, Any] = {"vae_backward": "exact" if window is None else f"window:{window}"}
-        row |= {
-            "chunks": len(backward_chunks(clips.kept, decoder.temporal_factor, window)),
-            "s": statistics.median(seconds[window]),
-        }
+        chunks = len(backward_chunks(clips.kept, decoder.temporal_factor, window))
+        name = "exact" if window is None else f"window:{window}"
+        row: dict[str, Any] = {"vae_backward": name, "chunks": chunks, "s": statistics.median(seconds[window])}
         rows.append(row | {name: compare(made[name, window], made[name, None]) for name in clips.upstream})
     return rows
 
 
 def saturation(clips: Clips) -> dict[str, float]:
-    """Shares: of the pixels that are at an end of [0, 1]; of the squared gradient of the critic that lies there; and of
-    what points outwards."""
+    """Share of the pixels at an end of [0, 1], share of the critic's squared gradient on them, and share of it that
+    points outwards there."""
     frames, d = clips.frames_BTCHW, clips.upstream["critic"]
     low, high = frames <= 0, frames >= 1
     power = d.pow(2).sum()
@@ -147,57 +137,30 @@ def table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     return made
 
 
+@reports_errors
 def main(arguments: list[str] | None = None) -> int:
     """Prints the tables; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.accuracy.vae_window", description=__doc__.partition("\n")[0] if __doc__ else None
-    )
+    parser = make_parser(__spec__.name, __doc__)
     parser.add_argument("--clips", type=int, default=4, help="clips in a batch")
-    parser.add_argument("--repeats", type=int, default=3, help="timed repeats, of which the median counts")
+    parser.add_argument("--repeats", type=int, default=3, help="timed repeats; the median counts")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="write the rows to this file too")
     options = parser.parse_args(arguments)
     console = Console(soft_wrap=True)
-    try:
-        critic = load_critic(resolve(TOYWORLD, "critic"), torch.float32, options.device)
-        decoder = WanDecoder(load_vae(resolve(TOYWORLD, "generator"), torch.float32, options.device))
-    except LowmemError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return error.exit_code
+    critic = load_critic(resolve(TOYWORLD, "critic"), torch.float32, options.device)
+    decoder = WanDecoder(load_vae(resolve(TOYWORLD, "generator"), torch.float32, options.device))
     known = combos_of("train")
     combos = known[:: max(1, len(known) // options.clips)][: options.clips]
     results = []
     for frames, n_kept in SETTINGS:
         clips = clips_of(decoder, critic, combos, frames, n_kept)
-        result = {
-            "frames": frames,
-            "kept": list(clips.kept),
-            "saturation": saturation(clips),
-            "rows": measure(decoder, clips, options.repeats),
-        }
-        console.print(table(f"{n_kept} of {frames} frames", result["rows"]))
-        shares = {name: f"{share:.2%}" for name, share in result["saturation"].items()}
-        console.print(
-            "{pixels} of the pixels are saturated; a clamp drops {clamp_drops} of the gradient, ours {inward_drops}".format(
-                **shares
-            )
-        )
-        results.append(result)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        device = (
-            torch.cuda.get_device_name(options.device)
-            if options.device.startswith("cuda")
-            else f"CPU, {torch.get_num_threads()} threads"
-        )
-        found = {
-            "clips": len(combos),
-            "repeats": options.repeats,
-            "device": device,
-            "versions": versions("torch", "diffusers"),
-            "settings": results,
-        }
-        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        rows = measure(decoder, clips, options.repeats)
+        shares = saturation(clips)
+        console.print(table(f"{n_kept} of {frames} frames", rows))
+        drops = "a clamp drops {clamp_drops:.2%} of the gradient, ours {inward_drops:.2%}".format(**shares)
+        console.print(f"{shares['pixels']:.2%} of the pixels are saturated; {drops}")
+        results.append({"frames": frames, "kept": list(clips.kept), "saturation": shares, "rows": rows})
+    found = {"clips": len(combos), "repeats": options.repeats, "device": device_name(options.device)}
+    save(options.json, found | {"settings": results}, "torch", "diffusers")
     return 0
 
 

@@ -1,23 +1,21 @@
-"""How good is the gradient of a 4-bit critic?
+"""Quality of a 4-bit critic's gradient.
 
     python -m bench.critic.nf4 --json bench/results/critic_nf4.json
     python -m bench.critic.nf4 --critic Qwen/Qwen2.5-VL-7B-Instruct --device cuda
     python -m bench.critic.nf4 --random Qwen/Qwen2.5-VL-7B-Instruct --layers 2
 
-The same critic with NF4 weights and with its own: the cosine between their d reward / d frames, clip by clip, and the
-rank correlation (Spearman) of their rewards, for each aspect. bfloat16 throughout stands beside it where the reference
-is fp32, to tell what rounding alone does. Clips: ToyWorld's, half drawn, most of them with a defect, half the base
-generator's. A random critic sees nothing: its figures say how the weights' rounding passes through a network of that
-width, and no more.
+Compares the same critic with NF4 weights and with its original ones, for each aspect: the cosine between their d reward
+/ d frames, clip by clip, and the rank correlation (Spearman) of their rewards. If the reference is fp32, bfloat16
+throughout is compared too, which shows the share of rounding. The clips are ToyWorld's: half are drawn, most of them
+with a defect, and half come from the base generator. The answers of a critic with random weights mean nothing: its
+figures only show how the weights' rounding passes through a network of that width.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench.versions import versions
-from lowmem_drf.errors import LowmemError
+from bench.script import make_parser, reports_errors, save
 from lowmem_drf.method.reward import RewardSpec, question_reward
 from lowmem_drf.method.schedule import draw_noise, flow_sigmas
 from lowmem_drf.method.step import rollout
@@ -49,7 +46,7 @@ BATCH = 8
 
 @torch.no_grad()
 def toy_clips(count: int, seed: int = 0) -> tuple[Tensor, list[str]]:
-    """``count`` clips (B, T, C, H, W) in [0, 1] and their captions: the first half drawn, the others generated for
+    """``count`` clips (B, T, C, H, W) in [0, 1] and their captions: the first half drawn, the second half generated for
     held-out prompts."""
     drawn = count // 2
     frames, _, combos, _ = draw_labelled(drawn, torch.Generator().manual_seed(seed), clean_share=0.4)
@@ -57,18 +54,13 @@ def toy_clips(count: int, seed: int = 0) -> tuple[Tensor, list[str]]:
     prompts = heldout_prompts(count - drawn, seed=seed)
     folder = resolve(TOYWORLD, "generator")
     text, decoder, velocity = load_text(folder), WanDecoder(load_vae(folder)), as_velocity(load_denoiser(folder))
-    latents, _ = rollout(
-        velocity,
-        flow_sigmas(10, SHIFT),
-        draw_noise((16, 3, 8, 8), range(len(prompts))),
-        text.encode(prompts, TEXT_TOKENS),
-        None,
-    )
+    noise = draw_noise((16, 3, 8, 8), range(len(prompts)))
+    latents, _ = rollout(velocity, flow_sigmas(10, SHIFT), noise, text.encode(prompts, TEXT_TOKENS), None)
     return torch.cat([frames, decoder.decode(latents)]), [*texts, *prompts]
 
 
 def kinds_of_reward(questions: Sequence[Question]) -> dict[str, list[int]]:
-    """Name -> which of the questions are averaged: the yes/no ones of each aspect, all yes/no ones, all dense ones."""
+    """Name -> indices of the questions to average: the yes/no ones of each aspect, all yes/no ones, all dense ones."""
     yesno = [i for i, question in enumerate(questions) if question.kind == "yesno"]
     chosen = {aspect: [i for i in yesno if questions[i].aspect == aspect] for aspect in ("TA", "Phy", "VQ")}
     return {**chosen, "yes/no": yesno, "dense": [i for i, question in enumerate(questions) if question.kind == "dense"]}
@@ -77,8 +69,8 @@ def kinds_of_reward(questions: Sequence[Question]) -> dict[str, list[int]]:
 def rewards_and_gradients(
     critic: QwenCritic, frames_BTCHW: Tensor, questions: Sequence[Sequence[Question]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """By kind: rewards (B,) and their gradients (B, T, C, H, W), fp32 on the CPU. Clips do not touch each other, so
-    that the gradient of the sum is each one's own."""
+    """Rewards (B,) and their gradients (B, T, C, H, W) by kind, fp32 on the CPU. Clips are independent, so the gradient
+    of the sum holds the gradient of each clip."""
     device = critic.model.device
     rewards: dict[str, list[Tensor]] = {}
     gradients: dict[str, list[Tensor]] = {}
@@ -95,9 +87,8 @@ def rewards_and_gradients(
             gradient = torch.autograd.grad(reward_B.sum(), frames, retain_graph=True)[0]
             rewards.setdefault(name, []).append(reward_B.detach().float().cpu())
             gradients.setdefault(name, []).append(gradient.float().cpu())
-    return {name: torch.cat(parts) for name, parts in rewards.items()}, {
-        name: torch.cat(parts) for name, parts in gradients.items()
-    }
+    made = [{name: torch.cat(parts) for name, parts in kinds.items()} for kinds in (rewards, gradients)]
+    return made[0], made[1]
 
 
 def spearman(a_B: Tensor, b_B: Tensor) -> float:
@@ -109,8 +100,8 @@ def spearman(a_B: Tensor, b_B: Tensor) -> float:
 def compare(
     one: tuple[dict[str, Tensor], dict[str, Tensor]], other: tuple[dict[str, Tensor], dict[str, Tensor]]
 ) -> dict[str, dict[str, float]]:
-    """By kind: cosines of the clips' gradients (mean, median, min), the mean ratio of their norms, Spearman of the
-    rewards."""
+    """Cosines of the clips' gradients (mean, median, min), mean ratio of their norms, and Spearman of the rewards, by
+    kind."""
     made = {}
     for name in one[0]:
         mine, theirs = (gradients[name].flatten(1).double() for _, gradients in (one, other))
@@ -126,17 +117,15 @@ def compare(
 
 
 def table(title: str, rows: dict[str, dict[str, float]]) -> Table:
+    columns = ("cosine_mean", "cosine_median", "cosine_min", "norm_ratio", "spearman")
     made = Table("reward", "cosine: mean", "median", "min", "norm", "Spearman", title=title, title_justify="left")
     for name, row in rows.items():
-        made.add_row(
-            name,
-            *(f"{row[key]:.4f}" for key in ("cosine_mean", "cosine_median", "cosine_min", "norm_ratio", "spearman")),
-        )
+        made.add_row(name, *(f"{row[column]:.4f}" for column in columns))
     return made
 
 
 def critics(options: argparse.Namespace) -> dict[str, Callable[[], QwenCritic]]:
-    """``reference`` and what is held against it; each is loaded when it is needed, and no two at once."""
+    """Loaders of the ``reference`` and of the critics to compare with it, so that only one is loaded at a time."""
     reference = DTYPES[options.reference or ("bf16" if options.device.startswith("cuda") else "fp32")]
 
     def loaded(dtype: torch.dtype, quant: Any) -> QwenCritic:
@@ -154,53 +143,38 @@ def critics(options: argparse.Namespace) -> dict[str, Callable[[], QwenCritic]]:
     return made
 
 
+@reports_errors
 def main(arguments: list[str] | None = None) -> int:
-    """Prints a table for each critic that is held against the reference; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.critic.nf4", description=__doc__.partition("\n")[0] if __doc__ else None
-    )
+    """Prints a table per critic that is compared with the reference; returns the exit code."""
+    parser = make_parser(__spec__.name, __doc__)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--critic", default=TOYWORLD, help="toyworld, a folder or a hub id")
-    which.add_argument("--random", metavar="NAME", help="random weights: a hub id that is known, or a folder")
-    parser.add_argument("--layers", type=int, help="with --random: at most so many layers, at full width")
+    which.add_argument("--random", metavar="NAME", help="random weights: a known hub id, or a folder")
+    parser.add_argument("--layers", type=int, help="with --random: number of layers, at full width")
     parser.add_argument("--clips", type=int, default=64)
-    parser.add_argument(
-        "--reference", choices=tuple(DTYPES), help="default: bf16 on CUDA, fp32 else; NF4 computes in it too"
-    )
+    text = "default: bf16 on CUDA, else fp32; also the compute dtype of NF4"
+    parser.add_argument("--reference", choices=tuple(DTYPES), help=text)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
     options = parser.parse_args(arguments)
     if options.layers is not None and not options.random:
         parser.error("--layers needs --random")
     console = Console(soft_wrap=True)
-    try:
-        frames, texts = toy_clips(options.clips)
-        values = [toyworld.attributes(text) or {} for text in texts]
-        questions = [[*toyworld.yesno(value), *toyworld.dense(value)] for value in values]
-        results = {name: rewards_and_gradients(load(), frames, questions) for name, load in critics(options).items()}
-    except LowmemError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return error.exit_code
+    frames, texts = toy_clips(options.clips)
+    values = [toyworld.attributes(text) or {} for text in texts]
+    questions = [[*toyworld.yesno(value), *toyworld.dense(value)] for value in values]
+    results = {name: rewards_and_gradients(load(), frames, questions) for name, load in critics(options).items()}
     reference = results.pop("reference")
     rows = {name: compare(reference, result) for name, result in results.items()}
     for name, row in rows.items():
         console.print(table(f"{name} against the reference, {len(frames)} clips", row))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        chosen = {
-            "critic": options.random or options.critic,
-            "random": bool(options.random),
-            "layers": options.layers,
-            "reference": options.reference,
-        }
-        result = {
-            **chosen,
-            "device": options.device,
-            "clips": len(frames),
-            "versions": versions("torch", "transformers", "bitsandbytes"),
-            **rows,
-        }
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    result = {
+        "critic": options.random or options.critic,
+        "random": bool(options.random),
+        **{name: getattr(options, name) for name in ("layers", "reference", "device")},
+        "clips": len(frames),
+        **rows,
+    }
+    save(options.json, result, "torch", "transformers", "bitsandbytes")
     return 0
 
 

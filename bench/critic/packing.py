@@ -1,22 +1,20 @@
-"""What do all questions of a clip in one pass save against a pass for each?
+"""Time and memory of all questions of a clip in one pass, against one pass per question.
 
     python -m bench.critic.packing --json bench/results/critic_packing.json
 
-ToyWorld's critic, from frames to the gradient at the frames: time, bytes kept for the backward, and peak of what is
-allocated, packed and separately, yes/no and dense questions mixed. Promised: 12 questions packed take at most twice the
-time of one. Exit code 1 if they take more.
+ToyWorld's critic, from frames to the gradient at the frames, with yes/no and dense questions mixed, packed and
+separate: time, bytes kept for the backward, and peak of the allocated bytes. Promise: 12 packed questions take at most
+twice the time of one. Exit code 1 if they take more.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import functools
 import statistics
 import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.versions import versions
-from lowmem_drf.errors import LowmemError
+from bench.script import device_name, make_parser, reports_errors, save
 from lowmem_drf.method.reward import RewardSpec, total_reward
 from lowmem_drf.models.qwen_vl.critic import QwenCritic, load_critic
 from lowmem_drf.models.weights.sources import TOYWORLD, resolve
@@ -37,13 +34,13 @@ from lowmem_drf.types import Question
 
 COUNTS = (1, 4, 12, 24)
 PROMISED = (12, 2.0)
-"""So many questions in one pass, at most so many times one question's time."""
+"""Questions in one pass, and their most time as a multiple of one question's."""
 MIB = 1024**2
 CAPTION = "a red circle moves left on a gray background"
 
 
 def mixed_questions(count: int) -> list[Question]:
-    """The first is yes/no; every fourth asks for an explanation, as long as there are any."""
+    """Every fourth question asks for an explanation; the others are yes/no."""
     values = toyworld.attributes(CAPTION)
     assert values is not None
     yesno, dense = iter(toyworld.yesno(values)), iter(toyworld.dense(values))
@@ -51,7 +48,7 @@ def mixed_questions(count: int) -> list[Question]:
 
 
 def gradient(critic: QwenCritic, frames_BTCHW: Tensor, passes: Sequence[Sequence[Question]]) -> Tensor:
-    """d mean reward / d frames, one pass after the other."""
+    """d mean reward / d frames, summed over the passes."""
     frames = frames_BTCHW.detach().requires_grad_()
     total = torch.zeros_like(frames)
     for asked in passes:
@@ -62,7 +59,7 @@ def gradient(critic: QwenCritic, frames_BTCHW: Tensor, passes: Sequence[Sequence
 
 
 def median_s(runs: Sequence[Callable[[], object]], repeats: int, device: torch.device) -> list[float]:
-    """Median seconds of each; by turns, so that a busy machine is busy for all of them."""
+    """Median seconds of each run. They take turns, so that other load affects all of them."""
     taken: list[list[float]] = [[] for _ in runs]
     for repeat in range(repeats + 1):
         for run, times in zip(runs, taken, strict=True):
@@ -76,7 +73,7 @@ def median_s(runs: Sequence[Callable[[], object]], repeats: int, device: torch.d
 
 
 def kept_bytes(run: Callable[[], object], model: torch.nn.Module) -> int:
-    """The most that autograd keeps for a backward at one time, weights left out."""
+    """Peak of the bytes that autograd keeps for a backward, without weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     alive: dict[int, int] = {}
     peak = 0
@@ -103,7 +100,7 @@ def kept_bytes(run: Callable[[], object], model: torch.nn.Module) -> int:
 
 
 class Allocated(TorchDispatchMode):
-    """Adds up the storages of tensors that are made while it is on, and takes off those that are freed."""
+    """Tracks the bytes of storages that are allocated while the mode is on and not yet freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +120,7 @@ class Allocated(TorchDispatchMode):
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most that is allocated at one time beyond what was before."""
+    """Peak of the allocated bytes, less those before the run."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -135,16 +132,12 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
 
 
 def measure(critic: QwenCritic, frames_BTCHW: Tensor, counts: Sequence[int], repeats: int) -> list[dict[str, Any]]:
-    """A row a count: ``questions`` and, for ``packed`` and ``separate``, ``s``, ``kept_mib``, ``peak_mib``."""
-    ways = {
-        count: {"packed": [mixed_questions(count)], "separate": [[question] for question in mixed_questions(count)]}
-        for count in counts
-    }
-    runs = {
-        (count, way): (lambda p=passes: gradient(critic, frames_BTCHW, p))
-        for count, both in ways.items()
-        for way, passes in both.items()
-    }
+    """One row per count: ``questions`` and, for ``packed`` and ``separate``, ``s``, ``kept_mib``, ``peak_mib``."""
+    runs = {}
+    for count in counts:
+        asked = mixed_questions(count)
+        for way, passes in (("packed", [asked]), ("separate", [[question] for question in asked])):
+            runs[count, way] = functools.partial(gradient, critic, frames_BTCHW, passes)
     seconds = dict(zip(runs, median_s(list(runs.values()), repeats, frames_BTCHW.device), strict=True))
     rows: list[dict[str, Any]] = [{"questions": count} for count in counts]
     for row in rows:
@@ -161,57 +154,32 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         packed, separate = row["packed"], row["separate"]
         memory = [f"{side[key]:.1f}" for key in ("kept_mib", "peak_mib") for side in (packed, separate)]
-        made.add_row(
-            str(row["questions"]),
-            f"{packed['s'] * 1e3:.0f} ms",
-            f"{separate['s'] * 1e3:.0f} ms",
-            f"{packed['s'] / one:.2f}",
-            *memory,
-        )
+        times = [f"{side['s'] * 1e3:.0f} ms" for side in (packed, separate)]
+        made.add_row(str(row["questions"]), *times, f"{packed['s'] / one:.2f}", *memory)
     return made
 
 
+@reports_errors
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.critic.packing", description=__doc__.partition("\n")[0] if __doc__ else None
-    )
+    parser = make_parser(__spec__.name, __doc__)
     parser.add_argument("--clips", type=int, default=8, help="clips in a batch")
-    parser.add_argument("--repeats", type=int, default=15, help="timed repeats, of which the median counts")
+    parser.add_argument("--repeats", type=int, default=15, help="timed repeats; the median counts")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="write the rows to this file too")
     options = parser.parse_args(arguments)
     console = Console(soft_wrap=True)
-    try:
-        critic = load_critic(resolve(TOYWORLD, "critic"), torch.float32, options.device)
-    except LowmemError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return error.exit_code
+    critic = load_critic(resolve(TOYWORLD, "critic"), torch.float32, options.device)
     combos = (all_combos() * options.clips)[:: len(all_combos())][: options.clips]
     frames = render(draw_tracks(combos, torch.Generator().manual_seed(0))).to(options.device)
     rows = measure(critic, frames, COUNTS, options.repeats)
     console.print(table(rows))
     count, bound = PROMISED
     ratio = next(row["packed"]["s"] for row in rows if row["questions"] == count) / rows[0]["packed"]["s"]
-    console.print(
-        f"{count} questions packed take {ratio:.2f} times one question's time: the promise of {bound:g} is {'kept' if ratio <= bound else 'BROKEN'}"
-    )
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        device = (
-            torch.cuda.get_device_name(options.device)
-            if frames.device.type == "cuda"
-            else f"CPU, {torch.get_num_threads()} threads"
-        )
-        result = {
-            "clips": options.clips,
-            "repeats": options.repeats,
-            "device": device,
-            "versions": versions("torch", "transformers"),
-            "ratio": ratio,
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    verdict = "kept" if ratio <= bound else "BROKEN"
+    figure = f"{count} questions packed take {ratio:.2f} times one question's time"
+    console.print(f"{figure}: the promise of {bound:g} is {verdict}")
+    setting = {"clips": options.clips, "repeats": options.repeats, "device": device_name(options.device)}
+    save(options.json, setting | {"ratio": ratio, "rows": rows}, "torch", "transformers")
     return 0 if ratio <= bound else 1
 
 

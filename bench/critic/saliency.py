@@ -2,17 +2,15 @@
 
     python -m bench.critic.saliency
 
-ToyWorld's critic on drawn clips, for the alignment questions about the object (color, shape, direction) and their joint
-reward: the mean of |d reward / d pixel| on the object over that of the background, which begins a token's width away
-from it. By background, the least and the median over clips and questions.
+ToyWorld's critic on drawn clips, for the alignment questions about the object (color, shape, direction) and for their
+joint reward: the mean of |d reward / d pixel| on the object over the mean on the background, which starts a token's
+width away from the object. Prints the least and the median ratio over clips and questions, per background.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-from pathlib import Path
+import sys
 
 import torch
 from rich.console import Console
@@ -20,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.versions import versions
+from bench.script import make_parser, save
 from lowmem_drf.method.reward import RewardSpec
 from lowmem_drf.models.qwen_vl.critic import QwenCritic, load_critic
 from lowmem_drf.models.weights.sources import TOYWORLD, resolve
@@ -31,11 +29,9 @@ from lowmem_drf.toy.scenes import BACKGROUNDS, Combo, combos_of, coverage, draw_
 
 
 def ratios(critic: QwenCritic, frames_TCHW: Tensor, mask_THW: Tensor, combo: Combo) -> dict[str, float]:
-    """Object over background, by question; ``all``: of their joint reward. ``mask``: the object's share of each
-    pixel."""
-    questions = [
-        q for q in make_questions(caption(combo), "yesno", "toyworld") if q.name in ("color", "shape", "direction")
-    ]
+    """Object over background per question; ``all``: their joint reward. ``mask``: the object's share of each pixel."""
+    every = make_questions(caption(combo), "yesno", "toyworld")
+    questions = [question for question in every if question.name in ("color", "shape", "direction")]
     found = saliency(critic, frames_TCHW, questions, RewardSpec())
     token = critic.geometry.factor
     far = F.max_pool2d(mask_THW[:, None], 2 * token + 1, 1, token)[:, 0] == 0
@@ -59,24 +55,17 @@ def measure(critic: QwenCritic, seed: int = 11) -> dict[str, dict[str, float]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.critic.saliency", description=__doc__.partition("\n")[0] if __doc__ else None
-    )
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    """Prints the table; returns the exit code."""
+    parser = make_parser(__spec__.name, __doc__)
     options = parser.parse_args(arguments)
     rows = measure(load_critic(resolve(TOYWORLD, "critic")))
     made = Table("background", "clips", "least", "median", title="object / background", title_justify="left")
     for background, row in rows.items():
         made.add_row(background, str(row["clips"]), f"{row['least']:.2f}", f"{row['median']:.2f}")
     Console().print(made)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(
-            json.dumps({"versions": versions("torch", "transformers"), "rows": rows}, indent=2) + "\n", encoding="utf-8"
-        )
+    save(options.json, {"rows": rows}, "torch", "transformers")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -1,9 +1,9 @@
-"""What fits where: plans every preset for a card, and writes down what it takes.
+"""Plans every preset for its card and writes the figures to docs/fit.md, the README and the presets.
 
-    python -m bench.plans.fit                # all presets; --only NAME for some of them, whose lines alone are renewed
+    python -m bench.plans.fit                # all presets; --only NAME: the headers of some presets alone
 
-Writes docs/fit.md, the table of the README between its ``fit`` marks, and each preset's ``# Plan:`` line.
-``tests/planner/test_preset_plans.py`` holds the headers to the plans and this page to the headers.
+Writes docs/fit.md, the README's table between the ``fit`` marks, and each preset's ``# Plan:`` line.
+``tests/planner/test_preset_plans.py`` compares the headers with the plans, and this page with the headers.
 """
 
 from __future__ import annotations
@@ -28,32 +28,33 @@ MARKS = "<!-- fit: begin -->\n", "<!-- fit: end -->\n"
 ABOUT = """\
 # What fits where
 
-Every preset, planned (`python -m bench.plans.fit` writes this page; `lowmem-drf plan --preset NAME` prints one in more detail). GiB at the peak of each
-stage of an update, of what PyTorch's allocator is asked for: 90% of a card can be planned with. Host: GiB that wait there for the card, besides what Python,
-the libraries and CUDA take; of several cards for each, and in brackets together. Seconds are an estimate, of one update. *Copies hidden*: of the time that
-copies between card and host take, the share during which the card computes; *waiting*: what remains, as a share of the update.
+Every preset, planned (`python -m bench.plans.fit` writes this page; `lowmem-drf plan --preset NAME` prints one in more
+detail). Stages: GiB at the peak of each stage of an update, as requested from PyTorch's allocator; a plan may use 90%
+of a card. Host: GiB that wait in host memory for the card, without Python, the libraries and CUDA; for several cards,
+GiB for each card, and in brackets for all. Seconds per update are estimates. *Copies hidden*: share of the time of
+copies between card and host during which the card computes; *waiting*: the rest, as a share of the update.
 """
 AFTER = """
-All of them besides: the critic's language model in 4 bit, and the VAE's gradients (not its frames) in 16.
+All of them also keep the critic's language model in 4 bit, and the VAE's gradients (not its frames) in 16.
 
-Streaming is what makes this table: the frozen weights of the transformer's blocks and of the critic's layers come to the card one layer at a time,
-while the one before computes ([memory.md](memory.md)).
+Streaming makes this table possible: the frozen weights of the transformer's blocks and of the critic's layers come to
+the card one layer at a time, while the layer before computes ([memory.md](memory.md)).
 """
 
 
 def plan(name: str, fakes: Fakes) -> dict[str, Any]:
-    """What ``lowmem-drf plan --json`` prints."""
+    """The output of ``lowmem-drf plan --json``."""
     config, card = load_config(name), card_named(preset_card(presets()[name]))
     return make_plan(config, card, config.memory.vram_gib or card.gib, fakes=fakes).as_json(name)
 
 
 def largest(made: Mapping[str, Any]) -> str:
-    """The stage of the run's peak."""
+    """The stage with the highest peak."""
     return max(made["stages"], key=lambda stage: made["stages"][stage]["peak_gib"])
 
 
 def plan_line(name: str, made: Mapping[str, Any]) -> str:
-    """Of a preset's header."""
+    """The ``# Plan:`` line of a preset's header."""
     figures = f"{made['peak_gib']:.1f} GiB at the peak ({largest(made)}), {made['host_gib']:.1f} GiB of host memory"
     if made["processes"] > 1:
         figures += f" each and {made['all_host_gib']:.0f} together"
@@ -61,18 +62,18 @@ def plan_line(name: str, made: Mapping[str, Any]) -> str:
 
 
 def host(made: Mapping[str, Any], unit: str = "") -> str:
-    """Of each process, and of all."""
+    """Host memory of each process, and of all."""
     return f"{made['host_gib']:.1f}{unit}" + (f" ({made['all_host_gib']:.0f}{unit})" if made["processes"] > 1 else "")
 
 
 def clips(name: str) -> str:
-    """Of an update."""
+    """Clips of an update."""
     batch = load_config(name).batch
     return f"{batch} clip{'s' * (batch > 1)}"
 
 
 def header_line(name: str, key: str) -> str:
-    """What a preset's header says behind ``# key:``; empty where it does not."""
+    """The text after ``# key:`` in a preset's header; empty if there is none."""
     found = re.search(rf"^# {key}: (.+)$", presets()[name].read_text(encoding="utf-8"), re.MULTILINE)
     return found[1] if found else ""
 
@@ -91,26 +92,22 @@ def page(plans: Mapping[str, Mapping[str, Any]]) -> str:
     for name, made in plans.items():
         peaks = [f"{made['stages'][stage]['peak_gib']:.1f}" for stage in STAGES]
         peaks[STAGES.index(largest(made))] = f"**{peaks[STAGES.index(largest(made))]}**"
+        memory = f"{made['peak_gib']:.1f}, {made['usable_gib']:.1f} | {host(made)}"
+        shares = f"{made['hidden_share']:.0%} | {made['stall_share']:.1%}"
         lines.append(
-            f"| `{name}` | {preset_card(presets()[name])} | {' | '.join(peaks)} | {made['peak_gib']:.1f}, {made['usable_gib']:.1f} | {host(made)} | "
-            f"{made['update_s']:,.0f} s, {clips(name)} | {made['hidden_share']:.0%} | {made['stall_share']:.1%} | {measured(name)} |"
+            f"| `{name}` | {preset_card(presets()[name])} | {' | '.join(peaks)} | {memory} "
+            f"| {made['update_s']:,.0f} s, {clips(name)} | {shares} | {measured(name)} |"
         )
-    given = [
-        "",
-        "## What was given up to get there",
-        "",
-        "| preset | what it does | what was given up |",
-        "|---|---|---|",
-    ]
-    given += [
-        f"| `{name}` | {preset_summary(presets()[name]).rstrip('.')} | {header_line(name, 'Gives up')} |"
-        for name in plans
-    ]
+    given = ["", "## What was given up to get there", ""]
+    given += ["| preset | what it does | what was given up |", "|---|---|---|"]
+    for name in plans:
+        summary = preset_summary(presets()[name]).rstrip(".")
+        given.append(f"| `{name}` | {summary} | {header_line(name, 'Gives up')} |")
     return "\n".join([ABOUT, *lines, *given, AFTER])
 
 
 def readme_table(plans: Mapping[str, Mapping[str, Any]]) -> str:
-    """The rows of ``IN_README``."""
+    """The README's table: the presets of ``IN_README``."""
     rows = ["| preset | card | what is trained | planned peak | host memory | an update | measured |", "|---" * 7 + "|"]
     for name in IN_README:
         made, what = plans[name], preset_summary(presets()[name]).rstrip(".")
@@ -122,19 +119,16 @@ def readme_table(plans: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def card_presets() -> list[str]:
-    """Presets for cards: for one card first, of these small cards first."""
+    """Presets for cards: single cards first, and small ones before large ones."""
     sizes = {name: re.match(r"(?:(\d+) x )?(\d+) GB", preset_card(path)) for name, path in presets().items()}
-    return sorted(
-        (name for name, size in sizes.items() if size),
-        key=lambda name: (int(sizes[name][1] or 1), int(sizes[name][2]), name),
-    )  # type: ignore[index]
+    return [
+        name for *_, name in sorted((int(size[1] or 1), int(size[2]), name) for name, size in sizes.items() if size)
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Plans and writes."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.plans.fit", description=__doc__.partition("\n")[0] if __doc__ else None
-    )
+    parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", nargs="+", help="write the headers of these presets, and no page")
     options = parser.parse_args(arguments)
     names = options.only or card_presets()
@@ -142,21 +136,17 @@ def main(arguments: list[str] | None = None) -> None:
     for name in names:
         made = plans[name] = plan(name, fakes)
         path = presets()[name]
-        path.write_text(
-            re.sub(r"^# Plan: .*$", plan_line(name, made), path.read_text(encoding="utf-8"), flags=re.MULTILINE),
-            encoding="utf-8",
-        )
-        print(
-            f"{name}: {plan_line(name, made)}{'' if made['fits'] else ' DOES NOT FIT'}, waiting {made['stall_share']:.1%}, hidden {made['hidden_share']:.0%}",
-            flush=True,
-        )
+        line = plan_line(name, made)
+        text = re.sub(r"^# Plan: .*$", line, path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        path.write_text(text, encoding="utf-8")
+        shares = f"waiting {made['stall_share']:.1%}, hidden {made['hidden_share']:.0%}"
+        print(f"{name}: {line}{'' if made['fits'] else ' DOES NOT FIT'}, {shares}", flush=True)
     if not options.only:
         PAGE.write_text(page(plans), encoding="utf-8")
         text = README.read_text(encoding="utf-8")
         before, _, rest = text.partition(MARKS[0])
-        README.write_text(
-            before + MARKS[0] + readme_table(plans) + MARKS[1] + rest.partition(MARKS[1])[2], encoding="utf-8"
-        )
+        after = rest.partition(MARKS[1])[2]
+        README.write_text(before + MARKS[0] + readme_table(plans) + MARKS[1] + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What streaming weights costs and saves, as the plan has it: one update at 832x480, 81 frames.
+"""Planned cost and saving of streamed weights: one update at 832x480, 81 frames.
 
     python -m bench.plans.streaming
 
-The first row of each model has all weights on the card, whether that card is large enough or not.
+The first row of each model keeps all weights on the card, even if the card is too small.
 """
 
 from __future__ import annotations
@@ -17,20 +17,12 @@ from lowmem_drf.planner.stages import Plan
 
 STREAMED = ('memory.stream=["transformer", "critic"]', "memory.text_device=stream")
 SMALLEST = (
-    *STREAMED,
-    *(
-        'memory.park=["transformer", "critic", "vae"]',
-        "memory.checkpoint=host",
-        "memory.token_slices=4",
-        "memory.vae_strips=8",
-        "memory.vae_caches=host",
-    ),
+    *(*STREAMED, 'memory.park=["transformer", "critic", "vae"]', "memory.checkpoint=host"),
+    *("memory.token_slices=4", "memory.vae_strips=8", "memory.vae_caches=host"),
 )
 LARGE = (
-    "model.id=Wan-AI/Wan2.1-T2V-14B-Diffusers",
-    "memory.checkpoint=host",
-    "memory.keep_attention=none",
-    "memory.token_slices=2",
+    *("model.id=Wan-AI/Wan2.1-T2V-14B-Diffusers", "memory.checkpoint=host"),
+    *("memory.keep_attention=none", "memory.token_slices=2"),
 )
 ROWS = {
     "1.3B, resident": ("RTX 4090", ()),
@@ -47,11 +39,11 @@ ROWS = {
     ),
     "14B, 16 bit, streamed, and all else that saves": ("RTX 4090", (*LARGE, *SMALLEST)),
 }
-"""Name -> card, and what differs from preset rtx4090."""
+"""Name -> card, and changes to the preset rtx4090."""
 
 
 def planned(name: str) -> Plan:
-    """Of a row."""
+    """The plan of a row."""
     card, overrides = ROWS[name]
     return make_plan(load_config("rtx4090", overrides), card_named(card))
 
@@ -61,14 +53,9 @@ def main() -> None:
     table = Table("weights", "card", "peak GiB", "host GiB", "s an update", "waiting", "copies hidden")
     for name, (card, _) in ROWS.items():
         plan = planned(name)
-        figures = (
-            f"{plan.peak_gib:.1f} ({plan.largest})",
-            f"{plan.host_gib:.1f}",
-            f"{plan.update_s:,.0f}",
-            f"{plan.stall_share:.1%}",
-            f"{plan.hidden_share:.0%}",
-        )
-        table.add_row(name, card, *figures)
+        memory = (f"{plan.peak_gib:.1f} ({plan.largest})", f"{plan.host_gib:.1f}")
+        time = (f"{plan.update_s:,.0f}", f"{plan.stall_share:.1%}", f"{plan.hidden_share:.0%}")
+        table.add_row(name, card, *memory, *time)
     Console(soft_wrap=True, width=140).print(table)
 
 

@@ -1,4 +1,4 @@
-"""The README's moving picture: clips of held-out ToyWorld prompts, the base model's above the tuned one's, from the same noise.
+"""The README's moving picture: clips of held-out ToyWorld prompts from the same noise, base model above tuned model.
 
     python -m bench.toyworld.base_and_tuned RUN --output docs/images/base_and_tuned.gif
 
@@ -17,9 +17,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from bench.script import reports_errors
 from lowmem_drf.assembly.generate import base_and_tuned
 from lowmem_drf.assembly.loading import load_models
-from lowmem_drf.errors import LowmemError
 from lowmem_drf.files import make_writable
 from lowmem_drf.toy.captions import heldout_prompts
 from lowmem_drf.toy.oracle import Verdict, judge
@@ -33,26 +33,25 @@ CHECKED = ("color", "shape", "direction", "physics", "quality")
 
 @dataclass(frozen=True)
 class Column:
-    """A prompt with the base model's clip and the tuned one's, each with what the oracle says of it."""
+    """A prompt with the clips of the base and the tuned model, each with the oracle's verdict."""
 
     prompt: str
     clips: tuple[tuple[Tensor, Verdict], ...]  # frames (T, 3, H, W) in [0, 1]
 
 
 def said(verdict: Verdict) -> tuple[str, str]:
-    """The oracle's verdict in words, and their colour."""
+    """The oracle's verdict as text, and the colour of the text."""
     wrong = [name for name in CHECKED if not getattr(verdict, name)]
     return (f"wrong {', '.join(wrong[:2])}", RED) if wrong else ("right", GREEN)
 
 
 def moving_picture(columns: Sequence[Column]) -> list[Image.Image]:
-    """A picture for each frame of the clips: a column a prompt."""
+    """One picture per frame of the clips, with one column per prompt."""
     frames, _, height, width = columns[0].clips[0][0].shape
     tall, wide, head = height * ZOOM, width * ZOOM, 3 * LINE + 4
     row = tall + LINE + GAP
-    page = Image.new(
-        "RGB", (2 * MARGIN + SIDE + len(columns) * (wide + GAP) - GAP, 2 * MARGIN + head + 2 * row - GAP), PAPER
-    )
+    size = (2 * MARGIN + SIDE + len(columns) * (wide + GAP) - GAP, 2 * MARGIN + head + 2 * row - GAP)
+    page = Image.new("RGB", size, PAPER)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(TEXT)
     places = []
     for r, name in enumerate(("base", "tuned")):
@@ -85,24 +84,20 @@ def columns_of(run: Path, prompts: int, seed: int) -> list[Column]:
     return [Column(text, tuple((clip, judge(clip, text)) for clip in pair if clip is not None)) for text, pair in pairs]
 
 
+@reports_errors
 def main(arguments: list[str] | None = None) -> int:
     """Writes the GIF; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.toyworld.base_and_tuned", description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="a ToyWorld run's folder; default: the latest under runs/")
     parser.add_argument("--output", type=Path, default=Path("docs/images/base_and_tuned.gif"))
     parser.add_argument("--prompts", type=int, default=6, help="how many held-out prompts")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts' order and of the noise")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts' order and of the noise")
     options = parser.parse_args(arguments)
-    try:
-        pictures = moving_picture(columns_of(find_run(options.run), options.prompts, options.seed))
-        make_writable(options.output.absolute().parent)
-    except LowmemError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return error.exit_code
+    pictures = moving_picture(columns_of(find_run(options.run), options.prompts, options.seed))
+    make_writable(options.output.absolute().parent)
     durations = [160] * (len(pictures) - 1) + [900]  # ms; the last frame rests
-    pictures[0].save(
-        options.output, save_all=True, append_images=pictures[1:], duration=durations, loop=0, optimize=True
-    )
+    animation = {"save_all": True, "append_images": pictures[1:], "duration": durations, "loop": 0}
+    pictures[0].save(options.output, optimize=True, **animation)
     print(options.output)
     return 0
 

@@ -1,5 +1,5 @@
-"""The pictures of docs/toyworld.md: ``python -m bench.toyworld.pictures``. Scenes, the nine defects, and what the VAE
-makes of a clip."""
+"""The pictures of docs/toyworld.md (``python -m bench.toyworld.pictures``): scenes, the nine defects, and clips passed
+through the VAE."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ZOOM, GAP, LABEL = 2, 4, 300
 
 
 def strips(rows: list[tuple[str, Tensor]]) -> Image.Image:
-    """A film strip per row, its words to the left. frames: (T, 3, H, W) in [0, 1]."""
+    """One film strip per row, with its label to the left. Rows: label, frames (T, 3, H, W) in [0, 1]."""
     side = SIZE * ZOOM
     sheet = Image.new("RGB", (LABEL + FRAMES * (side + GAP) + GAP, len(rows) * (side + GAP) + GAP), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
@@ -37,14 +37,8 @@ def strips(rows: list[tuple[str, Tensor]]) -> Image.Image:
 def main() -> None:
     """Writes three PNG files to docs/images."""
     generator = torch.Generator().manual_seed(4)
-    combos = [
-        Combo(0, 0, 0, 1),
-        Combo(1, 2, 2, 2),
-        Combo(2, 3, 1, 0),
-        Combo(1, 4, 3, 1),
-        Combo(2, 5, 4, 2),
-        Combo(0, 1, 1, 0),
-    ]
+    numbers = ((0, 0, 0, 1), (1, 2, 2, 2), (2, 3, 1, 0), (1, 4, 3, 1), (2, 5, 4, 2), (0, 1, 1, 0))
+    combos = [Combo(*one) for one in numbers]
     tracks = draw_tracks(combos, generator)
     frames = render(tracks)
     IMAGES.mkdir(parents=True, exist_ok=True)
@@ -52,11 +46,8 @@ def main() -> None:
     strips(list(zip(texts, frames, strict=True))).save(IMAGES / "toyworld_scenes.png")
     rows = [("clean", frames[3])]
     for kind in DEFECTS:
-        broken = (
-            render(break_physics(tracks, kind, generator))
-            if kind in PHYSICS
-            else break_quality(frames, kind, generator)
-        )
+        physics = kind in PHYSICS
+        broken = render(break_physics(tracks, kind, generator)) if physics else break_quality(frames, kind, generator)
         rows.append((kind, broken[3]))
     strips(rows).save(IMAGES / "toyworld_defects.png")
     vae = load_vae(resolve(TOYWORLD, "generator"))

@@ -1,16 +1,14 @@
-"""Does ToyWorld's training do what is promised, for every training seed?
+"""Does ToyWorld's training keep its promises, for every training seed?
 
     python -m bench.toyworld.seeds --seeds 0 1 2 --json bench/results/toy_seeds.json
 
-For each seed: ``train``, then base against tuned on 128 held-out prompts x 2 seeds, as ``eval`` measures them.
-Promised: the oracle's all-correct rate rises by 35 points or more, physics and quality do not fall, diversity over
-seeds keeps 80% or more. Exit code 1 if a promise is broken.
+For each seed: ``train``, then base against tuned on 128 held-out prompts x 2 seeds, as measured by ``eval``. Promises:
+the oracle's all-correct rate rises by 35 points or more, physics and quality do not fall, diversity over seeds keeps
+80% or more. Exit code 1 if a promise is broken.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
 import time
@@ -22,10 +20,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.versions import versions
+from bench.script import add_overrides, make_parser, reports_errors, save
 from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.commands.train import train_command
-from lowmem_drf.errors import LowmemError
 from lowmem_drf.scoring.evaluate import EVAL_PROMPTS, EVAL_SEEDS, compare, finish_trial, make_trial
 from lowmem_drf.training.lora_file import load_run_lora
 from lowmem_drf.training.metrics import read_metrics
@@ -34,13 +31,13 @@ from lowmem_drf.training.run_folder import run_config
 RISE, KEPT_DIVERSITY = 0.35, 0.8
 RATES = ("all", "physics", "quality")
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
-"""The figures depend on these."""
+"""The figures depend on their versions."""
 
 
 def train_and_measure(
     seed: int, preset: str, overrides: Sequence[str], folder: Path, console: Console
 ) -> dict[str, Any]:
-    """A row of the result: ``seed``, ``train_s`` (the whole command), ``updates_s`` (its ``updates`` alone), ``base``,
+    """One row: ``seed``, ``train_s`` (the whole command), ``updates``, ``updates_s`` (the updates alone), ``base``,
     ``tuned``, ``verdicts``."""
     run = folder / f"seed-{seed}"
     start = time.perf_counter()
@@ -71,7 +68,7 @@ def verdicts(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, boo
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """A line a seed: base -> tuned."""
+    """One line per seed: base -> tuned."""
     made = Table("seed", *RATES, "diversity kept", "updates", "train", "promises")
     for row in rows:
         base, tuned = row["base"], row["tuned"]
@@ -82,53 +79,27 @@ def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return made
 
 
+@reports_errors
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.toyworld.seeds", description=__doc__.partition("\n")[0] if __doc__ else None
-    )
+    parser = make_parser(__spec__.name, __doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
     parser.add_argument("--preset", default="toy")
-    parser.add_argument(
-        "-s",
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a key; repeatable",
-    )
-    parser.add_argument(
-        "--output", type=Path, help="a folder that keeps the runs (seed-0, seed-1, …); default: a temporary one"
-    )
-    parser.add_argument("--json", type=Path, help="write the rows to this file too")
+    add_overrides(parser)
+    text = "a folder that keeps the runs (seed-0, seed-1, …); default: a temporary one"
+    parser.add_argument("--output", type=Path, help=text)
     options = parser.parse_args(arguments)
     console = Console(soft_wrap=True)
     rows: list[dict[str, Any]] = []
-    try:
-        with tempfile.TemporaryDirectory() as temporary:
-            for seed in options.seeds:
-                rows.append(
-                    train_and_measure(
-                        seed, options.preset, options.overrides, options.output or Path(temporary), console
-                    )
-                )
-                console.print(table(rows))
-                for promise in (promise for promise, kept in rows[-1]["verdicts"].items() if not kept):
-                    console.print(f"seed {seed}: broken: {promise}", highlight=False)
-    except LowmemError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return error.exit_code
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "preset": options.preset,
-            "set": options.overrides,
-            "threads": torch.get_num_threads(),
-            "versions": versions(*LIBRARIES),
-            "rows": rows,
-        }
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.output or Path(temporary)
+        for seed in options.seeds:
+            rows.append(train_and_measure(seed, options.preset, options.overrides, folder, console))
+            console.print(table(rows))
+            for promise in (promise for promise, kept in rows[-1]["verdicts"].items() if not kept):
+                console.print(f"seed {seed}: broken: {promise}", highlight=False)
+    setting = {"preset": options.preset, "set": options.overrides, "threads": torch.get_num_threads()}
+    save(options.json, setting | {"rows": rows}, *LIBRARIES)
     return 0 if all(kept for row in rows for kept in row["verdicts"].values()) else 1
 
 
