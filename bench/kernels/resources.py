@@ -89,7 +89,8 @@ def quick_jobs() -> list[Job]:
         for index, variant in enumerate(_variants(file, card)):
             key = variant.kernel.__name__, repr(variant.tile)
             size = sum(int(value or 0) for value in variant.constants.values())
-            largest[key] = max(largest.get(key, (-1, (file, card, index))), (size, (file, card, index)))
+            if size > largest.get(key, (-1,))[0]:
+                largest[key] = size, (file, card, index)
         chosen = largest | chosen
     return [job for _, job in chosen.values()]
 

@@ -1,4 +1,4 @@
-"""The critic's benches on tiny models, and their arithmetic on numbers that can be checked by hand."""
+"""The critic's benches on tiny models, and their arithmetic on numbers checked by hand."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_bytes_are_counted() -> None:
     x = torch.ones(1000, requires_grad=True)
 
     def run() -> None:
-        for _ in range(3):  # one pass after the other: their most, not their sum
+        for _ in range(3):  # passes in sequence: the maximum counts, not the sum
             y = x.exp()  # kept
             (gradient,) = torch.autograd.grad((y * 2).sum(), x)
 

@@ -1,7 +1,12 @@
-"""Uninitialised memory holds NaN, so that values which a kernel does not write are noticed."""
+"""Without a card, kernels are interpreted. Uninitialised memory holds NaN, which shows what a kernel does not write."""
 
 import pytest
 import torch
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)

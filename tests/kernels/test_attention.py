@@ -1,5 +1,5 @@
-"""Attention against its naive form, with and without ranges: outputs, log-sum-exp, every gradient; and what it keeps,
-skips and refuses."""
+"""Attention against its naive form, with and without ranges: outputs, log-sum-exp and gradients; kept bytes, skipped
+blocks, refused inputs."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ DTYPES = (torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_avai
 
 
 def tensors(shape, dtype, device, seed=0):
-    """q, k, v and an upstream gradient."""
+    """[q, k, v], and an upstream gradient."""
     B, L, M, H, G, d = shape
     generator = torch.Generator().manual_seed(seed)
     q, k, v, d_out = (
@@ -44,7 +44,7 @@ def tensors(shape, dtype, device, seed=0):
 
 
 def run(function, qkv, d_out, wanted=(True, True, True), dtype=None, **options):
-    """out and the gradients that are wanted."""
+    """out, and the wanted gradients."""
     leaves = [x.detach().to(dtype or x.dtype).requires_grad_(want) for x, want in zip(qkv, wanted, strict=True)]
     out = function(*leaves, **options)
     gradients = iter(torch.autograd.grad(out, [leaf for leaf in leaves if leaf.requires_grad], d_out.to(out.dtype)))
@@ -60,7 +60,7 @@ def check(qkv, d_out, **options):
 
 
 def random_ranges(B, L, M, seed=0):
-    """Anything: overlaps, empty parts, ends beyond the keys, and queries that see nothing."""
+    """Ranges that overlap, are empty or end beyond the keys, and queries that see nothing."""
     generator = torch.Generator().manual_seed(seed)
     prefix, start, stop = torch.randint(0, M + 20, (3, B, L), generator=generator)
     prefix = prefix * (torch.rand(B, L, generator=generator) < 0.5)
@@ -103,11 +103,9 @@ def test_the_naive_form_is_pytorchs(ranges, device):
         key, rows = torch.arange(40), ranges[0, :, None]
         mask = ((key < rows[..., 0]) | ((key >= rows[..., 1]) & (key < rows[..., 2]))).to(device)
         ranges = ranges.to(device)
-    theirs = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, enable_gqa=True
-    ).transpose(1, 2)
-    ours = attention_naive(q, k, v, ranges=ranges)
-    assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    theirs = F.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+    assert torch.allclose(attention_naive(q, k, v, ranges=ranges), theirs, rtol=1e-12, atol=1e-12)
 
 
 def test_the_log_sum_exp_is_natural(device):
@@ -126,18 +124,15 @@ def test_a_query_that_sees_nothing(device):
     qkv, d_out = tensors((1, 100, 100, 1, 1, 16), torch.float16, device)
     ranges = packed_ranges(30, [20], 100, device)
     out, lse = attention_forward(*qkv, ranges=ranges)
-    assert (
-        bool((out[:, 50:] == 0).all())
-        and bool((lse[..., 50:] == -torch.inf).all())
-        and bool(lse[..., :50].isfinite().all())
-    )
+    assert bool((out[:, 50:] == 0).all()) and bool((lse[..., 50:] == -torch.inf).all())
+    assert bool(lse[..., :50].isfinite().all())
     _, dq, dk, dv = run(attention, qkv, d_out, ranges=ranges)
     assert all(bool((gradient[:, 50:] == 0).all()) and bool(gradient.isfinite().all()) for gradient in (dq, dk, dv))
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
 def test_blocks_that_nobody_sees_are_not_read(device):
-    """A mask alone would not do: 0 times NaN is NaN."""
+    """A mask alone would not pass: 0 times NaN is NaN."""
     qkv, d_out = tensors((1, 192, 192, 1, 1, 16), torch.float32, device)
     ranges = window_ranges([0, 64, 128, 192], device)
     expected = run(attention, qkv, d_out, ranges=ranges)
@@ -182,7 +177,7 @@ def test_layouts(layout, device):
     [(False, True, True), (True, False, True), (True, True, False), (True, False, False), (False, False, True)],
     ids=str,
 )
-def test_gradients_that_nobody_wants(wanted, device, monkeypatch):
+def test_unwanted_gradients(wanted, device, monkeypatch):
     qkv, d_out = tensors((1, 50, 60, 2, 1, 16), torch.float32, device)
     expected = run(attention, qkv, d_out)
     if not wanted[0]:
@@ -220,16 +215,11 @@ def test_products_are_counted_as_pytorch_counts_its_own(device):
         with FlopCounterMode(display=False) as counter:
             run(attention, qkv, d_out, wanted)
         counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
-        assert (
-            counts["lowmem_drf.attention_forward"]
-            == sdpa_flop_count(q_shape, k_shape, k_shape)
-            == 4 * 2 * 4 * 30 * 40 * 16
-        )
-        assert counts["lowmem_drf.attention_backward"] == products * 2 * 2 * 4 * 30 * 40 * 16
+        forward, backward = (counts[f"lowmem_drf.attention_{direction}"] for direction in ("forward", "backward"))
+        assert forward == sdpa_flop_count(q_shape, k_shape, k_shape) == 4 * 2 * 4 * 30 * 40 * 16
+        assert backward == products * 2 * 2 * 4 * 30 * 40 * 16
         if products == 5:
-            assert counts["lowmem_drf.attention_backward"] == sdpa_backward_flop_count(
-                q_shape, q_shape, k_shape, k_shape
-            )
+            assert backward == sdpa_backward_flop_count(q_shape, q_shape, k_shape, k_shape)
 
 
 def test_fake_tensors_go_through():
@@ -237,12 +227,7 @@ def test_fake_tensors_go_through():
         q, k = torch.empty(2, 50, 4, 16, dtype=torch.bfloat16), torch.empty(2, 60, 2, 16, dtype=torch.bfloat16)
         q, k, v = q.requires_grad_(), k.requires_grad_(), k.clone().requires_grad_()
         out, lse = attention_forward(q.detach(), k.detach(), v.detach())
-        assert (
-            out.shape == q.shape
-            and out.dtype is torch.bfloat16
-            and lse.shape == (2, 4, 50)
-            and lse.dtype is torch.float32
-        )
+        assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, torch.bfloat16, (2, 4, 50), torch.float32)
         gradients = torch.autograd.grad(attention(q, k, v), (q, k, v), torch.empty_like(q))
         assert [(x.shape, x.dtype) for x in gradients] == [(x.shape, torch.bfloat16) for x in (q, k, v)]
 
@@ -254,10 +239,9 @@ def test_the_ops_are_what_they_declare(ranges, device):
     utilities = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.lowmem_drf.attention_forward.default, (*qkv, 0.25, ranges), test_utils=utilities)
     saved = (d_out, *qkv, *attention_forward(*qkv, 0.25, ranges))
+    backward = torch.ops.lowmem_drf.attention_backward.default
     for wanted in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(
-            torch.ops.lowmem_drf.attention_backward.default, (*saved, 0.25, ranges, *wanted), test_utils=utilities
-        )
+        torch.library.opcheck(backward, (*saved, 0.25, ranges, *wanted), test_utils=utilities)
 
 
 def zeros(*shape, dtype=torch.float32, device="cpu"):

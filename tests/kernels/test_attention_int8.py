@@ -1,5 +1,5 @@
-"""8-bit attention against its naive form, which quantises in the same way, and against exact attention within what
-rounding to 8 bits allows."""
+"""8-bit attention against its naive form, which quantises in the same way, and against exact attention within the bound
+of 8-bit rounding."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 
 def tensors(shape, dtype, device, seed=0):
-    """q, k, v; keys stand away from zero, each channel at its own place."""
+    """q, k, v; the keys of each channel have another mean, far from zero."""
     B, L, M, H, G, d = shape
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (torch.randn(size, generator=generator) for size in ((B, L, H, d), (B, M, G, d), (B, M, G, d)))
@@ -32,9 +32,8 @@ def tensors(shape, dtype, device, seed=0):
 
 def check(qkv, **options):
     got = attention_int8(*qkv, **options)
-    assert_within_budget(
-        "out", got, attention_int8_naive(*(x.double() for x in qkv), **options), attention_int8_naive(*qkv, **options)
-    )
+    exact = attention_int8_naive(*(x.double() for x in qkv), **options)
+    assert_within_budget("out", got, exact, attention_int8_naive(*qkv, **options))
     return got
 
 
@@ -50,7 +49,7 @@ def test_the_scale_is_taken(device):
 
 @pytest.mark.parametrize("shape", [(2, 200, 150, 4, 2, 64), (1, 130, 300, 1, 1, 128)], ids=str)
 def test_the_error_is_that_of_rounding(shape, device):
-    """A score is off by at most e, from half a step in every element; its weight then by a factor within exp(-2e) and
+    """Half a step of error in every element moves a score by at most e, and its weight by a factor between exp(-2e) and
     exp(2e)."""
     q, k, v = tensors(shape, torch.float16, device)
     d, group = shape[-1], shape[3] // shape[4]
@@ -69,23 +68,22 @@ def test_the_error_is_that_of_rounding(shape, device):
     rounding = 2 * torch.finfo(torch.float16).eps * (reach + exact.abs())  # of p for the product, and of the result
     error = (attention_int8(q, k, v).double() - exact).abs()
     assert bool((error <= torch.expm1(2 * e) * reach + rounding).all())
-    assert float(e.max()) < 0.5, "the bound says something"
+    assert float(e.max()) < 0.5, "a larger bound would allow anything"
 
 
 def half_steps(x, rows):
-    """(B, L, H): half of what one unit of the 8-bit number stands for."""
+    """(B, L, H): half the value of one unit of the 8-bit number."""
     steps = [part.abs().amax((1, 3), keepdim=True).expand_as(part)[..., 0] / 127 for part in x.split(rows, 1)]
     return torch.cat(steps, 1) / 2
 
 
 def test_the_mean_of_the_keys_does_not_matter(device):
-    """Without it, keys far from zero would leave nothing of 8 bits."""
+    """If it did, keys far from zero would use up all of the 8 bits."""
     q, k, v = tensors((1, 64, 128, 1, 1, 64), torch.bfloat16, device)
     k = k.sign() * (k.abs() < 4)  # whole numbers: moved by 64 they are still exact in bf16
     moved = attention_int8(q, k + 64, v)
-    assert_within_budget(
-        "out", moved, attention_int8_naive(q.double(), k.double(), v.double()), attention_int8_naive(q, k, v)
-    )
+    exact = attention_int8_naive(q.double(), k.double(), v.double())
+    assert_within_budget("out", moved, exact, attention_int8_naive(q, k, v))
 
 
 @pytest.mark.parametrize("layout", ["one tensor", "heads before tokens", "channels apart"])

@@ -1,4 +1,4 @@
-"""``norm_silu`` against its naive form, in every layout of memory it takes without a copy."""
+"""``norm_silu`` against its naive form, in every memory layout that it takes without a copy."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def tensors(shape, dtype, device="cpu", seed=0):
-    """(x, gamma, upstream gradient)"""
+    """(x, gamma, upstream gradient)."""
     generator = torch.Generator().manual_seed(seed)
     x, d = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
     return 3 * x, (1 + 0.3 * torch.randn(shape[1], generator=generator)).to(device, dtype), d
@@ -35,11 +35,8 @@ def run(function, x, gamma, d, silu=True, dtype=None):
 
 
 def check(x, gamma, d, silu=True):
-    got, exact, eager = (
-        run(norm_silu, x, gamma, d, silu),
-        run(norm_silu_naive, x, gamma, d, silu, torch.float64),
-        run(norm_silu_naive, x, gamma, d, silu),
-    )
+    got, eager = (run(function, x, gamma, d, silu) for function in (norm_silu, norm_silu_naive))
+    exact = run(norm_silu_naive, x, gamma, d, silu, torch.float64)
     for name, *three in zip(("y", "dx", "dgamma"), got, exact, eager, strict=True):
         assert_within_budget(name, *three)
     return got
@@ -102,7 +99,7 @@ def test_an_expanded_upstream_gradient(device):
 
 
 def test_positions_without_values(device):
-    """Where |x| is clamped there is no gradient along x, as in ``F.normalize``; a number near it is not lost."""
+    """Where |x| is clamped there is no gradient along x, as in ``F.normalize``; values near the bound keep theirs."""
     x, gamma, d = tensors((1, 8, 1, 2, 3), torch.float32, device)
     x[..., 0, :] = 0
     x[..., 1, 0] *= 1e-14
@@ -111,7 +108,7 @@ def test_positions_without_values(device):
 
 
 @pytest.mark.parametrize(("wants_x", "wants_gamma"), [(True, False), (False, True)])
-def test_a_gradient_that_nobody_wants_is_not_made(wants_x, wants_gamma, device):
+def test_an_unwanted_gradient_is_not_computed(wants_x, wants_gamma, device):
     x, gamma, d = tensors((1, 24, 2, 4, 5), torch.float32, device)
     _, dx, dgamma = run(norm_silu, x, gamma, d)
     own_dx, own_dgamma = norm_silu_backward(d, x, gamma, True, wants_x, wants_gamma)
@@ -155,10 +152,8 @@ def test_the_operators_are_registered_as_they_behave(layout, device):
 
 def test_fake_tensors_pass():
     with FakeTensorMode():
-        x, gamma = (
-            torch.empty(1, 96, 4, 480, 832, dtype=torch.bfloat16, requires_grad=True),
-            torch.empty(96, requires_grad=True),
-        )
+        x = torch.empty(1, 96, 4, 480, 832, dtype=torch.bfloat16, requires_grad=True)
+        gamma = torch.empty(96, requires_grad=True)
         y = norm_silu(x, gamma)
         dx, dgamma = torch.autograd.grad(y, (x, gamma), torch.empty_like(y))
     assert (y.shape, y.dtype) == (dx.shape, dx.dtype) == (x.shape, x.dtype)

@@ -1,4 +1,4 @@
-"""RMSNorm and rotary embedding of queries and keys against their naive form, and that against diffusers."""
+"""RMSNorm and rotary embedding of queries and keys against their naive form, and the naive form against diffusers."""
 
 import functools
 
@@ -49,19 +49,14 @@ def run(function, tensors, upstream, wanted=None):
     out = function(*leaves)
     outs = [out] if isinstance(out, torch.Tensor) else list(out)
     pairs = [(one, d) for one, d in zip(outs, upstream, strict=True) if one.requires_grad]
-    gradients = iter(
-        torch.autograd.grad(
-            [one for one, _ in pairs], [leaf for leaf in leaves if leaf.requires_grad], [d for _, d in pairs]
-        )
-    )
+    used, upstream = zip(*pairs, strict=True)
+    gradients = iter(torch.autograd.grad(used, [leaf for leaf in leaves if leaf.requires_grad], upstream))
     return [one.detach() for one in outs], [next(gradients) if want else None for want in wanted]
 
 
 def compare(tensors, tables, upstream, heads, wanted=None):
-    both = [
-        functools.partial(function, cos=tables[0], sin=tables[1], heads=heads, eps=EPS)
-        for function in (rope_qk, rope_qk_naive)
-    ]
+    given = {"cos": tables[0], "sin": tables[1], "heads": heads, "eps": EPS}
+    both = [functools.partial(function, **given) for function in (rope_qk, rope_qk_naive)]
     compare_functions(*both, NAMES, tensors, upstream, wanted)
 
 
@@ -126,12 +121,8 @@ def test_upstream_as_attention_returns_it(device):
 def test_channels_that_do_not_lie_side_by_side(device):
     (q, k, *weights), tables, upstream = inputs((2, 48, 2, 24), torch.float32, device)
     columns = [weight.repeat_interleave(2)[::2] for weight in weights]
-    compare(
-        [q.transpose(1, 2).contiguous().transpose(1, 2), k, *columns],
-        tables,
-        [d.transpose(1, 3).contiguous().transpose(1, 3) for d in upstream],
-        heads=2,
-    )
+    apart = [d.transpose(1, 3).contiguous().transpose(1, 3) for d in upstream]
+    compare([q.transpose(1, 2).contiguous().transpose(1, 2), k, *columns], tables, apart, heads=2)
 
 
 def test_a_batch_is_its_sequences_one_by_one(device):
@@ -146,11 +137,11 @@ def test_a_batch_is_its_sequences_one_by_one(device):
 
 @pytest.mark.parametrize("alone", [False, True], ids=["off", "alone"])
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_that_nobody_wants(name, alone, device):
+def test_unwanted_gradients(name, alone, device):
     compare(*inputs((2, 70, 2, 12), torch.float16, device), heads=2, wanted=[(one == name) == alone for one in NAMES])
 
 
-def test_a_result_that_nobody_reads(device):
+def test_an_unused_result(device):
     (q, k, *weights), tables, (d, _) = inputs((1, 9, 2, 12), torch.float32, device)
     leaves = [tensor.requires_grad_() for tensor in (q, k, *weights)]
     turned_q, _ = rope_qk(*leaves, *tables, 2, EPS)
@@ -161,9 +152,7 @@ def test_a_result_that_nobody_reads(device):
 def test_bytes_kept_for_the_backward(device):
     (q, k, *weights), tables, _ = inputs((2, 30, 2, 32), torch.bfloat16, device)
     sizes = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: sizes.append(tensor.nbytes) or tensor, lambda tensor: tensor
-    ):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
         rope_qk(q.requires_grad_(), k, *weights, *tables, 2, EPS)
         shared = weights[0].nbytes + tables[0].nbytes + tables[1].nbytes
         assert sum(sizes) == q.nbytes + 4 * 2 * 30 + shared
@@ -260,10 +249,7 @@ def test_naive_form_is_that_of_diffusers():
     weights = (attention.norm_q.weight, attention.norm_k.weight)
     q, k = rope_qk_naive(attention.to_q(hidden), attention.to_k(hidden), *weights, cos, sin, 2, EPS)
     v = attention.to_v(hidden).unflatten(2, (2, -1))
-    ours = (
-        torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
-        .transpose(1, 2)
-        .flatten(2)
-    )
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    ours = torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
     torch.testing.assert_close(attention.to_out[0](ours), attention(hidden, rotary_emb=(cos, sin)))
     torch.testing.assert_close(rms_norm_naive(hidden, weights[0], EPS), attention.norm_q(hidden))
