@@ -17,7 +17,7 @@ from lowmem_drf.config import chosen_preset, load_config, preset_card, preset_pa
 from lowmem_drf.planner.cards import card_named, parse_vram
 from lowmem_drf.planner.measure import Measurement, measure
 from lowmem_drf.planner.plan import make_plan
-from lowmem_drf.planner.shortening import one_micro_batch
+from lowmem_drf.planner.shortcuts import one_micro_batch
 from lowmem_drf.planner.stages import Plan
 
 if TYPE_CHECKING:

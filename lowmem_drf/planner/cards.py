@@ -1,8 +1,7 @@
-"""What cards can do: the figures behind the plan's seconds.
+"""Specifications of cards: the rates behind a plan's seconds.
 
 From NVIDIA's architecture whitepapers (Ampere GA102, Ada, Blackwell RTX) and data sheets: dense tensor-core rates with
-fp32 accumulation, memory bandwidth, and what a PCIe link of the card's generation carries in practice with pinned
-memory.
+fp32 accumulation, memory bandwidth, and what a PCIe link of the card's generation reaches with pinned memory.
 """
 
 from __future__ import annotations
@@ -15,17 +14,16 @@ from lowmem_drf.errors import BadInputError
 GIB = 1024**3
 
 USABLE = 0.9
-"""The share of a card's memory that a plan may fill. The rest is for the CUDA context (about 0.5 GiB), workspaces
-inside kernels, what the allocator cannot use, and the desktop."""
+"""Share of a card's memory that a plan may fill. The rest covers the CUDA context (about 0.5 GiB), workspaces inside
+kernels, fragmentation, and the desktop."""
 
 MATMUL_SHARE, BANDWIDTH_SHARE = 0.6, 0.8
-"""Of the peak rates, what long products and long copies reach: an assumption, until measured."""
+"""Share of the peak rates that large matrix products and long copies reach. Assumed, not measured."""
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """Rates: TFLOP/s in bf16 and in TF32 (convolutions of fp32 tensors) and in plain fp32, GB/s of its memory and of
-    its link to the host."""
+    """TFLOP/s in bf16, TF32 (convolutions of fp32 tensors) and plain fp32; GB/s of memory and of the host link."""
 
     name: str
     gib: float
@@ -51,12 +49,12 @@ CARDS = {
 
 
 def card_named(text: str, default: str = "RTX 4090") -> Card:
-    """The card whose name is in ``text`` (a preset's ``GPU:`` line, what CUDA calls the device), else ``default``."""
+    """The card named in ``text`` (a preset's ``GPU:`` line, or CUDA's device name), else ``default``."""
     return next((card for name, card in CARDS.items() if name.lower() in text.lower()), CARDS[default])
 
 
 def parse_vram(text: str) -> float:
-    """``24GB``, ``24 GiB``, ``24`` -> 24.0. A card that is sold as 24 GB has 24 GiB; both words mean that here. Raises
+    """``24GB``, ``24 GiB``, ``24`` -> 24.0. Both units mean GiB: a card sold as 24 GB has 24 GiB. Raises
     BadInputError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?\s*", text, re.IGNORECASE)
     if not found or not float(found[1]) > 0:

@@ -1,4 +1,4 @@
-"""What operators cost, and what has been spent: the figures behind the ledger's clock."""
+"""FLOPs and workspaces of operators, the rates of a card, and the ledger's counters."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch.utils.flop_counter import flop_registry
 
 
 def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    """Two products: scores, and scores times values. GQA: ``q`` has more heads than ``k``."""
+    """Two products: scores, and scores times values. With GQA ``q`` has more heads than ``k``."""
     return 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (q.shape[3] + v.shape[3])
 
 
 def _attention_backward_flops(d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    """Five products for the forward's two."""
+    """Five products, where the forward has two."""
     return _attention_flops(q, k, v) * 5 // 2
 
 
@@ -28,36 +28,33 @@ FLOPS: dict[Any, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
-"""What ``torch.utils.flop_counter`` does not know: attention of (fake) CPU tensors."""
+"""Missing from ``torch.utils.flop_counter``: attention of (fake) CPU tensors."""
 
 CONVOLUTIONS = {_aten.convolution, _aten.convolution_backward}
 
 WORKSPACE: dict[Any, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda d_out, q, *_: 4 * q.numel()
 }
-"""Bytes that the CUDA kernel asks of the allocator and the CPU's does not: FlashAttention-2 sums the gradient of q in
-fp32 (flash_bwd's ``dq_accum``)."""
+"""Bytes that only the CUDA kernel allocates: FlashAttention-2 accumulates the gradient of q in fp32 (flash_bwd's
+``dq_accum``)."""
 
 
 @cache
 def facts(func: Any) -> tuple[str, Callable[..., int] | None, Callable[..., int] | None]:
-    """An operator's name, its operations and its workspace."""
+    """An operator's name, its FLOP formula and its workspace formula."""
     packet = func.overloadpacket
-    return (
-        str(func.name()).removeprefix("aten::"),
-        FLOPS.get(packet) or flop_registry.get(packet),
-        WORKSPACE.get(packet),
-    )
+    name = str(func.name()).removeprefix("aten::")
+    return name, FLOPS.get(packet) or flop_registry.get(packet), WORKSPACE.get(packet)
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What a card does in a second, for the estimate of time."""
+    """A card's rates, per second."""
 
     flops: Mapping[torch.dtype, float]
     """Matrix products, and convolutions in 16 bit, by dtype."""
     convolution: float
-    """Convolutions of fp32 tensors: cuDNN takes TF32 for them, as PyTorch sets it."""
+    """FLOPs of fp32 convolutions: PyTorch lets cuDNN use TF32 for them."""
     bytes: float
     """Read and written in the card's memory."""
     link: float = math.inf
@@ -66,7 +63,7 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """What only grows."""
+    """Totals; they only grow."""
 
     flops: int = 0
     seconds: float = 0.0
@@ -74,12 +71,12 @@ class Counters:
     stalled: float = 0.0
     """Seconds of waiting for copies between card and host."""
     copying: float = 0.0
-    """Seconds that the copies took, each by itself."""
+    """Summed duration of the copies, in seconds."""
     to_host: int = 0
     to_card: int = 0
     """Bytes."""
     between: int = 0
-    """Of these, what other processes' cards sent and got."""
+    """Part of these that the cards of different processes exchanged."""
 
     def __add__(self, other: Counters) -> Counters:
         return Counters(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))

@@ -1,16 +1,16 @@
-"""Models of true size without values, for the plan: every parameter a fake CPU tensor
+"""Models of true size without values, for the plan: every parameter is a fake CPU tensor
 (``torch._subclasses.FakeTensorMode``).
 
-Such a model takes no memory, and runs forward and backward under its mode, where a dispatch mode can count the bytes
-that the real one would hold. It takes integers (token ids, grids, positions) as real tensors: they decide about shapes.
-Buffers (rotary tables) are real too; they are small.
-
-Weights in 4 and 8 bit are packed under the mode by the operators that pack real ones (``packed``).
+Such a model takes no memory. Forward and backward run under its mode, where a dispatch mode can count the bytes that
+the real model would allocate. Integers (token ids, grids, positions) are passed as real tensors, because shapes depend
+on their values. Buffers (rotary tables) are real too; they are small. Weights in 4 and 8 bit are packed under the mode
+by the operators that pack real ones (``packed``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 def fake_transformer(
     config: Mapping[str, Any], dtype: torch.dtype, mode: FakeTensorMode, quant: Quant = "none"
 ) -> WanTransformer3DModel:
-    """The transformer of this ``config.json``, as ``load_denoiser`` would leave it; all modes may be active or none.
-    Raises BadInputError where bitsandbytes is missing."""
+    """The transformer of this ``config.json``, as ``load_denoiser`` returns it. Callable under any dispatch mode.
+    Raises BadInputError if bitsandbytes is missing."""
     with _disable_current_modes():
-        return fill_as_loaded(empty_transformer(config, quant=quant), dtype, _fake_values(mode))
+        return fill_as_loaded(empty_transformer(config, quant=quant), dtype, partial(_fake_value, mode))
 
 
 def empty_lora(transformer: WanTransformer3DModel, mode: FakeTensorMode) -> None:
-    """Makes the LoRA's tensors fake, after ``add_lora`` without the mode: peft can lay it out in real ones only."""
+    """Makes the LoRA's tensors fake. Call it after ``add_lora``, which runs without the mode: peft needs real ones."""
     for layer in lora_layers(transformer).values():
         for matrix in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
             with _disable_current_modes(), mode:
@@ -50,27 +50,27 @@ def empty_lora(transformer: WanTransformer3DModel, mode: FakeTensorMode) -> None
 
 
 def fake_vae(config: Mapping[str, Any], dtype: torch.dtype, mode: FakeTensorMode) -> AutoencoderKLWan:
-    """As ``load_vae`` would leave it."""
+    """The VAE, as ``load_vae`` returns it."""
     with _disable_current_modes():
-        return fill_as_loaded(empty_vae(config), dtype, _fake_values(mode))
+        return fill_as_loaded(empty_vae(config), dtype, partial(_fake_value, mode))
 
 
 def fake_text(config: Mapping[str, Any], dtype: torch.dtype, mode: FakeTensorMode) -> UMT5EncoderModel:
     """The encoder of ``load_text``, without the tokenizer."""
     with _disable_current_modes():
-        return fill_as_loaded(empty_text(config), dtype, _fake_values(mode))
+        return fill_as_loaded(empty_text(config), dtype, partial(_fake_value, mode))
 
 
 def fake_critic(
     name_or_folder: str, dtype: torch.dtype, fps: float | None, quant: Quant, mode: FakeTensorMode
 ) -> QwenCritic:
-    """As ``load_critic`` would leave it.
+    """The critic, as ``load_critic`` returns it.
 
-    Args: name_or_folder: ``toyworld``, a model's folder, or a hub id of ``known_critics``, whose tokenizer is a
-        stand-in: questions get about four times their tokens.
+    Args: name_or_folder: ``toyworld``, a model's folder, or a hub id of ``known_critics``. A hub id gets a stand-in
+        tokenizer, which makes about four times as many tokens.
 
     Raises:
-        BadInputError: neither of these, or bitsandbytes is missing.
+        BadInputError: none of these, or bitsandbytes is missing.
     """
     require_library(quant)
     with _disable_current_modes():
@@ -78,21 +78,14 @@ def fake_critic(
         model = empty_model(config)
         remake_rotary(model)
         lay_out(model, quant, in_critic)
-        fill(model, _fake_values(mode)(dtype))
-        return QwenCritic(
-            model.eval().requires_grad_(False),
-            tokenizer,
-            video_geometry(settings),
-            fps=fps or float(settings.get("fps") or DEFAULT_FPS),
-        )
+        fill(model, _fake_value(mode, dtype))
+        rate = fps or float(settings.get("fps") or DEFAULT_FPS)
+        return QwenCritic(model.eval().requires_grad_(False), tokenizer, video_geometry(settings), fps=rate)
 
 
-def _fake_values(mode: FakeTensorMode) -> Callable[[torch.dtype], Value]:
-    def value_of(dtype: torch.dtype) -> Value:
-        def value(name: str, shape: Sequence[int]) -> Tensor:
-            with mode:
-                return torch.empty(shape, dtype=dtype)
+def _fake_value(mode: FakeTensorMode, dtype: torch.dtype) -> Value:
+    def value(name: str, shape: Sequence[int]) -> Tensor:
+        with mode:
+            return torch.empty(shape, dtype=dtype)
 
-        return value
-
-    return value_of
+    return value

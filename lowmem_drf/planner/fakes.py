@@ -1,14 +1,14 @@
-"""Running the step's own code on fake tensors (``torch._subclasses.fake_tensor``): shapes and dtypes without values, at
+"""Runs the step's own code on fake tensors (``torch._subclasses.fake_tensor``): shapes and dtypes without values, at
 true size on any machine.
 
-Python code asks tensors for values: which frames, how many tokens, is this finite? ``Fakes`` keeps small tensors that
-are made from nothing, and all that is computed from such alone, real: sigmas, ids, grids, positions, windows and masks
-have their values. What has met a fake tensor is fake, and answers for its value with 1, so that every check for finite
-values passes.
+Python code reads values from tensors: which frames, how many tokens, is this finite? ``Fakes`` keeps small tensors real
+if they are created without inputs or computed from real ones only: sigmas, ids, grids, positions, windows and masks
+have their values. Everything computed from a fake tensor is fake; reading its value returns 1, so checks for finite
+values pass.
 
-A step does the same few thousand operations over and over. What an operator made of arguments of these shapes is
-remembered (``_Result``) and made again without asking ``FakeTensorMode``, whose own cache takes ten times as long and
-knows neither custom operators nor real tensors among fake ones.
+A step repeats the same few thousand operations many times. ``_Result`` caches an operator's result by the shapes of its
+arguments, and rebuilds it without ``FakeTensorMode``. The mode's own cache takes ten times as long and supports neither
+custom operators nor real tensors among fake ones.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fa
 from torch.utils._python_dispatch import TorchDispatchMode
 
 REAL_LIMIT = 1 << 24
-"""Elements: what is made from nothing (``zeros``, ``arange``) is fake above this size."""
+"""Elements: larger tensors created without inputs (``zeros``, ``arange``) are fake."""
 
 _aten = torch.ops.aten
 DEVICE_OF = torch.ops.prim.device.default
-"""A question that C++ code asks of fake tensors, and by far the most frequent call."""
+"""C++ code asks fake tensors for their device: by far the most frequent call."""
 
 _ITEM = _aten._local_scalar_dense.default
 _INDEXING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
@@ -35,8 +35,8 @@ _UNPREDICTABLE = {torch.Tag.inplace_view, torch.Tag.data_dependent_output, torch
 
 
 class Fakes(TorchDispatchMode):
-    """To be entered in place of ``mode``, a ``FakeTensorMode(allow_non_fake_inputs=True)``: it enters that too. (Fake
-    tensors would bring it along, at several times the cost of an operator.)"""
+    """Enter this in place of ``mode``, a ``FakeTensorMode(allow_non_fake_inputs=True)``. It enters ``mode`` too: fake
+    tensors would do so for each operator, at several times the operator's cost."""
 
     def __init__(self, mode: FakeTensorMode) -> None:
         super().__init__()
@@ -46,8 +46,7 @@ class Fakes(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # nothing is compiled under this mode: PyTorch's guard against that takes longer than most operators here
-        return False
+        return False  # nothing is compiled here; PyTorch's guard against it takes longer than most operators
 
     def __enter__(self) -> Fakes:
         self.mode.__enter__()
@@ -67,7 +66,7 @@ class Fakes(TorchDispatchMode):
             if func is _ITEM:
                 return _stand_in(args[0].dtype)
             if func in _INDEXING:
-                args = _with_places(args)
+                args = _with_positions(args)
                 tensors = tensors_of(args, kwargs)
         elif tensors or not self._is_large(func, args, kwargs):
             with unset_fake_temporarily():
@@ -76,7 +75,7 @@ class Fakes(TorchDispatchMode):
 
     def _is_large(self, func: Any, args: Any, kwargs: Any) -> bool:
         if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
-            return False  # drawn on the CPU in the real run too
+            return False  # the real run draws on the CPU too
         key = key_of(func, args, kwargs)
         if key not in self._large:
             made = func(*args, **kwargs)
@@ -86,9 +85,8 @@ class Fakes(TorchDispatchMode):
     def _fake(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         """``func(*args, **kwargs)`` with fake results."""
         key = key_of(func, args, kwargs)
-        known = self._results.get(key)
-        if known is not None:
-            return known.again(tensors)
+        if (known := self._results.get(key)) is not None:
+            return known.rebuild(tensors)
         with disable_fake_tensor_cache(self.mode):
             out = func(*args, **kwargs)
         if key not in self._results:
@@ -98,7 +96,7 @@ class Fakes(TorchDispatchMode):
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """A fake tensor that an operator made."""
+    """A fake tensor that an operator returned."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -106,12 +104,12 @@ class _Made:
     device: torch.device
     offset: int
     base: int | None
-    """The place among the operator's tensors of the one whose storage it shares. None: its storage is its own."""
+    """Index of the operator's tensor that shares its storage; None if it has its own."""
     attributes: dict[str, Any]
-    """As the constructor of ``FakeTensor`` set them."""
+    """Set by the constructor of ``FakeTensor``."""
 
-    def again(self, tensors: Sequence[Tensor]) -> Tensor:
-        """As that constructor makes it, in a fifth of the time."""
+    def rebuild(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Does what the constructor does, in a fifth of the time."""
         meta = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
         if self.base is not None:
             meta.set_(tensors[self.base].untyped_storage(), self.offset, self.shape, self.stride)
@@ -124,31 +122,31 @@ class _Made:
 
 @dataclass(frozen=True, slots=True)
 class _Result:
-    """What an operator returns whenever its arguments look the same."""
+    """An operator's result for arguments of the same shapes and dtypes."""
 
     parts: tuple[_Made | int | None, ...]
-    """A number is the place of the tensor among its own: what in-place operators return."""
+    """A number is the index of an argument: in-place operators return one."""
     container: type | None
-    """``list`` or ``tuple``; None: the only part itself."""
+    """``list`` or ``tuple``; None: a single tensor."""
 
     @classmethod
     def of(cls, out: Any, tensors: Sequence[Tensor]) -> _Result | None:
-        """None where this could not make it again."""
+        """None if it cannot be rebuilt."""
         container = type(out) if isinstance(out, list | tuple) else None
-        places = {id(tensor): place for place, tensor in enumerate(tensors)}
-        bases = {tensor.untyped_storage()._cdata: place for place, tensor in enumerate(tensors)}
+        indices = {id(tensor): index for index, tensor in enumerate(tensors)}
+        bases = {tensor.untyped_storage()._cdata: index for index, tensor in enumerate(tensors)}
         shared = len(bases) < len(tensors)
         parts: list[_Made | int | None] = []
         for one in out if container else (out,):
-            if one is None or id(one) in places:
-                parts.append(None if one is None else places[id(one)])
+            if one is None or id(one) in indices:
+                parts.append(None if one is None else indices[id(one)])
                 continue
             if not isinstance(one, FakeTensor) or one.is_complex() or one.constant is not None:
                 return None
             storage = one.untyped_storage()
             base = bases.get(storage._cdata)
             if base is None:
-                bases[storage._cdata] = -1  # a second result in it is not made again
+                bases[storage._cdata] = -1  # a second result in this storage is not rebuilt
                 if storage.nbytes() != _bytes_of(one):
                     return None
             elif base < 0 or shared:
@@ -158,40 +156,34 @@ class _Result:
             )
         return cls(tuple(parts), container)
 
-    def again(self, tensors: Sequence[Tensor]) -> Any:
+    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         with torch._C._DisableTorchDispatch():
-            made = [
-                part.again(tensors) if isinstance(part, _Made) else part if part is None else tensors[part]
-                for part in self.parts
-            ]
+            made = [tensors[part] if isinstance(part, int) else part and part.rebuild(tensors) for part in self.parts]
         return self.container(made) if self.container else made[0]
 
 
 def _bytes_of(tensor: Tensor) -> int:
-    """Of the smallest storage that holds it from its beginning on."""
+    """Size of the smallest storage that holds the tensor at offset 0."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size() if tensor.numel() else 0
 
 
 def _predictable(func: Any, tensors: Iterable[Tensor]) -> bool:
-    """Whether all about its results but their values follows from the shapes and dtypes of its arguments, and these
-    keep theirs."""
+    """True if shapes and dtypes of the arguments determine those of the results, and the arguments keep theirs."""
     arguments = func._schema.arguments
     if any(argument.is_out for argument in arguments) or (func not in _INDEXING and _UNPREDICTABLE & set(func.tags)):
         return False
-    # a view of a real tensor, or work in place on one: FakeTensorMode makes it another, fake one first
-    return all(isinstance(tensor, FakeTensor) for tensor in tensors) or not any(
-        argument.alias_info for argument in arguments
-    )
+    # FakeTensorMode first converts a real tensor that is viewed or changed in place
+    return all(isinstance(one, FakeTensor) for one in tensors) or not any(one.alias_info for one in arguments)
 
 
 def key_of(func: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Hashable:
-    """All that the shapes and dtypes of an operator's results can depend on."""
+    """Everything that the shapes and dtypes of an operator's results can depend on."""
     return func, torch.get_default_dtype(), _looks(args), tuple(kwargs), _looks(kwargs.values())
 
 
 def _looks(values: Iterable[Any]) -> tuple[Hashable, ...]:
-    """The types belong to it: 1 and 1.0 and True are equal and promote differently."""
+    """Includes the types: 1, 1.0 and True are equal but promote differently."""
     return tuple(
         (value.shape, value.stride(), value.storage_offset(), value.dtype, value.device, type(value) is FakeTensor)
         if isinstance(value, Tensor)
@@ -203,8 +195,8 @@ def _looks(values: Iterable[Any]) -> tuple[Hashable, ...]:
 
 
 def tensors_of(args: Iterable[Any], kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
-    """The tensors among an operator's arguments or results, those in lists included. A pytree would do, at several
-    times the cost of the operator."""
+    """The tensors among an operator's arguments or results, also in lists. A pytree would cost several times as much
+    as the operator."""
     found = []
     for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, Tensor):
@@ -220,12 +212,12 @@ def _stand_in(dtype: torch.dtype) -> bool | int | float:
     return 1.0 if dtype.is_floating_point else 1
 
 
-def _with_places(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A real mask among the indices of a fake tensor as the places it marks: their number is the result's shape."""
+def _with_positions(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Replaces real masks among the indices of a fake tensor by positions: their number is the result's shape."""
     x, indices, *rest = args
-    places: list[Any] = []
+    positions: list[Any] = []
     for index in indices:
-        marks = isinstance(index, Tensor) and index.dtype is torch.bool and not isinstance(index, FakeTensor)
+        is_mask = isinstance(index, Tensor) and index.dtype is torch.bool and not isinstance(index, FakeTensor)
         with unset_fake_temporarily():
-            places += index.nonzero().unbind(1) if marks else [index]
-    return (x, places, *rest)
+            positions += index.nonzero().unbind(1) if is_mask else [index]
+    return (x, positions, *rest)

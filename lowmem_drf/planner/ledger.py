@@ -1,11 +1,11 @@
-"""Counts live bytes, operations and traffic of whatever runs under it: the plan's instrument, and the tests'.
+"""Counts live bytes, operations and traffic of the code that runs under it, for the plan and for tests.
 
-A dispatch mode sees every storage that PyTorch makes and learns when it dies, so it counts what a caching allocator
-would be asked for, on real tensors as on fake ones (``fakes``). On a machine without CUDA fake tensors are fake CPU
-tensors; what would wait in host memory is booked there by ``planned_store`` (``on_host``).
+A dispatch mode sees every storage that PyTorch allocates and learns when it is freed, so it counts what a caching
+allocator would be asked for, on real and on fake tensors (``fakes``). Without CUDA fake tensors are fake CPU tensors;
+``planned_store`` marks those that would wait in host memory (``on_host``).
 
-Not seen: workspaces inside a kernel (cuDNN, cuBLAS), the CUDA context and the allocator's fragmentation. ``plan``
-states them apart.
+Not counted: workspaces inside a kernel (cuDNN, cuBLAS), the CUDA context and the allocator's fragmentation.
+``cards.USABLE`` covers them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -28,10 +28,8 @@ from lowmem_drf.planner.costs import CONVOLUTIONS, Counters, Rates, facts
 from lowmem_drf.planner.fakes import DEVICE_OF, key_of, tensors_of
 from lowmem_drf.planner.pcie import Pcie
 
-LOOKED_AT = 0.005
-"""What the peak is made of is noted whenever it has grown by this share: the list may be that much short of the peak
-itself."""
-
+NOTED_GROWTH = 0.005
+"""The items of a peak are listed each time it has grown by this share, so the list may miss that share."""
 
 T = TypeVar("T")
 Key = tuple[str, tuple[int, ...], torch.dtype]
@@ -40,10 +38,10 @@ Key = tuple[str, tuple[int, ...], torch.dtype]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Storages that were alive at a peak, added up by what made them."""
+    """Storages alive at a peak that one operator made, in one shape and dtype."""
 
     op: str
-    """The operator, or what ``adopt`` said."""
+    """The operator, or the name given to ``adopt``."""
     shape: tuple[int, ...]
     dtype: torch.dtype
     count: int
@@ -60,16 +58,15 @@ class Item:
 
 @dataclass(slots=True)
 class _Kind:
-    """Storages on the card that are alive now and were made by the same operator in the same size."""
+    """Storages on the card that are alive now and share a ``Key``."""
 
     count: int = 0
     bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
-    """What something takes, above what was there before: bytes of card and host at most, and what it adds to the
-    counters."""
+class _Cost:
+    """Cost of a computation that ``shortcut`` skips: peak bytes above those alive before, and totals."""
 
     card: int
     host: int
@@ -78,12 +75,11 @@ class _Known:
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes alive on the card and on the host, in total and at most; with ``rates`` the seconds that the operations
-    would take.
+    """Live and peak bytes on card and host; with ``rates`` also the seconds that the operations would take.
 
     Args:
-        block: every storage counts as a multiple of so many bytes (the CUDA allocator's is 512).
-        rates: of the card. Each operation takes as long as its arithmetic or its memory traffic, whichever is longer.
+        block: bytes; the size of each storage is rounded up to a multiple (512 in the CUDA allocator).
+        rates: the card's. Each operation takes as long as its arithmetic or its memory traffic, whichever is longer.
     """
 
     _stack: ClassVar[list[Ledger]] = []
@@ -94,7 +90,7 @@ class Ledger(TorchDispatchMode):
         self.flops = 0
         self.seconds = self.stalled = 0.0
         self.at_peak: tuple[Item, ...] = ()
-        """What ``peak_card_bytes`` was made of, the largest first."""
+        """The items of ``peak_card_bytes``, largest first."""
         self._block, self._rates = block, rates
         self.link = Pcie(rates.link if rates else math.inf, IN_FLIGHT)
         self._earlier = Counters()
@@ -103,7 +99,7 @@ class Ledger(TorchDispatchMode):
         self._live: dict[int, tuple[int, bool, _Kind, weakref.ref[Any]]] = {}
         self._kinds: defaultdict[Key, _Kind] = defaultdict(_Kind)
         self._flops: dict[Hashable, int] = {}
-        self._known: dict[Hashable, _Known] = {}
+        self._costs: dict[Hashable, _Cost] = {}
         self._noted_bytes = 0
         self._rising = False
 
@@ -126,18 +122,17 @@ class Ledger(TorchDispatchMode):
         self._stack.remove(self)
 
     def reset_peak(self) -> None:
-        """The peaks begin again at what is alive now."""
+        """Sets the peaks to the bytes alive now."""
         self.peak_card_bytes, self.peak_host_bytes = self.card_bytes, self.host_bytes
         self._noted_bytes, self._rising = 0, True
 
     def adopt(self, tensors: Iterable[Tensor], name: str = "weights") -> None:
-        """Counts tensors that were made before: weights."""
+        """Counts tensors that already exist, such as weights."""
         for tensor in tensors:
             self._see(tensor, name)
 
     def on_host(self, tensor: Tensor) -> None:
-        """The tensor's storage is in host memory: it moves from the card's account to the host's. Views share a
-        storage."""
+        """Counts the tensor's storage, which views share, as host memory."""
         self._see(tensor, "host")
         key = tensor.untyped_storage()._cdata
         size, host, kind, ref = self._live[key]
@@ -148,35 +143,30 @@ class Ledger(TorchDispatchMode):
             self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes)
 
     def leave_out(self, tensor: Tensor) -> None:
-        """The tensor's storage counts as nothing from here on: in what is planned it is not there as a whole."""
+        """Stops counting the tensor's storage: the planned run does not hold it as a whole."""
         self._see(tensor, "left out")
         key = tensor.untyped_storage()._cdata
         size, host, kind, ref = self._live[key]
-        if host:
-            self.host_bytes -= size
-        else:
-            self._count(size, kind, -1)
+        self._uncount(size, host, kind)
         self._live[key] = (0, False, _Kind(count=1), ref)
 
     def on_card(self, tensors: Iterable[Tensor]) -> int:
-        """Bytes of those of the tensors' storages that are on the card, each counted once."""
+        """Bytes of the tensors' storages that are on the card, each counted once."""
         keys = {tensor.untyped_storage()._cdata for tensor in tensors}
         return sum(size for size, host, *_ in (self._live[key] for key in keys if key in self._live) if not host)
 
-    def replay(self, key: Hashable, run: Callable[[], T], again: Callable[[], T]) -> T:
-        """``run()``, and its bytes, operations and seconds are remembered by ``key``. From the second time on
-        ``again()``, which makes something of the same size as the result of ``run``, and what is remembered counts as
-        if it had been done.
+    def shortcut(self, key: Hashable, run: Callable[[], T], stand_in: Callable[[], T]) -> T:
+        """Returns ``run()`` and stores its cost under ``key``; from the second call on returns ``stand_in()``, a result
+        of the same size, and adds the stored cost.
 
-        True only where ``run`` leaves nothing else behind: no graph, and no more on card and host than ``again`` does.
+        Only valid if ``run`` keeps nothing: no graph, and no more memory of card and host than ``stand_in`` does.
         """
-        known = self._known.get(key)
-        if known is not None:
-            self._touch(known.card, *known.items)
-            self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes + known.host)
-            self._add(known.spent)
+        if (cost := self._costs.get(key)) is not None:
+            self._touch(cost.card, *cost.items)
+            self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes + cost.host)
+            self._add(cost.spent)
             with self.off_the_clock():
-                return again()
+                return stand_in()
         before = (self.card_bytes, self.host_bytes, self.spent)
         outside = (self.peak_card_bytes, self.peak_host_bytes, self.at_peak, self._noted_bytes, self._rising)
         alive = {item.key: item for item in self._items()}
@@ -184,7 +174,7 @@ class Ledger(TorchDispatchMode):
         result = run()
         peak, host_peak = self.peak_card_bytes, self.peak_host_bytes
         items = tuple(item for item in self.close_peak() if item.key not in alive or item.bytes > alive[item.key].bytes)
-        self._known[key] = _Known(peak - before[0], host_peak - before[1], self.spent - before[2], items)
+        self._costs[key] = _Cost(peak - before[0], host_peak - before[1], self.spent - before[2], items)
         if outside[0] >= peak:
             self.peak_card_bytes, _, self.at_peak, self._noted_bytes, self._rising = outside
         self.peak_host_bytes = max(outside[1], host_peak)
@@ -192,22 +182,21 @@ class Ledger(TorchDispatchMode):
 
     @property
     def spent(self) -> Counters:
-        """All that was counted."""
+        """Totals so far."""
         link = self.link
-        return self._earlier + Counters(
-            self.flops, self.seconds, self.stalled, link.busy_s, link.down_bytes, link.up_bytes, link.between_bytes
-        )
+        moved = (link.down_bytes, link.up_bytes, link.between_bytes)
+        return self._earlier + Counters(self.flops, self.seconds, self.stalled, link.busy_s, *moved)
 
     def wait(self, until: float) -> None:
-        """Nothing is computed before this time."""
+        """The computation waits until this time."""
         if until > self.seconds:
             self.stalled += until - self.seconds
             self.seconds = until
 
     @contextmanager
     def off_the_clock(self, name: str | None = None) -> Iterator[None]:
-        """What is done in the block takes no time of the card's: a copy of the link's. ``name``: what it is called
-        among the items."""
+        """Operations in the block take none of the card's time; for copies over the link. ``name`` replaces the
+        operator's name in the items."""
         before, (self._paused, self._named) = (self._paused, self._named), (True, name)
         try:
             yield
@@ -218,12 +207,10 @@ class Ledger(TorchDispatchMode):
         self.flops += spent.flops
         self.seconds += spent.seconds
         self.stalled += spent.stalled
-        self._earlier += Counters(
-            copying=spent.copying, to_host=spent.to_host, to_card=spent.to_card, between=spent.between
-        )
+        self._earlier += replace(spent, flops=0, seconds=0.0, stalled=0.0)
 
     def close_peak(self) -> tuple[Item, ...]:
-        """``at_peak``, brought up to date where nothing was freed since the peak."""
+        """``at_peak``, updated if nothing was freed since the peak."""
         if self._rising:
             self._note()
         return self.at_peak
@@ -257,7 +244,7 @@ class Ledger(TorchDispatchMode):
             self.peak_card_bytes, self._rising = self.card_bytes, True
 
     def _touch(self, size: int, *items: Item) -> None:
-        """``size`` bytes, ``items``, were alive for a moment."""
+        """Counts ``size`` bytes, ``items``, that were alive for a moment."""
         if self.card_bytes + size > self.peak_card_bytes:
             self.peak_card_bytes, self._rising = self.card_bytes + size, True
             self._note(*items)
@@ -266,35 +253,38 @@ class Ledger(TorchDispatchMode):
         if self._rising:
             self._note()
         size, host, kind, _ = self._live.pop(key)
-        if host:
-            self.host_bytes -= size
-        else:
-            self._count(size, kind, -1)
+        self._uncount(size, host, kind)
 
-    def _note(self, *besides: Item) -> None:
+    def _note(self, *more: Item) -> None:
         self._rising = False
-        if self.peak_card_bytes <= self._noted_bytes * (1 + LOOKED_AT):
+        if self.peak_card_bytes <= self._noted_bytes * (1 + NOTED_GROWTH):
             return
         self._noted_bytes = self.peak_card_bytes
-        self.at_peak = tuple(sorted([*self._items(), *besides], key=lambda item: -item.bytes))
+        self.at_peak = tuple(sorted([*self._items(), *more], key=lambda item: -item.bytes))
 
     def _items(self) -> list[Item]:
-        """What is alive on the card."""
-        return [Item(*what, kind.count, kind.bytes) for what, kind in self._kinds.items() if kind.count]
+        """Everything alive on the card."""
+        return [Item(*key, kind.count, kind.bytes) for key, kind in self._kinds.items() if kind.count]
 
     def _count(self, size: int, kind: _Kind, sign: int = 1) -> None:
         kind.count += sign
         kind.bytes += sign * size
         self.card_bytes += sign * size
 
+    def _uncount(self, size: int, host: bool, kind: _Kind) -> None:
+        if host:
+            self.host_bytes -= size
+        else:
+            self._count(size, kind, -1)
+
     def _clock(
-        self, func: Any, args: Any, kwargs: Any, out: Any, outputs: list[Tensor], count: Callable[..., int] | None
+        self, func: Any, args: Any, kwargs: Any, out: Any, outputs: list[Tensor], formula: Callable[..., int] | None
     ) -> None:
         flops = 0
-        if count:
+        if formula:
             key = key_of(func, args, kwargs)
             if key not in self._flops:
-                self._flops[key] = int(count(*args, **kwargs, out_val=out))
+                self._flops[key] = int(formula(*args, **kwargs, out_val=out))
             flops = self._flops[key]
             self.flops += flops
         if self._rates is not None and not func.is_view and not self._paused:

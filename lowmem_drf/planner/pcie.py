@@ -1,7 +1,7 @@
-"""The link between card and host in a plan: copies that run beside the computation, and what it waits for them.
+"""A plan's model of the link between card and host: copies overlap with computation until it needs their result.
 
-Two queues, one each way, as PCIe has it and as ``host`` uses it: a stream of copies to the host, one to the card. A
-copy begins when the one before it on its queue has ended; the computation goes on, until it needs what has not arrived.
+Two queues, one per direction, as PCIe has them and ``host`` uses them: one stream copies to the host, one to the card.
+A copy starts when the previous one of its queue has ended.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from collections import deque
 
 
 class Pcie:
-    """Times are seconds on the clock of whoever asks, and never go back.
+    """Times are seconds on the caller's clock, and never decrease.
 
-    Args: rate: bytes a second, each way. Infinite: copies take no time. in_flight: bytes that may be on their way to
-        the host before the computation waits for the oldest of them; the newest may in any case.
+    Args: rate: bytes per second in each direction. Infinite: copies take no time. in_flight: bytes that may be on their
+        way to the host before the computation waits for the oldest copy; a single copy may be larger.
     """
 
     def __init__(self, rate: float, in_flight: int) -> None:
@@ -23,21 +23,19 @@ class Pcie:
         self.up_bytes = self.down_bytes = 0
         """Sent to the card, and to the host."""
         self.between_bytes = 0
-        """Of both, what other cards sent and got."""
+        """Part of both that was exchanged with other cards."""
         self.busy_s = 0.0
-        """What the copies took, each by itself."""
+        """Summed duration of the copies."""
 
     def fetch(self, now: float, nbytes: int, written: float) -> float:
-        """Starts a copy to the card, of something that is on the host from ``written`` on. Returns when it has
-        arrived."""
+        """Starts a copy to the card of a tensor that is on the host from ``written`` on. Returns its arrival time."""
         self._up_until = max(now, self._up_until, written) + nbytes / self._rate
         self.up_bytes += nbytes
         self.busy_s += nbytes / self._rate
         return self._up_until
 
     def send(self, now: float, nbytes: int) -> tuple[float, float]:
-        """Starts a copy to the host. Returns when it will be there, and until when the computation has to wait before
-        it goes on."""
+        """Starts a copy to the host. Returns its arrival time, and the time until which the computation must wait."""
         self._down_until = max(now, self._down_until) + nbytes / self._rate
         self.down_bytes += nbytes
         self.busy_s += nbytes / self._rate
@@ -48,8 +46,8 @@ class Pcie:
         return self._down_until, until
 
     def exchange(self, now: float, nbytes: int, ready: float) -> float:
-        """Sends so many bytes to other cards, through the host's memory, and gets as many from them, both at once and
-        from ``ready`` on. Returns when it is done."""
+        """Sends ``nbytes`` to other cards through the host's memory and receives as many, at the same time, from
+        ``ready`` on. Returns when it is done."""
         self._up_until = self._down_until = max(now, ready, self._up_until, self._down_until) + nbytes / self._rate
         self.up_bytes += nbytes
         self.down_bytes += nbytes
@@ -58,10 +56,10 @@ class Pcie:
         return self._up_until
 
     def sent(self, now: float) -> float:
-        """When all that is on its way to the host will be there."""
+        """When all copies to the host have arrived."""
         self._leaving.clear()
         return max(now, self._down_until)
 
     def quiet(self, now: float) -> float:
-        """When nothing will be on its way."""
+        """When no copy is under way."""
         return max(self.sent(now), self._up_until)

@@ -1,13 +1,12 @@
-"""The plan: the real update, run on fake tensors under a ledger. No card, no weights, no download.
+"""The plan: the real update, run on fake tensors under a ledger. Needs no card, no weights and no download.
 
-``training.update`` is called as in training, on models of the true size whose tensors have shapes and no values
-(``planner/fake_models.py``), so that the plan cannot drift from what it plans. What only repeats is done once: two
-steps are graded (what the others would keep is there), of the ungraded ones one is done, of a batch one micro-batch is
-made, and blocks and chunks that leave no graph are replayed (``Ledger.replay``). None of this changes a peak
-(``tests/planner/test_plan.py``); the seconds are scaled up again.
+``training.update`` runs as in training, on models of true size whose tensors have shapes but no values
+(``planner/fake_models.py``), so plan and run cannot drift apart. Repeats are left out (``planner/shortcuts.py``): two
+graded steps stand for all, one ungraded step for all, one micro-batch for the batch; blocks and chunks that keep no
+graph run once. No peak changes by this (``tests/planner/test_plan.py``), and the seconds are scaled up again.
 
-The bytes are those that PyTorch's allocator is asked for, in its blocks of 512. What it cannot see is in
-``cards.USABLE``. The seconds are an estimate from operations, traffic and the card's rates, and nothing else.
+Bytes are those requested of PyTorch's allocator, in its blocks of 512; ``cards.USABLE`` covers memory it does not see.
+Seconds are estimated from operations, traffic and the card's rates alone.
 """
 
 from __future__ import annotations
@@ -33,14 +32,15 @@ from lowmem_drf.planner.cards import BANDWIDTH_SHARE, GIB, MATMUL_SHARE, USABLE,
 from lowmem_drf.planner.costs import Rates
 from lowmem_drf.planner.fakes import Fakes
 from lowmem_drf.planner.ledger import Item, Ledger
-from lowmem_drf.planner.shortcuts import one_stage, with_replays
-from lowmem_drf.planner.shortening import (
+from lowmem_drf.planner.shortcuts import (
     boundary_moved,
     of_one_process,
     one_micro_batch,
+    one_stage,
     scaled,
     shortened,
     with_records,
+    with_shortcuts,
 )
 from lowmem_drf.planner.stages import SUMS, Plan, StagePlan
 from lowmem_drf.planner.store import planned_store
@@ -59,17 +59,18 @@ ALLOCATOR_BLOCK = 512
 """Bytes: the CUDA caching allocator rounds every request up to a multiple."""
 
 SAMPLE_PROMPT = (
-    "A close-up shot of two brown dogs running side by side along a wide sandy beach at sunset, splashing through the shallow water while a small red "
-    "boat drifts behind them to the left of a wooden pier, warm golden light, shallow depth of field, the camera slowly tracking them from the right."
+    "A close-up shot of two brown dogs running side by side along a wide sandy beach at sunset, splashing through the "
+    "shallow water while a small red boat drifts behind them to the left of a wooden pier, warm golden light, "
+    "shallow depth of field, the camera slowly tracking them from the right."
 )
-"""Stands for the prompts where none are given: as long as those of prompt sets for video models are."""
+"""Used if no prompts are given. As long as typical prompts for video models."""
 
 CHARACTERS_PER_TOKEN = 4
-"""Of English, about. The stand-in tokenizer of a model that is not here makes a token of every character."""
+"""Approximate, for English. The stand-in tokenizer makes one token of each character."""
 
 
 class PlanMeter:
-    """Stands where the run's ``Meter`` does: books each stage's bytes and estimated seconds."""
+    """Takes the place of the run's ``Meter``: records each stage's bytes and estimated seconds."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.stages: dict[str, StagePlan] = {}
@@ -78,7 +79,7 @@ class PlanMeter:
         self._ledger = ledger
 
     def load(self, models: Sequence[torch.nn.Module]) -> None:
-        """These are on the card from now on."""
+        """Counts these models as on the card."""
         self._models = list(models)
         self._ledger.adopt(self._tensors(), WEIGHTS)
 
@@ -92,7 +93,7 @@ class PlanMeter:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measures the block; a stage that is entered again keeps its larger peak, and its seconds add up."""
+        """Measures the block. If a stage is entered again, the larger peak is kept and the seconds add up."""
         ledger = self._ledger
         ledger.reset_peak()
         kept, before_it = ledger.card_bytes, ledger.spent
@@ -115,23 +116,19 @@ class PlanMeter:
             moved_gib=(spent.to_host + spent.to_card) / GIB,
             between_gib=spent.between / GIB,
             tflop=spent.flops / 1e12,
-            what=_what(ledger.close_peak()),
+            what=_largest_items(ledger.close_peak()),
         )
         for model in self.partitioned:
             now = model.with_gathers(name, now)
-        before = self.stages.get(name)
-        larger = now if before is None or now.peak_gib >= before.peak_gib else before
-        self.stages[name] = (
-            larger
-            if before is None
-            else replace(larger, **{key: getattr(before, key) + getattr(now, key) for key in SUMS})
-        )
+        if (before := self.stages.get(name)) is not None:
+            sums = {key: getattr(before, key) + getattr(now, key) for key in SUMS}
+            now = replace(now if now.peak_gib >= before.peak_gib else before, **sums)
+        self.stages[name] = now
 
     def take(self) -> tuple[dict[str, float], dict[str, float]]:
-        """As ``Meter.take``; nothing is started anew."""
-        return {name: stage.s for name, stage in self.stages.items()}, {
-            name: stage.peak_gib for name, stage in self.stages.items()
-        }
+        """As ``Meter.take``, but without a reset."""
+        rows = self.stages.items()
+        return {name: stage.s for name, stage in rows}, {name: stage.peak_gib for name, stage in rows}
 
 
 def make_plan(
@@ -144,13 +141,12 @@ def make_plan(
 ) -> Plan:
     """Runs one update of ``config`` on fake tensors.
 
-    Args: vram_gib: the card's memory; default its own. only: a stage whose bytes alone are wanted. The models of other
-        stages are left out where they work (not where they lie); the other stages' figures then mean nothing. whole:
-        all steps of the sampler, and all graded ones: slow, and no different. fakes: of earlier plans: what an operator
-        made of these shapes there need not be found out again.
+    Args: vram_gib: memory of the card; default: ``card.gib``. only: plan the bytes of this stage alone. Models of other
+        stages take memory but compute nothing, so the figures of the other stages are meaningless. whole: run all
+        steps, without shortcuts: slow, for tests. fakes: those of earlier plans, to reuse their cached results.
 
     Raises:
-        BadInputError: the configuration of a model is not known here, or the settings do not go together.
+        BadInputError: a model's configuration is unknown, or settings contradict each other.
     """
     from lowmem_drf.training.update import update
 
@@ -173,33 +169,28 @@ def make_plan(
         if only:
             parts = one_stage(parts, only, models)
         if not whole:
-            parts = with_replays(parts, models, ledger)
+            parts = with_shortcuts(parts, models, ledger)
         latents = [torch.zeros(config.micro_batch, *models.latent_shape) for _ in range(ungraded)]
         trainer = _trainer(config, ledger, models)
         update(short, models, parts, trainer, 0, prompts, questions, None)
         del latents
-    stages = (
-        meter.stages
-        if whole
-        else with_records(config, short, meter.stages, models.recorder.step_bytes if models.recorder else 0, card)
-    )
+    stages = meter.stages
+    if not whole:
+        stages = with_records(config, short, stages, models.recorder.step_bytes if models.recorder else 0, card)
     return scaled(config, short, stages, card, vram_gib or card.gib)
 
 
 def decide_rollout(config: Config, card: Card, vram_gib: float | None = None, fakes: Fakes | None = None) -> Config:
-    """The configuration with ``zero.rollout`` decided where it is ``auto`` and of interest: ``gathered`` where that
-    fits. Arguments as ``make_plan``'s."""
+    """Resolves ``zero.rollout = auto`` under ZeRO-3: ``gathered`` if that fits, else ``partitioned``. Arguments as in
+    ``make_plan``."""
     if config.engine != "zero3" or config.zero.rollout != "auto":
         return config
     gathered, partitioned = (
         config.model_copy(update={"zero": config.zero.model_copy(update={"rollout": how})})
         for how in ("gathered", "partitioned")
     )
-    weights = (
-        empty_transformer(generator_config(config.model.id).transformer).num_parameters()
-        * DTYPES[config.dtype].itemsize
-    )
-    if weights > (vram_gib or card.gib) * USABLE * GIB:
+    numbers = empty_transformer(generator_config(config.model.id).transformer).num_parameters()
+    if numbers * DTYPES[config.dtype].itemsize > (vram_gib or card.gib) * USABLE * GIB:
         return partitioned
     return gathered if make_plan(gathered, card, vram_gib, "rollout", fakes=fakes).fits else partitioned
 
@@ -207,17 +198,12 @@ def decide_rollout(config: Config, card: Card, vram_gib: float | None = None, fa
 def _partitioned(
     config: Config, short: Config, card: Card, ledger: Ledger, models: Models, parts: Parts, meter: PlanMeter
 ) -> Parts:
-    """The parts of a step whose models' weights ZeRO-3 partitions."""
+    """The parts of a step with weights partitioned as ZeRO-3 does it."""
     if config.engine != "zero3":
         return parts
-    transformer, gathered, once = (
-        models.transformer,
-        config.zero.rollout == "gathered",
-        short.sampler.steps / config.sampler.steps,
-    )
-    trained = PlannedZero3(
-        config, ledger, card, transformer, transformer.blocks, ("rollout", "denoise_backward"), gathered, once
-    )
+    transformer, stages = models.transformer, ("rollout", "denoise_backward")
+    gathered, planned_share = config.zero.rollout == "gathered", short.sampler.steps / config.sampler.steps
+    trained = PlannedZero3(config, ledger, card, transformer, transformer.blocks, stages, gathered, planned_share)
     meter.partitioned = [trained]
     parts = replace(parts, velocity=trained.called(parts.velocity))
     if not config.zero.critic:
@@ -228,7 +214,7 @@ def _partitioned(
 
 
 def _trainer(config: Config, ledger: Ledger, models: Models) -> Trainer:
-    """With the state that it has from the first step on."""
+    """A trainer that already holds its optimizer state."""
     lora = named_lora(models.transformer)
     if config.engine != "single":
         return PlannedTrainer(config, ledger, lora)
@@ -240,7 +226,7 @@ def _trainer(config: Config, ledger: Ledger, models: Models) -> Trainer:
 
 
 def new_fakes() -> Fakes:
-    """What ``make_plan`` runs under."""
+    """An empty cache for ``make_plan``."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return Fakes(FakeTensorMode(allow_non_fake_inputs=True))
@@ -253,7 +239,7 @@ def _rates(card: Card) -> Rates:
 
 
 def _encode_text(config: Config, generator: GeneratorConfig, mode: FakeTensorMode, meter: PlanMeter) -> None:
-    """The text encoder, alone on the card, over as many prompts as it reads at once."""
+    """Plans the text encoder, alone on the card, with one batch of prompts."""
     from lowmem_drf.models.wan.text import stream_text
     from lowmem_drf.planner.fake_models import fake_text
 
@@ -271,13 +257,13 @@ def _encode_text(config: Config, generator: GeneratorConfig, mode: FakeTensorMod
         encoder(ids_BL, torch.ones_like(ids_BL))
     meter.unload()
     del encoder
-    gc.collect()  # as ``encode_texts`` does: modules and their streamed layers refer to each other
+    gc.collect()  # as in ``encode_texts``: modules and their streamed layers refer to each other
 
 
 def _fake_models(
     config: Config, generator: GeneratorConfig, mode: FakeTensorMode, meter: PlanMeter
 ) -> tuple[Models, list[Prompt], dict[str, tuple[Question, ...]]]:
-    """The models at their true size, and the prompts of one micro-batch with their questions."""
+    """Models of true size, and the prompts of one micro-batch with their questions."""
     from lowmem_drf.planner.fake_models import empty_lora, fake_critic, fake_transformer, fake_vae
 
     dtype = DTYPES[config.dtype]
@@ -295,50 +281,33 @@ def _fake_models(
     critic = fake_critic(config.critic.id, dtype, critic_rate(config), config.critic.quant, mode=mode)
     vae = fake_vae(generator.vae, DTYPES[config.memory.vae_dtype], mode)
     meter.load([transformer, vae, critic.model, *([other.transformer] if other else [])])
-    return (
-        assemble(
-            config,
-            transformer,
-            vae,
-            critic,
-            texts,
-            torch.device("cpu"),
-            meter,
-            choose_planned(config),
-            other,
-            planned_store(),
-        ),
-        prompts,
-        questions,
-    )
+    device, ops = torch.device("cpu"), choose_planned(config)
+    models = assemble(config, transformer, vae, critic, texts, device, meter, ops, other, planned_store())
+    return models, prompts, questions
 
 
 def plan_prompts(config: Config) -> tuple[list[Prompt], dict[str, tuple[Question, ...]]]:
-    """Of the first hundred prompts a batch of those with the longest questions, and these by prompt id."""
+    """A batch of those with the longest questions among the first 100 prompts, and their questions by prompt id."""
     candidates = run_prompts(config)[:100] if config.prompts else as_prompts([SAMPLE_PROMPT])
     draft = draft_questions(config, candidates)
     if config.critic.id in KNOWN:
         draft = {key: tuple(_shorter(question) for question in asked) for key, asked in draft.items()}
-    by_length = sorted(
-        candidates, key=lambda prompt: -sum(len(question.text) + len(question.answer) for question in draft[prompt.id])
-    )
+    by_length = sorted(candidates, key=lambda prompt: -sum(len(q.text) + len(q.answer) for q in draft[prompt.id]))
     chosen = [by_length[clip % len(by_length)] for clip in range(config.batch)]
     return chosen, {prompt.id: draft[prompt.id] for prompt in chosen}
 
 
 def _shorter(question: Question) -> Question:
-    """As many characters as the question has tokens, about: what a stand-in tokenizer makes a token of."""
-    answer = (
-        question.answer
-        if question.kind == "yesno"
-        else question.answer[: -(-len(question.answer) // CHARACTERS_PER_TOKEN)]
-    )
-    return replace(
-        question, text=question.text[: -(-len(question.text) // CHARACTERS_PER_TOKEN)], answer=answer, token_weights=()
-    )
+    """Cut to about as many characters as a real tokenizer makes tokens: the stand-in makes a token of each one."""
+
+    def cut(text: str) -> str:
+        return text[: -(-len(text) // CHARACTERS_PER_TOKEN)]
+
+    answer = question.answer if question.kind == "yesno" else cut(question.answer)
+    return replace(question, text=cut(question.text), answer=answer, token_weights=())
 
 
-def _what(items: Sequence[Item]) -> str:
-    """The three largest."""
+def _largest_items(items: Sequence[Item]) -> str:
+    """The three largest, except weights."""
     others = [item for item in items if item.op != WEIGHTS]
     return "; ".join(f"{item} ({item.bytes / GIB:.2f} GiB)" for item in others[:3])

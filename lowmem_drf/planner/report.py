@@ -1,4 +1,4 @@
-"""A plan in words: the table, why it does not fit, and the check that ``train`` makes before it loads anything."""
+"""Reports on a plan: the table, why it does not fit, and the check that ``train`` makes before it loads models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def planned(config: Config, card: Card, vram_gib: float, console: Console) -> Plan:
-    """The plan, with the changes that make it fit where it does not."""
+    """The plan. If it does not fit: with the changes that make it fit."""
     from lowmem_drf.planner.ladder import advise
     from lowmem_drf.planner.plan import make_plan
 
@@ -29,26 +29,24 @@ def planned(config: Config, card: Card, vram_gib: float, console: Console) -> Pl
 
 
 def card_here(config: Config) -> float | None:
-    """GiB of this process's card. ``None`` on the CPU."""
+    """Memory of this process's card in GiB. ``None`` on the CPU."""
     import torch
 
     from lowmem_drf.assembly.assemble import resolve_device
 
-    return (
-        torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
-        if resolve_device(config.device).type == "cuda"
-        else None
-    )
+    if resolve_device(config.device).type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
 
 
 def require_fit(config: Config, console: Console, cards_gib: Sequence[float | None]) -> Config:
-    """Plans for the card that is here, and says so in a line. Nothing on the CPU. Returns the configuration, with what
-    the plan decides.
+    """Plans for this machine's card and prints one line. Does nothing on the CPU. Returns the configuration with the
+    plan's choice of ``zero.rollout``.
 
-    ``cards_gib``: ``card_here`` of all processes; the smallest is planned with.
+    ``cards_gib``: ``card_here`` of all processes; the smallest one is planned for.
 
     Raises:
-        BadInputError: it does not fit; with the stage that is too large, and what would make it fit.
+        BadInputError: it does not fit. The message names the largest stage and the changes that make it fit.
     """
     import torch
 
@@ -60,20 +58,16 @@ def require_fit(config: Config, console: Console, cards_gib: Sequence[float | No
     if not plan.fits:
         raise BadInputError(refusal(plan))
     _require_host_memory(plan)
-    console.print(
-        f"planned peak: {plan.peak_gib:.1f} of {vram_gib:.1f} GiB ({plan.largest}), {plan.host_gib:.1f} GiB of host memory",
-        highlight=False,
-    )
-    return (
-        config
-        if plan.rollout is None
-        else config.model_copy(update={"zero": config.zero.model_copy(update={"rollout": plan.rollout})})
-    )
+    peak = f"{plan.peak_gib:.1f} of {vram_gib:.1f} GiB ({plan.largest})"
+    console.print(f"planned peak: {peak}, {plan.host_gib:.1f} GiB of host memory", highlight=False)
+    if plan.rollout is None:
+        return config
+    return config.model_copy(update={"zero": config.zero.model_copy(update={"rollout": plan.rollout})})
 
 
 def _require_host_memory(plan: Plan) -> None:
-    """Raises BadInputError where what waits on the host would not fit into what is free there, before any process of
-    this machine loads anything. Where the system does not say, nothing is checked."""
+    """Raises BadInputError, before anything is loaded, if the planned host memory of all processes on this machine
+    exceeds what is free. Passes if the system does not report free memory."""
     import torch
 
     from lowmem_drf.models.weights.downloads import HOST_MARGIN, available_host_bytes
@@ -82,34 +76,34 @@ def _require_host_memory(plan: Plan) -> None:
     if free is not None and here * (plan.host_gib * GIB + HOST_MARGIN) > free:
         each = f" for each of {here} processes" if here > 1 else ""
         raise BadInputError(
-            f"host memory: {plan.host_gib:.1f} GiB would wait there for the card{each}, and {HOST_MARGIN / GIB:.0f} GiB are for everything else; "
-            f"{free / GIB:.1f} GiB are free. Close other programs or add swap, or let less wait: a higher memory.vae_cache_every, memory.record_rollout=false, "
+            f"host memory: {plan.host_gib:.1f} GiB would wait there for the card{each}, and "
+            f"{HOST_MARGIN / GIB:.0f} GiB are for everything else; {free / GIB:.1f} GiB are free. Close other programs "
+            "or add swap, or let less "
+            "wait: a higher memory.vae_cache_every, memory.record_rollout=false, "
             'memory.keep_attention="none", memory.checkpoint=true, a smaller or quantised model.'
         )
 
 
 def print_zero(config: Config, name: str, card: Card) -> None:
-    """What DeepSpeed will be told, as comments behind the configuration's TOML on stdout, and on stderr the plan of
+    """Prints DeepSpeed's settings on stdout, as comments behind the configuration's TOML, and on stderr the plan of
     each process."""
     from rich.console import Console
 
     from lowmem_drf.distributed.zero import deepspeed_config
 
-    engines = {
-        "the transformer's engine" if config.engine == "zero3" else "the LoRA's engine": deepspeed_config(config)
-    }
+    trained = "the transformer's engine" if config.engine == "zero3" else "the LoRA's engine"
+    engines = {trained: deepspeed_config(config)}
     if config.zero.critic:
         engines["the critic's engine"] = deepspeed_config(config, trains=False)
-    for whose, settings in engines.items():
-        told = f"DeepSpeed, {whose}, in each of {config.processes} processes:\n{json.dumps(settings, indent=2)}"
-        print(f"\n{textwrap.indent(told, '# ')}", flush=True)
+    for engine, settings in engines.items():
+        title = f"DeepSpeed, {engine}, in each of {config.processes} processes:"
+        print("\n" + textwrap.indent(f"{title}\n{json.dumps(settings, indent=2)}", "# "), flush=True)
     console = Console(stderr=True, soft_wrap=True)
     print_plan(planned(_laid_out(config), card, config.memory.vram_gib or card.gib, console), name, console)
 
 
 def _laid_out(config: Config) -> Config:
-    """Models whose configuration is not known here, by the folders they are in; downloaded first, if they have to
-    be."""
+    """Replaces models whose configuration is unknown here by their folders. Downloads them if necessary."""
     from lowmem_drf.assembly.loading import prepare_generator, say
     from lowmem_drf.models.generators import KNOWN_GENERATORS
     from lowmem_drf.models.qwen_vl.known import KNOWN
@@ -124,16 +118,14 @@ def _laid_out(config: Config) -> Config:
 
 
 def refusal(plan: Plan) -> str:
-    """Why a plan does not fit, and the cure."""
+    """Why a plan does not fit, and what to change."""
     stage = plan.stages[plan.largest]
-    cure = (
-        "It would fit with: " + " ".join(f"-s {_quoted(text)}" for text in plan.changes)
-        if plan.changes
-        else "No change of settings that is known here makes it fit."
-    )
+    cure = "No change of settings that is known here makes it fit."
+    if plan.changes:
+        cure = "It would fit with: " + " ".join(f"-s {_quoted(text)}" for text in plan.changes)
     return (
-        f"this does not fit: {plan.largest} would take {stage.peak_gib:.1f} GiB, and of {plan.vram_gib:.0f} GiB {plan.usable_gib:.1f} can be planned with "
-        f"(largest: {stage.what}).\n{cure}"
+        f"this does not fit: {plan.largest} would take {stage.peak_gib:.1f} GiB, and of {plan.vram_gib:.0f} GiB "
+        f"{plan.usable_gib:.1f} can be planned with (largest: {stage.what}).\n{cure}"
     )
 
 
@@ -142,14 +134,13 @@ def _quoted(text: str) -> str:
 
 
 def print_plan(plan: Plan, name: str, console: Console) -> None:
-    """The table, and whether it fits."""
+    """Prints the table, and whether it fits."""
     from rich.table import Table
     from rich.text import Text
 
     each = f", each of {plan.processes} processes" if plan.processes > 1 else ""
-    table = Table(
-        "stage", title=Text(f"{name}, planned for {plan.card}, {plan.vram_gib:g} GiB{each}"), title_justify="left"
-    )
+    title = Text(f"{name}, planned for {plan.card}, {plan.vram_gib:g} GiB{each}")
+    table = Table("stage", title=title, title_justify="left")
     for heading in ("peak GiB", "weights", "kept", "host GiB", "s", "waits s"):
         table.add_column(heading, justify="right")
     table.add_column("the largest at the peak, weights apart", overflow="fold")
@@ -158,35 +149,31 @@ def print_plan(plan: Plan, name: str, console: Console) -> None:
         seconds = (f"{row.s:,.1f}", f"{row.stall_s:,.1f}")
         table.add_row(Text(stage, style="bold" if stage == plan.largest else ""), *figures, *seconds, Text(row.what))
     console.print(table)
-    verdict = "fits" if plan.fits else "does not fit"
-    console.print(
-        f"{verdict}: peak {plan.peak_gib:.2f} GiB ({plan.largest}) of the {plan.usable_gib:.1f} that can be planned with; host memory {plan.host_gib:.1f} GiB"
-        f"{f', {plan.all_host_gib:.1f} of all {plan.processes} processes' if each else ''}; "
+
+    def say(text: str, style: str | None = None) -> None:
+        console.print(text, style=style, highlight=False)
+
+    together = f", {plan.all_host_gib:.1f} of all {plan.processes} processes" if each else ""
+    say(
+        f"{'fits' if plan.fits else 'does not fit'}: peak {plan.peak_gib:.2f} GiB ({plan.largest}) of the "
+        f"{plan.usable_gib:.1f} that can be planned with; host memory {plan.host_gib:.1f} GiB{together}; "
         f"about {plan.update_s:,.0f} s an update",
-        style="green" if plan.fits else "red", highlight=False,
-    )  # fmt: skip
-    console.print(
-        f"copies between card and host: {sum(row.moved_gib for row in plan.stages.values()):,.0f} GiB, {plan.hidden_share:.0%} of their time behind "
-        f"computation; waiting for them is {plan.stall_share:.1%} of an update",
-        highlight=False,
-    )  # fmt: skip
+        "green" if plan.fits else "red",
+    )
+    say(
+        f"copies between card and host: {plan.moved_gib:,.0f} GiB, {plan.hidden_share:.0%} of their time behind "
+        f"computation; waiting for them is {plan.stall_share:.1%} of an update"
+    )
     if each:
-        console.print(
-            f"of these copies {plan.between_gib:,.0f} GiB are between the cards, through the host's memory",
-            highlight=False,
-        )
+        say(f"of these copies {plan.between_gib:,.0f} GiB are between the cards, through the host's memory")
     if plan.rollout:
-        weights = {
-            "gathered": "whole on each card, gathered once",
-            "partitioned": "gathered block by block in every step",
-        }[plan.rollout]
-        console.print(
-            f"the transformer's weights in the rollout: {weights} (zero.rollout = {plan.rollout})", highlight=False
-        )
-    console.print(
-        "Bytes: those PyTorch's allocator is asked for. Seconds: an estimate from operations, traffic and the card's rates.",
-        style="dim",
-        highlight=False,
+        gathered, partitioned = "whole on each card, gathered once", "gathered block by block in every step"
+        weights = gathered if plan.rollout == "gathered" else partitioned
+        say(f"the transformer's weights in the rollout: {weights} (zero.rollout = {plan.rollout})")
+    say(
+        "Bytes: those PyTorch's allocator is asked for. Seconds: an estimate from operations, traffic and the card's "
+        "rates.",
+        "dim",
     )
     if not plan.fits:
         console.print(Text(refusal(plan).partition("\n")[2]), soft_wrap=True)

@@ -1,27 +1,110 @@
-"""Parts of a step that save the plan time: what was done once is replayed, what a stage does not need is left out."""
+"""What a plan leaves out of an update: repeated steps and micro-batches, repeated blocks and chunks, idle models.
+
+``shortened`` cuts the configuration, ``with_records`` and ``scaled`` scale the figures up again. ``with_shortcuts``
+skips repeats inside a stage, and ``one_stage`` leaves out the models that a stage does not use.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lowmem_drf.assembly.assemble import Models
 from lowmem_drf.memory.activations import HookedForward
 from lowmem_drf.memory.recorded_rollout import RecordedForward
 from lowmem_drf.memory.streaming import StreamedForward
+from lowmem_drf.method.schedule import flow_sigmas
+from lowmem_drf.models.wan.experts import boundary_after
+from lowmem_drf.planner.cards import GIB, Card
 from lowmem_drf.planner.ledger import Ledger
+from lowmem_drf.planner.stages import ONCE, STAGES, SUMS, Plan, StagePlan
+from lowmem_drf.schema import Config
 from lowmem_drf.types import Answer, Decoder, Parts, Question
 
+if TYPE_CHECKING:
+    from lowmem_drf.models.generators import GeneratorConfig
 
-def with_replays(parts: Parts, models: Models, ledger: Ledger) -> Parts:
-    """Whatever is done without leaving a graph, again on tensors of the same shapes, is done once: a block of the
-    rollout, a chunk of the VAE."""
+Caches = tuple[Any, ...]
+
+
+def shortened(config: Config, graded: int) -> Config:
+    """The same update with at most ``graded`` graded steps, at most one ungraded step and one micro-batch. The ungraded
+    step comes first; with the high-noise expert it comes last."""
+    sampler = config.sampler
+    graded = min(graded, sampler.graded_steps)
+    steps = graded + (sampler.steps > sampler.graded_steps)
+    places: str | list[int] = "last" if graded == 1 else "tail"
+    if config.model.expert == "high":
+        places = list(range(graded))
+    short = sampler.model_copy(update={"steps": steps, "graded_steps": graded, "graded": places})
+    return one_micro_batch(config.model_copy(update={"sampler": short}))
+
+
+def boundary_moved(generator: GeneratorConfig, short: Config) -> GeneratorConfig:
+    """Moves the boundary between two experts so that the trained one runs exactly the graded steps of ``short``."""
+    if generator.boundary is None:
+        return generator
+    sampler = short.sampler
+    high = sampler.graded_steps if short.model.expert == "high" else sampler.steps - sampler.graded_steps
+    return replace(generator, boundary=boundary_after(flow_sigmas(sampler.steps, sampler.shift).tolist(), high))
+
+
+def one_micro_batch(config: Config) -> Config:
+    """The configuration of an update of one micro-batch: all micro-batches have the same peak."""
+    return config.model_copy(update={"batch": config.micro_batch})
+
+
+def of_one_process(config: Config) -> Config:
+    """One process's share of an update. ``processes`` is unchanged."""
+    batch = config.batch // config.processes
+    return config.model_copy(update={"batch": batch, "micro_batch": min(config.micro_batch, batch)})
+
+
+def with_records(
+    config: Config, short: Config, stages: dict[str, StagePlan], step_bytes: int, card: Card
+) -> dict[str, StagePlan]:
+    """Adds the records of the graded steps that ``shortened`` left out: their host memory and copies.
+
+    Only graded steps are recorded, but ``scaled`` multiplies a rollout's copies by all its steps; this corrects them in
+    advance. Stalls stay multiplied: which copies they waited for is unknown.
+    """
+    left_out = config.sampler.graded_steps - short.sampler.graded_steps
+    more = {
+        name: replace(stage, host_gib=stage.host_gib + left_out * step_bytes / GIB)
+        for name, stage in stages.items()
+        if name not in ONCE
+    }
+    if (stage := more.get("rollout")) is not None:
+        repeats = config.sampler.steps / short.sampler.steps
+        copied = (config.sampler.graded_steps / repeats - short.sampler.graded_steps) * step_bytes
+        copy_s, moved_gib = stage.copy_s + copied / (card.link * 1e9), stage.moved_gib + copied / GIB
+        more["rollout"] = replace(stage, copy_s=copy_s, moved_gib=moved_gib)
+    return stages | more
+
+
+def scaled(config: Config, short: Config, stages: dict[str, StagePlan], card: Card, vram_gib: float) -> Plan:
+    """Scales seconds, operations and traffic up to the whole update."""
+    batches = -(-config.batch // config.micro_batch)
+    sampler, done = config.sampler, short.sampler
+    repeats = {"rollout": sampler.steps / done.steps, "denoise_backward": sampler.graded_steps / done.graded_steps}
+    rows = {}
+    for name in (name for name in STAGES if name in stages):
+        factor = 1.0 if name in ONCE else batches * repeats.get(name, 1.0)
+        rows[name] = replace(stages[name], **{key: getattr(stages[name], key) * factor for key in SUMS})
+    rollout = config.zero.rollout if config.engine == "zero3" and config.zero.rollout != "auto" else None
+    update_s = sum(stage.s for name, stage in rows.items() if name != "text")
+    return Plan(card.name, vram_gib, rows, update_s, processes=config.processes, rollout=rollout)
+
+
+def with_shortcuts(parts: Parts, models: Models, ledger: Ledger) -> Parts:
+    """Computations that keep no graph run once per shape: a block of the rollout, a chunk of the VAE."""
     for block in (*models.transformer.blocks, *(models.expert.blocks if models.expert else ())):
-        holder = block  # what records a pass and what brings the weights is done every time
+        holder = block  # recording a pass and fetching weights still happen every time
         while isinstance(holder.forward, RecordedForward | StreamedForward | HookedForward):
             holder = holder.forward
         holder.forward = _ShortcutBlock(holder.forward, ledger)
@@ -29,22 +112,21 @@ def with_replays(parts: Parts, models: Models, ledger: Ledger) -> Parts:
 
 
 class _ShortcutBlock:
-    """A block's ``forward``. Under gradient, and where what it computes is recorded (then it gets a kept_attention), nothing is
-    replayed."""
+    """A block's ``forward``. Runs passes with gradient, and recorded ones (they get ``kept_attention``), every time."""
 
     def __init__(self, forward: Any, ledger: Ledger) -> None:
         self._forward, self._ledger = forward, ledger
         self.unread = forward.unread
 
-    def __call__(self, hidden_BLD: torch.Tensor, *rest: Any, **arguments: Any) -> torch.Tensor:
+    def __call__(self, hidden_BLD: Tensor, *rest: Any, **arguments: Any) -> Tensor:
         if torch.is_grad_enabled() or arguments:
             return self._forward(hidden_BLD, *rest, **arguments)
         run = partial(self._forward, hidden_BLD, *rest)
-        return self._ledger.replay(("block", hidden_BLD.shape), run, partial(torch.zeros_like, hidden_BLD))
+        return self._ledger.shortcut(("block", hidden_BLD.shape), run, partial(torch.zeros_like, hidden_BLD))
 
 
 class _ShortcutDecoder:
-    """A decoder whose chunks are replayed once what one hands on is as large as what entered it."""
+    """A decoder that skips chunks once the caches they pass on are as large as those they received."""
 
     def __init__(self, decoder: Decoder, ledger: Ledger) -> None:
         self._decoder, self._ledger = decoder, ledger
@@ -52,60 +134,54 @@ class _ShortcutDecoder:
         self.temporal_factor = decoder.temporal_factor
         self.start, self.store, self.decode = decoder.start, decoder.store, decoder.decode
 
-    def chunk(self, latents_BC1hw: torch.Tensor, caches: tuple[Any, ...]) -> tuple[torch.Tensor, tuple[Any, ...]]:
-        entering = _sizes(caches)
-        key = ("chunk", latents_BC1hw.shape, entering)
+    def _shortcut(self, key: Hashable, run: Callable[[], Any], stand_in: Callable[[], Any]) -> Any:
+        return self._ledger.shortcut(key, run, stand_in) if self._steady.get(key, True) else run()
 
-        def run() -> tuple[torch.Tensor, tuple[Any, ...]]:
-            made, handed = self._decoder.chunk(latents_BC1hw, caches)
-            self._steady[key] = _sizes(handed) == entering
+    def chunk(self, latents_BC1hw: Tensor, caches: Caches) -> tuple[Tensor, Caches]:
+        received = _sizes(caches)
+        key = ("chunk", latents_BC1hw.shape, received)
+
+        def run() -> tuple[Tensor, Caches]:
+            made, passed_on = self._decoder.chunk(latents_BC1hw, caches)
+            self._steady[key] = _sizes(passed_on) == received
             self._blank = partial(torch.zeros, made.shape, dtype=made.dtype, device=made.device)
-            return made, handed
+            return made, passed_on
 
-        if not self._steady.get(key, True):
-            return run()
-        return self._ledger.replay(key, run, lambda: (self._blank(), caches))
+        return self._shortcut(key, run, lambda: (self._blank(), caches))
 
-    def advance(self, latents_BC1hw: torch.Tensor, caches: tuple[Any, ...]) -> tuple[Any, ...]:
-        entering = _sizes(caches)
-        key = ("advance", latents_BC1hw.shape, entering)
+    def advance(self, latents_BC1hw: Tensor, caches: Caches) -> Caches:
+        received = _sizes(caches)
+        key = ("advance", latents_BC1hw.shape, received)
 
-        def run() -> tuple[Any, ...]:
-            handed = self._decoder.advance(latents_BC1hw, caches)
-            self._steady[key] = _sizes(handed) == entering
-            return handed
+        def run() -> Caches:
+            passed_on = self._decoder.advance(latents_BC1hw, caches)
+            self._steady[key] = _sizes(passed_on) == received
+            return passed_on
 
-        return self._ledger.replay(key, run, lambda: caches) if self._steady.get(key, True) else run()
+        return self._shortcut(key, run, lambda: caches)
 
     def chunk_backward(
-        self,
-        latents_BC1hw: torch.Tensor,
-        caches: tuple[Any, ...],
-        local: Sequence[int],
-        d_made: torch.Tensor,
-        d_handed: tuple[Any, ...],
-        hands_back: bool,
-    ) -> tuple[torch.Tensor, tuple[Any, ...]]:
-        handed = _sizes(d_handed)
-        key = ("pull back", latents_BC1hw.shape, d_made.shape, _sizes(caches), handed, hands_back)
+        self, latents_BC1hw: Tensor, caches: Caches, local: Sequence[int],
+        d_made: Tensor, d_handed: Caches, hands_back: bool,
+    ) -> tuple[Tensor, Caches]:  # fmt: skip
+        received = _sizes(d_handed)
+        key = ("chunk_backward", latents_BC1hw.shape, d_made.shape, _sizes(caches), received, hands_back)
 
-        def run() -> tuple[torch.Tensor, tuple[Any, ...]]:
+        def run() -> tuple[Tensor, Caches]:
             d_z, d_caches = self._decoder.chunk_backward(latents_BC1hw, caches, local, d_made, d_handed, hands_back)
-            self._steady[key] = _sizes(d_caches) == handed
+            self._steady[key] = _sizes(d_caches) == received
             return d_z, d_caches
 
-        if not self._steady.get(key, True):
-            return run()
-        return self._ledger.replay(key, run, lambda: (torch.zeros_like(latents_BC1hw), d_handed))
+        return self._shortcut(key, run, lambda: (torch.zeros_like(latents_BC1hw), d_handed))
 
 
-def _sizes(caches: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What tells whether two tuples of caches take the same room in the same places."""
+def _sizes(caches: Caches) -> Caches:
+    """Equal if two tuples of caches take the same memory in the same places."""
     return tuple((type(cache).__name__, cache.nbytes) if hasattr(cache, "nbytes") else cache for cache in caches)
 
 
 def one_stage(parts: Parts, stage: str, models: Models) -> Parts:
-    """The parts of a step with all models left out that do not work in ``stage``."""
+    """The parts of a step without the models that do not work in ``stage``."""
     if stage not in ("rollout", "denoise_backward"):
         first = parts.lora[0]
         parts = replace(parts, velocity=lambda x, sigma, cond: x + first.sum().to(x.dtype))
@@ -117,37 +193,36 @@ def one_stage(parts: Parts, stage: str, models: Models) -> Parts:
 
 
 class _NoDecoder:
-    """A ``types.Decoder`` of the same shapes that computes nothing."""
+    """A ``types.Decoder`` with the same shapes that computes nothing."""
 
     def __init__(self, temporal_factor: int, spatial_factor: int) -> None:
         self.temporal_factor, self.spatial_factor = temporal_factor, spatial_factor
 
-    def start(self, batch: int) -> tuple[Any, ...]:
+    def start(self, batch: int) -> Caches:
         return (True,)
 
-    def decode(self, latents_BCFhw: torch.Tensor) -> torch.Tensor:
+    def decode(self, latents_BCFhw: Tensor) -> Tensor:
         return self._blank(latents_BCFhw, (latents_BCFhw.shape[2] - 1) * self.temporal_factor + 1)
 
-    def advance(self, latents_BC1hw: torch.Tensor, caches: tuple[Any, ...]) -> tuple[Any, ...]:
+    def advance(self, latents_BC1hw: Tensor, caches: Caches) -> Caches:
         return (False,)
 
-    def store(self, caches: tuple[Any, ...]) -> tuple[Any, ...]:
+    def store(self, caches: Caches) -> Caches:
         return caches
 
-    def chunk(self, latents_BC1hw: torch.Tensor, caches: tuple[Any, ...]) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    def chunk(self, latents_BC1hw: Tensor, caches: Caches) -> tuple[Tensor, Caches]:
         (first,) = caches
         return self._blank(latents_BC1hw, 1 if first else self.temporal_factor), (False,)
 
-    def chunk_backward(self, latents_BC1hw: torch.Tensor, *_: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    def chunk_backward(self, latents_BC1hw: Tensor, *_: Any) -> tuple[Tensor, Caches]:
         return torch.zeros_like(latents_BC1hw), ()
 
-    def _blank(self, latents_BCFhw: torch.Tensor, frames: int) -> torch.Tensor:
+    def _blank(self, latents_BCFhw: Tensor, frames: int) -> Tensor:
         batch, _, _, height, width = latents_BCFhw.shape
-        return latents_BCFhw.mean() + torch.zeros(
-            batch, frames, 3, height * self.spatial_factor, width * self.spatial_factor
-        )
+        height, width = height * self.spatial_factor, width * self.spatial_factor
+        return latents_BCFhw.mean() + torch.zeros(batch, frames, 3, height, width)
 
 
-def _no_critic(frames_BTCHW: torch.Tensor, questions: Sequence[Sequence[Question]]) -> list[list[Answer]]:
+def _no_critic(frames_BTCHW: Tensor, questions: Sequence[Sequence[Question]]) -> list[list[Answer]]:
     logits = frames_BTCHW.mean().float() * torch.ones(1, 2)
     return [[Answer(logits, torch.tensor([0]), yes=(0,), no=(1,)) for _ in asked] for asked in questions]

@@ -1,4 +1,4 @@
-"""The host store of a plan: copies between card and host that are only counted, on the ledger."""
+"""The host store of a plan: copies between card and host are only counted, on the ledger."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lowmem_drf.planner.ledger import Ledger
 
 
 def planned_store() -> HostStore:
-    """A store whose tensors count as the host's while they wait and as the card's once they are fetched, as in a run
-    with a card. To be used under a ``Ledger``."""
+    """A store for use under a ``Ledger``: its tensors count as host memory until they are fetched, then as the
+    card's."""
     return HostStore(torch.device("cpu"), _PlannedCopier())
 
 
@@ -41,7 +41,7 @@ class _PlannedCopier:
 
 
 class _Booked:
-    """A tensor that waits on the host as far as the ledger knows."""
+    """A tensor that the ledger counts as the host's."""
 
     def __init__(self, tensor: Tensor, ledger: Ledger) -> None:
         with ledger.off_the_clock():
@@ -52,7 +52,7 @@ class _Booked:
 
     def fetch(self) -> Callable[[], Tensor]:
         ledger = Ledger.active()
-        if ledger is None:  # a test reads values once the count is over
+        if ledger is None:  # a test reads values after counting
             return self._copy.clone
         arrival = ledger.link.fetch(ledger.seconds, self._copy.nbytes, self._written)
         with ledger.off_the_clock("from the host"):

@@ -1,13 +1,13 @@
-"""What a plan puts in the place of DeepSpeed, which cannot run on tensors without values.
+"""Stand-ins for DeepSpeed in a plan: it cannot run on tensors without values.
 
-``PlannedZero3`` counts partitioned weights: the part that each process keeps, room on the card for what is gathered at
-a time, and what the gathers move. The room is for the block that computes and the next one; with several processes for
-one more, as DeepSpeed frees the buffer of a gather only when all tensors in it were used. All else is the plan of one
-card. Prefetch buckets and tensors that stay whole are left out: a plan that imitated them, checked block by block
-against DeepSpeed 0.19.8, gave peaks within 10% of these (docs/decisions.md).
+``PlannedZero3`` counts partitioned weights: each process's part, space on the card for gathered weights, and the
+traffic of the gathers. The space holds the block that computes and the next one; with several processes one more,
+because DeepSpeed frees a gather's buffer only after all tensors in it were used. The rest is the plan of one card.
+Prefetch buckets and tensors that stay whole are not modelled: a plan that did, checked block by block against DeepSpeed
+0.19.8, gave peaks within 10% of these (docs/decisions.md).
 
-``PlannedTrainer`` counts the training state of the LoRA, after deepspeed 0.19.8 (``runtime/zero/stage3.py``,
-``stage_1_and_2.py``). The averaging of gradients counts in the stage ``update``; a run averages before it.
+``PlannedTrainer`` counts the training state of the LoRA, after DeepSpeed 0.19.8 (``runtime/zero/stage3.py``,
+``stage_1_and_2.py``). It counts the averaging of gradients in the stage ``update``; a run averages before it.
 """
 
 from __future__ import annotations
@@ -29,27 +29,22 @@ from lowmem_drf.schema import Config
 
 
 class PlannedZero3:
-    """A model's weights under ZeRO-3.
+    """A model's weights under ZeRO-3. None of them counts on the card any more.
 
     Args:
-        model: its LoRA, if any, is on it. None of its weights counts on the card any more.
-        blocks: the submodules that are gathered whole. All others are gathered one by one.
+        model: with its LoRA, if any.
+        blocks: submodules that are gathered whole. All others are gathered one by one.
         stages: the stages that call the model.
-        gathered: the model stays gathered through a rollout.
-        once: the share of an update's rollout that is planned; the rest of the plan scales copies up by its inverse.
+        gathered: the model stays gathered during the rollout.
+        planned_share: the share of the rollout's steps that is planned; traffic is scaled up by its inverse later.
     """
 
     def __init__(
         self, config: Config, ledger: Ledger, card: Card, model: nn.Module, blocks: Sequence[nn.Module],
-        stages: Sequence[str], gathered: bool = False, once: float = 1.0,
+        stages: Sequence[str], gathered: bool = False, planned_share: float = 1.0,
     ) -> None:  # fmt: skip
-        self._ledger, self._rate, self._stages, self._gathered, self._once = (
-            ledger,
-            card.link * 1e9,
-            stages,
-            gathered,
-            once,
-        )
+        self._ledger, self._rate, self._stages = ledger, card.link * 1e9, stages
+        self._gathered, self._planned_share = gathered, planned_share
         self._ranks, self._offloaded = config.processes, config.zero.offload != "none"
         self._pinned = self._offloaded and config.zero.pin_memory
         leaves = {id(block) for block in blocks}
@@ -61,10 +56,9 @@ class PlannedZero3:
             sizes.append(sum(one.nbytes for one in unit))
             seen.update(unit)
         self._whole, self._blocks = sum(sizes), sum(one.nbytes for block in blocks for one in block.parameters())
-        self._room = max(first + second for first, second in pairwise([0, *sizes])) + (
-            max(sizes) if self._ranks > 1 else 0
-        )
-        self._passing = 0  # bytes of weights that the passes of the present stage gather
+        two = max(first + second for first, second in pairwise([0, *sizes]))
+        self._space = two + (max(sizes) if self._ranks > 1 else 0)
+        self._passing = 0  # bytes of weights that the passes of this stage gather
         with ledger.off_the_clock("partitioned weights"):
             self._parts = torch.empty(sum(self._part(one) for one in seen if not one.requires_grad), dtype=torch.uint8)
         if self._offloaded:
@@ -73,8 +67,7 @@ class PlannedZero3:
             ledger.leave_out(one)
 
     def called(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function``, a pass of the model, counted: a forward gathers all weights, its backward those of the blocks
-        again."""
+        """Counts ``function``, a pass of the model. A forward gathers all weights, its backward the blocks' again."""
 
         def call(*inputs: Any) -> Any:
             self._passing += self._whole + (self._blocks if torch.is_grad_enabled() else 0)
@@ -84,49 +77,52 @@ class PlannedZero3:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Around the work of a stage: in the block the card has room for what is gathered."""
-        self._passing, room = 0, self._whole if self._stays(name) else self._room * (name in self._stages)
+        """Reserves space on the card for gathered weights while the stage runs."""
+        self._passing, space = 0, self._whole if self._stays(name) else self._space * (name in self._stages)
         with self._ledger.off_the_clock("gathered weights"):
-            held = torch.empty(room, dtype=torch.uint8)
+            held = torch.empty(space, dtype=torch.uint8)
         yield
         del held
 
     def with_gathers(self, name: str, stage: StagePlan) -> StagePlan:
-        """The stage's figures with its gathers, which run beside computation and share the link with the other copies.
+        """Adds the stage's gathers. They overlap with computation and share the link with the other copies.
 
-        A process copies its part from the host and gets the others' through the host, as consumer cards have no
-        peer access; it sends as much as it gets (a ring, as NCCL does it)."""
-        moved = self._whole * self._once if self._stays(name) else float(self._passing)
+        A process copies its part from the host and gets the others' through the host, because consumer cards have no
+        peer access. It sends as much as it receives (a ring, as in NCCL).
+        """
+        moved = self._whole * self._planned_share if self._stays(name) else float(self._passing)
         if name not in self._stages or not moved:
             return stage
         own, others = moved / self._ranks * self._offloaded, moved / self._ranks * (self._ranks - 1)
         stalled = max(0.0, stage.copy_s - stage.stall_s + (own + others) / self._rate - (stage.s - stage.stall_s))
         return replace(
-            stage, s=stage.s + stalled, stall_s=stage.stall_s + stalled, copy_s=stage.copy_s + (own + 2 * others) / self._rate,
-            moved_gib=stage.moved_gib + (own + 2 * others) / GIB, between_gib=stage.between_gib + 2 * others / GIB,
-        )  # fmt: skip
+            stage,
+            s=stage.s + stalled,
+            stall_s=stage.stall_s + stalled,
+            copy_s=stage.copy_s + (own + 2 * others) / self._rate,
+            moved_gib=stage.moved_gib + (own + 2 * others) / GIB,
+            between_gib=stage.between_gib + 2 * others / GIB,
+        )
 
     def _stays(self, name: str) -> bool:
         return self._gathered and name == "rollout"
 
     def _part(self, tensor: Tensor) -> int:
-        """Bytes of a process's part. Pinned, each part takes a power of two in PyTorch's allocator."""
+        """Bytes of a process's part. PyTorch's allocator rounds each pinned part up to a power of two."""
         nbytes = -(-tensor.numel() // self._ranks) * tensor.element_size()
         return 2 ** (nbytes - 1).bit_length() if self._pinned else nbytes
 
 
 class PlannedTrainer:
-    """A ``training.trainer.Trainer`` that has the bytes of the LoRA's training state, and whose step moves what
-    DeepSpeed's would."""
+    """A ``training.trainer.Trainer`` with DeepSpeed's bytes of training state and the traffic of its steps."""
 
     def __init__(self, config: Config, ledger: Ledger, lora: Mapping[str, Tensor]) -> None:
         self._ledger, self._lora, self._ranks = ledger, list(lora.values()), config.processes
         self._part = sum(-(-tensor.numel() // self._ranks) for tensor in self._lora)
         self._offloaded, self._gathers = config.zero.offload != "none", config.engine != "zero3"
         largest = max(tensor.numel() for tensor in self._lora) if self._gathers and self._offloaded else 0
-        # On the host: AdamW's weights, gradients and moments, the weights again as the card gets them, and a buffer:
-        # for
-        # all gradients in stage 3, else for the largest, there and on the card. On the card no second copy of weights.
+        # On the host: AdamW's weights, gradients and moments, a copy of the weights for the card, and a gradient buffer
+        # (stage 3: for all; stages 1 and 2: for the largest, also on the card). On the card: no second copy of weights.
         state = self._part * (5 if self._gathers else 6) + largest if self._offloaded else 4 * self._part
         with ledger.off_the_clock("the LoRA's training state"):
             self._bucket, self._state = torch.empty(REDUCE_BUCKET + largest), torch.empty(state)
@@ -137,7 +133,7 @@ class PlannedTrainer:
         return nullcontext()
 
     def step(self, lr: float) -> float:
-        """Returns 0: there is no gradient."""
+        """Returns 0, because there is no gradient."""
         ledger, others = self._ledger, self._part * 4 * (self._ranks - 1)
         with ledger.off_the_clock("gradients by process"):
             sorted_ = torch.empty(min(REDUCE_BUCKET, sum(tensor.numel() for tensor in self._lora)))

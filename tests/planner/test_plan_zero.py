@@ -1,4 +1,4 @@
-"""The plan of a run on DeepSpeed: partitioned weights against derived bytes, and what a plan of many processes says."""
+"""Plans of runs on DeepSpeed: partitioned weights against derived bytes, and the figures for several processes."""
 
 import io
 import json
@@ -26,22 +26,17 @@ from lowmem_drf.planner.zero import PlannedZero3
 CARD = card_named("")
 FAKES = new_fakes()
 COMMON = (
-    "batch=4",
-    "micro_batch=1",
-    "sampler.steps=4",
-    "sampler.graded_steps=2",
-    "video.frames=5",
-    "critic.frames=2",
-    "memory.checkpoint=true",
+    *("batch=4", "micro_batch=1", "sampler.steps=4", "sampler.graded_steps=2"),
+    *("video.frames=5", "critic.frames=2", "memory.checkpoint=true"),
 )
 ZERO3 = (*COMMON, "engine=zero3", "processes=2")
 WIDTH = 96
 BLOCK = WIDTH * WIDTH + WIDTH
-"""Numbers of a ``_Chain``'s block, fp32."""
+"""Numbers in a block of ``_Chain``, fp32."""
 
 
 class _Chain(nn.Module):
-    """Blocks, one linear each, that forwards enter one after another, between two smaller linears."""
+    """Blocks of one linear each, called one after another, between two smaller linears."""
 
     def __init__(self):
         super().__init__()
@@ -55,37 +50,27 @@ BYTES = 4 * (6 * BLOCK + ENDS)
 
 
 @contextmanager
-def chain(ranks, offload="cpu", pinned=False, gathered=False, once=1.0, rate=22.0):
+def chain(ranks, offload="cpu", pinned=False, gathered=False, share=1.0, rate=22.0):
     """(stand-in, ledger)"""
-    config = load_config(
-        "toy",
-        [
-            *ZERO3,
-            f"processes={ranks}",
-            f"batch={ranks}",
-            f"zero.offload={offload}",
-            f"zero.pin_memory={str(pinned).lower()}",
-        ],
-    )
+    zero = (f"zero.offload={offload}", f"zero.pin_memory={str(pinned).lower()}")
+    config = load_config("toy", [*ZERO3, f"processes={ranks}", f"batch={ranks}", *zero])
     with Ledger() as ledger:
         model = _Chain()
         ledger.adopt(model.parameters())
         stages = ("rollout", "denoise_backward")
-        yield (
-            PlannedZero3(config, ledger, replace(CARD, link=rate), model, model.blocks, stages, gathered, once),
-            ledger,
-        )
+        card = replace(CARD, link=rate)
+        yield PlannedZero3(config, ledger, card, model, model.blocks, stages, gathered, share), ledger
 
 
 def row(s=10.0):
-    """A stage that computes for so many seconds."""
+    """A stage that computes for ``s`` seconds."""
     return StagePlan(
         peak_gib=0, weights_gib=0, kept_gib=0, host_gib=0, s=s, stall_s=0, copy_s=0, moved_gib=0, tflop=0, what=""
     )
 
 
 def passed(stand_in, stage, gradients):
-    """The stage's figures after a pass for each of ``gradients``."""
+    """The stage's figures after one pass for each entry of ``gradients`` (with gradient or without)."""
     with stand_in.stage(stage):
         for gradient in gradients:
             with torch.set_grad_enabled(gradient):
@@ -109,8 +94,8 @@ def test_pinned_parts_take_powers_of_two():
         assert ledger.host_bytes == 6 * (32768 + 256) + 2 * 2048 + 256 + 16
 
 
-def test_a_stage_that_calls_the_model_has_room_for_the_block_at_work_and_the_next_and_a_gathered_rollout_for_all():
-    """Of several processes for the buffer that a block is gathered into besides."""
+def test_space_for_gathered_weights():
+    """Two blocks, with several processes a third one for the gather's buffer; in a gathered rollout all weights."""
     for ranks, gathered in ((1, False), (2, False), (2, True)):
         few = 4 * BLOCK * (2 if ranks == 1 else 3)
         with chain(ranks, gathered=gathered) as (stand_in, ledger):
@@ -121,8 +106,8 @@ def test_a_stage_that_calls_the_model_has_room_for_the_block_at_work_and_the_nex
 
 
 def test_traffic_of_a_pass():
-    """The own part from the host, the others' from their cards, and the own part to every other one. A backward gathers
-    the blocks again."""
+    """A process reads its part from the host, receives the others' parts, and sends its own to each of them. A backward
+    gathers the blocks again."""
     for ranks, offload in ((1, "cpu"), (2, "cpu"), (4, "cpu"), (4, "none")):
         with chain(ranks, offload=offload) as (stand_in, _):
             for stage, gradients, nbytes in (
@@ -137,8 +122,8 @@ def test_traffic_of_a_pass():
 
 
 def test_a_gathered_rollout_moves_the_weights_once():
-    """Of a rollout of which half is planned, half the bytes: the plan doubles them."""
-    with chain(2, gathered=True, once=0.5) as (stand_in, _):
+    """Half of the rollout is planned, so half the bytes are counted; the plan doubles them later."""
+    with chain(2, gathered=True, share=0.5) as (stand_in, _):
         assert passed(stand_in, "rollout", [False] * 4).moved_gib * GIB == pytest.approx(0.5 * BYTES * 1.5)
 
 
@@ -152,7 +137,7 @@ def test_gathers_run_beside_computation_and_are_waited_for_where_they_take_longe
 
 
 def test_peaks_are_those_of_one_card_with_three_blocks_in_the_place_of_the_weights(plans):
-    """To the rounding of the allocator. The gradients of the LoRA are made in the backward, and on one card before
+    """Up to the allocator's rounding. Here the LoRA's gradients are allocated in the backward; on one card before
     it."""
     config = load_config("toy", COMMON)
     transformer = random_transformer(generator_config(config.model.id).transformer, torch.float32)
@@ -220,9 +205,9 @@ def test_host_memory_is_the_weights_divided(plans):
 
 
 def test_the_training_state_is_split(plans):
-    """One process keeps two moments and gradients besides its weights. DeepSpeed's have a bucket on the card and, with
-    the state on the host, a buffer for the largest gradient; else a part of weights, gradients and moments. On the host
-    are a copy of the weights and that buffer besides."""
+    """A single process keeps two moments and gradients. Under DeepSpeed the card holds a bucket, and either a buffer
+    for the largest gradient (state on the host) or a part of weights, gradients and moments. The host then also holds a
+    copy of the weights and that buffer."""
     sizes = lora_sizes(load_config("toy", COMMON))
     lora, bucket = sum(sizes), 4 * REDUCE_BUCKET
     kept = {name: plan.stages["rollout"].kept_gib * GIB for name, plan in plans.items()}
@@ -259,7 +244,7 @@ def test_what_is_printed(plans):
 
 
 def test_the_advice_leaves_out_what_the_schema_refuses():
-    """Streams, parks and packs of a transformer that ZeRO-3 partitions, and moments in 8 bit."""
+    """ZeRO-3 partitions the transformer: it cannot be streamed, parked or packed, nor have moments in 8 bit."""
     config = load_config("toy", ZERO3)
     offered = {override for ladder in LADDERS.values() for rung in ladder if (override := rung(config))}
     refused = {override for override in offered if _changed(config, override) is None}
