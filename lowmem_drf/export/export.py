@@ -1,4 +1,4 @@
-"""Writes a LoRA file for other tools, or the base model with the LoRA merged in, and verifies it before it takes its name."""
+"""Writes a LoRA file for other tools, or the base model with the LoRA merged in; verifies it under a temporary name."""
 
 from __future__ import annotations
 
@@ -21,13 +21,7 @@ from lowmem_drf.export.verify import (
     verify_merge,
 )
 from lowmem_drf.files import written_aside
-from lowmem_drf.models.lora.formats import (
-    LoraFile,
-    LoraFormat,
-    adapter_metadata,
-    model_hash,
-    to_format,
-)
+from lowmem_drf.models.lora.formats import LoraFile, LoraFormat, adapter_metadata, model_hash, to_format
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -36,9 +30,9 @@ if TYPE_CHECKING:
 
 
 def host_bytes(transformer: WanTransformer3DModel, lora: LoraFile) -> int:
-    """Host memory that an export or a merge of all blocks takes besides Python and the libraries: the transformer in
-    fp32, once; the LoRA in fp32, four times (as read, attached, in the file's format, and the file); the largest weight
-    in fp64, four times (its B A, and what adding it takes)."""
+    """Host memory for exporting or merging all blocks, without Python and libraries: the transformer in fp32; four
+    copies of the LoRA in fp32 (read, attached, in the file's format, the file); four of the largest weight in fp64
+    (its B A, and the addition)."""
     sizes = [parameter.numel() for parameter in transformer.parameters()]
     return 4 * sum(sizes) + 4 * 4 * sum(tensor.numel() for tensor in lora.state.values()) + 4 * 8 * max(sizes)
 
@@ -51,8 +45,8 @@ def export_lora(
     transformer: WanTransformer3DModel,
     metadata: Mapping[str, str],
 ) -> tuple[Path, Verified]:
-    """Writes ``output`` under another name, loads that file as its readers would onto ``transformer`` (the base, fp32,
-    without LoRA; given back as it was), compares, and only then gives it its name.
+    """Writes a temporary file, loads it onto ``transformer`` (the base, fp32, without LoRA; restored afterwards) as its
+    readers would, compares, and only then renames it to ``output``.
 
     Raises:
         BadInputError: the format cannot hold this LoRA, or the file cannot be written.
@@ -65,7 +59,7 @@ def export_lora(
         "format": "pt",
         **metadata,
         "ss_network_dim": str(lora.rank),
-        # what holds of the file: folded, it acts as if alpha were the rank
+        # describes the file: with alpha folded in, alpha equals the rank
         "ss_network_alpha": str(float(lora.rank) if form == "comfyui" else lora.alpha),
         "lowmem_drf.rank": str(lora.rank),
         "lowmem_drf.alpha": str(lora.alpha),
@@ -75,27 +69,26 @@ def export_lora(
     header["sshs_model_hash"] = model_hash(save(tensors))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(output, ".part.safetensors") as aside:  # diffusers takes a file of another name for a pickle
+        with written_aside(output, ".part.safetensors") as aside:  # diffusers reads other suffixes as pickles
             aside.write_bytes(save(tensors, metadata=header))
             del tensors
             verified = verify_export(aside, lora, form, dtype, transformer)
     except OSError as error:
-        raise BadInputError(
-            f"{output.parent} cannot be written to: {error.strerror}. Give another file with --output."
-        ) from error
+        problem = f"{output.parent} cannot be written to: {error.strerror}"
+        raise BadInputError(f"{problem}. Give another file with --output.") from error
     return output, verified
 
 
 def merge_lora(
     lora: LoraFile, dtype: torch.dtype, folder: Path, transformer: WanTransformer3DModel, subfolder: str = "transformer"
 ) -> Verified:
-    """Writes ``folder/subfolder`` (diffusers layout): W + (alpha / rank) B A in fp32, then rounded to ``dtype``, but
-    for the norms and the time embedding, which diffusers keeps in fp32. ``transformer`` (the base, fp32, without LoRA)
-    is used up: its memory is given back before the merged model is read.
+    """Writes ``folder/subfolder`` (diffusers layout): W + (alpha / rank) B A in fp32, rounded to ``dtype`` except norms
+    and time embedding, which diffusers keeps in fp32. ``transformer`` (the base, fp32, without LoRA) is consumed: its
+    memory is freed before the merged model is read.
 
     Raises:
-        BadInputError: the LoRA is not one of this model, or the folder cannot be written.
-        LowmemError: the model read back is not the one written, or is not the tuned one. It is deleted.
+        BadInputError: a LoRA of another model, or the folder cannot be written.
+        LowmemError: the model read back differs from the one written, or from the tuned one. It is deleted.
     """
     tuned = probe_lora(transformer, lora)
     kept = transformer._keep_in_fp32_modules or []
@@ -114,30 +107,27 @@ def merge_lora(
             transformer.to("meta")
             verified = verify_merge(aside, dtype, tuned, subfolder)
             if folder.exists():
-                folder.rmdir()  # empty, as export_run made sure
+                folder.rmdir()  # export_run checked that it is empty
     except OSError as error:
-        raise BadInputError(
-            f"{folder} cannot be written: {error.strerror or error}. Give another folder with --merge."
-        ) from error
+        problem = f"{folder} cannot be written: {error.strerror or error}"
+        raise BadInputError(f"{problem}. Give another folder with --merge.") from error
     return verified
 
 
 def file_metadata(config: Config, checkpoint: str, transformer: WanTransformer3DModel, expert: str) -> dict[str, str]:
-    """What a file says of itself: ``modelspec.*`` (Stability's specification), ``ss_*`` (kohya), and how it was
-    trained. ``expert``: empty where there is one transformer."""
-    # of Wan, the models with two experts and the one with 48 latent channels (TI2V-5B) are 2.2
+    """A file's header: ``modelspec.*`` (Stability's specification), ``ss_*`` (kohya), and the training settings.
+    ``expert``: empty for a model with one transformer."""
+    # Wan models with two experts, or with 48 latent channels (TI2V-5B), are 2.2
     family = "wan2.2" if expert or transformer.config.in_channels == 48 else "wan2.1"
-    video, sampler, critic = config.video, config.sampler, config.critic
+    model, video, sampler, critic = config.model, config.video, config.sampler, config.critic
     step = str(int(checkpoint.removeprefix("step-")))
-    own = {
+    training = {
         "version": __version__,
         "method": "Diffusion-DRF (arXiv 2601.04153)",
-        "model": config.model.id,
-        "quant": config.model.quant,
+        "model": model.id,
+        "quant": model.quant,
         **({"expert": f"{expert} noise"} if expert else {}),
-        "base_lora": f"{config.model.base_lora} x {config.model.base_lora_scale:g}"
-        if config.model.base_lora
-        else "none",
+        "base_lora": f"{model.base_lora} x {model.base_lora_scale:g}" if model.base_lora else "none",
         "critic": critic.id,
         "questions": critic.mode,
         "reward": critic.reward,
@@ -153,7 +143,7 @@ def file_metadata(config: Config, checkpoint: str, transformer: WanTransformer3D
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{family}/lora",
         "modelspec.implementation": f"https://github.com/Wan-Video/{family.capitalize()}",
-        "modelspec.title": f"lowmem-drf {config.model.id}{f' {expert} noise' if expert else ''} step {step}",
+        "modelspec.title": f"lowmem-drf {model.id}{f' {expert} noise' if expert else ''} step {step}",
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
         "modelspec.resolution": f"{video.width}x{video.height}",
         "ss_base_model_version": family,
@@ -161,5 +151,5 @@ def file_metadata(config: Config, checkpoint: str, transformer: WanTransformer3D
         "ss_steps": step,
         "ss_learning_rate": str(config.optim.lr),
         "ss_seed": str(config.seed),
-        **{f"lowmem_drf.{key}": str(value) for key, value in own.items()},
+        **{f"lowmem_drf.{key}": str(value) for key, value in training.items()},
     }

@@ -1,10 +1,9 @@
-"""Proof that an exported LoRA or merged model is the tuned model: read back by the code its users will read it with,
-compared, run.
+"""Verifies that an exported LoRA or merged model is the tuned model: loads it as its users will, compares, runs it.
 
-What may differ follows from the file's number format alone. A value rounds by at most u |x| + eta (u the unit roundoff,
-eta half the spacing of subnormals), and is rounded at most twice (by us, and by a reader that folds alpha into 16-bit
-weights); that bounds every entry of every B A. The bound on outputs is the same to first order: the LoRA's whole effect
-times the largest relative error of a module, plus the rounding of the fp32 computation.
+The tolerance follows from the file's dtype alone. Rounding changes a value x by at most u |x| + eta (u the unit
+roundoff, eta half the spacing of subnormals), at most twice (here, and in a reader that folds alpha into 16-bit
+weights); this bounds every entry of every B A. The bound on outputs follows to first order: the LoRA's effect times the
+largest relative error of a module, plus the rounding of the fp32 computation.
 """
 
 from __future__ import annotations
@@ -31,26 +30,26 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 Factors = tuple[float, Tensor, Tensor]
-"""scaling, A, B: a module's weight changes by scaling B A."""
+"""scaling, A, B: the LoRA adds scaling B A to a module's weight."""
 
 _SIGMAS = (0.95, 0.5, 0.1)
 _ROWS = 256
-"""Rows of a module's product that are compared at once: 57 MB in fp64 where Wan2.1-14B is widest."""
-_SMALL = 4  # patches along each side of the probe: the weights are all used, the activations stay small
+"""Rows of B A compared at once: 57 MB in fp64 for the widest layer of Wan2.1-14B."""
+_SMALL = 4  # patches per side of the probe: uses all weights, with small activations
 
 
 @dataclass(frozen=True)
 class Verified:
-    """How far the output of what was written is from the tuned model's."""
+    """Difference between the outputs of the written file and of the tuned model."""
 
     difference: float
     """Largest absolute difference of the velocity over the probes."""
     effect: float
     """Largest change of the velocity by the LoRA, on the same probes."""
     by: str
-    """What read it back."""
+    """The library that read it back."""
     of: str = "the tuned model's output"
-    """What was compared, besides the weights of every module."""
+    """The output that was compared, in addition to the weights of every module."""
 
     def __str__(self) -> str:
         return (
@@ -72,7 +71,7 @@ class Probe:
 
 
 def probe_lora(transformer: WanTransformer3DModel, lora: LoraFile) -> Probe:
-    """Puts the LoRA on the base, runs both, and takes it off. Raises BadInputError for a LoRA of another model."""
+    """Runs the base with and without the LoRA, and removes it. Raises BadInputError for a LoRA of another model."""
     attach_lora(transformer, lora.state, lora.alpha)
     try:
         tuned = _run(transformer)
@@ -82,7 +81,8 @@ def probe_lora(transformer: WanTransformer3DModel, lora: LoraFile) -> Probe:
         remove_lora(transformer)
     if not bool(torch.isfinite(tuned).all()):
         raise LowmemError(
-            "The tuned model's output is not finite, so there is nothing worth exporting. Choose an earlier checkpoint with --step."
+            "The tuned model's output is not finite, so there is nothing worth exporting. Choose an earlier checkpoint "
+            "with --step."
         )
     return Probe(tuned, base)
 
@@ -90,13 +90,14 @@ def probe_lora(transformer: WanTransformer3DModel, lora: LoraFile) -> Probe:
 def verify_export(
     path: Path, lora: LoraFile, form: str, dtype: torch.dtype, transformer: WanTransformer3DModel
 ) -> Verified:
-    """Loads ``path`` through ``WanPipeline.load_lora_weights`` (a kohya file with only some of the modules, which
-    diffusers cannot convert: through ``read_lora``) and compares weights and outputs with the tuned model.
-    ``transformer``: the base, fp32; given back as it was. Where only its first blocks have values, outputs are those of
+    """Loads ``path`` with ``WanPipeline.load_lora_weights`` and compares weights and outputs with the tuned model. A
+    kohya file without all modules, which diffusers cannot convert, is loaded with ``read_lora``.
+
+    ``transformer``: the base, fp32; restored afterwards. If only its first blocks have values, outputs are those of
     these blocks; the weights of all modules are compared in any case.
 
     Raises:
-        LowmemError: the file lacks a module, has one too many, or differs by more than rounding.
+        LowmemError: a module is missing or unexpected, or differs by more than rounding.
     """
     tuned = probe_lora(transformer, lora)
     by_diffusers = form != "kohya" or diffusers_reads_kohya(lora.state)
@@ -105,9 +106,8 @@ def verify_export(
         read = {name: _factors(layer) for name, layer in lora_layers(transformer).items()}
         output = _run(transformer)
     except Exception as error:
-        raise LowmemError(
-            f"The exported file cannot be loaded ({type(error).__name__}: {error}). It was deleted; export in another --format."
-        ) from error
+        problem = f"The exported file cannot be loaded ({type(error).__name__}: {error})"
+        raise LowmemError(f"{problem}. It was deleted; export in another --format.") from error
     finally:
         if lora_layers(transformer):
             remove_lora(transformer)
@@ -116,42 +116,40 @@ def verify_export(
     bound = error_share * tuned.effect + _rounding(transformer, tuned.tuned)
     if not difference <= bound:
         raise LowmemError(
-            f"The exported file does not reproduce the tuned model: outputs differ by {difference:.1e}, rounding explains {bound:.1e}. It was deleted."
+            f"The exported file does not reproduce the tuned model: outputs differ by {difference:.1e}, rounding "
+            f"explains {bound:.1e}. It was deleted."
         )
-    count, all_blocks = len(_with_values(transformer)), len(transformer.blocks)
-    of = (
-        Verified.of
-        if count == all_blocks
-        else f"the output of the tuned model's first {count} blocks (of {all_blocks}; the weights of all were compared)"
-    )
+    count, total, of = len(_with_values(transformer)), len(transformer.blocks), Verified.of
+    if count < total:
+        of = f"the output of the tuned model's first {count} blocks (of {total}; the weights of all were compared)"
     return Verified(difference, tuned.effect, "diffusers" if by_diffusers else "lowmem-drf", of)
 
 
 def require_same_model(transformer: WanTransformer3DModel, tuned: Probe) -> None:
-    """Raises LowmemError if a model with merged weights in fp32 is not the tuned model up to fp32 rounding."""
+    """Raises LowmemError unless a model merged in fp32 equals the tuned model up to fp32 rounding."""
     difference, bound = _largest(_run(transformer) - tuned.tuned), _rounding(transformer, tuned.tuned)
     if not difference <= bound:
         raise LowmemError(
-            f"The merged model is not the tuned one: outputs differ by {difference:.1e}, rounding explains {bound:.1e}. Nothing was written."
+            f"The merged model is not the tuned one: outputs differ by {difference:.1e}, rounding explains "
+            f"{bound:.1e}. Nothing was written."
         )
 
 
 def require_stored(folder: Path, transformer: WanTransformer3DModel) -> None:
-    """Raises LowmemError unless every weight is, to the bit, in the safetensors files of the folder."""
+    """Raises LowmemError unless the folder's safetensors files contain every weight, bitwise equal."""
     files = TensorFiles(files_in(folder))
     for name, value in transformer.state_dict().items():
         stored = files.read(name) if name in files.entries else None
         if stored is None or stored.dtype != value.dtype or not torch.equal(stored, value):
-            raise LowmemError(
-                f"The merged model was not written correctly: {name} differs. It was deleted; check the disk."
-            )
+            problem = f"The merged model was not written correctly: {name} differs"
+            raise LowmemError(f"{problem}. It was deleted; check the disk.")
 
 
 def verify_merge(folder: Path, dtype: torch.dtype, tuned: Probe, subfolder: str = "transformer") -> Verified:
-    """Reads a merged model back with diffusers, in the dtype of its files, and runs it in fp32.
+    """Loads a merged model with diffusers, in the dtype of its files, and runs it in fp32.
 
     Raises:
-        LowmemError: what diffusers reads is not what is in the files.
+        LowmemError: diffusers' weights differ from the files.
     """
     read_back = load_as_diffusers(folder, subfolder, dtype)
     require_stored(folder / subfolder, read_back)
@@ -162,8 +160,7 @@ def verify_merge(folder: Path, dtype: torch.dtype, tuned: Probe, subfolder: str 
 
 @contextmanager
 def computing_in_fp32(transformer: WanTransformer3DModel) -> Iterator[None]:
-    """Casts a model to fp32, its blocks one at a time, each while it computes. The whole model in fp32 would take as
-    much memory as the one that was merged."""
+    """Casts each block to fp32 only while it computes: the whole model in fp32 takes as much memory as the merge."""
     for name, parameter in transformer.named_parameters():
         if not name.startswith("blocks."):
             parameter.data = parameter.data.float()
@@ -179,11 +176,8 @@ def computing_in_fp32(transformer: WanTransformer3DModel) -> Iterator[None]:
             parameter, value = kept.pop()
             parameter.data = value
 
-    hooks = [
-        hook
-        for block in transformer.blocks
-        for hook in (block.register_forward_pre_hook(cast), block.register_forward_hook(restore))
-    ]
+    hooks = [block.register_forward_pre_hook(cast) for block in transformer.blocks]
+    hooks += [block.register_forward_hook(restore) for block in transformer.blocks]
     try:
         yield
     finally:
@@ -192,18 +186,16 @@ def computing_in_fp32(transformer: WanTransformer3DModel) -> Iterator[None]:
 
 
 def _factors(layer: LoraLayer) -> Factors:
-    """Of a loaded layer's one adapter, whatever the reader named it."""
+    """Factors of a loaded layer's only adapter; readers name it differently."""
     (name,) = layer.lora_A
     return layer.scaling[name], layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
 
 
 def _require_same_weights(read: Mapping[str, Factors], lora: LoraFile, dtype: torch.dtype) -> float:
-    """Requires every module's B A to be within the bound of two roundings per factor; returns the largest such bound as
-    a share of its B A. Products are compared a few rows at a time: all, in fp64, would take more memory than the model.
-    """
+    """Requires every module's B A to be within the bound of two roundings per factor. Returns the largest bound as a
+    share of its B A. Compares a few rows at a time: all products in fp64 take more memory than the model."""
     wanted = lora.pairs()
-    if read.keys() != wanted.keys():
-        odd = sorted(read.keys() ^ wanted.keys())
+    if odd := sorted(read.keys() ^ wanted.keys()):
         raise LowmemError(f"The exported file holds other modules than the LoRA: {', '.join(odd[:3])}. It was deleted.")
     scale, share = lora.alpha / lora.rank, 0.0
     for module, (a, b) in wanted.items():
@@ -214,13 +206,12 @@ def _require_same_weights(read: Mapping[str, Factors], lora: LoraFile, dtype: to
             size_b, error_b = _rounded_twice(rows, dtype)
             sizes = size_b @ size_a
             bound = scale * ((size_b + error_b) @ (size_a + error_a) - sizes)
-            # the comparison is itself computed, in fp64
+            # rounding of this comparison, computed in fp64
             slack = torch.finfo(torch.float64).eps * 4 * lora.rank * scale * sizes
             delta = scale * (rows @ a.double())
             if not bool(((scaling * (read_rows @ read_a.double()) - delta).abs() <= bound + slack).all()):
-                raise LowmemError(
-                    f"The exported file's {module} differs from the LoRA by more than {dtype} rounds. It was deleted."
-                )
+                problem = f"The exported file's {module} differs from the LoRA by more than {dtype} rounds"
+                raise LowmemError(f"{problem}. It was deleted.")
             bound_squares += float(bound.square().sum())
             squares += float(delta.square().sum())
         if squares:
@@ -229,24 +220,23 @@ def _require_same_weights(read: Mapping[str, Factors], lora: LoraFile, dtype: to
 
 
 def _rounded_twice(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """|x| and the most it can change by two roundings to ``dtype`` and the fp32 product that folds alpha. Zero stays
-    zero."""
+    """|x|, and its largest change by two roundings to ``dtype`` and the fp32 product that folds alpha. 0 stays 0."""
     info, size = torch.finfo(dtype), x.abs()
     error = 2 * (info.eps / 2 * size + info.tiny * info.eps / 2) + torch.finfo(torch.float32).eps * size
     return size, torch.where(size == 0, 0.0, error)
 
 
 def _rounding(transformer: WanTransformer3DModel, output: Tensor) -> float:
-    """How far two fp32 computations of the same function may lie apart: every sub-layer rounds its residual stream a
-    few times."""
+    """Largest difference between two fp32 computations of the same function: every sub-layer rounds its residual
+    stream a few times."""
     sublayers = 3 * len(_with_values(transformer)) + 1
     return 4 * sublayers * torch.finfo(torch.float32).eps * _largest(output)
 
 
 @torch.no_grad()
 def _run(transformer: WanTransformer3DModel) -> Tensor:
-    """Velocities on fixed random inputs, two latent frames of 4x4 patches, at three noise levels; by the blocks that
-    have values."""
+    """Velocities on fixed random inputs, two latent frames of 4x4 patches, at three noise levels. Runs only the blocks
+    that have values."""
     config, generator = transformer.config, torch.Generator().manual_seed(0)
     size: Sequence[int] = [2 * config.patch_size[0], *(_SMALL * side for side in config.patch_size[1:])]
     x = torch.randn(1, config.in_channels, *size, generator=generator)
@@ -260,7 +250,7 @@ def _run(transformer: WanTransformer3DModel) -> Tensor:
 
 
 def _with_values(transformer: WanTransformer3DModel) -> list[torch.nn.Module]:
-    """The blocks that were read (``weight_reader.fill_from_files``): the tensors of the others are one number each."""
+    """The blocks that were loaded (``reader.fill_from_files``): the other blocks' tensors are one number each."""
     return [block for block in transformer.blocks if any(block.scale_shift_table.stride())]
 
 

@@ -1,8 +1,8 @@
 """LoRA (arXiv 2106.09685) on the Wan transformer through peft: y = W x + (alpha / rank) B A x, with W frozen.
 
-Names are those of diffusers without the ``transformer.`` prefix and without peft's adapter name:
-``blocks.0.attn1.to_q.lora_A.weight`` (rank, in) and ``….lora_B.weight`` (out, rank). A starts Kaiming-uniform from its
-own generator, B at zero, so an untrained adapter changes nothing. Files are read and written by ``lora_formats``.
+Names follow diffusers, without the ``transformer.`` prefix and peft's adapter name:
+``blocks.0.attn1.to_q.lora_A.weight`` (rank, in) and ``….lora_B.weight`` (out, rank). A is initialised Kaiming-uniform
+from a separate generator, B to zero, so an untrained adapter changes nothing. ``formats`` reads and writes files.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
-"""Every Linear of self-attention, cross-attention and feed-forward in each block; the endings of their names."""
+"""Name endings of every Linear of self-attention, cross-attention and feed-forward in each block."""
 
 
 def add_lora(
     transformer: WanTransformer3DModel, rank: int, alpha: float, targets: Sequence[str] = DEFAULT_TARGETS, seed: int = 0
 ) -> None:
-    """Freezes the transformer and puts a LoRA on every Linear whose name is, or ends in, one of ``targets``.
+    """Freezes the transformer and adds a LoRA to every Linear with a name that equals or ends in one of ``targets``.
 
-    The adapter's weights are fp32 whatever the transformer's dtype (fp64 on an fp64 transformer), and depend on
-    ``seed`` and the architecture alone. It computes in the transformer's dtype.
+    The adapter's weights are fp32 for every dtype of the transformer (but fp64 on fp64) and depend only on ``seed`` and
+    the architecture. It computes in the transformer's dtype.
 
     Raises:
         BadInputError: a rank below 1, an alpha that is not positive, a target that matches no Linear.
-        LowmemError: the transformer has a LoRA already.
+        LowmemError: the transformer already has a LoRA.
     """
     from peft import LoraConfig
 
@@ -47,13 +47,9 @@ def add_lora(
             f"lora.rank is {rank} and lora.alpha is {alpha}: the rank must be at least 1 and alpha above 0"
         )
     if lora_layers(transformer):
-        raise LowmemError(
-            "the transformer has a LoRA already: remove_lora it first, or load into it with load_lora_state"
-        )
+        raise LowmemError("the transformer has a LoRA already: use remove_lora first, or load_lora_state")
     linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    unmatched = [
-        target for target in targets if not any(name == target or name.endswith(f".{target}") for name in linears)
-    ]
+    unmatched = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in linears)]
     if unmatched or not targets:
         endings = sorted({name.split(".", 2)[-1] if name.startswith("blocks.") else name for name in linears})
         raise BadInputError(
@@ -69,36 +65,36 @@ def add_lora(
             matrix.weight = nn.Parameter(torch.zeros_like(matrix.weight, dtype=dtype))
             matrix.forward = MethodType(_in_dtype_of_input, matrix)
         weight = layer.lora_A[ADAPTER].weight
-        bound = 1 / math.sqrt(weight.shape[1])  # kaiming_uniform_(a=sqrt(5)), peft's and LoRA's own choice
+        bound = 1 / math.sqrt(weight.shape[1])  # kaiming_uniform_(a=sqrt(5)), as in peft and the LoRA paper
         with torch.no_grad():
             weight.copy_((2 * torch.rand(weight.shape, generator=generator) - 1) * bound)
 
 
 def _in_dtype_of_input(matrix: nn.Linear, x: Tensor) -> Tensor:
-    """The product in the transformer's own dtype, as under autocast. peft would make an fp32 copy of every input and
-    output instead: a GiB for one feed-forward of Wan2.1-1.3B at 832x480x81. The gradient arrives in fp32."""
+    """Multiplies in the transformer's dtype, as under autocast; the weight's gradient is fp32. peft instead makes fp32
+    copies of every input and output: a GiB for one feed-forward of Wan2.1-1.3B at 832x480x81."""
     return nn.functional.linear(x, matrix.weight.to(x.dtype))
 
 
 def remove_lora(transformer: WanTransformer3DModel) -> None:
-    """Takes the LoRA off again; the transformer is the base, to the bit."""
+    """Removes the LoRA. The transformer is then bitwise equal to the base."""
     transformer.unload_lora()
 
 
 def lora_layers(transformer: nn.Module) -> dict[str, LoraLayer]:
-    """The layers that carry a LoRA, by module name, in the order of the model."""
+    """The layers with a LoRA, by module name, in model order."""
     from peft.tuners.lora import LoraLayer
 
     return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
 
 
 def lora_parameters(transformer: nn.Module) -> list[nn.Parameter]:
-    """The trainable tensors, in the order of ``lora_state``: what the optimizer gets."""
+    """The trainable tensors for the optimizer, in the order of ``lora_state``."""
     return list(named_lora(transformer).values())
 
 
 def lora_state(transformer: nn.Module) -> dict[str, Tensor]:
-    """Copies of the LoRA's tensors on the CPU, in their own dtype (fp32)."""
+    """Copies of the LoRA's tensors on the CPU, dtype unchanged (fp32)."""
     return {name: parameter.detach().cpu().clone().contiguous() for name, parameter in named_lora(transformer).items()}
 
 
@@ -108,35 +104,32 @@ def load_lora_state(transformer: nn.Module, state: Mapping[str, Tensor]) -> None
     Raises: BadInputError: modules missing or unknown, another rank or shape, values that are not finite. Nothing was
         changed.
     """
-    own = named_lora(transformer)
-    _refuse_other_model({name: tuple(parameter.shape) for name, parameter in own.items()}, state)
+    lora = named_lora(transformer)
+    _refuse_other_model({name: tuple(parameter.shape) for name, parameter in lora.items()}, state)
     with torch.no_grad():
-        for name, parameter in own.items():
+        for name, parameter in lora.items():
             parameter.copy_(state[name])
 
 
 def attach_lora(transformer: WanTransformer3DModel, state: Mapping[str, Tensor], alpha: float) -> None:
-    """Adds a LoRA of exactly the modules and the rank of ``state``, with its values.
+    """Adds a LoRA with the modules, rank and values of ``state``.
 
-    Raises: BadInputError: the transformer lacks one of the modules, or its shape differs: a LoRA of another model.
-        Nothing was changed.
+    Raises: BadInputError: a LoRA of another model: a module is missing or its shape differs. Nothing was changed.
     """
     shapes = dict(_linear_shapes(transformer))
     modules = [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]
     ranks = {int(state[f"{module}.lora_A.weight"].shape[0]) for module in modules}
     if len(ranks) != 1:
-        raise BadInputError(
-            f"the LoRA file holds modules of ranks {sorted(ranks)}: one rank for all is expected"
-            if ranks
-            else "the file holds no LoRA"
-        )
+        mixed = f"the LoRA file holds modules of ranks {sorted(ranks)}: one rank for all is expected"
+        raise BadInputError(mixed if ranks else "the file holds no LoRA")
     (rank,) = ranks
-    expected = {
-        f"{module}.lora_{side}.weight": (rank, shapes[module][1]) if side == "A" else (shapes[module][0], rank)
-        for module in modules
-        if module in shapes
-        for side in "AB"
-    }
+    expected = {}
+    for module in (module for module in modules if module in shapes):
+        out_features, in_features = shapes[module]
+        expected[f"{module}.lora_A.weight"], expected[f"{module}.lora_B.weight"] = (
+            (rank, in_features),
+            (out_features, rank),
+        )
     _refuse_other_model(expected, state)
     add_lora(transformer, rank=rank, alpha=alpha, targets=modules)
     load_lora_state(transformer, state)
@@ -144,9 +137,9 @@ def attach_lora(transformer: WanTransformer3DModel, state: Mapping[str, Tensor],
 
 @contextmanager
 def lora_scale(transformer: nn.Module, scale: float) -> Iterator[None]:
-    """Within the block the LoRA acts ``scale`` times as strongly; 0 is the base model, to the bit and at its speed.
+    """Multiplies the LoRA's effect by ``scale`` within the block; with 0 the model is bitwise the base, at its speed.
 
-    A backward with checkpointing recomputes: it must run inside the block too.
+    A backward with checkpointing recomputes, so it must run inside the block too.
     """
     layers = list(lora_layers(transformer).values())
     before = [(layer.scaling[ADAPTER], layer._disable_adapters) for layer in layers]
@@ -161,7 +154,7 @@ def lora_scale(transformer: nn.Module, scale: float) -> Iterator[None]:
 
 
 def named_lora(transformer: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable tensors by name, in the order of the model."""
+    """The trainable tensors by name, in model order."""
     return {
         f"{name}.lora_{side}.weight": matrices[ADAPTER].weight
         for name, layer in lora_layers(transformer).items()
@@ -176,15 +169,14 @@ def _linear_shapes(transformer: nn.Module) -> Iterator[tuple[str, tuple[int, int
 
 
 def _refuse_other_model(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> None:
-    """Raises BadInputError with all that differs between the names and shapes wanted and those given."""
+    """Raises BadInputError with all differences in names and shapes."""
     problems = []
     if missing := sorted(expected.keys() - state.keys()):
         problems.append(f"{len(missing)} tensors are missing from it ({_some(missing)})")
     if unknown := sorted(state.keys() - expected.keys()):
         problems.append(f"{len(unknown)} of its tensors belong to no LoRA module of this model ({_some(unknown)})")
     common = expected.keys() & state.keys()
-    differing = sorted(name for name in common if tuple(state[name].shape) != expected[name])
-    if differing:
+    if differing := sorted(name for name in common if tuple(state[name].shape) != expected[name]):
         name = differing[0]
         what = f"{name} is {list(state[name].shape)}, this model has {list(expected[name])}"
         problems.append(f"{len(differing)} tensors have another shape, so another rank or width ({what})")

@@ -1,14 +1,13 @@
-"""``model.base_lora``: a published LoRA merged into the frozen base as it is loaded, for example one that distils a
+"""``model.base_lora``: merges a published LoRA into the frozen base while loading, for example one that distils a
 generator to four steps.
 
     comfyui    diffusion_model.blocks.0.self_attn.q.lora_A.weight (or lora_down), .alpha
     diffusers  transformer.blocks.0.attn1.to_q.lora_A.weight, alpha in the header
     kohya      lora_unet_blocks_0_self_attn_q.lora_down.weight, .alpha
-    besides    .diff of a weight, .diff_b of a bias, .diff_m of a block's modulation, as lightx2v's files have them
+    lightx2v   also .diff of a weight, .diff_b of a bias, .diff_m of a block's modulation
 
-Unlike the files that training writes (``lora_formats``), these reach modules outside the blocks, their ranks differ
-from module to module, and some of what they hold is no LoRA. Every tensor of the file must be used: half a distillation
-is none.
+Unlike the files that training writes (``formats``), these contain modules outside the blocks, ranks that differ between
+modules, and tensors that are no LoRA. Every tensor must be used, because a partly applied distillation does not work.
 """
 
 from __future__ import annotations
@@ -31,21 +30,21 @@ if TYPE_CHECKING:
 
 _PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.")
 _WHOLE = {"diff": "weight", "diff_b": "bias", "diff_m": "scale_shift_table"}
-"""Suffix of what is added as it is -> the parameter of its module."""
+"""Suffix of a full-size difference -> the parameter of its module."""
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)[:/](.+\.safetensors)")
 
 
 def base_changes(
     source: str, shapes: Mapping[str, tuple[int, ...]], say: Callable[[str], None], scale: float = 1.0
 ) -> dict[str, Change]:
-    """What ``scale`` times a LoRA adds to the parameters of a transformer, for ``load_denoiser`` and
+    """The changes that a LoRA, times ``scale``, makes to a transformer's parameters, for ``load_denoiser`` and
     ``load_single_file``.
 
     Args: source: a safetensors file, or ``owner/repo/file.safetensors`` (also ``owner/repo:file.safetensors``) on the
-        hub, downloaded once. shapes: of the transformer's parameters, by diffusers' names. say: is told of a download.
+        hub, downloaded once. shapes: of the transformer's parameters, by diffusers' names. say: announces a download.
 
-    Raises: BadInputError: there is no such file; it cannot be read; a tensor of it belongs to nothing in this
-        transformer, has another shape or is not finite. LowmemError: the download failed.
+    Raises: BadInputError: no such file; unreadable; a tensor matches nothing in this transformer, has another shape or
+        is not finite. LowmemError: the download failed.
     """
     path = find_base_lora(source, say)
     tensors, metadata = read_tensors(path)
@@ -57,24 +56,25 @@ def base_changes(
 
 
 def find_base_lora(source: str, say: Callable[[str], None]) -> Path:
-    """The file on this machine, downloaded if it must be. Raises BadInputError, LowmemError."""
+    """The local file, downloaded if necessary. Raises BadInputError, LowmemError."""
     path = Path(source).expanduser()
     if path.is_file():
         return path
     if match := _HUB_FILE.fullmatch(source):
         return hub_file(match[1], match[2], say)
     raise BadInputError(
-        f"model.base_lora = {source!r} is neither a file nor owner/repo/file.safetensors on the Hugging Face hub. Only safetensors files are read."
+        f"model.base_lora = {source!r} is neither a file nor owner/repo/file.safetensors on the Hugging Face hub. "
+        "Only safetensors files are read."
     )
 
 
 def read_changes(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, Change]:
-    """What a file adds to each parameter of a model of these ``shapes`` (by diffusers' names), before any scale.
+    """The changes to each parameter of a model of these ``shapes`` (by diffusers' names), unscaled.
 
     Raises:
-        BadInputError: with all that is wrong.
+        BadInputError: names the first problems.
     """
     if patterns := _alpha_patterns(metadata):
         raise BadInputError(
@@ -101,25 +101,17 @@ def read_changes(
             if shapes.get(name) == tuple(value.shape):
                 parts.setdefault(name, []).append(_added(value))
             else:
-                misfits.append(
-                    f"{key} is {list(value.shape)}, and the model's {name} is {list(shapes[name]) if name in shapes else 'not there'}"
-                )
+                misfits.append(f"{key} is {list(value.shape)}, and the model's {name} is {_shape(shapes, name)}")
     for module, pair in pairs.items():
         name = f"{module}.weight"
         if not {"A", "B"} <= pair.keys():
             misfits.append(f"it holds half a pair for {module}")
             continue
-        down, up = pair["A"], pair["B"]
-        shape = shapes.get(name)
-        if (
-            shape is None
-            or up.shape[0] != shape[0]
-            or up.flatten(1).shape[1] != down.shape[0]
-            or down.shape[1:] != shape[1:]
-        ):
-            misfits.append(
-                f"its pair for {module} is {list(up.shape)} x {list(down.shape)}, and the model's {name} is {list(shape) if shape else 'not there'}"
-            )
+        down, up, shape = pair["A"], pair["B"], shapes.get(name)
+        product = (up.shape[0], *down.shape[1:])
+        if shape is None or product != shape or up.flatten(1).shape[1] != down.shape[0]:
+            sizes = f"{list(up.shape)} x {list(down.shape)}"
+            misfits.append(f"its pair for {module} is {sizes}, and the model's {name} is {_shape(shapes, name)}")
             continue
         rank = int(down.shape[0])
         alpha = float(pair["alpha"]) if "alpha" in pair else header_alpha(metadata, rank)
@@ -127,24 +119,26 @@ def read_changes(
     if unused:
         misfits.insert(0, f"{len(unused)} of its tensors belong to nothing in this transformer ({_some(unused)})")
     if misfits or not parts:
-        raise BadInputError(
-            ("; ".join(misfits[:4]) or "it holds nothing")
-            + ". It was made for another model, or is of a kind that is not supported."
-        )
+        problems = "; ".join(misfits[:4]) or "it holds nothing"
+        raise BadInputError(f"{problems}. It was made for another model, or is of a kind that is not supported.")
     return {name: _sum(changes) for name, changes in parts.items()}
 
 
+def _shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> list[int] | str:
+    return list(shapes[name]) if name in shapes else "not there"
+
+
 def _known_modules(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """What a file may call a module -> diffusers' name. ``norm2`` is another module in Wan's own naming, so a file has
-    one naming or the other."""
+    """Module names in files -> diffusers' names. A file uses either naming, because Wan's ``norm2`` is another module
+    than diffusers'."""
     modules = dict.fromkeys(name.rpartition(".")[0] for name in shapes)
     if any(".attn1." in key or ".attn2." in key for key in tensors):
         return {module: module for module in modules if module}
-    known = {"head": ""}  # of head.diff_m, the last modulation
+    known = {"head": ""}  # for head.diff_m, the last modulation
     for module in filter(None, modules):
         try:
             own = module if re.fullmatch(r"blocks\.\d+", module) else wan_name(module)
-        except KeyError:  # of an image-to-video model
+        except KeyError:  # module of an image-to-video model
             continue
         known |= {own: module, f"lora_unet_{own.replace('.', '_')}": module}
     return known
@@ -155,7 +149,7 @@ def _added(value: Tensor) -> Change:
 
 
 def _product(down: Tensor, up: Tensor, factor: float, shape: tuple[int, ...]) -> Change:
-    """Of matrices, and of the kernels of the patch embedding, whose second is 1x1x1."""
+    """Product of two matrices, or of the two kernels of the patch embedding (the second is 1x1x1)."""
 
     def change(device: torch.device, dtype: torch.dtype) -> Tensor:
         product = up.to(device, dtype).flatten(1) @ down.to(device, dtype).flatten(1)

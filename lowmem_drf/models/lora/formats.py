@@ -1,15 +1,16 @@
-"""LoRA files: the key formats that Wan tools read, written and read back.
+"""Reads and writes LoRA files in the key formats of Wan tools.
 
     comfyui    diffusion_model.blocks.0.self_attn.q.lora_A.weight
                alpha / rank folded into A. ComfyUI and diffusers load it.
     diffusers  transformer.blocks.0.attn1.to_q.lora_A.weight
                unfolded, alpha in the header (``lora_adapter_metadata``). diffusers and peft load it.
-    kohya      lora_unet_blocks_0_self_attn_q.lora_down.weight unfolded, an ``.alpha`` beside each pair. musubi-tuner
-               and ComfyUI load it; diffusers where every Linear of every block is in it.
+    kohya      lora_unet_blocks_0_self_attn_q.lora_down.weight
+               unfolded, an ``.alpha`` beside each pair. musubi-tuner and ComfyUI load it, and diffusers if it contains
+               every Linear of every block.
 
-A folded file carries no ``lora_adapter_metadata`` and no ``.alpha``: a reader would scale it twice. Sources:
-``comfy/lora.py`` of ComfyUI, ``loaders/lora_conversion_utils.py`` of diffusers 0.42.1. Only the Linears inside the
-blocks have a name in all three.
+A folded file has no ``lora_adapter_metadata`` and no ``.alpha``: readers would scale it twice. Sources:
+``comfy/lora.py`` of ComfyUI, ``loaders/lora_conversion_utils.py`` of diffusers 0.42.1. Only Linears inside the blocks
+have a name in all three.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ ADAPTER_METADATA = "lora_adapter_metadata"
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA as the product holds it: names of ``models/lora``, fp32 values, one alpha for all modules."""
+    """A LoRA with the names of ``adapter``, fp32 values and one alpha for all modules."""
 
     state: dict[str, Tensor]
     alpha: float
@@ -49,14 +50,11 @@ class LoraFile:
 
     def pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """(A, B) by module."""
-        modules = sorted({name.rsplit(".lora_", 1)[0] for name in self.state})
-        return {
-            module: (self.state[f"{module}.lora_A.weight"], self.state[f"{module}.lora_B.weight"]) for module in modules
-        }
+        modules, state = sorted({name.rsplit(".lora_", 1)[0] for name in self.state}), self.state
+        return {module: (state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"]) for module in modules}
 
     def delta(self, module: str) -> Tensor:
-        """What it adds to a module's weight, (alpha / rank) B A, fp64. All modules' together take more than the
-        model."""
+        """The change of one module's weight, (alpha / rank) B A, fp64. All together take more memory than the model."""
         a, b = (self.state[f"{module}.lora_{side}.weight"].double() for side in "AB")
         return (b @ a).mul_(self.alpha / self.rank)
 
@@ -64,10 +62,10 @@ class LoraFile:
 def to_format(
     state: Mapping[str, Tensor], alpha: float, rank: int, form: LoraFormat, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The tensors of a file. Folding is done in the dtype of ``state``, before the rounding to ``dtype``.
+    """The tensors of a file. Alpha is folded in the dtype of ``state``, before rounding to ``dtype``.
 
     Raises:
-        BadInputError: a module that the format has no name for; a value too large for ``dtype``.
+        BadInputError: the format has no name for a module; a value is too large for ``dtype``.
     """
     tensors: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -82,14 +80,13 @@ def to_format(
             tensors[f"{stem}.lora_{'down' if side == 'A' else 'up'}.weight"] = value.to(dtype)
             tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     if lost := [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]:
-        raise BadInputError(
-            f"{lost[0]} does not fit into {str(dtype).removeprefix('torch.')}. Export with --dtype bf16 or fp32."
-        )
+        short = str(dtype).removeprefix("torch.")
+        raise BadInputError(f"{lost[0]} does not fit into {short}. Export with --dtype bf16 or fp32.")
     return {name: value.contiguous() for name, value in tensors.items()}
 
 
 def adapter_metadata(state: Mapping[str, Tensor], alpha: float, rank: int) -> dict[str, str]:
-    """The header entry from which diffusers takes alpha (and rank and modules) of an unfolded file."""
+    """The header entry from which diffusers reads alpha, rank and modules of an unfolded file."""
     from peft import LoraConfig
 
     modules = sorted({name.rsplit(".lora_", 1)[0] for name in state})
@@ -102,7 +99,7 @@ def read_lora(path: Path) -> LoraFile:
     """Reads a LoRA of any of the three formats, or a checkpoint's ``lora.safetensors``.
 
     Raises:
-        BadInputError: no such file, no safetensors, no LoRA of a Wan transformer in it.
+        BadInputError: no such file, not safetensors, no LoRA of a Wan transformer.
     """
     tensors, metadata = read_tensors(path)
     try:
@@ -122,24 +119,24 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata: dict[str, str] = dict(file.metadata() or {})
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (safe_open is no mapping)
     except (OSError, SafetensorError) as error:
-        raise BadInputError(
-            f"{path} is not a readable safetensors file ({error}). Give a LoRA in safetensors format."
-        ) from error
+        problem = f"{path} is not a readable safetensors file ({error})"
+        raise BadInputError(f"{problem}. Give a LoRA in safetensors format.") from error
 
 
 def from_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> LoraFile:
-    """The inverse of ``to_format``, whatever the format. Where modules have different alphas they are folded, and alpha
-    is the rank.
+    """The inverse of ``to_format`` for every format. Alphas that differ between modules are folded; alpha is then the
+    rank.
 
     Raises:
-        BadInputError: a key that belongs to none of the formats, half a pair, more than one rank.
+        BadInputError: a key of none of the formats, half a pair, more than one rank.
     """
     pairs: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         stem, suffix = split_key(key, SIDES)
         if not suffix:
             raise BadInputError(
-                f"its tensor {key} is not part of a LoRA that this program reads (pairs of lora_A and lora_B, or lora_down and lora_up)"
+                f"its tensor {key} is not part of a LoRA that this program reads (pairs of lora_A and lora_B, or "
+                "lora_down and lora_up)"
             )
         pairs.setdefault(_module_name(stem), {})[SIDES[suffix]] = value.to(torch.float32)
     if not pairs:
@@ -161,8 +158,8 @@ def from_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> L
 
 
 def diffusers_reads_kohya(state: Mapping[str, Tensor]) -> bool:
-    """diffusers 0.42.1 converts a kohya file only if it holds every attention and feed-forward Linear of blocks 0 to n
-    - 1."""
+    """True if diffusers 0.42.1 can convert the kohya file: it needs every attention and feed-forward Linear of blocks 0
+    to n - 1."""
     modules = {name.rsplit(".lora_", 1)[0] for name in state}
     blocks = {int(module.split(".")[1]) for module in modules if module.startswith("blocks.")}
     wanted = {f"blocks.{i}.{name}" for i in range(len(blocks)) for name in BLOCK_LINEARS if "add_" not in name}
@@ -170,29 +167,28 @@ def diffusers_reads_kohya(state: Mapping[str, Tensor]) -> bool:
 
 
 def model_hash(file: bytes) -> str:
-    """``sshs_model_hash`` of kohya's sd-scripts: SHA-256 of a safetensors file after its header, so that editing
-    metadata does not change it."""
+    """``sshs_model_hash`` of kohya's sd-scripts: SHA-256 of a safetensors file after its header, so metadata does not
+    change it."""
     return hashlib.sha256(file[8 + int.from_bytes(file[:8], "little") :]).hexdigest()
 
 
 def split_key(key: str, suffixes: Iterable[str]) -> tuple[str, str]:
-    """A key -> (what it calls the module, suffix). An unknown suffix stays with the name, and is empty."""
+    """Key -> (module name in the file, suffix). An unknown suffix stays part of the name; "" is returned for it."""
     suffix = next((suffix for suffix in suffixes if key.endswith(f".{suffix}")), "")
     return (key.removesuffix(f".{suffix}"), suffix) if suffix else (key, "")
 
 
 def _stem(module: str, form: LoraFormat) -> str:
-    """What a file of ComfyUI's or kohya's calls a Linear of a block."""
+    """Name of a block's Linear in ComfyUI's or kohya's files."""
     match = re.fullmatch(r"(blocks\.\d+)\.(.+)", module)
     if match is None or match[2] not in BLOCK_LINEARS:
         raise BadInputError(f"The {form} format has no name for a LoRA on {module}. Export with --format diffusers.")
-    own = f"{match[1]}.{BLOCK_LINEARS[match[2]]}"
-    return f"diffusion_model.{own}" if form == "comfyui" else f"lora_unet_{own.replace('.', '_')}"
+    wan = f"{match[1]}.{BLOCK_LINEARS[match[2]]}"
+    return f"diffusion_model.{wan}" if form == "comfyui" else f"lora_unet_{wan.replace('.', '_')}"
 
 
 def _module_name(stem: str) -> str:
-    """The inverse of ``_stem``. diffusers' files have the module's own name behind a prefix; checkpoints have it
-    bare."""
+    """The inverse of ``_stem``. diffusers' files have the module's name after a prefix, checkpoints without one."""
     if not stem.startswith(("diffusion_model.", "lora_")):
         return stem.removeprefix("transformer.")
     if number := re.search(r"blocks[._](\d+)", stem):
@@ -203,7 +199,7 @@ def _module_name(stem: str) -> str:
 
 
 def header_alpha(metadata: Mapping[str, str], rank: int) -> float:
-    """Alpha by the header of a diffusers file or of a checkpoint; without one alpha is the rank, as everywhere."""
+    """Alpha from the header of a diffusers file or a checkpoint; the default is the rank, as in all tools."""
     try:
         if ADAPTER_METADATA in metadata:
             return float(json.loads(metadata[ADAPTER_METADATA]).get("transformer.lora_alpha", rank))

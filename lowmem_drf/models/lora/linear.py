@@ -1,15 +1,14 @@
-"""A frozen linear layer with a LoRA as one function, on as little memory as its gradients need.
+"""A frozen linear layer with a LoRA as one autograd function that keeps only what its gradients need.
 
-    y = u W^T + b + scale (u A^T) B^T          u = x, or gelu(x) where the layer is the second one of a feed-forward
+    y = u W^T + b + scale (u A^T) B^T          u = x, or gelu(x) in the second layer of a feed-forward
 
-peft makes the base's output, the LoRA's output, its scaled copy and their sum, and autograd makes the same of the
-gradient at the input. Here products are added into what is there (``addmm_``). With ``gelu`` the activation is computed
-again in the backward, so that of a feed-forward's hidden layer only x is kept. At 832x480x81 a hidden layer of
-Wan2.1-1.3B is 560 MiB.
+peft allocates the base's output, the LoRA's output, its scaled copy and their sum, and autograd does the same for the
+gradient at the input. Here products accumulate in place (``addmm_``). With ``gelu`` the backward recomputes the
+activation, so only x is kept: a hidden layer of Wan2.1-1.3B at 832x480x81 is 560 MiB.
 
-Same products as peft's ``lora.Linear`` (0.18) in the dtype of x, with fewer roundings, on plain cuBLAS. A weight in 4
-or 8 bit (``PackedLinear``) is unpacked for the product, in the forward and again in the backward; its packed tensors
-are what is kept.
+The products are those of peft's ``lora.Linear`` (0.18) in the dtype of x, with fewer roundings, on plain cuBLAS. A
+weight in 4 or 8 bit (``PackedLinear``) is unpacked in the forward and again in the backward; only its packed tensors
+are kept.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ APPROXIMATE = "tanh"
 def linear(module: Any, x: Tensor, gelu: bool = False) -> Tensor:
     """``module(x)``, or ``module(gelu(x))``; x (…, in) -> (…, out).
 
-    A layer without a LoRA, with one that is switched off, or with a base that is not a frozen ``nn.Linear`` or a
-    ``PackedLinear`` computes as it does by itself.
+    Calls the module itself if it has no active LoRA, or its base is neither a frozen ``nn.Linear`` nor a
+    ``PackedLinear``.
     """
     base: Any = getattr(module, "base_layer", None)
     if (
@@ -43,9 +42,8 @@ def linear(module: Any, x: Tensor, gelu: bool = False) -> Tensor:
     ):
         return cast(Tensor, module(F.gelu(x, approximate=APPROXIMATE) if gelu else x))
     matrices = [side[ADAPTER].weight for side in (module.lora_A, module.lora_B)]
-    packing, weights = (
-        ((base.quant, base.shape), base.packed()) if isinstance(base, PackedLinear) else (None, (base.weight,))
-    )
+    is_packed = isinstance(base, PackedLinear)
+    packing, weights = ((base.quant, base.shape), base.packed()) if is_packed else (None, (base.weight,))
     result: Tensor = _LoraLinear.apply(x, *matrices, base.bias, module.scaling[ADAPTER], gelu, packing, *weights)
     return result
 
@@ -53,16 +51,9 @@ def linear(module: Any, x: Tensor, gelu: bool = False) -> Tensor:
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        a_RI: Tensor,
-        b_OR: Tensor,
-        bias_O: Tensor | None,
-        scale: float,
-        gelu: bool,
-        packing: tuple[Packing, tuple[int, int]] | None,
-        *weights: Tensor,
-    ) -> Tensor:
+        ctx: Any, x: Tensor, a_RI: Tensor, b_OR: Tensor, bias_O: Tensor | None,
+        scale: float, gelu: bool, packing: tuple[Packing, tuple[int, int]] | None, *weights: Tensor,
+    ) -> Tensor:  # fmt: skip
         u = _input(x, gelu)
         h_NR = u @ a_RI.to(x.dtype).t()
         weight_OI = _weight(packing, weights, x.dtype)

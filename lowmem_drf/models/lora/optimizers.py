@@ -1,10 +1,9 @@
-"""The optimizers of the LoRA: AdamW (arXiv 1711.05101) with moments in fp32, or in 8 bit by bitsandbytes 0.50 (arXiv
+"""Optimizers for the LoRA: AdamW (arXiv 1711.05101) with moments in fp32, or in 8 bit with bitsandbytes 0.50 (arXiv
 2110.02861).
 
-In 8 bit a moment is one byte per number and one fp32 scale per block of 256; tensors of fewer than 4096 numbers keep
-fp32 moments. The paged form puts the moments of tensors of ``PAGED_FROM`` numbers or more into CUDA managed memory,
-which the driver moves to the host when the card is full. On the CPU there is nothing to page from, and the paged form
-is the plain one.
+In 8 bit a moment takes one byte per number and one fp32 scale per block of 256; tensors below 4096 numbers keep fp32
+moments. The paged variant puts moments of tensors with at least ``PAGED_FROM`` numbers into CUDA managed memory, which
+the driver moves to the host when the card is full. On the CPU nothing is paged.
 """
 
 from __future__ import annotations
@@ -26,23 +25,21 @@ PAGED_FROM = 100_000
 """Numbers in a tensor (``Optimizer8bit.get_state_buffer``)."""
 
 SHARED = ("qmap1", "qmap2")
-"""bitsandbytes' code tables: one tensor in the state of every parameter."""
+"""bitsandbytes' code tables, shared by the states of all parameters."""
 
 
 def make_optimizer(optim: Optim, lora: Sequence[Tensor]) -> Optimizer:
-    """AdamW on the LoRA's fp32 tensors, as ``optim.name`` has it. Raises BadInputError where that needs bitsandbytes
-    and it is missing."""
-    beta_1, beta_2 = optim.betas
-    arguments: dict[str, Any] = dict(
-        lr=optim.lr, betas=(beta_1, beta_2), eps=optim.eps, weight_decay=optim.weight_decay
-    )
+    """The AdamW variant ``optim.name`` for the LoRA's fp32 tensors. Raises BadInputError if it needs bitsandbytes and
+    that is missing."""
+    arguments: dict[str, Any] = optim.model_dump(include={"lr", "eps", "weight_decay"}) | {"betas": tuple(optim.betas)}
     if optim.name == "adamw":
         return torch.optim.AdamW(lora, **arguments)
     try:
         import bitsandbytes as bnb
     except ImportError as error:
         raise BadInputError(
-            f"optim.name = {optim.name} needs bitsandbytes, which cannot be imported ({error}). pip install bitsandbytes, or -s optim.name=adamw"
+            f"optim.name = {optim.name} needs bitsandbytes, which cannot be imported ({error}). "
+            "pip install bitsandbytes, or -s optim.name=adamw"
         ) from error
     warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     kinds = {"adamw8bit": bnb.optim.AdamW8bit, "paged_adamw8bit": bnb.optim.PagedAdamW8bit}
@@ -51,7 +48,7 @@ def make_optimizer(optim: Optim, lora: Sequence[Tensor]) -> Optimizer:
 
 
 def fill_states(optimizer: Optimizer) -> None:
-    """Makes the moments that the first ``step`` would make. Changes no weight."""
+    """Allocates the moments that the first ``step`` would allocate. Changes no weight."""
     if isinstance(optimizer, torch.optim.AdamW):
         _fill_by_a_step(optimizer)
         return
@@ -61,11 +58,11 @@ def fill_states(optimizer: Optimizer) -> None:
             if not bnb.state[tensor]:
                 bnb.init_state(group, tensor, group_index, index)
     if torch.cuda.is_available():
-        torch.cuda.synchronize()  # paged moments are zeroed by the card, and the CPU may write into them from here on
+        torch.cuda.synchronize()  # the card zeroes paged moments; from here on the CPU may write into them
 
 
 def paged_moments(optimizer: Optimizer) -> list[Tensor]:
-    """The moments that ``fill_states`` made pageable: on a card that is full they are on the host."""
+    """The moments in pageable memory: on the host if the card is full."""
     if not getattr(optimizer, "is_paged", False):
         return []
     large = [tensor for tensor in _parameters(optimizer) if tensor.numel() >= PAGED_FROM]
@@ -85,26 +82,22 @@ def _fill_by_a_step(optimizer: Optimizer) -> None:
 
 
 def pack_optimizer(optimizer: Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
-    """The optimizer's state as contiguous tensors ``<parameter>.<key>``, what all parameters share as ``<key>``. Its
-    rates are the schedule's.
-
-    ``names``: in the order of its parameters."""
-    return {
-        name: torch.as_tensor(value).detach().cpu().contiguous() for name, _, _, value in _entries(optimizer, names)
-    }
+    """The optimizer's state as contiguous tensors ``<parameter>.<key>``, shared ones as ``<key>``. Learning rates are
+    not included: the schedule sets them. ``names``: of the parameters, in the optimizer's order."""
+    entries = _entries(optimizer, names)
+    return {name: torch.as_tensor(value).detach().cpu().contiguous() for name, _, _, value in entries}
 
 
 def unpack_optimizer(optimizer: Optimizer, names: Sequence[str], packed: Mapping[str, Tensor]) -> None:
-    """Puts ``pack_optimizer``'s tensors back, each into the memory that the optimizer has for it: paged moments stay
-    paged, which bitsandbytes' ``load_state_dict`` does not see to. Raises BadInputError for the state of another
-    optimizer."""
+    """Copies the tensors of ``pack_optimizer`` into the optimizer's own memory, so paged moments stay paged; with
+    bitsandbytes' ``load_state_dict`` they do not. Raises BadInputError for the state of another optimizer."""
     fill_states(optimizer)
     entries = list(_entries(optimizer, names))
     expected = {name: torch.as_tensor(value).shape for name, _, _, value in entries}
     if expected != {name: tensor.shape for name, tensor in packed.items()}:
         raise BadInputError(
-            "the checkpoint has the state of another optimizer than optim.name says, or of another LoRA. Set optim.name in the run's config.toml to what "
-            "it was when the run began, or start a new run."
+            "the checkpoint has the state of another optimizer than optim.name says, or of another LoRA. Set "
+            "optim.name in the run's config.toml to what it was when the run began, or start a new run."
         )
     with torch.no_grad():
         for name, state, key, value in entries:
@@ -115,7 +108,7 @@ def unpack_optimizer(optimizer: Optimizer, names: Sequence[str], packed: Mapping
 
 
 def _entries(optimizer: Optimizer, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any], str, Any]]:
-    """(name, the parameter's state, key, value) of all that the state holds; what is shared comes once."""
+    """(name, the parameter's state, key, value) of every entry; shared entries come once."""
     seen = set()
     for parameter, tensor in zip(names, _parameters(optimizer), strict=True):
         state = optimizer.state.get(tensor, {})

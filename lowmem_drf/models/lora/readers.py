@@ -1,4 +1,4 @@
-"""LoRA files put on a transformer, and merged transformers loaded, by the code that their users will read them with."""
+"""Loads LoRA files and merged transformers with the code that users will load them with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def attach_as_diffusers(transformer: WanTransformer3DModel, path: Path) -> None:
-    """By ``WanPipeline.load_lora_weights``, which names the adapter as it likes and raises what it likes."""
+    """Uses ``WanPipeline.load_lora_weights``, which chooses the adapter's name and may raise any exception."""
     from diffusers import WanPipeline
 
     pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer)
@@ -22,17 +22,15 @@ def attach_as_diffusers(transformer: WanTransformer3DModel, path: Path) -> None:
 
 
 def attach_as_lowmem_drf(transformer: WanTransformer3DModel, path: Path) -> None:
-    """By ``read_lora``. Raises BadInputError: no LoRA, or one of another model."""
+    """Uses ``read_lora``. Raises BadInputError: no LoRA, or one of another model."""
     file = read_lora(path)
     attach_lora(transformer, file.state, file.alpha)
 
 
 def load_as_diffusers(folder: Path, subfolder: str, dtype: torch.dtype) -> WanTransformer3DModel:
-    """A merged transformer, by ``from_pretrained``. In the dtype of its files its weights stay mapped to the files,
-    and take no memory of their own."""
-    from diffusers import WanTransformer3DModel
+    """Loads a merged transformer with ``from_pretrained``. If ``dtype`` is that of the files, the weights stay mapped
+    to them and take no memory."""
+    from diffusers import WanTransformer3DModel as Transformer
 
-    transformer: WanTransformer3DModel = WanTransformer3DModel.from_pretrained(
-        folder, subfolder=subfolder, torch_dtype=dtype
-    )
+    transformer: WanTransformer3DModel = Transformer.from_pretrained(folder, subfolder=subfolder, torch_dtype=dtype)
     return transformer.eval()
