@@ -1,11 +1,10 @@
-"""Where tensors wait off the card: packed, pinned host memory and the streams that copy to it and back.
+"""Offloads tensors to packed, pinned host memory, and copies them back, on two CUDA streams.
 
-Pinned memory comes in arenas of ``ARENA`` bytes, a power of two: PyTorch's pinned allocator rounds every request up to
-one, so tensors that were pinned one by one would take up to twice their size. A tensor lies in as many pieces of arenas
-as it needs, so no gap is too small to be used.
+Pinned memory is allocated in arenas of ``ARENA`` bytes. PyTorch's pinned allocator rounds every request up to a power
+of two, so tensors pinned one by one could take twice their size. A tensor may be split over several pieces of arenas,
+so every gap is usable.
 
-One compute stream is assumed, as everywhere in this package: tensors are made on the stream that is current when
-``put`` is called.
+Assumes one compute stream, like the whole package: tensors are made on the stream that is current in ``put``.
 """
 
 from __future__ import annotations
@@ -21,128 +20,110 @@ from torch import Tensor
 from lowmem_drf.errors import LowmemError
 
 ARENA = 64 * 1024**2
-"""Bytes. Long enough for full speed over PCIe, short enough that the last one, half empty, costs nothing worth
-counting."""
+"""Bytes. Large enough for full speed over PCIe, small enough that a half-empty last arena does not matter."""
 
 ALIGN = 256
-"""Bytes. Pieces begin at multiples of it."""
+"""Bytes. Pieces start at multiples of it."""
 
 IN_FLIGHT = 256 * 1024**2
-"""Bytes of the card that may wait for their copy to the host to end. The newest tensor may in any case: its copy runs
-beside the computation."""
+"""Bytes on the card that may still be on their way to the host before the computation waits. The newest tensor may be
+larger: its copy overlaps with computation."""
 
 Piece = tuple[int, int, int]
 """Arena, offset, length."""
 
+Fetch = Callable[[], Callable[[], Tensor]]
+"""Starts a copy to the card. The result is called once, waits for the copy and returns the tensor."""
+
 
 class Held:
-    """A tensor that waits on the host. ``nbytes``: what it takes there. When nobody holds it any more, its host memory
-    is used again."""
+    """A tensor on the host, of ``nbytes`` bytes there. Dropping the last reference frees its host memory for reuse."""
 
-    def __init__(self, nbytes: int, fetch: Callable[[], Callable[[], Tensor]]) -> None:
+    def __init__(self, nbytes: int, fetch: Fetch) -> None:
         self.nbytes = nbytes
         self._fetch = fetch
         self._coming: Callable[[], Tensor] | None = None
 
     def prefetch(self) -> None:
-        """Starts the copy to the card, beside what is computed there; from now on its bytes are the card's. The next
-        ``get`` takes it."""
+        """Allocates memory on the card and starts the copy, which overlaps with computation. ``get`` returns it."""
         if self._coming is None:
             self._coming = self._fetch()
 
     def forget(self) -> None:
-        """What is on its way to the card, or there, and was not taken is not wanted."""
+        """Drops a prefetched copy that ``get`` has not returned."""
         self._coming = None
 
     def get(self) -> Tensor:
-        """On the card: shape, dtype and values of what was put, contiguous, no gradient. May be called again. Do not
-        write into it: on the CPU it is the very tensor that waits."""
+        """The tensor on the card: shape, dtype and values as in ``put``, contiguous, no gradient. May be called again.
+        Do not write into it: on the CPU it is the stored tensor itself."""
         self.prefetch()
         coming, self._coming = self._coming, None
         assert coming is not None
         return coming()
 
 
-class Waiting(Protocol):
-    """A tensor that a ``Copier`` has put aside."""
-
-    def fetch(self) -> Callable[[], Tensor]:
-        """Starts the copy to the card. What it returns waits for the copy, and gives the tensor; it is called once."""
-        ...
-
-
 class Copier(Protocol):
     """Copies tensors to host memory and back."""
 
-    def put(self, tensor: Tensor) -> Waiting:
-        """Starts the copy to the host of a tensor without gradient."""
+    def put(self, tensor: Tensor) -> Fetch:
+        """Starts the copy of a tensor without gradient to the host. The host memory is freed with the result."""
         ...
 
     def settle(self) -> None:
-        """What is computed from here on waits for the copies to the host that are under way."""
+        """Makes the following computation wait for the copies to the host that are under way."""
         ...
 
     def keep(self, table: Tensor) -> Tensor:
-        """The tensor in host memory, where it stays and is read."""
+        """The tensor in host memory, to be read there."""
         ...
 
     def send(self, rows: Tensor) -> Tensor:
-        """What was read there, on the card."""
+        """Moves rows of such a tensor to the card."""
         ...
 
 
 class HostStore:
-    """Puts tensors aside. One per run.
+    """Stores tensors on the host. One per run.
 
     Args:
-        device: the card. On a CPU run card and host are the same memory and nothing is copied.
-        copier: does the copies; by default the one for ``device``.
+        device: the card. In a CPU run card and host share memory, and nothing is copied.
+        copier: default: the one for ``device``.
     """
 
     def __init__(self, device: torch.device, copier: Copier | None = None) -> None:
         self._copier: Copier = copier or (_Pinned(device) if device.type == "cuda" else _SameMemory())
 
     def put(self, tensor: Tensor) -> Held:
-        """Starts the copy to the host. The caller may drop the card's tensor at once, and must not write into it. On
-        CUDA its memory is free again once the copy has ended, at the latest when later ``put``s (see ``IN_FLIGHT``) or
-        ``settle`` make the computation wait for it.
+        """Starts the copy to the host. The caller may drop the tensor at once, and must not write into it. On CUDA its
+        memory is freed after the copy, at the latest when a later ``put`` (see ``IN_FLIGHT``) or ``settle`` makes the
+        computation wait for it.
 
         Raises:
-            LowmemError: there is not enough host memory.
+            LowmemError: not enough host memory.
         """
-        return Held(tensor.nbytes, self._copier.put(tensor.detach()).fetch)
+        return Held(tensor.nbytes, self._copier.put(tensor.detach()))
 
     def settle(self) -> None:
-        """Lets go of all tensors of the card whose copies are under way: what is computed from here on waits for those
-        copies."""
+        """Frees all tensors on the card with copies under way; the following computation waits for the copies."""
         self._copier.settle()
 
     def keep(self, table: Tensor) -> Tensor:
-        """The tensor in host memory, where it stays and is read."""
+        """The tensor in host memory, to be read there."""
         return self._copier.keep(table.detach())
 
     def send(self, rows: Tensor) -> Tensor:
-        """What was read of ``keep``'s tensor, on the card."""
+        """Moves rows of ``keep``'s tensor to the card."""
         return self._copier.send(rows)
-
-
-class _Here:
-    """A tensor that waits where it is."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._tensor = tensor
-
-    def fetch(self) -> Callable[[], Tensor]:
-        return lambda: self._tensor
 
 
 class _SameMemory:
     """The ``Copier`` of a CPU run."""
 
-    def put(self, tensor: Tensor) -> _Here:
-        # a view would keep the whole storage it looks into
+    def put(self, tensor: Tensor) -> Fetch:
+        # a view would keep the whole storage alive
         whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-        return _Here(tensor if whole else tensor.clone(memory_format=torch.contiguous_format))
+        kept = tensor if whole else tensor.clone(memory_format=torch.contiguous_format)
+        return lambda: lambda: kept
 
     def settle(self) -> None:
         pass
@@ -155,7 +136,7 @@ class _SameMemory:
 
 
 class _Pinned:
-    """The ``Copier`` of a card: its arenas, and its two copy streams."""
+    """The ``Copier`` of a card: arenas and two copy streams."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -166,29 +147,27 @@ class _Pinned:
         self._leaving: deque[tuple[Tensor, Any]] = deque()
         self._pinning = True
 
-    def put(self, tensor: Tensor) -> _OnHost:
+    def put(self, tensor: Tensor) -> Fetch:
         pieces = self._take(tensor.nbytes)
         source = tensor.contiguous()
         if source.device.type != self._device.type:  # weights that were loaded in host memory
-            self._to_host.synchronize()  # copies from and to who had this memory before
+            self._to_host.synchronize()  # earlier copies from and to these pieces must have ended
             self._to_card.synchronize()
             for given, on_host in self._pairs(source, pieces):
                 on_host.copy_(given)
-            return _OnHost(self, pieces, self._to_host.record_event(), tensor.shape, tensor.dtype)
-        # The values are computed there. And whoever had this host memory before has been read from it: the computation
-        # waited for that in ``_Coming``.
+            return _OnHost(self, pieces, self._to_host.record_event(), tensor.shape, tensor.dtype).fetch
+        # The compute stream makes the values. It has also waited (in ``_Coming``) for earlier reads of these pieces.
         self._to_host.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._to_host):
             for on_card, on_host in self._pairs(source, pieces):
                 on_host.copy_(on_card, non_blocking=True)
         written = self._to_host.record_event()
-        # Held here and not by record_stream: the CPU runs far ahead of the card, so the allocator would find none of
-        # the copies finished, and
-        # would keep the tensors of all blocks.
+        # Held here and not by record_stream: the CPU runs far ahead of the card, so the allocator would find no copy
+        # finished and keep the tensors of all blocks.
         self._leaving.append((source, written))
         while len(self._leaving) > 1 and sum(waiting.nbytes for waiting, _ in self._leaving) > IN_FLIGHT:
             self._let_go()
-        return _OnHost(self, pieces, written, tensor.shape, tensor.dtype)
+        return _OnHost(self, pieces, written, tensor.shape, tensor.dtype).fetch
 
     def settle(self) -> None:
         while self._leaving:
@@ -205,7 +184,7 @@ class _Pinned:
             self._let_go()
         current = torch.cuda.current_stream(self._device)
         tensor = torch.empty(held.shape, dtype=held.dtype, device=self._device)
-        self._to_card.wait_stream(current)  # where whoever had this memory before may still be at work
+        self._to_card.wait_stream(current)  # which may still use this memory for an earlier tensor
         self._to_card.wait_event(held.written)
         with torch.cuda.stream(self._to_card):
             for on_card, on_host in self._pairs(tensor, held.pieces):
@@ -213,17 +192,17 @@ class _Pinned:
         return _Coming(tensor, self._to_card.record_event(), current)
 
     def give_back(self, pieces: list[Piece]) -> None:
-        """From a destructor, which may run inside any other method: nothing but an append."""
+        """Only appends: destructors call it, possibly inside any other method."""
         self._returned.append(pieces)
 
     def _let_go(self) -> None:
         source, written = self._leaving.popleft()
-        # or its memory would be written before it is copied
+        # otherwise its memory could be overwritten before the copy
         torch.cuda.current_stream(self._device).wait_event(written)
         del source
 
     def _pairs(self, tensor: Tensor, pieces: list[Piece]) -> list[tuple[Tensor, Tensor]]:
-        """The tensor's bytes on the card beside those on the host, piece by piece."""
+        """(bytes on the card, bytes on the host) for each piece."""
         flat, start, pairs = tensor.view(-1).view(torch.uint8), 0, []
         for arena, offset, length in pieces:
             used = min(length, len(flat) - start)
@@ -244,7 +223,7 @@ class _Pinned:
         return pieces
 
     def _collect(self) -> None:
-        """Takes in what was given back, and joins neighbours."""
+        """Frees the returned pieces and joins neighbours."""
         if not self._returned:
             return
         while self._returned:
@@ -263,8 +242,9 @@ class _Pinned:
         except RuntimeError as error:
             taken = len(self._arenas) * ARENA / 1024**3
             raise LowmemError(
-                f"There is no more host memory: {taken:.1f} GiB wait there for the card, and {ARENA // 1024**2} MiB more are refused. "
-                "Close other programs, or let less wait (memory.park, memory.checkpoint, memory.vae_caches)."
+                f"There is no more host memory: {taken:.1f} GiB wait there for the card, and {ARENA // 1024**2} MiB "
+                "more are refused. Close other programs, or let less wait (memory.park, memory.checkpoint, "
+                "memory.vae_caches)."
             ) from error
         return len(self._arenas) - 1, 0, ARENA
 
@@ -276,9 +256,10 @@ class _Pinned:
                 self._pinning = False
                 pinned = len(self._arenas) * ARENA / 1024**3
                 warnings.warn(
-                    f"No more than {pinned:.1f} GiB of host memory can be pinned ({str(error).splitlines()[0]}): copies between the card and what waits in "
-                    "the rest stop the computation and run at about half the speed. In a container raise its limit of locked memory (ulimit -l unlimited); "
-                    "WSL2 lets about half of its memory be pinned (memory= in .wslconfig); or let less wait: memory.checkpoint=true, "
+                    f"No more than {pinned:.1f} GiB of host memory can be pinned ({str(error).splitlines()[0]}): "
+                    "copies between the card and what waits in the rest stop the computation and run at about half the "
+                    "speed. In a container raise its limit of locked memory (ulimit -l unlimited); WSL2 lets about half "
+                    "of its memory be pinned (memory= in .wslconfig); or let less wait: memory.checkpoint=true, "
                     "a higher memory.vae_cache_every, model.quant=int8.",
                     stacklevel=2,
                 )
@@ -286,7 +267,7 @@ class _Pinned:
 
 
 class _OnHost:
-    """A tensor's bytes in the arenas."""
+    """A tensor stored in the arenas."""
 
     def __init__(
         self, pinned: _Pinned, pieces: list[Piece], written: Any, shape: torch.Size, dtype: torch.dtype
@@ -302,7 +283,7 @@ class _OnHost:
 
 
 class _Coming:
-    """A tensor on its way to the card: called once, it waits and gives the tensor."""
+    """A tensor on its way to the card. Called once; waits and returns the tensor."""
 
     def __init__(self, tensor: Tensor, read: Any, stream: Any) -> None:
         self._tensor: Tensor | None = tensor
@@ -318,5 +299,5 @@ class _Coming:
         return tensor
 
     def __del__(self) -> None:
-        if self._tensor is not None:  # nobody took it: neither memory may be used again before the copy has ended
+        if self._tensor is not None:  # never used: both memories may be reused only after the copy
             self._stream.wait_event(self._read)

@@ -1,20 +1,19 @@
-"""Weight streaming: layers that wait packed on the host and come to the card one at a time, as a forward or a backward
-gets to them.
+"""Weight streaming: layers are stored packed on the host and copied to the card one at a time, when a forward or
+backward reaches them.
 
-The weights are frozen, so the host keeps one copy for good and nothing is ever copied down. All of one layer's tensors
-lie in one piece: one copy, one allocation. When a layer is entered its piece is on the card or on its way, and the next
-one's copy is started, in the direction in which the layers are being entered: up in a forward, down in a backward that
-recomputes them. So the card holds two layers, and the copies run beside the computation.
+The weights are frozen, so the host keeps one copy and nothing is copied back. The tensors of a layer form one piece:
+one copy, one allocation. When a layer is entered, its piece is on the card or on its way, and the next layer's copy
+starts, in the direction of the pass: up in a forward, down in a backward that recomputes. The card holds two layers,
+and copies overlap with computation.
 
-Recycled buffers have given silently wrong gradients elsewhere: a backward reads what was overwritten meanwhile
-(bitsandbytes #2034). Here a layer that comes is new tensors in new memory, every time, and nobody writes into it. What
-a backward needs of it autograd keeps, as it keeps anything; what nobody keeps is freed. There is no bookkeeping of who
-may still need what, so any pattern of passes is right: many forwards, forwards and backwards of several graphs,
-recompute that stops half-way.
+Recycled buffers have caused silently wrong gradients elsewhere, when a backward reads overwritten memory (bitsandbytes
+#2034). Here every fetch makes new tensors in new memory, and nothing writes into them. Autograd keeps what a backward
+needs; the rest is freed. This needs no bookkeeping, and is right for any order of passes: many forwards, interleaved
+graphs, recomputation that stops half-way.
 
-Two rules for code inside a layer follow. A weight is kept for a backward through autograd (``save_for_backward``),
-never as an attribute or in a closure: under checkpointing that would keep the weights of all layers. And a backward
-that calls into the layer (``activations.in_slices``) is handed its tensors (``Layer.bound``).
+Code inside a layer follows two rules. It keeps weights for a backward only through autograd (``save_for_backward``); as
+an attribute or in a closure, the weights of all layers would stay alive under checkpointing. And a backward that calls
+into the layer (``activations.in_slices``) gets its tensors through ``Layer.bound``.
 """
 
 from __future__ import annotations
@@ -29,13 +28,12 @@ from torch import Tensor, nn
 from lowmem_drf.memory.host import ALIGN, HostStore
 
 Place = tuple[dict[str, Any], str, bool, torch.dtype, torch.Size, int]
-"""Where a tensor belongs (a module's dictionary, the key), whether it is a parameter, its dtype, shape, and where it
-begins in its layer's piece."""
+"""A tensor of a layer: the module's dictionary, its key, whether it is a parameter, dtype, shape, and offset in the
+piece."""
 
 
 class Layer:
-    """The frozen tensors of one module. In the module there are empty ones of the same dtype on ``device`` while it is
-    not entered."""
+    """The frozen tensors of one module. Outside passes the module has empty tensors of the same dtype on ``device``."""
 
     def __init__(self, module: nn.Module, device: torch.device, store: HostStore) -> None:
         self._places: list[Place] = []
@@ -50,7 +48,7 @@ class Layer:
             start += len(flat) + filling
         self._waiting = store.put(torch.cat([piece.to(pieces[0].device) for piece in pieces]))
         store.settle()
-        for owner, key, is_parameter, dtype, _, _ in self._places:  # only now: the module held the one copy there was
+        for owner, key, is_parameter, dtype, _, _ in self._places:  # after the copy: the module held the only one
             owner[key] = _as(torch.empty(0, dtype=dtype, device=device), is_parameter)
         self.nbytes = self._waiting.nbytes
         self._here: Tensor | None = None
@@ -60,23 +58,23 @@ class Layer:
             self._waiting.prefetch()
 
     def fetch(self) -> None:
-        """Onto the card, until ``drop``."""
+        """Brings the weights to the card, until ``drop``."""
         if self._here is None:
             self._here = self._waiting.get()
 
     def drop(self) -> None:
-        """Off the card, as far as nobody else holds it."""
+        """Releases the weights on the card."""
         self._here = None
         self._waiting.forget()
 
     def tensors(self) -> list[Tensor]:
-        """What ``bound`` functions take besides: the piece, on the card."""
+        """The last argument of ``bound`` functions: the piece on the card."""
         assert self._here is not None, "a layer's weights are there while it is entered"
         return [self._here]
 
     def bound(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """(*arguments, piece) -> ``function(*arguments)``, with the weights of this piece in the module: for who calls
-        it when the layer is not entered."""
+        """(*arguments, piece) -> ``function(*arguments)`` with the piece's weights in the module, for calls outside a
+        pass of the layer."""
 
         def call(*arguments: Any) -> Any:
             *rest, piece = arguments
@@ -87,7 +85,7 @@ class Layer:
 
     @contextmanager
     def installed(self, piece: Tensor | None = None) -> Iterator[None]:
-        """Within the block the module has its weights: new tensors, views of the piece."""
+        """Gives the module its weights within the block, as views of the piece."""
         (whole,) = self.tensors() if piece is None else (piece,)
         before = [owner[key] for owner, key, *_ in self._places]
         for owner, key, is_parameter, dtype, shape, start in self._places:
@@ -101,7 +99,7 @@ class Layer:
 
 
 class Resident:
-    """A ``Layer`` whose weights are where they are."""
+    """A ``Layer`` that is not streamed."""
 
     def tensors(self) -> list[Tensor]:
         return []
@@ -111,10 +109,10 @@ class Resident:
 
 
 class Streamed:
-    """Layers that are entered one after another: the blocks of a model.
+    """Layers that run one after another: the blocks of a model.
 
-    Args: modules: in the order in which a forward enters them. A LoRA may be put on them later; trainable tensors stay
-        on the card. device: the card.
+    Args: modules: in the order of a forward. A LoRA may be added later; trainable tensors stay on the card. device: the
+        card.
     """
 
     def __init__(self, modules: Sequence[nn.Module], device: torch.device, store: HostStore) -> None:
@@ -123,15 +121,15 @@ class Streamed:
 
     @property
     def nbytes(self) -> int:
-        """On the host."""
+        """Bytes on the host."""
         return sum(layer.nbytes for layer in self.layers)
 
     def forward(self, place: int, forward: Callable[..., Any]) -> StreamedForward:
-        """A module's ``forward``, with its weights on the card."""
+        """Wraps a module's ``forward``: its weights are on the card during the call."""
         return StreamedForward(self, place, forward)
 
     def drop(self) -> None:
-        """The card holds none of them, but for what a graph keeps."""
+        """Releases all layers on the card, except tensors that a graph keeps."""
         for layer in self.layers:
             layer.drop()
 
@@ -149,18 +147,18 @@ class Streamed:
             yield
 
     def _following(self, place: int) -> int | None:
-        """The one that will be entered next, as far as one can tell."""
+        """A guess at the next layer."""
         last = len(self.layers) - 1
         rising = place > self._current or (place == 0 and self._current != 1)
         if rising and place < last:
             return place + 1
-        if place == last:  # with gradient the backward comes, which begins here; without, the next pass
+        if place == last:  # with gradient the backward follows and starts here; without, the next forward
             return (place - 1 if torch.is_grad_enabled() else 0) if last else None
-        return place - 1 if place else None  # after a backward the next pass begins here
+        return place - 1 if place else None  # after a backward the next forward starts at layer 0
 
 
 class StreamedForward:
-    """``forward`` of a module of ``Streamed``; ``forward.unread`` too, where it has that."""
+    """``forward`` of a module of ``Streamed``, and ``forward.unread`` if it exists."""
 
     def __init__(self, streamed: Streamed, place: int, forward: Any) -> None:
         self._streamed, self._place = streamed, place
@@ -176,8 +174,7 @@ class StreamedForward:
 
 
 class HostEmbedding(nn.Module):
-    """In the place of an ``nn.Embedding``: its table stays in host memory, where rows are looked up; the rows go to
-    ``device``, that of ``store``."""
+    """Replaces an ``nn.Embedding``: looks up rows in host memory and sends them to ``device``, that of ``store``."""
 
     def __init__(self, embedding: Any, device: torch.device, store: HostStore) -> None:
         super().__init__()

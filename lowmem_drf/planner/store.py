@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lowmem_drf.memory.host import HostStore
+from lowmem_drf.memory.host import Fetch, HostStore
 from lowmem_drf.planner.ledger import Ledger
 
 
@@ -20,8 +20,8 @@ def planned_store() -> HostStore:
 class _PlannedCopier:
     """A ``host.Copier``."""
 
-    def put(self, tensor: Tensor) -> _Booked:
-        return _Booked(tensor, _ledger())
+    def put(self, tensor: Tensor) -> Fetch:
+        return _Booked(tensor, _ledger()).fetch
 
     def settle(self) -> None:
         ledger = _ledger()
