@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def bench_command(preset: str | None, vram: str | None, overrides: Sequence[str], as_json: bool) -> None:
-    """A table of planned and measured, or JSON."""
+    """Prints planned and measured figures as a table or JSON."""
     from rich.console import Console
 
     name = preset or chosen_preset()[0]
@@ -60,16 +60,8 @@ def _print(plan: Plan, measured: Measurement, name: str, console: Console) -> No
         table.add_column(heading, justify="right")
     for stage, gib in measured.gib.items():
         row = plan.stages[stage]
-        table.add_row(
-            stage,
-            f"{row.peak_gib:.3f}",
-            f"{gib:.3f}",
-            f"{row.peak_gib / gib - 1:+.1%}",
-            f"{row.s:.2f}",
-            f"{measured.s[stage]:.2f}",
-        )
+        memory = (f"{row.peak_gib:.3f}", f"{gib:.3f}", f"{row.peak_gib / gib - 1:+.1%}")
+        table.add_row(stage, *memory, f"{row.s:.2f}", f"{measured.s[stage]:.2f}")
     console.print(table)
-    console.print(
-        f"peak: planned {plan.peak_gib:.3f} GiB with the text encoder's stage, measured {measured.peak_gib:.3f} GiB",
-        highlight=False,
-    )
+    planned = f"planned {plan.peak_gib:.3f} GiB with the text encoder's stage"
+    console.print(f"peak: {planned}, measured {measured.peak_gib:.3f} GiB", highlight=False)

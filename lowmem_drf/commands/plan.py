@@ -11,7 +11,7 @@ from lowmem_drf.planner.report import planned, print_plan
 
 
 def plan_command(preset: str | None, vram: str | None, overrides: Sequence[str], as_json: bool) -> None:
-    """A table, or JSON. Where it does not fit: what to change."""
+    """Prints a table or JSON, and what to change if it does not fit."""
     from rich.console import Console
 
     from lowmem_drf.config import chosen_preset

@@ -52,9 +52,9 @@ class Measurement:
 
 
 def measure(config: Config, device: torch.device, cap_gib: float | None, console: Console) -> Measurement:
-    """Runs updates on random weights and measures the last one, after the libraries have chosen their kernels.
+    """Runs updates on random weights and measures the last, after the libraries have chosen their kernels.
 
-    ``cap_gib``: on CUDA, the size of the card to imitate; the allocator gets half a GiB less, for the CUDA context.
+    ``cap_gib``: on CUDA the allocator fails above it, minus half a GiB for the CUDA context as on a card of that size.
 
     Raises:
         LowmemError: out of memory.
@@ -64,8 +64,8 @@ def measure(config: Config, device: torch.device, cap_gib: float | None, console
         join(config.device)
     if device.type == "cuda":
         if cap_gib:
+            # for the current card: the function needs a device with an index, and ``device`` has none
             share = (cap_gib - 0.5) * GIB / torch.cuda.get_device_properties(device).total_memory
-            # for the current card: this function refuses a device without an index, as ``device`` is
             torch.cuda.set_per_process_memory_fraction(min(1.0, share))
         meter = Meter(device)
         try:
@@ -74,9 +74,8 @@ def measure(config: Config, device: torch.device, cap_gib: float | None, console
                 seconds, peaks = _updates(config, models, prompts, questions, count=3)
         except torch.OutOfMemoryError as error:
             where = f"under a cap of {cap_gib:g} GiB" if cap_gib else "on this card"
-            raise LowmemError(
-                f"out of memory {where}: {error}\nAsk for a change that fits: lowmem-drf plan --preset NAME --vram GB"
-            ) from error
+            advice = "Ask for a change that fits: lowmem-drf plan --preset NAME --vram GB"
+            raise LowmemError(f"out of memory {where}: {error}\n{advice}") from error
         return Measurement(peaks, seconds, torch.cuda.get_device_name(device))
     _refuse_large(config)
     with console.status("measuring …"), Ledger(ALLOCATOR_BLOCK) as ledger:
@@ -100,17 +99,18 @@ def _random_models(
 
     generator, dtype = generator_config(config.model.id), DTYPES[config.dtype]
     prompts, questions = plan_prompts(config)
-    home, taken = torch.device("cpu") if "transformer" in (*config.memory.park, *config.memory.stream) else device, None
+    on_host = "transformer" in (*config.memory.park, *config.memory.stream)
+    home, taken = torch.device("cpu") if on_host else device, None
     if config.engine == "zero3":
         from lowmem_drf.distributed.zero import Partition
 
         taken = Partition(config).take
 
-    def fill(name: str) -> Any:
-        sizes, quant = getattr(generator, name), config.model.quant
-        return random_transformer(sizes, dtype, device, quant=quant, home=home, taken=taken)
+    def make(name: str) -> Any:
+        sizes = getattr(generator, name)
+        return random_transformer(sizes, dtype, device, quant=config.model.quant, home=home, taken=taken)
 
-    transformer, other = make_transformers(generator, config, fill)
+    transformer, other = make_transformers(generator, config, make)
     add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets)
     width = generator.transformer["text_dim"]
     noise = torch.Generator().manual_seed(0)
@@ -125,18 +125,14 @@ def _random_models(
 
 
 def _updates(
-    config: Config,
-    models: Models,
-    prompts: Sequence[Prompt],
-    questions: Mapping[str, tuple[Question, ...]],
-    count: int = 1,
-    ledger: Ledger | None = None,
-) -> tuple[dict[str, float], dict[str, float]]:
+    config: Config, models: Models, prompts: Sequence[Prompt], questions: Mapping[str, tuple[Question, ...]],
+    count: int = 1, ledger: Ledger | None = None,
+) -> tuple[dict[str, float], dict[str, float]]:  # fmt: skip
     """Seconds and peak GiB by stage of the last of ``count`` updates."""
     trainer, models = make_trainer(config, models)
     parts = models.parts(lora_parameters(models.transformer))
     if isinstance(trainer, SingleTrainer):
-        trainer.fill()  # DeepSpeed's are made by its first step
+        trainer.fill()  # DeepSpeed allocates its state in the first step
         if ledger is not None:
             for moment in trainer.paged():
                 ledger.on_host(moment)

@@ -1,4 +1,4 @@
-"""The Wan transformer as a ``types.Velocity``: flow matching velocity v = eps - x_0 at a noise level sigma."""
+"""The Wan transformer as a ``types.Velocity``: flow-matching velocity v = eps - x_0 at noise level sigma."""
 
 from __future__ import annotations
 
@@ -43,21 +43,20 @@ def load_denoiser(
     blocks: int | None = None,
     taken: Callable[[torch.nn.Parameter], None] | None = None,
 ) -> WanTransformer3DModel:
-    """The transformer in a subfolder of a diffusers model: frozen, eval. In 16 bits norms and the time embedding stay
-    in fp32, as ``from_pretrained`` has it.
+    """Loads the transformer in a subfolder of a diffusers model: frozen, eval mode. In 16 bits norms and the time
+    embedding stay in fp32, as in ``from_pretrained``.
 
-    Tensors are read, changed and packed one by one: neither the host nor the card holds anything in more bits than it
-    stays in, but for one tensor.
+    Tensors are read, changed and packed one by one, so at most one tensor is in a larger format than the result.
 
     Args:
-        quant: what the linears of the blocks are kept in (see ``quant``).
-        home: where the model stays. Default: ``device``, where weights are changed and packed.
-        changes: of the base's weights: ``base_lora``'s.
-        blocks: only the first so many have values (``weight_reader.fill_from_files``).
+        quant: storage format of the blocks' linear layers (see ``quant``).
+        home: device on which the model stays. Default: ``device``, where weights are changed and packed.
+        changes: to the base's weights, from ``base_changes``.
+        blocks: only the first ``blocks`` blocks get values (``reader.fill_from_files``).
         taken: called with every parameter as soon as it has its value (``filling.fill``).
 
     Raises:
-        BadInputError: it cannot be loaded, its weights are quantised already, or bitsandbytes is missing.
+        BadInputError: it cannot be loaded, its weights are already quantised, or bitsandbytes is missing.
     """
     from diffusers import WanTransformer3DModel
 
@@ -66,16 +65,13 @@ def load_denoiser(
         model = empty_transformer(WanTransformer3DModel.load_config(folder, subfolder=subfolder), quant=quant)
         files = TensorFiles(files_in(folder / subfolder))
         require_complete(files, model)
-        return cast(
-            "WanTransformer3DModel",
-            fill_from_files(
-                model, files, {name: name for name in files.entries}, dtype, device, home, changes, blocks, taken
-            ),
-        )
+        names = {name: name for name in files.entries}
+        filled = fill_from_files(model, files, names, dtype, device, home, changes, blocks, taken)
+        return cast("WanTransformer3DModel", filled)
 
 
 def _downloaded(hub_id: str, subfolder: str) -> Path:
-    """A subfolder of a repository, in the hub's cache."""
+    """Downloads a subfolder of a repository to the hub's cache."""
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(hub_id, allow_patterns=[f"{subfolder}/*.json", f"{subfolder}/*.safetensors"]))
@@ -94,24 +90,25 @@ def set_activations(
     streamed: Streamed | None = None,
     hooked: bool = False,
 ) -> None:
-    """How the blocks compute, and what they keep of a forward with gradient. May be called again, with or without a
-    LoRA on. Where memory is saved nothing else changes but the rounding of matrix products over ``slices``.
+    """Sets how the blocks compute and which activations they keep. May be called again, with or without a LoRA. No
+    option changes results, except that ``slices`` changes the rounding of matrix products.
 
-    Args: checkpoint: ``True``: each block keeps its input, and is computed again in its backward. ``"host"``: and the
-        inputs wait in ``store``. ``False``: each block keeps all it needs. slices: what a block does token by token is
-        done in so many slices of tokens, with gradient and without (see ``wan_block``). 1: as in diffusers. store: of
-        ``"host"``. rows, attention: the form of the operations; by default diffusers' arithmetic and PyTorch's SDPA.
-        keep_attention: under ``checkpoint``, blocks keep the results of their attentions too, and never compute one
-        twice. recorder: decides about forwards that are taken from the rollout. rollout_attention: (q, k, v) -> out,
-        among the tokens, wherever there is no gradient and nothing is recorded. streamed: the blocks, where their
-        weights are streamed. hooked: the blocks' weights come by hooks on their calls (``activations.HookedForward``).
+    Args:
+        checkpoint: ``True``: blocks keep their input and recompute in their backward. ``"host"``: the inputs are
+            offloaded to ``store``. ``False``: blocks keep all activations.
+        slices: number of slices of tokens for the per-token work of a block (see ``block``). 1: as in diffusers.
+        rows, attention: implementations; default: diffusers' arithmetic and PyTorch's SDPA.
+        keep_attention: under ``checkpoint``, blocks also keep their attentions' outputs instead of recomputing them.
+        recorder: replays forwards that the rollout has recorded.
+        rollout_attention: (q, k, v) -> out; self-attention without gradient that is not recorded.
+        streamed: the blocks' weights, if they are streamed.
+        hooked: hooks on the blocks' calls provide their weights (``activations.HookedForward``).
 
     Raises:
         BadInputError: an image-to-video transformer.
     """
-    needs_store = checkpoint == "host" or keep_attention == "host"
-    if needs_store and store is None:
-        raise ValueError("what waits on the host needs a store")
+    if store is None and "host" in (checkpoint, keep_attention):
+        raise ValueError("activations on the host need a store")
     blocks, pace = list(transformer.blocks), Pace()
     for place, block in enumerate(blocks):
         weights = streamed.layers[place] if streamed else None
@@ -123,30 +120,22 @@ def set_activations(
     if checkpoint is False:
         transformer.disable_gradient_checkpointing()
         return
-    policy = BlockPolicy(
-        blocks,
-        store if checkpoint == "host" else None,
-        None if keep_attention == "none" else keep_attention,
-        store,
-        recorder,
-    )
-    transformer.enable_gradient_checkpointing(policy)
+    inputs, kept = store if checkpoint == "host" else None, None if keep_attention == "none" else keep_attention
+    transformer.enable_gradient_checkpointing(BlockPolicy(blocks, inputs, kept, store, recorder))
 
 
 def timestep_of(sigma: float) -> int:
-    """The integer timestep that WanPipeline passes for ``sigma`` in (0, 1]: UniPC stores 1000 sigma in an int64, which
-    truncates."""
+    """WanPipeline's integer timestep for ``sigma`` in (0, 1]: UniPC truncates 1000 sigma to an int64."""
     return int(sigma * TRAIN_TIMESTEPS)
 
 
 def as_velocity(transformer: WanTransformer3DModel, recorder: Recorder | None = None, call: Any = None) -> Velocity:
-    """``f(x_BCFhw, sigma, text_BLD) -> v_BCFhw`` in the dtype of ``x``; computed in the dtype of the transformer.
-    Differentiable in ``x`` and the LoRA. ``call``: computes as the transformer does, and is called in its place."""
+    """``f(x_BCFhw, sigma, text_BLD) -> v_BCFhw`` in the dtype of ``x``, computed in the transformer's dtype.
+    Differentiable in ``x`` and the LoRA. ``call``: called in place of the transformer."""
     call = transformer if call is None else call
 
     def velocity(x_BCFhw: Tensor, sigma: float, cond: Any) -> Tensor:
-        # patch_embedding's, not transformer.dtype: that answers with the dtype of whatever parameter comes last, an
-        # fp32 LoRA's for one
+        # not transformer.dtype: it returns the dtype of the last parameter, which may be an fp32 LoRA's
         dtype = transformer.patch_embedding.weight.dtype
         timestep = torch.full((x_BCFhw.shape[0],), timestep_of(sigma), dtype=torch.int64, device=x_BCFhw.device)
         with nullcontext() if recorder is None else recorder.during(cond):

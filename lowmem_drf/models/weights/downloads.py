@@ -1,8 +1,7 @@
-"""Before a model is loaded: what has to be downloaded is said and fits the disk, what is here is whole, and the host's
-memory is enough.
+"""Prepares a model for loading: announces and downloads missing files, checks local ones, the disk and host memory.
 
-Of a hub repository only what is used is fetched: configurations, the tokenizer and safetensors files. What is complete
-in the hub's cache, or in a folder, needs no network.
+Downloads only used files of a hub repository: configurations, the tokenizer and safetensors. A model that is complete
+in the hub's cache or in a folder needs no network.
 """
 
 from __future__ import annotations
@@ -35,23 +34,21 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 DISK_MARGIN = 1 << 30
-"""Bytes to be left free."""
+"""Bytes of the disk to leave free."""
 HOST_MARGIN = 2 << 30
-"""Bytes of host memory for everything but the weights: Python, the libraries, CUDA's host side."""
+"""Bytes of host memory for everything except weights: Python, the libraries, CUDA's host side."""
 
 
 def prepare(folder_or_id: str, role: Role, say: Say, without: tuple[str, ...] = ()) -> Path:
-    """The model's folder on this machine, complete: a folder is checked, a hub id is downloaded where the cache lacks
-    it.
-
-    An interrupted download is resumed by the next call.
+    """Checks a folder, or downloads missing files of a hub id, and returns the complete local folder. The next call
+    resumes an interrupted download.
 
     Args:
-        say: is told, before a download, how large it is and how much of it is here.
-        without: subfolders that are not needed (``"transformer"`` where a single file stands for it).
+        say: announces a download: its size and how much is already here.
+        without: subfolders that are not needed (``"transformer"`` if a single file replaces it).
 
-    Raises: BadInputError: no such folder or repository, no access to it, no safetensors in it, a file missing or
-        damaged (named). LowmemError: not enough disk; the network failed.
+    Raises: BadInputError: no such folder or repository, no access, no safetensors, a file missing or damaged (named).
+        LowmemError: not enough disk; the network failed.
     """
     place = resolve(folder_or_id, role)
     if Path(place).is_dir():
@@ -67,34 +64,29 @@ def prepare(folder_or_id: str, role: Role, say: Say, without: tuple[str, ...] = 
 
 
 def check_host_memory(folder: Path, role: Role, bytes_per_number: int, without: tuple[str, ...] = ()) -> None:
-    """The largest of a folder's models must fit into the host's free memory on its way to the card: they are loaded one
-    after another, in the run's dtype; two transformers count as one. Where the system does not say what is free,
-    nothing is checked.
+    """Requires that a folder's largest model fits into free host memory: models are loaded one after another, in the
+    run's dtype; two transformers count as one. Passes if the system does not report free memory.
 
     Raises:
         LowmemError: it does not fit.
     """
     free = available_host_bytes()
-    needs = {
-        subfolder: bytes_per_number * weight_count(folder / subfolder)
-        for subfolder in subfolders(folder, role)
-        if subfolder not in without
-    }
+    wanted = [subfolder for subfolder in subfolders(folder, role) if subfolder not in without]
+    needs = {subfolder: bytes_per_number * weight_count(folder / subfolder) for subfolder in wanted}
     if SECOND in needs:
         needs["transformer"] = needs.get("transformer", 0) + needs.pop(SECOND)
     largest = max(needs, key=lambda subfolder: needs[subfolder])
     if free is not None and needs[largest] + HOST_MARGIN > free:
-        what = f"{largest} of the generator" if largest else "critic"
+        model = f"{largest} of the generator" if largest else "critic"
         raise LowmemError(
-            f"Loading the {what} ({folder}) takes {_gb(needs[largest])} of host memory and {_gb(HOST_MARGIN)} besides; {_gb(free)} are free. "
-            "Close other programs, add swap, take a smaller model"
+            f"Loading the {model} ({folder}) takes {_gb(needs[largest])} of host memory and {_gb(HOST_MARGIN)} "
+            f"besides; {_gb(free)} are free. Close other programs, add swap, take a smaller model"
             + (", or -s dtype=bf16, which halves it." if bytes_per_number > 2 else ".")
         )
 
 
 def available_host_bytes() -> int | None:
-    """``MemAvailable`` and free swap of Linux, bounded by the memory limit of a container (cgroup v2); ``None`` on
-    other systems."""
+    """Linux's ``MemAvailable`` and free swap, bounded by a container's memory limit (cgroup v2); ``None`` elsewhere."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         fields = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
@@ -109,7 +101,7 @@ def available_host_bytes() -> int | None:
 
 
 def hub_file(repository: str, name: str, say: Say) -> Path:
-    """One file of a hub repository, downloaded once. Raises BadInputError, LowmemError as ``prepare``."""
+    """A file of a hub repository, downloaded once. Raises BadInputError and LowmemError like ``prepare``."""
     from huggingface_hub import hf_hub_download, list_repo_files, try_to_load_from_cache
 
     with _hub_errors(repository):
@@ -118,9 +110,8 @@ def hub_file(repository: str, name: str, say: Say) -> Path:
             return Path(cached)
         names = list_repo_files(repository)
         if name not in names:
-            raise BadInputError(
-                f"{repository} on the Hugging Face hub has no file {name}. It has: {', '.join(sorted(names)[:8])}"
-            )
+            there = ", ".join(sorted(names)[:8])
+            raise BadInputError(f"{repository} on the Hugging Face hub has no file {name}. It has: {there}")
         _announce(repository, [hf_hub_download(repository, name, dry_run=True)], say)
         return Path(hf_hub_download(repository, name))
 
@@ -135,40 +126,33 @@ def _download(hub_id: str, role: Role, say: Say, without: tuple[str, ...]) -> Pa
 
 
 def _wanted(hub_id: str, role: Role, files: list[str], without: tuple[str, ...]) -> list[str]:
-    """The files of a repository that loading reads.
-
-    Raises BadInputError where the weights are no safetensors, or there are none.
-    """
-    wanted = (
-        [name for name in files if name == MODEL_INDEX or name.startswith("tokenizer/")] if role == "generator" else []
-    )
-    second = [SECOND] if role == "generator" and f"{SECOND}/config.json" in files else []
+    """The files of a repository that loading reads. Raises BadInputError if it has no safetensors weights."""
+    wanted, second = [], []
+    if role == "generator":
+        wanted = [name for name in files if name == MODEL_INDEX or name.startswith("tokenizer/")]
+        second = [SECOND] if f"{SECOND}/config.json" in files else []
     for subfolder in (*SUBFOLDERS[role], *second):
         if subfolder in without:
             wanted += [name for name in files if name == f"{subfolder}/config.json"]
             continue
         prefix = f"{subfolder}/" if subfolder else ""
-        names = [
-            name.removeprefix(prefix)
-            for name in files
-            if name.startswith(prefix) and "/" not in name.removeprefix(prefix)
-        ]
+        names = [name.removeprefix(prefix) for name in files if name.startswith(prefix)]
+        names = [name for name in names if "/" not in name]
         weights = weight_files(names)
         if not weights:
             refuse_pickles(f"{hub_id} on the Hugging Face hub", prefix, names)
             raise BadInputError(
-                f"{hub_id} on the Hugging Face hub has no safetensors in {prefix or 'its top folder'}: it is not a {role} in the layout expected."
+                f"{hub_id} on the Hugging Face hub has no safetensors in {prefix or 'its top folder'}: it is not a "
+                f"{role} in the layout expected."
             )
-        indices = weight_indices(names)
-        small = [
-            name for name in names if name.endswith((".json", ".txt", ".model", ".jinja")) and ".index." not in name
-        ]
-        wanted += [prefix + name for name in (*weights, *indices, *small)]
+        small = [name for name in names if name.endswith((".json", ".txt", ".model", ".jinja"))]
+        small = [name for name in small if ".index." not in name]
+        wanted += [prefix + name for name in (*weights, *weight_indices(names), *small)]
     return wanted
 
 
 def _announce(hub_id: str, files: list[DryRunFileInfo], say: Say) -> None:
-    """Says what is to come. Raises LowmemError where the disk has no room for it."""
+    """Announces the download. Raises LowmemError if the disk is too small."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     todo, here = (sum(file.file_size or 0 for file in files if file.will_download == new) for new in (True, False))
@@ -176,13 +160,13 @@ def _announce(hub_id: str, files: list[DryRunFileInfo], say: Say) -> None:
     place = next(path for path in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).absolute().parents) if path.exists())
     if (free := shutil.disk_usage(place).free) < todo + DISK_MARGIN:
         raise LowmemError(
-            f"{hub_id} needs {_gb(todo)} more on the disk of {place}, and {_gb(free)} are free. Make room (hf cache prune), or let HF_HOME name a folder "
-            "on another disk."
+            f"{hub_id} needs {_gb(todo)} more on the disk of {place}, and {_gb(free)} are free. "
+            "Make room (hf cache prune), or let HF_HOME name a folder on another disk."
         )
 
 
 def _cached_folder(hub_id: str, role: Role) -> Path | None:
-    """The snapshot that the cache has of a repository, complete or not. Raises BadInputError for what is no id."""
+    """The cached snapshot of a repository, complete or not. Raises BadInputError for an invalid id."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -190,9 +174,8 @@ def _cached_folder(hub_id: str, role: Role) -> Path | None:
         try:
             cached = try_to_load_from_cache(hub_id, f"{subfolder}/config.json".lstrip("/"))
         except HFValidationError as error:
-            raise BadInputError(
-                f"There is no folder {hub_id}, and it is no id on the Hugging Face hub (owner/name)."
-            ) from error
+            problem = f"There is no folder {hub_id}, and it is no id on the Hugging Face hub (owner/name)."
+            raise BadInputError(problem) from error
         if isinstance(cached, str):
             return Path(cached).parents[1 if subfolder else 0]
     return None
@@ -200,35 +183,30 @@ def _cached_folder(hub_id: str, role: Role) -> Path | None:
 
 @contextmanager
 def _hub_errors(hub_id: str) -> Iterator[None]:
-    """The hub's failures as ours."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+    """Converts the hub's errors to BadInputError and LowmemError."""
+    from huggingface_hub import errors
 
     again = "Run the same command again: what is here already is not downloaded twice."
     try:
         yield
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise BadInputError(
-            f"{hub_id} asks for its licence to be accepted: open https://huggingface.co/{hub_id}, accept it, then hf auth login."
+            f"{hub_id} asks for its licence to be accepted: open https://huggingface.co/{hub_id}, accept it, "
+            "then hf auth login."
         ) from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise BadInputError(
             f"There is no folder {hub_id}, and no such model on the Hugging Face hub, or it is private (hf auth login)."
         ) from error
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+    except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError) as error:
         raise BadInputError(
-            f"{hub_id} is not complete on this machine, and the Hugging Face hub cannot be reached (or HF_HUB_OFFLINE is set). Download it where there is a "
-            f"network: hf download {hub_id}; or give a folder."
+            f"{hub_id} is not complete on this machine, and the Hugging Face hub cannot be reached (or HF_HUB_OFFLINE "
+            f"is set). Download it where there is a network: hf download {hub_id}; or give a folder."
         ) from error
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         raise LowmemError(f"The Hugging Face hub refused {hub_id}: {_first_line(error)}. {again}") from error
     except Exception as error:
-        # the hub's client raises what its HTTP library raises, and that library has changed
+        # the hub's client passes on its HTTP library's exceptions, and that library has changed
         if isinstance(error, OSError) or type(error).__module__.startswith(("httpx", "huggingface_hub")):
             raise LowmemError(f"The download of {hub_id} stopped: {_first_line(error)}. {again}") from error
         raise
@@ -239,11 +217,9 @@ def _refuse(problems: list[Problem], where: str) -> None:
         return
     lines = [f"{where}/{problem.file} {problem.what}" for problem in problems]
     many = f"\n… and {len(lines) - 5} more" if len(lines) > 5 else ""
-    cure = (
-        "Give a complete folder in diffusers / transformers layout."
-        if all(problem.missing for problem in problems)
-        else "Delete the damaged files and get them anew (an id of the Hugging Face hub: run the same command again)."
-    )
+    cure = "Give a complete folder in diffusers / transformers layout."
+    if not all(problem.missing for problem in problems):
+        cure = "Delete the damaged files and get them anew (an id of the Hugging Face hub: run the same command again)."
     raise BadInputError("\n".join(lines[:5]) + f"{many}\n{cure}")
 
 
