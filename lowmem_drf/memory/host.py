@@ -257,9 +257,9 @@ class _Pinned:
                 pinned = len(self._arenas) * ARENA / 1024**3
                 warnings.warn(
                     f"No more than {pinned:.1f} GiB of host memory can be pinned ({str(error).splitlines()[0]}): "
-                    "copies between the card and what waits in the rest stop the computation and run at about half the "
-                    "speed. In a container raise its limit of locked memory (ulimit -l unlimited); WSL2 lets about half "
-                    "of its memory be pinned (memory= in .wslconfig); or let less wait: memory.checkpoint=true, "
+                    "copies between the card and what waits in the rest stop the computation and run at about half "
+                    "the speed. In a container raise its limit of locked memory (ulimit -l unlimited); WSL2 lets about "
+                    "half of its memory be pinned (memory= in .wslconfig); or let less wait: memory.checkpoint=true, "
                     "a higher memory.vae_cache_every, model.quant=int8.",
                     stacklevel=2,
                 )

@@ -1,9 +1,9 @@
-"""Exported LoRAs: every format read back by diffusers is the tuned model; what cannot be exported leaves nothing
-behind."""
+"""Exported LoRAs: every format, read back by diffusers, is the tuned model. Failed exports leave nothing behind."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def velocity(transformer) -> torch.Tensor:
 
 
 def by_diffusers(path: Path) -> torch.Tensor:
-    """What a user does: a fresh pipeline, the file, run."""
+    """As a user does it: a new pipeline loads the file and runs."""
     from diffusers import WanPipeline
 
     pipe = WanPipeline(None, None, None, None, transformer=tiny_transformer())
@@ -68,9 +68,12 @@ def by_diffusers(path: Path) -> torch.Tensor:
     return velocity(pipe.transformer)
 
 
-@pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", ["comfyui", "diffusers", "kohya"])
+FORMS = ("comfyui", "diffusers", "kohya")
+PAIRS = [(form, dtype, list(TARGETS)[(i + j) % 3]) for i, form in enumerate(FORMS) for j, dtype in enumerate(DTYPES)]
+"""Every pair of format, dtype and targets occurs once."""
+
+
+@pytest.mark.parametrize(("form", "dtype", "targets"), PAIRS)
 def test_round_trip(form: str, dtype: str, targets: str, tmp_path) -> None:
     lora, tuned = trained(targets)
     wanted, base = velocity(tuned), velocity(tiny_transformer())
@@ -93,10 +96,7 @@ def test_round_trip(form: str, dtype: str, targets: str, tmp_path) -> None:
 
 def test_keys_are_those_the_tools_read() -> None:
     lora, _ = trained()
-    keys = {
-        form: to_format(lora.state, ALPHA, RANK, form, torch.float32).keys()
-        for form in ("comfyui", "diffusers", "kohya")
-    }
+    keys = {form: to_format(lora.state, ALPHA, RANK, form, torch.float32).keys() for form in FORMS}
     assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in keys["comfyui"]
     assert "diffusion_model.blocks.1.cross_attn.o.lora_B.weight" in keys["comfyui"]
     assert "diffusion_model.blocks.1.ffn.0.lora_A.weight" in keys["comfyui"]
@@ -143,11 +143,8 @@ def test_diffusers_reads_kohya_predicts_the_converter() -> None:
 
     lora, _ = trained()
     some = {k: v for k, v in lora.state.items() if "blocks.1.ffn" not in k}
-    for state, whole in [
-        (lora.state, True),
-        (some, False),
-        ({k: v for k, v in lora.state.items() if "blocks.1" in k}, False),
-    ]:
+    last = {k: v for k, v in lora.state.items() if "blocks.1" in k}
+    for state, whole in [(lora.state, True), (some, False), (last, False)]:
         assert diffusers_reads_kohya(state) is whole
         tensors = to_format(state, ALPHA, RANK, "kohya", torch.float32)
         if whole:
@@ -160,38 +157,26 @@ def test_diffusers_reads_kohya_predicts_the_converter() -> None:
 def test_metadata(tmp_path) -> None:
     lora, _ = trained()
     for form, alpha in [("comfyui", str(float(RANK))), ("diffusers", str(ALPHA)), ("kohya", str(ALPHA))]:
-        path, _ = export_lora(
-            lora,
-            form,
-            torch.bfloat16,
-            tmp_path / f"{form}.safetensors",
-            tiny_transformer(),
-            {"modelspec.title": "a title"},
-        )
+        output, title = tmp_path / f"{form}.safetensors", {"modelspec.title": "a title"}
+        path, _ = export_lora(lora, form, torch.bfloat16, output, tiny_transformer(), title)
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
         assert metadata["modelspec.title"] == "a title"
         assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == (str(RANK), alpha)
         assert (metadata["lowmem_drf.rank"], metadata["lowmem_drf.alpha"]) == (str(RANK), str(ALPHA))
-        assert (
-            metadata["sshs_model_hash"]
-            == model_hash(path.read_bytes())
-            == model_hash(save(load_file(path), {"other": "header"}))
-        )
+        other = model_hash(save(load_file(path), {"other": "header"}))
+        assert metadata["sshs_model_hash"] == model_hash(path.read_bytes()) == other
         assert ("lora_adapter_metadata" in metadata) == (form == "diffusers"), "in a folded file it would scale twice"
 
 
 def test_verification_catches_a_wrong_file(tmp_path) -> None:
     lora, _ = trained()
     good = to_format(lora.state, ALPHA, RANK, "comfyui", torch.float32)
-    first = next(iter(good))
-    last = next(reversed(good))
+    first, last = next(iter(good)), next(reversed(good))
+    one_value = good[first] + 1e-4 * (torch.arange(good[first].numel()) == 0).view_as(good[first])
     wrong = {
         "scaled twice": {k: v * (ALPHA / RANK) if "lora_A" in k else v for k, v in good.items()},
-        "one value": {
-            **good,
-            first: good[first] + 1e-4 * (torch.arange(good[first].numel()) == 0).view_as(good[first]),
-        },
+        "one value": {**good, first: one_value},
         "a module less": {k: v for k, v in good.items() if not k.startswith(last.rsplit(".lora_", 1)[0])},
         "unreadable": {**good, "diffusion_model.strange.lora_A.weight": good[first].clone()},
     }
@@ -208,20 +193,13 @@ def test_verification_catches_a_wrong_file(tmp_path) -> None:
 def test_an_untrained_lora_exports(tmp_path) -> None:
     transformer = tiny_transformer()
     add_lora(transformer, rank=RANK, alpha=ALPHA)
-    _, verified = export_lora(
-        LoraFile(lora_state(transformer), ALPHA, {}),
-        "comfyui",
-        torch.float16,
-        tmp_path / "l.safetensors",
-        tiny_transformer(),
-        {},
-    )
+    lora = LoraFile(lora_state(transformer), ALPHA, {})
+    _, verified = export_lora(lora, "comfyui", torch.float16, tmp_path / "l.safetensors", tiny_transformer(), {})
     assert verified.effect == 0 and verified.difference == 0
 
 
 def test_tiny_values_survive_fp16(tmp_path) -> None:
-    """After the first updates B is near 1e-5, where fp16 has few digits left: the bound knows, and the file is
-    accepted."""
+    """After the first updates B is near 1e-5, where fp16 has few digits; the bound allows for it."""
     lora, _ = trained()
     small = LoraFile({k: v * 1e-5 if "lora_B" in k else v for k, v in lora.state.items()}, ALPHA, {})
     _, verified = export_lora(small, "comfyui", torch.float16, tmp_path / "l.safetensors", tiny_transformer(), {})
@@ -256,14 +234,11 @@ def test_merge(dtype: str, tmp_path) -> None:
     wanted = velocity(tuned)
     # in 16 bits every weight of the model is rounded, not only the LoRA's
     largest = float(wanted.abs().max()) * 6 * len(merged.blocks)
-    assert (velocity(merged) - wanted).abs().max() < allowed(dtype, largest) and verified.difference < allowed(
-        dtype, largest
-    )
+    assert (velocity(merged) - wanted).abs().max() < allowed(dtype, largest)
+    assert verified.difference < allowed(dtype, largest)
     stored = load_file(tmp_path / "merged/transformer/diffusion_pytorch_model.safetensors")
-    assert (
-        stored["blocks.0.attn1.to_q.weight"].dtype == DTYPES[dtype]
-        and stored["blocks.0.norm2.weight"].dtype == torch.float32
-    )
+    assert stored["blocks.0.attn1.to_q.weight"].dtype == DTYPES[dtype]
+    assert stored["blocks.0.norm2.weight"].dtype == torch.float32
 
 
 @pytest.mark.parametrize("wrong", ["file", "reader"])
@@ -300,15 +275,17 @@ def test_a_model_in_16_bits_computes_in_fp32_block_by_block(tmp_path) -> None:
     assert stored.blocks[1].ffn.net[2].weight.dtype == torch.bfloat16
 
 
-@pytest.fixture
-def run(tmp_path) -> Path:
-    """A run's folder on the tiny model, with checkpoints of steps 5 and 10."""
-    generator = save_tiny_generator(tmp_path / "generator")
-    folder = tmp_path / "my-run"
-    (tmp_path / "preset.toml").write_text(
-        f'model.id = "{generator}"\nlora = {{rank = {RANK}, alpha = {ALPHA}}}\nvideo = {{width = 32, height = 32, frames = 9}}\n'
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """A folder with a tiny generator and the run ``my-run`` on it, with checkpoints of steps 5 and 10."""
+    place = tmp_path_factory.mktemp("written")
+    generator = save_tiny_generator(place / "generator")
+    folder = place / "my-run"
+    (place / "preset.toml").write_text(
+        f'model.id = "{generator}"\nlora = {{rank = {RANK}, alpha = {ALPHA}}}\n'
+        "video = {width = 32, height = 32, frames = 9}\n"
     )
-    config = load_config(tmp_path / "preset.toml")
+    config = load_config(place / "preset.toml")
     for step in (5, 10):
         checkpoint = folder / f"checkpoints/step-{step:06d}"
         checkpoint.mkdir(parents=True)
@@ -316,7 +293,16 @@ def run(tmp_path) -> Path:
         state = {k: v * step / 10 for k, v in lora.state.items()}
         save_file(state, checkpoint / "lora.safetensors", metadata={"rank": str(RANK), "alpha": repr(ALPHA)})
     (folder / "config.toml").write_text(to_toml(config))
-    return folder
+    return place
+
+
+@pytest.fixture
+def run(written: Path, tmp_path) -> Path:
+    """A copy of the run's folder."""
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
+    config = tmp_path / "my-run/config.toml"
+    config.write_text(config.read_text().replace(str(written), str(tmp_path)))
+    return tmp_path / "my-run"
 
 
 def contents(folder: Path) -> set[str]:
@@ -334,12 +320,8 @@ def test_export_run_defaults(run: Path) -> None:
         metadata = file.metadata()
     assert metadata["modelspec.architecture"] == "wan2.1/lora" and metadata["modelspec.resolution"] == "32x32"
     assert metadata["ss_steps"] == metadata["lowmem_drf.steps"] == "10"
-    assert {
-        "lowmem_drf.critic",
-        "lowmem_drf.graded_steps",
-        "lowmem_drf.config_sha256",
-        "ss_base_model_version",
-    } <= metadata.keys()
+    ours = {f"lowmem_drf.{key}" for key in ("critic", "graded_steps", "config_sha256")}
+    assert ours | {"ss_base_model_version"} <= metadata.keys()
 
 
 def test_the_default_dtype_is_the_runs(run: Path) -> None:
@@ -382,8 +364,8 @@ def test_a_run_on_packed_weights_is_exported_from_full_ones(quant: str, run: Pat
 
 
 def test_a_base_that_the_host_has_no_room_for(run: Path, tmp_path, monkeypatch) -> None:
-    """Only its first blocks are read: the file is the same, its wrong weights are found in all blocks, and nothing is
-    merged."""
+    """Only the first blocks are loaded. The file is the same, wrong weights are found in all blocks, a merge is
+    refused."""
     whole = export_run(run, output=tmp_path / "whole.safetensors")
     monkeypatch.setattr(command, "available_host_bytes", lambda: command.HOST_MARGIN + 1000)
     monkeypatch.setattr(command, "FEW", 1)
@@ -407,7 +389,7 @@ def test_a_base_that_the_host_has_no_room_for(run: Path, tmp_path, monkeypatch) 
 
 
 class Float64Bytes(TorchDispatchMode):
-    """The most bytes of fp64 tensors that were alive at once, of those that operations within it made."""
+    """Peak bytes of the fp64 tensors that operations within it made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -416,11 +398,9 @@ class Float64Bytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        if (
-            isinstance(made, torch.Tensor)
-            and made.dtype == torch.float64
-            and id(storage := made.untyped_storage()) not in self.alive
-        ):
+        if not isinstance(made, torch.Tensor) or made.dtype != torch.float64:
+            return made
+        if id(storage := made.untyped_storage()) not in self.alive:
             self.alive[id(storage)] = storage.nbytes()
             weakref.finalize(storage, self.alive.pop, id(storage))
             self.peak = max(self.peak, sum(self.alive.values()))
@@ -429,9 +409,9 @@ class Float64Bytes(TorchDispatchMode):
 
 @pytest.mark.parametrize(("made", "products"), [("file", 8), ("merged", 1)])
 def test_few_products_are_alive_at_once(made: str, products: int, tmp_path) -> None:
-    """In fp64 all of them would take more memory than the model. Of one module, an export holds B A as read and as
+    """All products in fp64 would take more memory than the model. For one module, an export holds B A as read and as
     wanted, their difference and its size, two products and their difference for the bound, and the slack; a merge
-    holds B A alone. The factors, of so low a rank, are less than one more."""
+    holds only B A. The low-rank factors together are smaller than one product."""
     layers = 8
     transformer = tiny_transformer(layers=layers)
     add_lora(transformer, rank=RANK, alpha=ALPHA)
@@ -451,7 +431,7 @@ def test_few_products_are_alive_at_once(made: str, products: int, tmp_path) -> N
 
 
 def test_the_check_of_memory_counts_what_an_export_takes(run: Path, monkeypatch) -> None:
-    """A byte less than is needed, and only the first blocks are read."""
+    """With one byte less than needed, only the first blocks are loaded."""
     needed = export.host_bytes(tiny_transformer(), trained()[0])
     for free, part in ((needed, False), (needed - 1, True)):
         monkeypatch.setattr(command, "available_host_bytes", lambda free=free: command.HOST_MARGIN + free)
@@ -523,10 +503,7 @@ def test_files_that_are_no_safetensors_are_refused(tmp_path) -> None:
     with pytest.raises(BadInputError, match="not a readable safetensors file"):
         read_lora(tmp_path / "x.safetensors")
     lora, _ = trained("one block")
-    save_file(
-        lora.state,
-        tmp_path / "y.safetensors",
-        metadata={"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": "many"})},
-    )
+    damaged = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": "many"})}
+    save_file(lora.state, tmp_path / "y.safetensors", metadata=damaged)
     with pytest.raises(BadInputError, match="header is damaged"):
         read_lora(tmp_path / "y.safetensors")

@@ -159,14 +159,12 @@ def test_a_ladder_climbs_from_time_to_bits_to_the_critic_to_the_clip():
     overrides = {stage: [rung(config) for rung in ladder] for stage, ladder in LADDERS.items()}
     for stage, climbed in overrides.items():
         assert None not in climbed
-        assert [rank_of(override) for override in climbed] == sorted(
-            (rank_of(override) for override in climbed), reverse=True
-        ), stage
+        ranks = [rank_of(override) for override in climbed]
+        assert ranks == sorted(ranks, reverse=True), stage
     named = {rank_of(override) for climbed in overrides.values() for override in climbed}
     assert named == set(range(len(DEAR) + 1))
-    assert overrides["rollout"][4:8] == [
-        'memory.stream=["transformer"] memory.checkpoint=true', 'optim.name="adamw8bit"', 'model.quant="int8"', 'model.quant="nf4"',
-    ]  # fmt: skip
+    packed = ['optim.name="adamw8bit"', 'model.quant="int8"', 'model.quant="nf4"']
+    assert overrides["rollout"][4:8] == ['memory.stream=["transformer"] memory.checkpoint=true', *packed]
     assert overrides["text"] == ['memory.text_device="stream"', 'memory.text_device="host"']
 
 

@@ -137,8 +137,7 @@ def test_gathers_run_beside_computation_and_are_waited_for_where_they_take_longe
 
 
 def test_peaks_are_those_of_one_card_with_three_blocks_in_the_place_of_the_weights(plans):
-    """Up to the allocator's rounding. Here the LoRA's gradients are allocated in the backward; on one card before
-    it."""
+    """Up to the allocator's rounding. The backward allocates the LoRA's gradients; on one card they exist before it."""
     config = load_config("toy", COMMON)
     transformer = random_transformer(generator_config(config.model.id).transformer, torch.float32)
     add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets)
@@ -206,8 +205,8 @@ def test_host_memory_is_the_weights_divided(plans):
 
 def test_the_training_state_is_split(plans):
     """A single process keeps two moments and gradients. Under DeepSpeed the card holds a bucket, and either a buffer
-    for the largest gradient (state on the host) or a part of weights, gradients and moments. The host then also holds a
-    copy of the weights and that buffer."""
+    for the largest gradient (state on the host) or a part of weights, gradients and moments. In the first case the host
+    also holds a copy of the weights and that buffer."""
     sizes = lora_sizes(load_config("toy", COMMON))
     lora, bucket = sum(sizes), 4 * REDUCE_BUCKET
     kept = {name: plan.stages["rollout"].kept_gib * GIB for name, plan in plans.items()}

@@ -1,17 +1,21 @@
-"""The presets for real cards: their planned peaks are within the budgets, and their headers say what the plan says."""
+"""The presets for real cards: planned peaks are within the budgets, and headers and pages repeat the plan's figures.
+
+The fast suite plans one streamed preset and the one for ZeRO-3; the others, of the same code at other sizes, are slow.
+"""
 
 import json
-import os
 import re
-import subprocess
 import sys
+from functools import cache
 
 import pytest
 from _root import ROOT
+from typer.testing import CliRunner
 
 sys.path.insert(0, str(ROOT))
 from bench.plans.fit import IN_README
 from bench.plans.scaling import EIGHT, stage
+from lowmem_drf import cli
 from lowmem_drf.assembly.text_cache import DTYPES
 from lowmem_drf.config import load_config, preset_card, presets
 from lowmem_drf.planner.cards import USABLE, card_named
@@ -25,43 +29,43 @@ BUDGET_GIB = {  # whole process, at its peak
 }  # fmt: skip
 GIB, GB = 1024**3, 10**9
 OTHERS_GIB = 4.0
-"""Of the host, for Python, the libraries, CUDA and the system; of several processes for each."""
+"""Host memory of each process for Python, libraries, CUDA and the system."""
 HOST_GB = (
     dict.fromkeys(BUDGET_GIB, 64)
     | dict.fromkeys(("rtx3060", "rtx3060-fast", "rtx4060", "rtx4060-fast"), 32)
     | {"zero3-2gpu": 128}
 )
+FAST = ("rtx4060", "zero3-2gpu")
 STREAMED = [name for name in BUDGET_GIB if load_config(name).memory.stream]
+FAKES = new_fakes()
+"""Shared by all plans here: most presets run the same operators on the same shapes."""
+
+slow = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def fakes():
-    """Shared by all plans here: most presets are the same operators on the same shapes."""
-    return new_fakes()
+def planned(names):
+    """Parameters: the presets, those outside ``FAST`` marked slow."""
+    return [pytest.param(name, marks=() if name in FAST else slow) for name in names]
 
 
-@pytest.fixture(scope="module")
-def plans(fakes):
-    """What ``lowmem-drf plan --json`` prints of every preset that fits."""
+def card_of(name):
+    return card_named(preset_card(presets()[name]))
 
-    def plan(name):
-        config, card = load_config(name), card_named(preset_card(presets()[name]))
-        return make_plan(config, card, config.memory.vram_gib or card.gib, fakes=fakes).as_json(name)
 
-    return {name: plan(name) for name in BUDGET_GIB}
+@cache
+def plan_of(name):
+    """The output of ``lowmem-drf plan --json`` for a preset that fits."""
+    config, card = load_config(name), card_of(name)
+    return make_plan(config, card, config.memory.vram_gib or card.gib, fakes=FAKES).as_json(name)
 
 
 def test_the_command_prints_the_plan():
-    command = [sys.executable, str(ROOT / "cli.py"), "plan", "--preset", "toy", "--vram", "24GB", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    printed, made = (
-        json.loads(done.stdout),
-        make_plan(load_config("toy"), card_named(preset_card(presets()["toy"])), 24.0).as_json("toy"),
-    )
+    done = CliRunner().invoke(cli.app, ["plan", "--preset", "toy", "--vram", "24GB", "--json"])
+    assert done.exit_code == 0, done.stderr
+    printed, made = json.loads(done.stdout), make_plan(load_config("toy"), card_of("toy"), 24.0).as_json("toy")
     assert printed.keys() == made.keys() and printed["stages"].keys() == made["stages"].keys()
     for one, other in ((printed, made), *((printed["stages"][name], made["stages"][name]) for name in made["stages"])):
-        # masks and windows that an earlier plan of this process made are not made again: kilobytes
+        # kilobytes differ: masks and windows made by the first plan of a process are reused by the next
         for key, value in other.items():
             if isinstance(value, int | float):
                 assert one[key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
@@ -71,59 +75,52 @@ def test_every_preset_for_a_card_has_a_budget():
     assert set(presets()) == {"toy", *BUDGET_GIB}
 
 
-@pytest.mark.parametrize("name", BUDGET_GIB)
-def test_planned_peak_is_within_budget(plans, name):
-    plan = plans[name]
+@pytest.mark.parametrize("name", planned(BUDGET_GIB))
+def test_planned_peak_is_within_budget(name):
+    plan = plan_of(name)
     assert plan["fits"] and plan["peak_gib"] <= BUDGET_GIB[name]
-    assert plan["card"] == card_named(preset_card(presets()[name])).name and plan["changes"] == []
+    assert plan["card"] == card_of(name).name and plan["changes"] == []
+    assert (plan["host_gib"] + OTHERS_GIB) * plan["processes"] * GIB <= HOST_GB[name] * GB
 
 
-@pytest.mark.parametrize("name", BUDGET_GIB)
-def test_the_host_has_room_for_what_waits_there(plans, name):
-    assert (plans[name]["host_gib"] + OTHERS_GIB) * plans[name]["processes"] * GIB <= HOST_GB[name] * GB
+@pytest.mark.parametrize("name", planned(STREAMED))
+def test_waiting_for_copies_is_less_than_a_tenth_of_an_update(name):
+    """Copies of weights, caches and activations together. Promised: 10% for the weights alone."""
+    assert plan_of(name)["stall_share"] < 0.1
 
 
-@pytest.mark.parametrize("name", STREAMED)
-def test_waiting_for_copies_is_less_than_a_tenth_of_an_update(plans, name):
-    """All copies together: those of weights, and those of caches and activations. 10% is what the project promises of
-    the first alone."""
-    assert plans[name]["stall_share"] < 0.1
+def test_a_critic_that_streams_fits_the_card_while_it_is_loaded():
+    """It is quantised on the card."""
+    sizes = {}
+    for name in STREAMED:
+        config = load_config(name)
+        assert ({"critic"} if config.engine == "zero3" else {"transformer", "critic"}) <= set(config.memory.stream)
+        key = (config.critic.id, DTYPES[config.dtype], None, config.critic.quant)
+        if key not in sizes:
+            critic = fake_critic(*key, FAKES.mode).model
+            sizes[key] = sum(tensor.nbytes for tensor in (*critic.parameters(), *critic.buffers()))
+        assert sizes[key] < USABLE * card_of(name).gib * GIB, name
 
 
-@pytest.mark.parametrize("name", STREAMED)
-def test_a_critic_that_streams_fits_the_card_while_it_is_loaded(name, fakes):
-    """It is quantised there."""
-    config, card = load_config(name), card_named(preset_card(presets()[name]))
-    critic = fake_critic(config.critic.id, DTYPES[config.dtype], None, config.critic.quant, fakes.mode).model
-    assert ({"critic"} if config.engine == "zero3" else {"transformer", "critic"}) <= set(config.memory.stream)
-    assert sum(tensor.nbytes for tensor in (*critic.parameters(), *critic.buffers())) < USABLE * card.gib * GIB
-
-
-def test_streaming_costs_less_than_a_tenth_of_an_update(plans, fakes):
-    """832x480, 81 frames: against the same with all weights on the card, whether it is large enough or not. 10% is what
-    the project promises."""
+@slow
+def test_streaming_costs_less_than_a_tenth_of_an_update():
+    """832x480, 81 frames: compared with all weights on the card, as if it were large enough. Promised: 10%."""
     config = load_config("rtx4080", ["memory.stream=[]", "memory.text_device=card"])
-    resident = make_plan(config, card_named(preset_card(presets()["rtx4080"])), 1000.0, fakes=fakes)
-    assert resident.peak_gib > plans["rtx4080"]["peak_gib"] + 8
-    assert resident.update_s <= plans["rtx4080"]["update_s"] < 1.1 * resident.update_s
+    resident, streamed = make_plan(config, card_of("rtx4080"), 1000.0, fakes=FAKES), plan_of("rtx4080")
+    assert resident.peak_gib > streamed["peak_gib"] + 8
+    assert resident.update_s <= streamed["update_s"] < 1.1 * resident.update_s
 
 
 @pytest.mark.parametrize("name", BUDGET_GIB)
-def test_the_pages_say_what_the_header_says(name):
+def test_the_pages_repeat_the_header(name):
     """docs/fit.md and the README, written by ``python -m bench.plans.fit``."""
     text = presets()[name].read_text(encoding="utf-8")
-    found = re.search(
-        r"^# Plan: ([\d.]+) GiB at the peak \((\w+)\), ([\d.]+) GiB of host memory.*?, about ([\d,]+) s",
-        text,
-        re.MULTILINE,
-    )
+    line = r"^# Plan: ([\d.]+) GiB at the peak \((\w+)\), ([\d.]+) GiB of host memory.*?, about ([\d,]+) s"
+    found = re.search(line, text, re.MULTILINE)
     assert found, "no Plan: line"
     peak, stage, host, seconds = found.groups()
-    (row,) = (
-        line
-        for line in (ROOT / "docs" / "fit.md").read_text(encoding="utf-8").splitlines()
-        if line.startswith(f"| `{name}` | ") and "**" in line
-    )
+    page = (ROOT / "docs" / "fit.md").read_text(encoding="utf-8").splitlines()
+    (row,) = (line for line in page if line.startswith(f"| `{name}` | ") and "**" in line)
     together = re.search(r"each and (\d+) together", text)
     assert f"**{peak}**" in row and f"| {host}{f' ({together[1]})' if together else ''} | {seconds} s, " in row
     readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
@@ -132,31 +129,32 @@ def test_the_pages_say_what_the_header_says(name):
     assert all(f"| {peak} GiB ({stage}) | {host} GiB | {seconds} s, " in row for row in rows)
 
 
-@pytest.mark.parametrize("name", BUDGET_GIB)
-def test_the_header_says_what_the_plan_says(plans, name):
-    text = presets()[name].read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", planned(BUDGET_GIB))
+def test_the_header_repeats_the_plan(name):
+    text, plan = presets()[name].read_text(encoding="utf-8"), plan_of(name)
     found = re.search(r"^# Plan: ([\d.]+) GiB at the peak \((\w+)\), ([\d.]+) GiB of host memory", text, re.MULTILINE)
     assert found, "no Plan: line"
-    assert float(found[1]) == pytest.approx(plans[name]["peak_gib"], abs=0.06)
-    assert found[2] == max(plans[name]["stages"], key=lambda stage: plans[name]["stages"][stage]["peak_gib"])
-    assert float(found[3]) == pytest.approx(plans[name]["host_gib"], abs=0.06)
+    assert float(found[1]) == pytest.approx(plan["peak_gib"], abs=0.06)
+    assert found[2] == max(plan["stages"], key=lambda stage: plan["stages"][stage]["peak_gib"])
+    assert float(found[3]) == pytest.approx(plan["host_gib"], abs=0.06)
     together = re.search(r"GiB of host memory each and (\d+) together", text)
-    assert bool(together) == (plans[name]["processes"] > 1) and (
-        not together or abs(int(together[1]) - plans[name]["all_host_gib"]) <= 0.56
-    )
+    assert bool(together) == (plan["processes"] > 1)
+    assert not together or abs(int(together[1]) - plan["all_host_gib"]) <= 0.56
     assert bool(together) == bool(re.search(rf"^# Needs: {HOST_GB[name]} GB of host memory", text, re.MULTILINE))
     assert re.search(r"^# Measured: .+", text, re.MULTILINE) and re.search(r"^# Gives up: .+", text, re.MULTILINE)
 
 
-def test_the_transformers_stage_does_not_grow_with_graded_steps(fakes):
-    """832x480, 81 frames. 1% is what the project promises; what there is are the latents of nine steps more."""
-    one, ten = (stage("denoise_backward", f"sampler.graded_steps={k}", fakes=fakes).peak_gib for k in (1, 10))
+@slow
+def test_the_transformers_stage_does_not_grow_with_graded_steps():
+    """832x480, 81 frames. Promised: 1%. Only the latents of nine more steps are added."""
+    one, ten = (stage("denoise_backward", f"sampler.graded_steps={k}", fakes=FAKES).peak_gib for k in (1, 10))
     assert abs(ten / one - 1) < 0.01
 
 
-def test_the_exact_vae_backward_costs_little_more_than_a_truncated_one(fakes):
-    """Operations for 8 evenly spaced frames of 81. 1.6 is what the project promises."""
+@slow
+def test_the_exact_vae_backward_costs_little_more_than_a_truncated_one():
+    """Operations for 8 evenly spaced frames of 81. Promised: 1.6 times."""
     exact, window = (
-        stage("vae_backward", f"memory.vae_backward={how}", *EIGHT, fakes=fakes).tflop for how in ("exact", "window:2")
+        stage("vae_backward", f"memory.vae_backward={how}", *EIGHT, fakes=FAKES).tflop for how in ("exact", "window:2")
     )
     assert 1 <= exact / window <= 1.6
