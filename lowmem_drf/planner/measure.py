@@ -78,16 +78,22 @@ def measure(config: Config, device: torch.device, cap_gib: float | None, console
             raise LowmemError(f"out of memory {where}: {error}\n{advice}") from error
         return Measurement(peaks, seconds, torch.cuda.get_device_name(device))
     _refuse_large(config)
-    with console.status("measuring …"), Ledger(ALLOCATOR_BLOCK) as ledger:
-        counted = PlanMeter(ledger)
-        models, prompts, questions = _random_models(config, device, counted, planned_store())
-        expert = [models.expert] if models.expert else []
-        counted.load([models.transformer, models.decoder.vae, models.asked_critic.model, *expert])
-        _updates(config, models, prompts, questions, ledger=ledger)
-    clock = Meter(device)
-    models, prompts, questions = _random_models(config, device, clock)
+    with console.status("measuring …"):
+        gib = count_bytes(config)
+    models, prompts, questions = _random_models(config, device, Meter(device))
     seconds, _ = _updates(config, models, prompts, questions, count=2)
-    return Measurement({name: stage.peak_gib for name, stage in counted.stages.items()}, seconds, "CPU")
+    return Measurement(gib, seconds, "CPU")
+
+
+def count_bytes(config: Config) -> dict[str, float]:
+    """Peak GiB by stage of one real update on the CPU, counted by a ledger as if card and host were apart."""
+    with Ledger(ALLOCATOR_BLOCK) as ledger:
+        meter = PlanMeter(ledger)
+        models, prompts, questions = _random_models(config, torch.device("cpu"), meter, planned_store())
+        expert = [models.expert] if models.expert else []
+        meter.load([models.transformer, models.decoder.vae, models.asked_critic.model, *expert])
+        _updates(config, models, prompts, questions, ledger=ledger)
+    return {name: stage.peak_gib for name, stage in meter.stages.items()}
 
 
 def _random_models(

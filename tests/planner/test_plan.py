@@ -3,14 +3,13 @@
 import json
 
 import pytest
-import torch
-from rich.console import Console
+from _plans import FAKES
 
 from lowmem_drf.config import change, load_config
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.planner.cards import CARDS, USABLE, card_named, parse_vram
 from lowmem_drf.planner.ladder import DEAR, LADDERS, advise, rank_of
-from lowmem_drf.planner.measure import measure
+from lowmem_drf.planner.measure import count_bytes
 from lowmem_drf.planner.plan import make_plan, new_fakes
 from lowmem_drf.planner.report import refusal
 from lowmem_drf.planner.stages import STAGES
@@ -23,36 +22,34 @@ HOST = (
 )
 LARGE = ("micro_batch=2", "batch=2", "video.width=64", "video.height=64", "sampler.steps=3", "sampler.graded_steps=2")
 
-FAKES = new_fakes()
-"""Shared by all plans here."""
-
+slow = pytest.mark.slow
 RECORDED = ("memory.record_rollout=true", "memory.keep_attention=host", "memory.token_slices=2")
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        SMALL,
-        (*SMALL, *HOST, "memory.vae_cache_every=2"),
-        (*LARGE, "memory.checkpoint=false"),
-        (*SMALL, "memory.keep_attention=card"),
-        (*SMALL, *RECORDED),
-    ],
-    ids=["plain", "host", "keep", "attentions", "recorded"],
-)
-def test_planned_bytes_are_those_of_a_real_update(overrides):
+REAL = {
+    "host": (*SMALL, *HOST, "memory.vae_cache_every=2"),
+    "recorded": (*SMALL, *RECORDED),
+    "plain": SMALL,
+    "keep": (*LARGE, "memory.checkpoint=false"),
+    "attentions": (*SMALL, "memory.keep_attention=card"),
+}
+
+
+FAST_REAL = ("host", "recorded")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST_REAL else slow) for name in REAL])
+def test_planned_bytes_are_those_of_a_real_update(name):
     """ToyWorld, real tensors of real models, all steps. Promised: 5%. The shortcuts' error is far below it."""
-    config = load_config("toy", overrides)
+    config = load_config("toy", REAL[name])
     plan = make_plan(config, CARD, fakes=FAKES)
-    measured = measure(config, torch.device("cpu"), None, Console(quiet=True))
-    assert set(measured.gib) == set(STAGES) - {"text"}
-    for stage, gib in measured.gib.items():
+    counted = count_bytes(config)
+    assert set(counted) == set(STAGES) - {"text"}
+    for stage, gib in counted.items():
         assert plan.stages[stage].peak_gib == pytest.approx(gib, rel=0.05), stage
 
 
-@pytest.mark.parametrize(
-    "recorded", [(), ("memory.record_rollout=true", "memory.keep_attention=host")], ids=["forwards", "recorded"]
-)
+@pytest.mark.parametrize("recorded", [pytest.param((), marks=slow), RECORDED[:2]], ids=["forwards", "recorded"])
 def test_shortcuts_change_nothing(recorded):
     """Shortcuts, two graded steps of four, one ungraded step of three: compared with the plan that runs everything.
     With 21 frames the chunks' caches reach their steady size."""
@@ -74,13 +71,10 @@ def test_shortcuts_change_nothing(recorded):
         assert one.moved_gib == pytest.approx(other.moved_gib) and one.copy_s == pytest.approx(other.copy_s), stage
 
 
+@slow
 def test_memory_does_not_grow_with_graded_steps():
-    few, many = (
-        make_plan(
-            load_config("toy", [*SMALL, "sampler.steps=10", f"sampler.graded_steps={k}"]), CARD, whole=True, fakes=FAKES
-        )
-        for k in (2, 10)
-    )
+    configs = (load_config("toy", [*SMALL, "sampler.steps=10", f"sampler.graded_steps={k}"]) for k in (2, 10))
+    few, many = (make_plan(config, CARD, whole=True, fakes=FAKES) for config in configs)
     for stage in ("rollout", "decode", "critic", "vae_backward", "denoise_backward"):
         grown = many.stages[stage].peak_gib - few.stages[stage].peak_gib
         assert grown <= 8 * 4 * 16 * 3 * 8 * 8 / 1024**3 * 1.001, stage  # eight more latents in fp32
@@ -90,12 +84,12 @@ def test_one_stage_alone_has_the_same_peak():
     config = load_config("toy", [*SMALL, "sampler.graded_steps=1"])
     whole = make_plan(config, CARD, fakes=FAKES)
     for stage in ("critic", "vae_backward", "denoise_backward"):
-        assert make_plan(config, CARD, only=stage, fakes=FAKES).stages[stage].peak_gib == pytest.approx(
-            whole.stages[stage].peak_gib, rel=0.01
-        ), stage
+        alone = make_plan(config, CARD, only=stage, fakes=FAKES).stages[stage]
+        assert alone.peak_gib == pytest.approx(whole.stages[stage].peak_gib, rel=0.01), stage
 
 
-def test_what_earlier_plans_found_out_changes_nothing():
+@slow
+def test_results_cached_by_earlier_plans_change_nothing():
     config, fakes = load_config("toy", SMALL), new_fakes()
     assert make_plan(config, CARD, fakes=fakes) == make_plan(config, CARD, fakes=fakes)
 
@@ -109,7 +103,7 @@ def test_json_is_complete():
     assert row["fits"] and row["peak_gib"] == max(stage["peak_gib"] for stage in row["stages"].values())
 
 
-ADVISED = [  # GiB / 1000 of a card that is too small, and settings
+ADVISED = [  # memory of a card that is too small in GiB / 1000, and settings
     (20, SMALL[:-1]),
     (21, (*SMALL[:-1], "memory.checkpoint=false")),
     (16.5, SMALL),
@@ -132,11 +126,8 @@ def test_following_the_advice_makes_it_fit(thousandths, overrides):
     plan = make_plan(config, CARD, vram, fakes=FAKES)
     assert not plan.fits
     advised = advise(config, CARD, plan, fakes=FAKES)
-    assert (
-        advised.changes
-        and advised.largest in refusal(advised)
-        and advised.changes[0].partition("=")[0] in refusal(advised)
-    )
+    assert advised.changes and advised.largest in refusal(advised)
+    assert advised.changes[0].partition("=")[0] in refusal(advised)
     assert make_plan(change(config, advised.changes), CARD, vram, fakes=FAKES).fits
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from _plans import FAKES
 from rich.console import Console
 from torch import nn
 
@@ -18,13 +19,12 @@ from lowmem_drf.models.wan.random_generator import random_transformer
 from lowmem_drf.planner.cards import GIB, card_named
 from lowmem_drf.planner.ladder import LADDERS, _changed
 from lowmem_drf.planner.ledger import Ledger
-from lowmem_drf.planner.plan import decide_rollout, make_plan, new_fakes
+from lowmem_drf.planner.plan import decide_rollout, make_plan
 from lowmem_drf.planner.report import print_plan
 from lowmem_drf.planner.stages import STAGES, StagePlan
 from lowmem_drf.planner.zero import PlannedZero3
 
 CARD = card_named("")
-FAKES = new_fakes()
 COMMON = (
     *("batch=4", "micro_batch=1", "sampler.steps=4", "sampler.graded_steps=2"),
     *("video.frames=5", "critic.frames=2", "memory.checkpoint=true"),

@@ -1,6 +1,6 @@
 """The presets for real cards: planned peaks are within the budgets, and headers and pages repeat the plan's figures.
 
-The fast suite plans one streamed preset and the one for ZeRO-3; the others, of the same code at other sizes, are slow.
+The fast suite plans one preset, with streaming; the others, of the same code at other sizes, are slow.
 """
 
 import json
@@ -9,6 +9,7 @@ import sys
 from functools import cache
 
 import pytest
+from _plans import FAKES
 from _root import ROOT
 from typer.testing import CliRunner
 
@@ -20,7 +21,7 @@ from lowmem_drf.assembly.text_cache import DTYPES
 from lowmem_drf.config import load_config, preset_card, presets
 from lowmem_drf.planner.cards import USABLE, card_named
 from lowmem_drf.planner.fake_models import fake_critic
-from lowmem_drf.planner.plan import make_plan, new_fakes
+from lowmem_drf.planner.plan import make_plan
 
 BUDGET_GIB = {  # whole process, at its peak
     "rtx4090": 22.0, "rtx3090": 22.0, "rtx5090": 29.0, "rtx4090-fast": 22.0, "rtx3090-fast": 22.0, "rtx5090-fast": 29.0,
@@ -35,10 +36,8 @@ HOST_GB = (
     | dict.fromkeys(("rtx3060", "rtx3060-fast", "rtx4060", "rtx4060-fast"), 32)
     | {"zero3-2gpu": 128}
 )
-FAST = ("rtx4060", "zero3-2gpu")
+FAST = ("rtx4060",)
 STREAMED = [name for name in BUDGET_GIB if load_config(name).memory.stream]
-FAKES = new_fakes()
-"""Shared by all plans here: most presets run the same operators on the same shapes."""
 
 slow = pytest.mark.slow
 
@@ -62,7 +61,7 @@ def plan_of(name):
 def test_the_command_prints_the_plan():
     done = CliRunner().invoke(cli.app, ["plan", "--preset", "toy", "--vram", "24GB", "--json"])
     assert done.exit_code == 0, done.stderr
-    printed, made = json.loads(done.stdout), make_plan(load_config("toy"), card_of("toy"), 24.0).as_json("toy")
+    printed, made = json.loads(done.stdout), plan_of("toy")
     assert printed.keys() == made.keys() and printed["stages"].keys() == made["stages"].keys()
     for one, other in ((printed, made), *((printed["stages"][name], made["stages"][name]) for name in made["stages"])):
         # kilobytes differ: masks and windows made by the first plan of a process are reused by the next
