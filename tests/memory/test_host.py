@@ -1,5 +1,5 @@
-"""Tensors that wait on the host: values and bytes, and the CUDA path's order of copies on streams that are as late as
-they may be."""
+"""Tensors offloaded to the host: values, bytes, and the CUDA path's order of copies on simulated streams that run as
+late as possible."""
 
 from __future__ import annotations
 
@@ -68,8 +68,7 @@ def pinned_store(monkeypatch):
 
 
 def test_copies_are_ordered_whatever_their_streams_are_late_with(pinned_store):
-    """Puts, prefetches, gets and drops at random: every value right, no memory freed under a copy, host memory used
-    again."""
+    """Random puts, prefetches, gets and drops: right values, no memory freed during a copy, host memory reused."""
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
     waiting, taken, live = [], 0, 0
     most = 0

@@ -1,4 +1,4 @@
-"""Weights that come to the card layer by layer: gradients to the bit, bytes of two layers, every pattern of passes."""
+"""Streamed weights: bitwise equal gradients, two layers on the card, any order of passes."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def tuned(**config):
 
 
 def passes(transformer, dtype=torch.float32):
-    """What a step does: forwards without gradient, then forward and backward of one pass after another; and two graphs
-    alive at once, with a pass between."""
+    """The passes of a step: forwards without gradient, then forward and backward in turn; and two graphs alive at once,
+    with a pass between."""
     velocity, lora = as_velocity(transformer), lora_parameters(transformer)
     x, text = tiny_latents(1, dtype=dtype), tiny_condition(1, dtype)
     results = []
@@ -79,40 +79,30 @@ def test_gradients_are_those_of_resident_weights_to_the_bit(settings):
 
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 def test_gradients_are_right_however_late_the_copies_are(monkeypatch, quant):
-    """On the CUDA path, with streams that copy only when they are waited for."""
+    """The CUDA path, with streams that copy only when waited for."""
     transformer = tuned()
     if quant != "none":
         packed(transformer)
     set_activations(transformer, slices=2)
     wanted = passes(transformer)
     store = late_store(monkeypatch, arena=1 << 16, in_flight=1 << 12)
-    set_activations(
-        transformer,
-        checkpoint="host",
-        keep_attention="host",
-        slices=2,
-        store=store,
-        streamed=Streamed(list(transformer.blocks), CPU, store),
-    )
+    streamed = Streamed(list(transformer.blocks), CPU, store)
+    settings: dict[str, Any] = {"checkpoint": "host", "keep_attention": "host", "slices": 2}
+    set_activations(transformer, store=store, streamed=streamed, **settings)
     assert all(torch.equal(a, b) for a, b in zip(passes(transformer), wanted, strict=True))
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 @pytest.mark.parametrize("slices", [1, 3])
 def test_a_graph_keeps_no_weights_of_blocks_that_are_recomputed(slices, quant):
-    """Of all the pieces that ever came, only those of two layers live, whatever a graph is waiting for its backward.
-    With kernels' linear layers too."""
+    """Only the pieces of two layers stay alive while graphs wait for their backward. Also with the kernels' linear
+    layers."""
     transformer = tuned()
     if quant != "none":
         packed(transformer)
     with Ledger():
         streamed = Streamed(list(transformer.blocks), CPU, planned_store())
-        came: list[weakref.ref[torch.Tensor]] = []
-        for layer in streamed.layers:
-            layer.fetch = lambda do=layer.fetch, layer=layer: (
-                do(),
-                came.append(weakref.ref(layer._here.untyped_storage())),
-            )
+        came = arrivals(streamed)
         rows = replace(naive_ops(), lean_linears=True)
         set_activations(transformer, slices=slices, rows=rows, streamed=streamed)
         graphs = [
@@ -129,24 +119,15 @@ def test_a_graph_keeps_no_weights_of_blocks_that_are_recomputed(slices, quant):
 
 
 def test_kernels_run_on_streamed_weights():
-    """Ours, interpreted: the same gradients to the bit, and no graph keeps weights of a block that is recomputed."""
-    settings: dict[str, Any] = {
-        "rows": fused_ops(),
-        "attention": triton_attention(),
-        "slices": 2,
-        "keep_attention": "card",
-    }
+    """Our kernels, interpreted: bitwise equal gradients, and no graph keeps weights of a recomputed block."""
+    settings: dict[str, Any] = {"rows": fused_ops(), "attention": triton_attention()}
+    settings |= {"slices": 2, "keep_attention": "card"}
     transformer = tuned(attention_head_dim=16)
     set_activations(transformer, **settings)
     wanted = gradients(transformer)
     with Ledger():
         streamed = Streamed(list(transformer.blocks), CPU, planned_store())
-        came: list[weakref.ref[torch.Tensor]] = []
-        for layer in streamed.layers:
-            layer.fetch = lambda do=layer.fetch, layer=layer: (
-                do(),
-                came.append(weakref.ref(layer._here.untyped_storage())),
-            )
+        came = arrivals(streamed)
         set_activations(transformer, streamed=streamed, **settings)
         assert all(torch.equal(a, b) for a, b in zip(gradients(transformer), wanted, strict=True))
         v = velocity_of(transformer)
@@ -162,13 +143,24 @@ def gradients(transformer):
     return torch.autograd.grad(v, lora_parameters(transformer), torch.ones_like(v))
 
 
+def arrivals(streamed):
+    """A list that will hold a weak reference to the storage of each fetched piece."""
+    came: list[weakref.ref[torch.Tensor]] = []
+    for layer in streamed.layers:
+        layer.fetch = lambda do=layer.fetch, layer=layer: (
+            do(),
+            came.append(weakref.ref(layer._here.untyped_storage())),
+        )
+    return came
+
+
 def alive(references):
     gc.collect()
     return len({id(storage) for reference in references if (storage := reference()) is not None})
 
 
 def packed(transformer):
-    """The linears of the blocks in NF4, under the LoRA."""
+    """Converts the blocks' linear layers to NF4, below the LoRA."""
     for layer in lora_layers(transformer).values():
         linear = layer.base_layer
         layer.base_layer = PackedLinear(linear.in_features, linear.out_features, linear.bias is not None, "nf4")
@@ -187,7 +179,7 @@ def test_a_lora_may_come_after_streaming():
 
 
 class Wide(nn.Module):
-    """Weights that are large beside all else."""
+    """A layer with weights much larger than its activations."""
 
     def __init__(self, generator):
         super().__init__()
@@ -240,7 +232,7 @@ def test_the_card_holds_two_layers_and_the_host_all_of_them():
 
 
 def test_every_layer_is_on_its_way_before_it_is_entered():
-    """In a forward, in the backward that recomputes it, and from pass to pass: but for the very first one."""
+    """In a forward, in the backward that recomputes it, and from pass to pass; except the very first layer."""
     layers = wide_layers()
     streamed = Streamed(layers, CPU, HostStore(CPU))
     log = []

@@ -1,4 +1,4 @@
-"""Fake tensors made again from what an operator made before: each as ``FakeTensorMode`` makes it."""
+"""Fake tensors rebuilt from cached results equal those of ``FakeTensorMode``."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def fake(mode, *shape, dtype=torch.float32):
 
 
 def look(tensor):
-    """All that a fake tensor is."""
+    """All properties of a fake tensor."""
     return (
         tensor.shape,
         tensor.stride(),
@@ -104,7 +104,7 @@ def test_the_default_dtype_is_part_of_the_question(mode):
 
 
 def test_real_and_fake_arguments_are_told_apart(mode):
-    """What a real tensor takes part in alone stays real."""
+    """Results of real tensors alone stay real."""
     x = fake(mode, 3)
     with Fakes(mode):
         for _ in range(2):
@@ -125,7 +125,7 @@ def test_checks_of_values_pass(mode):
 
 
 def test_gradients_and_bytes_are_the_plain_modes(mode):
-    """A graph with recomputation, twice: what is remembered the first time is all that the second uses."""
+    """A graph with recomputation, twice: the second run uses only cached results."""
 
     def run(x, w):
         y = torch.utils.checkpoint.checkpoint(lambda x: F.gelu(x @ w).softmax(-1), x, use_reentrant=False)

@@ -1,5 +1,4 @@
-"""A published LoRA merged into the base: our own exports there and back, and files in the ways that others write
-them."""
+"""A published LoRA merged into the base: our own exports, and files as other tools write them."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ def base(tmp_path_factory) -> str:
 
 
 def merged_into(base: str, file, scale: float = 1.0, dtype: torch.dtype = torch.float32, **arguments):
-    """The transformer loaded with the file's changes, and how many there are."""
+    """The transformer loaded with the file's changes, and their number."""
     count = []
 
     def changes(shapes):
@@ -58,7 +57,7 @@ def file(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained():
-    """A tiny transformer in fp64 with a LoRA that changes what it says, and the LoRA alone."""
+    """A tiny transformer in fp64 with a LoRA that changes its output, and the LoRA."""
     transformer = tiny_transformer(torch.float64)
     add_lora(transformer, RANK, ALPHA)
     randomise_lora(transformer)
@@ -105,7 +104,7 @@ def test_the_merged_model_says_what_the_tuned_one_says(trained, file, base: str)
 
 
 def lightx2v(prefix: str = "diffusion_model.") -> dict[str, torch.Tensor]:
-    """As lightx2v's step-distillation files: everywhere, ranks that differ, whole differences of biases, norms and
+    """Like lightx2v's step-distillation files: all modules, different ranks, full differences of biases, norms and
     modulations."""
     return {
         prefix + name: value
@@ -170,7 +169,7 @@ def test_what_lightx2v_writes(file, base: str) -> None:
 
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
 def test_packed_weights_are_changed_before_they_are_packed(quant: str, file, base: str) -> None:
-    """And the rest of the file reaches what is not packed."""
+    """Changes to unpacked weights apply too."""
     save_file(lightx2v(), file)
     plain, packed = merged_into(base, file)[0], merged_into(base, file, quant=quant)[0]
     others = dict(packed.named_parameters())
@@ -198,7 +197,7 @@ def test_a_weight_may_change_in_both_ways(file, base: str) -> None:
 
 
 def test_16_bit_weights_are_rounded_once(file, base: str) -> None:
-    """The sum is made in fp32: a bf16 product would be lost in a bf16 weight."""
+    """The sum is computed in fp32: a bf16 weight would absorb a small bf16 product."""
     tensors = lightx2v()
     save_file({name: value.bfloat16() for name, value in tensors.items()}, file)
     merged, _ = merged_into(base, file, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""A linear layer with a LoRA as one function: peft's values and gradients, and fewer bytes."""
+"""A linear layer with a LoRA as one function: peft's values and gradients in fewer bytes."""
 
 from __future__ import annotations
 
@@ -82,8 +82,7 @@ def test_gradients_that_nobody_wants_are_not_made(model):
 
 
 def test_bytes():
-    """Of a feed-forward's second layer: kept is its input, and at no time is more than that, the activation or one
-    gradient of it there."""
+    """The second layer of a feed-forward keeps its input; at any time there is at most one more tensor of that size."""
     wide, narrow = 4000, 24
     block = torch.nn.Linear(wide, narrow)
     holder = torch.nn.ModuleDict({"blocks": torch.nn.ModuleDict({"ffn": block})}).requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The optimizers in 8 bit: what they do to a LoRA, what they leave in a checkpoint, and their bytes in the plan."""
+"""Optimizers in 8 bit: their updates, their checkpoints, and their bytes in the plan."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_it_goes_on_where_it_was(name):
 
 
 def test_the_names_in_a_checkpoint_stay():
-    """Those of runs that were begun with an earlier version."""
+    """From runs that an earlier version started."""
     tensors, optimizer = fresh("adamw")
     step(tensors, optimizer, 0, 1)
     assert set(pack_optimizer(optimizer, KEYS)) == {
@@ -136,7 +136,7 @@ def test_a_run_in_two_halves_equals_one_in_one(tiny_preset, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_planned_bytes_are_those_of_a_real_update(name):
-    """Rank 256: of ToyWorld's matrices those at the feed-forward have moments that are paged, the others have not."""
+    """Rank 256: only the feed-forward matrices of ToyWorld have paged moments."""
     config = load_config("toy", [*SHORT, f"optim.name={name}", "lora.rank=256", "memory.checkpoint=true"])
     plan = make_plan(config, card_named(""))
     measured = measure(config, torch.device("cpu"), None, Console(quiet=True))

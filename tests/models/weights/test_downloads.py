@@ -1,5 +1,4 @@
-"""What is checked before a model is loaded: files missing, cut or of another format, downloads, disk and host memory.
-No network."""
+"""Checks before loading a model: files missing, cut or of another format, downloads, disk, host memory. No network."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ def role(request) -> str:
 
 @pytest.fixture
 def folder(originals, role: str, tmp_path) -> Path:
-    """A copy that a test may damage."""
+    """A copy for tests to damage."""
     return Path(shutil.copytree(originals[role], tmp_path / "model"))
 
 
@@ -157,8 +156,7 @@ def test_all_that_is_missing_is_named(originals, tmp_path) -> None:
 
 
 class Hub:
-    """A hub with one repository, its cache a folder of the test. ``fails``: raised by the download after its first
-    file."""
+    """A hub with one repository, cached in the test's folder. ``fails``: raised after the first downloaded file."""
 
     def __init__(self, cache: Path, repository: str, source: Path) -> None:
         self.cache, self.repository, self.source = cache, repository, source
@@ -218,7 +216,7 @@ class Hub:
 
 @pytest.fixture
 def hub(folder: Path, role: str, tmp_path, monkeypatch) -> Hub:
-    """Holds much that loading does not need."""
+    """Contains many files that loading does not need."""
     hub = Hub(tmp_path / "hub", "someone/model", folder)
     for name in (
         "README.md",
