@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from lowmem_drf.config import load_config, preset_card, preset_path
+from lowmem_drf.config import chosen_preset, load_config, preset_card, preset_path
 from lowmem_drf.planner.cards import card_named, parse_vram
 from lowmem_drf.planner.report import planned, print_plan
 
@@ -13,8 +13,6 @@ from lowmem_drf.planner.report import planned, print_plan
 def plan_command(preset: str | None, vram: str | None, overrides: Sequence[str], as_json: bool) -> None:
     """Prints a table or JSON, and what to change if it does not fit."""
     from rich.console import Console
-
-    from lowmem_drf.config import chosen_preset
 
     name = preset or chosen_preset()[0]
     config = load_config(name, overrides)

@@ -63,23 +63,13 @@ class Held:
 
 
 class Copier(Protocol):
-    """Copies tensors to host memory and back."""
+    """Copies tensors without gradient to host memory and back; methods as in ``HostStore``. Host memory is freed with
+    the last reference to the result of ``put``."""
 
-    def put(self, tensor: Tensor) -> Fetch:
-        """Starts the copy of a tensor without gradient to the host. The host memory is freed with the result."""
-        ...
-
-    def settle(self) -> None:
-        """Makes the following computation wait for the copies to the host that are under way."""
-        ...
-
-    def keep(self, table: Tensor) -> Tensor:
-        """The tensor in host memory, to be read there."""
-        ...
-
-    def send(self, rows: Tensor) -> Tensor:
-        """Moves rows of such a tensor to the card."""
-        ...
+    def put(self, tensor: Tensor) -> Fetch: ...
+    def settle(self) -> None: ...
+    def keep(self, table: Tensor) -> Tensor: ...
+    def send(self, rows: Tensor) -> Tensor: ...
 
 
 class HostStore:

@@ -15,6 +15,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,10 +51,9 @@ def base_changes(
     path = find_base_lora(source, say)
     tensors, metadata = read_tensors(path)
     try:
-        changes = read_changes(tensors, metadata, shapes)
+        return read_changes(tensors, metadata, shapes, scale)
     except BadInputError as error:
         raise BadInputError(f"model.base_lora, {source}: {error}") from error
-    return {name: _scaled(change, scale) for name, change in changes.items()}
 
 
 def find_base_lora(source: str, say: Callable[[str], None]) -> Path:
@@ -69,9 +70,12 @@ def find_base_lora(source: str, say: Callable[[str], None]) -> Path:
 
 
 def read_changes(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    shapes: Mapping[str, tuple[int, ...]],
+    scale: float = 1.0,
 ) -> dict[str, Change]:
-    """The changes to each parameter of a model of these ``shapes`` (by diffusers' names), unscaled.
+    """The changes to each parameter of a model of these ``shapes`` (by diffusers' names), times ``scale``.
 
     Raises:
         BadInputError: names the first problems.
@@ -99,7 +103,7 @@ def read_changes(
         else:
             name = f"{module}.{_WHOLE[suffix]}".removeprefix(".")
             if shapes.get(name) == tuple(value.shape):
-                parts.setdefault(name, []).append(_added(value))
+                parts.setdefault(name, []).append(value.to)
             else:
                 misfits.append(f"{key} is {list(value.shape)}, and the model's {name} is {_shape(shapes, name)}")
     for module, pair in pairs.items():
@@ -115,13 +119,13 @@ def read_changes(
             continue
         rank = int(down.shape[0])
         alpha = float(pair["alpha"]) if "alpha" in pair else header_alpha(metadata, rank)
-        parts.setdefault(name, []).append(_product(down, up, alpha / rank, shape))
+        parts.setdefault(name, []).append(partial(_product, down, up, alpha / rank, shape))
     if unused:
         misfits.insert(0, f"{len(unused)} of its tensors belong to nothing in this transformer ({_some(unused)})")
     if misfits or not parts:
         problems = "; ".join(misfits[:4]) or "it holds nothing"
         raise BadInputError(f"{problems}. It was made for another model, or is of a kind that is not supported.")
-    return {name: _sum(changes) for name, changes in parts.items()}
+    return {name: partial(_sum, changes, scale) for name, changes in parts.items()}
 
 
 def _shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> list[int] | str:
@@ -144,32 +148,16 @@ def _known_modules(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int
     return known
 
 
-def _added(value: Tensor) -> Change:
-    return lambda device, dtype: value.to(device, dtype)
-
-
-def _product(down: Tensor, up: Tensor, factor: float, shape: tuple[int, ...]) -> Change:
+def _product(
+    down: Tensor, up: Tensor, factor: float, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
     """Product of two matrices, or of the two kernels of the patch embedding (the second is 1x1x1)."""
-
-    def change(device: torch.device, dtype: torch.dtype) -> Tensor:
-        product = up.to(device, dtype).flatten(1) @ down.to(device, dtype).flatten(1)
-        return (factor * product).reshape(shape)
-
-    return change
+    product = up.to(device, dtype).flatten(1) @ down.to(device, dtype).flatten(1)
+    return (factor * product).reshape(shape)
 
 
-def _scaled(change: Change, scale: float) -> Change:
-    return lambda device, dtype: scale * change(device, dtype)
-
-
-def _sum(changes: list[Change]) -> Change:
-    def change(device: torch.device, dtype: torch.dtype) -> Tensor:
-        total = changes[0](device, dtype)
-        for other in changes[1:]:
-            total = total + other(device, dtype)
-        return total
-
-    return change
+def _sum(changes: list[Change], scale: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return scale * reduce(add, (change(device, dtype) for change in changes))
 
 
 def _alpha_patterns(metadata: Mapping[str, str]) -> str:
