@@ -1,5 +1,5 @@
-"""ToyWorld on the interpreted kernels: the relay's gradients equal those of diffusers' arithmetic, and a run of two
-updates completes. Small clips: the interpreter takes seconds per pass."""
+"""ToyWorld on the interpreted kernels: the relay's gradients equal those of diffusers' arithmetic, and a run
+completes. Small clips and one update: the interpreter takes seconds per pass."""
 
 from __future__ import annotations
 
@@ -66,14 +66,13 @@ def test_gradients_of_toyworld(monkeypatch):
     assert not torch.equal(fused, naive)
 
 
-def test_two_updates_of_toyworld(tmp_path, capsys):
+def test_a_run_of_toyworld(tmp_path, capsys):
     run = tmp_path / "run"
     kernels = ["kernels.ops=fused", "kernels.attention=triton"]
-    train_command("toy", None, run, 2, None, False, [*SMALL, *kernels, "critic.mode=vanilla"], False)
+    train_command("toy", None, run, 1, None, False, [*SMALL, *kernels, "critic.mode=vanilla"], False)
     assert "kernels: fused; attention: triton (as asked)" in capsys.readouterr().out
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [1, 2]
-    assert all(line["grad_norm"] > 0 for line in lines)
+    (line,) = (run / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["grad_norm"] > 0
 
 
 def test_what_cannot_run_is_refused(monkeypatch):
