@@ -396,7 +396,7 @@ class Config(Node):
         partitioned = ["transformer", *(["critic"] if self.zero.critic else [])]
         for name, quant in (("model", self.model.quant), ("critic", self.critic.quant)):
             if quant != "none" and (name == "model" or self.zero.critic):
-                reason = "gathering and unpacking the weights on every card takes more memory, not less"
+                reason = "gathering and unpacking the weights on a card takes more of its memory, not less"
                 cure = 'set none, or engine = "zero1" with memory.stream'
                 yield f"{name}.quant", f"{quant} does not go with ZeRO-3: {reason}; {cure}"
         for key, names in (("park", self.memory.park), ("stream", self.memory.stream)):
