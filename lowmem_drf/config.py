@@ -31,6 +31,17 @@ DEFAULT_PRESET = "toy"
 """Loaded by ``load_config`` when no preset is named, and by ``train`` on a machine without a card: it runs anywhere."""
 
 
+_ANY = object()
+_RETIRED = {
+    "memory.keep_blocks": 0,
+    "zero.nvme_path": "",
+    "zero.stage3_prefetch_bucket_size": _ANY,
+    "zero.stage3_max_live_parameters": _ANY,
+    "zero.stage3_param_persistence_threshold": _ANY,
+}
+"""Keys of earlier versions, with the value under which nothing has changed. Runs of those versions hold all keys."""
+
+
 def known_keys(node: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     """Every dotted key of the tree, without the sections."""
     keys: list[str] = []
@@ -164,7 +175,11 @@ def _preset_values(path: Path, below: tuple[Path, ...] = ()) -> dict[str, tuple[
             message = f"these presets extend each other in a circle: {circle}. Take the line out of one of them."
             raise BadInputError(f"{path}: extends: {message}")
         values = _preset_values(base, chain)
-    return values | {key: (value, str(path)) for key, value in _flat(table)}
+    own = dict(_flat(table))
+    if own.get("critic.questions") == "templates" and "toyworld" in (own.get("prompts"), own.get("critic.id")):
+        del own["critic.questions"]  # the name of ToyWorld's grammar in earlier versions
+    kept = {key: value for key, value in own.items() if key not in _RETIRED or _RETIRED[key] not in (_ANY, value)}
+    return values | {key: (value, str(path)) for key, value in kept.items()}
 
 
 def _extended(path: Path, extends: Any) -> Path:

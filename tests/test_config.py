@@ -163,3 +163,17 @@ def test_a_file_that_is_not_toml_is_named(tmp_path):
     file = tmp_path / "bad.toml"
     file.write_text("steps = = 3", encoding="utf-8")
     assert str(file) in refusal(preset=str(file))
+
+
+def test_a_run_of_an_earlier_version_is_read_where_nothing_it_used_has_changed(tmp_path):
+    """A run's config.toml holds every key. Keys that went are dropped at the value that changes nothing, else named."""
+    earlier = to_toml(load_config("toy")) + "\n"
+    earlier = earlier.replace('questions = "phrases"', 'questions = "templates"')
+    earlier = earlier.replace("[memory]\n", "[memory]\nkeep_blocks = 0\n")
+    earlier = earlier.replace("[zero]\n", '[zero]\nnvme_path = ""\nstage3_max_live_parameters = 7\n')
+    file = tmp_path / "config.toml"
+    file.write_text(earlier)
+    assert load_config(file) == load_config("toy") and "keep_blocks" in earlier and '"templates"' in earlier
+    file.write_text(earlier.replace("keep_blocks = 0", "keep_blocks = 3").replace('"toyworld"', '"elsewhere"'))
+    with pytest.raises(BadInputError, match=r"no key 'memory\.keep_blocks'(.|\n)*\"templates\" is gone"):
+        load_config(file)
