@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,14 @@ from bench.script import reports_errors
 from lowmem_drf.assembly.generate import base_and_tuned
 from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.files import make_writable
+from lowmem_drf.questions.toyworld import attributes
 from lowmem_drf.toy.captions import heldout_prompts
 from lowmem_drf.toy.oracle import Verdict, judge
 from lowmem_drf.training.lora_file import load_run_lora
 from lowmem_drf.training.run_folder import find_run, run_config
 
-ZOOM, GAP, MARGIN, SIDE, LINE, TEXT = 4, 12, 16, 58, 17, 14  # pixels
+ZOOM, GAP, MARGIN, SIDE, LINE, TEXT = 3, 16, 16, 50, 16, 13  # pixels
+ACROSS = 6
 INK, GRAY, GREEN, RED, PAPER = "#1f2328", "#59636e", "#1a7f37", "#cf222e", "#ffffff"
 CHECKED = ("color", "shape", "direction", "physics", "quality")
 
@@ -42,26 +43,36 @@ class Column:
 def said(verdict: Verdict) -> tuple[str, str]:
     """The oracle's verdict as text, and the colour of the text."""
     wrong = [name for name in CHECKED if not getattr(verdict, name)]
-    return (f"wrong {', '.join(wrong[:2])}", RED) if wrong else ("right", GREEN)
+    return (f"wrong {wrong[0]}", RED) if wrong else ("right", GREEN)
+
+
+def asked(prompt: str) -> str:
+    """What a caption asks for, in two short lines."""
+    named = attributes(prompt) or {}
+    moves = "stays" if named["direction"] == "still" else f"moves {named['direction']}"
+    return f"{named['color']} {named['shape']}\n{moves}"
 
 
 def moving_picture(columns: Sequence[Column]) -> list[Image.Image]:
-    """One picture per frame of the clips, with one column per prompt."""
+    """One picture per frame of the clips: blocks of six columns, one column per prompt."""
     frames, _, height, width = columns[0].clips[0][0].shape
-    tall, wide, head = height * ZOOM, width * ZOOM, 3 * LINE + 4
-    row = tall + LINE + GAP
-    size = (2 * MARGIN + SIDE + len(columns) * (wide + GAP) - GAP, 2 * MARGIN + head + 2 * row - GAP)
+    tall, wide, across = height * ZOOM, width * ZOOM, min(ACROSS, len(columns))
+    row = tall + LINE + GAP // 2
+    block = 2 * LINE + 4 + 2 * row + GAP
+    size = (2 * MARGIN + SIDE + across * (wide + GAP) - GAP, MARGIN + LINE + GAP - (-len(columns) // across) * block)
     page = Image.new("RGB", size, PAPER)
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(TEXT)
+    right = [sum(said(column.clips[r][1])[0] == "right" for column in columns) for r in (0, 1)]
+    counts = f"right, of {len(columns)} clips: base {right[0]}, tuned {right[1]}"
+    draw.text((MARGIN + SIDE, MARGIN // 2), counts, fill=INK, font=font)
     places = []
-    for r, name in enumerate(("base", "tuned")):
-        draw.text((MARGIN, MARGIN + head + r * row + tall // 2 - LINE // 2), name, fill=(GRAY, INK)[r], font=font)
     for c, column in enumerate(columns):
-        left = MARGIN + SIDE + c * (wide + GAP)
-        lines = textwrap.wrap(column.prompt.replace(" ,", ","), 20)[:3]
-        draw.multiline_text((left, MARGIN), "\n".join(lines), fill=INK, font=font, spacing=3)
+        left, up = MARGIN + SIDE + c % across * (wide + GAP), MARGIN + LINE + c // across * block
+        draw.multiline_text((left, up), asked(column.prompt), fill=INK, font=font, spacing=2)
         for r, (clip, verdict) in enumerate(column.clips):
-            top = MARGIN + head + r * row
+            top = up + 2 * LINE + 4 + r * row
+            if c % across == 0:
+                draw.text((MARGIN, top + tall // 2 - LINE // 2), ("base", "tuned")[r], fill=(GRAY, INK)[r], font=font)
             text, colour = said(verdict)
             draw.text((left, top + tall + 1), text, fill=colour, font=font)
             places.append(((left, top), (clip.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()))
@@ -90,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.toyworld.base_and_tuned", description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="a ToyWorld run's folder; default: the latest under runs/")
     parser.add_argument("--output", type=Path, default=Path("docs/images/base_and_tuned.gif"))
-    parser.add_argument("--prompts", type=int, default=6, help="how many held-out prompts")
+    parser.add_argument("--prompts", type=int, default=12, help="how many held-out prompts")
     parser.add_argument("--seed", type=int, default=0, help="seed of the prompts' order and of the noise")
     options = parser.parse_args(arguments)
     pictures = moving_picture(columns_of(find_run(options.run), options.prompts, options.seed))
