@@ -7,6 +7,7 @@ from _plans import FAKES
 
 from lowmem_drf.config import change, load_config
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.planner import ladder
 from lowmem_drf.planner.cards import CARDS, USABLE, card_named, parse_vram
 from lowmem_drf.planner.ladder import DEAR, LADDERS, advise, rank_of
 from lowmem_drf.planner.measure import count_bytes
@@ -120,8 +121,15 @@ ADVISED = [  # memory of a card that is too small in GiB / 1000, and settings
 ]
 
 
-@pytest.mark.parametrize(("thousandths", "overrides"), ADVISED, ids=range(len(ADVISED)))
-def test_following_the_advice_makes_it_fit(thousandths, overrides):
+FAST_ADVISED = (1, 3)
+"""Positions in ``ADVISED``: the cheapest to plan."""
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(i, marks=() if i in FAST_ADVISED else slow) for i in range(len(ADVISED))]
+)
+def test_following_the_advice_makes_it_fit(case):
+    thousandths, overrides = ADVISED[case]
     config, vram = load_config("toy", overrides), thousandths / 1000
     plan = make_plan(config, CARD, vram, fakes=FAKES)
     assert not plan.fits
@@ -131,7 +139,9 @@ def test_following_the_advice_makes_it_fit(thousandths, overrides):
     assert make_plan(change(config, advised.changes), CARD, vram, fakes=FAKES).fits
 
 
-def test_no_advice_where_nothing_helps():
+@pytest.mark.parametrize("rungs", [1, pytest.param(99, marks=slow)], ids=["first rungs", "all rungs"])
+def test_no_advice_where_nothing_helps(rungs, monkeypatch):
+    monkeypatch.setattr(ladder, "LADDERS", {stage: LADDERS[stage][:rungs] for stage in STAGES})
     config = load_config("toy", [*SMALL, "video.frames=5", "critic.frames=2"])
     plan = make_plan(config, CARD, 0.001, fakes=FAKES)
     assert advise(config, CARD, plan, fakes=FAKES).changes == ()
