@@ -1,6 +1,7 @@
 """The plan compared with the bytes of a real update; the advice compared with the plan."""
 
 import json
+from functools import cache
 
 import pytest
 from _plans import FAKES
@@ -81,9 +82,13 @@ def test_memory_does_not_grow_with_graded_steps():
         assert grown <= 8 * 4 * 16 * 3 * 8 * 8 / 1024**3 * 1.001, stage  # eight more latents in fp32
 
 
+@cache
+def one_graded_step():
+    return make_plan(load_config("toy", [*SMALL, "sampler.graded_steps=1"]), CARD, 24.0, fakes=FAKES)
+
+
 def test_one_stage_alone_has_the_same_peak():
-    config = load_config("toy", [*SMALL, "sampler.graded_steps=1"])
-    whole = make_plan(config, CARD, fakes=FAKES)
+    config, whole = load_config("toy", [*SMALL, "sampler.graded_steps=1"]), one_graded_step()
     for stage in ("critic", "vae_backward", "denoise_backward"):
         alone = make_plan(config, CARD, only=stage, fakes=FAKES).stages[stage]
         assert alone.peak_gib == pytest.approx(whole.stages[stage].peak_gib, rel=0.01), stage
@@ -96,8 +101,7 @@ def test_results_cached_by_earlier_plans_change_nothing():
 
 
 def test_json_is_complete():
-    plan = make_plan(load_config("toy", SMALL), CARD, 24.0, fakes=FAKES)
-    row = json.loads(json.dumps(plan.as_json("toy")))
+    row = json.loads(json.dumps(one_graded_step().as_json("toy")))
     assert {"preset", "vram_gib", "fits", "peak_gib", "host_gib", "update_s", "stages"} <= row.keys()
     assert set(row["stages"]) == set(STAGES)
     assert all({"peak_gib", "weights_gib", "s", "what"} <= stage.keys() for stage in row["stages"].values())
@@ -121,13 +125,7 @@ ADVISED = [  # memory of a card that is too small in GiB / 1000, and settings
 ]
 
 
-FAST_ADVISED = (1, 3)
-"""Positions in ``ADVISED``: the cheapest to plan."""
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(i, marks=() if i in FAST_ADVISED else slow) for i in range(len(ADVISED))]
-)
+@pytest.mark.parametrize("case", [pytest.param(i, marks=() if i == 3 else slow) for i in range(len(ADVISED))])
 def test_following_the_advice_makes_it_fit(case):
     thousandths, overrides = ADVISED[case]
     config, vram = load_config("toy", overrides), thousandths / 1000
