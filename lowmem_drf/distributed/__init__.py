@@ -1,4 +1,4 @@
-"""Several processes in one run: DeepSpeed's engines, ranks, and how the processes are started.
+"""Runs of several processes: launcher, ranks and DeepSpeed's engines.
 
-Not here: what a single card does with its memory (``memory/``). DeepSpeed is imported where it is used.
+A single card's memory is ``memory/``'s. DeepSpeed is imported where it is used.
 """

@@ -1,11 +1,10 @@
-"""``train --num-processes N``: starts the processes of a run on this machine, and ends with them.
+"""``train --num-processes N``: starts the processes of a run on this machine and waits for them.
 
-Torch's ``SubprocessContext`` starts and polls them. When one fails or dies, it sends SIGTERM to the others. Nothing in
-them catches it, so it ends them even inside a collective that would never return. ``torchrun`` and ``deepspeed`` do the
-same to processes that they started.
+Torch's ``SubprocessContext`` starts and polls them. When one fails or dies, it sends SIGTERM to the others. They do not
+catch it, so it ends them even inside a collective that would never return. ``torchrun`` and ``deepspeed`` do the same.
 
-The user reads what rank 0 prints, and one message when the run fails. A process that fails writes its message into
-torch's error file, and the launcher prints the message of the first one. Under other launchers the process prints it.
+The user sees the output of rank 0, and one message if the run fails: a failing process writes its message into torch's
+error file, and the launcher prints the first one. Under other launchers the process prints it.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ if TYPE_CHECKING:
 
 POLL_S = 0.05
 SETTLE_S = 5.0
-"""A RuntimeError may only say that a peer is gone. The process waits this long before it reports the error: a launcher
-that saw the peer fail ends it in the meantime."""
+"""Delay before a process reports a RuntimeError, which may only mean that a peer is gone: a launcher that saw the peer
+fail ends the process in the meantime."""
 LAST_LINES = 20
 
 Advice = Callable[[], str]
@@ -41,10 +40,10 @@ Advice = Callable[[], str]
 
 
 def launch(count: int, command: Sequence[str], advice: Advice) -> int:
-    """Runs ``command`` in ``count`` processes, which find their rank in the environment variables that torchrun sets.
+    """Runs ``command`` in ``count`` processes, with torchrun's environment variables.
 
-    The first SIGINT or SIGTERM is sent on to every process as SIGINT; the second one kills them. The processes do not
-    outlive this one (``ranks.join``).
+    Forwards the first SIGINT or SIGTERM to every process as SIGINT; the second kills them. The processes do not outlive
+    this one (``ranks.join``).
 
     Returns:
         The exit code: 0, that of the first process that failed, 1 if a signal killed it, 130 after an interrupt.
@@ -55,12 +54,9 @@ def launch(count: int, command: Sequence[str], advice: Advice) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the user reads our one message
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # by default torch kills the processes at the first SIGINT
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"} | OURS
-    shared |= {
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
-    }
+    shared = OURS | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // count, 1)))
     with tempfile.TemporaryDirectory() as folder, _signals() as got:
         context = SubprocessContext(
@@ -76,13 +72,13 @@ def launch(count: int, command: Sequence[str], advice: Advice) -> int:
         finally:
             context.close(signal.SIGKILL)
     if code and sys.stderr.isatty():
-        text = f"\x1b[?25h\n{text}"  # rank 0 was ended on the last line of its progress, with the cursor hidden
+        text = f"\x1b[?25h\n{text}"  # rank 0 ended while its progress line hid the cursor
     sys.stderr.write(text)
     return code
 
 
 def _outcome(context: SubprocessContext, got: Sequence[int], advice: Advice) -> tuple[str, int]:
-    """Waits for the processes. Returns what to tell the user, and the exit code."""
+    """Waits for the processes. Returns the message for the user, and the exit code."""
     sent = False
     while (result := context.wait(POLL_S, POLL_S)) is None:
         if len(got) > 1:
@@ -93,7 +89,7 @@ def _outcome(context: SubprocessContext, got: Sequence[int], advice: Advice) -> 
                 handler.proc.send_signal(signal.SIGINT)
     if not result.failures:
         return "", 0
-    failure = next(iter(result.failures.values()))  # the first one seen; behind it are those that torch ended
+    failure = next(iter(result.failures.values()))  # the first one seen; torch ended the later ones
     reported = Path(context.error_files[failure.local_rank]).is_file()
     if len(got) > 1 or (got and not reported):
         return f"Interrupted. {_safe(advice)}\n", 130
@@ -108,12 +104,10 @@ def _outcome(context: SubprocessContext, got: Sequence[int], advice: Advice) -> 
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Within the block SIGINT and SIGTERM only fill the list."""
+    """Inside the block, SIGINT and SIGTERM are only appended to the list."""
     got: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, frame: got.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, frame: got.append(number)) for number in numbers}
     try:
         yield got
     finally:
@@ -123,11 +117,11 @@ def _signals() -> Iterator[list[int]]:
 
 @contextmanager
 def failing_together(advice: Advice) -> Iterator[Callable[[BaseException], None]]:
-    """Around the work of a process that a launcher started: an exception that leaves the block ends the process there.
+    """Ends a launched process at an exception that leaves the block. Without a launcher, exceptions propagate as usual.
 
     Yields:
-        A function that does the same with an exception that must not be raised, because a collective would be entered
-        on its way out. Without a launcher it does nothing, and exceptions are raised as usual.
+        A function that ends the process for an exception that cannot propagate because a collective would be entered on
+        the way. Without a launcher it does nothing.
     """
     try:
         yield lambda error: fail(error, advice) if launched() else None
@@ -138,13 +132,13 @@ def failing_together(advice: Advice) -> Iterator[Callable[[BaseException], None]
 
 
 def fail(error: BaseException, advice: Advice) -> NoReturn:
-    """Ends this process with the exit code of ``errors.explain``, and leaves a message unless another one says it."""
+    """Ends this process with the exit code of ``errors.explain``, and reports the error unless another process does."""
     if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":
         time.sleep(SETTLE_S)
     rank = int(os.environ["RANK"])
     message, code = explain(error)
     if code == 130 and rank and error.args:
-        code = 0  # all have agreed on it, and saved (``train``): rank 0 speaks
+        code = 0  # all processes agreed to stop, and saved (``train``): rank 0 reports it
     shown = "".join(traceback.format_exception(error)) if DEBUG in sys.argv else ""
     shown += f"Error: {f'rank {rank}: ' if rank else ''}{message}\n{_safe(advice)}" if code not in (0, 130) else message
     if launched_by_us():
@@ -157,7 +151,7 @@ def fail(error: BaseException, advice: Advice) -> NoReturn:
 
 
 def _safe(advice: Advice) -> str:
-    """An advice that cannot be given, for example of a folder that cannot be read, must not hide the failure."""
+    """The advice, or nothing: an error in it, for example an unreadable folder, must not hide the failure."""
     with suppress(Exception):
         return advice()
     return ""

@@ -1,7 +1,7 @@
-"""The processes of a run: which of them this is, what is its share, and the few words they exchange.
+"""The processes of a run: this process's rank, its share of the work, and collectives on small Python objects.
 
-What they exchange are small Python objects, over gloo: it works with and without cards and never waits for a card's
-queue. Tensors are DeepSpeed's business.
+The objects travel over gloo, which works with and without cards and never waits for a card's queue. DeepSpeed exchanges
+the tensors.
 """
 
 from __future__ import annotations
@@ -18,56 +18,54 @@ from typing import NoReturn, TypeVar
 from lowmem_drf.errors import BadInputError
 
 JOIN_TIMEOUT = timedelta(minutes=10)
-"""For processes that never come."""
+"""Wait for processes to join."""
 TIMEOUT = timedelta(hours=6)
-"""For processes that wait for each other: one that downloads 30 GB is only slow. A dead one is noticed by the launcher,
-in seconds."""
+"""Wait in a collective. Long, since another process may be downloading 30 GB; the launcher notices a dead one in
+seconds."""
 NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LOCAL_COUNT = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")
-"""torchrun's name and that of the deepspeed launcher."""
+"""The names that torchrun and the deepspeed launcher use."""
 OURS = {"TORCHELASTIC_RUN_ID": "lowmem-drf"}
-"""What ``distributed/launch.py`` sets for the processes that it starts."""
+"""Environment that marks processes started by ``distributed/launch.py``."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """One process among ``count``. ``Ranks()`` is a run of one process: ``torch.distributed`` is not touched.
+    """One process among ``count``. ``Ranks()`` is a run of one process and never touches ``torch.distributed``.
 
-    Every method but ``share``, ``parts`` and ``chief`` is a collective: all processes call it, in the same order.
+    All methods except ``share``, ``parts`` and ``chief`` are collectives: all processes call them in the same order.
     """
 
     rank: int = 0
     count: int = 1
     local: int = 0
-    """The number of this process, and of its card, on its machine."""
+    """Index of this process, and of its card, on its machine."""
     local_count: int = 1
-    """Processes on its machine."""
+    """Number of processes on its machine."""
 
     @property
     def chief(self) -> bool:
-        """It writes and talks."""
+        """True for rank 0, which writes the files and prints."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's contiguous slice; all are of equal length. Raises ValueError where they cannot be."""
+        """This process's contiguous slice. Raises ValueError if the items do not divide evenly."""
         size, rest = divmod(len(items), self.count)
         if rest:
             raise ValueError(f"{len(items)} items cannot be split evenly over {self.count} processes")
         return items[self.rank * size : (self.rank + 1) * size]
 
     def parts(self, items: int) -> list[range]:
-        """The places among ``items`` that belong to each process: contiguous, their lengths differ by one at most,
-        longer ones first."""
+        """Each process's contiguous range of ``items`` places. Lengths differ by at most one, longer ranges first."""
         size, rest = divmod(items, self.count)
         starts = [rank * size + min(rank, rest) for rank in range(self.count + 1)]
         return [range(start, stop) for start, stop in zip(starts, starts[1:], strict=False)]
 
     @contextmanager
     def one_first(self) -> Iterator[None]:
-        """The block is run by one process of each machine, then by its others: what the first one leaves on the disk
-        they find there."""
+        """Runs the block in one process of each machine, then in the others, which can read the files it wrote."""
         if self.local:
             self.barrier()
         yield
@@ -75,7 +73,7 @@ class Ranks:
             self.barrier()
 
     def gather(self, value: T) -> list[T]:
-        """Everybody's value (anything that pickles), in the order of ranks, to all."""
+        """The values of all processes (picklable), by rank."""
         if self.count == 1:
             return [value]
         import torch.distributed as dist
@@ -85,7 +83,7 @@ class Ranks:
         return values  # type: ignore[return-value]
 
     def any(self, flag: bool) -> bool:
-        """Whether one of them says so."""
+        """True if any rank passed True."""
         return any(self.gather(flag))
 
     def from_chief(self, value: T) -> T:
@@ -99,11 +97,11 @@ class Ranks:
         return values[0]  # type: ignore[return-value]
 
     def barrier(self) -> None:
-        """Returns when all have come here. (``torch.distributed.barrier`` would wait for the card's queue too.)"""
+        """Waits for all processes. (``torch.distributed.barrier`` would also wait for the card's queue.)"""
         self.gather(None)
 
     def leave(self) -> None:
-        """The last thing of a run that ended well: nobody leaves while others still need the connections."""
+        """Last call of a successful run: waits until no process needs the connections, then closes them."""
         import torch.distributed as dist
 
         if dist.is_available() and dist.is_initialized():
@@ -112,9 +110,8 @@ class Ranks:
 
 
 def end_process() -> NoReturn:
-    """Ends a process that a launcher started, with 0, after ``Ranks.leave``. The interpreter is not taken down: threads
-    of the communication libraries, which DeepSpeed's groups keep alive, have aborted it there now and then (seen with
-    gloo)."""
+    """Exits with 0 after ``Ranks.leave``, without the interpreter's shutdown: there, threads of the communication
+    libraries, which DeepSpeed's groups keep alive, have sometimes aborted the process (seen with gloo)."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(0)
@@ -125,7 +122,7 @@ ALONE = Ranks()
 
 
 def started_processes() -> int | None:
-    """How many a launcher has started, this one among them. ``None``: there is no launcher."""
+    """Number of processes that a launcher started, including this one. ``None``: there is no launcher."""
     return int(os.environ["WORLD_SIZE"]) if launched() and os.environ["WORLD_SIZE"].isdigit() else None
 
 
@@ -140,16 +137,15 @@ def launched_by_us() -> bool:
 
 
 def join(device_wish: str) -> Ranks:
-    """Joins the others that the launcher started; without a launcher, makes the group of one process that DeepSpeed
-    wants.
+    """Joins the launcher's process group; without a launcher, makes the group of one process that DeepSpeed needs.
 
-    Call it before anything imports deepspeed, which chooses its accelerator then (``DS_ACCELERATOR``).
+    Call it before anything imports deepspeed, which chooses its accelerator at import (``DS_ACCELERATOR``).
 
     Args:
         device_wish: ``config.device``.
 
     Raises:
-        BadInputError: the launcher's environment is incomplete, or this process has no card of its own.
+        BadInputError: the launcher's environment is incomplete, or a process has no card to itself.
     """
     place = _place() if launched() else Ranks()
 
@@ -165,40 +161,33 @@ def join(device_wish: str) -> Ranks:
     if launched():
         store, _, _ = next(dist.rendezvous("env://", place.rank, place.count, timeout=JOIN_TIMEOUT))
     else:
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it
         store = dist.HashStore()
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-        store=store,
-        rank=place.rank,
-        world_size=place.count,
-        timeout=TIMEOUT,
-    )
-    store.set_timeout(TIMEOUT)  # NCCL meets here only when it is first used
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.count, timeout=TIMEOUT)
+    store.set_timeout(TIMEOUT)  # NCCL connects through the store only at its first use
     return place
 
 
 def rank_device(wish: str, place: Ranks, cards: int) -> str:
     """``cuda`` or ``cpu`` for the process at ``place``, on a machine that shows ``cards`` CUDA cards.
 
-    Raises BadInputError in every process of the machine where there are fewer cards than processes: shared, a card
-    holds the weights twice.
+    Raises BadInputError in every process of the machine if it has fewer cards than processes: a shared card would hold
+    the weights twice.
     """
     if wish == "cpu" or (wish == "auto" and cards == 0):
         return "cpu"
     if place.local_count > cards:
-        have = f"{place.local_count} process{'es' if place.local_count > 1 else ''} on this machine, {cards or 'no'} CUDA card{'' if cards == 1 else 's'} visible"
-        start = (
-            f"Start as many processes as there are cards (--num-processes {cards}), show more cards (CUDA_VISIBLE_DEVICES)"
-            if cards
-            else "Show its cards (CUDA_VISIBLE_DEVICES)"
+        lacks = "has no card of its own" if place.local >= cards else "has a card, but not every process has one"
+        processes = f"{place.local_count} process{'es' if place.local_count > 1 else ''} on this machine"
+        visible = f"{cards or 'no'} CUDA card{'' if cards == 1 else 's'} visible"
+        cure = "Show its cards (CUDA_VISIBLE_DEVICES)"
+        if cards:
+            start = f"Start as many processes as there are cards (--num-processes {cards})"
+            cure = f"{start}, show more cards (CUDA_VISIBLE_DEVICES)"
+        raise BadInputError(
+            f"rank {place.rank} {lacks}: {processes}, {visible}. {cure}, or compute on the CPU: -s device=cpu"
         )
-        which = (
-            f"rank {place.rank} has no card of its own"
-            if place.local >= cards
-            else f"rank {place.rank} has a card, but not every process has one"
-        )
-        raise BadInputError(f"{which}: {have}. {start}, or compute on the CPU: -s device=cpu")
     return "cuda"
 
 
@@ -208,7 +197,8 @@ def _place() -> Ranks:
         missing.append(LOCAL_COUNT[0])
     if missing:
         raise BadInputError(
-            f"RANK and WORLD_SIZE are set, {', '.join(missing)} not. Launch with torchrun, deepspeed or --num-processes; else set them too."
+            f"RANK and WORLD_SIZE are set, {', '.join(missing)} not. "
+            "Launch with torchrun, deepspeed or --num-processes; else set them too."
         )
     local_count = next(name for name in LOCAL_COUNT if name in os.environ)
     try:
@@ -217,6 +207,7 @@ def _place() -> Ranks:
         raise BadInputError(f"RANK, WORLD_SIZE, LOCAL_RANK and {local_count} must be whole numbers: {error}") from error
     if not (0 <= rank < count and 0 <= local < here <= count):
         raise BadInputError(
-            f"RANK={rank} of WORLD_SIZE={count} with LOCAL_RANK={local} of {local_count}={here} cannot be. Correct the launcher's environment."
+            f"RANK={rank} of WORLD_SIZE={count} with LOCAL_RANK={local} of {local_count}={here} cannot be. "
+            "Correct the launcher's environment."
         )
     return Ranks(rank, count, local, here)
