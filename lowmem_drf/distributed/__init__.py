@@ -1,4 +1,4 @@
 """Runs of several processes: launcher, ranks and DeepSpeed's engines.
 
-A single card's memory is ``memory/``'s. DeepSpeed is imported where it is used.
+Not here: the memory of a single card (``memory/``). DeepSpeed is imported where it is used.
 """
