@@ -151,7 +151,7 @@ class Critic(Node):
     questions: Name = "phrases"
     """Who writes the questions: ``phrases`` (quotes the prompt's own clauses; no model), ``critic`` (the critic itself,
     once before training; cached), or a JSON file in the format of ``lowmem-drf questions --json``. Questions in a
-    prompt file take precedence. ToyWorld's critic and prompts use ToyWorld's own ``grammar`` in place of ``phrases``."""
+    prompt file take precedence. ToyWorld's critic and prompts use ToyWorld's ``grammar`` in place of ``phrases``."""
     reference: Literal["auto", "prompt"] = "auto"
     """Source of the reference answers to dense questions. ``auto``: what the critic says about the prompt's
     ``reference_video``, if there is one. ``prompt``: always made from the prompt."""

@@ -111,8 +111,9 @@ class Resident:
 class Streamed:
     """Layers that run one after another: the blocks of a model.
 
-    Args: modules: in the order of a forward. A LoRA may be added later; trainable tensors stay on the card. device: the
-        card.
+    Args:
+        modules: in the order of a forward. A LoRA may be added later; trainable tensors stay on the card.
+        device: the card.
     """
 
     def __init__(self, modules: Sequence[nn.Module], device: torch.device, store: HostStore) -> None:

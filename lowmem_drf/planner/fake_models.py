@@ -66,8 +66,9 @@ def fake_critic(
 ) -> QwenCritic:
     """The critic, as ``load_critic`` returns it.
 
-    Args: name_or_folder: ``toyworld``, a model's folder, or a hub id of ``known_critics``. A hub id gets a stand-in
-        tokenizer, which makes about four times as many tokens.
+    Args:
+        name_or_folder: ``toyworld``, a model's folder, or a hub id of ``known_critics``. A hub id gets a stand-in
+            tokenizer, which makes about four times as many tokens.
 
     Raises:
         BadInputError: none of these, or bitsandbytes is missing.

@@ -12,8 +12,10 @@ from collections import deque
 class Pcie:
     """Times are seconds on the caller's clock, and never decrease.
 
-    Args: rate: bytes per second in each direction. Infinite: copies take no time. in_flight: bytes that may be on their
-        way to the host before the computation waits for the oldest copy; a single copy may be larger.
+    Args:
+        rate: bytes per second in each direction. Infinite: copies take no time.
+        in_flight: bytes that may be on their way to the host before the computation waits for the oldest copy; a single
+            copy may be larger.
     """
 
     def __init__(self, rate: float, in_flight: int) -> None:

@@ -141,9 +141,12 @@ def make_plan(
 ) -> Plan:
     """Runs one update of ``config`` on fake tensors.
 
-    Args: vram_gib: memory of the card; default: ``card.gib``. only: plan the bytes of this stage alone. Models of other
-        stages take memory but compute nothing, so the figures of the other stages are meaningless. whole: run all
-        steps, without shortcuts: slow, for tests. fakes: those of earlier plans, to reuse their cached results.
+    Args:
+        vram_gib: memory of the card; default: ``card.gib``.
+        only: plan the bytes of this stage alone. Models of other stages take memory but compute nothing, so the figures
+            of the other stages are meaningless.
+        whole: run all steps, without shortcuts: slow, for tests.
+        fakes: those of earlier plans, to reuse their cached results.
 
     Raises:
         BadInputError: a model's configuration is unknown, or settings contradict each other.

@@ -101,8 +101,9 @@ def lora_state(transformer: nn.Module) -> dict[str, Tensor]:
 def load_lora_state(transformer: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copies ``state`` into the transformer's LoRA. All or nothing.
 
-    Raises: BadInputError: modules missing or unknown, another rank or shape, values that are not finite. Nothing was
-        changed.
+    Raises:
+        BadInputError: modules missing or unknown, another rank or shape, values that are not finite. Nothing was
+            changed.
     """
     lora = named_lora(transformer)
     _refuse_other_model({name: tuple(parameter.shape) for name, parameter in lora.items()}, state)
@@ -114,7 +115,8 @@ def load_lora_state(transformer: nn.Module, state: Mapping[str, Tensor]) -> None
 def attach_lora(transformer: WanTransformer3DModel, state: Mapping[str, Tensor], alpha: float) -> None:
     """Adds a LoRA with the modules, rank and values of ``state``.
 
-    Raises: BadInputError: a LoRA of another model: a module is missing or its shape differs. Nothing was changed.
+    Raises:
+        BadInputError: a LoRA of another model: a module is missing or its shape differs. Nothing was changed.
     """
     shapes = dict(_linear_shapes(transformer))
     modules = [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]

@@ -42,11 +42,16 @@ def base_changes(
     """The changes that a LoRA, times ``scale``, makes to a transformer's parameters, for ``load_denoiser`` and
     ``load_single_file``.
 
-    Args: source: a safetensors file, or ``owner/repo/file.safetensors`` (also ``owner/repo:file.safetensors``) on the
-        hub, downloaded once. shapes: of the transformer's parameters, by diffusers' names. say: announces a download.
+    Args:
+        source: a safetensors file, or ``owner/repo/file.safetensors`` (also ``owner/repo:file.safetensors``) on the
+            hub, downloaded once.
+        shapes: of the transformer's parameters, by diffusers' names.
+        say: announces a download.
 
-    Raises: BadInputError: no such file; unreadable; a tensor matches nothing in this transformer, has another shape or
-        is not finite. LowmemError: the download failed.
+    Raises:
+        BadInputError: no such file; unreadable; a tensor matches nothing in this transformer, has another shape or is
+            not finite.
+        LowmemError: the download failed.
     """
     path = find_base_lora(source, say)
     tensors, metadata = read_tensors(path)

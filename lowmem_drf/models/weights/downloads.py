@@ -47,7 +47,8 @@ def prepare(folder_or_id: str, role: Role, say: Say, without: tuple[str, ...] = 
         say: announces a download: its size and how much is already here.
         without: subfolders that are not needed (``"transformer"`` if a single file replaces it).
 
-    Raises: BadInputError: no such folder or repository, no access, no safetensors, a file missing or damaged (named).
+    Raises:
+        BadInputError: no such folder or repository, no access, no safetensors, a file missing or damaged (named).
         LowmemError: not enough disk; the network failed.
     """
     place = resolve(folder_or_id, role)
