@@ -1,4 +1,4 @@
-"""``lowmem-drf train``: from what the user typed to a run, its training, and the table at its end."""
+"""``lowmem-drf train``: makes or resumes a run, trains, and prints the final table."""
 
 from __future__ import annotations
 
@@ -29,24 +29,13 @@ if TYPE_CHECKING:
     from lowmem_drf.scoring.evaluate import Trial
 
 MAY_CHANGE = (
-    *(
-        "steps",
-        "micro_batch",
-        "device",
-        "engine",
-        "processes",
-        "zero.",
-        "log.",
-        "optim.lr",
-        "optim.grad_clip",
-        "optim.schedule",
-        "optim.warmup_steps",
-    ),
+    *("steps", "micro_batch", "device", "engine", "processes", "zero.", "log."),
+    *("optim.lr", "optim.grad_clip", "optim.schedule", "optim.warmup_steps"),
     *(f"memory.{key}" for key in ("checkpoint", "token_slices", "park", "stream", "text_device", "vram_gib")),
     *(f"memory.{key}" for key in ("vae_strips", "vae_caches", "vae_cache_every", "keep_attention", "record_rollout")),
     *("kernels.ops", "kernels.attention"),
 )
-"""Keys that a resumed run may override: none of them changes what is trained on what."""
+"""Prefixes of the keys that a resumed run may override: they change neither models, data nor reward."""
 
 
 def train_command(
@@ -60,9 +49,9 @@ def train_command(
     dry_run: bool,
     num_processes: int | None = None,
 ) -> None:
-    """Resolves the configuration, then prints it (``dry_run``), or trains and shows base against tuned.
+    """Resolves the configuration, then prints it (``dry_run``), or trains and compares base and tuned model.
 
-    Of several processes this is what starts them, unless another program has: then it is one of them.
+    Starts the processes of a run of several, unless a launcher has: then this process is one of them.
     """
     count = started_processes() or num_processes
     flags = {
@@ -77,20 +66,17 @@ def train_command(
         origin = f"resumed after update {done_steps(run)}"
     else:
         name, why = (preset, "") if preset else chosen_preset()
-        run, config, origin = (
-            output or default_output(name),
-            _absolute(load_config(name, overrides)),
-            f"preset {name}{why}",
-        )
+        run, config = output or default_output(name), _absolute(load_config(name, overrides))
+        origin = f"preset {name}{why}"
     if dry_run:
         if os.environ.get("RANK", "0") == "0":
             _print(config, name or str(run), preset_card(preset_path(name)) if name else "")
         return
     if config.processes > 1 and not started_processes():
-        chosen = ["--resume"] if resume else ["--preset", name]
-        settings = [word for text in overrides for word in ("-s", text)]
         from lowmem_drf.distributed.launch import launch
 
+        chosen = ["--resume"] if resume else ["--preset", name]
+        settings = [word for text in overrides for word in ("-s", text)]
         program = [sys.executable, "-m", "lowmem_drf", *([DEBUG] if DEBUG in sys.argv else [])]
         command = [*program, "train", *chosen, "--output", str(run), *settings]
         if code := launch(config.processes, command, lambda: _advice(run)):
@@ -103,7 +89,7 @@ def train_command(
 
     with failing_together(lambda: _advice(run)) as fail:
         ranks = join(config.device)
-        run = ranks.from_chief(run)  # its name has the time in it
+        run = ranks.from_chief(run)  # the name contains the time
         start(config, run, resume, origin, ranks, fail)
         ranks.leave()
     if started_processes():
@@ -120,13 +106,10 @@ def _print(config: Config, name: str, card: str) -> None:
 
 
 def _advice(run: Path) -> str:
-    """What to do after a run of many processes was stopped."""
-    saved = done_steps(run)
-    return (
-        f"Update {saved} is saved. Go on with: lowmem-drf train --resume --output {run}"
-        if saved
-        else "No update was saved."
-    )
+    """How to go on after a run of several processes was stopped."""
+    if not (saved := done_steps(run)):
+        return "No update was saved."
+    return f"Update {saved} is saved. Go on with: lowmem-drf train --resume --output {run}"
 
 
 def start(
@@ -137,12 +120,11 @@ def start(
     ranks: Ranks = ALONE,
     abort: Callable[[BaseException], None] = lambda error: None,
 ) -> None:
-    """Checks everything that can be checked without a model, loads the models, and only then writes to the run's
-    folder.
+    """Checks all that needs no model, loads the models, and only then writes to the run's folder; then trains.
 
     Args:
-        origin: where the configuration comes from, in words.
-        abort: of many processes: ends them all at once (``make_trainer``).
+        origin: source of the configuration, in words.
+        abort: ends all processes of the run at once (``make_trainer``).
     """
     from rich.console import Console
 
@@ -161,14 +143,13 @@ def start(
     prompts = run_prompts(config)
     if len(prompts) < ranks.count:
         raise BadInputError(
-            f"there are {len(prompts)} prompts for {ranks.count} processes: some would have none of their own. "
+            f"there are {len(prompts)} prompts for {ranks.count} processes: some would get none. "
             f"Give more prompts, or --num-processes {len(prompts)}."
         )
     draft = draft_questions(config, prompts)
     require_weights(draft, reward_spec(config))
-    trial = (
-        make_trial(config, prompts, config.log.eval_prompts, config.log.eval_seeds) if config.log.eval_prompts else None
-    )
+    log = config.log
+    trial = make_trial(config, prompts, log.eval_prompts, log.eval_seeds) if log.eval_prompts else None
     cards_gib = ranks.gather(card_here(config))
     config = ranks.from_chief(require_fit(config, console, cards_gib) if ranks.chief else config)
     made = [] if not ranks.chief else make_writable(run) if resume else claim(run)
@@ -176,15 +157,10 @@ def start(
         previews = preview_texts(config, prompts)
         texts = [prompt.text for prompt in (*prompts, *(trial.prompts if trial else ()))]
         models = load_models(config, [*texts, *previews], ranks=ranks)
-        add_lora(
-            models.transformer,
-            config.lora.rank,
-            config.lora.alpha,
-            config.lora.targets,
-            derive_seed(config.seed, "lora"),
-        )
+        lora, seed = config.lora, derive_seed(config.seed, "lora")
+        add_lora(models.transformer, lora.rank, lora.alpha, lora.targets, seed)
         models.awake("critic")
-        if ranks.chief or config.zero.critic:  # a critic in parts is asked by all together
+        if ranks.chief or config.zero.critic:  # a partitioned critic runs in all processes together
             draft = finish_questions(config, prompts, draft, models.asked_critic, console)
             trial = finish_trial(config, trial, models.asked_critic, console) if trial else None
         questions, trial = ranks.from_chief((draft, trial))
@@ -203,29 +179,29 @@ def start(
 
 
 def done_steps(run: Path) -> int:
-    """Updates that are saved."""
+    """The number of saved updates."""
     return max(checkpoint_steps(run), default=0)
 
 
 def _absolute(config: Config) -> Config:
-    """The files it names by their absolute paths: the run can be resumed from anywhere."""
+    """Makes the paths of files absolute, so that the run can be resumed from any folder."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().absolute())
+
+    model, critic, changes = config.model, config.critic, dict[str, object]()
+    files = {name: getattr(model, name) for name in ("transformer", "base_lora")}
+    found = {name: absolute(file) for name, file in files.items() if Path(file).is_file()}
+    changes["model"] = model.model_copy(update=found)
     if config.prompts not in ("", TOYWORLD):
-        config = config.model_copy(update={"prompts": str(Path(config.prompts).expanduser().absolute())})
-    files = {
-        name: str(Path(value).expanduser().absolute())
-        for name in ("transformer", "base_lora")
-        if Path(value := getattr(config.model, name)).is_file()
-    }
-    config = config.model_copy(update={"model": config.model.model_copy(update=files)})
-    if config.critic.questions not in WRITERS:
-        path = str(Path(config.critic.questions).expanduser().absolute())
-        config = config.model_copy(update={"critic": config.critic.model_copy(update={"questions": path})})
-    return config
+        changes["prompts"] = absolute(config.prompts)
+    if critic.questions not in WRITERS:
+        changes["critic"] = critic.model_copy(update={"questions": absolute(critic.questions)})
+    return config.model_copy(update=changes)
 
 
 def _resumed(preset: str | None, output: Path | None, overrides: Sequence[str]) -> tuple[Path, Config]:
-    """The run to go on with and its configuration. Raises BadInputError where it would become another run, or is
-    complete."""
+    """The run to resume and its configuration. Raises BadInputError if settings differ too much, or it is complete."""
     if preset is not None:
         raise BadInputError("--preset does not go with --resume: the run keeps its own configuration. Leave it out.")
     run = find_run(output)
@@ -235,26 +211,26 @@ def _resumed(preset: str | None, output: Path | None, overrides: Sequence[str]) 
     ]
     if changed:
         raise BadInputError(
-            f"{run} cannot go on with another {', '.join(changed)}. Start a new run, or change only: {', '.join(MAY_CHANGE)}."
+            f"{run} cannot go on with another {', '.join(changed)}. "
+            f"Start a new run, or change only: {', '.join(MAY_CHANGE)}."
         )
-    done = done_steps(run)
-    if done >= config.steps:
-        raise BadInputError(
-            f"{run} is complete: {done} of {config.steps} updates. To train on: --resume --output {run} --steps {2 * done}"
-        )
+    if (done := done_steps(run)) >= config.steps:
+        cure = f"To train on: --resume --output {run} --steps {2 * done}"
+        raise BadInputError(f"{run} is complete: {done} of {config.steps} updates. {cure}")
     return run, config
 
 
 def _require_same_questions(run: Path, asked: str) -> None:
-    """Of the same prompts; that the prompts are the same is ``train``'s to say."""
+    """Raises BadInputError if the same prompts have other questions than before. ``train`` compares the prompts."""
     file = run / "questions.json"
-    before, now = (
-        {row["prompt"]: row for row in json.loads(text)}
-        for text in (file.read_text(encoding="utf-8") if file.is_file() else asked, asked)
-    )
+    if not file.is_file():
+        return
+    texts = file.read_text(encoding="utf-8"), asked
+    before, now = ({row["prompt"]: row for row in json.loads(text)} for text in texts)
     if before.keys() == now.keys() and before != now:
         raise BadInputError(
-            f"the questions of {run} have changed since it began ({file} has those it was trained on). Restore them, or start a new run."
+            f"the questions of {run} have changed since it began ({file} has those it was trained on). "
+            "Restore them, or start a new run."
         )
 
 
@@ -268,20 +244,15 @@ def _value(config: Config, key: str) -> object:
 def _announce(
     console: Console, config: Config, run: Path, models: Models, prompts: Sequence[Prompt], origin: str
 ) -> None:
-    together = (
-        ""
-        if config.engine == "single"
-        else f", {config.processes} process{'es' if config.processes > 1 else ''} under DeepSpeed ({config.engine})"
-    )
-    lines = [
-        f"lowmem-drf {__version__}: {origin}, on {models.device}, {config.dtype}{together}",
-        f"{len(prompts)} prompts, {config.steps} updates of {config.batch} clips, "
-        f"{config.sampler.graded_steps} of {config.sampler.steps} steps graded{f' ({config.model.expert}-noise transformer)' if models.expert else ''}, "
-        f"critic {config.critic.mode}",
-        models.kernels,
-        f"run: {run}",
-    ]
-    for line in lines:
+    first = f"lowmem-drf {__version__}: {origin}, on {models.device}, {config.dtype}"
+    if config.engine != "single":
+        plural = "es" if config.processes > 1 else ""
+        first += f", {config.processes} process{plural} under DeepSpeed ({config.engine})"
+    graded = f"{config.sampler.graded_steps} of {config.sampler.steps} steps graded"
+    if models.expert:
+        graded += f" ({config.model.expert}-noise transformer)"
+    clips = f"{len(prompts)} prompts, {config.steps} updates of {config.batch} clips"
+    for line in (first, f"{clips}, {graded}, critic {config.critic.mode}", models.kernels, f"run: {run}"):
         console.print(line, highlight=False, markup=False)
 
 

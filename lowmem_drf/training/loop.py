@@ -1,4 +1,4 @@
-"""The training loop: take prompts, update, log, save, sample; again."""
+"""The training loop: take prompts, update, log, save, sample."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lowmem_drf.training.checkpoint import (
 from lowmem_drf.training.metrics import Metrics
 from lowmem_drf.training.previews import write_previews
 from lowmem_drf.training.progress import TrainProgress
-from lowmem_drf.training.trainer import Trainer, make_trainer
+from lowmem_drf.training.trainer import make_trainer
 from lowmem_drf.training.update import update
 from lowmem_drf.types import Prompt, Question
 
@@ -46,40 +46,41 @@ def train(
     ranks: Ranks = ALONE,
     abort: Callable[[BaseException], None] = lambda error: None,
 ) -> Models:
-    """Trains from the run's last checkpoint, or from nothing, to ``config.steps``. The run's folder is the first
-    process's alone.
+    """Trains from the run's last checkpoint, if any, to ``config.steps``. Only rank 0 reads and writes checkpoints.
 
     Args:
         models: with a fresh LoRA on the transformer.
         questions: by prompt id.
-        previews: the texts of the clips in ``samples/``; encoded in ``models``.
+        previews: prompts of the clips in ``samples/``, already encoded in ``models``.
         abort: see ``make_trainer``.
 
     Returns:
         The models with the tuned LoRA.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C; the update in progress was finished and saved.
-        BadInputError: the prompts are not those of the run's checkpoint.
+        KeyboardInterrupt: Ctrl-C, after the current update was finished and saved.
+        BadInputError: the prompts differ from those of the run's checkpoint.
         NonFiniteError: see ``update``.
     """
     checkpoint = ranks.from_chief(_restored(run, prompts) if ranks.chief else None)
     if checkpoint:
         load_lora_state(models.transformer, checkpoint.lora)
     trainer, models = make_trainer(config, models, abort)
+    cursor, done, spread = Cursor(), 0, Spread()
     if checkpoint:
         trainer.unpack(checkpoint.optimizer)
-    cursor, done, spread = (
-        (checkpoint.cursor, checkpoint.step, Spread(seen=dict(checkpoint.spread)))
-        if checkpoint
-        else (Cursor(), 0, Spread())
-    )
+        cursor, done, spread = checkpoint.cursor, checkpoint.step, Spread(seen=dict(checkpoint.spread))
     parts, stream = models.parts(lora_parameters(models.transformer)), PromptStream(prompts, config.seed, cursor)
     judge = oracle_for(config, [prompt.text for prompt in prompts])
     metrics, progress = Metrics(run, done) if ranks.chief else None, TrainProgress(console, config.steps, done)
 
     def save(step: int) -> None:
-        _save(config, run, models, trainer, step, stream.cursor, prompts, spread, ranks)
+        with trainer.whole():
+            lora = lora_state(models.transformer)
+        now = Checkpoint(step, lora, trainer.pack(), stream.cursor, fingerprint(prompts), spread.seen)
+        if ranks.chief:
+            save_checkpoint(run, now, config.lora.alpha, config.log.keep)
+        ranks.barrier()  # no process may end before the checkpoint is written
 
     try:
         if done == 0 and config.log.sample_every:
@@ -87,9 +88,8 @@ def train(
         with progress.live(), _finish_on_interrupt(progress, run, ranks) as asked:
             for step in range(done, config.steps):
                 scales = spread.scales() if config.critic.normalize else {}
-                report = update(
-                    config, models, parts, trainer, step, stream.take(config.batch), questions, judge, scales, ranks
-                )
+                batch = stream.take(config.batch)
+                report = update(config, models, parts, trainer, step, batch, questions, judge, scales, ranks)
                 spread.add(report.reward_by_question)
                 if metrics:
                     metrics.write(report)
@@ -100,7 +100,7 @@ def train(
                 stop = ranks.any(bool(asked))
                 if config.log.sample_every and not stop and (last or report.step % config.log.sample_every == 0):
                     write_previews(config, run, models, previews, report.step, ranks)
-                if stop or ranks.any(bool(asked)):  # asked at any moment, the samples' included
+                if stop or ranks.any(bool(asked)):  # Ctrl-C may also come during the samples
                     if not saved:
                         save(report.step)
                     cure = "The run is complete." if last else f"Go on with: lowmem-drf train --resume --output {run}"
@@ -112,7 +112,7 @@ def train(
 
 
 def _restored(run: Path, prompts: Sequence[Prompt]) -> Checkpoint | None:
-    """The run's last checkpoint, if it has any."""
+    """The run's last checkpoint, if any."""
     if not checkpoint_steps(run):
         return None
     checkpoint = load_checkpoint(checkpoint_folder(run))
@@ -123,30 +123,13 @@ def _restored(run: Path, prompts: Sequence[Prompt]) -> Checkpoint | None:
     return checkpoint
 
 
-def _save(
-    config: Config,
-    run: Path,
-    models: Models,
-    trainer: Trainer,
-    step: int,
-    cursor: Cursor,
-    prompts: Sequence[Prompt],
-    spread: Spread,
-    ranks: Ranks,
-) -> None:
-    with trainer.whole():
-        lora = lora_state(models.transformer)
-    checkpoint = Checkpoint(step, lora, trainer.pack(), cursor, fingerprint(prompts), spread.seen)
-    if ranks.chief:
-        save_checkpoint(run, checkpoint, config.lora.alpha, config.log.keep)
-    ranks.barrier()  # nobody ends before it is written
-
-
 @contextmanager
 def _finish_on_interrupt(progress: TrainProgress, run: Path, ranks: Ranks) -> Iterator[list[int]]:
-    """Within the block the first Ctrl-C only fills the list; the second ends the process at once, which costs nothing
-    that is saved. SIGTERM counts as Ctrl-C in a run of one process. Of several, launchers end with it those that wait
-    for a dead one."""
+    """Inside the block, the first Ctrl-C only fills the list. The second ends the process at once; saved updates stay.
+
+    In a run of one process SIGTERM counts as Ctrl-C. In larger runs launchers use it to end processes that wait for a
+    dead one.
+    """
     asked: list[int] = []
 
     def on_signal(number: int, frame: object) -> None:
@@ -154,9 +137,8 @@ def _finish_on_interrupt(progress: TrainProgress, run: Path, ranks: Ranks) -> It
             os._exit(130)
         if asked:
             saved = max(checkpoint_steps(run), default=0)
-            progress.leave(
-                f"Stopped at once; update {saved} is the last one saved. Go on with: lowmem-drf train --resume --output {run}"
-            )
+            again = f"Go on with: lowmem-drf train --resume --output {run}"
+            progress.leave(f"Stopped at once; update {saved} is the last one saved. {again}")
             os._exit(130)
         asked.append(number)
         if ranks.chief:
