@@ -1,4 +1,4 @@
-"""The questions of a run: a draft that needs no model, and what the critic as writer makes of it."""
+"""The questions of a run: a draft that needs no model, then the questions that the critic writes."""
 
 from __future__ import annotations
 
@@ -24,33 +24,34 @@ if TYPE_CHECKING:
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
 
 Questions = dict[str, tuple[Question, ...]]
-"""By prompt id."""
+"""Prompt id -> questions."""
 
 WRITTEN_TOKENS = 2048
-"""A writer's answer is cut here: 24 questions take about 1,000 tokens."""
+"""Limit of a writer's answer; 24 questions take about 1,000 tokens."""
 
 
 def grammar_of(config: Config) -> Grammar:
-    """ToyWorld's critic knows its own words only."""
+    """ToyWorld's critic understands only ToyWorld's words."""
     return "toyworld" if TOYWORLD in (config.critic.id, config.prompts) else "phrases"
 
 
 def draft_questions(
     config: Config, prompts: Sequence[Prompt], grammar: Grammar | None = None, strict: bool = True
 ) -> Questions:
-    """Without a model: the prompt's own questions, or the user's file's, or the grammar's (also what a writer falls
-    back to).
+    """Questions without a model: from the prompt file, else from the user's questions file, else from the grammar.
 
-    Args: grammar: ``None`` takes the critic's. strict: a file has to have the questions of every prompt. If not, the
-        grammar's take the place of those it has not.
+    Args:
+        grammar: ``None``: the critic's.
+        strict: require that the questions file covers every prompt. If False, the grammar covers the others.
 
-    Raises: BadInputError: a file that cannot be used or has other prompts; prompts that are not in ToyWorld's grammar,
-        every one named.
+    Raises:
+        BadInputError: an unusable questions file, or one for other prompts; prompts outside ToyWorld's grammar.
     """
     source, grammar = config.critic.questions, grammar or grammar_of(config)
     if source == "grammar" and grammar != "toyworld":
         raise BadInputError(
-            'critic.questions = "grammar" is ToyWorld\'s own. For other prompts use critic.questions = "phrases", "critic" or a file.'
+            'critic.questions = "grammar" is ToyWorld\'s own. '
+            'For other prompts use critic.questions = "phrases", "critic" or a file.'
         )
     given = {} if source in WRITERS else load_questions(source)
     if given and strict:
@@ -65,25 +66,25 @@ def draft_questions(
         except BadInputError as error:
             refused.append((prompt, error))
     if refused:
-        others = ", ".join(prompt.id for prompt, _ in refused[1:6]) + (", …" if len(refused) > 6 else "")
-        raise BadInputError(
-            f"prompt {refused[0][0].id}: {refused[0][1]}"
-            + (f"\nThe same holds for prompts {others}." if others else "")
-        )
+        (first, reason), *rest = refused
+        others = ", ".join(prompt.id for prompt, _ in rest[:5]) + (", …" if len(rest) > 5 else "")
+        also = f"\nThe same holds for prompts {others}." if others else ""
+        raise BadInputError(f"prompt {first.id}: {reason}{also}")
     return made
 
 
 def require_weights(questions: Mapping[str, Sequence[Question]], spec: RewardSpec) -> None:
-    """Raises BadInputError for the first prompt none of whose questions counts: its clips would have no reward."""
+    """Raises BadInputError for the first prompt without a question of weight above 0: its clips would get no reward."""
     for prompt, asked in questions.items():
         if not any(question.weight * spec.weights[question.aspect] > 0 for question in asked):
             raise BadInputError(
-                f"prompt {prompt}: none of its questions has a weight above 0. Raise critic.weights, or the questions' own weights."
+                f"prompt {prompt}: none of its questions has a weight above 0. "
+                "Raise critic.weights, or the questions' own weights."
             )
 
 
 def needs_writer(config: Config) -> bool:
-    """Vanilla-DRF's one question needs none."""
+    """True if the critic writes the questions. Vanilla-DRF's one question needs no writer."""
     return config.critic.questions == "critic" and config.critic.mode != "vanilla"
 
 
@@ -94,26 +95,22 @@ def written_questions(
     critic: QwenCritic,
     console: Console,
 ) -> Questions:
-    """The critic writes the questions of every prompt that brings none; the fixed ones stay. Cached by prompt, model
-    and version.
+    """The critic writes the questions of all prompts without questions in the prompt file; the fixed ones stay.
 
-    What it writes twice in a row and cannot be used leaves the draft as it is, and is told on ``console``.
+    Cached by prompt, mode, critic and version. After two unusable answers a prompt keeps its draft, with a message.
     """
-    cache = Cache(cache_folder() / "questions")
+
+    def generate(text: str) -> str:
+        return critic.generate(text, max_new_tokens=WRITTEN_TOKENS)
+
+    cache, mode = Cache(cache_folder() / "questions"), config.critic.mode
     made, failed = dict(draft), list[str]()
     for prompt in counted(console, "writing questions", [prompt for prompt in prompts if not prompt.questions]):
-        key = {"prompt": prompt.text, "mode": config.critic.mode, "version": VERSION, **critic_key(config)}
+        key = {"prompt": prompt.text, "mode": mode, "version": VERSION, **critic_key(config)}
         rows = cache.get(key)
         if rows is None:
             try:
-                rows = [
-                    asdict(q)
-                    for q in write_questions(
-                        prompt.text,
-                        config.critic.mode,
-                        lambda text: critic.generate(text, max_new_tokens=WRITTEN_TOKENS),
-                    )
-                ]
+                rows = [asdict(question) for question in write_questions(prompt.text, mode, generate)]
             except UnusableError as error:
                 failed.append(f"{prompt.id} ({error})")
                 continue
@@ -121,14 +118,12 @@ def written_questions(
         written = tuple(Question(**{**row, "token_weights": ()}) for row in rows)
         made[prompt.id] = (*written, *(question for question in draft[prompt.id] if question.aspect != "TA"))
     if failed:
-        console.print(
-            f"The critic as writer gave no usable JSON for {len(failed)} of {len(prompts)} prompts, twice each; they get the draft's questions. "
-            f"First: {failed[0]}",
-            highlight=False, markup=False,
-        )  # fmt: skip
+        told = f"The critic as writer gave no usable JSON for {len(failed)} of {len(prompts)} prompts, twice each; "
+        told += f"they get the draft's questions. First: {failed[0]}"
+        console.print(told, highlight=False, markup=False)
     return made
 
 
 def critic_key(config: Config) -> dict[str, str]:
-    """What a critic's words depend on besides what it is asked."""
+    """The settings that change a critic's answer to the same question."""
     return {"critic": config.critic.id, "quant": config.critic.quant, "dtype": config.dtype}

@@ -1,4 +1,4 @@
-"""``lowmem-drf questions``: the questions of a prompt or a prompt file, as a table, as JSON, or in a file to edit."""
+"""``lowmem-drf questions``: the questions of a prompt or a prompt file: a table, JSON, or a file to edit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def questions_command(
     as_json: bool,
     output: Path | None,
 ) -> None:
-    """``lowmem-drf questions``: a table, or the JSON that ``critic.questions`` reads."""
+    """Prints a table, or prints or writes the JSON that ``critic.questions`` reads."""
     from rich.console import Console
 
     from lowmem_drf.config import chosen_preset, load_config
@@ -37,7 +37,7 @@ def questions_command(
         )
     prompts = as_prompts([prompt]) if prompt is not None else load_prompts(file or "")
     config = load_config(preset or chosen_preset()[0], overrides)
-    # who names no preset wants to see the questions of the prompt, whatever this machine would train on
+    # without --preset, show the prompt's questions even if this machine's preset trains ToyWorld
     free = preset is None and not all(toyworld.attributes(p.text) for p in prompts)
     console = Console(stderr=as_json, soft_wrap=True)
     questions = draft_questions(config, prompts, "phrases" if free else None)
@@ -48,9 +48,8 @@ def questions_command(
     text = to_json({p.text: questions[p.id] for p in prompts})
     if output is not None:
         write_text(output, text)
-        console.print(
-            f"{output}: edit it, then run: lowmem-drf train -s critic.questions={output}", highlight=False, markup=False
-        )
+        told = f"{output}: edit it, then run: lowmem-drf train -s critic.questions={output}"
+        console.print(told, highlight=False, markup=False)
     if as_json:
         print(text, end="")
     elif output is None:

@@ -1,6 +1,6 @@
-"""A prompt in any language -> its own clauses and its whole, cleaned of what is no description.
+"""Cuts a prompt in any language into clauses, without markup and quality words.
 
-Nothing is parsed: texts are only cut. Where a cut could leave half a phrase ("a tall" of "a tall, dark stranger") or
+There is no parser: the text is only cut. If a cut could leave half a phrase ("a tall" of "a tall, dark stranger") or
 lose a negation ("people" of "without cars or people"), the pieces stay together: a long clause is still true.
 """
 
@@ -10,14 +10,14 @@ import re
 from dataclasses import dataclass
 
 LONGEST = 40
-"""Words of a shortened prompt, and of a reference."""
+"""Words of a shortened prompt or a reference answer, at most."""
 UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-"""Characters of Thai, Japanese, Chinese and Korean: two of them count as a word."""
+"""Thai, Japanese, Chinese and Korean characters. Two of them count as a word."""
 WORD = re.compile(rf"[{UNSPACED}]{{1,2}}|[^\s{UNSPACED}]+")
 
 
 def either(words: str) -> str:
-    """A pattern for one of the words that spaces separate; "_" is a space, "_" or "-", and "$" the end of a word."""
+    """A pattern for one of the space-separated words. "_" stands for a space, "_" or "-"; "$" for the end of a word."""
     return "|".join(words.split()).replace("_", "[ _-]").replace("$", r"\b")
 
 
@@ -36,7 +36,7 @@ DETERMINERS = frozenset(
         """
     ).split("|")
 )
-"""What can open a new subject. English first; then German, French, Spanish, Italian, Portuguese."""
+"""Words that can open a new subject. English first; then German, French, Spanish, Italian, Portuguese."""
 
 _MARKUP = re.compile(
     r"<[^<>\s:]+:[^<>]*>"  # <lora:name:0.8>
@@ -46,7 +46,7 @@ _MARKUP = re.compile(
     r"|(?m:^\s*(?:[-*•#]+|\d+[.)])\s+)"  # marks of a list
 )
 _WEIGHT = re.compile(r"(?<=\D):\d*\.?\d+(?=\s*[)\]])")
-"""Of ``(word:1.2)``."""
+"""The weight in ``(word:1.2)``."""
 _DEGREE = either("very ultra highly extremely super hyper insanely intricate fine absurdly")
 _QUALITY_WORDS = either(
     r"""
@@ -72,7 +72,7 @@ _SEPARATOR = re.compile(
 _JAPANESE = re.compile(r"[\u3040-\u30ff]")
 _AND = re.compile(r"\s+(?=(?:and|und|et|y|e|и)\s)", re.IGNORECASE)
 _VERB = re.compile(r"\w{2,}(?<!s)s|\w{2,}ing|\w{3,}ed|\w{2,}ly", re.IGNORECASE)
-"""How an English word looks that can open what a subject does next."""
+"""Form of an English word that can start the subject's next action."""
 _PAIR = re.compile(r"\b(?:between|both|either|zwischen|entre|tra)\b", re.IGNORECASE)
 _LEADING = either(
     """
@@ -92,7 +92,7 @@ _VAGUE = either(
     """
 )
 _EMPTY = re.compile(rf"(?:(?:{_VAGUE})\b\W*)+", re.IGNORECASE)
-"""Says nothing alone: "Behind him", "Slowly"."""
+"""A piece without meaning alone: "Behind him", "Slowly"."""
 _ADJECTIVE = either(
     """
     tall short long small big large little huge tiny old young new dark light bright pale deep wide narrow
@@ -102,34 +102,34 @@ _ADJECTIVE = either(
 )
 _ATTRIBUTE = rf"(?:{_ADJECTIVE}|\w+(?:[ndzgwf]y|sty|ful|ous|less|ish))"
 _ENDS, _BEGINS = re.compile(rf"\b{_ATTRIBUTE}$", re.IGNORECASE), re.compile(rf"(?:and )?{_ATTRIBUTE}\b", re.IGNORECASE)
-"""With an adjective: "chopping red" and "green and yellow peppers"."""
+"""Pieces that end or begin with an adjective: "chopping red", "green and yellow peppers"."""
 _OPEN = re.compile(rf"\b(?:a|an|the|his|her|its|their|two|three) {_ATTRIBUTE}$", re.IGNORECASE)
-"""Ends within a noun phrase: "walks through a long"."""
+"""A piece that ends inside a noun phrase: "walks through a long"."""
 
 
 @dataclass(slots=True)
 class Piece:
     text: str
     end: str
-    """What separates it from the next."""
+    """The separator after it."""
 
     def closes(self) -> bool:
-        """A sentence ends here; a semicolon does as well."""
+        """True if a sentence, or a part before a semicolon, ends here."""
         return bool(re.search(r"[.!?…。！？\n;；]", self.end))
 
 
 @dataclass(frozen=True, slots=True)
 class Clauses:
-    """Clauses and whole, cleaned, in the prompt's own words."""
+    """A prompt's clauses and whole, cleaned, in its words."""
 
     clauses: tuple[str, ...]
     whole: str
     short: str
-    """The whole up to the last clause that fits in ``LONGEST`` words."""
+    """``whole`` up to the last clause that fits in ``LONGEST`` words."""
 
 
 def cut(prompt: str) -> Clauses:
-    """The clauses of a prompt, in its order, none twice. All are empty where nothing is described."""
+    """A prompt's clauses, in order, without duplicates. Everything is empty if the prompt describes nothing."""
     pieces = _without_labels(_pieces(_plain(prompt)))
     pieces = _together([piece for piece in pieces if not _QUALITY.fullmatch(tidy(piece.text))])
     clauses: dict[str, str] = {}
@@ -149,18 +149,18 @@ def cut(prompt: str) -> Clauses:
 
 
 def size(text: str) -> int:
-    """How many words."""
+    """Number of words."""
     return len(WORD.findall(text))
 
 
 def shorten(text: str) -> str:
-    """Its first ``LONGEST`` words."""
+    """The first ``LONGEST`` words."""
     found = re.match(rf"(?:\s*(?:{WORD.pattern})){{1,{LONGEST}}}", text)
     return tidy(found[0]) if found else text
 
 
 def tidy(text: str) -> str:
-    """One line, without loose brackets, separators at the ends and marks that would end a quotation."""
+    """One line without unbalanced brackets, separators at the ends, or double quotes, which would end a quotation."""
     text = " ".join(re.sub(r"(?<=\w)\s*\n\s*", ", ", re.sub(r'["“”„]', "'", text)).split())
     text = text.strip(" ,;:.!…|/·•–—-_=，；：。！、")
     if text.startswith(("(", "[", "{")) or any(text.count(a) != text.count(b) for a, b in ("()", "[]", "{}")):
@@ -177,13 +177,13 @@ def _same(text: str) -> str:
 def _plain(prompt: str) -> str:
     text = "".join(char if char.isprintable() or char == "\n" else " " for char in prompt)
     text = re.sub(r'^\s*["“]([^"“”]*)["”]\s*$', r"\1", text)
-    if re.search(r"[a-z]", text):  # in capitals throughout, waves may BREAK
+    if re.search(r"[a-z]", text):  # in an all-capitals prompt, BREAK may be a word
         text = re.sub(r'(?<!["“])\bBREAK\b', ", ", text)
     return _WEIGHT.sub("", _MARKUP.sub(" ", text))
 
 
 def _pieces(text: str) -> list[Piece]:
-    """Cut at connectives and at punctuation outside quotation marks. 、 ends clauses in Japanese, lists in Chinese."""
+    """Cuts at connectives and at punctuation outside quotation marks; at 、 only in Japanese (lists in Chinese)."""
     quoted = [match.span() for match in _QUOTED.finditer(text)]
     ends = list(_SEPARATOR.finditer(text))
     if _JAPANESE.search(text):
@@ -203,7 +203,7 @@ def _pieces(text: str) -> list[Piece]:
 
 
 def _at_and(piece: Piece) -> list[Piece]:
-    """Cut at an "and" before a verb ("falls off a table and shatters on the tiles") or a subject, not in a pair."""
+    """Cuts at "and" before a verb ("falls off a table and shatters on the tiles") or a subject, but not in a pair."""
     parts, at = [], 0
     for found in _AND.finditer(piece.text):
         before, after = piece.text[at : found.start()], piece.text[found.end() :].split()[1:]
@@ -218,7 +218,7 @@ def _at_and(piece: Piece) -> list[Piece]:
 
 
 def _without_labels(pieces: list[Piece]) -> list[Piece]:
-    """``Style: anime. Action: she runs`` -> ``anime. she runs``; after a comma only where a label opens the prompt."""
+    """``Style: anime. Action: she runs`` -> ``anime. she runs``; after commas only if a label opens the prompt."""
     kept: list[Piece] = []
     labelled, opens, joins = bool(pieces and _is_label(pieces[0])), True, False
     for i, piece in enumerate(pieces):
@@ -239,7 +239,7 @@ def _is_label(piece: Piece) -> bool:
 
 
 def _together(pieces: list[Piece]) -> list[Piece]:
-    """Pieces that mean nothing, or the opposite, without the one before or after."""
+    """Joins pieces that lose or reverse their meaning without their neighbour."""
     made: list[Piece] = []
     until = 0
     for i, piece in enumerate(pieces):
@@ -262,7 +262,7 @@ def _belong(before: str, text: str) -> bool:
 
 
 def _end_of_list(pieces: list[Piece], start: int) -> int:
-    """``without cars, people or dogs``: the piece after the last one that the negation at ``start`` holds for."""
+    """End (exclusive) of the pieces under the negation at ``start``: ``without cars, people or dogs``."""
     for i in range(start, len(pieces) - 1):
         if pieces[i].closes():
             break

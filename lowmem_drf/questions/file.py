@@ -1,4 +1,4 @@
-"""Questions as JSON, for programs and for editing:
+"""Questions as JSON, to read by programs and to edit:
 ``[{"prompt": …, "questions": [{"aspect", "kind", "text", "answer", "weight", "name"}]}]``.
 """
 
@@ -14,30 +14,22 @@ from lowmem_drf.prompts import parse_question
 from lowmem_drf.types import Prompt, Question
 
 WRITERS = ("phrases", "critic", "grammar")
-"""Values of ``critic.questions`` that name no file."""
+"""Values of ``critic.questions`` that are not a file."""
 
 
 def to_json(questions: Mapping[str, Sequence[Question]]) -> str:
     """Prompt text -> questions, as ``lowmem-drf questions --json`` prints them."""
-    rows = [
-        {"prompt": prompt, "questions": [_row(question) for question in asked]} for prompt, asked in questions.items()
-    ]
+    rows = [{"prompt": prompt, "questions": list(map(_row, asked))} for prompt, asked in questions.items()]
     return json.dumps(rows, indent=1, ensure_ascii=False) + "\n"
 
 
 def _row(question: Question) -> dict[str, Any]:
-    row = {
-        "aspect": question.aspect,
-        "kind": question.kind,
-        "text": question.text,
-        "answer": question.answer,
-        "weight": question.weight,
-    }
-    return row | ({"name": question.name} if question.name else {})
+    keys = ("aspect", "kind", "text", "answer", "weight", *(["name"] if question.name else []))
+    return {key: getattr(question, key) for key in keys}
 
 
 def load_questions(path: str | Path) -> dict[str, tuple[Question, ...]]:
-    """Prompt text -> questions of a file. Raises BadInputError with the place of what is wrong."""
+    """Prompt text -> questions of a file. Raises BadInputError that says where the file is wrong."""
     path = Path(path).expanduser()
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -53,26 +45,21 @@ def load_questions(path: str | Path) -> dict[str, tuple[Question, ...]]:
     found: dict[str, tuple[Question, ...]] = {}
     for number, row in enumerate(rows, 1):
         where = f"{path}: entry {number}"
-        if (
-            not isinstance(row, dict)
-            or not isinstance(row.get("prompt"), str)
-            or not isinstance(row.get("questions"), list)
-        ):
-            raise BadInputError(f'{where}: is to be {{"prompt": …, "questions": [...]}}')
-        if row["prompt"] in found:
-            raise BadInputError(f"{where}: the prompt {row['prompt']!r} is there twice; keep one of them")
-        if not row["questions"]:
-            raise BadInputError(
-                f"{where}: has no question. Give it some, or take those of: lowmem-drf questions --json"
-            )
-        found[row["prompt"]] = tuple(
-            parse_question(f"{where}, question {n}", item) for n, item in enumerate(row["questions"], 1)
-        )
+        match row:
+            case {"prompt": str(prompt), "questions": list(items)}:
+                pass
+            case _:
+                raise BadInputError(f'{where}: is to be {{"prompt": …, "questions": [...]}}')
+        if prompt in found:
+            raise BadInputError(f"{where}: the prompt {prompt!r} is there twice; keep one of them")
+        if not items:
+            raise BadInputError(f"{where}: has no question. Add some, or take those of: lowmem-drf questions --json")
+        found[prompt] = tuple(parse_question(f"{where}, question {n}", item) for n, item in enumerate(items, 1))
     return found
 
 
 def require_same_prompts(path: str | Path, given: Mapping[str, Sequence[Question]], prompts: Sequence[Prompt]) -> None:
-    """Raises BadInputError that names the prompts without questions of their own that the file does not have."""
+    """Raises BadInputError that names the prompts without questions: neither in the prompt file nor in this file."""
     missing = [prompt for prompt in prompts if not prompt.questions and prompt.text not in given]
     if not missing:
         return

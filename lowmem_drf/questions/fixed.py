@@ -1,5 +1,5 @@
-"""What is asked of every clip: physical fidelity and visual quality, each property both ways, so that a critic that
-always says yes gains nothing. A property that the prompt contradicts (melting, film grain) gives its place to another.
+"""Questions about every clip: physics and visual quality. Each property is asked both ways, so that always saying yes
+gains nothing. A property that the prompt contradicts (melting, film grain) is replaced by another.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from lowmem_drf.questions.clauses import NEGATION, either
 from lowmem_drf.types import Aspect, Question
 
 ANSWER = " Answer yes or no."
-"""Ends every yes/no question: it moves the critic's probability onto the two words that are scored (as in VQAScore)."""
+"""Ends every yes/no question: the critic's probability moves to the two scored words (as in VQAScore)."""
 PAIRS, FEWEST = 5, 3
-"""Properties of an aspect: as many as do not contradict the prompt, and never fewer."""
+"""Properties of an aspect: at most, and at least even if the prompt contradicts them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,18 +23,18 @@ class Check:
 
     name: str
     clause: str
-    """Its part of an explanation."""
+    """Its words in an explanation."""
     good: tuple[str, str]
-    """Answered yes by a good clip."""
+    """Questions with the answer yes for a good clip."""
     bad: tuple[str, str]
-    """Answered no by a good clip."""
+    """Questions with the answer no for a good clip."""
     contradicted: str
-    """Stems of prompts that ask for its opposite."""
+    """Stems in prompts that contradict the property."""
     needs: str = ""
-    """Stems, one of which the prompt has to have."""
+    """Stems; the prompt must contain one of them. Empty: every prompt."""
 
 
-# Stems are the beginnings of words, in the form of ``clauses.either``.
+# Stems are the beginnings of words, in the syntax of ``clauses.either``.
 CHANGE = "melt morph transform metamorph turn(?:s|ing)_into becom evolv dissolv verwandel 变成 融化 変身 溶け "
 LIMB = "(?:los|cut|rip|tear|miss)[a-z]*_(?:off_)?(?:an?|his|her|its|one|the)_(?:[a-z]+_)?(?:arm|leg|head|hand|wing) "
 BREAK = LIMB + "explo shatter crumbl collaps break(?!f) broke burst smash crush burn tear(?:s|ing)_ slic cuts?_ 破碎 "
@@ -144,7 +144,7 @@ QUALITY = (
 
 
 def checks(prompt: str) -> dict[Aspect, tuple[Check, ...]]:
-    """The first properties of each aspect that the prompt does not contradict, as far as stems tell."""
+    """The first ``PAIRS`` properties of each aspect that the prompt does not contradict, judged by stems."""
     low = prompt.casefold()
     there = re.sub(rf"(?:{NEGATION.pattern})[^,.;，。；、]*", "", low)
     chosen: dict[Aspect, tuple[Check, ...]] = {"Phy": PHYSICS, "VQ": QUALITY}
@@ -166,7 +166,7 @@ def _has(low: str, stems: str) -> bool:
 
 
 def yesno(chosen: dict[Aspect, tuple[Check, ...]], heldout: bool = False) -> list[Question]:
-    """Every property both ways, half a weight each."""
+    """Each property both ways, at half weight each."""
     return [
         Question(aspect, texts[heldout] + ANSWER, answer, weight=0.5, name=check.name)
         for aspect, kept in chosen.items()
@@ -176,7 +176,7 @@ def yesno(chosen: dict[Aspect, tuple[Check, ...]], heldout: bool = False) -> lis
 
 
 def dense(chosen: dict[Aspect, tuple[Check, ...]]) -> list[Question]:
-    """One explanation of each aspect."""
+    """One dense question for each aspect."""
     physics, quality = ([check.clause for check in chosen[aspect]] for aspect in ("Phy", "VQ"))
     motion = "Explain whether the motion in this video is physically plausible."
     plausible = f"The motion is physically plausible: {'; '.join(physics)}."

@@ -1,5 +1,5 @@
-"""Prompt -> the questions that the critic is asked about its clip, without a model: ``phrases`` quotes any prompt,
-``toyworld`` knows ToyWorld's grammar. ``writer`` has a language model write them, ``file`` reads what a user wrote.
+"""Questions about a prompt's clip, made without a model: ``phrases`` quotes any prompt, ``toyworld`` knows ToyWorld's
+grammar. ``writer`` lets a language model write them; ``file`` reads a user's file.
 """
 
 from __future__ import annotations
@@ -12,28 +12,24 @@ from lowmem_drf.questions import phrases, toyworld
 from lowmem_drf.types import Question
 
 Grammar = Literal["phrases", "toyworld"]
-"""Whose words the critic understands: any, or ToyWorld's only."""
+"""The words that the critic understands: any, or ToyWorld's only."""
 
 MODES = ("yesno", "dense", "both", "vanilla", "heldout")
 
 
 def make_questions(
-    prompt: str,
-    mode: str = "yesno",
-    grammar: Grammar = "phrases",
-    others: Sequence[phrases.Foil] = (),
+    prompt: str, mode: str = "yesno", grammar: Grammar = "phrases", others: Sequence[phrases.Foil] = ()
 ) -> tuple[Question, ...]:
     """The questions of a prompt.
 
     Args:
-        mode: ``yesno`` asks for every part of the prompt, for physics and for quality; ``dense`` asks for
-            explanations of all three; ``both``; ``vanilla`` asks one global question; ``heldout`` is ``yesno`` in
-            wordings that training never uses.
-        others: ``phrases.foils`` of the set that the prompt is from.
+        mode: ``yesno`` asks about every part of the prompt, physics and quality; ``dense`` asks for explanations of all
+            three; ``both``; ``vanilla`` asks one global question; ``heldout`` is ``yesno`` in wordings that training
+            never uses.
+        others: ``phrases.foils`` of the prompt's set.
 
     Raises:
-        BadInputError: an unknown mode or grammar; ``toyworld``: a prompt that does not name one shape, color, motion
-            and background.
+        BadInputError: unknown mode or grammar; ``toyworld``: not exactly one shape, color, motion and background.
     """
     if mode not in MODES:
         raise BadInputError(f"critic.mode = {mode!r} is unknown. Use one of: {', '.join(MODES)}.")
@@ -52,11 +48,7 @@ def _toyworld_questions(prompt: str, mode: str) -> tuple[Question, ...]:
             'Example: "a red circle moves left on a gray background". '
             'Or give the questions yourself in a .jsonl prompt file ("questions").'
         )
-    match mode:
-        case "vanilla":
-            return toyworld.vanilla(prompt)
-        case "dense":
-            return toyworld.dense(values)
-        case "both":
-            return (*toyworld.yesno(values), *toyworld.dense(values))
-    return toyworld.yesno(values, wording=1 if mode == "heldout" else 0)
+    if mode == "vanilla":
+        return toyworld.vanilla(prompt)
+    yesno = toyworld.yesno(values, wording=1 if mode == "heldout" else 0) if mode != "dense" else ()
+    return (*yesno, *(toyworld.dense(values) if mode in ("dense", "both") else ()))

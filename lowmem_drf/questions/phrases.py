@@ -1,7 +1,7 @@
-"""Questions from a prompt in any language, without a model: its own clauses in the form of VQAScore (arXiv 2404.01291).
+"""Questions from a prompt in any language, without a model: its clauses in the form of VQAScore (arXiv 2404.01291).
 
-Counts, colors, camera and style stand in the clauses; nothing has to be recognised. Questions whose right answer is
-"no" quote other prompts. What is asked of every clip besides is in ``fixed``.
+The clauses contain counts, colors, camera and style, so nothing has to be recognised. Questions with the right answer
+"no" quote other prompts. ``fixed`` has the questions about every clip.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from lowmem_drf.questions.clauses import LONGEST, NEGATION, UNSPACED, Clauses, c
 from lowmem_drf.types import Question
 
 MOST = 20
-"""Questions about clauses. Where a prompt has more of them, neighbours share one: the packed pass grows with them."""
+"""Maximum of questions about clauses, since each makes the packed pass longer. If there are more clauses, neighbours
+share a question."""
 FOILS = 2
-"""Questions about what the prompt does not say, half a weight each."""
+"""Number of questions about things that are not in the prompt, of half weight each."""
 MOST_DENSE = 8
-"""Clauses that an explanation is asked about."""
+"""Maximum of clauses with a dense question."""
 NEUTRAL = (
     "a walrus plays the trumpet on an escalator",
     "two giraffes ride a rollercoaster",
@@ -30,9 +31,9 @@ NEUTRAL = (
     "three penguins assemble a refrigerator",
     "a medieval catapult hurls a piano",
 )
-"""Foils where the other prompts give none: so odd that no translation of them is likely to be in a prompt either."""
+"""Foils if the other prompts give none: so odd that a prompt in any language is unlikely to contain one."""
 _CLAUSE = 'Does this video show "{}"?', 'Can you see "{}" in this clip?'
-"""How a clause is asked for: in training, and held out for evaluation."""
+"""Question about a clause: the training wording, and the held-out one for evaluation."""
 _WHOLE = 'Does this video show "{}"?', 'Is this a clip of "{}"?'
 _NOTHING = "Does the video show a recognizable scene?", "Can you tell what this clip shows?"
 
@@ -49,15 +50,15 @@ _SMALL_WORDS = {
     "it": _wordset("il lo gli una un e di con nel nella sul sulla che è del della"),
     "pt": _wordset("os as uma um e com no na nos nas do da em que seu sua ao"),
 }
-"""They tell the language, and no content word is among them."""
+"""Function words by language: they identify it, and are ignored as content."""
 _SMALL = frozenset().union(*_SMALL_WORDS.values())
 _FILM = _wordset("came shot ligh lens focu cine film styl view qual moti slow colo soft macr wide clos dept fiel phot")
-"""Stems of words that may be true of any clip."""
+"""First letters of words that may be true of any clip."""
 
 
 @dataclass(frozen=True, slots=True)
 class Foil:
-    """A clause that another prompt's clip may be asked for, wanted "no"."""
+    """A clause for questions about other prompts' clips, with the wanted answer "no"."""
 
     text: str
     language: str
@@ -65,7 +66,7 @@ class Foil:
 
 
 def foils(prompts: Iterable[str]) -> tuple[Foil, ...]:
-    """Of each prompt of a set its first clause, if that says enough to be false of another prompt's clip."""
+    """The first clause of each prompt, if it is specific enough to be false of another prompt's clip."""
     made = []
     for prompt in prompts:
         for text in cut(prompt).clauses[:1]:
@@ -77,7 +78,7 @@ def foils(prompts: Iterable[str]) -> tuple[Foil, ...]:
 
 
 def content(text: str) -> frozenset[str]:
-    """What texts about the same share: the first four letters of words, pairs of characters where no spaces are."""
+    """Keys that texts about the same thing share: the first four letters of words; character pairs without spaces."""
     low = text.casefold()
     words = {word[:4] for word in re.findall(rf"[^\W_{UNSPACED}]{{3,}}", low) if word not in _SMALL}
     runs = re.findall(f"[{UNSPACED}]+", low)
@@ -86,7 +87,7 @@ def content(text: str) -> frozenset[str]:
 
 
 def language(text: str) -> str:
-    """As far as foils need it: a clause in another language may say the same without sharing a word."""
+    """A guess, good enough for foils: a clause in another language may say the same without sharing a word."""
     scripts = {"ja": "\u3040-\u30ff", "ko": "\uac00-\ud7af", "th": "\u0e00-\u0eff", "zh": "\u3400-\u9fff", "ru": "а-я"}
     for name, characters in scripts.items():
         if re.search(f"[{characters}]", text):
@@ -97,7 +98,7 @@ def language(text: str) -> str:
 
 
 def questions(prompt: str, mode: str, others: Sequence[Foil] = ()) -> tuple[Question, ...]:
-    """The questions of a prompt in a mode of ``make_questions``. ``others``: ``foils`` of the set that it is from."""
+    """The questions of a prompt in a mode of ``make_questions``. ``others``: ``foils`` of the prompt's set."""
     text, heldout = cut(prompt), mode == "heldout"
     if mode == "vanilla":
         return (_yesno(_WHOLE[0].format(text.whole) if text.whole else _NOTHING[0], "global"),)
@@ -126,7 +127,7 @@ def _about_prompt(text: Clauses, heldout: bool) -> list[Question]:
 
 
 def _chosen(prompt: str, others: Sequence[Foil]) -> list[str]:
-    """Always the same ones; which, depends on the prompt, so that a set's foils are spread over it."""
+    """The prompt's foils, always the same. The start depends on the prompt, so that a set uses all its foils."""
     words, spoken, start = content(prompt), language(prompt), zlib.crc32(prompt.encode())
     neutral = [Foil(text, spoken, content(text)) for text in NEUTRAL]
     chosen: list[str] = []
@@ -141,7 +142,7 @@ def _chosen(prompt: str, others: Sequence[Foil]) -> list[str]:
 
 
 def _dense(text: Clauses) -> list[Question]:
-    """The whole is asked for, then clause after clause: what else than the one before is there?"""
+    """Asks for the whole, then for each clause by naming the one before it."""
     whole = _sentence(text.short or "the video shows a recognizable scene")
     made = [Question("TA", "Describe what happens in this video in one sentence.", whole, "dense", name="whole")]
     shown = [clause for clause in text.clauses if not NEGATION.search(clause)][:MOST_DENSE]

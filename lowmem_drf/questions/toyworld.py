@@ -1,7 +1,7 @@
-"""Template questions for ToyWorld's grammar: a caption is taken apart and every part is asked for, besides fixed
-questions for physical fidelity and visual quality, each put both ways, so that a leaning towards yes or no cancels.
-Each question has two wordings: DRF trains on the first, evaluation asks the second. The dense questions ask for a word,
-a description or an explanation.
+"""Template questions for ToyWorld's grammar: one for each attribute in the caption, and fixed questions about physics
+and quality. The fixed ones are asked both ways, so that a bias towards yes or no cancels. Each question has two
+wordings: DRF trains on the first, evaluation asks the second. Dense questions ask for a word, a description or an
+explanation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ALIGNMENT: dict[str, tuple[str, str]] = {
     "direction": ("does it move {value} ?", "is the motion {value} ?"),
     "background": ("is the background {value} ?", "is it on {value} ?"),
 }
-"""Name -> the training wording and the held-out wording. The answer wanted is yes."""
+"""Attribute -> (training wording, held-out wording). The wanted answer is yes."""
 
 PHYSICS: dict[str, tuple[str, str]] = {
     "jump": ("does it jump ?", "does its place change at once ?"),
@@ -34,14 +34,14 @@ PHYSICS: dict[str, tuple[str, str]] = {
     "pulse": ("does its size change ?", "does it grow or shrink ?"),
     "recolor": ("does its color change ?", "does it become another color ?"),
 }
-"""Name of the defect -> its two wordings. The answer wanted is no."""
+"""Defect -> (training wording, held-out wording). The wanted answer is no."""
 
 QUALITY: dict[str, tuple[str, str]] = {
     "noise": ("is the clip noisy ?", "is there noise ?"),
     "blur": ("is the clip blurry ?", "are the edges soft ?"),
     "flicker": ("does the light flicker ?", "does the brightness change ?"),
 }
-"""Name of the defect -> its two wordings. The answer wanted is no."""
+"""Defect -> (training wording, held-out wording). The wanted answer is no."""
 
 SOUND: dict[str, tuple[str, str]] = {
     "jump": ("is it free of jumps ?", "does it move without a jump ?"),
@@ -54,7 +54,7 @@ SOUND: dict[str, tuple[str, str]] = {
     "blur": ("is the clip sharp ?", "are the edges sharp ?"),
     "flicker": ("is the light steady ?", "does the brightness stay the same ?"),
 }
-"""Name of the defect -> two wordings that ask whether the clip is free of it. The answer wanted is yes."""
+"""Defect -> two wordings that ask if the clip is free of it. The wanted answer is yes."""
 
 GLOBAL = ("does the clip show {caption} ?", "is this {caption} ?")
 """Vanilla-DRF's single question."""
@@ -65,7 +65,7 @@ OPEN: dict[str, str] = {
     "direction": "where does it move ?",
     "background": "what is the background ?",
 }
-"""Free-form questions: the answer is the attribute's word."""
+"""Attribute -> free-form question. The answer is the attribute's word."""
 
 DESCRIBE = "describe the clip ."
 EXPLAIN_MOTION = "explain the motion ."
@@ -82,19 +82,18 @@ EXPLANATIONS: dict[str, str] = {
     "blur": "it is blurry",
     "flicker": "it is flickering",
 }
-"""Name of the defect -> what is to be said of a clip that has it: in the words of a sound one up to the one that tells
-them apart."""
+"""Defect -> explanation of a clip with it: the words for a clean clip, up to the word that differs."""
 
 SOUND_PICTURE = "it is clean and sharp and the light is steady"
 
 
 def sound_motion(direction: str) -> str:
-    """What is to be said of a motion without defect."""
+    """The explanation of a motion without defects."""
     return f"it {'stays still' if direction == 'still' else f'moves {direction}'} and keeps its form , size and color"
 
 
 def describe(values: Mapping[str, str]) -> str:
-    """The plainest caption of these attributes."""
+    """The simplest caption with these attributes."""
     moves = "stays still" if values["direction"] == "still" else f"moves {values['direction']}"
     return f"a {values['color']} {values['shape']} {moves} on a {values['background']} background"
 
@@ -110,11 +109,9 @@ def attributes(text: str) -> dict[str, str] | None:
 
 
 def yesno(values: Mapping[str, str], wording: int = 0) -> tuple[Question, ...]:
-    """The 22 questions of a caption: four of alignment, and for each of nine defects whether it is there and whether it
-    is not."""
-    alignment = [
-        Question("TA", ALIGNMENT[name][wording].format(value=values[name]), "yes", name=name) for name in ALIGNMENT
-    ]
+    """The 22 questions of a caption: four about alignment, and two about each of nine defects (present? absent?)."""
+    texts = {name: wordings[wording].format(value=values[name]) for name, wordings in ALIGNMENT.items()}
+    alignment = [Question("TA", text, "yes", name=name) for name, text in texts.items()]
     return (*alignment, *(question for name in (*PHYSICS, *QUALITY) for question in _both_ways(name, wording)))
 
 
@@ -125,7 +122,7 @@ def _both_ways(name: str, wording: int) -> tuple[Question, Question]:
 
 
 def dense(values: Mapping[str, str]) -> tuple[Question, ...]:
-    """The seven explanation queries of a caption, with the reference that the caption gives."""
+    """The seven dense questions of a caption, with reference answers from the caption."""
     words = [Question("TA", text, values[name], kind="dense", name=f"{name}_word") for name, text in OPEN.items()]
     return (
         *words,
@@ -137,13 +134,5 @@ def dense(values: Mapping[str, str]) -> tuple[Question, ...]:
 
 def vanilla(caption: str, wording: int = 0) -> tuple[Question, ...]:
     """One global yes/no question: the baseline that collapses."""
-    return (
-        Question(
-            "TA",
-            GLOBAL[wording].format(
-                caption=" ".join(caption.lower().replace("grey", "gray").replace(",", " ,").split())
-            ),
-            "yes",
-            name="global",
-        ),
-    )
+    words = " ".join(caption.lower().replace("grey", "gray").replace(",", " ,").split())
+    return (Question("TA", GLOBAL[wording].format(caption=words), "yes", name="global"),)

@@ -1,8 +1,7 @@
-"""A language model, usually the critic itself, takes the prompt apart and writes the questions as JSON.
+"""Questions that a language model, usually the critic itself, writes as JSON.
 
-It writes what depends on the prompt: text alignment, and the physics of what is to happen. The fixed questions of
-physical fidelity and visual quality are ``fixed``'s. What it writes is checked question by question; one answer that
-cannot be used is sent back with the reason, once.
+It writes the questions that depend on the prompt: text alignment, and the physics of this scene. ``fixed`` has those
+about physics and quality of any clip. Each question is checked. An unusable answer is sent back once, with the reason.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from lowmem_drf.questions.fixed import ANSWER
 from lowmem_drf.types import Question
 
 Generate = Callable[[str], str]
-"""A language model: an instruction -> its answer."""
+"""A language model: instruction -> answer."""
 
 VERSION = 1
-"""Goes into the cache's key: raised whenever an instruction changes."""
+"""Part of the cache's key; raise it when an instruction changes."""
 
 FEWEST, MOST = 2, 24
 
@@ -31,22 +30,23 @@ _DENSE = """\
 {"aspect": "TA", "kind": "dense", "text": "What do the dogs do?", "answer": "The two dogs chase a red ball."}"""
 
 _RULES = {
-    "yesno": 'Every question is answered by yes or no. "answer" is what a video that follows the description perfectly would get; ask two or '
-    'three questions whose right answer is "no", about details that contradict the description.',
-    "dense": 'Every question asks for a short explanation. "answer" is one sentence, what a viewer would say of a video that follows the '
-    "description perfectly.",
-    "both": 'Write yes/no questions (kind "yesno", answer "yes" or "no"; two or three whose right answer is "no") and questions that ask for a '
-    'short explanation (kind "dense", "answer" is one sentence, what a viewer would say of a perfect video).',
+    "yesno": 'Every question is answered by yes or no. "answer" is what a video that follows the description perfectly '
+    'would get; ask two or three questions whose right answer is "no", about details that contradict the description.',
+    "dense": 'Every question asks for a short explanation. "answer" is one sentence, what a viewer would say of a '
+    "video that follows the description perfectly.",
+    "both": 'Write yes/no questions (kind "yesno", answer "yes" or "no"; two or three whose right answer is "no") and '
+    'questions that ask for a short explanation (kind "dense", "answer" is one sentence, what a viewer would say of a '
+    "perfect video).",
 }
 _INSTRUCTION = """\
 A video was made from this description:
 
 {prompt}
 
-Write questions that check whether the video shows what the description says. Ask about one fact at a time: each subject, how many there \
-are, each attribute (color, material, size), each action, where things are in relation to each other, the place, the camera and the style. \
-Ask about nothing that the description does not say. Use aspect "TA" for these. Then ask one or two questions with aspect "Phy": \
-whether the motion in this very scene obeys the laws of physics.
+Write questions that check whether the video shows what the description says. Ask about one fact at a time: each \
+subject, how many there are, each attribute (color, material, size), each action, where things are in relation to each \
+other, the place, the camera and the style. Ask about nothing that the description does not say. Use aspect "TA" for \
+these. Then ask one or two questions with aspect "Phy": whether the motion in this very scene obeys the laws of physics.
 {rules}
 Answer with a JSON array of {fewest} to {most} objects and nothing else, each of this form:
 {example}
@@ -59,14 +59,14 @@ Answer again, with the corrected JSON array and nothing else."""
 
 
 class UnusableError(ValueError):
-    """What the writer said cannot be used, and why."""
+    """The reason why a writer's answer is unusable."""
 
 
 def write_questions(prompt: str, mode: str, generate: Generate) -> tuple[Question, ...]:
     """Questions of aspects TA and Phy for a prompt. ``mode``: ``yesno``, ``dense`` or ``both``.
 
     Raises:
-        UnusableError: two answers in a row were no JSON array of questions.
+        UnusableError: two unusable answers in a row.
     """
     example = "\n".join([_YESNO] * (mode != "dense") + [_DENSE] * (mode != "yesno"))
     instruction = _INSTRUCTION.format(prompt=prompt, rules=_RULES[mode], fewest=FEWEST, most=MOST, example=example)
@@ -74,18 +74,14 @@ def write_questions(prompt: str, mode: str, generate: Generate) -> tuple[Questio
     try:
         return read_questions(said, mode)
     except UnusableError as error:
-        return read_questions(
-            generate(_REPAIR.format(instruction=instruction, reason=error, said=said.strip()[:200] or "(nothing)")),
-            mode,
-        )
+        repair = _REPAIR.format(instruction=instruction, reason=error, said=said.strip()[:200] or "(nothing)")
+        return read_questions(generate(repair), mode)
 
 
 def read_questions(said: str, mode: str) -> tuple[Question, ...]:
-    """The first JSON array in a text, checked, without repetitions; yes/no questions end in the fixed ones'
-    instruction. Raises UnusableError."""
-    rows = _first_array(said)
+    """Questions of the first JSON array in a text, checked, without duplicates. Raises UnusableError."""
     made: dict[str, Question] = {}
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(_first_array(said), 1):
         try:
             question = parse_question(f"question {number}", _lenient(row, mode))
         except BadInputError as error:
@@ -99,7 +95,7 @@ def read_questions(said: str, mode: str) -> tuple[Question, ...]:
         raise UnusableError(f"it holds {len(made)} different questions, and there are to be {FEWEST} to {MOST}")
     if all(question.aspect != "TA" for question in made.values()):
         raise UnusableError('no question has aspect "TA"')
-    # as the fixed questions end: the answer is scored where the first word is to be said
+    # the same ending as the fixed questions: the critic's first word is scored
     return tuple(replace(q, text=q.text.strip() + ANSWER) if q.kind == "yesno" else q for q in made.values())
 
 
@@ -115,8 +111,7 @@ def _first_array(said: str) -> list[Any]:
 
 
 def _lenient(row: Any, mode: str) -> Any:
-    """What models write in place of what was asked for, where it can mean one thing only: ``question`` for ``text``,
-    ``Yes.`` for ``yes``, no kind."""
+    """Accepts unambiguous deviations from the format: ``question`` for ``text``, ``Yes.`` for ``yes``, no kind."""
     if not isinstance(row, dict):
         return row
     row = {key: value for key, value in row.items() if key not in ("id", "number", "weight", "name", "token_weights")}
