@@ -84,7 +84,8 @@ def test_every_process_knows_its_place(run, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(7)))
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS", "MASTER_PORT")
     text = "import json\nplace = [os.environ[name] for name in sys.argv[2:]]\n"
-    text += "open(sys.argv[1] + str(rank), 'w').write(json.dumps(place))\nprint('rank', rank)\nprint(rank, file=sys.stderr)\n"
+    text += "open(sys.argv[1] + str(rank), 'w').write(json.dumps(place))\n"
+    text += "print('rank', rank)\nprint(rank, file=sys.stderr)\n"
     assert run(text, 3, [str(tmp_path / "rank"), *names]) == (0, "rank 0\n", "0\n")
     places = [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in range(3)]
     assert [place[:-1] for place in places] == [[str(rank), str(rank), "3", "3", "127.0.0.1", "2"] for rank in range(3)]

@@ -24,6 +24,7 @@ from lowmem_drf.models.lora.optimizers import (
     unpack_optimizer,
 )
 from lowmem_drf.planner.cards import card_named
+from lowmem_drf.planner.measure import count_bytes
 from lowmem_drf.planner.plan import make_plan
 from lowmem_drf.prompts import as_prompts
 from lowmem_drf.schema import Optim
