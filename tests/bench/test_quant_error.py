@@ -31,6 +31,7 @@ def check(rows) -> None:
         assert rows["nf4"][part]["error"] > 5 * rows["int8"][part]["error"]
 
 
+@pytest.mark.slow
 def test_toyworld_and_a_true_block(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(quant_error, "STEPS", 4)
     file = tmp_path / "made" / "out.json"

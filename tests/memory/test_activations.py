@@ -115,7 +115,7 @@ def test_forwards_may_be_many_before_a_backward_and_may_be_given_up():
 
 
 def test_a_host_policy_needs_a_store_and_slices_need_a_text_to_video_model():
-    with pytest.raises(ValueError, match="needs a store"):
+    with pytest.raises(ValueError, match="need a store"):
         set_activations(tiny_transformer(), "host")
     with pytest.raises(BadInputError, match="image-to-video"):
         set_activations(tiny_transformer(added_kv_proj_dim=24, image_dim=8), slices=2)
@@ -147,6 +147,7 @@ def test_bytes_of_keeping_recomputing_and_waiting_at_true_size(true_size):
     assert keep.flops < recompute.flops == host.flops  # the price
 
 
+@pytest.mark.slow
 def test_on_the_host_the_peak_does_not_grow_with_the_blocks(true_size):
     # a block's LoRA gradients, fp32: A and B of 8 projections and of the feed-forward's two
     lora = 4 * 32 * (2 * 8 * 1536 + 2 * (1536 + 8960))
@@ -157,6 +158,7 @@ def test_on_the_host_the_peak_does_not_grow_with_the_blocks(true_size):
     assert many.peak - few.peak >= HIDDEN
 
 
+@pytest.mark.slow
 def test_bytes_and_price_of_slices_at_true_size(true_size):
     """In diffusers a block's copies of the whole sequence take 4 GiB; in slices its backward holds little more than
     attention needs."""

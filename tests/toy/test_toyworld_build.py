@@ -25,6 +25,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@pytest.mark.slow
 def test_a_short_rebuild_writes_models_that_load_and_run(tmp_path):
     stages = ["vae", "generator", "tower", "language", "critic"]
     build(tmp_path / "out", tmp_path / "work", seed=0, scale=0.0006, stages=stages, compiled=False)

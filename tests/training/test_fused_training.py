@@ -66,6 +66,7 @@ def test_gradients_of_toyworld(monkeypatch):
     assert not torch.equal(fused, naive)
 
 
+@pytest.mark.slow
 def test_a_run_of_toyworld(tmp_path, capsys):
     run = tmp_path / "run"
     kernels = ["kernels.ops=fused", "kernels.attention=triton"]

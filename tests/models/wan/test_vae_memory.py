@@ -74,6 +74,7 @@ def test_the_vae_stage_stays_under_6_gib_whatever_the_frames():
         assert many == pytest.approx(few, rel=0.05)  # the bound that the project promises
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_that_of_wan_2_2_stays_under_8_gib_at_1280x704(grad_dtype):
     """Above its weights, whatever the frames; with the kernel, as on a card."""
