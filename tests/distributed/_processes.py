@@ -1,7 +1,6 @@
-"""Processes that stay for many tests, forked from a server that has imported everything: imports are paid for once.
+"""Processes shared by many tests, forked from a server that has imported everything once.
 
-What needs several processes and does not end them is tested here; how processes are started and end is in
-test_launch.py.
+They are for tests that end no process; test_launch.py tests how processes start and end.
 """
 
 import io
@@ -32,7 +31,7 @@ HANG_S = 600.0
 
 
 class Processes:
-    """Call it with a function of a module and its arguments: each process runs ``function(ranks, *arguments)``."""
+    """Called with a module's function and arguments: each process runs ``function(ranks, *arguments)``."""
 
     def __init__(self, count: int) -> None:
         from torch.distributed import TCPStore
@@ -53,11 +52,11 @@ class Processes:
                 self._processes.append(process)
 
     def __call__(self, function, *arguments):
-        """What the function returned, by rank."""
+        """The function's results, by rank."""
         for end in self._ends:
             end.send((function, arguments))
         answers = {}
-        while len(answers) < len(self._ends):  # of whoever fails the others may wait for ever
+        while len(answers) < len(self._ends):  # the others may wait forever for a process that fails
             waiting = {end: rank for rank, end in enumerate(self._ends) if rank not in answers}
             ready = wait(list(waiting), HANG_S)
             assert ready, f"hanging: {sorted(waiting.values())}\n{self._said()}"
@@ -101,7 +100,7 @@ def _serve(rank, count, port, end, log):
 
 
 def trained(ranks, prompts, run, overrides, resume=False):
-    """``lowmem-drf train`` as one process of a run; returns what it printed."""
+    """``lowmem-drf train`` as one process of a run; returns its output."""
     from lowmem_drf.commands import train as start
 
     said = io.StringIO()

@@ -1,4 +1,4 @@
-"""A process of a run, for tests of how runs end: ``python _ranks.py FUNCTION FOLDER``."""
+"""One process of a run, for test_launch.py: ``python _ranks.py FUNCTION FOLDER``."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ RANK = int(os.environ.get("RANK", "0"))
 
 
 def collective():
-    """Waits for the others for hours."""
+    """Waits hours for the others."""
     import torch
     import torch.distributed as dist
 
@@ -46,7 +46,7 @@ def second_is_killed_and_the_first_is_in_a_collective(folder):
 
 
 def updates(folder):
-    """The first Ctrl-C ends this in order, a second later."""
+    """Ends in order, one second after the first Ctrl-C."""
     got = []
     signal.signal(signal.SIGINT, lambda *_: got.append(1))
     (folder / f"ready{RANK}").touch()
@@ -71,4 +71,4 @@ def stays(folder):
 
 if __name__ == "__main__":
     with launch.failing_together(lambda: ADVICE):
-        globals()[sys.argv[-2]](Path(sys.argv[-1]))  # before them deepspeed puts an option
+        globals()[sys.argv[-2]](Path(sys.argv[-1]))  # deepspeed puts an option before them

@@ -1,4 +1,4 @@
-"""A few updates of ToyWorld, in one process or in each process of a run. A variant is overrides of preset ``toy``."""
+"""A few updates of ToyWorld, in one process or in all processes of a run. A variant is overrides of preset ``toy``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ COMMON = (
 
 
 def ready(overrides, ranks: Ranks = ALONE):
-    """ToyWorld's models with a LoRA that does something: (configuration, models, prompts, questions)."""
+    """ToyWorld with a non-zero LoRA: (configuration, models, prompts, questions)."""
     config = load_config("toy", [*COMMON, *overrides, f"processes={ranks.count}"])
     prompts = run_prompts(config)[: config.batch]
     models = load_models(config, [prompt.text for prompt in prompts], ranks=ranks)
@@ -50,9 +50,9 @@ def ready(overrides, ranks: Ranks = ALONE):
 
 
 def updates(overrides, ranks: Ranks, state=None, count=2):
-    """``count`` updates, and what they gave: {"gradients", "lora", "state", "report", "reduced", "gathered"}.
+    """Makes ``count`` updates; returns {"gradients", "lora", "state", "report", "reduced", "gathered"}.
 
-    ``state``: (LoRA, optimizer's) is taken up; then no update is made, and only "lora" and "state" are given.
+    ``state``: (LoRA, optimizer state) to load; then no update is made, and only "lora" and "state" are returned.
     """
     config, models, prompts, questions = ready(overrides, ranks)
     if state:
@@ -85,7 +85,7 @@ def updates(overrides, ranks: Ranks, state=None, count=2):
 
 
 def _gradients(trainer, lora):
-    """Averaged, unclipped."""
+    """The averaged gradients before clipping."""
     from deepspeed.utils import safe_get_full_grad
 
     if type(trainer).__name__ == "SingleTrainer":
@@ -95,7 +95,7 @@ def _gradients(trainer, lora):
 
 @contextmanager
 def _counted(made, models):
-    """Numbers that are gathered from all processes by stage, and those of gradients that are averaged."""
+    """Counts the elements gathered from all processes by stage, and the gradient elements averaged."""
     stage_now = ["none"]
     made["reduced"] = 0
     if not any(hasattr(parameter, "ds_status") for parameter in models.transformer.parameters()):
@@ -127,10 +127,10 @@ def _counted(made, models):
 
 
 def all_updates(ranks: Ranks, variants, file: str, some_stay: str = ""):
-    """Rank 0 saves to ``file`` what each (variant, state) gave, in their order: it is too large for a pipe.
+    """Rank 0 saves the results of each (variant, state) to ``file``, in order; they are too large for a pipe.
 
-    ToyWorld's tensors are about as small as those that ZeRO-3 keeps on every card. So here all of them are partitioned;
-    in the variant ``some_stay``, of one update, only the largest ones are, and nothing is gathered ahead.
+    ToyWorld's tensors are about as small as those that ZeRO-3 keeps on every card, so here all tensors are partitioned.
+    The variant ``some_stay`` makes one update, partitions only the largest tensors, and gathers nothing ahead.
     """
     made = []
     for variant, state in variants:

@@ -1,11 +1,11 @@
-"""Two processes that stay for all tests of this room."""
+"""Two processes shared by all tests of this room."""
 
 import pytest
 
 
 @pytest.fixture(scope="session")
 def pair():
-    """Two processes of one group."""
+    """Two processes in one group."""
     pytest.importorskip("deepspeed", reason="an optional library")
     from _processes import Processes
 

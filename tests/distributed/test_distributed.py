@@ -1,4 +1,4 @@
-"""ToyWorld trained by two processes under ZeRO-3 with CPU offload: its files, Ctrl-C, a killed process, resuming."""
+"""ToyWorld trained by two processes under ZeRO-3 with CPU offload: files, Ctrl-C, a killed process, resuming."""
 
 import json
 import os
@@ -35,15 +35,9 @@ WITHIN_S = 30.0
 
 
 def command_line(*words, settings=()):
-    """``lowmem-drf train`` in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "lowmem_drf",
-        "train",
-        *map(str, words),
-        *(word for text in settings for word in ("-s", text)),
-    ]
+    """``lowmem-drf train`` in a new process."""
+    options = [word for text in settings for word in ("-s", text)]
+    command = [sys.executable, "-m", "lowmem_drf", "train", *map(str, words), *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes)
 
@@ -67,7 +61,7 @@ def one(prompts, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(prompts, pair, tmp_path_factory):
-    """The same of two, and what each of them said."""
+    """The same run by two processes, and the output of each."""
     run = tmp_path_factory.mktemp("two") / "run"
     return run, pair(trained, prompts, run, [*SETTINGS, *ZERO])
 
@@ -104,7 +98,7 @@ def _without_spread(folder):
 
 
 def test_the_samples_of_both_processes_are_written_under_their_own_names(one, two):
-    """Before training: each clip is that of one process under the same name, and none of the others."""
+    """Before training, each clip is closest to the clip of the same name from one process."""
     from lowmem_drf.video import read_video
 
     ours, theirs = (
@@ -122,7 +116,7 @@ def test_one_process_talks(two):
     assert lines == sorted(set(lines)) and lines[-1] == "4/4"
     assert "on cpu, fp32, 2 processes under DeepSpeed (zero3)\n" in out
     assert out.count("Next:") == 1
-    assert out.count("oracle: color") == 1  # the table, of clips that both made
+    assert out.count("oracle: color") == 1  # the table of the clips of both processes
     assert silence == ""
 
 
@@ -138,7 +132,7 @@ def lora(run, step):
 
 
 def test_a_run_goes_on_with_one_process_and_then_with_two(two, pair, tmp_path):
-    """That its state is taken up exactly by any number of processes is in test_zero.py."""
+    """test_zero.py tests that any number of processes loads the state exactly."""
     run = at_update_2(two[0], tmp_path / "run")
     train_command(None, None, run, 3, None, True, [*QUICKLY, "engine=single", "processes=1"], False)
     assert lora(run, 2) == lora(two[0], 2)
@@ -149,8 +143,7 @@ def test_a_run_goes_on_with_one_process_and_then_with_two(two, pair, tmp_path):
 
 
 def interrupted(ranks, prompts, run, overrides):
-    """``train``, in which one process gets Ctrl-C in the second update, as it begins. Returns what all say in the
-    end."""
+    """``train``, in which one process gets Ctrl-C at the start of the second update. Returns the final message."""
     from lowmem_drf.training import loop as train
 
     def update(config, models, parts, trainer, step, *rest):
@@ -166,12 +159,11 @@ def interrupted(ranks, prompts, run, overrides):
 
 
 def test_ctrl_c_in_one_process_finishes_the_update_of_all_and_saves(prompts, two, pair, tmp_path):
-    """That our launcher hands it on, waits and prints the message once is in test_launch.py."""
+    """test_launch.py tests that the launcher forwards Ctrl-C, waits, and prints the message once."""
     run = tmp_path / "run"
     said = pair(interrupted, prompts, run, [*SETTINGS, *ZERO, *QUICKLY, "steps=1000", "log.checkpoint_every=1000"])
-    assert (
-        said == [f"Interrupted after update 2; it is saved. Go on with: lowmem-drf train --resume --output {run}"] * 2
-    )
+    wanted = f"Interrupted after update 2; it is saved. Go on with: lowmem-drf train --resume --output {run}"
+    assert said == [wanted] * 2
     assert checkpoint_steps(run) == [2]
     assert lora(run, 2) == lora(two[0], 2)
 
@@ -181,10 +173,8 @@ def test_a_killed_process_ends_the_run_with_one_message_and_resumed_it_gives_the
 ):
     """From the command line."""
     run = tmp_path / "run"
-    settings = [*SETTINGS, "engine=zero3", *QUICKLY, "steps=1000"]
-    process = command_line(
-        "--preset", "toy", "--prompts", prompts, "--output", run, "--num-processes", 2, settings=settings
-    )
+    words = ("--preset", "toy", "--prompts", prompts, "--output", run, "--num-processes", 2)
+    process = command_line(*words, settings=[*SETTINGS, "engine=zero3", *QUICKLY, "steps=1000"])
     while not checkpoint_steps(run):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
@@ -198,14 +188,14 @@ def test_a_killed_process_ends_the_run_with_one_message_and_resumed_it_gives_the
         "Error: rank 1 died with SIGKILL (out of host memory? see dmesg). The run was stopped.",
         f"Update {saved} is saved. Go on with: lowmem-drf train --resume --output {run}",
     ]
-    assert out.count("update 1/1000 ") == 1  # of rank 0 alone
+    assert out.count("update 1/1000 ") == 1  # from rank 0 alone
     assert saved < 4
     pair(trained, None, run, ["steps=4"], True)
     assert lora(run, 4) == lora(two[0], 4)
 
 
 def _rank(parent, rank):
-    """The process of this rank among the children."""
+    """The child process of this rank."""
     for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
         if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
             return int(child)
@@ -224,9 +214,8 @@ def test_fewer_prompts_than_processes_are_refused_by_all(tmp_path):
 def test_a_dry_run_prints_what_deepspeed_is_told_and_the_plan_of_each_process(capfd):
     import tomllib
 
-    train_command(
-        "toy", None, None, None, None, False, [*SETTINGS, "engine=zero3", "zero.critic=true"], True, num_processes=2
-    )
+    settings = [*SETTINGS, "engine=zero3", "zero.critic=true"]
+    train_command("toy", None, None, None, None, False, settings, True, num_processes=2)
     out, err = capfd.readouterr()
     assert tomllib.loads(out)["processes"] == 2
     told = "\n".join(line.removeprefix("# ") for line in out.splitlines() if line.startswith("# "))

@@ -1,5 +1,5 @@
-"""DeepSpeed's ZeRO on the relay, with two processes on the CPU (gloo): the gradients of one process, its files, and
-what is gathered and averaged."""
+"""DeepSpeed's ZeRO with two processes on the CPU (gloo): gradients, report and state equal those of one process; the
+amount gathered and averaged."""
 
 import json
 
@@ -17,8 +17,8 @@ OFFLOADED = "engine=zero3"
 GATHERED = "engine=zero3 zero.rollout=gathered"
 LEAN = "engine=zero3 zero.critic=true memory.token_slices=2 memory.checkpoint=host kernels.ops=naive"
 ONE_STEP = "engine=zero3 sampler.graded_steps=1 sampler.guidance=2.0 zero.offload=none"
-"""What enters the transformer needs no gradient in its first backward. With guidance, the weights on the cards, small
-ones whole on each, and nothing gathered ahead."""
+"""The transformer's input needs no gradient in the first backward. With guidance, weights on the cards, small ones
+whole on each, and nothing gathered ahead."""
 TAKEN_UP = ("engine=zero1", OFFLOADED)
 REPLICATED = ("engine=zero1", "engine=zero2")
 PARTITIONED = (OFFLOADED, GATHERED, LEAN)
@@ -39,8 +39,7 @@ def single():
 
 @pytest.fixture(scope="module")
 def two(single, pair, tmp_path_factory):
-    """What two processes gave, by variant. ``taken up by`` a variant is the state of one process that it saves
-    again."""
+    """The results of two processes, by variant. ``taken up by``: one process's state, loaded and saved again."""
     file = tmp_path_factory.mktemp("zero") / "two.pt"
     state = single["lora"], single["state"]
     asked = [(variant, None) for variant in (*REPLICATED, *PARTITIONED, ONE_STEP)]
@@ -56,17 +55,17 @@ def rounding(single):
 
 
 def rounded(overrides, exact):
-    """How far the gradient of one process moves when every weight of the transformer moves by a rounding of fp32, up or
-    down: the size of what another alignment of the same weights does to the same sums. Two gradients that are both off
-    by that differ by twice as much at most."""
+    """The relative change of one process's gradient when every weight of the transformer changes by one fp32 rounding.
+
+    Another memory alignment of the same weights changes the same sums by about this much. Two gradients that are both
+    off by this much differ by at most twice as much."""
     config, models, prompts, questions = ready(overrides)
     noise = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in models.transformer.parameters():
             if not parameter.requires_grad:
-                parameter.mul_(
-                    1 + torch.finfo(torch.float32).eps * (torch.randint(0, 3, parameter.shape, generator=noise) - 1)
-                )
+                signs = torch.randint(0, 3, parameter.shape, generator=noise) - 1
+                parameter.mul_(1 + torch.finfo(torch.float32).eps * signs)
     moved = first_gradient(config, models, prompts, questions)
     return ((moved - exact).norm() / exact.norm()).item()
 
@@ -101,7 +100,7 @@ def test_one_graded_step_with_guidance_too(two):
 
 @pytest.mark.parametrize("variant", REPLICATED)
 def test_two_processes_with_whole_weights_add_the_same_numbers_in_another_order(single, two, variant):
-    """Four sums of fp32 (two clips, two graded steps): a rounding each."""
+    """Tolerance: four fp32 sums (two clips, two graded steps), one rounding each."""
     exact, got = flat(single["gradients"][0]), flat(two[variant]["gradients"][0])
     assert (got - exact).norm() <= 4 * torch.finfo(torch.float32).eps * exact.norm()
 
@@ -122,13 +121,13 @@ def test_the_report_and_the_saved_tensors_are_those_of_one_process(single, two, 
 
 @pytest.mark.parametrize("variant", PARTITIONED)
 def test_gradients_are_averaged_once_an_update(single, two, variant):
-    """However many graded steps there are: each number once, in two updates twice."""
+    """Independent of the number of graded steps: each element once per update, in two updates."""
     numbers = sum(tensor.numel() for tensor in single["lora"].values())
     assert two[variant]["reduced"] == 2 * numbers
 
 
 def test_a_gathered_rollout_moves_the_weights_once(two):
-    """Of two updates with two steps each; graded steps move them as before."""
+    """Two updates with two steps each; the graded steps gather as before."""
     often, once = (two[variant]["gathered"] for variant in (OFFLOADED, GATHERED))
     assert often["rollout"] == 2 * once["rollout"]
     assert often["denoise_backward"] == once["denoise_backward"]
@@ -157,7 +156,7 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("variant", REPLICATED)
 def test_one_process_is_the_same_to_the_byte(single, alone, variant):
-    """Sums, clipping, AdamW: DeepSpeed does to the numbers what torch does."""
+    """DeepSpeed's sums, clipping and AdamW compute exactly what torch does."""
     assert alone[variant]["report"][0].grad_norm > load_config("toy").optim.grad_clip
     for kind in ("lora", "state"):
         assert all(torch.equal(tensor, alone[variant][kind][name]) for name, tensor in single[kind].items())
@@ -165,19 +164,18 @@ def test_one_process_is_the_same_to_the_byte(single, alone, variant):
 
 @pytest.mark.parametrize("variant", TAKEN_UP)
 def test_the_state_of_any_number_of_processes_is_taken_up_exactly_by_any_other(single, two, variant):
-    """What one process saved, two took up and saved again: the same bytes."""
+    """Two processes load one process's state and save the same bytes."""
     for kind in ("lora", "state"):
-        assert two[f"taken up by {variant}"][kind].keys() == single[kind].keys()
-        assert all(
-            torch.equal(tensor, two[f"taken up by {variant}"][kind][name]) for name, tensor in single[kind].items()
-        )
+        again = two[f"taken up by {variant}"][kind]
+        assert again.keys() == single[kind].keys()
+        assert all(torch.equal(tensor, again[name]) for name, tensor in single[kind].items())
 
 
 def test_what_deepspeed_is_told():
     config = load_config("toy", [*COMMON, "engine=zero3", "processes=2", "optim.grad_clip=0.25"])
     told = deepspeed_config(config)
-    assert told["gradient_clipping"] == 0.25  # 1.0 where nothing is said
-    assert told["gradient_accumulation_steps"] == 1  # it divides by it
+    assert told["gradient_clipping"] == 0.25  # DeepSpeed's default is 1.0
+    assert told["gradient_accumulation_steps"] == 1  # DeepSpeed divides by it
     assert not {"fp16", "bf16"} & told.keys()  # it would cast the LoRA
     zero = told["zero_optimization"]
     assert zero["offload_param"] == {"device": "cpu", "pin_memory": True}
@@ -185,10 +183,8 @@ def test_what_deepspeed_is_told():
     assert zero["reduce_bucket_size"] == REDUCE_BUCKET
     assert zero["stage3_max_reuse_distance"] == 0
     assert "offload_optimizer" not in deepspeed_config(config, trains=False)["zero_optimization"]
-    assert (
-        "offload_param"
-        not in deepspeed_config(load_config("toy", ["engine=zero1", "processes=2"]))["zero_optimization"]
-    )
+    replicated = deepspeed_config(load_config("toy", ["engine=zero1", "processes=2"]))
+    assert "offload_param" not in replicated["zero_optimization"]
     json.dumps(told)
 
 

@@ -1,4 +1,4 @@
-"""Questions without a model: the prompt's own clauses in any language, and the fixed ones it does not contradict."""
+"""Questions without a model: the prompt's clauses in any language, and fixed questions that it does not contradict."""
 
 import json
 import re
@@ -129,7 +129,7 @@ def test_explanations_are_clauses_in_the_prompts_own_words():
 
 
 def test_a_thousand_prompts_take_no_long_time():
-    """Promised: under 5 s. Of the processor, so that what else the machine does plays no part."""
+    """Promised: under 5 s. CPU time, so that other processes have no effect."""
     start = time.process_time()
     prompts = as_prompts(f"{TEXTS[i % len(TEXTS)]}, take {i}" for i in range(1000))
     draft_questions(load_config("toy", ["critic.id=some/critic", "prompts=p.txt"]), prompts)

@@ -1,5 +1,5 @@
-"""Questions from a model and from files: checked, repaired once, cached; and what a real clip and the answer's own
-words say of them."""
+"""Questions from a model and from files: checked, repaired once, cached; then answers from a real clip, and token
+weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ RED = "a red circle moves left on a gray background"
 
 
 class Model:
-    """A language model with its lines learned by heart."""
+    """A language model with fixed answers."""
 
     def __init__(self, *lines):
         self.lines, self.heard = list(lines), []
@@ -83,18 +83,8 @@ def test_what_models_write_is_read(said):
         (json.dumps([{**GOOD[0], "mood": "curious"}, *GOOD[1:]]), "unknown key 'mood'"),
     ],
     ids=[
-        "prose",
-        "cut-off",
-        "empty",
-        "one",
-        "too-many",
-        "aspect",
-        "no-alignment",
-        "answer",
-        "kind",
-        "no-text",
-        "strings",
-        "unknown-key",
+        *("prose", "cut-off", "empty", "one", "too-many", "aspect"),
+        *("no-alignment", "answer", "kind", "no-text", "strings", "unknown-key"),
     ],
 )
 def test_what_cannot_be_used_is_sent_back_once_with_the_reason(said, reason):
@@ -113,10 +103,8 @@ def test_kinds_are_those_of_the_mode():
     for mode in ("yesno", "dense", "both"):
         model = Model(json.dumps(mixed if mode == "both" else [{**q, "kind": mode} for q in GOOD]))
         write_questions(DOGS, mode, model)
-        assert ('"kind": "yesno"' in model.heard[0], '"kind": "dense"' in model.heard[0]) == (
-            mode != "dense",
-            mode != "yesno",
-        )
+        asked = ['"kind": "yesno"' in model.heard[0], '"kind": "dense"' in model.heard[0]]
+        assert asked == [mode != "dense", mode != "yesno"]
 
 
 @pytest.fixture
@@ -141,9 +129,8 @@ class Writer:
 
 
 def config_of(*overrides):
-    return load_config(
-        "toy", ["critic.id=some/critic", "prompts=p.txt", "critic.questions=critic", "critic.mode=yesno", *overrides]
-    )
+    settings = ["critic.id=some/critic", "prompts=p.txt", "critic.questions=critic", "critic.mode=yesno"]
+    return load_config("toy", [*settings, *overrides])
 
 
 def test_the_writers_questions_replace_the_phrases_and_are_cached(own_cache, quiet):
@@ -152,7 +139,7 @@ def test_the_writers_questions_replace_the_phrases_and_are_cached(own_cache, qui
     written = written_questions(config, prompts, draft, Writer(json.dumps(GOOD)), quiet)["0001"]
     assert [q.text for q in written[:3]] == [q["text"] + ANSWER for q in GOOD]
     assert written[3:] == tuple(q for q in draft["0001"] if q.aspect != "TA") != ()
-    # a writer without lines: it was not asked
+    # a writer without answers: the cache is used
     assert written_questions(config, prompts, draft, Writer(), quiet)["0001"] == written
     for other in (config_of("critic.mode=both"), config_of("critic.id=another/critic"), config_of("critic.quant=nf4")):
         with pytest.raises(IndexError):
@@ -160,18 +147,13 @@ def test_the_writers_questions_replace_the_phrases_and_are_cached(own_cache, qui
 
 
 def test_a_writer_that_gives_no_json_leaves_the_phrases_and_is_told_of(own_cache, quiet):
-    config, prompts = (
-        config_of(),
-        (*as_prompts([DOGS]), Prompt("mine", "a cat", (Question("TA", "Is it a cat?", "yes"),))),
-    )
+    mine = Prompt("mine", "a cat", (Question("TA", "Is it a cat?", "yes"),))
+    config, prompts = config_of(), (*as_prompts([DOGS]), mine)
     draft = draft_questions(config, prompts)
     assert written_questions(config, prompts, draft, Writer("no", "no"), quiet) == draft
     said = quiet.export_text()
-    assert (
-        "no usable JSON for 1 of 2 prompts" in said
-        and "the draft's questions" in said
-        and "0001 (there is no JSON array in it)" in said
-    )
+    assert "no usable JSON for 1 of 2 prompts" in said and "the draft's questions" in said
+    assert "0001 (there is no JSON array in it)" in said
     assert not own_cache.exists()
 
 
@@ -184,10 +166,8 @@ def test_toyworlds_critic_cannot_write_and_trains_on_its_grammar_all_the_same(ow
 
 def test_a_users_file_goes_before_the_grammar_and_the_prompts_own_questions_before_both(tmp_path):
     file = tmp_path / "questions.json"
-    mine = (
-        Question("TA", "Is it red?", "yes", weight=2.0, name="color"),
-        Question("VQ", "Explain.", "it is clean", "dense"),
-    )
+    color = Question("TA", "Is it red?", "yes", weight=2.0, name="color")
+    mine = color, Question("VQ", "Explain.", "it is clean", "dense")
     file.write_text(to_json({RED: mine}))
     assert load_questions(file) == {RED: mine}
     own = Prompt("own", RED, (Question("TA", "Is it?", "yes"),))
@@ -197,10 +177,9 @@ def test_a_users_file_goes_before_the_grammar_and_the_prompts_own_questions_befo
     for prompts, named in (([RED, blue], (blue,)), ([blue], (blue, RED))):  # some are in it, none is
         with pytest.raises(BadInputError, match="has no questions for 1 of") as refused:
             draft_questions(config, as_prompts(prompts))
-        assert all(repr(text) in str(refused.value) for text in named) and ("does not have" in str(refused.value)) == (
-            RED in named
-        )
-    # what evaluation asks of prompts that were not trained on
+        assert all(repr(text) in str(refused.value) for text in named)
+        assert ("does not have" in str(refused.value)) == (RED in named)
+    # evaluation also has prompts outside the training set
     held_out = draft_questions(config, as_prompts([RED, blue]), strict=False)
     assert held_out == {"0001": mine, "0002": make_questions(blue, "yesno", "toyworld")}
 
@@ -250,8 +229,7 @@ def clip(path, combo, seed=5):
 
 
 def test_the_critic_looking_at_a_real_clip_says_what_a_good_answer_is(tmp_path, own_cache, quiet, critic):
-    """The clip shows a blue square that moves up; the prompt says so too, but its dense questions come with nonsense
-    for references."""
+    """Clip and prompt: a blue square moves up. The dense questions start with nonsense as reference answers."""
     text = "a blue square moves up on a black background"
     guided = Prompt("0001", text, reference_video=clip(tmp_path / "real.mp4", Combo(1, 2, 2, 0)))
     config = load_config("toy", ["critic.mode=both", "critic.token_weights=uniform"])
@@ -260,14 +238,13 @@ def test_the_critic_looking_at_a_real_clip_says_what_a_good_answer_is(tmp_path, 
     made = finish_questions(config, [guided], draft, critic, quiet)["0001"]
     assert [q.answer for q in made] == [q.answer for q in honest]
     assert finish_questions(replace_reference(config), [guided], draft, critic, quiet) == draft
-    assert list(own_cache.rglob("*.json"))  # the words are kept: a resumed run does not ask again
+    assert list(own_cache.rglob("*.json"))  # cached: a resumed run does not ask again
 
 
 def test_an_answer_that_stands_in_the_prompt_file_stays(tmp_path, own_cache, quiet, critic):
     own = (Question("TA", "what color is it ?", "red", kind="dense"), Question("TA", "does it move up ?", "yes"))
-    prompt = Prompt(
-        "0001", "a blue square moves up on a black background", own, clip(tmp_path / "real.mp4", Combo(1, 2, 2, 0))
-    )
+    real = clip(tmp_path / "real.mp4", Combo(1, 2, 2, 0))
+    prompt = Prompt("0001", "a blue square moves up on a black background", own, real)
     config = load_config("toy", ["critic.token_weights=uniform"])
     assert finish_questions(config, [prompt], {"0001": own}, critic, quiet)["0001"] == own
     assert "left out" not in quiet.export_text()
@@ -278,7 +255,7 @@ def replace_reference(config):
 
 
 def test_a_question_that_fails_on_the_real_clip_is_left_out(tmp_path, own_cache, quiet, critic):
-    """The real clip moves down where the caption says up: the question of direction cannot judge, the others can."""
+    """The square moves up in the caption, but down in the real clip: only the question about direction is useless."""
     text = "a blue square moves up on a black background"
     prompt = Prompt("0001", text, reference_video=clip(tmp_path / "real.mp4", Combo(1, 2, 3, 0)))
     config = load_config("toy", ["critic.mode=yesno"])
@@ -289,9 +266,8 @@ def test_a_question_that_fails_on_the_real_clip_is_left_out(tmp_path, own_cache,
 
 def test_words_that_the_critic_would_say_anyway_weigh_little(quiet, critic):
     config, prompts = load_config("toy", ["critic.mode=dense"]), as_prompts([RED])
-    made = {
-        q.name: q for q in finish_questions(config, prompts, draft_questions(config, prompts), critic, quiet)["0001"]
-    }
+    draft = draft_questions(config, prompts)
+    made = {q.name: q for q in finish_questions(config, prompts, draft, critic, quiet)["0001"]}
     for name, telling, idle in (
         ("motion", {"left"}, {"and", "its", "size", "color"}),
         ("description", {"red", "circle", "left"}, {"a", "on", "background"}),
@@ -299,7 +275,6 @@ def test_words_that_the_critic_would_say_anyway_weigh_little(quiet, critic):
         words, weights = made[name].answer.split(), made[name].token_weights
         assert len(words) == len(weights) and telling | idle <= set(words)
         said = list(zip(words, weights, strict=True))
-        assert min(weight for word, weight in said if word in telling) > 2 * max(
-            weight for word, weight in said if word in idle
-        ), said
+        least = min(weight for word, weight in said if word in telling)
+        assert least > 2 * max(weight for word, weight in said if word in idle), said
     assert all(WEIGHT_FLOOR <= weight <= 1 for q in made.values() for weight in q.token_weights)
