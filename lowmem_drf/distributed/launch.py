@@ -36,7 +36,7 @@ fail ends the process in the meantime."""
 LAST_LINES = 20
 
 Advice = Callable[[], str]
-"""Returns the end of a failure's message: what is saved, and how to go on."""
+"""Returns the last line of a failure's message: the saved update, and how to go on."""
 
 
 def launch(count: int, command: Sequence[str], advice: Advice) -> int:

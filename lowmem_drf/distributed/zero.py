@@ -151,7 +151,7 @@ class ZeroEngine:
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Around all backwards of an update, which add to ``.grad``. On exit, the processes average their gradients."""
+        """Wraps all backwards of an update, which add to ``.grad``. On exit, the processes average their gradients."""
         if self._stage == 3:
             # If a block's input needs no gradient, DeepSpeed's backward hook runs before the block's backward. It then
             # creates missing gradients in the shape of freed weights, which is empty.
@@ -173,7 +173,7 @@ class ZeroEngine:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Within the block every process can read the LoRA's tensors."""
+        """Inside the block, every process can read the LoRA's tensors."""
         if self._stage < 3:
             yield
             return
@@ -239,7 +239,7 @@ class ZeroForward:
 
 
 class _Holder(nn.Module):
-    """A module of the LoRA's tensors alone: ZeRO-1 and 2 leave a model's frozen weights as they are."""
+    """A module of the LoRA's tensors alone: ZeRO-1 and 2 do not touch a model's frozen weights."""
 
     def __init__(self, tensors: Any) -> None:
         super().__init__()
