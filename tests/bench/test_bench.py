@@ -62,6 +62,7 @@ def test_seeds_then_picture(tiny_toyworld, tiny_preset, tmp_path, capsys):
         assert len(first.getcolors(2**24)) > 100
 
 
+@pytest.mark.slow
 def test_modes_side_by_side_go_on_from_what_was_measured(tiny_toyworld, tiny_preset, tmp_path, capsys):
     arguments = ["--preset", str(tiny_preset), *OVERRIDES, "--modes", "vanilla", "dense"]
     first, whole = tmp_path / "first.json", tmp_path / "whole.json"

@@ -118,6 +118,7 @@ def test_a_graph_keeps_no_weights_of_blocks_that_are_recomputed(slices, quant):
         assert alive(came) == 0
 
 
+@pytest.mark.slow
 def test_kernels_run_on_streamed_weights():
     """Our kernels, interpreted: bitwise equal gradients, and no graph keeps weights of a recomputed block."""
     settings: dict[str, Any] = {"rows": fused_ops(), "attention": triton_attention()}

@@ -143,6 +143,7 @@ def test_inside_the_range_the_gradient_is_diffusers_own():
     assert relative_difference(got, expected) < LIMIT
 
 
+@pytest.mark.slow
 def test_exact_costs_no_more_than_a_window_of_two_chunks_allows():
     """With 8 evenly spaced frames of 81 a window of two also visits every chunk, so exact only adds cache gradients."""
     kept, latents = kept_frames(81, 8), some_latents(21, 1, 1, dtype=torch.float32)

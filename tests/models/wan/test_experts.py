@@ -287,6 +287,7 @@ def test_one_is_on_the_card_at_a_time(configured, expert) -> None:
     assert torch.equal(made.frames_BTCHW, resident.frames_BTCHW)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [LOW, ("model.expert=high", "sampler.steps=6", "sampler.graded=[0, 1]", 'memory.park=["transformer"]')],
@@ -302,6 +303,7 @@ def test_the_plan_is_a_real_update(configured, overrides) -> None:
         assert plan.stages[stage].peak_gib == pytest.approx(whole.stages[stage].peak_gib, rel=0.01), stage
 
 
+@pytest.mark.slow
 def test_of_two_parked_transformers_the_card_holds_one(configured) -> None:
     """In the rollout and in the graded steps; resident ones are both there all the time."""
     resident, parked = (

@@ -47,7 +47,7 @@ def as_loaded(dtype):
     "settings", [dict(), dict(slices=2, keep_attention="host"), dict(checkpoint="host", keep_attention="card")], ids=str
 )
 # Triton's interpreter cuts bf16 off where a card rounds
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 def test_fused_rows_are_diffusers_arithmetic(dtype, settings, exact):
     truth = exact(dtype, settings)
     naive, fused = (
