@@ -57,6 +57,8 @@ def launch(count: int, command: Sequence[str], advice: Advice) -> int:
     shared = OURS | {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    # torch's own log would print beside our one message what the exception says too
+    shared["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "FATAL")
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(len(os.sched_getaffinity(0)) // count, 1)))
     with tempfile.TemporaryDirectory() as folder, _signals() as got:
         context = SubprocessContext(

@@ -37,6 +37,7 @@ def tiny_toyworld(tiny_folders, monkeypatch):
     monkeypatch.setattr(toy_seeds, "EVAL_PROMPTS", 3)
 
 
+@pytest.mark.slow
 def test_seeds_then_picture(tiny_toyworld, tiny_preset, tmp_path, capsys):
     report = tmp_path / "made" / "out.json"
     files = ["--preset", str(tiny_preset), "--output", str(tmp_path), "--json", str(report)]

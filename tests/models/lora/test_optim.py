@@ -151,6 +151,7 @@ def test_moments_of_large_tensors_are_paged():
     assert paged_moments(make_optimizer(Optim(), tensors)) == []
 
 
+@pytest.mark.slow
 def test_its_updates_follow_those_of_fp32_moments():
     """Twenty updates of ToyWorld's LoRA. The code of 8 bit has steps of 0.7% of a block's largest number down to a
     tenth of it, and finer ones below: a moment is off by 2% on average, the root of the second one by half of that, and
