@@ -46,7 +46,7 @@ def second_is_killed_and_the_first_is_in_a_collective(folder):
 
 
 def updates(folder):
-    """Ends in order, one second after the first Ctrl-C."""
+    """Ends in order, one second after the first Ctrl-C, when all have got there: the first to end ends the others."""
     got = []
     signal.signal(signal.SIGINT, lambda *_: got.append(1))
     (folder / f"ready{RANK}").touch()
@@ -54,6 +54,8 @@ def updates(folder):
         time.sleep(0.01)
     time.sleep(1.0)
     (folder / f"got{RANK}").write_text(str(len(got)))
+    while sum(file.stat().st_size for file in folder.glob("got*")) < int(os.environ["WORLD_SIZE"]):
+        time.sleep(0.01)
     raise KeyboardInterrupt("Interrupted after update 3; it is saved.")
 
 
