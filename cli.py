@@ -189,6 +189,8 @@ def score(
     epilog=_example(
         'lowmem-drf questions "a red ball rolls off a table"',
         "lowmem-drf questions --prompts prompts.txt --output questions.json",
+        "lowmem-drf questions --prompts prompts.txt --write",
+        "lowmem-drf questions --check questions.json",
     )
 )
 @_reports_errors
@@ -201,11 +203,15 @@ def questions(
         Path | None, _option("Write a JSON file to edit; train reads it with -s critic.questions=FILE.")
     ] = None,
     json_: Json = False,
+    write: Annotated[bool, _option("Load the critic, and show the questions that it writes and checks.")] = False,
+    check: Annotated[Path | None, _option("Load the critic, and check the questions of this file.")] = None,
+    force: Annotated[bool, _option("Let --output replace a file that was edited.")] = False,
 ) -> None:
-    """Show the questions that the critic is asked about a prompt, or write them to a file to edit."""
+    """Show the questions that the critic is asked about a prompt, or write them to a file to edit. Without --write or
+    --check no model is loaded."""
     from lowmem_drf.commands.questions import questions_command
 
-    questions_command(prompt, prompts, preset, set_ or [], json_, output)
+    questions_command(prompt, prompts, preset, set_ or [], json_, output, write, check, force)
 
 
 @app.command(

@@ -40,6 +40,8 @@ _RETIRED = {
     "zero.stage3_param_persistence_threshold": _ANY,
 }
 """Keys of earlier versions, with the value under which nothing has changed. Runs of those versions hold all keys."""
+_ADDED = {"critic.check": False, "critic.writer": ""}
+"""Keys that earlier versions lack, with the value that those versions acted on."""
 
 
 def known_keys(node: type[BaseModel] = Config, prefix: str = "") -> list[str]:
@@ -176,8 +178,12 @@ def _preset_values(path: Path, below: tuple[Path, ...] = ()) -> dict[str, tuple[
             raise BadInputError(f"{path}: extends: {message}")
         values = _preset_values(base, chain)
     own = dict(_flat(table))
-    if own.get("critic.questions") == "templates" and "toyworld" in (own.get("prompts"), own.get("critic.id")):
-        del own["critic.questions"]  # the name of ToyWorld's grammar in earlier versions
+    if {"critic.check"} <= set(known_keys()) - own.keys() <= _ADDED.keys():  # the file of an earlier version's run
+        own = _ADDED | own
+    grammar = {"templates": ("prompts", "critic.id"), "phrases": ("critic.id",)}
+    earlier = grammar.get(str(own.get("critic.questions")), ())
+    if any(own.get(key) == "toyworld" for key in earlier):
+        del own["critic.questions"]  # names of ToyWorld's grammar in earlier versions
     kept = {key: value for key, value in own.items() if key not in _RETIRED or _RETIRED[key] not in (_ANY, value)}
     return values | {key: (value, str(path)) for key, value in kept.items()}
 

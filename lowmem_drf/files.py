@@ -40,9 +40,18 @@ def written_aside(path: Path, ending: str = ".part") -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 text file through ``written_aside``."""
-    with written_aside(path) as aside:
+    """Writes a UTF-8 text file through ``written_aside``: a link stays, and the file it points to is replaced. A device
+    or a pipe is written to."""
+    if not replaceable(path):
+        path.write_text(text, encoding="utf-8")
+        return
+    with written_aside(path.resolve()) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def replaceable(path: Path) -> bool:
+    """True for a file, or a name that is free; False for what must not be replaced: a folder, a device, a pipe."""
+    return path.is_file() or not os.path.exists(path)
 
 
 def discard(folder: Path) -> None:

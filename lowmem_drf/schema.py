@@ -139,8 +139,8 @@ class Critic(Node):
     """The frozen vision-language model that judges the clips, and what it is asked."""
 
     id: Name = "Qwen/Qwen2.5-VL-7B-Instruct"
-    """A transformers folder, a Hugging Face id, or ``toyworld``. The model's size sets the memory of the critic's
-    stage."""
+    """A transformers folder, a Hugging Face id, ``toyworld``, or ``toyworld-reader``, which also understands
+    ``phrases`` and captions. The model's size sets the memory of the critic's stage."""
     quant: Literal["none", "nf4"] = "nf4"
     """Storage format of the critic. ``nf4``: the language layers in 4 bit (bitsandbytes), vision tower and lm_head in
     ``dtype``. ``none``: everything in ``dtype``, which takes more than twice the memory."""
@@ -148,10 +148,16 @@ class Critic(Node):
     """What is asked: yes/no questions of all three aspects (``yesno``), explanations scored token by token (``dense``),
     ``both``, or one global yes/no question (``vanilla``, the baseline that collapses). One pass answers all questions,
     so more of them cost little."""
-    questions: Name = "phrases"
-    """Who writes the questions: ``phrases`` (quotes the prompt's own clauses; no model), ``critic`` (the critic itself,
-    once before training; cached), or a JSON file in the format of ``lowmem-drf questions --json``. Questions in a
-    prompt file take precedence. ToyWorld's critic and prompts use ToyWorld's ``grammar`` in place of ``phrases``."""
+    questions: Name = "critic"
+    """Who writes the questions: ``critic`` (the critic itself, or ``writer``, once before training; cached),
+    ``phrases`` (quotes the prompt's own clauses; no model), or a JSON file in the format of ``lowmem-drf questions
+    --json``. Questions in a prompt file take precedence. ToyWorld has its own ``grammar`` in place of ``critic``."""
+    writer: str = ""
+    """The model that writes the questions, if not the critic: a folder or a Hugging Face id, loaded as the critic is,
+    and freed before anything else is loaded."""
+    check: bool = True
+    """Let the critic answer every question from the prompt's text first, and leave out those that it does not answer as
+    wanted: two passes a prompt, once; cached. ToyWorld's first critic cannot read prompts."""
     reference: Literal["auto", "prompt"] = "auto"
     """Source of the reference answers to dense questions. ``auto``: what the critic says about the prompt's
     ``reference_video``, if there is one. ``prompt``: always made from the prompt."""

@@ -40,6 +40,8 @@ guidance = 2.0
 
 [critic]
 id = "{critic}"
+questions = "grammar"
+check = false
 quant = "none"
 normalize = true
 frames = 3

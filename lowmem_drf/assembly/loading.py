@@ -19,7 +19,7 @@ from lowmem_drf.memory.residency import bring
 from lowmem_drf.models.generators import generator_config
 from lowmem_drf.models.weights.downloads import check_host_memory, prepare
 from lowmem_drf.models.weights.files import SECOND
-from lowmem_drf.models.weights.sources import TOYWORLD, resolve
+from lowmem_drf.models.weights.sources import READER, TOYWORLD, resolve
 from lowmem_drf.schema import Config, Parkable
 
 if TYPE_CHECKING:
@@ -154,8 +154,8 @@ def load_run_critic(config: Config, home: torch.device | None = None) -> QwenCri
         check_host_memory(folder, "critic", DTYPES[config.dtype].itemsize)
     elif device.type == "cpu":  # on a card, weights are quantised one by one
         check_host_memory(folder, "critic", 1)  # half a byte per 4-bit weight, two per other weight: at least one
-    # ToyWorld's critic was trained at one frame rate, which its folder names
-    fps = None if config.critic.id == TOYWORLD else critic_rate(config)
+    # ToyWorld's critics were trained at one frame rate, which their folders name
+    fps = None if config.critic.id in (TOYWORLD, READER) else critic_rate(config)
     critic = load_critic(str(folder), DTYPES[config.dtype], device, fps, config.critic.quant)
     critic.set_checkpointing(bool(config.memory.checkpoint))
     return critic

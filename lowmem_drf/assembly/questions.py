@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
 
 from lowmem_drf.assembly.cache import Cache, cache_folder
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.memory.meter import free_bytes
 from lowmem_drf.method.reward import RewardSpec
-from lowmem_drf.models.weights.sources import TOYWORLD
+from lowmem_drf.models.weights.sources import READER, TOYWORLD
 from lowmem_drf.questions.file import WRITERS, load_questions, require_same_prompts
-from lowmem_drf.questions.make import Grammar, make_questions
-from lowmem_drf.questions.phrases import foils
-from lowmem_drf.questions.writer import VERSION, UnusableError, write_questions
+from lowmem_drf.questions.make import Grammar, foils, make_questions
+from lowmem_drf.questions.writer import VERSION, UnusableError, instruction, write_questions
 from lowmem_drf.schema import Config
-from lowmem_drf.terminal import counted
+from lowmem_drf.terminal import clock, work_bar
 from lowmem_drf.types import Prompt, Question
 
 if TYPE_CHECKING:
@@ -26,13 +32,27 @@ if TYPE_CHECKING:
 Questions = dict[str, tuple[Question, ...]]
 """Prompt id -> questions."""
 
-WRITTEN_TOKENS = 2048
-"""Limit of a writer's answer; 24 questions take about 1,000 tokens."""
+WRITTEN_TOKENS = 1024
+"""Limit of a writer's answer; 24 questions take about 600 tokens."""
+MOST_AT_ONCE = 32
+"""Prompts that a writer writes for at the same time, at most. A pass of a streamed writer moves all its weights, so its
+time hardly depends on their number."""
 
 
 def grammar_of(config: Config) -> Grammar:
-    """ToyWorld's critic understands only ToyWorld's words."""
-    return "toyworld" if TOYWORLD in (config.critic.id, config.prompts) else "phrases"
+    """The questions that need no model. ToyWorld's critics understand only ToyWorld's words.
+
+    Raises BadInputError: ``phrases`` for ToyWorld's first critic.
+    """
+    critic = config.critic
+    if critic.questions == "phrases" and critic.id == TOYWORLD:
+        raise BadInputError(
+            'critic.questions = "phrases": ToyWorld\'s first critic does not understand them. '
+            f"Its second one does: -s critic.id={READER}"
+        )
+    if critic.questions == "phrases":
+        return "toyworld_phrases" if critic.id == READER else "phrases"
+    return "toyworld" if {critic.id, config.prompts} & {TOYWORLD, READER} else "phrases"
 
 
 def draft_questions(
@@ -51,12 +71,12 @@ def draft_questions(
     if source == "grammar" and grammar != "toyworld":
         raise BadInputError(
             'critic.questions = "grammar" is ToyWorld\'s own. '
-            'For other prompts use critic.questions = "phrases", "critic" or a file.'
+            'For other prompts use critic.questions = "critic", "phrases" or a file.'
         )
     given = {} if source in WRITERS else load_questions(source)
     if given and strict:
         require_same_prompts(source, given, prompts)
-    pool = foils(prompt.text for prompt in prompts) if grammar == "phrases" else ()
+    pool = foils((prompt.text for prompt in prompts), grammar)
     made: Questions = {}
     refused: list[tuple[Prompt, BadInputError]] = []
     for prompt in prompts:
@@ -73,6 +93,17 @@ def draft_questions(
     return made
 
 
+def writers_of(config: Config, prompts: Sequence[Prompt]) -> dict[str, str]:
+    """Prompt id -> who makes the draft's questions: ``prompt file``, ``questions file``, ``phrases`` or ``grammar``."""
+    source = config.critic.questions
+    given = frozenset() if source in WRITERS else load_questions(source).keys()
+    rest = "grammar" if grammar_of(config) == "toyworld" else "phrases"
+    return {
+        prompt.id: "prompt file" if prompt.questions else "questions file" if prompt.text in given else rest
+        for prompt in prompts
+    }
+
+
 def require_weights(questions: Mapping[str, Sequence[Question]], spec: RewardSpec) -> None:
     """Raises BadInputError for the first prompt without a question of weight above 0: its clips would get no reward."""
     for prompt, asked in questions.items():
@@ -84,8 +115,41 @@ def require_weights(questions: Mapping[str, Sequence[Question]], spec: RewardSpe
 
 
 def needs_writer(config: Config) -> bool:
-    """True if the critic writes the questions. Vanilla-DRF's one question needs no writer."""
-    return config.critic.questions == "critic" and config.critic.mode != "vanilla"
+    """True if a model writes the questions. Vanilla-DRF's one question needs none, and ToyWorld's critics cannot."""
+    critic = config.critic
+    can = bool(critic.writer) or critic.id not in (TOYWORLD, READER)
+    return critic.questions == "critic" and critic.mode != "vanilla" and can
+
+
+def write_missing(
+    config: Config, prompts: Sequence[Prompt], critic: QwenCritic | None, console: Console
+) -> dict[str, Any]:
+    """A model writes the questions of all prompts without questions in the prompt file.
+
+    Cached by prompt, mode, model and version as soon as they are written, so that a stopped run goes on where it was.
+
+    Args:
+        critic: ``None``, or another model if ``critic.writer`` names one: the writer is loaded if anything is missing,
+            and freed.
+
+    Returns:
+        By text: the fields of each question, or after two answers that cannot be used ``{"unusable": reason}``.
+    """
+    cache, mode = Cache(cache_folder() / "questions"), config.critic.mode
+    model = {**critic_key(config), **({"critic": config.critic.writer} if config.critic.writer else {})}
+
+    def key(text: str) -> dict[str, object]:
+        return {"prompt": text, "mode": mode, "version": VERSION, **model}
+
+    rows: dict[str, Any] = {prompt.text: cache.get(key(prompt.text)) for prompt in prompts if not prompt.questions}
+    missing = sorted((text for text, found in rows.items() if found is None), key=len)  # alike: little padding
+    if missing:
+        with _writer(config, critic) as writer:
+            for text, new in _write(writer, missing, mode, console):
+                unusable = isinstance(new, UnusableError)
+                rows[text] = {"unusable": str(new)} if unusable else list(map(asdict, cast("list[Question]", new)))
+                cache.put(key(text), rows[text])
+    return rows
 
 
 def written_questions(
@@ -94,34 +158,81 @@ def written_questions(
     draft: Mapping[str, tuple[Question, ...]],
     critic: QwenCritic,
     console: Console,
-) -> Questions:
-    """The critic writes the questions of all prompts without questions in the prompt file; the fixed ones stay.
+) -> tuple[Questions, set[str]]:
+    """``write_missing``, with the draft's fixed questions. A prompt whose writer failed keeps its draft; that is said.
 
-    Cached by prompt, mode, critic and version. After two unusable answers a prompt keeps its draft, with a message.
+    Returns:
+        The questions, and the ids of the prompts that the model wrote for.
     """
-
-    def generate(text: str) -> str:
-        return critic.generate(text, max_new_tokens=WRITTEN_TOKENS)
-
-    cache, mode = Cache(cache_folder() / "questions"), config.critic.mode
-    made, failed = dict(draft), list[str]()
-    for prompt in counted(console, "writing questions", [prompt for prompt in prompts if not prompt.questions]):
-        key = {"prompt": prompt.text, "mode": mode, "version": VERSION, **critic_key(config)}
-        rows = cache.get(key)
-        if rows is None:
-            try:
-                rows = [asdict(question) for question in write_questions(prompt.text, mode, generate)]
-            except UnusableError as error:
-                failed.append(f"{prompt.id} ({error})")
-                continue
-            cache.put(key, rows)
-        written = tuple(Question(**{**row, "token_weights": ()}) for row in rows)
-        made[prompt.id] = (*written, *(question for question in draft[prompt.id] if question.aspect != "TA"))
+    rows = write_missing(config, prompts, critic, console)
+    made, written, failed = dict(draft), set[str](), list[str]()
+    for prompt in prompts:
+        found = None if prompt.questions else rows[prompt.text]
+        if isinstance(found, list):
+            own = tuple(Question(**{**row, "token_weights": ()}) for row in found)
+            made[prompt.id] = (*own, *(question for question in draft[prompt.id] if question.aspect != "TA"))
+            written.add(prompt.id)
+        elif found:
+            failed.append(f"{prompt.id} ({found['unusable']})")
     if failed:
-        told = f"The critic as writer gave no usable JSON for {len(failed)} of {len(prompts)} prompts, twice each; "
+        told = f"The writer gave no usable JSON for {len(failed)} of {len(prompts)} prompts, twice each; "
         told += f"they get the draft's questions. First: {failed[0]}"
         console.print(told, highlight=False, markup=False)
-    return made
+    return made, written
+
+
+@contextmanager
+def _writer(config: Config, critic: QwenCritic | None) -> Iterator[QwenCritic]:
+    if critic is not None and not config.critic.writer:
+        yield critic
+        return
+    from lowmem_drf.assembly.loading import load_run_critic
+
+    named = config.critic.model_copy(update={"id": config.critic.writer or config.critic.id})
+    loaded = [load_run_critic(config.model_copy(update={"critic": named}))]
+    try:
+        yield loaded[0]
+    finally:
+        loaded.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _write(
+    writer: QwenCritic, texts: Sequence[str], mode: str, console: Console
+) -> Iterator[tuple[str, tuple[Question, ...] | UnusableError]]:
+    """Yields the questions of each text, batch by batch, and says what they cost."""
+    count = at_once(writer, [instruction(text, mode) for text in texts])
+    console.print(
+        f"The writer makes questions for {len(texts)} prompts, {min(count, len(texts))} at once: a pass a token, up to "
+        f"{WRITTEN_TOKENS} tokens each. They are cached: a stopped run goes on where it was.",
+        highlight=False,
+    )
+    start, said = time.monotonic(), Counter[str]()
+
+    def generate(instructions: Sequence[str]) -> list[str]:
+        answers = writer.generate_batch(instructions, max_new_tokens=WRITTEN_TOKENS)
+        sizes = [len(writer.tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers]
+        said.update(tokens=sum(sizes), passes=max(sizes) + 1)
+        return answers
+
+    with work_bar(console, "writing questions", len(texts)) as advance:
+        for i in range(0, len(texts), count):
+            some = texts[i : i + count]
+            yield from zip(some, write_questions(some, mode, generate), strict=True)
+            advance(len(some))
+    spent = clock(time.monotonic() - start)
+    console.print(f"Questions written: {said['tokens']} tokens, {said['passes']} passes, {spent}.", highlight=False)
+
+
+def at_once(writer: QwenCritic, instructions: Sequence[str]) -> int:
+    """How many prompts a writer writes for at the same time: they take half of the free memory, at most."""
+    if writer.device.type != "cuda":
+        return 8
+    tokens = len(writer.conversation.prompt(max(instructions, key=len)))
+    row = writer.generation_bytes(tokens, WRITTEN_TOKENS)
+    return max(1, min(MOST_AT_ONCE, free_bytes(writer.device) // 2 // row))
 
 
 def critic_key(config: Config) -> dict[str, str]:

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from lowmem_drf.assembly.cache import Cache, cache_folder
+from lowmem_drf.assembly.check import Checked, can_check, checked_questions
 from lowmem_drf.assembly.questions import Questions, critic_key, needs_writer, written_questions
 from lowmem_drf.method.reward import RewardSpec, question_reward, token_probabilities
 from lowmem_drf.schema import Config
@@ -28,7 +30,6 @@ from lowmem_drf.types import Prompt, Question
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import Tensor
 
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
 
@@ -50,14 +51,24 @@ def finish_questions(
     draft: Mapping[str, tuple[Question, ...]],
     critic: QwenCritic,
     console: Console,
-) -> Questions:
-    """The draft with questions that the critic writes, references of real clips and token weights, each if the
-    configuration asks for it.
+    ready: Container[str] = (),
+) -> Checked:
+    """The draft with questions that the critic writes and checks, references of real clips and token weights, each if
+    the configuration asks for it.
+
+    Args:
+        ready: ids of prompts whose questions were written and checked before.
 
     Raises BadInputError: an unreadable reference video.
     """
-    questions = written_questions(config, prompts, draft, critic, console) if needs_writer(config) else dict(draft)
-    seen: dict[str, list[Tensor]] = {}
+    made, written = dict(draft), set[str]()
+    fresh = [prompt for prompt in prompts if prompt.id not in ready]
+    if needs_writer(config):
+        made, written = written_questions(config, fresh, draft, critic, console)
+    checks = can_check(config) and bool(fresh)
+    done = checked_questions(config, fresh, made, critic, console) if checks else Checked(made)
+    done.written = written
+    questions, seen = done.questions, dict[str, list[Tensor]]()
     if config.critic.reference == "auto":
         guided = [prompt for prompt in prompts if prompt.reference_video]
         left_out = 0
@@ -68,8 +79,9 @@ def finish_questions(
         if left_out:
             why = "the critic does not answer them as wanted even of the real clip"
             console.print(f"{left_out} yes/no questions are left out: {why}.", highlight=False)
-    weighted = config.critic.token_weights == "contrast"
-    return _weighted_tokens(questions, seen, critic, console) if weighted else questions
+    if config.critic.token_weights == "contrast":
+        done.questions = _weighted_tokens(questions, seen, critic, console)
+    return done
 
 
 @torch.no_grad()

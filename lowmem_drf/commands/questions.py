@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowmem_drf.assembly.questions import draft_questions, needs_writer, written_questions
+from lowmem_drf.assembly.check import Checked, can_check
+from lowmem_drf.assembly.questions import draft_questions, needs_writer, writers_of
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.models.weights.sources import READER, TOYWORLD
 from lowmem_drf.prompts import as_prompts, load_prompts
 from lowmem_drf.questions import toyworld
-from lowmem_drf.questions.file import to_json
+from lowmem_drf.questions.check import Verdict, report
+from lowmem_drf.questions.file import load_questions, to_json
+from lowmem_drf.schema import Config
 from lowmem_drf.types import Prompt, Question
 
 if TYPE_CHECKING:
@@ -24,44 +29,105 @@ def questions_command(
     overrides: Sequence[str],
     as_json: bool,
     output: Path | None,
+    write: bool = False,
+    check: Path | None = None,
+    force: bool = False,
 ) -> None:
-    """Prints a table, or prints or writes the JSON that ``critic.questions`` reads."""
+    """Prints a table, or prints or writes the JSON that ``critic.questions`` reads.
+
+    Args:
+        write: load the critic, and show what training would ask.
+        check: a questions file, in place of prompts: load the critic, and show what it thinks of each question.
+        force: ``output`` may replace a file that was edited.
+    """
     from rich.console import Console
 
     from lowmem_drf.config import chosen_preset, load_config
-    from lowmem_drf.files import write_text
 
-    if (prompt is None) == (file is None):
+    if [prompt, file, check].count(None) != 2:
         raise BadInputError(
-            'give one prompt, or a file with --prompts. Example: lowmem-drf questions "a red ball rolls off a table"'
+            "give one prompt, a prompt file with --prompts, or a questions file with --check. "
+            'Example: lowmem-drf questions "a red ball rolls off a table"'
         )
-    prompts = as_prompts([prompt]) if prompt is not None else load_prompts(file or "")
+    if check is not None:
+        overrides = [*overrides, f"critic.questions={json.dumps(str(check))}"]
     config = load_config(preset or chosen_preset()[0], overrides)
+    given = as_prompts(list(load_questions(check))) if check is not None else None
+    prompts = given or (as_prompts([prompt]) if prompt is not None else load_prompts(file or ""))
     # without --preset, show the prompt's questions even if this machine's preset trains ToyWorld
     free = preset is None and not all(toyworld.attributes(p.text) for p in prompts)
+    config = config.model_copy(update={"prompts": ""}) if free else config
     console = Console(stderr=as_json, soft_wrap=True)
-    questions = draft_questions(config, prompts, "phrases" if free else None)
-    if needs_writer(config):
-        from lowmem_drf.assembly.loading import load_run_critic
-
-        questions = written_questions(config, prompts, questions, load_run_critic(config), console)
-    text = to_json({p.text: questions[p.id] for p in prompts})
+    drafted = draft_questions(config, prompts, "phrases" if free else None)
+    asks = write or check is not None
+    done = _asked(config, prompts, drafted, console) if asks else Checked(drafted)
+    text = to_json({p.text: done.questions[p.id] for p in prompts})
     if output is not None:
-        write_text(output, text)
+        _write(output, text, config, free, force)
         told = f"{output}: edit it, then run: lowmem-drf train -s critic.questions={output}"
         console.print(told, highlight=False, markup=False)
-    if as_json:
+    if as_json and check is not None:
+        rows = [{"prompt": p.text, "questions": report(done.verdicts.get(p.id, ()), every=True)} for p in prompts]
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+    elif as_json:
         print(text, end="")
     elif output is None:
+        makers = writers_of(config, prompts) | dict.fromkeys(done.written, config.critic.writer or config.critic.id)
         for p in prompts:
-            _print_table(p, questions[p.id], console)
+            verdicts = done.verdicts.get(p.id) or [Verdict(q) for q in done.questions[p.id]]
+            _print_table(p, verdicts, makers[p.id], console)
+        if not asks and (needs_writer(config) or can_check(config)):
+            told = "No model was asked. Before training the critic writes and checks questions; --write shows them."
+            console.print(told, highlight=False)
 
 
-def _print_table(prompt: Prompt, questions: Sequence[Question], console: Console) -> None:
+def _asked(
+    config: Config, prompts: Sequence[Prompt], draft: Mapping[str, tuple[Question, ...]], console: Console
+) -> Checked:
+    """What training asks: written, checked and finished by the critic."""
+    from lowmem_drf.assembly.loading import load_run_critic
+    from lowmem_drf.assembly.references import finish_questions
+
+    if config.critic.id == TOYWORLD:
+        raise BadInputError(
+            "ToyWorld's first critic neither writes nor checks questions. Name another one: "
+            f"-s critic.id={READER}, or a real one: -s critic.id=Qwen/Qwen2.5-VL-3B-Instruct"
+        )
+    return finish_questions(config, prompts, draft, load_run_critic(config), console)
+
+
+def _write(path: Path, text: str, config: Config, free: bool, force: bool) -> None:
+    """Writes the file unless it holds a user's edits: anything that this command would not write for its prompts."""
+    from lowmem_drf.files import replaceable, write_text
+
+    if not force and replaceable(path) and path.exists() and path.read_text(encoding="utf-8") != text:
+        try:
+            prompts = as_prompts(list(load_questions(path)))
+            before = draft_questions(config, prompts, "phrases" if free else None)
+            edited = to_json({p.text: before[p.id] for p in prompts}) != path.read_text(encoding="utf-8")
+        except BadInputError:
+            edited = True
+        if edited:
+            raise BadInputError(
+                f"{path} exists, and was edited or made in another way. "
+                "Give another name with --output, or replace it with --force."
+            )
+    write_text(path, text)
+
+
+def _print_table(prompt: Prompt, verdicts: Sequence[Verdict], maker: str, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("", "question", "answer wanted", "weight", title=Text(prompt.text), title_justify="left")
-    for question in questions:
-        table.add_row(question.aspect, Text(question.text), Text(question.answer), f"{question.weight:g}")
+    checked = any(verdict.told is not None for verdict in verdicts)
+    headings = ["", "question", "answer wanted", "weight", *(["from text", "from nothing", ""] if checked else [])]
+    table = Table(*headings, title=Text(prompt.text), title_justify="left", caption=Text(f"by: {maker}"))
+    table.caption_justify = "left"
+    for verdict in verdicts:
+        question = verdict.question
+        cells = [question.aspect, question.text, question.answer, f"{question.weight:g}" if verdict.asked else "-"]
+        if checked:
+            cells += ["" if p is None else f"{p:.0%}" for p in (verdict.told, verdict.guessed)]
+            cells.append(verdict.why if verdict.asked or not verdict.why else f"left out: {verdict.why}")
+        table.add_row(*map(Text, cells), style="" if verdict.asked else "dim")
     console.print(table)

@@ -19,7 +19,7 @@ from lowmem_drf.config import chosen_preset, load_config
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import make_writable
 from lowmem_drf.method.preprocess import resized
-from lowmem_drf.models.weights.sources import TOYWORLD
+from lowmem_drf.models.weights.sources import READER, TOYWORLD
 from lowmem_drf.prompts import as_prompts
 from lowmem_drf.questions import toyworld
 from lowmem_drf.schema import Config
@@ -58,13 +58,14 @@ def score_command(
     config = load_config(preset or chosen_preset()[0], ["critic.mode=both", *overrides, *flagged])
     target = None if saliency is None else _target(saliency)
     prompts = as_prompts([prompt])
-    toy = config.critic.id == TOYWORLD
+    toy = config.critic.id in (TOYWORLD, READER)
     if toy and preset is None and toyworld.attributes(prompt) is None:
         raise BadInputError(
             "ToyWorld's critic, the default where there is no CUDA card, knows ToyWorld's words only. Name a real one: "
             "--critic Qwen/Qwen2.5-VL-3B-Instruct"
         )
-    draft = draft_questions(config, prompts, "toyworld" if toy else "phrases")
+    config = config if toy else config.model_copy(update={"prompts": ""})  # of any world, whatever the preset trains
+    draft = draft_questions(config, prompts)
     require_weights(draft, reward_spec(config))
     shown_TCHW, fps = read_video(video, *_wanted(config.critic.frames if frames is None else frames))
 
@@ -72,7 +73,7 @@ def score_command(
     model = load_run_critic(config)
     if not toy:  # ToyWorld's critic was trained at one frame rate
         model.fps = fps
-    questions = finish_questions(config, prompts, draft, model, console)[prompts[0].id]
+    questions = finish_questions(config, prompts, draft, model, console).questions[prompts[0].id]
     seen_TCHW = resized(shown_TCHW[None].to(model.model.device), model.geometry)[0]
     if target is None:
         with torch.no_grad():

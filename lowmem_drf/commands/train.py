@@ -20,7 +20,7 @@ from lowmem_drf.questions.file import WRITERS
 from lowmem_drf.schema import Config
 from lowmem_drf.training.checkpoint import checkpoint_steps
 from lowmem_drf.training.run_folder import RUNS, claim, default_output, find_run
-from lowmem_drf.types import Prompt
+from lowmem_drf.types import Prompt, Question
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -129,8 +129,9 @@ def start(
     from rich.console import Console
 
     from lowmem_drf.assembly.assemble import derive_seed, reward_spec, run_prompts
+    from lowmem_drf.assembly.check import can_check
     from lowmem_drf.assembly.loading import load_models
-    from lowmem_drf.assembly.questions import draft_questions, require_weights
+    from lowmem_drf.assembly.questions import draft_questions, needs_writer, require_weights, write_missing
     from lowmem_drf.assembly.references import finish_questions
     from lowmem_drf.models.lora.adapter import add_lora
     from lowmem_drf.planner.report import card_here, require_fit
@@ -148,6 +149,8 @@ def start(
         )
     draft = draft_questions(config, prompts)
     require_weights(draft, reward_spec(config))
+    ready = _ready_questions(run, config, prompts) if resume else {}
+    draft |= ready
     log = config.log
     trial = make_trial(config, prompts, log.eval_prompts, log.eval_seeds) if log.eval_prompts else None
     cards_gib = ranks.gather(card_here(config))
@@ -156,18 +159,25 @@ def start(
     try:
         previews = preview_texts(config, prompts)
         texts = [prompt.text for prompt in (*prompts, *(trial.prompts if trial else ()))]
+        if config.critic.writer and needs_writer(config) and ranks.chief:  # cached before the memory is taken
+            unwritten = [prompt for prompt in prompts if prompt.id not in ready]
+            write_missing(config, [*unwritten, *(trial.prompts if trial else ())], None, console)
         models = load_models(config, [*texts, *previews], ranks=ranks)
         lora, seed = config.lora, derive_seed(config.seed, "lora")
         add_lora(models.transformer, lora.rank, lora.alpha, lora.targets, seed)
         models.awake("critic")
         if ranks.chief or config.zero.critic:  # a partitioned critic runs in all processes together
-            draft = finish_questions(config, prompts, draft, models.asked_critic, console)
+            done = finish_questions(config, prompts, draft, models.asked_critic, console, ready)
+            draft = done.questions
             trial = finish_trial(config, trial, models.asked_critic, console) if trial else None
+            require_weights(draft, reward_spec(config))
         questions, trial = ranks.from_chief((draft, trial))
         asked = to_json({prompt.text: questions[prompt.id] for prompt in prompts})
         if ranks.chief:
             if resume:
                 _require_same_questions(run, asked)
+            elif can_check(config):
+                done.write(run, prompts)
             write_text(run / "config.toml", to_toml(config))
             write_text(run / "questions.json", asked)
     except BaseException:
@@ -218,6 +228,19 @@ def _resumed(preset: str | None, output: Path | None, overrides: Sequence[str]) 
         cure = f"To train on: --resume --output {run} --steps {2 * done}"
         raise BadInputError(f"{run} is complete: {done} of {config.steps} updates. {cure}")
     return run, config
+
+
+def _ready_questions(run: Path, config: Config, prompts: Sequence[Prompt]) -> dict[str, tuple[Question, ...]]:
+    """The run's own questions, by prompt id, of the prompts that have none from the user. They were written and
+    checked when the run began."""
+    from lowmem_drf.assembly.questions import writers_of
+    from lowmem_drf.questions.file import load_questions
+
+    file = run / "questions.json"
+    saved = load_questions(file) if file.is_file() else {}
+    makers = writers_of(config, prompts)
+    ours = [prompt for prompt in prompts if makers[prompt.id] in ("phrases", "grammar")]
+    return {prompt.id: saved[prompt.text] for prompt in ours if prompt.text in saved}
 
 
 def _require_same_questions(run: Path, asked: str) -> None:

@@ -49,6 +49,14 @@ class Meter:
             torch.cuda.synchronize(self._device)
 
 
+def free_bytes(device: torch.device) -> int:
+    """Bytes that this process can still allocate on a CUDA card, also under ``set_per_process_memory_fraction``."""
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    cap = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return min(free, cap - reserved) + reserved - allocated
+
+
 def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

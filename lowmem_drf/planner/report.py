@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.weights.sources import TOYWORLD
+from lowmem_drf.models.weights.sources import READER, TOYWORLD
 from lowmem_drf.planner.cards import GIB, Card, card_named
 from lowmem_drf.schema import Config
 
@@ -112,7 +112,7 @@ def _laid_out(config: Config) -> Config:
     model, critic = config.model, config.critic
     if model.id not in (TOYWORLD, *KNOWN_GENERATORS):
         model = model.model_copy(update={"id": str(prepare_generator(config))})
-    if critic.id not in (TOYWORLD, *KNOWN):
+    if critic.id not in (TOYWORLD, READER, *KNOWN):
         critic = critic.model_copy(update={"id": str(prepare(critic.id, "critic", say))})
     return config.model_copy(update={"model": model, "critic": critic})
 

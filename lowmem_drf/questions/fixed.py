@@ -5,6 +5,7 @@ gains nothing. A property that the prompt contradicts (melting, film grain) is r
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 
@@ -32,6 +33,8 @@ class Check:
     """Stems in prompts that contradict the property."""
     needs: str = ""
     """Stems; the prompt must contain one of them. Empty: every prompt."""
+    about: str = ""
+    """``needs`` as a question about the prompt, for a critic that reads it."""
 
 
 # Stems are the beginnings of words, in the syntax of ``clauses.either``.
@@ -64,7 +67,8 @@ PHYSICS = (
     Check("body", "bodies are complete and well proportioned",
       ("Do the bodies in the video have the right number of limbs?", "Are arms, legs and heads complete in this clip?"),
       ("Are there deformed or missing body parts in the video?", "Can you see too many or odd limbs in this clip?"),
-      CHANGE + UNREAL + BODIES + "cubis without_an?_(?:arm|leg|tail|head)", PEOPLE + ANIMALS),
+      CHANGE + UNREAL + BODIES + "cubis without_an?_(?:arm|leg|tail|head)", PEOPLE + ANIMALS,
+      "Are there people or animals in the video?"),
     Check("appear", "nothing appears or vanishes",
       ("Does everything in the video stay in existence?", "Do all things in this clip persist from frame to frame?"),
       ("Does anything suddenly appear or vanish in the video?", "Can you see something pop in or out of this clip?"),
@@ -86,7 +90,8 @@ PHYSICS = (
     Check("hands", "hands and faces are well formed",
       ("Are all hands and faces in the video well formed?", "Do faces and fingers look natural in this clip?"),
       ("Are any hands or faces in the video malformed?", "Can you see fused fingers or odd faces in this clip?"),
-      CHANGE + UNREAL + BODIES + PAINTED + "mask silhouette claw robot", PEOPLE),
+      CHANGE + UNREAL + BODIES + PAINTED + "mask silhouette claw robot", PEOPLE,
+      "Are there people in the video?"),
     Check("through", "solid things do not pass through each other",
       ("Do solid things in the video stay outside of one another?", "Do things touch without merging in this clip?"),
       ("Do solid things pass through each other in the video?", "Can you see things go through others in this clip?"),
@@ -143,14 +148,45 @@ QUALITY = (
 )  # fmt: skip
 
 
-def checks(prompt: str) -> dict[Aspect, tuple[Check, ...]]:
-    """The first ``PAIRS`` properties of each aspect that the prompt does not contradict, judged by stems."""
+_DENSE = (
+    "Explain whether the motion in this video is physically plausible.",
+    "Explain the visual quality of this video.",
+)
+
+
+def texts() -> frozenset[str]:
+    """Every question of this file, in both wordings."""
+    every = (text + ANSWER for check in (*PHYSICS, *QUALITY) for text in (*check.good, *check.bad))
+    return frozenset((*every, *_DENSE))
+
+
+def about_text() -> list[Question]:
+    """What a critic that reads the prompt answers to choose the properties. If it gives the opposite of an answer, its
+    ``name`` belongs to ``contradicted`` of ``checks``."""
+    every = (*PHYSICS, *QUALITY)
+    abouts = dict.fromkeys(check.about for check in every if check.about)
+    return [
+        *yesno({"Phy": PHYSICS, "VQ": QUALITY}),
+        *(Question("TA", about + ANSWER, "yes", name=about) for about in abouts),
+    ]
+
+
+def checks(prompt: str, contradicted: Collection[str] | None = None) -> dict[Aspect, tuple[Check, ...]]:
+    """The first ``PAIRS`` properties of each aspect that the prompt does not contradict, and at least ``FEWEST``.
+
+    ``contradicted``: the names of the others, from a critic that read the prompt (``check``). ``None``: by stems.
+    """
     low = prompt.casefold()
-    there = re.sub(rf"(?:{NEGATION.pattern})[^,.;，。；、]*", "", low)
+    if contradicted is None:
+        there = re.sub(rf"(?:{NEGATION.pattern})[^,.;，。；、]*", "", low)
+        unfit = {check.name for check in (*PHYSICS, *QUALITY) if check.needs and not _has(there, check.needs)}
+        contradicted = {check.name for check in (*PHYSICS, *QUALITY) if _has(low, check.contradicted)}
+    else:
+        unfit = {check.name for check in (*PHYSICS, *QUALITY) if check.about in contradicted}
     chosen: dict[Aspect, tuple[Check, ...]] = {"Phy": PHYSICS, "VQ": QUALITY}
     for aspect, every in chosen.items():
-        asked = [check for check in every if not check.needs or _has(there, check.needs)]
-        kept = [check for check in asked if not _has(low, check.contradicted)][:PAIRS]
+        asked = [check for check in every if check.name not in unfit]
+        kept = [check for check in asked if check.name not in contradicted][:PAIRS]
         seldom_contradicted = [check for check in reversed(asked) if check not in kept]
         chosen[aspect] = (*kept, *seldom_contradicted[: max(FEWEST - len(kept), 0)])
     return chosen
@@ -178,10 +214,9 @@ def yesno(chosen: dict[Aspect, tuple[Check, ...]], heldout: bool = False) -> lis
 def dense(chosen: dict[Aspect, tuple[Check, ...]]) -> list[Question]:
     """One dense question for each aspect."""
     physics, quality = ([check.clause for check in chosen[aspect]] for aspect in ("Phy", "VQ"))
-    motion = "Explain whether the motion in this video is physically plausible."
     plausible = f"The motion is physically plausible: {'; '.join(physics)}."
     good = f"The video is {', '.join(quality[:-1])} and {quality[-1]}."
     return [
-        Question("Phy", motion, plausible, "dense", name="plausible"),
-        Question("VQ", "Explain the visual quality of this video.", good, "dense", name="quality"),
+        Question("Phy", _DENSE[0], plausible, "dense", name="plausible"),
+        Question("VQ", _DENSE[1], good, "dense", name="quality"),
     ]

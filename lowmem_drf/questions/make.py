@@ -4,15 +4,18 @@ grammar. ``writer`` lets a language model write them; ``file`` reads a user's fi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Literal, get_args
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.questions import phrases, toyworld
+from lowmem_drf.questions.clauses import cut
 from lowmem_drf.types import Question
 
-Grammar = Literal["phrases", "toyworld"]
-"""The words that the critic understands: any, or ToyWorld's only."""
+Grammar = Literal["phrases", "toyworld", "toyworld_phrases"]
+"""``phrases``: for critics that understand any words. ``toyworld``: ToyWorld's own questions. ``toyworld_phrases``: in
+their place quoted clauses, with ToyWorld's questions about physics and quality."""
 
 MODES = ("yesno", "dense", "both", "vanilla", "heldout")
 
@@ -26,16 +29,34 @@ def make_questions(
         mode: ``yesno`` asks about every part of the prompt, physics and quality; ``dense`` asks for explanations of all
             three; ``both``; ``vanilla`` asks one global question; ``heldout`` is ``yesno`` in wordings that training
             never uses.
-        others: ``phrases.foils`` of the prompt's set.
+        others: ``foils`` of the prompt's set.
 
     Raises:
-        BadInputError: unknown mode or grammar; ``toyworld``: not exactly one shape, color, motion and background.
+        BadInputError: unknown mode or grammar; ToyWorld's: not exactly one shape, color, motion and background.
     """
     if mode not in MODES:
         raise BadInputError(f"critic.mode = {mode!r} is unknown. Use one of: {', '.join(MODES)}.")
     if grammar not in get_args(Grammar):
         raise BadInputError(f"the grammar {grammar!r} is unknown. Use one of: {', '.join(get_args(Grammar))}.")
-    return _toyworld_questions(prompt, mode) if grammar == "toyworld" else phrases.questions(prompt, mode, others)
+    if grammar == "phrases":
+        return phrases.questions(prompt, mode, others)
+    made = _toyworld_questions(prompt, mode)
+    if grammar == "toyworld" or mode == "dense":
+        return made
+    if mode == "vanilla":
+        return phrases.questions(prompt, mode, others)
+    heldout = mode == "heldout"
+    quoted = [*phrases.about(cut(prompt), heldout), *phrases.about_others(prompt, others, heldout, neutral=())]
+    return (*quoted, *(question for question in made if question.aspect != "TA" or question.kind == "dense"))
+
+
+def foils(prompts: Iterable[str], grammar: Grammar) -> tuple[phrases.Foil, ...]:
+    """``others`` of ``make_questions``. In ToyWorld a foil shares no attribute with the prompt, but other words."""
+    made = phrases.foils(prompts) if grammar != "toyworld" else ()
+    if grammar == "phrases":
+        return made
+    values = phrases.content(" ".join(value for values in toyworld.ATTRIBUTES.values() for value in values))
+    return tuple(replace(foil, words=foil.words & values) for foil in made)
 
 
 def _toyworld_questions(prompt: str, mode: str) -> tuple[Question, ...]:

@@ -35,6 +35,7 @@ NEUTRAL = (
 _CLAUSE = 'Does this video show "{}"?', 'Can you see "{}" in this clip?'
 """Question about a clause: the training wording, and the held-out one for evaluation."""
 _WHOLE = 'Does this video show "{}"?', 'Is this a clip of "{}"?'
+WORDINGS = (*_CLAUSE, *_WHOLE)
 _NOTHING = "Does the video show a recognizable scene?", "Can you tell what this clip shows?"
 
 
@@ -105,8 +106,8 @@ def questions(prompt: str, mode: str, others: Sequence[Foil] = ()) -> tuple[Ques
     checks = fixed.checks(prompt)
     made: list[Question] = []
     if mode in {"yesno", "both", "heldout"}:
-        made += _about_prompt(text, heldout)
-        made += [_yesno(_CLAUSE[heldout].format(foil), "foil", "no", 0.5) for foil in _chosen(prompt, others)]
+        made += about(text, heldout)
+        made += about_others(prompt, others, heldout)
         made += fixed.yesno(checks, heldout)
     if mode in {"dense", "both"}:
         made += [*_dense(text), *fixed.dense(checks)]
@@ -117,7 +118,8 @@ def _yesno(text: str, name: str, answer: str = "yes", weight: float = 1.0) -> Qu
     return Question("TA", text + fixed.ANSWER, answer, weight=weight, name=name)
 
 
-def _about_prompt(text: Clauses, heldout: bool) -> list[Question]:
+def about(text: Clauses, heldout: bool = False) -> list[Question]:
+    """A question about each clause, and one about the whole."""
     count = len(text.clauses)
     shares = min(count, MOST) if count > 1 else 0
     asked = [", ".join(text.clauses[i * count // shares : (i + 1) * count // shares]) for i in range(shares)]
@@ -126,10 +128,18 @@ def _about_prompt(text: Clauses, heldout: bool) -> list[Question]:
     return [_yesno(question, name) for question, name in {**clauses, whole: "whole"}.items()]
 
 
-def _chosen(prompt: str, others: Sequence[Foil]) -> list[str]:
+def about_others(
+    prompt: str, others: Sequence[Foil], heldout: bool = False, neutral: Sequence[str] = NEUTRAL
+) -> list[Question]:
+    """A question about each foil of a prompt. ``neutral``: foils if ``others`` has too few."""
+    chosen = _chosen(prompt, others, neutral)
+    return [_yesno(_CLAUSE[heldout].format(foil), "foil", "no", 0.5) for foil in chosen]
+
+
+def _chosen(prompt: str, others: Sequence[Foil], neutral_texts: Sequence[str]) -> list[str]:
     """The prompt's foils, always the same. The start depends on the prompt, so that a set uses all its foils."""
     words, spoken, start = content(prompt), language(prompt), zlib.crc32(prompt.encode())
-    neutral = [Foil(text, spoken, content(text)) for text in NEUTRAL]
+    neutral = [Foil(text, spoken, content(text)) for text in neutral_texts]
     chosen: list[str] = []
     for pool in (others, neutral):
         for i in range(len(pool)):

@@ -115,6 +115,12 @@ def yesno(values: Mapping[str, str], wording: int = 0) -> tuple[Question, ...]:
     return (*alignment, *(question for name in (*PHYSICS, *QUALITY) for question in _both_ways(name, wording)))
 
 
+def fixed_texts() -> frozenset[str]:
+    """The questions about physics and quality, in both wordings."""
+    pairs = (*PHYSICS.values(), *QUALITY.values(), *SOUND.values())
+    return frozenset((*(text for pair in pairs for text in pair), EXPLAIN_MOTION, EXPLAIN_PICTURE))
+
+
 def _both_ways(name: str, wording: int) -> tuple[Question, Question]:
     aspect: Aspect = "Phy" if name in PHYSICS else "VQ"
     there = Question(aspect, (PHYSICS | QUALITY)[name][wording], "no", weight=0.5, name=name)

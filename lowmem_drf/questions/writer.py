@@ -7,7 +7,7 @@ about physics and quality of any clip. Each question is checked. An unusable ans
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,27 +16,25 @@ from lowmem_drf.prompts import parse_question
 from lowmem_drf.questions.fixed import ANSWER
 from lowmem_drf.types import Question
 
-Generate = Callable[[str], str]
-"""A language model: instruction -> answer."""
+Generate = Callable[[Sequence[str]], Sequence[str]]
+"""A language model: instructions -> answers."""
 
-VERSION = 1
+VERSION = 2
 """Part of the cache's key; raise it when an instruction changes."""
 
 FEWEST, MOST = 2, 24
 
-_YESNO = """\
-{"aspect": "TA", "kind": "yesno", "text": "Are there exactly two dogs in the video?", "answer": "yes"}"""
-_DENSE = """\
-{"aspect": "TA", "kind": "dense", "text": "What do the dogs do?", "answer": "The two dogs chase a red ball."}"""
+_YESNO = '["TA", "Are there exactly two dogs in the video?", "yes"]'
+_DENSE = '["TA", "What do the dogs do?", "The two dogs chase a red ball."]'
 
 _RULES = {
-    "yesno": 'Every question is answered by yes or no. "answer" is what a video that follows the description perfectly '
-    'would get; ask two or three questions whose right answer is "no", about details that contradict the description.',
-    "dense": 'Every question asks for a short explanation. "answer" is one sentence, what a viewer would say of a '
+    "yesno": "Every question is answered by yes or no. Its answer is what a video that follows the description "
+    'perfectly would get; ask two or three questions whose right answer is "no", about details that contradict the '
+    "description.",
+    "dense": "Every question asks for a short explanation. Its answer is one sentence, what a viewer would say of a "
     "video that follows the description perfectly.",
-    "both": 'Write yes/no questions (kind "yesno", answer "yes" or "no"; two or three whose right answer is "no") and '
-    'questions that ask for a short explanation (kind "dense", "answer" is one sentence, what a viewer would say of a '
-    "perfect video).",
+    "both": 'Write questions whose answer is "yes" or "no" (two or three whose right answer is "no"), and questions '
+    "that ask for a short explanation, whose answer is one sentence, what a viewer would say of a perfect video.",
 }
 _INSTRUCTION = """\
 A video was made from this description:
@@ -48,8 +46,9 @@ subject, how many there are, each attribute (color, material, size), each action
 other, the place, the camera and the style. Ask about nothing that the description does not say. Use aspect "TA" for \
 these. Then ask one or two questions with aspect "Phy": whether the motion in this very scene obeys the laws of physics.
 {rules}
-Answer with a JSON array of {fewest} to {most} objects and nothing else, each of this form:
-{example}
+Answer with a JSON array of {fewest} to {most} rows and nothing else, each of this form: [aspect, question, answer]. \
+For example:
+[{example}]
 """
 _REPAIR = """\
 {instruction}
@@ -62,20 +61,38 @@ class UnusableError(ValueError):
     """The reason why a writer's answer is unusable."""
 
 
-def write_questions(prompt: str, mode: str, generate: Generate) -> tuple[Question, ...]:
-    """Questions of aspects TA and Phy for a prompt. ``mode``: ``yesno``, ``dense`` or ``both``.
+def write_questions(
+    prompts: Sequence[str], mode: str, generate: Generate
+) -> list[tuple[Question, ...] | UnusableError]:
+    """Questions of aspects TA and Phy for each prompt, or the error of its second unusable answer.
 
-    Raises:
-        UnusableError: two unusable answers in a row.
+    ``mode``: ``yesno``, ``dense`` or ``both``.
     """
-    example = "\n".join([_YESNO] * (mode != "dense") + [_DENSE] * (mode != "yesno"))
-    instruction = _INSTRUCTION.format(prompt=prompt, rules=_RULES[mode], fewest=FEWEST, most=MOST, example=example)
-    said = generate(instruction)
+    instructions = [instruction(prompt, mode) for prompt in prompts]
+    answers = generate(instructions)
+    made = [_read(said, mode) for said in answers]
+    again = [i for i, found in enumerate(made) if isinstance(found, UnusableError)]
+    if again:
+        repairs = [
+            _REPAIR.format(instruction=instructions[i], reason=made[i], said=answers[i].strip()[:200] or "(nothing)")
+            for i in again
+        ]
+        for i, said in zip(again, generate(repairs), strict=True):
+            made[i] = _read(said, mode)
+    return made
+
+
+def instruction(prompt: str, mode: str) -> str:
+    """What a writer is told."""
+    example = ",\n ".join([_YESNO] * (mode != "dense") + [_DENSE] * (mode != "yesno"))
+    return _INSTRUCTION.format(prompt=prompt, rules=_RULES[mode], fewest=FEWEST, most=MOST, example=example)
+
+
+def _read(said: str, mode: str) -> tuple[Question, ...] | UnusableError:
     try:
         return read_questions(said, mode)
     except UnusableError as error:
-        repair = _REPAIR.format(instruction=instruction, reason=error, said=said.strip()[:200] or "(nothing)")
-        return read_questions(generate(repair), mode)
+        return error
 
 
 def read_questions(said: str, mode: str) -> tuple[Question, ...]:
@@ -111,7 +128,9 @@ def _first_array(said: str) -> list[Any]:
 
 
 def _lenient(row: Any, mode: str) -> Any:
-    """Accepts unambiguous deviations from the format: ``question`` for ``text``, ``Yes.`` for ``yes``, no kind."""
+    """A row as ``parse_question`` takes it. Objects, ``question`` for ``text`` and ``Yes.`` for ``yes`` will do too."""
+    if isinstance(row, list) and len(row) == 3:
+        row = dict(zip(("aspect", "text", "answer"), row, strict=True))
     if not isinstance(row, dict):
         return row
     row = {key: value for key, value in row.items() if key not in ("id", "number", "weight", "name", "token_weights")}

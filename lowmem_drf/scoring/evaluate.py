@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from lowmem_drf.assembly.assemble import Models, critic_frames, derive_seed, reward_spec
+from lowmem_drf.assembly.check import can_check, checked_questions
 from lowmem_drf.assembly.generate import batches
 from lowmem_drf.assembly.questions import draft_questions, grammar_of
 from lowmem_drf.assembly.references import finish_questions
@@ -20,8 +21,7 @@ from lowmem_drf.method.reward import RewardSpec, mean_reward
 from lowmem_drf.models.lora.adapter import lora_scale
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.prompts import as_prompts, load_prompts
-from lowmem_drf.questions.make import Grammar, make_questions
-from lowmem_drf.questions.phrases import foils
+from lowmem_drf.questions.make import Grammar, foils, make_questions
 from lowmem_drf.schema import Config
 from lowmem_drf.scoring.oracle_rates import oracle_for
 from lowmem_drf.terminal import work_bar
@@ -67,8 +67,12 @@ def make_trial(config: Config, prompts: Sequence[Prompt], count: int, seeds: int
 
 
 def finish_trial(config: Config, trial: Trial, critic: QwenCritic, console: Console) -> Trial:
-    """Finishes the questions as training does (``references.finish_questions``)."""
-    return replace(trial, questions=finish_questions(config, trial.prompts, trial.questions, critic, console))
+    """Finishes the questions as training does (``references.finish_questions``), and checks the held-out ones."""
+    questions = finish_questions(config, trial.prompts, trial.questions, critic, console).questions
+    heldout = {name: tuple(asked) for name, asked in trial.heldout.items()}
+    if heldout and can_check(config):
+        heldout = checked_questions(config, trial.prompts, heldout, critic, console, replaces=False).questions
+    return replace(trial, questions=questions, heldout=heldout)
 
 
 def compare(config: Config, models: Models, trial: Trial, console: Console, ranks: Ranks = ALONE) -> dict[str, Any]:
@@ -178,7 +182,7 @@ def _ask(
 def _heldout_questions(prompts: Sequence[Prompt], grammar: Grammar) -> dict[str, tuple[Question, ...]]:
     """Questions that training does not ask; empty unless every prompt allows them."""
     try:
-        others = foils(prompt.text for prompt in prompts)
+        others = foils((prompt.text for prompt in prompts), grammar)
         return {prompt.id: make_questions(prompt.text, "heldout", grammar, others) for prompt in prompts}
     except BadInputError:
         return {}

@@ -184,13 +184,35 @@ def test_who_writes_is_chosen_by_name():
         load_config("toy", ["critic.questions=templates"])
     config = load_config("toy", ["critic.id=some/critic", "prompts=p.txt", "critic.mode=yesno"])
     prompts = as_prompts(TEXTS)
-    assert config.critic.questions == "phrases"
+    assert config.critic.questions == "critic"  # the draft, before it writes, has phrases
     asked = draft_questions(config, prompts)
     assert asked == {prompt.id: make_questions(prompt.text, "yesno", "phrases", OTHERS) for prompt in prompts}
     config = load_config("toy", ["critic.id=some/critic", "prompts=p.txt", "critic.questions=grammar"])
     with pytest.raises(BadInputError, match="ToyWorld's own"):
         draft_questions(config, prompts)
     red = "a red circle moves left on a gray background"
-    for value in ("phrases", "grammar", "critic"):
+    for value in ("grammar", "critic"):
         toy = load_config("toy", [f"critic.questions={value}", "critic.mode=yesno"])
         assert draft_questions(toy, as_prompts([red]))["0001"] == make_questions(red, "yesno", "toyworld")
+    with pytest.raises(BadInputError, match="critic.id=toyworld-reader"):
+        draft_questions(load_config("toy", ["critic.questions=phrases"]), as_prompts([red]))
+
+
+def test_phrases_of_toyworld_quote_captions_and_keep_its_questions_about_every_clip():
+    toy = load_config("toy", ["critic.id=toyworld-reader", "critic.questions=phrases", "critic.mode=yesno"])
+    texts = [
+        "gray background , a red circle moves left",
+        "a red square moves up on a white background",
+        "a blue square stays still on a white background",
+    ]
+    first, *_ = draft_questions(toy, as_prompts(texts)).values()
+    about = [(quoted(q), q.answer) for q in first if q.aspect == "TA"]
+    clauses = [("gray background", "yes"), ("a red circle moves left", "yes")]
+    assert about == [
+        *clauses,
+        ("gray background, a red circle moves left", "yes"),
+        (texts[2], "no"),
+    ]  # the second caption is red too
+    assert [q for q in first if q.aspect != "TA"] == [
+        q for q in make_questions(texts[0], "yesno", "toyworld") if q.aspect != "TA"
+    ]

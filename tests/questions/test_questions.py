@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 
 from lowmem_drf.assembly.cache import Cache
-from lowmem_drf.assembly.questions import draft_questions, written_questions
+from lowmem_drf.assembly.questions import draft_questions, needs_writer, write_missing, written_questions
 from lowmem_drf.assembly.references import WEIGHT_FLOOR, finish_questions
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.qwen_vl.critic import load_critic
-from lowmem_drf.models.weights.sources import TOYWORLD, resolve
+from lowmem_drf.models.weights.sources import READER, TOYWORLD, resolve
 from lowmem_drf.prompts import as_prompts
 from lowmem_drf.questions.file import load_questions, to_json
 from lowmem_drf.questions.fixed import ANSWER
@@ -41,9 +41,9 @@ class Model:
     def __init__(self, *lines):
         self.lines, self.heard = list(lines), []
 
-    def __call__(self, text):
-        self.heard.append(text)
-        return self.lines.pop(0)
+    def __call__(self, texts):
+        self.heard += texts
+        return [self.lines.pop(0) for _ in texts]
 
 
 @pytest.mark.parametrize(
@@ -54,12 +54,13 @@ class Model:
         json.dumps([{"aspect": q["aspect"], "question": q["text"], "answer": q["answer"].title() + "."} for q in GOOD]),
         json.dumps([{**q, "answer": q["answer"] == "yes", "id": 3, "weight": "high"} for q in GOOD]),
         json.dumps([*GOOD, {**GOOD[0], "text": "ARE THERE TWO DOGS?"}]),
+        json.dumps([[q["aspect"], q["text"], q["answer"]] for q in GOOD]),
     ],
-    ids=["plain", "fenced", "other-keys", "booleans", "repeated"],
+    ids=["plain", "fenced", "other-keys", "booleans", "repeated", "rows"],
 )
 def test_what_models_write_is_read(said):
     model = Model(said)
-    questions = write_questions(DOGS, "yesno", model)
+    (questions,) = write_questions([DOGS], "yesno", model)
     assert [(q.aspect, q.text, q.answer, q.kind, q.weight) for q in questions] == [
         (q["aspect"], q["text"] + ANSWER, q["answer"], "yesno", 1.0) for q in GOOD
     ]
@@ -88,11 +89,11 @@ def test_what_models_write_is_read(said):
     ],
 )
 def test_what_cannot_be_used_is_sent_back_once_with_the_reason(said, reason):
-    model = Model(said, json.dumps(GOOD))
-    assert len(write_questions(DOGS, "yesno", model)) == 3
-    assert reason in model.heard[1] and model.heard[1].startswith(model.heard[0])
-    with pytest.raises(UnusableError, match=reason):
-        write_questions(DOGS, "yesno", Model("nothing", said))
+    model = Model(json.dumps(GOOD), said, json.dumps(GOOD))
+    assert [len(made) for made in write_questions(["a cat", DOGS], "yesno", model)] == [3, 3]
+    assert reason in model.heard[2] and model.heard[2].startswith(model.heard[1])
+    (failed,) = write_questions([DOGS], "yesno", Model("nothing", said))
+    assert isinstance(failed, UnusableError) and reason in str(failed)
 
 
 def test_kinds_are_those_of_the_mode():
@@ -102,8 +103,8 @@ def test_kinds_are_those_of_the_mode():
         read_questions(json.dumps(mixed), "yesno")
     for mode in ("yesno", "dense", "both"):
         model = Model(json.dumps(mixed if mode == "both" else [{**q, "kind": mode} for q in GOOD]))
-        write_questions(DOGS, mode, model)
-        asked = ['"kind": "yesno"' in model.heard[0], '"kind": "dense"' in model.heard[0]]
+        write_questions([DOGS], mode, model)
+        asked = ['"yes"]' in model.heard[0], 'chase a red ball."]' in model.heard[0]]
         assert asked == [mode != "dense", mode != "yesno"]
 
 
@@ -121,47 +122,91 @@ def own_cache(tmp_path, monkeypatch):
 class Writer:
     """A critic that can only write."""
 
+    device = torch.device("cpu")
+
     def __init__(self, *lines):
         self.model = Model(*lines)
 
-    def generate(self, text, frames_TCHW=None, max_new_tokens=0):
-        return self.model(text)
+    def tokenizer(self, text, **arguments):
+        return {"input_ids": text.split()}
+
+    def generate_batch(self, texts, max_new_tokens=0):
+        return self.model(texts)
 
 
 def config_of(*overrides):
-    settings = ["critic.id=some/critic", "prompts=p.txt", "critic.questions=critic", "critic.mode=yesno"]
+    settings = ["critic.id=some/critic", "prompts=p.txt", "critic.mode=yesno", "critic.check=false"]
     return load_config("toy", [*settings, *overrides])
 
 
 def test_the_writers_questions_replace_the_phrases_and_are_cached(own_cache, quiet):
     config, prompts = config_of(), as_prompts([DOGS])
     draft = draft_questions(config, prompts)
-    written = written_questions(config, prompts, draft, Writer(json.dumps(GOOD)), quiet)["0001"]
-    assert [q.text for q in written[:3]] == [q["text"] + ANSWER for q in GOOD]
-    assert written[3:] == tuple(q for q in draft["0001"] if q.aspect != "TA") != ()
-    # a writer without answers: the cache is used
-    assert written_questions(config, prompts, draft, Writer(), quiet)["0001"] == written
-    for other in (config_of("critic.mode=both"), config_of("critic.id=another/critic"), config_of("critic.quant=nf4")):
+
+    def written(config, *lines):
+        made, ids = written_questions(config, prompts, draft, Writer(*lines), quiet)
+        assert ids == {"0001"}
+        return made["0001"]
+
+    made = written(config, json.dumps(GOOD))
+    assert [q.text for q in made[:3]] == [q["text"] + ANSWER for q in GOOD]
+    assert made[3:] == tuple(q for q in draft["0001"] if q.aspect != "TA") != ()
+    assert written(config) == made  # a writer without answers: the cache is used
+    for other in ("critic.mode=both", "critic.id=another/critic", "critic.quant=nf4"):
         with pytest.raises(IndexError):
-            written_questions(other, prompts, draft, Writer(), quiet)
+            written(config_of(other))
+
+
+def test_a_stopped_writer_goes_on_with_the_next_batch_and_says_what_it_costs(own_cache, quiet):
+    """Nine prompts, eight at once; the first time it is stopped in the second batch."""
+    config, prompts = config_of(), as_prompts([f"{DOGS} {'very ' * i}fast" for i in range(9)])
+    draft, eight = draft_questions(config, prompts), [json.dumps(GOOD)] * 8
+    with pytest.raises(IndexError):
+        written_questions(config, prompts, draft, Writer(*eight), quiet)
+    last = Writer(eight[0])
+    made, ids = written_questions(config, prompts, draft, last, quiet)
+    assert len(last.model.heard) == 1 and prompts[-1].text in last.model.heard[0]
+    assert ids == made.keys() == {prompt.id for prompt in prompts}
+    said, size = quiet.export_text(), len(eight[0].split())
+    assert "for 9 prompts, 8 at once" in said and "for 1 prompts, 1 at once" in said
+    assert f"{size} tokens, {size + 1} passes" in said
+
+
+def test_another_model_can_write_and_is_loaded_only_if_needed(own_cache, quiet, monkeypatch):
+    loaded = []
+
+    def load(config):
+        loaded.append(config.critic.id)
+        return Writer(json.dumps(GOOD))
+
+    monkeypatch.setattr("lowmem_drf.assembly.loading.load_run_critic", load)
+    config, prompts = config_of("critic.writer=big/one"), as_prompts([DOGS])
+    draft = draft_questions(config, prompts)
+    write_missing(config, prompts, None, quiet)
+    made, ids = written_questions(config, prompts, draft, Writer(), quiet)
+    assert loaded == ["big/one"] and ids == {"0001"} and made["0001"][0].text == GOOD[0]["text"] + ANSWER
+    # the words of one writer are not another's
+    with pytest.raises(IndexError):
+        written_questions(config_of("critic.id=big/two"), prompts, draft, Writer(), quiet)
 
 
 def test_a_writer_that_gives_no_json_leaves_the_phrases_and_is_told_of(own_cache, quiet):
     mine = Prompt("mine", "a cat", (Question("TA", "Is it a cat?", "yes"),))
     config, prompts = config_of(), (*as_prompts([DOGS]), mine)
     draft = draft_questions(config, prompts)
-    assert written_questions(config, prompts, draft, Writer("no", "no"), quiet) == draft
+    assert written_questions(config, prompts, draft, Writer("no", "no"), quiet) == (draft, set())
     said = quiet.export_text()
     assert "no usable JSON for 1 of 2 prompts" in said and "the draft's questions" in said
     assert "0001 (there is no JSON array in it)" in said
-    assert not own_cache.exists()
+    # it is not tried again
+    assert written_questions(config, prompts, draft, Writer(), quiet) == (draft, set())
 
 
-def test_toyworlds_critic_cannot_write_and_trains_on_its_grammar_all_the_same(own_cache, quiet):
-    config, prompts = load_config("toy", ["critic.questions=critic", "critic.mode=yesno"]), as_prompts([RED])
-    draft = draft_questions(config, prompts)
-    assert finish_questions(config, prompts, draft, load_critic(resolve(TOYWORLD, "critic")), quiet) == draft
-    assert "no usable JSON" in quiet.export_text()
+def test_toyworlds_critics_cannot_write_and_train_on_the_grammar():
+    for critic in (TOYWORLD, READER):
+        config = load_config("toy", ["critic.mode=yesno", f"critic.id={critic}"])
+        assert config.critic.questions == "critic" and not needs_writer(config)
+        assert draft_questions(config, as_prompts([RED]))["0001"] == make_questions(RED, "yesno", "toyworld")
 
 
 def test_a_users_file_goes_before_the_grammar_and_the_prompts_own_questions_before_both(tmp_path):
@@ -235,9 +280,9 @@ def test_the_critic_looking_at_a_real_clip_says_what_a_good_answer_is(tmp_path, 
     config = load_config("toy", ["critic.mode=both", "critic.token_weights=uniform"])
     honest = make_questions(text, "both", "toyworld")
     draft = {"0001": tuple(replace(q, answer="red red red") if q.kind == "dense" else q for q in honest)}
-    made = finish_questions(config, [guided], draft, critic, quiet)["0001"]
+    made = finish_questions(config, [guided], draft, critic, quiet).questions["0001"]
     assert [q.answer for q in made] == [q.answer for q in honest]
-    assert finish_questions(replace_reference(config), [guided], draft, critic, quiet) == draft
+    assert finish_questions(replace_reference(config), [guided], draft, critic, quiet).questions == draft
     assert list(own_cache.rglob("*.json"))  # cached: a resumed run does not ask again
 
 
@@ -246,7 +291,7 @@ def test_an_answer_that_stands_in_the_prompt_file_stays(tmp_path, own_cache, qui
     real = clip(tmp_path / "real.mp4", Combo(1, 2, 2, 0))
     prompt = Prompt("0001", "a blue square moves up on a black background", own, real)
     config = load_config("toy", ["critic.token_weights=uniform"])
-    assert finish_questions(config, [prompt], {"0001": own}, critic, quiet)["0001"] == own
+    assert finish_questions(config, [prompt], {"0001": own}, critic, quiet).questions["0001"] == own
     assert "left out" not in quiet.export_text()
 
 
@@ -259,7 +304,8 @@ def test_a_question_that_fails_on_the_real_clip_is_left_out(tmp_path, own_cache,
     text = "a blue square moves up on a black background"
     prompt = Prompt("0001", text, reference_video=clip(tmp_path / "real.mp4", Combo(1, 2, 3, 0)))
     config = load_config("toy", ["critic.mode=yesno"])
-    made = finish_questions(config, [prompt], draft_questions(config, [prompt]), critic, quiet)["0001"]
+    draft = draft_questions(config, [prompt])
+    made = finish_questions(config, [prompt], draft, critic, quiet).questions["0001"]
     assert {q.name for q in made if q.weight == 0} == {"direction"}
     assert "1 yes/no questions are left out" in quiet.export_text()
 
@@ -267,7 +313,7 @@ def test_a_question_that_fails_on_the_real_clip_is_left_out(tmp_path, own_cache,
 def test_words_that_the_critic_would_say_anyway_weigh_little(quiet, critic):
     config, prompts = load_config("toy", ["critic.mode=dense"]), as_prompts([RED])
     draft = draft_questions(config, prompts)
-    made = {q.name: q for q in finish_questions(config, prompts, draft, critic, quiet)["0001"]}
+    made = {q.name: q for q in finish_questions(config, prompts, draft, critic, quiet).questions["0001"]}
     for name, telling, idle in (
         ("motion", {"left"}, {"and", "its", "size", "color"}),
         ("description", {"red", "circle", "left"}, {"a", "on", "background"}),

@@ -165,10 +165,10 @@ def test_a_reward_that_is_not_finite_is_refused():
         score_clip(None, torch.zeros(1, 3, 2, 2), [Question("TA", "a", "yes")], [answer], RewardSpec())
 
 
-def run_score(video, prompt, **options):
+def run_score(video, prompt, *overrides, **options):
     names = ("saliency", "as_json", "preset", "critic", "quant", "frames", "mode")
     values = {**dict.fromkeys(names), "as_json": False, "preset": "toy", **options}
-    score_command(video, prompt, *(values[name] for name in names), [])
+    score_command(video, prompt, *(values[name] for name in names), overrides)
 
 
 def test_json_has_the_contracts_keys_and_the_rewards_of_the_table(clips, capsys, tmp_path):
@@ -196,8 +196,10 @@ def test_score_with_a_critic_in_a_folder_on_another_video(clips, tiny_folders, c
     """Free English; frames by number and by rate; the rate of the frames reaches the critic."""
     path = clips[0][1]
     for frames, shown in (("4", "4 frames of 256x256"), ("fps:8", "8 frames of 256x256")):
-        run_score(path, "two brown dogs chase a red ball", critic=str(tiny_folders[1]), frames=frames, mode="yesno")
-        assert shown in capsys.readouterr().out
+        options = {"critic": str(tiny_folders[1]), "frames": frames, "mode": "yesno"}
+        run_score(path, "two brown dogs chase a red ball", "critic.questions=phrases", **options)
+        said = capsys.readouterr().out
+        assert shown in said and "questions checked from the prompts' text alone" in said
 
 
 @pytest.mark.parametrize(

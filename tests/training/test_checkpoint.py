@@ -79,7 +79,7 @@ def test_another_seed_is_another_run(tiny_preset, tiny_run, tmp_path):
 def test_changed_prompts_are_refused(tiny_run, tiny_preset, tmp_path):
     prompts, run = tmp_path / "prompts.txt", tmp_path / "run"
     prompts.write_text("a red circle moves left on a gray background\n")
-    train_command(str(tiny_preset), prompts, run, 1, None, False, [], False)
+    train_command(str(tiny_preset), prompts, run, 1, None, False, ["critic.questions=phrases"], False)
     prompts.write_text("a blue circle moves left on a gray background\n")
     with pytest.raises(BadInputError, match="prompts of .* have changed"):
         train_command(None, None, run, 2, None, True, [], False)

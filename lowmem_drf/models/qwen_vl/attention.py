@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 NAME = "lowmem_drf_ranges"
@@ -39,9 +40,9 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """An attention function as transformers calls it: (B, H, L, d) -> (B, L, H, d). Without ranges (``generate``) it
     is transformers' SDPA."""
-    if attention_mask is None:
+    if attention_mask is None or attention_mask.dtype == torch.bool:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(module, q, k, v, None, scaling=scaling, **arguments)
+        return sdpa_attention_forward(module, q, k, v, attention_mask, scaling=scaling, **arguments)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return module.ranged_attention(q, k, v, scaling, attention_mask[:, 0]), None

@@ -21,7 +21,7 @@ from lowmem_drf.memory.host import HostStore
 from lowmem_drf.memory.streaming import HostEmbedding, Streamed
 from lowmem_drf.method.preprocess import VideoGeometry
 from lowmem_drf.models.qwen_vl.attention import RangedAttention, use_ranges
-from lowmem_drf.models.qwen_vl.families import Family, Prefix, family_of, make_prefix
+from lowmem_drf.models.qwen_vl.families import Family, Prefix, family_of, make_prefix, text_prefix
 from lowmem_drf.models.qwen_vl.files import load_tokenizer, require_fit, video_geometry, video_settings
 from lowmem_drf.models.qwen_vl.packed_questions import Conversation
 from lowmem_drf.models.qwen_vl.vision import speed_up_vision
@@ -127,7 +127,16 @@ class QwenCritic:
         of questions may differ, and may be 0."""
         if not any(questions):
             return [[] for _ in questions]
-        logits_RV, sizes = self.scored_logits(features_BND, grid, questions)
+        return self._answers(questions, *self.scored_logits(features_BND, grid, questions))
+
+    @torch.no_grad()
+    def answer_from_text(self, text: str, questions: Sequence[Question]) -> list[Answer]:
+        """An answer per question, in one pass, from a text that stands in the video's place."""
+        return self._answers([questions], *self.text_logits([text], [questions]))[0] if questions else []
+
+    def _answers(
+        self, questions: Sequence[Sequence[Question]], logits_RV: Tensor, sizes: list[int]
+    ) -> list[list[Answer]]:
         rows, chat = iter(logits_RV.split(sizes)), self.conversation
         return [
             [Answer(next(rows), torch.tensor(chat.tokens(q).target), yes=chat.yes, no=chat.no) for q in clip]
@@ -142,12 +151,22 @@ class QwenCritic:
 
         Raises BadInputError: clips of different sizes, or more tokens than the model supports.
         """
-        prefix, device, clips = self.prefix(grid), features_BND.device, len(questions)
-        length = len(prefix.ids_P)
+        prefix = self.prefix(grid)
+        return self._scored(prefix.ids_P.expand(len(questions), -1), prefix, features_BND, questions)
+
+    def text_logits(self, texts: Sequence[str], questions: Sequence[Sequence[Question]]) -> tuple[Tensor, list[int]]:
+        """``scored_logits`` from texts in the place of clips; the texts must have equally many tokens."""
+        ids_BP = torch.tensor([self.conversation.text_prefix(text) for text in texts])
+        return self._scored(ids_BP, text_prefix(ids_BP[0]), None, questions)
+
+    def _scored(
+        self, ids_BP: Tensor, prefix: Prefix, features_BND: Tensor | None, questions: Sequence[Sequence[Question]]
+    ) -> tuple[Tensor, list[int]]:
+        device, length = self.device, ids_BP.shape[1]
         self._require_room(prefix, max(len(self.conversation.tokens(q).ids) for clip in questions for q in clip))
         packed = self.conversation.pack(length, questions, self._ranges)
-        ids_BL = torch.cat([prefix.ids_P.expand(clips, -1), packed.ids_BS], dim=1)
-        positions_3BP = prefix.positions_3P[:, None].expand(-1, clips, -1)
+        ids_BL = torch.cat([ids_BP, packed.ids_BS], dim=1)
+        positions_3BP = prefix.positions_3P[:, None].expand(-1, len(ids_BP), -1)
         positions_3BL = torch.cat([positions_3BP, (packed.offset_BS + prefix.start).expand(3, -1, -1)], dim=-1)
         mask = packed.mask.to(device)
         out = self._decode(ids_BL, positions_3BL, features_BND, prefix, mask, use_cache=False)
@@ -164,31 +183,54 @@ class QwenCritic:
 
         Raises BadInputError: more tokens than the model supports.
         """
+        if frames_TCHW is None:
+            return self.generate_batch([text], max_new_tokens)[0]
+        features, grid = self.embed_video(frames_TCHW[None].to(self.device))
+        prefix = self.prefix(grid)
+        tail = torch.tensor(self.conversation.tail(text))
+        self._require_room(prefix, len(tail) + max_new_tokens)
+        ids_1L = torch.cat([prefix.ids_P, tail])[None]
+        behind_3L = (prefix.start + torch.arange(len(tail))).expand(3, -1)
+        positions_31L = torch.cat([prefix.positions_3P, behind_3L], dim=1)[:, None]
+        return self._generate(ids_1L, positions_31L, max_new_tokens, features, prefix)[0]
+
+    @torch.no_grad()
+    def generate_batch(self, texts: Sequence[str], max_new_tokens: int = 256) -> list[str]:
+        """The replies to several texts at once: one pass makes a token of each."""
+        from lowmem_drf.models.qwen_vl.generation import left_padded
+
+        ids_BL, positions_3BL, padding = left_padded([self.conversation.prompt(text) for text in texts])
+        return self._generate(ids_BL, positions_3BL, max_new_tokens, padding=padding)
+
+    def _generate(
+        self,
+        ids_BL: Tensor,
+        positions_3BL: Tensor,
+        limit: int,
+        features: Tensor | None = None,
+        prefix: Prefix | None = None,
+        padding: Sequence[int] = (),
+    ) -> list[str]:
         from lowmem_drf.models.qwen_vl.generation import greedy
 
-        features, prefix, device = None, None, self.device
-        if frames_TCHW is None:
-            ids = torch.tensor(self.conversation.prompt(text))
-            positions_3L = torch.arange(len(ids)).expand(3, -1)
-        else:
-            features, grid = self.embed_video(frames_TCHW[None].to(device))
-            prefix = self.prefix(grid)
-            tail = torch.tensor(self.conversation.tail(text))
-            self._require_room(prefix, len(tail) + max_new_tokens)
-            ids = torch.cat([prefix.ids_P, tail])
-            positions_3L = torch.cat(
-                [prefix.positions_3P, (prefix.start + torch.arange(len(tail))).expand(3, -1)], dim=1
-            )
-
-        def step(ids_1L: Tensor, positions_31L: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        def step(ids_BL: Tensor, positions_3BL: Tensor, mask: Tensor | None, cache: Any) -> tuple[Tensor, Any]:
             video = (features, prefix) if cache is None else (None, None)
-            out = self._decode(ids_1L, positions_31L, *video, mask=None, past_key_values=cache, use_cache=True)
+            mask = mask if mask is None else mask.to(self.device)
+            out = self._decode(ids_BL, positions_3BL, *video, mask=mask, past_key_values=cache, use_cache=True)
             return self.model.lm_head(out.last_hidden_state[:, -1]), out.past_key_values
 
         ends = self.model.generation_config.eos_token_id
         ends = {*(ends if isinstance(ends, list) else [ends]), self.tokenizer.eos_token_id} - {None}
-        made = greedy(step, ids, positions_3L, ends, max_new_tokens)
-        return str(self.tokenizer.decode(made, skip_special_tokens=True)).strip()
+        made = greedy(step, ids_BL, positions_3BL, ends, limit, padding)
+        return [str(self.tokenizer.decode(row, skip_special_tokens=True)).strip() for row in made]
+
+    def generation_bytes(self, tokens: int, more: int) -> int:
+        """Bytes that one row of ``generate_batch`` takes: the key-value cache of ``tokens`` and ``more`` new ones, and
+        what the widest layer makes of ``tokens`` at once."""
+        text = self.model.config.get_text_config()
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        kept = 2 * text.num_hidden_layers * text.num_key_value_heads * width * (tokens + more)
+        return int((kept + 3 * text.intermediate_size * tokens) * self.model.dtype.itemsize)
 
     def set_attention(self, attention: RangedAttention | None, head_dims: Collection[int] = ()) -> None:
         """Sets the attention kernel of language model and vision tower, each only if its head dimension is in

@@ -106,3 +106,9 @@ def make_prefix(
             positions.append(torch.full((3, 1), place))
             place += 1
     return Prefix(torch.tensor(ids), torch.tensor(slots), torch.cat(positions, dim=1), place)
+
+
+def text_prefix(ids_P: Tensor) -> Prefix:
+    """The prefix of a text in the video's place."""
+    length = len(ids_P)
+    return Prefix(ids_P, torch.empty(0, dtype=torch.int64), torch.arange(length).expand(3, -1), length)

@@ -76,6 +76,11 @@ class Conversation:
         before, after = self._around_video
         return self._encode(before + placeholder(self._video_token) + after)
 
+    def text_prefix(self, text: str) -> list[int]:
+        """Tokens before the question, with a text in the video's place."""
+        before, _ = _split(_rendered(self.tokenizer, [{"type": "text", "text": f"{text}\n{_SENTINEL}"}]))
+        return self._encode(before)
+
     def prompt(self, text: str) -> list[int]:
         """Tokens of a user's message without a video, with end of turn and generation prompt."""
         return self._encode(_rendered(self.tokenizer, [{"type": "text", "text": text}]))
@@ -169,7 +174,10 @@ def _split_template(tokenizer: Any) -> tuple[str, str]:
             "The critic's tokenizer has no chat template. Use an instruction-tuned model whose folder holds "
             "chat_template.jinja or chat_template.json."
         )
-    text = _rendered(tokenizer, [{"type": "video"}, {"type": "text", "text": _SENTINEL}])
+    return _split(_rendered(tokenizer, [{"type": "video"}, {"type": "text", "text": _SENTINEL}]))
+
+
+def _split(text: str) -> tuple[str, str]:
     if text.count(_SENTINEL) != 1:
         raise BadInputError(
             "The critic's chat template must show the user's text exactly once to place questions in it."

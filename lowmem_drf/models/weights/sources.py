@@ -1,4 +1,4 @@
-"""Where models come from: the word ``toyworld``, a folder, or a Hugging Face id; one clear error when loading fails."""
+"""Where models come from: ToyWorld's names, a folder, or a Hugging Face id; one clear error when loading fails."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any, Literal
 from lowmem_drf.errors import BadInputError
 
 TOYWORLD = "toyworld"
+READER = "toyworld-reader"
+"""ToyWorld's second critic, which also understands quoted phrases and captions in a clip's place."""
 
 
 def resolve(model_id: str, role: Literal["generator", "critic"]) -> str:
-    """``toyworld`` -> the folder of that role in the package; a folder or hub id is returned unchanged."""
-    if model_id != TOYWORLD:
+    """ToyWorld's names -> the folder of that role in the package; a folder or hub id is returned unchanged."""
+    if model_id != TOYWORLD and (model_id, role) != (READER, "critic"):
         return model_id
-    folder = Path(__file__).resolve().parents[2] / "toy" / "weights" / role
+    folder = Path(__file__).resolve().parents[2] / "toy" / "weights" / ("reader" if model_id == READER else role)
     if not folder.is_dir():
         raise BadInputError(
             f"ToyWorld's {role} is missing ({folder}). Reinstall lowmem-drf, or rebuild it: "

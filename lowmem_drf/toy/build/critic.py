@@ -182,7 +182,19 @@ def answer_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Weighted cross-entropy of the answers' tokens, and the share of correct yes and of correct no answers."""
     with half_products():
-        logits, sizes = critic.scored_logits(features, grid, [[lesson.question for lesson in clip] for clip in asked])
+        logits, sizes = critic.scored_logits(features, grid, questions_of(asked))
+    return lessons_loss(critic, logits, sizes, asked)
+
+
+def questions_of(asked: list[list[Lesson]]) -> list[list[Question]]:
+    """The questions of each clip's lessons."""
+    return [[lesson.question for lesson in clip] for clip in asked]
+
+
+def lessons_loss(
+    critic: QwenCritic, logits: Tensor, sizes: list[int], asked: list[list[Lesson]]
+) -> tuple[Tensor, dict[str, float]]:
+    """``answer_loss`` from the results of ``scored_logits``."""
     logits = logits.float()
     flat = [lesson for clip in asked for lesson in clip]
     targets = torch.tensor([token for lesson in flat for token in targets_of(critic, lesson)])

@@ -70,12 +70,12 @@ def build_critic(seed: int) -> QwenCritic:
     return QwenCritic(model, tok, video_geometry(PREPROCESSOR), fps=FPS)
 
 
-def save_critic(model: Qwen2_5_VLForConditionalGeneration, folder: Path) -> None:
+def save_critic(model: Qwen2_5_VLForConditionalGeneration, folder: Path, reader: bool = False) -> None:
     """Writes a folder in transformers' layout with the files of the real models. Weights in fp16: half the bytes, and
     no measured rate changes."""
     folder.mkdir(parents=True, exist_ok=True)
     copy.deepcopy(model).half().save_pretrained(folder)
-    critic_tokenizer().save_pretrained(folder)
+    critic_tokenizer(reader).save_pretrained(folder)
     for name, role in (("preprocessor_config.json", "image"), ("video_preprocessor_config.json", "video")):
         kind = f"Qwen2VL{role.capitalize()}Processor"
         (folder / name).write_text(

@@ -3,10 +3,13 @@ does the real ones."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lowmem_drf.questions import toyworld
+from lowmem_drf.questions import check, fixed, phrases, toyworld
 from lowmem_drf.toy.captions import vocabulary
 
 SPECIAL = [
@@ -50,10 +53,17 @@ def _question_words() -> list[str]:
     return " ".join([*asked, *said]).replace("{value}", "").replace("{caption}", "").split()
 
 
+def _reader_words() -> list[str]:
+    """The words of ``phrases`` and of the check, in the order in which they are split."""
+    asked = [*phrases.WORDINGS, fixed.ANSWER, check.DESCRIBED, check.BLIND, check.RIGHT]
+    return re.findall(r"\w+|[^\w\s]", " ".join(re.sub(r"{\w*}", " ", text) for text in asked).lower())
+
+
 def _tokenizer(
-    words: list[str], special: list[str], pad: str, end: str, add_end: bool = False
+    words: list[str], special: list[str], pad: str, end: str, add_end: bool = False, more: Sequence[str] = ()
 ) -> PreTrainedTokenizerFast:
-    vocab = {w: i for i, w in enumerate(dict.fromkeys([*special, *sorted(set(words))]))}
+    """``more``: words whose ids follow those of ``words``."""
+    vocab = {w: i for i, w in enumerate(dict.fromkeys([*special, *sorted(set(words)), *sorted(set(more))]))}
     tok = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tok.normalizer = normalizers.Lowercase()
     tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
@@ -69,10 +79,10 @@ def text_tokenizer() -> PreTrainedTokenizerFast:
     return _tokenizer(vocabulary(), ["<pad>", "</s>", "<unk>"], pad="<pad>", end="</s>", add_end=True)
 
 
-def critic_tokenizer() -> PreTrainedTokenizerFast:
-    """For the critic: caption and question words, and the special tokens of Qwen2.5-VL."""
-    tok = _tokenizer(
-        [*vocabulary(), *_question_words(), "<unk>"], [*SPECIAL, "<unk>"], pad="<|endoftext|>", end="<|im_end|>"
-    )
+def critic_tokenizer(reader: bool = False) -> PreTrainedTokenizerFast:
+    """For the critic: caption and question words, and the special tokens of Qwen2.5-VL. ``reader``: also the words that
+    ``reader`` teaches, behind the others."""
+    words, more = [*vocabulary(), *_question_words(), "<unk>"], _reader_words() if reader else ()
+    tok = _tokenizer(words, [*SPECIAL, "<unk>"], pad="<|endoftext|>", end="<|im_end|>", more=more)
     tok.chat_template = CHAT_TEMPLATE
     return tok

@@ -75,16 +75,32 @@ def test_nothing_is_computed_beyond_what_is_said() -> None:
     """One step for the prompt and one per token except the last, each with new tokens only."""
     lengths, places = [], []
 
-    def step(ids_1L, positions_31L, cache):
-        lengths.append(ids_1L.shape[1])
-        places.append(positions_31L[0, 0].tolist())
+    def step(ids_BL, positions_3BL, mask, cache):
+        lengths.append(ids_BL.shape[1])
+        places.append(positions_3BL[0, 0].tolist())
         logits = torch.zeros(1, 9)
         logits[0, [5, 6, 7][len(lengths) - 1]] = 1
         return logits, (cache or 0) + 1
 
-    assert greedy(step, torch.tensor([1, 2, 3]), torch.tensor([[0, 7, 2]] * 3), {7}, 9) == [5, 6]
+    assert greedy(step, torch.tensor([[1, 2, 3]]), torch.tensor([[[0, 7, 2]]] * 3), {7}, 9) == [[5, 6]]
     assert lengths == [3, 1, 1] and places == [[0, 7, 2], [3], [4]]
-    assert greedy(step, torch.tensor([1]), torch.zeros(3, 1, dtype=torch.int64), {0}, 0) == []
+    assert greedy(step, torch.tensor([[1]]), torch.zeros(3, 1, 1, dtype=torch.int64), {0}, 0) == [[]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kernel", [False, True])
+def test_in_a_batch_each_text_gets_the_reply_it_gets_alone(family: str, kernel: bool) -> None:
+    """Texts of different lengths, with replies that end at different tokens; with the kernel, which takes ranges."""
+    critic = tiny_critic(torch.float64, family=family)
+    texts = [TEXT, "a red circle", "is it blue? " * 9]
+    whole = [hugging_face(critic, tiny_critic_model(torch.float64, family=family)[0], None, 10, text) for text in texts]
+    critic.model.generation_config.eos_token_id = [whole[1][4], 1]
+    if kernel:
+        critic.set_attention(lambda *inputs: pytest.fail("generation has no ranges"), range(512))
+    alone = [critic.generate(text, None, 10) for text in texts]
+    assert critic.generate_batch(texts, 10) == alone
+    assert alone[1] == shown(critic, whole[1][: whole[1].index(whole[1][4])])
+    assert len(set(alone)) == 3
 
 
 def test_it_keeps_no_graph_and_changes_no_gradient() -> None:
