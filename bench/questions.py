@@ -22,8 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowmem_drf.questions.clauses import cut
-from lowmem_drf.questions.make import make_questions
-from lowmem_drf.questions.phrases import foils
+from lowmem_drf.questions.make import foils, make_questions
 from lowmem_drf.types import Question
 
 PROMPTS = Path(__file__).resolve().parents[1] / "tests" / "questions" / "prompts.jsonl"
@@ -34,7 +33,7 @@ ENOUGH = 12
 def measure(file: Path = PROMPTS) -> list[dict[str, Any]]:
     """A row a prompt; ``missing``, ``asked_never``, ``foreign`` and ``too_few`` are empty or 0 where all is well."""
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    others = foils(row["prompt"] for row in rows)
+    others = foils((row["prompt"] for row in rows), "phrases")
     return [{**row, **_judged(row, make_questions(row["prompt"], "yesno", "phrases", others))} for row in rows]
 
 

@@ -93,11 +93,14 @@ def draft_questions(
     return made
 
 
-def writers_of(config: Config, prompts: Sequence[Prompt]) -> dict[str, str]:
-    """Prompt id -> who makes the draft's questions: ``prompt file``, ``questions file``, ``phrases`` or ``grammar``."""
+def writers_of(config: Config, prompts: Sequence[Prompt], grammar: Grammar | None = None) -> dict[str, str]:
+    """Prompt id -> who makes the draft's questions: ``prompt file``, ``questions file``, ``phrases`` or ``grammar``.
+
+    ``grammar``: as for ``draft_questions``.
+    """
     source = config.critic.questions
     given = frozenset() if source in WRITERS else load_questions(source).keys()
-    rest = "grammar" if grammar_of(config) == "toyworld" else "phrases"
+    rest = "grammar" if (grammar or grammar_of(config)) == "toyworld" else "phrases"
     return {
         prompt.id: "prompt file" if prompt.questions else "questions file" if prompt.text in given else rest
         for prompt in prompts

@@ -7,19 +7,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowmem_drf.assembly.check import Checked, can_check
-from lowmem_drf.assembly.questions import draft_questions, needs_writer, writers_of
+from lowmem_drf.assembly.check import Checked
+from lowmem_drf.assembly.questions import draft_questions, grammar_of, writers_of
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.weights.sources import READER, TOYWORLD
 from lowmem_drf.prompts import as_prompts, load_prompts
 from lowmem_drf.questions import toyworld
 from lowmem_drf.questions.check import Verdict, report
 from lowmem_drf.questions.file import load_questions, to_json
+from lowmem_drf.questions.make import Grammar
 from lowmem_drf.schema import Config
 from lowmem_drf.types import Prompt, Question
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+MOST_TABLES = 20
+"""Prompts that are shown as tables, at most."""
 
 
 def questions_command(
@@ -58,12 +62,13 @@ def questions_command(
     free = preset is None and not all(toyworld.attributes(p.text) for p in prompts)
     config = config.model_copy(update={"prompts": ""}) if free else config
     console = Console(stderr=as_json, soft_wrap=True)
-    drafted = draft_questions(config, prompts, "phrases" if free else None)
+    grammar = "phrases" if free else grammar_of(config)
+    drafted = draft_questions(config, prompts, grammar)
     asks = write or check is not None
     done = _asked(config, prompts, drafted, console) if asks else Checked(drafted)
     text = to_json({p.text: done.questions[p.id] for p in prompts})
     if output is not None:
-        _write(output, text, config, free, force)
+        _write(output, text, config, grammar, force)
         told = f"{output}: edit it, then run: lowmem-drf train -s critic.questions={output}"
         console.print(told, highlight=False, markup=False)
     if as_json and check is not None:
@@ -72,11 +77,13 @@ def questions_command(
     elif as_json:
         print(text, end="")
     elif output is None:
-        makers = writers_of(config, prompts) | dict.fromkeys(done.written, config.critic.writer or config.critic.id)
+        makers = writers_of(config, prompts, grammar) | dict.fromkeys(
+            done.written, config.critic.writer or config.critic.id
+        )
         for p in prompts:
             verdicts = done.verdicts.get(p.id) or [Verdict(q) for q in done.questions[p.id]]
-            _print_table(p, verdicts, makers[p.id], console)
-        if not asks and (needs_writer(config) or can_check(config)):
+            _print_questions(p, verdicts, makers[p.id], console, framed=len(prompts) <= MOST_TABLES)
+        if not asks and grammar != "toyworld":
             told = "No model was asked. Before training the critic writes and checks questions; --write shows them."
             console.print(told, highlight=False)
 
@@ -96,14 +103,14 @@ def _asked(
     return finish_questions(config, prompts, draft, load_run_critic(config), console)
 
 
-def _write(path: Path, text: str, config: Config, free: bool, force: bool) -> None:
+def _write(path: Path, text: str, config: Config, grammar: Grammar, force: bool) -> None:
     """Writes the file unless it holds a user's edits: anything that this command would not write for its prompts."""
     from lowmem_drf.files import replaceable, write_text
 
     if not force and replaceable(path) and path.exists() and path.read_text(encoding="utf-8") != text:
         try:
             prompts = as_prompts(list(load_questions(path)))
-            before = draft_questions(config, prompts, "phrases" if free else None)
+            before = draft_questions(config, prompts, grammar)
             edited = to_json({p.text: before[p.id] for p in prompts}) != path.read_text(encoding="utf-8")
         except BadInputError:
             edited = True
@@ -115,7 +122,8 @@ def _write(path: Path, text: str, config: Config, free: bool, force: bool) -> No
     write_text(path, text)
 
 
-def _print_table(prompt: Prompt, verdicts: Sequence[Verdict], maker: str, console: Console) -> None:
+def _print_questions(prompt: Prompt, verdicts: Sequence[Verdict], maker: str, console: Console, framed: bool) -> None:
+    """``framed``: as a table; else a line a question, which is much faster for many prompts."""
     from rich.table import Table
     from rich.text import Text
 
@@ -123,11 +131,17 @@ def _print_table(prompt: Prompt, verdicts: Sequence[Verdict], maker: str, consol
     headings = ["", "question", "answer wanted", "weight", *(["from text", "from nothing", ""] if checked else [])]
     table = Table(*headings, title=Text(prompt.text), title_justify="left", caption=Text(f"by: {maker}"))
     table.caption_justify = "left"
+    lines = [f"{prompt.text}  (by: {maker})"]
     for verdict in verdicts:
         question = verdict.question
         cells = [question.aspect, question.text, question.answer, f"{question.weight:g}" if verdict.asked else "-"]
         if checked:
             cells += ["" if p is None else f"{p:.0%}" for p in (verdict.told, verdict.guessed)]
             cells.append(verdict.why if verdict.asked or not verdict.why else f"left out: {verdict.why}")
-        table.add_row(*map(Text, cells), style="" if verdict.asked else "dim")
-    console.print(table)
+        lines.append("  ".join(("", *cells)))
+        if framed:
+            table.add_row(*map(Text, cells), style="" if verdict.asked else "dim")
+    if framed:
+        console.print(table)
+    else:
+        console.file.write("\n".join((*lines, "", "")))

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from bench import questions_doc
 from bench.questions import PROMPTS, main, measure
 from lowmem_drf.assembly.questions import draft_questions
 from lowmem_drf.config import load_config
@@ -216,3 +217,7 @@ def test_phrases_of_toyworld_quote_captions_and_keep_its_questions_about_every_c
     assert [q for q in first if q.aspect != "TA"] == [
         q for q in make_questions(texts[0], "yesno", "toyworld") if q.aspect != "TA"
     ]
+
+
+def test_the_page_of_examples_is_what_is_asked():
+    assert questions_doc.PAGE.read_text(encoding="utf-8") == questions_doc.page(), "run: python -m bench.questions_doc"

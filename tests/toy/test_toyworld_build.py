@@ -15,6 +15,7 @@ from lowmem_drf.toy.build.__main__ import build
 from lowmem_drf.toy.build.critic import Label, Lesson, answer_loss, ask, drawn_labels, measured_labels, targets_of
 from lowmem_drf.toy.build.critic_model import build_critic
 from lowmem_drf.toy.build.loop import Muon, Schedule, train
+from lowmem_drf.toy.build.reader import phrase_lessons, text_lessons, truth
 from lowmem_drf.toy.build.tower import draw_labelled
 from lowmem_drf.toy.defects import DEFECTS
 from lowmem_drf.toy.scenes import all_combos, draw_tracks, render
@@ -27,7 +28,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.mark.slow
 def test_a_short_rebuild_writes_models_that_load_and_run(tmp_path):
-    stages = ["vae", "generator", "tower", "language", "critic"]
+    stages = ["vae", "generator", "tower", "language", "critic", "reader"]
     build(tmp_path / "out", tmp_path / "work", seed=0, scale=0.0006, stages=stages, compiled=False)
     folder = str(tmp_path / "out" / "generator")
     cond = load_text(folder).encode(["a red circle moves left on a gray background"], 16)
@@ -39,8 +40,25 @@ def test_a_short_rebuild_writes_models_that_load_and_run(tmp_path):
     label = Label([0, 0, 0, 1], set())
     answers = critic(frames, [[lesson.question for lesson in ask(label, generator())]])
     assert all(answer.logits_AV.isfinite().all() for answer in answers[0])
+    reader, lessons = load_critic(str(tmp_path / "out" / "reader")), text_lessons(label, generator())
+    read = reader.answer_from_text("a red circle", [lesson.question for lesson in lessons])
+    assert all(answer.logits_AV.isfinite().all() for answer in read)
+    unknown = reader.tokenizer.unk_token_id
+    assert not any(unknown in reader.conversation.tokens(lesson.question).ids for lesson in lessons)
     weights = sum(f.stat().st_size for f in (tmp_path / "out").rglob("*.safetensors"))
     assert weights < 12e6
+
+
+def test_a_phrase_is_true_if_every_attribute_it_names_is():
+    """A clip that jumps has no single direction: nothing that names one is asked."""
+    clean, jumps = Label([0, 0, 0, 1], set()), Label([0, 0, 0, 1], {"jump"})
+    for text, said in (("gray background", True), ("a red circle", True), ("a red square on gray", False)):
+        assert truth(text, clean) is truth(text, jumps) is said
+    assert truth("it moves left", clean) and not truth("it moves up", clean)
+    assert truth("it moves left", jumps) is None and truth("a blue circle moves left", jumps) is None
+    draw = generator()
+    answers = [lesson.question.answer for _ in range(40) for lesson in phrase_lessons(clean, draw)]
+    assert {"yes", "no"} == set(answers)
 
 
 class Line(nn.Module):

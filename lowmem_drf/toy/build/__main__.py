@@ -1,4 +1,4 @@
-"""``python -m lowmem_drf.toy.build``: trains ToyWorld's four models from nothing and writes them as model folders.
+"""``python -m lowmem_drf.toy.build``: trains ToyWorld's models from nothing and writes them as model folders.
 
 A build that was stopped goes on where it was when it is started again with the same ``--work``.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,19 +15,21 @@ import torch
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Stages, in this order because each needs the one before: vae, generator, tower, language, critic."""
+    """Stages, in this order because each needs the one before: vae, generator, tower, language, critic, reader."""
     parser = argparse.ArgumentParser(prog="python -m lowmem_drf.toy.build", description=__doc__)
     parser.add_argument(
         "--output",
         type=Path,
         default=Path(__file__).parent.parent / "weights",
-        help="folder to write generator/ and critic/ to",
+        help="folder to write generator/, critic/ and reader/ to; a stage alone finds the models it needs here",
     )
     parser.add_argument("--work", type=Path, default=Path("toy-build"), help="folder for checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the training steps, for a quick try")
     parser.add_argument(
-        "--stages", default="vae,generator,tower,language,critic", help="which to run; the others must be in --work"
+        "--stages",
+        default="vae,generator,tower,language,critic,reader",
+        help="which to run; the others must be in --work",
     )
     parser.add_argument("--no-compile", action="store_true", help="do without torch.compile (it needs a C++ compiler)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -36,18 +39,32 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def build(output: Path, work: Path, seed: int, scale: float, stages: list[str], compiled: bool = True) -> None:
-    """Runs the stages; a finished one is taken from its checkpoint. Writes what is complete: after ``generator`` and
-    after ``critic``."""
+    """Runs the stages; a finished one is taken from its checkpoint. Writes what is complete: after ``generator``,
+    ``critic`` and ``reader``. The last one needs nothing but ``output``."""
+    from lowmem_drf.toy.build.critic_model import save_critic
+    from lowmem_drf.toy.build.reader import build_reader, train_reader
+
+    def log(line: str) -> None:
+        print(line, flush=True)
+
+    work.mkdir(parents=True, exist_ok=True)
+    if {"vae", "generator", "tower", "language", "critic"} & set(stages):
+        _build(output, work, seed, scale, stages, compiled, log)
+    if "reader" in stages:
+        critic = build_reader(output / "critic", seed)
+        train_reader(critic, output / "generator", work, seed, scale, log)
+        save_critic(critic.model, output / "reader", reader=True)
+
+
+def _build(
+    output: Path, work: Path, seed: int, scale: float, stages: list[str], compiled: bool, log: Callable[[str], None]
+) -> None:
     from lowmem_drf.toy.build.critic import train_language, train_together
     from lowmem_drf.toy.build.critic_model import build_critic, save_critic
     from lowmem_drf.toy.build.generator import draw_samples, save_generator, train_generator
     from lowmem_drf.toy.build.tower import train_tower
     from lowmem_drf.toy.build.vae import train_vae
 
-    def log(line: str) -> None:
-        print(line, flush=True)
-
-    work.mkdir(parents=True, exist_ok=True)
     vae = train_vae(work, seed, scale, log)
     if "generator" in stages:
         save_generator(train_generator(vae, work, seed, scale, compiled, log=log), vae, output / "generator")

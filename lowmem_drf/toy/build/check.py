@@ -1,4 +1,4 @@
-"""Prints how good ToyWorld's parts are: ``python -m lowmem_drf.toy.build.check [--json]``.
+"""Prints how good ToyWorld's parts are: ``python -m lowmem_drf.toy.build.check [--critic toyworld-reader] [--json]``.
 
 The oracle's rates on drawn scenes, the VAE's fidelity, the base generator's rates by the oracle, the critic's recall of
 yes and of no, and the share of its explanations that are right. The critic answers every kind of question, in both
@@ -187,8 +187,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Prints the tables, or one JSON object."""
     parser = argparse.ArgumentParser(prog="python -m lowmem_drf.toy.build.check", description=__doc__)
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--critic", default=TOYWORLD, help="toyworld, toyworld-reader or a folder")
     options = parser.parse_args(arguments)
-    oracle, generator, critic, explanations = check_oracle(), check_generator(), check_critic(), check_explanations()
+    judge = load_critic(resolve(options.critic, "critic"))
+    oracle, generator = check_oracle(), check_generator()
+    critic, explanations = check_critic(judge), check_explanations(judge)
     if options.json:
         print(
             json.dumps(

@@ -16,7 +16,12 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from lowmem_drf.method.schedule import draw_noise, flow_sigmas
+from lowmem_drf.method.step import rollout
 from lowmem_drf.models.qwen_vl.critic import QwenCritic, load_critic, video_geometry
+from lowmem_drf.models.wan.decoder import WanDecoder, load_vae
+from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
+from lowmem_drf.models.wan.text import load_text
 from lowmem_drf.questions import phrases, toyworld
 from lowmem_drf.questions.check import BLIND, DESCRIBED, RIGHT
 from lowmem_drf.questions.clauses import cut
@@ -31,9 +36,10 @@ from lowmem_drf.toy.build.critic import (
     questions_of,
 )
 from lowmem_drf.toy.build.critic_model import PREPROCESSOR
+from lowmem_drf.toy.build.generator import SHIFT, TEXT_TOKENS
 from lowmem_drf.toy.build.loop import Schedule, half_products, scaled, train
 from lowmem_drf.toy.build.words import critic_tokenizer
-from lowmem_drf.toy.captions import WORDINGS, caption
+from lowmem_drf.toy.captions import WORDINGS, caption, train_prompts
 from lowmem_drf.toy.scenes import FPS, Combo, all_combos
 from lowmem_drf.types import Question
 
@@ -44,9 +50,9 @@ FRAMES = 6
 """Sentences of ``captions``: those of one sentence have equally many words."""
 
 
-def build_reader(critic_folder: str, seed: int) -> QwenCritic:
+def build_reader(critic_folder: Path, seed: int) -> QwenCritic:
     """The first critic with rows for the new words, of the size of the others."""
-    old = load_critic(critic_folder)
+    old = load_critic(str(critic_folder))
     tokenizer, model = critic_tokenizer(reader=True), old.model
     known = model.get_input_embeddings().num_embeddings
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -108,20 +114,20 @@ def text_lessons(label: Label, generator: torch.Generator) -> list[Lesson]:
 
 def train_reader(
     critic: QwenCritic,
-    vae: AutoencoderKLWan,
-    draw: Callable[[], Tensor],
+    generator_folder: Path,
     folder: Path,
     seed: int,
     scale: float = 1.0,
     log: Callable[[str], None] = print,
 ) -> None:
-    """``draw()``: the generator's clips, frames_BTCHW."""
+    """Trains the language model on tokens of the frozen tower, and on texts."""
     critic.model.requires_grad_(False)
 
     @cache  # a finished training does not compute it
     def data() -> tuple[Tensor, Tensor, list[Label]]:
-        tokens, grid, labels = cache_tokens(critic, vae, seed + 7, max(1, int(CLIPS * min(1.0, scale)) // 96))
-        own = draw()
+        share, vae = min(1.0, scale), load_vae(str(generator_folder))
+        tokens, grid, labels = cache_tokens(critic, vae, seed + 7, max(1, int(CLIPS * share) // 96))
+        own = generator_samples(str(generator_folder), vae, max(24, int(SAMPLES * share)), seed + 100_000)
         with torch.no_grad():
             more = torch.cat([critic.embed_video(part)[0].half() for part in own.split(96)])
         return torch.cat([tokens, more]), grid, labels + measured_labels(own)
@@ -156,17 +162,9 @@ def train_reader(
 
 
 @torch.no_grad()
-def generator_samples(folder: str, count: int, seed: int) -> Tensor:
-    """``count`` clips of a generator folder for captions of the training splits: frames_BTCHW in [0, 1]."""
-    from lowmem_drf.method.schedule import draw_noise, flow_sigmas
-    from lowmem_drf.method.step import rollout
-    from lowmem_drf.models.wan.decoder import WanDecoder, load_vae
-    from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
-    from lowmem_drf.models.wan.text import load_text
-    from lowmem_drf.toy.build.generator import SHIFT, TEXT_TOKENS
-    from lowmem_drf.toy.captions import train_prompts
-
-    text, decoder, velocity = load_text(folder), WanDecoder(load_vae(folder)), as_velocity(load_denoiser(folder))
+def generator_samples(folder: str, vae: AutoencoderKLWan, count: int, seed: int) -> Tensor:
+    """``count`` clips of a generator folder for training prompts: frames_BTCHW in [0, 1]."""
+    text, decoder, velocity = load_text(folder), WanDecoder(vae), as_velocity(load_denoiser(folder))
     prompts, clips = train_prompts(), []
     for start in range(0, count, 64):
         numbers = range(start, min(start + 64, count))

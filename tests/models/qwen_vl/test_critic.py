@@ -173,3 +173,22 @@ def test_a_system_prompt_in_the_template_is_part_of_the_prefix() -> None:
     tokenizer.chat_template = system + tokenizer.chat_template
     prefix = QwenCritic(model, tokenizer, video_geometry(tiny_video_settings())).prefix(torch.tensor([[1, 2, 2]]))
     assert prefix.ids_P[: len(tokenizer(system)["input_ids"])].tolist() == tokenizer(system)["input_ids"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_questions_about_a_text_are_those_of_conversations_without_a_video(family: str) -> None:
+    """Packed, two texts of equal length at once, against one conversation a question in transformers' own forward."""
+    critic = tiny_critic(torch.float64, family=family)
+    texts, asked = ["a red circle moves left", "a red square moves left"], [questions(4), questions(3)[::-1]]
+    logits, sizes = critic.text_logits(texts, asked)
+    model, rows = tiny_critic_model(torch.float64, family=family)[0], iter(logits.split(sizes))
+    for text, question in [(text, question) for text, some in zip(texts, asked, strict=True) for question in some]:
+        content = [{"type": "text", "text": f"{text}\n{question.text}"}]
+        ids = critic.tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        ids, got = list(ids["input_ids"]), next(rows)
+        if question.kind == "dense":
+            ids += critic.tokenizer(question.answer)["input_ids"][:-1]
+        wanted = model(input_ids=torch.tensor([ids])).logits[0, -len(got) :]
+        assert relative_difference(got, wanted) < 1e-10
+    (alone, *_) = critic.answer_from_text(texts[0], asked[0])
+    assert relative_difference(alone.logits_AV, logits[: sizes[0]]) < 1e-10
