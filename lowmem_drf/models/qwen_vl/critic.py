@@ -162,7 +162,7 @@ class QwenCritic:
     def _scored(
         self, ids_BP: Tensor, prefix: Prefix, features_BND: Tensor | None, questions: Sequence[Sequence[Question]]
     ) -> tuple[Tensor, list[int]]:
-        device, length = self.device, ids_BP.shape[1]
+        device, length = self.device if features_BND is None else features_BND.device, ids_BP.shape[1]
         self._require_room(prefix, max(len(self.conversation.tokens(q).ids) for clip in questions for q in clip))
         packed = self.conversation.pack(length, questions, self._ranges)
         ids_BL = torch.cat([ids_BP, packed.ids_BS], dim=1)
