@@ -79,19 +79,15 @@ def all_jobs(cards: Iterable[int]) -> list[Job]:
 
 
 def quick_jobs() -> list[Job]:
-    """Each kernel with each of its tiles once: on ``QUICK_CARD`` or else the first card that tries the tile, with the
-    largest constants, which usually take the most registers."""
-    from lowmem_drf.kernels.tiles import CARDS
-
+    """Each kernel with each tile that ``QUICK_CARD`` tries, once: with the largest constants, which usually take the
+    most registers."""
     chosen: dict[tuple[str, str], tuple[int, Job]] = {}
-    for card, file in itertools.product((QUICK_CARD, *CARDS), kernel_files()):
-        largest: dict[tuple[str, str], tuple[int, Job]] = {}
-        for index, variant in enumerate(_variants(file, card)):
+    for file in kernel_files():
+        for index, variant in enumerate(_variants(file, QUICK_CARD)):
             key = variant.kernel.__name__, repr(variant.tile)
             size = sum(int(value or 0) for value in variant.constants.values())
-            if size > largest.get(key, (-1,))[0]:
-                largest[key] = size, (file, card, index)
-        chosen = largest | chosen
+            if size > chosen.get(key, (-1,))[0]:
+                chosen[key] = size, (file, QUICK_CARD, index)
     return [job for _, job in chosen.values()]
 
 
@@ -186,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser(__spec__.name, __doc__)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--card", type=int, nargs="+", help="compute capabilities, 89 for 8.9; default: all")
-    which.add_argument("--quick", action="store_true", help="each kernel with each of its tiles once, on one card")
+    which.add_argument("--quick", action="store_true", help="each kernel with each tile of one card once")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET"):  # read when a kernel is defined: too late for this process
         clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -1,7 +1,6 @@
 """Kernels compiled ahead of time: they compile, fit in shared memory and spill no registers.
 
-The fast suite compiles each kernel with each of its tiles once, on one card; the slow one every configuration for every
-card.
+The fast suite compiles each kernel with each tile of one card once; the slow one every configuration for every card.
 """
 
 import importlib
@@ -18,7 +17,7 @@ ROOT = kernel_resources.FOLDER.parent
 SHARED = {"tiles", "checks", "attention_common"}
 """Files of ``kernels/`` without a kernel."""
 FILES = sorted({path.stem for path in (ROOT / "kernels").glob("*.py")} - SHARED)
-LEAST = {"quick": 45, "all": 800}
+LEAST = {"quick": 39, "all": 800}
 """Configurations that are compiled at least: far fewer means that a table or a card was lost."""
 
 
@@ -58,9 +57,8 @@ def rows(compiled):
 def test_every_kernel_file_is_covered(compiled):
     which, rows = compiled
     assert kernel_resources.kernel_files() == FILES != []
-    assert {row["file"] for row in rows} == set(FILES) and {row["card"] for row in rows} <= set(CARDS)
-    if which == "all":
-        assert {(row["file"], row["card"]) for row in rows} == {(file, card) for file in FILES for card in CARDS}
+    cards = CARDS if which == "all" else (kernel_resources.QUICK_CARD,)
+    assert {(row["file"], row["card"]) for row in rows} == {(file, card) for file in FILES for card in cards}
 
 
 def test_every_kernel_is_covered(rows):
@@ -76,12 +74,14 @@ def test_no_kernel_spills(rows):
     assert [(row["card"], row["name"], row["spill_bytes"]) for row in rows if row["spill_bytes"]] == []
 
 
-def test_every_tile_is_used_and_says_why(rows):
+def test_every_tile_is_used_and_says_why(compiled):
+    which, rows = compiled
     used = {(row["file"], json.dumps(row["tile"], sort_keys=True), row["warps"], row["stages"]) for row in rows}
     for (file, name), tiles in tables().items():
         for tile in tiles:
             key = file, json.dumps(dict(tile.sizes), sort_keys=True), tile.warps, tile.stages
-            assert key in used, f"{file}: {name} has a tile that nothing takes: {tile}"
+            if which == "all" or kernel_resources.QUICK_CARD in tile.cards:
+                assert key in used, f"{file}: {name} has a tile that nothing takes: {tile}"
             assert tile.why and tile.cards and set(tile.cards) <= set(CARDS), f"{file}: {name}: {tile}"
 
 
