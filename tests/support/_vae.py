@@ -1,5 +1,7 @@
 """What the tests of the VAE stream share: three tiny VAEs, and diffusers' own decoder as one graph, to compare with."""
 
+from functools import cache
+
 import pytest
 import torch
 from _tiny import WAN22_VAE, Z_DIM, tiny_vae
@@ -52,15 +54,22 @@ def library_graph(vae, latents_BCFhw, cuts=()):
     return x
 
 
-def oracle(vae, latents, kept, d_frames_BTCHW, cuts=()):
+@cache
+def library_of(name, frames, height=3, batch=1, cuts=()):
+    """(latents, ``library_graph`` of them): one graph in fp64 for all tests that compare with it, made under
+    ``fp64_throughout``."""
+    latents = some_latents(frames, height, batch=batch).requires_grad_()
+    return latents, library_graph(vae_of(name), latents, cuts)
+
+
+def oracle(library, kept, d_frames_BTCHW):
     """The gradient at the latents by one graph; that of saturated pixels as ``InwardClamp`` says it in words."""
-    latents = latents.detach().requires_grad_()
-    x = library_graph(vae, latents, cuts)
+    latents, x = library
     d = torch.zeros_like(x)
     d[:, :, list(kept)] = 0.5 * d_frames_BTCHW.transpose(1, 2)
     inside = (x.detach() >= -1) & (x.detach() <= 1)
     comes_back = ((x.detach() > 1) & (d > 0)) | ((x.detach() < -1) & (d < 0))
-    return torch.autograd.grad(x, latents, d * (inside | comes_back))[0]
+    return torch.autograd.grad(x, latents, d * (inside | comes_back), retain_graph=True)[0]
 
 
 def stream_gradient(decoder, latents, kept, window=None, cache_every=1, seed=1):
