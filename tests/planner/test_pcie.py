@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from _plans import FAKES
+from _plans import FAKES, SMALL
 
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
@@ -68,8 +68,7 @@ def test_a_copy_on_the_link_takes_no_time_of_the_card():
 
 
 def test_a_plan_that_the_host_has_no_room_for_is_refused(monkeypatch):
-    config = load_config("toy", ["batch=1", "micro_batch=1", "memory.checkpoint=host"])
-    plan = make_plan(config, card_named(""), fakes=FAKES)
+    plan = make_plan(load_config("toy", [*SMALL, "memory.checkpoint=host"]), card_named(""), fakes=FAKES)
     needed = downloads.HOST_MARGIN + plan.host_gib * 1024**3
     assert plan.host_gib > 0
     for free, fits in ((needed + 1, True), (needed - 1, False), (None, True)):
