@@ -38,7 +38,7 @@ WORKERS = 2
 LOG_COLUMNS = 200
 """Width of the table when the output is not a terminal."""
 ALIGNMENT = 16
-QUICK_CARD = 89
+QUICK_CARD = 86
 Job = tuple[str, int, int]
 """File, card, index of the variant."""
 
