@@ -1,10 +1,9 @@
-"""Processes shared by many tests, forked from a server that has imported everything once.
+"""Processes shared by many tests.
 
 They are for tests that end no process; test_launch.py tests how processes start and end.
 """
 
 import io
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -14,19 +13,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from unittest import mock
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "deepspeed",
-        "peft",
-        "diffusers.models.autoencoders.autoencoder_kl_wan",
-        "diffusers.models.transformers.transformer_wan",
-        "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
-        "transformers.models.umt5.modeling_umt5",
-        "lowmem_drf.commands.train",
-        "lowmem_drf.training.loop",
-    ]
-)
+from _forked import forked
+
 HANG_S = 600.0
 
 
@@ -40,16 +28,16 @@ class Processes:
         self._folder = tempfile.TemporaryDirectory()
         self._logs = [Path(self._folder.name) / f"rank{rank}" for rank in range(count)]
         self._ends, self._processes = [], []
-        with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"):  # deepspeed chooses it when the server imports it
-            for rank in range(count):
-                ours, theirs = CONTEXT.Pipe()
-                process = CONTEXT.Process(
-                    target=_serve, args=(rank, count, self._store.port, theirs, str(self._logs[rank])), daemon=True
-                )
-                process.start()
-                theirs.close()
-                self._ends.append(ours)
-                self._processes.append(process)
+        context = forked()
+        for rank in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, count, self._store.port, theirs, str(self._logs[rank])), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._ends.append(ours)
+            self._processes.append(process)
 
     def __call__(self, function, *arguments):
         """The function's results, by rank."""
