@@ -3,17 +3,37 @@
 import functools
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from lowmem_drf.errors import DEBUG, explain
+from lowmem_drf.errors import DEBUG, explain, quoted
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+class _Commands(TyperGroup):
+    """Refuses empty arguments: an empty path would be the current folder, an empty preset the default one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for before, argument in pairwise(["", *args]):
+            if not argument or re.fullmatch(r"--[\w-]+=", argument):
+                name = argument.removesuffix("=") or before
+                what = name if name.startswith("-") else f"the argument after {name}" if name else "an argument"
+                cure = "Is a variable of the shell not set? Give a value, or leave the option out."
+                typer.echo(f"Error: {what} is empty. {cure}", err=True)
+                raise typer.Exit(2)
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich"
+)
 presets_app = typer.Typer(no_args_is_help=True, help="The presets: list, show, copy.")
 app.add_typer(presets_app, name="presets")
 
@@ -33,6 +53,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override any key of the configuration; repeatable."),
 ]
+Force = Annotated[bool, typer.Option("--force", help="Replace a file that was edited or made in another way.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -122,11 +143,12 @@ def sample(
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     output: Annotated[Path | None, _option("MP4 file, or a folder for several clips. Default: in the run.")] = None,
+    force: Force = False,
 ) -> None:
     """Generate MP4 clips with a run's LoRA; --compare puts the base model's clip beside each."""
     from lowmem_drf.commands.sample import sample_command
 
-    sample_command(run, lora, prompt or [], prompts, compare, lora_scale, seed, output)
+    sample_command(run, lora, prompt or [], prompts, compare, lora_scale, seed, output, force)
 
 
 @app.command(
@@ -143,12 +165,13 @@ def export_lora(
     dtype: Annotated[str | None, _option("bf16, fp16 or fp32. Default: the run's dtype (ToyWorld: fp32).")] = None,
     output: Annotated[Path | None, _option("The file to write. Default: in the run.")] = None,
     merge: Annotated[Path | None, _option("Folder for the whole model with the LoRA merged in.")] = None,
+    force: Force = False,
 ) -> None:
     """Write the LoRA as one verified file that ComfyUI and diffusers load."""
     from lowmem_drf.commands.export_lora import export_run
     from lowmem_drf.training.run_folder import find_run
 
-    typer.echo(export_run(find_run(run), step, format_, dtype, output, merge))
+    typer.echo(export_run(find_run(run), step, format_, dtype, output, merge, force))
 
 
 @app.command("eval", epilog=_example("lowmem-drf eval", "lowmem-drf eval runs/toy-1 --prompts heldout.txt --json"))
@@ -178,11 +201,12 @@ def score(
     mode: Annotated[str | None, _option("yesno, dense, both (the default) or vanilla.")] = None,
     set_: Set = None,
     json_: Json = False,
+    force: Force = False,
 ) -> None:
     """Show the critic's answer to every question about a video, and where the reward's gradient points."""
     from lowmem_drf.commands.score import score_command
 
-    score_command(video, prompt, saliency, json_, preset, critic, quant, frames, mode, set_ or [])
+    score_command(video, prompt, saliency, json_, preset, critic, quant, frames, mode, set_ or [], force)
 
 
 @app.command(
@@ -205,7 +229,7 @@ def questions(
     json_: Json = False,
     write: Annotated[bool, _option("Load the critic, and show the questions that it writes and checks.")] = False,
     check: Annotated[Path | None, _option("Load the critic, and check the questions of this file.")] = None,
-    force: Annotated[bool, _option("Let --output replace a file that was edited.")] = False,
+    force: Force = False,
 ) -> None:
     """Show the questions that the critic is asked about a prompt, or write them to a file to edit. Without --write or
     --check no model is loaded."""
@@ -276,12 +300,15 @@ def presets_copy(
     target: Annotated[
         Path | None, typer.Argument(help="The new file. Default: NAME.toml here.", show_default=False)
     ] = None,
+    force: Force = False,
 ) -> None:
     """Copy a preset to a new file to edit."""
     from lowmem_drf.config import copy_preset
+    from lowmem_drf.files import replaceable
 
-    path = copy_preset(name, target)
-    typer.echo(f"{path}: edit it, then run: lowmem-drf train --preset {path}")
+    path = copy_preset(name, target, force)
+    if replaceable(path):
+        typer.echo(f"{path}: edit it, then run: lowmem-drf train --preset {quoted(path)}")
 
 
 _flags: set[str] = set()

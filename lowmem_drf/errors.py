@@ -1,4 +1,9 @@
-"""The exceptions of lowmem-drf. Every message says what happened and what to do."""
+"""The exceptions of lowmem-drf, and their messages. Every message says what happened and what to do."""
+
+import errno
+import os
+import shlex
+import subprocess
 
 
 class LowmemError(Exception):
@@ -17,6 +22,11 @@ class NonFiniteError(LowmemError):
     """A reward, gradient or weight is NaN or infinite. Raised before the optimizer step, so the weights are good."""
 
 
+def quoted(word: object) -> str:
+    """A word of a command that a message advises, so that it can be pasted into a shell."""
+    return subprocess.list2cmdline([str(word)]) if os.name == "nt" else shlex.quote(str(word))
+
+
 DEBUG = "--debug"
 """The option that shows tracebacks."""
 
@@ -29,6 +39,9 @@ def explain(error: BaseException) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory: {error}\nTry: -s micro_batch=1, fewer video.frames, or a smaller video.width.", 1
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        name = max(str(error.filename or "").split(os.sep), key=len)
+        return f"the name {name[:40]}… is too long: file systems allow 255 bytes. Give a shorter one.", 2
     if isinstance(error, OSError):
         return f"{error}\nCheck the path, its permissions and the free disk space.", 1
     return f"unexpected {type(error).__name__}: {error}\nRun the same command with {DEBUG} to see where.", 1

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,11 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.types import Aspect, Kind, Prompt, Question
 
 _PROMPT_KEYS = {"prompt", "id", "questions", "reference_video"}
+_OTHER_FORMATS = (
+    *(".csv", ".tsv", ".xls", ".xlsx", ".ods", ".parquet", ".arrow", ".yaml", ".yml", ".toml", ".xml", ".html"),
+    *(".rtf", ".doc", ".docx", ".pdf"),
+)
+"""Endings of files whose lines are no prompts, though some could be read as text."""
 _QUESTION_KEYS = {"aspect", "text", "answer", "kind", "weight", "name"}
 
 
@@ -30,6 +36,11 @@ def load_prompts(path: str | Path) -> tuple[Prompt, ...]:
     if not path.is_file():
         raise BadInputError(
             f"prompt file {path} does not exist. Write one prompt a line into it, or give another file with --prompts."
+        )
+    if path.suffix.lower() in _OTHER_FORMATS:
+        raise BadInputError(
+            f"prompt file {path}: {path.suffix} files are not read. Save the prompts alone, one a line, as .txt; "
+            'or one object a line as .jsonl: {"prompt": "..."}'
         )
     try:
         # splitlines also breaks at characters that JSON strings may contain
@@ -45,6 +56,10 @@ def load_prompts(path: str | Path) -> tuple[Prompt, ...]:
         for n, text in enumerate(lines, 1)
         if text.strip() and (is_json or not text.lstrip().startswith("#"))
     ]
+    if any("\0" in text for _, text in rows):
+        raise BadInputError(f"prompt file {path} holds zero bytes: it is no text, or UTF-16. Save it as UTF-8.")
+    if rows and not is_json and re.match(r"\{ *\"prompt\" *:", rows[0][1]):
+        raise BadInputError(f"{path}:{rows[0][0]}: is JSON, which is read from .jsonl files. Rename the file.")
     if not rows:
         raise BadInputError(f"prompt file {path} holds no prompt. Write one prompt a line into it.")
     prompts: dict[str, tuple[int, Prompt]] = {}

@@ -28,7 +28,7 @@ def bench_command(preset: str | None, vram: str | None, overrides: Sequence[str]
     """Prints planned and measured figures as a table or JSON."""
     from rich.console import Console
 
-    name = preset or chosen_preset()[0]
+    name = preset if preset is not None else chosen_preset()[0]
     config = one_micro_batch(load_config(name, [*overrides, "processes=1"]))
     console = Console(stderr=as_json, soft_wrap=True)
     cap_gib = parse_vram(vram) if vram else None

@@ -14,7 +14,7 @@ def plan_command(preset: str | None, vram: str | None, overrides: Sequence[str],
     """Prints a table or JSON, and what to change if it does not fit."""
     from rich.console import Console
 
-    name = preset or chosen_preset()[0]
+    name = preset if preset is not None else chosen_preset()[0]
     config = load_config(name, overrides)
     card = card_named(preset_card(preset_path(name)))
     console = Console(stderr=as_json, soft_wrap=True)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 from lowmem_drf import __version__
 from lowmem_drf.config import chosen_preset, known_keys, load_config, preset_card, preset_path, to_toml
 from lowmem_drf.distributed.ranks import ALONE, Ranks, end_process, join, started_processes
-from lowmem_drf.errors import DEBUG, BadInputError
+from lowmem_drf.errors import DEBUG, BadInputError, quoted
 from lowmem_drf.files import make_writable, release, write_text
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.planner.cards import card_named
 from lowmem_drf.questions.file import WRITERS
 from lowmem_drf.schema import Config
-from lowmem_drf.training.checkpoint import checkpoint_steps
+from lowmem_drf.training.checkpoint import checkpoint_steps, resume_command
 from lowmem_drf.training.run_folder import RUNS, claim, default_output, find_run
 from lowmem_drf.types import Prompt, Question
 
@@ -65,7 +65,7 @@ def train_command(
         name, (run, config) = "", _resumed(preset, output, overrides)
         origin = f"resumed after update {done_steps(run)}"
     else:
-        name, why = (preset, "") if preset else chosen_preset()
+        name, why = (preset, "") if preset is not None else chosen_preset()
         run, config = output or default_output(name), _absolute(load_config(name, overrides))
         origin = f"preset {name}{why}"
     if dry_run:
@@ -109,7 +109,7 @@ def _advice(run: Path) -> str:
     """How to go on after a run of several processes was stopped."""
     if not (saved := done_steps(run)):
         return "No update was saved."
-    return f"Update {saved} is saved. Go on with: lowmem-drf train --resume --output {run}"
+    return f"Update {saved} is saved. Go on with: {resume_command(run)}"
 
 
 def start(
@@ -225,7 +225,7 @@ def _resumed(preset: str | None, output: Path | None, overrides: Sequence[str]) 
             f"Start a new run, or change only: {', '.join(MAY_CHANGE)}."
         )
     if (done := done_steps(run)) >= config.steps:
-        cure = f"To train on: --resume --output {run} --steps {2 * done}"
+        cure = f"To train on: {resume_command(run)} --steps {2 * done}"
         raise BadInputError(f"{run} is complete: {done} of {config.steps} updates. {cure}")
     return run, config
 
@@ -288,8 +288,8 @@ def _finish(console: Console, config: Config, run: Path, models: Models, trial: 
     here = run.parent == RUNS
     console.print("Next:", highlight=False)
     for command in (
-        "lowmem-drf sample --compare" + ("" if here else f" --run {run}"),
-        "lowmem-drf export-lora" + ("" if here else f" {run}"),
-        "lowmem-drf eval" + ("" if here else f" {run}"),
+        "lowmem-drf sample --compare" + ("" if here else f" --run {quoted(run)}"),
+        "lowmem-drf export-lora" + ("" if here else f" {quoted(run)}"),
+        "lowmem-drf eval" + ("" if here else f" {quoted(run)}"),
     ):
         console.print(f"  {command}", highlight=False, markup=False)

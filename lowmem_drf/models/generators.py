@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowmem_drf.errors import BadInputError
+from lowmem_drf.errors import BadInputError, quoted
 from lowmem_drf.models.weights.files import MODEL_INDEX, SECOND, has_second, read_model_index
 from lowmem_drf.models.weights.sources import resolve
 
@@ -148,7 +148,8 @@ def generator_config(folder_or_id: str) -> GeneratorConfig:
         return KNOWN_GENERATORS[place].config
     raise BadInputError(
         f"No configuration of {place!r} is on this machine, neither as a folder nor in the hub's cache. If it is an id "
-        f"on the Hugging Face hub, get its configuration (a few kilobytes): hf download {place} --include '*.json'\n"
+        "on the Hugging Face hub, get its configuration (a few kilobytes): "
+        f"hf download {quoted(place)} --include '*.json'\n"
         f"Or give a folder in diffusers layout, or one of: {', '.join(KNOWN_GENERATORS)}."
     )
 

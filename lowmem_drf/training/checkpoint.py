@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lowmem_drf.errors import BadInputError, LowmemError
+from lowmem_drf.errors import BadInputError, LowmemError, quoted
 from lowmem_drf.files import discard, written_aside
 from lowmem_drf.prompts import Cursor
 
@@ -43,6 +43,11 @@ class Checkpoint:
     """``reward.Spread.seen``."""
 
 
+def resume_command(run: Path) -> str:
+    """What a message advises, to go on with a run."""
+    return f"lowmem-drf train --resume --output {quoted(run)}"
+
+
 def checkpoint_steps(run: Path) -> list[int]:
     """The steps of the run's complete checkpoints, ascending."""
     found = (_FOLDER.fullmatch(path.name) for path in (run / "checkpoints").glob("step-*") if path.is_dir())
@@ -53,7 +58,7 @@ def checkpoint_folder(run: Path, step: int | None = None) -> Path:
     """The folder of a step's checkpoint, by default of the last. Raises BadInputError if there is none."""
     steps = checkpoint_steps(run)
     if not steps:
-        raise BadInputError(f"{run} has no checkpoint yet. Go on training: lowmem-drf train --resume --output {run}")
+        raise BadInputError(f"{run} has no checkpoint yet. Go on training: {resume_command(run)}")
     if step is not None and step not in steps:
         raise BadInputError(f"{run} has no checkpoint of step {step}. Steps: {', '.join(map(str, steps))}")
     return run / "checkpoints" / f"step-{steps[-1] if step is None else step:06d}"

@@ -22,6 +22,7 @@ from lowmem_drf.training.checkpoint import (
     checkpoint_folder,
     checkpoint_steps,
     load_checkpoint,
+    resume_command,
     save_checkpoint,
 )
 from lowmem_drf.training.metrics import Metrics
@@ -103,7 +104,7 @@ def train(
                 if stop or ranks.any(bool(asked)):  # Ctrl-C may also come during the samples
                     if not saved:
                         save(report.step)
-                    cure = "The run is complete." if last else f"Go on with: lowmem-drf train --resume --output {run}"
+                    cure = "The run is complete." if last else f"Go on with: {resume_command(run)}"
                     raise KeyboardInterrupt(f"Interrupted after update {report.step}; it is saved. {cure}")
     finally:
         if metrics:
@@ -137,7 +138,7 @@ def _finish_on_interrupt(progress: TrainProgress, run: Path, ranks: Ranks) -> It
             os._exit(130)
         if asked:
             saved = max(checkpoint_steps(run), default=0)
-            again = f"Go on with: lowmem-drf train --resume --output {run}"
+            again = f"Go on with: {resume_command(run)}"
             progress.leave(f"Stopped at once; update {saved} is the last one saved. {again}")
             os._exit(130)
         asked.append(number)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.files import make_writable
+from lowmem_drf.files import RUN_FILES, make_writable
 from lowmem_drf.schema import Config, Zero
+from lowmem_drf.training.checkpoint import resume_command
 
 RUNS = Path("runs")
 _CONTENTS = ("config.toml", "metrics.jsonl", "checkpoints", "samples", "tensorboard")
@@ -33,8 +34,11 @@ def claim(folder: Path) -> list[Path]:
     # os.path: Path.exists raises where a parent folder may not be read
     held = [name for name in _CONTENTS if os.path.exists(folder / name)]
     if held:
-        cure = f"Go on with it: lowmem-drf train --resume --output {folder}; or give another --output."
+        cure = f"Go on with it: {resume_command(folder)}; or give another --output."
         raise BadInputError(f"{folder} already holds a run ({', '.join(held)}). {cure}")
+    if edited := [name for name in RUN_FILES if os.path.exists(folder / name)]:
+        cure = f"Move {'them' if edited[1:] else 'it'} elsewhere, or give another --output."
+        raise BadInputError(f"{folder} holds {' and '.join(edited)}, which the run would overwrite. {cure}")
     return make_writable(folder)
 
 
