@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 import lowmem_drf
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.files import require_output, write_text
 from lowmem_drf.schema import Config, Node
 
 _PATTERNS = {
@@ -123,22 +124,19 @@ def _card_gb(path: Path) -> float | None:
     return float(found[1]) if found else None
 
 
-def copy_preset(preset: str, target: Path | None = None) -> Path:
-    """Copies a preset to a new file, by default under its name in the current folder. Raises BadInputError if the file
-    exists or its folder does not."""
+def copy_preset(preset: str, target: Path | None = None, force: bool = False) -> Path:
+    """Copies a preset to a new file, by default under its name in the current folder. Raises BadInputError for an
+    existing file unless ``force``."""
     source = preset_path(preset)
     path = target or Path(source.name)
     if path.is_dir():
         path /= source.name
-    if path.exists():
-        raise BadInputError(f"{path} exists already. Give another name: lowmem-drf presets copy {preset} OTHER.toml")
-    if not path.parent.is_dir():
-        raise BadInputError(f"the folder {path.parent} does not exist. Make it first.")
+    require_output(path, "TARGET", lambda existing: False, force, streams=True, kind="TOML file")
     text = source.read_text(encoding="utf-8")
     extends = re.search(r'^extends *= *"(.+)"', text, re.MULTILINE)
     if extends and extends[1] not in presets():  # a path relative to the preset's folder: the copy has another one
         text = text.replace(extends[0], f'extends = "{_extended(source, extends[1])}"', 1)
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return path
 
 

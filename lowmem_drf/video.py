@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lowmem_drf.errors import BadInputError
+from lowmem_drf.errors import BadInputError, quoted
 from lowmem_drf.files import written_aside
 from lowmem_drf.method.frames import frames_at_rate, kept_fps, kept_frames
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
 CRF = 12
 """H.264's constant rate factor: visually lossless."""
+MADE_BY = "lowmem-drf"
 WATCHABLE_PIXELS = 256
 LABEL_PIXELS = 18
 
@@ -37,10 +37,11 @@ def watchable_upscale(height: int, width: int) -> int:
     return max(1, WATCHABLE_PIXELS // min(height, width))
 
 
-def write_mp4(path: Path, frames_TCHW: Tensor, fps: float, upscale: int = 1) -> Path:
+def write_mp4(path: Path, frames_TCHW: Tensor, fps: float, upscale: int = 1, what: str = "clip") -> Path:
     """Writes frames (T, 3, H, W), float in [0, 1] or uint8, under another name, renames the file, and returns its path.
 
     ``upscale`` repeats each pixel. Odd sizes are padded with their last row and column, since yuv420p needs even ones.
+    ``what`` stands in the file, for ``is_own_mp4``.
     """
     import av
 
@@ -50,6 +51,7 @@ def write_mp4(path: Path, frames_TCHW: Tensor, fps: float, upscale: int = 1) -> 
         written_aside(path) as aside,
         av.open(str(aside), "w", format="mp4", options={"movflags": "+faststart"}) as container,
     ):
+        container.metadata["comment"] = f"{MADE_BY} {what}"
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": str(CRF)})
         stream.height, stream.width = pixels_THWC.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -57,6 +59,17 @@ def write_mp4(path: Path, frames_TCHW: Tensor, fps: float, upscale: int = 1) -> 
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels_HWC, format="rgb24")))
         container.mux(stream.encode())
     return path
+
+
+def is_own_mp4(path: Path, what: str = "clip") -> bool:
+    """True for a file that ``write_mp4`` wrote, and nothing has converted since."""
+    import av
+
+    try:
+        with av.open(f"file:{path}") as container:
+            return container.metadata.get("comment") == f"{MADE_BY} {what}"
+    except (OSError, ValueError, av.error.FFmpegError):
+        return False
 
 
 def read_video(path: Path, frames: int | None = None, fps: float | None = None) -> tuple[Tensor, float]:
@@ -101,7 +114,7 @@ def _cure(path: Path) -> str:
 
 
 def _convert(path: Path, filters: str = "") -> str:
-    return f"ffmpeg -i {shlex.quote(str(path))} {filters}-c:v libx264 clip.mp4"
+    return f"ffmpeg -i {quoted(path)} {filters}-c:v libx264 clip.mp4"
 
 
 @contextmanager
@@ -125,7 +138,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             streams[0].thread_type = "AUTO"
             yield container, streams[0]
     except PermissionError as error:
-        cure = f"chmod +r {shlex.quote(str(path))}"
+        cure = f"chmod +r {quoted(path)}"
         raise BadInputError(f"{path} may not be read. Change its permissions: {cure}") from error
     except av.error.FFmpegError as error:
         raise BadInputError(

@@ -118,9 +118,10 @@ def test_copy_never_overwrites(tmp_path):
     path = copy_preset("toy", tmp_path / "mine.toml")
     assert load_config(path) == load_config("toy")
     path.write_text("steps = 3\n")
-    with pytest.raises(BadInputError, match="exists already"):
+    with pytest.raises(BadInputError, match="Give another TARGET, or replace it with --force"):
         copy_preset("toy", path)
     assert path.read_text() == "steps = 3\n"
+    copy_preset("toy", path, force=True)
+    assert load_config(path) == load_config("toy")
     assert copy_preset("toy", tmp_path) == tmp_path / "toy.toml"
-    with pytest.raises(BadInputError, match="Make it first"):
-        copy_preset("toy", tmp_path / "none" / "mine.toml")
+    assert load_config(copy_preset("toy", tmp_path / "new" / "mine.toml")) == load_config("toy")

@@ -1,6 +1,6 @@
 """The README's moving picture: clips of held-out ToyWorld prompts from the same noise, base model above tuned model.
 
-    python -m bench.toyworld.base_and_tuned RUN --output docs/images/base_and_tuned.gif
+    python -m bench.toyworld.base_and_tuned RUN --output docs/images/base_and_tuned.gif --force
 
 The prompts are the first of ``heldout_prompts``; none is picked by hand. The oracle's verdict stands under each clip.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from bench.script import reports_errors
 from lowmem_drf.assembly.generate import base_and_tuned
 from lowmem_drf.assembly.loading import load_models
-from lowmem_drf.files import make_writable
+from lowmem_drf.files import require_output, written_aside
 from lowmem_drf.questions.toyworld import attributes
 from lowmem_drf.toy.captions import heldout_prompts
 from lowmem_drf.toy.oracle import Verdict, judge
@@ -101,14 +101,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.toyworld.base_and_tuned", description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="a ToyWorld run's folder; default: the latest under runs/")
     parser.add_argument("--output", type=Path, default=Path("docs/images/base_and_tuned.gif"))
+    parser.add_argument("--force", action="store_true", help="replace a picture that is there")
     parser.add_argument("--prompts", type=int, default=12, help="how many held-out prompts")
     parser.add_argument("--seed", type=int, default=0, help="seed of the prompts' order and of the noise")
     options = parser.parse_args(arguments)
+    require_output(options.output, "--output", lambda existing: False, options.force, kind="GIF")
     pictures = moving_picture(columns_of(find_run(options.run), options.prompts, options.seed))
-    make_writable(options.output.absolute().parent)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     durations = [160] * (len(pictures) - 1) + [900]  # ms; the last frame rests
     animation = {"save_all": True, "append_images": pictures[1:], "duration": durations, "loop": 0}
-    pictures[0].save(options.output, optimize=True, **animation)
+    with written_aside(options.output, ".gif") as aside:
+        pictures[0].save(aside, optimize=True, **animation)
     print(options.output)
     return 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import torch
 
 from lowmem_drf.assembly.loading import load_transformer, prepare_generator
 from lowmem_drf.errors import BadInputError, LowmemError
-from lowmem_drf.export.export import export_lora, file_metadata, host_bytes, merge_lora
+from lowmem_drf.export.export import export_lora, file_metadata, host_bytes, is_export, merge_lora
+from lowmem_drf.files import make_writable, refuse_in_run, release, require_output
 from lowmem_drf.models.generators import GeneratorConfig, generator_config
 from lowmem_drf.models.lora.formats import FORMATS, LoraFile, read_lora
 from lowmem_drf.models.wan.experts import subfolders_of
@@ -43,13 +46,14 @@ class Exported:
 
 def export_run(
     run: Path, step: int | None = None, form: str = "comfyui", dtype: str | None = None,
-    output: Path | None = None, merge: Path | None = None,
+    output: Path | None = None, merge: Path | None = None, force: bool = False,
 ) -> Exported:  # fmt: skip
     """Exports the LoRA of a run's checkpoint ``step`` (default: the last).
 
     ``dtype``: default: that of the run's base model, because a bf16 file would lose precision on a model in fp32.
     ``output``: the file; default: ``<run>/<run's name>-step-NNNNNN.<format>.safetensors``. ``merge``: a folder for the
-    base transformer with the LoRA merged in; the LoRA file is then written only if ``output`` is given too.
+    base transformer with the LoRA merged in; the LoRA file is then written only if ``output`` is given too. ``force``:
+    ``output`` may replace any file that no run needs.
 
     The LoRA is verified on, and merged into, the base's full weights, also if the run used quantised ones.
 
@@ -62,21 +66,23 @@ def export_run(
     if dtype is not None and dtype not in DTYPES:
         raise BadInputError(f"--dtype {dtype} does not exist. Choose one of: {', '.join(DTYPES)}.")
     folder = checkpoint_folder(run, step)
-    if merge is not None and merge.exists() and (not merge.is_dir() or any(merge.iterdir())):
-        raise BadInputError(f"{merge} exists already. Give --merge a folder that does not.")
+    if merge is not None:
+        _require_free(merge)
     config, lora = run_config(run), read_lora(folder / "lora.safetensors")
     dtype = dtype or config.dtype
     generator = prepare_generator(config)
     described = generator_config(str(generator))
     subfolder, other = subfolders_of(described, config.model.expert)
     expert = config.model.expert if other else ""
+    suffix = f"{f'-{expert}-noise' if expert else ''}.{form}.safetensors"
+    file = _output_file(output, f"{run.resolve().name}-{folder.name}{suffix}", run)
+    if merge is None or output is not None:
+        require_output(file, "--output", is_export, force, kind="LoRA file")
     blocks = _blocks_to_read(described, subfolder, lora, merge is not None)
     cpu = torch.device("cpu")
     transformer = load_transformer(config, generator, torch.float32, cpu, subfolder, quant="none", blocks=blocks)
     paths, lines = [], []
     if merge is None or output is not None:
-        suffix = f"{f'-{expert}-noise' if expert else ''}.{form}.safetensors"
-        file = _output_file(output, f"{run.resolve().name}-{folder.name}{suffix}", run)
         metadata = file_metadata(config, folder.name, transformer, expert)
         path, verified = export_lora(lora, form, DTYPES[dtype], file, transformer, metadata)  # type: ignore[arg-type]
         paths.append(path)
@@ -85,7 +91,7 @@ def export_run(
     if merge is not None:
         verified = merge_lora(lora, DTYPES[dtype], merge, transformer, subfolder)
         paths.append(merge)
-        call = f'WanTransformer3DModel.from_pretrained("{merge}", subfolder="{subfolder}")'
+        call = f'WanTransformer3DModel.from_pretrained({json.dumps(str(merge))}, subfolder="{subfolder}")'
         lines += [f"{merge} ({dtype}) loads with {call}.", str(verified)]
         if config.model.quant != "none":
             lines.append(
@@ -93,6 +99,14 @@ def export_run(
                 f"{config.model.quant} ones (model.quant)."
             )
     return Exported(tuple(paths), tuple(lines))
+
+
+def _require_free(merge: Path) -> None:
+    """Raises BadInputError if there is something, or nothing can be. No option replaces a folder."""
+    if os.path.lexists(merge) and not (merge.is_dir() and not any(merge.iterdir())):
+        raise BadInputError(f"{merge} exists already. Give --merge a folder that does not.")
+    refuse_in_run(merge, "--merge")
+    release(make_writable(merge.parent, "--merge"))
 
 
 def _blocks_to_read(generator: GeneratorConfig, subfolder: str, lora: LoraFile, merges: bool) -> int | None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from lowmem_drf.assembly.check import Checked
 from lowmem_drf.assembly.questions import draft_questions, grammar_of, writers_of
-from lowmem_drf.errors import BadInputError
+from lowmem_drf.errors import BadInputError, quoted
+from lowmem_drf.files import replaceable, require_output, write_text
 from lowmem_drf.models.weights.sources import READER, TOYWORLD
 from lowmem_drf.prompts import as_prompts, load_prompts
 from lowmem_drf.questions import toyworld
@@ -55,7 +56,7 @@ def questions_command(
         )
     if check is not None:
         overrides = [*overrides, f"critic.questions={json.dumps(str(check))}"]
-    config = load_config(preset or chosen_preset()[0], overrides)
+    config = load_config(preset if preset is not None else chosen_preset()[0], overrides)
     given = as_prompts(list(load_questions(check))) if check is not None else None
     prompts = given or (as_prompts([prompt]) if prompt is not None else load_prompts(file or ""))
     # without --preset, show the prompt's questions even if this machine's preset trains ToyWorld
@@ -64,13 +65,16 @@ def questions_command(
     console = Console(stderr=as_json, soft_wrap=True)
     grammar = "phrases" if free else grammar_of(config)
     drafted = draft_questions(config, prompts, grammar)
+    if output is not None:
+        require_output(output, "--output", lambda path: _unedited(path, config, grammar), force, streams=True)
     asks = write or check is not None
     done = _asked(config, prompts, drafted, console) if asks else Checked(drafted)
     text = to_json({p.text: done.questions[p.id] for p in prompts})
     if output is not None:
-        _write(output, text, config, grammar, force)
-        told = f"{output}: edit it, then run: lowmem-drf train -s critic.questions={output}"
-        console.print(told, highlight=False, markup=False)
+        write_text(output, text)
+        if replaceable(output):
+            told = f"{output}: edit it, then run: lowmem-drf train -s {quoted(f'critic.questions={output}')}"
+            console.print(told, highlight=False, markup=False)
     if as_json and check is not None:
         rows = [{"prompt": p.text, "questions": report(done.verdicts.get(p.id, ()), every=True)} for p in prompts]
         print(json.dumps(rows, indent=1, ensure_ascii=False))
@@ -103,23 +107,14 @@ def _asked(
     return finish_questions(config, prompts, draft, load_run_critic(config), console)
 
 
-def _write(path: Path, text: str, config: Config, grammar: Grammar, force: bool) -> None:
-    """Writes the file unless it holds a user's edits: anything that this command would not write for its prompts."""
-    from lowmem_drf.files import replaceable, write_text
-
-    if not force and replaceable(path) and path.exists() and path.read_text(encoding="utf-8") != text:
-        try:
-            prompts = as_prompts(list(load_questions(path)))
-            before = draft_questions(config, prompts, grammar)
-            edited = to_json({p.text: before[p.id] for p in prompts}) != path.read_text(encoding="utf-8")
-        except BadInputError:
-            edited = True
-        if edited:
-            raise BadInputError(
-                f"{path} exists, and was edited or made in another way. "
-                "Give another name with --output, or replace it with --force."
-            )
-    write_text(path, text)
+def _unedited(path: Path, config: Config, grammar: Grammar) -> bool:
+    """True for a file that this command would write, without the critic, for the prompts in it."""
+    try:
+        prompts = as_prompts(list(load_questions(path)))
+        before = draft_questions(config, prompts, grammar)
+        return to_json({p.text: before[p.id] for p in prompts}) == path.read_text(encoding="utf-8")
+    except (BadInputError, ValueError):
+        return False
 
 
 def _print_questions(prompt: Prompt, verdicts: Sequence[Verdict], maker: str, console: Console, framed: bool) -> None:

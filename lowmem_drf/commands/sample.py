@@ -10,15 +10,16 @@ from lowmem_drf.assembly.assemble import run_prompts
 from lowmem_drf.assembly.generate import base_and_tuned
 from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.files import make_writable
+from lowmem_drf.files import readable_name, require_output, short_hash
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.prompts import load_prompts
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import work_bar
+from lowmem_drf.training.checkpoint import checkpoint_folder
 from lowmem_drf.training.lora_file import load_lora_file, load_run_lora
-from lowmem_drf.training.previews import preview_texts, slug
+from lowmem_drf.training.previews import preview_texts
 from lowmem_drf.training.run_folder import find_run, run_config
-from lowmem_drf.video import side_by_side, watchable_upscale, write_mp4
+from lowmem_drf.video import is_own_mp4, side_by_side, watchable_upscale, write_mp4
 
 
 def sample_command(
@@ -30,11 +31,12 @@ def sample_command(
     scale: float,
     seed: int,
     output: Path | None,
+    force: bool = False,
 ) -> None:
     """Writes a clip per prompt and prints its path.
 
     Raises BadInputError: no run, no such LoRA or one for another model, a scale that is not finite, or an output that
-    cannot be written.
+    cannot be written or would replace another program's file (unless ``force``).
     """
     if not math.isfinite(scale):
         raise BadInputError(f"--lora-scale {scale} is not a number that can be used; 1 is the tuned model, 0 the base.")
@@ -43,13 +45,17 @@ def sample_command(
     run = find_run(run_folder)
     config = run_config(run)
     wanted = _texts(config, texts, file)
+    if lora is None:
+        source = checkpoint_folder(run).name
+    else:  # files of one name in two folders are two LoRAs
+        source = readable_name(lora.stem, after=f"-{short_hash(str(lora.resolve()))}")
+    variant = f"seed{seed}{'' if scale == 1 else f'-lora{scale:g}'}{'-compare' if compare else ''}"
+    paths = _paths(output or run / "samples" / source, wanted, variant, is_folder=output is None, force=force)
     models = load_models(config, wanted, with_critic=False)
-    if lora is not None:
-        load_lora_file(models.transformer, lora)
-        source = lora.stem
+    if lora is None:
+        load_run_lora(models.transformer, run, config)
     else:
-        source = f"step-{load_run_lora(models.transformer, run, config):06d}"
-    paths = _paths(output or run / "samples" / source, wanted, seed, compare, is_folder=output is None)
+        load_lora_file(models.transformer, lora)
     label = "tuned" if scale == 1 else f"tuned, LoRA x {scale:g}"
     upscale = watchable_upscale(config.video.height, config.video.width)
     clips = base_and_tuned(config, models, wanted, seed, scale, with_base=compare)
@@ -73,21 +79,19 @@ def _texts(config: Config, texts: Sequence[str], file: Path | None) -> list[str]
     return asked or preview_texts(config, () if config.prompts == TOYWORLD else run_prompts(config))
 
 
-def _paths(output: Path, texts: Sequence[str], seed: int, compare: bool, is_folder: bool) -> list[Path]:
-    """One path per prompt: ``output`` itself if it ends in .mp4, else files in it."""
+def _paths(output: Path, texts: Sequence[str], variant: str, is_folder: bool, force: bool) -> list[Path]:
+    """One path per prompt: ``output`` itself if it ends in .mp4, else files in it. ``variant``: what tells clips of one
+    prompt apart. Checks that they may be written."""
     if not is_folder and output.suffix.lower() == ".mp4":
         if len(texts) > 1:
             raise BadInputError(f"--output {output} is one file, and there are {len(texts)} prompts. Give a folder.")
-        return [_writable(output)]
-    if not is_folder and output.suffix:
+        paths = [output]
+    elif not is_folder and output.suffix:
         raise BadInputError(f"--output {output}: clips are MP4 files. Give a name that ends in .mp4, or a folder.")
-    ending = f"seed{seed}{'-compare' if compare else ''}.mp4"
-    number = f"{{:0{len(str(len(texts)))}d}}-" if len(texts) > 1 else ""
-    return [_writable(output / f"{number.format(i)}{slug(text)}-{ending}") for i, text in enumerate(texts, 1)]
-
-
-def _writable(path: Path) -> Path:
-    if path.is_dir():
-        raise BadInputError(f"--output {path} is a folder. Give a name that does not end in .mp4, or another file.")
-    make_writable(path.parent)
-    return path
+    else:
+        number = f"{{:0{len(str(len(texts)))}d}}-" if len(texts) > 1 else ""
+        numbered = [(number.format(i), text) for i, text in enumerate(texts, 1)]
+        paths = [output / readable_name(text, i, f"-{short_hash(text)}-{variant}.mp4") for i, text in numbered]
+    for path in paths:
+        require_output(path, "--output", is_own_mp4, force, kind="clip")
+    return paths

@@ -17,16 +17,16 @@ from lowmem_drf.assembly.questions import draft_questions, require_weights
 from lowmem_drf.assembly.references import finish_questions
 from lowmem_drf.config import chosen_preset, load_config
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.files import make_writable
+from lowmem_drf.files import require_output
 from lowmem_drf.method.preprocess import resized
 from lowmem_drf.models.weights.sources import READER, TOYWORLD
 from lowmem_drf.prompts import as_prompts
 from lowmem_drf.questions import toyworld
 from lowmem_drf.schema import Config
-from lowmem_drf.scoring.heatmap import write_heatmap
+from lowmem_drf.scoring.heatmap import WHAT, write_heatmap
 from lowmem_drf.scoring.saliency import saliency as saliency_of
 from lowmem_drf.scoring.score import ClipScore, score_clip
-from lowmem_drf.video import read_video
+from lowmem_drf.video import is_own_mp4, read_video
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,8 +43,10 @@ def score_command(
     frames: str | None,
     mode: str | None,
     overrides: Sequence[str],
+    force: bool = False,
 ) -> None:
-    """Prints the critic's scores of a video as a table or as JSON, and writes the saliency clip.
+    """Prints the critic's scores of a video as a table or as JSON, and writes the saliency clip (``force``: in place of
+    any file).
 
     Raises BadInputError: an unreadable video, an unusable prompt or question, or a critic that cannot be loaded.
     """
@@ -55,8 +57,10 @@ def score_command(
     flags = {"critic.id": critic, "critic.quant": quant, "critic.mode": mode}
     flagged = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flags.items() if value is not None]
     # all questions by default, whatever the preset trains on
-    config = load_config(preset or chosen_preset()[0], ["critic.mode=both", *overrides, *flagged])
-    target = None if saliency is None else _target(saliency)
+    config = load_config(
+        preset if preset is not None else chosen_preset()[0], ["critic.mode=both", *overrides, *flagged]
+    )
+    target = None if saliency is None else _target(saliency, force)
     prompts = as_prompts([prompt])
     toy = config.critic.id in (TOYWORLD, READER)
     if toy and preset is None and toyworld.attributes(prompt) is None:
@@ -138,9 +142,9 @@ def _wanted(frames: int | str) -> tuple[int | None, float | None]:
     return count, rate
 
 
-def _target(path: Path) -> Path:
+def _target(path: Path, force: bool) -> Path:
     """The saliency clip's path, checked to be writable before anything is computed."""
-    if path.suffix.lower() != ".mp4" or path.is_dir():
+    if path.suffix.lower() != ".mp4":
         raise BadInputError(f"--saliency {path}: the clip is an MP4 file. Give a name that ends in .mp4.")
-    make_writable(path.parent)
+    require_output(path, "--saliency", lambda existing: is_own_mp4(existing, WHAT), force, kind="clip")
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -79,6 +80,17 @@ def export_lora(
     return output, verified
 
 
+def is_export(path: Path) -> bool:
+    """True for a LoRA file that ``export_lora`` wrote. A checkpoint's LoRA has another header."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "lowmem_drf.rank" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
 def merge_lora(
     lora: LoraFile, dtype: torch.dtype, folder: Path, transformer: WanTransformer3DModel, subfolder: str = "transformer"
 ) -> Verified:
@@ -107,7 +119,7 @@ def merge_lora(
             transformer.to("meta")
             verified = verify_merge(aside, dtype, tuned, subfolder)
             if folder.exists():
-                folder.rmdir()  # export_run checked that it is empty
+                os.rmdir(os.path.realpath(folder))  # export_run checked that it is empty
     except OSError as error:
         problem = f"{folder} cannot be written: {error.strerror or error}"
         raise BadInputError(f"{problem}. Give another folder with --merge.") from error

@@ -28,6 +28,8 @@ WIDTH, MARGIN, GAP, COLUMNS, LINE = 1600, 24, 16, 4, 18
 PANEL, THUMB = ((WIDTH - 2 * MARGIN - GAP) // 2, 416), (124, 4 * LINE)
 """Maximum (width, height) of the two large pictures, and of a question's map."""
 GROUND, EDGE, INK, FAINT, GOOD, BAD = "#121317", "#343842", "#eceef2", "#969ba6", "#7fd1a2", "#ff6f61"
+WHAT = "saliency"
+"""The clip's kind in its file (``video.is_own_mp4``)."""
 MIN_SECONDS = 4.0  # shorter clips are slowed down to this duration
 
 
@@ -36,7 +38,8 @@ def write_heatmap(
 ) -> Path:
     """Writes the clip as MP4 and returns the path. ``frames_TCHW``: float in [0, 1]; the maps may differ in size."""
     frames_TCHW = frames_TCHW.float().cpu()
-    return write_mp4(path, draw(frames_TCHW, saliency, score, prompt), min(fps, len(frames_TCHW) / MIN_SECONDS))
+    pages_TCHW = draw(frames_TCHW, saliency, score, prompt)
+    return write_mp4(path, pages_TCHW, min(fps, len(frames_TCHW) / MIN_SECONDS), what=WHAT)
 
 
 def draw(frames_TCHW: Tensor, saliency: Saliency, score: ClipScore, prompt: str) -> Tensor:

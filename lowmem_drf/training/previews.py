@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from lowmem_drf.assembly.assemble import Models
 from lowmem_drf.assembly.generate import batches
 from lowmem_drf.distributed.ranks import ALONE, Ranks
+from lowmem_drf.files import readable_name
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.schema import Config
 from lowmem_drf.types import Prompt
@@ -38,9 +38,5 @@ def write_previews(
         clips = [(i, to_pixels(frames)) for i, frames in zip(here, made.frames_BTCHW, strict=True)] if new else []
         for i, pixels in (clip for some in ranks.gather(clips) for clip in some):
             if ranks.chief:
-                write_mp4(folder / f"{i + 1:02d}-{slug(texts[i])}.mp4", pixels, config.video.fps, upscale)
-
-
-def slug(text: str) -> str:
-    """A file name from a prompt."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60].rstrip("-") or "clip"
+                name = readable_name(texts[i], f"{i + 1:02d}-", ".mp4")
+                write_mp4(folder / name, pixels, config.video.fps, upscale)

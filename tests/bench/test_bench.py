@@ -19,6 +19,7 @@ from lowmem_drf.planner import measure
 sys.path.insert(0, str(ROOT))
 
 from bench.plans import zero3
+from bench.script import make_parser, save
 from bench.toyworld import base_and_tuned as picture
 from bench.toyworld import critic_modes
 from bench.toyworld import seeds as toy_seeds
@@ -35,6 +36,19 @@ def tiny_toyworld(tiny_folders, monkeypatch):
     for room in ("models.weights.downloads", "assembly.loading"):
         monkeypatch.setattr(f"lowmem_drf.{room}.resolve", lambda model_id, role: folders[role])
     monkeypatch.setattr(toy_seeds, "EVAL_PROMPTS", 3)
+
+
+def test_figures_replace_figures_only(tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    parser = make_parser("bench.some", "A measurement.")
+    for _ in range(2):
+        options = parser.parse_args(["--json", str(file)])
+        save(options.json, {"rows": []})
+    file.write_text("[]")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--json", str(file)])
+    assert "--force" in capsys.readouterr().err and file.read_text() == "[]"
+    assert parser.parse_args(["--json", str(file), "--force"]).force
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import errno
 import inspect
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -120,7 +121,11 @@ def test_dry_run_prints_a_configuration_that_loads_and_writes_nothing(run_cli, t
         ("export-lora", "no run under runs/"),
         ("eval nowhere", "is not a run"),
         ("presets show toi", "Did you mean toy?"),
-        ("presets copy toy empty.txt", "exists already"),
+        ("presets copy toy empty.txt", "--force"),
+        ("train --prompts empty.csv", "empty.csv does not exist"),
+        (f"sample --run {'n' * 300}", f"the name {'n' * 40}… is too long"),
+        (f"questions --prompts {'n' * 300}", "is too long"),
+        ("train --preset=", "--preset is empty"),
         ("trian", "trian"),
         ("train --stepz 3", "--stepz"),
     ],
@@ -189,6 +194,28 @@ def test_a_folder_that_holds_a_run_is_refused_with_the_way_to_go_on(run_cli, tin
     assert (code, out) == (2, "")
     assert "already holds a run (config.toml, metrics.jsonl, checkpoints, samples, tensorboard)." in err
     assert f"Go on with it: lowmem-drf train --resume --output {tiny_run}" in err
+
+
+def test_advised_commands_can_be_pasted(run_cli, tmp_path):
+    (tmp_path / "my run").mkdir()
+    (tmp_path / "my run" / "config.toml").touch()
+    assert "--resume --output 'my run';" in run_cli("train --output", "my run")[2]
+    assert "--preset 'my toy.toml'" in run_cli("presets copy toy", "my toy.toml")[1]
+    said = run_cli("questions --output", "it's.json", PROMPT)[1]
+    assert shlex.split(said.partition("run: ")[2])[-1] == "critic.questions=it's.json"
+
+
+def test_a_new_run_replaces_no_questions_of_a_user(run_cli, tmp_path):
+    (tmp_path / "questions.json").write_text("mine")
+    code, _, err = run_cli("train --output .")
+    assert code == 2 and "holds questions.json, which the run would overwrite. Move it elsewhere" in err
+
+
+@pytest.mark.parametrize("option", ["train --preset", "plan --preset", "train --output", "export-lora --merge", "eval"])
+def test_an_empty_argument_is_not_the_default(option, run_cli, tmp_path):
+    code, out, err = run_cli(option, "")
+    assert (code, out) == (2, "") and f"{option.split()[-1]} is empty" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_default_preset_is_named_with_its_reason(run_cli, tmp_path, tiny_preset, monkeypatch):
@@ -269,11 +296,21 @@ def test_sample_of_several_prompts_writes_a_folder(run_cli, tmp_path, tiny_run):
     code, _, err = run_cli("sample --prompts p.txt --output clips --run", str(tiny_run))
     assert code == 0, err
     assert len(list((tmp_path / "clips").glob("*.mp4"))) == 2
+    alike = ["红" * 100, "红" * 101, "🎬"]
+    given = [word for text in alike for word in ("--prompt", text)]
+    code, out, err = run_cli("sample --output clips --run", str(tiny_run), *given)
+    assert code == 0 and len(list((tmp_path / "clips").glob("*.mp4"))) == 5, err
+    assert all("红红红" in name for name in out.splitlines()[:2])
+    again = run_cli("sample --output clips --run", str(tiny_run), *given)
+    assert again[:2] == (0, out), "clips that the command made may be made again"
     (tmp_path / "old.mp4").mkdir()
+    (tmp_path / "mine.mp4").write_text("a film")
     for arguments, said in (
         (["--prompts", "p.txt", "--output", "one.mp4"], "Give a folder"),
         (["--output", "a.gif"], ".mp4"),
         (["--output", "old.mp4"], "is a folder"),
+        (["--output", "mine.mp4"], "--force"),
+        (["--output", "/dev/null"], "Give another folder"),
         (["--prompt", " "], "empty"),
     ):
         code, _, err = run_cli("sample --run", str(tiny_run), *arguments)

@@ -466,6 +466,34 @@ def test_bad_input_leaves_nothing_behind(call: dict, reason: str, run: Path) -> 
     assert contents(run) == before
 
 
+def test_an_export_replaces_an_export_and_nothing_else(run: Path, tmp_path) -> None:
+    checkpoint = run / "checkpoints/step-000010/lora.safetensors"
+    theirs, own, link = (tmp_path / f"{name}.safetensors" for name in ("theirs", "own", "link"))
+    shutil.copy(checkpoint, theirs)
+    link.symlink_to(own)
+    for step in (5, 10):
+        export_run(run, step=step, output=link)
+        with safe_open(own, "pt") as file:
+            assert link.is_symlink() and file.metadata()["ss_steps"] == str(step)
+    before = theirs.read_bytes()
+    for output, force, reason in (
+        (theirs, False, "replace it with --force"),
+        (checkpoint, True, "belongs to the run"),
+        (run / "checkpoints/step-000010", True, "belongs to the run"),
+    ):
+        with pytest.raises(BadInputError, match=reason):
+            export_run(run, output=output, force=force)
+    with pytest.raises(BadInputError, match="belongs to the run"):
+        export_run(run, merge=checkpoint.parent / "merged", force=True)
+    assert theirs.read_bytes() == checkpoint.read_bytes() == before
+    export_run(run, output=theirs, force=True)
+    assert theirs.read_bytes() != before
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "to merged").symlink_to("merged")
+    export_run(run, merge=tmp_path / "to merged")
+    assert (tmp_path / "to merged").is_symlink() and (tmp_path / "merged/transformer/config.json").is_file()
+
+
 def test_a_run_whose_base_is_gone_or_another(run: Path, tmp_path) -> None:
     before = contents(run)
     config = tmp_path / "generator/transformer/config.json"

@@ -213,6 +213,7 @@ def test_score_with_a_critic_in_a_folder_on_another_video(clips, tiny_folders, c
         (dict(frames="fps:-2"), "--frames fps:-2"),
         (dict(mode="loud"), "critic.mode"),
         (dict(saliency=Path("out.gif")), "ends in .mp4"),
+        (dict(saliency="the video itself"), "another --saliency, or replace it with --force"),
         (dict(critic="/no/such/critic"), "critic"),
         (dict(video=Path("no.mp4")), "there is no video"),
     ],
@@ -220,6 +221,8 @@ def test_score_with_a_critic_in_a_folder_on_another_video(clips, tiny_folders, c
 )
 def test_what_cannot_be_scored_is_refused(clips, options, message):
     combo, path, _ = clips[0]
+    if options.get("saliency") == "the video itself":
+        options = {"saliency": path}
     with pytest.raises(BadInputError, match=message):
         run_score(**{"video": path, "prompt": caption(combo), **options})
 
