@@ -176,10 +176,10 @@ def start(
         if ranks.chief:
             if resume:
                 _require_same_questions(run, asked)
-            elif can_check(config):
-                done.write(run, prompts)
             write_text(run / "config.toml", to_toml(config))
             write_text(run / "questions.json", asked)
+            if can_check(config) and not resume:
+                done.write(run, prompts)
     except BaseException:
         release(made)
         raise
