@@ -1,7 +1,9 @@
 """Training on tiny models: the contents of a run, the arithmetic of an update, and refusals."""
 
+import json
 import math
 import os
+import shutil
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from lowmem_drf.config import change, load_config
 from lowmem_drf.errors import BadInputError, NonFiniteError
 from lowmem_drf.files import release
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters, named_lora
+from lowmem_drf.models.qwen_vl.critic import QwenCritic
 from lowmem_drf.prompts import as_prompts
 from lowmem_drf.questions.file import load_questions
 from lowmem_drf.scoring.evaluate import Trial, diversity, measure
@@ -301,3 +304,27 @@ def test_the_oracle_judges_toyworlds_clips_and_nothing_else(tiny_preset):
     assert oracle_for(load_config("toy"), ["a dog on a skateboard"]) is None
     assert oracle_for(load_config(tiny_preset), texts) is None
     assert oracle_for(load_config("toy", ["video.width=64"]), texts) is None
+
+
+def test_questions_are_checked_once_when_a_run_begins(tiny_preset, tmp_path, monkeypatch):
+    """A user's question that is false goes to left_out.json; on resume no question is checked again."""
+    monkeypatch.setenv("LOWMEM_DRF_CACHE", str(tmp_path / "cache"))
+    run, overrides = tmp_path / "run", ["critic.id=toyworld-reader", "critic.questions=phrases", "critic.check=true"]
+    overrides += ["critic.mode=yesno", "critic.token_weights=uniform", "log.sample_every=0"]
+    red, blue = (f"a {color} circle moves left on a gray background" for color in ("red", "blue"))
+    mine = [{"aspect": "TA", "text": f"is the shape {color} ?", "answer": "yes"} for color in ("red", "blue")]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": red}) + "\n" + json.dumps({"prompt": blue, "questions": mine}) + "\n")
+    train_command(str(tiny_preset), prompts, run, 1, None, False, overrides, False)
+    (row,) = json.loads((run / "left_out.json").read_text())
+    assert row["prompt"] == blue and [q["text"] for q in row["questions"]] == ["is the shape red ?"]
+    asked = load_questions(run / "questions.json")
+    assert [q.text for q in asked[blue]] == ["is the shape blue ?"]
+    assert f'"{red}"' in asked[red][0].text
+    heard = []
+    real = QwenCritic.answer_from_text
+    monkeypatch.setattr(QwenCritic, "answer_from_text", lambda *some: heard.append(some[1]) or real(*some))
+    shutil.rmtree(tmp_path / "cache")
+    train_command(None, None, run, 2, None, True, [], False)
+    assert heard and not any(red in text for text in heard)  # a user's questions may have changed, ours have not
+    assert load_questions(run / "questions.json") == asked
