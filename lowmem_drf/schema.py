@@ -157,7 +157,7 @@ class Critic(Node):
     and freed before anything else is loaded."""
     check: bool = True
     """Let the critic answer every question from the prompt's text first, and leave out those that it does not answer as
-    wanted: two passes a prompt, once; cached. ToyWorld's first critic cannot read prompts."""
+    wanted: two passes a prompt, once; cached. ToyWorld's default critic cannot read prompts."""
     reference: Literal["auto", "prompt"] = "auto"
     """Source of the reference answers to dense questions. ``auto``: what the critic says about the prompt's
     ``reference_video``, if there is one. ``prompt``: always made from the prompt."""

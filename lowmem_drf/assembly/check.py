@@ -63,7 +63,7 @@ class Checked:
 
 
 def can_check(config: Config) -> bool:
-    """False if the check is off, or the critic is ToyWorld's first one, which cannot read."""
+    """False if the check is off, or the critic is ToyWorld's default one, which cannot read."""
     return config.critic.check and config.critic.id != TOYWORLD
 
 

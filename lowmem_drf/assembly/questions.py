@@ -42,13 +42,13 @@ time hardly depends on their number."""
 def grammar_of(config: Config) -> Grammar:
     """The questions that need no model. ToyWorld's critics understand only ToyWorld's words.
 
-    Raises BadInputError: ``phrases`` for ToyWorld's first critic.
+    Raises BadInputError: ``phrases`` for ToyWorld's default critic.
     """
     critic = config.critic
     if critic.questions == "phrases" and critic.id == TOYWORLD:
         raise BadInputError(
-            'critic.questions = "phrases": ToyWorld\'s first critic does not understand them. '
-            f"Its second one does: -s critic.id={READER}"
+            'critic.questions = "phrases": ToyWorld\'s default critic does not understand them. '
+            f"Its reader does: -s critic.id={READER}"
         )
     if critic.questions == "phrases":
         return "toyworld_phrases" if critic.id == READER else "phrases"

@@ -101,7 +101,7 @@ def _asked(
 
     if config.critic.id == TOYWORLD:
         raise BadInputError(
-            "ToyWorld's first critic neither writes nor checks questions. Name another one: "
+            "ToyWorld's default critic neither writes nor checks questions. Name another one: "
             f"-s critic.id={READER}, or a real one: -s critic.id=Qwen/Qwen2.5-VL-3B-Instruct"
         )
     return finish_questions(config, prompts, draft, load_run_critic(config), console)

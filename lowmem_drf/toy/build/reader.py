@@ -1,7 +1,7 @@
-"""ToyWorld's second critic, ``toyworld-reader``: the first one, which also learned to answer questions in the form of
+"""ToyWorld's second critic, ``toyworld-reader``: the default one, which also learned to answer questions in the form of
 ``phrases``, and from a caption that stands in the clip's place, as the check of questions wants it.
 
-It starts from the first one's weights; the tower stays as it is. Of clips it learns what the first one learned, and
+It starts from the default one's weights; the tower stays as it is. Of clips it learns what that one learned, and
 phrases; of captions everything that a caption says; of no caption the share of yes.
 """
 
@@ -51,7 +51,7 @@ FRAMES = 6
 
 
 def build_reader(critic_folder: Path, seed: int) -> QwenCritic:
-    """The first critic with rows for the new words, of the size of the others."""
+    """The default critic with rows for the new words, of the size of the others."""
     old = load_critic(str(critic_folder))
     tokenizer, model = critic_tokenizer(reader=True), old.model
     known = model.get_input_embeddings().num_embeddings
