@@ -96,7 +96,7 @@ def checked_questions(
             done.fell_back.add(prompt.id)
         done.verdicts[prompt.id] = tuple(verdicts)
         done.questions[prompt.id] = tuple(v.question for v in verdicts if v.asked)
-    _say(done, prompts, console)
+    _say(done, prompts, console, "questions" if replaces else "held-out questions")
     return done
 
 
@@ -151,11 +151,11 @@ def _nothing_about_the_prompt(verdicts: Sequence[Verdict]) -> bool:
     return bool(about) and not any(v.asked for v in about)
 
 
-def _say(done: Checked, prompts: Sequence[Prompt], console: Console) -> None:
+def _say(done: Checked, prompts: Sequence[Prompt], console: Console, what: str) -> None:
     """Tells what the check changed, and which prompts have an aspect without a question."""
     every = [v for verdicts in done.verdicts.values() for v in verdicts]
     out, light = sum(not v.asked for v in every), sum(v.asked and bool(v.why) for v in every)
-    lines = [f"{len(every)} questions checked from the prompts' text alone: {out} left out, {light} weigh less."]
+    lines = [f"{len(every)} {what} checked from the prompts' text alone: {out} left out, {light} weigh less."]
     if done.fell_back:
         lines.append(f"No question about the prompt was right, others take their place: {_names(done.fell_back)}.")
     without = Counter[str]()
