@@ -11,10 +11,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-from typer.core import TyperGroup
-
 from lowmem_drf.errors import DEBUG, explain, quoted
+
+try:
+    import typer
+    from typer.core import TyperGroup
+except Exception as error:  # the first import that may fail: what ``_reports_errors`` does for all others
+    sys.exit(f"Error: {explain(error)[0]}")
 
 
 class _Commands(TyperGroup):
@@ -272,6 +275,21 @@ def bench(
     bench_command(preset, vram, set_ or [], json_)
 
 
+@app.command(epilog=_example("lowmem-drf doctor", "lowmem-drf doctor --full"))
+@_reports_errors
+def doctor(
+    full: Annotated[
+        bool, typer.Option("--full", help="Measure copies and pinned memory, and try every kernel: a minute or two.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Look at this machine: packages, card, kernels, memory, disks, models, and which presets fit; say how to mend what
+    is broken. Exit code 1 if something is."""
+    from lowmem_drf.commands.doctor import doctor_command
+
+    raise typer.Exit(doctor_command(json_, full))
+
+
 @presets_app.command("list", epilog=_example("lowmem-drf presets list"))
 @_reports_errors
 def presets_list() -> None:
@@ -319,7 +337,14 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if DEBUG in arguments:
         _flags.add(DEBUG)
-    app([argument for argument in arguments if argument != DEBUG], prog_name="lowmem-drf")
+    try:
+        app([argument for argument in arguments if argument != DEBUG], prog_name="lowmem-drf")
+    except Exception as error:  # raised before a command began: Typer imports pydantic when it reads the options
+        from lowmem_drf.libraries import broken
+
+        if DEBUG in _flags or not (message := broken(error)):
+            raise
+        sys.exit(f"Error: {message}")
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def default_preset(card_gb: float | None, card: str = "") -> str:
     """The largest preset that fits a card of ``card_gb`` GB (10^9 bytes), or ``toy`` where none fits or there is no
     card (``None``). Of equally large ones, the preset made for the card named ``card``, then the shortest name
     (``rtx4090`` before ``rtx4090-fast``)."""
-    sizes = {name: _card_gb(path) for name, path in presets().items()}
+    sizes = {name: preset_gb(path) for name, path in presets().items()}
     fitting = {name: size for name, size in sizes.items() if size is not None and size <= (card_gb or 0.0)}
     rank = {name: (size, _is_for(name, card), -len(name)) for name, size in fitting.items()}
     return max(rank, key=rank.__getitem__, default=DEFAULT_PRESET)
@@ -118,7 +118,7 @@ def _is_for(preset: str, card: str) -> bool:
     return bool(named and card and named[1].lower() in card.lower())
 
 
-def _card_gb(path: Path) -> float | None:
+def preset_gb(path: Path) -> float | None:
     """The card's memory in GB (10^9 bytes) that the header names, or ``None``."""
     found = re.match(r"(\d+) GB", preset_card(path))
     return float(found[1]) if found else None

@@ -15,6 +15,7 @@ LAWS: dict[str, tuple[int, set[str]]] = {
     "__init__": (0, set()),
     "errors": (0, set()),
     "files": (0, set()),
+    "libraries": (0, set()),
     "types": (0, {"torch"}),
     "schema": (0, {"pydantic"}),
     "config": (0, {"pydantic", "tomli_w", "torch"}),
@@ -33,15 +34,16 @@ LAWS: dict[str, tuple[int, set[str]]] = {
     "training": (8, {"torch", "safetensors", "rich"}),
     "export": (8, {"torch", "safetensors"}),
     "planner": (9, {"torch", "rich"}),
-    "commands": (10, {"torch", "rich"}),
-    "cli": (11, {"typer"}),
-    "__main__": (12, set()),
+    "doctor": (10, {"torch", "triton", "bitsandbytes", "huggingface_hub"}),
+    "commands": (11, {"torch", "rich"}),
+    "cli": (12, {"typer"}),
+    "__main__": (13, set()),
 }
 PROGRAMS = "toy/build"
 """How ToyWorld's models were trained and what they are worth: may import anything, and nothing imports it."""
 FULL = 14
 """Files of a room, besides ``__init__.py``."""
-LIGHT = {"__init__", "errors", "files", "schema", "config", "prompts", "cli"}
+LIGHT = {"__init__", "errors", "files", "libraries", "schema", "config", "prompts", "cli"}
 """Rooms that import no third-party package but pydantic and typer when they are imported."""
 LAZY = {
     *(

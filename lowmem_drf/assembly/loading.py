@@ -14,6 +14,7 @@ import torch
 from lowmem_drf.assembly.assemble import Models, assemble, critic_rate, resolve_device
 from lowmem_drf.assembly.text_cache import DTYPES, encode_texts
 from lowmem_drf.distributed.ranks import ALONE, Ranks
+from lowmem_drf.libraries import import_all
 from lowmem_drf.memory.meter import Meter
 from lowmem_drf.memory.residency import bring
 from lowmem_drf.models.generators import generator_config
@@ -38,7 +39,7 @@ def load_models(config: Config, texts: Sequence[str], with_critic: bool = True, 
         BadInputError: a model is missing or damaged, or the video's size does not fit it.
         LowmemError: too little disk or host memory, or a download failed.
     """
-    _hide_loading_bars(config)
+    import_libraries(config)
     from lowmem_drf.models.wan.decoder import load_vae
     from lowmem_drf.models.wan.experts import make_transformers, require_expert
 
@@ -145,7 +146,7 @@ def load_transformer(
 def load_run_critic(config: Config, home: torch.device | None = None) -> QwenCritic:
     """The critic as a run uses it. ``home``: device of its weights; default: the run's device, which also quantised
     weights get: a CPU takes minutes to quantise what a card does in seconds."""
-    _hide_loading_bars(config)
+    import_libraries(config)
     from lowmem_drf.models.qwen_vl.critic import load_critic
 
     folder, device = prepare(config.critic.id, "critic", say), resolve_device(config.device)
@@ -171,7 +172,13 @@ def _without(config: Config) -> tuple[str, ...]:
     return ("transformer",) if config.model.transformer else ()
 
 
-def _hide_loading_bars(config: Config) -> None:
-    """Hides the libraries' bars if nothing is downloaded. Call it before they are imported."""
+def import_libraries(config: Config) -> None:
+    """Imports the libraries, so that a broken one is named before any work, and hides their bars if nothing is
+    downloaded."""
     if Path(resolve(config.model.id, "generator")).is_dir() and Path(resolve(config.critic.id, "critic")).is_dir():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import_all()
+    if config.engine != "single":
+        from lowmem_drf.distributed.zero import import_deepspeed
+
+        import_deepspeed()

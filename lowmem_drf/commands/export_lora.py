@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lowmem_drf.assembly.loading import load_transformer, prepare_generator
+from lowmem_drf.assembly.loading import import_libraries, load_transformer, prepare_generator
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.export.export import export_lora, file_metadata, host_bytes, is_export, merge_lora
 from lowmem_drf.files import make_writable, refuse_in_run, release, require_output
@@ -70,6 +70,7 @@ def export_run(
         _require_free(merge)
     config, lora = run_config(run), read_lora(folder / "lora.safetensors")
     dtype = dtype or config.dtype
+    import_libraries(config)
     generator = prepare_generator(config)
     described = generator_config(str(generator))
     subfolder, other = subfolders_of(described, config.model.expert)

@@ -130,7 +130,7 @@ def start(
 
     from lowmem_drf.assembly.assemble import derive_seed, reward_spec, run_prompts
     from lowmem_drf.assembly.check import can_check
-    from lowmem_drf.assembly.loading import load_models
+    from lowmem_drf.assembly.loading import import_libraries, load_models
     from lowmem_drf.assembly.questions import draft_questions, needs_writer, require_weights, write_missing
     from lowmem_drf.assembly.references import finish_questions
     from lowmem_drf.models.lora.adapter import add_lora
@@ -153,6 +153,7 @@ def start(
     draft |= ready
     log = config.log
     trial = make_trial(config, prompts, log.eval_prompts, log.eval_seeds) if log.eval_prompts else None
+    import_libraries(config)
     cards_gib = ranks.gather(card_here(config))
     config = ranks.from_chief(require_fit(config, console, cards_gib) if ranks.chief else config)
     made = [] if not ranks.chief else make_writable(run) if resume else claim(run)

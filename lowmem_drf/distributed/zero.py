@@ -86,7 +86,7 @@ class Partition:
 
     def __init__(self, config: Config) -> None:
         self._settings = deepspeed_config(config)
-        self._deepspeed = _import_deepspeed()
+        self._deepspeed = import_deepspeed()
         self._first: Any = None
 
     def take(self, parameter: nn.Parameter) -> None:
@@ -177,7 +177,7 @@ class ZeroEngine:
         if self._stage < 3:
             yield
             return
-        with _import_deepspeed().zero.GatheredParameters(list(self._lora.values())):
+        with import_deepspeed().zero.GatheredParameters(list(self._lora.values())):
             yield
 
     def pack(self) -> dict[str, Tensor]:
@@ -264,7 +264,7 @@ def _initialize(
     optimizer: Any = None,
     parameters: Any = None,
 ) -> Any:
-    deepspeed = _import_deepspeed()
+    deepspeed = import_deepspeed()
     from deepspeed.utils import set_z3_leaf_module
 
     for leaf in leaves:
@@ -286,7 +286,7 @@ def _shape(parameter: Any) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed() -> Any:
     try:
         import deepspeed
     except Exception as error:  # its import looks for compilers and the CUDA toolkit, and may raise anything

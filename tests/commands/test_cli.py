@@ -20,7 +20,7 @@ from lowmem_drf.video import read_video
 
 PROMPT = "a red circle moves left on a gray background"
 COMMANDS = (
-    *("train", "sample", "export-lora", "eval", "score", "questions", "plan", "bench"),
+    *("train", "sample", "export-lora", "eval", "score", "questions", "plan", "bench", "doctor"),
     *("presets list", "presets show", "presets copy"),
 )
 

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.models.weights.files import (
@@ -62,6 +62,24 @@ def prepare(folder_or_id: str, role: Role, say: Say, without: tuple[str, ...] = 
         cached = _download(place, role, say, without)
         _refuse(find_problems(cached, role, without), str(cached))
     return cached
+
+
+def cached(folder_or_id: str, role: Role | Literal["file"]) -> str:
+    """``here``, ``missing``, or what is wrong with the first file. Needs no network.
+
+    Args:
+        role: ``"file"``: a single file of a repository (``owner/name/file``).
+    """
+    if role == "file":
+        from huggingface_hub import try_to_load_from_cache
+
+        owner, name, file = folder_or_id.split("/", 2)
+        return "here" if isinstance(try_to_load_from_cache(f"{owner}/{name}", file), str) else "missing"
+    place = resolve(folder_or_id, role)
+    folder = Path(place) if Path(place).is_dir() else _cached_folder(place, role)
+    if folder is None:
+        return "missing"
+    return next((f"{problem.file} {problem.what}" for problem in find_problems(folder, role)), "here")
 
 
 def check_host_memory(folder: Path, role: Role, bytes_per_number: int, without: tuple[str, ...] = ()) -> None:
