@@ -100,7 +100,7 @@ def cudnn() -> Iterator[Check]:
     try:
         yield Check("cuDNN", "ok", f"{torch.backends.cudnn.version()}; bf16 conv3d uses it")
     except RuntimeError as error:  # another version is found than PyTorch's own
-        reason = str(error).split(". ")[0].removeprefix("cuDNN version incompatibility: ")
+        reason = " ".join(str(error).split(". ")[0].split()).removeprefix("cuDNN version incompatibility: ")
         mend = f"Take another cuDNN out of LD_LIBRARY_PATH, or {newer}"
         yield Check("cuDNN", "warning", f"bf16 conv3d uses it, but {reason}", mend)
 
@@ -169,6 +169,7 @@ def attention() -> Iterator[Check]:
         else:
             works.append(name)
     more = f"; not installed, and not needed: {', '.join(absent)}" if absent else ""
+    more = f" work{'s' * (len(works) == 1)}{more}"
     yield Check("attention", "ok", f"{', '.join(works)}{more}")
 
 
@@ -200,7 +201,8 @@ def pinned() -> Iterator[Check]:
     try:
         while len(held) * COPIED < wanted:
             held.append(torch.empty(COPIED, dtype=torch.uint8, pin_memory=True))
-        yield Check("pinned memory", "ok", f"{wanted / GIB:.2f} GiB can be pinned")
+        limit = "half of what is free" if FULL else "no more was tried"
+        yield Check("pinned memory", "ok", f"{wanted / GIB:.2f} GiB were pinned ({limit})")
     except RuntimeError:
         detail = f"no more than {len(held) * COPIED / GIB:.2f} GiB can be pinned; copies of the rest are half as fast"
         yield Check("pinned memory", "warning", detail, mend)

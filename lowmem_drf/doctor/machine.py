@@ -43,7 +43,8 @@ def packages() -> Iterator[Check]:
             yield Check(name, status, detail, f'pip install "{wanted}"')
         else:
             good.append(f"{name} {version}")
-    yield Check("packages", "ok", f"{len(good)} in the ranges needed: {', '.join(good)}")
+    shown = [text for text in good if text.startswith(("diffusers", "transformers", "peft", "bitsandbytes"))]
+    yield Check("packages", "ok", f"{len(good)} in their ranges, among them {', '.join(shown)}")
 
 
 def driver_cuda() -> str:
@@ -132,19 +133,19 @@ def fitting(card: str, total: int) -> Iterator[Check]:
 
     takes = default_preset(total / 1e9 if total else None, card)
     free = available_host_bytes()
-    fit, poor = ["toy"], list[str]()
+    fit, poor = list[str](), list[str]()
     for name, path in presets().items():
         if (gb := preset_gb(path)) is None or gb > total / 1e9:
             continue
         planned = re.search(r"^# Plan: .*?([\d.]+) GiB of host memory", path.read_text(encoding="utf-8"), re.MULTILINE)
         host_bytes = float(planned[1]) * GIB + HOST_MARGIN if planned else 0
         (poor if free is not None and host_bytes > free else fit).append(name)
-    fit.sort(key=lambda name: name != takes)
+    fit = sorted([*fit, "toy"], key=lambda name: name != takes)
+    default = " (train's default)" if takes in fit else ""
+    yield Check("presets", "ok", f"fit here: {fit[0]}{default}{''.join(f', {name}' for name in fit[1:])}")
     if poor:
         detail = f"the card has room, the host has not ({(free or 0) / GIB:.0f} GiB free): {', '.join(poor)}"
         yield Check("presets", "warning", detail, "Close other programs, or add memory or swap.")
-    default = ", which train takes by default" if takes in fit else ""
-    yield Check("presets", "ok", f"fit here: {fit[0]}{default}{''.join(f', {name}' for name in fit[1:])}")
 
 
 SOFTWARE: Steps = {"Python": python, "packages": packages}

@@ -166,15 +166,15 @@ def test_a_package_outside_its_range_is_a_failure(monkeypatch):
 @pytest.mark.parametrize(
     ("card_gib", "host_gib", "fit", "poor"),
     [
-        (24, 200, "fit here: rtx4090, which train takes by default, toy", ""),
-        (24, 30, "fit here: rtx4090, which train takes by default", "rtx4090-wan14b, rtx4090-wan22-5b"),
+        (24, 200, "fit here: rtx4090 (train's default), rtx", ""),
+        (24, 30, "fit here: rtx4090 (train's default)", "rtx4090-wan14b, rtx4090-wan22-5b"),
         (8, 4, "fit here: toy", "rtx4060"),
-        (0, 200, "fit here: toy, which train takes by default", ""),
+        (0, 200, "fit here: toy (train's default)", ""),
     ],
 )
 def test_presets_that_fit_are_read_from_their_headers(card_gib, host_gib, fit, poor, monkeypatch):
     monkeypatch.setattr(downloads, "available_host_bytes", lambda: host_gib * GIB)
-    *warned, said = machine.fitting("NVIDIA GeForce RTX 4090" if card_gib else "", card_gib * GIB)
+    said, *warned = machine.fitting("NVIDIA GeForce RTX 4090" if card_gib else "", card_gib * GIB)
     assert said.detail.startswith(fit) and "rtx5090" not in said.detail
     assert poor in "".join(check.detail for check in warned) and bool(warned) == bool(poor)
 
