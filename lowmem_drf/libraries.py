@@ -53,8 +53,9 @@ def _numbers(text: str) -> tuple[int, ...]:
 def requirements() -> tuple[str, list[Package]]:
     """The range of Python, and the packages of this platform. Of the extras: what users install, not what developers
     do."""
-    pyproject = Path(lowmem_drf.__file__).parents[1] / "pyproject.toml"
-    if pyproject.is_file():
+    root = Path(lowmem_drf.__file__).parents[1]
+    pyproject = root / "pyproject.toml"
+    if pyproject.is_file() and (root / "cli.py").is_file():  # a checkout, as in lowmem_drf/__init__.py
         project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
         extras = project.get("optional-dependencies", {})
         lines = [*project["dependencies"], *(f"{line}; extra" for x in extras if x != "dev" for line in extras[x])]
