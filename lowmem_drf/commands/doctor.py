@@ -22,7 +22,7 @@ def doctor_command(as_json: bool, full: bool) -> int:
     )  # a broken package breaks those that import it
     ok = all(check.status != "failure" for check in checks)
     if as_json:
-        print(json.dumps({"ok": ok, "checks": [check._asdict() for check in checks]}, indent=2, ensure_ascii=False))
+        print(json.dumps({"ok": ok, "checks": [check._asdict() for check in checks]}, indent=2))
     else:
         show(checks, full)
     return 0 if ok else 1
@@ -53,9 +53,8 @@ def show(checks: list[Check], full: bool) -> None:
             print(f"{status:8} {name}: {detail}" + (f"\n{'':8} -> {mend}" if mend else ""))
         return
     console, table = Console(highlight=False), Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    for _ in range(3):
+        table.add_column(overflow="fold")  # the default's ellipsis is no ASCII
     for name, status, detail, mend in checks:
         table.add_row(Text(status, COLOURS[status]), Text(name, "bold"), Text(detail))
         if mend:
