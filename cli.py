@@ -1,17 +1,25 @@
 """The command line. Commands are short and import inside, so that ``--help`` needs no torch."""
 
+if __name__ == "__main__":
+    from lowmem_drf.__main__ import main as run_program
+
+    run_program()  # ends the process; the module is imported once more, as a part of the package
+
 import functools
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 from lowmem_drf.errors import DEBUG, explain, quoted
+from lowmem_drf.terminal import lost_output, printable, quiet_streams
 
 try:
     import typer
@@ -72,25 +80,51 @@ def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     def guarded(*args: Any, **kwargs: Any) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns about accelerators that are not used here
-        try:
-            command(*args, **kwargs)
-        except (Exception, KeyboardInterrupt) as error:
-            if isinstance(error, typer.Exit):
-                raise
-            if DEBUG in _flags:
-                traceback.print_exception(error)
-            message, code = explain(error)
-            typer.echo(message if code == 130 else f"Error: {message}", err=True)
-            raise typer.Exit(code) from error
+        with _interrupts() as got:
+            try:
+                command(*args, **kwargs)
+            except (Exception, KeyboardInterrupt) as error:
+                if isinstance(error, typer.Exit):
+                    raise
+                if DEBUG in _flags:
+                    traceback.print_exception(error)
+                made_of_it = got and not isinstance(error, KeyboardInterrupt)
+                message, code = explain(KeyboardInterrupt() if made_of_it else error)
+                print(printable(message if code == 130 else f"Error: {message}"), file=sys.stderr)
+                raise typer.Exit(code) from error
+        if lost := lost_output():
+            print(f"The output is not complete: {lost}", file=sys.stderr)
+            raise typer.Exit(0 if command.__name__ == "train" else 1)  # what train is asked for are files
 
     return guarded
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Inside the block Ctrl-C raises KeyboardInterrupt, and is noted: a library that is being imported may make another
+    error of it."""
+    got: list[int] = []
+
+    def on_signal(number: int, frame: object) -> None:
+        got.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before):  # ignored: the command was started in the background
+        yield got
+        return
+    signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield got
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _version(wanted: bool) -> None:
     if wanted:
         from lowmem_drf import __version__
 
-        typer.echo(f"lowmem-drf {__version__}")
+        print(f"lowmem-drf {__version__}")
         raise typer.Exit
 
 
@@ -174,7 +208,7 @@ def export_lora(
     from lowmem_drf.commands.export_lora import export_run
     from lowmem_drf.training.run_folder import find_run
 
-    typer.echo(export_run(find_run(run), step, format_, dtype, output, merge, force))
+    print(export_run(find_run(run), step, format_, dtype, output, merge, force))
 
 
 @app.command("eval", epilog=_example("lowmem-drf eval", "lowmem-drf eval runs/toy-1 --prompts heldout.txt --json"))
@@ -297,7 +331,7 @@ def presets_list() -> None:
     from lowmem_drf.config import preset_card, preset_summary, presets
 
     for name, path in presets().items():
-        typer.echo(f"{name:<20} {preset_summary(path)}\n{'':<20} GPU: {preset_card(path)}")
+        print(f"{name:<20} {preset_summary(path)}\n{'':<20} GPU: {preset_card(path)}")
 
 
 @presets_app.command("show", epilog=_example("lowmem-drf presets show toy"))
@@ -306,7 +340,7 @@ def presets_show(name: Annotated[str, typer.Argument(help="A preset's name or a 
     """Print a preset."""
     from lowmem_drf.config import preset_path
 
-    typer.echo(preset_path(name).read_text(encoding="utf-8"), nl=False)
+    print(preset_path(name).read_text(encoding="utf-8"), end="")
 
 
 @presets_app.command(
@@ -326,7 +360,7 @@ def presets_copy(
 
     path = copy_preset(name, target, force)
     if replaceable(path):
-        typer.echo(f"{path}: edit it, then run: lowmem-drf train --preset {quoted(path)}")
+        print(f"{path}: edit it, then run: lowmem-drf train --preset {quoted(path)}")
 
 
 _flags: set[str] = set()
@@ -337,15 +371,12 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if DEBUG in arguments:
         _flags.add(DEBUG)
-    try:
-        app([argument for argument in arguments if argument != DEBUG], prog_name="lowmem-drf")
-    except Exception as error:  # raised before a command began: Typer imports pydantic when it reads the options
-        from lowmem_drf.libraries import broken
+    with quiet_streams():
+        try:
+            app([argument for argument in arguments if argument != DEBUG], prog_name="lowmem-drf")
+        except Exception as error:  # raised before a command began: Typer imports pydantic when it reads the options
+            from lowmem_drf.libraries import broken
 
-        if DEBUG in _flags or not (message := broken(error)):
-            raise
-        sys.exit(f"Error: {message}")
-
-
-if __name__ == "__main__":
-    main()
+            if DEBUG in _flags or not (message := broken(error)):
+                raise
+            sys.exit(f"Error: {message}")

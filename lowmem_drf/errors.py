@@ -39,16 +39,13 @@ def explain(error: BaseException) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory: {error}\nTry: -s micro_batch=1, fewer video.frames, or a smaller video.width.", 1
-<<<<<<< HEAD
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         name = max(str(error.filename or "").split(os.sep), key=len)
         return f"the name {name[:40]}… is too long: file systems allow 255 bytes. Give a shorter one.", 2
-=======
     from lowmem_drf.libraries import broken
 
     if message := broken(error):
         return message, 1
->>>>>>> 7770da4 (doctor looks at the machine; a package that cannot be imported is named before any work)
     if isinstance(error, OSError):
         return f"{error}\nCheck the path, its permissions and the free disk space.", 1
     return f"unexpected {type(error).__name__}: {error}\nRun the same command with {DEBUG} to see where.", 1

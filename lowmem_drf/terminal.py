@@ -1,19 +1,127 @@
-"""Progress of long work: a bar with an ETA on a terminal, plain lines in a log file."""
+"""What reaches the terminal or the log: streams whose failures stop nothing, text without control characters, and
+progress of long work (a bar with an ETA on a terminal, plain lines in a log file)."""
 
 from __future__ import annotations
 
+import codecs
+import errno
+import json
+import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 PLAIN_WORK_EVERY_S = 20.0
+_CONTROLS = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 Item = TypeVar("Item")
+
+
+class QuietStream:
+    """A standard stream that drops what it cannot write: the reader of a pipe is gone, the disk behind a log is full,
+    the terminal was closed. Once it can write again, it does."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self.lost: Exception | None = None
+        """Why text was dropped, if any was."""
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError) as error:  # ValueError: the stream is closed
+            self.lost = error
+            return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self.lost = error
+
+    def give_up(self) -> None:
+        """Last flush. What cannot be written is sent to nowhere: at its end the interpreter would flush once more, and
+        report the failure."""
+        self.flush()
+        if self.lost:
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def quiet_streams() -> Iterator[None]:
+    """Inside the block no failure to print is raised (``QuietStream``), and characters that the terminal's encoding
+    lacks are written as JSON's escapes, so that JSON stays JSON."""
+    _open_standard_handles()
+    codecs.register_error("json_escapes", _escaped)
+    before = sys.stdout, sys.stderr
+    streams = [QuietStream(stream or open(os.devnull, "w", encoding="utf-8")) for stream in before]  # noqa: SIM115
+    for stream in streams:
+        with suppress(AttributeError, ValueError):  # not a text file: a test's, a notebook's
+            stream.reconfigure(errors="json_escapes")
+    sys.stdout, sys.stderr = cast("list[Any]", streams)
+    try:
+        yield
+    finally:
+        for stream in streams:
+            stream.give_up()
+        sys.stdout, sys.stderr = before
+
+
+def lost_output() -> str:
+    """Why text to stdout was lost, in words; "" if none was, or if its reader did not want more of it."""
+    sys.stdout.flush()
+    error = getattr(sys.stdout, "lost", None)
+    return "" if error is None or getattr(error, "errno", None) in (errno.EPIPE, errno.EIO) else str(error)
+
+
+def printable(text: str) -> str:
+    """The text without control characters: those of a prompt or a file's name must not command the terminal."""
+    return text.translate(_CONTROLS)
+
+
+def make_console(**settings: Any) -> Console:
+    """A rich console that prints no control characters but its own."""
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+    class PrintableConsole(Console):
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+    return PrintableConsole(**settings)
+
+
+def can_redraw(console: Console) -> bool:
+    """Whether lines can be drawn again in place: on a terminal that knows how to move its cursor."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+def hangup() -> list[signal.Signals]:
+    """SIGHUP, which a closed session sends, where the platform has it and ``nohup`` does not ignore it."""
+    number = getattr(signal, "SIGHUP", None)
+    return [number] if number and signal.getsignal(number) is not signal.SIG_IGN else []
+
+
+def write_error(text: str) -> None:
+    """Writes a line to stderr from a signal handler: past ``sys.stderr`` and rich, because the interrupted code may
+    hold their locks."""
+    with suppress(OSError, ValueError, AttributeError):  # AttributeError: there is no stderr
+        os.write(sys.stderr.fileno(), f"{text}\n".encode(errors="replace"))
 
 
 def counted(console: Console, what: str, items: Sequence[Item]) -> Iterator[Item]:
@@ -34,7 +142,7 @@ def work_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     done, start = 0, time.monotonic()
     last_line = start
-    plain, piped = not console.is_terminal, not sys.stdout.isatty()
+    plain, piped = not can_redraw(console), not (sys.stdout and sys.stdout.isatty())
     # with the bar on stderr and stdout piped, rich must not redirect prints to the terminal
     with Progress(*columns, console=console, transient=True, disable=plain, redirect_stdout=not piped) as bar:
         task = bar.add_task(what, total=total)
@@ -57,3 +165,19 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _open_standard_handles() -> None:
+    """Opens nowhere in place of standard handles that are closed (``>&-``). The next file opened would get the number,
+    and what libraries print would land in it."""
+    for handle in range(3):
+        try:
+            os.fstat(handle)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+
+
+def _escaped(error: UnicodeError) -> tuple[str, int]:
+    """Handler of encoding errors: ``\\u00e9``."""
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end

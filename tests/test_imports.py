@@ -31,7 +31,7 @@ LAWS: dict[str, tuple[int, set[str]]] = {
     "distributed": (5, {"torch", "deepspeed"}),
     "assembly": (6, {"torch", "safetensors", "rich"}),
     "scoring": (7, {"torch", "rich", "PIL", "numpy"}),
-    "training": (8, {"torch", "safetensors", "rich"}),
+    "training": (8, {"torch", "safetensors", "rich", "tensorboard"}),
     "export": (8, {"torch", "safetensors"}),
     "planner": (9, {"torch", "rich"}),
     "doctor": (10, {"torch", "triton", "bitsandbytes", "huggingface_hub"}),

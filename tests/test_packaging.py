@@ -60,7 +60,7 @@ def test_the_wheel_holds_the_package_and_what_stands_beside_it(wheel):
     assert not [name for name in names if "__pycache__" in name]
     assert (
         packed[f"lowmem_drf-{__version__}.dist-info/entry_points.txt"].decode().split("\n")[1]
-        == "lowmem-drf = lowmem_drf.cli:main"
+        == "lowmem-drf = lowmem_drf.__main__:main"
     )
 
 

@@ -19,6 +19,7 @@ from lowmem_drf.planner.measure import Measurement, measure
 from lowmem_drf.planner.plan import make_plan
 from lowmem_drf.planner.shortcuts import one_micro_batch
 from lowmem_drf.planner.stages import Plan
+from lowmem_drf.terminal import make_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,11 +27,9 @@ if TYPE_CHECKING:
 
 def bench_command(preset: str | None, vram: str | None, overrides: Sequence[str], as_json: bool) -> None:
     """Prints planned and measured figures as a table or JSON."""
-    from rich.console import Console
-
     name = preset if preset is not None else chosen_preset()[0]
     config = one_micro_batch(load_config(name, [*overrides, "processes=1"]))
-    console = Console(stderr=as_json, soft_wrap=True)
+    console = make_console(stderr=as_json, soft_wrap=True)
     cap_gib = parse_vram(vram) if vram else None
     device = resolve_device(config.device)
     card = card_named(torch.cuda.get_device_name(device) if device.type == "cuda" else preset_card(preset_path(name)))

@@ -8,16 +8,15 @@ from collections.abc import Sequence
 from lowmem_drf.config import chosen_preset, load_config, preset_card, preset_path
 from lowmem_drf.planner.cards import card_named, parse_vram
 from lowmem_drf.planner.report import planned, print_plan
+from lowmem_drf.terminal import make_console
 
 
 def plan_command(preset: str | None, vram: str | None, overrides: Sequence[str], as_json: bool) -> None:
     """Prints a table or JSON, and what to change if it does not fit."""
-    from rich.console import Console
-
     name = preset if preset is not None else chosen_preset()[0]
     config = load_config(name, overrides)
     card = card_named(preset_card(preset_path(name)))
-    console = Console(stderr=as_json, soft_wrap=True)
+    console = make_console(stderr=as_json, soft_wrap=True)
     plan = planned(config, card, parse_vram(vram) if vram else config.memory.vram_gib or card.gib, console)
     if as_json:
         print(json.dumps(plan.as_json(name), indent=2))

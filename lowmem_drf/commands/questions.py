@@ -18,6 +18,7 @@ from lowmem_drf.questions.check import Verdict, report
 from lowmem_drf.questions.file import load_questions, to_json
 from lowmem_drf.questions.make import Grammar
 from lowmem_drf.schema import Config
+from lowmem_drf.terminal import make_console
 from lowmem_drf.types import Prompt, Question
 
 if TYPE_CHECKING:
@@ -45,8 +46,6 @@ def questions_command(
         check: a questions file, in place of prompts: load the critic, and show what it thinks of each question.
         force: ``output`` may replace a file that was edited.
     """
-    from rich.console import Console
-
     from lowmem_drf.config import chosen_preset, load_config
 
     if [prompt, file, check].count(None) != 2:
@@ -62,7 +61,7 @@ def questions_command(
     # without --preset, show the prompt's questions even if this machine's preset trains ToyWorld
     free = preset is None and not all(toyworld.attributes(p.text) for p in prompts)
     config = config.model_copy(update={"prompts": ""}) if free else config
-    console = Console(stderr=as_json, soft_wrap=True)
+    console = make_console(stderr=as_json, soft_wrap=True)
     grammar = "phrases" if free else grammar_of(config)
     drafted = draft_questions(config, prompts, grammar)
     if output is not None:

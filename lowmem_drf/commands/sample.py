@@ -14,7 +14,7 @@ from lowmem_drf.files import readable_name, require_output, short_hash
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.prompts import load_prompts
 from lowmem_drf.schema import Config
-from lowmem_drf.terminal import work_bar
+from lowmem_drf.terminal import make_console, work_bar
 from lowmem_drf.training.checkpoint import checkpoint_folder
 from lowmem_drf.training.lora_file import load_lora_file, load_run_lora
 from lowmem_drf.training.previews import preview_texts
@@ -40,8 +40,6 @@ def sample_command(
     """
     if not math.isfinite(scale):
         raise BadInputError(f"--lora-scale {scale} is not a number that can be used; 1 is the tuned model, 0 the base.")
-    from rich.console import Console
-
     run = find_run(run_folder)
     config = run_config(run)
     wanted = _texts(config, texts, file)
@@ -59,7 +57,7 @@ def sample_command(
     label = "tuned" if scale == 1 else f"tuned, LoRA x {scale:g}"
     upscale = watchable_upscale(config.video.height, config.video.width)
     clips = base_and_tuned(config, models, wanted, seed, scale, with_base=compare)
-    with work_bar(Console(stderr=True), "clips", len(wanted)) as advance:
+    with work_bar(make_console(stderr=True), "clips", len(wanted)) as advance:
         for path, (base, tuned) in zip(paths, clips, strict=True):
             if base is None:
                 write_mp4(path, tuned, config.video.fps, upscale)

@@ -26,6 +26,7 @@ from lowmem_drf.schema import Config
 from lowmem_drf.scoring.heatmap import WHAT, write_heatmap
 from lowmem_drf.scoring.saliency import saliency as saliency_of
 from lowmem_drf.scoring.score import ClipScore, score_clip
+from lowmem_drf.terminal import make_console
 from lowmem_drf.video import is_own_mp4, read_video
 
 if TYPE_CHECKING:
@@ -50,8 +51,6 @@ def score_command(
 
     Raises BadInputError: an unreadable video, an unusable prompt or question, or a critic that cannot be loaded.
     """
-    from rich.console import Console
-
     if not prompt.strip():
         raise BadInputError('the prompt is empty. Say what the video should show: --prompt "a corgi surfing a wave"')
     flags = {"critic.id": critic, "critic.quant": quant, "critic.mode": mode}
@@ -73,7 +72,7 @@ def score_command(
     require_weights(draft, reward_spec(config))
     shown_TCHW, fps = read_video(video, *_wanted(config.critic.frames if frames is None else frames))
 
-    console = Console(stderr=as_json, soft_wrap=True)
+    console = make_console(stderr=as_json, soft_wrap=True)
     model = load_run_critic(config)
     if not toy:  # ToyWorld's critic was trained at one frame rate
         model.fps = fps

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,12 @@ from lowmem_drf import __version__
 from lowmem_drf.config import chosen_preset, known_keys, load_config, preset_card, preset_path, to_toml
 from lowmem_drf.distributed.ranks import ALONE, Ranks, end_process, join, started_processes
 from lowmem_drf.errors import DEBUG, BadInputError, quoted
-from lowmem_drf.files import make_writable, release, write_text
+from lowmem_drf.files import write_text
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.planner.cards import card_named
 from lowmem_drf.questions.file import WRITERS
 from lowmem_drf.schema import Config
+from lowmem_drf.terminal import make_console
 from lowmem_drf.training.checkpoint import checkpoint_steps, resume_command
 from lowmem_drf.training.run_folder import RUNS, claim, default_output, find_run
 from lowmem_drf.types import Prompt, Question
@@ -126,8 +128,6 @@ def start(
         origin: source of the configuration, in words.
         abort: ends all processes of the run at once (``make_trainer``).
     """
-    from rich.console import Console
-
     from lowmem_drf.assembly.assemble import derive_seed, reward_spec, run_prompts
     from lowmem_drf.assembly.check import can_check
     from lowmem_drf.assembly.loading import import_libraries, load_models
@@ -140,7 +140,7 @@ def start(
     from lowmem_drf.training.loop import train
     from lowmem_drf.training.previews import preview_texts
 
-    console = Console(soft_wrap=True, quiet=not ranks.chief)
+    console = make_console(soft_wrap=True, quiet=not ranks.chief)
     prompts = run_prompts(config)
     if len(prompts) < ranks.count:
         raise BadInputError(
@@ -156,8 +156,11 @@ def start(
     import_libraries(config)
     cards_gib = ranks.gather(card_here(config))
     config = ranks.from_chief(require_fit(config, console, cards_gib) if ranks.chief else config)
-    made = [] if not ranks.chief else make_writable(run) if resume else claim(run)
-    try:
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    with claim(run, say, resume) if ranks.chief else nullcontext():
         previews = preview_texts(config, prompts)
         texts = [prompt.text for prompt in (*prompts, *(trial.prompts if trial else ()))]
         if config.critic.writer and needs_writer(config) and ranks.chief:  # cached before the memory is taken
@@ -181,12 +184,9 @@ def start(
             write_text(run / "questions.json", asked)
             if can_check(config) and not resume:
                 done.write(run, prompts)
-    except BaseException:
-        release(made)
-        raise
-    _announce(console, config, run, models, prompts, origin)
-    models = train(config, run, models, prompts, questions, previews, console, ranks, abort)
-    _finish(console, config, run, models, trial, ranks)
+        _announce(console, config, run, models, prompts, origin)
+        models = train(config, run, models, prompts, questions, previews, console, ranks, abort)
+        _finish(console, config, run, models, trial, ranks)
 
 
 def done_steps(run: Path) -> int:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, NoReturn
 from lowmem_drf.distributed.ranks import OURS, launched, launched_by_us
 from lowmem_drf.errors import DEBUG, explain
 from lowmem_drf.files import write_text
+from lowmem_drf.terminal import hangup, printable
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing import SubprocessContext
@@ -42,8 +43,8 @@ Advice = Callable[[], str]
 def launch(count: int, command: Sequence[str], advice: Advice) -> int:
     """Runs ``command`` in ``count`` processes, with torchrun's environment variables.
 
-    Forwards the first SIGINT or SIGTERM to every process as SIGINT; the second kills them. The processes do not outlive
-    this one (``ranks.join``).
+    Forwards the first SIGINT, SIGTERM or SIGHUP to every process as SIGINT; a SIGINT after it kills them. The processes
+    do not outlive this one (``ranks.join``).
 
     Returns:
         The exit code: 0, that of the first process that failed, 1 if a signal killed it, 130 after an interrupt.
@@ -73,7 +74,8 @@ def launch(count: int, command: Sequence[str], advice: Advice) -> int:
             text, code = _outcome(context, got, advice)
         finally:
             context.close(signal.SIGKILL)
-    if code and sys.stderr.isatty():
+    text = printable(text)
+    if code and sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
         text = f"\x1b[?25h\n{text}"  # rank 0 ended while its progress line hid the cursor
     sys.stderr.write(text)
     return code
@@ -106,10 +108,14 @@ def _outcome(context: SubprocessContext, got: Sequence[int], advice: Advice) -> 
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Inside the block, SIGINT and SIGTERM are only appended to the list."""
+    """Inside the block, SIGINT, SIGTERM and SIGHUP are only appended to the list; once it holds one, SIGINT alone."""
     got: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda number, frame: got.append(number)) for number in numbers}
+
+    def on_signal(number: int, frame: object) -> None:
+        if not got or number == signal.SIGINT:
+            got.append(number)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM, *hangup())}
     try:
         yield got
     finally:
@@ -147,7 +153,7 @@ def fail(error: BaseException, advice: Advice) -> NoReturn:
         report = {"message": shown.rstrip() + "\n", "timestamp": time.time()}
         write_text(Path(os.environ["TORCHELASTIC_ERROR_FILE"]), json.dumps(report))
     elif rank == 0 or code not in (0, 130):
-        print(shown.rstrip(), file=sys.stderr)
+        print(printable(shown.rstrip()), file=sys.stderr)
     sys.stdout.flush()
     os._exit(code)
 

@@ -11,6 +11,7 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.weights.sources import READER, TOYWORLD
 from lowmem_drf.planner.cards import GIB, Card, card_named
 from lowmem_drf.schema import Config
+from lowmem_drf.terminal import make_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,8 +88,6 @@ def _require_host_memory(plan: Plan) -> None:
 def print_zero(config: Config, name: str, card: Card) -> None:
     """Prints DeepSpeed's settings on stdout, as comments behind the configuration's TOML, and on stderr the plan of
     each process."""
-    from rich.console import Console
-
     from lowmem_drf.distributed.zero import deepspeed_config
 
     trained = "the transformer's engine" if config.engine == "zero3" else "the LoRA's engine"
@@ -98,7 +97,7 @@ def print_zero(config: Config, name: str, card: Card) -> None:
     for engine, settings in engines.items():
         title = f"DeepSpeed, {engine}, in each of {config.processes} processes:"
         print("\n" + textwrap.indent(f"{title}\n{json.dumps(settings, indent=2)}", "# "), flush=True)
-    console = Console(stderr=True, soft_wrap=True)
+    console = make_console(stderr=True, soft_wrap=True)
     print_plan(planned(_laid_out(config), card, config.memory.vram_gib or card.gib, console), name, console)
 
 

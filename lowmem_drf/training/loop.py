@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_drf.assembly.assemble import Models
+from lowmem_drf.config import to_toml
 from lowmem_drf.distributed.ranks import ALONE, Ranks
-from lowmem_drf.errors import BadInputError
+from lowmem_drf.errors import BadInputError, LowmemError
+from lowmem_drf.files import write_text
 from lowmem_drf.method.reward import Spread
 from lowmem_drf.models.lora.adapter import load_lora_state, lora_parameters, lora_state
 from lowmem_drf.prompts import Cursor, PromptStream, fingerprint
 from lowmem_drf.schema import Config
 from lowmem_drf.scoring.oracle_rates import oracle_for
+from lowmem_drf.terminal import hangup
 from lowmem_drf.training.checkpoint import (
     Checkpoint,
     checkpoint_folder,
@@ -28,6 +31,7 @@ from lowmem_drf.training.checkpoint import (
 from lowmem_drf.training.metrics import Metrics
 from lowmem_drf.training.previews import write_previews
 from lowmem_drf.training.progress import TrainProgress
+from lowmem_drf.training.run_folder import claim
 from lowmem_drf.training.trainer import make_trainer
 from lowmem_drf.training.update import update
 from lowmem_drf.types import Prompt, Question
@@ -61,6 +65,7 @@ def train(
     Raises:
         KeyboardInterrupt: Ctrl-C, after the current update was finished and saved.
         BadInputError: the prompts differ from those of the run's checkpoint.
+        LowmemError: the run's folder was deleted; the update was saved there again.
         NonFiniteError: see ``update``.
     """
     checkpoint = ranks.from_chief(_restored(run, prompts) if ranks.chief else None)
@@ -92,12 +97,19 @@ def train(
                 batch = stream.take(config.batch)
                 report = update(config, models, parts, trainer, step, batch, questions, judge, scales, ranks)
                 spread.add(report.reward_by_question)
+                if ranks.any(metrics is not None and metrics.gone()):
+                    again = not (run / "config.toml").exists()  # else another run began there
+                    with claim(run, progress.note, resume=again) if ranks.chief else nullcontext():
+                        save(report.step)
+                        if ranks.chief:
+                            write_text(run / "config.toml", to_toml(config))
+                    raise LowmemError(_deleted(run, report.step))
                 if metrics:
                     metrics.write(report)
-                progress.update(report)
                 last = report.step == config.steps
                 if saved := last or report.step % config.log.checkpoint_every == 0:
                     save(report.step)
+                progress.update(report)  # after the save, and it raises nothing (terminal.QuietStream)
                 stop = ranks.any(bool(asked))
                 if config.log.sample_every and not stop and (last or report.step % config.log.sample_every == 0):
                     write_previews(config, run, models, previews, report.step, ranks)
@@ -124,16 +136,26 @@ def _restored(run: Path, prompts: Sequence[Prompt]) -> Checkpoint | None:
     return checkpoint
 
 
+def _deleted(run: Path, step: int) -> str:
+    return (
+        f"{run} was deleted or moved while it trained. Update {step} is saved there again, without the earlier metrics "
+        f"and samples. Go on with: lowmem-drf train --resume --output {run}"
+    )
+
+
 @contextmanager
 def _finish_on_interrupt(progress: TrainProgress, run: Path, ranks: Ranks) -> Iterator[list[int]]:
     """Inside the block, the first Ctrl-C only fills the list. The second ends the process at once; saved updates stay.
 
-    In a run of one process SIGTERM counts as Ctrl-C. In larger runs launchers use it to end processes that wait for a
-    dead one.
+    SIGHUP (the session was closed) counts as a first Ctrl-C unless ``nohup`` set it to be ignored, and so does SIGTERM
+    in a run of one process; in larger runs launchers use it to end processes that wait for a dead one. Neither counts
+    as a second: the end of a session sends several.
     """
     asked: list[int] = []
 
     def on_signal(number: int, frame: object) -> None:
+        if asked and number != signal.SIGINT:
+            return
         if asked and not ranks.chief:
             os._exit(130)
         if asked:
@@ -145,7 +167,7 @@ def _finish_on_interrupt(progress: TrainProgress, run: Path, ranks: Ranks) -> It
         if ranks.chief:
             progress.notice("Finishing this update, then saving. Press Ctrl-C again to stop at once.")
 
-    numbers = (signal.SIGINT, signal.SIGTERM) if ranks.count == 1 else (signal.SIGINT,)
+    numbers = [signal.SIGINT, *hangup(), *([signal.SIGTERM] if ranks.count == 1 else [])]
     before = {number: signal.signal(number, on_signal) for number in numbers}
     try:
         yield asked

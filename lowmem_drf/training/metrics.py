@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lowmem_drf.files import write_text
+from lowmem_drf.training.run_lock import lost
 from lowmem_drf.training.update import UpdateReport
 
 
@@ -15,26 +19,58 @@ class Metrics:
     """Writes both. A resumed run (``done`` updates) first drops everything after its checkpoint."""
 
     def __init__(self, run: Path, done: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self._path = run / "metrics.jsonl"
         if self._path.exists():
             rows = read_metrics(run)
             write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= done))
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=done + 1)
+        self._board = _Board(run / "tensorboard", done)
+
+    def gone(self) -> bool:
+        """Whether the run's folder was deleted or moved: then nobody finds what is written."""
+        return lost(self._path.parent, self._path)
 
     def write(self, report: UpdateReport) -> None:
         """Writes and flushes one update."""
         row = {key: value for key, value in asdict(report).items() if key != "oracle" or value}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        for name, value in _scalars(row):
-            self._board.add_scalar(name, value, report.step)
+        self._board.write(report.step, _scalars(row))
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
+
+
+class _Board:
+    """TensorBoard's file. Not ``SummaryWriter``, which writes it in a thread: that prints a traceback where it cannot
+    write, and is up to two minutes late."""
+
+    def __init__(self, folder: Path, done: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._event = Event
+        self._records = RecordWriter((folder / name).open("ab"))
+        self._add(file_version="brain.Event:2")
+        # hides what was written after the checkpoint
+        self._add(step=done + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, scalars: list[tuple[str, float]]) -> None:
+        """Writes and flushes a point of each curve."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars]
+        self._add(step=step, summary=Summary(value=values))
+
+    def close(self) -> None:
+        self._records.close()
+
+    def _add(self, **fields: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+        self._records.flush()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

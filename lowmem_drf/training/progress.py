@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -15,14 +13,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lowmem_drf.terminal import clock
+from lowmem_drf.terminal import can_redraw, clock, write_error
 from lowmem_drf.training.update import UpdateReport
 
 PLAIN_EVERY_S = 5.0
 SMOOTH = 10
 """The shown rates are means over this many updates: the few clips of one say little."""
 ASPECTS = {"TA": "text", "Phy": "physics", "VQ": "quality"}
-BARS = "▁▂▃▄▅▆▇█"
+BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "_.-:=+*#"
 
 
 class TrainProgress:
@@ -42,7 +40,7 @@ class TrainProgress:
 
     @contextmanager
     def live(self) -> Iterator[None]:
-        if not self._console.is_terminal:
+        if not can_redraw(self._console):
             yield
             return
         with Live(get_renderable=self._screen, console=self._console, refresh_per_second=4) as self._live:
@@ -64,27 +62,27 @@ class TrainProgress:
             self.note(f"update {self._head(report)} | {self._rates()} | {_stages(report)}")
 
     def notice(self, text: str) -> None:
-        """Shows a line from a signal handler. It does not print through ``sys.stdout`` or rich, because the interrupted
-        code may hold their locks."""
+        """Shows a line from a signal handler."""
         if self._live is not None:
             self._notice = text
         else:
-            os.write(sys.stderr.fileno(), f"{text}\n".encode())
+            write_error(text)
 
     def leave(self, text: str) -> None:
         """Writes the last line of a process that a signal handler is about to end."""
         show_cursor = "\n\x1b[?25h" if self._live is not None else ""
-        os.write(sys.stderr.fileno(), f"{show_cursor}{text}\n".encode())
+        write_error(show_cursor + text)
 
     def _screen(self) -> Group:
         return Group(self._shown, Text(self._notice, style="yellow")) if self._notice else Group(self._shown)
 
     def _panel(self, report: UpdateReport) -> Group:
+        bars = ASCII_BARS if self._console.options.ascii_only else BARS
         top = Table.grid(padding=(0, 1))
         top.add_row(ProgressBar(total=self._steps, completed=report.step, width=30), Text(self._head(report)))
         return Group(
             top,
-            Text.assemble((sparkline(self._rewards, 30), "cyan"), " ", self._rates()),
+            Text.assemble((sparkline(self._rewards, 30, bars), "cyan"), " ", self._rates()),
             Text(_stages(report), style="dim"),
         )
 
@@ -114,10 +112,10 @@ def _stages(report: UpdateReport) -> str:
     return f"{seconds}  peak {max(report.stage_peak_gib.values()):.2f} GiB"
 
 
-def sparkline(values: list[float], width: int) -> str:
+def sparkline(values: list[float], width: int, bars: str = BARS) -> str:
     """``values`` as a curve of ``width`` characters, each the mean of its share."""
     size = max(1, -(-len(values) // width))
     means = [_mean(values[i : i + size]) for i in range(0, len(values), size)]
     low, high = min(means), max(means)
-    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
-    return "".join(BARS[round((value - low) * scale)] for value in means).ljust(width)
+    scale = (len(bars) - 1) / (high - low) if high > low else 0.0
+    return "".join(bars[round((value - low) * scale)] for value in means).ljust(width)

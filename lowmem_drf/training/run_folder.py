@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.files import RUN_FILES, make_writable
+from lowmem_drf.files import RUN_FILES, make_writable, release
 from lowmem_drf.schema import Config, Zero
 from lowmem_drf.training.checkpoint import resume_command
+from lowmem_drf.training.run_lock import locked
 
 RUNS = Path("runs")
 _CONTENTS = ("config.toml", "metrics.jsonl", "checkpoints", "samples", "tensorboard")
@@ -29,17 +32,27 @@ def default_output(preset: str) -> Path:
     return path
 
 
-def claim(folder: Path) -> list[Path]:
-    """Creates the folder of a new run (``files.make_writable``). Raises BadInputError if it holds a run already."""
-    # os.path: Path.exists raises where a parent folder may not be read
-    held = [name for name in _CONTENTS if os.path.exists(folder / name)]
-    if held:
-        cure = f"Go on with it: {resume_command(folder)}; or give another --output."
-        raise BadInputError(f"{folder} already holds a run ({', '.join(held)}). {cure}")
-    if edited := [name for name in RUN_FILES if os.path.exists(folder / name)]:
-        cure = f"Move {'them' if edited[1:] else 'it'} elsewhere, or give another --output."
-        raise BadInputError(f"{folder} holds {' and '.join(edited)}, which the run would overwrite. {cure}")
-    return make_writable(folder)
+@contextmanager
+def claim(folder: Path, say: Callable[[str], None], resume: bool = False) -> Iterator[None]:
+    """Inside the block the run's folder is there, and this process alone trains in it (``locked``, which may ``say``
+    something). Folders that it made and that are empty at the end go again: a run that did not start leaves no trace.
+
+    Raises:
+        BadInputError: another process trains in it, it cannot be written to, or without ``resume`` it holds a run.
+    """
+    made = make_writable(folder)
+    try:
+        with locked(folder, say):
+            held = [name for name in _CONTENTS if os.path.exists(folder / name)]
+            if held and not resume:
+                cure = f"Go on with it: {resume_command(folder)}; or give another --output."
+                raise BadInputError(f"{folder} already holds a run ({', '.join(held)}). {cure}")
+            if not resume and (edited := [name for name in RUN_FILES if os.path.exists(folder / name)]):
+                cure = f"Move {'them' if edited[1:] else 'it'} elsewhere, or give another --output."
+                raise BadInputError(f"{folder} holds {' and '.join(edited)}, which the run would overwrite. {cure}")
+            yield
+    finally:
+        release(made)
 
 
 def find_run(folder: Path | None = None) -> Path:

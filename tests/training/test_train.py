@@ -15,7 +15,6 @@ from lowmem_drf.assembly.questions import draft_questions
 from lowmem_drf.commands.train import train_command
 from lowmem_drf.config import change, load_config
 from lowmem_drf.errors import BadInputError, NonFiniteError
-from lowmem_drf.files import release
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters, named_lora
 from lowmem_drf.models.qwen_vl.critic import QwenCritic
 from lowmem_drf.prompts import as_prompts
@@ -208,10 +207,12 @@ def test_a_run_that_cannot_start_leaves_nothing_behind(tmp_path, tiny_preset, ov
 
 
 def test_claim_leaves_folders_that_were_there(tmp_path):
-    made = claim(tmp_path / "a" / "b")
-    release(made)
+    with claim(tmp_path / "a" / "b", pytest.fail):
+        assert (tmp_path / "a" / "b").is_dir()
     assert list(tmp_path.iterdir()) == []
-    assert claim(tmp_path) == []
+    with claim(tmp_path, pytest.fail):
+        pass
+    assert tmp_path.is_dir()
 
 
 def test_resume_refuses_what_would_be_another_run(tiny_run):
