@@ -1,9 +1,9 @@
 """The command line. Commands are short and import inside, so that ``--help`` needs no torch."""
 
 if __name__ == "__main__":
-    from lowmem_drf.__main__ import main as run_program
+    import runpy
 
-    run_program()  # ends the process; the module is imported once more, as a part of the package
+    runpy.run_module("lowmem_drf", run_name="__main__")  # as python -m lowmem_drf, which ends the process
 
 import functools
 import logging
@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
-from lowmem_drf.errors import DEBUG, explain, quoted
+from lowmem_drf.errors import DEBUG, BadInputError, explain, quoted
 from lowmem_drf.terminal import lost_output, printable, quiet_streams
 
 try:
@@ -68,6 +68,12 @@ Force = Annotated[bool, typer.Option("--force", help="Replace a file that was ed
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+NO_DOCSTRINGS = (
+    "Python leaves docstrings out (-OO, PYTHONOPTIMIZE=2), and transformers cannot be imported without them. "
+    "Run it with -O or PYTHONOPTIMIZE=1, or unset PYTHONOPTIMIZE."
+)
+
+
 def _example(*lines: str) -> str:
     return "[bold]Example:[/bold] " + "  ·  ".join(f"[cyan]{line}[/cyan]" for line in lines)
 
@@ -82,6 +88,8 @@ def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns about accelerators that are not used here
         with _interrupts() as got:
             try:
+                if sys.flags.optimize > 1 and not command.__name__.startswith("presets"):
+                    raise BadInputError(NO_DOCSTRINGS)
                 command(*args, **kwargs)
             except (Exception, KeyboardInterrupt) as error:
                 if isinstance(error, typer.Exit):
@@ -91,6 +99,7 @@ def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
                 made_of_it = got and not isinstance(error, KeyboardInterrupt)
                 message, code = explain(KeyboardInterrupt() if made_of_it else error)
                 print(printable(message if code == 130 else f"Error: {message}"), file=sys.stderr)
+                exec("")  # Python ends by SIGINT if KeyboardInterrupt left a library's exec(), as of a dataclass, last
                 raise typer.Exit(code) from error
         if lost := lost_output():
             print(f"The output is not complete: {lost}", file=sys.stderr)

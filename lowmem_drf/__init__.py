@@ -4,10 +4,10 @@ The top-level folders ``kernels/``, ``presets/`` and the file ``cli.py`` are par
 inside it (``pyproject.toml``, force-include); in a checkout the line below finds them beside it.
 """
 
-from pathlib import Path
+import os  # and nothing that takes time: Ctrl-C is caught in __main__
 
 __version__ = "0.1.0"
 
-_root = Path(__file__).resolve().parent.parent
-if (_root / "pyproject.toml").is_file() and (_root / "cli.py").is_file():
-    __path__.append(str(_root))
+_root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+if all(os.path.isfile(os.path.join(_root, name)) for name in ("pyproject.toml", "cli.py")):
+    __path__.append(_root)

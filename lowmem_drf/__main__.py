@@ -2,7 +2,6 @@
 
 import os
 import signal
-from typing import NoReturn
 
 
 def main() -> None:
@@ -14,7 +13,7 @@ def main() -> None:
     run()
 
 
-def _stop(number: int, frame: object) -> NoReturn:
+def _stop(number: int, frame: object) -> None:
     """KeyboardInterrupt is of no use here: no one has begun to catch it, and nothing is there yet to be put right."""
     try:
         os.write(2, b"Interrupted.\n")

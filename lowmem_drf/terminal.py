@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PLAIN_WORK_EVERY_S = 20.0
+NARROW = 60
+"""Columns. Up to this width tables are wrapped by the terminal, and nothing is redrawn."""
 _CONTROLS = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 Item = TypeVar("Item")
@@ -70,7 +72,7 @@ def quiet_streams() -> Iterator[None]:
     before = sys.stdout, sys.stderr
     streams = [QuietStream(stream or open(os.devnull, "w", encoding="utf-8")) for stream in before]  # noqa: SIM115
     for stream in streams:
-        with suppress(AttributeError, ValueError):  # not a text file: a test's, a notebook's
+        with suppress(AttributeError, OSError, ValueError):  # not a text file (a notebook's), or one that cannot flush
             stream.reconfigure(errors="json_escapes")
     sys.stdout, sys.stderr = cast("list[Any]", streams)
     try:
@@ -94,7 +96,8 @@ def printable(text: str) -> str:
 
 
 def make_console(**settings: Any) -> Console:
-    """A rich console that prints no control characters but its own."""
+    """A rich console that prints no control characters but its own, and leaves it to a narrow terminal to wrap tables,
+    which rich would shorten until no figure can be read."""
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
 
@@ -103,12 +106,15 @@ def make_console(**settings: Any) -> Console:
             for segment in super().render(renderable, options):
                 yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
-    return PrintableConsole(**settings)
+    made = PrintableConsole(**settings)
+    made.width = max(made.width, NARROW)
+    return made
 
 
 def can_redraw(console: Console) -> bool:
-    """Whether lines can be drawn again in place: on a terminal that knows how to move its cursor."""
-    return console.is_terminal and not console.is_dumb_terminal
+    """Whether lines can be drawn again in place: on a terminal that knows how to move its cursor, and is so wide that
+    they are not wrapped."""
+    return console.is_terminal and not console.is_dumb_terminal and console.width > NARROW
 
 
 def hangup() -> list[signal.Signals]:

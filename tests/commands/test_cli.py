@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,19 @@ def test_an_interruption_stays_130_under_debug(run_cli, monkeypatch):
     monkeypatch.setattr("lowmem_drf.commands.train.train_command", interrupt)
     monkeypatch.setattr(cli, "_flags", {cli.DEBUG})
     assert run_cli("train")[0] == 130
+
+
+def test_an_interruption_that_a_library_makes_an_error_of_stays_one(run_cli, monkeypatch):
+    """As numpy does while it is imported."""
+
+    def interrupted(*_):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("multiarray failed to import") from None
+
+    monkeypatch.setattr("lowmem_drf.commands.train.train_command", interrupted)
+    assert run_cli("train") == (130, "", "Interrupted.\n")
 
 
 def test_a_read_only_place_is_refused_and_left_as_it_was(run_cli, tmp_path, monkeypatch):

@@ -231,6 +231,15 @@ def test_ctrl_c_reaches_each_process_once_and_is_waited_for(tmp_path):
     assert [(tmp_path / f"got{rank}").read_text() for rank in (0, 1)] == ["1", "1"]
 
 
+def test_a_session_that_ends_sends_several_signals_and_counts_once():
+    with module._signals() as got:
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+            signal.raise_signal(number)
+        assert got == [signal.SIGHUP]
+        signal.raise_signal(signal.SIGINT)
+        assert got == [signal.SIGHUP, signal.SIGINT]
+
+
 def test_a_second_ctrl_c_ends_at_once_also_who_does_not_listen(tmp_path):
     driver = Driver("deaf", tmp_path)
     until_there(tmp_path / "ready0", tmp_path / "ready1")

@@ -34,13 +34,13 @@ def train_until_killed(function: str, call: int, preset: Path, run: Path) -> Non
         train_command(str(preset), None, run, None, None, False, [], False)
 
 
-def run_cli(arguments: list[str], folder: Path, blocked: int | None = None) -> None:
-    """Runs a command with its output in ``folder/out`` and ``folder/err``. Update ``blocked`` (from 0) prints "blocked"
-    and lasts for a minute."""
+def run_cli(arguments: list[str], folder: Path, blocked: int | None = None, unread: bool = False) -> None:
+    """Runs a command with its output in ``folder/out`` and ``folder/err``, or in pipes that nobody reads. Update
+    ``blocked`` (from 0) prints "blocked" and lasts for a minute."""
     torch.set_num_threads(1)
     few_prompts()
     for handle, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), handle)
+        os.dup2(_unread_pipe() if unread else os.open(folder / name, os.O_WRONLY | os.O_CREAT), handle)
     original = loop.update
 
     def update(config, models, parts, trainer, step, *rest):
@@ -51,3 +51,9 @@ def run_cli(arguments: list[str], folder: Path, blocked: int | None = None) -> N
 
     loop.update = update
     cli.main(arguments)
+
+
+def _unread_pipe() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from lowmem_drf.commands.train import train_command
 from lowmem_drf.terminal import clock, work_bar
-from lowmem_drf.training.checkpoint import checkpoint_folder
+from lowmem_drf.training.checkpoint import checkpoint_folder, checkpoint_steps
 from lowmem_drf.training.metrics import read_metrics
-from lowmem_drf.training.progress import TrainProgress, sparkline
+from lowmem_drf.training.progress import ASCII_BARS, TrainProgress, sparkline
 
 
 @pytest.fixture
@@ -23,9 +23,9 @@ def started(processes, tiny_preset, tmp_path):
     output holds a text."""
     made = []
 
-    def start(options="", blocked=None):
+    def start(options="", blocked=None, unread=False):
         words = ["train", "--preset", str(tiny_preset), "--output", str(tmp_path / "run"), *options.split()]
-        made.append(processes.Process(target=run_cli, args=(words, tmp_path, blocked)))
+        made.append(processes.Process(target=run_cli, args=(words, tmp_path, blocked, unread)))
         made[0].start()
         return made[0], wait
 
@@ -51,6 +51,24 @@ def test_ctrl_c_finishes_the_update_saves_and_exits_130(started, tmp_path):
     (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
     step = json.loads((folder / "cursor.json").read_text())["step"]
     assert step == read_metrics(tmp_path / "run")[-1]["step"]
+
+
+def test_a_closed_session_whose_output_nobody_reads_loses_no_update(started, tmp_path):
+    """As Ctrl-C under ``| tee log``, or a lost SSH connection: the pipe breaks, and several signals come."""
+    process, wait = started("--steps 10000 -s log.checkpoint_every=10000 -s log.sample_every=0", unread=True)
+    wait("run/metrics.jsonl", "\n")
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+        os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 130
+    assert checkpoint_steps(tmp_path / "run") == [read_metrics(tmp_path / "run")[-1]["step"]]
+
+
+def test_a_line_is_printed_after_its_update_was_saved(tiny_preset, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(TrainProgress, "update", lambda self, report: saved.append(checkpoint_steps(tmp_path / "run")))
+    train_command(str(tiny_preset), None, tmp_path / "run", 2, None, False, ["log.sample_every=0"], False)
+    assert saved == [[1], [1, 2]]
 
 
 def test_a_second_ctrl_c_stops_at_once_and_costs_nothing_that_is_saved(started, tiny_run, tmp_path):
@@ -109,6 +127,7 @@ def test_clips_are_counted_in_a_log(monkeypatch):
 
 
 def test_progress_words():
+    assert sparkline([0.0, 1.0], 4, ASCII_BARS) == "_#  "
     assert (clock(75), clock(3700)) == ("1:15", "1:01:40")
     assert sparkline([0.0, 1.0], 4) == "▁█  "
     assert len(sparkline([float(i) for i in range(101)], 30)) == 30
