@@ -19,7 +19,11 @@ class BadInputError(LowmemError):
 
 
 class NonFiniteError(LowmemError):
-    """A reward, gradient or weight is NaN or infinite. Raised before the optimizer step, so the weights are good."""
+    """A reward, gradient or weight is NaN or infinite. ``stage``: the stage of an update that made it, if known."""
+
+    def __init__(self, message: str, stage: str = "") -> None:
+        super().__init__(message)
+        self.stage = stage
 
 
 def quoted(word: object) -> str:

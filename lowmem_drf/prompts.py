@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -78,6 +77,19 @@ def as_prompts(texts: Iterable[str]) -> tuple[Prompt, ...]:
     return tuple(Prompt(id=f"{n:04d}", text=text) for n, text in enumerate(texts, 1))
 
 
+def without(prompts: Sequence[Prompt], skipped: Collection[str]) -> tuple[Prompt, ...]:
+    """The prompts but for those with these ids. Raises BadInputError for an unknown id, or if none is left."""
+    if unknown := sorted(set(skipped) - {prompt.id for prompt in prompts}):
+        raise BadInputError(
+            f"skip_prompts: no prompt has the id {unknown[0]!r}. Ids are those of the jsonl file, or line numbers of "
+            f"four digits ({prompts[0].id!r} to {prompts[-1].id!r})."
+        )
+    left = tuple(prompt for prompt in prompts if prompt.id not in skipped)
+    if not left:
+        raise BadInputError("skip_prompts names every prompt: leave at least one.")
+    return left
+
+
 def fingerprint(prompts: Sequence[Prompt]) -> str:
     """A hash of the prompts, with which a resumed run checks that they are the same."""
     return hashlib.sha256(repr(tuple(prompts)).encode()).hexdigest()
@@ -127,8 +139,8 @@ def parse_question(where: str, item: Any) -> Question:
         if not isinstance(item.get(key), str) or not item[key].strip():
             raise BadInputError(f'{where}: there is no "{key}".')
     weight = item.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-        raise BadInputError(f"{where}: weight {weight!r} is to be a number of at least 0.")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not (weight == 0 or 1e-6 <= weight <= 1e6):
+        raise BadInputError(f"{where}: weight {weight!r} is to be 0, or a number from 1e-6 to 1e6.")
     return Question(item["aspect"], item["text"], item["answer"], kind, float(weight), str(item.get("name", "")))
 
 
@@ -141,23 +153,29 @@ class Cursor:
 
 
 class PromptStream:
-    """Endless passes over the prompts, each shuffled by (seed, epoch), so that a cursor restores the position."""
+    """Endless passes over the prompts, each shuffled by (seed, epoch), so that a cursor restores the position. Prompts
+    with an id in ``skipped``, which must leave some, are passed over; the order of the others is the same."""
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int, cursor: Cursor | None = None) -> None:
+    def __init__(
+        self, prompts: Sequence[Prompt], seed: int, cursor: Cursor | None = None, skipped: Collection[str] = ()
+    ) -> None:
         self._prompts = tuple(prompts)
         self._seed = seed
+        self._skipped = frozenset(skipped)
         self.cursor = cursor or Cursor()
 
     def take(self, count: int) -> tuple[Prompt, ...]:
         """The next ``count`` prompts; advances the cursor."""
         taken: list[Prompt] = []
         epoch, index = self.cursor.epoch, self.cursor.index
+        order = self._order(epoch)
         while len(taken) < count:
-            order = self._order(epoch)[index : index + count - len(taken)]
-            taken += [self._prompts[i] for i in order]
-            index += len(order)
-            if index == len(self._prompts):
+            prompt = self._prompts[order[index]]
+            taken += [] if prompt.id in self._skipped else [prompt]
+            index += 1
+            if index == len(order):
                 epoch, index = epoch + 1, 0
+                order = self._order(epoch)
         self.cursor = Cursor(epoch, index)
         return tuple(taken)
 

@@ -11,8 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# beyond its bounds a number, or what it is multiplied by, would become 0 or infinity in fp32
+Scale = Annotated[float, Field(ge=1e-6, le=1e6)]
+Weight = Annotated[float, Field(ge=0, le=1e6)]
 Parkable = Literal["critic", "vae", "transformer"]
 Streamable = Literal["critic", "transformer"]
 Name = Annotated[str, Field(min_length=1)]
@@ -64,7 +66,7 @@ class Model(Node):
     base_lora: str = ""
     """A LoRA that is merged into the frozen base before training, such as a step-distillation LoRA: a safetensors file,
     or ``owner/repo/file.safetensors`` on the hub. It costs nothing during training. Empty: none."""
-    base_lora_scale: PositiveFloat = 1.0
+    base_lora_scale: Scale = 1.0
     """Strength at which ``base_lora`` is merged."""
     quant: Literal["none", "nf4", "int8"] = "none"
     """Storage format of the frozen blocks' linear layers: ``dtype`` (``none``), ``int8`` (half the memory of bf16) or
@@ -88,13 +90,13 @@ class Sampler(Node):
     chain: Literal["full", "drtune"] = "full"
     """``full``: the gradient flows through the transformer's input to earlier graded steps. ``drtune`` (arXiv
     2405.00760) stops it there: a little cheaper, and approximate."""
-    guidance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 5.0
+    guidance: Annotated[float, Field(ge=1, le=1000)] = 5.0
     """Classifier-free guidance scale, for both transformers of a generator that has two. 1 is no guidance; above 1 each
     step takes two transformer passes instead of one."""
     guidance_grad: Literal["cond", "both"] = "cond"
     """With guidance: gradient through the conditional branch alone (``cond``), or through both (``both``), which costs
     a second graded pass per step and no memory. The relay is exact for the choice made here."""
-    shift: PositiveFloat = 3.0
+    shift: Annotated[float, Field(ge=0.01, le=1000)] = 3.0
     """Timestep shift of the flow-matching schedule: higher values put more steps at high noise. Wan uses 3 to 8."""
     lv_samples: NonNegative = 0
     """DRaFT-LV (arXiv 2309.17400): extra noised copies of the clip, which the last step denoises again; the gradient
@@ -123,16 +125,19 @@ class Sampler(Node):
 class Weights(Node):
     """Each aspect's weight in the reward. Its share is its weight over the sum, however many questions it asks."""
 
-    TA: NonNegativeFloat = 1.0
+    TA: Weight = 1.0
     """Text-video alignment."""
-    Phy: NonNegativeFloat = 1.0
+    Phy: Weight = 1.0
     """Physical fidelity."""
-    VQ: NonNegativeFloat = 1.0
+    VQ: Weight = 1.0
     """Visual quality."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.TA + self.Phy + self.VQ == 0:
             yield "TA", "all three weights are 0: there would be no reward"
+        for name, weight in self:
+            if 0 < weight < 1e-6:
+                yield name, f"{weight} is too small to count; set 0, or at least 1e-6"
 
 
 class Critic(Node):
@@ -177,7 +182,7 @@ class Critic(Node):
     reward: Literal["yes_logprob", "yes_margin"] = "yes_logprob"
     """Reward of a yes/no question: the log-probability of the wanted answer (``yes_logprob``), or its log-odds against
     the other answer (``yes_margin``). Dense questions always use log-probabilities."""
-    hinge: Literal["off"] | Annotated[float, Field(allow_inf_nan=False)] = "off"
+    hinge: Literal["off"] | Annotated[float, Field(ge=-1e6, le=1e6)] = "off"
     """Cap on each question's reward: a question above it is pushed no further. ``off``: no cap."""
     weights: Weights = Weights()
 
@@ -194,7 +199,7 @@ class Lora(Node):
 
     rank: Positive = 32
     """Rank of the LoRA. Its weights, gradients, optimizer state and file grow in proportion."""
-    alpha: PositiveFloat = 32.0
+    alpha: Scale = 32.0
     """The LoRA's contribution is multiplied by ``alpha / rank``."""
     targets: list[Name] = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
     """Linear layers that get a LoRA, by the end of their names. Fewer layers take less memory and time."""
@@ -210,20 +215,23 @@ class Optim(Node):
     name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
     """``adamw`` keeps Adam's moments in fp32. ``adamw8bit`` keeps them in 8 bit (bitsandbytes): a quarter of the
     memory, rounded. ``paged_adamw8bit`` also moves them to the host when the card is full."""
-    lr: PositiveFloat = 1e-4
+    lr: Annotated[float, Field(ge=1e-12, le=1)] = 1e-4
     """Learning rate after the warm-up."""
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     """AdamW's decoupled weight decay."""
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, le=0.999999)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
     """Decay rates of Adam's first and second moment."""
-    eps: PositiveFloat = 1e-8
+    eps: Annotated[float, Field(ge=1e-16, le=1)] = 1e-8
     """Added to the denominator of Adam's update."""
-    grad_clip: PositiveFloat = 1.0
+    grad_clip: Annotated[float, Field(ge=1e-9, le=1e18)] = 1.0
     """A gradient whose norm is larger is scaled down to this norm."""
     warmup_steps: NonNegative = 0
     """Updates over which the learning rate rises linearly to ``lr``."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Learning rate after the warm-up: constant, or down to 0 at the last update along a half cosine or a line."""
+    max_skipped: Positive = 5
+    """An update with a reward or gradient that is NaN or infinite is skipped. After this many in a row the run saves
+    and stops."""
 
 
 class Memory(Node):
@@ -339,6 +347,9 @@ class Config(Node):
 
     prompts: str = ""
     """A prompt file (txt or jsonl), or ``toyworld`` for ToyWorld's prompts."""
+    skip_prompts: list[Name] = []
+    """Ids of prompts to leave out: those of a jsonl file, or line numbers of four digits (``["0003"]``). It may change
+    on resume, which the prompt file may not."""
     steps: Positive = 500
     """Updates of the LoRA."""
     batch: Positive = 4

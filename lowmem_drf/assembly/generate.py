@@ -42,6 +42,18 @@ def generate(models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequ
     return Generated(models.decoder.decode(x_0), sum(norms) / len(norms))
 
 
+NAN = "holds NaN or infinity"
+BLACK = 1.5 / 255
+"""No pixel of a black clip is brighter."""
+
+
+def flaw(frames: Tensor) -> str:
+    """Why a clip with values in [0, 1] is a wreck; empty if it is none."""
+    if not bool(frames.sum(dtype=torch.float32).isfinite()):
+        return NAN
+    return "is black" if frames.amax().item() < BLACK else ""
+
+
 def batches(
     models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequence[int], size: int, ranks: Ranks, unit: int = 1
 ) -> Iterator[tuple[range, Generated, bool]]:

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem_drf.assembly.cache import cache_folder
+from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import written_aside
+from lowmem_drf.models.weights.finite import not_finite
 from lowmem_drf.schema import Config
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def encode_texts(config: Config, generator: str, texts: Sequence[str], device: t
         texts: in any order, with repetitions.
         device: where the encoder runs.
 
-    Raises BadInputError: the encoder cannot be loaded.
+    Raises BadInputError: the encoder cannot be loaded, or an embedding is not finite.
     """
     unique = list(dict.fromkeys(texts))
     cache = _cache_for(config, Path(generator), device)
@@ -71,6 +73,11 @@ def encode_texts(config: Config, generator: str, texts: Sequence[str], device: t
             torch.cuda.empty_cache()
             if release := getattr(torch.accelerator, "empty_host_cache", None):  # not in every version
                 release()  # frees the pinned memory of a streamed encoder, which PyTorch would keep
+    if lost := not_finite(encoded):
+        raise BadInputError(
+            f"the text encoder of {generator} makes NaN or infinity of {len(lost)} of {len(encoded)} prompts in "
+            f"{config.dtype} (the first: {lost[0]!r}). Get its weights anew, or use -s dtype=fp32."
+        )
     return {text: encoded[text] for text in unique}
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowmem_drf.assembly.assemble import run_prompts
-from lowmem_drf.assembly.generate import base_and_tuned
+from lowmem_drf.assembly.generate import NAN, base_and_tuned, flaw
 from lowmem_drf.assembly.loading import load_models
-from lowmem_drf.errors import BadInputError
+from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.files import readable_name, require_output, short_hash
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.prompts import load_prompts
@@ -35,8 +35,10 @@ def sample_command(
 ) -> None:
     """Writes a clip per prompt and prints its path.
 
-    Raises BadInputError: no run, no such LoRA or one for another model, a scale that is not finite, or an output that
-    cannot be written or would replace another program's file (unless ``force``).
+    Raises:
+        BadInputError: no run, no such LoRA or one for another model, a scale that is not finite, or an output that
+            cannot be written or would replace another program's file (unless ``force``).
+        LowmemError: when all clips are made, one is black (written), or NaN (not written).
     """
     if not math.isfinite(scale):
         raise BadInputError(f"--lora-scale {scale} is not a number that can be used; 1 is the tuned model, 0 the base.")
@@ -57,14 +59,26 @@ def sample_command(
     label = "tuned" if scale == 1 else f"tuned, LoRA x {scale:g}"
     upscale = watchable_upscale(config.video.height, config.video.width)
     clips = base_and_tuned(config, models, wanted, seed, scale, with_base=compare)
+    flaws: list[str] = []
     with work_bar(make_console(stderr=True), "clips", len(wanted)) as advance:
         for path, (base, tuned) in zip(paths, clips, strict=True):
+            advance(1)
+            found = {of: flaw(clip) for of, clip in (("base", base), (label, tuned)) if clip is not None}
+            flaws += [f"{path.name} ({of}) {why}" for of, why in found.items() if why]
+            if NAN in found.values():
+                continue
             if base is None:
                 write_mp4(path, tuned, config.video.fps, upscale)
             else:
                 write_mp4(path, side_by_side((base, tuned), ("base", label), upscale), config.video.fps)
             print(path, flush=True)
-            advance(1)
+    if flaws:
+        shown = "; ".join(flaws[:3]) + (f"; and {len(flaws) - 3} more" if len(flaws) > 3 else "")
+        raise LowmemError(
+            f"clips that cannot be used: {shown}. Clips with NaN were not written.\n"
+            "Look at the base model's with --lora-scale 0. If they are good, take the LoRA of an earlier checkpoint: "
+            f"--lora {run / 'checkpoints'}/step-NNNNNN/lora.safetensors"
+        )
 
 
 def _texts(config: Config, texts: Sequence[str], file: Path | None) -> list[str]:

@@ -17,6 +17,7 @@ from lowmem_drf.errors import DEBUG, BadInputError, quoted
 from lowmem_drf.files import write_text
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.planner.cards import card_named
+from lowmem_drf.prompts import without
 from lowmem_drf.questions.file import WRITERS
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import make_console
@@ -31,13 +32,14 @@ if TYPE_CHECKING:
     from lowmem_drf.scoring.evaluate import Trial
 
 MAY_CHANGE = (
-    *("steps", "micro_batch", "device", "engine", "processes", "zero.", "log."),
-    *("optim.lr", "optim.grad_clip", "optim.schedule", "optim.warmup_steps"),
+    *("steps", "skip_prompts", "micro_batch", "device", "engine", "processes", "zero.", "log."),
+    *(f"optim.{key}" for key in ("lr", "grad_clip", "schedule", "warmup_steps", "eps", "weight_decay", "max_skipped")),
     *(f"memory.{key}" for key in ("checkpoint", "token_slices", "park", "stream", "text_device", "vram_gib")),
     *(f"memory.{key}" for key in ("vae_strips", "vae_caches", "vae_cache_every", "keep_attention", "record_rollout")),
-    *("kernels.ops", "kernels.attention"),
+    *("memory.vae_dtype", "memory.vae_grad_dtype", "kernels."),
 )
-"""Prefixes of the keys that a resumed run may override: they change neither models, data nor reward."""
+"""Prefixes of the keys that a resumed run may override: they change neither models nor reward, or are what a run that
+meets NaN may have to change (``training.skips.advice``)."""
 
 
 def train_command(
@@ -142,6 +144,7 @@ def start(
 
     console = make_console(soft_wrap=True, quiet=not ranks.chief)
     prompts = run_prompts(config)
+    used = without(prompts, config.skip_prompts)
     if len(prompts) < ranks.count:
         raise BadInputError(
             f"there are {len(prompts)} prompts for {ranks.count} processes: some would get none. "
@@ -152,7 +155,7 @@ def start(
     ready = _ready_questions(run, config, prompts) if resume else {}
     draft |= ready
     log = config.log
-    trial = make_trial(config, prompts, log.eval_prompts, log.eval_seeds) if log.eval_prompts else None
+    trial = make_trial(config, used, log.eval_prompts, log.eval_seeds) if log.eval_prompts else None
     import_libraries(config)
     cards_gib = ranks.gather(card_here(config))
     config = ranks.from_chief(require_fit(config, console, cards_gib) if ranks.chief else config)
@@ -161,7 +164,7 @@ def start(
         console.print(text, highlight=False, markup=False)
 
     with claim(run, say, resume) if ranks.chief else nullcontext():
-        previews = preview_texts(config, prompts)
+        previews = preview_texts(config, used)
         texts = [prompt.text for prompt in (*prompts, *(trial.prompts if trial else ()))]
         if config.critic.writer and needs_writer(config) and ranks.chief:  # cached before the memory is taken
             unwritten = [prompt for prompt in prompts if prompt.id not in ready]

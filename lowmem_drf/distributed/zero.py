@@ -171,6 +171,10 @@ class ZeroEngine:
         self._engine.step()
         return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.nan
 
+    def finite(self) -> bool:
+        """Whether this process's share of the weights is free of NaN and infinity."""
+        return bool(torch.nn.utils.get_total_norm(self._partitions()).isfinite())
+
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Inside the block, every process can read the LoRA's tensors."""
@@ -203,8 +207,7 @@ class ZeroEngine:
             raise BadInputError(
                 "the checkpoint has the state of another optimizer, or of another LoRA. Start a new run."
             )
-        zero = self._engine.optimizer
-        parts = zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+        zero, parts = self._engine.optimizer, self._partitions()
         steps = packed[f"{next(iter(self._lora))}.step"]
         for part in parts:
             self._adamw.state[part] = {"step": steps.clone(), **{key: torch.zeros_like(part) for key in MOMENTS}}
@@ -214,6 +217,11 @@ class ZeroEngine:
         for name, parameter in self._lora.items():
             for key in MOMENTS:
                 safe_set_full_optimizer_state(parameter, packed[f"{name}.{key}"].to(parameter.device), key)
+
+    def _partitions(self) -> list[Tensor]:
+        """This process's share of the LoRA, in fp32."""
+        zero = self._engine.optimizer
+        return list(zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups)
 
 
 class ZeroForward:

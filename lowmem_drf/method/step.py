@@ -7,11 +7,12 @@ its cotangent is known: one piece is live at a time. By the chain rule the resul
 ``naive.naive_step``, the same step as one graph. (With guidance both leave out what ``guidance_grad`` leaves out, and
 in both the decoder's clamp has the gradient of ``models/wan/vae.InwardClamp``.)
 
-The caller clips, refuses non-finite LoRA gradients, runs the optimizer and moves models between devices.
+The caller looks at the LoRA's gradients, clips, runs the optimizer and moves models between devices.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -21,10 +22,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lowmem_drf.errors import BadInputError, NonFiniteError
+from lowmem_drf.method.finite import Found, look_at, refuse
 from lowmem_drf.method.frames import motion_frames
 from lowmem_drf.method.reward import RewardSpec, mean_reward
 from lowmem_drf.method.schedule import GuidanceGrad, euler_step, gradient_passes, guided, renoise
-from lowmem_drf.method.vae_stream import decode, refuse_non_finite, vae_backward
+from lowmem_drf.method.vae_stream import decode, vae_backward
 from lowmem_drf.types import StepStats
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ def drf_step(
     questions: Sequence[Sequence[Question]],
     lv_generators: Sequence[Generator] = (),
     share: float = 1.0,
+    found: Found = refuse,
 ) -> StepStats:
     """Adds the gradient of -share * reward (mean over clips) to the ``.grad`` of ``parts.lora``.
 
@@ -51,13 +54,15 @@ def drf_step(
         questions: per clip.
         lv_generators: CPU generators of the DRaFT-LV noise, one per clip; needed with ``spec.lv_samples``.
         share: fraction that these clips are of a larger batch.
+        found: called with a NonFiniteError for each NaN or infinity in latents, frames, reward, or their gradients. If
+            it returns, the step goes on; drop the ``.grad``.
 
     Returns:
         Statistics of the sampled trajectory. DRaFT-LV's copies count in the gradient, not here.
 
     Raises:
-        NonFiniteError: the reward, or the gradient at the frames or at a latent, is NaN or infinite. Gradients that
-            earlier pieces added (later steps, other DRaFT-LV copies) stay, so drop the ``.grad``.
+        NonFiniteError: by default of ``found``. Gradients that earlier pieces added (later steps, other DRaFT-LV
+            copies) stay, so drop the ``.grad``.
     """
     with parts.stage("rollout"):
         conditions = [one for one, _ in gradient_passes(cond, uncond, spec.guidance, spec.guidance_grad)]
@@ -68,17 +73,21 @@ def drf_step(
         trajectories = [(x_0, entering)] + [
             lv_copy(parts.velocity, spec, x_0, cond, uncond, lv_generators) for _ in range(spec.lv_samples)
         ]
+        for clean, _ in trajectories:
+            look_at(clean, "latents at the end of the rollout", "rollout", found)
     all_stats = []
     for x_0, entering in trajectories:
         kept = spec.seen(x_0, parts.decoder.temporal_factor)
         with parts.stage("decode"):
             frames, caches = decode(parts.decoder, x_0, kept, spec.vae_window, spec.vae_cache_every)
+            look_at(frames, "decoded frames", "decode", found)
         with parts.stage("critic"):
-            stats, d_frames = critic_backward(parts.critic, frames, questions, spec.reward, share / len(trajectories))
+            weight = share / len(trajectories)
+            stats, d_frames = critic_backward(parts.critic, frames, questions, spec.reward, weight, found)
         with parts.stage("vae_backward"):
-            d_x_0 = vae_backward(parts.decoder, x_0, caches, d_frames, kept, spec.vae_window)
+            d_x_0 = vae_backward(parts.decoder, x_0, caches, d_frames, kept, spec.vae_window, found)
         with parts.stage("denoise_backward"):
-            denoise_backward(parts, spec, entering, d_x_0, cond, uncond)
+            denoise_backward(parts, spec, entering, d_x_0, cond, uncond, found)
         all_stats.append(replace(stats, latents_BCFhw=x_0))
     return all_stats[0]
 
@@ -122,25 +131,34 @@ def lv_copy(
 
 
 def critic_backward(
-    critic: Critic, frames_BTCHW: Tensor, questions: Sequence[Sequence[Question]], spec: RewardSpec, share: float = 1.0
+    critic: Critic,
+    frames_BTCHW: Tensor,
+    questions: Sequence[Sequence[Question]],
+    spec: RewardSpec,
+    share: float = 1.0,
+    found: Found = refuse,
 ) -> tuple[StepStats, Tensor]:
     """One pass of the critic. Returns the statistics (without latents) and the gradient of -share * reward at the
     frames."""
     frames = frames_BTCHW.detach().requires_grad_()
     with torch.enable_grad():
         reward, by_aspect, by_question = mean_reward(critic(frames, questions), questions, spec)
-    if not reward.detach().isfinite():
-        bad = [name for name, value in by_question.items() if not torch.tensor(value).isfinite()]
-        raise NonFiniteError(
-            f"the reward is {reward.item()} (questions: {', '.join(bad)}): run the critic in bfloat16 or float32"
-        )
+    bad = [name for name, value in by_question.items() if not math.isfinite(value)]  # also of questions of weight 0
+    if bad or not math.isfinite(reward.item()):
+        found(NonFiniteError(f"the reward is {reward.item()} (questions: {_some(bad)})", "critic"))
     (d_frames,) = torch.autograd.grad(reward, frames, torch.full_like(reward, -share))
-    refuse_non_finite(d_frames, "the gradient at the frames the critic saw")
+    look_at(d_frames, "gradients at the frames the critic saw", "critic", found)
     return StepStats(reward.item(), by_aspect, by_question, frames.new_empty(0), frames.detach()), d_frames
 
 
 def denoise_backward(
-    parts: Parts, spec: StepSpec, entering: Mapping[int, Tensor], d_x_0_BCFhw: Tensor, cond: Any, uncond: Any
+    parts: Parts,
+    spec: StepSpec,
+    entering: Mapping[int, Tensor],
+    d_x_0_BCFhw: Tensor,
+    cond: Any,
+    uncond: Any,
+    found: Found = refuse,
 ) -> None:
     """The graded steps, last to first, one transformer pass at a time; adds to the ``.grad`` of ``parts.lora``.
 
@@ -158,7 +176,11 @@ def denoise_backward(
             v.backward(d_v.to(v.dtype), inputs=[*parts.lora, x] if x.requires_grad else list(parts.lora))
         if x.grad is not None:
             d_x = d_x + x.grad
-            refuse_non_finite(d_x, f"the gradient at the latents that enter step {k}")
+            look_at(d_x, f"gradients at the latents that enter step {k}", "denoise_backward", found)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 Chain = Literal["full", "drtune"]

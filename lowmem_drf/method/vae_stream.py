@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowmem_drf.errors import NonFiniteError
+from lowmem_drf.method.finite import Found, look_at, refuse
 from lowmem_drf.method.frames import backward_chunks
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def vae_backward(
     d_frames_BTCHW: Tensor,
     kept: Sequence[int],
     window: int | None = None,
+    found: Found = refuse,
 ) -> Tensor:
     """Gradient at the latents from the gradient at the kept frames: one chunk at a time, in reverse time order.
 
@@ -74,7 +75,7 @@ def vae_backward(
             d_handed,
             visit.hands_back,
         )
-    refuse_non_finite(d_x_0, "the gradient at the latents (behind the VAE)")
+    look_at(d_x_0, "gradients at the latents (behind the VAE)", "vae_backward", found)
     return d_x_0
 
 
@@ -89,11 +90,3 @@ def _fill_in(
         caches = decoder.advance(x_0_BCFhw[:, :, chunk : chunk + 1], caches)
         if chunk + 1 in visited:
             entering[chunk + 1] = decoder.store(caches)
-
-
-def refuse_non_finite(tensor: Tensor, what: str) -> None:
-    """Raises NonFiniteError naming ``what``."""
-    if not tensor.isfinite().all():
-        raise NonFiniteError(
-            f"{what} is NaN or infinite; lower the learning rate, or run the models in bfloat16 or float32"
-        )

@@ -147,6 +147,9 @@ class PlannedTrainer:
         ledger.wait(ledger.link.exchange(ledger.seconds, others if self._gathers else 0, 0.0))
         return 0.0
 
+    def finite(self) -> bool:
+        return True
+
     whole = accumulate
 
     def pack(self) -> dict[str, Tensor]:

@@ -11,11 +11,11 @@ import torch
 
 from lowmem_drf.assembly.assemble import Models, critic_frames, derive_seed, reward_spec
 from lowmem_drf.assembly.check import can_check, checked_questions
-from lowmem_drf.assembly.generate import batches
+from lowmem_drf.assembly.generate import NAN, batches, flaw
 from lowmem_drf.assembly.questions import draft_questions, grammar_of
 from lowmem_drf.assembly.references import finish_questions
 from lowmem_drf.distributed.ranks import ALONE, Ranks
-from lowmem_drf.errors import BadInputError
+from lowmem_drf.errors import BadInputError, NonFiniteError
 from lowmem_drf.method.frames import kept_frames
 from lowmem_drf.method.reward import RewardSpec, mean_reward
 from lowmem_drf.models.lora.adapter import lora_scale
@@ -106,6 +106,11 @@ def measure(
     by_clip, by_prompt, oracle = _Sums(), _Sums(), _Sums()
     of_a_prompt: list[Tensor] = []
     for here, made, new in batches(models, config.sampler, texts, seeds, config.log.eval_batch, ranks, trial.seeds):
+        if bad := [texts[i] for i, clip in zip(here, made.frames_BTCHW, strict=True) if flaw(clip) == NAN]:
+            raise NonFiniteError(
+                f"the clip of {bad[0]!r} {NAN}: there is nothing to compare. lowmem-drf sample --compare shows whether "
+                "the base model or the LoRA makes it."
+            )
         frames, some, size = made.frames_BTCHW, [prompts[i] for i in here], len(here) if new else 0
         by_clip.add(_ask(models, frames[:, kept], some, trial.questions, spec), size)
         if trial.heldout:

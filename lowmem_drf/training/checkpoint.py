@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lowmem_drf.errors import BadInputError, LowmemError, quoted
+from lowmem_drf.errors import BadInputError, LowmemError, NonFiniteError, quoted
 from lowmem_drf.files import discard, written_aside
+from lowmem_drf.models.weights.finite import not_finite
 from lowmem_drf.prompts import Cursor
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class Checkpoint:
     """``prompts.fingerprint``: a resumed run must use the same prompts."""
     spread: Mapping[str, tuple[int, float, float]] = field(default_factory=dict)
     """``reward.Spread.seen``."""
+    skipped: int = 0
+    """Updates skipped in a row, up to this one."""
 
 
 def resume_command(run: Path) -> str:
@@ -66,16 +69,20 @@ def checkpoint_folder(run: Path, step: int | None = None) -> Path:
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint, alpha: float, keep: int) -> Path:
     """Writes ``lora.safetensors`` (``alpha`` in its header), ``state.safetensors`` and ``cursor.json``, then deletes
-    all but the last ``keep`` checkpoints. Returns the folder."""
+    all but the last ``keep`` checkpoints. Returns the folder. Raises NonFiniteError, and writes nothing, if a tensor
+    holds NaN or infinity."""
     from safetensors.torch import save_file
 
+    if lost := not_finite({**checkpoint.lora, **checkpoint.optimizer}):
+        what = f"{len(lost)} tensors of LoRA and optimizer hold NaN or infinity (the first: {lost[0]})"
+        raise NonFiniteError(f"update {checkpoint.step} is not saved: {what}")
     parent = run / "checkpoints"
     parent.mkdir(parents=True, exist_ok=True)
     for left in parent.glob(".step-*"):
         shutil.rmtree(left)
     final = parent / f"step-{checkpoint.step:06d}"
     cursor = {"step": checkpoint.step, **asdict(checkpoint.cursor)}
-    cursor |= {"prompts": checkpoint.prompts, "spread": dict(checkpoint.spread)}
+    cursor |= {"prompts": checkpoint.prompts, "spread": dict(checkpoint.spread), "skipped": checkpoint.skipped}
     with written_aside(final) as aside:
         aside.mkdir()
         # one metadata entry: safetensors writes several in random order, and equal LoRAs must give equal bytes
@@ -95,6 +102,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     try:
         row = json.loads((folder / "cursor.json").read_text(encoding="utf-8"))
         lora, state = load_file(folder / "lora.safetensors"), load_file(folder / "state.safetensors")
+        if lost := not_finite({**lora, **state}):
+            raise ValueError(f"{lost[0]} holds NaN or infinity")
         checkpoint = Checkpoint(
             step=row["step"],
             lora=lora,
@@ -102,6 +111,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             cursor=Cursor(row["epoch"], row["index"]),
             prompts=row["prompts"],
             spread={name: (count, mean, variance) for name, (count, mean, variance) in row["spread"].items()},
+            skipped=row.get("skipped", 0),  # runs of earlier versions skipped nothing
         )
         torch.set_rng_state(state["rng.cpu"])
     except (OSError, ValueError, KeyError, SafetensorError) as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lowmem_drf.assembly.assemble import Models
 from lowmem_drf.config import to_toml
 from lowmem_drf.distributed.ranks import ALONE, Ranks
-from lowmem_drf.errors import BadInputError, LowmemError
+from lowmem_drf.errors import BadInputError, LowmemError, NonFiniteError
 from lowmem_drf.files import write_text
 from lowmem_drf.method.reward import Spread
 from lowmem_drf.models.lora.adapter import load_lora_state, lora_parameters, lora_state
@@ -32,8 +32,9 @@ from lowmem_drf.training.metrics import Metrics
 from lowmem_drf.training.previews import write_previews
 from lowmem_drf.training.progress import TrainProgress
 from lowmem_drf.training.run_folder import claim
+from lowmem_drf.training.skips import Skips, broken, stopped
 from lowmem_drf.training.trainer import make_trainer
-from lowmem_drf.training.update import update
+from lowmem_drf.training.update import Skipped, SkippedUpdate, UpdateReport, update
 from lowmem_drf.types import Prompt, Question
 
 if TYPE_CHECKING:
@@ -66,24 +67,28 @@ def train(
         KeyboardInterrupt: Ctrl-C, after the current update was finished and saved.
         BadInputError: the prompts differ from those of the run's checkpoint.
         LowmemError: the run's folder was deleted; the update was saved there again.
-        NonFiniteError: see ``update``.
+        NonFiniteError: too many updates in a row were skipped (the last good weights are saved), or the optimizer made
+            a weight NaN or infinite (nothing is saved).
     """
     checkpoint = ranks.from_chief(_restored(run, prompts) if ranks.chief else None)
     if checkpoint:
         load_lora_state(models.transformer, checkpoint.lora)
     trainer, models = make_trainer(config, models, abort)
-    cursor, done, spread = Cursor(), 0, Spread()
+    cursor, done, spread, skips = Cursor(), 0, Spread(), Skips(config)
     if checkpoint:
-        trainer.unpack(checkpoint.optimizer)
+        if checkpoint.optimizer:  # there is none where every update so far was skipped
+            trainer.unpack(checkpoint.optimizer)
         cursor, done, spread = checkpoint.cursor, checkpoint.step, Spread(seen=dict(checkpoint.spread))
-    parts, stream = models.parts(lora_parameters(models.transformer)), PromptStream(prompts, config.seed, cursor)
+        skips = Skips(config, checkpoint.skipped)
+    parts = models.parts(lora_parameters(models.transformer))
+    stream = PromptStream(prompts, config.seed, cursor, config.skip_prompts)
     judge = oracle_for(config, [prompt.text for prompt in prompts])
     metrics, progress = Metrics(run, done) if ranks.chief else None, TrainProgress(console, config.steps, done)
 
     def save(step: int) -> None:
         with trainer.whole():
             lora = lora_state(models.transformer)
-        now = Checkpoint(step, lora, trainer.pack(), stream.cursor, fingerprint(prompts), spread.seen)
+        now = Checkpoint(step, lora, trainer.pack(), stream.cursor, fingerprint(prompts), spread.seen, skips.saved)
         if ranks.chief:
             save_checkpoint(run, now, config.lora.alpha, config.log.keep)
         ranks.barrier()  # no process may end before the checkpoint is written
@@ -95,8 +100,16 @@ def train(
             for step in range(done, config.steps):
                 scales = spread.scales() if config.critic.normalize else {}
                 batch = stream.take(config.batch)
-                report = update(config, models, parts, trainer, step, batch, questions, judge, scales, ranks)
-                spread.add(report.reward_by_question)
+                report: UpdateReport | Skipped
+                try:
+                    report = update(config, models, parts, trainer, step, batch, questions, judge, scales, ranks)
+                    skips.add(None)
+                    spread.add(report.reward_by_question)
+                except SkippedUpdate as error:
+                    report = error.report
+                    progress.note(skips.add(error))
+                except NonFiniteError as error:
+                    raise broken(config, run, error) from error
                 if ranks.any(metrics is not None and metrics.gone()):
                     again = not (run / "config.toml").exists()  # else another run began there
                     with claim(run, progress.note, resume=again) if ranks.chief else nullcontext():
@@ -107,9 +120,12 @@ def train(
                 if metrics:
                     metrics.write(report)
                 last = report.step == config.steps
-                if saved := last or report.step % config.log.checkpoint_every == 0:
+                if saved := last or skips.too_many or report.step % config.log.checkpoint_every == 0:
                     save(report.step)
-                progress.update(report)  # after the save, and it raises nothing (terminal.QuietStream)
+                if isinstance(report, UpdateReport):  # after the save, and it raises nothing (terminal.QuietStream)
+                    progress.update(report)
+                if skips.too_many:
+                    raise stopped(config, run, skips, len(prompts))
                 stop = ranks.any(bool(asked))
                 if config.log.sample_every and not stop and (last or report.step % config.log.sample_every == 0):
                     write_previews(config, run, models, previews, report.step, ranks)
@@ -118,6 +134,8 @@ def train(
                         save(report.step)
                     cure = "The run is complete." if last else f"Go on with: {resume_command(run)}"
                     raise KeyboardInterrupt(f"Interrupted after update {report.step}; it is saved. {cure}")
+            if metrics and metrics.skipped:
+                progress.note(f'{metrics.skipped} of {config.steps} updates were skipped: "skipped" in metrics.jsonl')
     finally:
         if metrics:
             metrics.close()
@@ -131,7 +149,8 @@ def _restored(run: Path, prompts: Sequence[Prompt]) -> Checkpoint | None:
     checkpoint = load_checkpoint(checkpoint_folder(run))
     if checkpoint.prompts != fingerprint(prompts):
         raise BadInputError(
-            f"the prompts of {run} have changed since its last checkpoint. Restore the file, or start a new run."
+            f"the prompts of {run} have changed since its last checkpoint. Restore the file, or start a new run. "
+            "To leave some out: -s 'skip_prompts=[\"0003\"]' (ids, or line numbers of four digits)."
         )
     return checkpoint
 

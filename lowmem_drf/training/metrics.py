@@ -12,7 +12,7 @@ from typing import Any
 
 from lowmem_drf.files import write_text
 from lowmem_drf.training.run_lock import lost
-from lowmem_drf.training.update import UpdateReport
+from lowmem_drf.training.update import Skipped, UpdateReport
 
 
 class Metrics:
@@ -20,9 +20,12 @@ class Metrics:
 
     def __init__(self, run: Path, done: int) -> None:
         self._path = run / "metrics.jsonl"
+        self.skipped = 0
+        """Lines of skipped updates."""
         if self._path.exists():
-            rows = read_metrics(run)
-            write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= done))
+            rows = [row for row in read_metrics(run) if row["step"] <= done]
+            write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))
+            self.skipped = sum("skipped" in row for row in rows)
         self._file = self._path.open("a", encoding="utf-8")
         self._board = _Board(run / "tensorboard", done)
 
@@ -30,8 +33,9 @@ class Metrics:
         """Whether the run's folder was deleted or moved: then nobody finds what is written."""
         return lost(self._path.parent, self._path)
 
-    def write(self, report: UpdateReport) -> None:
+    def write(self, report: UpdateReport | Skipped) -> None:
         """Writes and flushes one update."""
+        self.skipped += isinstance(report, Skipped)
         row = {key: value for key, value in asdict(report).items() if key != "oracle" or value}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -85,11 +89,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def _scalars(row: dict[str, Any]) -> list[tuple[str, float]]:
-    """``{"reward": 1.0, "stage_s": {"decode": 2}}`` -> reward, stage_s/decode. Lists (prompts, seeds) are dropped."""
+    """``{"reward": 1.0, "stage_s": {"decode": 2}}`` -> reward, stage_s/decode. Lists and texts are dropped."""
     flat: list[tuple[str, float]] = []
     for key, value in row.items():
         if isinstance(value, dict):
-            flat += [(f"{key}/{name}", number) for name, number in value.items()]
+            flat += [(f"{key}/{name}", number) for name, number in value.items() if isinstance(number, float)]
         elif isinstance(value, float):
             flat.append((key, value))
     return flat

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowmem_drf.assembly.assemble import Models
-from lowmem_drf.assembly.generate import batches
+from lowmem_drf.assembly.generate import NAN, batches, flaw
+from lowmem_drf.assembly.loading import say
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.files import readable_name
 from lowmem_drf.models.weights.sources import TOYWORLD
@@ -30,13 +31,16 @@ def write_previews(
     config: Config, run: Path, models: Models, texts: Sequence[str], step: int, ranks: Ranks = ALONE
 ) -> None:
     """Writes ``samples/step-000050/01-<prompt>.mp4`` for every text, from the same noise at every step. Ranks share the
-    clips, and the chief writes them."""
+    clips, and the chief writes them, and says which are black, or NaN: those are not written."""
     folder = run / "samples" / f"step-{step:06d}"
     upscale = watchable_upscale(config.video.height, config.video.width)
     seeds = [PREVIEW_SEED] * len(texts)
     for here, made, new in batches(models, config.sampler, texts, seeds, config.log.eval_batch, ranks):
-        clips = [(i, to_pixels(frames)) for i, frames in zip(here, made.frames_BTCHW, strict=True)] if new else []
-        for i, pixels in (clip for some in ranks.gather(clips) for clip in some):
-            if ranks.chief:
-                name = readable_name(texts[i], f"{i + 1:02d}-", ".mp4")
-                write_mp4(folder / name, pixels, config.video.fps, upscale)
+        rows = zip(here, made.frames_BTCHW, strict=True) if new else ()
+        clips = [(i, why := flaw(frames), None if why == NAN else to_pixels(frames)) for i, frames in rows]
+        for i, why, pixels in (clip for some in ranks.gather(clips) for clip in some):
+            file = folder / readable_name(texts[i], f"{i + 1:02d}-", ".mp4")
+            if why and ranks.chief:
+                say(f"update {step}: the sample clip {file.name} {why}")
+            if pixels is not None and ranks.chief:
+                write_mp4(file, pixels, config.video.fps, upscale)

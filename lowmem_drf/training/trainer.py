@@ -39,6 +39,10 @@ class Trainer(Protocol):
         no weight was changed."""
         ...
 
+    def finite(self) -> bool:
+        """Whether this process's share of the weights is free of NaN and infinity: one fused pass where they are."""
+        ...
+
     def whole(self) -> AbstractContextManager[None]:
         """Within the block the LoRA's tensors hold their full values. All processes must enter it."""
         ...
@@ -75,6 +79,9 @@ class SingleTrainer:
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm.item()
+
+    def finite(self) -> bool:
+        return bool(torch.nn.utils.get_total_norm(self._lora).isfinite())
 
     def whole(self) -> AbstractContextManager[None]:
         return nullcontext()

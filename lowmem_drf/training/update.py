@@ -1,5 +1,9 @@
-"""One update of the LoRA: micro-batches through the relay, gradient clipping, refusal of non-finite values, optimizer
-step."""
+"""One update of the LoRA: micro-batches through the relay, gradient clipping, optimizer step.
+
+An update with a reward or gradient that is NaN or infinite makes no optimizer step. It runs to its end all the same,
+because other processes may wait for this one in collectives, and its gradient is made NaN: the mean over processes is
+then NaN in each of them, and all skip the step.
+"""
 
 from __future__ import annotations
 
@@ -52,6 +56,45 @@ class UpdateReport:
     """ToyWorld: the oracle's rates on the clips of this update. Empty elsewhere."""
 
 
+@dataclass(frozen=True)
+class Cause:
+    """The first value of an update that was NaN or infinite."""
+
+    what: str
+    stage: str
+    dtype: str
+    """In which the stage computes."""
+    prompts: list[str]
+    """Ids of the prompts that were computed together."""
+    seed: list[int]
+
+    def __str__(self) -> str:
+        clips = ", ".join(f"{prompt} (seed {seed})" for prompt, seed in zip(self.prompts, self.seed, strict=True))
+        return f"{self.what}: stage {self.stage}, {self.dtype}, prompt {clips}"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An update that changed nothing: its line of ``metrics.jsonl``. Fields as in ``UpdateReport``."""
+
+    step: int
+    skipped: Cause
+    lr: float
+    update_s: float
+    stage_s: dict[str, float]
+    stage_peak_gib: dict[str, float]
+    prompts: list[str]
+    seed: list[int]
+
+
+class SkippedUpdate(NonFiniteError):
+    """A reward or gradient of an update is NaN or infinite. The weights and the optimizer's state are unchanged."""
+
+    def __init__(self, report: Skipped) -> None:
+        super().__init__(f"update {report.step} was skipped: {report.skipped}", report.skipped.stage)
+        self.report = report
+
+
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
     """The learning rate of update ``step`` (from 0) of ``steps``: a linear warm-up, then constant, or a decay to 0 at
     the end by a half cosine or a line."""
@@ -87,8 +130,8 @@ def update(
         process.
 
     Raises:
-        NonFiniteError: a reward or a gradient is NaN or infinite. The message names update, prompts and seeds; the
-            weights are unchanged.
+        SkippedUpdate: a reward or a gradient is NaN or infinite, in any process.
+        NonFiniteError: the optimizer made a weight NaN or infinite.
     """
     start = time.perf_counter()
     spec = step_spec(config, step, scales)
@@ -96,21 +139,25 @@ def update(
     lr = learning_rate(config.optim, step, config.steps)
     own, own_seeds = ranks.share(prompts), ranks.share(seeds)
     with trainer.accumulate():
-        stats = _accumulate(config, models, parts, spec, step, own, own_seeds, questions)
-        gradients = [tensor.grad for tensor in parts.lora if tensor.grad is not None]
-        if not bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
-            raise NonFiniteError(f"the LoRA's gradient is not finite in {_where(step, own, own_seeds)}")
+        stats, cause = _accumulate(config, models, parts, spec, own, own_seeds, questions, ranks)
     with models.meter.stage("update"):
         grad_norm = trainer.step(lr)
-    if not math.isfinite(grad_norm):
-        where = _where(step, prompts, seeds)
-        raise NonFiniteError(f"the mean of the processes' LoRA gradients is not finite in {where}")
+        stepped = math.isfinite(grad_norm)
+        good = trainer.finite() if stepped else True
     frames = torch.cat([stat.frames_BTCHW for stat, _ in stats])
-    every_frame = frames.shape[1] == config.video.frames
-    oracle = dict(judge(frames, [prompt.text for prompt in own])) if judge and every_frame else {}
+    judged = judge is not None and stepped and frames.shape[1] == config.video.frames
+    oracle = dict(judge(frames, [prompt.text for prompt in own])) if judge and judged else {}
     rewards = [(stat.reward, stat.reward_by_aspect, stat.reward_by_question, weight) for stat, weight in stats]
-    shares = ranks.gather((rewards, oracle, *models.meter.take()))
+    shares = ranks.gather((rewards, oracle, good, cause, *models.meter.take()))
     made = [row for rows, *_ in shares for row in rows]
+    ids, update_s = [prompt.id for prompt in prompts], time.perf_counter() - start
+    stage_s, stage_peak_gib = _largest([row[-2] for row in shares]), _largest([row[-1] for row in shares])
+    if not stepped:
+        causes = [cause for _, _, _, cause, *_ in shares if cause]
+        first = causes[0] if causes else Cause("the norm of the gradients is infinite", "update", "fp32", ids, seeds)
+        raise SkippedUpdate(Skipped(step + 1, first, lr, update_s, stage_s, stage_peak_gib, ids, seeds))
+    if not all(good for _, _, good, *_ in shares):
+        raise NonFiniteError(f"update {step + 1} made weights of the LoRA NaN or infinite", "update")
     return UpdateReport(
         step=step + 1,
         reward=_mean([(reward, weight) for reward, _, _, weight in made]),
@@ -118,12 +165,12 @@ def update(
         reward_by_question=_mean_by_key([(by_question, weight) for _, _, by_question, weight in made]),
         grad_norm=grad_norm,
         lr=lr,
-        update_s=time.perf_counter() - start,
-        stage_s=_largest([seconds for _, _, seconds, _ in shares]),
-        stage_peak_gib=_largest([peaks for *_, peaks in shares]),
-        prompts=[prompt.id for prompt in prompts],
+        update_s=update_s,
+        stage_s=stage_s,
+        stage_peak_gib=stage_peak_gib,
+        prompts=ids,
         seed=seeds,
-        oracle=_mean_by_key([(rates, 1.0) for _, rates, _, _ in shares]),
+        oracle=_mean_by_key([(rates, 1.0) for _, rates, *_ in shares]),
     )
 
 
@@ -132,14 +179,15 @@ def _accumulate(
     models: Models,
     parts: Parts,
     spec: StepSpec,
-    step: int,
     prompts: Sequence[Prompt],
     seeds: Sequence[int],
     questions: Mapping[str, Sequence[Question]],
-) -> list[tuple[StepStats, float]]:
+    ranks: Ranks,
+) -> tuple[list[tuple[StepStats, float]], Cause | None]:
     """Accumulates the gradient of -(mean reward of the batch) in ``.grad``, one micro-batch after another. Returns the
-    statistics and the weight of each micro-batch."""
+    statistics and the weight of each micro-batch, and what was NaN or infinite; then the gradient is NaN."""
     stats: list[tuple[StepStats, float]] = []
+    cause: Cause | None = None
     for first in range(0, len(prompts), config.micro_batch):
         part = slice(first, first + config.micro_batch)
         some, some_seeds = prompts[part], seeds[part]
@@ -147,19 +195,27 @@ def _accumulate(
         cond = models.condition([prompt.text for prompt in some])
         asked = [questions[prompt.id] for prompt in some]
         lv_generators = [torch.Generator().manual_seed(derive_seed("lv", seed)) for seed in some_seeds]
-        try:
-            noise, uncond = models.noise(some_seeds), models.no_condition(len(some))
-            stat = drf_step(parts, spec, noise, cond, uncond, asked, lv_generators, weight)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{error}\nThis happened in {_where(step, some, some_seeds)}") from error
+        noise, uncond = models.noise(some_seeds), models.no_condition(len(some))
+        found: list[NonFiniteError] = []
+        stat = drf_step(parts, spec, noise, cond, uncond, asked, lv_generators, weight, found.append)
         stats.append((replace(stat, latents_BCFhw=stat.latents_BCFhw[:0]), weight))
-    return stats
+        gradients = [tensor.grad for tensor in parts.lora if tensor.grad is not None]
+        if not found and cause is None and not bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
+            found.append(NonFiniteError("gradients of the LoRA are NaN or infinite", "denoise_backward"))
+        if found and cause is None:
+            stage = found[0].stage
+            ids, dtype = [prompt.id for prompt in some], _dtype_of(config, stage)
+            cause = Cause(str(found[0]), stage, dtype, ids, list(some_seeds))
+            for gradient in gradients:
+                gradient.fill_(math.nan)
+        if cause and ranks.count == 1:
+            break
+    return stats, cause
 
 
-def _where(step: int, prompts: Sequence[Prompt], seeds: Sequence[int]) -> str:
-    clips = "; ".join(f"{p.id} ({p.text!r}, seed {seed})" for p, seed in zip(prompts, seeds, strict=True))
-    cure = "Go on from the last checkpoint with a lower optim.lr, or leave the prompt out."
-    return f"update {step + 1}: {clips}. No weight was changed. {cure}"
+def _dtype_of(config: Config, stage: str) -> str:
+    memory = config.memory
+    return {"decode": memory.vae_dtype, "vae_backward": memory.vae_grad_dtype}.get(stage, config.dtype)
 
 
 def _largest(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

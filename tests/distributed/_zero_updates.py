@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from unittest import mock
 
@@ -17,7 +18,7 @@ from lowmem_drf.distributed import zero
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.models.lora.adapter import add_lora, load_lora_state, lora_parameters, lora_state, named_lora
 from lowmem_drf.training.trainer import make_trainer
-from lowmem_drf.training.update import update
+from lowmem_drf.training.update import SkippedUpdate, update
 
 COMMON = (
     "video.frames=5",
@@ -43,9 +44,8 @@ def ready(overrides, ranks: Ranks = ALONE):
         for place, tensor in enumerate(lora_parameters(models.transformer)):
             tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(place)) * 0.02)
     models.awake("critic")
-    questions = finish_questions(
-        config, prompts, draft_questions(config, prompts), models.asked_critic, Console(quiet=True)
-    )
+    drafted = draft_questions(config, prompts)
+    questions = finish_questions(config, prompts, drafted, models.asked_critic, Console(quiet=True)).questions
     return config, models, prompts, questions
 
 
@@ -139,3 +139,40 @@ def all_updates(ranks: Ranks, variants, file: str, some_stay: str = ""):
             made.append(updates(variant.split(), ranks, state, 1 if variant == some_stay else 2))
     if ranks.chief:
         torch.save(made, file)
+
+
+def spoilt_updates(ranks: Ranks, variants):
+    """Of each variant: two updates, in the first of which the text of the last process's clip is NaN.
+
+    Returns (message, prompts to blame, whether it changed no weight, whether the second update did, whether the weights
+    are finite, the state's step counts) by variant.
+    """
+    made = []
+    for variant in variants:
+        with mock.patch.multiple(zero, PERSIST_NUMEL=0):
+            made.append(_spoilt(ranks, variant.split()))
+    return made
+
+
+def _spoilt(ranks, overrides):
+    config, models, prompts, questions = ready(overrides, ranks)
+    lora, texts = named_lora(models.transformer), dict(models.texts)
+    trainer, models = make_trainer(config, models)
+    parts = models.parts(list(lora.values()))
+
+    def weights():
+        with trainer.whole():
+            return torch.cat([tensor.flatten() for tensor in lora_state(models.transformer).values()])
+
+    before, bad = weights(), prompts[-1].text
+    models.texts[bad] = texts[bad] * math.nan  # only the last process makes this clip
+    try:
+        update(config, models, parts, trainer, 0, prompts, questions, None, {}, ranks)
+        raise AssertionError("the update was not skipped")
+    except SkippedUpdate as error:
+        said, blamed = str(error), error.report.skipped.prompts
+    between = weights()
+    models.texts[bad] = texts[bad]
+    update(config, models, parts, trainer, 1, prompts, questions, None, {}, ranks)
+    after, steps = weights(), {int(value) for name, value in trainer.pack().items() if name.endswith(".step")}
+    return said, blamed, torch.equal(before, between), not torch.equal(between, after), trainer.finite(), steps

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from _processes import Processes
-from _zero_updates import COMMON, all_updates, ready, updates
+from _zero_updates import COMMON, all_updates, ready, spoilt_updates, updates
 
 from lowmem_drf.config import load_config
 from lowmem_drf.distributed.ranks import ALONE
@@ -169,6 +169,17 @@ def test_the_state_of_any_number_of_processes_is_taken_up_exactly_by_any_other(s
         again = two[f"taken up by {variant}"][kind]
         assert again.keys() == single[kind].keys()
         assert all(torch.equal(tensor, again[name]) for name, tensor in single[kind].items())
+
+
+@pytest.mark.slow
+def test_a_nan_in_one_process_skips_the_update_in_all_and_the_next_one_is_made(pair):
+    variants = ("engine=zero1", GATHERED, LEAN)
+    of_one, of_other = pair(spoilt_updates, variants)
+    assert of_one == of_other
+    for said, blamed, unchanged, changed, finite, steps in of_one:
+        assert said.startswith("update 1 was skipped: latents at the end of the rollout") and blamed == ["0002"]
+        assert unchanged and changed and finite
+        assert steps == {1}
 
 
 def test_what_deepspeed_is_told():

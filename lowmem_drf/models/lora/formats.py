@@ -28,6 +28,7 @@ from torch import Tensor
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.wan.names import BLOCK_LINEARS
+from lowmem_drf.models.weights.finite import not_finite
 
 LoraFormat = Literal["comfyui", "diffusers", "kohya"]
 FORMATS: tuple[str, ...] = get_args(LoraFormat)
@@ -146,6 +147,10 @@ def from_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> L
     ranks = {int(pair["A"].shape[0]) for pair in pairs.values()}
     if len(ranks) > 1:
         raise BadInputError(f"its modules have ranks {sorted(ranks)}; one rank for all is supported")
+    if lost := not_finite({f"{module}.{side}": pair[side] for module, pair in pairs.items() for side in "AB"}):
+        raise BadInputError(
+            f"{len(lost)} of its matrices hold NaN or infinity (the first: {lost[0]}); take another file"
+        )
     (rank,) = ranks
     default = header_alpha(metadata, rank)
     alphas = {module: float(pair["alpha"]) if "alpha" in pair else default for module, pair in pairs.items()}

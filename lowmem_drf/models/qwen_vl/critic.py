@@ -26,6 +26,7 @@ from lowmem_drf.models.qwen_vl.files import load_tokenizer, require_fit, video_g
 from lowmem_drf.models.qwen_vl.packed_questions import Conversation
 from lowmem_drf.models.qwen_vl.vision import speed_up_vision
 from lowmem_drf.models.weights import quant as quantisation
+from lowmem_drf.models.weights.finite import refuse_model
 from lowmem_drf.models.weights.quant import Quant
 from lowmem_drf.models.weights.sources import complete, loading
 from lowmem_drf.types import Answer, Question
@@ -70,6 +71,7 @@ def load_critic(
         quantisation.convert_bnb(model, dtype)
         quantisation.check_quantised(model, quant, quantisation.in_critic)
     model.eval().requires_grad_(False)
+    refuse_model(model, f"the critic {folder_or_id}")
     return QwenCritic(model, tokenizer, video_geometry(settings), fps or float(settings.get("fps") or DEFAULT_FPS))
 
 

@@ -20,6 +20,7 @@ from lowmem_drf.memory.host import Held, HostStore
 from lowmem_drf.models.wan.vae import Caches, segments_of
 from lowmem_drf.models.wan.vae_fused import NormSilu, Wants
 from lowmem_drf.models.wan.vae_strips import in_strips, segment_backward, sizes_of, strips_of
+from lowmem_drf.models.weights.finite import refuse_model
 from lowmem_drf.models.weights.sources import complete, loading
 
 if TYPE_CHECKING:
@@ -40,7 +41,9 @@ def load_vae(
     load = AutoencoderKLWan.from_pretrained
     with loading("the VAE", folder_or_id):
         vae = complete(load(folder_or_id, subfolder="vae", torch_dtype=dtype, output_loading_info=True))
-    return vae.to(device).eval().requires_grad_(False)
+    vae = vae.to(device).eval().requires_grad_(False)
+    refuse_model(vae, f"the VAE of {folder_or_id}")
+    return vae
 
 
 def drop_encoder(vae: AutoencoderKLWan) -> None:

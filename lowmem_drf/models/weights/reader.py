@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lowmem_drf.models.wan.random_generator import fill_as_loaded
 from lowmem_drf.models.weights.files import listed_weights, read_header
 from lowmem_drf.models.weights.filling import Value
+from lowmem_drf.models.weights.finite import refuse_weights
 from lowmem_drf.models.weights.packed_linear import PackedLinear
 from lowmem_drf.models.weights.sources import refuse_missing
 
@@ -123,6 +124,8 @@ def fill_from_files(
         changes: added in fp32 (fp64 in an fp64 model), before rounding and packing.
         blocks: read only the first N blocks. The others get shapes but no memory, which is enough to take a LoRA.
         taken: called with every filled parameter before the next one is read (``filling.fill``).
+
+    Raises BadInputError: a tensor holds NaN or infinity.
     """
     device, home = torch.device(device), torch.device(device if home is None else home)
     changed = changes(parameter_shapes(model)) if changes else {}
@@ -136,9 +139,13 @@ def fill_from_files(
                 return torch.zeros((), dtype=wanted, device=home).expand(tuple(shape))
             read, change = files.read(names[name]), changed.get(name)
             if change is None:
-                return read.to(device) if name in packed else read.to(home, wanted)
-            total = read.to(device, exact) + change(device, exact)
-            return total if name in packed else total.to(home, wanted)
+                made = read.to(device) if name in packed else read.to(home, wanted)
+            else:
+                total = read.to(device, exact) + change(device, exact)
+                made = total if name in packed else total.to(home, wanted)
+                del total
+            refuse_weights({name: made}, files.entries[names[name]].file)
+            return made
 
         return value
 

@@ -1,0 +1,37 @@
+"""Looks for NaN and infinity in weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lowmem_drf.errors import BadInputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity. Integer ones hold none.
+
+    A sum that is finite has only finite terms. Only where it is not (it may have overflowed) is every number looked at:
+    on a CPU that takes 20 times as long.
+    """
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    suspects = {name: tensor for name, tensor in floats.items() if not math.isfinite(tensor.sum().item())}
+    return [name for name, tensor in suspects.items() if not bool(tensor.isfinite().all())]
+
+
+def refuse_weights(tensors: Mapping[str, Tensor], where: object) -> None:
+    """Raises BadInputError if one of the tensors that were read from ``where`` holds NaN or infinity."""
+    if lost := not_finite(tensors):
+        raise BadInputError(
+            f"{len(lost)} tensors of {where} hold NaN or infinity (the first: {lost[0]}). Get it anew; in bf16 an "
+            "infinity may also be an fp32 number that is too large."
+        )
+
+
+def refuse_model(model: nn.Module, where: object) -> None:
+    """``refuse_weights`` for a loaded model."""
+    refuse_weights(dict(model.state_dict()), where)
