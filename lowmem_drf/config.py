@@ -41,7 +41,7 @@ _RETIRED = {
     "zero.stage3_param_persistence_threshold": _ANY,
 }
 """Keys of earlier versions, with the value under which nothing has changed. Runs of those versions hold all keys."""
-_ADDED = {"critic.check": False, "critic.writer": ""}
+_ADDED = {"critic.check": False, "critic.writer": "", "skip_prompts": [], "optim.max_skipped": 5}
 """Keys that earlier versions lack, with the value that those versions acted on."""
 
 
@@ -267,6 +267,9 @@ def _type_problems(error: ValidationError) -> dict[str, str]:
         said = item["msg"][0].lower() + item["msg"][1:]
         if item["type"] == "string_pattern_mismatch":
             said = _PATTERNS[key]
+        for kind, side, words in (("greater", "ge", "at least"), ("less", "le", "at most")):
+            if item["type"] == f"{kind}_than_equal" and isinstance(bound := item["ctx"][side], float):
+                said = f"input should be {words} {bound:g}"  # pydantic writes 0.0000000000000001
         is_value = len(where) <= key.count(".") + 1 and ", not " not in said
         messages.setdefault(key, []).append(said + (f", not {item['input']!r}" if is_value else ""))
     return {key: " or ".join(dict.fromkeys(said)) for key, said in messages.items()}

@@ -13,7 +13,7 @@ from pathlib import Path
 from lowmem_drf.errors import NonFiniteError
 from lowmem_drf.schema import Config
 from lowmem_drf.training.checkpoint import checkpoint_steps
-from lowmem_drf.training.update import Skipped, SkippedUpdate
+from lowmem_drf.training.update import Cause, Skipped, SkippedUpdate
 
 USUAL_EPS = 1e-8
 
@@ -53,7 +53,7 @@ def stopped(config: Config, run: Path, skips: Skips, prompts: int) -> NonFiniteE
         f"{config.optim.max_skipped} updates in a row were skipped, because a reward or gradient was NaN or infinite.",
         f"The last one: {last.skipped}.",
         f"The last good weights are saved. Go on with: lowmem-drf train --resume --output {_quoted(run)}{more}",
-        f"and one or more of: {'  '.join(advice(config, [line.skipped.prompts for line in skips.last], prompts))}",
+        f"and one or more of: {'  '.join(advice(config, [line.skipped for line in skips.last], prompts))}",
     ]
     if older := [step for step in checkpoint_steps(run) if step < skips.last[0].step - 1]:
         later = f"the checkpoints after step-{older[-1]:06d} (in {_quoted(run / 'checkpoints')})"
@@ -72,18 +72,17 @@ def broken(config: Config, run: Path, error: NonFiniteError) -> NonFiniteError:
     return NonFiniteError(f"{error}. They are not saved; {kept}.\n{cure}", error.stage)
 
 
-def advice(config: Config, skipped: Sequence[Sequence[str]], prompts: int) -> list[str]:
-    """Options of a resumed run that may cure it. ``skipped``: prompt ids of each skipped update. ``prompts``: how many
-    the run has."""
+def advice(config: Config, causes: Sequence[Cause], prompts: int) -> list[str]:
+    """Options of a resumed run that may cure it. ``prompts``: how many the run has."""
     said = [f"-s optim.lr={config.optim.lr / 4:.2g}"]
     if config.kernels.rollout_attention != "same":
         said.append("-s kernels.rollout_attention=same")
     if (config.kernels.ops, config.kernels.attention) != ("naive", "sdpa"):
         said.append("-s kernels.ops=naive -s kernels.attention=sdpa")
-    for key in ("vae_dtype", "vae_grad_dtype"):
-        if getattr(config.memory, key) != "fp32":
+    for stage, key in (("decode", "vae_dtype"), ("vae_backward", "vae_grad_dtype")):
+        if any((cause.stage, cause.dtype) == (stage, "bf16") for cause in causes):
             said.append(f"-s memory.{key}=fp32")
-    ids = [prompt for some in skipped for prompt in some]
+    ids = [prompt for cause in causes for prompt in cause.prompts]
     guilty = sorted(set(ids) | set(config.skip_prompts))
     if len(set(ids)) < len(ids) and len(guilty) < prompts:  # the same ones again, and others are left
         said.append(f"-s {_quoted('skip_prompts=' + json.dumps(guilty, ensure_ascii=False))}")

@@ -146,5 +146,5 @@ def test_damage_is_named_with_its_cure(checkpoint, tmp_path, name):
 
 def test_the_cursor_is_plain_json(tiny_run):
     row = json.loads((checkpoint_folder(tiny_run) / "cursor.json").read_text())
-    assert {"step", "epoch", "index", "prompts", "spread"} == set(row)
+    assert {"step", "epoch", "index", "prompts", "spread", "skipped"} == set(row)
     assert (row["step"], row["index"]) == (4, 12)

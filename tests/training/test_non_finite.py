@@ -1,6 +1,7 @@
 """NaN and infinity: an update with one is skipped, weights with one are never saved, clips with one are said."""
 
 import math
+import shlex
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -27,6 +28,8 @@ from lowmem_drf.training.checkpoint import (
 )
 from lowmem_drf.training.lora_file import load_lora_file
 from lowmem_drf.training.metrics import read_metrics
+from lowmem_drf.training.skips import advice
+from lowmem_drf.training.update import Cause
 
 SETTINGS = [
     *("batch=1", "micro_batch=1", "critic.questions=phrases", "critic.normalize=false"),
@@ -106,7 +109,7 @@ def test_a_nan_in_one_prompt_of_eight_costs_its_own_updates_alone_and_resumes_ex
 def test_a_nan_in_every_prompt_stops_after_five_with_the_last_good_weights_saved(spoil, tiny_preset, eight, tmp_path):
     run = tmp_path / "a run"
     spoil(lambda update, text: update > 2)
-    settings = [*SETTINGS, "log.checkpoint_every=1", "memory.vae_grad_dtype=bf16"]
+    settings = [*SETTINGS, "log.checkpoint_every=1"]
     with pytest.raises(NonFiniteError) as caught:
         train_command(str(tiny_preset), eight, run, 20, None, False, settings, False)
     message = str(caught.value)
@@ -120,10 +123,20 @@ def test_a_nan_in_every_prompt_stops_after_five_with_the_last_good_weights_saved
         "after step-000001",
     ):
         assert part in message
-    advised = [words.split(" -s ") for words in message.split("one or more of: -s ")[1].splitlines()[0].split("  -s ")]
-    for options in advised:
-        train_command(None, None, run, None, None, True, options, True)  # a dry run
-    train_command(None, None, run, None, None, True, [*sum(advised, []), 'skip_prompts=["0003"]'], True)
+    assert "optim.lr=2.5e-05  -s kernels.ops=naive" in message
+
+
+def test_whatever_is_advised_can_be_changed_on_resume(tiny_run):
+    config = load_config("toy", ["kernels.rollout_attention=int8", "kernels.ops=auto"])
+    causes = [Cause("it", stage, "bf16", ["0003", "it's"], [1, 2]) for stage in ("decode", "vae_backward")]
+    options = [shlex.split(words) for words in advice(config, causes, prompts=9)]
+    overrides = [word for words in options for word in words if word != "-s"]
+    assert [word.partition("=")[0] for word in overrides] == [
+        *("optim.lr", "kernels.rollout_attention", "kernels.ops", "kernels.attention"),
+        *("memory.vae_dtype", "memory.vae_grad_dtype", "skip_prompts"),
+    ]
+    train_command(None, None, tiny_run, None, None, True, [*overrides, "steps=5", "optim.eps=1e-8"], True)
+    assert not any("skip_prompts" in words for words in advice(config, causes[:1], prompts=9))
 
 
 @pytest.mark.slow
@@ -279,5 +292,5 @@ def test_previews_say_it_and_training_goes_on(tiny_preset, eight, tmp_path, monk
 )
 def test_a_number_that_fp32_cannot_use_is_refused_with_its_bound(override):
     key, _, value = override.partition("=")
-    with pytest.raises(BadInputError, match=rf"{key}: .*(equal to|at least)[^,]* -?[\d.e+-]+"):
+    with pytest.raises(BadInputError, match=rf"{key}.*(at least|at most|equal to) [-\de+.]+"):
         load_config("toy", [override])
