@@ -158,7 +158,7 @@ def _restored(run: Path, prompts: Sequence[Prompt]) -> Checkpoint | None:
 def _deleted(run: Path, step: int) -> str:
     return (
         f"{run} was deleted or moved while it trained. Update {step} is saved there again, without the earlier metrics "
-        f"and samples. Go on with: lowmem-drf train --resume --output {run}"
+        f"and samples. Go on with: {resume_command(run)}"
     )
 
 

@@ -13,7 +13,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from unittest import mock
 
-from _forked import forked
+from _killed import forked
 
 HANG_S = 600.0
 

@@ -1,9 +1,11 @@
-"""Commands that run in a process of their own, started by a fork server that has imported torch already."""
+"""Commands that run in a process of their own, forked from a server that has imported everything once."""
 
+import multiprocessing
 import os
 import pkgutil
 import signal
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
 
@@ -13,6 +15,28 @@ from _few import few_prompts
 from lowmem_drf import cli
 from lowmem_drf.commands.train import train_command
 from lowmem_drf.training import loop
+
+
+def forked():
+    """The context whose ``Process`` is forked from the server; a test process has one server for all its tests."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "_killed",
+            "deepspeed",
+            "peft",
+            "torch.utils.tensorboard",
+            "diffusers.models.autoencoders.autoencoder_kl_wan",
+            "diffusers.models.transformers.transformer_wan",
+            "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+            "transformers.models.umt5.modeling_umt5",
+            "lowmem_drf.commands.train",
+            "lowmem_drf.training.loop",
+        ]
+    )
+    with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"):  # deepspeed chooses it when the server imports it
+        forkserver.ensure_running()
+    return context
 
 
 def train_until_killed(function: str, call: int, preset: Path, run: Path) -> None:

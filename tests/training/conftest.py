@@ -1,7 +1,7 @@
 """Processes of their own for runs that are killed or interrupted."""
 
 import pytest
-from _forked import forked
+from _killed import forked
 
 
 @pytest.fixture(scope="session")
