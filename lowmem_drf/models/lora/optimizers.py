@@ -33,7 +33,8 @@ def make_optimizer(optim: Optim, lora: Sequence[Tensor]) -> Optimizer:
     that is missing."""
     arguments: dict[str, Any] = optim.model_dump(include={"lr", "eps", "weight_decay"}) | {"betas": tuple(optim.betas)}
     if optim.name == "adamw":
-        return torch.optim.AdamW(lora, **arguments)
+        # on a card foreach is the default: it copies tensors the size of the LoRA, for milliseconds of an update
+        return torch.optim.AdamW(lora, foreach=False, **arguments)
     try:
         import bitsandbytes as bnb
     except ImportError as error:
