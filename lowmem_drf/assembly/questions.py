@@ -33,7 +33,7 @@ Questions = dict[str, tuple[Question, ...]]
 """Prompt id -> questions."""
 
 WRITTEN_TOKENS = 1024
-"""Limit of a writer's answer; 24 questions take about 600 tokens."""
+"""Limit of a writer's answer of at most 24 questions."""
 MOST_AT_ONCE = 32
 """Prompts that a writer writes for at the same time, at most. A pass of a streamed writer moves all its weights, so its
 time hardly depends on their number."""

@@ -72,7 +72,7 @@ def bf16() -> Iterator[Check]:
     """A matrix product, compared with the CPU's."""
     x = _on_card(64, 64)
     error = (x @ x).float().cpu().sub(x.float().cpu() @ x.float().cpu()).abs().max().item()
-    if error < 0.5:
+    if error < 0.5:  # sums of 64 products of at most 1, rounded to 8 bits: half of it at most
         yield Check("bf16", "ok", "a matrix product is right")
     else:
         yield Check("bf16", "failure", f"a matrix product is wrong by {error:.2f}", "Clock the card lower; test it.")
@@ -180,7 +180,7 @@ def bitsandbytes() -> Iterator[Check]:
     values = _on_card(64, 64)
     packed, state = functional.quantize_4bit(values, quant_type="nf4")
     error = (functional.dequantize_4bit(packed, state) - values).float().abs().max().item()
-    if error < 0.2:
+    if error < 0.2:  # half of NF4's widest step is 0.15
         yield Check("bitsandbytes", "ok", "NF4 works on the card")
     else:
         mend = f"{cure('bitsandbytes')}, or -s critic.quant=none"

@@ -6,13 +6,12 @@ All that is advised here can be done on resume (``MAY_CHANGE`` in ``commands/tra
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowmem_drf.errors import NonFiniteError
+from lowmem_drf.errors import NonFiniteError, quoted
 from lowmem_drf.schema import Config
-from lowmem_drf.training.checkpoint import checkpoint_steps
+from lowmem_drf.training.checkpoint import checkpoint_steps, resume_command
 from lowmem_drf.training.update import Cause, Skipped, SkippedUpdate
 
 USUAL_EPS = 1e-8
@@ -52,11 +51,11 @@ def stopped(config: Config, run: Path, skips: Skips, prompts: int) -> NonFiniteE
     lines = [
         f"{config.optim.max_skipped} updates in a row were skipped, because a reward or gradient was NaN or infinite.",
         f"The last one: {last.skipped}.",
-        f"The last good weights are saved. Go on with: lowmem-drf train --resume --output {_quoted(run)}{more}",
+        f"The last good weights are saved. Go on with: {resume_command(run)}{more}",
         f"and one or more of: {'  '.join(advice(config, [line.skipped for line in skips.last], prompts))}",
     ]
     if older := [step for step in checkpoint_steps(run) if step < skips.last[0].step - 1]:
-        later = f"the checkpoints after step-{older[-1]:06d} (in {_quoted(run / 'checkpoints')})"
+        later = f"the checkpoints after step-{older[-1]:06d} (in {quoted(run / 'checkpoints')})"
         lines.append(f"If that changes nothing, the weights have gone astray: delete {later} and resume.")
     return NonFiniteError("\n".join(lines), last.skipped.stage)
 
@@ -65,8 +64,8 @@ def broken(config: Config, run: Path, error: NonFiniteError) -> NonFiniteError:
     """The error that ends a run whose optimizer made a weight NaN or infinite."""
     lr, eps = f"{config.optim.lr / 4:.2g}", f" -s optim.eps={USUAL_EPS:g}" if config.optim.eps < USUAL_EPS else ""
     if saved := max(checkpoint_steps(run), default=0):
-        go_on = f"lowmem-drf train --resume --output {_quoted(run)}"
-        kept, cure = f"update {saved} is the last one saved", f"Go on with: {go_on} -s optim.lr={lr}{eps}"
+        go_on = f"Go on with: {resume_command(run)} -s optim.lr={lr}{eps}"
+        kept, cure = f"update {saved} is the last one saved", go_on
     else:
         kept, cure = "nothing was saved before", f"Start a new run with -s optim.lr={lr}{eps}"
     return NonFiniteError(f"{error}. They are not saved; {kept}.\n{cure}", error.stage)
@@ -85,9 +84,5 @@ def advice(config: Config, causes: Sequence[Cause], prompts: int) -> list[str]:
     ids = [prompt for cause in causes for prompt in cause.prompts]
     guilty = sorted(set(ids) | set(config.skip_prompts))
     if len(set(ids)) < len(ids) and len(guilty) < prompts:  # the same ones again, and others are left
-        said.append(f"-s {_quoted('skip_prompts=' + json.dumps(guilty, ensure_ascii=False))}")
+        said.append(f"-s {quoted('skip_prompts=' + json.dumps(guilty, ensure_ascii=False))}")
     return said
-
-
-def _quoted(value: object) -> str:
-    return shlex.quote(str(value))

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors that hold NaN or infinity. Integer ones hold none.
 
-    A sum that is finite has only finite terms. Only where it is not (it may have overflowed) is every number looked at:
-    on a CPU that takes 20 times as long.
+    A sum that is finite has only finite terms. Only where it is not (it may have overflowed) is every number looked at,
+    which takes a CPU much longer.
     """
     floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.is_meta}
     suspects = {name: tensor for name, tensor in floats.items() if not math.isfinite(tensor.sum().item())}

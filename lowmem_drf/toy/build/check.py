@@ -14,16 +14,12 @@ from typing import Any
 
 import torch
 
-from lowmem_drf.method.schedule import draw_noise, flow_sigmas
-from lowmem_drf.method.step import rollout
 from lowmem_drf.models.qwen_vl.critic import QwenCritic, load_critic
-from lowmem_drf.models.wan.decoder import WanDecoder, load_vae
-from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
-from lowmem_drf.models.wan.text import load_text
+from lowmem_drf.models.wan.decoder import load_vae
 from lowmem_drf.models.weights.sources import TOYWORLD, resolve
 from lowmem_drf.questions import toyworld
 from lowmem_drf.toy.build.critic import ask, drawn_labels, half_reconstructed, reconstruct
-from lowmem_drf.toy.build.generator import SHIFT, TEXT_TOKENS
+from lowmem_drf.toy.build.generator import folder_samples
 from lowmem_drf.toy.build.tower import draw_labelled
 from lowmem_drf.toy.captions import WORDINGS, caption, heldout_prompts, parse
 from lowmem_drf.toy.defects import DEFECTS, PHYSICS, QUALITY
@@ -66,17 +62,10 @@ def check_oracle(seed: int = 100, every: int = 1) -> dict[str, Any]:
 @torch.no_grad()
 def check_generator(prompts: int = 256, seeds: int = 2, steps: int = 10) -> dict[str, float]:
     """The oracle's rates on the base generator's clips of held-out prompts."""
-    folder = resolve(TOYWORLD, "generator")
-    text, decoder, velocity = load_text(folder), WanDecoder(load_vae(folder)), as_velocity(load_denoiser(folder))
     texts = heldout_prompts(prompts) * seeds
-    clips = []
-    for start in range(0, len(texts), 64):
-        part = texts[start : start + 64]
-        noise = draw_noise((16, 3, 8, 8), [start + i for i in range(len(part))])
-        latents, _ = rollout(velocity, flow_sigmas(steps, SHIFT), noise, text.encode(part, TEXT_TOKENS), None)
-        clips.append(decoder.decode(latents))
+    clips = folder_samples(resolve(TOYWORLD, "generator"), texts, 0, steps)
     combos = [combo for combo in (parse(t) for t in texts) if combo is not None]
-    return _rates(measure(torch.cat(clips)), combos)
+    return _rates(measure(clips), combos)
 
 
 def _truths(label: Any, combo: list[int], wording: int, generator: torch.Generator) -> list[Question]:

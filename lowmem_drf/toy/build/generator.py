@@ -9,7 +9,7 @@ are left out.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -18,10 +18,11 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from lowmem_drf.method.schedule import flow_sigmas
+from lowmem_drf.method.schedule import draw_noise, flow_sigmas
 from lowmem_drf.method.step import rollout
-from lowmem_drf.models.wan.decoder import WanDecoder
-from lowmem_drf.models.wan.denoiser import as_velocity
+from lowmem_drf.models.wan.decoder import WanDecoder, load_vae
+from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
+from lowmem_drf.models.wan.text import load_text
 from lowmem_drf.toy.build.loop import Schedule, half_products, scaled, train
 from lowmem_drf.toy.build.words import text_tokenizer
 from lowmem_drf.toy.captions import WORDINGS, caption
@@ -140,6 +141,19 @@ def draw_samples(model: Generator, vae: AutoencoderKLWan, seed: int, n: int, ste
         cond = model.condition(ids[rows], mask[rows])
         noise = torch.randn(len(rows), 16, 3, 8, 8, generator=generator)
         latents, _ = rollout(as_velocity(model.transformer), sigmas, noise, cond, None)
+        clips.append(decoder.decode(latents))
+    return torch.cat(clips)
+
+
+@torch.no_grad()
+def folder_samples(folder: str, texts: Sequence[str], seed: int, steps: int = 10) -> Tensor:
+    """A clip of a written generator for each text, from noise ``seed``, ``seed + 1``, …: frames_BTCHW in [0, 1]."""
+    text, decoder, velocity = load_text(folder), WanDecoder(load_vae(folder)), as_velocity(load_denoiser(folder))
+    clips = []
+    for start in range(0, len(texts), 64):
+        part = texts[start : start + 64]
+        noise = draw_noise((16, 3, 8, 8), [seed + start + i for i in range(len(part))])
+        latents, _ = rollout(velocity, flow_sigmas(steps, SHIFT), noise, text.encode(part, TEXT_TOKENS), None)
         clips.append(decoder.decode(latents))
     return torch.cat(clips)
 

@@ -13,15 +13,10 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from lowmem_drf.method.schedule import draw_noise, flow_sigmas
-from lowmem_drf.method.step import rollout
 from lowmem_drf.models.qwen_vl.critic import QwenCritic, load_critic, video_geometry
-from lowmem_drf.models.wan.decoder import WanDecoder, load_vae
-from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
-from lowmem_drf.models.wan.text import load_text
+from lowmem_drf.models.wan.decoder import load_vae
 from lowmem_drf.questions import phrases, toyworld
 from lowmem_drf.questions.check import BLIND, DESCRIBED, RIGHT
 from lowmem_drf.questions.clauses import cut
@@ -36,7 +31,7 @@ from lowmem_drf.toy.build.critic import (
     questions_of,
 )
 from lowmem_drf.toy.build.critic_model import PREPROCESSOR
-from lowmem_drf.toy.build.generator import SHIFT, TEXT_TOKENS
+from lowmem_drf.toy.build.generator import folder_samples
 from lowmem_drf.toy.build.loop import Schedule, half_products, scaled, train
 from lowmem_drf.toy.build.words import critic_tokenizer
 from lowmem_drf.toy.captions import WORDINGS, caption, train_prompts
@@ -127,7 +122,8 @@ def train_reader(
     def data() -> tuple[Tensor, Tensor, list[Label]]:
         share, vae = min(1.0, scale), load_vae(str(generator_folder))
         tokens, grid, labels = cache_tokens(critic, vae, seed + 7, max(1, int(CLIPS * share) // 96))
-        own = generator_samples(str(generator_folder), vae, max(24, int(SAMPLES * share)), seed + 100_000)
+        count, prompts = max(24, int(SAMPLES * share)), train_prompts()
+        own = folder_samples(str(generator_folder), [prompts[i % len(prompts)] for i in range(count)], seed + 100_000)
         with torch.no_grad():
             more = torch.cat([critic.embed_video(part)[0].half() for part in own.split(96)])
         return torch.cat([tokens, more]), grid, labels + measured_labels(own)
@@ -159,17 +155,3 @@ def train_reader(
 
     train("reader", language, loss, schedule, folder, seed, log=log)
     critic.model.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def generator_samples(folder: str, vae: AutoencoderKLWan, count: int, seed: int) -> Tensor:
-    """``count`` clips of a generator folder for training prompts: frames_BTCHW in [0, 1]."""
-    text, decoder, velocity = load_text(folder), WanDecoder(vae), as_velocity(load_denoiser(folder))
-    prompts, clips = train_prompts(), []
-    for start in range(0, count, 64):
-        numbers = range(start, min(start + 64, count))
-        noise = draw_noise((16, 3, 8, 8), [seed + number for number in numbers])
-        condition = text.encode([prompts[number % len(prompts)] for number in numbers], TEXT_TOKENS)
-        latents, _ = rollout(velocity, flow_sigmas(10, SHIFT), noise, condition, None)
-        clips.append(decoder.decode(latents))
-    return torch.cat(clips)
