@@ -23,6 +23,7 @@ from lowmem_drf.files import require_output, written_aside
 from lowmem_drf.questions.toyworld import attributes
 from lowmem_drf.toy.captions import heldout_prompts
 from lowmem_drf.toy.oracle import Verdict, judge
+from lowmem_drf.training.checkpoint import checkpoint_folder
 from lowmem_drf.training.lora_file import load_run_lora
 from lowmem_drf.training.run_folder import find_run, run_config
 
@@ -90,7 +91,7 @@ def columns_of(run: Path, prompts: int, seed: int) -> list[Column]:
     config = run_config(run)
     texts = heldout_prompts(prompts, seed)
     models = load_models(config, texts, with_critic=False)
-    load_run_lora(models.transformer, run, config)
+    load_run_lora(models.transformer, checkpoint_folder(run), config)
     pairs = zip(texts, base_and_tuned(config, models, texts, seed), strict=True)
     return [Column(text, tuple((clip, judge(clip, text)) for clip in pair if clip is not None)) for text, pair in pairs]
 

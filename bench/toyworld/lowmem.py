@@ -65,7 +65,7 @@ def measure(run: Path, console: Console) -> dict[str, Any]:
     config = run_config(run)
     trial = make_trial(config, (), PROMPTS, SEEDS)
     models = load_models(config, [prompt.text for prompt in trial.prompts])
-    load_run_lora(models.transformer, run, config)
+    load_run_lora(models.transformer, checkpoint_folder(run), config)
     models.awake("critic")
     return compare(config, models, finish_trial(config, trial, models.asked_critic, console), console)
 

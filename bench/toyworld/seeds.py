@@ -24,6 +24,7 @@ from bench.script import add_overrides, make_parser, reports_errors, save
 from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.commands.train import train_command
 from lowmem_drf.scoring.evaluate import EVAL_PROMPTS, EVAL_SEEDS, compare, finish_trial, make_trial
+from lowmem_drf.training.checkpoint import checkpoint_folder
 from lowmem_drf.training.lora_file import load_run_lora
 from lowmem_drf.training.metrics import read_metrics
 from lowmem_drf.training.run_folder import run_config
@@ -46,7 +47,7 @@ def train_and_measure(
     config = run_config(run)
     trial = make_trial(config, (), EVAL_PROMPTS, EVAL_SEEDS)
     models = load_models(config, [prompt.text for prompt in trial.prompts])
-    load_run_lora(models.transformer, run, config)
+    load_run_lora(models.transformer, checkpoint_folder(run), config)
     models.awake("critic")
     trial = finish_trial(config, trial, models.asked_critic, console)
     result = compare(config, models, trial, console)

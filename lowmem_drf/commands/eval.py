@@ -10,6 +10,7 @@ from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.scoring import evaluate
 from lowmem_drf.terminal import make_console
+from lowmem_drf.training.checkpoint import checkpoint_folder
 from lowmem_drf.training.lora_file import load_run_lora
 from lowmem_drf.training.run_folder import find_run, run_config
 
@@ -17,11 +18,11 @@ from lowmem_drf.training.run_folder import find_run, run_config
 def eval_command(run_folder: Path | None, file: Path | None, as_json: bool) -> None:
     """``lowmem-drf eval``."""
     run = find_run(run_folder)
-    config = run_config(run)
+    config, folder = run_config(run), checkpoint_folder(run)
     prompts = () if config.prompts == TOYWORLD or file else run_prompts(config)
     trial = evaluate.make_trial(config, prompts, evaluate.EVAL_PROMPTS, evaluate.EVAL_SEEDS, file)
     models = load_models(config, [prompt.text for prompt in trial.prompts])
-    step = load_run_lora(models.transformer, run, config)
+    step = load_run_lora(models.transformer, folder, config)
     console = make_console(stderr=as_json)
     models.awake("critic")
     trial = evaluate.finish_trial(config, trial, models.asked_critic, console)

@@ -46,14 +46,15 @@ def sample_command(
     config = run_config(run)
     wanted = _texts(config, texts, file)
     if lora is None:
-        source = checkpoint_folder(run).name
+        folder = checkpoint_folder(run)
+        source = folder.name
     else:  # files of one name in two folders are two LoRAs
         source = readable_name(lora.stem, after=f"-{short_hash(str(lora.resolve()))}")
     variant = f"seed{seed}{'' if scale == 1 else f'-lora{scale:g}'}{'-compare' if compare else ''}"
     paths = _paths(output or run / "samples" / source, wanted, variant, is_folder=output is None, force=force)
     models = load_models(config, wanted, with_critic=False)
     if lora is None:
-        load_run_lora(models.transformer, run, config)
+        load_run_lora(models.transformer, folder, config)
     else:
         load_lora_file(models.transformer, lora)
     label = "tuned" if scale == 1 else f"tuned, LoRA x {scale:g}"

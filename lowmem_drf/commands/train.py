@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_drf import __version__
-from lowmem_drf.config import chosen_preset, known_keys, load_config, preset_card, preset_path, to_toml
+from lowmem_drf.config import chosen_preset, load_config, preset_card, preset_path, to_toml
 from lowmem_drf.distributed.ranks import ALONE, Ranks, end_process, join, started_processes
 from lowmem_drf.errors import DEBUG, BadInputError, quoted
 from lowmem_drf.files import write_text
@@ -21,8 +21,9 @@ from lowmem_drf.prompts import without
 from lowmem_drf.questions.file import WRITERS
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import make_console
-from lowmem_drf.training.checkpoint import checkpoint_steps, resume_command
-from lowmem_drf.training.run_folder import RUNS, claim, default_output, find_run
+from lowmem_drf.training.checkpoint import checkpoint_steps, good_step, resume_command
+from lowmem_drf.training.manifest import MAY_CHANGE, fixed_settings
+from lowmem_drf.training.run_folder import RUNS, claim, default_output, find_run, saved_config
 from lowmem_drf.types import Prompt, Question
 
 if TYPE_CHECKING:
@@ -30,16 +31,6 @@ if TYPE_CHECKING:
 
     from lowmem_drf.assembly.assemble import Models
     from lowmem_drf.scoring.evaluate import Trial
-
-MAY_CHANGE = (
-    *("steps", "skip_prompts", "micro_batch", "device", "engine", "processes", "zero.", "log."),
-    *(f"optim.{key}" for key in ("lr", "grad_clip", "schedule", "warmup_steps", "eps", "weight_decay", "max_skipped")),
-    *(f"memory.{key}" for key in ("checkpoint", "token_slices", "park", "stream", "text_device", "vram_gib")),
-    *(f"memory.{key}" for key in ("vae_strips", "vae_caches", "vae_cache_every", "keep_attention", "record_rollout")),
-    *("memory.vae_dtype", "memory.vae_grad_dtype", "kernels."),
-)
-"""Prefixes of the keys that a resumed run may override: they change neither models nor reward, or are what a run that
-meets NaN may have to change (``training.skips.advice``)."""
 
 
 def train_command(
@@ -66,8 +57,8 @@ def train_command(
     }
     overrides = [*overrides, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
     if resume:
-        name, (run, config) = "", _resumed(preset, output, overrides)
-        origin = f"resumed after update {done_steps(run)}"
+        name, (run, config, done) = "", _resumed(preset, output, overrides)
+        origin = f"resumed after update {done}"
     else:
         name, why = (preset, "") if preset is not None else chosen_preset()
         run, config = output or default_output(name), _absolute(load_config(name, overrides))
@@ -111,7 +102,7 @@ def _print(config: Config, name: str, card: str) -> None:
 
 def _advice(run: Path) -> str:
     """How to go on after a run of several processes was stopped."""
-    if not (saved := done_steps(run)):
+    if not (saved := max(checkpoint_steps(run), default=0)):
         return "No update was saved."
     return f"Update {saved} is saved. Go on with: {resume_command(run)}"
 
@@ -192,11 +183,6 @@ def start(
         _finish(console, config, run, models, trial, ranks)
 
 
-def done_steps(run: Path) -> int:
-    """The number of saved updates."""
-    return max(checkpoint_steps(run), default=0)
-
-
 def _absolute(config: Config) -> Config:
     """Makes the paths of files absolute, so that the run can be resumed from any folder."""
 
@@ -214,24 +200,24 @@ def _absolute(config: Config) -> Config:
     return config.model_copy(update=changes)
 
 
-def _resumed(preset: str | None, output: Path | None, overrides: Sequence[str]) -> tuple[Path, Config]:
-    """The run to resume and its configuration. Raises BadInputError if settings differ too much, or it is complete."""
+def _resumed(preset: str | None, output: Path | None, overrides: Sequence[str]) -> tuple[Path, Config, int]:
+    """The run to resume, its configuration, and its updates so far. Raises BadInputError if settings differ too much,
+    or it is complete."""
     if preset is not None:
         raise BadInputError("--preset does not go with --resume: the run keeps its own configuration. Leave it out.")
     run = find_run(output)
-    before, config = load_config(run / "config.toml"), _absolute(load_config(run / "config.toml", overrides))
-    changed = [
-        key for key in known_keys() if _value(before, key) != _value(config, key) and not key.startswith(MAY_CHANGE)
-    ]
-    if changed:
+    before, config = saved_config(run), _absolute(load_config(run / "config.toml", overrides))
+    wanted = fixed_settings(config)
+    if changed := [key for key, value in fixed_settings(before).items() if wanted[key] != value]:
         raise BadInputError(
             f"{run} cannot go on with another {', '.join(changed)}. "
             f"Start a new run, or change only: {', '.join(MAY_CHANGE)}."
         )
-    if (done := done_steps(run)) >= config.steps:
+    done = good_step(run, lambda _: None)  # what is damaged is said when the run's folder is claimed
+    if done >= config.steps:
         cure = f"To train on: {resume_command(run)} --steps {2 * done}"
         raise BadInputError(f"{run} is complete: {done} of {config.steps} updates. {cure}")
-    return run, config
+    return run, config, done
 
 
 def _ready_questions(run: Path, config: Config, prompts: Sequence[Prompt]) -> dict[str, tuple[Question, ...]]:
@@ -259,13 +245,6 @@ def _require_same_questions(run: Path, asked: str) -> None:
             f"the questions of {run} have changed since it began ({file} has those it was trained on). "
             "Restore them, or start a new run."
         )
-
-
-def _value(config: Config, key: str) -> object:
-    value: object = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _announce(

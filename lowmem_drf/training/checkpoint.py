@@ -3,18 +3,19 @@
 A checkpoint is written to a hidden folder, flushed to the disk and renamed (``files.written_aside``). A process that
 is killed at any moment leaves the earlier checkpoints whole, and at most a hidden folder that the next save removes. On
 the CPU a resumed run gives the LoRA bytes of an unbroken one: optimizer moments, random state and prompt cursor are
-saved, and all noise is drawn from (seed, update, clip).
+saved, and all noise is drawn from (seed, update, clip). A checkpoint that is not what was saved (``manifest``) is never
+used.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,10 +23,13 @@ from lowmem_drf.errors import BadInputError, LowmemError, NonFiniteError, quoted
 from lowmem_drf.files import discard, written_aside
 from lowmem_drf.models.weights.finite import not_finite
 from lowmem_drf.prompts import Cursor
+from lowmem_drf.terminal import write_error
+from lowmem_drf.training.manifest import DamagedError, Manifest, read_manifest, write_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+CURE = "Delete its folder; --resume then takes the one before it."
 _FOLDER = re.compile(r"step-(\d{6,})")
 
 
@@ -44,6 +48,8 @@ class Checkpoint:
     """``reward.Spread.seen``."""
     skipped: int = 0
     """Updates skipped in a row, up to this one."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """``manifest.fixed_settings``."""
 
 
 def resume_command(run: Path) -> str:
@@ -52,23 +58,75 @@ def resume_command(run: Path) -> str:
 
 
 def checkpoint_steps(run: Path) -> list[int]:
-    """The steps of the run's complete checkpoints, ascending."""
+    """The steps of the run's complete checkpoints, ascending. Their files are not read."""
     found = (_FOLDER.fullmatch(path.name) for path in (run / "checkpoints").glob("step-*") if path.is_dir())
     return sorted(int(match[1]) for match in found if match)
 
 
+def good_step(run: Path, say: Callable[[str], None] = write_error) -> int:
+    """The step of the last checkpoint that is what was saved; 0 if there is none at all. ``say`` is told, in a line,
+    of each later one that is not.
+
+    Raises:
+        LowmemError: all are damaged, or the last one may not be read.
+    """
+    damage: list[tuple[int, DamagedError]] = []
+    good = 0
+    for step in reversed(checkpoint_steps(run)):
+        try:
+            read_manifest(_folder(run, step))
+            good = step
+            break
+        except DamagedError as error:
+            damage.append((step, error))
+    if damage and not good:
+        step, why = damage[0]
+        raise LowmemError(
+            f"no checkpoint of {run} can be used: step-{step:06d} is damaged ({why}), and no earlier one is good. "
+            f"Start a new run of the same settings: lowmem-drf train --preset {quoted(run / 'config.toml')}"
+        )
+    for step, why in damage:
+        say(f"The checkpoint step-{step:06d} of {run} is damaged ({why}): step-{good:06d} is used.")
+    return good
+
+
+def last_manifest(run: Path) -> Manifest | None:
+    """The manifest of the run's last checkpoint that has a whole one, if any. Its other files are not read."""
+    for step in reversed(checkpoint_steps(run)):
+        with suppress(DamagedError):
+            return read_manifest(_folder(run, step), files=False)
+    return None
+
+
+def set_damaged_aside(run: Path, good: int) -> None:
+    """Renames the checkpoints after ``good``, which are damaged, so that none of them counts as the last one."""
+    for step in checkpoint_steps(run):
+        if step > good:
+            folder = _folder(run, step)
+            aside, number = folder.with_name(f"damaged-{folder.name}"), 1
+            while aside.exists():
+                number += 1
+                aside = folder.with_name(f"damaged-{folder.name}-{number}")
+            folder.rename(aside)
+
+
 def checkpoint_folder(run: Path, step: int | None = None) -> Path:
-    """The folder of a step's checkpoint, by default of the last. Raises BadInputError if there is none."""
+    """The folder of a step's checkpoint, by default of the last good one (``good_step``).
+
+    Raises:
+        BadInputError: there is none.
+        LowmemError: no checkpoint can be used.
+    """
     steps = checkpoint_steps(run)
     if not steps:
         raise BadInputError(f"{run} has no checkpoint yet. Go on training: {resume_command(run)}")
     if step is not None and step not in steps:
         raise BadInputError(f"{run} has no checkpoint of step {step}. Steps: {', '.join(map(str, steps))}")
-    return run / "checkpoints" / f"step-{steps[-1] if step is None else step:06d}"
+    return _folder(run, good_step(run) if step is None else step)
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint, alpha: float, keep: int) -> Path:
-    """Writes ``lora.safetensors`` (``alpha`` in its header), ``state.safetensors`` and ``cursor.json``, then deletes
+    """Writes ``lora.safetensors`` (``alpha`` in its header), ``state.safetensors`` and ``manifest.json``, then deletes
     all but the last ``keep`` checkpoints. Returns the folder. Raises NonFiniteError, and writes nothing, if a tensor
     holds NaN or infinity."""
     from safetensors.torch import save_file
@@ -80,17 +138,24 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, alpha: float, keep: int) 
     parent.mkdir(parents=True, exist_ok=True)
     for left in parent.glob(".step-*"):
         shutil.rmtree(left)
-    final = parent / f"step-{checkpoint.step:06d}"
-    cursor = {"step": checkpoint.step, **asdict(checkpoint.cursor)}
-    cursor |= {"prompts": checkpoint.prompts, "spread": dict(checkpoint.spread), "skipped": checkpoint.skipped}
+    final = _folder(run, checkpoint.step)
+    manifest = Manifest(
+        step=checkpoint.step,
+        epoch=checkpoint.cursor.epoch,
+        index=checkpoint.cursor.index,
+        prompts=checkpoint.prompts,
+        spread=dict(checkpoint.spread),
+        skipped=checkpoint.skipped,
+        settings=dict(checkpoint.settings),
+    )
     with written_aside(final) as aside:
         aside.mkdir()
         # one metadata entry: safetensors writes several in random order, and equal LoRAs must give equal bytes
         save_file(dict(checkpoint.lora), aside / "lora.safetensors", metadata={"alpha": repr(alpha)})
         save_file({**checkpoint.optimizer, **_random_state()}, aside / "state.safetensors")
-        (aside / "cursor.json").write_text(json.dumps(cursor, indent=2) + "\n", encoding="utf-8")
+        write_manifest(aside, manifest)
     for step in checkpoint_steps(run)[:-keep]:
-        discard(parent / f"step-{step:06d}")
+        discard(_folder(run, step))
     return final
 
 
@@ -100,27 +165,23 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     from safetensors.torch import load_file
 
     try:
-        row = json.loads((folder / "cursor.json").read_text(encoding="utf-8"))
+        saved = read_manifest(folder)
         lora, state = load_file(folder / "lora.safetensors"), load_file(folder / "state.safetensors")
         if lost := not_finite({**lora, **state}):
             raise ValueError(f"{lost[0]} holds NaN or infinity")
-        checkpoint = Checkpoint(
-            step=row["step"],
-            lora=lora,
-            optimizer={name: tensor for name, tensor in state.items() if not name.startswith("rng.")},
-            cursor=Cursor(row["epoch"], row["index"]),
-            prompts=row["prompts"],
-            spread={name: (count, mean, variance) for name, (count, mean, variance) in row["spread"].items()},
-            skipped=row.get("skipped", 0),  # runs of earlier versions skipped nothing
-        )
         torch.set_rng_state(state["rng.cpu"])
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise LowmemError(
-            f"the checkpoint {folder} is damaged ({error}). Delete the folder; --resume then takes the one before it."
-        ) from error
+    except (DamagedError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise LowmemError(f"the checkpoint {folder} is damaged ({error}). {CURE}") from error
     if "rng.cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["rng.cuda"])
-    return checkpoint
+    optimizer = {name: tensor for name, tensor in state.items() if not name.startswith("rng.")}
+    cursor = Cursor(saved.epoch, saved.index)
+    spread = {name: (count, mean, variance) for name, (count, mean, variance) in saved.spread.items()}
+    return Checkpoint(saved.step, lora, optimizer, cursor, saved.prompts, spread, saved.skipped, saved.settings)
+
+
+def _folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:06d}"
 
 
 def _random_state() -> dict[str, Tensor]:

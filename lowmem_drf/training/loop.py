@@ -21,13 +21,17 @@ from lowmem_drf.schema import Config
 from lowmem_drf.scoring.oracle_rates import oracle_for
 from lowmem_drf.terminal import hangup
 from lowmem_drf.training.checkpoint import (
+    CURE,
     Checkpoint,
     checkpoint_folder,
     checkpoint_steps,
+    good_step,
     load_checkpoint,
     resume_command,
     save_checkpoint,
+    set_damaged_aside,
 )
+from lowmem_drf.training.manifest import fixed_settings
 from lowmem_drf.training.metrics import Metrics
 from lowmem_drf.training.previews import write_previews
 from lowmem_drf.training.progress import TrainProgress
@@ -88,7 +92,8 @@ def train(
     def save(step: int) -> None:
         with trainer.whole():
             lora = lora_state(models.transformer)
-        now = Checkpoint(step, lora, trainer.pack(), stream.cursor, fingerprint(prompts), spread.seen, skips.saved)
+        state = trainer.pack(), stream.cursor, fingerprint(prompts), spread.seen, skips.saved, fixed_settings(config)
+        now = Checkpoint(step, lora, *state)
         if ranks.chief:
             save_checkpoint(run, now, config.lora.alpha, config.log.keep)
         ranks.barrier()  # no process may end before the checkpoint is written
@@ -143,15 +148,18 @@ def train(
 
 
 def _restored(run: Path, prompts: Sequence[Prompt]) -> Checkpoint | None:
-    """The run's last checkpoint, if any."""
-    if not checkpoint_steps(run):
+    """The run's last good checkpoint, if any. Later ones, which are damaged, are renamed."""
+    if not (step := good_step(run)):
         return None
-    checkpoint = load_checkpoint(checkpoint_folder(run))
+    checkpoint = load_checkpoint(checkpoint_folder(run, step))
     if checkpoint.prompts != fingerprint(prompts):
         raise BadInputError(
             f"the prompts of {run} have changed since its last checkpoint. Restore the file, or start a new run. "
             "To leave some out: -s 'skip_prompts=[\"0003\"]' (ids, or line numbers of four digits)."
         )
+    if checkpoint.cursor.index >= len(prompts):
+        raise LowmemError(f"the checkpoint of update {step} of {run} is damaged. {CURE}")
+    set_damaged_aside(run, step)
     return checkpoint
 
 

@@ -9,15 +9,15 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.lora.adapter import add_lora, attach_lora, load_lora_state
 from lowmem_drf.models.lora.formats import read_lora
 from lowmem_drf.schema import Config
-from lowmem_drf.training.checkpoint import checkpoint_folder, load_checkpoint
+from lowmem_drf.training.checkpoint import load_checkpoint
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
 
-def load_run_lora(transformer: WanTransformer3DModel, run: Path, config: Config, step: int | None = None) -> int:
-    """Adds the LoRA of a run's checkpoint (the last one by default) and returns its step."""
-    checkpoint = load_checkpoint(checkpoint_folder(run, step))
+def load_run_lora(transformer: WanTransformer3DModel, folder: Path, config: Config) -> int:
+    """Adds the LoRA of a run's checkpoint (``checkpoint_folder``) and returns its step."""
+    checkpoint = load_checkpoint(folder)
     add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets)
     load_lora_state(transformer, checkpoint.lora)
     return checkpoint.step

@@ -15,7 +15,8 @@ from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import RUN_FILES, make_writable, release
 from lowmem_drf.schema import Config, Zero
-from lowmem_drf.training.checkpoint import resume_command
+from lowmem_drf.training.checkpoint import last_manifest, resume_command
+from lowmem_drf.training.manifest import require_settings
 from lowmem_drf.training.run_lock import locked
 
 RUNS = Path("runs")
@@ -70,10 +71,18 @@ def find_run(folder: Path | None = None) -> Path:
     return max(found, key=_last_written)
 
 
+def saved_config(run: Path) -> Config:
+    """The resolved configuration of a run. Raises BadInputError if it was edited in a key that may not change."""
+    config = load_config(run / "config.toml")
+    if saved := last_manifest(run):
+        require_settings(run, config, saved)
+    return config
+
+
 def run_config(folder: Path) -> Config:
-    """The resolved configuration of a run, changed for a command that runs in one process: models whose weights were
-    partitioned over the processes are streamed."""
-    config = load_config(folder / "config.toml")
+    """``saved_config``, changed for a command that runs in one process: models whose weights were partitioned over the
+    processes are streamed."""
+    config = saved_config(folder)
     partitioned = ["transformer", *(["critic"] if config.zero.critic else [])] if config.engine == "zero3" else []
     memory = config.memory.model_copy(update={"stream": [*config.memory.stream, *partitioned]})
     return config.model_copy(update={"engine": "single", "processes": 1, "zero": Zero(), "memory": memory})

@@ -1,6 +1,6 @@
 """Updates whose reward or gradient was NaN or infinite, and were skipped: when a run stops for them, and what to do.
 
-All that is advised here can be done on resume (``MAY_CHANGE`` in ``commands/train.py``).
+All that is advised here can be done on resume (``manifest.MAY_CHANGE``).
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from unittest import mock
 
@@ -22,6 +23,7 @@ from lowmem_drf.distributed.ranks import Ranks
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.toy.captions import train_prompts
 from lowmem_drf.training.checkpoint import checkpoint_steps
+from lowmem_drf.training.manifest import read_manifest
 from lowmem_drf.training.metrics import read_metrics
 
 SETTINGS = [
@@ -93,8 +95,8 @@ def _shapes(file):
 
 
 def _without_spread(folder):
-    cursor = json.loads((folder / "cursor.json").read_text())
-    return cursor | {"spread": sorted(cursor["spread"])}
+    row = asdict(read_manifest(folder))
+    return row | {"spread": sorted(row["spread"]), "files": sorted(row["files"])}
 
 
 def test_the_samples_of_both_processes_are_written_under_their_own_names(one, two):

@@ -2,8 +2,13 @@
 
 import json
 import os
+import random
+import re
+import shutil
 import signal
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,25 +18,24 @@ from lowmem_drf.commands.train import train_command
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.prompts import Cursor
 from lowmem_drf.questions.file import to_json
+from lowmem_drf.training import manifest
 from lowmem_drf.training.checkpoint import (
     Checkpoint,
     checkpoint_folder,
     checkpoint_steps,
+    good_step,
     load_checkpoint,
     save_checkpoint,
 )
 from lowmem_drf.training.metrics import read_metrics
+from lowmem_drf.training.run_folder import run_config
 from lowmem_drf.types import Question
 
 MOMENTS = {
-    "before the first save": ("lowmem_drf.training.loop.save_checkpoint", 1),
     "between the files of the second save": ("safetensors.torch.save_file", 4),
-    "before the rename of the second save": ("os.replace", 5),
     "in the rotation": ("shutil.rmtree", 1),
-    "between an update and its line": ("lowmem_drf.training.metrics.Metrics.write", 3),
-    "in the last save": ("os.fsync", 25),
 }
-"""Moment of death -> the function in whose n-th call the process kills itself."""
+"""Moment of death -> the function in whose n-th call the process kills itself. All moments: ``test_killed.py``."""
 
 
 def lora_bytes(run):
@@ -136,15 +140,143 @@ def test_a_run_without_checkpoint_says_so(tmp_path):
         checkpoint_folder(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["lora.safetensors", "state.safetensors", "cursor.json"])
-def test_damage_is_named_with_its_cure(checkpoint, tmp_path, name):
-    folder = save_checkpoint(tmp_path, checkpoint, 1.0, keep=3)
-    (folder / name).write_bytes((folder / name).read_bytes()[:20])
-    with pytest.raises(LowmemError, match="is damaged.*Delete the folder"):
-        load_checkpoint(folder)
+def manifest_of(folder):
+    return json.loads((folder / "manifest.json").read_text())
 
 
-def test_the_cursor_is_plain_json(tiny_run):
-    row = json.loads((checkpoint_folder(tiny_run) / "cursor.json").read_text())
-    assert {"step", "epoch", "index", "prompts", "spread", "skipped"} == set(row)
+def test_the_manifest_is_plain_json(tiny_run):
+    row = manifest_of(checkpoint_folder(tiny_run))
+    state = {"format", "step", "epoch", "index", "prompts", "spread", "skipped"}
+    assert set(row) == state | {"settings", "files", "digest"}
     assert (row["step"], row["index"]) == (4, 12)
+    assert row["settings"]["lora.rank"] == 2 and "optim.lr" not in row["settings"]
+    assert set(row["files"]) == {"lora.safetensors", "state.safetensors"}
+
+
+def test_every_flipped_bit_is_noticed(tiny_run, tmp_path):
+    folder = Path(shutil.copytree(checkpoint_folder(tiny_run), tmp_path / "step-000004"))
+    load_checkpoint(folder)
+    dice = random.Random(0)
+    for _ in range(200):
+        path = dice.choice(sorted(folder.iterdir()))
+        whole = path.read_bytes()
+        place, bit = dice.randrange(len(whole)), dice.randrange(8)
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+        with pytest.raises(LowmemError, match=rf"is damaged \({path.name}.*Delete its folder"):
+            load_checkpoint(folder)
+        path.write_bytes(whole)
+    load_checkpoint(folder)
+
+
+def other_step(run, folder):
+    shutil.copy(run / "checkpoints" / "step-000003" / "lora.safetensors", folder)
+
+
+def renamed(run, folder):
+    shutil.rmtree(folder)
+    shutil.copytree(run / "checkpoints" / "step-000003", folder)
+
+
+def cut(run, folder):
+    (folder / "state.safetensors").write_bytes((folder / "state.safetensors").read_bytes()[:20])
+
+
+def lost(run, folder):
+    (folder / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [other_step, renamed, cut, lost])
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(damage, tiny_run, tmp_path, capfd):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    damage(run, run / "checkpoints" / "step-000004")
+    assert checkpoint_folder(run).name == "step-000003"  # what sample, eval and export-lora take
+    assert re.search(r"The checkpoint step-000004 of .* is damaged \(.*\): step-000003 is used", capfd.readouterr().err)
+    train_command(None, None, run, None, None, True, ["log.keep=1"], False)
+    assert "resumed after update 3" in (said := capfd.readouterr()).out and "step-000004" in said.err
+    assert lora_bytes(run) == lora_bytes(tiny_run)
+    assert sorted(os.listdir(run / "checkpoints")) == ["damaged-step-000004", "step-000004"]
+    with pytest.raises(BadInputError, match="is complete: 4 of 4"):
+        train_command(None, None, run, None, None, True, [], False)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_says_how_to_begin_anew(tiny_run, tmp_path):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "a run"))
+    for step in (3, 4):
+        lost(run, run / "checkpoints" / f"step-{step:06d}")
+    for command in (
+        lambda: checkpoint_folder(run),
+        lambda: train_command(None, None, run, None, None, True, [], False),
+    ):
+        with pytest.raises(LowmemError, match="step-000004 is damaged.*Start a new run.*--preset '.*config.toml'"):
+            command()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("seed = 0", "seed = 1", "seed is 1, and was 0"),
+        ("batch = 3", "batch = 6", "batch is 6, and was 3"),
+        ("alpha = ", "alpha = 1", "lora.alpha is 1"),
+        ("shift = ", "shift = 1", "sampler.shift is 1"),
+        ('dtype = "fp32"', 'dtype = "bf16"', 'dtype is "bf16", and was "fp32"'),
+    ],
+)
+def test_an_edited_configuration_is_refused_by_name(old, new, said, tiny_run, tmp_path):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    text = (run / "config.toml").read_text()
+    assert old in text
+    (run / "config.toml").write_text(re.sub(rf"^{old}", new, text, count=1, flags=re.MULTILINE))
+    resume = partial(train_command, None, None, run, 5, None, True, [], False)
+    for command in (resume, lambda: run_config(run)):
+        with pytest.raises(BadInputError, match=f"edited since update 4 was saved: {said}.*Put the old values back"):
+            command()
+
+
+def test_what_may_change_may_be_edited_and_models_may_be_moved(tiny_run, tiny_folders, tmp_path):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    moved = Path(shutil.copytree(tiny_folders[1], tmp_path / tiny_folders[1].name)).as_posix()
+    text = (run / "config.toml").read_text().replace(tiny_folders[1].as_posix(), moved)
+    (run / "config.toml").write_text(re.sub("^lr = .*", "lr = 1e-9", text, flags=re.MULTILINE))
+    config = run_config(run)
+    assert (config.optim.lr, config.critic.id) == (1e-9, moved)
+
+
+def as_format_1(folder, **changes):
+    """A checkpoint as earlier versions wrote it."""
+    row = manifest_of(folder)
+    kept = {key: row[key] for key in ("step", "epoch", "index", "prompts", "spread")}
+    (folder / "manifest.json").unlink()
+    (folder / "cursor.json").write_text(json.dumps(kept | changes))
+
+
+def test_a_checkpoint_of_format_1_is_resumed(tiny_run, tmp_path):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    as_format_1(run / "checkpoints" / "step-000003")
+    train_command(None, None, run, None, None, True, [], False)
+    assert lora_bytes(run) == lora_bytes(tiny_run)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"step": 10**30}, {"step": -4}, {"epoch": -1}, {"index": -2}, {"index": None}, {"spread": [1]}, {"skipped": -1}],
+    ids=str,
+)
+def test_wrong_values_of_format_1_are_damage(changes, tiny_run, tmp_path):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    as_format_1(run / "checkpoints" / "step-000004", **changes)
+    assert good_step(run, lambda _: None) == 3
+
+
+def test_an_index_behind_the_last_prompt_of_format_1_is_damage(tiny_run, tmp_path):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    as_format_1(run / "checkpoints" / "step-000004", index=10**9)
+    with pytest.raises(LowmemError, match="damaged. Delete its folder"):
+        train_command(None, None, run, 5, None, True, [], False)
+
+
+def test_a_checkpoint_of_a_later_version_is_refused_and_not_called_damaged(checkpoint, tmp_path):
+    folder = save_checkpoint(tmp_path, checkpoint, 1.0, keep=3)
+    (folder / "manifest.json").write_bytes(manifest._sealed({"format": 3, "step": 1, "new": "unknown"}))
+    with pytest.raises(LowmemError, match="written by another version.*format 3; this one reads 2.*Use that version"):
+        good_step(tmp_path)

@@ -49,7 +49,7 @@ def test_ctrl_c_finishes_the_update_saves_and_exits_130(started, tmp_path):
     err = (tmp_path / "err").read_text()
     assert "Interrupted after update" in err and "Traceback" not in err
     (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
-    step = json.loads((folder / "cursor.json").read_text())["step"]
+    step = json.loads((folder / "manifest.json").read_text())["step"]
     assert step == read_metrics(tmp_path / "run")[-1]["step"]
 
 

@@ -55,7 +55,7 @@ def test_a_run_leaves_what_the_contract_says(tiny_run):
     assert set(load_questions(tiny_run / "questions.json")) < set(train_prompts())
     assert sorted(os.listdir(tiny_run / "checkpoints")) == ["step-000003", "step-000004"]
     last = tiny_run / "checkpoints" / "step-000004"
-    assert sorted(os.listdir(last)) == ["cursor.json", "lora.safetensors", "state.safetensors"]
+    assert sorted(os.listdir(last)) == ["lora.safetensors", "manifest.json", "state.safetensors"]
     assert sorted(os.listdir(tiny_run / "samples")) == ["step-000000", "step-000002", "step-000004"]
     assert len(list((tiny_run / "tensorboard").iterdir())) == 1
 

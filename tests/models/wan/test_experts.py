@@ -37,6 +37,7 @@ from lowmem_drf.planner.measure import measure
 from lowmem_drf.planner.plan import ALLOCATOR_BLOCK, make_plan
 from lowmem_drf.planner.stages import STAGES
 from lowmem_drf.prompts import as_prompts
+from lowmem_drf.training.checkpoint import checkpoint_folder
 from lowmem_drf.training.lora_file import load_run_lora
 from lowmem_drf.training.update import update
 
@@ -353,7 +354,7 @@ def test_an_exported_file_is_read_by_the_pipeline_it_is_for(tiny_preset, folder:
     pipe = WanPipeline.from_pretrained(folder)
     pipe.load_lora_weights(file, load_into_transformer_2=True)
     models = load_models(load_config(run / "config.toml"), PROMPTS, with_critic=False)
-    load_run_lora(models.transformer, run, load_config(run / "config.toml"))
+    load_run_lora(models.transformer, checkpoint_folder(run), load_config(run / "config.toml"))
     x, text = tiny_latents(1, dtype=torch.float32), tiny_condition(1, torch.float32)
     with torch.no_grad():
         wanted, got = as_velocity(models.transformer)(x, 0.5, text), as_velocity(pipe.transformer_2)(x, 0.5, text)
