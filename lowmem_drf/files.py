@@ -138,9 +138,14 @@ def readable_name(text: str, before: str = "", after: str = "") -> str:
     return f"{before}{_cut('-'.join(''.join(letters).split()), room).rstrip('-') or 'clip'}{after}"
 
 
+def text_hash(text: str) -> str:
+    """The SHA-256 of a text, in hexadecimal digits."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def short_hash(text: str) -> str:
     """Eight digits that tell texts apart whose names begin alike."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return text_hash(text)[:8]
 
 
 def _cut(text: str, most: int) -> str:

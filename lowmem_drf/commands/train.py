@@ -14,14 +14,14 @@ from lowmem_drf import __version__
 from lowmem_drf.config import chosen_preset, load_config, preset_card, preset_path, to_toml
 from lowmem_drf.distributed.ranks import ALONE, Ranks, end_process, join, started_processes
 from lowmem_drf.errors import DEBUG, BadInputError, quoted
-from lowmem_drf.files import write_text
+from lowmem_drf.files import text_hash, write_text
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.planner.cards import card_named
-from lowmem_drf.prompts import without
+from lowmem_drf.prompts import fingerprint, without
 from lowmem_drf.questions.file import WRITERS
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import make_console
-from lowmem_drf.training.checkpoint import checkpoint_steps, good_step, resume_command
+from lowmem_drf.training.checkpoint import checkpoint_steps, good_step, last_manifest, resume_command
 from lowmem_drf.training.manifest import MAY_CHANGE, fixed_settings
 from lowmem_drf.training.run_folder import RUNS, claim, default_output, find_run, saved_config
 from lowmem_drf.types import Prompt, Question
@@ -173,7 +173,7 @@ def start(
         asked = to_json({prompt.text: questions[prompt.id] for prompt in prompts})
         if ranks.chief:
             if resume:
-                _require_same_questions(run, asked)
+                _require_same_questions(run, prompts, asked)
             write_text(run / "config.toml", to_toml(config))
             write_text(run / "questions.json", asked)
             if can_check(config) and not resume:
@@ -233,17 +233,14 @@ def _ready_questions(run: Path, config: Config, prompts: Sequence[Prompt]) -> di
     return {prompt.id: saved[prompt.text] for prompt in ours if prompt.text in saved}
 
 
-def _require_same_questions(run: Path, asked: str) -> None:
-    """Raises BadInputError if the same prompts have other questions than before. ``train`` compares the prompts."""
-    file = run / "questions.json"
-    if not file.is_file():
-        return
-    texts = file.read_text(encoding="utf-8"), asked
-    before, now = ({row["prompt"]: row for row in json.loads(text)} for text in texts)
-    if before.keys() == now.keys() and before != now:
+def _require_same_questions(run: Path, prompts: Sequence[Prompt], asked: str) -> None:
+    """Raises BadInputError if the same prompts have other questions (``to_json``) than those that the run's updates
+    asked. The training loop compares the prompts."""
+    saved = last_manifest(run)
+    if saved and saved.prompts == fingerprint(prompts) and saved.questions not in ("", text_hash(asked)):
         raise BadInputError(
-            f"the questions of {run} have changed since it began ({file} has those it was trained on). "
-            "Restore them, or start a new run."
+            f"the questions of {run} have changed since it began. Restore the file they come from, or start a new run. "
+            f"If {quoted(run / 'questions.json')} was edited, delete it."
         )
 
 

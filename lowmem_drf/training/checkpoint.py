@@ -50,6 +50,8 @@ class Checkpoint:
     """Updates skipped in a row, up to this one."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """``manifest.fixed_settings``."""
+    questions: str = ""
+    """The hash of the questions' file: a resumed run must ask the same."""
 
 
 def resume_command(run: Path) -> str:
@@ -147,6 +149,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, alpha: float, keep: int) 
         spread=dict(checkpoint.spread),
         skipped=checkpoint.skipped,
         settings=dict(checkpoint.settings),
+        questions=checkpoint.questions,
     )
     with written_aside(final) as aside:
         aside.mkdir()
@@ -177,7 +180,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     optimizer = {name: tensor for name, tensor in state.items() if not name.startswith("rng.")}
     cursor = Cursor(saved.epoch, saved.index)
     spread = {name: (count, mean, variance) for name, (count, mean, variance) in saved.spread.items()}
-    return Checkpoint(saved.step, lora, optimizer, cursor, saved.prompts, spread, saved.skipped, saved.settings)
+    rest = saved.prompts, spread, saved.skipped, saved.settings, saved.questions
+    return Checkpoint(saved.step, lora, optimizer, cursor, *rest)
 
 
 def _folder(run: Path, step: int) -> Path:

@@ -13,10 +13,11 @@ from lowmem_drf.assembly.assemble import Models
 from lowmem_drf.config import to_toml
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import BadInputError, LowmemError, NonFiniteError
-from lowmem_drf.files import write_text
+from lowmem_drf.files import text_hash, write_text
 from lowmem_drf.method.reward import Spread
 from lowmem_drf.models.lora.adapter import load_lora_state, lora_parameters, lora_state
 from lowmem_drf.prompts import Cursor, PromptStream, fingerprint
+from lowmem_drf.questions.file import to_json
 from lowmem_drf.schema import Config
 from lowmem_drf.scoring.oracle_rates import oracle_for
 from lowmem_drf.terminal import hangup
@@ -86,14 +87,15 @@ def train(
         skips = Skips(config, checkpoint.skipped)
     parts = models.parts(lora_parameters(models.transformer))
     stream = PromptStream(prompts, config.seed, cursor, config.skip_prompts)
+    asked_hash = text_hash(to_json({prompt.text: questions[prompt.id] for prompt in prompts}))
     judge = oracle_for(config, [prompt.text for prompt in prompts])
     metrics, progress = Metrics(run, done) if ranks.chief else None, TrainProgress(console, config.steps, done)
 
     def save(step: int) -> None:
         with trainer.whole():
             lora = lora_state(models.transformer)
-        state = trainer.pack(), stream.cursor, fingerprint(prompts), spread.seen, skips.saved, fixed_settings(config)
-        now = Checkpoint(step, lora, *state)
+        state = trainer.pack(), stream.cursor, fingerprint(prompts), spread.seen, skips.saved
+        now = Checkpoint(step, lora, *state, fixed_settings(config), asked_hash)
         if ranks.chief:
             save_checkpoint(run, now, config.lora.alpha, config.log.keep)
         ranks.barrier()  # no process may end before the checkpoint is written

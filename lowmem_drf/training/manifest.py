@@ -17,6 +17,7 @@ from typing import Any
 
 from lowmem_drf.config import known_keys
 from lowmem_drf.errors import BadInputError, LowmemError
+from lowmem_drf.files import text_hash
 from lowmem_drf.schema import Config
 
 FORMAT = 2
@@ -52,6 +53,7 @@ class Manifest:
     spread: Mapping[str, tuple[int, float, float]]
     skipped: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    questions: str = ""
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Name -> ``bytes`` and ``sha256`` of every other file of the checkpoint."""
 
@@ -132,7 +134,7 @@ def _measured(path: Path) -> dict[str, Any]:
 
 
 def _sealed(row: Mapping[str, Any]) -> bytes:
-    digest = hashlib.sha256(json.dumps(row, indent=2).encode()).hexdigest()
+    digest = text_hash(json.dumps(row, indent=2))
     return f"{json.dumps({**row, 'digest': digest}, indent=2)}\n".encode()
 
 

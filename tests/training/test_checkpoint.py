@@ -101,6 +101,7 @@ def test_changed_questions_are_refused_and_the_runs_own_stay(tiny_preset, tmp_pa
         train_command(None, None, run, 2, None, True, [], False)
     assert (run / "questions.json").read_text() == asked
     file.write_text(asked)
+    (run / "questions.json").unlink()
     train_command(None, None, run, 2, None, True, [], False)
     assert checkpoint_steps(run)[-1] == 2
 
@@ -147,7 +148,7 @@ def manifest_of(folder):
 def test_the_manifest_is_plain_json(tiny_run):
     row = manifest_of(checkpoint_folder(tiny_run))
     state = {"format", "step", "epoch", "index", "prompts", "spread", "skipped"}
-    assert set(row) == state | {"settings", "files", "digest"}
+    assert set(row) == state | {"settings", "questions", "files", "digest"}
     assert (row["step"], row["index"]) == (4, 12)
     assert row["settings"]["lora.rank"] == 2 and "optim.lr" not in row["settings"]
     assert set(row["files"]) == {"lora.safetensors", "state.safetensors"}
@@ -230,6 +231,17 @@ def test_an_edited_configuration_is_refused_by_name(old, new, said, tiny_run, tm
     for command in (resume, lambda: run_config(run)):
         with pytest.raises(BadInputError, match=f"edited since update 4 was saved: {said}.*Put the old values back"):
             command()
+
+
+def test_edited_questions_are_refused(tiny_run, tmp_path):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    text = (run / "questions.json").read_text()
+    (run / "questions.json").write_text(text.replace('"answer": "yes"', '"answer": "no"', 1))
+    with pytest.raises(BadInputError, match="questions of .* have changed.*questions.json was edited, delete it"):
+        train_command(None, None, run, 5, None, True, [], False)
+    (run / "questions.json").unlink()
+    train_command(None, None, run, 5, None, True, [], False)
+    assert (run / "questions.json").read_text() == text
 
 
 def test_what_may_change_may_be_edited_and_models_may_be_moved(tiny_run, tiny_folders, tmp_path):
