@@ -9,8 +9,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Positive = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
+# counts that cost no memory are bounded so that a slip of the keyboard is seen; sizes have bounds of their own, and
+# assembly/sizes.py has those that depend on the model and the memory
+MANY = 1_000_000
+Positive = Annotated[int, Field(ge=1, le=MANY)]
+NonNegative = Annotated[int, Field(ge=0, le=MANY)]
+Thousand = Annotated[int, Field(ge=1, le=1000)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # beyond its bounds a number, or what it is multiplied by, would become 0 or infinity in fp32
 Scale = Annotated[float, Field(ge=1e-6, le=1e6)]
@@ -40,7 +44,7 @@ class Video(Node):
     frames: Positive = 81
     """Pixel frames, 4n + 1: one for the first latent frame, four for every other. The time of attention grows with
     their square."""
-    fps: Positive = 16
+    fps: Thousand = 16
     """Frames per second. It is written into the MP4 and tells the critic how fast the motion is; it costs nothing."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -72,17 +76,18 @@ class Model(Node):
     """Storage format of the frozen blocks' linear layers: ``dtype`` (``none``), ``int8`` (half the memory of bf16) or
     ``nf4`` (bitsandbytes' 4 bit, about a quarter). The error of int8 is one to three times that of computing in bf16,
     that of nf4 ten to thirty times."""
-    text_tokens: Positive = 512
+    text_tokens: Annotated[int, Field(ge=1, le=512)] = 512
     """Prompts are padded or cut to this many tokens, as in ``WanPipeline``. The transformer sees the padding: keep the
-    number it was trained with."""
+    number it was trained with, which is 512 for Wan."""
 
 
 class Sampler(Node):
     """Denoising, and which of its steps carry gradient."""
 
-    steps: Positive = 20
-    """N: denoising steps. Each costs a transformer pass without gradient, two with guidance."""
-    graded_steps: Positive = 3
+    steps: Thousand = 20
+    """N: denoising steps, at most the 1000 noise levels that Wan was trained with. Each costs a transformer pass
+    without gradient, two with guidance."""
+    graded_steps: Thousand = 3
     """K: how many steps carry gradient. Each costs a forward and a backward pass; peak memory does not depend on K."""
     graded: Literal["tail", "last", "random"] | list[NonNegative] = "tail"
     """Which steps carry gradient: the last K (``tail``), the very last one (``last``), K drawn at random in each update
@@ -98,7 +103,7 @@ class Sampler(Node):
     a second graded pass per step and no memory. The relay is exact for the choice made here."""
     shift: Annotated[float, Field(ge=0.01, le=1000)] = 3.0
     """Timestep shift of the flow-matching schedule: higher values put more steps at high noise. Wan uses 3 to 8."""
-    lv_samples: NonNegative = 0
+    lv_samples: Annotated[int, Field(ge=0, le=1000)] = 0
     """DRaFT-LV (arXiv 2309.17400): extra noised copies of the clip, which the last step denoises again; the gradient
     is averaged over clip and copies. Each copy costs another decode, critic pass and backward. 0 is off."""
     negative_prompt: str = ""
@@ -173,7 +178,7 @@ class Critic(Node):
     normalize: bool = False
     """Divide each question's reward by its running standard deviation, so that questions whose reward varies most do
     not dominate. It costs nothing."""
-    frames: Positive | Annotated[str, Field(pattern=r"^fps:\d+(\.\d+)?$")] = 8
+    frames: Positive | Annotated[str, Field(pattern=r"^fps:\d{1,4}(\.\d{1,9})?$")] = 8
     """How many frames of the clip the critic sees: a number, or a rate per second such as ``"fps:2"``. Memory and time
     of the critic grow with them; the VAE backward visits the chunks that hold them."""
     frame_sampling: Literal["uniform", "random_phase", "motion"] = "uniform"
@@ -197,8 +202,9 @@ class Critic(Node):
 class Lora(Node):
     """The weights that are trained."""
 
-    rank: Positive = 32
-    """Rank of the LoRA. Its weights, gradients, optimizer state and file grow in proportion."""
+    rank: Annotated[int, Field(ge=1, le=1024)] = 32
+    """Rank of the LoRA. Its weights, gradients, optimizer state and file grow in proportion; at the most, 1024, they
+    are as large as Wan2.1-1.3B itself."""
     alpha: Scale = 32.0
     """The LoRA's contribution is multiplied by ``alpha / rank``."""
     targets: list[Name] = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
@@ -238,7 +244,7 @@ class Memory(Node):
     """How the update fits the card. Only ``vae_backward`` and the two dtypes change the gradient by more than
     rounding."""
 
-    vae_backward: Annotated[str, Field(pattern=r"^(exact|window:\d+)$")] = "exact"
+    vae_backward: Annotated[str, Field(pattern=r"^(exact|window:\d{1,4})$")] = "exact"
     """``exact``: cache gradients flow back to the first frame; the gradient is that of one graph with our clamp of the
     pixels (docs/memory.md). ``window:n`` (ChopGrad) stops them after n chunks: fewer chunks to recompute where kept
     frames lie far apart, and an approximate gradient."""
@@ -248,10 +254,10 @@ class Memory(Node):
     vae_grad_dtype: Literal["fp32", "bf16"] = "fp32"
     """Number format of the VAE backward. ``bf16`` halves its activations and the stored caches; the gradient has a
     cosine of 0.9999 with that in fp32."""
-    vae_strips: Positive = 1
+    vae_strips: Thousand = 1
     """The VAE backward recomputes a chunk in this many strips of rows. More strips take less memory; rows at the
     borders are computed twice."""
-    vae_cache_every: Positive = 1
+    vae_cache_every: Thousand = 1
     """Caches that enter a decode chunk are stored on the host for one chunk in this many, and recomputed for the
     others: less host memory, one more decode without gradient."""
     vae_caches: Literal["card", "host"] = "card"
@@ -260,7 +266,7 @@ class Memory(Node):
     checkpoint: bool | Literal["host"] = True
     """``true``: a transformer block keeps only its input and is recomputed in its backward. ``"host"``: the inputs wait
     on the host too, for copies over PCIe. ``false``: blocks keep all activations: fastest, most memory."""
-    token_slices: Positive = 1
+    token_slices: Thousand = 1
     """Slices of tokens in which a transformer block computes everything but its self-attention. More slices take less
     memory; a little is computed twice."""
     keep_attention: Literal["none", "card", "host"] = "none"
@@ -331,14 +337,14 @@ class Log(Node):
     """Checkpoints to keep; older ones are deleted."""
     sample_every: NonNegative = 50
     """Write sample clips every this many updates, and at the end. 0: never. Each clip costs a rollout and a decode."""
-    sample_prompts: Positive = 4
+    sample_prompts: Thousand = 4
     """Number of prompts that sample clips are made for."""
-    eval_prompts: NonNegative = 8
+    eval_prompts: Annotated[int, Field(ge=0, le=10_000)] = 8
     """Number of prompts in the table after training. 0: no table. Each costs a clip of the base and one of the tuned
     model per seed."""
-    eval_seeds: Positive = 2
+    eval_seeds: Thousand = 2
     """Clips per prompt in that table, each from its own noise."""
-    eval_batch: Positive = 1
+    eval_batch: Thousand = 1
     """Clips made at once where there is no gradient (samples, evaluation). Memory grows with it."""
 
 
@@ -352,11 +358,11 @@ class Config(Node):
     on resume, which the prompt file may not."""
     steps: Positive = 500
     """Updates of the LoRA."""
-    batch: Positive = 4
+    batch: Annotated[int, Field(ge=1, le=10_000)] = 4
     """Prompts per update, one clip each. Time grows with it, memory does not."""
-    micro_batch: Positive = 1
+    micro_batch: Thousand = 1
     """Clips in one pass of the relay, at most. Memory grows with it; the gradient is that of the whole ``batch``."""
-    seed: NonNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of every random choice: the LoRA's initial weights, the order of prompts, noise."""
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Number format of the transformer, the text encoder and the critic. LoRA weights, reward and optimizer stay in
@@ -367,7 +373,7 @@ class Config(Node):
     """``single``: one process. Else DeepSpeed: prompts are split over the processes, a card each. Every process keeps a
     part of the optimizer's state (``zero1``), of the LoRA's gradients too (``zero2``), and of the frozen transformer's
     weights too (``zero3``)."""
-    processes: Positive = 1
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
     """Number of processes that ``train`` starts; ``batch`` is split over them. Under ``torchrun`` or ``deepspeed``: the
     number that these started."""
     video: Video = Video()

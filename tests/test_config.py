@@ -4,8 +4,11 @@ import tomllib
 
 import pytest
 
+from lowmem_drf.assembly.sizes import require_room
 from lowmem_drf.config import known_keys, load_config, parse_override, preset_path, to_toml
+from lowmem_drf.distributed.launch import launch
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.models.generators import generator_config
 from lowmem_drf.schema import Config
 
 
@@ -180,3 +183,27 @@ def test_a_run_of_an_earlier_version_is_read_where_nothing_it_used_has_changed(t
     file.write_text(earlier.replace("keep_blocks = 0", "keep_blocks = 3").replace('"toyworld"', '"elsewhere"'))
     with pytest.raises(BadInputError, match=r"no key 'memory\.keep_blocks'(.|\n)*\"templates\" is gone"):
         load_config(file)
+
+
+def test_sizes_are_refused_before_anything_of_their_size_is_made():
+    """``model.text_tokens=1e9`` filled the machine."""
+    for key in ("model.text_tokens", "batch", "lora.rank", "sampler.steps", "log.eval_prompts", "log.sample_prompts"):
+        with pytest.raises(BadInputError, match=f"{key}: input should be less than or equal to"):
+            load_config("toy", [f"{key}=1000000000"])
+    for settings, said in (
+        (["video.width=1024"], "At most: -s video.width=512"),
+        (["video.frames=257"], "At most: -s video.frames=253"),
+        (["batch=64", "micro_batch=64", "video.width=512", "video.height=512"], "Lower micro_batch"),
+    ):
+        config = load_config("toy", settings)
+        with pytest.raises(BadInputError, match=said):
+            require_room(config, generator_config("toyworld"), {"micro_batch": config.micro_batch}, 1e9, "here are")
+    require_room(load_config("toy"), generator_config("toyworld"), {"micro_batch": 8}, 1e9, "here are")
+
+
+def test_more_processes_than_cards_or_memory_are_not_started(monkeypatch):
+    monkeypatch.setattr("lowmem_drf.distributed.launch.available_host_bytes", lambda: 2 * 10**9)
+    for cards, said in ((0, "host memory"), (2, "torch sees 2")):
+        monkeypatch.setattr("torch.cuda.device_count", lambda cards=cards: cards)
+        with pytest.raises(BadInputError, match=said):
+            launch(8, ["false"], lambda: "")

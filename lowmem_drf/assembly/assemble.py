@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from lowmem_drf.assembly.kernel_choice import Chosen, choose
+from lowmem_drf.assembly.sizes import latent_shape
 from lowmem_drf.assembly.text_cache import DTYPES
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.memory.host import HostStore
@@ -204,7 +205,7 @@ def assemble(
         streamed |= {name: Streamed(list(model.blocks), device, store) for name, model in generators.items()}
     if critic is not None and "critic" in memory.stream:
         streamed["critic"] = critic.stream(device, store)
-    shape = latent_shape(config, transformer, vae)
+    shape = latent_shape(config, transformer.config, vae.config)
     chosen = chosen or choose(config, device, attention_shape(config, transformer, shape), DTYPES[config.dtype])
     recorder = Recorder(store, memory.keep_attention != "none") if memory.record_rollout else None
     set_activations(
@@ -246,18 +247,3 @@ def attention_shape(config: Config, transformer: Any, latent: Sequence[int]) -> 
     """(B, L, H, d) of the transformer's self-attention for latents (C, F, h, w)."""
     tokens = math.prod(side // patch for side, patch in zip(latent[1:], transformer.config.patch_size, strict=True))
     return config.micro_batch, tokens, transformer.config.num_attention_heads, transformer.config.attention_head_dim
-
-
-def latent_shape(config: Config, transformer: Any, vae: Any) -> tuple[int, int, int, int]:
-    """(C, F, h, w). Raises BadInputError: the video's size does not fit the models."""
-    video, factor = config.video, vae.config.scale_factor_spatial
-    _, patch_height, patch_width = transformer.config.patch_size
-    sides = ("width", video.width, factor * patch_width), ("height", video.height, factor * patch_height)
-    for name, value, unit in sides:
-        if value % unit:
-            raise BadInputError(
-                f"video.{name} = {value} is not a multiple of {unit}, the patch grid of {config.model.id}. "
-                f"Nearest: -s video.{name}={max(unit, round(value / unit) * unit)}"
-            )
-    frames = (video.frames - 1) // vae.config.scale_factor_temporal + 1
-    return transformer.config.in_channels, frames, video.height // factor, video.width // factor

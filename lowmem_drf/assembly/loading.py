@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem_drf.assembly.assemble import Models, assemble, critic_rate, resolve_device
+from lowmem_drf.assembly.sizes import free_bytes, require_room
 from lowmem_drf.assembly.text_cache import DTYPES, encode_texts
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.libraries import import_all
@@ -29,14 +30,23 @@ if TYPE_CHECKING:
     from lowmem_drf.models.weights.reader import Change, Shapes
 
 
-def load_models(config: Config, texts: Sequence[str], with_critic: bool = True, ranks: Ranks = ALONE) -> Models:
+def load_models(
+    config: Config,
+    texts: Sequence[str],
+    with_critic: bool = True,
+    ranks: Ranks = ALONE,
+    clips: Mapping[str, int] | None = None,
+) -> Models:
     """Loads every model of the configuration, without a LoRA. The text encoder is freed once ``texts`` are encoded.
 
     Everything is downloaded and checked before anything is loaded. One rank per machine downloads and encodes for all;
     under ZeRO-3 the transformer is partitioned while it is read.
 
+    Args:
+        clips: how many will be made at once, as in ``sizes.require_room``.
+
     Raises:
-        BadInputError: a model is missing or damaged, or the video's size does not fit it.
+        BadInputError: a model is missing or damaged, or the video's size does not fit it, or the memory.
         LowmemError: too little disk or host memory, or a download failed.
     """
     import_libraries(config)
@@ -48,6 +58,7 @@ def load_models(config: Config, texts: Sequence[str], with_critic: bool = True, 
         generator = prepare_generator(config)
         described = generator_config(str(generator))
         require_expert(config, described)
+        require_room(config, described, clips or {}, *free_bytes(device))
         if with_critic:
             prepare(config.critic.id, "critic", say)
         home = _home(config, "transformer", device)

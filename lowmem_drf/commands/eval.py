@@ -21,7 +21,8 @@ def eval_command(run_folder: Path | None, file: Path | None, as_json: bool) -> N
     config, folder = run_config(run), checkpoint_folder(run)
     prompts = () if config.prompts == TOYWORLD or file else run_prompts(config)
     trial = evaluate.make_trial(config, prompts, evaluate.EVAL_PROMPTS, evaluate.EVAL_SEEDS, file)
-    models = load_models(config, [prompt.text for prompt in trial.prompts])
+    clips = {"log.eval_batch": min(config.log.eval_batch, len(trial.prompts) * trial.seeds)}
+    models = load_models(config, [prompt.text for prompt in trial.prompts], clips=clips)
     step = load_run_lora(models.transformer, folder, config)
     console = make_console(stderr=as_json)
     models.awake("critic")

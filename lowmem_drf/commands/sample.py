@@ -52,17 +52,18 @@ def sample_command(
         source = readable_name(lora.stem, after=f"-{short_hash(str(lora.resolve()))}")
     variant = f"seed{seed}{'' if scale == 1 else f'-lora{scale:g}'}{'-compare' if compare else ''}"
     paths = _paths(output or run / "samples" / source, wanted, variant, is_folder=output is None, force=force)
-    models = load_models(config, wanted, with_critic=False)
+    clips = {"log.eval_batch": min(config.log.eval_batch, len(wanted))}
+    models = load_models(config, wanted, with_critic=False, clips=clips)
     if lora is None:
         load_run_lora(models.transformer, folder, config)
     else:
         load_lora_file(models.transformer, lora)
     label = "tuned" if scale == 1 else f"tuned, LoRA x {scale:g}"
     upscale = watchable_upscale(config.video.height, config.video.width)
-    clips = base_and_tuned(config, models, wanted, seed, scale, with_base=compare)
+    made = base_and_tuned(config, models, wanted, seed, scale, with_base=compare)
     flaws: list[str] = []
     with work_bar(make_console(stderr=True), "clips", len(wanted)) as advance:
-        for path, (base, tuned) in zip(paths, clips, strict=True):
+        for path, (base, tuned) in zip(paths, made, strict=True):
             advance(1)
             found = {of: flaw(clip) for of, clip in (("base", base), (label, tuned)) if clip is not None}
             flaws += [f"{path.name} ({of}) {why}" for of, why in found.items() if why]

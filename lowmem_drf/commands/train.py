@@ -160,7 +160,9 @@ def start(
         if config.critic.writer and needs_writer(config) and ranks.chief:  # cached before the memory is taken
             unwritten = [prompt for prompt in prompts if prompt.id not in ready]
             write_missing(config, [*unwritten, *(trial.prompts if trial else ())], None, console)
-        models = load_models(config, [*texts, *previews], ranks=ranks)
+        shown = max(len(previews) if log.sample_every else 0, len(trial.prompts) * trial.seeds if trial else 0)
+        clips = {"micro_batch": config.micro_batch, "log.eval_batch": min(log.eval_batch, shown)}
+        models = load_models(config, [*texts, *previews], ranks=ranks, clips=clips)
         lora, seed = config.lora, derive_seed(config.seed, "lora")
         add_lora(models.transformer, lora.rank, lora.alpha, lora.targets, seed)
         models.awake("critic")

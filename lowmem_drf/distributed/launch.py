@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from lowmem_drf.distributed.ranks import OURS, launched, launched_by_us
-from lowmem_drf.errors import DEBUG, explain
+from lowmem_drf.errors import DEBUG, BadInputError, explain
 from lowmem_drf.files import write_text
+from lowmem_drf.models.weights.downloads import available_host_bytes
 from lowmem_drf.terminal import hangup, printable
 
 if TYPE_CHECKING:
@@ -35,9 +36,25 @@ SETTLE_S = 5.0
 """Delay before a process reports a RuntimeError, which may only mean that a peer is gone: a launcher that saw the peer
 fail ends the process in the meantime."""
 LAST_LINES = 20
+LIBRARIES_BYTES = 5 * 10**8
+"""What a process takes at least, for torch and the libraries of the models."""
 
 Advice = Callable[[], str]
 """Returns the last line of a failure's message: the saved update, and how to go on."""
+
+
+def _require_place(count: int) -> None:
+    """Raises BadInputError where there are fewer cards, or not the memory for the processes' libraries alone."""
+    import torch
+
+    free, cards = available_host_bytes(), torch.cuda.device_count()
+    if cards and count > cards:
+        raise BadInputError(f"{count} processes need {count} cards, and torch sees {cards}. Lower --num-processes.")
+    if free is not None and count * LIBRARIES_BYTES > free:
+        raise BadInputError(
+            f"{count} processes take {count * LIBRARIES_BYTES / 1e9:.0f} GB of host memory with their libraries "
+            f"alone, and {free / 1e9:.0f} GB are free. Lower --num-processes."
+        )
 
 
 def launch(count: int, command: Sequence[str], advice: Advice) -> int:
@@ -49,6 +66,7 @@ def launch(count: int, command: Sequence[str], advice: Advice) -> int:
     Returns:
         The exit code: 0, that of the first process that failed, 1 if a signal killed it, 130 after an interrupt.
     """
+    _require_place(count)
     import torch.distributed as dist
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std, SubprocessContext
 

@@ -14,6 +14,7 @@ import torch
 
 from lowmem_drf.assembly.assemble import Models, assemble, critic_rate
 from lowmem_drf.assembly.loading import with_partitioned_critic
+from lowmem_drf.assembly.sizes import free_bytes, require_room
 from lowmem_drf.assembly.text_cache import DTYPES
 from lowmem_drf.distributed.ranks import join
 from lowmem_drf.errors import BadInputError, LowmemError
@@ -104,6 +105,7 @@ def _random_models(
     from lowmem_drf.models.weights.sources import resolve
 
     generator, dtype = generator_config(config.model.id), DTYPES[config.dtype]
+    require_room(config, generator, {"micro_batch": config.micro_batch}, *free_bytes(device))
     prompts, questions = plan_prompts(config)
     on_host = "transformer" in (*config.memory.park, *config.memory.stream)
     home, taken = torch.device("cpu") if on_host else device, None

@@ -22,6 +22,7 @@ import torch
 from lowmem_drf.assembly.assemble import Models, assemble, critic_rate, run_prompts
 from lowmem_drf.assembly.kernel_choice import choose_planned
 from lowmem_drf.assembly.questions import draft_questions
+from lowmem_drf.assembly.sizes import require_room
 from lowmem_drf.assembly.text_cache import BATCH, DTYPES, LARGE_BYTES
 from lowmem_drf.models.generators import GeneratorConfig, generator_config
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters, named_lora
@@ -64,6 +65,10 @@ SAMPLE_PROMPT = (
     "shallow depth of field, the camera slowly tracking them from the right."
 )
 """Used if no prompts are given. As long as typical prompts for video models."""
+
+FAR = 8
+"""What needs more cards of the size than this is refused without a plan, which would take minutes and much host memory
+itself."""
 
 CHARACTERS_PER_TOKEN = 4
 """Approximate, for English. The stand-in tokenizer makes one token of each character."""
@@ -159,6 +164,8 @@ def make_plan(
     mode = fakes.mode
     generator = generator_config(config.model.id)
     require_expert(config, generator)
+    most = vram_gib or card.gib
+    require_room(config, generator, {"micro_batch": config.micro_batch}, FAR * most * GIB, f"{FAR} such cards have")
     if not whole:
         generator = boundary_moved(generator, short)
     ungraded = config.sampler.graded_steps - short.sampler.graded_steps

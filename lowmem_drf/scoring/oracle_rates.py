@@ -15,8 +15,10 @@ RATES = ("color", "shape", "direction", "physics", "quality", "all")
 
 
 def oracle_for(config: Config, texts: Sequence[str]) -> Callable[[Tensor, Sequence[str]], Mapping[str, float]] | None:
-    """``oracle_rates``, or ``None`` for another model or size, or a prompt outside ToyWorld's grammar."""
-    if config.model.id != TOYWORLD or not config.video.width == config.video.height == 32:
+    """``oracle_rates``, or ``None`` for another model or size, a single frame, or a prompt outside ToyWorld's
+    grammar."""
+    video = config.video
+    if config.model.id != TOYWORLD or not video.width == video.height == 32 or video.frames == 1:
         return None
     from lowmem_drf.toy.captions import parse
 
