@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import lowmem_drf
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import require_output, write_text
 from lowmem_drf.schema import Config, Node
+from lowmem_drf.texts import escaped, expanded, one_line, parse_toml, read_text, shown
 
 _PATTERNS = {
     "memory.vae_backward": 'should be "exact" or "window:n", for example "window:3"',
@@ -31,6 +31,11 @@ _PATTERNS = {
 DEFAULT_PRESET = "toy"
 """Loaded by ``load_config`` when no preset is named, and by ``train`` on a machine without a card: it runs anywhere."""
 
+
+MOST_BYTES = 2**20
+"""Of a preset or a run's ``config.toml``."""
+MOST_PROBLEMS = 4
+"""Listed in one message."""
 
 _ANY = object()
 _RETIRED = {
@@ -67,7 +72,7 @@ def preset_path(preset: str) -> Path:
     """The file of a preset, given by name or path. Raises BadInputError that lists the presets."""
     if preset in presets():
         return presets()[preset]
-    path = Path(preset).expanduser()
+    path = expanded(preset)
     if path.suffix == ".toml" or "/" in preset:
         if path.is_file():
             return path
@@ -79,15 +84,19 @@ def preset_path(preset: str) -> Path:
     raise BadInputError(f"there is no preset {preset!r}.{hint} {cure}")
 
 
+def _text(path: Path) -> str:
+    return read_text(path, f"preset file {path}", MOST_BYTES)
+
+
 def preset_summary(path: Path) -> str:
     """The purpose of a preset: the first line of its header comment."""
-    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ").strip()
+    return _text(path).partition("\n")[0].lstrip("# ").strip()
 
 
 def preset_card(path: Path) -> str:
     """The text after ``GPU:`` in a preset's header comment. It begins with the card's memory (``24 GB``), unless the
     preset needs no card."""
-    found = re.search(r"^# GPU: *(.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    found = re.search(r"^# GPU: *(.+)$", _text(path), re.MULTILINE)
     return found[1].strip() if found else "not stated"
 
 
@@ -132,7 +141,7 @@ def copy_preset(preset: str, target: Path | None = None, force: bool = False) ->
     if path.is_dir():
         path /= source.name
     require_output(path, "TARGET", lambda existing: False, force, streams=True, kind="TOML file")
-    text = source.read_text(encoding="utf-8")
+    text = _text(source)
     extends = re.search(r'^extends *= *"(.+)"', text, re.MULTILINE)
     if extends and extends[1] not in presets():  # a path relative to the preset's folder: the copy has another one
         text = text.replace(extends[0], f'extends = "{_extended(source, extends[1])}"', 1)
@@ -146,11 +155,16 @@ def parse_override(text: str) -> tuple[str, Any]:
     key, equals, raw = text.partition("=")
     key, raw = key.strip(), raw.strip()
     if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
-        raise BadInputError(f"-s {text}: write it as key=value, for example -s optim.lr=1e-4")
+        raise BadInputError(f"{_option(text)}: write it as key=value, for example -s optim.lr=1e-4")
     try:
-        return key, tomllib.loads(f"v = {raw}")["v"]
-    except tomllib.TOMLDecodeError:
+        table = parse_toml(f"v = {raw}")
+    except ValueError:  # a bare word
         return key, float(raw) if re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", raw) else raw
+    return key, table["v"] if len(table) == 1 else raw  # a text of several lines may hold more keys
+
+
+def _option(override: str) -> str:
+    return f"-s {one_line(override, 80)}"
 
 
 def load_config(preset: str | Path = DEFAULT_PRESET, overrides: Iterable[str] = ()) -> Config:
@@ -163,9 +177,10 @@ def _preset_values(path: Path, below: tuple[Path, ...] = ()) -> dict[str, tuple[
     """Key -> (value, file that sets it), including the keys of the preset that this one extends. ``below``: the presets
     that extend this one."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise BadInputError(f"{path}: cannot be read as a TOML file: {error}") from error
+        table = parse_toml(_text(path))
+    except ValueError as error:
+        cure = "Correct it there; a preset to compare it with: lowmem-drf presets show toy"
+        raise BadInputError(f"{path}: cannot be read as a TOML file: {one_line(str(error))}. {cure}") from error
     chain = (*below, path.resolve())
     values: dict[str, tuple[Any, str]] = {}
     if "extends" in table:
@@ -193,7 +208,7 @@ def _extended(path: Path, extends: Any) -> Path:
         raise BadInputError(f"{path}: extends: {cure}")
     is_path = extends not in presets() and (extends.endswith(".toml") or "/" in extends)
     try:
-        return preset_path(str(path.parent.absolute() / Path(extends).expanduser()) if is_path else extends)
+        return preset_path(str(path.parent.absolute() / expanded(extends)) if is_path else extends)
     except BadInputError as error:
         raise BadInputError(f"{path}: extends: {error}") from error
 
@@ -209,7 +224,7 @@ def _overridden(values: dict[str, tuple[Any, str]], overrides: Iterable[str]) ->
         try:
             key, value = parse_override(text)
             rows = [(key, value)] if key in known_keys() else _flat({key: value})  # a section as an inline table
-            values |= {k: (v, f"-s {text}") for k, v in rows}
+            values |= {k: (v, _option(text)) for k, v in rows}
         except BadInputError as error:
             problems.append(str(error))
     return _validate(values, problems)
@@ -226,9 +241,11 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def _validate(values: Mapping[str, tuple[Any, str]], problems: list[str]) -> Config:
     sources = {key: source for key, (_, source) in values.items()}
     tree: dict[str, Any] = {}
+    known = set(known_keys())
     for key, (value, source) in values.items():
-        if key not in known_keys():
-            problems.append(f"{source}: there is no key {key!r}.{_did_you_mean(key)}")
+        if key not in known:
+            hint = _did_you_mean(key) if len(problems) < MOST_PROBLEMS else ""  # which takes milliseconds
+            problems.append(f"{source}: there is no key {shown(key)}.{hint}")
             continue
         *sections, leaf = key.split(".")
         node = tree
@@ -244,7 +261,9 @@ def _validate(values: Mapping[str, tuple[Any, str]], problems: list[str]) -> Con
         config = Config.model_validate(_without(tree, wrong))
     problems += _cross_problems(config, sources, wrong)
     if problems:
-        raise BadInputError("the configuration cannot be used:\n  " + "\n  ".join(problems))
+        more = len(problems) - MOST_PROBLEMS
+        lines = problems if more <= 1 else [*problems[:MOST_PROBLEMS], f"and {more} more"]
+        raise BadInputError("the configuration cannot be used:\n  " + "\n  ".join(lines))
     return config
 
 
@@ -271,15 +290,15 @@ def _type_problems(error: ValidationError) -> dict[str, str]:
             if item["type"] == f"{kind}_than_equal" and isinstance(bound := item["ctx"][side], float):
                 said = f"input should be {words} {bound:g}"  # pydantic writes 0.0000000000000001
         is_value = len(where) <= key.count(".") + 1 and ", not " not in said
-        messages.setdefault(key, []).append(said + (f", not {item['input']!r}" if is_value else ""))
-    return {key: " or ".join(dict.fromkeys(said)) for key, said in messages.items()}
+        messages.setdefault(key, []).append(said + (f", not {shown(item['input'])}" if is_value else ""))
+    return {key: one_line(" or ".join(dict.fromkeys(said))) for key, said in messages.items()}
 
 
 def _cross_problems(node: Node, sources: Mapping[str, str], wrong: Iterable[str], prefix: str = "") -> list[str]:
     """The ``problems`` of every section, except sections that hold a key already reported as wrong."""
     found: list[str] = []
     if not any(key.startswith(prefix) for key in wrong):
-        rows = [(prefix + field, message) for field, message in node.problems()]
+        rows = [(prefix + field, one_line(message, 240)) for field, message in node.problems()]
         found = [f"{sources.get(key, 'default')}: {key}: {message}" for key, message in rows]
     for name in type(node).model_fields:
         if isinstance(child := getattr(node, name), Node):
@@ -302,4 +321,4 @@ def to_toml(config: Config) -> str:
     """The complete configuration as TOML; ``load_config`` reads back an equal tree."""
     import tomli_w
 
-    return tomli_w.dumps(config.model_dump())
+    return escaped(tomli_w.dumps(config.model_dump()))

@@ -9,7 +9,7 @@ UTF-8, with or without a byte order mark.
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import random
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.texts import expanded, parse_json, read_text, shown
 from lowmem_drf.types import Aspect, Kind, Prompt, Question
 
 _PROMPT_KEYS = {"prompt", "id", "questions", "reference_video"}
@@ -31,7 +32,7 @@ _QUESTION_KEYS = {"aspect", "text", "answer", "kind", "weight", "name"}
 
 def load_prompts(path: str | Path) -> tuple[Prompt, ...]:
     """The prompts of a file, in order. Raises BadInputError with file and line."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     if not path.is_file():
         raise BadInputError(
             f"prompt file {path} does not exist. Write one prompt a line into it, or give another file with --prompts."
@@ -41,22 +42,13 @@ def load_prompts(path: str | Path) -> tuple[Prompt, ...]:
             f"prompt file {path}: {path.suffix} files are not read. Save the prompts alone, one a line, as .txt; "
             'or one object a line as .jsonl: {"prompt": "..."}'
         )
-    try:
-        # splitlines also breaks at characters that JSON strings may contain
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise BadInputError(f"{path}:{line}: not UTF-8 (byte {error.start}). Save the file as UTF-8.") from error
-    except OSError as error:
-        raise BadInputError(f"prompt file {path} cannot be read: {error.strerror}") from error
+    lines = read_text(path, f"prompt file {path}").split("\n")  # splitlines breaks at characters that JSON may contain
     is_json = path.suffix.lower() in (".jsonl", ".json")
     rows = [
         (n, text.strip())
         for n, text in enumerate(lines, 1)
         if text.strip() and (is_json or not text.lstrip().startswith("#"))
     ]
-    if any("\0" in text for _, text in rows):
-        raise BadInputError(f"prompt file {path} holds zero bytes: it is no text, or UTF-16. Save it as UTF-8.")
     if rows and not is_json and re.match(r"\{ *\"prompt\" *:", rows[0][1]):
         raise BadInputError(f"{path}:{rows[0][0]}: is JSON, which is read from .jsonl files. Rename the file.")
     if not rows:
@@ -66,14 +58,21 @@ def load_prompts(path: str | Path) -> tuple[Prompt, ...]:
         prompt = _from_json(f"{path}:{n}", n, text, path.parent) if is_json else Prompt(id=f"{n:04d}", text=text)
         if used := prompts.get(prompt.id):
             raise BadInputError(
-                f"{path}:{n}: id {prompt.id!r} is already used in line {used[0]}. Give each prompt its own."
+                f"{path}:{n}: id {shown(prompt.id)} is already used in line {used[0]}. Give each prompt its own."
             )
         prompts[prompt.id] = n, prompt
     return tuple(prompt for _, prompt in prompts.values())
 
 
 def as_prompts(texts: Iterable[str]) -> tuple[Prompt, ...]:
-    """Prompts from plain texts, numbered from 0001 like the lines of a txt file."""
+    """Prompts from plain texts, numbered from 0001 like the lines of a txt file. Raises BadInputError for one that is
+    not UTF-8: models could not read it, and no file could hold it."""
+    texts = list(texts)
+    for text in texts:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise BadInputError(
+                f"the prompt {shown(text)} is not UTF-8. Write it in UTF-8, or give a file with --prompts."
+            )
     return tuple(Prompt(id=f"{n:04d}", text=text) for n, text in enumerate(texts, 1))
 
 
@@ -81,8 +80,8 @@ def without(prompts: Sequence[Prompt], skipped: Collection[str]) -> tuple[Prompt
     """The prompts but for those with these ids. Raises BadInputError for an unknown id, or if none is left."""
     if unknown := sorted(set(skipped) - {prompt.id for prompt in prompts}):
         raise BadInputError(
-            f"skip_prompts: no prompt has the id {unknown[0]!r}. Ids are those of the jsonl file, or line numbers of "
-            f"four digits ({prompts[0].id!r} to {prompts[-1].id!r})."
+            f"skip_prompts: no prompt has the id {shown(unknown[0])}. Ids are those of the jsonl file, or line numbers "
+            f"of four digits ({prompts[0].id!r} to {prompts[-1].id!r})."
         )
     left = tuple(prompt for prompt in prompts if prompt.id not in skipped)
     if not left:
@@ -97,22 +96,26 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
 
 def _from_json(where: str, number: int, text: str, folder: Path) -> Prompt:
     try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadInputError(f'{where}: not JSON ({error.msg}). Write one object a line: {{"prompt": "..."}}') from error
+        row = parse_json(text)
+    except ValueError as error:
+        said = str(error).replace(" at line 1", " at")
+        raise BadInputError(f'{where}: not JSON ({said}). Write one object a line: {{"prompt": "..."}}') from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise BadInputError(f'{where}: there is no "prompt". Write one object a line: {{"prompt": "..."}}')
     _refuse_unknown(where, row, _PROMPT_KEYS)
     video = row.get("reference_video")
-    if video is not None and not (isinstance(video, str) and (folder / video).is_file()):
+    if video is not None and not (isinstance(video, str) and os.path.isfile(folder / video)):
         raise BadInputError(
-            f"{where}: reference_video {video!r} does not exist (paths are relative to the prompt file)."
+            f"{where}: reference_video {shown(video)} does not exist (paths are relative to the prompt file)."
         )
     questions = row.get("questions", [])
     if not isinstance(questions, list):
         raise BadInputError(f"{where}: questions is to be a list of objects.")
+    name = row.get("id", f"{number:04d}")
+    if isinstance(name, bool) or not isinstance(name, str | int):
+        raise BadInputError(f"{where}: id {shown(name)} is to be a text or a whole number.")
     return Prompt(
-        id=str(row.get("id", f"{number:04d}")),
+        id=str(name),
         text=row["prompt"].strip(),
         questions=tuple(parse_question(f"{where}: question {n}", item) for n, item in enumerate(questions, 1)),
         reference_video=None if video is None else str(folder / video),
@@ -121,7 +124,7 @@ def _from_json(where: str, number: int, text: str, folder: Path) -> Prompt:
 
 def _refuse_unknown(where: str, row: dict[str, Any], keys: set[str]) -> None:
     if unknown := sorted(set(row) - keys):
-        raise BadInputError(f"{where}: unknown key {unknown[0]!r}. Keys: {', '.join(sorted(keys))}")
+        raise BadInputError(f"{where}: unknown key {shown(unknown[0])}. Keys: {', '.join(sorted(keys))}")
 
 
 def parse_question(where: str, item: Any) -> Question:
@@ -134,14 +137,17 @@ def parse_question(where: str, item: Any) -> Question:
     for key, allowed in choices.items():
         value = kind if key == "kind" else item.get(key)
         if allowed and value not in allowed:
-            raise BadInputError(f"{where}: {key} {value!r} is to be one of {', '.join(allowed)}.")
+            raise BadInputError(f"{where}: {key} {shown(value)} is to be one of {', '.join(allowed)}.")
     for key in ("text", "answer"):
         if not isinstance(item.get(key), str) or not item[key].strip():
-            raise BadInputError(f'{where}: there is no "{key}".')
+            raise BadInputError(f'{where}: there is no "{key}". Add one, as a text.')
     weight = item.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not (weight == 0 or 1e-6 <= weight <= 1e6):
-        raise BadInputError(f"{where}: weight {weight!r} is to be 0, or a number from 1e-6 to 1e6.")
-    return Question(item["aspect"], item["text"], item["answer"], kind, float(weight), str(item.get("name", "")))
+        raise BadInputError(f"{where}: weight {shown(weight)} is to be 0, or a number from 1e-6 to 1e6.")
+    name = item.get("name", "")
+    if not isinstance(name, str):
+        raise BadInputError(f"{where}: name {shown(name)} is to be a text.")
+    return Question(item["aspect"], item["text"], item["answer"], kind, float(weight), name)
 
 
 @dataclass(frozen=True, slots=True)

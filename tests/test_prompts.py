@@ -80,7 +80,7 @@ def test_jsonl_takes_ids_questions_and_a_reference(tmp_path):
             "weight -1",
         ),
         (
-            '{"prompt": "a", "questions": [{"aspect": "TA", "text": "b", "answer": "yes", "weight": Infinity}]}',
+            '{"prompt": "a", "questions": [{"aspect": "TA", "text": "b", "answer": "yes", "weight": 1e999}]}',
             "p.jsonl",
             "weight inf",
         ),

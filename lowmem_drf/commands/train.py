@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from lowmem_drf.prompts import fingerprint, without
 from lowmem_drf.questions.file import WRITERS
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import make_console
+from lowmem_drf.texts import escaped, expanded
 from lowmem_drf.training.checkpoint import checkpoint_steps, good_step, last_manifest, resume_command
 from lowmem_drf.training.manifest import MAY_CHANGE, fixed_settings
 from lowmem_drf.training.run_folder import RUNS, claim, default_output, find_run, saved_config
@@ -50,7 +51,7 @@ def train_command(
     """
     count = started_processes() or num_processes
     flags = {
-        "prompts": None if prompts is None else json.dumps(str(prompts), ensure_ascii=False),
+        "prompts": None if prompts is None else escaped(json.dumps(str(prompts), ensure_ascii=False)),
         "steps": steps,
         "seed": seed,
         "processes": count,
@@ -189,7 +190,7 @@ def _absolute(config: Config) -> Config:
     """Makes the paths of files absolute, so that the run can be resumed from any folder."""
 
     def absolute(path: str) -> str:
-        return str(Path(path).expanduser().absolute())
+        return str(expanded(path).absolute())
 
     model, critic, changes = config.model, config.critic, dict[str, object]()
     files = {name: getattr(model, name) for name in ("transformer", "base_lora")}

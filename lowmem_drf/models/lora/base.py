@@ -25,6 +25,7 @@ from lowmem_drf.models.lora.formats import ADAPTER_METADATA, SIDES, header_alpha
 from lowmem_drf.models.wan.names import wan_name
 from lowmem_drf.models.weights.downloads import hub_file
 from lowmem_drf.models.weights.reader import Change
+from lowmem_drf.texts import expanded
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +64,7 @@ def base_changes(
 
 def find_base_lora(source: str, say: Callable[[str], None]) -> Path:
     """The local file, downloaded if necessary. Raises BadInputError, LowmemError."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         return path
     if match := _HUB_FILE.fullmatch(source):

@@ -20,6 +20,7 @@ from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.weights.files import PICKLES, damage
 from lowmem_drf.models.weights.quant import Quant
 from lowmem_drf.models.weights.reader import DTYPES, Changes, Entry, TensorFiles, fill_from_files, parameter_shapes
+from lowmem_drf.texts import expanded
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -55,7 +56,7 @@ def load_single_file(
         BadInputError: no such file, another format, quantised weights, a truncated file, not a transformer of this
             configuration, or bitsandbytes is missing.
     """
-    path = Path(file).expanduser()
+    path = expanded(file)
     files = _checked(path)
     model = empty_transformer(generator_config(folder_or_id).transformer, quant=quant)
     names = _matched(path, files.entries, parameter_shapes(model), folder_or_id)
