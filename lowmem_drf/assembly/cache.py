@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_drf.files import write_text
+from lowmem_drf.texts import parse_json
 
 
 def cache_folder() -> Path:
@@ -27,7 +28,7 @@ class Cache:
     def get(self, key: dict[str, Any]) -> Any:
         """The value of this key, or ``None``."""
         try:
-            row = json.loads(self._file(key).read_text(encoding="utf-8"))
+            row = parse_json(self._file(key).read_bytes())
         except (OSError, ValueError):
             return None
         return row.get("value") if isinstance(row, dict) and row.get("key") == key else None

@@ -7,7 +7,6 @@ single-file transformers, which must fit tensor by tensor. ``parameters`` counts
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from lowmem_drf.errors import BadInputError, quoted
 from lowmem_drf.models.weights.files import MODEL_INDEX, SECOND, has_second, read_model_index
 from lowmem_drf.models.weights.sources import resolve
+from lowmem_drf.texts import parse_json
 
 SUBFOLDERS = {"transformer": "transformer", "vae": "vae", "text": "text_encoder"}
 """Field of ``GeneratorConfig`` -> subfolder of a diffusers model."""
@@ -191,7 +191,7 @@ def _read(subfolder: str, file: Path, place: str) -> dict[str, Any]:
     if not file.is_file():
         raise BadInputError(f"{place} lacks {subfolder}/config.json: give the complete folder of a diffusers model.")
     try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        config: dict[str, Any] = parse_json(file.read_bytes())
         kind = config.get("_class_name") or config.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
         raise BadInputError(f"{file} cannot be read as a configuration ({error}). Get it anew.") from error

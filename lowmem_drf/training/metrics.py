@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -78,13 +79,13 @@ class _Board:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run, without a last line that a killed process left unfinished."""
+    """The lines of a run, without those that are damaged, such as a last one that a killed process left unfinished."""
     rows: list[dict[str, Any]] = []
-    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in (run / "metrics.jsonl").read_bytes().split(b"\n"):
+        with suppress(ValueError, RecursionError):  # json.loads, because runs of earlier versions may hold NaN
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows
 
 

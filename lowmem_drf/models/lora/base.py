@@ -12,7 +12,6 @@ modules, and tensors that are no LoRA. Every tensor must be used, because a part
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from functools import partial, reduce
@@ -21,11 +20,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.lora.formats import ADAPTER_METADATA, SIDES, header_alpha, read_tensors, split_key
+from lowmem_drf.models.lora.formats import (
+    ADAPTER_METADATA,
+    SIDES,
+    header_alpha,
+    is_pair,
+    read_tensors,
+    split_key,
+    tensor_alpha,
+)
 from lowmem_drf.models.wan.names import wan_name
 from lowmem_drf.models.weights.downloads import hub_file
 from lowmem_drf.models.weights.reader import Change
-from lowmem_drf.texts import expanded
+from lowmem_drf.texts import expanded, one_line, parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +66,8 @@ def base_changes(
     try:
         return read_changes(tensors, metadata, shapes, scale)
     except BadInputError as error:
-        raise BadInputError(f"model.base_lora, {source}: {error}") from error
+        cure = "Name another file with model.base_lora."
+        raise BadInputError(f"model.base_lora, {source}: {str(error).removesuffix('.')}. {cure}") from error
 
 
 def find_base_lora(source: str, say: Callable[[str], None]) -> Path:
@@ -88,7 +96,7 @@ def read_changes(
     """
     if patterns := _alpha_patterns(metadata):
         raise BadInputError(
-            f"its header gives single modules an alpha of their own ({patterns}), which is not supported"
+            f"its header gives single modules an alpha of their own ({one_line(patterns)}), which is not supported"
         )
     known = _known_modules(tensors, shapes)
     pairs: dict[str, dict[str, Tensor]] = {}
@@ -118,18 +126,18 @@ def read_changes(
             misfits.append(f"it holds half a pair for {module}")
             continue
         down, up, shape = pair["A"], pair["B"], shapes.get(name)
-        product = (up.shape[0], *down.shape[1:])
-        if shape is None or product != shape or up.flatten(1).shape[1] != down.shape[0]:
+        fits = is_pair(down, up) and (up.shape[0], *down.shape[1:]) == shape
+        if shape is None or not fits:
             sizes = f"{list(up.shape)} x {list(down.shape)}"
             misfits.append(f"its pair for {module} is {sizes}, and the model's {name} is {_shape(shapes, name)}")
             continue
         rank = int(down.shape[0])
-        alpha = float(pair["alpha"]) if "alpha" in pair else header_alpha(metadata, rank)
+        alpha = tensor_alpha(pair["alpha"], module) if "alpha" in pair else header_alpha(metadata, rank)
         parts.setdefault(name, []).append(partial(_product, down, up, alpha / rank, shape))
     if unused:
         misfits.insert(0, f"{len(unused)} of its tensors belong to nothing in this transformer ({_some(unused)})")
     if misfits or not parts:
-        problems = "; ".join(misfits[:4]) or "it holds nothing"
+        problems = "; ".join(one_line(misfit, 200) for misfit in misfits[:4]) or "it holds nothing"
         raise BadInputError(f"{problems}. It was made for another model, or is of a kind that is not supported.")
     return {name: partial(_sum, changes, scale) for name, changes in parts.items()}
 
@@ -168,7 +176,7 @@ def _sum(changes: list[Change], scale: float, device: torch.device, dtype: torch
 
 def _alpha_patterns(metadata: Mapping[str, str]) -> str:
     try:
-        header = json.loads(metadata.get(ADAPTER_METADATA, "{}"))
+        header = parse_json(metadata.get(ADAPTER_METADATA, "{}"))
         return ", ".join(header.get("transformer.alpha_pattern") or ())
     except (ValueError, AttributeError, TypeError) as error:
         raise BadInputError(f"its header is damaged: {error}") from error

@@ -28,7 +28,9 @@ from torch import Tensor
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.wan.names import BLOCK_LINEARS
+from lowmem_drf.models.weights.files import damage
 from lowmem_drf.models.weights.finite import not_finite
+from lowmem_drf.texts import one_line, parse_json, shown
 
 LoraFormat = Literal["comfyui", "diffusers", "kohya"]
 FORMATS: tuple[str, ...] = get_args(LoraFormat)
@@ -106,22 +108,35 @@ def read_lora(path: Path) -> LoraFile:
     try:
         return from_format(tensors, metadata)
     except BadInputError as error:
-        raise BadInputError(f"{path}: {error}") from error
+        raise BadInputError(f"{path}: {error}. Give another LoRA of a Wan transformer.") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a file and its metadata. Raises BadInputError: no such file, no safetensors."""
-    from safetensors import SafetensorError, safe_open
+    """All tensors of a file and its metadata. Matrices in 8 bit become bf16, which holds their every value.
+
+    Raises BadInputError: no such file, no safetensors, tensors of another kind than a LoRA's.
+    """
+    from safetensors import safe_open
 
     if not path.is_file():
         raise BadInputError(f"There is no file {path}. Give a LoRA in safetensors format.")
+    tensors, metadata = {}, dict[str, str]()
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = dict(file.metadata() or {})
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (safe_open is no mapping)
-    except (OSError, SafetensorError) as error:
-        problem = f"{path} is not a readable safetensors file ({error})"
-        raise BadInputError(f"{problem}. Give a LoRA in safetensors format.") from error
+        if not (problem := damage(path)):
+            with safe_open(path, framework="pt") as file:
+                metadata = dict(file.metadata() or {})
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except Exception as error:  # also what PyTorch raises where it lacks a dtype or a shape
+        problem = f"is not a readable safetensors file ({one_line(str(error))})"
+    if problem:
+        raise BadInputError(f"{path} {problem}. Give a LoRA in safetensors format.")
+    for name, value in tensors.items():
+        if value.is_floating_point():
+            tensors[name] = value.to(torch.bfloat16) if value.element_size() == 1 else value
+        elif value.is_complex() or not name.endswith(".alpha"):
+            kind = str(value.dtype).removeprefix("torch.")
+            raise BadInputError(f"{path} holds {shown(name)} as {kind}. Give a LoRA in 16 or 32 bit floating point.")
+    return tensors, metadata
 
 
 def from_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> LoraFile:
@@ -136,24 +151,30 @@ def from_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> L
         stem, suffix = split_key(key, SIDES)
         if not suffix:
             raise BadInputError(
-                f"its tensor {key} is not part of a LoRA that this program reads (pairs of lora_A and lora_B, or "
-                "lora_down and lora_up)"
+                f"its tensor {shown(key)} is not part of a LoRA that this program reads (pairs of lora_A and lora_B, "
+                "or lora_down and lora_up)"
             )
         pairs.setdefault(_module_name(stem), {})[SIDES[suffix]] = value.to(torch.float32)
     if not pairs:
         raise BadInputError("it holds no LoRA")
     if half := [module for module, pair in pairs.items() if not {"A", "B"} <= pair.keys()]:
         raise BadInputError(f"it holds half a LoRA pair for {half[0]}")
+    for module, pair in pairs.items():
+        if not is_pair(pair["A"], pair["B"]) or pair["A"].ndim + pair["B"].ndim != 4:
+            sizes = f"{list(pair['B'].shape)} x {list(pair['A'].shape)}"
+            raise BadInputError(f"its pair for {module} is {one_line(sizes)}, which are no two matrices of one rank")
     ranks = {int(pair["A"].shape[0]) for pair in pairs.values()}
     if len(ranks) > 1:
-        raise BadInputError(f"its modules have ranks {sorted(ranks)}; one rank for all is supported")
+        raise BadInputError(f"its modules have ranks {shown(sorted(ranks))}; one rank for all is supported")
     if lost := not_finite({f"{module}.{side}": pair[side] for module, pair in pairs.items() for side in "AB"}):
         raise BadInputError(
             f"{len(lost)} of its matrices hold NaN or infinity (the first: {lost[0]}); take another file"
         )
     (rank,) = ranks
     default = header_alpha(metadata, rank)
-    alphas = {module: float(pair["alpha"]) if "alpha" in pair else default for module, pair in pairs.items()}
+    alphas = {
+        module: tensor_alpha(pair["alpha"], module) if "alpha" in pair else default for module, pair in pairs.items()
+    }
     one = len(set(alphas.values())) == 1
     state: dict[str, Tensor] = {}
     for module, pair in pairs.items():
@@ -200,14 +221,34 @@ def _module_name(stem: str) -> str:
         for module in (f"blocks.{number[1]}.{linear}" for linear in BLOCK_LINEARS):
             if stem in (_stem(module, "comfyui"), _stem(module, "kohya")):
                 return module
-    raise BadInputError(f"its module {stem} is none of a Wan transformer's: this is a LoRA of another model")
+    raise BadInputError(f"its module {shown(stem)} is none of a Wan transformer's: this is a LoRA of another model")
 
 
 def header_alpha(metadata: Mapping[str, str], rank: int) -> float:
     """Alpha from the header of a diffusers file or a checkpoint; the default is the rank, as in all tools."""
     try:
         if ADAPTER_METADATA in metadata:
-            return float(json.loads(metadata[ADAPTER_METADATA]).get("transformer.lora_alpha", rank))
-        return float(metadata.get("alpha", rank))
-    except (ValueError, TypeError) as error:
-        raise BadInputError(f"its header is damaged: {error}") from error
+            alpha = float(parse_json(metadata[ADAPTER_METADATA]).get("transformer.lora_alpha", rank))
+        else:
+            alpha = float(metadata.get("alpha", rank))
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise BadInputError(f"its header is damaged: {one_line(str(error))}") from error
+    return _checked_alpha(alpha, "its header's alpha")
+
+
+def tensor_alpha(value: Tensor, module: str) -> float:
+    """A module's alpha from its tensor. Raises BadInputError unless it is one positive number."""
+    if value.numel() != 1:
+        raise BadInputError(f"its alpha of {module} holds {value.numel()} numbers in place of one")
+    return _checked_alpha(float(value), f"its alpha of {module}")
+
+
+def is_pair(a: Tensor, b: Tensor) -> bool:
+    """Whether B A can be multiplied: matrices, or kernels of a convolution, of one rank."""
+    return a.ndim >= 2 and b.ndim >= 2 and a.shape[0] >= 1 and b.flatten(1).shape[1] == a.shape[0]
+
+
+def _checked_alpha(alpha: float, what: str) -> float:
+    if not 1e-6 <= alpha <= 1e6:  # also false for NaN
+        raise BadInputError(f"{what} is {alpha}, and numbers from 1e-6 to 1e6 make sense")
+    return alpha

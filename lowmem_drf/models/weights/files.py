@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.texts import parse_json
 
 Role = Literal["generator", "critic"]
 
@@ -24,6 +24,9 @@ MODEL_INDEX = "model_index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safetensors")
 _INDEX = re.compile(r"(model|diffusion_pytorch_model)\.safetensors\.index\.json")
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_MOST_HEADER = 100_000_000
+"""Bytes of a header, as in the safetensors library."""
 _LFS_POINTER = b"version https://git-lfs"
 _NOT_SAFETENSORS = "is damaged: it does not begin with the header of a safetensors file"
 
@@ -85,7 +88,7 @@ def subfolders(folder: Path, role: Role) -> tuple[str, ...]:
 def read_model_index(file: Path) -> dict[str, Any]:
     """Raises BadInputError if it cannot be read."""
     try:
-        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        index: dict[str, Any] = parse_json(file.read_bytes())
         index.get("boundary_ratio")
     except (OSError, ValueError, AttributeError) as error:
         raise BadInputError(f"{file} cannot be read ({error}). Get it anew.") from error
@@ -139,15 +142,16 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or (length > size - 8 and stream.read(1) in (b"", b"{")):
             raise ValueError(f"is cut off: its {size:,} bytes end before its header does")
-        if length > size - 8:
+        if length > min(size - 8, _MOST_HEADER):
             raise ValueError(_NOT_SAFETENSORS)
         stream.seek(8)
         try:
-            header = json.loads(stream.read(length))
-            for entry in _entries(header):
-                math.prod(entry["shape"]), entry["data_offsets"][1], entry["dtype"]
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            header = parse_json(stream.read(length))
+            whole = all(map(_is_entry, _entries(header)))
+        except (ValueError, AttributeError) as error:
             raise ValueError(_NOT_SAFETENSORS) from error
+    if not whole:
+        raise ValueError(_NOT_SAFETENSORS)
     return header, 8 + length
 
 
@@ -164,12 +168,25 @@ def listed_weights(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(shards or weight_files(names))]
 
 
+def _is_entry(entry: Any) -> bool:
+    """Whether it says in numbers where a tensor is, and the place has the tensor's size."""
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, end]}:
+            numbers = [*shape, start, end]
+        case _:
+            return False
+    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        return False
+    size = _BYTES.get(dtype)
+    return start <= end if size is None else end - start == size * math.prod(shape)
+
+
 def _entries(header: dict[str, Any]) -> Iterator[dict[str, Any]]:
     return (entry for name, entry in header.items() if name != "__metadata__")
 
 
 def _shards(index: Path) -> set[str]:
     try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return set(map(str, parse_json(index.read_bytes())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInputError(f"{index} cannot be read ({error}). Get it anew.") from error
