@@ -309,7 +309,7 @@ def _cross_problems(node: Node, sources: Mapping[str, str], wrong: Iterable[str]
 def _did_you_mean(key: str) -> str:
     keys = known_keys()
     if inside := [known for known in keys if known.startswith(f"{key}.")]:
-        return f" It is a section; its keys: {', '.join(inside)}"
+        return f" It is a section: set one of its keys: {', '.join(inside)}"
     leaf, leaves = key.rpartition(".")[2], {known: known.rpartition(".")[2] for known in keys}
     near = [known for known in keys if leaves[known] == leaf]
     near = near or difflib.get_close_matches(key, keys, n=1, cutoff=0.6)

@@ -124,7 +124,9 @@ def _from_json(where: str, number: int, text: str, folder: Path) -> Prompt:
 
 def _refuse_unknown(where: str, row: dict[str, Any], keys: set[str]) -> None:
     if unknown := sorted(set(row) - keys):
-        raise BadInputError(f"{where}: unknown key {shown(unknown[0])}. Keys: {', '.join(sorted(keys))}")
+        raise BadInputError(
+            f"{where}: unknown key {shown(unknown[0])}. Take it out, or use one of: {', '.join(sorted(keys))}"
+        )
 
 
 def parse_question(where: str, item: Any) -> Question:

@@ -28,6 +28,12 @@ LABEL_PIXELS = 18
 
 MAX_READ_PIXELS = 2**28
 """Limit of ``read_video`` on frames x height x width: 3 GiB as floats, 32 frames of 3840x2160."""
+READ_FORMATS = (
+    "mov,matroska,gif,avi,mpegts,mpeg,flv,asf,ogg,mxf,nut,dv,rm,apng,yuv4mpegpipe,h264,hevc,m4v,mpegvideo,ivf,obu,"
+    "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe"
+)
+"""FFmpeg's names of the formats that are read. Not playlists, which name other files: one that waits for the next file,
+or names itself, would never end."""
 SEEKABLE = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 """Containers with seekable key frames. Others (each frame of a GIF builds on the last) are decoded from the start."""
 
@@ -66,7 +72,7 @@ def is_own_mp4(path: Path, what: str = "clip") -> bool:
     import av
 
     try:
-        with av.open(f"file:{path}") as container:
+        with _open(path) as container:
             return container.metadata.get("comment") == f"{MADE_BY} {what}"
     except (OSError, ValueError, av.error.FFmpegError):
         return False
@@ -117,6 +123,14 @@ def _convert(path: Path, filters: str = "") -> str:
     return f"ffmpeg -i {quoted(path)} {filters}-c:v libx264 clip.mp4"
 
 
+def _open(path: Path) -> Any:
+    """A container. Its texts need not be UTF-8."""
+    import av
+
+    limits = {"format_whitelist": READ_FORMATS, "max_pixels": str(MAX_READ_PIXELS)}
+    return av.open(f"file:{path}", options=limits, metadata_errors="replace")
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """(container, video stream). PyAV's errors become BadInputErrors that describe the file."""
@@ -128,7 +142,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     if not path.is_file():
         raise BadInputError(f"{path} is not a file. {formats}")
     try:
-        with av.open(f"file:{path}") as container:
+        with _open(path) as container:
             streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
             if not streams:
                 sound = ", only sound" if container.streams.audio else ""
@@ -136,6 +150,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
             if streams[0].codec_context is None:
                 raise BadInputError(f"{path}: PyAV has no decoder for its video. Convert it: {_convert(path)}")
             streams[0].thread_type = "AUTO"
+            streams[0].codec_context.options = {"max_pixels": str(MAX_READ_PIXELS)}
             yield container, streams[0]
     except PermissionError as error:
         cure = f"chmod +r {quoted(path)}"
@@ -149,17 +164,22 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 def _timeline(container: Any, stream: Any, path: Path) -> _Timeline:
     """Reads packets without decoding. Raises BadInputError for none, or fewer than the header announces."""
-    packets = [packet for packet in container.demux(stream) if packet.size and not packet.is_discard]
+    # without their bytes: all together they are the file
+    packets = [
+        (packet.pts, packet.is_keyframe, packet.is_corrupt)
+        for packet in container.demux(stream)
+        if packet.size and not packet.is_discard
+    ]
     if not packets:
         raise BadInputError(f"{path} holds no frames. {_cure(path)}")
-    if len(packets) < stream.frames or any(packet.is_corrupt for packet in packets):
+    if len(packets) < stream.frames or any(corrupt for _, _, corrupt in packets):
         counts = f"it announces {stream.frames} frames and holds {len(packets)} or fewer"
         raise BadInputError(f"{path} is cut off or damaged: {counts}. {_cure(path)}")
-    timed = all(packet.pts is not None for packet in packets)
+    timed = all(pts is not None for pts, _, _ in packets)
     unit = stream.time_base if timed else 1 / (stream.average_rate or Fraction(1))
-    ticks = sorted(packet.pts for packet in packets) if timed else list(range(len(packets)))
+    ticks = sorted(pts for pts, _, _ in packets) if timed else list(range(len(packets)))
     seekable = timed and container.format.name in SEEKABLE
-    keys = sorted(packet.pts for packet in packets if packet.is_keyframe) if seekable else []
+    keys = sorted(pts for pts, is_key, _ in packets if is_key) if seekable else []
     span = (ticks[-1] - ticks[0]) * unit
     rate = (len(ticks) - 1) / span if span else stream.average_rate or Fraction(1)
     return _Timeline(ticks, unit, keys, float(rate))

@@ -1,0 +1,352 @@
+"""Readers of what a user gives, each with damaged files to read, and what no reader may do with any (``finding``).
+
+``test_fuzz.py`` tries a fixed few of the files, ``python -m bench.fuzz`` others for as long as one likes. A reader
+joins by a line in ``TARGETS``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from _mutations import RAW, Bytes, changed, damaged, dumped, encoded, files_of, mp4, safetensors
+from hypothesis import strategies as st
+
+from lowmem_drf import video
+from lowmem_drf.config import change, known_keys, load_config, preset_card, preset_path, to_toml
+from lowmem_drf.errors import explain
+from lowmem_drf.prompts import as_prompts, load_prompts
+from lowmem_drf.questions.file import load_questions, require_same_prompts, to_json
+
+if TYPE_CHECKING:
+    import torch
+
+MOST_LINES, MOST_LETTERS = 6, 2000
+MOST_SECONDS, MOST_BYTES = 5.0, 200 * 2**20
+CURE = re.compile(
+    r"\b(Give|Take|Save|Write|Rename|Check|Use|Set|Get|Export|Keep|keep|Add|Remove|Make|make|Copy|Convert|convert|Try|"
+    r"Look|See|Play|Change|Name|Correct|Restore|Did you mean|is to be|should be|is not a multiple|nearest|write it as|"
+    r"give|must be|at least|at most|Leave|Let)\b"
+)
+"""A message says what to do."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A reader."""
+
+    files: Callable[[], Bytes]
+    """Contents to try."""
+    name: str
+    """Of the file; readers go by its ending."""
+    read: Callable[[Path], object]
+    valid: Callable[[], bytes]
+    """One that is read. It is read first, because imports take seconds and hundreds of MiB."""
+
+    def warm(self, folder: Path) -> None:
+        (folder / self.name).write_bytes(self.valid())
+        self.read(folder / self.name)
+
+
+def finding(target: Target, content: bytes, folder: Path) -> str:
+    """What the reader did with this content that it may not do; "" if it read it, or refused it well."""
+    path = folder / target.name
+    path.write_bytes(content)
+    before, start = _resident(reset=True), time.monotonic()
+    said = ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            target.read(path)
+    except Exception as error:
+        message, code = explain(error)
+        said = _wrong_with(message.replace(str(folder), ""), code)
+    took, used = time.monotonic() - start, _resident() - before
+    if took > MOST_SECONDS:
+        said += f" It took {took:.1f} s."
+    if used > MOST_BYTES:
+        said += f" It took {used / 2**20:.0f} MiB."
+    return said
+
+
+def _wrong_with(message: str, code: int) -> str:
+    shown = f"{message[:400]!r}"
+    if code != 2:
+        return f"exit code {code}: {shown}"
+    if message.count("\n") >= MOST_LINES or len(message) > MOST_LETTERS:
+        return f"{message.count(chr(10)) + 1} lines, {len(message)} letters: {shown}"
+    return "" if CURE.search(message) else f"no cure: {shown}"
+
+
+def _resident(reset: bool = False) -> int:
+    """The process's most resident bytes since the last reset; 0 where the system does not tell."""
+    with suppress(OSError):
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+    return 0
+
+
+# the readers
+
+
+def _read_preset(path: Path) -> None:
+    preset_card(path)
+    to_toml(load_config(path))
+
+
+def _read_overrides(path: Path) -> None:
+    """Two line ends between overrides, as bytes of a command line."""
+    change(load_config("toy"), path.read_bytes().decode("utf-8", "surrogateescape").split("\n\n"))
+
+
+def _read_prompt_argument(path: Path) -> None:
+    as_prompts([path.read_bytes().decode("utf-8", "surrogateescape")])
+
+
+def _read_questions(path: Path) -> None:
+    given = load_questions(path)
+    to_json(given).encode()
+    require_same_prompts(path, given, as_prompts(["a cat sits", "a dog"]))
+
+
+def _read_metrics(path: Path) -> None:
+    from lowmem_drf.training.metrics import read_metrics
+
+    read_metrics(path.parent)
+
+
+def _read_lora(path: Path) -> None:
+    """As ``sample --lora``, ``export-lora`` and ``model.base_lora`` read it."""
+    import torch
+
+    from lowmem_drf.errors import BadInputError
+    from lowmem_drf.models.lora.adapter import attach_lora, remove_lora
+    from lowmem_drf.models.lora.base import base_changes
+    from lowmem_drf.models.lora.formats import FORMATS, read_lora, to_format
+
+    refused = None
+    try:
+        lora = read_lora(path)
+        for form in FORMATS:
+            to_format(lora.state, lora.alpha, lora.rank, form, torch.float16)
+        attach_lora(_transformer(), lora.state, lora.alpha)
+        remove_lora(_transformer())
+    except BadInputError as error:
+        refused = error
+    for value in base_changes(str(path), _shapes(), print).values():
+        value(torch.device("cpu"), torch.float32)
+    if refused:
+        raise refused
+
+
+def _read_model(path: Path) -> None:
+    from lowmem_drf.models.wan.single_file import load_single_file
+
+    load_single_file(path, _generator())
+
+
+def _read_video(path: Path) -> None:
+    most, video.MAX_READ_PIXELS = video.MAX_READ_PIXELS, 2**22
+    try:
+        video.is_own_mp4(path)
+        video.read_video(path, frames=4)
+        video.read_video(path, frames=3, fps=2.0)
+        video.read_video(path, fps=5.0)
+    finally:
+        video.MAX_READ_PIXELS = most
+
+
+@cache
+def _transformer(layers: int = 1):
+    from _tiny import tiny_transformer
+
+    return tiny_transformer(layers=layers)
+
+
+@cache
+def _shapes(layers: int = 1) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in _transformer(layers).named_parameters()}
+
+
+@cache
+def _generator() -> str:
+    import atexit
+    import tempfile
+
+    from _tiny import save_tiny_generator
+
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return str(save_tiny_generator(Path(folder.name)))
+
+
+# their files
+
+QUESTION = {"aspect": "TA", "kind": "yesno", "text": "Is it red?", "answer": "yes", "weight": 1.0, "name": "color"}
+ROW = {"prompt": "a cat sits", "id": "cat", "questions": [QUESTION, QUESTION | {"kind": "dense", "answer": "a cat"}]}
+METRICS = {"step": 3, "reward": 0.5, "stage_s": {"decode": 1.5}, "prompts": ["a"], "skipped": "reward"}
+
+
+def _lines(row: dict[str, object]) -> Bytes:
+    changes = st.lists(st.just(row) | changed(row), min_size=1, max_size=3)
+    return encoded(changes.map(lambda rows: "\n".join(map(dumped, rows))))
+
+
+def _prompts() -> Bytes:
+    return files_of(_lines(ROW), damaged([json.dumps(ROW).encode()]), encoded(st.sampled_from(RAW) | st.text()))
+
+
+def _question_files() -> Bytes:
+    rows = [{key: ROW[key] for key in ("prompt", "questions")}, {"prompt": "a dog", "questions": [QUESTION]}]
+    valid = json.dumps(rows).encode()
+    return files_of(encoded(changed(rows).map(dumped)), damaged([valid]), encoded(st.sampled_from(RAW)))
+
+
+def _values() -> st.SearchStrategy[str]:
+    return st.sampled_from(RAW) | st.floats().map(str) | st.integers(-(2**66), 2**66).map(str) | st.text(max_size=9)
+
+
+def _toml() -> Bytes:
+    presets = [preset_path(name).read_text(encoding="utf-8") for name in ("toy", "rtx4090")]
+
+    @st.composite
+    def text(draw: st.DrawFn) -> str:
+        lines = draw(st.sampled_from([*presets, *(to_toml(load_config("toy")),)])).splitlines()
+        for _ in range(draw(st.integers(1, 4))):
+            at = draw(st.integers(0, len(lines) - 1))
+            key = lines[at].partition("=")[0].strip() or "extends"
+            new = f"{draw(st.just(key) | st.sampled_from([*known_keys(), 'extends']))} = {draw(_values())}"
+            others = [
+                lines[at],
+                "[video]",
+                "[[video]]",
+                "[" * 40,
+                'extends = "preset.toml"',
+                'extends = "./preset.toml"',
+            ]
+            lines[at : at + draw(st.integers(0, 1))] = [draw(st.just(new) | st.sampled_from(others))]
+        return "\n".join(lines)
+
+    return files_of(encoded(text()), damaged([preset.encode() for preset in presets]))
+
+
+def _overrides() -> Bytes:
+    keys = st.sampled_from([*known_keys(), "video", "optim", "extends", "a." * 5000 + "b", "", "x y"])
+    one = st.tuples(keys, st.sampled_from(["=", " = ", "", "=="]), _values() | st.sampled_from(["1\nseed=2", "{a=1}"]))
+    return encoded(st.lists(one.map("".join), min_size=1, max_size=8).map("\n\n".join)) | st.binary(max_size=64).map(
+        lambda raw: b"model.id=" + raw
+    )
+
+
+def _loras() -> Bytes:
+    q, o = "blocks.0.attn1.to_q", "blocks.0.attn1.to_out.0"
+    state = {
+        f"{module}.lora_{side}.weight": shape for module in (q, o) for side, shape in (("A", (2, 24)), ("B", (24, 2)))
+    }
+    wan = {q: "blocks.0.self_attn.q", o: "blocks.0.self_attn.o"}
+    named = [
+        {f"transformer.{name}": shape for name, shape in state.items()},
+        {
+            f"diffusion_model.{wan[name.rsplit('.lora', 1)[0]]}.lora{name.rsplit('.lora', 1)[1]}": s
+            for name, s in state.items()
+        },
+    ]
+    kohya: dict[str, tuple[int, ...]] = {}
+    for module in (q, o):
+        stem = "lora_unet_" + wan[module].replace(".", "_")
+        kohya |= {f"{stem}.lora_down.weight": (2, 24), f"{stem}.lora_up.weight": (24, 2), f"{stem}.alpha": ()}
+    header = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 2.0, "transformer.r": 2}), "alpha": "2"}
+    headers = (
+        st.just(header)
+        | changed(header)
+        | changed(json.loads(header["lora_adapter_metadata"])).map(
+            lambda inner: {"lora_adapter_metadata": dumped(inner)}
+        )
+    )
+    files = st.sampled_from([*named, kohya])
+    return files_of(st.tuples(files, headers).flatmap(lambda made: safetensors(*made)))
+
+
+def _models() -> Bytes:
+    return files_of(safetensors(_shapes(2), {"format": "pt"}))
+
+
+def _tensors(state: dict[str, torch.Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    return save(state)
+
+
+def _valid_lora() -> bytes:
+    import torch
+
+    sides = {"A": (2, 24), "B": (24, 2)}
+    return _tensors({f"transformer.blocks.0.attn1.to_q.lora_{side}.weight": torch.ones(*sides[side]) for side in "AB"})
+
+
+@cache
+def _clips() -> tuple[bytes, ...]:
+    """Tiny videos in several containers."""
+    import io
+
+    import av
+    import numpy as np
+
+    made = []
+    for form, codec, pixels in (
+        *(
+            ("mp4", "libx264", "yuv420p"),
+            ("mov", "mpeg4", "yuv420p"),
+            ("matroska", "libx264", "yuv444p"),
+            ("gif", "gif", "rgb8"),
+        ),
+        *(("webm", "libvpx-vp9", "yuv420p"), ("avi", "mjpeg", "yuvj422p"), ("mpegts", "mpeg2video", "yuv420p")),
+    ):
+        file = io.BytesIO()
+        with av.open(file, "w", format=form) as container:
+            container.metadata["comment"] = "lowmem-drf clip"
+            stream = container.add_stream(codec, rate=25)
+            stream.height, stream.width, stream.pix_fmt = 32, 48, pixels
+            for i in range(6):
+                picture = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 40 * i, np.uint8), format="rgb24")
+                container.mux(stream.encode(picture))
+            container.mux(stream.encode())
+        made.append(file.getvalue())
+    return tuple(made)
+
+
+def _videos() -> Bytes:
+    playlists = [b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n/dev/zero\n", b"ffconcat version 1.0\nfile clip.mp4\n"]
+    return files_of(damaged(_clips()), mp4(_clips()[0]), mp4(_clips()[1]), damaged(playlists))
+
+
+_ROWS = [{"prompt": text, "questions": [QUESTION]} for text in ("a cat sits", "a dog")]
+TARGETS = {
+    "prompts": Target(_prompts, "prompts.jsonl", load_prompts, lambda: json.dumps(ROW).encode()),
+    "text prompts": Target(_prompts, "prompts.txt", load_prompts, lambda: b"a cat sits"),
+    "prompt argument": Target(
+        lambda: files_of(encoded(st.text())), "argument", _read_prompt_argument, lambda: b"a cat"
+    ),
+    "questions": Target(_question_files, "questions.json", _read_questions, lambda: json.dumps(_ROWS).encode()),
+    "metrics": Target(
+        lambda: files_of(_lines(METRICS)), "metrics.jsonl", _read_metrics, lambda: json.dumps(METRICS).encode()
+    ),
+    "preset": Target(_toml, "preset.toml", _read_preset, preset_path("toy").read_bytes),
+    "overrides": Target(_overrides, "overrides", _read_overrides, lambda: b"optim.lr=1e-4\n\nsteps=3"),
+    "lora": Target(_loras, "lora.safetensors", _read_lora, _valid_lora),
+    "model": Target(
+        _models, "model.safetensors", _read_model, lambda: _tensors(dict(_transformer(2).named_parameters()))
+    ),
+    "video": Target(_videos, "clip.mp4", _read_video, lambda: _clips()[0]),
+}
+"""The readers by name."""
