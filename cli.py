@@ -37,7 +37,7 @@ class _Commands(TyperGroup):
                 name = argument.removesuffix("=") or before
                 what = name if name.startswith("-") else f"the argument after {name}" if name else "an argument"
                 cure = "Is a variable of the shell not set? Give a value, or leave the option out."
-                typer.echo(f"Error: {what} is empty. {cure}", err=True)
+                typer.echo(printable(f"Error: {what} is empty. {cure}"), err=True)
                 raise typer.Exit(2)
         return super().parse_args(ctx, args)
 
@@ -217,7 +217,7 @@ def export_lora(
     from lowmem_drf.commands.export_lora import export_run
     from lowmem_drf.training.run_folder import find_run
 
-    print(export_run(find_run(run), step, format_, dtype, output, merge, force))
+    print(printable(str(export_run(find_run(run), step, format_, dtype, output, merge, force))))
 
 
 @app.command("eval", epilog=_example("lowmem-drf eval", "lowmem-drf eval runs/toy-1 --prompts heldout.txt --json"))
@@ -347,9 +347,9 @@ def presets_list() -> None:
 @_reports_errors
 def presets_show(name: Annotated[str, typer.Argument(help="A preset's name or a TOML file.")]) -> None:
     """Print a preset."""
-    from lowmem_drf.config import preset_path
+    from lowmem_drf.config import preset_text
 
-    print(preset_path(name).read_text(encoding="utf-8"), end="")
+    print(printable(preset_text(name)), end="")
 
 
 @presets_app.command(
@@ -369,7 +369,7 @@ def presets_copy(
 
     path = copy_preset(name, target, force)
     if replaceable(path):
-        print(f"{path}: edit it, then run: lowmem-drf train --preset {quoted(path)}")
+        print(printable(f"{path}: edit it, then run: lowmem-drf train --preset {quoted(path)}"))
 
 
 _flags: set[str] = set()

@@ -3,8 +3,8 @@
     python -m bench.fuzz --minutes 30            # --target lora: one reader; --output FOLDER: where findings are saved
 
 A finding is an input that ends in anything but a refusal with a cure in at most six lines, or takes more than 5 s or
-200 MiB; the process may also crash or hang. Each is saved, and makes the exit code 1. ``tests/fuzz`` has the readers and
-their files, and tries a fixed few. Needs the ``dev`` extra.
+200 MiB; the process may also crash or hang. Each is saved, and makes the exit code 1. ``tests/fuzz`` has the readers
+and their files, and tries a fixed few. Needs the ``dev`` extra.
 """
 
 from __future__ import annotations

@@ -84,6 +84,11 @@ def preset_path(preset: str) -> Path:
     raise BadInputError(f"there is no preset {preset!r}.{hint} {cure}")
 
 
+def preset_text(preset: str) -> str:
+    """A preset as its file has it."""
+    return _text(preset_path(preset))
+
+
 def _text(path: Path) -> str:
     return read_text(path, f"preset file {path}", MOST_BYTES)
 

@@ -67,8 +67,8 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """A TOML table. Raises ValueError also for thousands of nested brackets, digits, or parts of a key, and for a zero
-    character in a text, which no path may hold."""
+    """A TOML table. Raises ValueError also for thousands of nested brackets, digits, or parts of a key, for a zero
+    character in a text, which no path may hold, and for whole numbers of more than 64 bits."""
     import tomllib
 
     if _LONG_KEY.search(text):
@@ -81,6 +81,8 @@ def parse_toml(text: str) -> dict[str, Any]:
     for _ in range(DEEPEST):
         if any(isinstance(value, str) and "\0" in value for value in level):
             raise ValueError(r"a text with the character \u0000")
+        if any(isinstance(value, int) and not -(2**63) <= value < 2**63 for value in level):
+            raise ValueError("a whole number of more than 64 bits, which TOML does not have")
         inside = [value for value in level if isinstance(value, dict | list)]
         level = [value for outer in inside for value in (outer.values() if isinstance(outer, dict) else outer)]
     if level:

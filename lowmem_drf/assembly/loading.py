@@ -23,6 +23,7 @@ from lowmem_drf.models.weights.downloads import check_host_memory, prepare
 from lowmem_drf.models.weights.files import SECOND
 from lowmem_drf.models.weights.sources import READER, TOYWORLD, resolve
 from lowmem_drf.schema import Config, Parkable
+from lowmem_drf.terminal import printable
 
 if TYPE_CHECKING:
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
@@ -175,7 +176,7 @@ def load_run_critic(config: Config, home: torch.device | None = None) -> QwenCri
 
 def say(text: str) -> None:
     """Prints a line for the user who waits."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def _without(config: Config) -> tuple[str, ...]:

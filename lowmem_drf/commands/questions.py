@@ -19,6 +19,7 @@ from lowmem_drf.questions.file import load_questions, to_json
 from lowmem_drf.questions.make import Grammar
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import make_console
+from lowmem_drf.texts import escaped
 from lowmem_drf.types import Prompt, Question
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def questions_command(
             console.print(told, highlight=False, markup=False)
     if as_json and check is not None:
         rows = [{"prompt": p.text, "questions": report(done.verdicts.get(p.id, ()), every=True)} for p in prompts]
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        print(escaped(json.dumps(rows, indent=1, ensure_ascii=False)))
     elif as_json:
         print(text, end="")
     elif output is None:

@@ -27,6 +27,7 @@ from lowmem_drf.scoring.heatmap import WHAT, write_heatmap
 from lowmem_drf.scoring.saliency import saliency as saliency_of
 from lowmem_drf.scoring.score import ClipScore, score_clip
 from lowmem_drf.terminal import make_console
+from lowmem_drf.texts import escaped
 from lowmem_drf.video import is_own_mp4, read_video
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def score_command(
         answers = result.answers
     score = score_clip(model, seen_TCHW, questions, answers, reward_spec(config))
     if as_json:
-        print(json.dumps(score.as_json(), ensure_ascii=False))
+        print(escaped(json.dumps(score.as_json(), ensure_ascii=False)))
     else:
         console.print(_describe(config, shown_TCHW, seen_TCHW, fps), highlight=False, markup=False)
         print_table(score, prompt, console)
