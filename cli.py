@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -86,6 +87,7 @@ def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
     def guarded(*args: Any, **kwargs: Any) -> None:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns about accelerators that are not used here
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # for us, not for users
         with _interrupts() as got:
             try:
                 if sys.flags.optimize > 1 and not command.__name__.startswith("presets"):

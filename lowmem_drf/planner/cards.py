@@ -56,7 +56,7 @@ def card_named(text: str, default: str = "RTX 4090") -> Card:
 def parse_vram(text: str) -> float:
     """``24GB``, ``24 GiB``, ``24`` -> 24.0. Both units mean GiB: a card sold as 24 GB has 24 GiB. Raises
     BadInputError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d{1,6}(?:\.\d{1,6})?)\s*(?:GB|GiB|G)?\s*", text, re.IGNORECASE)
     if not found or not float(found[1]) > 0:
-        raise BadInputError(f"--vram {text}: give the card's memory, for example --vram 24GB")
+        raise BadInputError(f"--vram {text[:30]}: give the card's memory, for example --vram 24GB")
     return float(found[1])

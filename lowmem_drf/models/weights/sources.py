@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,9 @@ READER = "toyworld-reader"
 
 def resolve(model_id: str, role: Literal["generator", "critic"]) -> str:
     """ToyWorld's names -> the folder of that role in the package; a folder or hub id is returned unchanged."""
+    near = difflib.get_close_matches(model_id, (TOYWORLD, READER), n=1, cutoff=0.75)
+    if near and model_id not in (TOYWORLD, READER) and not os.path.exists(model_id):
+        raise BadInputError(f"there is no model {model_id!r}. Did you mean {near[0]}?")
     if model_id != TOYWORLD and (model_id, role) != (READER, "critic"):
         return model_id
     folder = Path(__file__).resolve().parents[2] / "toy" / "weights" / ("reader" if model_id == READER else role)
