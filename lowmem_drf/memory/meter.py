@@ -1,15 +1,14 @@
 """Clock and peak meter around the stages of a step (``Parts.stage``).
 
 On CUDA the peak is the allocator's. On the CPU it is the process's resident memory: Linux can reset its high-water mark
-(``/proc/self/clear_refs``, see proc(5)); elsewhere the peak covers the whole process so far.
+(``/proc/self/clear_refs``, see proc(5)); elsewhere (Windows, macOS) the peak covers the whole process so far.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -61,22 +60,21 @@ def free_bytes(device: torch.device) -> int:
 def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        try:
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
-        except OSError:  # some containers forbid it: the mark then covers the whole process so far
-            return
+    else:
+        with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:  # containers may forbid it
+            file.write("5")
 
 
 def _peak_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
-    if sys.platform == "linux":
-        with open("/proc/self/status") as file:
-            return next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM")), 0) / GIB
-    if sys.platform == "win32":  # the standard library has no peak there
-        return float("nan")
-    import resource
+    with suppress(OSError), open("/proc/self/status", encoding="utf-8", errors="replace") as file:
+        return next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM")), 0) / GIB
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
 
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GIB  # bytes on macOS

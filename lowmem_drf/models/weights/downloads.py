@@ -105,12 +105,12 @@ def check_host_memory(folder: Path, role: Role, bytes_per_number: int, without: 
 
 
 def available_host_bytes() -> int | None:
-    """Linux's ``MemAvailable`` and free swap, bounded by a container's memory limit (cgroup v2); ``None`` elsewhere."""
+    """Available memory and free swap, bounded by a container's memory limit (cgroup v2); ``None``: not known."""
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        fields = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
-        free = fields["MemAvailable"] + fields.get("SwapFree", 0)
-    except (OSError, ValueError, KeyError, IndexError):
+        import psutil
+
+        free = int(psutil.virtual_memory().available + psutil.swap_memory().free)
+    except Exception:  # not installed, broken (doctor runs all the same), or a sandbox hides /proc
         return None
     try:
         limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii") for name in ("max", "current"))
