@@ -3,11 +3,13 @@ as output (``require_output``)."""
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import shutil
 import stat
 import sys
+import time
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +19,11 @@ from lowmem_drf.errors import BadInputError
 
 MOST_BYTES = 80
 """Of a file name that is made from a prompt. File systems allow 255, encrypted home folders 143."""
+
+IN_USE = (5, 32, 33, 1224)
+"""Windows' error numbers for a file that a program has open or mapped."""
+PATIENCE_S = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+"""Waits between the tries to rename or delete a file in use: a virus scanner opens every new file for a moment."""
 
 RUN_FILES = ("config.toml", "metrics.jsonl", "questions.json", "left_out.json")
 """Files of a run's folder; nothing but the run writes them."""
@@ -44,7 +51,7 @@ def written_aside(path: Path, ending: str = ".part") -> Iterator[Path]:
             _flush(written)
         if aside.is_dir() and path.is_dir():  # os.replace cannot replace a folder that is not empty
             discard(path)
-        os.replace(aside, path)
+        patiently(lambda: os.replace(aside, path))
         _flush(path.parent)
     finally:
         if aside.is_dir():
@@ -156,8 +163,27 @@ def _cut(text: str, most: int) -> str:
 def discard(folder: Path) -> None:
     """Deletes a folder. It is renamed first, so that nobody takes a half-deleted folder for a whole one."""
     doomed = folder.with_name(f".{folder.name}.deleted")
-    os.replace(folder, doomed)
-    shutil.rmtree(doomed)
+    patiently(lambda: os.replace(folder, doomed))
+    patiently(lambda: shutil.rmtree(doomed))
+
+
+def in_use(error: OSError) -> bool:
+    """Whether Windows refused because a program has the file open. Other systems rename and delete open files."""
+    return getattr(error, "winerror", None) in IN_USE
+
+
+def patiently(act: Callable[[], None]) -> None:
+    """Renames or deletes; while a file is in use on Windows, tries again (``PATIENCE_S``). We may have it open
+    ourselves: tensors that were read from a safetensors file keep it mapped until they are collected."""
+    for seconds in PATIENCE_S:
+        try:
+            return act()
+        except OSError as error:
+            if not in_use(error):
+                raise
+            gc.collect()
+            time.sleep(seconds)
+    act()
 
 
 def make_writable(folder: Path, option: str = "--output") -> list[Path]:

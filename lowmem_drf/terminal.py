@@ -118,9 +118,9 @@ def can_redraw(console: Console) -> bool:
 
 
 def hangup() -> list[signal.Signals]:
-    """SIGHUP, which a closed session sends, where the platform has it and ``nohup`` does not ignore it."""
-    number = getattr(signal, "SIGHUP", None)
-    return [number] if number and signal.getsignal(number) is not signal.SIG_IGN else []
+    """SIGHUP, which a closed session sends, or Windows' SIGBREAK (Ctrl-Break), unless ``nohup`` has it ignored."""
+    numbers = [getattr(signal, name) for name in ("SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def write_error(text: str) -> None:

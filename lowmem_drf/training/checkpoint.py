@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem_drf.errors import BadInputError, LowmemError, NonFiniteError, quoted
-from lowmem_drf.files import discard, written_aside
+from lowmem_drf.files import discard, in_use, written_aside
 from lowmem_drf.models.weights.finite import not_finite
 from lowmem_drf.prompts import Cursor
 from lowmem_drf.terminal import write_error
@@ -139,7 +139,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, alpha: float, keep: int) 
     parent = run / "checkpoints"
     parent.mkdir(parents=True, exist_ok=True)
     for left in parent.glob(".step-*"):
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)
     final = _folder(run, checkpoint.step)
     manifest = Manifest(
         step=checkpoint.step,
@@ -158,7 +158,11 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, alpha: float, keep: int) 
         save_file({**checkpoint.optimizer, **_random_state()}, aside / "state.safetensors")
         write_manifest(aside, manifest)
     for step in checkpoint_steps(run)[:-keep]:
-        discard(_folder(run, step))
+        try:
+            discard(_folder(run, step))
+        except OSError as error:
+            if not in_use(error):
+                raise  # else a program has it open on Windows: the next save tries again
     return final
 
 
