@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.libraries import cure
 
 if TYPE_CHECKING:
     from lowmem_drf.memory.kept_attention import KeptAttention
@@ -222,7 +223,7 @@ def sdpa_backward(
 def why_no_triton(device: torch.device) -> str | None:
     """The reason why the kernels cannot run on ``device``, with the cure; ``None`` if they can."""
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed. On Linux it comes with PyTorch: pip install triton"
+        return f"Triton is not installed. Install it with: {cure('triton')}"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "there is no CUDA card. To interpret the kernels on the CPU, very slowly, set TRITON_INTERPRET=1"
     return None

@@ -178,3 +178,35 @@ def test_names_made_of_prompts_are_readable_and_short():
         name = readable_name(text, after=f"-{short_hash(text)}-seed0.mp4")
         assert MOST_BYTES - 3 < len(name.encode()) <= MOST_BYTES and name.endswith("-seed0.mp4")
     assert short_hash("球" * 400) != short_hash("球" * 401)
+
+
+class InUse(PermissionError):
+    """What Windows raises for a file that another program has open."""
+
+    winerror = 32
+
+
+def test_a_file_in_use_on_windows_is_waited_for(tmp_path, monkeypatch):
+    refusals, waits, replace = [InUse(), InUse()], [], os.replace
+
+    def refused(*paths):
+        if refusals:
+            raise refusals.pop()
+        replace(*paths)
+
+    monkeypatch.setattr(os, "replace", refused)
+    monkeypatch.setattr("time.sleep", waits.append)
+    write_text(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text" and waits == [0.1, 0.2]
+    refusals += [InUse()] * 99
+    with pytest.raises(InUse):
+        write_text(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "text" and sum(waits) < 10
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("text", ["CON", "aux", 'a: "b"? <c>|*/\\', "ends with a dot. ", "\x07\n", "LPT1.txt"])
+def test_names_made_of_prompts_are_names_on_windows_too(text):
+    name = readable_name(text, after=f"-{short_hash(text)}.mp4")
+    assert not set(name) & set('<>:"/\\|?*') and name.isprintable() and name == name.lower()
+    assert name.split(".")[0].upper() not in {"CON", "PRN", "AUX", "NUL", "COM1", "LPT1"} and name.endswith(".mp4")

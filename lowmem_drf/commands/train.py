@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lowmem_drf import __version__
 from lowmem_drf.config import chosen_preset, load_config, preset_card, preset_path, to_toml
-from lowmem_drf.distributed.ranks import ALONE, Ranks, end_process, join, started_processes
+from lowmem_drf.distributed.ranks import ALONE, Ranks, end_process, join, require_platform, started_processes
 from lowmem_drf.errors import DEBUG, BadInputError, quoted
 from lowmem_drf.files import text_hash, write_text
 from lowmem_drf.models.weights.sources import TOYWORLD
@@ -68,6 +68,8 @@ def train_command(
         if os.environ.get("RANK", "0") == "0":
             _print(config, name or str(run), preset_card(preset_path(name)) if name else "")
         return
+    if config.engine != "single":
+        require_platform()
     if config.processes > 1 and not started_processes():
         from lowmem_drf.distributed.launch import launch
 

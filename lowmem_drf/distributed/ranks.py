@@ -136,6 +136,15 @@ def launched_by_us() -> bool:
     return os.environ.items() >= OURS.items()
 
 
+def require_platform() -> None:
+    """Raises BadInputError on Windows, where PyTorch has no NCCL and processes cannot be started as ours are."""
+    if sys.platform == "win32":
+        raise BadInputError(
+            "DeepSpeed's engines (zero1 to zero3) do not run on Windows here. Train on one card: -s engine=single "
+            "-s processes=1; or under WSL2 (docs/windows.md)."
+        )
+
+
 def join(device_wish: str) -> Ranks:
     """Joins the launcher's process group; without a launcher, makes the group of one process that DeepSpeed needs.
 

@@ -72,7 +72,7 @@ def driver() -> Iterator[Check]:
 
 
 def wsl2() -> bool:
-    return "microsoft" in platform.release().lower()
+    return "microsoft" in platform.release().lower() or Path("/dev/dxg").exists()  # the card's device, for own kernels
 
 
 def host() -> Iterator[Check]:
@@ -86,10 +86,17 @@ def host() -> Iterator[Check]:
         yield Check("host memory", "warning", detail, "Enough for ToyWorld. Else close other programs, or add swap.")
     else:
         yield Check("host memory", "ok", f"{free / GIB:.1f} GiB free, swap counted")
+    spills = "a full card spills into host memory in silence"
+    fallback = "In NVIDIA's control panel: CUDA sysmem fallback policy, prefer no sysmem fallback"
+    if sys.platform == "win32":
+        yield Check("Windows", "warning", f"{spills}, updates then take many times longer", fallback)
     if wsl2():
-        limits = "Linux gets half of Windows' memory, half of that can be pinned; a full card spills there in silence"
-        more = "memory=48GB under [wsl2] in .wslconfig; in NVIDIA's control panel: prefer no sysmem fallback"
-        yield Check("WSL2", "warning", limits, more)
+        limits = f"Linux gets half of Windows' memory, of which less can be pinned (--full tries); {spills}"
+        yield Check("WSL2", "warning", limits, f"memory=48GB under [wsl2] in .wslconfig. {fallback}")
+        if re.match(r"/mnt/\w(/|$)", str(Path.cwd())):
+            yield Check(
+                "WSL2's disk", "warning", f"{Path.cwd()} is Windows' disk: slow", "Work below ~, on Linux's own."
+            )
 
 
 def disks() -> Iterator[Check]:
@@ -101,7 +108,10 @@ def disks() -> Iterator[Check]:
         "run folder": (Path("runs").absolute(), RUN_GB, "Train elsewhere: --output FOLDER"),
     }
     for name, (folder, needed, mend) in places.items():
-        there = next(path for path in (folder, *folder.parents) if path.exists())
+        there = next((path for path in (folder, *folder.parents) if path.exists()), None)
+        if there is None:  # a drive of Windows that is not plugged in
+            yield Check(name, "failure", f"{folder} is on no disk that is here", mend)
+            continue
         free = shutil.disk_usage(there).free / 1e9
         if free < needed:
             yield Check(name, "warning", f"{free:.0f} GB free at {folder}, {needed} are better", mend)

@@ -61,7 +61,10 @@ def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:  # containers may forbid it
+        with (
+            suppress(OSError),
+            open("/proc/self/clear_refs", "w", encoding="ascii") as file,
+        ):  # containers may forbid it
             file.write("5")
 
 

@@ -169,11 +169,11 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, alpha: float, keep: int) 
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Reads a checkpoint and restores the global random state. Raises LowmemError if it is damaged."""
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load  # load_file would keep the files mapped: Windows deletes no such file
 
     try:
         saved = read_manifest(folder)
-        lora, state = load_file(folder / "lora.safetensors"), load_file(folder / "state.safetensors")
+        lora, state = (load((folder / f"{name}.safetensors").read_bytes()) for name in ("lora", "state"))
         if lost := not_finite({**lora, **state}):
             raise ValueError(f"{lost[0]} holds NaN or infinity")
         torch.set_rng_state(state["rng.cpu"])

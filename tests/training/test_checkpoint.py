@@ -292,3 +292,26 @@ def test_a_checkpoint_of_a_later_version_is_refused_and_not_called_damaged(check
     (folder / "manifest.json").write_bytes(manifest._sealed({"format": 3, "step": 1, "new": "unknown"}))
     with pytest.raises(LowmemError, match="written by another version.*format 3; this one reads 2.*Use that version"):
         good_step(tmp_path)
+
+
+def test_a_checkpoint_that_a_program_has_open_on_windows_stops_no_run(tmp_path, monkeypatch):
+    """Its deletion waits for the next save. What was loaded from it keeps no file of it open."""
+
+    class InUse(PermissionError):
+        winerror = 32
+
+    def refuse(*paths):
+        raise InUse
+
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    checkpoint = Checkpoint(1, {"a": torch.ones(2000)}, {"moment": torch.ones(2000)}, Cursor(), "p")
+    with monkeypatch.context() as patched:
+        patched.setattr("lowmem_drf.training.checkpoint.discard", refuse)
+        for step in (1, 2):
+            save_checkpoint(tmp_path, replace(checkpoint, step=step), 1.0, keep=1)
+    assert checkpoint_steps(tmp_path) == [1, 2]
+    loaded = load_checkpoint(checkpoint_folder(tmp_path))
+    mapped = open("/proc/self/maps").read() if os.path.exists("/proc/self/maps") else ""
+    assert torch.equal(loaded.lora["a"], torch.ones(2000)) and str(tmp_path) not in mapped
+    save_checkpoint(tmp_path, replace(checkpoint, step=3), 1.0, keep=1)
+    assert checkpoint_steps(tmp_path) == [3]
