@@ -26,8 +26,11 @@ LAWS: dict[str, tuple[int, set[str]]] = {
     "method": (2, {"torch"}),
     "questions": (2, set()),
     "video": (3, {"torch", "av", "PIL", "numpy"}),
-    "memory": (3, {"torch"}),
-    "models": (4, {"torch", "diffusers", "transformers", "peft", "bitsandbytes", "safetensors", "huggingface_hub"}),
+    "memory": (3, {"torch", "psutil"}),
+    "models": (
+        4,
+        {"torch", "diffusers", "transformers", "peft", "bitsandbytes", "safetensors", "huggingface_hub", "psutil"},
+    ),
     "toy": (5, {"torch"}),
     "distributed": (5, {"torch", "deepspeed"}),
     "assembly": (6, {"torch", "safetensors", "rich"}),

@@ -95,7 +95,7 @@ def host() -> Iterator[Check]:
         yield Check("WSL2", "warning", limits, f"memory=48GB under [wsl2] in .wslconfig. {fallback}")
         if re.match(r"/mnt/\w(/|$)", str(Path.cwd())):
             yield Check(
-                "WSL2's disk", "warning", f"{Path.cwd()} is Windows' disk: slow", "Work below ~, on Linux's own."
+                "WSL2's disk", "warning", f"{Path.cwd()} is a slow disk of Windows", "Work below ~, on Linux's."
             )
 
 

@@ -64,7 +64,7 @@ def _reset_peak(device: torch.device) -> None:
         with (
             suppress(OSError),
             open("/proc/self/clear_refs", "w", encoding="ascii") as file,
-        ):  # containers may forbid it
+        ):  # some containers forbid it
             file.write("5")
 
 

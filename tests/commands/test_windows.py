@@ -1,4 +1,4 @@
-"""What is of Windows and WSL2, as far as Linux can show it: nothing of POSIX is needed, and what cannot run is refused."""
+"""Windows and WSL2, as far as Linux can show it: nothing of POSIX is needed, and what cannot run is refused."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def test_a_run_needs_nothing_of_posix(tmp_path):
         ["sample", "--run", "a run", "--prompt", "a red circle moves left"],
         ["export-lora", "a run", "--output", "lora.safetensors"],
     ]
-    command = [sys.executable, ROOT / "tests/support/_no_posix.py", json.dumps(commands)]
+    command = [sys.executable, ROOT / "tests/commands/_no_posix.py", json.dumps(commands)]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "cp1252"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="cp1252")
     assert done.returncode == 0, done.stderr

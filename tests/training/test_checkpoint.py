@@ -311,7 +311,8 @@ def test_a_checkpoint_that_a_program_has_open_on_windows_stops_no_run(tmp_path, 
             save_checkpoint(tmp_path, replace(checkpoint, step=step), 1.0, keep=1)
     assert checkpoint_steps(tmp_path) == [1, 2]
     loaded = load_checkpoint(checkpoint_folder(tmp_path))
-    mapped = open("/proc/self/maps").read() if os.path.exists("/proc/self/maps") else ""
-    assert torch.equal(loaded.lora["a"], torch.ones(2000)) and str(tmp_path) not in mapped
+    maps = Path("/proc/self/maps")
+    assert torch.equal(loaded.lora["a"], torch.ones(2000))
+    assert str(tmp_path) not in (maps.read_text() if maps.exists() else "")
     save_checkpoint(tmp_path, replace(checkpoint, step=3), 1.0, keep=1)
     assert checkpoint_steps(tmp_path) == [3]

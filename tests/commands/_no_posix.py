@@ -14,20 +14,8 @@ import sys
 MODULES = {"fcntl", "grp", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty"}
 SIGNALS = ("SIGALRM", "SIGHUP", "SIGPIPE", "SIGQUIT", "SIGUSR1", "SIGUSR2", "alarm", "setitimer")
 FUNCTIONS = (
-    *(
-        "chown",
-        "fchmod",
-        "fchown",
-        "fork",
-        "forkpty",
-        "getegid",
-        "geteuid",
-        "getgid",
-        "getloadavg",
-        "getpgid",
-        "getuid",
-    ),
-    *("killpg", "mkfifo", "nice", "sched_getaffinity", "setsid", "statvfs", "sysconf", "uname", "wait3", "wait4"),
+    *("chown", "fchmod", "fchown", "fork", "forkpty", "getegid", "geteuid", "getgid", "getpgid", "getuid", "killpg"),
+    *("mkfifo", "nice", "sched_getaffinity", "setsid", "statvfs", "sysconf", "uname", "wait3", "wait4"),
 )
 CONSTANTS = ("O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK")
 
