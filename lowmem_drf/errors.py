@@ -43,7 +43,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory: {error}\nTry: -s micro_batch=1, fewer video.frames, or a smaller video.width.", 1
-    if getattr(error, "winerror", None) == 206:
+    if isinstance(error, OSError) and getattr(error, "winerror", None) == 206:
         cure = "Take a shorter folder, or let Windows have long paths (docs/windows.md)."
         return f"the path {error.filename} is too long: 260 characters are allowed. {cure}", 2
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:

@@ -94,9 +94,7 @@ def host() -> Iterator[Check]:
         limits = f"Linux gets half of Windows' memory, of which less can be pinned (--full tries); {spills}"
         yield Check("WSL2", "warning", limits, f"memory=48GB under [wsl2] in .wslconfig. {fallback}")
         if re.match(r"/mnt/\w(/|$)", str(Path.cwd())):
-            yield Check(
-                "WSL2's disk", "warning", f"{Path.cwd()} is a slow disk of Windows", "Work below ~, on Linux's."
-            )
+            yield Check("WSL2's disk", "warning", f"{Path.cwd()} is slow: Windows' disk", "Work below ~, on Linux's.")
 
 
 def disks() -> Iterator[Check]:
