@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,14 @@ from lowmem_drf.texts import parse_json
 
 
 def cache_folder() -> Path:
-    """``$LOWMEM_DRF_CACHE``, or ``lowmem-drf`` in the user's cache folder."""
-    given = os.environ.get("LOWMEM_DRF_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowmem-drf"
+    """``$LOWMEM_DRF_CACHE``, or ``lowmem-drf`` in the user's cache folder; for a user without a home, as containers
+    have, in the folder of temporary files."""
+    if given := os.environ.get("LOWMEM_DRF_CACHE"):
+        return Path(given)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowmem-drf"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / "lowmem-drf"
 
 
 class Cache:

@@ -68,3 +68,16 @@ def test_doctor_knows_the_traps_of_windows_and_wsl2(monkeypatch):
     monkeypatch.setattr(machine.platform, "release", lambda: "11")
     monkeypatch.setattr(machine, "sys", SimpleNamespace(platform="win32"))
     assert "sysmem fallback" in {check.name: check for check in machine.host()}["Windows"].cure
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch, tmp_path):
+    from lowmem_drf.assembly.cache import cache_folder
+
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("LOWMEM_DRF_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pathlib.Path.home", no_home)
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    assert cache_folder() == tmp_path / "lowmem-drf"
