@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.preprocess import VideoGeometry
+from lowmem_drf.texts import parse_json
 
 
 def video_geometry(settings: Mapping[str, Any]) -> VideoGeometry:
@@ -84,5 +84,5 @@ def _read_json(folder_or_id: str, name: str) -> dict[str, Any]:
     path = cached_file(folder_or_id, name, **{f"_raise_exceptions_for_{kind}": False for kind in failures})
     if path is None:
         return {}
-    content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    content: dict[str, Any] = parse_json(Path(path).read_bytes())
     return content
