@@ -183,8 +183,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         torch.cuda.set_rng_state(state["rng.cuda"])
     optimizer = {name: tensor for name, tensor in state.items() if not name.startswith("rng.")}
     cursor = Cursor(saved.epoch, saved.index)
-    spread = {name: (count, mean, variance) for name, (count, mean, variance) in saved.spread.items()}
-    rest = saved.prompts, spread, saved.skipped, saved.settings, saved.questions
+    rest = saved.prompts, saved.spread, saved.skipped, saved.settings, saved.questions
     return Checkpoint(saved.step, lora, optimizer, cursor, *rest)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -142,27 +143,36 @@ def _parsed(path: Path) -> Manifest:
     data = path.read_bytes()
     try:
         row = json.loads(data)
-        whole = _sealed({key: value for key, value in row.items() if key != "digest"}) == data
-    except (ValueError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
-        raise DamagedError(f"{MANIFEST} has other bytes than when it was saved")
-    if row["format"] != FORMAT:
-        raise LowmemError(
-            f"the checkpoint {path.parent} was written by another version of lowmem-drf (format {row['format']}; this "
-            f"one reads {FORMAT}). Use that version, or a later one."
-        )
-    return Manifest(**{key: value for key, value in row.items() if key not in ("format", "digest")})
+        if _sealed({key: value for key, value in row.items() if key != "digest"}) != data:
+            raise ValueError
+        if row["format"] == FORMAT:
+            return _manifest(row)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{MANIFEST} has other bytes than when it was saved") from error
+    raise LowmemError(
+        f"the checkpoint {path.parent} was written by another version of lowmem-drf (format {row['format']!r:.9}; this "
+        f"one reads {FORMAT}). Use that version, or a later one."
+    )
 
 
 def _format_1(folder: Path) -> Manifest:
     try:
-        row = json.loads((folder / _FORMAT_1).read_bytes())
-        numbers = [row["step"], row["epoch"], row["index"], row.get("skipped", 0)]
-        if not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError
-        spread = {name: (int(count), float(mean), float(var)) for name, (count, mean, var) in row["spread"].items()}
-        step, epoch, index, skipped = numbers
-        return Manifest(step, epoch, index, str(row["prompts"]), spread, skipped)
+        return _manifest(json.loads((folder / _FORMAT_1).read_bytes()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{_FORMAT_1} does not hold what was saved") from error
+
+
+def _manifest(row: Mapping[str, Any]) -> Manifest:
+    """Raises ValueError, KeyError, TypeError or AttributeError for a row that is none."""
+    numbers = [row["step"], row["epoch"], row["index"], row.get("skipped", 0)]
+    files = {str(name): (file["bytes"], file["sha256"]) for name, file in row.get("files", {}).items()}
+    numbers += [size for size, _ in files.values()]
+    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        raise ValueError
+    if not all(re.fullmatch(r"\w[\w.-]*", name, re.ASCII) for name in files):
+        raise ValueError
+    step, epoch, index, skipped = numbers[:4]
+    spread = {name: (int(count), float(mean), float(var)) for name, (count, mean, var) in row["spread"].items()}
+    rest = dict(row.get("settings", {})), str(row.get("questions", ""))
+    sizes = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()}
+    return Manifest(step, epoch, index, str(row["prompts"]), spread, skipped, *rest, sizes)

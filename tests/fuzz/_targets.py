@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 MOST_LINES, MOST_LETTERS = 6, 2000
 MOST_SECONDS, MOST_BYTES = 5.0, 200 * 2**20
 CURE = re.compile(
-    r"\b(Give|Take|Save|Write|Rename|Check|Use|Set|Get|Export|Keep|keep|Add|Remove|Make|make|Copy|Convert|convert|Try|"
+    r"\b(Give|Take|Save|Write|Rename|Check|Use|Set|Put|Delete|Start a new run|"
+    r"Get|Export|Keep|keep|Add|Remove|Make|make|Copy|Convert|convert|Try|"
     r"Look|See|Play|Change|Name|Correct|Restore|Did you mean|is to be|should be|is not a multiple|nearest|write it as|"
     r"give|must be|at least|at most|Leave|Let)\b"
 )
@@ -153,6 +154,54 @@ def _read_model(path: Path) -> None:
     from lowmem_drf.models.wan.single_file import load_single_file
 
     load_single_file(path, _generator())
+
+
+CHECKPOINT_FILES = ("manifest.json", "lora.safetensors", "state.safetensors", "cursor.json")
+
+
+def _read_checkpoint(path: Path) -> None:
+    """The first byte says which file of a checkpoint the others are."""
+    import shutil
+
+    from lowmem_drf.errors import BadInputError, LowmemError
+    from lowmem_drf.training.checkpoint import checkpoint_folder, last_manifest, load_checkpoint
+    from lowmem_drf.training.manifest import require_settings
+
+    run, content = path.parent / "run", path.read_bytes()
+    shutil.rmtree(run, ignore_errors=True)
+    folder = run / "checkpoints" / "step-000001"
+    folder.mkdir(parents=True)
+    name = CHECKPOINT_FILES[content[0] % 4] if content else CHECKPOINT_FILES[0]
+    files = {**_checkpoint(), name: content[1:]}
+    for file, data in files.items():
+        if name != "cursor.json" or file != "manifest.json":
+            (folder / file).write_bytes(data)
+    try:
+        load_checkpoint(checkpoint_folder(run))
+        require_settings(run, load_config("toy"), last_manifest(run))
+    except BadInputError:
+        raise
+    except LowmemError as error:  # of exit code 1: no user made it
+        raise BadInputError(str(error)) from error
+
+
+@cache
+def _checkpoint() -> dict[str, bytes]:
+    """The files of a checkpoint."""
+    import tempfile
+
+    import torch
+
+    from lowmem_drf.prompts import Cursor
+    from lowmem_drf.training.checkpoint import Checkpoint, save_checkpoint
+    from lowmem_drf.training.manifest import fixed_settings
+
+    tensors, spread = {"a.lora_A.weight": torch.ones(2, 3)}, {"red": (3, 0.5, 1.25)}
+    settings = fixed_settings(load_config("toy"))
+    with tempfile.TemporaryDirectory() as run:
+        saved = Checkpoint(1, tensors, {"a.exp_avg": torch.ones(3)}, Cursor(2, 5), "hash", spread, 0, settings)
+        folder = save_checkpoint(Path(run), saved, 1.0, 1)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def _read_video(path: Path) -> None:
@@ -277,6 +326,28 @@ def _loras() -> Bytes:
     return files_of(st.tuples(files, headers).flatmap(lambda made: safetensors(*made)))
 
 
+def _checkpoints() -> Bytes:
+    from lowmem_drf.training.manifest import _sealed
+
+    saved = _checkpoint()
+    row = {key: value for key, value in json.loads(saved["manifest.json"]).items() if key != "digest"}
+    old = {key: row[key] for key in ("step", "epoch", "index", "prompts", "spread")}
+
+    def sealed(text: str) -> bytes:
+        """With the hash that belongs to it, as no damage has."""
+        try:
+            return b"\0" + _sealed(json.loads(text))
+        except (ValueError, TypeError, RecursionError):
+            return b"\0" + text.encode("utf-8", "replace")
+
+    some = [bytes([CHECKPOINT_FILES.index(name)]) + data for name, data in saved.items()]
+    return files_of(
+        changed(row).map(dumped).map(sealed),
+        changed(old).map(dumped).map(lambda text: b"\3" + text.encode("utf-8", "replace")),
+        damaged([*some, b"\3" + json.dumps(old).encode()]),
+    )
+
+
 def _models() -> Bytes:
     return files_of(safetensors(_shapes(2), {"format": "pt"}))
 
@@ -347,6 +418,7 @@ TARGETS = {
     "model": Target(
         _models, "model.safetensors", _read_model, lambda: _tensors(dict(_transformer(2).named_parameters()))
     ),
+    "checkpoint": Target(_checkpoints, "checkpoint", _read_checkpoint, lambda: b"\0" + _checkpoint()["manifest.json"]),
     "video": Target(_videos, "clip.mp4", _read_video, lambda: _clips()[0]),
 }
 """The readers by name."""
