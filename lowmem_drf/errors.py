@@ -41,8 +41,11 @@ def explain(error: BaseException) -> tuple[str, int]:
         return str(error) or "Interrupted.", 130
     if isinstance(error, LowmemError):
         return str(error), error.exit_code
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return f"out of memory: {error}\nTry: -s micro_batch=1, fewer video.frames, or a smaller video.width.", 1
+    from lowmem_drf.shortage import shortage_of
+
+    if shortage := shortage_of(error):
+        cure = "Try: -s micro_batch=1, fewer video.frames, or a smaller video.width."
+        return "\n".join([*shortage.lines(), cure]), 1
     if isinstance(error, OSError) and getattr(error, "winerror", None) == 206:
         cure = "Take a shorter folder, or let Windows have long paths (docs/windows.md)."
         return f"the path {error.filename} is too long: 260 characters are allowed. {cure}", 2

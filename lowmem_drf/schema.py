@@ -287,6 +287,10 @@ class Memory(Node):
     vram_gib: NonNegativeFloat = 0.0
     """Memory on the card that the whole process may use, in GiB: ``train`` refuses a plan above it. 0: all of the
     card."""
+    on_oom: Literal["stop", "adapt"] = "stop"
+    """What ``train`` does when memory runs out after all. Both save the last finished update and say what happened.
+    ``stop`` then says which settings take less; ``adapt`` starts anew with the next of them that changes no gradient,
+    and stops when there is none left."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.checkpoint is not False:
@@ -412,6 +416,11 @@ class Config(Node):
         if self.engine != "single" and self.optim.name != "adamw":
             reason = f"engine = {self.engine}, which splits the moments over the processes"
             yield "optim.name", f"{self.optim.name} does not go with {reason}; set adamw"
+        if self.engine != "single" and self.memory.on_oom == "adapt":
+            yield (
+                "memory.on_oom",
+                f'"adapt" starts one process anew, and not those of engine = {self.engine}; set "stop"',
+            )
         if self.zero.critic and self.engine != "zero3":
             yield "zero.critic", 'partitions the critic\'s weights: set engine = "zero3", or leave it out'
         if self.engine != "zero3":

@@ -16,6 +16,7 @@ LAWS: dict[str, tuple[int, set[str]]] = {
     "errors": (0, set()),
     "files": (0, set()),
     "libraries": (0, set()),
+    "shortage": (0, set()),
     "types": (0, {"torch"}),
     "schema": (0, {"pydantic"}),
     "config": (0, {"pydantic", "tomli_w", "torch"}),
@@ -47,7 +48,7 @@ PROGRAMS = "toy/build"
 """How ToyWorld's models were trained and what they are worth: may import anything, and nothing imports it."""
 FULL = 14
 """Files of a room, besides ``__init__.py``."""
-LIGHT = {"__init__", "errors", "files", "libraries", "schema", "config", "prompts", "texts", "cli"}
+LIGHT = {"__init__", "errors", "files", "libraries", "shortage", "schema", "config", "prompts", "texts", "cli"}
 """Rooms that import no third-party package but pydantic and typer when they are imported."""
 LAZY = {
     *(

@@ -23,6 +23,7 @@ from lowmem_drf.models.weights.downloads import check_host_memory, prepare
 from lowmem_drf.models.weights.files import SECOND
 from lowmem_drf.models.weights.sources import READER, TOYWORLD, resolve
 from lowmem_drf.schema import Config, Parkable
+from lowmem_drf.shortage import during
 from lowmem_drf.terminal import printable
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def load_models(
         passing = () if whole else ("transformer", SECOND)
         check_host_memory(generator, "generator", DTYPES[config.dtype].itemsize, (*_without(config), *passing))
         text_device = torch.device("cpu") if config.memory.text_device == "host" else device
-        encoded = encode_texts(config, str(generator), [*texts, config.sampler.negative_prompt], text_device)
+        with during("text"):
+            encoded = encode_texts(config, str(generator), [*texts, config.sampler.negative_prompt], text_device)
     taken = None
     if config.engine == "zero3":
         from lowmem_drf.distributed.zero import Partition

@@ -20,6 +20,7 @@ from lowmem_drf.planner.cards import card_named
 from lowmem_drf.prompts import fingerprint, without
 from lowmem_drf.questions.file import WRITERS
 from lowmem_drf.schema import Config
+from lowmem_drf.shortage import during
 from lowmem_drf.terminal import make_console
 from lowmem_drf.texts import escaped, expanded
 from lowmem_drf.training.checkpoint import checkpoint_steps, good_step, last_manifest, resume_command
@@ -70,18 +71,20 @@ def train_command(
         return
     if config.engine != "single":
         require_platform()
+    chosen = ["--resume"] if resume else ["--preset", name]
+    begin = ["train", *chosen, "--output", str(run), *(word for text in overrides for word in ("-s", text))]
     if config.processes > 1 and not started_processes():
         from lowmem_drf.distributed.launch import launch
 
-        chosen = ["--resume"] if resume else ["--preset", name]
-        settings = [word for text in overrides for word in ("-s", text)]
-        program = [sys.executable, "-m", "lowmem_drf", *([DEBUG] if DEBUG in sys.argv else [])]
-        command = [*program, "train", *chosen, "--output", str(run), *settings]
+        command = [sys.executable, "-m", "lowmem_drf", *([DEBUG] if DEBUG in sys.argv else []), *begin]
         if code := launch(config.processes, command, lambda: _advice(run)):
             raise SystemExit(code)
         return
     if config.engine == "single":
-        start(config, run, resume, origin)
+        from lowmem_drf.commands.out_of_memory import surviving
+
+        with surviving(config, run, begin, MAY_CHANGE):
+            start(config, run, resume, origin)
         return
     from lowmem_drf.distributed.launch import failing_together
 
@@ -162,17 +165,20 @@ def start(
         texts = [prompt.text for prompt in (*prompts, *(trial.prompts if trial else ()))]
         if config.critic.writer and needs_writer(config) and ranks.chief:  # cached before the memory is taken
             unwritten = [prompt for prompt in prompts if prompt.id not in ready]
-            write_missing(config, [*unwritten, *(trial.prompts if trial else ())], None, console)
+            with during("questions"):
+                write_missing(config, [*unwritten, *(trial.prompts if trial else ())], None, console)
         shown = max(len(previews) if log.sample_every else 0, len(trial.prompts) * trial.seeds if trial else 0)
         clips = {"micro_batch": config.micro_batch, "log.eval_batch": min(log.eval_batch, shown)}
-        models = load_models(config, [*texts, *previews], ranks=ranks, clips=clips)
-        lora, seed = config.lora, derive_seed(config.seed, "lora")
-        add_lora(models.transformer, lora.rank, lora.alpha, lora.targets, seed)
-        models.awake("critic")
+        with during("loading"):
+            models = load_models(config, [*texts, *previews], ranks=ranks, clips=clips)
+            lora, seed = config.lora, derive_seed(config.seed, "lora")
+            add_lora(models.transformer, lora.rank, lora.alpha, lora.targets, seed)
+            models.awake("critic")
         if ranks.chief or config.zero.critic:  # a partitioned critic runs in all processes together
-            done = finish_questions(config, prompts, draft, models.asked_critic, console, ready)
-            draft = done.questions
-            trial = finish_trial(config, trial, models.asked_critic, console) if trial else None
+            with during("questions"):
+                done = finish_questions(config, prompts, draft, models.asked_critic, console, ready)
+                draft = done.questions
+                trial = finish_trial(config, trial, models.asked_critic, console) if trial else None
             require_weights(draft, reward_spec(config))
         questions, trial = ranks.from_chief((draft, trial))
         asked = to_json({prompt.text: questions[prompt.id] for prompt in prompts})
@@ -185,7 +191,8 @@ def start(
                 done.write(run, prompts)
         _announce(console, config, run, models, prompts, origin)
         models = train(config, run, models, prompts, questions, previews, console, ranks, abort)
-        _finish(console, config, run, models, trial, ranks)
+        with during("evaluation"):
+            _finish(console, config, run, models, trial, ranks)
 
 
 def _absolute(config: Config) -> Config:

@@ -24,6 +24,7 @@ from lowmem_drf.models.lora.formats import LoraFile, diffusers_reads_kohya
 from lowmem_drf.models.lora.readers import attach_as_diffusers, attach_as_lowmem_drf, load_as_diffusers
 from lowmem_drf.models.wan.denoiser import as_velocity
 from lowmem_drf.models.weights.reader import TensorFiles, files_in
+from lowmem_drf.shortage import shortage_of
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -106,6 +107,8 @@ def verify_export(
         read = {name: _factors(layer) for name, layer in lora_layers(transformer).items()}
         output = _run(transformer)
     except Exception as error:
+        if shortage_of(error):  # the file is not to blame
+            raise
         problem = f"The exported file cannot be loaded ({type(error).__name__}: {error})"
         raise LowmemError(f"{problem}. It was deleted; export in another --format.") from error
     finally:

@@ -17,8 +17,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lowmem_drf.errors import LowmemError
-
 ARENA = 64 * 1024**2
 """Bytes. Large enough for full speed over PCIe, small enough that a half-empty last arena does not matter."""
 
@@ -89,7 +87,7 @@ class HostStore:
         computation wait for it.
 
         Raises:
-            LowmemError: not enough host memory.
+            MemoryError: not enough host memory.
         """
         return Held(tensor.nbytes, self._copier.put(tensor.detach()))
 
@@ -231,10 +229,8 @@ class _Pinned:
             self._arenas.append(self._allocate())
         except RuntimeError as error:
             taken = len(self._arenas) * ARENA / 1024**3
-            raise LowmemError(
-                f"There is no more host memory: {taken:.1f} GiB wait there for the card, and {ARENA // 1024**2} MiB "
-                "more are refused. Close other programs, or let less wait (memory.park, memory.checkpoint, "
-                "memory.vae_caches)."
+            raise MemoryError(
+                f"{taken:.1f} GiB wait in host memory for the card, and {ARENA // 1024**2} MiB more are refused"
             ) from error
         return len(self._arenas) - 1, 0, ARENA
 

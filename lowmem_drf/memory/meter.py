@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 
 import torch
 
-GIB = 1024**3
+from lowmem_drf.shortage import GIB, during
 
 
 class Meter:
@@ -31,7 +31,8 @@ class Meter:
         _reset_peak(self._device)
         start = time.perf_counter()
         try:
-            yield
+            with during(name):
+                yield
         finally:
             self._synchronize()
             self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start

@@ -55,6 +55,10 @@ def _raise(key: str, value: int) -> Rung:
     return lambda config: f"{key}={value}" if _get(config, key) < value else None
 
 
+def _lower(key: str, value: int) -> Rung:
+    return lambda config: f"{key}={value}" if _get(config, key) > value else None
+
+
 def _get(config: Config, key: str) -> Any:
     return reduce(getattr, key.split("."), config)
 
@@ -139,6 +143,79 @@ LADDERS: dict[str, tuple[Rung, ...]] = {
     "update": (_park_critic, _park_vae, _park_transformer, _moments, _set("optim.name", "paged_adamw8bit")),
 }
 
+_samples: tuple[Rung, ...] = (
+    *(_lower("log.eval_batch", 4), _lower("log.eval_batch", 1), _park_critic, _set("memory.vae_caches", "host")),
+    *(_park_transformer, _park_vae, _slices, _stream("transformer"), *_packed),
+)
+
+OUTSIDE: dict[str, tuple[Rung, ...]] = {
+    "loading": (_park_critic, _park_vae, _stream("transformer"), _stream("critic"), *_packed),
+    "questions": (_park_transformer, _park_vae, _stream("critic"), _set("critic.quant", "nf4"), _smaller_critic),
+    "previews": _samples,
+    "evaluation": _samples,
+}
+"""Ladders for what a run does besides its updates. They are not planned."""
+
+HOST: tuple[Rung, ...] = (
+    *(_set("memory.record_rollout", False), _set("memory.keep_attention", "none", start="host")),
+    *(_raise("memory.vae_cache_every", 2), _raise("memory.vae_cache_every", 4), _raise("memory.vae_cache_every", 8)),
+)
+"""A ladder for the host's memory."""
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """Settings that take less memory in one stage."""
+
+    overrides: tuple[str, ...] = ()
+    peak_gib: float | None = None
+    """The stage's planned peak before, and with them. ``None``: it is not planned."""
+    lowered_gib: float | None = None
+
+
+def keeps_gradient(override: str) -> bool:
+    """Whether a rung's setting costs time only: the gradient stays the same up to rounding."""
+    return rank_of(override) == len(DEAR)
+
+
+def lowered(
+    config: Config,
+    stage: str,
+    on_card: bool,
+    planner: StagePlanner | None = None,
+    room_gib: float | None = None,
+    fits: Callable[[str], bool] = keeps_gradient,
+) -> Lowered:
+    """The next rung of the stage's ladder that ``fits``; with a planner the next that lowers the stage's planned peak,
+    and further ones until it is below ``room_gib``. No settings: the ladder is at its end.
+
+    ``on_card``: the run uses a card. Else what would wait in host memory is there already.
+    """
+    ladder = HOST if stage == "host" else (LADDERS | OUTSIDE).get(stage, ())
+    planner = planner if stage in LADDERS else None
+    before = now = planner.peak(config, stage) if planner else None
+    chosen: dict[str, str] = {}
+    for rung in ladder:
+        override = rung(config)
+        if not override or not fits(override) or not (on_card or _needs_no_host(override)):
+            continue
+        if not (changed := _changed(config, override)):
+            continue
+        if planner and now is not None:
+            after = planner.peak(changed, stage)
+            if after >= now * (1 - SAVES):
+                continue
+            now = after
+        config = changed
+        chosen |= {part.partition("=")[0]: part for part in override.split()}
+        if now is None or room_gib is None or now <= room_gib:
+            break
+    return Lowered(tuple(chosen.values()), before, now)
+
+
+def _needs_no_host(override: str) -> bool:
+    return not override.startswith(("memory.park", "memory.stream")) and not override.endswith(('"host"', '"stream"'))
+
 
 def advise(
     config: Config, card: Card, plan: Plan, say: Callable[[str], None] = lambda text: None, fakes: Fakes | None = None
@@ -150,7 +227,7 @@ def advise(
     """
     if plan.fits:
         return plan
-    planner = _Planner(card, plan.vram_gib, fakes or new_fakes())
+    planner = StagePlanner(card, plan.vram_gib, fakes or new_fakes())
     first, now = config, plan
     rungs = {name: iter(ladder) for name, ladder in LADDERS.items()}
     applied: dict[str, _Applied] = {}
@@ -181,7 +258,9 @@ class _Applied:
 
 
 @dataclass(frozen=True)
-class _Planner:
+class StagePlanner:
+    """Plans changed configurations for one card."""
+
     card: Card
     vram_gib: float
     fakes: Fakes
@@ -210,7 +289,7 @@ def _changed(config: Config, *overrides: str) -> Config | None:
 
 
 def _pruned(
-    config: Config, applied: Mapping[str, _Applied], planner: _Planner, say: Callable[[str], None]
+    config: Config, applied: Mapping[str, _Applied], planner: StagePlanner, say: Callable[[str], None]
 ) -> list[_Applied]:
     """Drops changes that are not needed; tries the most expensive first, and among equals the latest."""
     kept = dict(applied)

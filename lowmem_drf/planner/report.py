@@ -55,7 +55,7 @@ def require_fit(config: Config, console: Console, cards_gib: Sequence[float | No
     if not cards:
         return config
     vram_gib = min(config.memory.vram_gib or float("inf"), *cards)
-    plan = planned(_laid_out(config), card_named(torch.cuda.get_device_name()), vram_gib, console)
+    plan = planned(laid_out(config), card_named(torch.cuda.get_device_name()), vram_gib, console)
     if not plan.fits:
         raise BadInputError(refusal(plan))
     _require_host_memory(plan)
@@ -98,10 +98,10 @@ def print_zero(config: Config, name: str, card: Card) -> None:
         title = f"DeepSpeed, {engine}, in each of {config.processes} processes:"
         print("\n" + textwrap.indent(f"{title}\n{json.dumps(settings, indent=2)}", "# "), flush=True)
     console = make_console(stderr=True, soft_wrap=True)
-    print_plan(planned(_laid_out(config), card, config.memory.vram_gib or card.gib, console), name, console)
+    print_plan(planned(laid_out(config), card, config.memory.vram_gib or card.gib, console), name, console)
 
 
-def _laid_out(config: Config) -> Config:
+def laid_out(config: Config) -> Config:
     """Replaces models whose configuration is unknown here by their folders. Downloads them if necessary."""
     from lowmem_drf.assembly.loading import prepare_generator, say
     from lowmem_drf.models.generators import KNOWN_GENERATORS

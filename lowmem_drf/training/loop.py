@@ -20,6 +20,7 @@ from lowmem_drf.prompts import Cursor, PromptStream, fingerprint
 from lowmem_drf.questions.file import to_json
 from lowmem_drf.schema import Config
 from lowmem_drf.scoring.oracle_rates import oracle_for
+from lowmem_drf.shortage import during, let_go, shortage_of
 from lowmem_drf.terminal import hangup
 from lowmem_drf.training.checkpoint import (
     CURE,
@@ -32,8 +33,10 @@ from lowmem_drf.training.checkpoint import (
     save_checkpoint,
     set_damaged_aside,
 )
+from lowmem_drf.training.finished import Finished
 from lowmem_drf.training.manifest import fixed_settings
 from lowmem_drf.training.metrics import Metrics
+from lowmem_drf.training.pace import Pace
 from lowmem_drf.training.previews import write_previews
 from lowmem_drf.training.progress import TrainProgress
 from lowmem_drf.training.run_folder import claim
@@ -91,18 +94,21 @@ def train(
     judge = oracle_for(config, [prompt.text for prompt in prompts])
     metrics, progress = Metrics(run, done) if ranks.chief else None, TrainProgress(console, config.steps, done)
 
-    def save(step: int) -> None:
+    def save(step: int, cursor: Cursor | None = None) -> None:
         with trainer.whole():
             lora = lora_state(models.transformer)
-        state = trainer.pack(), stream.cursor, fingerprint(prompts), spread.seen, skips.saved
+        state = trainer.pack(), cursor or stream.cursor, fingerprint(prompts), spread.seen, skips.saved
         now = Checkpoint(step, lora, *state, fixed_settings(config), asked_hash)
         if ranks.chief:
             save_checkpoint(run, now, config.lora.alpha, config.log.keep)
         ranks.barrier()  # no process may end before the checkpoint is written
 
+    finished = Finished(trainer, done, cursor)
+    pace = Pace(models.device)
     try:
         if done == 0 and config.log.sample_every:
-            write_previews(config, run, models, previews, step=0, ranks=ranks)
+            with during("previews"):
+                write_previews(config, run, models, previews, step=0, ranks=ranks)
         with progress.live(), _finish_on_interrupt(progress, run, ranks) as asked:
             for step in range(done, config.steps):
                 scales = spread.scales() if config.critic.normalize else {}
@@ -126,16 +132,20 @@ def train(
                     raise LowmemError(_deleted(run, report.step))
                 if metrics:
                     metrics.write(report)
+                finished = Finished(trainer, report.step, stream.cursor)
                 last = report.step == config.steps
                 if saved := last or skips.too_many or report.step % config.log.checkpoint_every == 0:
                     save(report.step)
                 if isinstance(report, UpdateReport):  # after the save, and it raises nothing (terminal.QuietStream)
                     progress.update(report)
+                    if slow := pace.add(report.step, report.update_s):
+                        progress.note(slow)
                 if skips.too_many:
                     raise stopped(config, run, skips, len(prompts))
                 stop = ranks.any(bool(asked))
                 if config.log.sample_every and not stop and (last or report.step % config.log.sample_every == 0):
-                    write_previews(config, run, models, previews, report.step, ranks)
+                    with during("previews"):
+                        write_previews(config, run, models, previews, report.step, ranks)
                 if stop or ranks.any(bool(asked)):  # Ctrl-C may also come during the samples
                     if not saved:
                         save(report.step)
@@ -143,6 +153,12 @@ def train(
                     raise KeyboardInterrupt(f"Interrupted after update {report.step}; it is saved. {cure}")
             if metrics and metrics.skipped:
                 progress.note(f'{metrics.skipped} of {config.steps} updates were skipped: "skipped" in metrics.jsonl')
+    except Exception as error:
+        if (shortage := shortage_of(error)) and config.engine == "single":
+            let_go(error)
+            shortage.lost = finished.rescue(max(checkpoint_steps(run), default=0), save)
+            error.shortage = shortage  # type: ignore[attr-defined]
+        raise
     finally:
         if metrics:
             metrics.close()

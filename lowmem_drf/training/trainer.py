@@ -64,6 +64,8 @@ class SingleTrainer:
         self._names, self._lora = list(lora), list(lora.values())
         self._clip = config.optim.grad_clip
         self._optimizer = make_optimizer(config.optim, self._lora)
+        self.steps_begun = 0
+        """How often the optimizer was called: one that failed may have changed some weights."""
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -76,6 +78,7 @@ class SingleTrainer:
             group["lr"] = lr
         norm = torch.nn.utils.clip_grad_norm_(self._lora, self._clip)
         if bool(norm.isfinite()):
+            self.steps_begun += 1
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm.item()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.shortage import shortage_of
 
 TOYWORLD = "toyworld"
 READER = "toyworld-reader"
@@ -35,14 +36,13 @@ def resolve(model_id: str, role: Literal["generator", "critic"]) -> str:
 @contextmanager
 def loading(what: str, folder_or_id: str) -> Iterator[None]:
     """Turns a library's failure to find or read a model into a BadInputError that says what to do."""
-    import torch
     from safetensors import SafetensorError
 
     try:
         yield
-    except torch.OutOfMemoryError:  # a RuntimeError that the input did not cause
-        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if shortage_of(error):  # the input did not cause it
+            raise
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
         raise BadInputError(
