@@ -53,18 +53,14 @@ class Shortage:
     reserved: int | None = None
     """Taken from the card by PyTorch's allocator, with what it has not given out."""
     free: int | None = None
+    """What this process could still take."""
+    others: int | None = None
+    """Held by other programs, and by the driver."""
     total: int | None = None
     detail: str = ""
     """What the exception says, where that is more than "out of memory"."""
     lost: str = ""
     """What of the training could not be saved, in words."""
-
-    @property
-    def others(self) -> int | None:
-        """Bytes on the card that PyTorch did not take."""
-        if self.total is None or self.free is None or self.reserved is None:
-            return None
-        return max(0, self.total - self.free - self.reserved)
 
     @property
     def room(self) -> int | None:
@@ -80,7 +76,7 @@ class Shortage:
     def lines(self, planned: str = "") -> list[str]:
         """What happened, for the user. ``planned``: the stage's planned peak, in words."""
         where = f" in {self.stage}" if self.stage else ""
-        asked = f": {_size(self.asked)} more were asked for" if self.asked is not None else ""
+        asked = f": {size(self.asked)} more were asked for" if self.asked is not None else ""
         if self.kind == "pinned":
             return [
                 f'out of pinned host memory{where}{asked}. The card is not full, though PyTorch says "CUDA error: out '
@@ -94,14 +90,12 @@ class Shortage:
         said = [f"out of memory on the card{where}{asked}{f' ({planned})' if planned else ''}."]
         if self.others is not None:
             said.append(
-                f"{_size(self.allocated)} were allocated and {_size(self.reserved)} reserved by PyTorch; of the card's "
-                f"{_size(self.total)}, {_size(self.free)} were free, and other programs and the driver held "
-                f"{_size(self.others)}."
+                f"{size(self.allocated)} were allocated and {size(self.reserved)} reserved by PyTorch; of the card's "
+                f"{size(self.total)}, {size(self.free)} were free, and other programs and the driver held "
+                f"{size(self.others)}."
             )
         if self.fragmented and self.allocated is not None and self.reserved is not None:
-            pieces = (
-                f"Fragmentation: {_size(self.reserved - self.allocated)} lie reserved in pieces that are too small."
-            )
+            pieces = f"Fragmentation: {size(self.reserved - self.allocated)} lie reserved in pieces that are too small."
             set_it = (
                 "" if sys.platform == "win32" or "expandable_segments:True" in _allocator() else f" Set {EXPANDABLE}"
             )
@@ -138,7 +132,7 @@ def _found(error: BaseException, stage: str) -> Shortage | None:
     text = str(error)
     if (first := _first_guess(error, text)) is None:
         return None
-    allocated, reserved, free, total = _card()
+    allocated, reserved, free, others, total = _card()
     scant = free is not None and free < SCANT
     if first == "handle" and not scant:
         return None
@@ -149,8 +143,8 @@ def _found(error: BaseException, stage: str) -> Shortage | None:
         unused = _said(r"and ([\d.]+) (\w+) is reserved by PyTorch but unallocated", text)
         reserved = reserved if unused is None or allocated is None else allocated + unused
     asked = _said(r"[Tt]ried to allocate ([\d.]+) (\w+)", text)
-    detail = text if isinstance(error, MemoryError) else ""
-    return Shortage(kind, stage, asked, allocated, reserved, free, total, detail)
+    detail = " ".join(text.split())[:200] if isinstance(error, MemoryError) else ""
+    return Shortage(kind, stage, asked, allocated, reserved, free, others, total, detail)
 
 
 def _first_guess(error: BaseException, text: str) -> Kind | Literal["handle"] | None:
@@ -166,16 +160,18 @@ def _first_guess(error: BaseException, text: str) -> Kind | Literal["handle"] | 
     return next((kind for kind, words in kinds if words.search(text)), None)
 
 
-def _card() -> tuple[int | None, int | None, int | None, int | None]:
-    """Bytes of the card that this process uses: allocated, reserved, free, total."""
+def _card() -> tuple[int | None, int | None, int | None, int | None, int | None]:
+    """Bytes of the card that this process uses: allocated, reserved, free, others, total (as in ``Shortage``)."""
     torch = sys.modules.get("torch")  # without it nothing of ours is on a card
     try:
         if torch is None or not torch.cuda.is_initialized():
-            return None, None, None, None
+            return None, None, None, None, None
         free, total = torch.cuda.mem_get_info()
-        return torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), free, total
+        allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        cap = int(torch.cuda.get_per_process_memory_fraction() * total)
+        return allocated, reserved, max(0, min(free, cap - reserved)), max(0, total - free - reserved), total
     except Exception:  # a card in trouble must not hide the error
-        return None, None, None, None
+        return None, None, None, None, None
 
 
 def _said(pattern: str, text: str) -> int | None:
@@ -189,7 +185,8 @@ def _allocator() -> str:
     return os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
 
 
-def _size(nbytes: int | None) -> str:
+def size(nbytes: float | None) -> str:
+    """In words."""
     if nbytes is None:
         return "?"
     return f"{nbytes / GIB:.1f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 1024**2:.1f} MiB"

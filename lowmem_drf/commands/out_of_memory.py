@@ -19,12 +19,12 @@ import lowmem_drf
 from lowmem_drf.assembly.assemble import resolve_device
 from lowmem_drf.assembly.loading import say
 from lowmem_drf.errors import DEBUG, LowmemError, quoted
-from lowmem_drf.planner.cards import GIB, USABLE, card_named
+from lowmem_drf.planner.cards import USABLE, card_named
 from lowmem_drf.planner.ladder import Lowered, StagePlanner, keeps_gradient, lowered
 from lowmem_drf.planner.plan import new_fakes
 from lowmem_drf.planner.report import laid_out
 from lowmem_drf.schema import Config
-from lowmem_drf.shortage import Shortage, let_go, shortage_of
+from lowmem_drf.shortage import GIB, Shortage, let_go, shortage_of, size
 from lowmem_drf.training.checkpoint import checkpoint_steps
 
 
@@ -53,7 +53,7 @@ def surviving(config: Config, run: Path, begin: Sequence[str], may_change: tuple
             say(f"{shortage.lines()[0]} {_saved(run, shortage)}")
             say(f"Starting anew, with the same gradient from less memory: {' '.join(_options(less))}")
             _start_anew([*again, *_options(less)])
-        lines = shortage.lines("" if less.peak_gib is None else f"planned peak: {less.peak_gib:.1f} GiB")
+        lines = shortage.lines("" if less.peak_gib is None else f"planned peak: {size(less.peak_gib * GIB)}")
         raise LowmemError("\n".join([*lines, *_advice(config, run, shortage, less, again, may_change)])) from error
 
 
@@ -71,7 +71,7 @@ def _advice(
             return [f"{_saved(run, shortage)} {what}.", f"Start a new run with: {_pasted(_options(less))}"]
         what = what if less.overrides else "No setting that is known here takes less memory"
     if less.lowered_gib is not None:
-        notes.insert(0, f"planned peak: {less.lowered_gib:.1f} GiB")
+        notes.insert(0, f"planned peak: {size(less.lowered_gib * GIB)}")
     more = f" ({'; '.join(notes)})" if notes else ""
     return [f"{_saved(run, shortage)} {what}{more}:", f"  {_command([*again, *_options(less)])}"]
 
@@ -127,10 +127,6 @@ def _pasted(words: Sequence[str]) -> str:
 
 def _start_anew(arguments: Sequence[str]) -> NoReturn:
     """Becomes a new process with these arguments. Windows has no such thing: there it waits for one."""
-    torch = sys.modules.get("torch")
-    gc.collect()
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
     root = Path(lowmem_drf.__file__).parents[1]
     if (root / "cli.py").is_file():  # a checkout, which may not be installed
         os.environ["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -139,6 +135,10 @@ def _start_anew(arguments: Sequence[str]) -> NoReturn:
     sys.stderr.flush()
     if os.name != "nt":
         os.execv(sys.executable, command)
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a card
     child = subprocess.Popen(command)
     while True:
         with suppress(KeyboardInterrupt):  # the new process has got it too, and ends by it
