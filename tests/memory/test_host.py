@@ -10,11 +10,11 @@ import pytest
 import torch
 from _streams import Stream, late_store
 
-from lowmem_drf.errors import LowmemError
 from lowmem_drf.memory import host
 from lowmem_drf.memory.host import HostStore
 from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.store import planned_store
+from lowmem_drf.shortage import shortage_of
 
 CPU = torch.device("cpu")
 
@@ -160,6 +160,7 @@ def test_no_host_memory_left_is_said_with_what_waits_there(pinned_store, monkeyp
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(host._Pinned, "_allocate", refuse)
-    with pytest.raises(LowmemError, match="no more host memory: 0.0 GiB wait"):
+    with pytest.raises(MemoryError, match="0.0 GiB wait in host memory for the card") as caught:
         pinned_store.put(torch.zeros(5000, dtype=torch.uint8))
+    assert shortage_of(caught.value).kind == "host"
     assert held.nbytes == 5000
