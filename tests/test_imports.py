@@ -39,6 +39,7 @@ LAWS: dict[str, tuple[int, set[str]]] = {
     "training": (8, {"torch", "safetensors", "rich", "tensorboard"}),
     "export": (8, {"torch", "safetensors"}),
     "planner": (9, {"torch", "rich"}),
+    "out_of_memory": (10, {"torch"}),
     "doctor": (10, {"torch", "triton", "bitsandbytes", "huggingface_hub"}),
     "commands": (11, {"torch", "rich"}),
     "cli": (12, {"typer"}),

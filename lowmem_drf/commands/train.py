@@ -81,7 +81,7 @@ def train_command(
             raise SystemExit(code)
         return
     if config.engine == "single":
-        from lowmem_drf.commands.out_of_memory import surviving
+        from lowmem_drf.out_of_memory import surviving
 
         with surviving(config, run, begin, MAY_CHANGE):
             start(config, run, resume, origin)

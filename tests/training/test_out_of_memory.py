@@ -12,12 +12,12 @@ import torch
 from _root import ROOT
 
 from lowmem_drf import cli, shortage
-from lowmem_drf.commands.out_of_memory import surviving
 from lowmem_drf.commands.train import MAY_CHANGE, train_command
 from lowmem_drf.config import change, load_config, to_toml
 from lowmem_drf.errors import BadInputError, LowmemError, explain
 from lowmem_drf.memory.meter import Meter
 from lowmem_drf.models.weights.sources import loading
+from lowmem_drf.out_of_memory import surviving
 from lowmem_drf.planner.ladder import HOST, LADDERS, OUTSIDE, keeps_gradient, lowered
 from lowmem_drf.shortage import during, shortage_of
 from lowmem_drf.training.checkpoint import checkpoint_folder, checkpoint_steps
@@ -334,7 +334,7 @@ def test_what_is_started_anew(tmp_path, monkeypatch, capsys):
 
 
 def test_the_host_s_memory_in_a_run_on_a_card_has_its_own_ladder(tmp_path, monkeypatch):
-    monkeypatch.setattr("lowmem_drf.commands.out_of_memory.resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("lowmem_drf.out_of_memory.resolve_device", lambda name: torch.device("cuda"))
     config = load_config("toy", ["memory.checkpoint=true", "memory.keep_attention=host"])
     for error in (MemoryError("2.0 GiB wait in host memory"), RuntimeError("CUDA error: out of memory")):
         with pytest.raises(LowmemError) as caught, surviving(config, tmp_path, ["train"], MAY_CHANGE):
