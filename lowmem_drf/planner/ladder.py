@@ -194,6 +194,8 @@ def lowered(
     ladder = HOST if stage == "host" else (LADDERS | OUTSIDE).get(stage, ())
     planner = planner if stage in LADDERS else None
     before = now = planner.peak(config, stage) if planner else None
+    if before == math.inf:  # it cannot be planned here
+        planner = before = now = None
     chosen: dict[str, str] = {}
     for rung in ladder:
         override = rung(config)

@@ -1,6 +1,7 @@
 """Out of memory: every stage says where, what is saved and what takes less; ``adapt`` goes on with that."""
 
 import importlib
+import math
 import os
 import shlex
 import subprocess
@@ -18,7 +19,7 @@ from lowmem_drf.errors import BadInputError, LowmemError, explain
 from lowmem_drf.memory.meter import Meter
 from lowmem_drf.models.weights.sources import loading
 from lowmem_drf.out_of_memory import surviving
-from lowmem_drf.planner.ladder import HOST, LADDERS, OUTSIDE, keeps_gradient, lowered
+from lowmem_drf.planner.ladder import HOST, LADDERS, OUTSIDE, Lowered, keeps_gradient, lowered
 from lowmem_drf.shortage import during, shortage_of
 from lowmem_drf.training.checkpoint import checkpoint_folder, checkpoint_steps
 from lowmem_drf.training.metrics import read_metrics
@@ -304,6 +305,8 @@ def test_with_a_plan_rungs_are_taken_that_lower_the_stage_until_it_has_room(monk
     assert more.overrides == ("micro_batch=1", 'memory.stream=["transformer"]', "memory.checkpoint=true")
     assert more.lowered_gib == 13.0
     assert lowered(change(config, more.overrides), "rollout", True, Planner(), 1.0).overrides == ()
+    monkeypatch.setattr(Planner, "peak", lambda *rest: math.inf)  # it cannot be planned here
+    assert lowered(config, "rollout", True, Planner(), 1.0) == Lowered(("micro_batch=1",))
 
 
 def adapts(config, run, begin, error, monkeypatch):
