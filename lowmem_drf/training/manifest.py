@@ -20,6 +20,7 @@ from lowmem_drf.config import known_keys
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.files import text_hash
 from lowmem_drf.schema import Config
+from lowmem_drf.texts import shown
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -103,7 +104,7 @@ def require_settings(run: Path, config: Config, manifest: Manifest) -> None:
     """Raises BadInputError if the run's ``config.toml`` (``config``) was edited in a key that may not change."""
     now = fixed_settings(config)
     edited = [
-        f"{key} is {json.dumps(now[key])}, and was {json.dumps(value)}"
+        f"{key} is {shown(now[key])}, and was {shown(value)}"
         for key, value in manifest.settings.items()
         if key in now and key not in _BY_CONTENT and not _same(now[key], value)
     ]

@@ -219,7 +219,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_how_to_begin_anew(tiny_run
         ("batch = 3", "batch = 6", "batch is 6, and was 3"),
         ("alpha = ", "alpha = 1", "lora.alpha is 1"),
         ("shift = ", "shift = 1", "sampler.shift is 1"),
-        ('dtype = "fp32"', 'dtype = "bf16"', 'dtype is "bf16", and was "fp32"'),
+        ('dtype = "fp32"', 'dtype = "bf16"', "dtype is 'bf16', and was 'fp32'"),
     ],
 )
 def test_an_edited_configuration_is_refused_by_name(old, new, said, tiny_run, tmp_path):
