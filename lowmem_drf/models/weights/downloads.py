@@ -235,11 +235,11 @@ def _refuse(problems: list[Problem], where: str) -> None:
     if not problems:
         return
     lines = [f"{where}/{problem.file} {problem.what}" for problem in problems]
-    many = f"\n… and {len(lines) - 5} more" if len(lines) > 5 else ""
+    many = f"\n… and {len(lines) - 4} more" if len(lines) > 4 else ""
     cure = "Give a complete folder in diffusers / transformers layout."
     if not all(problem.missing for problem in problems):
         cure = "Delete the damaged files and get them anew (an id of the Hugging Face hub: run the same command again)."
-    raise BadInputError("\n".join(lines[:5]) + f"{many}\n{cure}")
+    raise BadInputError("\n".join(lines[:4]) + f"{many}\n{cure}")
 
 
 def _gb(size: int) -> str:
