@@ -1,4 +1,5 @@
-"""Gives every command bad input, and checks each refusal: exit code 2, at most 6 lines, no traceback, and the cure.
+"""Gives every command bad input, and checks each refusal: exit code 2, at most 6 lines, no traceback, the cure, and
+no new file.
 
     python -m bench.bad_inputs
 
@@ -72,6 +73,7 @@ ROWS: tuple[tuple[str, str], ...] = (
     ("train -s optim=1", "its keys:"),
     ("train -s optim.lr=fast", "number"),
     ("train -s optim.lr=nan", "at most"),
+    ("train -s critic.hinge=nan", "at most"),
     ("train -s optim.lr=-1", "at least"),
     ("train -s optim.eps=0", "at least"),
     ("train -s batch=1.5", "integer"),
@@ -289,8 +291,10 @@ def main(arguments: list[str] | None = None) -> int:
             _files()
             for command, wanted, cure in rows:
                 began = time.perf_counter()
+                there = set(os.listdir())
                 code, text = _run(cli, shlex.split(command))
                 found, seconds = faults(code, text, cure, wanted), time.perf_counter() - began
+                found += [f"left {name}" for name in set(os.listdir()) - there]
                 wrong += bool(found)
                 lines = [line for line in text.splitlines() if line.strip()]
                 verdict = f"WRONG ({', '.join(found)})" if found else "ok"

@@ -15,6 +15,7 @@ import typer
 from _root import ROOT
 from typer.testing import CliRunner
 
+from bench import bad_inputs
 from lowmem_drf import __version__, cli
 from lowmem_drf.config import load_config
 from lowmem_drf.video import read_video
@@ -100,45 +101,24 @@ def test_dry_run_prints_a_configuration_that_loads_and_writes_nothing(run_cli, t
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    "part",
     [
-        ("train --preset toi", "Did you mean toy?"),
-        ("train -s optim.lrr=1", "Did you mean optim.lr?"),
-        ("train -s optim.lr", "key=value"),
-        ("train --prompts missing.txt", "missing.txt does not exist"),
-        ("train --prompts empty.txt", "holds no prompt"),
-        ("train --prompts latin.txt", "latin.txt:1: not UTF-8"),
-        ("train --output empty.txt/run", "empty.txt/run cannot be written to"),
-        ("train --output empty.txt", "empty.txt cannot be written to"),
-        ("train --output /proc/none/run", "/proc/none/run cannot be written to"),
-        (f"train --output {'n' * 300}", "cannot be written to: File name too long"),
-        ("train -s critic.mode=vanilla -s critic.weights.TA=0", "none of its questions has a weight above 0"),
-        ("train -s critic.hinge=nan", "critic.hinge"),
-        ("train --resume", "no run under runs/"),
-        ("train --resume --output nowhere", "is not a run"),
-        ("train --steps 0", "greater than or equal to 1"),
-        ("sample", "no run under runs/"),
-        ("sample --run nowhere", "is not a run"),
-        ("export-lora", "no run under runs/"),
-        ("eval nowhere", "is not a run"),
-        ("presets show toi", "Did you mean toy?"),
-        ("presets copy toy empty.txt", "--force"),
-        ("train --prompts empty.csv", "empty.csv does not exist"),
-        (f"sample --run {'n' * 300}", f"the name {'n' * 40}… is too long"),
-        (f"questions --prompts {'n' * 300}", "is too long"),
-        ("train --preset=", "--preset is empty"),
-        ("trian", "trian"),
-        ("train --stepz 3", "--stepz"),
+        "train --preset toi",
+        "train --prompts latin.txt",
+        "train --output empty.txt/run",
+        "sample",
+        "presets copy toy mine",
     ],
 )
-def test_bad_input_is_one_message_with_its_cure_and_exit_code_2(run_cli, tmp_path, command, said):
-    (tmp_path / "empty.txt").write_text("")
+def test_bad_input_is_one_message_with_its_cure_and_exit_code_2(run_cli, tmp_path, part):
+    """One row of each kind of ``bench.bad_inputs``; tests/bench/test_bad_inputs.py runs them all."""
+    command, cure = next(row for row in bad_inputs.ROWS if row[0].startswith(part))
     (tmp_path / "latin.txt").write_bytes("Mädchen".encode("latin-1"))
+    for name in ("empty.txt", "mine.toml"):
+        (tmp_path / name).touch()
     code, out, err = run_cli(command)
-    assert (code, out) == (2, "")
-    assert said in err and "Traceback" not in err
-    assert len(err.splitlines()) <= 8
-    assert {path.name for path in tmp_path.iterdir()} == {"empty.txt", "latin.txt"}
+    assert (out, bad_inputs.faults(code, err, cure)) == ("", [])
+    assert {path.name for path in tmp_path.iterdir()} == {"empty.txt", "latin.txt", "mine.toml"}
 
 
 @pytest.mark.parametrize(
