@@ -10,19 +10,22 @@ an empty folder with the files of ``_files``. Exit code 1 if a row is not as it 
 from __future__ import annotations
 
 import io
+import json
 import os
 import shlex
 import shutil
+import signal
 import struct
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 MOST_LINES = 6
-LONG = "n" * 300
+MOST_S = 20
+LONG, DIGITS, BRACKETS = "n" * 300, "1" * 5000, "[" * 3000
 TOY = "a red circle moves left on a gray background"
 HERE = f'--prompt "{TOY}"'
 
@@ -50,7 +53,12 @@ ROWS: tuple[tuple[str, str], ...] = (
     ("train --preset a-folder/", "presets list"),
     ("train --preset clip.mp4", "TOML file"),
     ("train --preset ./broken.toml", "TOML file"),
-    ("train --preset ./latin.toml", "TOML file"),
+    ("train --preset ./latin.toml", "Save the file as UTF-8"),
+    ("train --preset ./utf16.toml", "Save the file as UTF-8"),
+    ("train --preset ./binary.toml", "Save the file as UTF-8"),
+    ("train --preset ./digits.toml", "TOML file"),
+    ("train --preset ./brackets.toml", "TOML file"),
+    ("train --preset ./unknown.toml", "Did you mean optim.lr?"),
     ("train --preset ./circle.toml", "Take the line out"),
     ("train --preset ./no-base.toml", "Did you mean toy?"),
     ("train --preset ./extends-number.toml", "give one preset"),
@@ -79,7 +87,22 @@ ROWS: tuple[tuple[str, str], ...] = (
     ("train -s batch=1.5", "integer"),
     ("train -s batch=true", "integer"),
     ("train -s batch=0", "greater than or equal to 1"),
-    ("train -s steps=9223372036854775808", "less than or equal to"),
+    ("train -s steps=9223372036854775808", "valid integer"),
+    (f"train -s steps={DIGITS}", "valid integer"),
+    (f"train -s critic.weights={BRACKETS}", "critic.weights"),
+    ("train -s optim.lr=1e300", "at most"),
+    ("train -s optim.eps=1e-300", "at least"),
+    ("train -s sampler.guidance=inf", "at most"),
+    ("train -s sampler.shift=0", "at least"),
+    ("train -s lora.alpha=0", "at least"),
+    ("train -s sampler.steps=1000000000", "less than or equal to"),
+    ("train -s batch=1000000000", "less than or equal to"),
+    ("train -s kernels.attention=fast", "'sdpa'"),
+    ("train -s dtype=fp8", "'bf16'"),
+    ("train -s memory.on_oom=pray", "'adapt'"),
+    ("train -s engine=zero3 -s memory.on_oom=adapt", 'set "stop"'),
+    ("train -s critic.id=toyworld-rader", "Did you mean toyworld-reader?"),
+    ("train -s 'skip_prompts=[\"9999\"]'", "line numbers"),
     ("train -s seed=-1", "greater than or equal to 0"),
     ("train -s model.text_tokens=1000000000", "less than or equal to 512"),
     ("train -s lora.rank=1000000000", "less than or equal to 1024"),
@@ -128,6 +151,16 @@ ROWS: tuple[tuple[str, str], ...] = (
     ("train --prompts table.csv", "txt"),
     ("train --prompts broken.jsonl", "broken.jsonl:1"),
     ("train --prompts list.jsonl", "list.jsonl:1"),
+    ("train --prompts utf16.txt", "Save the file as UTF-8"),
+    ("train --prompts json.txt", "Rename the file"),
+    ("train --prompts twice.jsonl", "Give each prompt its own"),
+    ("train --prompts key.jsonl", "use one of"),
+    ("train --prompts reference.jsonl", "relative to the prompt file"),
+    ("train --prompts aspect.jsonl", "is to be one of"),
+    ("train --prompts weight.jsonl", "1e-6 to 1e6"),
+    ("train --prompts digits.jsonl", "digits.jsonl:1"),
+    ("train --prompts brackets.jsonl", "brackets.jsonl:1"),
+    ("train --prompts surrogate.jsonl", "surrogate.jsonl:1"),
     (f"train --prompts {LONG}", "Give a shorter one"),
     ("train --prompts other.txt", "Example:"),
     ("questions --prompts none.txt", "none.txt does not exist"),
@@ -138,6 +171,7 @@ ROWS: tuple[tuple[str, str], ...] = (
     ("train -s critic.questions=broken.json", "broken.json"),
     ("train -s critic.questions=list.json", "list.json"),
     ("questions --check broken.json", "broken.json"),
+    ("questions --check aspect.json", "is to be one of"),
     ("questions", "Example:"),
     (f'questions "{TOY}" --prompts prompts.txt', "Example:"),
     (f'questions "{TOY}" --write --preset toy', "-s critic.id="),
@@ -157,6 +191,12 @@ ROWS: tuple[tuple[str, str], ...] = (
     ("train --resume --output run --preset toy", "Leave it out"),
     ("train --resume --output run --seed 5", "change only"),
     ("train --resume --output run-toml --steps 9", "TOML file"),
+    ("train --resume --output run-edited --steps 9", "Put the old values back"),
+    ("train --resume --output run-locked --steps 9", "Wait until it has ended"),
+    ("train --resume --output run --steps 9 -s lora.rank=3", "change only"),
+    ("train --output .", "Move it elsewhere"),
+    ("sample --run run-edited", "Put the old values back"),
+    ("export-lora run-edited", "Put the old values back"),
     # models
     ("train -s model.id=nobody/nothing", "hf download"),
     ("train -s model.id=./a-folder", "complete folder"),
@@ -178,6 +218,14 @@ ROWS: tuple[tuple[str, str], ...] = (
     ("sample --run run --lora text.safetensors", "safetensors"),
     ("sample --run run --lora header.safetensors", "safetensors"),
     ("sample --run run --lora a-folder", "a-folder"),
+    ("sample --run run --lora cut.safetensors", "Give"),
+    ("sample --run run --lora nothing.safetensors", "LoRA"),
+    ("sample --run run --lora other.safetensors", "model"),
+    ("sample --run run --lora half.safetensors", "half.safetensors"),
+    ("sample --run run --lora nan.safetensors", "NaN"),
+    ("sample --run run --lora alpha.safetensors", "alpha"),
+    ("sample --run run --lora integers.safetensors", "int32"),
+    ("sample --run run --lora complex.safetensors", "complex64"),
     ("sample --run run --lora-scale nan", "1 is the tuned model"),
     (f"sample --run run {HERE} --output a.gif", "ends in .mp4"),
     (f"sample --run run {HERE} --output clip.mp4", "--force"),
@@ -192,12 +240,12 @@ ROWS: tuple[tuple[str, str], ...] = (
     ("export-lora run --output text.safetensors", "--force"),
     ("export-lora run --output run/checkpoints/step-000001/lora.safetensors", "--output"),
     ("export-lora run --merge run", "--merge"),
-    ("export-lora run-lora", "lora.safetensors"),
     ("eval none", "lowmem-drf train"),
     ("eval run-empty", "--resume --output run-empty"),
     # videos
     (f"score none.mp4 {HERE}", "none.mp4"),
     (f"score empty.txt {HERE}", "empty.txt"),
+    (f"score cut.mp4 {HERE}", "cut.mp4"),
     (f"score clip.mp4 {HERE}", "clip.mp4"),
     (f"score a-folder {HERE}", "a-folder"),
     ("score clip.mp4", "--prompt"),
@@ -214,7 +262,8 @@ ROWS: tuple[tuple[str, str], ...] = (
 
 OTHERS: tuple[tuple[str, int, str], ...] = (
     # not the user's input: a disk or a killed copy damaged what the program wrote
-    ("sample --run run-lora", 1, "Delete the folder"),
+    ("sample --run run-lora", 1, "Start a new run"),
+    ("export-lora run-lora", 1, "Start a new run"),
 )
 """Rows with another exit code. They do not count among the bad inputs."""
 
@@ -233,9 +282,26 @@ def _files() -> None:
         "extends-number.toml": "extends = 3", "section.toml": "optim = 3", "twice.toml": "steps = 1\nsteps = 2\n",
         "table.csv": f"id,prompt\n1,{TOY}\n", "broken.jsonl": "{", "list.jsonl": "[1]", "broken.json": "{",
         "list.json": "[1, 2]", "prompts.txt": TOY, "other.txt": "a corgi surfs\n",
+        "digits.toml": f"steps = {DIGITS}", "brackets.toml": f"steps = {BRACKETS}", "unknown.toml": "[optim]\nlrr = 1",
+        "twice.jsonl": '{"prompt": "a", "id": "1"}\n{"prompt": "b", "id": "1"}\n', "questions.json": "mine",
+        "digits.jsonl": f'{{"prompt": "a", "id": {DIGITS}}}', "brackets.jsonl": f'{{"prompt": {BRACKETS}',
+        "surrogate.jsonl": '{"prompt": "a \\ud800 ball"}',
     }  # fmt: skip
     for name, text in texts.items():
         Path(name).write_text(text, encoding="utf-8")
+    asked = {"aspect": "XX", "text": "is it red ?", "answer": "yes"}
+    rows: dict[str, object] = {
+        "json.txt": {"prompt": TOY}, "key.jsonl": {"prompt": TOY, "text": "x"},
+        "reference.jsonl": {"prompt": TOY, "reference_video": "none.mp4"},
+        "aspect.jsonl": {"prompt": TOY, "questions": [asked]},
+        "weight.jsonl": {"prompt": TOY, "questions": [asked | {"aspect": "TA", "weight": -1}]},
+        "aspect.json": [{"prompt": TOY, "questions": [asked]}],
+    }  # fmt: skip
+    for name, row in rows.items():
+        Path(name).write_text(json.dumps(row), encoding="utf-8")
+    for name in ("utf16.txt", "utf16.toml"):
+        Path(name).write_bytes("steps = 1".encode("utf-16"))
+    Path("binary.toml").write_bytes(bytes(range(256)))
     for name in ("latin.txt", "latin.toml"):
         Path(name).write_bytes("# Mädchen".encode("latin-1"))
     Path("header.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
@@ -243,6 +309,13 @@ def _files() -> None:
     brief = ["batch=1", "micro_batch=1", "log.eval_prompts=0", "log.sample_every=0"]
     settings = [word for text in brief for word in ("-s", text)]
     _run(main, ["train", "--preset", "toy", "--output", "run", "--steps", "1", *settings])
+    whole = Path("good.mp4").read_bytes()
+    Path("cut.mp4").write_bytes(whole[: len(whole) // 3])
+    _loras(Path("run/checkpoints/step-000001/lora.safetensors"))
+    for name in ("run-edited", "run-locked"):
+        shutil.copytree("run", name)
+    text = Path("run/config.toml").read_text(encoding="utf-8")
+    Path("run-edited/config.toml").write_text(text.replace("alpha = ", "alpha = 1", 1), encoding="utf-8")
     shutil.copytree("run", "run-toml")
     Path("run-toml/config.toml").write_text("steps = = 3", encoding="utf-8")
     shutil.copytree("run", "run-empty")
@@ -251,16 +324,42 @@ def _files() -> None:
     Path("run-lora/checkpoints/step-000001/lora.safetensors").write_bytes(b"no tensors")
 
 
+def _loras(good: Path) -> None:
+    """Damaged and odd copies of a LoRA."""
+    import torch
+    from safetensors.torch import load_file, save, save_file
+
+    tensors, data = load_file(good), good.read_bytes()
+    (first, tensor), rest = next(iter(tensors.items())), dict(list(tensors.items())[1:])
+    Path("cut.safetensors").write_bytes(data[: len(data) // 2])
+    Path("nothing.safetensors").write_bytes(save({}))
+    save_file({name.replace("blocks.0", "blocks.77"): value for name, value in tensors.items()}, "other.safetensors")
+    save_file(rest, "half.safetensors")
+    save_file(rest | {first: torch.full_like(tensor, torch.nan)}, "nan.safetensors")
+    save_file(tensors, "alpha.safetensors", metadata={"alpha": "much"})
+    save_file(rest | {first: tensor.to(torch.int32)}, "integers.safetensors")
+    save_file(rest | {first: tensor.to(torch.complex64)}, "complex.safetensors")
+
+
 def _run(main: object, arguments: Sequence[str]) -> tuple[int, str]:
     """(exit code, what was printed on stderr, or on stdout if nothing was)."""
     out, err = io.StringIO(), io.StringIO()
     code: object = 0
+    before = signal.signal(signal.SIGALRM, _too_slow)
     with redirect_stdout(out), redirect_stderr(err):
         try:
+            signal.alarm(MOST_S)
             main(list(arguments))  # type: ignore[operator]
         except SystemExit as error:
             code = error.code
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
     return code if isinstance(code, int) else 0 if code is None else 1, err.getvalue() or out.getvalue()
+
+
+def _too_slow(number: int, frame: object) -> None:
+    raise TimeoutError(f"nothing was said within {MOST_S} s")
 
 
 def faults(code: int, text: str, cure: str, wanted: int = 2) -> list[str]:
@@ -276,19 +375,27 @@ def faults(code: int, text: str, cure: str, wanted: int = 2) -> list[str]:
     return [fault for fault, there in found.items() if there]
 
 
+def _short(command: str) -> str:
+    for long in (LONG, DIGITS, BRACKETS):
+        command = command.replace(long, f"{long[0]}…{long[0]}")
+    return command
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Prints a line a row; given words choose the rows that contain all of them."""
     words = sys.argv[1:] if arguments is None else arguments
     os.environ |= {"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
     from lowmem_drf.cli import main as cli
+    from lowmem_drf.training.run_lock import locked
 
     rows = [(command, 2, cure) for command, cure in ROWS] + list(OTHERS)
     rows = [row for row in rows if all(word in row[0] for word in words)]
     wrong, start, before = 0, time.perf_counter(), Path.cwd()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         os.chdir(folder)
         try:
             _files()
+            stack.enter_context(locked(Path("run-locked"), print))
             for command, wanted, cure in rows:
                 began = time.perf_counter()
                 there = set(os.listdir())
@@ -299,7 +406,7 @@ def main(arguments: list[str] | None = None) -> int:
                 lines = [line for line in text.splitlines() if line.strip()]
                 verdict = f"WRONG ({', '.join(found)})" if found else "ok"
                 print(
-                    f"{verdict}: lowmem-drf {command.replace(LONG, 'n…n')}\n    exit code {code}, {len(lines)} lines, "
+                    f"{verdict}: lowmem-drf {_short(command)}\n    exit code {code}, {len(lines)} lines, "
                     f"{seconds:.1f} s: {' / '.join(lines)[:300]}",
                     flush=True,
                 )
