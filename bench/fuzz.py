@@ -22,6 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+FOUND = 3
+"""Exit code of a process with a finding. Where Python or ``faulthandler`` ends it, the code is another."""
 HANGS_AFTER_S = 60
 MOST_ADDRESSES = 8 * 2**30
 """Bytes of address space of a process."""
@@ -30,7 +32,7 @@ ROUND = 1000
 
 
 def attempt(name: str, seconds: float, folder: Path, output: Path) -> int:
-    """Tries inputs of one target in this process. Returns 1 at the first finding, which it has made small and saved."""
+    """Tries inputs of one target in this process. Returns ``FOUND`` at a finding, which it has made small and saved."""
     sys.path[:0] = [str(ROOT / "tests" / "fuzz"), str(ROOT / "tests" / "support")]
     from _targets import TARGETS, finding
     from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -73,7 +75,7 @@ def attempt(name: str, seconds: float, folder: Path, output: Path) -> int:
     for said, content in list(found.items())[-1:]:
         print(f"{name}: FOUND {said}\n  saved as {_save(output, target.name, name, content)}", flush=True)
     print(f"{name}: {tried:,} inputs, {'a finding' if found else 'no finding'}", flush=True)
-    return bool(found)
+    return FOUND if found else 0
 
 
 def _limit_memory() -> None:
@@ -113,11 +115,11 @@ def main(arguments: list[str] | None = None) -> int:
             share = options.minutes / len(chosen)
             command = [sys.executable, "-m", "bench.fuzz", "--target", name, "--minutes", str(share), "--child", folder]
             done = subprocess.run([*command, "--output", str(options.output)], check=False)
-            if done.returncode not in (0, 1):  # killed: by a crash in a library, or because it hung
+            if done.returncode not in (0, FOUND):  # a crash in a library, or it hung
                 options.output.mkdir(parents=True, exist_ok=True)
                 saved = options.output / f"{name.replace(' ', '-')}-crash-{TARGETS[name].name}"
                 shutil.copy(Path(folder) / TARGETS[name].name, saved)
-                print(f"{name}: FOUND a crash ({done.returncode}); its input is saved as {saved}", flush=True)
+                print(f"{name}: FOUND a crash or hang ({done.returncode}); its input is saved as {saved}", flush=True)
             bad += done.returncode != 0
     print(f"{len(chosen)} readers, {bad} with a finding")
     return int(bad > 0)

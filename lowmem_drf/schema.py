@@ -111,7 +111,10 @@ class Sampler(Node):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.graded_steps > self.steps:
-            yield "graded_steps", f"{self.graded_steps} graded steps do not fit in sampler.steps = {self.steps}"
+            yield (
+                "graded_steps",
+                f"{self.graded_steps} graded steps do not fit in sampler.steps = {self.steps}; lower it",
+            )
         if self.graded == "last" and self.graded_steps != 1:
             message = (
                 f'graded = "last" is one step, graded_steps = {self.graded_steps}; set it to 1, or graded = "tail"'
@@ -139,7 +142,7 @@ class Weights(Node):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.TA + self.Phy + self.VQ == 0:
-            yield "TA", "all three weights are 0: there would be no reward"
+            yield "TA", "all three weights are 0: there would be no reward; raise one"
         for name, weight in self:
             if 0 < weight < 1e-6:
                 yield name, f"{weight} is too small to count; set 0, or at least 1e-6"
@@ -212,7 +215,7 @@ class Lora(Node):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.targets:
-            yield "targets", "is empty: nothing would be trained"
+            yield "targets", "is empty: nothing would be trained; name some, or leave it out"
 
 
 class Optim(Node):

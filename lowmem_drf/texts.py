@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,11 @@ def one_line(text: str, most: int = 160) -> str:
     """A text of the user's or of a library's, on one line and cut, to stand in a message."""
     line = " ".join(text.split())
     return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of the names that a file holds, each cut."""
+    return ", ".join(one_line(name, 80) for name in names[:most]) + (", …" if len(names) > most else "")
 
 
 def escaped(written: str) -> str:

@@ -74,7 +74,7 @@ def changed(draw: st.DrawFn, value: Any, depth: int = 5) -> Any:
     return tuple([*value.items(), (key, other)]) if what == "twice" else rest | {draw(TEXTS): value[key]}
 
 
-ENCODINGS = st.sampled_from(["utf-8"] * 20 + ["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1"])
+ENCODINGS = st.sampled_from(["utf-8"] * 60 + ["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1"])
 
 
 @st.composite
@@ -129,7 +129,7 @@ def damaged(draw: st.DrawFn, files: Sequence[bytes]) -> bytes:
 
 def files_of(*strategies: Bytes) -> Bytes:
     """Any of them, or a few bytes of any kind."""
-    return st.one_of(*strategies, st.binary(max_size=64))
+    return st.one_of(*strategies * 8, st.binary(max_size=64))
 
 
 # safetensors
@@ -200,7 +200,7 @@ def safetensors(draw: st.DrawFn, tensors: dict[str, tuple[int, ...]], metadata: 
         header.append((name, {"dtype": kind, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}))
         data += raw
     made: Any = tuple(header)
-    if draw(st.integers(0, 2)) == 0:
+    if draw(st.integers(0, 7)) == 0:
         made = draw(changed(dict(header)))
     length = draw(st.none() | WORDS) if draw(st.integers(0, 9)) == 0 else None
     return packed(made, data, length)

@@ -32,10 +32,9 @@ if TYPE_CHECKING:
 MOST_LINES, MOST_LETTERS = 6, 2000
 MOST_SECONDS, MOST_BYTES = 5.0, 200 * 2**20
 CURE = re.compile(
-    r"\b(Give|Take|Save|Write|Rename|Check|Use|Set|Put|Delete|Start a new run|"
-    r"Get|Export|Keep|keep|Add|Remove|Make|make|Copy|Convert|convert|Try|"
-    r"Look|See|Play|Change|Name|Correct|Restore|Did you mean|is to be|should be|is not a multiple|nearest|write it as|"
-    r"give|must be|at least|at most|Leave|Let)\b"
+    r"\b(give|take|save|write|rename|check|use|set|get|export|keep|add|remove|make|copy|convert|try|look|see|play|change|"
+    r"name|correct|restore|lower|raise|put|delete|start a new run|leave|let|pull|did you mean|nearest|is to be|should be|must|at least|at most)\b",
+    re.IGNORECASE,
 )
 """A message says what to do."""
 
@@ -291,7 +290,9 @@ def _toml() -> Bytes:
 
 def _overrides() -> Bytes:
     keys = st.sampled_from([*known_keys(), "video", "optim", "extends", "a." * 5000 + "b", "", "x y"])
-    one = st.tuples(keys, st.sampled_from(["=", " = ", "", "=="]), _values() | st.sampled_from(["1\nseed=2", "{a=1}"]))
+    one = st.tuples(
+        keys, st.sampled_from([*"=======", " = ", "", "=="]), _values() | st.sampled_from(["1\nseed=2", "{a=1}"])
+    )
     return encoded(st.lists(one.map("".join), min_size=1, max_size=8).map("\n\n".join)) | st.binary(max_size=64).map(
         lambda raw: b"model.id=" + raw
     )

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lowmem_drf.errors import BadInputError, LowmemError
+from lowmem_drf.texts import some
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -174,23 +175,19 @@ def _refuse_other_model(expected: Mapping[str, tuple[int, ...]], state: Mapping[
     """Raises BadInputError with all differences in names and shapes."""
     problems = []
     if missing := sorted(expected.keys() - state.keys()):
-        problems.append(f"{len(missing)} tensors are missing from it ({_some(missing)})")
+        problems.append(f"{len(missing)} tensors are missing from it ({some(missing)})")
     if unknown := sorted(state.keys() - expected.keys()):
-        problems.append(f"{len(unknown)} of its tensors belong to no LoRA module of this model ({_some(unknown)})")
+        problems.append(f"{len(unknown)} of its tensors belong to no LoRA module of this model ({some(unknown)})")
     common = expected.keys() & state.keys()
     if differing := sorted(name for name in common if tuple(state[name].shape) != expected[name]):
         name = differing[0]
         what = f"{name} is {list(state[name].shape)}, this model has {list(expected[name])}"
         problems.append(f"{len(differing)} tensors have another shape, so another rank or width ({what})")
     if not_finite := sorted(name for name in common if not bool(torch.isfinite(state[name]).all())):
-        problems.append(f"{len(not_finite)} tensors hold NaN or infinity ({_some(not_finite)})")
+        problems.append(f"{len(not_finite)} tensors hold NaN or infinity ({some(not_finite)})")
     if problems:
         raise BadInputError(
             "The LoRA does not fit this model: "
             + "; ".join(problems)
             + ". Use the model, rank and targets it was trained with (see the run's config.toml)."
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

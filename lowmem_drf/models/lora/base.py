@@ -32,7 +32,7 @@ from lowmem_drf.models.lora.formats import (
 from lowmem_drf.models.wan.names import wan_name
 from lowmem_drf.models.weights.downloads import hub_file
 from lowmem_drf.models.weights.reader import Change
-from lowmem_drf.texts import expanded, one_line, parse_json
+from lowmem_drf.texts import expanded, one_line, parse_json, some
 
 if TYPE_CHECKING:
     import torch
@@ -135,7 +135,7 @@ def read_changes(
         alpha = tensor_alpha(pair["alpha"], module) if "alpha" in pair else header_alpha(metadata, rank)
         parts.setdefault(name, []).append(partial(_product, down, up, alpha / rank, shape))
     if unused:
-        misfits.insert(0, f"{len(unused)} of its tensors belong to nothing in this transformer ({_some(unused)})")
+        misfits.insert(0, f"{len(unused)} of its tensors belong to nothing in this transformer ({some(unused)})")
     if misfits or not parts:
         problems = "; ".join(one_line(misfit, 200) for misfit in misfits[:4]) or "it holds nothing"
         raise BadInputError(f"{problems}. It was made for another model, or is of a kind that is not supported.")
@@ -180,7 +180,3 @@ def _alpha_patterns(metadata: Mapping[str, str]) -> str:
         return ", ".join(header.get("transformer.alpha_pattern") or ())
     except (ValueError, AttributeError, TypeError) as error:
         raise BadInputError(f"its header is damaged: {error}") from error
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

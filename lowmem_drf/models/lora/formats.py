@@ -84,7 +84,7 @@ def to_format(
             tensors[f"{stem}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     if lost := [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]:
         short = str(dtype).removeprefix("torch.")
-        raise BadInputError(f"{lost[0]} does not fit into {short}. Export with --dtype bf16 or fp32.")
+        raise BadInputError(f"{one_line(lost[0], 80)} does not fit into {short}. Export with --dtype bf16 or fp32.")
     return {name: value.contiguous() for name, value in tensors.items()}
 
 
@@ -158,17 +158,19 @@ def from_format(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> L
     if not pairs:
         raise BadInputError("it holds no LoRA")
     if half := [module for module, pair in pairs.items() if not {"A", "B"} <= pair.keys()]:
-        raise BadInputError(f"it holds half a LoRA pair for {half[0]}")
+        raise BadInputError(f"it holds half a LoRA pair for {one_line(half[0], 80)}")
     for module, pair in pairs.items():
         if not is_pair(pair["A"], pair["B"]) or pair["A"].ndim + pair["B"].ndim != 4:
             sizes = f"{list(pair['B'].shape)} x {list(pair['A'].shape)}"
-            raise BadInputError(f"its pair for {module} is {one_line(sizes)}, which are no two matrices of one rank")
+            raise BadInputError(
+                f"its pair for {one_line(module, 80)} is {one_line(sizes)}, which are no two matrices of one rank"
+            )
     ranks = {int(pair["A"].shape[0]) for pair in pairs.values()}
     if len(ranks) > 1:
         raise BadInputError(f"its modules have ranks {shown(sorted(ranks))}; one rank for all is supported")
     if lost := not_finite({f"{module}.{side}": pair[side] for module, pair in pairs.items() for side in "AB"}):
         raise BadInputError(
-            f"{len(lost)} of its matrices hold NaN or infinity (the first: {lost[0]}); take another file"
+            f"{len(lost)} of its matrices hold NaN or infinity (the first: {one_line(lost[0], 80)}); take another file"
         )
     (rank,) = ranks
     default = header_alpha(metadata, rank)
@@ -208,7 +210,9 @@ def _stem(module: str, form: LoraFormat) -> str:
     """Name of a block's Linear in ComfyUI's or kohya's files."""
     match = re.fullmatch(r"(blocks\.\d+)\.(.+)", module)
     if match is None or match[2] not in BLOCK_LINEARS:
-        raise BadInputError(f"The {form} format has no name for a LoRA on {module}. Export with --format diffusers.")
+        raise BadInputError(
+            f"The {form} format has no name for a LoRA on {one_line(module, 80)}. Export with --format diffusers."
+        )
     wan = f"{match[1]}.{BLOCK_LINEARS[match[2]]}"
     return f"diffusion_model.{wan}" if form == "comfyui" else f"lora_unet_{wan.replace('.', '_')}"
 
@@ -239,8 +243,8 @@ def header_alpha(metadata: Mapping[str, str], rank: int) -> float:
 def tensor_alpha(value: Tensor, module: str) -> float:
     """A module's alpha from its tensor. Raises BadInputError unless it is one positive number."""
     if value.numel() != 1:
-        raise BadInputError(f"its alpha of {module} holds {value.numel()} numbers in place of one")
-    return _checked_alpha(float(value), f"its alpha of {module}")
+        raise BadInputError(f"its alpha of {one_line(module, 80)} holds {value.numel()} numbers in place of one")
+    return _checked_alpha(float(value), f"its alpha of {one_line(module, 80)}")
 
 
 def is_pair(a: Tensor, b: Tensor) -> bool:

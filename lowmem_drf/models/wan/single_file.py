@@ -7,7 +7,7 @@ names. The file has no configuration: it must exactly fit that of ``model.id``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.weights.files import PICKLES, damage
 from lowmem_drf.models.weights.quant import Quant
 from lowmem_drf.models.weights.reader import DTYPES, Changes, Entry, TensorFiles, fill_from_files, parameter_shapes
-from lowmem_drf.texts import expanded
+from lowmem_drf.texts import expanded, one_line, some
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -84,7 +84,7 @@ def _checked(path: Path) -> TensorFiles:
     if low or scaled:
         first = (low or scaled)[0]
         raise BadInputError(
-            f"model.transformer, {path} is quantised ({first} is {files.entries[first].dtype}); "
+            f"model.transformer, {path} is quantised ({one_line(first, 80)} is {files.entries[first].dtype}); "
             f"model.quant quantises full weights. {advice}"
         )
     return files
@@ -105,9 +105,9 @@ def _matched(
     wanted = {name if as_diffusers else wan_name(name): name for name in shapes}
     problems = []
     if missing := sorted(wanted.keys() - in_file.keys()):
-        problems.append(f"lacks {len(missing)} tensors of it ({_some(missing)})")
+        problems.append(f"lacks {len(missing)} tensors of it ({some(missing)})")
     if unexpected := sorted(in_file.keys() - wanted.keys()):
-        problems.append(f"has {len(unexpected)} that it has not ({_some(unexpected)})")
+        problems.append(f"has {len(unexpected)} that it has not ({some(unexpected)})")
     common = sorted(wanted.keys() & in_file.keys())
     if other := [own for own in common if header[in_file[own]].shape != shapes[wanted[own]]]:
         own, found = other[0], list(header[in_file[other[0]]].shape)
@@ -118,7 +118,3 @@ def _matched(
             "Let model.id name the model that the file is a version of."
         )
     return {wanted[own]: in_file[own] for own in common}
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

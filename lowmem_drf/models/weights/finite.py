@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.texts import one_line
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,7 +28,7 @@ def refuse_weights(tensors: Mapping[str, Tensor], where: object) -> None:
     """Raises BadInputError if one of the tensors that were read from ``where`` holds NaN or infinity."""
     if lost := not_finite(tensors):
         raise BadInputError(
-            f"{len(lost)} tensors of {where} hold NaN or infinity (the first: {lost[0]}). Get it anew; in bf16 an "
+            f"{len(lost)} tensors of {where} hold NaN or infinity (the first: {one_line(lost[0], 80)}). Get it anew; in bf16 an "
             "infinity may also be an fp32 number that is too large."
         )
 
