@@ -28,8 +28,8 @@ def refuse_weights(tensors: Mapping[str, Tensor], where: object) -> None:
     """Raises BadInputError if one of the tensors that were read from ``where`` holds NaN or infinity."""
     if lost := not_finite(tensors):
         raise BadInputError(
-            f"{len(lost)} tensors of {where} hold NaN or infinity (the first: {one_line(lost[0], 80)}). Get it anew; in bf16 an "
-            "infinity may also be an fp32 number that is too large."
+            f"{len(lost)} tensors of {where} hold NaN or infinity (the first: {one_line(lost[0], 80)}). Get it anew; "
+            "in bf16 an infinity may also be an fp32 number that is too large."
         )
 
 
