@@ -39,7 +39,10 @@ def attempt(name: str, seconds: float, folder: Path, output: Path) -> int:
     from hypothesis.errors import HypothesisWarning
 
     warnings.simplefilter("ignore", HypothesisWarning)  # the values that it samples are long
-    target, tried, end = TARGETS[name], 0, time.monotonic() + seconds
+    target, tried = TARGETS[name], 0
+    target.warm(folder)
+    _limit_memory()
+    end = time.monotonic() + seconds
     found: dict[str, bytes] = {}
 
     @settings(
@@ -63,8 +66,6 @@ def attempt(name: str, seconds: float, folder: Path, output: Path) -> int:
             found[said] = content
             raise AssertionError(said)
 
-    target.warm(folder)
-    _limit_memory()
     while time.monotonic() < end and not found:
         number = int.from_bytes(os.urandom(4), "big")
         try:
