@@ -138,15 +138,17 @@ def update(
     seeds = [derive_seed(config.seed, "noise", step, clip) for clip in range(len(prompts))]
     lr = learning_rate(config.optim, step, config.steps)
     own, own_seeds = ranks.share(prompts), ranks.share(seeds)
+    judge = judge if len(spec.kept) == config.video.frames else None
     with trainer.accumulate():
-        stats, cause = _accumulate(config, models, parts, spec, own, own_seeds, questions, ranks)
+        stats, cause = _accumulate(config, models, parts, spec, own, own_seeds, questions, ranks, judge is not None)
     with models.meter.stage("update"):
         grad_norm = trainer.step(lr)
         stepped = math.isfinite(grad_norm)
         good = trainer.finite() if stepped else True
-    frames = torch.cat([stat.frames_BTCHW for stat, _ in stats])
-    judged = judge is not None and stepped and frames.shape[1] == config.video.frames
-    oracle = dict(judge(frames, [prompt.text for prompt in own])) if judge and judged else {}
+    oracle: dict[str, float] = {}
+    if judge and stepped:
+        frames = torch.cat([stat.frames_BTCHW for stat, _ in stats])
+        oracle = dict(judge(frames, [prompt.text for prompt in own]))
     rewards = [(stat.reward, stat.reward_by_aspect, stat.reward_by_question, weight) for stat, weight in stats]
     shares = ranks.gather((rewards, oracle, good, cause, *models.meter.take()))
     made = [row for rows, *_ in shares for row in rows]
@@ -183,9 +185,12 @@ def _accumulate(
     seeds: Sequence[int],
     questions: Mapping[str, Sequence[Question]],
     ranks: Ranks,
+    with_frames: bool,
 ) -> tuple[list[tuple[StepStats, float]], Cause | None]:
     """Accumulates the gradient of -(mean reward of the batch) in ``.grad``, one micro-batch after another. Returns the
-    statistics and the weight of each micro-batch, and what was NaN or infinite; then the gradient is NaN."""
+    statistics and the weight of each micro-batch, and what was NaN or infinite; then the gradient is NaN.
+
+    Latents are dropped, and so are frames unless ``with_frames``: over the batch they would add up."""
     stats: list[tuple[StepStats, float]] = []
     cause: Cause | None = None
     for first in range(0, len(prompts), config.micro_batch):
@@ -198,7 +203,9 @@ def _accumulate(
         noise, uncond = models.noise(some_seeds), models.no_condition(len(some))
         found: list[NonFiniteError] = []
         stat = drf_step(parts, spec, noise, cond, uncond, asked, lv_generators, weight, found.append)
-        stats.append((replace(stat, latents_BCFhw=stat.latents_BCFhw[:0]), weight))
+        nothing = stat.frames_BTCHW.new_empty(0)  # a slice would keep the whole
+        frames = stat.frames_BTCHW if with_frames else nothing
+        stats.append((replace(stat, latents_BCFhw=nothing, frames_BTCHW=frames), weight))
         gradients = [tensor.grad for tensor in parts.lora if tensor.grad is not None]
         if not found and cause is None and not bool(torch.nn.utils.get_total_norm(gradients).isfinite()):
             found.append(NonFiniteError("gradients of the LoRA are NaN or infinite", "denoise_backward"))

@@ -32,6 +32,8 @@ from lowmem_drf.models.lora.formats import (
     to_format,
 )
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
+from lowmem_drf.prompts import Cursor
+from lowmem_drf.training.checkpoint import Checkpoint, save_checkpoint
 from lowmem_drf.training.run_folder import run_config
 
 ALPHA, RANK = 3.0, 2  # alpha / rank is no power of two: folding really rounds
@@ -287,11 +289,9 @@ def written(tmp_path_factory) -> Path:
     )
     config = load_config(place / "preset.toml")
     for step in (5, 10):
-        checkpoint = folder / f"checkpoints/step-{step:06d}"
-        checkpoint.mkdir(parents=True)
         lora, _ = trained()
         state = {k: v * step / 10 for k, v in lora.state.items()}
-        save_file(state, checkpoint / "lora.safetensors", metadata={"rank": str(RANK), "alpha": repr(ALPHA)})
+        save_checkpoint(folder, Checkpoint(step, state, {}, Cursor(), ""), ALPHA, keep=2)
     (folder / "config.toml").write_text(to_toml(config))
     return place
 
