@@ -170,7 +170,7 @@ def _manifest(row: Mapping[str, Any]) -> Manifest:
     numbers += [size for size, _ in files.values()]
     if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise ValueError
-    if not all(re.fullmatch(r"\w[\w.-]*", name, re.ASCII) for name in files):
+    if not all(re.fullmatch(r"\w[\w.-]{0,80}", name, re.ASCII) for name in files):
         raise ValueError
     step, epoch, index, skipped = numbers[:4]
     spread = {name: (int(count), float(mean), float(var)) for name, (count, mean, var) in row["spread"].items()}

@@ -33,8 +33,8 @@ MOST_LINES, MOST_LETTERS = 6, 2000
 MOST_SECONDS, MOST_BYTES = 5.0, 200 * 2**20
 CURE = re.compile(
     r"\b(give|take|save|write|rename|check|use|set|get|export|keep|add|remove|make|copy|convert|try|look|see|play|change|"
-    r"name|correct|restore|lower|raise|put|delete|start a new run|leave|let|pull|did you mean|nearest|is to be|should be|"
-    r"must|at least|at most)\b",
+    r"name|correct|restore|lower|raise|put|delete|start a new run|leave|let|pull|did you mean|nearest|is to be|"
+    r"should be|must|at least|at most)\b",
     re.IGNORECASE,
 )
 """A message says what to do."""
