@@ -33,7 +33,7 @@ def surviving(config: Config, run: Path, begin: Sequence[str], may_change: tuple
     """Around a run in one process.
 
     Args:
-        begin: the arguments of this command, for a run that fails before its folder holds anything to resume.
+        begin: the arguments of this command, for a run that fails before its folder holds its settings.
         may_change: prefixes of the keys that a resumed run may change.
 
     Raises:
@@ -45,7 +45,9 @@ def surviving(config: Config, run: Path, begin: Sequence[str], may_change: tuple
         if (shortage := shortage_of(error)) is None:
             raise
         let_go(error)
-        again = ["train", "--resume", "--output", str(run)] if (run / "config.toml").is_file() else list(begin)
+        # a resumed run that failed early has not saved its new settings: they are given again
+        saved = "--resume" not in begin and (run / "config.toml").is_file()
+        again = ["train", "--resume", "--output", str(run)] if saved else list(begin)
         less = _less(config, shortage)
         if _done(run) >= config.steps:
             raise LowmemError("\n".join([*shortage.lines(), *_complete(run, less)])) from error

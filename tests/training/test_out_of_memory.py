@@ -334,6 +334,8 @@ def test_what_is_started_anew(tmp_path, monkeypatch, capsys):
     again = ["train", "--resume", "--output", str(tmp_path)]
     assert adapts(config, tmp_path, begin, MemoryError(), monkeypatch) == [*again, *less]
     assert capsys.readouterr().err.count("No update is saved yet") == 2
+    resumed = [*again, "-s", "optim.lr=1e-5"]  # its settings are in no file before the models are loaded
+    assert adapts(config, tmp_path, resumed, MemoryError(), monkeypatch) == [*resumed, *less]
 
 
 def test_the_host_s_memory_in_a_run_on_a_card_has_its_own_ladder(tmp_path, monkeypatch):
