@@ -117,14 +117,22 @@ def checkpoint_folder(run: Path, step: int | None = None) -> Path:
 
     Raises:
         BadInputError: there is none.
-        LowmemError: no checkpoint can be used.
+        LowmemError: it is damaged, or all are.
     """
     steps = checkpoint_steps(run)
     if not steps:
         raise BadInputError(f"{run} has no checkpoint yet. Go on training: {resume_command(run)}")
     if step is not None and step not in steps:
         raise BadInputError(f"{run} has no checkpoint of step {step}. Steps: {', '.join(map(str, steps))}")
-    return _folder(run, good_step(run) if step is None else step)
+    if step is None:
+        return _folder(run, good_step(run))
+    try:
+        read_manifest(_folder(run, step))
+    except DamagedError as error:
+        others = ", ".join(str(other) for other in steps if other != step)
+        cure = f"Take another: {others}." if others else "There is no other."
+        raise LowmemError(f"the checkpoint step-{step:06d} of {run} is damaged ({error}). {cure}") from error
+    return _folder(run, step)
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint, alpha: float, keep: int) -> Path:
