@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shlex
 import subprocess
 
@@ -31,6 +32,19 @@ def quoted(word: object) -> str:
     return subprocess.list2cmdline([str(word)]) if os.name == "nt" else shlex.quote(str(word))
 
 
+def system_error(error: BaseException) -> int | None:
+    """The system's number of a failed call to it, whether Python or safetensors, which is no OSError, reports it."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(found[1]) if found else None
+
+
+def disk_full(error: BaseException) -> bool:
+    """Whether a disk, or the user's share of it, has no room for a file."""
+    return system_error(error) in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
 DEBUG = "--debug"
 """The option that shows tracebacks."""
 
@@ -56,6 +70,6 @@ def explain(error: BaseException) -> tuple[str, int]:
 
     if message := broken(error):
         return message, 1
-    if isinstance(error, OSError):
+    if system_error(error) is not None or isinstance(error, OSError):
         return f"{error}\nCheck the path, its permissions and the free disk space.", 1
     return f"unexpected {type(error).__name__}: {error}\nRun the same command with {DEBUG} to see where.", 1

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from lowmem_drf.assembly.assemble import Models
 from lowmem_drf.config import to_toml
 from lowmem_drf.distributed.ranks import ALONE, Ranks
-from lowmem_drf.errors import BadInputError, LowmemError, NonFiniteError
+from lowmem_drf.errors import BadInputError, LowmemError, NonFiniteError, disk_full
 from lowmem_drf.files import text_hash, write_text
 from lowmem_drf.method.reward import Spread
 from lowmem_drf.models.lora.adapter import load_lora_state, lora_parameters, lora_state
@@ -156,8 +156,11 @@ def train(
     except Exception as error:
         if (shortage := shortage_of(error)) and config.engine == "single":
             let_go(error)
-            shortage.lost = finished.rescue(max(checkpoint_steps(run), default=0), save)
+            shortage.lost = finished.rescue(_saved(run), save)
             error.shortage = shortage  # type: ignore[attr-defined]
+        if disk_full(error):
+            alone = config.engine == "single"  # saving is the work of all processes
+            raise LowmemError(_full(error, run, finished.rescue(_saved(run), save) if alone else "")) from error
         raise
     finally:
         if metrics:
@@ -188,6 +191,19 @@ def _deleted(run: Path, step: int) -> str:
     )
 
 
+def _saved(run: Path) -> int:
+    return max(checkpoint_steps(run), default=0)
+
+
+def _full(error: Exception, run: Path, lost: str) -> str:
+    saved = _saved(run)
+    kept = f"Update {saved} is the last one saved" if saved else "No update is saved yet"
+    return (
+        f"the disk is full: {error}\n{kept}{f' ({lost})' if lost else ''}.\n"
+        f"Free some space, then go on with: {resume_command(run)}"
+    )
+
+
 @contextmanager
 def _finish_on_interrupt(progress: TrainProgress, run: Path, ranks: Ranks) -> Iterator[list[int]]:
     """Inside the block, the first Ctrl-C only fills the list. The second ends the process at once; saved updates stay.
@@ -204,9 +220,8 @@ def _finish_on_interrupt(progress: TrainProgress, run: Path, ranks: Ranks) -> It
         if asked and not ranks.chief:
             os._exit(130)
         if asked:
-            saved = max(checkpoint_steps(run), default=0)
             again = f"Go on with: {resume_command(run)}"
-            progress.leave(f"Stopped at once; update {saved} is the last one saved. {again}")
+            progress.leave(f"Stopped at once; update {_saved(run)} is the last one saved. {again}")
             os._exit(130)
         asked.append(number)
         if ranks.chief:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import typer
 from _root import ROOT
+from safetensors import SafetensorError
 from typer.testing import CliRunner
 
 from bench import bad_inputs
@@ -127,6 +128,7 @@ def test_bad_input_is_one_message_with_its_cure_and_exit_code_2(run_cli, tmp_pat
         (KeyboardInterrupt(), 130, "Interrupted."),
         (KeyboardInterrupt("Saved."), 130, "Saved."),
         (OSError(28, "No space left on device", "x"), 1, "free disk space"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 1, "free disk space"),
         (MemoryError("too big"), 1, "micro_batch=1"),
         (ZeroDivisionError("odd"), 1, "--debug"),
     ],

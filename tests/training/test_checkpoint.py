@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from _killed import train_until_killed
 
@@ -191,6 +192,8 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(damage, tiny_ru
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
     damage(run, run / "checkpoints" / "step-000004")
     assert checkpoint_folder(run).name == "step-000003"  # what sample, eval and export-lora take
+    with pytest.raises(LowmemError, match="step-000004 of .* is damaged.*Take another: 3"):
+        checkpoint_folder(run, 4)  # export-lora --step 4
     assert re.search(r"The checkpoint step-000004 of .* is damaged \(.*\): step-000003 is used", capfd.readouterr().err)
     train_command(None, None, run, None, None, True, ["log.keep=1"], False)
     assert "resumed after update 3" in (said := capfd.readouterr()).out and "step-000004" in said.err
@@ -198,6 +201,22 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(damage, tiny_ru
     assert sorted(os.listdir(run / "checkpoints")) == ["damaged-step-000004", "step-000004"]
     with pytest.raises(BadInputError, match="is complete: 4 of 4"):
         train_command(None, None, run, None, None, True, [], False)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_said_with_what_is_saved(tiny_preset, tmp_path, monkeypatch):
+    run, save_file = tmp_path / "run", safetensors.torch.save_file
+
+    def full(tensors, path, **rest):
+        if "step-000002" in str(path):
+            raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+        save_file(tensors, path, **rest)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    settings = ["log.checkpoint_every=1", "log.sample_every=0", "batch=1", "micro_batch=1"]
+    with pytest.raises(LowmemError, match=r"disk is full(.|\n)*Update 1 is the last one saved(.|\n)*--resume --output"):
+        train_command(str(tiny_preset), None, run, 2, None, False, settings, False)
+    assert os.listdir(run / "checkpoints") == ["step-000001"]
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_says_how_to_begin_anew(tiny_run, tmp_path):
