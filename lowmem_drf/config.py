@@ -77,11 +77,11 @@ def preset_path(preset: str) -> Path:
         if path.is_file():
             return path
         cure = "See the presets of this package with: lowmem-drf presets list"
-        raise BadInputError(f"preset file {preset} does not exist. {cure}")
+        raise BadInputError(f"preset file {one_line(preset)} does not exist. {cure}")
     near = difflib.get_close_matches(preset, presets(), n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
     cure = f"Presets: {', '.join(presets())}; or give a path to a TOML file."
-    raise BadInputError(f"there is no preset {preset!r}.{hint} {cure}")
+    raise BadInputError(f"there is no preset {shown(preset)}.{hint} {cure}")
 
 
 def preset_text(preset: str) -> str:
