@@ -22,7 +22,7 @@ from lowmem_drf.questions.file import WRITERS
 from lowmem_drf.schema import Config
 from lowmem_drf.shortage import during
 from lowmem_drf.terminal import make_console
-from lowmem_drf.texts import escaped, expanded
+from lowmem_drf.texts import escaped, expanded, one_line
 from lowmem_drf.training.checkpoint import checkpoint_steps, good_step, last_manifest, resume_command
 from lowmem_drf.training.manifest import MAY_CHANGE, fixed_settings
 from lowmem_drf.training.run_folder import RUNS, claim, default_output, find_run, saved_config
@@ -239,7 +239,13 @@ def _ready_questions(run: Path, config: Config, prompts: Sequence[Prompt]) -> di
     from lowmem_drf.questions.file import load_questions
 
     file = run / "questions.json"
-    saved = load_questions(file) if file.is_file() else {}
+    try:
+        saved = load_questions(file) if file.is_file() else {}
+    except BadInputError as error:
+        raise BadInputError(
+            f"the run's own questions cannot be read ({one_line(str(error), 120)}). "
+            f"Delete {quoted(file)} and resume: the run makes it again."
+        ) from error
     makers = writers_of(config, prompts)
     ours = [prompt for prompt in prompts if makers[prompt.id] in ("phrases", "grammar")]
     return {prompt.id: saved[prompt.text] for prompt in ours if prompt.text in saved}

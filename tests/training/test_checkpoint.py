@@ -258,6 +258,9 @@ def test_edited_questions_are_refused(tiny_run, tmp_path):
     (run / "questions.json").write_text(text.replace('"answer": "yes"', '"answer": "no"', 1))
     with pytest.raises(BadInputError, match="questions of .* have changed.*questions.json was edited, delete it"):
         train_command(None, None, run, 5, None, True, [], False)
+    (run / "questions.json").write_text("{")
+    with pytest.raises(BadInputError, match="own questions cannot be read.*Delete .*questions.json and resume"):
+        train_command(None, None, run, 5, None, True, [], False)
     (run / "questions.json").unlink()
     train_command(None, None, run, 5, None, True, [], False)
     assert (run / "questions.json").read_text() == text
