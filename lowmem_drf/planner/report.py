@@ -11,7 +11,7 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.weights.sources import READER, TOYWORLD
 from lowmem_drf.planner.cards import GIB, Card, card_named
 from lowmem_drf.schema import Config
-from lowmem_drf.terminal import make_console
+from lowmem_drf.terminal import can_redraw, make_console, write_error
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,9 +24,12 @@ def planned(config: Config, card: Card, vram_gib: float, console: Console) -> Pl
     from lowmem_drf.planner.ladder import advise
     from lowmem_drf.planner.plan import make_plan
 
-    with console.status("planning one update on tensors without values …") as status:
+    first = "planning one update on tensors without values …"
+    with console.status(first) as status:
+        say = status.update if can_redraw(console) else write_error  # in a log too: it may take minutes
+        say(first)
         plan = make_plan(config, card, vram_gib)
-        return advise(config, card, plan, lambda text: status.update(f"it does not fit; trying {text}"))
+        return advise(config, card, plan, lambda text: say(f"it does not fit; trying {text}"))
 
 
 def card_here(config: Config) -> float | None:
