@@ -42,7 +42,7 @@ def imported(models: bool = False) -> Iterator[Check]:
         good += not found
         yield from found
     if good:
-        yield Check("imports", "ok", f"{good} {'that hold models' if models else 'packages'} can be imported")
+        yield Check("imports", "ok", f"{good} {'libraries of models' if models else 'packages'} can be imported")
 
 
 def _import(name: str) -> Iterator[Check]:

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 import pytest
 
-from lowmem_drf import cli
+from lowmem_drf.__main__ import main
 from lowmem_drf.commands.train import train_command
 from lowmem_drf.training import loop
 from lowmem_drf.training.checkpoint import checkpoint_folder, checkpoint_steps
@@ -123,14 +123,15 @@ def _started(preset, folder, tee=False, seen=None, fatal=None, options=()):
         return child, group or child
     code = 1
     try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.setpgid(0, group)
         output = reader.stdin.fileno() if reader else os.open(log, os.O_WRONLY | os.O_CREAT)
         for handle in (1, 2):
             os.dup2(output, handle)
         sys.stdout, sys.stderr = (os.fdopen(handle, "w", buffering=1, closefd=False) for handle in (1, 2))
         _watch_third_save(seen, fatal)
-        words = ["train", "--preset", str(preset), "--output", str(folder / "run"), *options]
-        cli.main(words)
+        sys.argv = ["lowmem-drf", "train", "--preset", str(preset), "--output", str(folder / "run"), *options]
+        main()
         code = 0
     except SystemExit as error:
         code = error.code
