@@ -10,6 +10,7 @@ from lowmem_drf.models.lora.adapter import add_lora, attach_lora, load_lora_stat
 from lowmem_drf.models.lora.formats import read_lora
 from lowmem_drf.schema import Config
 from lowmem_drf.training.checkpoint import load_checkpoint
+from lowmem_drf.training.manifest import refuse_damaged
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -25,7 +26,8 @@ def load_run_lora(transformer: WanTransformer3DModel, folder: Path, config: Conf
 
 def load_lora_file(transformer: WanTransformer3DModel, path: Path) -> None:
     """Adds the LoRA of a file in any format that ``formats.read_lora`` reads. Raises BadInputError if it holds no LoRA
-    or one that does not fit this model."""
+    or one that does not fit this model, LowmemError if it belongs to a damaged checkpoint."""
+    refuse_damaged(path)
     lora = read_lora(path)
     try:
         attach_lora(transformer, lora.state, lora.alpha)

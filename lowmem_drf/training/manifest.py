@@ -94,6 +94,16 @@ def read_manifest(folder: Path, files: bool = True) -> Manifest:
     return manifest
 
 
+def refuse_damaged(path: Path) -> None:
+    """Raises LowmemError for a file of a checkpoint that is not what was saved; does nothing for any other file."""
+    try:
+        saved = _parsed(path.parent / MANIFEST).files.get(path.name) if (path.parent / MANIFEST).is_file() else None
+        if saved and path.is_file() and _measured(path) != saved:
+            raise DamagedError("it has other bytes than when it was saved")
+    except DamagedError as error:
+        raise LowmemError(f"{path} belongs to a damaged checkpoint ({error}). Take that of another one.") from error
+
+
 def fixed_settings(config: Config) -> dict[str, Any]:
     """The settings of a run that may not change, by dotted key."""
     row = config.model_dump(mode="json")

@@ -28,6 +28,7 @@ from lowmem_drf.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from lowmem_drf.training.manifest import refuse_damaged
 from lowmem_drf.training.metrics import read_metrics
 from lowmem_drf.training.run_folder import run_config
 from lowmem_drf.types import Question
@@ -166,8 +167,12 @@ def test_every_flipped_bit_is_noticed(tiny_run, tmp_path):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
         with pytest.raises(LowmemError, match=rf"is damaged \({path.name}.*Delete its folder"):
             load_checkpoint(folder)
+        if path.name == "lora.safetensors":
+            with pytest.raises(LowmemError, match="belongs to a damaged checkpoint.*Take that of another one"):
+                refuse_damaged(path)
         path.write_bytes(whole)
     load_checkpoint(folder)
+    refuse_damaged(folder / "lora.safetensors")
 
 
 def other_step(run, folder):
