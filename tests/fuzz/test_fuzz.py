@@ -128,6 +128,7 @@ def test_an_odd_lora_is_refused_with_a_cure(changes, metadata, said, tmp_path):
         '{"a": {"dtype": "F32", "shape": [1000000000000], "data_offsets": [0, 4]}}',
         '{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
         '{"a": {"dtype": "F32", "shape": [1], "data_offsets": ["0", 4]}}',
+        '{"a": {"dtype": "%s", "shape": [1], "data_offsets": [0, 4]}}' % ("x" * 3000),
         '{"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}',
         '{"a": 1}',
         "[]",

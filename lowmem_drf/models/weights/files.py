@@ -171,7 +171,7 @@ def listed_weights(folder: Path) -> list[Path]:
 def _is_entry(entry: Any) -> bool:
     """Whether it says in numbers where a tensor is, and the place has the tensor's size."""
     match entry:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, end]}:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, end]} if len(dtype) <= 16:
             numbers = [*shape, start, end]
         case _:
             return False
