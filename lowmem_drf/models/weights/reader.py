@@ -21,7 +21,7 @@ from lowmem_drf.models.weights.filling import Value
 from lowmem_drf.models.weights.finite import refuse_weights
 from lowmem_drf.models.weights.packed_linear import PackedLinear
 from lowmem_drf.models.weights.sources import refuse_missing
-from lowmem_drf.texts import one_line, shown
+from lowmem_drf.texts import one_line
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """safetensors' names of the supported dtypes. All others hold quantised weights."""
@@ -103,7 +103,9 @@ def require_complete(files: TensorFiles, model: Any) -> None:
     ignored = model._keys_to_ignore_on_load_unexpected or ()
     if unused := sorted(name for name in entries.keys() - shapes.keys() if not any(part in name for part in ignored)):
         where = entries[unused[0]].file.parent
-        warnings.warn(f"{len(unused)} tensors of {where} are not used (the first: {shown(unused[0])})", stacklevel=2)
+        warnings.warn(
+            f"{len(unused)} tensors of {where} are not used (the first: {one_line(unused[0], 80)})", stacklevel=2
+        )
 
 
 def fill_from_files(
