@@ -10,12 +10,8 @@ from typing import Any
 from lowmem_drf.doctor.checks import Check, Child, looked_at
 from lowmem_drf.doctor.machine import HARDWARE, REST, SOFTWARE, fitting
 
-OWN = (
-    (SOFTWARE, (("imports",), ("imports", "--models"))),
-    (HARDWARE, (("card",),)),
-    (REST, ()),
-)
-"""What this process looks at, and the children (module, arguments) whose results stand behind it."""
+OWN = (("imports", SOFTWARE), ("card", HARDWARE), ("", REST))
+"""What this process looks at, and the child whose results stand behind it."""
 COLOURS = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 
 
@@ -34,20 +30,16 @@ def doctor_command(as_json: bool, full: bool) -> int:
 
 def look(full: bool) -> Iterator[Check]:
     """All checks. What imports libraries runs beside the rest, and not at all without torch."""
-    able = importlib.util.find_spec("torch") is not None
-    children = {
-        (name, *arguments): Child(f"lowmem_drf.doctor.{name}", full, *arguments)
-        for _, wanted in OWN
-        for name, *arguments in (wanted if able else ())
-    }
-    own = [[check for name, step in steps.items() for check in looked_at(name, step)] for steps, _ in OWN]
-    facts: dict[str, Any] = {}
-    for checks, (_, wanted) in zip(own, OWN, strict=True):
-        yield from checks
-        for child in (children[key] for key in wanted if key in children):
-            yield from child.checks()
-            facts |= child.facts
-    yield from looked_at("presets", lambda: fitting(facts.get("card", ""), facts.get("total", 0)))
+    names = ("imports", "card") if importlib.util.find_spec("torch") else ()
+    children = {name: Child(f"lowmem_drf.doctor.{name}", full) for name in names}
+    own = {part: [check for name, step in steps.items() for check in looked_at(name, step)] for part, steps in OWN}
+    found = {"card": list(children["card"].checks())} if children else {}
+    facts: dict[str, Any] = children["card"].facts if children else {}
+    presets = list(looked_at("presets", lambda: fitting(facts.get("card", ""), facts.get("total", 0))))
+    found |= {name: list(child.checks()) for name, child in children.items() if name not in found}  # the slow one last
+    for part, checks in own.items():
+        yield from (*checks, *found.get(part, ()))
+    yield from presets
 
 
 def show(checks: list[Check], full: bool) -> None:

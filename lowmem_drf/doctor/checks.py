@@ -68,14 +68,14 @@ def tell(steps: Steps) -> None:
 class Child:
     """Runs a module of this room in a process of its own, at once; ``checks`` waits for it."""
 
-    def __init__(self, module: str, full: bool, *arguments: str) -> None:
+    def __init__(self, module: str, full: bool) -> None:
         root = str(Path(lowmem_drf.__file__).parents[1])
         paths = [path for path in (os.environ.get("PYTHONPATH"), root) if path]
         # torch.compile is not used here, and importing it for bitsandbytes takes a second
         quiet = {"TORCHDYNAMO_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": os.pathsep.join(paths)}
         self._module, self._limit_s = module, FULL_LIMIT_S if full else LIMIT_S
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", module, *(["--full"] if full else []), *arguments],
+            [sys.executable, "-P", "-m", module, *(["--full"] if full else [])],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=os.environ | quiet,
