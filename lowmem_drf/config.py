@@ -32,7 +32,7 @@ DEFAULT_PRESET = "toy"
 """Loaded by ``load_config`` when no preset is named, and by ``train`` on a machine without a card: it runs anywhere."""
 
 
-MOST_BYTES = 2**20
+MOST_PRESET_BYTES = 2**20
 """Of a preset or a run's ``config.toml``."""
 MOST_PROBLEMS = 4
 """Listed in one message."""
@@ -90,7 +90,7 @@ def preset_text(preset: str) -> str:
 
 
 def _text(path: Path) -> str:
-    return read_text(path, f"preset file {path}", MOST_BYTES)
+    return read_text(path, f"preset file {path}", MOST_PRESET_BYTES)
 
 
 def preset_summary(path: Path) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lowmem_drf.errors import BadInputError
 
-MOST_BYTES = 80
+MOST_NAME_BYTES = 80
 """Of a file name that is made from a prompt. File systems allow 255, encrypted home folders 143."""
 
 IN_USE = (5, 32, 33, 1224)
@@ -134,14 +134,14 @@ def holds_run(folder: Path) -> bool:
 
 
 def readable_name(text: str, before: str = "", after: str = "") -> str:
-    """``before``, the beginning of ``text``, ``after``: a file name of at most ``MOST_BYTES`` bytes. Letters and digits
-    of every script stay if the file system's encoding has them; what lies between them becomes a hyphen."""
+    """``before``, the beginning of ``text``, ``after``: a file name of at most ``MOST_NAME_BYTES`` bytes. Letters and
+    digits of every script stay if the file system's encoding has them; what lies between them becomes a hyphen."""
     encoding = sys.getfilesystemencoding()
     letters = [
         letter if unicodedata.category(letter)[0] in "LMN" and letter.encode(encoding, "ignore") else " "
         for letter in unicodedata.normalize("NFC", text.lower())
     ]
-    room = MOST_BYTES - len(f"{before}{after}".encode())
+    room = MOST_NAME_BYTES - len(f"{before}{after}".encode())
     return f"{before}{_cut('-'.join(''.join(letters).split()), room).rstrip('-') or 'clip'}{after}"
 
 

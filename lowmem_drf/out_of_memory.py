@@ -25,7 +25,7 @@ from lowmem_drf.planner.plan import new_fakes
 from lowmem_drf.planner.report import laid_out
 from lowmem_drf.schema import Config
 from lowmem_drf.shortage import GIB, Shortage, let_go, shortage_of, size
-from lowmem_drf.training.checkpoint import checkpoint_steps
+from lowmem_drf.training.checkpoint import saved_step
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def surviving(config: Config, run: Path, begin: Sequence[str], may_change: tuple
         saved = "--resume" not in begin and (run / "config.toml").is_file()
         again = ["train", "--resume", "--output", str(run)] if saved else list(begin)
         less = _less(config, shortage)
-        if _done(run) >= config.steps:
+        if saved_step(run) >= config.steps:
             raise LowmemError("\n".join([*shortage.lines(), *_complete(run, less)])) from error
         if less.overrides and config.memory.on_oom == "adapt":
             say(f"{shortage.lines()[0]} {_saved(run, shortage)}")
@@ -105,12 +105,8 @@ def _complete(run: Path, less: Lowered) -> list[str]:
             f"  {_command(['eval', str(run)])}"]  # fmt: skip
 
 
-def _done(run: Path) -> int:
-    return max(checkpoint_steps(run), default=0)
-
-
 def _saved(run: Path, shortage: Shortage) -> str:
-    saved = _done(run)
+    saved = saved_step(run)
     said = f"Update {saved} is saved" if saved else "No update is saved yet"
     return f"{said} ({shortage.lost})." if shortage.lost else f"{said}."
 

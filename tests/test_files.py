@@ -7,7 +7,7 @@ import pytest
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import (
-    MOST_BYTES,
+    MOST_NAME_BYTES,
     discard,
     readable_name,
     refuse_in_run,
@@ -176,7 +176,7 @@ def test_names_made_of_prompts_are_readable_and_short():
     assert readable_name("🎬🎬", after=".mp4") == "clip.mp4" and readable_name("../\0\udc80/") == "clip"
     for text in ("球" * 400, "a" * 400):
         name = readable_name(text, after=f"-{short_hash(text)}-seed0.mp4")
-        assert MOST_BYTES - 3 < len(name.encode()) <= MOST_BYTES and name.endswith("-seed0.mp4")
+        assert MOST_NAME_BYTES - 3 < len(name.encode()) <= MOST_NAME_BYTES and name.endswith("-seed0.mp4")
     assert short_hash("球" * 400) != short_hash("球" * 401)
 
 

@@ -15,8 +15,7 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.generators import GeneratorConfig
 from lowmem_drf.models.weights.downloads import available_host_bytes
 from lowmem_drf.schema import Config
-
-GIB = 1024**3
+from lowmem_drf.shortage import GIB
 
 
 def latent_shape(config: Config, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int, int, int]:

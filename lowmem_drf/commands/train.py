@@ -23,7 +23,7 @@ from lowmem_drf.schema import Config
 from lowmem_drf.shortage import during
 from lowmem_drf.terminal import make_console
 from lowmem_drf.texts import escaped, expanded, one_line
-from lowmem_drf.training.checkpoint import checkpoint_steps, good_step, last_manifest, resume_command
+from lowmem_drf.training.checkpoint import good_step, last_manifest, resume_command, saved_step
 from lowmem_drf.training.manifest import MAY_CHANGE, fixed_settings
 from lowmem_drf.training.run_folder import RUNS, claim, default_output, find_run, saved_config
 from lowmem_drf.types import Prompt, Question
@@ -108,7 +108,7 @@ def _print(config: Config, name: str, card: str) -> None:
 
 def _advice(run: Path) -> str:
     """How to go on after a run of several processes was stopped."""
-    if not (saved := max(checkpoint_steps(run), default=0)):
+    if not (saved := saved_step(run)):
         return "No update was saved."
     return f"Update {saved} is saved. Go on with: {resume_command(run)}"
 

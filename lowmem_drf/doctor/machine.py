@@ -14,8 +14,8 @@ from typing import Any
 
 from lowmem_drf.doctor.checks import Check, Status, Steps
 from lowmem_drf.libraries import Package, cure, installed, requirements
+from lowmem_drf.shortage import GIB
 
-GIB = 1024**3
 CACHE_GB, RUN_GB = 40, 2
 """Free space below which a disk is warned of: the models of a preset for Wan2.1-1.3B, and a run with its clips."""
 

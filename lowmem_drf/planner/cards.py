@@ -10,8 +10,7 @@ import re
 from dataclasses import dataclass
 
 from lowmem_drf.errors import BadInputError
-
-GIB = 1024**3
+from lowmem_drf.shortage import GIB as GIB
 
 USABLE = 0.9
 """Share of a card's memory that a plan may fill. The rest covers the CUDA context (about 0.5 GiB), workspaces inside

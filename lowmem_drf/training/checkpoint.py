@@ -65,6 +65,11 @@ def checkpoint_steps(run: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
+def saved_step(run: Path) -> int:
+    """The step of the last checkpoint, whose files are not read; 0: there is none."""
+    return max(checkpoint_steps(run), default=0)
+
+
 def good_step(run: Path, say: Callable[[str], None] = write_error) -> int:
     """The step of the last checkpoint that is what was saved; 0 if there is none at all. ``say`` is told, in a line,
     of each later one that is not.

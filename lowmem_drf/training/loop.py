@@ -26,11 +26,11 @@ from lowmem_drf.training.checkpoint import (
     CURE,
     Checkpoint,
     checkpoint_folder,
-    checkpoint_steps,
     good_step,
     load_checkpoint,
     resume_command,
     save_checkpoint,
+    saved_step,
     set_damaged_aside,
 )
 from lowmem_drf.training.finished import Finished
@@ -156,11 +156,11 @@ def train(
     except Exception as error:
         if (shortage := shortage_of(error)) and config.engine == "single":
             let_go(error)
-            shortage.lost = finished.rescue(_saved(run), save)
+            shortage.lost = finished.rescue(saved_step(run), save)
             error.shortage = shortage  # type: ignore[attr-defined]
         if disk_full(error):
             alone = config.engine == "single"  # saving is the work of all processes
-            raise LowmemError(_full(error, run, finished.rescue(_saved(run), save) if alone else "")) from error
+            raise LowmemError(_full(error, run, finished.rescue(saved_step(run), save) if alone else "")) from error
         raise
     finally:
         if metrics:
@@ -191,12 +191,8 @@ def _deleted(run: Path, step: int) -> str:
     )
 
 
-def _saved(run: Path) -> int:
-    return max(checkpoint_steps(run), default=0)
-
-
 def _full(error: Exception, run: Path, lost: str) -> str:
-    saved = _saved(run)
+    saved = saved_step(run)
     kept = f"Update {saved} is the last one saved" if saved else "No update is saved yet"
     return (
         f"the disk is full: {error}\n{kept}{f' ({lost})' if lost else ''}.\n"
@@ -221,7 +217,7 @@ def _finish_on_interrupt(progress: TrainProgress, run: Path, ranks: Ranks) -> It
             os._exit(130)
         if asked:
             again = f"Go on with: {resume_command(run)}"
-            progress.leave(f"Stopped at once; update {_saved(run)} is the last one saved. {again}")
+            progress.leave(f"Stopped at once; update {saved_step(run)} is the last one saved. {again}")
             os._exit(130)
         asked.append(number)
         if ranks.chief:

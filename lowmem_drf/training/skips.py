@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lowmem_drf.errors import NonFiniteError, quoted
 from lowmem_drf.schema import Config
-from lowmem_drf.training.checkpoint import checkpoint_steps, resume_command
+from lowmem_drf.training.checkpoint import checkpoint_steps, resume_command, saved_step
 from lowmem_drf.training.update import Cause, Skipped, SkippedUpdate
 
 USUAL_EPS = 1e-8
@@ -63,7 +63,7 @@ def stopped(config: Config, run: Path, skips: Skips, prompts: int) -> NonFiniteE
 def broken(config: Config, run: Path, error: NonFiniteError) -> NonFiniteError:
     """The error that ends a run whose optimizer made a weight NaN or infinite."""
     lr, eps = f"{config.optim.lr / 4:.2g}", f" -s optim.eps={USUAL_EPS:g}" if config.optim.eps < USUAL_EPS else ""
-    if saved := max(checkpoint_steps(run), default=0):
+    if saved := saved_step(run):
         go_on = f"Go on with: {resume_command(run)} -s optim.lr={lr}{eps}"
         kept, cure = f"update {saved} is the last one saved", go_on
     else:
