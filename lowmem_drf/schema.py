@@ -206,8 +206,7 @@ class Lora(Node):
     """The weights that are trained."""
 
     rank: Annotated[int, Field(ge=1, le=1024)] = 32
-    """Rank of the LoRA. Its weights, gradients, optimizer state and file grow in proportion; at the most, 1024, they
-    are as large as Wan2.1-1.3B itself."""
+    """Rank of the LoRA. Its weights, gradients, optimizer state and file grow in proportion."""
     alpha: Scale = 32.0
     """The LoRA's contribution is multiplied by ``alpha / rank``."""
     targets: list[Name] = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
