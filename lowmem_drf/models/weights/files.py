@@ -24,7 +24,8 @@ MODEL_INDEX = "model_index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safetensors")
 _INDEX = re.compile(r"(model|diffusion_pytorch_model)\.safetensors\.index\.json")
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+_BYTES |= {"I8": 1, "U8": 1, "I16": 2, "I32": 4, "I64": 8}
 _MOST_HEADER = 100_000_000
 """Bytes of a header, as in the safetensors library."""
 _LFS_POINTER = b"version https://git-lfs"

@@ -24,7 +24,9 @@ from lowmem_drf.models.weights.sources import refuse_missing
 from lowmem_drf.texts import one_line
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""safetensors' names of the supported dtypes. All others hold quantised weights."""
+"""safetensors' names of a model's dtypes. All others hold quantised weights."""
+FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+INTEGERS = {"I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
 
 Shapes = Mapping[str, tuple[int, ...]]
 Change = Callable[[torch.device, torch.dtype], Tensor]
@@ -57,15 +59,15 @@ class TensorFiles:
                     offset = start + entry["data_offsets"][0]
                     self.entries[name] = Entry(file, offset, entry["dtype"], tuple(entry["shape"]))
 
-    def read(self, name: str) -> Tensor:
-        """On the CPU, in the file's dtype. Raises ValueError for a dtype not in ``DTYPES``, or a truncated file."""
+    def read(self, name: str, dtypes: Mapping[str, torch.dtype] = DTYPES) -> Tensor:
+        """On the CPU, in the file's dtype. Raises ValueError for a dtype not in ``dtypes``, or a truncated file."""
         entry = self.entries[name]
-        if entry.dtype not in DTYPES:
+        if entry.dtype not in dtypes:
             raise ValueError(
                 f"its weights are quantised already ({one_line(name, 80)} is {entry.dtype}); "
                 "give the model in 16 or 32 bit"
             )
-        made = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        made = torch.empty(entry.shape, dtype=dtypes[entry.dtype])
         with entry.file.open("rb", buffering=0) as stream:
             stream.seek(entry.start)
             flat: Any = made.view(-1).view(torch.uint8).numpy()
