@@ -169,11 +169,14 @@ def train(
         int | None,
         _option("Number of processes, each with a card; prompts are split over them (engine zero1, 2 or 3).", min=1),
     ] = None,
+    init_lora: Annotated[
+        Path | None, _option("A LoRA file to begin with; its rank, alpha and layers are taken unless -s sets them.")
+    ] = None,
 ) -> None:
     """Train a LoRA with Diffusion-DRF, then compare base and tuned."""
     from lowmem_drf.commands.train import train_command
 
-    train_command(preset, prompts, output, steps, seed, resume, set_ or [], dry_run, num_processes)
+    train_command(preset, prompts, output, steps, seed, resume, set_ or [], dry_run, num_processes, init_lora)
 
 
 @app.command(epilog=_example('lowmem-drf sample --prompt "a red circle moves left on a gray background" --compare'))

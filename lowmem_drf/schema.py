@@ -67,11 +67,12 @@ class Model(Node):
     expert: Literal["low", "high"] = "low"
     """For a generator with two transformers (Wan2.2-T2V-A14B): train the LoRA on the low-noise or the high-noise one.
     All graded steps must belong to it."""
-    base_lora: str = ""
-    """A LoRA that is merged into the frozen base before training, such as a step-distillation LoRA: a safetensors file,
-    or ``owner/repo/file.safetensors`` on the hub. It costs nothing during training. Empty: none."""
-    base_lora_scale: Scale = 1.0
-    """Strength at which ``base_lora`` is merged."""
+    base_lora: str | list[Name] = ""
+    """A LoRA that is merged into the frozen base before training, such as a step-distillation LoRA: a safetensors file
+    of any tool, or ``owner/repo/file.safetensors`` on the hub; or a list of them, merged in this order. It costs
+    nothing during training. Empty: none."""
+    base_lora_scale: Scale | list[Scale] = 1.0
+    """Strength at which ``base_lora`` is merged; of a list, one for all or one for each."""
     quant: Literal["none", "nf4", "int8"] = "none"
     """Storage format of the frozen blocks' linear layers: ``dtype`` (``none``), ``int8`` (half the memory of bf16) or
     ``nf4`` (bitsandbytes' 4 bit, about a quarter). The error of int8 is one to three times that of computing in bf16,
@@ -79,6 +80,17 @@ class Model(Node):
     text_tokens: Annotated[int, Field(ge=1, le=512)] = 512
     """Prompts are padded or cut to this many tokens, as in ``WanPipeline``. The transformer sees the padding: keep the
     number it was trained with, which is 512 for Wan."""
+
+    def base_loras(self) -> list[tuple[str, float]]:
+        """(file, strength) of every ``base_lora``."""
+        files = ([self.base_lora] if self.base_lora else []) if isinstance(self.base_lora, str) else self.base_lora
+        scales = self.base_lora_scale if isinstance(self.base_lora_scale, list) else [self.base_lora_scale] * len(files)
+        return list(zip(files, scales, strict=True))
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        files = [self.base_lora] if isinstance(self.base_lora, str) else self.base_lora
+        if isinstance(self.base_lora_scale, list) and len(self.base_lora_scale) != len(files):
+            yield "base_lora_scale", f"has {len(self.base_lora_scale)} numbers for {len(files)} files of base_lora"
 
 
 class Sampler(Node):
@@ -211,6 +223,10 @@ class Lora(Node):
     """The LoRA's contribution is multiplied by ``alpha / rank``."""
     targets: list[Name] = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
     """Linear layers that get a LoRA, by the end of their names. Fewer layers take less memory and time."""
+    init: str = ""
+    """A LoRA file of any tool to begin with; ``train --init-lora`` sets it, and takes rank, alpha and targets from the
+    file. With another rank it is cut by singular values, or filled up. Empty: begin with a LoRA that changes
+    nothing."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.targets:

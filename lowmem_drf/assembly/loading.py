@@ -15,6 +15,7 @@ from lowmem_drf.assembly.assemble import Models, assemble, critic_rate, resolve_
 from lowmem_drf.assembly.sizes import free_bytes, require_room
 from lowmem_drf.assembly.text_cache import DTYPES, encode_texts
 from lowmem_drf.distributed.ranks import ALONE, Ranks
+from lowmem_drf.errors import BadInputError
 from lowmem_drf.libraries import import_all
 from lowmem_drf.memory.meter import Meter
 from lowmem_drf.memory.residency import bring
@@ -27,6 +28,8 @@ from lowmem_drf.shortage import during
 from lowmem_drf.terminal import printable
 
 if TYPE_CHECKING:
+    from lowmem_drf.models.generators import GeneratorConfig
+    from lowmem_drf.models.lora.lora import Lora
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
     from lowmem_drf.models.weights.quant import Quant
     from lowmem_drf.models.weights.reader import Change, Shapes
@@ -38,22 +41,28 @@ def load_models(
     with_critic: bool = True,
     ranks: Ranks = ALONE,
     clips: Mapping[str, int] | None = None,
+    lora: Lora | None = None,
+    lora_scale: float = 1.0,
 ) -> Models:
-    """Loads every model of the configuration, without a LoRA. The text encoder is freed once ``texts`` are encoded.
+    """Loads every model of the configuration. The text encoder is freed once ``texts`` are encoded.
 
     Everything is downloaded and checked before anything is loaded. One rank per machine downloads and encodes for all;
     under ZeRO-3 the transformer is partitioned while it is read.
 
     Args:
         clips: how many will be made at once, as in ``sizes.require_room``.
+        lora: of a file, for the transformer that is trained. Its pairs on Linears become adapters of strength 1
+            (``adapter.lora_scale`` changes it); the rest is merged, times ``lora_scale``.
 
     Raises:
         BadInputError: a model is missing or damaged, or the video's size does not fit it, or the memory.
         LowmemError: too little disk or host memory, or a download failed.
     """
     import_libraries(config)
+    from lowmem_drf.models.lora.adapter import attach_lora
+    from lowmem_drf.models.lora.base import lora_changes
     from lowmem_drf.models.wan.decoder import load_vae
-    from lowmem_drf.models.wan.experts import make_transformers, require_expert
+    from lowmem_drf.models.wan.experts import make_transformers, require_expert, subfolders_of
 
     device = resolve_device(config.device)
     with ranks.one_first():
@@ -61,6 +70,7 @@ def load_models(
         described = generator_config(str(generator))
         require_expert(config, described)
         require_room(config, described, clips or {}, *free_bytes(device))
+        adapters, rest = lora.split(shapes_of(described)) if lora else (None, None)
         if with_critic:
             prepare(config.critic.id, "critic", say)
         home = _home(config, "transformer", device)
@@ -77,14 +87,38 @@ def load_models(
 
         taken = Partition(config).take
 
+    trained, _ = subfolders_of(described, config.model.expert)
+
     def load(name: str) -> Any:
-        return load_transformer(config, generator, DTYPES[config.dtype], device, name, home, taken=taken)
+        merged = lora_changes(rest, lora_scale) if rest and name == trained else None
+        return load_transformer(config, generator, DTYPES[config.dtype], device, name, home, taken=taken, merged=merged)
 
     transformer, other = make_transformers(described, config, load)
     vae = load_vae(str(generator), DTYPES[config.memory.vae_dtype], _home(config, "vae", device))
     critic = load_run_critic(config, _home(config, "critic", device)) if with_critic else None
     models = assemble(config, transformer, vae, critic, encoded, device, Meter(device), other=other)
+    if adapters:
+        attach_lora(models.transformer, adapters)
     return with_partitioned_critic(config, models) if config.zero.critic and critic else models
+
+
+def shapes_of(generator: GeneratorConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the transformer's parameters by name. Both of two experts have the same."""
+    from lowmem_drf.models.wan.random_generator import empty_transformer
+    from lowmem_drf.models.weights.reader import parameter_shapes
+
+    return parameter_shapes(empty_transformer(generator.transformer))
+
+
+def read_lora_for(config: Config, path: Path) -> Lora:
+    """Reads a LoRA file for the transformer that ``config`` trains. Raises BadInputError as ``read_lora``."""
+    from lowmem_drf.models.lora.reading import read_lora
+
+    try:
+        two = generator_config(config.model.id).boundary is not None
+    except BadInputError:  # its configuration is not on this machine yet
+        two = False
+    return read_lora(path, config.model.expert if two else "")
 
 
 def with_partitioned_critic(config: Config, models: Models) -> Models:
@@ -121,6 +155,7 @@ def load_transformer(
     quant: Quant | None = None,
     blocks: int | None = None,
     taken: Callable[[torch.nn.Parameter], None] | None = None,
+    merged: Mapping[str, Change] | None = None,
 ) -> Any:
     """The frozen base of a run's LoRA, from the folder or the single file: ``model.base_lora`` is merged, then the
     weights are packed.
@@ -131,24 +166,23 @@ def load_transformer(
         quant: default: ``model.quant``.
         blocks: only the first N blocks get values and memory.
         taken: called with every filled parameter.
+        merged: changes of parameters besides those of ``model.base_lora``.
 
     Raises BadInputError: a file is missing or unusable, or no bitsandbytes.
     """
-    from lowmem_drf.models.lora.base import base_changes
+    from lowmem_drf.models.lora.base import base_changes, in_turn
     from lowmem_drf.models.wan.denoiser import load_denoiser
     from lowmem_drf.models.wan.single_file import load_single_file
 
-    lora = config.model.base_lora
+    loras = config.model.base_loras()
 
     def changes(shapes: Shapes) -> dict[str, Change]:
-        found = base_changes(lora, shapes, say, config.model.base_lora_scale)
-        say(f"{lora}: merged into {len(found)} tensors of the base")
-        return found
+        return in_turn(base_changes(loras, shapes, say), merged or {})
 
     rest: dict[str, Any] = {
         "quant": quant or config.model.quant,
         "home": home,
-        "changes": changes if lora else None,
+        "changes": changes if loras or merged else None,
         "blocks": blocks,
         "taken": taken,
     }

@@ -14,7 +14,9 @@ from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.export.export import export_lora, file_metadata, host_bytes, is_export, merge_lora
 from lowmem_drf.files import make_writable, refuse_in_run, release, require_output
 from lowmem_drf.models.generators import GeneratorConfig, generator_config
-from lowmem_drf.models.lora.formats import FORMATS, LoraFile, read_lora
+from lowmem_drf.models.lora.formats import FORMATS
+from lowmem_drf.models.lora.lora import Lora
+from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.models.wan.experts import subfolders_of
 from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.weights.downloads import HOST_MARGIN, available_host_bytes
@@ -110,7 +112,7 @@ def _require_free(merge: Path) -> None:
     release(make_writable(merge.parent, "--merge"))
 
 
-def _blocks_to_read(generator: GeneratorConfig, subfolder: str, lora: LoraFile, merges: bool) -> int | None:
+def _blocks_to_read(generator: GeneratorConfig, subfolder: str, lora: Lora, merges: bool) -> int | None:
     """Number of blocks to load for the check: all (``None``) if ``host_bytes`` fits into host memory, else ``FEW``.
 
     Raises:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lowmem_drf.assembly.assemble import run_prompts
 from lowmem_drf.assembly.generate import NAN, base_and_tuned, flaw
-from lowmem_drf.assembly.loading import load_models
+from lowmem_drf.assembly.loading import load_models, read_lora_for
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.files import readable_name, require_output, short_hash
 from lowmem_drf.models.weights.sources import TOYWORLD
@@ -16,7 +16,8 @@ from lowmem_drf.prompts import load_prompts
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import make_console, work_bar
 from lowmem_drf.training.checkpoint import checkpoint_folder
-from lowmem_drf.training.lora_file import load_lora_file, load_run_lora
+from lowmem_drf.training.lora_file import load_run_lora
+from lowmem_drf.training.manifest import refuse_damaged
 from lowmem_drf.training.previews import preview_texts
 from lowmem_drf.training.run_folder import find_run, run_config
 from lowmem_drf.video import is_own_mp4, side_by_side, watchable_upscale, write_mp4
@@ -49,15 +50,17 @@ def sample_command(
         folder = checkpoint_folder(run)
         source = folder.name
     else:  # files of one name in two folders are two LoRAs
+        refuse_damaged(lora)
+        loaded = read_lora_for(config, lora)
         source = readable_name(lora.stem, after=f"-{short_hash(str(lora.resolve()))}")
     variant = f"seed{seed}{'' if scale == 1 else f'-lora{scale:g}'}{'-compare' if compare else ''}"
     paths = _paths(output or run / "samples" / source, wanted, variant, is_folder=output is None, force=force)
     clips = {"log.eval_batch": min(config.log.eval_batch, len(wanted))}
-    models = load_models(config, wanted, with_critic=False, clips=clips)
     if lora is None:
+        models = load_models(config, wanted, with_critic=False, clips=clips)
         load_run_lora(models.transformer, folder, config)
     else:
-        load_lora_file(models.transformer, lora)
+        models = load_models(config, wanted, with_critic=False, clips=clips, lora=loaded, lora_scale=scale)
     label = "tuned" if scale == 1 else f"tuned, LoRA x {scale:g}"
     upscale = watchable_upscale(config.video.height, config.video.width)
     made = base_and_tuned(config, models, wanted, seed, scale, with_base=compare)

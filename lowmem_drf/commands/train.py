@@ -24,7 +24,7 @@ from lowmem_drf.shortage import during
 from lowmem_drf.terminal import make_console
 from lowmem_drf.texts import escaped, expanded, one_line
 from lowmem_drf.training.checkpoint import good_step, last_manifest, resume_command, saved_step
-from lowmem_drf.training.manifest import MAY_CHANGE, fixed_settings
+from lowmem_drf.training.manifest import MAY_CHANGE, fixed_settings, refuse_damaged
 from lowmem_drf.training.run_folder import RUNS, claim, default_output, find_run, saved_config
 from lowmem_drf.types import Prompt, Question
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lowmem_drf.assembly.assemble import Models
+    from lowmem_drf.models.lora.lora import Lora as LoraFile
     from lowmem_drf.scoring.evaluate import Trial
 
 
@@ -45,6 +46,7 @@ def train_command(
     overrides: Sequence[str],
     dry_run: bool,
     num_processes: int | None = None,
+    init_lora: Path | None = None,
 ) -> None:
     """Resolves the configuration, then prints it (``dry_run``), or trains and compares base and tuned model.
 
@@ -58,11 +60,15 @@ def train_command(
         "processes": count,
     }
     overrides = [*overrides, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
+    if resume and init_lora is not None:
+        raise BadInputError("--init-lora does not go with --resume: the run goes on from its own LoRA. Leave it out.")
     if resume:
         name, (run, config, done) = "", _resumed(preset, output, overrides)
         origin = f"resumed after update {done}"
     else:
         name, why = (preset, "") if preset is not None else chosen_preset()
+        if init_lora is not None:
+            overrides = [*_from_lora(name, overrides, init_lora), *overrides]
         run, config = output or default_output(name), _absolute(load_config(name, overrides))
         origin = f"preset {name}{why}"
     if dry_run:
@@ -133,6 +139,7 @@ def start(
     from lowmem_drf.assembly.questions import draft_questions, needs_writer, require_weights, write_missing
     from lowmem_drf.assembly.references import finish_questions
     from lowmem_drf.models.lora.adapter import add_lora
+    from lowmem_drf.models.lora.init import as_trained, init_lora
     from lowmem_drf.planner.report import card_here, require_fit
     from lowmem_drf.questions.file import to_json
     from lowmem_drf.scoring.evaluate import finish_trial, make_trial
@@ -173,6 +180,8 @@ def start(
             models = load_models(config, [*texts, *previews], ranks=ranks, clips=clips)
             lora, seed = config.lora, derive_seed(config.seed, "lora")
             add_lora(models.transformer, lora.rank, lora.alpha, lora.targets, seed)
+            if lora.init and not resume:
+                say(f"{lora.init}: {init_lora(models.transformer, as_trained(_init_file(config)))}")
             models.awake("critic")
         if ranks.chief or config.zero.critic:  # a partitioned critic runs in all processes together
             with during("questions"):
@@ -195,6 +204,34 @@ def start(
             _finish(console, config, run, models, trial, ranks)
 
 
+def _from_lora(preset: str, overrides: Sequence[str], file: Path) -> list[str]:
+    """The overrides of ``--init-lora``: the file, and rank, alpha and targets as it has them, unless the user's
+    overrides say otherwise. A LoRA of several ranks is cut to the preset's."""
+    from lowmem_drf.models.generators import generator_config
+    from lowmem_drf.models.lora.init import as_trained, init_targets
+
+    config = load_config(preset, [*overrides, f"lora.init={json.dumps(str(file))}"])
+    lora = as_trained(_init_file(config))
+    try:
+        blocks = generator_config(config.model.id).transformer["num_layers"]
+    except BadInputError:  # not on this machine yet
+        blocks = None
+    values: dict[str, object] = {"init": str(file), "targets": init_targets(lora, blocks)}
+    if len({pair.rank for pair in lora.pairs.values()}) == 1 and not lora.others:
+        values |= {"rank": lora.rank, "alpha": lora.alpha}
+    return [f"lora.{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def _init_file(config: Config) -> LoraFile:
+    """The LoRA of ``lora.init``. Raises BadInputError as ``read_lora``, LowmemError if it belongs to a damaged
+    checkpoint."""
+    from lowmem_drf.assembly.loading import read_lora_for
+
+    file = expanded(config.lora.init)
+    refuse_damaged(file)
+    return read_lora_for(config, file)
+
+
 def _absolute(config: Config) -> Config:
     """Makes the paths of files absolute, so that the run can be resumed from any folder."""
 
@@ -202,9 +239,18 @@ def _absolute(config: Config) -> Config:
         return str(expanded(path).absolute())
 
     model, critic, changes = config.model, config.critic, dict[str, object]()
-    files = {name: getattr(model, name) for name in ("transformer", "base_lora")}
-    found = {name: absolute(file) for name, file in files.items() if Path(file).is_file()}
-    changes["model"] = model.model_copy(update=found)
+
+    def found(file: str) -> str:
+        return absolute(file) if file and expanded(file).exists() else file
+
+    loras = model.base_lora
+    files = {
+        "transformer": found(model.transformer),
+        "base_lora": found(loras) if isinstance(loras, str) else [found(lora) for lora in loras],
+    }
+    changes["model"] = model.model_copy(update=files)
+    if config.lora.init:
+        changes["lora"] = config.lora.model_copy(update={"init": absolute(config.lora.init)})
     if config.prompts not in ("", TOYWORLD):
         changes["prompts"] = absolute(config.prompts)
     if critic.questions not in WRITERS:

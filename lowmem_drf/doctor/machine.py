@@ -124,7 +124,8 @@ def models() -> Iterator[Check]:
 
     roles: dict[str, Any] = {}
     for config in map(load_config, presets()):
-        roles |= {config.model.id: "generator", config.critic.id: "critic", config.model.base_lora: "file"}
+        roles |= {config.model.id: "generator", config.critic.id: "critic"}
+        roles |= {lora: "file" for lora, _ in config.model.base_loras()}
     state = {model: cached(model, role) for model, role in roles.items() if "/" in model}
     here = [model for model, said in state.items() if said == "here"]
     for model, said in state.items():

@@ -22,7 +22,8 @@ from lowmem_drf.export.verify import (
     verify_merge,
 )
 from lowmem_drf.files import written_aside
-from lowmem_drf.models.lora.formats import LoraFile, LoraFormat, adapter_metadata, model_hash, to_format
+from lowmem_drf.models.lora.formats import LoraFormat, adapter_metadata, model_hash, to_format
+from lowmem_drf.models.lora.lora import Lora
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -30,16 +31,20 @@ if TYPE_CHECKING:
     from lowmem_drf.schema import Config
 
 
-def host_bytes(transformer: WanTransformer3DModel, lora: LoraFile) -> int:
+def host_bytes(transformer: WanTransformer3DModel, lora: Lora) -> int:
     """Host memory for exporting or merging all blocks, without Python and libraries: the transformer in fp32; four
     copies of the LoRA in fp32 (read, attached, in the file's format, the file); four of the largest weight in fp64
     (its B A, and the addition)."""
     sizes = [parameter.numel() for parameter in transformer.parameters()]
-    return 4 * sum(sizes) + 4 * 4 * sum(tensor.numel() for tensor in lora.state.values()) + 4 * 8 * max(sizes)
+    return (
+        4 * sum(sizes)
+        + 4 * 4 * sum(pair.a.numel() + pair.b.numel() for pair in lora.pairs.values())
+        + 4 * 8 * max(sizes)
+    )
 
 
 def export_lora(
-    lora: LoraFile,
+    lora: Lora,
     form: LoraFormat,
     dtype: torch.dtype,
     output: Path,
@@ -55,7 +60,7 @@ def export_lora(
     """
     from safetensors.torch import save
 
-    tensors = to_format(lora.state, lora.alpha, lora.rank, form, dtype)
+    tensors = to_format(lora, form, dtype)
     header = {
         "format": "pt",
         **metadata,
@@ -66,7 +71,7 @@ def export_lora(
         "lowmem_drf.alpha": str(lora.alpha),
     }
     if form == "diffusers":
-        header |= adapter_metadata(lora.state, lora.alpha, lora.rank)
+        header |= adapter_metadata(lora)
     header["sshs_model_hash"] = model_hash(save(tensors))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +97,7 @@ def is_export(path: Path) -> bool:
 
 
 def merge_lora(
-    lora: LoraFile, dtype: torch.dtype, folder: Path, transformer: WanTransformer3DModel, subfolder: str = "transformer"
+    lora: Lora, dtype: torch.dtype, folder: Path, transformer: WanTransformer3DModel, subfolder: str = "transformer"
 ) -> Verified:
     """Writes ``folder/subfolder`` (diffusers layout): W + (alpha / rank) B A in fp32, rounded to ``dtype`` except norms
     and time embedding, which diffusers keeps in fp32. ``transformer`` (the base, fp32, without LoRA) is consumed: its
@@ -105,7 +110,7 @@ def merge_lora(
     tuned = probe_lora(transformer, lora)
     kept = transformer._keep_in_fp32_modules or []
     with torch.no_grad():
-        for name in lora.pairs():
+        for name in lora.pairs:
             transformer.get_submodule(name).weight.add_(lora.delta(name))
         require_same_model(transformer, tuned)
         for name, parameter in transformer.named_parameters():
@@ -139,7 +144,7 @@ def file_metadata(config: Config, checkpoint: str, transformer: WanTransformer3D
         "model": model.id,
         "quant": model.quant,
         **({"expert": f"{expert} noise"} if expert else {}),
-        "base_lora": f"{model.base_lora} x {model.base_lora_scale:g}" if model.base_lora else "none",
+        "base_lora": ", ".join(f"{file} x {scale:g}" for file, scale in model.base_loras()) or "none",
         "critic": critic.id,
         "questions": critic.mode,
         "reward": critic.reward,

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from lowmem_drf.errors import LowmemError
 from lowmem_drf.models.lora.adapter import attach_lora, lora_layers, lora_scale, remove_lora
-from lowmem_drf.models.lora.formats import LoraFile, diffusers_reads_kohya
+from lowmem_drf.models.lora.formats import diffusers_reads_kohya
+from lowmem_drf.models.lora.lora import Lora
 from lowmem_drf.models.lora.readers import attach_as_diffusers, attach_as_lowmem_drf, load_as_diffusers
 from lowmem_drf.models.wan.denoiser import as_velocity
 from lowmem_drf.models.weights.reader import TensorFiles, files_in
@@ -71,9 +72,9 @@ class Probe:
         return _largest(self.tuned - self.base)
 
 
-def probe_lora(transformer: WanTransformer3DModel, lora: LoraFile) -> Probe:
+def probe_lora(transformer: WanTransformer3DModel, lora: Lora) -> Probe:
     """Runs the base with and without the LoRA, and removes it. Raises BadInputError for a LoRA of another model."""
-    attach_lora(transformer, lora.state, lora.alpha)
+    attach_lora(transformer, lora)
     try:
         tuned = _run(transformer)
         with lora_scale(transformer, 0):
@@ -89,7 +90,7 @@ def probe_lora(transformer: WanTransformer3DModel, lora: LoraFile) -> Probe:
 
 
 def verify_export(
-    path: Path, lora: LoraFile, form: str, dtype: torch.dtype, transformer: WanTransformer3DModel
+    path: Path, lora: Lora, form: str, dtype: torch.dtype, transformer: WanTransformer3DModel
 ) -> Verified:
     """Loads ``path`` with ``WanPipeline.load_lora_weights`` and compares weights and outputs with the tuned model. A
     kohya file without all modules, which diffusers cannot convert, is loaded with ``read_lora``.
@@ -101,7 +102,7 @@ def verify_export(
         LowmemError: a module is missing or unexpected, or differs by more than rounding.
     """
     tuned = probe_lora(transformer, lora)
-    by_diffusers = form != "kohya" or diffusers_reads_kohya(lora.state)
+    by_diffusers = form != "kohya" or diffusers_reads_kohya(lora)
     try:
         (attach_as_diffusers if by_diffusers else attach_as_lowmem_drf)(transformer, path)
         read = {name: _factors(layer) for name, layer in lora_layers(transformer).items()}
@@ -194,14 +195,15 @@ def _factors(layer: LoraLayer) -> Factors:
     return layer.scaling[name], layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
 
 
-def _require_same_weights(read: Mapping[str, Factors], lora: LoraFile, dtype: torch.dtype) -> float:
+def _require_same_weights(read: Mapping[str, Factors], lora: Lora, dtype: torch.dtype) -> float:
     """Requires every module's B A to be within the bound of two roundings per factor. Returns the largest bound as a
     share of its B A. Compares a few rows at a time: all products in fp64 take more memory than the model."""
-    wanted = lora.pairs()
+    wanted = lora.pairs
     if odd := sorted(read.keys() ^ wanted.keys()):
         raise LowmemError(f"The exported file holds other modules than the LoRA: {', '.join(odd[:3])}. It was deleted.")
-    scale, share = lora.alpha / lora.rank, 0.0
-    for module, (a, b) in wanted.items():
+    share = 0.0
+    for module, pair in wanted.items():
+        a, b, scale = pair.a, pair.b, pair.scale
         scaling, read_a, read_b = read[module]
         size_a, error_a = _rounded_twice(a.double(), dtype)
         bound_squares = squares = 0.0
@@ -210,7 +212,7 @@ def _require_same_weights(read: Mapping[str, Factors], lora: LoraFile, dtype: to
             sizes = size_b @ size_a
             bound = scale * ((size_b + error_b) @ (size_a + error_a) - sizes)
             # rounding of this comparison, computed in fp64
-            slack = torch.finfo(torch.float64).eps * 4 * lora.rank * scale * sizes
+            slack = torch.finfo(torch.float64).eps * 4 * pair.rank * scale * sizes
             delta = scale * (rows @ a.double())
             if not bool(((scaling * (read_rows @ read_a.double()) - delta).abs() <= bound + slack).all()):
                 problem = f"The exported file's {module} differs from the LoRA by more than {dtype} rounds"

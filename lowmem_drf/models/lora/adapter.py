@@ -8,6 +8,7 @@ from a separate generator, B to zero, so an untrained adapter changes nothing. `
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
@@ -21,8 +22,11 @@ from lowmem_drf.texts import some
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
+    from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
     from torch import Tensor
+
+    from lowmem_drf.models.lora.lora import Lora
 
 ADAPTER = "default"
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -56,19 +60,25 @@ def add_lora(
         raise BadInputError(
             f"lora.targets {unmatched or list(targets)} match no Linear of this model. It has: {', '.join(endings)}"
         )
-    transformer.requires_grad_(False)
-    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)), adapter_name=ADAPTER)
+    _add_adapter(transformer, LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))
     generator = torch.Generator().manual_seed(seed)
+    for layer in lora_layers(transformer).values():
+        weight = layer.lora_A[ADAPTER].weight
+        bound = 1 / math.sqrt(weight.shape[1])  # kaiming_uniform_(a=sqrt(5)), as in peft and the LoRA paper
+        with torch.no_grad():
+            weight.copy_((2 * torch.rand(weight.shape, generator=generator) - 1) * bound)
+
+
+def _add_adapter(transformer: WanTransformer3DModel, config: LoraConfig) -> None:
+    """Freezes the transformer and adds an adapter of zeros."""
+    transformer.requires_grad_(False)
+    transformer.add_adapter(config, adapter_name=ADAPTER)
     for layer in lora_layers(transformer).values():
         layer.cast_input_dtype_enabled = False
         for matrix in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
             dtype = torch.promote_types(matrix.weight.dtype, torch.float32)
             matrix.weight = nn.Parameter(torch.zeros_like(matrix.weight, dtype=dtype))
             matrix.forward = MethodType(_in_dtype_of_input, matrix)
-        weight = layer.lora_A[ADAPTER].weight
-        bound = 1 / math.sqrt(weight.shape[1])  # kaiming_uniform_(a=sqrt(5)), as in peft and the LoRA paper
-        with torch.no_grad():
-            weight.copy_((2 * torch.rand(weight.shape, generator=generator) - 1) * bound)
 
 
 def _in_dtype_of_input(matrix: nn.Linear, x: Tensor) -> Tensor:
@@ -113,29 +123,31 @@ def load_lora_state(transformer: nn.Module, state: Mapping[str, Tensor]) -> None
             parameter.copy_(state[name])
 
 
-def attach_lora(transformer: WanTransformer3DModel, state: Mapping[str, Tensor], alpha: float) -> None:
-    """Adds a LoRA with the modules, rank and values of ``state``.
+def attach_lora(transformer: WanTransformer3DModel, lora: Lora) -> None:
+    """Adds the pairs of a LoRA, each with its own rank and scale, as fp32. Not its other changes (``split_lora``).
 
     Raises:
         BadInputError: a LoRA of another model: a module is missing or its shape differs. Nothing was changed.
     """
-    shapes = dict(_linear_shapes(transformer))
-    modules = [name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")]
-    ranks = {int(state[f"{module}.lora_A.weight"].shape[0]) for module in modules}
-    if len(ranks) != 1:
-        mixed = f"the LoRA file holds modules of ranks {sorted(ranks)}: one rank for all is expected"
-        raise BadInputError(mixed if ranks else "the file holds no LoRA")
-    (rank,) = ranks
-    expected = {}
-    for module in (module for module in modules if module in shapes):
-        out_features, in_features = shapes[module]
-        expected[f"{module}.lora_A.weight"], expected[f"{module}.lora_B.weight"] = (
-            (rank, in_features),
-            (out_features, rank),
-        )
-    _refuse_other_model(expected, state)
-    add_lora(transformer, rank=rank, alpha=alpha, targets=modules)
-    load_lora_state(transformer, state)
+    from peft import LoraConfig
+
+    if not lora.pairs:
+        return
+    lora.require_fit(linear_weights(transformer))
+    rank, alpha = lora.rank, lora.alpha
+    ranks = {re.escape(module): pair.rank for module, pair in lora.pairs.items() if pair.rank != rank}
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(lora.pairs), rank_pattern=ranks)
+    _add_adapter(transformer, config)
+    layers = lora_layers(transformer)
+    for module, pair in lora.pairs.items():
+        layers[module].scaling[ADAPTER] = pair.scale
+    load_lora_state(transformer, lora.state())
+
+
+def linear_weights(transformer: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights of all Linears, by parameter name."""
+    linears = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    return {f"{name}.weight": (module.out_features, module.in_features) for name, module in linears.items()}
 
 
 @contextmanager
@@ -163,12 +175,6 @@ def named_lora(transformer: nn.Module) -> dict[str, nn.Parameter]:
         for name, layer in lora_layers(transformer).items()
         for side, matrices in (("A", layer.lora_A), ("B", layer.lora_B))
     }
-
-
-def _linear_shapes(transformer: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
-    for name, module in transformer.named_modules():
-        if isinstance(module, nn.Linear):
-            yield name, (module.out_features, module.in_features)
 
 
 def _refuse_other_model(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> None:

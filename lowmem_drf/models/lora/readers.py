@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_drf.models.lora.adapter import attach_lora
-from lowmem_drf.models.lora.formats import read_lora
+from lowmem_drf.models.lora.reading import read_lora
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +23,7 @@ def attach_as_diffusers(transformer: WanTransformer3DModel, path: Path) -> None:
 
 def attach_as_lowmem_drf(transformer: WanTransformer3DModel, path: Path) -> None:
     """Uses ``read_lora``. Raises BadInputError: no LoRA, or one of another model."""
-    file = read_lora(path)
-    attach_lora(transformer, file.state, file.alpha)
+    attach_lora(transformer, read_lora(path))
 
 
 def load_as_diffusers(folder: Path, subfolder: str, dtype: torch.dtype) -> WanTransformer3DModel:

@@ -5,13 +5,14 @@ checkpoints use.
     condition_embedder.time_embedder.linear_1      time_embedding.0
     proj_out                                       head.head
 
-The renaming is that of ``convert_wan_transformer_to_diffusers`` in diffusers 0.42.1 (``loaders/single_file_utils.py``),
-for text-to-video models only. Note that ``norm2`` and ``norm3`` swap.
+The renaming is that of ``convert_wan_transformer_to_diffusers`` in diffusers 0.42.1 (``loaders/single_file_utils.py``).
+Note that ``norm2`` and ``norm3`` swap.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 BLOCK_LINEARS = {
     **{f"attn1.to_{x}": f"self_attn.{x}" for x in "qkv"},
@@ -43,6 +44,30 @@ _OUTSIDE = {
     "proj_out": "head.head",
     "scale_shift_table": "head.modulation",
 }
+
+IMAGE_IN_BLOCK = {
+    "attn2.add_k_proj": "cross_attn.k_img",
+    "attn2.add_v_proj": "cross_attn.v_img",
+    "attn2.norm_added_k": "cross_attn.norm_k_img",
+}
+IMAGE_OUTSIDE = {
+    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
+    "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
+}
+"""Modules that only image-to-video models have."""
+
+
+def names_in_block() -> Mapping[str, str]:
+    """diffusers' name inside a block -> Wan's own, of every module and parameter that a text-to-video model has."""
+    return {name: own for name, own in _BLOCK.items() if name not in IMAGE_IN_BLOCK}
+
+
+def names_outside() -> Mapping[str, str]:
+    """diffusers' name outside the blocks -> Wan's own, as ``names_in_block``."""
+    return _OUTSIDE
 
 
 def wan_name(name: str) -> str:

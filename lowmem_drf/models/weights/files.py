@@ -127,9 +127,12 @@ def damage(file: Path) -> str:
         header, start = read_header(file)
     except ValueError as error:
         return str(error)
-    end = start + max((entry["data_offsets"][1] for entry in _entries(header)), default=0)
+    places = [entry["data_offsets"] for entry in _entries(header)]
+    end = start + max((place[1] for place in places), default=0)
     if (size := file.stat().st_size) != end:
         return f"is {'cut off' if size < end else 'too long'}: {size:,} bytes, and its header says {end:,}"
+    if sum(last - first for first, last in places) > end - start:
+        return "is damaged: its header says that tensors share bytes"
     return ""
 
 
@@ -148,7 +151,7 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
         stream.seek(8)
         try:
             header = parse_json(stream.read(length))
-            whole = all(map(_is_entry, _entries(header)))
+            whole = all(map(_is_entry, _entries(header))) and isinstance(header.get("__metadata__", {}), dict)
         except (ValueError, AttributeError) as error:
             raise ValueError(_NOT_SAFETENSORS) from error
     if not whole:

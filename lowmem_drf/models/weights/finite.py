@@ -12,6 +12,9 @@ from lowmem_drf.texts import one_line
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+_PART = 2**20
+"""Numbers looked at together."""
+
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors that hold NaN or infinity. Integer ones hold none.
@@ -20,8 +23,13 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     which takes a CPU much longer.
     """
     floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.is_meta}
-    suspects = {name: tensor for name, tensor in floats.items() if not math.isfinite(tensor.sum().item())}
-    return [name for name, tensor in suspects.items() if not bool(tensor.isfinite().all())]
+    return [name for name, tensor in floats.items() if not _is_finite(tensor)]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.element_size() == 1:  # there is no sum of 8-bit numbers; bf16 holds each of them
+        return all(_is_finite(part.bfloat16()) for part in tensor.flatten().split(_PART))
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
 def refuse_weights(tensors: Mapping[str, Tensor], where: object) -> None:

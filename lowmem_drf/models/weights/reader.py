@@ -29,8 +29,8 @@ FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 INTEGERS = {"I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
 
 Shapes = Mapping[str, tuple[int, ...]]
-Change = Callable[[torch.device, torch.dtype], Tensor]
-"""(device, dtype) -> the tensor to add to a parameter, in its shape."""
+Change = Callable[[Tensor], Tensor]
+"""A parameter, in fp32 or fp64 -> the tensor to add to it, in its shape and dtype and on its device."""
 Changes = Callable[[Shapes], Mapping[str, Change]]
 """Shapes of a model's parameters by name -> changes of some of them by name."""
 
@@ -52,10 +52,14 @@ class TensorFiles:
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.entries: dict[str, Entry] = {}
+        self.metadata: dict[str, str] = {}
+        """What a program wrote into the header."""
         for file in files:
             header, start = read_header(file)
             for name, entry in header.items():
-                if name != "__metadata__":
+                if name == "__metadata__":
+                    self.metadata |= {key: value for key, value in entry.items() if isinstance(value, str)}
+                else:
                     offset = start + entry["data_offsets"][0]
                     self.entries[name] = Entry(file, offset, entry["dtype"], tuple(entry["shape"]))
 
@@ -147,7 +151,8 @@ def fill_from_files(
             if change is None:
                 made = read.to(device) if name in packed else read.to(home, wanted)
             else:
-                total = read.to(device, exact) + change(device, exact)
+                total = read.to(device, exact)
+                total = total + change(total)
                 made = total if name in packed else total.to(home, wanted)
                 del total
             refuse_weights({name: made}, files.entries[names[name]].file)

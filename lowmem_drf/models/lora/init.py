@@ -1,0 +1,122 @@
+"""``lora.init``: begins training with the LoRA of a file in place of one that changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.models.lora.adapter import ADAPTER, linear_weights, lora_layers
+from lowmem_drf.models.lora.base import lora_changes
+from lowmem_drf.models.lora.lora import Lora
+from lowmem_drf.texts import some
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_ALPHA = "lowmem_drf.alpha"
+
+
+def as_trained(lora: Lora) -> Lora:
+    """A LoRA as it was trained: in our files of format ``comfyui`` alpha is folded into A, and here it is not. Then the
+    optimizer sees the same numbers as in the run. Any other LoRA is returned as it is."""
+    try:
+        alpha = float(lora.metadata.get(_ALPHA, "nan"))
+    except ValueError:
+        return lora
+    if not alpha > 0 or any(pair.alpha != pair.rank for pair in lora.pairs.values()):
+        return lora
+    unfolded = {
+        module: replace(pair, a=pair.a.float() / (alpha / pair.rank), alpha=alpha)
+        for module, pair in lora.pairs.items()
+    }
+    return replace(lora, pairs=unfolded)
+
+
+def init_targets(lora: Lora, blocks: int | None) -> list[str]:
+    """``lora.targets`` for a model of so many blocks (``None``: unknown) that name the modules of a LoRA, and no
+    others."""
+    _require_linears(lora)
+    modules = _modules(lora)
+    endings = sorted({module.split(".", 2)[-1] for module in modules})
+    everywhere = {f"blocks.{number}.{ending}" for number in range(blocks or 0) for ending in endings}
+    return endings if set(modules) == everywhere else modules
+
+
+def init_lora(transformer: nn.Module, lora: Lora) -> str:
+    """Fills the trainable LoRA of ``add_lora`` from a file. A module keeps the file's A and B if the rank suffices
+    (more rows of A keep their first values, with zeros in B); otherwise the nearest LoRA of its rank is taken, by
+    singular values. Modules that the file does not change begin untrained.
+
+    Returns:
+        What was done, as a line for the user.
+
+    Raises:
+        BadInputError: the file changes what ``lora.targets`` does not train, or belongs to another model.
+    """
+    _require_linears(lora)
+    lora.require_fit(linear_weights(transformer))
+    layers, modules = lora_layers(transformer), _modules(lora)
+    if outside := sorted(set(modules) - layers.keys()):
+        raise BadInputError(
+            f"lora.init changes {len(outside)} modules that lora.targets does not train ({some(outside)}). "
+            "Leave lora.targets out, or merge the file with model.base_lora."
+        )
+    changes, cut, lost, whole = lora_changes(lora), 0, 0.0, 0.0
+    for module in modules:
+        layer, pair = layers[module], lora.pairs.get(module)
+        a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        scale = layer.scaling[ADAPTER]
+        with torch.no_grad():
+            if pair and module + ".weight" not in lora.others and pair.rank <= a.shape[0]:
+                b.zero_()
+                a[: pair.rank] = pair.a
+                b[:, : pair.rank] = pair.b if pair.scale == scale else pair.b.to(b) * (pair.scale / scale)
+                continue
+            delta = changes[f"{module}.weight"](
+                torch.empty(b.shape[0], a.shape[1], dtype=torch.float32, device=a.device)
+            )
+            rows, columns, left = _nearest(delta, a.shape[0])
+            a.zero_(), b.zero_()
+            a[: len(columns)], b[:, : rows.shape[1]] = columns, rows / scale
+            cut, lost, whole = cut + 1, lost + left, whole + float(delta.square().sum())
+    ranks = sorted({pair.rank for pair in lora.pairs.values()})
+    said = f"{len(modules)} modules" + (f", rank {' to '.join(map(str, {ranks[0]: 0, ranks[-1]: 0}))}" if ranks else "")
+    if not cut:
+        said += ": its values are kept"
+    else:
+        share = 100 * (lost / whole) ** 0.5 if whole else 0.0
+        said += f": {cut} are cut to the run's rank by singular values, and {share:.2g}% of the change is lost"
+    untrained = len(layers) - len(modules)
+    return said + (f"; {untrained} modules begin untrained" if untrained else "")
+
+
+def _nearest(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """(B, A, square of what is lost) of the nearest product of a rank: both take the root of the singular values."""
+    u, s, v = torch.linalg.svd(delta, full_matrices=False)
+    roots = s[:rank].sqrt()
+    return u[:, :rank] * roots, roots[:, None] * v[:rank], float(s[rank:].square().sum())
+
+
+def _modules(lora: Lora) -> list[str]:
+    return sorted({*lora.pairs, *(name.removesuffix(".weight") for name in lora.others)})
+
+
+def _require_linears(lora: Lora) -> None:
+    """Raises BadInputError if a LoRA of Linears cannot do what the file does."""
+    odd = [name for name, others in lora.others.items() if not name.endswith(".weight") or _kinds(others) & {"DoRA"}]
+    odd += [module for module, pair in lora.pairs.items() if pair.a.ndim > 2]
+    if odd:
+        kinds = sorted({kind for name in odd for kind in _kinds(lora.others.get(name, ()))}) or ["convolution"]
+        raise BadInputError(
+            f"it changes {len(odd)} parameters in a way that no LoRA can go on from ({', '.join(kinds)}: {some(odd)}). "
+            "Merge it into the base instead: -s model.base_lora=FILE"
+        )
+
+
+def _kinds(others: Sequence[object]) -> set[str]:
+    return {str(getattr(other, "kind", "")) for other in others}
