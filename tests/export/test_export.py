@@ -24,13 +24,12 @@ from lowmem_drf.export.export import export_lora, merge_lora
 from lowmem_drf.export.verify import verify_export
 from lowmem_drf.models.lora.adapter import add_lora, attach_lora, lora_layers, lora_state
 from lowmem_drf.models.lora.formats import (
-    LoraFile,
     diffusers_reads_kohya,
-    from_format,
     model_hash,
-    read_lora,
     to_format,
 )
+from lowmem_drf.models.lora.lora import Lora
+from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
 from lowmem_drf.prompts import Cursor
 from lowmem_drf.training.checkpoint import Checkpoint, save_checkpoint
@@ -44,11 +43,11 @@ TARGETS = {
 }
 
 
-def trained(targets: str = "all", dtype: torch.dtype = torch.float32) -> tuple[LoraFile, object]:
+def trained(targets: str = "all", dtype: torch.dtype = torch.float32) -> tuple[Lora, object]:
     transformer = tiny_transformer(dtype)
     add_lora(transformer, rank=RANK, alpha=ALPHA, targets=TARGETS[targets])
     randomise_lora(transformer)
-    return LoraFile(lora_state(transformer), ALPHA, {}), transformer
+    return Lora.from_state(lora_state(transformer), ALPHA), transformer
 
 
 def allowed(dtype: str, effect: float) -> float:
@@ -86,7 +85,7 @@ def test_round_trip(form: str, dtype: str, targets: str, tmp_path) -> None:
 
     back = read_lora(path)
     attached = tiny_transformer()
-    attach_lora(attached, back.state, back.alpha)
+    attach_lora(attached, back)
     outputs = [velocity(attached)]
     whole = form != "kohya" or targets == "all"
     assert verified.by == ("diffusers" if whole else "lowmem-drf")
@@ -98,12 +97,12 @@ def test_round_trip(form: str, dtype: str, targets: str, tmp_path) -> None:
 
 def test_keys_are_those_the_tools_read() -> None:
     lora, _ = trained()
-    keys = {form: to_format(lora.state, ALPHA, RANK, form, torch.float32).keys() for form in FORMS}
+    keys = {form: to_format(lora, form, torch.float32).keys() for form in FORMS}
     assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in keys["comfyui"]
     assert "diffusion_model.blocks.1.cross_attn.o.lora_B.weight" in keys["comfyui"]
     assert "diffusion_model.blocks.1.ffn.0.lora_A.weight" in keys["comfyui"]
     assert not any("alpha" in key or "default" in key or "to_q" in key for key in keys["comfyui"])
-    assert keys["diffusers"] == {f"transformer.{name}" for name in lora.state}
+    assert keys["diffusers"] == {f"transformer.{name}" for name in lora.state()}
     assert {
         "lora_unet_blocks_0_self_attn_q.lora_down.weight",
         "lora_unet_blocks_1_ffn_2.lora_up.weight",
@@ -112,45 +111,17 @@ def test_keys_are_those_the_tools_read() -> None:
     assert len(keys["kohya"]) == 3 * len(keys["comfyui"]) // 2
 
 
-def test_image_to_video_projections_have_names_too() -> None:
-    state = {f"blocks.0.attn2.add_{x}_proj.lora_{s}.weight": torch.rand(2, 2) for x in "kv" for s in "AB"}
-    for form, key in [
-        ("comfyui", "diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight"),
-        ("kohya", "lora_unet_blocks_0_cross_attn_v_img.lora_up.weight"),
-    ]:
-        tensors = to_format(state, 2.0, 2, form, torch.float32)
-        assert key in tensors
-        back = from_format(tensors, {}).state
-        assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state)
-
-
-def test_foreign_variants_are_read() -> None:
-    """``lora_down``/``lora_up`` with ``.alpha`` under ComfyUI's prefix, and alphas that differ between modules."""
-    lora, _ = trained("one block")
-    tensors = {}
-    for key, value in to_format(lora.state, 2.0, RANK, "comfyui", torch.float32).items():
-        tensors[key.replace("lora_A", "lora_down").replace("lora_B", "lora_up")] = value
-    stems = sorted({key.rsplit(".lora_", 1)[0] for key in tensors})
-    tensors |= {f"{stem}.alpha": torch.tensor(float(i + 1)) for i, stem in enumerate(stems)}
-    file = from_format(tensors, {})
-    assert file.alpha == file.rank == RANK
-    alphas = dict(zip(["blocks.1.attn2.to_q", "blocks.1.ffn.net.2"], [1.0, 2.0], strict=True))
-    assert file.pairs().keys() == lora.pairs().keys() == alphas.keys()
-    for module, (a, b) in lora.pairs().items():
-        torch.testing.assert_close(file.delta(module), alphas[module] / RANK * (b.double() @ a.double()))
-
-
 def test_diffusers_reads_kohya_predicts_the_converter() -> None:
     from diffusers import WanPipeline
 
     lora, _ = trained()
-    some = {k: v for k, v in lora.state.items() if "blocks.1.ffn" not in k}
-    last = {k: v for k, v in lora.state.items() if "blocks.1" in k}
-    for state, whole in [(lora.state, True), (some, False), (last, False)]:
-        assert diffusers_reads_kohya(state) is whole
-        tensors = to_format(state, ALPHA, RANK, "kohya", torch.float32)
+    some = {name: pair for name, pair in lora.pairs.items() if "blocks.1.ffn" not in name}
+    last = {name: pair for name, pair in lora.pairs.items() if "blocks.1" in name}
+    for part, whole in [(lora, True), (Lora(some), False), (Lora(last), False)]:
+        assert diffusers_reads_kohya(part) is whole
+        tensors = to_format(part, "kohya", torch.float32)
         if whole:
-            assert WanPipeline.lora_state_dict(tensors).keys() == {f"transformer.{name}" for name in state}
+            assert WanPipeline.lora_state_dict(tensors).keys() == {f"transformer.{name}" for name in part.state()}
         else:
             with pytest.raises(KeyError):
                 WanPipeline.lora_state_dict(tensors)
@@ -173,7 +144,7 @@ def test_metadata(tmp_path) -> None:
 
 def test_verification_catches_a_wrong_file(tmp_path) -> None:
     lora, _ = trained()
-    good = to_format(lora.state, ALPHA, RANK, "comfyui", torch.float32)
+    good = to_format(lora, "comfyui", torch.float32)
     first, last = next(iter(good)), next(reversed(good))
     one_value = good[first] + 1e-4 * (torch.arange(good[first].numel()) == 0).view_as(good[first])
     wrong = {
@@ -195,7 +166,7 @@ def test_verification_catches_a_wrong_file(tmp_path) -> None:
 def test_an_untrained_lora_exports(tmp_path) -> None:
     transformer = tiny_transformer()
     add_lora(transformer, rank=RANK, alpha=ALPHA)
-    lora = LoraFile(lora_state(transformer), ALPHA, {})
+    lora = Lora.from_state(lora_state(transformer), ALPHA)
     _, verified = export_lora(lora, "comfyui", torch.float16, tmp_path / "l.safetensors", tiny_transformer(), {})
     assert verified.effect == 0 and verified.difference == 0
 
@@ -203,14 +174,14 @@ def test_an_untrained_lora_exports(tmp_path) -> None:
 def test_tiny_values_survive_fp16(tmp_path) -> None:
     """After the first updates B is near 1e-5, where fp16 has few digits; the bound allows for it."""
     lora, _ = trained()
-    small = LoraFile({k: v * 1e-5 if "lora_B" in k else v for k, v in lora.state.items()}, ALPHA, {})
+    small = Lora.from_state({k: v * 1e-5 if "lora_B" in k else v for k, v in lora.state().items()}, ALPHA)
     _, verified = export_lora(small, "comfyui", torch.float16, tmp_path / "l.safetensors", tiny_transformer(), {})
     assert 0 < verified.difference < verified.effect
 
 
 def test_values_beyond_fp16_are_refused(tmp_path) -> None:
     lora, _ = trained()
-    large = LoraFile({k: v * 1e6 if "lora_B" in k else v for k, v in lora.state.items()}, ALPHA, {})
+    large = Lora.from_state({k: v * 1e6 if "lora_B" in k else v for k, v in lora.state().items()}, ALPHA)
     with pytest.raises(BadInputError, match="--dtype bf16"):
         export_lora(large, "comfyui", torch.float16, tmp_path / "l.safetensors", tiny_transformer(), {})
     assert not list(tmp_path.iterdir())
@@ -220,7 +191,7 @@ def test_modules_outside_the_blocks_go_to_diffusers_only(tmp_path) -> None:
     transformer = tiny_transformer()
     add_lora(transformer, rank=RANK, alpha=ALPHA, targets=["proj_out", "to_q"])
     randomise_lora(transformer)
-    lora = LoraFile(lora_state(transformer), ALPHA, {})
+    lora = Lora.from_state(lora_state(transformer), ALPHA)
     for form in ("comfyui", "kohya"):
         with pytest.raises(BadInputError, match="proj_out.*--format diffusers"):
             export_lora(lora, form, torch.float32, tmp_path / "l.safetensors", tiny_transformer(), {})
@@ -290,7 +261,7 @@ def written(tmp_path_factory) -> Path:
     config = load_config(place / "preset.toml")
     for step in (5, 10):
         lora, _ = trained()
-        state = {k: v * step / 10 for k, v in lora.state.items()}
+        state = {k: v * step / 10 for k, v in lora.state().items()}
         save_checkpoint(folder, Checkpoint(step, state, {}, Cursor(), ""), ALPHA, keep=2)
     (folder / "config.toml").write_text(to_toml(config))
     return place
@@ -416,8 +387,8 @@ def test_few_products_are_alive_at_once(made: str, products: int, tmp_path) -> N
     transformer = tiny_transformer(layers=layers)
     add_lora(transformer, rank=RANK, alpha=ALPHA)
     randomise_lora(transformer)
-    lora = LoraFile(lora_state(transformer), ALPHA, {})
-    sizes = [8 * len(b) * a.shape[1] for a, b in lora.pairs().values()]
+    lora = Lora.from_state(lora_state(transformer), ALPHA)
+    sizes = [8 * len(b) * a.shape[1] for a, b in ((pair.a, pair.b) for pair in lora.pairs.values())]
     base = tiny_transformer(layers=layers)
     with Float64Bytes() as counted:
         if made == "file":
@@ -426,7 +397,7 @@ def test_few_products_are_alive_at_once(made: str, products: int, tmp_path) -> N
             merge_lora(lora, torch.bfloat16, tmp_path / "merged", base)
     assert max(sizes) <= counted.peak <= (products + 1) * max(sizes) < sum(sizes) / 2
     with Float64Bytes() as counted:
-        kept = [lora.delta(module) for module in lora.pairs()]
+        kept = [lora.delta(module) for module in lora.pairs]
     assert counted.peak >= sum(product.nbytes for product in kept) == sum(sizes), "it sees what is held"
 
 
@@ -506,24 +477,6 @@ def test_a_run_whose_base_is_gone_or_another(run: Path, tmp_path) -> None:
     assert contents(run) == before
 
 
-@pytest.mark.parametrize(
-    ("tensors", "reason"),
-    [
-        ({}, "no LoRA"),
-        ({"blocks.0.attn1.to_q.weight": torch.zeros(2, 2)}, "not part of a LoRA"),
-        ({"blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, 2)}, "half a LoRA pair"),
-        ({"diffusion_model.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, 2)}, "another model"),
-        ({"lora_unet_down_blocks_0_attentions_0.lora_down.weight": torch.zeros(2, 2)}, "another model"),
-        ({f"blocks.{i}.attn1.to_q.lora_{s}.weight": torch.zeros(i + 1, i + 1) for i in (0, 1) for s in "AB"}, "ranks"),
-    ],
-    ids=["empty", "whole weights", "half", "prefix swapped", "sd", "two ranks"],
-)
-def test_files_that_are_no_lora_of_ours_are_refused(tensors: dict, reason: str, tmp_path) -> None:
-    save_file(tensors, tmp_path / "x.safetensors")
-    with pytest.raises(BadInputError, match=reason):
-        read_lora(tmp_path / "x.safetensors")
-
-
 def test_files_that_are_no_safetensors_are_refused(tmp_path) -> None:
     with pytest.raises(BadInputError, match="no file"):
         read_lora(tmp_path / "none.safetensors")
@@ -532,6 +485,6 @@ def test_files_that_are_no_safetensors_are_refused(tmp_path) -> None:
         read_lora(tmp_path / "x.safetensors")
     lora, _ = trained("one block")
     damaged = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": "many"})}
-    save_file(lora.state, tmp_path / "y.safetensors", metadata=damaged)
+    save_file(lora.state(), tmp_path / "y.safetensors", metadata=damaged)
     with pytest.raises(BadInputError, match="header is damaged"):
         read_lora(tmp_path / "y.safetensors")

@@ -85,7 +85,7 @@ def diffusers_reads_kohya(lora: Lora) -> bool:
     to n - 1."""
     modules = set(lora.pairs)
     blocks = {int(module.split(".")[1]) for module in modules if module.startswith("blocks.")}
-    wanted = {f"blocks.{i}.{name}" for i in range(len(blocks)) for name in BLOCK_LINEARS if "add_" not in name}
+    wanted = {f"blocks.{i}.{name}" for i in range(len(blocks)) for name in BLOCK_LINEARS}
     return bool(blocks) and wanted <= modules
 
 

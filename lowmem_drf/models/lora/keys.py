@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.wan.names import IMAGE_IN_BLOCK, IMAGE_OUTSIDE, names_in_block, names_outside
+from lowmem_drf.models.wan.names import IMAGE_IN_BLOCK, IMAGE_OUTSIDE, IN_BLOCK, OUTSIDE
 from lowmem_drf.texts import shown, some
 
 Expert = Literal["", "low", "high"]
@@ -185,10 +185,10 @@ def _flat(names: Mapping[str, str]) -> dict[str, str]:
 
 _BOTH = ("norm2", "norm3")
 """Names of different modules in the two namings."""
-_IN_BLOCK = _flat({**names_in_block(), **IMAGE_IN_BLOCK})
-_OUTSIDE = _flat({**names_outside(), **IMAGE_OUTSIDE})
-_WAN_ONLY = {own.replace(".", "_") for names in (names_in_block(), names_outside()) for own in names.values()}
-_DIFFUSERS_ONLY = {name.replace(".", "_") for names in (names_in_block(), names_outside()) for name in names}
+_IN_A_BLOCK = _flat({**IN_BLOCK, **IMAGE_IN_BLOCK})
+_OUTSIDE_BLOCKS = _flat({**OUTSIDE, **IMAGE_OUTSIDE})
+_WAN_ONLY = {own.replace(".", "_") for names in (IN_BLOCK, OUTSIDE) for own in names.values()}
+_DIFFUSERS_ONLY = {name.replace(".", "_") for names in (IN_BLOCK, OUTSIDE) for name in names}
 _BLOCK = re.compile(r"blocks_(\d{1,4})(?:_(.+))?")
 
 
@@ -199,7 +199,7 @@ def _module(stem: str, part: str, wan_naming: bool | None) -> str | None:
     if match is None:
         if part == "diff_m" and flat == "head":
             return "scale_shift_table"
-        return _OUTSIDE.get(flat)
+        return _OUTSIDE_BLOCKS.get(flat)
     block = f"blocks.{int(match[1])}"
     if match[2] is None:
         return f"{block}.scale_shift_table" if part == "diff_m" else None
@@ -210,15 +210,13 @@ def _module(stem: str, part: str, wan_naming: bool | None) -> str | None:
                 "say which it uses"
             )
         return f"{block}.{names_of(wan_naming)[match[2]]}"
-    name = _IN_BLOCK.get(match[2])
+    name = _IN_A_BLOCK.get(match[2])
     return name and f"{block}.{name}"
 
 
 def names_of(wan_naming: bool) -> dict[str, str]:
     """Of ``norm2`` and ``norm3``: a file's name -> diffusers'."""
-    return (
-        {own: name for name, own in names_in_block().items() if own in _BOTH} if wan_naming else {n: n for n in _BOTH}
-    )
+    return {own: name for name, own in IN_BLOCK.items() if own in _BOTH} if wan_naming else {n: n for n in _BOTH}
 
 
 def _naming(stems: set[str], prefixes: set[str]) -> bool | None:

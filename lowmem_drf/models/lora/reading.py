@@ -76,10 +76,11 @@ def _damage(file: Path) -> str:
     """What is wrong with a file as a whole; "" if nothing."""
     try:
         with file.open("rb") as stream:
-            begin = stream.read(4)
-        if begin == b"GGUF" or file.suffix == ".gguf":
+            begin = stream.read(9)
+        if begin[:4] == b"GGUF" or file.suffix == ".gguf":
             return "is a GGUF file: a quantised model, no LoRA. Give it as model.transformer"
-        if begin == b"PK\x03\x04" or begin[:1] == b"\x80" or file.suffix in PICKLES:
+        old_pickle = begin[:1] == b"\x80" and begin[8:] != b"{"
+        if begin[:4] == b"PK\x03\x04" or old_pickle or file.suffix in PICKLES:
             return "is a pickle, which can run code: only safetensors files are read. Convert it, or get it anew"
         return damage(file)
     except OSError as error:

@@ -12,21 +12,18 @@ Note that ``norm2`` and ``norm3`` swap.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 BLOCK_LINEARS = {
     **{f"attn1.to_{x}": f"self_attn.{x}" for x in "qkv"},
     **{f"attn2.to_{x}": f"cross_attn.{x}" for x in "qkv"},
     "attn1.to_out.0": "self_attn.o",
     "attn2.to_out.0": "cross_attn.o",
-    "attn2.add_k_proj": "cross_attn.k_img",
-    "attn2.add_v_proj": "cross_attn.v_img",
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
 }
 """diffusers' name inside a block -> Wan's own."""
 
-_BLOCK = {
+IN_BLOCK = {
     **BLOCK_LINEARS,
     **{f"attn1.norm_{x}": f"self_attn.norm_{x}" for x in "qk"},
     **{f"attn2.norm_{x}": f"cross_attn.norm_{x}" for x in "qk"},
@@ -34,7 +31,7 @@ _BLOCK = {
     "norm3": "norm2",
     "scale_shift_table": "modulation",
 }
-_OUTSIDE = {
+OUTSIDE = {
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
     "condition_embedder.time_embedder.linear_2": "time_embedding.2",
     "condition_embedder.text_embedder.linear_1": "text_embedding.0",
@@ -60,22 +57,12 @@ IMAGE_OUTSIDE = {
 """Modules that only image-to-video models have."""
 
 
-def names_in_block() -> Mapping[str, str]:
-    """diffusers' name inside a block -> Wan's own, of every module and parameter that a text-to-video model has."""
-    return {name: own for name, own in _BLOCK.items() if name not in IMAGE_IN_BLOCK}
-
-
-def names_outside() -> Mapping[str, str]:
-    """diffusers' name outside the blocks -> Wan's own, as ``names_in_block``."""
-    return _OUTSIDE
-
-
 def wan_name(name: str) -> str:
     """diffusers' name of a module or parameter -> Wan's own. Raises KeyError if no text-to-video model of Wan has
     it."""
     if block := re.fullmatch(r"(blocks\.\d+)\.(.+)", name):
-        return f"{block[1]}.{_renamed(block[2], _BLOCK)}"
-    return _renamed(name, _OUTSIDE)
+        return f"{block[1]}.{_renamed(block[2], IN_BLOCK)}"
+    return _renamed(name, OUTSIDE)
 
 
 def _renamed(name: str, names: dict[str, str]) -> str:

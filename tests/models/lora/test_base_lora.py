@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.lora.adapter import add_lora, lora_state
 from lowmem_drf.models.lora.base import base_changes
-from lowmem_drf.models.lora.formats import FORMATS, LoraFile, adapter_metadata, to_format
+from lowmem_drf.models.lora.formats import FORMATS, adapter_metadata, to_format
+from lowmem_drf.models.lora.lora import Lora
+from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
 from lowmem_drf.models.weights.packed_linear import PackedLinear
 
@@ -32,10 +34,10 @@ def base(tmp_path_factory) -> str:
 
 def merged_into(base: str, file, scale: float = 1.0, dtype: torch.dtype = torch.float32, **arguments):
     """The transformer loaded with the file's changes, and their number."""
-    count = []
+    count, said = [], []
 
     def changes(shapes):
-        found = base_changes(str(file), shapes, quiet, scale)
+        found = base_changes([(str(file), scale)], shapes, said.append)
         count.append(len(found))
         return found
 
@@ -68,18 +70,18 @@ def trained():
 @pytest.mark.parametrize("form", FORMATS)
 def test_our_own_exports_merge_to_the_tuned_weights(trained, form: str, scale: float, file, base: str) -> None:
     _, state = trained
+    lora = Lora.from_state(state, ALPHA)
     save_file(
-        to_format(state, ALPHA, RANK, form, torch.float32),
+        to_format(lora, form, torch.float32),
         file,
-        metadata=adapter_metadata(state, ALPHA, RANK) if form == "diffusers" else None,
+        metadata=adapter_metadata(lora) if form == "diffusers" else None,
     )
     merged, count = merged_into(base, file, scale)
     assert count == len(state) / 2
     weights, before = dict(merged.named_parameters()), dict(tiny_transformer().named_parameters())
-    lora = LoraFile(state, ALPHA, {})
     for name, value in weights.items():
         module = name.removesuffix(".weight")
-        delta = lora.delta(module) if module in lora.pairs() else None
+        delta = lora.delta(module) if module in lora.pairs else None
         if delta is None:
             assert torch.equal(value, before[name])
         else:
@@ -95,7 +97,7 @@ def test_our_own_exports_merge_to_the_tuned_weights(trained, form: str, scale: f
 
 def test_the_merged_model_says_what_the_tuned_one_says(trained, file, base: str) -> None:
     tuned, state = trained
-    save_file(to_format(state, ALPHA, RANK, "kohya", torch.float32), file)
+    save_file(to_format(Lora.from_state(state, ALPHA), "kohya", torch.float32), file)
     merged, _ = merged_into(base, file)
     x, cond = tiny_latents(1), tiny_condition(1)
     said, wanted, before = (as_velocity(model.double())(x, 0.5, cond) for model in (merged, tuned, tiny_transformer()))
@@ -217,25 +219,30 @@ def without(tensors: dict, *names: str) -> dict:
     [
         (
             lightx2v() | {"diffusion_model.blocks.9.self_attn.q.diff_b": noise(24)},
-            r"1 of its tensors .*blocks\.9\.self_attn\.q\.diff_b",
+            r"this model has no blocks\.9\.attn1\.to_q\.bias",
         ),
-        (lightx2v() | {"diffusion_model.blocks.0.self_attn.q.dora_scale": noise(24)}, r"self_attn\.q\.dora_scale"),
-        (lightx2v() | {"diffusion_model.blocks.0.cross_attn.k_img.diff_b": noise(24)}, r"cross_attn\.k_img\.diff_b"),
-        (lightx2v() | {"lora_te_text_model.lora_up.weight": noise(24, 2)}, "lora_te_text_model"),
-        (without(lightx2v(), "blocks.1.ffn.2.lora_up.weight"), r"half a pair for blocks\.1\.ffn\.net\.2"),
+        (
+            lightx2v() | {"diffusion_model.blocks.1.self_attn.q.dora_scale": noise(24)},
+            r"half a LoRA pair for 'blocks\.1\.attn1\.to_q' \(dora alone",
+        ),
+        (
+            lightx2v() | {"diffusion_model.blocks.0.cross_attn.k_img.diff_b": noise(24)},
+            r"image-to-video .*cross_attn\.k_img\.diff_b",
+        ),
+        (without(lightx2v(), "blocks.1.ffn.2.lora_up.weight"), r"half a LoRA pair for 'blocks\.1\.ffn\.net\.2'"),
         (
             lightx2v() | {"diffusion_model.blocks.1.ffn.2.lora_up.weight": noise(48, 5)},
-            r"pair for blocks\.1\.ffn\.net\.2 is \[48, 5\] x \[5, 32\]",
+            r"LoRA for blocks\.1\.ffn\.net\.2\.weight is \[48, 5\] x \[5, 32\]",
         ),
         (
             lightx2v() | {"diffusion_model.head.head.diff_b": noise(8)},
-            r"diff_b is \[8\], and the model's proj_out\.bias is \[16\]",
+            r"for proj_out\.bias is \[8\], and this model's is \[16\]",
         ),
-        (lightx2v() | {"diffusion_model.blocks.0.self_attn.norm_q.diff_b": noise(24)}, r"norm_q\.bias is not there"),
-        (lightx2v() | {"diffusion_model.head.head.diff_b": torch.full((16,), float("nan"))}, "holds NaN"),
-        ({}, "it holds nothing"),
+        (lightx2v() | {"diffusion_model.blocks.0.self_attn.norm_q.diff_b": noise(24)}, r"has no .*norm_q\.bias"),
+        (lightx2v() | {"diffusion_model.head.head.diff_b": torch.full((16,), float("nan"))}, "diff_b' holds NaN"),
+        ({}, "it holds no tensors"),
     ],
-    ids=["block", "dora", "image", "text encoder", "half", "shape", "bias", "no bias", "nan", "empty"],
+    ids=["block", "dora", "image", "half", "shape", "bias", "no bias", "nan", "empty"],
 )
 def test_what_cannot_be_used_is_named(tensors, message: str, file, base: str) -> None:
     save_file(tensors, file)
@@ -246,23 +253,17 @@ def test_what_cannot_be_used_is_named(tensors, message: str, file, base: str) ->
 
 def test_an_alpha_of_single_modules_in_the_header(trained, file) -> None:
     _, state = trained
-    header = adapter_metadata(state, ALPHA, RANK)
-    ((key, text),) = header.items()
-    tensors = to_format(state, ALPHA, RANK, "diffusers", torch.float32)
-    save_file(
-        tensors,
-        file,
-        metadata={
-            key: text.replace(
-                '"transformer.alpha_pattern": {}', '"transformer.alpha_pattern": {"blocks.0.attn1.to_q": 1}'
-            )
-        },
-    )
-    with pytest.raises(BadInputError, match=r"blocks\.0\.attn1\.to_q"):
-        base_changes(str(file), SHAPES, quiet)
+    lora = Lora.from_state(state, ALPHA)
+    tensors, ((key, text),) = to_format(lora, "diffusers", torch.float32), adapter_metadata(lora).items()
+    none, one = (f'"transformer.alpha_pattern": {value}' for value in ("{}", '{"blocks.0.attn1.to_q": 1}'))
+    assert none in text
+    save_file(tensors, file, metadata={key: text.replace(none, one)})
+    pairs = read_lora(file).pairs
+    assert {name for name, pair in pairs.items() if pair.alpha == 1} == {"blocks.0.attn1.to_q"}
+    assert {pair.alpha for pair in pairs.values()} == {1, ALPHA}
     save_file(tensors, file, metadata={key: "{"})
     with pytest.raises(BadInputError, match="header is damaged"):
-        base_changes(str(file), SHAPES, quiet)
+        read_lora(file)
 
 
 @pytest.mark.parametrize("source", ["someone/loras/sub/distill.safetensors", "someone/loras:sub/distill.safetensors"])
@@ -281,11 +282,11 @@ def test_from_the_hub(source: str, file, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repository: ["sub/distill.safetensors"])
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     said = []
-    assert len(base_changes(source, SHAPES, said.append)) == 15
+    assert len(base_changes([(source, 1.0)], SHAPES, said.append)) == 15
     assert said[0].startswith("someone/loras: 0.7 GB to download")
 
 
 @pytest.mark.parametrize("source", ["no/such/file.pt", "nothing", "/no/such/lora.safetensors"])
 def test_what_there_is_not(source: str) -> None:
     with pytest.raises(BadInputError, match="neither a file nor owner/repo/file"):
-        base_changes(source, SHAPES, quiet)
+        base_changes([(source, 1.0)], SHAPES, quiet)

@@ -185,7 +185,7 @@ def test_a_run_loads_what_its_configuration_says(folder: Path, single: bool, tmp
     cpu = torch.device("cpu")
     model = load_transformer(config, folder, torch.float32, cpu)
     wanted = load_denoiser(
-        str(folder), quant="int8", changes=lambda shapes: base_changes(str(lora), shapes, print, 0.5)
+        str(folder), quant="int8", changes=lambda shapes: base_changes([(str(lora), 0.5)], shapes, print)
     )
     assert same(model, wanted) and "merged into 2 tensors" in capsys.readouterr().err
     assert torch.equal(model.proj_out.bias, load_denoiser(str(folder)).proj_out.bias + 0.5)
