@@ -130,24 +130,17 @@ def _read_lora(path: Path) -> None:
     """As ``sample --lora``, ``export-lora`` and ``model.base_lora`` read it."""
     import torch
 
-    from lowmem_drf.errors import BadInputError
     from lowmem_drf.models.lora.adapter import attach_lora, remove_lora
-    from lowmem_drf.models.lora.base import base_changes
-    from lowmem_drf.models.lora.formats import FORMATS, read_lora, to_format
+    from lowmem_drf.models.lora.base import lora_changes
+    from lowmem_drf.models.lora.reading import read_lora
 
-    refused = None
-    try:
-        lora = read_lora(path)
-        for form in FORMATS:
-            to_format(lora.state, lora.alpha, lora.rank, form, torch.float16)
-        attach_lora(_transformer(), lora.state, lora.alpha)
+    lora = read_lora(path)
+    adapters, _ = lora.split(_shapes())
+    for name, added in lora_changes(lora).items():
+        added(torch.ones(_shapes()[name]))
+    attach_lora(_transformer(), adapters)
+    if adapters:
         remove_lora(_transformer())
-    except BadInputError as error:
-        refused = error
-    for value in base_changes(str(path), _shapes(), print).values():
-        value(torch.device("cpu"), torch.float32)
-    if refused:
-        raise refused
 
 
 def _read_model(path: Path) -> None:

@@ -16,6 +16,7 @@ from lowmem_drf.commands import sample
 from lowmem_drf.commands.train import train_command
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError, LowmemError, NonFiniteError
+from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.prompts import Cursor, PromptStream, as_prompts, without
 from lowmem_drf.toy.captions import train_prompts
 from lowmem_drf.training import update as updating
@@ -26,7 +27,6 @@ from lowmem_drf.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from lowmem_drf.training.lora_file import load_lora_file
 from lowmem_drf.training.metrics import read_metrics
 from lowmem_drf.training.skips import advice
 from lowmem_drf.training.update import Cause
@@ -247,8 +247,8 @@ def test_a_lora_file_with_nan_is_refused(tiny_run, tmp_path):
     tensors = load_file(checkpoint_folder(tiny_run) / "lora.safetensors")
     tensors[min(tensors)][0, 0] = math.nan
     save_file(tensors, tmp_path / "bad.safetensors")
-    with pytest.raises(BadInputError, match="bad.safetensors: 1 of its matrices hold NaN"):
-        load_lora_file(None, tmp_path / "bad.safetensors")
+    with pytest.raises(BadInputError, match=f"bad.safetensors: its '{min(tensors)}' holds NaN"):
+        read_lora(tmp_path / "bad.safetensors")
 
 
 CLIPS = {"": torch.full((3, 3, 8, 8), 0.5), "is black": torch.zeros(3, 3, 8, 8)}

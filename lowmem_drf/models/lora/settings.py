@@ -90,11 +90,11 @@ def _settings(config: dict[str, Any]) -> Settings:
             raise BadInputError(f"its settings have {key} = {shown(config[key])}: {what} are not read")
     if config.get("bias", "none") not in ("none", None):
         raise BadInputError(f"its settings have bias = {shown(config['bias'])}: it replaces biases, which is not read")
-    rank, alpha = config.get("r"), config.get("lora_alpha", config.get("alpha"))
+    alpha = next((key for key in ("lora_alpha", "alpha") if key in config), "")
     return Settings(
         method,
-        None if rank is None else int(rank),
-        None if alpha is None else float(alpha),
+        int(config["r"]) if "r" in config else None,
+        float(config[alpha]) if alpha else None,
         {_checked_pattern(key): int(value) for key, value in (config.get("rank_pattern") or {}).items()},
         {_checked_pattern(key): float(value) for key, value in (config.get("alpha_pattern") or {}).items()},
         bool(config.get("use_rslora")),
