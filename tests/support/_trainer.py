@@ -7,6 +7,12 @@ import torch
 from lowmem_drf.models.lora.adapter import named_lora
 from lowmem_drf.training.trainer import SingleTrainer
 
+PROMPTS = [
+    "a red circle moves left on a gray background",
+    "a blue square moves up on a black background",
+    "a green circle moves right on a white background",
+]
+
 
 class Keeping(SingleTrainer):
     def __init__(self, config, transformer):

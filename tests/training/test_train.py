@@ -7,17 +7,15 @@ import shutil
 
 import pytest
 import torch
-from _trainer import Keeping
+from _trainer import PROMPTS, Keeping
 
 from lowmem_drf.assembly.assemble import critic_frames, critic_rate, derive_seed, step_spec
-from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.assembly.questions import draft_questions
 from lowmem_drf.commands.train import train_command
 from lowmem_drf.config import change, load_config
 from lowmem_drf.errors import BadInputError, NonFiniteError
-from lowmem_drf.models.lora.adapter import add_lora, lora_parameters, named_lora
+from lowmem_drf.models.lora.adapter import named_lora
 from lowmem_drf.models.qwen_vl.critic import QwenCritic
-from lowmem_drf.prompts import as_prompts
 from lowmem_drf.questions.file import load_questions
 from lowmem_drf.scoring.evaluate import Trial, diversity, measure
 from lowmem_drf.toy.captions import train_prompts
@@ -26,26 +24,6 @@ from lowmem_drf.training.run_folder import claim, find_run, run_config
 from lowmem_drf.training.trainer import SingleTrainer
 from lowmem_drf.training.update import learning_rate, update
 from lowmem_drf.video import read_video, side_by_side, write_mp4
-
-PROMPTS = [
-    "a red circle moves left on a gray background",
-    "a blue square moves up on a black background",
-    "a green circle moves right on a white background",
-]
-
-
-@pytest.fixture
-def ready(tiny_preset):
-    """(configuration, models with a fresh LoRA, parts, prompts, questions)."""
-
-    def make(*overrides):
-        config, prompts = load_config(tiny_preset, overrides), as_prompts(PROMPTS)
-        models = load_models(config, PROMPTS)
-        add_lora(models.transformer, config.lora.rank, config.lora.alpha, config.lora.targets, seed=0)
-        parts = models.parts(lora_parameters(models.transformer))
-        return config, models, parts, prompts, draft_questions(config, prompts)
-
-    return make
 
 
 def test_a_run_leaves_what_the_contract_says(tiny_run):

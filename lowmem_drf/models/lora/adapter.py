@@ -145,9 +145,12 @@ def attach_lora(transformer: WanTransformer3DModel, lora: Lora) -> None:
 
 
 def linear_weights(transformer: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights of all Linears, by parameter name."""
-    linears = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
-    return {f"{name}.weight": (module.out_features, module.in_features) for name, module in linears.items()}
+    """Shapes of the weights of all Linears, by parameter name as in a model without a LoRA."""
+    return {
+        f"{name.removesuffix('.base_layer')}.weight": (module.out_features, module.in_features)
+        for name, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name
+    }
 
 
 @contextmanager

@@ -42,9 +42,11 @@ def init_targets(lora: Lora, blocks: int | None) -> list[str]:
     others."""
     _require_linears(lora)
     modules = _modules(lora)
-    endings = sorted({module.split(".", 2)[-1] for module in modules})
-    everywhere = {f"blocks.{number}.{ending}" for number in range(blocks or 0) for ending in endings}
-    return endings if set(modules) == everywhere else modules
+    endings = {module.split(".", 2)[-1] for module in modules}
+    if set(modules) != {f"blocks.{number}.{ending}" for number in range(blocks or 0) for ending in endings}:
+        return modules
+    both = {end.removeprefix("attn1.") for end in endings if end.replace("attn1.", "attn2.") in endings - {end}}
+    return sorted(both | {ending for ending in endings if ending[len("attn1.") :] not in both})
 
 
 def init_lora(transformer: nn.Module, lora: Lora) -> str:
@@ -108,7 +110,11 @@ def _modules(lora: Lora) -> list[str]:
 
 def _require_linears(lora: Lora) -> None:
     """Raises BadInputError if a LoRA of Linears cannot do what the file does."""
-    odd = [name for name, others in lora.others.items() if not name.endswith(".weight") or _kinds(others) & {"DoRA"}]
+    odd = [
+        name
+        for name, others in lora.others.items()
+        if not name.endswith(".weight") or "norm" in name or "DoRA" in _kinds(others)
+    ]
     odd += [module for module, pair in lora.pairs.items() if pair.a.ndim > 2]
     if odd:
         kinds = sorted({kind for name in odd for kind in _kinds(lora.others.get(name, ()))}) or ["convolution"]
