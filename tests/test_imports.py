@@ -30,7 +30,8 @@ LAWS: dict[str, tuple[int, set[str]]] = {
     "memory": (3, {"torch", "psutil"}),
     "models": (
         4,
-        {"torch", "diffusers", "transformers", "peft", "bitsandbytes", "safetensors", "huggingface_hub", "psutil"},
+        {"torch", "diffusers", "transformers", "peft", "bitsandbytes", "safetensors", "huggingface_hub", "psutil"}
+        | {"gguf"},
     ),
     "toy": (5, {"torch"}),
     "distributed": (5, {"torch", "deepspeed"}),
@@ -64,6 +65,7 @@ LAZY = {
         "av",
         "PIL",
         "safetensors",
+        "gguf",
     ),
     *("huggingface_hub", "tomli_w"),
 }

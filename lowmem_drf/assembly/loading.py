@@ -187,7 +187,7 @@ def load_transformer(
         "taken": taken,
     }
     if config.model.transformer and subfolder == "transformer":
-        return load_single_file(config.model.transformer, str(generator), dtype, device, **rest)
+        return load_single_file(config.model.transformer, str(generator), dtype, device, say=say, **rest)
     return load_denoiser(str(generator), dtype, device, subfolder=subfolder, **rest)
 
 

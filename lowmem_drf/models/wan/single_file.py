@@ -1,13 +1,15 @@
-"""``model.transformer``: a Wan transformer in one safetensors file, as ComfyUI and Wan's repositories have it, instead
-of a folder's.
+"""``model.transformer``: a Wan transformer in one file, as ComfyUI and Wan's repositories have it, not in a folder.
 
-Its tensors have Wan's names, bare or with prefix ``diffusion_model.`` or ``model.diffusion_model.``, or diffusers'
-names. The file has no configuration: it must exactly fit that of ``model.id``.
+The file is safetensors, also with weights in fp8 (``fp8_files``), or GGUF (``gguf_files``). Its tensors have Wan's
+names or diffusers', with or without a prefix; other models may be beside it. It has no configuration: it must exactly
+fit that of ``model.id``. Every tensor is used, left out for a reason that is said, or named in the refusal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,24 +17,35 @@ import torch
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.generators import generator_config
+from lowmem_drf.models.wan.kinds import OURS, kind_of
 from lowmem_drf.models.wan.names import wan_name
 from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.weights.files import PICKLES, damage
+from lowmem_drf.models.weights.fp8_files import Fp8Files
+from lowmem_drf.models.weights.gguf_files import GgufFiles, is_gguf
 from lowmem_drf.models.weights.quant import Quant
-from lowmem_drf.models.weights.reader import DTYPES, Changes, Entry, TensorFiles, fill_from_files, parameter_shapes
-from lowmem_drf.texts import expanded, one_line, some
+from lowmem_drf.models.weights.reader import Changes, Shapes, TensorFiles, fill_from_files, parameter_shapes
+from lowmem_drf.texts import expanded, some
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
 
-_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-_SCALES = ("scale_weight", "scale_input", "weight_scale", "scaled_fp8", "comfy_quant")
-_OTHER_KINDS = {
-    "img_emb.": "an image-to-video",
-    "vace_blocks.": "a VACE",
-    "face_adapter.": "an Animate",
-    "motion_encoder.": "an Animate",
+_PREFIXES = ("", "model.", "transformer.", "diffusion_model.", "model.diffusion_model.")
+_BESIDE = {
+    "text_encoders": "the text encoder",
+    "text_encoder": "the text encoder",
+    "cond_stage_model": "the text encoder",
+    "conditioner": "the text encoder",
+    "vae": "the VAE",
+    "first_stage_model": "the VAE",
+    "clip_vision": "the image encoder",
+    "image_encoder": "the image encoder",
 }
+"""First part of a name in an all-in-one checkpoint -> the model that is not the transformer."""
+_BUFFER = re.compile(r"(rope\.)?freqs(_cos|_sin)?")
+"""Wan's own checkpoints may carry its table of rotary frequencies, which are computed."""
+Source = Fp8Files | GgufFiles
+_FULL = "Give the model in 16 bits, in fp8 or as GGUF"
 
 
 def load_single_file(
@@ -45,76 +58,118 @@ def load_single_file(
     changes: Changes | None = None,
     blocks: int | None = None,
     taken: Callable[[torch.nn.Parameter], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> WanTransformer3DModel:
     """The transformer in a single file: frozen, eval, in the dtypes of ``load_denoiser``.
 
     Args:
         folder_or_id: ``model.id``, which gives the configuration (``generator_config``).
         quant, home, changes, blocks, taken: as in ``load_denoiser``.
+        say: is told in one line what is dequantised and what is left out.
 
     Raises:
-        BadInputError: no such file, another format, quantised weights, a truncated file, not a transformer of this
-            configuration, or bitsandbytes is missing.
+        BadInputError: no such file, another format or kind of model, weights quantised in a way that is not read, a
+            damaged file, not a transformer of this configuration, or bitsandbytes or gguf is missing.
     """
     path = expanded(file)
-    files = _checked(path)
+    files = _opened(path)
     model = empty_transformer(generator_config(folder_or_id).transformer, quant=quant)
-    names = _matched(path, files.entries, parameter_shapes(model), folder_or_id)
+    names, left_out = _matched(path, files, model, folder_or_id)
+    stored, unused = files.said(names.values())
+    parts = [f"{stored}, dequantised as they are read"] * bool(stored)
+    parts += [f"left out: {', '.join([*left_out, *unused])}"] * bool(left_out or unused)
+    if say is not None and parts:
+        say(f"{path}: {'; '.join(parts)}")
     return fill_from_files(model, files, names, dtype, device, home, changes, blocks, taken)
 
 
-def _checked(path: Path) -> TensorFiles:
-    """The file's tensors. Raises BadInputError if they must not be read."""
-    advice = "Give the 16-bit safetensors file of the model."
-    if path.suffix == ".gguf":
-        raise BadInputError(
-            f"model.transformer, {path}: GGUF files hold quantised weights; model.quant quantises full ones. {advice}"
-        )
+def _opened(path: Path) -> Source:
+    """The file's tensors. Raises BadInputError for a missing, unsafe or damaged file."""
     if path.suffix in PICKLES:
         raise BadInputError(
-            f"model.transformer, {path}: only safetensors files are loaded; pickles can run code. {advice}"
+            f"model.transformer, {path}: only safetensors and GGUF files are loaded; pickles can run code. "
+            "Give one of these, or convert it with the tool that made it."
         )
+    if path.is_dir():
+        raise BadInputError(f"model.transformer, {path}, is a folder. Give model.id the folder, or the file in it.")
     if not path.is_file():
-        raise BadInputError(f"model.transformer: there is no file {path}. {advice}")
-    if what := damage(path):
-        raise BadInputError(f"model.transformer, {path} {what}. Get it anew.")
-    files = TensorFiles([path])
-    low = sorted(name for name, entry in files.entries.items() if entry.dtype not in DTYPES)
-    scaled = sorted(name for name in files.entries if name.rpartition(".")[2] in _SCALES)
-    if low or scaled:
-        first = (low or scaled)[0]
-        raise BadInputError(
-            f"model.transformer, {path} is quantised ({one_line(first, 80)} is {files.entries[first].dtype}); "
-            f"model.quant quantises full weights. {advice}"
-        )
-    return files
+        raise BadInputError(f"model.transformer: there is no file {path}. {_FULL}.")
+    try:
+        if is_gguf(path):
+            return GgufFiles(path)
+        if what := damage(path):
+            raise ValueError(what)
+        return Fp8Files(TensorFiles([path]))
+    except ValueError as error:
+        raise BadInputError(f"model.transformer, {path} {error}. Get it anew.") from error
 
 
-def _matched(
-    path: Path, header: Mapping[str, Entry], shapes: Mapping[str, tuple[int, ...]], folder_or_id: str
-) -> dict[str, str]:
-    """diffusers' name of each parameter -> its name in the file. Raises BadInputError unless they match one to one."""
-    prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in header)), "")
-    in_file = {name.removeprefix(prefix): name for name in header}
-    for beginning, kind in _OTHER_KINDS.items():
-        if any(name.startswith(beginning) for name in in_file):
-            raise BadInputError(
-                f"model.transformer, {path} is {kind} transformer, and this program trains Wan's text-to-video models."
-            )
-    as_diffusers = any(".attn1." in name for name in in_file)
-    wanted = {name if as_diffusers else wan_name(name): name for name in shapes}
-    problems = []
-    if missing := sorted(wanted.keys() - in_file.keys()):
-        problems.append(f"lacks {len(missing)} tensors of it ({some(missing)})")
-    if unexpected := sorted(in_file.keys() - wanted.keys()):
-        problems.append(f"has {len(unexpected)} that it has not ({some(unexpected)})")
-    common = sorted(wanted.keys() & in_file.keys())
-    if other := [own for own in common if header[in_file[own]].shape != shapes[wanted[own]]]:
-        own, found = other[0], list(header[in_file[other[0]]].shape)
-        problems.append(f"has {len(other)} of another shape ({own} is {found}, wanted is {list(shapes[wanted[own]])})")
+def _matched(path: Path, files: Source, model: torch.nn.Module, folder_or_id: str) -> tuple[dict[str, str], list[str]]:
+    """(diffusers' name of each parameter -> its name in the file, what is left out, in words). Raises BadInputError
+    unless they match one to one."""
+    shapes = parameter_shapes(model)
+    wanted, prefix = _naming(files.entries.keys(), shapes)
+    in_file, strays, left_out = dict[str, str](), list[str](), Counter[str]()
+    for name in files.entries:
+        own = name.removeprefix(prefix)
+        if own not in wanted and (what := _unused(name, own, model)):
+            left_out[what] += 1
+        elif name.startswith(prefix):
+            in_file[own] = name
+        else:
+            strays.append(name)
+    if isinstance(files, GgufFiles):
+        files.reshape({in_file[own]: shapes[wanted[own]] for own in wanted.keys() & in_file.keys()})
+    held = {own: files.entries[name].shape for own, name in in_file.items()}
+    problems = list(_problems(held, {own: shapes[name] for own, name in wanted.items()}, strays))
+    if problems and (kind := kind_of([*in_file, *strays] or files.entries) or _more_channels(held, shapes)):
+        raise BadInputError(f"model.transformer, {path}, is {kind[0]}. {kind[1]}.")
+    try:
+        files.check(in_file.values())
+    except ValueError as error:
+        raise BadInputError(f"model.transformer, {path} {error}. This is not read. {_FULL}.") from error
     if problems:
+        shard = re.search(r"-\d{5}-of-\d{5}\.", path.name)
+        cure = "the folder that it is a part of" if shard else "the model that the file is a version of"
         raise BadInputError(
             f"model.transformer, {path}, does not fit the configuration of {folder_or_id}: it {'; '.join(problems)}.\n"
-            "Let model.id name the model that the file is a version of."
+            f"Let model.id name {cure}."
         )
-    return {wanted[own]: in_file[own] for own in common}
+    return {wanted[own]: in_file[own] for own in in_file}, [f"{count} {what}" for what, count in left_out.items()]
+
+
+def _naming(names: Collection[str], shapes: Shapes) -> tuple[dict[str, str], str]:
+    """(name as the file has it -> diffusers' name, prefix in the file): those that most of ``names`` have."""
+    namings = [{wan_name(name): name for name in shapes}, {name: name for name in shapes}]
+    choices = [(naming, prefix) for naming in namings for prefix in _PREFIXES]
+    return max(choices, key=lambda choice: sum(choice[1] + name in names for name in choice[0]))
+
+
+def _unused(name: str, own: str, model: torch.nn.Module) -> str:
+    """Why a tensor is left out, in words; "" if it has to be a parameter."""
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    if beside := _BESIDE.get(name.partition(".")[0]):
+        return f"tensors of {beside}"
+    if _BUFFER.fullmatch(own):
+        return "table of frequencies, which is computed"
+    return "that diffusers leaves out too" if any(part in own for part in ignored) else ""
+
+
+def _problems(held: Shapes, wanted: Shapes, strays: list[str]) -> Iterator[str]:
+    """What keeps the file's tensors from being the parameters."""
+    if missing := sorted(wanted.keys() - held.keys()):
+        yield f"lacks {len(missing)} tensors of it ({some(missing)})"
+    if unexpected := sorted([*(held.keys() - wanted.keys()), *strays]):
+        yield f"has {len(unexpected)} that it has not ({some(unexpected)})"
+    if other := sorted(own for own in wanted.keys() & held.keys() if held[own] != wanted[own]):
+        shapes = f"{list(held[other[0]])}, wanted is {list(wanted[other[0]])}"
+        yield f"has {len(other)} of another shape ({other[0]} is {shapes})"
+
+
+def _more_channels(held: Shapes, shapes: Shapes) -> tuple[str, str] | None:
+    """As ``kind_of``, for transformers that differ from text-to-video in their first layer only."""
+    found, wanted = held.get("patch_embedding.weight", ()), shapes["patch_embedding.weight"]
+    if len(found) != len(wanted) or found[1] <= wanted[1] or (found[0], *found[2:]) != (wanted[0], *wanted[2:]):
+        return None
+    takes = f"its first layer takes {found[1]} channels, a text-to-video one {wanted[1]}"
+    return f"an image-to-video or control transformer: {takes}", OURS

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from lowmem_drf.models.weights.sources import refuse_missing
 from lowmem_drf.texts import one_line
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""safetensors' names of a model's dtypes. All others hold quantised weights."""
+"""safetensors' names of full precision. All others hold quantised weights (``fp8_files.py``)."""
 FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 INTEGERS = {"I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
 
@@ -45,6 +45,14 @@ class Entry:
     dtype: str
     """As safetensors names it."""
     shape: tuple[int, ...]
+
+
+class Tensors(Protocol):
+    """Files whose tensors are read one by one in full precision, however they are stored."""
+
+    entries: dict[str, Entry]
+
+    def read(self, name: str) -> Tensor: ...
 
 
 class TensorFiles:
@@ -116,7 +124,7 @@ def require_complete(files: TensorFiles, model: Any) -> None:
 
 def fill_from_files(
     model: Any,
-    files: TensorFiles,
+    files: Tensors,
     names: Mapping[str, str],
     dtype: torch.dtype,
     device: str | torch.device,

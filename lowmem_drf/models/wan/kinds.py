@@ -1,0 +1,44 @@
+"""Names what a model file is that is not the text-to-video transformer of Wan which is wanted, by the names of its
+tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_FROM_ID = "A run takes it from the folder of model.id"
+OURS = "This program trains Wan's text-to-video models: give one of them"
+_LORA = "Give it to model.base_lora, and leave model.transformer empty"
+
+_KINDS: tuple[tuple[str, str, str], ...] = (
+    (r"\.lora_(A|B|down|up|mid)\.|\.lora\.(down|up)\.|^lora_unet_|\.(hada_w1_a|lokr_w1|dora_scale)$", "a LoRA", _LORA),
+    (r"\.diff(_b|_m)?$", "a LoRA", _LORA),
+    (r"^vace_(blocks|patch_embedding)\.", "a VACE transformer", OURS),
+    (r"^(face_adapter|face_encoder|motion_encoder|pose_patch_embedding)\.", "an Animate transformer", OURS),
+    (r"^(casual_audio_encoder|audio_injector|audio_proj)\.", "a speech-to-video transformer", OURS),
+    (r"^(ref_conv|control_adapter)\.", "a Fun-control transformer", OURS),
+    (r"^(img_emb|condition_embedder\.image_embedder)\.", "an image-to-video transformer", OURS),
+    (r"\.attn2\.add_k_proj\.|\.cross_attn\.k_img\.", "an image-to-video transformer", OURS),
+    (r"(^|\.)((post_)?quant_conv|(en|de)coder\.(conv1|conv_in|mid|mid_block|middle))\.", "a VAE", _FROM_ID),
+    (r"(^|\.)(shared|token_embedding|token_embd|embed_tokens)\.weight$", "a text encoder", _FROM_ID),
+    (r"(^|\.)(text_model|vision_model|visual)\.", "a text or image encoder", _FROM_ID),
+    (r"(^|\.)txt_in\.individual_token_refiner\.|(^|\.)context_embedder\.token_refiner\.", "a HunyuanVideo", OURS),
+    (r"(^|\.)(adaln_single|patchify_proj)\.", "an LTX-Video", OURS),
+    (r"(^|\.)transformer_blocks\.\d+\.img_mlp\.", "a Qwen-Image", OURS),
+    (r"(^|\.)(double_blocks\.\d+\.img_attn|single_transformer_blocks)\.", "a Flux", OURS),
+    (r"(^|\.)joint_blocks\.\d+\.", "a Stable Diffusion 3", OURS),
+    (r"(^|\.)(input_blocks|down_blocks)\.\d+\.", "a Stable Diffusion", OURS),
+    (r"(^|\.)adaln_modulation_self_attn\.", "a Cosmos", OURS),
+    (r"(^|\.)patch_embed\.(text_proj|pos_embedding)", "a CogVideoX", OURS),
+    (r"(^|\.)(noise_refiner|cap_embedder)\.", "a Lumina or Z-Image", OURS),
+)
+"""(pattern in a tensor's name, what has it, what to do). No text-to-video transformer of Wan has any of them."""
+
+
+def kind_of(names: Iterable[str]) -> tuple[str, str] | None:
+    """(what the file is, what to do) if a name tells; names inside the transformer are without its prefix."""
+    known = list(names)
+    for pattern, kind, cure in _KINDS:
+        if any(map(re.compile(pattern).search, known)):
+            return kind, cure
+    return None
