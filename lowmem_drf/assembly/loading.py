@@ -77,7 +77,9 @@ def load_models(
         # transformers that go to the card, or are packed or partitioned, are never on the host in full
         whole = home.type == "cpu" and config.model.quant == "none" and config.engine != "zero3"
         passing = () if whole else ("transformer", SECOND)
-        check_host_memory(generator, "generator", DTYPES[config.dtype].itemsize, (*_without(config), *passing))
+        single = _parameters(described.transformer) if whole and config.model.transformer else 0
+        without = (*_without(config), *passing)
+        check_host_memory(generator, "generator", DTYPES[config.dtype].itemsize, without, single)
         text_device = torch.device("cpu") if config.memory.text_device == "host" else device
         with during("text"):
             encoded = encode_texts(config, str(generator), [*texts, config.sampler.negative_prompt], text_device)
@@ -218,6 +220,13 @@ def say(text: str) -> None:
 def _without(config: Config) -> tuple[str, ...]:
     """Unneeded subfolders of the generator."""
     return ("transformer",) if config.model.transformer else ()
+
+
+def _parameters(transformer: Mapping[str, Any]) -> int:
+    """Parameters of a transformer, by its configuration."""
+    from lowmem_drf.models.wan.random_generator import empty_transformer
+
+    return sum(parameter.numel() for parameter in empty_transformer(transformer).parameters())
 
 
 def import_libraries(config: Config) -> None:

@@ -82,9 +82,14 @@ def cached(folder_or_id: str, role: Role | Literal["file"]) -> str:
     return next((f"{problem.file} {problem.what}" for problem in find_problems(folder, role)), "here")
 
 
-def check_host_memory(folder: Path, role: Role, bytes_per_number: int, without: tuple[str, ...] = ()) -> None:
+def check_host_memory(
+    folder: Path, role: Role, bytes_per_number: int, without: tuple[str, ...] = (), single: int = 0
+) -> None:
     """Requires that a folder's largest model fits into free host memory: models are loaded one after another, in the
     run's dtype; two transformers count as one. Passes if the system does not report free memory.
+
+    Args:
+        single: parameters of a transformer that comes from a single file.
 
     Raises:
         LowmemError: it does not fit.
@@ -92,6 +97,8 @@ def check_host_memory(folder: Path, role: Role, bytes_per_number: int, without: 
     free = available_host_bytes()
     wanted = [subfolder for subfolder in subfolders(folder, role) if subfolder not in without]
     needs = {subfolder: bytes_per_number * weight_count(folder / subfolder) for subfolder in wanted}
+    if single:
+        needs["transformer"] = bytes_per_number * single
     if SECOND in needs:
         needs["transformer"] = needs.get("transformer", 0) + needs.pop(SECOND)
     largest = max(needs, key=lambda subfolder: needs[subfolder])

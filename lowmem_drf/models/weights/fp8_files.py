@@ -57,7 +57,7 @@ class Fp8Files:
         for name in names:
             entry, (module, _, ending) = self.entries[name], name.rpartition(".")
             by_name = _BY_ENDING.get(ending, "4 bit of bitsandbytes" if "bitsandbytes__" in ending else "")
-            scheme = self._other_format(module) or by_name or _BY_DTYPE.get(entry.dtype)
+            scheme = (ending == "weight" and self._other_format(module)) or by_name or _BY_DTYPE.get(entry.dtype)
             if scheme or entry.dtype not in _FLOATS:
                 raise ValueError(f"is quantised: {one_line(name, 80)} is {scheme or entry.dtype}")
             if name in self._scales:

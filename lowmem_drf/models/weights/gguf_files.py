@@ -12,6 +12,8 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -97,12 +99,12 @@ class GgufFiles:
                 raise ValueError(f"is quantised: {one_line(name, 80)} is {kind}") from error
 
     def reshape(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Gives tensors these shapes where the numbers and their order are the same: writers of GGUF leave out
-        dimensions of size 1, and have at most four."""
+        """Gives tensors these shapes where they are stored as the same numbers in the same order: GGUF has at most four
+        dimensions, so its writers merge neighbours, and leave out those of size 1."""
         for name, shape in shapes.items():
             entry = self.entries[name]
-            same = [x for x in shape if x != 1] == [x for x in entry.shape if x != 1]
-            if same or (len(shape) > 4 >= len(entry.shape) and math.prod(shape) == math.prod(entry.shape)):
+            stored, wanted = (list(accumulate(sizes, mul, initial=1)) for sizes in (entry.shape, shape))
+            if stored[-1] == wanted[-1] and set(stored) <= set(wanted):
                 self.entries[name] = replace(entry, shape=shape)
 
     def read(self, name: str) -> Tensor:
