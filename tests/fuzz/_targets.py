@@ -6,6 +6,7 @@ joins by a line in ``TARGETS``.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import time
@@ -344,7 +345,38 @@ def _checkpoints() -> Bytes:
 
 
 def _models() -> Bytes:
-    return files_of(safetensors(_shapes(2), {"format": "pt"}))
+    scales = {"blocks.0.attn1.to_q.scale_weight": (1,), "blocks.1.attn1.to_q.weight_scale": (), "scaled_fp8": (2,)}
+    marked = scales | {"blocks.0.attn1.to_q.comfy_quant": (30,), "freqs": (2,), "vae.conv1.weight": (2,)}
+    return files_of(safetensors(_shapes(2), {"format": "pt"}), safetensors(_shapes(2) | marked, {}))
+
+
+def _gguf_files() -> Bytes:
+    """Damage is in the header more often than the header's share of the file."""
+    whole, end = _gguf()
+    return files_of(damaged([whole[:end]]).map(lambda head: head + whole[end:]), damaged([whole]))
+
+
+@cache
+def _gguf() -> tuple[bytes, int]:
+    """(file, bytes of its header)."""
+    import tempfile
+
+    import gguf
+    from gguf.quants import quantize
+
+    with tempfile.TemporaryDirectory() as folder:
+        writer, kinds = gguf.GGUFWriter(f"{folder}/wan.gguf", "wan"), gguf.GGMLQuantizationType
+        writer.add_array("comfy.gguf.orig_shape.patch_embedding.weight", [24, 4, 1, 2, 2])
+        writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+        for name, value in _transformer(2).state_dict().items():
+            kind = kinds.Q8_0 if value.shape[-1] % 32 == 0 else kinds.F16 if value.ndim == 2 else kinds.F32
+            stored = value.reshape(24, -1) if name == "patch_embedding.weight" else value
+            writer.add_tensor(name, quantize(stored.numpy(), kind), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return Path(f"{folder}/wan.gguf").read_bytes(), gguf.GGUFReader(f"{folder}/wan.gguf").data_offset
 
 
 def _tensors(state: dict[str, torch.Tensor]) -> bytes:
@@ -417,3 +449,5 @@ TARGETS = {
     "video": Target(_videos, "clip.mp4", _read_video, lambda: _clips()[0]),
 }
 """The readers by name."""
+if importlib.util.find_spec("gguf"):
+    TARGETS["GGUF model"] = Target(_gguf_files, "model.gguf", _read_model, lambda: _gguf()[0])

@@ -326,6 +326,8 @@ def test_host_memory(folder: Path, role: str, monkeypatch) -> None:
     with pytest.raises(LowmemError, match=r"2\.1 GB are free.*dtype=bf16"):
         check_host_memory(folder, role, 4)
     check_host_memory(folder, role, 2)
+    with pytest.raises(LowmemError, match=r"Loading the transformer.*2\.1 GB are free"):
+        check_host_memory(folder, role, 2, ("transformer",), single=2 * largest)
     monkeypatch.setattr(downloads, "available_host_bytes", lambda: None)
     check_host_memory(folder, role, 4)
 
