@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from _loras import loras, read_as_every_door, valid_lora
 from _mutations import RAW, Bytes, changed, damaged, dumped, encoded, files_of, mp4, safetensors
 from hypothesis import strategies as st
 
@@ -125,23 +126,6 @@ def _read_metrics(path: Path) -> None:
     from lowmem_drf.training.metrics import read_metrics
 
     read_metrics(path.parent)
-
-
-def _read_lora(path: Path) -> None:
-    """As ``sample --lora``, ``export-lora`` and ``model.base_lora`` read it."""
-    import torch
-
-    from lowmem_drf.models.lora.adapter import attach_lora, remove_lora
-    from lowmem_drf.models.lora.base import lora_changes
-    from lowmem_drf.models.lora.reading import read_lora
-
-    lora = read_lora(path)
-    adapters, _ = lora.split(_shapes())
-    for name, added in lora_changes(lora).items():
-        added(torch.ones(_shapes()[name]))
-    attach_lora(_transformer(), adapters)
-    if adapters:
-        remove_lora(_transformer())
 
 
 def _read_model(path: Path) -> None:
@@ -293,35 +277,6 @@ def _overrides() -> Bytes:
     )
 
 
-def _loras() -> Bytes:
-    q, o = "blocks.0.attn1.to_q", "blocks.0.attn1.to_out.0"
-    state = {
-        f"{module}.lora_{side}.weight": shape for module in (q, o) for side, shape in (("A", (2, 24)), ("B", (24, 2)))
-    }
-    wan = {q: "blocks.0.self_attn.q", o: "blocks.0.self_attn.o"}
-    named = [
-        {f"transformer.{name}": shape for name, shape in state.items()},
-        {
-            f"diffusion_model.{wan[name.rsplit('.lora', 1)[0]]}.lora{name.rsplit('.lora', 1)[1]}": s
-            for name, s in state.items()
-        },
-    ]
-    kohya: dict[str, tuple[int, ...]] = {}
-    for module in (q, o):
-        stem = "lora_unet_" + wan[module].replace(".", "_")
-        kohya |= {f"{stem}.lora_down.weight": (2, 24), f"{stem}.lora_up.weight": (24, 2), f"{stem}.alpha": ()}
-    header = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 2.0, "transformer.r": 2}), "alpha": "2"}
-    headers = (
-        st.just(header)
-        | changed(header)
-        | changed(json.loads(header["lora_adapter_metadata"])).map(
-            lambda inner: {"lora_adapter_metadata": dumped(inner)}
-        )
-    )
-    files = st.sampled_from([*named, kohya])
-    return files_of(st.tuples(files, headers).flatmap(lambda made: safetensors(*made)))
-
-
 def _checkpoints() -> Bytes:
     from lowmem_drf.training.manifest import _sealed
 
@@ -385,13 +340,6 @@ def _tensors(state: dict[str, torch.Tensor]) -> bytes:
     return save(state)
 
 
-def _valid_lora() -> bytes:
-    import torch
-
-    sides = {"A": (2, 24), "B": (24, 2)}
-    return _tensors({f"transformer.blocks.0.attn1.to_q.lora_{side}.weight": torch.ones(*sides[side]) for side in "AB"})
-
-
 @cache
 def _clips() -> tuple[bytes, ...]:
     """Tiny videos in several containers."""
@@ -441,7 +389,7 @@ TARGETS = {
     ),
     "preset": Target(_toml, "preset.toml", _read_preset, preset_path("toy").read_bytes),
     "overrides": Target(_overrides, "overrides", _read_overrides, lambda: b"optim.lr=1e-4\n\nsteps=3"),
-    "lora": Target(_loras, "lora.safetensors", _read_lora, _valid_lora),
+    "lora": Target(loras, "lora.safetensors", read_as_every_door, valid_lora),
     "model": Target(
         _models, "model.safetensors", _read_model, lambda: _tensors(dict(_transformer(2).named_parameters()))
     ),

@@ -140,8 +140,11 @@ def attach_lora(transformer: WanTransformer3DModel, lora: Lora) -> None:
     _add_adapter(transformer, config)
     layers = lora_layers(transformer)
     for module, pair in lora.pairs.items():
-        layers[module].scaling[ADAPTER] = pair.scale
-    load_lora_state(transformer, lora.state())
+        layer = layers[module]
+        layer.scaling[ADAPTER] = pair.scale
+        with torch.no_grad():
+            layer.lora_A[ADAPTER].weight.copy_(pair.a)
+            layer.lora_B[ADAPTER].weight.copy_(pair.b)
 
 
 def linear_weights(transformer: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lowmem_drf.errors import BadInputError
@@ -103,8 +104,8 @@ def _refuse_dtypes(files: TensorFiles, keys: Keys) -> None:
 
 def _read(files: TensorFiles, key: str) -> Tensor:
     value = files.read(key, {**DTYPES, **FLOAT8, **INTEGERS})
-    if not_finite({key: value}):
-        raise BadInputError(f"its {shown(key)} holds NaN or infinity")
+    if not_finite({key: value.float() if value.dtype == torch.float64 else value}):
+        raise BadInputError(f"its {shown(key)} holds NaN or infinity, or numbers too large for fp32")
     return value
 
 
