@@ -3,7 +3,7 @@ files each time. ``python -m bench.fuzz`` tries others."""
 
 import pytest
 import torch
-from _targets import CURE, TARGETS, _clips, finding
+from _targets import CURE, TARGETS, _clips, _resident, finding
 from hypothesis import HealthCheck, given, settings
 from safetensors.torch import save_file
 
@@ -163,3 +163,17 @@ def test_control_characters_are_escaped_in_json_and_toml(tmp_path):
     config = load_config("toy", ['sampler.negative_prompt="a\x9b31m"'])
     (tmp_path / "x.toml").write_text(to_toml(config), encoding="utf-8")
     assert "\x9b" not in to_toml(config) and load_config(tmp_path / "x.toml") == config
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float32])
+def test_reading_a_lora_takes_at_most_three_times_its_size(dtype, tmp_path):
+    file, size = tmp_path / "lora.safetensors", 2**25 // dtype.itemsize
+    shapes = {"A": (4, size // 4), "B": (size // 4, 4)}
+    values = {side: torch.ones(shape, dtype=dtype) for side, shape in shapes.items()}
+    save_file({f"blocks.0.ffn.0.lora_{side}.weight": value for side, value in values.items()}, file)
+    del values
+    before = _resident(reset=True)
+    lora = read_lora(file)
+    if before:  # 0 where the system does not tell
+        assert _resident() - before <= 3 * file.stat().st_size
+    assert lora.nbytes == 2 * size * dtype.itemsize
