@@ -205,6 +205,12 @@ ROWS: tuple[tuple[str, str], ...] = (
     ("train -s critic.id=./a-folder", "complete folder"),
     ("train -s model.transformer=none.safetensors", "none.safetensors"),
     ("train -s model.transformer=text.safetensors", "text.safetensors"),
+    ("train -s model.transformer=a-folder", "is a folder"),
+    ("train -s model.transformer=model.pth", "pickles can run code"),
+    ("train -s model.transformer=other.safetensors", "Give it to model.base_lora"),
+    ("train -s model.transformer=text.gguf", "does not begin with the header of a GGUF file. Get it anew"),
+    ("train -s model.transformer=int8.safetensors", "Give the model in 16 bits, in fp8 or as GGUF"),
+    ("train -s model.transformer=vae.safetensors", "is a VAE"),
     ("train -s model.base_lora=text.safetensors", "text.safetensors"),
     # runs and LoRA files
     ("sample", "lowmem-drf train"),
@@ -277,7 +283,8 @@ def _files() -> None:
 
     Path("a-folder").mkdir()
     texts = {
-        "empty.txt": "", "clip.mp4": "no film", "text.safetensors": "no tensors", "mine.toml": "# edited\nsteps = 3\n",
+        "empty.txt": "", "clip.mp4": "no film", "text.safetensors": "no tensors", "text.gguf": "no tensors",
+        "model.pth": "no tensors", "mine.toml": "# edited\nsteps = 3\n",
         "broken.toml": "steps = = 3", "circle.toml": 'extends = "./circle.toml"', "no-base.toml": 'extends = "toi"',
         "extends-number.toml": "extends = 3", "section.toml": "optim = 3", "twice.toml": "steps = 1\nsteps = 2\n",
         "table.csv": f"id,prompt\n1,{TOY}\n", "broken.jsonl": "{", "list.jsonl": "[1]", "broken.json": "{",
@@ -338,6 +345,8 @@ def _loras(good: Path) -> None:
     save_file(rest | {first: torch.full_like(tensor, torch.nan)}, "nan.safetensors")
     save_file(tensors, "alpha.safetensors", metadata={"alpha": "much"})
     save_file(rest | {first: tensor.to(torch.int32)}, "integers.safetensors")
+    save_file({"blocks.0.self_attn.q.weight": torch.ones(2, 2).to(torch.int8)}, "int8.safetensors")
+    save_file({"decoder.conv1.weight": torch.ones(2)}, "vae.safetensors")
     save_file(rest | {first: tensor.to(torch.complex64)}, "complex.safetensors")
 
 

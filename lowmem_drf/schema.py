@@ -62,7 +62,8 @@ class Model(Node):
     id: Name = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     """A diffusers folder, a Hugging Face id, or ``toyworld`` for the models in this package."""
     transformer: str = ""
-    """A single safetensors file, as ComfyUI uses, that replaces the transformer of ``id``. Empty: the transformer of
+    """A single file, as ComfyUI uses, that replaces the transformer of ``id``: safetensors, also all-in-one or in fp8,
+    or GGUF (``pip install gguf``). fp8 and GGUF are dequantised; ``quant`` packs them anew. Empty: the transformer of
     ``id``."""
     expert: Literal["low", "high"] = "low"
     """For a generator with two transformers (Wan2.2-T2V-A14B): train the LoRA on the low-noise or the high-noise one.
