@@ -20,7 +20,7 @@ from lowmem_drf.models.generators import generator_config
 from lowmem_drf.models.wan.kinds import OURS, kind_of
 from lowmem_drf.models.wan.names import wan_name
 from lowmem_drf.models.wan.random_generator import empty_transformer
-from lowmem_drf.models.weights.files import PICKLES, damage
+from lowmem_drf.models.weights.files import PICKLES, damage, is_pickle
 from lowmem_drf.models.weights.fp8_files import Fp8Files
 from lowmem_drf.models.weights.gguf_files import GgufFiles, is_gguf
 from lowmem_drf.models.weights.quant import Quant
@@ -85,13 +85,13 @@ def load_single_file(
 
 def _opened(path: Path) -> Source:
     """The file's tensors. Raises BadInputError for a missing, unsafe or damaged file."""
-    if path.suffix in PICKLES:
+    if path.is_dir():
+        raise BadInputError(f"model.transformer, {path}, is a folder. Give model.id the folder, or the file in it.")
+    if path.suffix in PICKLES or is_pickle(path):
         raise BadInputError(
             f"model.transformer, {path}: only safetensors and GGUF files are loaded; pickles can run code. "
             "Give one of these, or convert it with the tool that made it."
         )
-    if path.is_dir():
-        raise BadInputError(f"model.transformer, {path}, is a folder. Give model.id the folder, or the file in it.")
     if not path.is_file():
         raise BadInputError(f"model.transformer: there is no file {path}. {_FULL}.")
     try:

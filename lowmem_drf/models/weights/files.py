@@ -121,6 +121,14 @@ def refuse_pickles(where: str, prefix: str, names: list[str]) -> None:
         )
 
 
+def is_pickle(file: Path) -> bool:
+    """Whether a file is in torch's own format, by its content."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        return stream.read(4).startswith((b"PK\x03\x04", b"\x80\x02"))
+
+
 def damage(file: Path) -> str:
     """A description of a safetensors file's damage; empty if its header and size agree."""
     try:

@@ -286,12 +286,15 @@ def test_every_format_of_gguf_that_diffusers_has(tmp_path) -> None:
         length = gguf.GGML_QUANT_SIZES[kind][1]
         raw[kind.name] = torch.randint(0, 256, (3, 512 // gguf.GGML_QUANT_SIZES[kind][0] * length), generator=drawn)
         writer.add_tensor(kind.name, raw[kind.name].to(torch.uint8).numpy(), raw_dtype=kind)
+    writer.add_tensor("whole", torch.ones(3, dtype=torch.int32).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     files = GgufFiles(file)
-    files.check(files.entries)
+    files.check(raw)
+    with pytest.raises(ValueError, match="whole is I32"):
+        files.check(files.entries)
     for kind, function in dequantize_functions.items():
         block, length = gguf.GGML_QUANT_SIZES[kind]
         wanted = function(raw[kind.name].to(torch.uint8).view(-1, length), block, length, torch.float32)
@@ -415,6 +418,9 @@ def test_files_of_another_kind(generator, original, tmp_path) -> None:
             load_single_file(tmp_path / name, str(generator))
     with pytest.raises(BadInputError, match=r"is a folder.*model\.id"):
         load_single_file(tmp_path, str(generator))
+    torch.save(original, tmp_path / "pickle.safetensors")
+    with pytest.raises(BadInputError, match="pickles"):
+        load_single_file(tmp_path / "pickle.safetensors", str(generator))
     file = tmp_path / "diffusion_pytorch_model-00001-of-00002.safetensors"
     save_file({name: value for name, value in original.items() if "blocks.1" not in name}, file)
     with pytest.raises(BadInputError, match="name the folder that it is a part of"):
