@@ -115,7 +115,7 @@ def _require_linears(lora: Lora) -> None:
         for name, others in lora.others.items()
         if not name.endswith(".weight") or "norm" in name or "DoRA" in _kinds(others)
     ]
-    odd += [module for module, pair in lora.pairs.items() if pair.a.ndim > 2]
+    odd += [module for module, pair in lora.pairs.items() if pair.a.ndim > 2 or module == "patch_embedding"]
     if odd:
         kinds = sorted({kind for name in odd for kind in _kinds(lora.others.get(name, ()))}) or ["convolution"]
         raise BadInputError(

@@ -77,6 +77,7 @@ _OTHER_METHODS = {
     r"\.(a1|a2|b1|b2|bm1|bm2)\.weight$": "GLoRA",
     r"\.(ia3_l|on_input)\b": "IA3",
     r"\.vera_lambda": "VeRA",
+    r"\.lora_E\b": "AdaLoRA",
     r"\.(lora_mid\.weight|hada_t[12]|lokr_t2)$": "a LoRA of convolutions in three factors",
     r"\.set_weight$": "a file of weights that replace a model's",
     r"\.(lora_embedding_[AB])": "a LoRA of embeddings",

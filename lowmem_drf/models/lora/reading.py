@@ -52,7 +52,7 @@ def read_lora(path: Path, expert: Expert = "") -> Lora:
         pairs: dict[str, Pair] = {}
         others: dict[str, list[Other]] = {}
         for module, parts in keys.modules.items():
-            read = {part: _read(files, key) for part, key in parts.items()}
+            read = {part: _read(files, part, key) for part, key in parts.items()}
             _take(module, keys.stems[module], read, settings, pairs, others)
     except (BadInputError, ValueError, OSError, RuntimeError) as error:
         raise BadInputError(f"{file}: {one_line(str(error), 400).removesuffix('.')}. {_CURE}") from error
@@ -66,7 +66,12 @@ def _file(path: Path) -> Path:
         files = [name for name in found if name.endswith(".safetensors")]
         if ADAPTER_FILE in files or len(files) == 1:
             return path / (ADAPTER_FILE if ADAPTER_FILE in files else files[0])
-        what = f"holds {some(files)}: give one of them" if files else "holds no safetensors file"
+        if files:
+            what = f"holds {some(files)}: give one of them"
+        elif pickles := [name for name in found if name.endswith(PICKLES)]:
+            what = f"holds its weights as a pickle ({pickles[0]}), which can run code: only safetensors files are read"
+        else:
+            what = f"holds no adapter ({ADAPTER_FILE})"
         raise BadInputError(f"The folder {path} {what}. {_CURE}")
     if not path.is_file():
         raise BadInputError(f"There is no file {path}. {_CURE}")
@@ -102,9 +107,10 @@ def _refuse_dtypes(files: TensorFiles, keys: Keys) -> None:
                 raise BadInputError(f"its {shown(key)} is {shown(list(entry.shape))}: it holds no numbers")
 
 
-def _read(files: TensorFiles, key: str) -> Tensor:
+def _read(files: TensorFiles, part: str, key: str) -> Tensor:
     value = files.read(key, {**DTYPES, **FLOAT8, **INTEGERS})
-    if not_finite({key: value.float() if value.dtype == torch.float64 else value}):
+    # an alpha that is used is checked then; LoKr of whole matrices has one that is not, and in fp16 it is infinite
+    if part != "alpha" and not_finite({key: value.float() if value.dtype == torch.float64 else value}):
         raise BadInputError(f"its {shown(key)} holds NaN or infinity, or numbers too large for fp32")
     return value
 
