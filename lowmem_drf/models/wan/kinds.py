@@ -4,21 +4,29 @@ tensors."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 
 _FROM_ID = "A run takes it from the folder of model.id"
 OURS = "This program trains Wan's text-to-video models: give one of them"
 _LORA = "Give it to model.base_lora, and leave model.transformer empty"
 
-_KINDS: tuple[tuple[str, str, str], ...] = (
-    (r"\.lora_(A|B|down|up|mid)\.|\.lora\.(down|up)\.|^lora_unet_|\.(hada_w1_a|lokr_w1|dora_scale)$", "a LoRA", _LORA),
-    (r"\.diff(_b|_m)?$", "a LoRA", _LORA),
+Kinds = tuple[tuple[str, str, str], ...]
+"""(pattern in a tensor's name, what has it, what to do). No text-to-video transformer of Wan has any of them."""
+
+_LORAS: Kinds = (
+    (r"\.lora_(A|B|down|up|mid)(\.|$)|\.lora\.(down|up)\.|^lora_unet_", "a LoRA", _LORA),
+    (r"\.(diff|diff_b|diff_m|hada_w1_a|lokr_w1|dora_scale)$", "a LoRA", _LORA),
+)
+_VARIANTS: Kinds = (
     (r"^vace_(blocks|patch_embedding)\.", "a VACE transformer", OURS),
     (r"^(face_adapter|face_encoder|motion_encoder|pose_patch_embedding)\.", "an Animate transformer", OURS),
     (r"^(casual_audio_encoder|audio_injector|audio_proj)\.", "a speech-to-video transformer", OURS),
     (r"^(ref_conv|control_adapter)\.", "a Fun-control transformer", OURS),
     (r"^(img_emb|condition_embedder\.image_embedder)\.", "an image-to-video transformer", OURS),
     (r"\.attn2\.add_k_proj\.|\.cross_attn\.k_img\.", "an image-to-video transformer", OURS),
+)
+"""Wan's other transformers: text-to-video ones with more tensors."""
+_OTHERS: Kinds = (
     (r"(^|\.)((post_)?quant_conv|(en|de)coder\.(conv1|conv_in|mid|mid_block|middle))\.", "a VAE", _FROM_ID),
     (r"(^|\.)(shared|token_embedding|token_embd|embed_tokens)\.weight$", "a text encoder", _FROM_ID),
     (r"(^|\.)(text_model|vision_model|visual)\.", "a text or image encoder", _FROM_ID),
@@ -32,13 +40,16 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
     (r"(^|\.)patch_embed\.(text_proj|pos_embedding)", "a CogVideoX model", OURS),
     (r"(^|\.)(noise_refiner|cap_embedder)\.", "a Lumina or Z-Image model", OURS),
 )
-"""(pattern in a tensor's name, what has it, what to do). No text-to-video transformer of Wan has any of them."""
 
 
-def kind_of(names: Iterable[str]) -> tuple[str, str] | None:
-    """(what the file is, what to do) if a name tells; names inside the transformer are without its prefix."""
-    known = list(names)
-    for pattern, kind, cure in _KINDS:
-        if any(map(re.compile(pattern).search, known)):
+def kind_of(names: Collection[str], complete: bool) -> tuple[str, str] | None:
+    """(what a file is, what to do) if a name tells.
+
+    Args:
+        names: without the prefix of the transformer.
+        complete: a text-to-video transformer is among them.
+    """
+    for pattern, kind, cure in _VARIANTS if complete else _LORAS + _VARIANTS + _OTHERS:
+        if any(re.search(pattern, name) for name in names):
             return kind, cure
     return None

@@ -122,14 +122,15 @@ def _matched(path: Path, files: Source, model: torch.nn.Module, folder_or_id: st
         files.reshape({in_file[own]: shapes[wanted[own]] for own in wanted.keys() & in_file.keys()})
     held = {own: files.entries[name].shape for own, name in in_file.items()}
     problems = list(_problems(held, {own: shapes[name] for own, name in wanted.items()}, strays))
-    if problems and (kind := kind_of([*in_file, *strays] or files.entries) or _more_channels(held, shapes)):
+    kind = kind_of(in_file or files.entries, wanted.keys() <= in_file.keys()) or _more_channels(held, shapes)
+    if problems and kind:
         raise BadInputError(f"model.transformer, {path}, is {kind[0]}. {kind[1]}.")
     try:
         files.check(in_file.values())
     except ValueError as error:
         raise BadInputError(f"model.transformer, {path} {error}. This is not read. {_FULL}.") from error
     if problems:
-        shard = re.search(r"-\d{5}-of-\d{5}\.", path.name)
+        shard = re.search(r"-\d{5}-of-\d{5}\.safetensors", path.name)
         cure = "the folder that it is a part of" if shard else "the model that the file is a version of"
         raise BadInputError(
             f"model.transformer, {path}, does not fit the configuration of {folder_or_id}: it {'; '.join(problems)}.\n"

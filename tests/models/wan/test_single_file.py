@@ -362,6 +362,7 @@ def test_a_tensor_is_gone_before_the_next_is_read(generator, original, kinds, ki
         ({"head__head__bias": None}, r"lacks 1 tensors of it \(head\.head\.bias\)"),
         ({"blocks__7__ffn__0__bias": torch.zeros(3)}, r"has 1 that it has not \(blocks\.7\.ffn\.0\.bias\)"),
         ({"transformer_2__head__head__bias": torch.zeros(3)}, r"has 1 that it has not \(transformer_2\."),
+        ({"clip_l__text_model__x": torch.zeros(3)}, r"has 1 that it has not \(clip_l\."),
         ({"head__head__bias": torch.zeros(3)}, r"head\.head\.bias is \[3\], wanted is \[16\]"),
         ({"patch_embedding__weight": torch.zeros(24, 9, 1, 2, 2)}, "image-to-video or control .* takes 9 channels"),
         ({"img_emb__proj__0__weight": torch.zeros(3)}, "image-to-video"),
@@ -388,7 +389,7 @@ def test_half_a_prefix(generator, original, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["blocks.0.self_attn.q.lora_A.weight"], "is a LoRA.*base_lora"),
+        (["blocks.0.self_attn.q.lora_A.weight", "blocks.0.cross_attn.k_img.lora_A.weight"], "is a LoRA.*base_lora"),
         (["diffusion_model.blocks.0.self_attn.q.lora_down.weight", "x.diff_b"], "is a LoRA.*base_lora"),
         (["lora_unet_blocks_0_self_attn_q.alpha"], "is a LoRA.*base_lora"),
         (["encoder.conv1.weight", "decoder.conv1.weight"], "is a VAE.*model.id"),
