@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.wan.names import IMAGE_IN_BLOCK, IMAGE_OUTSIDE, IN_BLOCK, OUTSIDE
+from lowmem_drf.models.wan.kinds import kind_of
+from lowmem_drf.models.wan.names import IN_BLOCK, OUTSIDE
 from lowmem_drf.texts import shown, some
 
 Expert = Literal["", "low", "high"]
@@ -84,19 +85,7 @@ _OTHER_METHODS = {
     r"\.(hra_u|shira_weight|fourierft_spectrum|poly_lora_\w+|randlora_\w+|lntuning_\w+)": "another method of peft",
 }
 """In a key -> the method, which is not read."""
-_OTHER_MODELS = {
-    r"vace_(blocks|patch)": "a VACE model",
-    r"(face_adapter|motion_encoder|pose_patch|face_encoder)": "a Wan-Animate model",
-    r"(audio_injector|casual_audio|audio_proj)": "a speech-to-video model",
-    r"(control_adapter|ref_conv)": "a Wan-Fun control model",
-    r"(double|single)_(stream_)?blocks": "Flux or HunyuanVideo",
-    r"single_transformer_blocks": "Flux",
-    r"joint_blocks": "Stable Diffusion 3",
-    r"transformer_blocks": "another family (LTX-Video, CogVideoX, Qwen-Image, Stable Diffusion or Flux)",
-    r"(down|up|input|output)_blocks|mid(dle)?_block": "Stable Diffusion (a U-Net)",
-    r"(^|[._])layers[._]\d": "another family (its layers are no blocks: Z-Image, Lumina, or a language model)",
-}
-"""In a key -> the model that has such modules."""
+_AS_MODEL = "Give it as model.transformer"
 
 
 @dataclass
@@ -147,8 +136,7 @@ def read_keys(keys: Iterable[str], expert: Expert = "") -> Keys:
     for key, _, stem, part in split:
         module = _module(stem, part, wan_naming)
         if module is None:
-            _refuse_stem(key)
-            raise AssertionError  # the line above raises
+            raise _of_another_model(key, stem)
         parts = found.modules.setdefault(module, {})
         if other := parts.get(part):
             raise BadInputError(
@@ -156,12 +144,6 @@ def read_keys(keys: Iterable[str], expert: Expert = "") -> Keys:
             )
         parts[part] = key
         found.stems.setdefault(module, stem)
-    if images := [module for module in found.modules if _is_image(module)]:
-        key = next(iter(found.modules[images[0]].values()))
-        raise BadInputError(
-            f"it is a LoRA of an image-to-video model ({len(images)} of its modules, such as {shown(key)}, work on an "
-            "image), and this model makes video from text"
-        )
     return found
 
 
@@ -186,8 +168,8 @@ def _flat(names: Mapping[str, str]) -> dict[str, str]:
 
 _BOTH = ("norm2", "norm3")
 """Names of different modules in the two namings."""
-_IN_A_BLOCK = _flat({**IN_BLOCK, **IMAGE_IN_BLOCK})
-_OUTSIDE_BLOCKS = _flat({**OUTSIDE, **IMAGE_OUTSIDE})
+_IN_A_BLOCK = _flat(IN_BLOCK)
+_OUTSIDE_BLOCKS = _flat(OUTSIDE)
 _WAN_ONLY = {own.replace(".", "_") for names in (IN_BLOCK, OUTSIDE) for own in names.values()}
 _DIFFUSERS_ONLY = {name.replace(".", "_") for names in (IN_BLOCK, OUTSIDE) for name in names}
 _BLOCK = re.compile(r"blocks_(\d{1,4})(?:_(.+))?")
@@ -231,10 +213,6 @@ def _naming(stems: set[str], prefixes: set[str]) -> bool | None:
     return None if wan == diffusers else wan
 
 
-def _is_image(module: str) -> bool:
-    return module in IMAGE_OUTSIDE or module.split(".", 2)[-1] in IMAGE_IN_BLOCK
-
-
 def _of_expert(split: list[tuple[str, str, str, str]], expert: Expert, found: Keys) -> list[tuple[str, str, str, str]]:
     """Of a file for two experts, the entries for one."""
     second = [entry for entry in split if "transformer_2." in entry[1]]
@@ -270,13 +248,14 @@ def _refuse_plain(plain: list[str], has_lora: bool) -> None:
             "peft's modules_to_save, are not read"
         )
     if any(key.startswith(("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.")) for key in plain):
-        raise BadInputError(f"it is an all-in-one checkpoint ({some(plain, 2)}), no LoRA: give it as model.transformer")
-    raise BadInputError(f"it holds the weights of a model ({some(plain, 2)}), no LoRA: give it as model.transformer")
+        kind, cure = "an all-in-one checkpoint", _AS_MODEL
+    else:
+        kind, cure = kind_of(plain, complete=False) or ("the weights of a model", _AS_MODEL)
+    raise BadInputError(f"it is {kind}, no LoRA ({some(plain, 2)}). {cure}")
 
 
-def _refuse_stem(key: str) -> None:
-    """Raises BadInputError for a module that no Wan transformer has."""
-    for pattern, model in _OTHER_MODELS.items():
-        if re.search(pattern, key):
-            raise BadInputError(f"it is a LoRA of {model}, not of a Wan text-to-video model ({shown(key)})")
-    raise BadInputError(f"its tensor {shown(key)} belongs to no module of a Wan transformer: it is of another model")
+def _of_another_model(key: str, stem: str) -> BadInputError:
+    """The error for a module that no text-to-video transformer of Wan has."""
+    if kind := kind_of([f"{stem}."], complete=False):
+        return BadInputError(f"it is a LoRA of {kind[0]}, not of a Wan text-to-video model ({shown(key)})")
+    return BadInputError(f"its tensor {shown(key)} belongs to no module of a Wan transformer: it is of another model")

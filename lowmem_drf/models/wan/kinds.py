@@ -1,5 +1,5 @@
-"""Names what a model file is that is not the text-to-video transformer of Wan which is wanted, by the names of its
-tensors."""
+"""Names the model that a file belongs to, by the names of its tensors, if that is no text-to-video transformer of Wan:
+of single files (``single_file``), and of LoRA files, where names may have underscores in place of dots."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ _VARIANTS: Kinds = (
     (r"^(casual_audio_encoder|audio_injector|audio_proj)\.", "a speech-to-video transformer", OURS),
     (r"^(ref_conv|control_adapter)\.", "a Fun-control transformer", OURS),
     (r"^(img_emb|condition_embedder\.image_embedder)\.", "an image-to-video transformer", OURS),
-    (r"\.attn2\.add_k_proj\.|\.cross_attn\.k_img\.", "an image-to-video transformer", OURS),
+    (r"\.attn2\.(add_[kv]_proj|norm_added_k)\.", "an image-to-video transformer", OURS),
+    (r"\.cross_attn\.(k_img|v_img|norm_k_img)\.", "an image-to-video transformer", OURS),
 )
 """Wan's other transformers: text-to-video ones with more tensors."""
 _OTHERS: Kinds = (
@@ -33,12 +34,15 @@ _OTHERS: Kinds = (
     (r"(^|\.)txt_in\.individual_token_refiner\.|(^|\.)context_embedder\.token_refiner\.", "a HunyuanVideo model", OURS),
     (r"(^|\.)(adaln_single|patchify_proj)\.", "an LTX-Video model", OURS),
     (r"(^|\.)transformer_blocks\.\d+\.img_mlp\.", "a Qwen-Image model", OURS),
-    (r"(^|\.)(double_blocks\.\d+\.img_attn|single_transformer_blocks)\.", "a Flux model", OURS),
+    (r"(^|\.)single_transformer_blocks\.", "a Flux model", OURS),
+    (r"(^|\.)(double|single)_blocks\.\d+\.", "a Flux or HunyuanVideo model", OURS),
     (r"(^|\.)joint_blocks\.\d+\.", "a Stable Diffusion 3 model", OURS),
-    (r"(^|\.)(input_blocks|down_blocks)\.\d+\.", "a Stable Diffusion model", OURS),
+    (r"(^|\.)((input|output|down|up)_blocks\.\d+|mid_block|middle_block)\.", "a Stable Diffusion model", OURS),
     (r"(^|\.)adaln_modulation_self_attn\.", "a Cosmos model", OURS),
     (r"(^|\.)patch_embed\.(text_proj|pos_embedding)", "a CogVideoX model", OURS),
     (r"(^|\.)(noise_refiner|cap_embedder)\.", "a Lumina or Z-Image model", OURS),
+    (r"(^|\.)transformer_blocks\.\d+\.", "a model of another family (LTX-Video, CogVideoX, Qwen-Image, Flux)", OURS),
+    (r"(^|\.)layers\.\d+\.", "a model of another family (Z-Image, Lumina, a language model)", OURS),
 )
 
 
@@ -50,6 +54,6 @@ def kind_of(names: Collection[str], complete: bool) -> tuple[str, str] | None:
         complete: a text-to-video transformer is among them.
     """
     for pattern, kind, cure in _VARIANTS if complete else _LORAS + _VARIANTS + _OTHERS:
-        if any(re.search(pattern, name) for name in names):
+        if any(map(re.compile(pattern.replace(r"\.", "[._]")).search, names)):
             return kind, cure
     return None

@@ -42,20 +42,6 @@ OUTSIDE = {
     "scale_shift_table": "head.modulation",
 }
 
-IMAGE_IN_BLOCK = {
-    "attn2.add_k_proj": "cross_attn.k_img",
-    "attn2.add_v_proj": "cross_attn.v_img",
-    "attn2.norm_added_k": "cross_attn.norm_k_img",
-}
-IMAGE_OUTSIDE = {
-    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
-    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
-    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
-    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
-    "condition_embedder.image_embedder.pos_embed": "img_emb.emb_pos",
-}
-"""Modules that only image-to-video models have."""
-
 
 def wan_name(name: str) -> str:
     """diffusers' name of a module or parameter -> Wan's own. Raises KeyError if no text-to-video model of Wan has
