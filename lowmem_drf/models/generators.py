@@ -7,6 +7,7 @@ single-file transformers, which must fit tensor by tensor. ``parameters`` counts
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,6 +119,36 @@ KNOWN_GENERATORS: dict[str, KnownGenerator] = {
         {"transformer": 14_288_491_584, "transformer_2": 14_288_491_584, "vae": 126_892_531, "text": _TEXT_PARAMETERS},
     ),
 }
+
+
+def transformer_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes of a text-to-video transformer's parameters by name, from its ``config.json``. To make the model, also
+    without memory, takes the seconds in which diffusers is imported."""
+    width, hidden, patch = (
+        config["num_attention_heads"] * config["attention_head_dim"],
+        config["ffn_dim"],
+        config["patch_size"],
+    )
+    embedder, taken, made = "condition_embedder", config["in_channels"], config["out_channels"]
+    attention = {f"attn{i}.{x}": (width, width) for i in (1, 2) for x in ("to_q", "to_k", "to_v", "to_out.0")}
+    in_block = {**attention, "ffn.net.0.proj": (hidden, width), "ffn.net.2": (width, hidden)}
+    numbers = range(config["num_layers"])
+    layers = {
+        "patch_embedding": (width, taken, *patch),
+        f"{embedder}.time_embedder.linear_1": (width, config["freq_dim"]),
+        f"{embedder}.time_embedder.linear_2": (width, width),
+        f"{embedder}.time_proj": (6 * width, width),
+        f"{embedder}.text_embedder.linear_1": (width, config["text_dim"]),
+        f"{embedder}.text_embedder.linear_2": (width, width),
+        "proj_out": (made * math.prod(patch), width),
+        **{f"blocks.{i}.{name}": shape for i in numbers for name, shape in in_block.items()},
+        **({f"blocks.{i}.norm2": (width,) for i in numbers} if config["cross_attn_norm"] else {}),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"scale_shift_table": (1, 2, width)}
+    shapes |= {f"blocks.{i}.scale_shift_table": (1, 6, width) for i in numbers}
+    shapes |= {f"blocks.{i}.attn{j}.norm_{x}.weight": (width,) for i in numbers for j in (1, 2) for x in "qk"}
+    shapes |= {f"{name}.weight": shape for name, shape in layers.items()}
+    return shapes | {f"{name}.bias": shape[:1] for name, shape in layers.items()}
 
 
 def generator_config(folder_or_id: str) -> GeneratorConfig:

@@ -40,7 +40,7 @@ def as_trained(lora: Lora) -> Lora:
 def init_targets(lora: Lora, blocks: int | None) -> list[str]:
     """``lora.targets`` for a model of so many blocks (``None``: unknown) that name the modules of a LoRA, and no
     others."""
-    _require_linears(lora)
+    require_linears(lora)
     modules = _modules(lora)
     endings = {module.split(".", 2)[-1] for module in modules}
     if set(modules) != {f"blocks.{number}.{ending}" for number in range(blocks or 0) for ending in endings}:
@@ -60,7 +60,7 @@ def init_lora(transformer: nn.Module, lora: Lora) -> str:
     Raises:
         BadInputError: the file changes what ``lora.targets`` does not train, or belongs to another model.
     """
-    _require_linears(lora)
+    require_linears(lora)
     lora.require_fit(linear_weights(transformer))
     layers, modules = lora_layers(transformer), _modules(lora)
     if outside := sorted(set(modules) - layers.keys()):
@@ -108,7 +108,7 @@ def _modules(lora: Lora) -> list[str]:
     return sorted({*lora.pairs, *(name.removesuffix(".weight") for name in lora.others)})
 
 
-def _require_linears(lora: Lora) -> None:
+def require_linears(lora: Lora) -> None:
     """Raises BadInputError if a LoRA of Linears cannot do what the file does."""
     odd = [
         name

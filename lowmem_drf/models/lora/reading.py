@@ -41,7 +41,7 @@ def read_lora(path: Path, expert: Expert = "") -> Lora:
         BadInputError: no such file, no safetensors, no LoRA of a Wan text-to-video model; the message names the kind
             of file, or the module.
     """
-    file = _file(path)
+    file = lora_file(path)
     if what := _damage(file):
         raise BadInputError(f"{file} {what}. {_CURE}")
     try:
@@ -59,8 +59,8 @@ def read_lora(path: Path, expert: Expert = "") -> Lora:
     return Lora(pairs, others, keys.left_out, keys.layout, files.metadata)
 
 
-def _file(path: Path) -> Path:
-    """The safetensors file. Raises BadInputError that names what else it is."""
+def lora_file(path: Path) -> Path:
+    """The safetensors file of a LoRA, or of a peft adapter's folder. Raises BadInputError if there is none."""
     if path.is_dir():
         found = sorted(file.name for file in path.iterdir())
         files = [name for name in found if name.endswith(".safetensors")]
