@@ -179,11 +179,21 @@ def train(
     train_command(preset, prompts, output, steps, seed, resume, set_ or [], dry_run, num_processes, init_lora)
 
 
-@app.command(epilog=_example('lowmem-drf sample --prompt "a red circle moves left on a gray background" --compare'))
+@app.command(
+    epilog=_example(
+        'lowmem-drf sample --prompt "a red circle moves left on a gray background" --compare',
+        'lowmem-drf sample --preset rtx4090-fast --lora style.safetensors --prompt "a corgi surfing a wave"',
+    )
+)
 @_reports_errors
 def sample(
     run: Annotated[Path | None, _option("A run's folder. Default: the latest under runs/.")] = None,
-    lora: Annotated[Path | None, _option("A LoRA file to use instead of the run's LoRA.")] = None,
+    preset: Annotated[
+        str | None, _option("In place of a run: a preset's name or a TOML file, to try a LoRA file before training.")
+    ] = None,
+    lora: Annotated[
+        Path | None, _option("A LoRA file to use instead of the run's LoRA; without it a preset shows the base model.")
+    ] = None,
     prompt: Annotated[list[str] | None, _option("A prompt; repeatable.")] = None,
     prompts: PromptFile = None,
     compare: Annotated[
@@ -193,13 +203,18 @@ def sample(
         float, typer.Option(help="Strength of the LoRA: 0 is the base model, 1 the tuned one.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
-    output: Annotated[Path | None, _option("MP4 file, or a folder for several clips. Default: in the run.")] = None,
+    output: Annotated[
+        Path | None,
+        _option("MP4 file, or a folder for several clips. Default: samples/ in the run, or here with --preset."),
+    ] = None,
+    set_: Set = None,
     force: Force = False,
 ) -> None:
-    """Generate MP4 clips with a run's LoRA; --compare puts the base model's clip beside each."""
+    """Generate MP4 clips with a run's LoRA, or with a preset's model and any LoRA file; --compare puts the base model's
+    clip beside each."""
     from lowmem_drf.commands.sample import sample_command
 
-    sample_command(run, lora, prompt or [], prompts, compare, lora_scale, seed, output, force)
+    sample_command(run, lora, prompt or [], prompts, compare, lora_scale, seed, output, force, preset, set_ or [])
 
 
 @app.command(
@@ -223,6 +238,21 @@ def export_lora(
     from lowmem_drf.training.run_folder import find_run
 
     print(printable(str(export_run(find_run(run), step, format_, dtype, output, merge, force))))
+
+
+@app.command(
+    "inspect-lora", epilog=_example("lowmem-drf inspect-lora style.safetensors", "lowmem-drf inspect-lora FILE --json")
+)
+@_reports_errors
+def inspect_lora(
+    file: Annotated[Path, typer.Argument(help="A LoRA in safetensors format, or the folder of a peft adapter.")],
+    json_: Json = False,
+) -> None:
+    """Say what a LoRA file is: its model, rank and layers, the size of its changes, and which programs take it as it
+    is. Needs no model and no card."""
+    from lowmem_drf.commands.inspect_lora import inspect_command
+
+    inspect_command(file, json_)
 
 
 @app.command("eval", epilog=_example("lowmem-drf eval", "lowmem-drf eval runs/toy-1 --prompts heldout.txt --json"))

@@ -213,7 +213,17 @@ ROWS: tuple[tuple[str, str], ...] = (
     ("train -s model.transformer=vae.safetensors", "is a VAE"),
     ("train -s model.base_lora=text.safetensors", "text.safetensors"),
     # runs and LoRA files
-    ("sample", "lowmem-drf train"),
+    ("sample", "lowmem-drf sample --preset"),
+    ("sample --preset toi", "Did you mean toy?"),
+    ("sample --preset toy --run run", "Leave one out"),
+    ("sample --preset toy --compare", "--lora FILE"),
+    ("sample --preset toy --lora-scale 0.5", "--lora FILE"),
+    ("sample --preset rtx4090", "--prompt"),
+    ("sample --preset toy -s video.width=30", "nearest: 32"),
+    ("sample --preset toy --lora none.safetensors", "none.safetensors"),
+    ("sample --preset toy --lora other.safetensors", "model"),
+    (f"sample --preset toy {HERE} --output run/config.toml", "ends in .mp4"),
+    ("sample --run run -s lora.rank=3", "trained with"),
     ("sample --run none", "lowmem-drf train"),
     ("sample --run empty.txt", "lowmem-drf train"),
     (f"sample --run {LONG}", "Give a shorter one"),
@@ -230,13 +240,23 @@ ROWS: tuple[tuple[str, str], ...] = (
     ("sample --run run --lora half.safetensors", "half.safetensors"),
     ("sample --run run --lora nan.safetensors", "NaN"),
     ("sample --run run --lora alpha.safetensors", "alpha"),
-    ("sample --run run --lora integers.safetensors", "int32"),
-    ("sample --run run --lora complex.safetensors", "complex64"),
+    ("sample --run run --lora integers.safetensors", "'I32'"),
+    ("sample --run run --lora complex.safetensors", "'C64'"),
     ("sample --run run --lora-scale nan", "1 is the tuned model"),
     (f"sample --run run {HERE} --output a.gif", "ends in .mp4"),
     (f"sample --run run {HERE} --output clip.mp4", "--force"),
     (f"sample --run run {HERE} --output /dev/null", "Give another folder"),
     (f"sample --run run {HERE} --prompt again --output one.mp4", "Give a folder"),
+    (f"sample --preset rtx4090 {HERE} --lora good.safetensors", "inspect-lora"),
+    ("inspect-lora none.safetensors", "none.safetensors"),
+    ("inspect-lora text.safetensors", "safetensors"),
+    ("inspect-lora a-folder", "holds no adapter"),
+    ("inspect-lora model.safetensors", "Give it as model.transformer"),
+    ("inspect-lora model.gguf", "GGUF"),
+    ("inspect-lora model.pt", "pickle"),
+    ("inspect-lora flux.safetensors", "Flux"),
+    ("inspect-lora text-encoder.safetensors", "text encoder"),
+    ("inspect-lora nan.safetensors --json", "NaN"),
     ("export-lora", "lowmem-drf train"),
     ("export-lora none", "lowmem-drf train"),
     ("export-lora run --step 9", "Steps: 1"),
@@ -342,6 +362,12 @@ def _loras(good: Path) -> None:
     Path("nothing.safetensors").write_bytes(save({}))
     save_file({name.replace("blocks.0", "blocks.77"): value for name, value in tensors.items()}, "other.safetensors")
     save_file(rest, "half.safetensors")
+    save_file(tensors, "good.safetensors")
+    save_file({"blocks.0.self_attn.q.weight": tensor}, "model.safetensors")
+    Path("model.gguf").write_bytes(b"GGUF" + bytes(60))
+    Path("model.pt").write_bytes(b"PK\x03\x04" + bytes(60))
+    save_file({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": tensor}, "flux.safetensors")
+    save_file({"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": tensor}, "text-encoder.safetensors")
     save_file(rest | {first: torch.full_like(tensor, torch.nan)}, "nan.safetensors")
     save_file(tensors, "alpha.safetensors", metadata={"alpha": "much"})
     save_file(rest | {first: tensor.to(torch.int32)}, "integers.safetensors")

@@ -58,9 +58,9 @@ def explain(error: BaseException) -> tuple[str, int]:
     from lowmem_drf.shortage import shortage_of
 
     if shortage := shortage_of(error):
-        cure = (  # sample and eval have no -s, and refuse another size of the video
-            "Take less: with -s micro_batch=1, fewer video.frames or a smaller video.width where the command has -s; "
-            "sample and eval with eval_batch = 1 under [log] in the run's config.toml."
+        cure = (  # eval has no -s, and refuses another size of the video
+            "Take less: with -s micro_batch=1 (sample: -s log.eval_batch=1), fewer video.frames or a smaller "
+            "video.width; eval with eval_batch = 1 under [log] in the run's config.toml."
         )
         return "\n".join([*shortage.lines(), cure]), 1
     if isinstance(error, OSError) and getattr(error, "winerror", None) == 206:

@@ -250,7 +250,14 @@ def test_light_modules_load_no_torch_and_optional_libraries_are_not_needed():
     heavy = {"torch", "diffusers", "transformers", "numpy"}
     programs = [f"import sys, {', '.join(light)}\nprint(sorted({heavy} & set(sys.modules)))"]
     optional = ("triton", "bitsandbytes", "deepspeed", "xformers", "kernels", "torchvision")
-    rooms = ("commands.train", "training.loop", "scoring.evaluate", "export.export", "commands.sample")
+    rooms = (
+        "commands.train",
+        "training.loop",
+        "scoring.evaluate",
+        "export.export",
+        "commands.sample",
+        "commands.inspect_lora",
+    )
     imports = "\n".join(f"import lowmem_drf.{room}" for room in rooms)
     programs.append(f"import sys\nsys.modules |= dict.fromkeys({optional})\n{imports}\nprint([])")
     for program in programs:

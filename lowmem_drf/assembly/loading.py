@@ -19,7 +19,7 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.libraries import import_all
 from lowmem_drf.memory.meter import Meter
 from lowmem_drf.memory.residency import bring
-from lowmem_drf.models.generators import generator_config
+from lowmem_drf.models.generators import generator_config, transformer_shapes
 from lowmem_drf.models.weights.downloads import check_host_memory, prepare
 from lowmem_drf.models.weights.files import SECOND
 from lowmem_drf.models.weights.sources import READER, TOYWORLD, resolve
@@ -113,14 +113,20 @@ def shapes_of(generator: GeneratorConfig) -> dict[str, tuple[int, ...]]:
 
 
 def read_lora_for(config: Config, path: Path) -> Lora:
-    """Reads a LoRA file for the transformer that ``config`` trains. Raises BadInputError as ``read_lora``."""
+    """Reads a LoRA file for the transformer that ``config`` trains. Raises BadInputError as ``read_lora``, and, before
+    anything is downloaded, for a LoRA of another model."""
     from lowmem_drf.models.lora.reading import read_lora
 
     try:
-        two = generator_config(config.model.id).boundary is not None
+        generator = generator_config(config.model.id)
     except BadInputError:  # its configuration is not on this machine yet
-        two = False
-    return read_lora(path, config.model.expert if two else "")
+        return read_lora(path)
+    lora = read_lora(path, config.model.expert if generator.boundary is not None else "")
+    try:
+        lora.require_fit(transformer_shapes(generator.transformer))
+    except BadInputError as error:
+        raise BadInputError(f"{path}: {error} lowmem-drf inspect-lora says which one that is.") from error
+    return lora
 
 
 def with_partitioned_critic(config: Config, models: Models) -> Models:

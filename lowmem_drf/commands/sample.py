@@ -1,26 +1,36 @@
-"""``lowmem-drf sample``: MP4 clips from a run's model, with ``--compare`` beside the base model's clips."""
+"""``lowmem-drf sample``: MP4 clips from a run's model, or from a preset's with any LoRA file; with ``--compare`` beside
+the base model's clips."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lowmem_drf.assembly.assemble import run_prompts
 from lowmem_drf.assembly.generate import NAN, base_and_tuned, flaw
-from lowmem_drf.assembly.loading import load_models, read_lora_for
+from lowmem_drf.assembly.loading import load_models, read_lora_for, say
+from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.files import readable_name, require_output, short_hash
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.prompts import load_prompts
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import make_console, work_bar
+from lowmem_drf.texts import some
 from lowmem_drf.training.checkpoint import checkpoint_folder
 from lowmem_drf.training.lora_file import load_run_lora
 from lowmem_drf.training.manifest import refuse_damaged
 from lowmem_drf.training.previews import preview_texts
-from lowmem_drf.training.run_folder import find_run, run_config
+from lowmem_drf.training.run_folder import find_run, in_one_process, run_config
 from lowmem_drf.video import is_own_mp4, side_by_side, watchable_upscale, write_mp4
+
+if TYPE_CHECKING:
+    from lowmem_drf.models.lora.lora import Lora
+
+SAMPLES = Path("samples")
+"""Of a preset, in the current folder; a run's clips go into the run."""
 
 
 def sample_command(
@@ -33,8 +43,13 @@ def sample_command(
     seed: int,
     output: Path | None,
     force: bool = False,
+    preset: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> None:
     """Writes a clip per prompt and prints its path.
+
+    Args:
+        preset: in place of a run: its generator, with the file ``lora`` if there is one.
 
     Raises:
         BadInputError: no run, no such LoRA or one for another model, a scale that is not finite, or an output that
@@ -43,25 +58,27 @@ def sample_command(
     """
     if not math.isfinite(scale):
         raise BadInputError(f"--lora-scale {scale} is not a number that can be used; 1 is the tuned model, 0 the base.")
-    run = find_run(run_folder)
-    config = run_config(run)
+    if preset is not None:
+        _refuse_with_preset(run_folder, lora, compare or scale != 1)
+    run, config = _model(run_folder, preset, overrides)
     wanted = _texts(config, texts, file)
-    if lora is None:
-        folder = checkpoint_folder(run)
-        source = folder.name
-    else:  # files of one name in two folders are two LoRAs
-        refuse_damaged(lora)
-        loaded = read_lora_for(config, lora)
+    folder = checkpoint_folder(run) if run and lora is None else None
+    read = _read(lora, config, compare) if lora else None
+    if lora is not None:  # files of one name in two folders are two LoRAs
         source = readable_name(lora.stem, after=f"-{short_hash(str(lora.resolve()))}")
-    variant = f"seed{seed}{'' if scale == 1 else f'-lora{scale:g}'}{'-compare' if compare else ''}"
-    paths = _paths(output or run / "samples" / source, wanted, variant, is_folder=output is None, force=force)
-    clips = {"log.eval_batch": min(config.log.eval_batch, len(wanted))}
-    if lora is None:
-        models = load_models(config, wanted, with_critic=False, clips=clips)
-        load_run_lora(models.transformer, folder, config)
     else:
-        models = load_models(config, wanted, with_critic=False, clips=clips, lora=loaded, lora_scale=scale)
-    label = "tuned" if scale == 1 else f"tuned, LoRA x {scale:g}"
+        source = folder.name if folder else "base"
+    place = run / "samples" if run else SAMPLES / Path(preset or "").stem
+    changed = f"-{short_hash(' '.join(overrides))}" if overrides else ""
+    variant = f"seed{seed}{'' if scale == 1 else f'-lora{scale:g}'}{'-compare' if compare else ''}{changed}"
+    paths = _paths(output or place / source, wanted, variant, is_folder=output is None, force=force)
+    clips = {"log.eval_batch": min(config.log.eval_batch, len(wanted))}
+    models = load_models(config, wanted, with_critic=False, clips=clips, lora=read, lora_scale=scale)
+    if folder:
+        load_run_lora(models.transformer, folder, config)
+    elif lora is None:
+        say(f"no --lora: these are clips of the base model, {config.model.id}")
+    label = "base" if not (lora or folder) else "tuned" if scale == 1 else f"tuned, LoRA x {scale:g}"
     upscale = watchable_upscale(config.video.height, config.video.width)
     made = base_and_tuned(config, models, wanted, seed, scale, with_base=compare)
     flaws: list[str] = []
@@ -80,19 +97,64 @@ def sample_command(
     if flaws:
         shown = "; ".join(flaws[:3]) + (f"; and {len(flaws) - 3} more" if len(flaws) > 3 else "")
         raise LowmemError(
-            f"clips that cannot be used: {shown}. Clips with NaN were not written.\n"
-            "Look at the base model's with --lora-scale 0. If they are good, take the LoRA of an earlier checkpoint: "
-            f"--lora {run / 'checkpoints'}/step-NNNNNN/lora.safetensors"
+            f"clips that cannot be used: {shown}. Clips with NaN were not written.\n{_cure(run, lora is not None)}"
         )
 
 
+def _model(run: Path | None, preset: str | None, overrides: Sequence[str]) -> tuple[Path | None, Config]:
+    """The run, unless a preset takes its place, and the configuration."""
+    if preset is not None:
+        return None, in_one_process(load_config(preset, overrides))
+    run = find_run(run, "; or sample without a run: lowmem-drf sample --preset toy")
+    return run, run_config(run, overrides)
+
+
+def _refuse_with_preset(run: Path | None, lora: Path | None, needs_lora: bool) -> None:
+    """Raises BadInputError for options that say nothing about a preset."""
+    if run is not None:
+        raise BadInputError("--run and --preset do not go together: a run keeps its own configuration. Leave one out.")
+    if lora is None and needs_lora:
+        raise BadInputError(
+            "a preset has no LoRA of its own to compare or to scale. Name one with --lora FILE, or leave out --compare "
+            "and --lora-scale to see the base model."
+        )
+
+
+def _read(path: Path, config: Config, compare: bool) -> Lora:
+    """The LoRA of a file. Raises BadInputError, or LowmemError for one of a damaged checkpoint."""
+    refuse_damaged(path)
+    lora = read_lora_for(config, path)
+    merged = [*lora.others, *(module for module, pair in lora.pairs.items() if pair.a.ndim > 2)]
+    if compare and merged:
+        raise BadInputError(
+            f"{path} also changes {some(merged)}, merged into the weights while they are loaded, so the base cannot be "
+            "shown beside it. Sample without --compare, and once more with --lora-scale 0."
+        )
+    return lora
+
+
+def _cure(run: Path | None, from_file: bool) -> str:
+    """What to do about clips that are black or NaN."""
+    if not run and not from_file:
+        return (
+            "No LoRA is at work, so it is the model or its settings: try -s memory.vae_dtype=fp32, "
+            "-s kernels.ops=naive -s kernels.attention=sdpa, or more -s sampler.steps."
+        )
+    good = "Look at the base model's with --lora-scale 0. If they are good, take"
+    if run and not from_file:
+        return f"{good} the LoRA of an earlier checkpoint: --lora {run / 'checkpoints'}/step-NNNNNN/lora.safetensors"
+    return f"{good} less of the LoRA, --lora-scale 0.5; lowmem-drf inspect-lora says which model it was made for."
+
+
 def _texts(config: Config, texts: Sequence[str], file: Path | None) -> list[str]:
-    """The user's prompts, or else the run's sample prompts."""
+    """The user's prompts, or else the sample prompts of the run or the preset."""
     asked = [*texts, *(prompt.text for prompt in (load_prompts(file) if file else ()))]
     if any(not text.strip() for text in asked):
         raise BadInputError(
             'a prompt is empty. Give it some words: --prompt "a red circle moves left on a gray background"'
         )
+    if not asked and not config.prompts:
+        raise BadInputError('no prompts: give one with --prompt "a corgi surfing a wave", or a file with --prompts.')
     return asked or preview_texts(config, () if config.prompts == TOYWORLD else run_prompts(config))
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lowmem_drf.config import load_config
+from lowmem_drf.config import change, load_config
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import RUN_FILES, make_writable, release
 from lowmem_drf.schema import Config, Zero
@@ -56,9 +56,9 @@ def claim(folder: Path, say: Callable[[str], None], resume: bool = False) -> Ite
         release(made)
 
 
-def find_run(folder: Path | None = None) -> Path:
+def find_run(folder: Path | None = None, besides: str = "") -> Path:
     """The given run, by default the one under ``runs/`` that was written to last. Raises BadInputError if there is
-    none."""
+    none; ``besides`` ends its cure."""
     if folder is not None:
         if not (folder / "config.toml").is_file():
             raise BadInputError(f"{folder} is not a run: it has no config.toml. Train one with: lowmem-drf train")
@@ -66,7 +66,7 @@ def find_run(folder: Path | None = None) -> Path:
     found = [path.parent for path in RUNS.glob("*/config.toml")]
     if not found:
         raise BadInputError(
-            "there is no run under runs/ yet. Train one with: lowmem-drf train; or name a run's folder."
+            f"there is no run under runs/ yet. Train one with: lowmem-drf train; or name a run's folder{besides}."
         )
     return max(found, key=_last_written)
 
@@ -79,10 +79,13 @@ def saved_config(run: Path) -> Config:
     return config
 
 
-def run_config(folder: Path) -> Config:
-    """``saved_config``, changed for a command that runs in one process: models whose weights were partitioned over the
-    processes are streamed."""
-    config = saved_config(folder)
+def run_config(folder: Path, overrides: Iterable[str] = ()) -> Config:
+    """``saved_config`` with overrides, for a command that runs in one process."""
+    return in_one_process(change(saved_config(folder), overrides))
+
+
+def in_one_process(config: Config) -> Config:
+    """The configuration without its engine. Models whose weights it partitions over processes are streamed."""
     partitioned = ["transformer", *(["critic"] if config.zero.critic else [])] if config.engine == "zero3" else []
     memory = config.memory.model_copy(update={"stream": [*config.memory.stream, *partitioned]})
     return config.model_copy(update={"engine": "single", "processes": 1, "zero": Zero(), "memory": memory})

@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from _root import ROOT
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from bench import bad_inputs
@@ -23,7 +25,7 @@ from lowmem_drf.video import read_video
 
 PROMPT = "a red circle moves left on a gray background"
 COMMANDS = (
-    *("train", "sample", "export-lora", "eval", "score", "questions", "plan", "bench", "doctor"),
+    *("train", "sample", "export-lora", "inspect-lora", "eval", "score", "questions", "plan", "bench", "doctor"),
     *("presets list", "presets show", "presets copy"),
 )
 
@@ -266,7 +268,7 @@ def test_sample_compare_shows_base_and_tuned_from_the_same_noise(run_cli, tmp_pa
 
 
 def test_sample_takes_a_lora_file_and_refuses_another_models(run_cli, tmp_path, tiny_run):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     good = tiny_run / "checkpoints" / "step-000004" / "lora.safetensors"
     common = ["--run", str(tiny_run), "--prompt", PROMPT]
@@ -312,6 +314,38 @@ def test_sample_of_several_prompts_writes_a_folder(run_cli, tmp_path, tiny_run):
         code, _, err = run_cli("sample --run", str(tiny_run), *arguments)
         assert code == 2
         assert said in err
+
+
+def test_sample_of_a_preset_tries_a_lora_without_a_run(run_cli, tmp_path, tiny_run, tiny_preset):
+    """Its clips are those of a run; no critic is needed, other settings make another file, the run is left alone."""
+    before = sorted(tiny_run.rglob("*"))
+    lora = ["--lora", str(tiny_run / "checkpoints" / "step-000004" / "lora.safetensors")]
+    common = ["--preset", str(tiny_preset), "--prompt", PROMPT, "-s", "critic.id=./nowhere"]
+    tuned = run_cli("sample", *common, *lora)
+    assert tuned[0] == 0, tuned[2]
+    assert "base model" not in tuned[2] and tuned[1].startswith("samples/tiny/lora-")
+    base = run_cli("sample", *common)
+    assert base[0] == 0 and "no --lora: these are clips of the base model" in base[2]
+    assert base[1].startswith("samples/tiny/base/")
+    code, _, err = run_cli("sample --output run.mp4 --run", str(tiny_run), "--prompt", PROMPT)
+    assert code == 0, err
+    clips = [(tmp_path / path.strip()).read_bytes() for path in (tuned[1], base[1], "run.mp4")]
+    assert clips[0] == clips[2] != clips[1]
+    short = run_cli("sample -s video.frames=5", *common)[1].strip()
+    assert [len(read_video(tmp_path / path)[0]) for path in (short, base[1].strip())] == [5, 9]
+    assert sorted(tiny_run.rglob("*")) == before
+    merged = {"diffusion_model.blocks.0.norm3.diff": torch.ones(24)}
+    save_file(merged, tmp_path / "norms.safetensors")
+    refused = run_cli("sample --compare --lora norms.safetensors", *common)
+    assert refused[0] == 2 and "--lora-scale 0" in refused[2]
+
+
+def test_inspect_lora_of_a_checkpoint(run_cli, tiny_run):
+    file = tiny_run / "checkpoints" / "step-000004" / "lora.safetensors"
+    code, out, err = run_cli("inspect-lora", str(file))
+    assert (code, err) == (0, "")
+    assert "attention and feed-forward of 2 blocks (0-1)" in out and "lowmem-drf (a checkpoint)" in out
+    assert json.loads(run_cli("inspect-lora --json", str(file))[1])["model"]["width"] == 24
 
 
 def test_eval_json_is_the_contract(run_cli, tmp_path, tiny_run):

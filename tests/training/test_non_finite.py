@@ -4,6 +4,7 @@ import math
 import shlex
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -270,6 +271,16 @@ def test_sample_says_which_clips_are_black_or_nan_and_fails(tiny_run, tmp_path, 
         sample.sample_command(tiny_run, None, ["a", "b", "c"], None, False, 1.0, 0, tmp_path / "clips")
     assert caught.value.exit_code == 1
     assert len(list((tmp_path / "clips").iterdir())) == len(capsys.readouterr().out.splitlines()) == 2
+    assert "the LoRA of an earlier checkpoint" in str(caught.value)
+
+
+@pytest.mark.parametrize(("lora", "cure"), [(Path("x"), "--lora-scale 0.5"), (None, "No LoRA is at work")])
+def test_black_clips_of_a_preset_have_a_cure_without_a_run(lora, cure, tiny_preset, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "load_models", lambda *rest, **more: type("Nothing", (), {"transformer": None}))
+    monkeypatch.setattr(sample, "_read", lambda *rest: None)
+    monkeypatch.setattr(sample, "base_and_tuned", lambda *rest, **more: [(None, CLIPS["is black"])])
+    with pytest.raises(LowmemError, match=cure):
+        sample.sample_command(None, lora, ["a"], None, False, 1.0, 0, tmp_path / "x.mp4", preset=str(tiny_preset))
 
 
 def test_previews_say_it_and_training_goes_on(tiny_preset, eight, tmp_path, monkeypatch, capsys):
