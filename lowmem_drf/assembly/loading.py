@@ -28,7 +28,6 @@ from lowmem_drf.shortage import during
 from lowmem_drf.terminal import printable
 
 if TYPE_CHECKING:
-    from lowmem_drf.models.generators import GeneratorConfig
     from lowmem_drf.models.lora.lora import Lora
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
     from lowmem_drf.models.weights.quant import Quant
@@ -70,7 +69,7 @@ def load_models(
         described = generator_config(str(generator))
         require_expert(config, described)
         require_room(config, described, clips or {}, *free_bytes(device))
-        adapters, rest = lora.split(shapes_of(described)) if lora else (None, None)
+        adapters, rest = lora.split(transformer_shapes(described.transformer)) if lora else (None, None)
         if with_critic:
             prepare(config.critic.id, "critic", say)
         home = _home(config, "transformer", device)
@@ -102,14 +101,6 @@ def load_models(
     if adapters:
         attach_lora(models.transformer, adapters)
     return with_partitioned_critic(config, models) if config.zero.critic and critic else models
-
-
-def shapes_of(generator: GeneratorConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the transformer's parameters by name. Both of two experts have the same."""
-    from lowmem_drf.models.wan.random_generator import empty_transformer
-    from lowmem_drf.models.weights.reader import parameter_shapes
-
-    return parameter_shapes(empty_transformer(generator.transformer))
 
 
 def read_lora_for(config: Config, path: Path) -> Lora:

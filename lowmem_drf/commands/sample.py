@@ -18,7 +18,6 @@ from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.prompts import load_prompts
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import make_console, work_bar
-from lowmem_drf.texts import some
 from lowmem_drf.training.checkpoint import checkpoint_folder
 from lowmem_drf.training.lora_file import load_run_lora
 from lowmem_drf.training.manifest import refuse_damaged
@@ -27,7 +26,7 @@ from lowmem_drf.training.run_folder import find_run, in_one_process, run_config
 from lowmem_drf.video import is_own_mp4, side_by_side, watchable_upscale, write_mp4
 
 if TYPE_CHECKING:
-    from lowmem_drf.models.lora.lora import Lora
+    from torch import Tensor
 
 SAMPLES = Path("samples")
 """Of a preset, in the current folder; a run's clips go into the run."""
@@ -63,7 +62,9 @@ def sample_command(
     run, config = _model(run_folder, preset, overrides)
     wanted = _texts(config, texts, file)
     folder = checkpoint_folder(run) if run and lora is None else None
-    read = _read(lora, config, compare) if lora else None
+    if lora is not None:
+        refuse_damaged(lora)
+    read = read_lora_for(config, lora) if lora else None
     if lora is not None:  # files of one name in two folders are two LoRAs
         source = readable_name(lora.stem, after=f"-{short_hash(str(lora.resolve()))}")
     else:
@@ -73,6 +74,12 @@ def sample_command(
     variant = f"seed{seed}{'' if scale == 1 else f'-lora{scale:g}'}{'-compare' if compare else ''}{changed}"
     paths = _paths(output or place / source, wanted, variant, is_folder=output is None, force=force)
     clips = {"log.eval_batch": min(config.log.eval_batch, len(wanted))}
+    bases: list[Tensor] = []
+    if compare and read and read.merged():  # what is merged into the weights cannot be switched off
+        say("clips of the base first, then the model is loaded anew: this LoRA changes more than linear layers")
+        models = load_models(config, wanted, with_critic=False, clips=clips)
+        bases = [clip.half() for _, clip in base_and_tuned(config, models, wanted, seed, with_base=False)]
+        del models
     models = load_models(config, wanted, with_critic=False, clips=clips, lora=read, lora_scale=scale)
     if folder:
         load_run_lora(models.transformer, folder, config)
@@ -80,11 +87,12 @@ def sample_command(
         say(f"no --lora: these are clips of the base model, {config.model.id}")
     label = "base" if not (lora or folder) else "tuned" if scale == 1 else f"tuned, LoRA x {scale:g}"
     upscale = watchable_upscale(config.video.height, config.video.width)
-    made = base_and_tuned(config, models, wanted, seed, scale, with_base=compare)
+    made = base_and_tuned(config, models, wanted, seed, scale, with_base=compare and not bases)
     flaws: list[str] = []
     with work_bar(make_console(stderr=True), "clips", len(wanted)) as advance:
-        for path, (base, tuned) in zip(paths, made, strict=True):
+        for i, (path, (base, tuned)) in enumerate(zip(paths, made, strict=True)):
             advance(1)
+            base = bases[i].float() if bases else base
             found = {of: flaw(clip) for of, clip in (("base", base), (label, tuned)) if clip is not None}
             flaws += [f"{path.name} ({of}) {why}" for of, why in found.items() if why]
             if NAN in found.values():
@@ -118,19 +126,6 @@ def _refuse_with_preset(run: Path | None, lora: Path | None, needs_lora: bool) -
             "a preset has no LoRA of its own to compare or to scale. Name one with --lora FILE, or leave out --compare "
             "and --lora-scale to see the base model."
         )
-
-
-def _read(path: Path, config: Config, compare: bool) -> Lora:
-    """The LoRA of a file. Raises BadInputError, or LowmemError for one of a damaged checkpoint."""
-    refuse_damaged(path)
-    lora = read_lora_for(config, path)
-    merged = [*lora.others, *(module for module, pair in lora.pairs.items() if pair.a.ndim > 2)]
-    if compare and merged:
-        raise BadInputError(
-            f"{path} also changes {some(merged)}, merged into the weights while they are loaded, so the base cannot be "
-            "shown beside it. Sample without --compare, and once more with --lora-scale 0."
-        )
-    return lora
 
 
 def _cure(run: Path | None, from_file: bool) -> str:

@@ -334,10 +334,15 @@ def test_sample_of_a_preset_tries_a_lora_without_a_run(run_cli, tmp_path, tiny_r
     short = run_cli("sample -s video.frames=5", *common)[1].strip()
     assert [len(read_video(tmp_path / path)[0]) for path in (short, base[1].strip())] == [5, 9]
     assert sorted(tiny_run.rglob("*")) == before
-    merged = {"diffusion_model.blocks.0.norm3.diff": torch.ones(24)}
-    save_file(merged, tmp_path / "norms.safetensors")
-    refused = run_cli("sample --compare --lora norms.safetensors", *common)
-    assert refused[0] == 2 and "--lora-scale 0" in refused[2]
+    merged = {"diffusion_model.head.head.diff_b": torch.full((16,), 2.0)}
+    save_file(merged, tmp_path / "bias.safetensors")
+    said = run_cli("sample --compare --output both.mp4 --lora bias.safetensors", *common)
+    assert said[0] == 0 and "clips of the base first" in said[2]
+    assert run_cli("sample --compare --output none.mp4 --lora-scale 0 --lora bias.safetensors", *common)[0] == 0
+    both, none = (read_video(tmp_path / name)[0][:, :, 40:] for name in ("both.mp4", "none.mp4"))
+    half = both.shape[-1] // 2
+    assert (both[..., :half] - none[..., :half]).abs().max() < 0.1, "the base is not merged with it"
+    assert (both[..., half:] - none[..., half:]).abs().max() > 0.2
 
 
 def test_inspect_lora_of_a_checkpoint(run_cli, tiny_run):

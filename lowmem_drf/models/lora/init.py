@@ -112,10 +112,9 @@ def require_linears(lora: Lora) -> None:
     """Raises BadInputError if a LoRA of Linears cannot do what the file does."""
     odd = [
         name
-        for name, others in lora.others.items()
-        if not name.endswith(".weight") or "norm" in name or "DoRA" in _kinds(others)
+        for name in lora.merged()
+        if not name.endswith(".weight") or "norm" in name or "DoRA" in _kinds(lora.others[name])
     ]
-    odd += [module for module, pair in lora.pairs.items() if pair.a.ndim > 2 or module == "patch_embedding"]
     if odd:
         kinds = sorted({kind for name in odd for kind in _kinds(lora.others.get(name, ()))}) or ["convolution"]
         raise BadInputError(

@@ -238,6 +238,11 @@ class Lora:
         rest = {module: pair for module, pair in self.pairs.items() if module not in adapters}
         return replace(self, pairs=adapters, others={}), replace(self, pairs=rest)
 
+    def merged(self) -> list[str]:
+        """Parameters, and modules, whose change is no pair on a Linear, so that no adapter can make it."""
+        convolutions = [name for name, pair in self.pairs.items() if pair.a.ndim > 2 or name == "patch_embedding"]
+        return [*self.others, *convolutions]
+
     def delta(self, module: str) -> Tensor:
         """The change of one module's weight by its pair, (out, in), fp64. All together take more memory than the
         model."""
