@@ -19,8 +19,9 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.lora.keys import LOHA, LOKR, Expert, Keys, read_keys
 from lowmem_drf.models.lora.lora import Difference, Dora, Factors, Lora, Other, Pair
 from lowmem_drf.models.lora.settings import ADAPTER_METADATA, Settings, checked_alpha, read_settings
-from lowmem_drf.models.weights.files import PICKLES, damage
+from lowmem_drf.models.weights.files import PICKLES, damage, is_pickle
 from lowmem_drf.models.weights.finite import not_finite
+from lowmem_drf.models.weights.gguf_files import is_gguf
 from lowmem_drf.models.weights.reader import DTYPES, FLOAT8, INTEGERS, TensorFiles
 from lowmem_drf.texts import one_line, read_text, shown, some
 
@@ -81,12 +82,9 @@ def lora_file(path: Path) -> Path:
 def _damage(file: Path) -> str:
     """What is wrong with a file as a whole; "" if nothing."""
     try:
-        with file.open("rb") as stream:
-            begin = stream.read(9)
-        if begin[:4] == b"GGUF" or file.suffix == ".gguf":
+        if is_gguf(file):
             return "is a GGUF file: a quantised model, no LoRA. Give it as model.transformer"
-        old_pickle = begin[:1] == b"\x80" and begin[8:] != b"{"
-        if begin[:4] == b"PK\x03\x04" or old_pickle or file.suffix in PICKLES:
+        if file.suffix in PICKLES or is_pickle(file):
             return "is a pickle, which can run code: only safetensors files are read. Convert it, or get it anew"
         return damage(file)
     except OSError as error:

@@ -122,11 +122,13 @@ def refuse_pickles(where: str, prefix: str, names: list[str]) -> None:
 
 
 def is_pickle(file: Path) -> bool:
-    """Whether a file is in torch's own format, by its content."""
+    """Whether a file is a pickle, alone or in an archive as ``torch.save`` makes it, by its content."""
     if not file.is_file():
         return False
     with file.open("rb") as stream:
-        return stream.read(4).startswith((b"PK\x03\x04", b"\x80\x02"))
+        begin = stream.read(9)
+    # a safetensors file may begin with 0x80 too, the length of its header; that header follows
+    return begin[:4] == b"PK\x03\x04" or (begin[:1] == b"\x80" and begin[8:] != b"{")
 
 
 def damage(file: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import pickle
 import sys
 import weakref
 from pathlib import Path
@@ -22,6 +23,7 @@ from lowmem_drf.models.wan.names import wan_name
 from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.wan.single_file import load_single_file
 from lowmem_drf.models.weights import gguf_files
+from lowmem_drf.models.weights.files import is_pickle
 from lowmem_drf.models.weights.fp8_files import Fp8Files
 from lowmem_drf.models.weights.gguf_files import GgufFiles
 
@@ -429,3 +431,17 @@ def test_files_of_another_kind(generator, original, tmp_path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(BadInputError, match="is cut off"):
         load_single_file(file, str(generator))
+
+
+def test_a_header_of_640_bytes_is_no_pickle(tmp_path) -> None:
+    """Its length begins with the bytes of a pickle."""
+    file, tensor = tmp_path / "x.safetensors", {"x": torch.zeros(1)}
+    for filling in range(540, 580):
+        save_file(tensor, file, {"a": "b" * filling})
+        if file.read_bytes().startswith(b"\x80\x02"):
+            break
+    assert file.read_bytes().startswith(b"\x80\x02") and not is_pickle(file)
+    torch.save(tensor, file)
+    assert is_pickle(file)
+    file.write_bytes(pickle.dumps({}, 2))
+    assert is_pickle(file)
