@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from functools import cache
 from pathlib import Path
@@ -137,15 +138,20 @@ def read_as_every_door(path: Path) -> None:
     """As ``sample --lora``, ``model.base_lora``, ``train --init-lora`` and ``inspect-lora`` read it."""
     from lowmem_drf.models.lora.adapter import attach_lora, lora_layers, remove_lora
     from lowmem_drf.models.lora.base import lora_changes
+    from lowmem_drf.models.lora.init import init_targets
     from lowmem_drf.models.lora.reading import read_lora
+    from lowmem_drf.models.lora.report import make_report
 
     with AliveBytes() as counted:
         lora = read_lora(path)
     if counted.peak > 3 * path.stat().st_size:
         raise AssertionError(f"{counted.peak} bytes of tensors for a file of {path.stat().st_size}")
+    json.dumps(make_report(path, lora).as_json())
     adapters, _ = lora.split(_shapes())
     for name, added in lora_changes(lora).items():
         added(torch.ones(_shapes()[name]))
+    if not lora.merged():
+        init_targets(lora, 2)
     try:
         attach_lora(_transformer(), adapters)
     finally:
