@@ -131,17 +131,23 @@ class Factors:
     def nbytes(self) -> int:
         return sum(part.nbytes for part in (*self.first, *self.second))
 
+    def is_product(self) -> bool:
+        """Whether the matrices can be multiplied."""
+        both = (self.first, self.second)
+        if any(part.ndim != 2 for parts in both for part in parts):
+            return False
+        if any(len(parts) == 2 and parts[0].shape[1] != parts[1].shape[0] for parts in both):
+            return False
+        return self.kind == "LoKr" or self._made(self.first) == self._made(self.second)
+
     def fits(self, shape: Shape) -> bool:
-        if any(part.ndim != 2 for part in (*self.first, *self.second)):
-            return False
-        if any(len(parts) == 2 and parts[0].shape[1] != parts[1].shape[0] for parts in (self.first, self.second)):
-            return False
-        (rows, columns), (more_rows, more_columns) = (
-            (parts[0].shape[0], parts[-1].shape[1]) for parts in (self.first, self.second)
-        )
+        (rows, columns), (more_rows, more_columns) = self._made(self.first), self._made(self.second)
         made = (rows * more_rows, columns * more_columns) if self.kind == "LoKr" else (rows, columns)
-        same = self.kind == "LoKr" or (rows, columns) == (more_rows, more_columns)
-        return same and made == (shape[0], math.prod(shape[1:]))
+        return made == (shape[0], math.prod(shape[1:]))
+
+    @staticmethod
+    def _made(parts: tuple[Tensor, ...]) -> tuple[int, int]:
+        return parts[0].shape[0], parts[-1].shape[1]
 
     def __call__(self, weight: Tensor) -> Tensor:
         first, second = (

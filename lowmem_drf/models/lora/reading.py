@@ -156,7 +156,7 @@ def _take(
 
 
 def _product(module: str, stem: str, read: Mapping[str, Tensor], settings: Settings | None) -> Pair | Factors | None:
-    """A module's pair, LoKr or LoHa."""
+    """A module's pair, LoKr or LoHa, whose matrices can be multiplied."""
     kinds = [kind for kind, parts in (("LoRA", ("A", "B")), ("LoKr", LOKR), ("LoHa", LOHA)) if read.keys() & set(parts)]
     if len(kinds) > 1:
         raise BadInputError(f"it holds {' and '.join(kinds)} for {shown(module)}, and one of them is expected")
@@ -170,16 +170,18 @@ def _product(module: str, stem: str, read: Mapping[str, Tensor], settings: Setti
             if all(size == 1 for size in a.shape[2:]):
                 a = a.flatten(1)
             return Pair(a, b.flatten(1), _alpha(module, names, read, settings, int(a.shape[0])))
-        case ["LoKr"]:
-            first, second = _factor(read, "lokr_w1"), _factor(read, "lokr_w2")
-            ranks = [int(parts[1].shape[0]) for parts in (first, second) if len(parts) == 2 and parts[1].ndim == 2]
-            if first and second:
-                return Factors(first, second, _scale(module, names, read, settings, ranks), "LoKr")
-        case ["LoHa"]:
-            first, second = _factor(read, "hada_w1"), _factor(read, "hada_w2")
-            ranks = [int(parts[1].shape[0]) for parts in (first,) if len(parts) == 2 and parts[1].ndim == 2]
-            if first and second:
-                return Factors(first, second, _scale(module, names, read, settings, ranks), "LoHa")
+        case ["LoKr" | "LoHa" as kind]:
+            first, second = (_factor(read, f"{'lokr' if kind == 'LoKr' else 'hada'}_w{i}") for i in (1, 2))
+            if not first or not second:
+                return None
+            by_rank = (first, second) if kind == "LoKr" else (first,)
+            ranks = [int(parts[1].shape[0]) for parts in by_rank if len(parts) == 2 and parts[1].ndim == 2]
+            made = Factors(first, second, _scale(module, names, read, settings, ranks), kind)
+            if not made.is_product():
+                raise BadInputError(
+                    f"its {kind} for {shown(module)} is {one_line(made.size)}, which cannot be multiplied"
+                )
+            return made
     return None
 
 
