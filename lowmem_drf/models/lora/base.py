@@ -39,10 +39,12 @@ def base_changes(sources: Sequence[tuple[str, float]], shapes: Shapes, say: Call
     found = []
     for source, scale in sources:
         try:
-            lora = read_lora(find_base_lora(source, say))
+            path = find_base_lora(source, say)
+            lora = read_lora(path)
             lora.require_fit(shapes)
         except BadInputError as error:
-            raise BadInputError(f"model.base_lora, {source}: {error}") from error
+            said = str(error).removeprefix(f"{expanded(source)}: ")
+            raise BadInputError(f"model.base_lora, {source}: {said}") from error
         found.append(lora_changes(lora, scale))
         say("; ".join((f"{source}: merged into {len(found[-1])} tensors of the base", *left_out(lora))))
     return in_turn(*found)

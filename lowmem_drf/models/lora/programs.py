@@ -9,9 +9,9 @@ nothing: they log the tensors that they do not know, and leave them out.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.lora.init import require_linears
@@ -48,9 +48,9 @@ class Verdict:
     """What it leaves out, or why it fails."""
 
 
-def verdicts(lora: Lora, keys: Collection[str]) -> list[Verdict]:
-    """One for each program, and for each of this program's own doors. ``keys``: of the file's tensors."""
-    return [*_ours(lora), _comfyui(lora, keys), _diffusers(keys), _musubi(lora, keys)]
+def verdicts(lora: Lora, header: Mapping[str, Any]) -> list[Verdict]:
+    """One for each program, and for each of this program's own doors. ``header``: of the file, its tensors alone."""
+    return [*_ours(lora), _comfyui(lora, header), _diffusers(header), _musubi(lora, header)]
 
 
 def _ours(lora: Lora) -> list[Verdict]:
@@ -111,9 +111,9 @@ def _unread_scale(lora: Lora, keys: Collection[str]) -> str:
     return f"{min(scales):g}" if len(scales) == 1 else f"{min(scales):g} to {max(scales):g}, module by module"
 
 
-def _diffusers(keys: Collection[str]) -> Verdict:
+def _diffusers(header: Mapping[str, Any]) -> Verdict:
     """``WanPipeline.load_lora_weights``."""
-    why, left = "", list[str]()
+    why, left, keys = "", list[str](), header.keys()
     for prefix in ("diffusion_model.", "lora_unet_"):
         if not any(key.startswith(prefix) for key in keys):
             continue
@@ -127,9 +127,20 @@ def _diffusers(keys: Collection[str]) -> Verdict:
         break
     else:
         why, left = _native(keys)
+    if odd := [key for key in keys if _is_flat(key) and len(header[key]["shape"]) > 2]:
+        why = why or f"{_first(odd)} has more than two dimensions (RuntimeError)"
+    if any(key.endswith(".alpha") for key in keys) and any(header[key]["dtype"].startswith("F8") for key in keys):
+        why = why or "it cannot multiply numbers in 8 bit by alpha (NotImplementedError)"
+    if len(left) == len(keys):
+        why = why or f"it leaves out {_counted(left)}, which is all"
     if why:
         return Verdict("diffusers", "no", why)
     return Verdict("diffusers", "in part" if left else "yes", f"it leaves out {_counted(left)}" if left else "")
+
+
+def _is_flat(key: str) -> bool:
+    """Whether it is a matrix of a Linear."""
+    return "patch_embedding" not in key and bool(re.search(r"lora[._](A|B|up|down)\b", key))
 
 
 def _from_wan(rest: set[str]) -> tuple[str, list[str]]:
@@ -200,11 +211,12 @@ def _native(keys: Collection[str]) -> tuple[str, list[str]]:
     if odd := [
         key
         for key in taken
-        if not re.search(r"(lora_[AB]|lora_magnitude_vector|[._]lora\.(up|down))\.(weight|bias)$", key)
+        if not re.search(r"((lora_[AB]|[._]lora\.(up|down))\.(weight|bias)|lora_magnitude_vector(\.weight)?)$", key)
     ]:
         return f"it does not read {_first(odd)}", []
     if odd := [key for key in taken if re.search(r"\.(self_attn|cross_attn)\.", key)]:
         return f"it expects its own names after transformer., not Wan's ({_first(odd)}; ValueError)", []
+    left += [key for key in taken if re.search(r"\.(to_out|net)\.[\w.]+_lora\.(up|down)\.", key)]
     uneven = _uneven(taken, (".lora_A.weight",), ".lora_B.bias")
     return uneven, [*left, *(key for key in keys if not key.startswith("transformer."))]
 

@@ -179,11 +179,15 @@ def _layers(lora: Lora) -> Iterable[Layer]:
     """In the model's order: blocks first."""
     rows: list[tuple[str, Pair | Other]] = [(f"{module}.weight", pair) for module, pair in lora.pairs.items()]
     rows += [(name, other) for name, others in lora.others.items() for other in others]
-    found: dict[tuple[bool, str, str], dict[str, float | None]] = defaultdict(dict)
+    by_name: dict[str, list[Pair | Other]] = defaultdict(list)
     for name, change in rows:
+        by_name[name].append(change)
+    found: dict[tuple[bool, str, str], dict[str, float | None]] = defaultdict(dict)
+    for name, changes in by_name.items():
         block = _BLOCK.fullmatch(name)
         layer = (block[2] if block else name).removesuffix(".weight")
-        found[block is None, layer, change.kind][name] = change_norm(change)
+        norm = change_norm(changes[0]) if len(changes) == 1 else _norm_of_sum(changes)
+        found[block is None, layer, changes[0].kind][name] = norm
     for (_, layer, kind), norms in sorted(found.items()):
         numbers = sorted(int(block[1]) for block in map(_BLOCK.fullmatch, norms) if block)
         ordered = dict(sorted(norms.items(), key=lambda item: (len(item[0]), item[0])))
@@ -206,6 +210,22 @@ def change_norm(change: Pair | Other) -> float | None:
             norm = _product_norm(made.value)
     norm *= abs(made.scale)
     return norm if math.isfinite(norm) else None
+
+
+def _norm_of_sum(changes: Iterable[Pair | Other]) -> float | None:
+    """Of several changes of one parameter: a pair, a difference. They have to be multiplied out."""
+    import torch
+
+    from lowmem_drf.models.lora.lora import Difference
+
+    made = list(changes)
+    whole = next((change.value for change in made if isinstance(change, Difference)), None)
+    if whole is None or any(change.kind == "DoRA" or not change.fits(tuple(whole.shape)) for change in made):
+        return None
+    weight = torch.zeros(whole.shape)
+    for change in made:
+        weight += change(weight)
+    return float(torch.linalg.vector_norm(weight))
 
 
 def _product_norm(left: Tensor, right: Tensor | None = None) -> float:

@@ -20,6 +20,13 @@ ADAPTER_METADATA = "lora_adapter_metadata"
 LEAST, MOST = 1e-6, 1e6
 """Of an alpha: other numbers make no sense."""
 _SAFE_PATTERN = re.compile(r"\^?(?:[\w.-]|\\\.|\\d\+?|\.\*)+\$?")
+_PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
+"""``init_lora_weights`` that leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change it."""
+_OTHERWISE = (
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "use_bdlora", "use_qalora"),
+    *("target_parameters", "trainable_token_indices"),
+)
+"""Settings with which an adapter computes something else than B A on Linears."""
 _METHODS = ("LORA", "LOKR", "LOHA")
 
 
@@ -88,6 +95,14 @@ def _settings(config: dict[str, Any]) -> Settings:
     for key, what in (("fan_in_fan_out", "transposed matrices"), ("modules_to_save", "whole modules")):
         if config.get(key):
             raise BadInputError(f"its settings have {key} = {shown(config[key])}: {what} are not read")
+    if odd := next((key for key in _OTHERWISE if config.get(key)), ""):
+        raise BadInputError(f"its settings have {odd} = {shown(config[odd])}: then peft computes more than B A")
+    begun = config.get("init_lora_weights", True)
+    if begun not in _PLAIN_STARTS:
+        raise BadInputError(
+            f"its settings have init_lora_weights = {shown(begun)}, which changes the base too: B A alone is another "
+            "change. peft can convert it (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     if config.get("bias", "none") not in ("none", None):
         raise BadInputError(f"its settings have bias = {shown(config['bias'])}: it replaces biases, which is not read")
     alpha = next((key for key in ("lora_alpha", "alpha") if key in config), "")
