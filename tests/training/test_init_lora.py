@@ -11,7 +11,7 @@ from lowmem_drf.commands.train import train_command
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.lora.adapter import load_lora_state, lora_layers, lora_state, named_lora
 from lowmem_drf.models.lora.formats import FORMATS, adapter_metadata, to_format
-from lowmem_drf.models.lora.init import as_trained, init_lora
+from lowmem_drf.models.lora.init import _nearest, as_trained, init_lora
 from lowmem_drf.models.lora.lora import Lora, Pair
 from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.training.run_folder import run_config
@@ -118,3 +118,15 @@ def test_what_no_lora_can_go_on_from_is_refused(given) -> None:
     outside = Pair(torch.zeros(2, 24), torch.zeros(16, 2), 2.0)
     with pytest.raises(BadInputError, match=r"lora\.targets does not train \(proj_out\)"):
         init_lora(models.transformer, Lora({"proj_out": outside}))
+
+
+def test_a_large_matrix_is_cut_nearly_as_well_as_can_be() -> None:
+    """The spectrum falls as those of trained models do; the exact one is that of Eckart and Young."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(300, 300, generator=generator)).Q for _ in range(2))
+    values = 1 / torch.arange(1.0, 301)
+    made = _nearest(u * values @ v, 8)
+    lost = float(values[8:].square().sum())
+    assert made.a.shape == (8, 300) and lost * (1 - 1e-4) <= made.lost <= 1.001 * lost
+    again = _nearest(u * values @ v, 8)
+    assert torch.equal(made.a, again.a), "all processes begin with the same"

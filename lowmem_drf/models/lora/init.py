@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,13 +12,15 @@ from torch import Tensor
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.lora.adapter import ADAPTER, linear_weights, lora_layers
 from lowmem_drf.models.lora.base import lora_changes
-from lowmem_drf.models.lora.lora import Lora
+from lowmem_drf.models.lora.lora import Lora, Pair
 from lowmem_drf.texts import some
 
 if TYPE_CHECKING:
     from torch import nn
 
 _ALPHA = "lowmem_drf.alpha"
+_MORE = 32
+"""Singular vectors sought beyond those that are wanted, which makes these exact."""
 
 
 def as_trained(lora: Lora) -> Lora:
@@ -72,20 +74,20 @@ def init_lora(transformer: nn.Module, lora: Lora) -> str:
     for module in modules:
         layer, pair = layers[module], lora.pairs.get(module)
         a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-        scale = layer.scaling[ADAPTER]
+        scale, is_pair = layer.scaling[ADAPTER], f"{module}.weight" not in lora.others
         with torch.no_grad():
-            if pair and module + ".weight" not in lora.others and pair.rank <= a.shape[0]:
-                b.zero_()
-                a[: pair.rank] = pair.a
-                b[:, : pair.rank] = pair.b if pair.scale == scale else pair.b.to(b) * (pair.scale / scale)
-                continue
-            delta = changes[f"{module}.weight"](
-                torch.empty(b.shape[0], a.shape[1], dtype=torch.float32, device=a.device)
-            )
-            rows, columns, left = _nearest(delta, a.shape[0])
-            a.zero_(), b.zero_()
-            a[: len(columns)], b[:, : rows.shape[1]] = columns, rows / scale
-            cut, lost, whole = cut + 1, lost + left, whole + float(delta.square().sum())
+            if pair and is_pair and pair.rank <= len(a):
+                rows, columns = pair.b.to(b) * (pair.scale / scale), pair.a
+            else:
+                if pair and is_pair:
+                    made = _nearest_to_pair(pair, len(a), a.device)
+                else:
+                    exact = torch.empty(b.shape[0], a.shape[1], device=a.device)
+                    made = _nearest(changes[f"{module}.weight"](exact), len(a))
+                rows, columns = made.b / scale, made.a
+                cut, lost, whole = cut + 1, lost + made.lost, whole + made.whole
+            b.zero_()
+            a[: len(columns)], b[:, : len(columns)] = columns, rows
     ranks = sorted({pair.rank for pair in lora.pairs.values()})
     said = f"{len(modules)} modules" + (f", rank {' to '.join(map(str, {ranks[0]: 0, ranks[-1]: 0}))}" if ranks else "")
     if not cut:
@@ -97,11 +99,44 @@ def init_lora(transformer: nn.Module, lora: Lora) -> str:
     return said + (f"; {untrained} modules begin untrained" if untrained else "")
 
 
-def _nearest(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """(B, A, square of what is lost) of the nearest product of a rank: both take the root of the singular values."""
-    u, s, v = torch.linalg.svd(delta, full_matrices=False)
-    roots = s[:rank].sqrt()
-    return u[:, :rank] * roots, roots[:, None] * v[:rank], float(s[rank:].square().sum())
+@dataclass(frozen=True)
+class _Nearest:
+    """The nearest product B A of a rank. Each takes the root of the singular values; values of 0 are left out."""
+
+    b: Tensor
+    a: Tensor
+    lost: float
+    """Square of the Frobenius norm of what is lost."""
+    whole: float
+    """Of the change."""
+
+
+def _nearest(delta: Tensor, rank: int) -> _Nearest:
+    """Of any matrix. If it is large, its first singular vectors are found with random numbers (arXiv 0909.4061)."""
+    sketched = rank + _MORE
+    if min(delta.shape) <= 2 * sketched:
+        u, s, v = torch.linalg.svd(delta, full_matrices=False)
+    else:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(delta, sketched, niter=4)
+            v = v.t()
+    b, a = _product(u, s, v, rank)
+    return _Nearest(b, a, float((delta - b @ a).square().sum()), float(delta.square().sum()))
+
+
+def _nearest_to_pair(pair: Pair, rank: int, device: torch.device) -> _Nearest:
+    """Of a product of a low rank, without the product."""
+    left, right = torch.linalg.qr(pair.b.to(device).double()), torch.linalg.qr(pair.a.to(device).double().t())
+    u, s, v = torch.linalg.svd(pair.scale * left.R @ right.R.t(), full_matrices=False)
+    b, a = _product(left.Q @ u, s, v @ right.Q.t(), rank)
+    return _Nearest(b, a, float(s[rank:].square().sum()), float(s.square().sum()))
+
+
+def _product(u: Tensor, s: Tensor, v: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    count = min(rank, int((s > torch.finfo(s.dtype).eps * s[0]).sum()))
+    roots = s[:count].sqrt()
+    return u[:, :count] * roots, roots[:, None] * v[:count]
 
 
 def _modules(lora: Lora) -> list[str]:
