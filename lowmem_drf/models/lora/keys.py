@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.wan.kinds import kind_of
@@ -74,7 +74,7 @@ _TEXT = re.compile(
     r"|te\d?|t5xxl|umt5\w*|clip_[lg]|text_model)\."
 )
 _OTHER_METHODS = {
-    r"\.(b?oft_\w+|oft_blocks|oft_diag)": "OFT",
+    r"\.b?oft_\w+": "OFT",
     r"\.(a1|a2|b1|b2|bm1|bm2)\.weight$": "GLoRA",
     r"\.(ia3_l|on_input)\b": "IA3",
     r"\.vera_lambda": "VeRA",
@@ -111,19 +111,14 @@ def read_keys(keys: Iterable[str], expert: Expert = "") -> Keys:
         BadInputError: no LoRA, one of another method or model, an unknown key, or one module under two names.
     """
     found = Keys()
-    split: list[tuple[str, str, str, str]] = []  # key, prefix, stem, part
-    plain: list[str] = []
+    split: list[_Key] = []
     for key in keys:
         if _TEXT.match(key):
             found.left_out.setdefault(TEXT_ENCODER, []).append(key)
-            continue
-        prefix, stem, part = _split(key)
-        if part:
-            split.append((key, prefix, stem, part))
         else:
-            plain.append(key)
-    if plain:
-        _refuse_plain(plain, bool(split))
+            split.append(_split(key))
+    if plain := [key.text for key in split if not key.part]:
+        _refuse_plain(plain, has_lora=len(plain) < len(split))
     if not split:
         raise BadInputError(
             "it is a LoRA of a text encoder alone, and text encoders are not trained or changed here"
@@ -132,33 +127,44 @@ def read_keys(keys: Iterable[str], expert: Expert = "") -> Keys:
         )
     split = _of_expert(split, expert, found)
     found.layout = _layout(split)
-    wan_naming = _naming({stem for _, _, stem, _ in split}, {prefix for _, prefix, _, _ in split})
-    for key, _, stem, part in split:
-        module = _module(stem, part, wan_naming)
+    is_wan = _is_wan(split)
+    for entry in split:
+        module = _module(entry, is_wan)
         if module is None:
-            raise _of_another_model(key, stem)
+            raise _of_another_model(entry)
         parts = found.modules.setdefault(module, {})
-        if other := parts.get(part):
-            raise BadInputError(
-                f"it holds {shown(module)} twice, as {shown(other)} and as {shown(key)}: two files seem to be mixed"
-            )
-        parts[part] = key
-        found.stems.setdefault(module, stem)
+        if other := parts.get(entry.part):
+            both = f"{shown(other)} and {shown(entry.text)}"
+            raise BadInputError(f"it holds {shown(module)} twice: {both}. Two files seem to be mixed")
+        parts[entry.part] = entry.text
+        found.stems.setdefault(module, entry.stem)
     return found
 
 
-def _split(key: str) -> tuple[str, str, str]:
-    """(prefixes, name of the module without them, part); part "" if the ending is unknown."""
+class _Key(NamedTuple):
+    text: str
+    prefix: str
+    stem: str
+    """Name of the module in the file, without prefix and part."""
+    part: str
+    """Empty if the ending is unknown."""
+
+    @property
+    def flat(self) -> str:
+        return self.stem.replace(".", "_")
+
+
+def _split(key: str) -> _Key:
     rest, prefix = _ADAPTER.sub(r"\1", key), ""
     while match := _PREFIX.match(rest):
         prefix, rest = prefix + match[0], rest[match.end() :]
     for ending, part in _PARTS.items():
         if rest.endswith(f".{ending}"):
-            return prefix, rest[: -len(ending) - 1], part
+            return _Key(key, prefix, rest[: -len(ending) - 1], part)
         if ending.startswith("lora.") and rest.endswith(f"_{ending}"):  # diffusers' old attention processors
             stem = rest[: -len(ending) - 1].replace(".processor.", ".")
-            return prefix, f"{stem}.0" if stem.endswith("to_out") else stem, part
-    return prefix, rest, ""
+            return _Key(key, prefix, f"{stem}.0" if stem.endswith("to_out") else stem, part)
+    return _Key(key, prefix, rest, "")
 
 
 def _flat(names: Mapping[str, str]) -> dict[str, str]:
@@ -166,75 +172,64 @@ def _flat(names: Mapping[str, str]) -> dict[str, str]:
     return {either.replace(".", "_"): name for name, own in names.items() for either in (own, name)}
 
 
-_BOTH = ("norm2", "norm3")
-"""Names of different modules in the two namings."""
-_IN_A_BLOCK = _flat(IN_BLOCK)
-_OUTSIDE_BLOCKS = _flat(OUTSIDE)
-_WAN_ONLY = {own.replace(".", "_") for names in (IN_BLOCK, OUTSIDE) for own in names.values()}
-_DIFFUSERS_ONLY = {name.replace(".", "_") for names in (IN_BLOCK, OUTSIDE) for name in names}
+_IN_A_BLOCK, _OUTSIDE_BLOCKS = _flat(IN_BLOCK), _flat(OUTSIDE)
+_WAN = {own.replace(".", "_") for names in (IN_BLOCK, OUTSIDE) for own in names.values()}
+_DIFFUSERS = {name.replace(".", "_") for names in (IN_BLOCK, OUTSIDE) for name in names}
+_SWAPPED = {own: name for name, own in IN_BLOCK.items() if own != name and own in IN_BLOCK}
+"""``norm2`` and ``norm3``: Wan's name -> diffusers', which is the other."""
 _BLOCK = re.compile(r"blocks_(\d{1,4})(?:_(.+))?")
 
 
-def _module(stem: str, part: str, wan_naming: bool | None) -> str | None:
+def _module(key: _Key, is_wan: bool | None) -> str | None:
     """diffusers' name, or ``None`` if a Wan transformer has no such module."""
-    flat = stem.replace(".", "_")
-    match = _BLOCK.fullmatch(flat)
+    match = _BLOCK.fullmatch(key.flat)
     if match is None:
-        if part == "diff_m" and flat == "head":
-            return "scale_shift_table"
-        return _OUTSIDE_BLOCKS.get(flat)
-    block = f"blocks.{int(match[1])}"
-    if match[2] is None:
-        return f"{block}.scale_shift_table" if part == "diff_m" else None
-    if match[2] in _BOTH:
-        if wan_naming is None:
-            raise BadInputError(
-                f"its module {shown(stem)} is another one in Wan's naming than in diffusers', and the file does not "
-                "say which it uses"
-            )
-        return f"{block}.{names_of(wan_naming)[match[2]]}"
-    name = _IN_A_BLOCK.get(match[2])
-    return name and f"{block}.{name}"
+        whole_head = key.part == "diff_m" and key.flat == "head"
+        return "scale_shift_table" if whole_head else _OUTSIDE_BLOCKS.get(key.flat)
+    block, inner = f"blocks.{int(match[1])}", match[2]
+    if inner is None:
+        return f"{block}.scale_shift_table" if key.part == "diff_m" else None
+    if inner not in _SWAPPED:
+        return f"{block}.{_IN_A_BLOCK[inner]}" if inner in _IN_A_BLOCK else None
+    if is_wan is None:
+        raise BadInputError(
+            f"its module {shown(key.stem)} is another one in Wan's naming than in diffusers', and the file does not "
+            "say which it uses"
+        )
+    return f"{block}.{_SWAPPED[inner] if is_wan else inner}"
 
 
-def names_of(wan_naming: bool) -> dict[str, str]:
-    """Of ``norm2`` and ``norm3``: a file's name -> diffusers'."""
-    return {own: name for name, own in IN_BLOCK.items() if own in _BOTH} if wan_naming else {n: n for n in _BOTH}
-
-
-def _naming(stems: set[str], prefixes: set[str]) -> bool | None:
-    """True: the file uses Wan's names; False: diffusers'; ``None``: both, or it cannot be told."""
-    flat = {
-        match[2] if (match := _BLOCK.fullmatch(stem.replace(".", "_"))) else stem.replace(".", "_") for stem in stems
-    }
-    wan, diffusers = bool(flat & (_WAN_ONLY - _DIFFUSERS_ONLY)), bool(flat & (_DIFFUSERS_ONLY - _WAN_ONLY))
-    if wan == diffusers == False:  # noqa: E712 (a chain: neither)
-        wan, diffusers = any("diffusion_model." in prefix for prefix in prefixes), "transformer." in prefixes
+def _is_wan(keys: Collection[_Key]) -> bool | None:
+    """True: the names are Wan's; False: diffusers'; ``None``: both, or it cannot be told."""
+    inner = {match[2] if (match := _BLOCK.fullmatch(key.flat)) else key.flat for key in keys}
+    wan, diffusers = bool(inner & (_WAN - _DIFFUSERS)), bool(inner & (_DIFFUSERS - _WAN))
+    if not wan and not diffusers:
+        wan = any("diffusion_model." in key.prefix for key in keys)
+        diffusers = any("transformer." in key.prefix for key in keys)
     return None if wan == diffusers else wan
 
 
-def _of_expert(split: list[tuple[str, str, str, str]], expert: Expert, found: Keys) -> list[tuple[str, str, str, str]]:
-    """Of a file for two experts, the entries for one."""
-    second = [entry for entry in split if "transformer_2." in entry[1]]
-    first = [entry for entry in split if "transformer_2." not in entry[1]]
+def _of_expert(keys: list[_Key], expert: Expert, found: Keys) -> list[_Key]:
+    """Of a file for two experts, the keys for one."""
+    second = [key for key in keys if "transformer_2." in key.prefix]
+    first = [key for key in keys if "transformer_2." not in key.prefix]
     if second and first:
         taken, left, of = (second, first, "high") if expert == "low" else (first, second, "low")
-        found.left_out[f"the {of}-noise transformer"] = [entry[0] for entry in left]
+        found.left_out[f"the {of}-noise transformer"] = [key.text for key in left]
         return taken
     if second and expert == "high":
         raise BadInputError('it is a LoRA of the low-noise transformer (transformer_2.), and model.expert = "high"')
-    return split
+    return keys
 
 
-def _layout(split: list[tuple[str, str, str, str]]) -> str:
-    prefix, _ = Counter(prefix for _, prefix, _, _ in split).most_common(1)[0]
+def _layout(keys: Collection[_Key]) -> str:
+    prefix, _ = Counter(key.prefix for key in keys).most_common(1)[0]
     for beginning, layout in _LAYOUTS.items():
         if prefix.startswith(beginning):
             return layout
-    is_wan = _naming({stem for _, _, stem, _ in split}, set())
-    if any(".default." in key for key, *_ in split):
-        return "DiffSynth-Studio" if is_wan else "peft"
-    return "Wan's names without a prefix" if is_wan else "diffusers' names without a prefix"
+    if any(".default." in key.text for key in keys):
+        return "DiffSynth-Studio" if _is_wan(keys) else "peft"
+    return "Wan's names without a prefix" if _is_wan(keys) else "diffusers' names without a prefix"
 
 
 def _refuse_plain(plain: list[str], has_lora: bool) -> None:
@@ -254,8 +249,10 @@ def _refuse_plain(plain: list[str], has_lora: bool) -> None:
     raise BadInputError(f"it is {kind}, no LoRA ({some(plain, 2)}). {cure}")
 
 
-def _of_another_model(key: str, stem: str) -> BadInputError:
+def _of_another_model(key: _Key) -> BadInputError:
     """The error for a module that no text-to-video transformer of Wan has."""
-    if kind := kind_of([f"{stem}."], complete=False):
-        return BadInputError(f"it is a LoRA of {kind[0]}, not of a Wan text-to-video model ({shown(key)})")
-    return BadInputError(f"its tensor {shown(key)} belongs to no module of a Wan transformer: it is of another model")
+    if kind := kind_of([f"{key.stem}."], complete=False):
+        return BadInputError(f"it is a LoRA of {kind[0]}, not of a Wan text-to-video model ({shown(key.text)})")
+    return BadInputError(
+        f"its tensor {shown(key.text)} belongs to no module of a Wan transformer: it is of another model"
+    )
