@@ -59,7 +59,7 @@ def load_models(
     """
     import_libraries(config)
     from lowmem_drf.models.lora.adapter import attach_lora
-    from lowmem_drf.models.lora.base import lora_changes
+    from lowmem_drf.models.lora.base import lora_changes, read_base_lora
     from lowmem_drf.models.wan.decoder import load_vae
     from lowmem_drf.models.wan.experts import make_transformers, require_expert, subfolders_of
 
@@ -69,7 +69,10 @@ def load_models(
         described = generator_config(str(generator))
         require_expert(config, described)
         require_room(config, described, clips or {}, *free_bytes(device))
-        adapters, rest = lora.split(transformer_shapes(described.transformer)) if lora else (None, None)
+        shapes = transformer_shapes(described.transformer)
+        adapters, rest = lora.split(shapes) if lora else (None, None)
+        for source, _ in config.model.base_loras():  # a bad file is refused before texts are encoded for minutes
+            read_base_lora(source, shapes, say)
         if with_critic:
             prepare(config.critic.id, "critic", say)
         home = _home(config, "transformer", device)

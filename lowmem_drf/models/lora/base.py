@@ -38,16 +38,21 @@ def base_changes(sources: Sequence[tuple[str, float]], shapes: Shapes, say: Call
     """
     found = []
     for source, scale in sources:
-        try:
-            path = find_base_lora(source, say)
-            lora = read_lora(path)
-            lora.require_fit(shapes)
-        except BadInputError as error:
-            said = str(error).removeprefix(f"{expanded(source)}: ")
-            raise BadInputError(f"model.base_lora, {source}: {said}") from error
+        lora = read_base_lora(source, shapes, say)
         found.append(lora_changes(lora, scale))
         say("; ".join((f"{source}: merged into {len(found[-1])} tensors of the base", *left_out(lora))))
     return in_turn(*found)
+
+
+def read_base_lora(source: str, shapes: Shapes, say: Callable[[str], None]) -> Lora:
+    """One of the ``sources`` of ``base_changes``, which fits the transformer. Raises as ``base_changes``."""
+    try:
+        lora = read_lora(find_base_lora(source, say))
+        lora.require_fit(shapes)
+    except BadInputError as error:
+        said = str(error).removeprefix(f"{expanded(source)}: ")
+        raise BadInputError(f"model.base_lora, {source}: {said}") from error
+    return lora
 
 
 def in_turn(*changes: Mapping[str, Change]) -> dict[str, Change]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.lora.adapter import ADAPTER, linear_weights, lora_layers
-from lowmem_drf.models.lora.base import lora_changes
+from lowmem_drf.models.lora.base import left_out, lora_changes
 from lowmem_drf.models.lora.lora import Lora, Pair
 from lowmem_drf.texts import some
 
@@ -95,8 +95,9 @@ def init_lora(transformer: nn.Module, lora: Lora) -> str:
     else:
         share = 100 * (lost / whole) ** 0.5 if whole else 0.0
         said += f": {cut} are cut to the run's rank by singular values, and {share:.2g}% of the change is lost"
-    untrained = len(layers) - len(modules)
-    return said + (f"; {untrained} modules begin untrained" if untrained else "")
+    if untrained := len(layers) - len(modules):
+        said += f"; {untrained} modules begin untrained"
+    return "; ".join((said, *left_out(lora)))
 
 
 @dataclass(frozen=True)
