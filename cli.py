@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 from lowmem_drf.errors import DEBUG, BadInputError, explain, quoted
 from lowmem_drf.terminal import lost_output, printable, quiet_streams
+from lowmem_drf.texts import expanded
 
 try:
     import typer
@@ -92,7 +93,7 @@ def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             try:
                 if sys.flags.optimize > 1 and not command.__name__.startswith("presets"):
                     raise BadInputError(NO_DOCSTRINGS)
-                command(*args, **kwargs)
+                command(*args, **{name: _path(value) for name, value in kwargs.items()})
             except (Exception, KeyboardInterrupt) as error:
                 if isinstance(error, typer.Exit):
                     raise
@@ -108,6 +109,11 @@ def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(0 if command.__name__ == "train" else 1)  # what train is asked for are files
 
     return guarded
+
+
+def _path(value: Any) -> Any:
+    """A path with ``~`` replaced, which shells leave alone in ``--lora=~/file``; any other value as it is."""
+    return expanded(value) if isinstance(value, Path) else value
 
 
 @contextmanager

@@ -3,6 +3,7 @@ message shows them."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -109,6 +110,12 @@ def one_line(text: str, most: int = 160) -> str:
 def some(names: Sequence[str], most: int = 3) -> str:
     """The first of the names that a file holds, each cut."""
     return ", ".join(one_line(name, 80) for name in names[:most]) + (", …" if len(names) > most else "")
+
+
+def toml_value(value: Any) -> str:
+    """A text, a number or a list of them as TOML writes it. JSON does the same but for characters beyond 16 bit, whose
+    escapes TOML refuses."""
+    return escaped(json.dumps(value, ensure_ascii=False))
 
 
 def escaped(written: str) -> str:

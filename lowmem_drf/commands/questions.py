@@ -19,7 +19,7 @@ from lowmem_drf.questions.file import load_questions, to_json
 from lowmem_drf.questions.make import Grammar
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import make_console
-from lowmem_drf.texts import escaped
+from lowmem_drf.texts import escaped, toml_value
 from lowmem_drf.types import Prompt, Question
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def questions_command(
             'Example: lowmem-drf questions "a red ball rolls off a table"'
         )
     if check is not None:
-        overrides = [*overrides, f"critic.questions={json.dumps(str(check))}"]
+        overrides = [*overrides, f"critic.questions={toml_value(str(check))}"]
     config = load_config(preset if preset is not None else chosen_preset()[0], overrides)
     given = as_prompts(list(load_questions(check))) if check is not None else None
     prompts = given or (as_prompts([prompt]) if prompt is not None else load_prompts(file or ""))

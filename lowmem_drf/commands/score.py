@@ -27,7 +27,7 @@ from lowmem_drf.scoring.heatmap import WHAT, write_heatmap
 from lowmem_drf.scoring.saliency import saliency as saliency_of
 from lowmem_drf.scoring.score import ClipScore, score_clip
 from lowmem_drf.terminal import make_console
-from lowmem_drf.texts import escaped
+from lowmem_drf.texts import escaped, toml_value
 from lowmem_drf.video import is_own_mp4, read_video
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def score_command(
     if not prompt.strip():
         raise BadInputError('the prompt is empty. Say what the video should show: --prompt "a corgi surfing a wave"')
     flags = {"critic.id": critic, "critic.quant": quant, "critic.mode": mode}
-    flagged = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flags.items() if value is not None]
+    flagged = [f"{key}={toml_value(value)}" for key, value in flags.items() if value is not None]
     # all questions by default, whatever the preset trains on
     config = load_config(
         preset if preset is not None else chosen_preset()[0], ["critic.mode=both", *overrides, *flagged]

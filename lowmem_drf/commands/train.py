@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -22,9 +21,9 @@ from lowmem_drf.questions.file import WRITERS
 from lowmem_drf.schema import Config
 from lowmem_drf.shortage import during
 from lowmem_drf.terminal import make_console
-from lowmem_drf.texts import escaped, expanded, one_line
+from lowmem_drf.texts import expanded, one_line, toml_value
 from lowmem_drf.training.checkpoint import good_step, last_manifest, resume_command, saved_step
-from lowmem_drf.training.manifest import MAY_CHANGE, fixed_settings, refuse_damaged
+from lowmem_drf.training.manifest import MAY_CHANGE, fixed_settings, refuse_damaged, same_setting
 from lowmem_drf.training.run_folder import RUNS, claim, default_output, find_run, saved_config
 from lowmem_drf.types import Prompt, Question
 
@@ -54,7 +53,7 @@ def train_command(
     """
     count = started_processes() or num_processes
     flags = {
-        "prompts": None if prompts is None else escaped(json.dumps(str(prompts), ensure_ascii=False)),
+        "prompts": None if prompts is None else toml_value(str(prompts)),
         "steps": steps,
         "seed": seed,
         "processes": count,
@@ -139,7 +138,7 @@ def start(
     from lowmem_drf.assembly.questions import draft_questions, needs_writer, require_weights, write_missing
     from lowmem_drf.assembly.references import finish_questions
     from lowmem_drf.models.lora.adapter import add_lora
-    from lowmem_drf.models.lora.init import as_trained, init_lora
+    from lowmem_drf.models.lora.init import init_lora
     from lowmem_drf.planner.report import card_here, require_fit
     from lowmem_drf.questions.file import to_json
     from lowmem_drf.scoring.evaluate import finish_trial, make_trial
@@ -161,6 +160,8 @@ def start(
     log = config.log
     trial = make_trial(config, used, log.eval_prompts, log.eval_seeds) if log.eval_prompts else None
     import_libraries(config)
+    # of a run that was stopped before its first checkpoint, the file is all that its LoRA consists of
+    init = _init_file(config, config.lora.targets) if config.lora.init and not saved_step(run) else None
     cards_gib = ranks.gather(card_here(config))
     config = ranks.from_chief(require_fit(config, console, cards_gib) if ranks.chief else config)
 
@@ -180,8 +181,8 @@ def start(
             models = load_models(config, [*texts, *previews], ranks=ranks, clips=clips)
             lora, seed = config.lora, derive_seed(config.seed, "lora")
             add_lora(models.transformer, lora.rank, lora.alpha, lora.targets, seed)
-            if lora.init and not resume:
-                say(f"{lora.init}: {init_lora(models.transformer, as_trained(_init_file(config)))}")
+            if init:
+                say(f"{lora.init}: {init_lora(models.transformer, init)}")
             models.awake("critic")
         if ranks.chief or config.zero.critic:  # a partitioned critic runs in all processes together
             with during("questions"):
@@ -208,10 +209,10 @@ def _from_lora(preset: str, overrides: Sequence[str], file: Path) -> list[str]:
     """The overrides of ``--init-lora``: the file, and rank, alpha and targets as it has them, unless the user's
     overrides say otherwise. A LoRA of several ranks is cut to the preset's."""
     from lowmem_drf.models.generators import generator_config
-    from lowmem_drf.models.lora.init import as_trained, init_targets
+    from lowmem_drf.models.lora.init import init_targets
 
-    config = load_config(preset, [*overrides, f"lora.init={json.dumps(str(file))}"])
-    lora = as_trained(_init_file(config))
+    config = load_config(preset, [*overrides, f"lora.init={toml_value(str(file))}"])
+    lora = _init_file(config)
     try:
         blocks = generator_config(config.model.id).transformer["num_layers"]
     except BadInputError:  # not on this machine yet
@@ -219,17 +220,30 @@ def _from_lora(preset: str, overrides: Sequence[str], file: Path) -> list[str]:
     values: dict[str, object] = {"init": str(file), "targets": init_targets(lora, blocks)}
     if len({pair.rank for pair in lora.pairs.values()}) == 1 and not lora.others:
         values |= {"rank": lora.rank, "alpha": lora.alpha}
-    return [f"lora.{key}={json.dumps(value)}" for key, value in values.items()]
+    return [f"lora.{key}={toml_value(value)}" for key, value in values.items()]
 
 
-def _init_file(config: Config) -> LoraFile:
-    """The LoRA of ``lora.init``. Raises BadInputError as ``read_lora``, LowmemError if it belongs to a damaged
-    checkpoint."""
+def _init_file(config: Config, targets: Sequence[str] | None = None) -> LoraFile:
+    """The LoRA of ``lora.init``.
+
+    Args:
+        targets: ``lora.targets``, if they are known.
+
+    Raises:
+        BadInputError: as ``read_lora``, or no run can go on from it.
+        LowmemError: it belongs to a damaged checkpoint.
+    """
     from lowmem_drf.assembly.loading import read_lora_for
+    from lowmem_drf.models.lora.init import as_trained, require_linears, require_trained
 
     file = expanded(config.lora.init)
     refuse_damaged(file)
-    return read_lora_for(config, file)
+    lora = as_trained(read_lora_for(config, file))
+    try:
+        require_linears(lora) if targets is None else require_trained(lora, targets)
+    except BadInputError as error:
+        raise BadInputError(f"{file}: {error}") from error
+    return lora
 
 
 def _absolute(config: Config) -> Config:
@@ -266,7 +280,7 @@ def _resumed(preset: str | None, output: Path | None, overrides: Sequence[str]) 
     run = find_run(output)
     before, config = saved_config(run), _absolute(load_config(run / "config.toml", overrides))
     wanted = fixed_settings(config)
-    if changed := [key for key, value in fixed_settings(before).items() if wanted[key] != value]:
+    if changed := [key for key, value in fixed_settings(before).items() if not same_setting(wanted[key], value)]:
         raise BadInputError(
             f"{run} cannot go on with another {', '.join(changed)}. "
             f"Start a new run, or change only: {', '.join(MAY_CHANGE)}."

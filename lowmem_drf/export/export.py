@@ -131,6 +131,11 @@ def merge_lora(
     return verified
 
 
+def _public(file: str) -> str:
+    """A hub file as it is, and of a local one the name: headers are published, and folders are the user's own."""
+    return Path(file).name if Path(file).is_absolute() else file
+
+
 def file_metadata(config: Config, checkpoint: str, transformer: WanTransformer3DModel, expert: str) -> dict[str, str]:
     """A file's header: ``modelspec.*`` (Stability's specification), ``ss_*`` (kohya), and the training settings.
     ``expert``: empty for a model with one transformer."""
@@ -144,7 +149,9 @@ def file_metadata(config: Config, checkpoint: str, transformer: WanTransformer3D
         "model": model.id,
         "quant": model.quant,
         **({"expert": f"{expert} noise"} if expert else {}),
-        "base_lora": ", ".join(f"{file} x {scale:g}" for file, scale in model.base_loras()) or "none",
+        **({"transformer": _public(model.transformer)} if model.transformer else {}),
+        "base_lora": ", ".join(f"{_public(file)} x {scale:g}" for file, scale in model.base_loras()) or "none",
+        **({"init_lora": _public(config.lora.init)} if config.lora.init else {}),
         "critic": critic.id,
         "questions": critic.mode,
         "reward": critic.reward,

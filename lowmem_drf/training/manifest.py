@@ -116,7 +116,7 @@ def require_settings(run: Path, config: Config, manifest: Manifest) -> None:
     edited = [
         f"{key} is {shown(now[key])}, and was {shown(value)}"
         for key, value in manifest.settings.items()
-        if key in now and key not in _BY_CONTENT and not _same(now[key], value)
+        if key in now and key not in _BY_CONTENT and not same_setting(now[key], value)
     ]
     if edited:
         more = f"; and {len(edited) - 3} more" if edited[3:] else ""
@@ -126,8 +126,10 @@ def require_settings(run: Path, config: Config, manifest: Manifest) -> None:
         )
 
 
-def _same(now: Any, before: Any) -> bool:
-    """Equal, or paths of files that were moved."""
+def same_setting(now: Any, before: Any) -> bool:
+    """Equal, or paths of files that were moved, or lists of them."""
+    if isinstance(now, list) and isinstance(before, list) and len(now) == len(before):
+        return all(map(same_setting, now, before))
     if isinstance(now, str) and isinstance(before, str) and Path(now).is_absolute() and Path(before).is_absolute():
         return Path(now).name == Path(before).name
     return bool(now == before)

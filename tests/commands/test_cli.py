@@ -345,9 +345,10 @@ def test_sample_of_a_preset_tries_a_lora_without_a_run(run_cli, tmp_path, tiny_r
     assert (both[..., half:] - none[..., half:]).abs().max() > 0.2
 
 
-def test_inspect_lora_of_a_checkpoint(run_cli, tiny_run):
+def test_inspect_lora_of_a_checkpoint(run_cli, tiny_run, monkeypatch):
     file = tiny_run / "checkpoints" / "step-000004" / "lora.safetensors"
-    code, out, err = run_cli("inspect-lora", str(file))
+    monkeypatch.setenv("HOME", str(tiny_run))
+    code, out, err = run_cli("inspect-lora ~/checkpoints/step-000004/lora.safetensors")  # as from --lora=~/file
     assert (code, err) == (0, "")
     assert "attention and feed-forward of 2 blocks (0-1)" in out and "lowmem-drf (a checkpoint)" in out
     assert json.loads(run_cli("inspect-lora --json", str(file))[1])["model"]["width"] == 24

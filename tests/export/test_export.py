@@ -6,6 +6,7 @@ import json
 import shutil
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from lowmem_drf.commands.export_lora import DTYPES, export_run
 from lowmem_drf.config import load_config, to_toml
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.export import export, verify
-from lowmem_drf.export.export import export_lora, merge_lora
+from lowmem_drf.export.export import export_lora, file_metadata, merge_lora
 from lowmem_drf.export.verify import verify_export
 from lowmem_drf.models.lora.adapter import add_lora, attach_lora, lora_layers, lora_state
 from lowmem_drf.models.lora.formats import (
@@ -125,6 +126,17 @@ def test_diffusers_reads_kohya_predicts_the_converter() -> None:
         else:
             with pytest.raises(KeyError):
                 WanPipeline.lora_state_dict(tensors)
+
+
+def test_the_header_names_what_a_run_was_made_of_without_the_users_folders() -> None:
+    files = "'/home/me/a.safetensors', 'owner/repo/b.safetensors'"
+    config = load_config(
+        "toy",
+        [f"model.base_lora=[{files}]", "lora.init=/home/me/c.safetensors", "model.transformer=/home/me/d.safetensors"],
+    )
+    made = file_metadata(config, "step-000001", SimpleNamespace(config=SimpleNamespace(in_channels=16)), "")
+    assert made["lowmem_drf.base_lora"] == "a.safetensors x 1, owner/repo/b.safetensors x 1"
+    assert (made["lowmem_drf.init_lora"], made["lowmem_drf.transformer"]) == ("c.safetensors", "d.safetensors")
 
 
 def test_metadata(tmp_path) -> None:

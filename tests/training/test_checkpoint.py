@@ -28,7 +28,7 @@ from lowmem_drf.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from lowmem_drf.training.manifest import refuse_damaged
+from lowmem_drf.training.manifest import refuse_damaged, same_setting
 from lowmem_drf.training.metrics import read_metrics
 from lowmem_drf.training.run_folder import run_config
 from lowmem_drf.types import Question
@@ -278,6 +278,8 @@ def test_what_may_change_may_be_edited_and_models_may_be_moved(tiny_run, tiny_fo
     (run / "config.toml").write_text(re.sub("^lr = .*", "lr = 1e-9", text, flags=re.MULTILINE))
     config = run_config(run)
     assert (config.optim.lr, config.critic.id) == (1e-9, moved)
+    assert same_setting(["/old/a.safetensors", "o/r/b.safetensors"], ["/new/a.safetensors", "o/r/b.safetensors"])
+    assert not same_setting(["/old/a.safetensors"], ["/old/b.safetensors"])
 
 
 def as_format_1(folder, **changes):

@@ -1,5 +1,8 @@
 """``train --init-lora``: training goes on from the LoRA of a file."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 from _tiny import randomise_lora
@@ -61,7 +64,7 @@ def test_the_first_update_is_that_of_the_run(given, form, tmp_path) -> None:
 
 
 def test_a_run_begins_with_the_export_of_another(tiny_run, tiny_preset, tmp_path, capsys) -> None:
-    file = export_run(tiny_run, output=tmp_path / "x.safetensors").paths[0]
+    file = export_run(tiny_run, output=tmp_path / "ein schöner 😀.safetensors").paths[0]
     run, before = tmp_path / "run", load_file(tiny_run / "checkpoints/step-000004/lora.safetensors")
     train_command(
         str(tiny_preset), None, run, 1, None, False, ["optim.lr=1e-12", "lora.alpha=64", "log.eval_prompts=0"], False,
@@ -73,9 +76,12 @@ def test_a_run_begins_with_the_export_of_another(tiny_run, tiny_preset, tmp_path
     assert config.init == str(file) and config.rank == run_config(tiny_run).lora.rank
     assert config.alpha == 64 and config.targets == sorted(run_config(tiny_run).lora.targets)
     scale = run_config(tiny_run).lora.alpha / 64  # the user's alpha is kept, and so is the change
-    for name, value in before.items():
-        wanted = value * scale if "lora_B" in name else value
-        torch.testing.assert_close(lora[name], wanted, rtol=2**-22, atol=1e-11)
+    wanted = {name: value * scale if "lora_B" in name else value for name, value in before.items()}
+    torch.testing.assert_close(lora, wanted, rtol=2**-22, atol=1e-11)
+    shutil.rmtree(run / "checkpoints")  # as if it had been stopped during its first update
+    train_command(None, None, run, None, None, True, [], False)
+    again = load_file(run / "checkpoints/step-000001/lora.safetensors")
+    torch.testing.assert_close(again, wanted, rtol=2**-22, atol=1e-11)
     with pytest.raises(BadInputError, match="does not go with --resume"):
         train_command(None, None, run, 2, None, True, [], False, init_lora=file)
 
@@ -83,7 +89,7 @@ def test_a_run_begins_with_the_export_of_another(tiny_run, tiny_preset, tmp_path
 def test_other_ranks_are_filled_up_or_cut(given) -> None:
     (_, models, *_), state = given
     transformer, lora = models.transformer, Lora.from_state(state, ALPHA)
-    module = next(iter(lora.pairs))
+    module, other, *_ = lora.pairs
     layer, pair = lora_layers(transformer)[module], lora.pairs[module]
 
     def change() -> torch.Tensor:
@@ -105,13 +111,17 @@ def test_other_ranks_are_filled_up_or_cut(given) -> None:
     assert f"1 are cut to the run's rank by singular values, and {100 * share:.2g}% of the change is lost" in said
     # no product of rank 2 is nearer (Eckart and Young)
     torch.testing.assert_close((change() - whole).norm(), values[2:].norm(), rtol=1e-4, atol=1e-6)
+    kept = replace(lora.pairs[other], alpha=9.0)  # what is lost is a share of the file's change, not of this module's
+    said = init_lora(transformer, Lora({module: three, other: kept}))
+    size = torch.stack([values.norm(), Lora({other: kept}).delta(other).norm()]).norm()
+    assert f"1 are cut to the run's rank by singular values, and {100 * values[2:].norm() / size:.2g}% of" in said
 
 
 def test_what_no_lora_can_go_on_from_is_refused(given) -> None:
     from lowmem_drf.models.lora.lora import Difference
 
     (_, models, *_), state = given
-    for name in ("blocks.0.norm2.weight", "blocks.0.attn1.to_q.bias"):
+    for name in ("blocks.0.norm2.weight", "blocks.0.attn1.to_q.bias", "patch_embedding.weight"):
         lora = Lora(Lora.from_state(state, ALPHA).pairs, {name: [Difference(torch.zeros(24))]})
         with pytest.raises(BadInputError, match=rf"difference.*{name}.*model\.base_lora=FILE"):
             init_lora(models.transformer, lora)

@@ -69,6 +69,11 @@ def find_base_lora(source: str, say: Callable[[str], None]) -> Path:
         return path
     if match := _HUB_FILE.fullmatch(source):
         return hub_file(match[1], match[2], say)
+    if path.is_absolute():
+        raise BadInputError(
+            "there is no such file. Put it back, or give its new place with -s model.base_lora=FILE, or in the run's "
+            "config.toml. Of a run, the file must keep its name."
+        )
     raise BadInputError(
         "it is neither a file nor owner/repo/file.safetensors on the Hugging Face hub. Only safetensors files are read."
     )

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _ALPHA = "lowmem_drf.alpha"
+_PATCHES = "patch_embedding.weight"
+"""Of a convolution, although its change may be given as that of a matrix."""
 _MORE = 32
 """Singular vectors sought beyond those that are wanted, which makes these exact."""
 
@@ -62,14 +64,9 @@ def init_lora(transformer: nn.Module, lora: Lora) -> str:
     Raises:
         BadInputError: the file changes what ``lora.targets`` does not train, or belongs to another model.
     """
-    require_linears(lora)
-    lora.require_fit(linear_weights(transformer))
     layers, modules = lora_layers(transformer), _modules(lora)
-    if outside := sorted(set(modules) - layers.keys()):
-        raise BadInputError(
-            f"lora.init changes {len(outside)} modules that lora.targets does not train ({some(outside)}). "
-            "Leave lora.targets out, or merge the file with model.base_lora."
-        )
+    require_trained(lora, list(layers))
+    lora.require_fit(linear_weights(transformer))
     changes, cut, lost, whole = lora_changes(lora), 0, 0.0, 0.0
     for module in modules:
         layer, pair = layers[module], lora.pairs.get(module)
@@ -78,6 +75,7 @@ def init_lora(transformer: nn.Module, lora: Lora) -> str:
         with torch.no_grad():
             if pair and is_pair and pair.rank <= len(a):
                 rows, columns = pair.b.to(b) * (pair.scale / scale), pair.a
+                whole += _square(pair)
             else:
                 if pair and is_pair:
                     made = _nearest_to_pair(pair, len(a), a.device)
@@ -112,6 +110,12 @@ class _Nearest:
     """Of the change."""
 
 
+def _square(pair: Pair) -> float:
+    """Of the Frobenius norm of the change, without the product."""
+    a, b = pair.a.double(), pair.b.double()
+    return pair.scale**2 * float(((b.t() @ b) * (a @ a.t())).sum())
+
+
 def _nearest(delta: Tensor, rank: int) -> _Nearest:
     """Of any matrix. If it is large, its first singular vectors are found with random numbers (arXiv 0909.4061)."""
     sketched = rank + _MORE
@@ -144,12 +148,22 @@ def _modules(lora: Lora) -> list[str]:
     return sorted({*lora.pairs, *(name.removesuffix(".weight") for name in lora.others)})
 
 
+def require_trained(lora: Lora, targets: Sequence[str]) -> None:
+    """Raises BadInputError if the LoRA changes what a run with these ``lora.targets`` does not train."""
+    require_linears(lora)
+    if outside := [name for name in _modules(lora) if not f".{name}".endswith(tuple(f".{end}" for end in targets))]:
+        raise BadInputError(
+            f"it changes {len(outside)} modules that lora.targets does not train ({some(outside)}). "
+            "Leave lora.targets out, or merge the file with model.base_lora."
+        )
+
+
 def require_linears(lora: Lora) -> None:
     """Raises BadInputError if a LoRA of Linears cannot do what the file does."""
     odd = [
         name
         for name in lora.merged()
-        if not name.endswith(".weight") or "norm" in name or "DoRA" in _kinds(lora.others[name])
+        if not name.endswith(".weight") or "norm" in name or name == _PATCHES or "DoRA" in _kinds(lora.others[name])
     ]
     if odd:
         kinds = sorted({kind for name in odd for kind in _kinds(lora.others.get(name, ()))}) or ["convolution"]

@@ -196,7 +196,14 @@ def test_from_the_hub(source: str, file, tmp_path, monkeypatch) -> None:
     assert said[0].startswith("someone/loras: 0.7 GB to download")
 
 
-@pytest.mark.parametrize("source", ["no/such/file.pt", "nothing", "/no/such/lora.safetensors"])
-def test_what_there_is_not(source: str) -> None:
-    with pytest.raises(BadInputError, match="neither a file nor owner/repo/file"):
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("no/such/file.pt", "neither a file nor owner/repo/file"),
+        ("nothing", "neither a file nor owner/repo/file"),
+        ("/no/such/lora.safetensors", "no such file. Put it back, or give its new place"),
+    ],
+)
+def test_what_there_is_not(source: str, said: str) -> None:
+    with pytest.raises(BadInputError, match=said):
         base_changes([(source, 1.0)], SHAPES, quiet)
