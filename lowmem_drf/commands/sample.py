@@ -15,6 +15,7 @@ from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.files import readable_name, require_output, short_hash
 from lowmem_drf.models.lora.base import left_out
+from lowmem_drf.models.lora.reading import lora_file
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.prompts import load_prompts
 from lowmem_drf.schema import Config
@@ -64,7 +65,7 @@ def sample_command(
     wanted = _texts(config, texts, file)
     folder = checkpoint_folder(run) if run and lora is None else None
     if lora is not None:
-        refuse_damaged(lora)
+        refuse_damaged(lora_file(lora))
     read = read_lora_for(config, lora) if lora else None
     for line in left_out(read) if read else ():
         say(f"{lora}: {line}")

@@ -207,7 +207,7 @@ def start(
 
 def _from_lora(preset: str, overrides: Sequence[str], file: Path) -> list[str]:
     """The overrides of ``--init-lora``: the file, and rank, alpha and targets as it has them, unless the user's
-    overrides say otherwise. A LoRA of several ranks is cut to the preset's."""
+    overrides say otherwise. The largest of several ranks holds all of them. LoKr and LoHa are cut to the preset's."""
     from lowmem_drf.models.generators import generator_config
     from lowmem_drf.models.lora.init import init_targets
 
@@ -218,8 +218,9 @@ def _from_lora(preset: str, overrides: Sequence[str], file: Path) -> list[str]:
     except BadInputError:  # not on this machine yet
         blocks = None
     values: dict[str, object] = {"init": str(file), "targets": init_targets(lora, blocks)}
-    if len({pair.rank for pair in lora.pairs.values()}) == 1 and not lora.others:
-        values |= {"rank": lora.rank, "alpha": lora.alpha}
+    if lora.pairs and not lora.others:
+        largest = max(lora.pairs.values(), key=lambda pair: pair.rank)
+        values |= {"rank": largest.rank, "alpha": largest.alpha}
     return [f"lora.{key}={toml_value(value)}" for key, value in values.items()]
 
 
@@ -235,9 +236,10 @@ def _init_file(config: Config, targets: Sequence[str] | None = None) -> LoraFile
     """
     from lowmem_drf.assembly.loading import read_lora_for
     from lowmem_drf.models.lora.init import as_trained, require_linears, require_trained
+    from lowmem_drf.models.lora.reading import lora_file
 
     file = expanded(config.lora.init)
-    refuse_damaged(file)
+    refuse_damaged(lora_file(file))
     lora = as_trained(read_lora_for(config, file))
     try:
         require_linears(lora) if targets is None else require_trained(lora, targets)

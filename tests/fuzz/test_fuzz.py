@@ -138,7 +138,7 @@ def test_an_odd_lora_is_refused_with_a_cure(changes, metadata, said, tmp_path):
 def test_an_odd_header_is_refused_with_a_cure(header, tmp_path):
     file = tmp_path / "lora.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(4))
-    with pytest.raises(BadInputError, match="Give a LoRA"):
+    with pytest.raises(BadInputError, match="Give "):
         read_lora(file)
     file.write_bytes((2**63).to_bytes(8, "little") + header.encode())
     with pytest.raises(BadInputError, match="Give a LoRA"):

@@ -89,7 +89,7 @@ def lora_changes(lora: Lora, scale: float = 1.0) -> dict[str, Change]:
 
 def left_out(lora: Lora) -> list[str]:
     """What of the file is left out, in words."""
-    return [f"{len(keys)} tensors left out ({why})" for why, keys in lora.left_out.items()]
+    return [f"left out: {why} ({len(keys)} of its tensors)" for why, keys in lora.left_out.items()]
 
 
 def _sum(changes: Sequence[Change], scale: float, weight: Tensor) -> Tensor:

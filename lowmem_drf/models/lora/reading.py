@@ -26,6 +26,7 @@ from lowmem_drf.models.weights.reader import DTYPES, FLOAT8, INTEGERS, TensorFil
 from lowmem_drf.texts import one_line, read_text, shown, some
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+CHECKPOINT_FILE = "lora.safetensors"
 _CURE = "Give a LoRA of a Wan text-to-video model in safetensors format."
 _PARAMETERS = ("scale_shift_table",)
 """Modules that are a parameter themselves."""
@@ -44,7 +45,7 @@ def read_lora(path: Path, expert: Expert = "") -> Lora:
     """
     file = lora_file(path)
     if what := _damage(file):
-        raise BadInputError(f"{file} {what}. {_CURE}")
+        raise BadInputError(f"{file} {what}." + (f" {_CURE}" if "Give " not in what else ""))
     try:
         files = TensorFiles([file])
         keys = read_keys(files.entries, expert)
@@ -56,17 +57,21 @@ def read_lora(path: Path, expert: Expert = "") -> Lora:
             read = {part: _read(files, part, key) for part, key in parts.items()}
             _take(module, keys.stems[module], read, settings, pairs, others)
     except (BadInputError, ValueError, OSError, RuntimeError) as error:
-        raise BadInputError(f"{file}: {one_line(str(error), 400).removesuffix('.')}. {_CURE}") from error
+        said = one_line(str(error), 400).removesuffix(".")
+        raise BadInputError(f"{file}: {said}." + (f" {_CURE}" if "Give " not in said else "")) from error
     return Lora(pairs, others, keys.left_out, keys.layout, files.metadata)
 
 
 def lora_file(path: Path) -> Path:
-    """The safetensors file of a LoRA, or of a peft adapter's folder. Raises BadInputError if there is none."""
+    """The safetensors file of a LoRA, of a peft adapter's folder, or of a checkpoint. Raises BadInputError if there is
+    none."""
     if path.is_dir():
         found = sorted(file.name for file in path.iterdir())
         files = [name for name in found if name.endswith(".safetensors")]
-        if ADAPTER_FILE in files or len(files) == 1:
-            return path / (ADAPTER_FILE if ADAPTER_FILE in files else files[0])
+        if known := [name for name in (ADAPTER_FILE, CHECKPOINT_FILE) if name in files]:
+            return path / known[0]
+        if len(files) == 1:
+            return path / files[0]
         if files:
             what = f"holds {some(files)}: give one of them"
         elif pickles := [name for name in found if name.endswith(PICKLES)]:
