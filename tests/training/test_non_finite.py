@@ -277,6 +277,7 @@ def test_sample_says_which_clips_are_black_or_nan_and_fails(tiny_run, tmp_path, 
 @pytest.mark.parametrize(("lora", "cure"), [(Path("x"), "--lora-scale 0.5"), (None, "No LoRA is at work")])
 def test_black_clips_of_a_preset_have_a_cure_without_a_run(lora, cure, tiny_preset, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "load_models", lambda *rest, **more: type("Nothing", (), {"transformer": None}))
+    monkeypatch.setattr(sample, "lora_file", lambda path: path)
     monkeypatch.setattr(sample, "read_lora_for", lambda *rest: None)
     monkeypatch.setattr(sample, "base_and_tuned", lambda *rest, **more: [(None, CLIPS["is black"])])
     with pytest.raises(LowmemError, match=cure):
