@@ -132,9 +132,9 @@ def start(
         origin: source of the configuration, in words.
         abort: ends all processes of the run at once (``make_trainer``).
     """
-    from lowmem_drf.assembly.assemble import derive_seed, reward_spec, run_prompts
+    from lowmem_drf.assembly.assemble import derive_seed, resolve_device, reward_spec, run_prompts
     from lowmem_drf.assembly.check import can_check
-    from lowmem_drf.assembly.loading import import_libraries, load_models
+    from lowmem_drf.assembly.loading import import_libraries, load_models, require_fast_vae
     from lowmem_drf.assembly.questions import draft_questions, needs_writer, require_weights, write_missing
     from lowmem_drf.assembly.references import finish_questions
     from lowmem_drf.models.lora.adapter import add_lora
@@ -162,6 +162,7 @@ def start(
     import_libraries(config)
     # of a run that was stopped before its first checkpoint, the file is all that its LoRA consists of
     init = _init_file(config, config.lora.targets) if config.lora.init and not saved_step(run) else None
+    require_fast_vae(config, resolve_device(config.device))
     cards_gib = ranks.gather(card_here(config))
     config = ranks.from_chief(require_fit(config, console, cards_gib) if ranks.chief else config)
 

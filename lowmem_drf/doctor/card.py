@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_drf.doctor.checks import Check, Steps, failed, say, tell
 from lowmem_drf.doctor.machine import GIB, driver_cuda, wsl2
-from lowmem_drf.libraries import cure
+from lowmem_drf.libraries import conv3d_backend, cudnn_cure, cudnn_version, cure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,17 +92,19 @@ def cudnn() -> Iterator[Check]:
 
     x, weight = _on_card(1, 16, 3, 8, 8), _on_card(16, 16, 3, 3, 3)
     torch.nn.functional.conv3d(x, weight)
-    used = torch._C._select_conv_backend(x, weight, None, [1] * 3, [0] * 3, [1] * 3, False, [0] * 3, 1, [0]).name
-    newer = f"pip install --upgrade nvidia-cudnn-cu{(torch.version.cuda or '12').split('.')[0]}"
+    used, version = conv3d_backend(), cudnn_version()
     if "udnn" not in used:
-        yield Check("cuDNN", "failure", f"bf16 conv3d runs without it ({used}), in far more memory", newer)
+        detail = (
+            f"{version or 'no version'}; bf16 conv3d runs without it ({used}), ten times as slow, in far more memory"
+        )
+        yield Check("cuDNN", "failure", detail, cudnn_cure())
         return
     try:
-        yield Check("cuDNN", "ok", f"{torch.backends.cudnn.version()}; bf16 conv3d uses it")
+        torch.backends.cudnn.version()
+        yield Check("cuDNN", "ok", f"{version}; bf16 conv3d uses it")
     except RuntimeError as error:  # another version is found than PyTorch's own
         reason = " ".join(str(error).split(". ")[0].split()).removeprefix("cuDNN version incompatibility: ")
-        mend = f"Take another cuDNN out of LD_LIBRARY_PATH, or {newer}"
-        yield Check("cuDNN", "warning", f"bf16 conv3d uses it, but {reason}", mend)
+        yield Check("cuDNN", "warning", f"{version}; bf16 conv3d uses it, but {reason}", cudnn_cure())
 
 
 def triton() -> Iterator[Check]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem_drf.assembly.assemble import Models, assemble, critic_rate
-from lowmem_drf.assembly.loading import with_partitioned_critic
+from lowmem_drf.assembly.loading import require_fast_vae, with_partitioned_critic
 from lowmem_drf.assembly.sizes import free_bytes, require_room
 from lowmem_drf.assembly.text_cache import DTYPES
 from lowmem_drf.distributed.ranks import join
@@ -58,11 +58,12 @@ def measure(config: Config, device: torch.device, cap_gib: float | None, console
     ``cap_gib``: on CUDA the allocator fails above it, minus half a GiB for the CUDA context as on a card of that size.
 
     Raises:
-        LowmemError: out of memory.
+        LowmemError: out of memory, or a cuDNN that does not compute the VAE's convolutions.
         BadInputError: a transformer of more than 10^9 parameters on a CPU.
     """
     if config.engine != "single":
         join(config.device)
+    require_fast_vae(config, device)
     if device.type == "cuda":
         if cap_gib:
             # for the current card: the function needs a device with an index, and ``device`` has none

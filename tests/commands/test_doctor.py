@@ -15,7 +15,7 @@ from lowmem_drf import libraries
 from lowmem_drf.commands import doctor
 from lowmem_drf.doctor import card, imports, machine
 from lowmem_drf.doctor.checks import Check, failed, looked_at
-from lowmem_drf.errors import explain
+from lowmem_drf.errors import LowmemError, explain
 from lowmem_drf.libraries import Package
 from lowmem_drf.models.weights import downloads
 
@@ -142,8 +142,8 @@ def test_the_first_cause_of_a_chain_is_named_and_what_is_no_import_is_not(broken
 
 
 def test_versions_are_compared_with_the_ranges_of_pyproject():
-    torch = Package("torch", ">=2.9,<2.14", False)
-    assert [torch.accepts(version) for version in ("2.9.0", "2.13.0+cu130", "2.8.1", "2.14.0", "2.14.0.dev1")] == [
+    torch = Package("torch", ">=2.11,<2.14", False)
+    assert [torch.accepts(version) for version in ("2.11.0", "2.13.0+cu130", "2.9.1", "2.14.0", "2.14.0.dev1")] == [
         *(True, True, False, False, False)
     ]
     lines = ["deepspeed<0.20,>=0.19.4; extra == 'deepspeed'", "triton>=3; sys_platform == 'amiga'", "pillow>=11"]
@@ -189,6 +189,52 @@ def test_memory_that_other_programs_hold_is_a_warning_with_a_setting(monkeypatch
     _, memory = card._card()
     assert (memory.status, memory.detail) == ("warning", "18.0 of 24.0 GiB free now; a plan counts on 90%")
     assert memory.cure.endswith("-s memory.vram_gib=20")
+
+
+@pytest.fixture
+def slow_cudnn(monkeypatch):
+    """PyTorch finds cuDNN 9.10, which is not its own, and does not use it for conv3d."""
+    import torch
+
+    def version():
+        raise RuntimeError(
+            "cuDNN version incompatibility: compiled against (9, 19, 0) but found runtime version (9, 10, 2)."
+        )
+
+    monkeypatch.setattr(torch.backends.cudnn, "version", version)
+    for module in (libraries, card):
+        monkeypatch.setattr(module, "conv3d_backend", lambda: "SlowDilated3d")
+    monkeypatch.setattr(card, "_on_card", lambda *shape: torch.ones(shape))
+
+
+def test_a_run_does_not_begin_with_a_vae_outside_of_cudnn(slow_cudnn):
+    import torch
+
+    from lowmem_drf.assembly.loading import require_fast_vae
+    from lowmem_drf.config import load_config
+
+    config, cuda = load_config("rtx4090"), torch.device("cuda")
+    with pytest.raises(LowmemError) as refused:
+        require_fast_vae(config, cuda)
+    first, cure, *_ = str(refused.value).splitlines()
+    assert first.startswith("cuDNN 9.10.2 is not used for conv3d in bf16")
+    assert '>=9.15"' in cure and "LD_LIBRARY_PATH" in cure and "pip install" in cure
+    require_fast_vae(config, torch.device("cpu"))
+    require_fast_vae(load_config("rtx4090", ["memory.vae_dtype=fp32", "memory.vae_grad_dtype=fp32"]), cuda)
+    (found,) = card.cudnn()
+    assert (found.status, found.cure) == ("failure", cure.removeprefix("Mend it with: "))
+    assert found.detail.startswith("9.10.2; bf16 conv3d runs without it (SlowDilated3d)")
+
+
+def test_a_cudnn_that_is_used_is_said_with_its_version(slow_cudnn, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(card, "conv3d_backend", lambda: "Cudnn")
+    monkeypatch.setattr(libraries, "conv3d_backend", lambda: "Cudnn")
+    libraries.require_fast_conv3d()
+    assert [(check.status, check.detail[:8]) for check in card.cudnn()] == [("warning", "9.10.2; ")]
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    assert [check[:3] for check in card.cudnn()] == [("cuDNN", "ok", "9.19.0; bf16 conv3d uses it")]
 
 
 def test_what_a_check_raises_is_its_failure():
