@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import lowmem_drf
-from lowmem_drf.errors import LowmemError
 
 IMPORT_NAMES = {"pillow": "PIL", "triton-windows": "triton"}
 """Distributions whose module has another name; else ``-`` becomes ``_``."""
@@ -136,50 +135,6 @@ def broken(error: BaseException) -> str | None:
     what = f"{' and '.join(names)} cannot be imported ({type(error).__name__}: {reason})."
     what = f"{names[0]} is not installed." if absent else what
     return f"{what}\nMend it with: {'; '.join(map(cure, names))}\nThen see what else is wrong: lowmem-drf doctor"
-
-
-def conv3d_backend() -> str:
-    """Name of the implementation that PyTorch takes for conv3d in bf16 on the current card."""
-    import torch
-
-    x, weight = (
-        torch.ones(shape, dtype=torch.bfloat16, device="cuda") for shape in ((1, 16, 3, 8, 8), (16, 16, 3, 3, 3))
-    )
-    return torch._C._select_conv_backend(x, weight, None, [1] * 3, [0] * 3, [1] * 3, False, [0] * 3, 1, [0]).name
-
-
-def require_fast_conv3d() -> None:
-    """Raises LowmemError if the VAE's conv3d in bf16 would run outside of cuDNN: ten times as slow, and with columns of
-    gigabytes that no plan has. PyTorch does not use cuDNN 9.8 to 9.14 for it."""
-    used = conv3d_backend()
-    if "udnn" not in used:
-        raise LowmemError(
-            f"cuDNN {cudnn_version() or 'of an unknown version'} is not used for conv3d in bf16 (but {used}): the VAE "
-            f"would take ten times as long, and gigabytes more of the card.\nMend it with: {cudnn_cure()}\n"
-            "Or let the VAE compute in fp32, in more memory: -s memory.vae_dtype=fp32 -s memory.vae_grad_dtype=fp32"
-        )
-
-
-def cudnn_version() -> str:
-    """Of the library that is found (``9.19.0``), which need not be PyTorch's own; empty without one."""
-    import torch
-
-    try:
-        number = torch.backends.cudnn.version()
-    except RuntimeError as error:  # another one than PyTorch's own
-        found = re.search(r"runtime version \((\d+), (\d+), (\d+)\)", str(error))
-        return ".".join(found.groups()) if found else ""
-    return f"{number // 10000}.{number // 100 % 100}.{number % 100}" if number else ""
-
-
-def cudnn_cure() -> str:
-    """How to get a cuDNN that PyTorch uses for conv3d."""
-    import torch
-
-    if sys.platform == "win32":  # it is in PyTorch's own wheel
-        return cure("torch")
-    package = f'pip install --upgrade "nvidia-cudnn-cu{(torch.version.cuda or "13").split(".")[0]}>=9.15"'
-    return f"{package}, and take another cuDNN out of LD_LIBRARY_PATH"
 
 
 _STANDARD = sys.stdlib_module_names

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem_drf.assembly.assemble import Models, assemble, critic_rate, resolve_device
+from lowmem_drf.assembly.cudnn import require_fast_vae
 from lowmem_drf.assembly.sizes import free_bytes, require_room
 from lowmem_drf.assembly.text_cache import DTYPES, encode_texts
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.libraries import import_all, require_fast_conv3d
+from lowmem_drf.libraries import import_all
 from lowmem_drf.memory.meter import Meter
 from lowmem_drf.memory.residency import bring
 from lowmem_drf.models.generators import generator_config, transformer_shapes
@@ -228,12 +229,6 @@ def _parameters(transformer: Mapping[str, Any]) -> int:
     from lowmem_drf.models.wan.random_generator import empty_transformer
 
     return sum(parameter.numel() for parameter in empty_transformer(transformer).parameters())
-
-
-def require_fast_vae(config: Config, device: torch.device) -> None:
-    """Raises LowmemError if the VAE computes in bf16 on a card, and cuDNN does not (``require_fast_conv3d``)."""
-    if device.type == "cuda" and "bf16" in (config.memory.vae_dtype, config.memory.vae_grad_dtype):
-        require_fast_conv3d()
 
 
 def import_libraries(config: Config) -> None:

@@ -134,7 +134,8 @@ def start(
     """
     from lowmem_drf.assembly.assemble import derive_seed, resolve_device, reward_spec, run_prompts
     from lowmem_drf.assembly.check import can_check
-    from lowmem_drf.assembly.loading import import_libraries, load_models, require_fast_vae
+    from lowmem_drf.assembly.cudnn import require_fast_vae
+    from lowmem_drf.assembly.loading import import_libraries, load_models
     from lowmem_drf.assembly.questions import draft_questions, needs_writer, require_weights, write_missing
     from lowmem_drf.assembly.references import finish_questions
     from lowmem_drf.models.lora.adapter import add_lora

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lowmem_drf.doctor.checks import Check, Steps, failed, say, tell
 from lowmem_drf.doctor.machine import GIB, driver_cuda, wsl2
-from lowmem_drf.libraries import conv3d_backend, cudnn_cure, cudnn_version, cure
+from lowmem_drf.libraries import cure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,6 +89,8 @@ def cudnn() -> Iterator[Check]:
     """Whether cuDNN computes bf16 conv3d, as the VAE needs: some versions of PyTorch and cuDNN fall back to a
     convolution that takes several times the memory."""
     import torch
+
+    from lowmem_drf.assembly.cudnn import conv3d_backend, cudnn_cure, cudnn_version
 
     x, weight = _on_card(1, 16, 3, 8, 8), _on_card(16, 16, 3, 3, 3)
     torch.nn.functional.conv3d(x, weight)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem_drf.assembly.assemble import Models, assemble, critic_rate
-from lowmem_drf.assembly.loading import require_fast_vae, with_partitioned_critic
+from lowmem_drf.assembly.cudnn import require_fast_vae
+from lowmem_drf.assembly.loading import with_partitioned_critic
 from lowmem_drf.assembly.sizes import free_bytes, require_room
 from lowmem_drf.assembly.text_cache import DTYPES
 from lowmem_drf.distributed.ranks import join

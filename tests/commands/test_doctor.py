@@ -202,15 +202,14 @@ def slow_cudnn(monkeypatch):
         )
 
     monkeypatch.setattr(torch.backends.cudnn, "version", version)
-    for module in (libraries, card):
-        monkeypatch.setattr(module, "conv3d_backend", lambda: "SlowDilated3d")
+    monkeypatch.setattr("lowmem_drf.assembly.cudnn.conv3d_backend", lambda: "SlowDilated3d")
     monkeypatch.setattr(card, "_on_card", lambda *shape: torch.ones(shape))
 
 
 def test_a_run_does_not_begin_with_a_vae_outside_of_cudnn(slow_cudnn):
     import torch
 
-    from lowmem_drf.assembly.loading import require_fast_vae
+    from lowmem_drf.assembly.cudnn import require_fast_vae
     from lowmem_drf.config import load_config
 
     config, cuda = load_config("rtx4090"), torch.device("cuda")
@@ -229,9 +228,10 @@ def test_a_run_does_not_begin_with_a_vae_outside_of_cudnn(slow_cudnn):
 def test_a_cudnn_that_is_used_is_said_with_its_version(slow_cudnn, monkeypatch):
     import torch
 
-    monkeypatch.setattr(card, "conv3d_backend", lambda: "Cudnn")
-    monkeypatch.setattr(libraries, "conv3d_backend", lambda: "Cudnn")
-    libraries.require_fast_conv3d()
+    from lowmem_drf.assembly import cudnn
+
+    monkeypatch.setattr(cudnn, "conv3d_backend", lambda: "Cudnn")
+    cudnn.require_fast_conv3d()
     assert [(check.status, check.detail[:8]) for check in card.cudnn()] == [("warning", "9.10.2; ")]
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     assert [check[:3] for check in card.cudnn()] == [("cuDNN", "ok", "9.19.0; bf16 conv3d uses it")]
