@@ -41,7 +41,7 @@ from lowmem_drf.kernels.attention_common import (
     seen_blocks,
     store_tile,
 )
-from lowmem_drf.kernels.checks import DTYPES, check_attention, require_card, row_stride, with_unit_stride
+from lowmem_drf.kernels.checks import DTYPES, aligned, check_attention, require_card, row_stride
 from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tuned
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -160,7 +160,7 @@ def attention_forward_op(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse); allocates nothing else."""
     require_card("attention", q)
-    q, k, v = (with_unit_stride(x) for x in (q, k, v))
+    q, k, v = (aligned(x) for x in (q, k, v))
     ranges = None if ranges is None else ranges.contiguous()
     B, L, H, d = q.shape
     M, G = k.shape[1:3]
@@ -168,9 +168,11 @@ def attention_forward_op(
     strides = [n for x in (q, k, v) for n in x.stride()[:3]]
     stride_r = 0 if ranges is None else row_stride(ranges)
     kernel = _tuned_forward_fp32 if q.dtype is torch.float32 else _tuned_forward
-    kernel[lambda meta: (triton.cdiv(L, meta["BLOCK_M"]), H, B)](
-        q, k, v, ranges, out, lse, *strides, stride_r, scale, L, M, GROUP=H // G, D=d, BLOCK_D=triton.next_power_of_2(d)
-    )
+    sizes = {"GROUP": H // G, "D": d, "BLOCK_D": triton.next_power_of_2(d)}
+    with torch.cuda.device_of(q):
+        kernel[lambda meta: (triton.cdiv(L, meta["BLOCK_M"]), H, B)](
+            q, k, v, ranges, out, lse, *strides, stride_r, scale, L, M, **sizes
+        )
     return out, lse
 
 

@@ -40,7 +40,7 @@ from lowmem_drf.kernels.attention_common import (
     seen_blocks,
     store_tile,
 )
-from lowmem_drf.kernels.checks import require_card, row_stride, with_unit_stride
+from lowmem_drf.kernels.checks import aligned, require_card, row_stride
 from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tuned
 
 SPAN = tl.constexpr(64)
@@ -239,31 +239,32 @@ def attention_backward_op(
     """(dq, dk, dv). Unwanted gradients are not computed and have no elements. Also allocates 8 bytes per query and head
     (padded to 128)."""
     require_card("attention", q)
-    d_out, q, k, v = (with_unit_stride(x) for x in (d_out, q, k, v))
+    d_out, q, k, v, out = (aligned(x) for x in (d_out, q, k, v, out))
     out, lse, ranges = out.contiguous(), lse.contiguous(), None if ranges is None else ranges.contiguous()
     B, L, H, d = q.shape
     M, G = k.shape[1:3]
     sizes = {"D": d, "BLOCK_D": triton.next_power_of_2(d)}
     padded = L + -L % PADDING
     lse2, delta = q.new_empty(2, B, H, padded, dtype=torch.float32)
-    _tuned_delta[lambda meta: (triton.cdiv(padded, meta["BLOCK_M"]), H, B)](
-        out, d_out, lse, lse2, delta, *d_out.stride()[:3], L, padded, **sizes
-    )
     strides = [n for x in (q, k, v, d_out) for n in x.stride()[:3]]
     stride_r = 0 if ranges is None else row_stride(ranges)
     exact = q.dtype is torch.float32
     dq, dk, dv = _empty_gradients(q, k, v, wanted_q, wanted_kv)
-    if wanted_kv:
-        spans = None if ranges is None else _query_spans(ranges, M)
-        stride_s = 0 if spans is None else row_stride(spans)
-        (_tuned_key_fp32 if exact else _tuned_key)[lambda meta: (triton.cdiv(M, meta["BLOCK_N"]), G, B)](
-            q, k, v, d_out, lse2, delta, ranges, spans, dk, dv, *strides, stride_r, stride_s, scale, L, padded, M,
-            GROUP=H // G, **sizes,
-        )  # fmt: skip
-    if wanted_q:
-        (_tuned_query_fp32 if exact else _tuned_query)[lambda meta: (triton.cdiv(L, meta["BLOCK_M"]), H, B)](
-            q, k, v, d_out, lse2, delta, ranges, dq, *strides, stride_r, scale, L, padded, M, GROUP=H // G, **sizes
+    with torch.cuda.device_of(q):
+        _tuned_delta[lambda meta: (triton.cdiv(padded, meta["BLOCK_M"]), H, B)](
+            out, d_out, lse, lse2, delta, *d_out.stride()[:3], L, padded, **sizes
         )
+        if wanted_kv:
+            spans = None if ranges is None else _query_spans(ranges, M)
+            stride_s = 0 if spans is None else row_stride(spans)
+            (_tuned_key_fp32 if exact else _tuned_key)[lambda meta: (triton.cdiv(M, meta["BLOCK_N"]), G, B)](
+                q, k, v, d_out, lse2, delta, ranges, spans, dk, dv, *strides, stride_r, stride_s, scale, L, padded, M,
+                GROUP=H // G, **sizes,
+            )  # fmt: skip
+        if wanted_q:
+            (_tuned_query_fp32 if exact else _tuned_query)[lambda meta: (triton.cdiv(L, meta["BLOCK_M"]), H, B)](
+                q, k, v, d_out, lse2, delta, ranges, dq, *strides, stride_r, scale, L, padded, M, GROUP=H // G, **sizes
+            )
     return dq, dk, dv
 
 

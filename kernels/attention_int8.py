@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from lowmem_drf.kernels.attention_common import LOG2E, UPCAST, dot, load_tile, store_tile
-from lowmem_drf.kernels.checks import check_attention, require_card, with_unit_stride
+from lowmem_drf.kernels.checks import aligned, check_attention, require_card
 from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tiles_for, tuned, variant
 
 HEAD_DIMS = (64, 128)
@@ -152,15 +152,16 @@ def _quantised(x: Tensor, mean: Tensor | None, rows: int, factor: float) -> tupl
 def attention_int8_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Also allocates one byte per element of q and k, and the fp32 scales."""
     require_card("attention_int8", q)
-    q, k, v = (with_unit_stride(x) for x in (q, k, v))
+    q, k, v = (aligned(x) for x in (q, k, v))
     B, L, H, d = q.shape
     M, G = k.shape[1:3]
-    q8, q_step = _quantised(q, None, QUERIES.value, scale * LOG2E.value)
-    k8, k_step = _quantised(k, k.mean(1, dtype=torch.float32), KEYS.value, 1.0)
-    out = q.new_empty(q.shape)
-    _tuned_attention[lambda meta: (triton.cdiv(L, meta["BLOCK_M"]), H, B)](
-        q8, k8, v, q_step, k_step, out, *v.stride()[:3], L, M, GROUP=H // G, D=d
-    )
+    with torch.cuda.device_of(q):
+        q8, q_step = _quantised(q, None, QUERIES.value, scale * LOG2E.value)
+        k8, k_step = _quantised(k, k.mean(1, dtype=torch.float32), KEYS.value, 1.0)
+        out = q.new_empty(q.shape)
+        _tuned_attention[lambda meta: (triton.cdiv(L, meta["BLOCK_M"]), H, B)](
+            q8, k8, v, q_step, k_step, out, *v.stride()[:3], L, M, GROUP=H // G, D=d
+        )
     return out
 
 

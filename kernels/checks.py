@@ -27,6 +27,13 @@ def with_unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def aligned(x: Tensor) -> Tensor:
+    """``x`` as an attention kernel reads it 16 bytes at a time: from an address that 16 divides, with strides that 16
+    divides, and the last dimension contiguous. Copied if it is not: Triton would read it element by element."""
+    odd = x.stride(-1) != 1 or x.data_ptr() % 16 or any(stride % 16 for stride in x.stride()[:-1])
+    return x.clone(memory_format=torch.contiguous_format) if odd else x
+
+
 def row_stride(x: Tensor) -> int:
     """Stride of the batch; 0 if one row serves the whole batch."""
     return x.stride(0) if len(x) > 1 else 0

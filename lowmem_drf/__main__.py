@@ -8,6 +8,9 @@ def main() -> None:
     """Runs a command. Ctrl-C while it is imported, and while the interpreter ends, ends it with one line and 130."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
+    from lowmem_drf.shortage import expand_segments
+
+    expand_segments()
     from lowmem_drf.cli import main as run
 
     run()

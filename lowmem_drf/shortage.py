@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import re
 import sys
 import traceback
@@ -37,7 +38,11 @@ HOST = re.compile(
 SCANT = 256 * 1024**2
 """Bytes. With more than these free on the card, it is not the card that is full."""
 
-EXPANDABLE = "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Variables that PyTorch's allocator reads when torch is imported. The first wins; the second is its new name."""
+EXPANDABLE = "expandable_segments:True"
+"""Segments that grow. The stages of an update need pieces of other sizes; memory that one has freed in segments of a
+fixed size is lost to the next, up to gigabytes."""
 
 
 @dataclass
@@ -96,10 +101,8 @@ class Shortage:
             )
         if self.fragmented and self.allocated is not None and self.reserved is not None:
             pieces = f"Fragmentation: {size(self.reserved - self.allocated)} lie reserved in pieces that are too small."
-            set_it = (
-                "" if sys.platform == "win32" or "expandable_segments:True" in _allocator() else f" Set {EXPANDABLE}"
-            )
-            said.append(pieces + set_it)
+            set_it = may_expand() and EXPANDABLE not in allocator_settings()
+            said.append(pieces + (f" Set {ALLOCATOR[1]}={EXPANDABLE}" if set_it else ""))
         return said
 
 
@@ -181,12 +184,31 @@ def _said(pattern: str, text: str) -> int | None:
     return round(float(found[1]) * units[found[2]]) if found and found[2] in units else None
 
 
-def _allocator() -> str:
-    return os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") + os.environ.get("PYTORCH_ALLOC_CONF", "")
-
-
 def size(nbytes: float | None) -> str:
     """In words."""
     if nbytes is None:
         return "?"
     return f"{nbytes / GIB:.1f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 1024**2:.1f} MiB"
+
+
+def expand_segments() -> None:
+    """Sets ``EXPANDABLE`` for this process and those that it starts, unless the user has set anything. For the command
+    line, before torch is imported."""
+    if may_expand() and not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[1]] = EXPANDABLE
+
+
+def may_expand() -> bool:
+    """Whether segments can grow here. PyTorch for Windows cannot; under WSL2 the driver refuses them on some cards, at
+    the first allocation (pytorch#192330)."""
+    return sys.platform == "linux" and not wsl2()
+
+
+def allocator_settings() -> str:
+    """What PyTorch's allocator was told; empty: nothing."""
+    return next((os.environ[name] for name in ALLOCATOR if name in os.environ), "")
+
+
+def wsl2() -> bool:
+    """Whether this is Linux inside Windows. Own kernels are known by the card's device."""
+    return "microsoft" in platform.release().lower() or os.path.exists("/dev/dxg")

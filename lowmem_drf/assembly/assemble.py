@@ -44,12 +44,15 @@ def derive_seed(*words: object) -> int:
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto``, ``cpu`` or ``cuda`` -> a device. Raises BadInputError if there is no CUDA card."""
+    """``auto``, ``cpu`` or ``cuda`` -> a device. A card has its number: some functions of torch.cuda refuse a device
+    without one, and no tensor is on such a device. Raises BadInputError if there is no CUDA card."""
     if name == "cuda" and not torch.cuda.is_available():
         raise BadInputError(
             'device = "cuda", but torch sees no CUDA card. Use -s device=cpu, or install a CUDA build of torch.'
         )
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def run_prompts(config: Config) -> tuple[Prompt, ...]:
@@ -235,6 +238,8 @@ def assemble(
         velocity = two_experts(velocity, second, config.model.expert, other.boundary, residency.need)
     for name in streamed.keys() - parked:
         bring(modules[name], device)  # the parts that are not streamed were loaded to the host
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # loading, packing and timing leave up to 2 GiB in pieces that no stage can use
     return Models(
         transformer=transformer, velocity=velocity, decoder=decoder, critic=critic, texts=texts,
         text_tokens=config.model.text_tokens, negative_prompt=config.sampler.negative_prompt, latent_shape=shape,

@@ -19,7 +19,7 @@ from lowmem_drf.planner.cards import card_named
 from lowmem_drf.prompts import fingerprint, without
 from lowmem_drf.questions.file import WRITERS
 from lowmem_drf.schema import Config
-from lowmem_drf.shortage import during
+from lowmem_drf.shortage import allocator_settings, during
 from lowmem_drf.terminal import make_console
 from lowmem_drf.texts import expanded, one_line, toml_value
 from lowmem_drf.training.checkpoint import good_step, last_manifest, resume_command, saved_step
@@ -337,7 +337,11 @@ def _announce(
     if models.expert:
         graded += f" ({config.model.expert}-noise transformer)"
     clips = f"{len(prompts)} prompts, {config.steps} updates of {config.batch} clips"
-    for line in (first, f"{clips}, {graded}, critic {config.critic.mode}", models.kernels, f"run: {run}"):
+    lines = [first, f"{clips}, {graded}, critic {config.critic.mode}", models.kernels, f"run: {run}"]
+    if models.device.type == "cuda":
+        told = allocator_settings() or "PyTorch's defaults"
+        lines.insert(3, f"card's allocator: {told}")
+    for line in lines:
         console.print(line, highlight=False, markup=False)
 
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from lowmem_drf.doctor.checks import Check, Steps, failed, say, tell
-from lowmem_drf.doctor.machine import GIB, driver_cuda, wsl2
+from lowmem_drf.doctor.machine import GIB, driver_cuda
 from lowmem_drf.libraries import cure
+from lowmem_drf.shortage import wsl2
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,7 +14,7 @@ from typing import Any
 
 from lowmem_drf.doctor.checks import Check, Status, Steps
 from lowmem_drf.libraries import Package, cure, installed, requirements
-from lowmem_drf.shortage import GIB
+from lowmem_drf.shortage import GIB, wsl2
 
 CACHE_GB, RUN_GB = 40, 2
 """Free space below which a disk is warned of: the models of a preset for Wan2.1-1.3B, and a run with its clips."""
@@ -69,10 +69,6 @@ def driver() -> Iterator[Check]:
     else:
         card = "With an NVIDIA card: install its driver (nvidia.com/drivers)" + (", on Windows" if wsl2() else "")
         yield Check("driver", "warning", "no NVIDIA driver: only ToyWorld trains here, on the CPU", card)
-
-
-def wsl2() -> bool:
-    return "microsoft" in platform.release().lower() or Path("/dev/dxg").exists()  # the card's device, for own kernels
 
 
 def host() -> Iterator[Check]:

@@ -51,10 +51,9 @@ class Meter:
 
 def free_bytes(device: torch.device) -> int:
     """Bytes that this process can still allocate on a CUDA card, also under ``set_per_process_memory_fraction``."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    free, total = torch.cuda.mem_get_info(index)
-    reserved, allocated = torch.cuda.memory_reserved(index), torch.cuda.memory_allocated(index)
-    cap = int(torch.cuda.get_per_process_memory_fraction(index) * total)
+    free, total = torch.cuda.mem_get_info(device)
+    reserved, allocated = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+    cap = int(torch.cuda.get_per_process_memory_fraction(device) * total)
     return min(free, cap - reserved) + reserved - allocated
 
 

@@ -67,9 +67,8 @@ def measure(config: Config, device: torch.device, cap_gib: float | None, console
     require_fast_vae(config, device)
     if device.type == "cuda":
         if cap_gib:
-            # for the current card: the function needs a device with an index, and ``device`` has none
             share = (cap_gib - 0.5) * GIB / torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, share))
+            torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
         meter = Meter(device)
         try:
             with console.status("measuring …"):

@@ -38,9 +38,8 @@ def card_here(config: Config) -> float | None:
 
     from lowmem_drf.assembly.assemble import resolve_device
 
-    if resolve_device(config.device).type != "cuda":
-        return None
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
+    device = resolve_device(config.device)
+    return torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None
 
 
 def require_fit(config: Config, console: Console, cards_gib: Sequence[float | None]) -> Config:

@@ -49,7 +49,7 @@ def test_triton_has_another_name_on_windows(monkeypatch):
     assert found["triton"].distribution == "triton-windows"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr(libraries, "installed", lambda package: None)
-    assert 'pip install "triton-windows>=3.5,<3.8"' in why_no_triton(SimpleNamespace(type="cuda"))
+    assert 'pip install "triton-windows>=3.6,<3.8"' in why_no_triton(SimpleNamespace(type="cuda"))
 
 
 def test_ctrl_break_of_windows_is_an_interrupt(monkeypatch):

@@ -3,6 +3,7 @@ blocks, refused inputs."""
 
 import pytest
 import torch
+import triton
 from _close import assert_within_budget
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -18,6 +19,8 @@ from lowmem_drf.kernels.attention import (
     packed_ranges,
     window_ranges,
 )
+from lowmem_drf.kernels.attention_int8 import attention_int8
+from lowmem_drf.kernels.checks import aligned
 
 LONG = 1000 if torch.cuda.is_available() else 300
 """Several blocks, the last one not full. The interpreter takes 0.1 s for a block."""
@@ -188,6 +191,47 @@ def test_unwanted_gradients(wanted, device, monkeypatch):
         monkeypatch.delattr(backward_file, "_tuned_key_fp32")
     for got, want, asked in zip(run(attention, qkv, d_out, wanted)[1:], expected[1:], wanted, strict=True):
         assert torch.equal(got, want) if asked else got is None
+
+
+def test_what_would_be_read_element_by_element_is_copied(device):
+    whole = torch.randn(2, 40, 3 * 64, device=device).half()
+    heads = whole.unflatten(2, (3, 2, 32))
+    for view in (*heads.unbind(2), heads[:, 3:, 0], heads[1:, :, 1], heads[..., 16:], whole[:1].expand(4, 40, 192)):
+        assert aligned(view) is view
+    flat = torch.randn(1 + 40 * 64 + 7, device=device).half()
+    late, odd = flat[1 : 1 + 40 * 64].view(1, 40, 2, 32), flat.as_strided((1, 40, 2, 32), (2567, 64, 32, 1))
+    for view in (late, odd, odd.as_strided((4, 20, 1, 32), (640, 32, 7, 1)), heads.mT):
+        copy = aligned(view)
+        assert copy.data_ptr() % 16 == 0 and torch.equal(copy, view)
+        assert copy.stride() == torch.empty(view.shape).stride()
+
+
+def test_every_launch_is_on_the_card_of_its_tensors(device, monkeypatch):
+    inside, seen = [], []
+
+    class Guard:
+        def __init__(self, x):
+            inside.append(x.device)
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            inside.pop()
+
+    def noted(launch):
+        def run(self, *args, **kwargs):
+            seen.append(bool(inside))
+            return launch(self, *args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    monkeypatch.setattr(triton.runtime.Autotuner, "run", noted(triton.runtime.Autotuner.run))
+    qkv, d_out = tensors((1, 8, 8, 1, 1, 64), torch.float16, device)
+    run(attention, qkv, d_out)
+    attention_int8(*qkv)
+    assert seen == [True] * 7
 
 
 def test_the_pair_is_the_differentiable_form(device):

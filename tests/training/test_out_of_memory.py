@@ -12,7 +12,8 @@ import pytest
 import torch
 from _root import ROOT
 
-from lowmem_drf import cli, shortage
+from lowmem_drf import __main__, cli, shortage
+from lowmem_drf.assembly.assemble import resolve_device
 from lowmem_drf.commands.train import MAY_CHANGE, train_command
 from lowmem_drf.config import change, load_config, to_toml
 from lowmem_drf.errors import BadInputError, LowmemError, explain
@@ -227,7 +228,9 @@ def test_words_that_may_mean_two_things_are_decided_by_what_is_free_on_the_card(
 
 def test_the_card_s_figures_are_those_of_the_moment_and_fragments_are_said(monkeypatch):
     monkeypatch.setattr(shortage, "_card", lambda: (5 * GIB, 22 * GIB, GIB // 8, GIB, 24 * GIB))
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    for name in shortage.ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(shortage, "may_expand", lambda: True)
     found = shortage_of(torch.OutOfMemoryError(CARD_WORDS))
     assert (found.asked, found.allocated, found.reserved, found.room) == (GIB // 2, 20 * GIB, 22 * GIB, 22.125 * GIB)
     lines = found.lines("planned peak: 9.0 GiB")
@@ -236,12 +239,44 @@ def test_the_card_s_figures_are_those_of_the_moment_and_fragments_are_said(monke
         "20.0 GiB were allocated and 22.0 GiB reserved by PyTorch; of the card's 24.0 GiB, 0.1 GiB were free, and "
         "other programs and the driver held 1.0 GiB.",
         "Fragmentation: 2.0 GiB lie reserved in pieces that are too small. "
-        "Set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True",
+        "Set PYTORCH_ALLOC_CONF=expandable_segments:True",
     ]
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     assert found.lines()[-1].endswith("too small.")
     found.reserved = 20 * GIB
     assert len(found.lines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("system", "release", "given", "told"),
+    [
+        ("linux", "6.8.0-generic", {}, "expandable_segments:True"),
+        ("linux", "6.8.0-generic", {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ("linux", "6.8.0-generic", {"PYTORCH_ALLOC_CONF": ""}, ""),
+        ("linux", "6.6.87.2-microsoft-standard-WSL2", {}, ""),
+        ("win32", "11", {}, ""),
+    ],
+)
+def test_the_command_line_lets_segments_grow_before_torch_unless_told_otherwise(
+    system, release, given, told, monkeypatch
+):
+    for name in shortage.ALLOCATOR:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(shortage.sys, "platform", system)
+    monkeypatch.setattr(shortage.platform, "release", lambda: release)
+    seen = []
+    monkeypatch.setattr(cli, "main", lambda: seen.append(shortage.allocator_settings()))
+    __main__.main()  # of the console script, python -m lowmem_drf, and cli.py, which runs it
+    assert seen == [told]
+
+
+def test_a_card_is_always_this_process_s_own_by_its_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert [str(resolve_device(name)) for name in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
 
 
 def ladders():
