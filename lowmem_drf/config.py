@@ -46,7 +46,10 @@ _RETIRED = {
     "zero.stage3_param_persistence_threshold": _ANY,
 }
 """Keys of earlier versions, with the value under which nothing has changed. Runs of those versions hold all keys."""
-_ADDED = {"critic.check": False, "critic.writer": "", "skip_prompts": [], "optim.max_skipped": 5}
+_ADDED = {
+    **{"critic.check": False, "critic.writer": "", "skip_prompts": [], "optim.max_skipped": 5},
+    "log.sample_first": True,
+}
 """Keys that earlier versions lack, with the value that those versions acted on."""
 
 

@@ -362,6 +362,9 @@ class Log(Node):
     """Write sample clips every this many updates, and at the end. 0: never. Each clip costs a rollout and a decode."""
     sample_prompts: Thousand = 4
     """Number of prompts that sample clips are made for."""
+    sample_first: bool | Literal["auto"] = "auto"
+    """Also write them before the first update, of the base model. ``auto``: where the plan says that it takes less than
+    a minute, and where nothing is planned, on a CPU."""
     eval_prompts: Annotated[int, Field(ge=0, le=10_000)] = 8
     """Number of prompts in the table after training. 0: no table. Each costs a clip of the base and one of the tuned
     model per seed."""

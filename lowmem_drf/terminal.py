@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +18,8 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 if TYPE_CHECKING:
     from rich.console import Console
 
-PLAIN_WORK_EVERY_S = 20.0
+PLAIN_WORK_FIRST_S, PLAIN_WORK_EVERY_S = 4.0, 20.0
+"""Where nothing is redrawn, work says how far it is after so many seconds, and then every so many."""
 NARROW = 60
 """Columns. Up to this width tables are wrapped by the terminal, and nothing is redrawn."""
 _CONTROLS = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
@@ -141,28 +143,61 @@ def counted(console: Console, what: str, items: Sequence[Item]) -> Iterator[Item
 
 @contextmanager
 def work_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields a function that advances a bar on a terminal, or elsewhere prints a line every
-    ``PLAIN_WORK_EVERY_S``."""
+    """Yields a function that advances a bar on a terminal, or elsewhere prints a line now and then
+    (``PLAIN_WORK_EVERY_S``), also while one step takes long."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    done, start = 0, time.monotonic()
-    last_line = start
+    done, start, ended = 0, time.monotonic(), threading.Event()
     plain, piped = not can_redraw(console), not (sys.stdout and sys.stdout.isatty())
+
+    def say_now_and_then() -> None:
+        wait = PLAIN_WORK_FIRST_S
+        while not ended.wait(wait) and done < total:
+            wait = PLAIN_WORK_EVERY_S
+            eta = f"  ETA {clock((time.monotonic() - start) / done * (total - done))}" if done else ""
+            console.print(f"{what} {done}/{total}{eta}", highlight=False, markup=False)
+
+    watched, _watched[:] = _watched[:], []  # one display at a time
     # with the bar on stderr and stdout piped, rich must not redirect prints to the terminal
     with Progress(*columns, console=console, transient=True, disable=plain, redirect_stdout=not piped) as bar:
         task = bar.add_task(what, total=total)
 
         def advance(count: int) -> None:
-            nonlocal done, last_line
+            nonlocal done
             done += count
             bar.advance(task, count)
-            now = time.monotonic()
-            if plain and done < total and now - last_line > PLAIN_WORK_EVERY_S:
-                last_line = now
-                eta = clock((now - start) / done * (total - done))
-                console.print(f"{what} {done}/{total}  ETA {eta}", highlight=False, markup=False)
 
+        if plain and not console.quiet:
+            threading.Thread(target=say_now_and_then, daemon=True).start()
+        try:
+            yield advance
+        finally:
+            ended.set()
+            _watched[:] = watched
+
+
+_watched: list[Console] = []
+"""Consoles of ``showing``; the last one counts."""
+
+
+@contextmanager
+def showing(console: Console) -> Iterator[None]:
+    """Inside the block ``working`` shows on this console what goes on below, where nobody knows of consoles."""
+    _watched.append(console)
+    try:
+        yield
+    finally:
+        _watched.pop()
+
+
+@contextmanager
+def working(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A ``work_bar`` on the console of ``showing``. Without one, and inside of another bar, it shows nothing."""
+    if not _watched or _watched[-1].quiet:
+        yield lambda count: None
+        return
+    with work_bar(_watched[-1], what, total) as advance:
         yield advance
 
 

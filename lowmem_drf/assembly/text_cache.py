@@ -22,6 +22,7 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import written_aside
 from lowmem_drf.models.weights.finite import not_finite
 from lowmem_drf.schema import Config
+from lowmem_drf.terminal import working
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,10 +64,12 @@ def encode_texts(config: Config, generator: str, texts: Sequence[str], device: t
         from lowmem_drf.models.wan.text import load_text
 
         encoder = load_text(generator, DTYPES[config.dtype], device, config.memory.text_device == "stream")
-        for text, value in _encoded(encoder, missing, config.model.text_tokens, BATCH if cache is None else 1):
-            encoded[text] = value
-            if cache is not None:
-                cache.put(text, value)
+        with working("embedding prompts", len(missing)) as advance:
+            for text, value in _encoded(encoder, missing, config.model.text_tokens, BATCH if cache is None else 1):
+                encoded[text] = value
+                if cache is not None:
+                    cache.put(text, value)
+                advance(1)
         del encoder
         gc.collect()
         if device.type == "cuda":

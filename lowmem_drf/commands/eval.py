@@ -9,7 +9,7 @@ from lowmem_drf.assembly.assemble import run_prompts
 from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.scoring import evaluate
-from lowmem_drf.terminal import make_console
+from lowmem_drf.terminal import make_console, showing
 from lowmem_drf.training.checkpoint import checkpoint_folder
 from lowmem_drf.training.lora_file import load_run_lora
 from lowmem_drf.training.run_folder import find_run, run_config
@@ -22,9 +22,10 @@ def eval_command(run_folder: Path | None, file: Path | None, as_json: bool) -> N
     prompts = () if config.prompts == TOYWORLD or file else run_prompts(config)
     trial = evaluate.make_trial(config, prompts, evaluate.EVAL_PROMPTS, evaluate.EVAL_SEEDS, file)
     clips = {"log.eval_batch": min(config.log.eval_batch, len(trial.prompts) * trial.seeds)}
-    models = load_models(config, [prompt.text for prompt in trial.prompts], clips=clips)
-    step = load_run_lora(models.transformer, folder, config)
     console = make_console(stderr=as_json)
+    with showing(console):
+        models = load_models(config, [prompt.text for prompt in trial.prompts], clips=clips)
+    step = load_run_lora(models.transformer, folder, config)
     models.awake("critic")
     trial = evaluate.finish_trial(config, trial, models.asked_critic, console)
     console.print(f"{run}, step {step}: {evaluate.describe(trial)}", highlight=False, markup=False, soft_wrap=True)

@@ -19,6 +19,7 @@ def plan_command(preset: str | None, vram: str | None, overrides: Sequence[str],
     console = make_console(stderr=as_json, soft_wrap=True)
     plan = planned(config, card, parse_vram(vram) if vram else config.memory.vram_gib or card.gib, console)
     if as_json:
-        print(json.dumps(plan.as_json(name), indent=2))
+        run = {"steps": config.steps, "run_s": config.steps * plan.update_s}
+        print(json.dumps(plan.as_json(name) | run, indent=2))
         return
-    print_plan(plan, name, console)
+    print_plan(plan, name, config.steps, console)

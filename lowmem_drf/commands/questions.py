@@ -18,7 +18,7 @@ from lowmem_drf.questions.check import Verdict, report
 from lowmem_drf.questions.file import load_questions, to_json
 from lowmem_drf.questions.make import Grammar
 from lowmem_drf.schema import Config
-from lowmem_drf.terminal import make_console
+from lowmem_drf.terminal import make_console, showing
 from lowmem_drf.texts import escaped, toml_value
 from lowmem_drf.types import Prompt, Question
 
@@ -104,7 +104,9 @@ def _asked(
             "ToyWorld's default critic neither writes nor checks questions. Name another one: "
             f"-s critic.id={READER}, or a real one: -s critic.id=Qwen/Qwen2.5-VL-3B-Instruct"
         )
-    return finish_questions(config, prompts, draft, load_run_critic(config), console)
+    with showing(console):
+        critic = load_run_critic(config)
+    return finish_questions(config, prompts, draft, critic, console)
 
 
 def _unedited(path: Path, config: Config, grammar: Grammar) -> bool:

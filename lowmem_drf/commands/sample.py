@@ -19,7 +19,7 @@ from lowmem_drf.models.lora.reading import lora_file
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.prompts import load_prompts
 from lowmem_drf.schema import Config
-from lowmem_drf.terminal import make_console, work_bar
+from lowmem_drf.terminal import make_console, showing, work_bar
 from lowmem_drf.training.checkpoint import checkpoint_folder
 from lowmem_drf.training.lora_file import load_run_lora
 from lowmem_drf.training.manifest import refuse_damaged
@@ -78,13 +78,16 @@ def sample_command(
     variant = f"seed{seed}{'' if scale == 1 else f'-lora{scale:g}'}{'-compare' if compare else ''}{changed}"
     paths = _paths(output or place / source, wanted, variant, is_folder=output is None, force=force)
     clips = {"log.eval_batch": min(config.log.eval_batch, len(wanted))}
+    console = make_console(stderr=True)
     bases: list[Tensor] = []
     if compare and read and read.merged():  # what is merged into the weights cannot be switched off
         say("clips of the base first, then the model is loaded anew: this LoRA changes more than linear layers")
-        models = load_models(config, wanted, with_critic=False, clips=clips)
+        with showing(console):
+            models = load_models(config, wanted, with_critic=False, clips=clips)
         bases = [clip.half() for _, clip in base_and_tuned(config, models, wanted, seed, with_base=False)]
         del models
-    models = load_models(config, wanted, with_critic=False, clips=clips, lora=read, lora_scale=scale)
+    with showing(console):
+        models = load_models(config, wanted, with_critic=False, clips=clips, lora=read, lora_scale=scale)
     if folder:
         load_run_lora(models.transformer, folder, config)
     elif lora is None:
@@ -93,7 +96,7 @@ def sample_command(
     upscale = watchable_upscale(config.video.height, config.video.width)
     made = base_and_tuned(config, models, wanted, seed, scale, with_base=compare and not bases)
     flaws: list[str] = []
-    with work_bar(make_console(stderr=True), "clips", len(wanted)) as advance:
+    with work_bar(console, "clips", len(wanted)) as advance:
         for i, (path, (base, tuned)) in enumerate(zip(paths, made, strict=True)):
             advance(1)
             base = bases[i].float() if bases else base

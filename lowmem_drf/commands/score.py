@@ -26,7 +26,7 @@ from lowmem_drf.schema import Config
 from lowmem_drf.scoring.heatmap import WHAT, write_heatmap
 from lowmem_drf.scoring.saliency import saliency as saliency_of
 from lowmem_drf.scoring.score import ClipScore, score_clip
-from lowmem_drf.terminal import make_console
+from lowmem_drf.terminal import make_console, showing
 from lowmem_drf.texts import escaped, toml_value
 from lowmem_drf.video import is_own_mp4, read_video
 
@@ -74,7 +74,8 @@ def score_command(
     shown_TCHW, fps = read_video(video, *_wanted(config.critic.frames if frames is None else frames))
 
     console = make_console(stderr=as_json, soft_wrap=True)
-    model = load_run_critic(config)
+    with showing(console):
+        model = load_run_critic(config)
     if not toy:  # ToyWorld's critic was trained at one frame rate
         model.fps = fps
     questions = finish_questions(config, prompts, draft, model, console).questions[prompts[0].id]

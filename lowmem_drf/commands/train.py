@@ -20,7 +20,7 @@ from lowmem_drf.prompts import fingerprint, without
 from lowmem_drf.questions.file import WRITERS
 from lowmem_drf.schema import Config
 from lowmem_drf.shortage import allocator_settings, during
-from lowmem_drf.terminal import make_console
+from lowmem_drf.terminal import make_console, showing
 from lowmem_drf.texts import expanded, one_line, toml_value
 from lowmem_drf.training.checkpoint import good_step, last_manifest, resume_command, saved_step
 from lowmem_drf.training.manifest import MAY_CHANGE, fixed_settings, refuse_damaged, same_setting
@@ -175,11 +175,11 @@ def start(
         texts = [prompt.text for prompt in (*prompts, *(trial.prompts if trial else ()))]
         if config.critic.writer and needs_writer(config) and ranks.chief:  # cached before the memory is taken
             unwritten = [prompt for prompt in prompts if prompt.id not in ready]
-            with during("questions"):
+            with during("questions"), showing(console):
                 write_missing(config, [*unwritten, *(trial.prompts if trial else ())], None, console)
         shown = max(len(previews) if log.sample_every else 0, len(trial.prompts) * trial.seeds if trial else 0)
         clips = {"micro_batch": config.micro_batch, "log.eval_batch": min(log.eval_batch, shown)}
-        with during("loading"):
+        with during("loading"), showing(console):
             models = load_models(config, [*texts, *previews], ranks=ranks, clips=clips)
             lora, seed = config.lora, derive_seed(config.seed, "lora")
             add_lora(models.transformer, lora.rank, lora.alpha, lora.targets, seed)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from lowmem_drf.errors import BadInputError
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lowmem_drf.planner.stages import Plan
+    from lowmem_drf.schema import Log, Zero
+
+FIRST_CLIPS_S = 60.0
+"""Clips of the base model are made before the first update if they take less."""
 
 
 def planned(config: Config, card: Card, vram_gib: float, console: Console) -> Plan:
@@ -24,12 +29,19 @@ def planned(config: Config, card: Card, vram_gib: float, console: Console) -> Pl
     from lowmem_drf.planner.ladder import advise
     from lowmem_drf.planner.plan import make_plan
 
-    first = "planning one update on tensors without values …"
-    with console.status(first) as status:
-        say = status.update if can_redraw(console) else write_error  # in a log too: it may take minutes
-        say(first)
+    with planning(console) as say:
         plan = make_plan(config, card, vram_gib)
         return advise(config, card, plan, lambda text: say(f"it does not fit; trying {text}"))
+
+
+@contextmanager
+def planning(console: Console) -> Iterator[Callable[[str], None]]:
+    """Says that it plans while it does, on a terminal and in a log: it may take minutes. Yields what says more."""
+    first = "planning one update on tensors without values …"
+    with console.status(first) as status:
+        say = status.update if can_redraw(console) else write_error
+        say(first)
+        yield say
 
 
 def card_here(config: Config) -> float | None:
@@ -61,11 +73,41 @@ def require_fit(config: Config, console: Console, cards_gib: Sequence[float | No
     if not plan.fits:
         raise BadInputError(refusal(plan))
     _require_host_memory(plan)
-    peak = f"{plan.peak_gib:.1f} of {vram_gib:.1f} GiB ({plan.largest})"
-    console.print(f"planned peak: {peak}, {plan.host_gib:.1f} GiB of host memory", highlight=False)
-    if plan.rollout is None:
-        return config
-    return config.model_copy(update={"zero": config.zero.model_copy(update={"rollout": plan.rollout})})
+    peak = f"{plan.peak_gib:.1f} of {vram_gib:.1f} GiB ({plan.largest}), {plan.host_gib:.1f} GiB of host memory"
+    console.print(f"planned peak: {peak}; about {times(plan, config.steps)}", highlight=False)
+    log = _with_first(config, plan, console)
+    return config.model_copy(update={"zero": _with_rollout(config.zero, plan), "log": log})
+
+
+def _with_rollout(zero: Zero, plan: Plan) -> Zero:
+    return zero if plan.rollout is None else zero.model_copy(update={"rollout": plan.rollout})
+
+
+def _with_first(config: Config, plan: Plan, console: Console) -> Log:
+    """Decides ``log.sample_first = "auto"`` by the plan's seconds, and says so where the clips are left out."""
+    log = config.log
+    if log.sample_first != "auto" or not log.sample_every:
+        return log
+    each = (plan.stages["rollout"].s + plan.stages["decode"].s) * config.processes / config.batch
+    seconds = -(-log.sample_prompts // config.processes) * each
+    if seconds >= FIRST_CLIPS_S:
+        took = f"{log.sample_prompts} sample clips of the base model would take about {in_words(seconds)}"
+        console.print(f"{took}: left out. To have them: -s log.sample_first=true", highlight=False)
+    return log.model_copy(update={"sample_first": seconds < FIRST_CLIPS_S})
+
+
+def times(plan: Plan, steps: int) -> str:
+    """Of an update, of 100, and of the run's ``steps``, in words."""
+    hundred = "" if steps == 100 else f"{in_words(100 * plan.update_s)} for 100 updates, "
+    return f"{plan.update_s:,.0f} s an update, {hundred}{in_words(steps * plan.update_s)} for the run's {steps:,}"
+
+
+def in_words(seconds: float) -> str:
+    """50 s, 6.5 min, 10.8 h, 12 days: about two figures, of the largest unit of which there are two."""
+    for unit, size in {"days": 86_400, "h": 3600, "min": 60, "s": 1}.items():
+        if seconds >= 2 * size or unit == "s":
+            break
+    return f"{seconds / size:,.{int(seconds < 20 * size)}f} {unit}"
 
 
 def _require_host_memory(plan: Plan) -> None:
@@ -100,7 +142,9 @@ def print_zero(config: Config, name: str, card: Card) -> None:
         title = f"DeepSpeed, {engine}, in each of {config.processes} processes:"
         print("\n" + textwrap.indent(f"{title}\n{json.dumps(settings, indent=2)}", "# "), flush=True)
     console = make_console(stderr=True, soft_wrap=True)
-    print_plan(planned(laid_out(config), card, config.memory.vram_gib or card.gib, console), name, console)
+    print_plan(
+        planned(laid_out(config), card, config.memory.vram_gib or card.gib, console), name, config.steps, console
+    )
 
 
 def laid_out(config: Config) -> Config:
@@ -134,8 +178,8 @@ def _quoted(text: str) -> str:
     return f"'{text}'" if any(letter in text for letter in ' "[]') else text
 
 
-def print_plan(plan: Plan, name: str, console: Console) -> None:
-    """Prints the table, and whether it fits."""
+def print_plan(plan: Plan, name: str, steps: int, console: Console) -> None:
+    """Prints the table, whether it fits, and how long an update and the run's ``steps`` take."""
     from rich.table import Table
     from rich.text import Text
 
@@ -158,7 +202,7 @@ def print_plan(plan: Plan, name: str, console: Console) -> None:
     say(
         f"{'fits' if plan.fits else 'does not fit'}: peak {plan.peak_gib:.2f} GiB ({plan.largest}) of the "
         f"{plan.usable_gib:.1f} that can be planned with; host memory {plan.host_gib:.1f} GiB{together}; "
-        f"about {plan.update_s:,.0f} s an update",
+        f"about {times(plan, steps)}",
         "green" if plan.fits else "red",
     )
     say(

@@ -21,7 +21,7 @@ from lowmem_drf.questions.file import to_json
 from lowmem_drf.schema import Config
 from lowmem_drf.scoring.oracle_rates import oracle_for
 from lowmem_drf.shortage import during, let_go, shortage_of
-from lowmem_drf.terminal import hangup
+from lowmem_drf.terminal import hangup, showing
 from lowmem_drf.training.checkpoint import (
     CURE,
     Checkpoint,
@@ -106,8 +106,8 @@ def train(
     finished = Finished(trainer, done, cursor)
     pace = Pace(models.device)
     try:
-        if done == 0 and config.log.sample_every:
-            with during("previews"):
+        if done == 0 and config.log.sample_every and config.log.sample_first:  # "auto": nothing was planned
+            with during("previews"), showing(console):
                 write_previews(config, run, models, previews, step=0, ranks=ranks)
         with progress.live(), _finish_on_interrupt(progress, run, ranks) as asked:
             for step in range(done, config.steps):

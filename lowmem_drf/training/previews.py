@@ -12,6 +12,7 @@ from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.files import readable_name
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.schema import Config
+from lowmem_drf.terminal import working
 from lowmem_drf.types import Prompt
 from lowmem_drf.video import to_pixels, watchable_upscale, write_mp4
 
@@ -35,12 +36,14 @@ def write_previews(
     folder = run / "samples" / f"step-{step:06d}"
     upscale = watchable_upscale(config.video.height, config.video.width)
     seeds = [PREVIEW_SEED] * len(texts)
-    for here, made, new in batches(models, config.sampler, texts, seeds, config.log.eval_batch, ranks):
-        rows = zip(here, made.frames_BTCHW, strict=True) if new else ()
-        clips = [(i, why := flaw(frames), None if why == NAN else to_pixels(frames)) for i, frames in rows]
-        for i, why, pixels in (clip for some in ranks.gather(clips) for clip in some):
-            file = folder / readable_name(texts[i], f"{i + 1:02d}-", ".mp4")
-            if why and ranks.chief:
-                say(f"update {step}: the sample clip {file.name} {why}")
-            if pixels is not None and ranks.chief:
-                write_mp4(file, pixels, config.video.fps, upscale)
+    with working(f"clips of step {step}", len(texts)) as advance:
+        for here, made, new in batches(models, config.sampler, texts, seeds, config.log.eval_batch, ranks):
+            rows = zip(here, made.frames_BTCHW, strict=True) if new else ()
+            clips = [(i, why := flaw(frames), None if why == NAN else to_pixels(frames)) for i, frames in rows]
+            for i, why, pixels in (clip for some in ranks.gather(clips) for clip in some):
+                file = folder / readable_name(texts[i], f"{i + 1:02d}-", ".mp4")
+                if why and ranks.chief:
+                    say(f"update {step}: the sample clip {file.name} {why}")
+                if pixels is not None and ranks.chief:
+                    write_mp4(file, pixels, config.video.fps, upscale)
+                advance(1)

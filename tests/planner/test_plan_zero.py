@@ -231,7 +231,7 @@ def test_auto_gathers_where_that_fits(plans):
 def test_what_is_printed(plans):
     def printed(name):
         console = Console(width=400, file=io.StringIO())
-        print_plan(plans[name], "toy", console)
+        print_plan(plans[name], "toy", 500, console)
         return console.file.getvalue()
 
     single, two = printed("single"), printed("partitioned")

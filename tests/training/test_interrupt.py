@@ -11,7 +11,7 @@ from _killed import run_cli
 from rich.console import Console
 
 from lowmem_drf.commands.train import train_command
-from lowmem_drf.terminal import clock, work_bar
+from lowmem_drf.terminal import clock, showing, work_bar, working
 from lowmem_drf.training.checkpoint import checkpoint_folder, checkpoint_steps
 from lowmem_drf.training.metrics import read_metrics
 from lowmem_drf.training.progress import ASCII_BARS, TrainProgress, sparkline
@@ -93,15 +93,19 @@ def test_a_second_ctrl_c_stops_at_once_and_costs_nothing_that_is_saved(started, 
     [(4, "after update 1; it is saved. Go on with"), (1, "after update 1; it is saved. The run is complete.")],
 )
 def test_ctrl_c_while_samples_are_written_saves_too(tiny_preset, tmp_path, monkeypatch, steps, said):
+    seen = []
+
     def interrupted(config, run, models, texts, step, ranks):
+        seen.append(step)
         if step:
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr("lowmem_drf.training.loop.write_previews", interrupted)
-    overrides = ["log.sample_every=1", "log.checkpoint_every=100"]
+    overrides = ["log.sample_every=1", "log.checkpoint_every=100", f"log.sample_first={json.dumps(steps > 1)}"]
     with pytest.raises(KeyboardInterrupt, match=said):
         train_command(str(tiny_preset), None, tmp_path / "run", steps, None, False, overrides, False)
     assert checkpoint_folder(tmp_path / "run").name == "step-000001"
+    assert seen == ([0, 1] if steps > 1 else [1])
 
 
 def test_a_notice_is_seen_on_a_terminal_and_in_a_log(capfd):
@@ -117,13 +121,24 @@ def test_a_notice_is_seen_on_a_terminal_and_in_a_log(capfd):
 
 
 def test_clips_are_counted_in_a_log(monkeypatch):
-    monkeypatch.setattr("lowmem_drf.terminal.PLAIN_WORK_EVERY_S", -1.0)
+    monkeypatch.setattr("lowmem_drf.terminal.PLAIN_WORK_FIRST_S", 0.0)
+    monkeypatch.setattr("lowmem_drf.terminal.PLAIN_WORK_EVERY_S", 0.01)
     log = Console(file=io.StringIO())
-    with work_bar(log, "clips", 4) as advance:
-        for _ in range(2):
-            advance(2)
-    assert log.file.getvalue().startswith("clips 2/4  ETA 0:0")
-    assert len(log.file.getvalue().splitlines()) == 1
+
+    def until(said):
+        while said not in log.file.getvalue():
+            time.sleep(0.001)
+
+    with work_bar(log, "clips", 4) as advance, showing(log), working("tensors", 9):
+        until("clips 0/4\n")  # also while the first one takes long
+        advance(2)
+        until("clips 2/4  ETA 0:00\n")
+        advance(2)
+    with showing(log), working("tensors", 9) as advance, working("in them", 5):
+        advance(1)
+        until("tensors 1/9  ETA 0:00\n")
+    said = log.file.getvalue()
+    assert "4/4" not in said and "in them" not in said
 
 
 def test_progress_words():

@@ -21,6 +21,7 @@ from lowmem_drf.models.weights.filling import Value
 from lowmem_drf.models.weights.finite import refuse_weights
 from lowmem_drf.models.weights.packed_linear import PackedLinear
 from lowmem_drf.models.weights.sources import refuse_missing
+from lowmem_drf.terminal import working
 from lowmem_drf.texts import one_line
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -164,8 +165,10 @@ def fill_from_files(
                 made = total if name in packed else total.to(home, wanted)
                 del total
             refuse_weights({name: made}, files.entries[names[name]].file)
+            advance(1)
             return made
 
         return value
 
-    return fill_as_loaded(model, dtype, value_of, home, taken)
+    with working("reading the transformer", len(parameter_shapes(model))) as advance:
+        return fill_as_loaded(model, dtype, value_of, home, taken)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.shortage import shortage_of
+from lowmem_drf.terminal import working
 
 TOYWORLD = "toyworld"
 READER = "toyworld-reader"
@@ -35,11 +37,13 @@ def resolve(model_id: str, role: Literal["generator", "critic"]) -> str:
 
 @contextmanager
 def loading(what: str, folder_or_id: str) -> Iterator[None]:
-    """Turns a library's failure to find or read a model into a BadInputError that says what to do."""
+    """Turns a library's failure to find or read a model into a BadInputError that says what to do. transformers' own
+    bars become ours (``terminal.working``)."""
     from safetensors import SafetensorError
 
     try:
-        yield
+        with _bars(f"reading {what}"):
+            yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if shortage_of(error):  # the input did not cause it
             raise
@@ -50,6 +54,31 @@ def loading(what: str, folder_or_id: str) -> Iterator[None]:
             "Give 'toyworld', a folder in diffusers / transformers layout, or a Hugging Face id (downloaded once, "
             "then cached)."
         ) from error
+
+
+@contextmanager
+def _bars(what: str) -> Iterator[None]:
+    """Inside the block transformers counts the weights that it reads in our bar and not in its own."""
+    if "transformers" not in sys.modules:  # it is not what loads
+        yield
+        return
+    from transformers.utils.logging import set_tqdm_hook
+
+    def counted(make: Any, args: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+        items: Any = args[0] if args else settings.get("iterable")
+        return each(items) if hasattr(items, "__len__") else make(*args, **settings | {"disable": True})
+
+    def each(items: Collection[Any]) -> Iterator[Any]:
+        with working(what, len(items)) as advance:
+            for item in items:
+                yield item
+                advance(1)
+
+    before = set_tqdm_hook(counted)
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
 
 
 def complete(loaded: tuple[Any, Any]) -> Any:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from _tiny import save_tiny_generator, tiny_text
+from rich.console import Console
 from transformers import UMT5Config, UMT5EncoderModel
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.wan.text import TextEncoder, load_text, stream_text
 from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.store import planned_store
+from lowmem_drf.terminal import showing
 
 PROMPTS = ["a red circle moves left", "  a blue   square &amp; a green triangle ", "", "the " * 30]
 
@@ -28,9 +32,16 @@ def test_embeddings_are_those_of_wan_pipeline(max_tokens: int) -> None:
     assert not wanted[0, 6:].any() and wanted[0, :6].all(dim=-1).all()
 
 
-def test_load_text(tmp_path) -> None:
+def test_load_text(tmp_path, capfd) -> None:
     model, tokenizer = tiny_text()
-    loaded = load_text(str(save_tiny_generator(tmp_path)))
+    folder, screen = str(save_tiny_generator(tmp_path)), Console(file=io.StringIO(), force_terminal=True, width=100)
+    capfd.readouterr()
+    with showing(screen):
+        loaded = load_text(folder)
+    count = len(dict(loaded.model.named_parameters()))
+    assert "reading the text encoder" in screen.file.getvalue() and f"{count}/{count}" in screen.file.getvalue()
+    load_text(folder)  # without a console
+    assert capfd.readouterr() == ("", "")  # no bar of transformers' own
     assert torch.equal(loaded.encode(PROMPTS, 12), TextEncoder(model, tokenizer).encode(PROMPTS, 12))
     with pytest.raises(BadInputError, match="Cannot load the text encoder"):
         load_text(str(tmp_path / "vae"))

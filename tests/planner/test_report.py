@@ -1,0 +1,44 @@
+"""What a plan says of time, and what it decides by it."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from lowmem_drf.config import load_config
+from lowmem_drf.planner import report
+from lowmem_drf.planner.stages import Plan, StagePlan
+
+NOTHING = dict.fromkeys(("peak_gib", "weights_gib", "kept_gib", "host_gib", "stall_s", "copy_s", "moved_gib"), 0.0)
+
+
+@pytest.mark.parametrize(("clip_s", "first"), [(100.0, False), (3.0, True)])
+def test_clips_of_the_base_are_made_first_where_they_are_quick(clip_s, first, monkeypatch):
+    """Of two clips an update the rollout takes a half and the decode the other half; there are four sample clips."""
+    stages = dict.fromkeys(("rollout", "decode"), StagePlan(**NOTHING, s=clip_s, tflop=0.0, what=""))
+    plan = Plan("RTX 4060", 8.0, stages, update_s=387.0)
+    monkeypatch.setattr(report, "planned", lambda *_: plan)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "RTX 4060")
+    said = Console(file=io.StringIO(), width=300)
+
+    def decided(*settings):
+        config = load_config("toy", ["batch=2", "micro_batch=2", "steps=500", *settings])
+        return report.require_fit(config, said, [8.0]).log.sample_first
+
+    assert decided() is first
+    line, *more = said.file.getvalue().splitlines()
+    assert line.endswith("about 387 s an update, 10.8 h for 100 updates, 2.2 days for the run's 500")
+    why = [
+        "4 sample clips of the base model would take about 6.7 min: left out. To have them: -s log.sample_first=true"
+    ]
+    assert more == ([] if first else why)
+    assert decided("log.sample_first=true") is True and decided("log.sample_first=false") is False
+    assert decided("log.sample_every=0") == "auto"
+
+
+def test_time_has_two_figures_or_three_of_its_largest_unit():
+    seconds = (0.04, 9.96, 50, 119, 120, 390, 7199, 7200, 38_700, 193_500, 12 * 86_400, 400 * 86_400)
+    assert list(map(report.in_words, seconds)) == [
+        *("0.0 s", "10.0 s", "50 s", "119 s", "2.0 min", "6.5 min", "120 min", "2.0 h", "10.8 h", "2.2 days"),
+        *("12.0 days", "400 days"),
+    ]
