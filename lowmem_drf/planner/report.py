@@ -99,7 +99,8 @@ def _with_first(config: Config, plan: Plan, console: Console) -> Log:
 def times(plan: Plan, steps: int) -> str:
     """Of an update, of 100, and of the run's ``steps``, in words."""
     hundred = "" if steps == 100 else f"{in_words(100 * plan.update_s)} for 100 updates, "
-    return f"{plan.update_s:,.0f} s an update, {hundred}{in_words(steps * plan.update_s)} for the run's {steps:,}"
+    update = f"{plan.update_s:,.{int(plan.update_s < 10)}f} s"
+    return f"{update} an update, {hundred}{in_words(steps * plan.update_s)} for the run's {steps:,}"
 
 
 def in_words(seconds: float) -> str:
