@@ -12,6 +12,7 @@ from _root import ROOT
 from PIL import Image
 from rich.console import Console
 
+from lowmem_drf.assembly.assemble import resolve_device
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import LowmemError
 from lowmem_drf.planner import measure
@@ -121,18 +122,19 @@ def test_a_promise_is_kept_or_named():
 
 
 def test_a_cap_reaches_the_allocator(monkeypatch):
-    """On a faked card. The device has no index, like the one that ``bench`` measures on."""
+    """On a faked card, with the device that ``bench`` measures on."""
     capped = []
     monkeypatch.setattr("torch.cuda.memory._lazy_init", lambda: None)
-    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(total_memory=24 * 2**30))
     monkeypatch.setattr(
         "torch._C._cuda_setMemoryFraction", lambda fraction, device: capped.append((fraction, device)), raising=False
     )
     monkeypatch.setattr(measure, "_random_models", Mock(side_effect=torch.OutOfMemoryError("no room for the models")))
     with pytest.raises(LowmemError, match="under a cap of 12.5 GiB: no room for the models"):
-        measure.measure(load_config("toy"), torch.device("cuda"), 12.5, Console())
-    assert capped == [(0.5, 0)]
+        measure.measure(load_config("toy"), resolve_device("cuda"), 12.5, Console())
+    assert capped == [(0.5, 1)]
 
 
 def test_zero3_against_streaming_has_the_same_update_in_both_and_says_what_failed(monkeypatch, tmp_path, capsys):
