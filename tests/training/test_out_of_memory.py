@@ -273,6 +273,14 @@ def test_the_command_line_lets_segments_grow_before_torch_unless_told_otherwise(
     assert seen == [told]
 
 
+def test_a_driver_that_refuses_segments_that_grow_has_a_cure(monkeypatch):
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    error = RuntimeError("CUDA driver error: unknown error")
+    assert explain(error)[0].endswith("PYTORCH_ALLOC_CONF=expandable_segments:False.")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False")
+    assert "expandable_segments" not in explain(error)[0]
+
+
 def test_a_card_is_always_this_process_s_own_by_its_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
