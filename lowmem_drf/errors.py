@@ -55,7 +55,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         return str(error) or "Interrupted.", 130
     if isinstance(error, LowmemError):
         return str(error), error.exit_code
-    from lowmem_drf.shortage import ALLOCATOR, EXPANDABLE, allocator_settings, shortage_of
+    from lowmem_drf.shortage import EXPANDABLE, allocator_settings, allocator_variable, shortage_of
 
     if shortage := shortage_of(error):
         cure = (  # eval has no -s, and refuses another size of the video
@@ -77,5 +77,7 @@ def explain(error: BaseException) -> tuple[str, int]:
         return f"{error}\nCheck the path, its permissions and the free disk space.", 1
     message = f"unexpected {type(error).__name__}: {error}\nRun the same command with {DEBUG} to see where."
     if "CUDA driver error" in str(error) and EXPANDABLE in allocator_settings():
-        message += f"\nIf that is where the first tensor goes to the card: {ALLOCATOR[1]}=expandable_segments:False."
+        message += (
+            f"\nIf that is where the first tensor goes to the card: {allocator_variable()}=expandable_segments:False."
+        )
     return message, 1

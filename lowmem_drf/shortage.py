@@ -102,7 +102,7 @@ class Shortage:
         if self.fragmented and self.allocated is not None and self.reserved is not None:
             pieces = f"Fragmentation: {size(self.reserved - self.allocated)} lie reserved in pieces that are too small."
             set_it = may_expand() and EXPANDABLE not in allocator_settings()
-            said.append(pieces + (f" Set {ALLOCATOR[1]}={EXPANDABLE}" if set_it else ""))
+            said.append(pieces + (f" Set {allocator_variable()}={EXPANDABLE}" if set_it else ""))
         return said
 
 
@@ -206,7 +206,12 @@ def may_expand() -> bool:
 
 def allocator_settings() -> str:
     """What PyTorch's allocator was told; empty: nothing."""
-    return next((os.environ[name] for name in ALLOCATOR if name in os.environ), "")
+    return os.environ.get(allocator_variable(), "")
+
+
+def allocator_variable() -> str:
+    """The variable that counts."""
+    return next((name for name in ALLOCATOR if name in os.environ), ALLOCATOR[1])
 
 
 def wsl2() -> bool:

@@ -274,9 +274,12 @@ def test_the_command_line_lets_segments_grow_before_torch_unless_told_otherwise(
 
 
 def test_a_driver_that_refuses_segments_that_grow_has_a_cure(monkeypatch):
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     error = RuntimeError("CUDA driver error: unknown error")
     assert explain(error)[0].endswith("PYTORCH_ALLOC_CONF=expandable_segments:False.")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    assert explain(error)[0].endswith("PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False.")
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False")
     assert "expandable_segments" not in explain(error)[0]
 
