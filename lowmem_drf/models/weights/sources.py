@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Generator, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,21 +64,22 @@ def _bars(what: str) -> Iterator[None]:
         return
     from transformers.utils.logging import set_tqdm_hook
 
-    def counted(make: Any, args: tuple[Any, ...], settings: dict[str, Any]) -> Any:
-        items: Any = args[0] if args else settings.get("iterable")
-        return each(items) if hasattr(items, "__len__") else make(*args, **settings | {"disable": True})
+    with ExitStack() as opened:  # a bar ends with the block, also where an error leaves a loop in the middle
 
-    def each(items: Collection[Any]) -> Iterator[Any]:
-        with working(what, len(items)) as advance:
-            for item in items:
-                yield item
-                advance(1)
+        def counted(make: Any, args: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+            items: Any = args[0] if args else settings.get("iterable")
+            if not hasattr(items, "__len__"):
+                return make(*args, **settings | {"disable": True})
+            return opened.enter_context(closing(each(items)))
 
-    before = set_tqdm_hook(counted)
-    try:
+        def each(items: Collection[Any]) -> Generator[Any]:
+            with working(what, len(items)) as advance:
+                for item in items:
+                    yield item
+                    advance(1)
+
+        opened.callback(set_tqdm_hook, set_tqdm_hook(counted))
         yield
-    finally:
-        set_tqdm_hook(before)
 
 
 def complete(loaded: tuple[Any, Any]) -> Any:

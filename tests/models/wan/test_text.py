@@ -12,6 +12,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.wan.text import TextEncoder, load_text, stream_text
+from lowmem_drf.models.weights.sources import loading
 from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.store import planned_store
 from lowmem_drf.terminal import showing
@@ -45,6 +46,18 @@ def test_load_text(tmp_path, capfd) -> None:
     assert torch.equal(loaded.encode(PROMPTS, 12), TextEncoder(model, tokenizer).encode(PROMPTS, 12))
     with pytest.raises(BadInputError, match="Cannot load the text encoder"):
         load_text(str(tmp_path / "vae"))
+
+
+def test_an_error_while_weights_are_read_leaves_no_bar_on_the_screen():
+    from transformers.utils.logging import tqdm
+
+    screen = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with showing(screen), pytest.raises(BadInputError) as kept, loading("it", "a folder"):
+        for number in tqdm([1, 2, 3], desc="Loading weights"):
+            raise ValueError(number)
+    assert "reading it" in screen.file.getvalue() and screen.file.getvalue().endswith("\x1b[?25h\r\x1b[1A\x1b[2K")
+    assert kept.tb  # a traceback holds the loop's frame
+    assert list(tqdm([1], disable=True)) == [1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
