@@ -67,7 +67,10 @@ class Answer:
 
 
 class Decoder(Protocol):
-    """A causal video VAE decoder. A chunk is one latent frame and the pixel frames it makes."""
+    """A causal video VAE decoder. A chunk is one latent frame and the pixel frames it makes.
+
+    Entering caches in a list are given away: ``chunk`` and ``advance`` may empty it while they work.
+    """
 
     temporal_factor: int
     """Pixel frames per latent frame (4 for Wan). The first latent frame makes one pixel frame."""
@@ -80,12 +83,12 @@ class Decoder(Protocol):
         """The caches that enter the first chunk: tensors and ``None``."""
         ...
 
-    def chunk(self, latents_BC1hw: Tensor, caches: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+    def chunk(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> tuple[Tensor, tuple[Any, ...]]:
         """Latent frame and entering caches -> frames (B, t, C, H, W) in [0, 1] and the caches handed on. Pure and
         differentiable in both; the frames are bitwise those of ``decode``."""
         ...
 
-    def advance(self, latents_BC1hw: Tensor, caches: tuple[Any, ...]) -> tuple[Any, ...]:
+    def advance(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> tuple[Any, ...]:
         """The caches that ``chunk`` hands on, recomputed for ``chunk_backward``, in the dtype of the gradient."""
         ...
 

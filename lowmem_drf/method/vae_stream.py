@@ -36,12 +36,12 @@ def decode(
     """
     visits = {visit.chunk: visit for visit in backward_chunks(kept, decoder.temporal_factor, window)}
     stored_chunks = set(sorted(visits)[::cache_every])
-    caches = decoder.start(x_0_BCFhw.shape[0])
+    caches = [*decoder.start(x_0_BCFhw.shape[0])]  # a list: the decoder empties it, and holds one set and not two
     frames, entering = [], {}
     for chunk in range(max(visits) + 1):
         if chunk in stored_chunks:
-            entering[chunk] = decoder.store(caches)
-        made_BtCHW, caches = decoder.chunk(x_0_BCFhw[:, :, chunk : chunk + 1], caches)
+            entering[chunk] = decoder.store(tuple(caches))
+        made_BtCHW, caches[:] = decoder.chunk(x_0_BCFhw[:, :, chunk : chunk + 1], caches)
         if chunk in visits:
             frames.append(made_BtCHW[:, list(visits[chunk].local)])
     return torch.cat(frames, dim=1), entering
@@ -85,8 +85,8 @@ def _fill_in(
 ) -> None:
     """Recomputes the caches that enter visited chunks, from the last chunk whose caches are stored up to ``last``."""
     first = max(entering)
-    caches = entering[first]
+    caches = [*entering[first]]
     for chunk in range(first, last):
-        caches = decoder.advance(x_0_BCFhw[:, :, chunk : chunk + 1], caches)
+        caches[:] = decoder.advance(x_0_BCFhw[:, :, chunk : chunk + 1], caches)
         if chunk + 1 in visited:
-            entering[chunk + 1] = decoder.store(caches)
+            entering[chunk + 1] = decoder.store(tuple(caches))

@@ -137,7 +137,7 @@ class _ShortcutDecoder:
     def _shortcut(self, key: Hashable, run: Callable[[], Any], stand_in: Callable[[], Any]) -> Any:
         return self._ledger.shortcut(key, run, stand_in) if self._steady.get(key, True) else run()
 
-    def chunk(self, latents_BC1hw: Tensor, caches: Caches) -> tuple[Tensor, Caches]:
+    def chunk(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> tuple[Tensor, Caches]:
         received = _sizes(caches)
         key = ("chunk", latents_BC1hw.shape, received)
 
@@ -147,9 +147,9 @@ class _ShortcutDecoder:
             self._blank = partial(torch.zeros, made.shape, dtype=made.dtype, device=made.device)
             return made, passed_on
 
-        return self._shortcut(key, run, lambda: (self._blank(), caches))
+        return self._shortcut(key, run, lambda: (self._blank(), tuple(caches)))
 
-    def advance(self, latents_BC1hw: Tensor, caches: Caches) -> Caches:
+    def advance(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> Caches:
         received = _sizes(caches)
         key = ("advance", latents_BC1hw.shape, received)
 
@@ -158,7 +158,7 @@ class _ShortcutDecoder:
             self._steady[key] = _sizes(passed_on) == received
             return passed_on
 
-        return self._shortcut(key, run, lambda: caches)
+        return self._shortcut(key, run, lambda: tuple(caches))
 
     def chunk_backward(
         self, latents_BC1hw: Tensor, caches: Caches, local: Sequence[int],
@@ -175,7 +175,7 @@ class _ShortcutDecoder:
         return self._shortcut(key, run, lambda: (torch.zeros_like(latents_BC1hw), d_handed))
 
 
-def _sizes(caches: Caches) -> Caches:
+def _sizes(caches: Sequence[Any]) -> Caches:
     """Equal if two tuples of caches take the same memory in the same places."""
     return tuple((type(cache).__name__, cache.nbytes) if hasattr(cache, "nbytes") else cache for cache in caches)
 
@@ -204,13 +204,13 @@ class _NoDecoder:
     def decode(self, latents_BCFhw: Tensor) -> Tensor:
         return self._blank(latents_BCFhw, (latents_BCFhw.shape[2] - 1) * self.temporal_factor + 1)
 
-    def advance(self, latents_BC1hw: Tensor, caches: Caches) -> Caches:
+    def advance(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> Caches:
         return (False,)
 
     def store(self, caches: Caches) -> Caches:
         return caches
 
-    def chunk(self, latents_BC1hw: Tensor, caches: Caches) -> tuple[Tensor, Caches]:
+    def chunk(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> tuple[Tensor, Caches]:
         (first,) = caches
         return self._blank(latents_BC1hw, 1 if first else self.temporal_factor), (False,)
 
