@@ -4,6 +4,7 @@ setting."""
 import pytest
 import torch
 from _relay import LIMIT, relative_difference
+from _streams import late_store
 from _toys import whole_chunk_backward
 from _vae import CONFIGS, fp64_throughout, library_of, oracle, some_latents, stream_gradient, vae_of
 
@@ -94,6 +95,19 @@ def test_caches_on_the_host_give_the_same_bits(name, dtype):
                 made[decoder].append(frames)
         assert not any(isinstance(cache, torch.Tensor) for cache in caches)
         assert all(torch.equal(a, b) for a, b in zip(made[plain], made[waiting], strict=True))
+
+
+def test_however_late_copies_are_the_bits_are_the_same(monkeypatch):
+    """Host memory of caches that a chunk has replaced is used again at once."""
+    vae, latents = vae_of("toy", torch.float32), some_latents(5, dtype=torch.float32)
+    expected = stream_gradient(WanDecoder(vae, grad_dtype=torch.bfloat16), latents, (0, 6, 16), None, 2)
+    for caches in ("card", "host"):
+        store = late_store(monkeypatch, in_flight=1000)
+        decoder = WanDecoder(vae, grad_dtype=torch.bfloat16, caches=caches, store=store)
+        got = stream_gradient(decoder, latents, (0, 6, 16), None, 2)
+        assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+        stored = decoder.store((torch.zeros(1, 4, 2, 3, 2), None))
+        assert stored[0].nbytes == 2 * 48 and not store._copier._leaving  # nothing of it is on the card any more
 
 
 @pytest.mark.parametrize("name", CONFIGS)

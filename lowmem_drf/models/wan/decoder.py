@@ -137,7 +137,9 @@ class WanDecoder:
             value = cache if self._grad_dtype == self.vae.dtype else _get(cache)
             return self._host.put(value.to(self._grad_dtype)) if isinstance(value, torch.Tensor) else value
 
-        return tuple(map(stored, caches))
+        copies = tuple(map(stored, caches))
+        self._host.settle()  # no cast cache, on its way to the host, stays on the card for the chunk that follows
+        return copies
 
     def chunk_backward(
         self,
