@@ -17,6 +17,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -72,6 +73,7 @@ class _Cost:
     host: int
     spent: Counters
     items: tuple[Item, ...]
+    """What the peak holds more, or less, than was alive before."""
 
 
 class Ledger(TorchDispatchMode):
@@ -169,11 +171,12 @@ class Ledger(TorchDispatchMode):
                 return stand_in()
         before = (self.card_bytes, self.host_bytes, self.spent)
         outside = (self.peak_card_bytes, self.peak_host_bytes, self.at_peak, self._noted_bytes, self._rising)
-        alive = {item.key: item for item in self._items()}
+        alive = self._items()
         self.reset_peak()
         result = run()
         peak, host_peak = self.peak_card_bytes, self.peak_host_bytes
-        items = tuple(item for item in self.close_peak() if item.key not in alive or item.bytes > alive[item.key].bytes)
+        less = (replace(item, count=-item.count, bytes=-item.bytes) for item in alive)
+        items = _summed(self.close_peak(), less)
         self._costs[key] = _Cost(peak - before[0], host_peak - before[1], self.spent - before[2], items)
         if outside[0] >= peak:
             self.peak_card_bytes, _, self.at_peak, self._noted_bytes, self._rising = outside
@@ -260,7 +263,7 @@ class Ledger(TorchDispatchMode):
         if self.peak_card_bytes <= self._noted_bytes * (1 + NOTED_GROWTH):
             return
         self._noted_bytes = self.peak_card_bytes
-        self.at_peak = tuple(sorted([*self._items(), *more], key=lambda item: -item.bytes))
+        self.at_peak = tuple(sorted(_summed(self._items(), more), key=lambda item: -item.bytes))
 
     def _items(self) -> list[Item]:
         """Everything alive on the card."""
@@ -297,3 +300,12 @@ class Ledger(TorchDispatchMode):
         if dtype is torch.float32 and func.overloadpacket in CONVOLUTIONS:
             return self._rates.convolution
         return self._rates.flops.get(dtype, self._rates.flops[torch.float32])
+
+
+def _summed(*groups: Iterable[Item]) -> tuple[Item, ...]:
+    """One item for each ``Key``, of the sum of counts and bytes, if that is not nothing."""
+    kinds: defaultdict[Key, _Kind] = defaultdict(_Kind)
+    for item in chain(*groups):
+        kinds[item.key].count += item.count
+        kinds[item.key].bytes += item.bytes
+    return tuple(Item(*key, kind.count, kind.bytes) for key, kind in kinds.items() if kind.count)
