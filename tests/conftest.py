@@ -92,6 +92,12 @@ def _small():
     few_prompts()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """Questions, texts and plans of tests are not those of this machine's user."""
+    os.environ["LOWMEM_DRF_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def device():
     """The card if there is one; else kernels are interpreted on the CPU."""

@@ -1,12 +1,16 @@
-"""Text that a model wrote (questions, reference answers), cached on disk: one JSON file per text, named by the hash of
-everything that the text depends on."""
+"""What took long to make (questions and reference answers that a model wrote, plans), cached on disk: one JSON file per
+result, named by the hash of everything that the result depends on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import platform
 import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +29,47 @@ def cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / "lowmem-drf"
 
 
-class Cache:
-    """JSON values by JSON key. An unreadable file counts as missing; an unwritable folder caches nothing."""
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes", "triton", "xformers")
+"""What a plan runs."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+
+@cache
+def code_versions() -> dict[str, str | None]:
+    """What results of this program's own code depend on: the versions of Python and of ``LIBRARIES`` (``None``: not
+    installed), and a hash of all source files of this package and its kernels."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    package = Path(__file__).resolve().parents[1]
+    kernels = package.parent / "kernels"  # of a checkout; in a wheel they are inside the package
+    files = [*package.rglob("*.py"), *(kernels.rglob("*.py") if kernels.is_dir() else ())]
+    return found | {"source": files_hash(files)}
+
+
+def files_hash(files: Iterable[Path]) -> str:
+    """Changes with the files' paths and contents. A file that cannot be read counts as empty."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        content = b""
+        with suppress(OSError):
+            content = file.read_bytes()
+        digest.update(f"{file}\0{len(content)}\0".encode("utf-8", "surrogateescape") + content)
+    return digest.hexdigest()
+
+
+class Cache:
+    """JSON values by JSON key. An unreadable file counts as missing; an unwritable folder caches nothing.
+
+    ``most``: files in the folder; the oldest are deleted. ``None``: any number.
+    """
+
+    def __init__(self, folder: Path, most: int | None = None) -> None:
+        self.folder, self._most = folder, most
 
     def get(self, key: dict[str, Any]) -> Any:
         """The value of this key, or ``None``."""
@@ -44,7 +84,11 @@ class Cache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self._file(key), json.dumps({"key": key, "value": value}, indent=2, ensure_ascii=False) + "\n")
-        except OSError:
+            if self._most is not None:
+                files = sorted(self.folder.glob("*.json"), key=lambda file: file.stat().st_mtime)
+                for file in files[: -self._most]:
+                    file.unlink()
+        except OSError:  # also where another process deletes the same files
             return
 
     def _file(self, key: dict[str, Any]) -> Path:

@@ -16,8 +16,7 @@ from lowmem_drf.assembly.assemble import resolve_device
 from lowmem_drf.config import chosen_preset, load_config, preset_card, preset_path
 from lowmem_drf.planner.cards import card_named, parse_vram
 from lowmem_drf.planner.measure import Measurement, measure
-from lowmem_drf.planner.plan import make_plan
-from lowmem_drf.planner.report import planning
+from lowmem_drf.planner.report import planned
 from lowmem_drf.planner.shortcuts import one_micro_batch
 from lowmem_drf.planner.stages import Plan
 from lowmem_drf.terminal import make_console
@@ -34,8 +33,7 @@ def bench_command(preset: str | None, vram: str | None, overrides: Sequence[str]
     cap_gib = parse_vram(vram) if vram else None
     device = resolve_device(config.device)
     card = card_named(torch.cuda.get_device_name(device) if device.type == "cuda" else preset_card(preset_path(name)))
-    with planning(console):
-        plan = make_plan(config, card, cap_gib or card.gib)
+    plan = planned(config, card, cap_gib or card.gib, console, advice=False)
     measured = measure(config, device, cap_gib, console)
     if as_json:
         print(json.dumps(_as_json(plan, measured, name), indent=2))

@@ -1,4 +1,7 @@
-"""Reports on a plan: the table, why it does not fit, and the check that ``train`` makes before it loads models."""
+"""Reports on a plan: the table, why it does not fit, and the check that ``train`` makes before it loads models.
+
+Finished plans are kept on the disk (``PLANS``): to read one imports neither PyTorch nor a model library.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +9,72 @@ import json
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from lowmem_drf.assembly.cache import Cache, cache_folder, code_versions, files_hash
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.weights.sources import READER, TOYWORLD
+from lowmem_drf.models.weights.sources import READER, TOYWORLD, resolve
 from lowmem_drf.planner.cards import GIB, Card, card_named
+from lowmem_drf.planner.stages import Plan
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import can_redraw, make_console, write_error
+from lowmem_drf.texts import expanded
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lowmem_drf.planner.stages import Plan
     from lowmem_drf.schema import Log, Zero
 
+PLANS = "plans"
+"""Folder of finished plans in the cache."""
+MOST_PLANS = 200
+"""About 4 KB each."""
 FIRST_CLIPS_S = 60.0
 """Clips of the base model are made before the first update if they take less."""
 
 
-def planned(config: Config, card: Card, vram_gib: float, console: Console) -> Plan:
-    """The plan. If it does not fit: with the changes that make it fit."""
+def planned(config: Config, card: Card, vram_gib: float, console: Console, advice: bool = True) -> Plan:
+    """The plan. If it does not fit, and ``advice`` is asked for: with the changes that make it fit. Made once, then
+    read from the disk."""
+    kept = Cache(cache_folder() / PLANS, MOST_PLANS)
+    key = _depends_on(config, card, vram_gib) | {"advice": advice}
+    try:
+        return Plan.from_dict(kept.get(key))
+    except (TypeError, KeyError, AttributeError):  # there is none, or another program wrote it
+        plan = _planned(config, card, vram_gib, console, advice)
+    kept.put(key, asdict(plan))
+    return plan
+
+
+def _depends_on(config: Config, card: Card, vram_gib: float) -> dict[str, Any]:
+    """Everything that changes a plan: the whole configuration, contents of the files that it names, the card, and the
+    code."""
+    from lowmem_drf.models.generators import generator_config
+
+    critic = Path(resolve(config.critic.id, "critic"))
+    named = [expanded(text) for text in (config.prompts or "", config.critic.questions)]
+    files = [path for path in named if path.is_file()]
+    # what a critic's folder has besides its weights: configuration, processor, tokenizer
+    files += [path for path in critic.glob("*") if path.suffix in (".json", ".jinja", ".txt", ".model")]
+    return {
+        "config": config.model_dump(mode="json"),
+        "card": asdict(card),
+        "vram_gib": vram_gib,
+        "generator": asdict(generator_config(config.model.id)),
+        "files": files_hash(files),
+        **code_versions(),
+    }
+
+
+def _planned(config: Config, card: Card, vram_gib: float, console: Console, advice: bool) -> Plan:
     from lowmem_drf.planner.ladder import advise
     from lowmem_drf.planner.plan import make_plan
 
     with planning(console) as say:
         plan = make_plan(config, card, vram_gib)
-        return advise(config, card, plan, lambda text: say(f"it does not fit; trying {text}"))
+        return plan if not advice else advise(config, card, plan, lambda text: say(f"it does not fit; trying {text}"))
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from lowmem_drf.planner.cards import USABLE
 
@@ -113,3 +114,9 @@ class Plan:
             "stages": {name: asdict(stage) for name, stage in self.stages.items()},
             "changes": list(self.changes),
         }
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Self:
+        """The inverse of ``dataclasses.asdict``, also by way of JSON. Raises TypeError or KeyError for other things."""
+        stages = {name: StagePlan(**stage) for name, stage in row["stages"].items()}
+        return cls(**{**row, "stages": stages, "changes": tuple(row["changes"])})
