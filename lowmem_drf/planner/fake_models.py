@@ -62,20 +62,21 @@ def fake_text(config: Mapping[str, Any], dtype: torch.dtype, mode: FakeTensorMod
 
 
 def fake_critic(
-    name_or_folder: str, dtype: torch.dtype, fps: float | None, quant: Quant, mode: FakeTensorMode
+    name_or_folder: str, dtype: torch.dtype, fps: float | None, quant: Quant, mode: FakeTensorMode, files: Any = None
 ) -> QwenCritic:
     """The critic, as ``load_critic`` returns it.
 
     Args:
         name_or_folder: ``toyworld``, a model's folder, or a hub id of ``known_critics``. A hub id gets a stand-in
             tokenizer, which makes about four times as many tokens.
+        files: in place of ``random_critic.described`` of that name.
 
     Raises:
         BadInputError: none of these, or bitsandbytes is missing.
     """
     require_library(quant)
     with _disable_current_modes():
-        config, settings, tokenizer = described(resolve(name_or_folder, "critic"))
+        config, settings, tokenizer = files or described(resolve(name_or_folder, "critic"))
         model = empty_model(config)
         remake_rotary(model)
         lay_out(model, quant, in_critic)

@@ -25,36 +25,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_drf.memory.host import IN_FLIGHT
-from lowmem_drf.planner.costs import CONVOLUTIONS, Counters, Rates, facts
+from lowmem_drf.planner.costs import CONVOLUTIONS, Counters, Pcie, Rates, facts
 from lowmem_drf.planner.fakes import DEVICE_OF, key_of, tensors_of
-from lowmem_drf.planner.pcie import Pcie
+from lowmem_drf.planner.stages import MIDDLE, Item, Key, Label, Span
 
 NOTED_GROWTH = 0.005
 """The items of a peak are listed each time it has grown by this share, so the list may miss that share."""
 
 T = TypeVar("T")
-Key = tuple[str, tuple[int, ...], torch.dtype]
-"""Operator, shape, dtype."""
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """Storages alive at a peak that one operator made, in one shape and dtype."""
-
-    op: str
-    """The operator, or the name given to ``adopt``."""
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    count: int
-    bytes: int
-
-    @property
-    def key(self) -> Key:
-        return self.op, self.shape, self.dtype
-
-    def __str__(self) -> str:
-        many = f"{self.count} x " if self.count > 1 else ""
-        return f"{many}{self.op} {'x'.join(map(str, self.shape))} {str(self.dtype).removeprefix('torch.')}"
 
 
 @dataclass(slots=True)
@@ -104,6 +82,9 @@ class Ledger(TorchDispatchMode):
         self._costs: dict[Hashable, _Cost] = {}
         self._noted_bytes = 0
         self._rising = False
+        self._spans: dict[Label, Span] = {}
+        self._label: Label = ("", 0)
+        self._times: defaultdict[Hashable, int] = defaultdict(int)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -124,7 +105,31 @@ class Ledger(TorchDispatchMode):
         self._stack.remove(self)
 
     def reset_peak(self) -> None:
-        """Sets the peaks to the bytes alive now."""
+        """Sets the peaks to the bytes alive now, and forgets all marks."""
+        self._spans, self._label, self._times = {}, ("", 0), defaultdict(int)
+        self._restart()
+
+    def mark(self, label: Hashable) -> None:
+        """Ends a span, and begins one that is named by this label and how often it was there before (``MIDDLE``: by
+        the label alone). Peaks are those of the present span."""
+        self._end_span()
+        self._label = (label, self._times[label])
+        self._times[label] += label != MIDDLE
+        self._restart()
+
+    def spans(self) -> dict[Label, Span]:
+        """All spans since ``reset_peak``."""
+        self._end_span()
+        return self._spans
+
+    def _end_span(self) -> None:
+        now, before = Span(self.peak_card_bytes, self.peak_host_bytes, self.close_peak()), self._spans.get(self._label)
+        if before is not None:
+            items = now.items if now.card > before.card else before.items
+            now = Span(max(now.card, before.card), max(now.host, before.host), items)
+        self._spans[self._label] = now
+
+    def _restart(self) -> None:
         self.peak_card_bytes, self.peak_host_bytes = self.card_bytes, self.host_bytes
         self._noted_bytes, self._rising = 0, True
 
@@ -171,8 +176,8 @@ class Ledger(TorchDispatchMode):
                 return stand_in()
         before = (self.card_bytes, self.host_bytes, self.spent)
         outside = (self.peak_card_bytes, self.peak_host_bytes, self.at_peak, self._noted_bytes, self._rising)
-        alive = self._items()
-        self.reset_peak()
+        alive = self.items()
+        self._restart()
         result = run()
         peak, host_peak = self.peak_card_bytes, self.peak_host_bytes
         less = (replace(item, count=-item.count, bytes=-item.bytes) for item in alive)
@@ -263,11 +268,11 @@ class Ledger(TorchDispatchMode):
         if self.peak_card_bytes <= self._noted_bytes * (1 + NOTED_GROWTH):
             return
         self._noted_bytes = self.peak_card_bytes
-        self.at_peak = tuple(sorted(_summed(self._items(), more), key=lambda item: -item.bytes))
+        self.at_peak = tuple(sorted(_summed(self.items(), more), key=lambda item: -item.bytes))
 
-    def _items(self) -> list[Item]:
+    def items(self) -> tuple[Item, ...]:
         """Everything alive on the card."""
-        return [Item(*key, kind.count, kind.bytes) for key, kind in self._kinds.items() if kind.count]
+        return tuple(Item(*key, kind.count, kind.bytes) for key, kind in self._kinds.items() if kind.count)
 
     def _count(self, size: int, kind: _Kind, sign: int = 1) -> None:
         kind.count += sign

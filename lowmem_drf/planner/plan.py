@@ -3,7 +3,8 @@
 ``training.update`` runs as in training, on models of true size whose tensors have shapes but no values
 (``planner/fake_models.py``), so plan and run cannot drift apart. Repeats are left out (``planner/shortcuts.py``): two
 graded steps stand for all, one ungraded step for all, one micro-batch for the batch; blocks and chunks that keep no
-graph run once. No peak changes by this (``tests/planner/test_plan.py``), and the seconds are scaled up again.
+graph run once. No peak changes by this (``tests/planner/test_plan.py``), and the seconds are scaled up again. Stacks of
+equal blocks are run at two smaller depths, and the figures extended exactly (``planner/depths.py``).
 
 Bytes are those requested of PyTorch's allocator, in its blocks of 512; ``cards.USABLE`` covers memory it does not see.
 Seconds are estimated from operations, traffic and the card's rates alone.
@@ -12,9 +13,9 @@ Seconds are estimated from operations, traffic and the card's rates alone.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,13 +28,17 @@ from lowmem_drf.assembly.text_cache import BATCH, DTYPES, LARGE_BYTES
 from lowmem_drf.models.generators import GeneratorConfig, generator_config
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters, named_lora
 from lowmem_drf.models.qwen_vl.known import KNOWN
+from lowmem_drf.models.qwen_vl.vision import forget_windows
 from lowmem_drf.models.wan.experts import make_transformers, require_expert
 from lowmem_drf.models.wan.random_generator import empty_transformer
+from lowmem_drf.models.weights.sources import resolve
 from lowmem_drf.planner.cards import BANDWIDTH_SHARE, GIB, MATMUL_SHARE, USABLE, Card
-from lowmem_drf.planner.costs import Rates
+from lowmem_drf.planner.costs import Counters, Rates
+from lowmem_drf.planner.depths import Line, depths_of, line_to, mark_critic, shallow_critic, shallow_generator
 from lowmem_drf.planner.fakes import Fakes
-from lowmem_drf.planner.ledger import Item, Ledger
+from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.shortcuts import (
+    AbsentDecoder,
     boundary_moved,
     of_one_process,
     one_micro_batch,
@@ -43,7 +48,7 @@ from lowmem_drf.planner.shortcuts import (
     with_records,
     with_shortcuts,
 )
-from lowmem_drf.planner.stages import SUMS, Plan, StagePlan
+from lowmem_drf.planner.stages import WEIGHTS, Figures, Plan, Span, StagePlan
 from lowmem_drf.planner.store import planned_store
 from lowmem_drf.planner.zero import PlannedTrainer, PlannedZero3
 from lowmem_drf.prompts import as_prompts
@@ -53,8 +58,6 @@ from lowmem_drf.types import Parts, Prompt, Question
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
-
-WEIGHTS = "weights"
 
 ALLOCATOR_BLOCK = 512
 """Bytes: the CUDA caching allocator rounds every request up to a multiple."""
@@ -75,13 +78,18 @@ CHARACTERS_PER_TOKEN = 4
 
 
 class PlanMeter:
-    """Takes the place of the run's ``Meter``: records each stage's bytes and estimated seconds."""
+    """Takes the place of the run's ``Meter``: records each stage's bytes and estimated seconds.
 
-    def __init__(self, ledger: Ledger) -> None:
+    ``absent``: figures of stages that are not computed this time. Their stand-ins are taken to keep as many bytes.
+    """
+
+    def __init__(self, ledger: Ledger, absent: Mapping[str, Sequence[Figures]] | None = None) -> None:
         self.stages: dict[str, StagePlan] = {}
+        self.visits: list[tuple[str, Figures]] = []
         self.partitioned: list[PlannedZero3] = []
         self._models: list[Any] = []
         self._ledger = ledger
+        self._absent = {name: iter(visits) for name, visits in (absent or {}).items()}
 
     def load(self, models: Sequence[torch.nn.Module]) -> None:
         """Counts these models as on the card."""
@@ -101,7 +109,7 @@ class PlanMeter:
         """Measures the block. If a stage is entered again, the larger peak is kept and the seconds add up."""
         ledger = self._ledger
         ledger.reset_peak()
-        kept, before_it = ledger.card_bytes, ledger.spent
+        came, there, before_it = (ledger.card_bytes, ledger.host_bytes), ledger.items(), ledger.spent
         asleep = ledger.on_card(self._tensors())
         with ExitStack() as gathered:
             for model in self.partitioned:
@@ -109,26 +117,21 @@ class PlanMeter:
             yield
         weights = ledger.on_card(self._tensors())
         ledger.wait(ledger.link.quiet(ledger.seconds))  # as the run's meter waits for the device
-        spent = ledger.spent - before_it
-        now = StagePlan(
-            peak_gib=ledger.peak_card_bytes / GIB,
-            weights_gib=weights / GIB,
-            kept_gib=(kept - asleep) / GIB,
-            host_gib=ledger.peak_host_bytes / GIB,
-            s=spent.seconds,
-            stall_s=spent.stalled,
-            copy_s=spent.copying,
-            moved_gib=(spent.to_host + spent.to_card) / GIB,
-            between_gib=spent.between / GIB,
-            tflop=spent.flops / 1e12,
-            what=_largest_items(ledger.close_peak()),
-        )
+        spans, left = ledger.spans(), (ledger.card_bytes, ledger.host_bytes)
+        figures = Figures(spans, weights, came[0] - asleep, ledger.spent - before_it, came, left, there)
+        if (counted := next(self._absent.get(name, iter(())), None)) is not None:
+            kept = [end - start for start, end in zip(counted.came, counted.left, strict=True)]
+            ledger.card_bytes, ledger.host_bytes = came[0] + kept[0], came[1] + kept[1]
+        self.add(name, figures)
+
+    def add(self, name: str, figures: Figures) -> None:
+        """A visit of a stage."""
+        self.visits.append((name, figures))
+        now = figures.plan()
         for model in self.partitioned:
             now = model.with_gathers(name, now)
-        if (before := self.stages.get(name)) is not None:
-            sums = {key: getattr(before, key) + getattr(now, key) for key in SUMS}
-            now = replace(now if now.peak_gib >= before.peak_gib else before, **sums)
-        self.stages[name] = now
+        before = self.stages.get(name)
+        self.stages[name] = now if before is None else before.and_again(now)
 
     def take(self) -> tuple[dict[str, float], dict[str, float]]:
         """As ``Meter.take``, but without a reset."""
@@ -143,6 +146,7 @@ def make_plan(
     only: str | None = None,
     whole: bool = False,
     fakes: Fakes | None = None,
+    deep: bool = False,
 ) -> Plan:
     """Runs one update of ``config`` on fake tensors.
 
@@ -152,42 +156,95 @@ def make_plan(
             of the other stages are meaningless.
         whole: run all steps, without shortcuts: slow, for tests.
         fakes: those of earlier plans, to reuse their cached results.
+        deep: run all blocks of every stack: slow, for tests.
 
     Raises:
         BadInputError: a model's configuration is unknown, or settings contradict each other.
     """
-    from lowmem_drf.training.update import update
-
     config = of_one_process(decide_rollout(config, card, vram_gib, fakes).model_copy(update={"device": "cpu"}))
     short = one_micro_batch(config) if whole else shortened(config, 2 if only in (None, "denoise_backward") else 1)
-    fakes = fakes or new_fakes()
-    mode = fakes.mode
-    generator = generator_config(config.model.id)
+    generator, most = generator_config(config.model.id), vram_gib or card.gib
     require_expert(config, generator)
-    most = vram_gib or card.gib
     require_room(config, generator, {"micro_batch": config.micro_batch}, FAR * most * GIB, f"{FAR} such cards have")
     if not whole:
         generator = boundary_moved(generator, short)
-    ungraded = config.sampler.graded_steps - short.sampler.graded_steps
-    with fakes, Ledger(ALLOCATOR_BLOCK, _rates(card)) as ledger:
-        meter = PlanMeter(ledger)
-        if only in (None, "text"):
-            _encode_text(config, generator, mode, meter)
-        models, prompts, questions = _fake_models(short, generator, mode, meter)
-        parts = models.parts(lora_parameters(models.transformer))
-        parts = _partitioned(config, short, card, ledger, models, parts, meter)
-        if only:
-            parts = one_stage(parts, only, models)
-        if not whole:
-            parts = with_shortcuts(parts, models, ledger)
-        latents = [torch.zeros(config.micro_batch, *models.latent_shape) for _ in range(ungraded)]
-        trainer = _trainer(config, ledger, models)
-        update(short, models, parts, trainer, 0, prompts, questions, None)
-        del latents
-    stages = meter.stages
+    run = _Run(config, short, generator, described_critic(config.critic.id), card, fakes or new_fakes(), only, whole)
+    line = None if whole or deep or config.engine == "zero3" else line_to(depths_of(generator, run.critic[0]))
+    stages, step_bytes = run.at_true_depth() if line is None else run.extended(line)
     if not whole:
-        stages = with_records(config, short, stages, models.recorder.step_bytes if models.recorder else 0, card)
-    return scaled(config, short, stages, card, vram_gib or card.gib)
+        stages = with_records(config, short, stages, step_bytes, card)
+    return scaled(config, short, stages, card, most)
+
+
+ABSENT = ("decode", "vae_backward")
+"""Stages without stacks of equal blocks: they are computed at the first depth alone."""
+
+
+@dataclass
+class _Run:
+    """An update on fake tensors. ``critic``: see ``described_critic``."""
+
+    config: Config
+    short: Config
+    generator: GeneratorConfig
+    critic: tuple[dict[str, Any], dict[str, Any], Any]
+    card: Card
+    fakes: Fakes
+    only: str | None
+    whole: bool
+    frames: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)
+    """Of each chunk that was decoded."""
+
+    def extended(self, line: Line) -> tuple[dict[str, StagePlan], int]:
+        """As ``at_true_depth``, from two smaller depths."""
+        first, bytes_first = self._at(line.first)
+        absent = {name: [figures for other, figures in first.visits if other == name] for name in ABSENT}
+        second, bytes_second = self._at(line.second, absent)
+        meter = PlanMeter(Ledger())
+        for (name, one), (_, other) in zip(first.visits, second.visits, strict=True):
+            meter.add(name, (one.shifted if name in ABSENT else one.extended)(other, line.steps))
+        return meter.stages, bytes_second + line.steps * (bytes_second - bytes_first)
+
+    def at_true_depth(self) -> tuple[dict[str, StagePlan], int]:
+        """The figures of all stages, and the bytes of a step's records."""
+        meter, step_bytes = self._run(self.generator, self.critic, {})
+        return meter.stages, step_bytes
+
+    def _at(self, depths: Mapping[str, int], absent: Mapping[str, Sequence[Figures]] | None = None) -> Any:
+        config, *rest = self.critic
+        return self._run(
+            shallow_generator(self.generator, depths), (shallow_critic(config, depths), *rest), absent or {}
+        )
+
+    def _run(
+        self, generator: GeneratorConfig, critic: Any, absent: Mapping[str, Sequence[Figures]]
+    ) -> tuple[PlanMeter, int]:
+        from lowmem_drf.training.update import update
+
+        config, short, only, mode = self.config, self.short, self.only, self.fakes.mode
+        ungraded = config.sampler.graded_steps - short.sampler.graded_steps
+        forget_windows()  # else the first run of a process would count them alone
+        with self.fakes, Ledger(ALLOCATOR_BLOCK, _rates(self.card)) as ledger:
+            meter = PlanMeter(ledger, absent)
+            if only in (None, "text"):
+                _encode_text(config, generator, mode, meter)
+            if only == "text":
+                return meter, 0
+            models, prompts, questions = _fake_models(short, generator, critic, mode, meter)
+            parts = models.parts(lora_parameters(models.transformer))
+            parts = _partitioned(config, short, self.card, ledger, models, parts, meter)
+            if only:
+                parts = one_stage(parts, only, models)
+            if absent:
+                parts = replace(parts, decoder=AbsentDecoder(parts.decoder, self.frames))
+            if not self.whole:
+                mark_critic(models, ledger)
+                parts = with_shortcuts(parts, models, ledger, None if absent else self.frames)
+            latents = [torch.zeros(config.micro_batch, *models.latent_shape) for _ in range(ungraded)]
+            trainer = _trainer(config, ledger, models)
+            update(short, models, parts, trainer, 0, prompts, questions, None)
+            del latents
+        return meter, models.recorder.step_bytes if models.recorder else 0
 
 
 def decide_rollout(config: Config, card: Card, vram_gib: float | None = None, fakes: Fakes | None = None) -> Config:
@@ -256,8 +313,7 @@ def _encode_text(config: Config, generator: GeneratorConfig, mode: FakeTensorMod
     encoder, where = fake_text(generator.text, DTYPES[config.dtype], mode), config.memory.text_device
     nbytes = sum(parameter.nbytes for parameter in encoder.parameters())
     if where == "host":
-        nothing = dict.fromkeys(("peak_gib", "weights_gib", "kept_gib", *SUMS), 0.0)
-        meter.stages["text"] = StagePlan(**nothing, host_gib=nbytes / GIB, what="it runs on the host")
+        meter.add("text", Figures({("", 0): Span(0, nbytes)}, 0, 0, Counters(), what="it runs on the host"))
         return
     if where == "stream":
         stream_text(encoder, torch.device("cpu"), planned_store())
@@ -270,8 +326,15 @@ def _encode_text(config: Config, generator: GeneratorConfig, mode: FakeTensorMod
     gc.collect()  # as in ``encode_texts``: modules and their streamed layers refer to each other
 
 
+def described_critic(critic_id: str) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """``config.json``, video settings and tokenizer of a critic. Raises BadInputError."""
+    from lowmem_drf.models.qwen_vl.random_critic import described
+
+    return described(resolve(critic_id, "critic"))
+
+
 def _fake_models(
-    config: Config, generator: GeneratorConfig, mode: FakeTensorMode, meter: PlanMeter
+    config: Config, generator: GeneratorConfig, described: Any, mode: FakeTensorMode, meter: PlanMeter
 ) -> tuple[Models, list[Prompt], dict[str, tuple[Question, ...]]]:
     """Models of true size, and the prompts of one micro-batch with their questions."""
     from lowmem_drf.planner.fake_models import empty_lora, fake_critic, fake_transformer, fake_vae
@@ -288,7 +351,8 @@ def _fake_models(
         text: torch.zeros(config.model.text_tokens, text_dim, dtype=dtype)
         for text in [*(p.text for p in prompts), config.sampler.negative_prompt]
     }
-    critic = fake_critic(config.critic.id, dtype, critic_rate(config), config.critic.quant, mode=mode)
+    rate = critic_rate(config)
+    critic = fake_critic(config.critic.id, dtype, rate, config.critic.quant, mode=mode, files=described)
     vae = fake_vae(generator.vae, DTYPES[config.memory.vae_dtype], mode)
     meter.load([transformer, vae, critic.model, *([other.transformer] if other else [])])
     device, ops = torch.device("cpu"), choose_planned(config)
@@ -315,9 +379,3 @@ def _shorter(question: Question) -> Question:
 
     answer = question.answer if question.kind == "yesno" else cut(question.answer)
     return replace(question, text=cut(question.text), answer=answer, token_weights=())
-
-
-def _largest_items(items: Sequence[Item]) -> str:
-    """The three largest, except weights."""
-    others = [item for item in items if item.op != WEIGHTS]
-    return "; ".join(f"{item} ({item.bytes / GIB:.2f} GiB)" for item in others[:3])

@@ -21,6 +21,7 @@ from lowmem_drf.memory.streaming import StreamedForward
 from lowmem_drf.method.schedule import flow_sigmas
 from lowmem_drf.models.wan.experts import boundary_after
 from lowmem_drf.planner.cards import GIB, Card
+from lowmem_drf.planner.depths import begins, marker
 from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.stages import ONCE, STAGES, SUMS, Plan, StagePlan
 from lowmem_drf.schema import Config
@@ -101,24 +102,38 @@ def scaled(config: Config, short: Config, stages: dict[str, StagePlan], card: Ca
     return Plan(card.name, vram_gib, rows, update_s, processes=config.processes, rollout=rollout)
 
 
-def with_shortcuts(parts: Parts, models: Models, ledger: Ledger) -> Parts:
-    """Computations that keep no graph run once per shape: a block of the rollout, a chunk of the VAE."""
-    for block in (*models.transformer.blocks, *(models.expert.blocks if models.expert else ())):
-        holder = block  # recording a pass and fetching weights still happen every time
-        while isinstance(holder.forward, RecordedForward | StreamedForward | HookedForward):
-            holder = holder.forward
-        holder.forward = _ShortcutBlock(holder.forward, ledger)
-    return replace(parts, decoder=_ShortcutDecoder(parts.decoder, ledger))
+Frames = list[tuple[torch.Size, torch.dtype]]
+
+
+def with_shortcuts(parts: Parts, models: Models, ledger: Ledger, frames: Frames | None) -> Parts:
+    """Computations that keep no graph run once per shape: a block of the rollout, a chunk of the VAE. Marks where the
+    transformer's blocks begin (``depths``).
+
+    ``frames``: gets shape and dtype of what each chunk makes. ``None``: the decoder stays as it is.
+    """
+    for model in (models.transformer, models.expert):
+        blocks = [] if model is None else list(model.blocks)
+        for place, block in enumerate(blocks):
+            holder = block  # recording a pass and fetching weights still happen every time
+            while isinstance(holder.forward, RecordedForward | StreamedForward | HookedForward):
+                holder = holder.forward
+            mark = marker(ledger, "transformer" if model is models.transformer else "expert", place, len(blocks))
+            holder.forward = _ShortcutBlock(holder.forward, ledger, mark)
+    return parts if frames is None else replace(parts, decoder=_ShortcutDecoder(parts.decoder, ledger, frames))
 
 
 class _ShortcutBlock:
     """A block's ``forward``. Runs passes with gradient, and recorded ones (they get ``kept_attention``), every time."""
 
-    def __init__(self, forward: Any, ledger: Ledger) -> None:
-        self._forward, self._ledger = forward, ledger
-        self.unread = forward.unread
+    def __init__(self, forward: Any, ledger: Ledger, mark: Callable[[str], None]) -> None:
+        self._forward, self._ledger, self._mark = forward, ledger, mark
+
+    def unread(self, hidden_BLD: Tensor, *rest: Any, **arguments: Any) -> Any:
+        begins(hidden_BLD, self._mark)
+        return self._forward.unread(hidden_BLD, *rest, **arguments)
 
     def __call__(self, hidden_BLD: Tensor, *rest: Any, **arguments: Any) -> Tensor:
+        begins(hidden_BLD, self._mark)
         if torch.is_grad_enabled() or arguments:
             return self._forward(hidden_BLD, *rest, **arguments)
         run = partial(self._forward, hidden_BLD, *rest)
@@ -128,8 +143,8 @@ class _ShortcutBlock:
 class _ShortcutDecoder:
     """A decoder that skips chunks once the caches they pass on are as large as those they received."""
 
-    def __init__(self, decoder: Decoder, ledger: Ledger) -> None:
-        self._decoder, self._ledger = decoder, ledger
+    def __init__(self, decoder: Decoder, ledger: Ledger, frames: Frames) -> None:
+        self._decoder, self._ledger, self._frames = decoder, ledger, frames
         self._steady: dict[Hashable, bool] = {}
         self.temporal_factor = decoder.temporal_factor
         self.start, self.store, self.decode = decoder.start, decoder.store, decoder.decode
@@ -147,7 +162,9 @@ class _ShortcutDecoder:
             self._blank = partial(torch.zeros, made.shape, dtype=made.dtype, device=made.device)
             return made, passed_on
 
-        return self._shortcut(key, run, lambda: (self._blank(), tuple(caches)))
+        result: tuple[Tensor, Caches] = self._shortcut(key, run, lambda: (self._blank(), tuple(caches)))
+        self._frames.append((result[0].shape, result[0].dtype))
+        return result
 
     def advance(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> Caches:
         received = _sizes(caches)
@@ -221,6 +238,18 @@ class _NoDecoder:
         batch, _, _, height, width = latents_BCFhw.shape
         height, width = height * self.spatial_factor, width * self.spatial_factor
         return latents_BCFhw.mean() + torch.zeros(batch, frames, 3, height, width)
+
+
+class AbsentDecoder(_NoDecoder):
+    """A ``_NoDecoder`` that makes ``frames`` as another run of the same update did."""
+
+    def __init__(self, decoder: Decoder, frames: Frames) -> None:
+        super().__init__(decoder.temporal_factor, 1)
+        self._frames = iter(frames)
+
+    def chunk(self, latents_BC1hw: Tensor, caches: Caches) -> tuple[Tensor, Caches]:
+        shape, dtype = next(self._frames)
+        return latents_BC1hw.new_zeros(shape, dtype=dtype), (False,)
 
 
 def _no_critic(frames_BTCHW: Tensor, questions: Sequence[Sequence[Question]]) -> list[list[Answer]]:

@@ -1,12 +1,26 @@
-"""The result of a plan: figures for each stage of an update, and for the whole update."""
+"""Figures of a plan: counted in each stage of an update (``Figures``), printed (``StagePlan``), and of the whole update
+(``Plan``). Without PyTorch, for plans that are read from the disk."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from lowmem_drf.planner.cards import USABLE
+from lowmem_drf.planner.cards import GIB, USABLE
+
+if TYPE_CHECKING:
+    from lowmem_drf.planner.costs import Counters
+
+Key = tuple[str, tuple[int, ...], Any]
+"""Operator, shape, dtype."""
+
+WEIGHTS = "weights"
+
+Label = tuple[Hashable, int]
+"""The mark where a span begins, and how often it was there before in the stage."""
+MIDDLE = "middle"
+"""The mark of blocks that are neither among the first nor among the last of their stack (``depths``)."""
 
 STAGES = ("text", "rollout", "decode", "critic", "vae_backward", "denoise_backward", "update")
 ONCE = ("text", "update")
@@ -14,6 +28,114 @@ ONCE = ("text", "update")
 
 SUMS = ("s", "stall_s", "copy_s", "moved_gib", "tflop", "between_gib")
 """Fields of ``StagePlan`` that add up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Storages alive at a peak that one operator made, in one shape and dtype."""
+
+    op: str
+    """The operator, or the name given to ``adopt``."""
+    shape: tuple[int, ...]
+    dtype: Any
+    count: int
+    bytes: int
+
+    @property
+    def key(self) -> Key:
+        return self.op, self.shape, self.dtype
+
+    def __str__(self) -> str:
+        many = f"{self.count} x " if self.count > 1 else ""
+        return f"{many}{self.op} {'x'.join(map(str, self.shape))} {str(self.dtype).removeprefix('torch.')}"
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The peaks between two marks of a ledger, and the items of the card's, largest first."""
+
+    card: int
+    host: int
+    items: tuple[Item, ...] = ()
+
+    def extended(self, other: Span, steps: int) -> Span:
+        """See ``Figures.extended``."""
+        card, host = other.card + steps * (other.card - self.card), other.host + steps * (other.host - self.host)
+        return Span(card, host, _extended(other.items, self.items, other.items, steps))
+
+
+def _extended(items: Sequence[Item], fewer: Sequence[Item], more: Sequence[Item], steps: int) -> tuple[Item, ...]:
+    """``items``, each plus ``steps`` times what ``more`` has of its kind beyond ``fewer``."""
+    first, second = ({item.key: item for item in counted} for counted in (fewer, more))
+    grown = []
+    for item in items:
+        if item.key in first and item.key in second:
+            was, now = first[item.key], second[item.key]
+            count, size = item.count + steps * (now.count - was.count), item.bytes + steps * (now.bytes - was.bytes)
+            item = replace(item, count=count, bytes=size)
+        grown.append(item)
+    return tuple(sorted(grown, key=lambda item: -item.bytes))
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a ledger counted in one visit of a stage, in bytes. Bytes are the card's, except the host's."""
+
+    spans: Mapping[Label, Span]
+    weights: int
+    kept: int
+    """Everything else that was there when the stage began."""
+    spent: Counters
+    came: tuple[int, int] = (0, 0)
+    """Bytes of card and host when the stage began."""
+    left: tuple[int, int] = (0, 0)
+    """The same at its end."""
+    there: tuple[Item, ...] = ()
+    """The items on the card when the stage began."""
+    what: str = ""
+    """In place of the largest items."""
+
+    def extended(self, other: Figures, steps: int) -> Figures:
+        """The figures of deeper stacks, from those of two depths: ``other`` plus ``steps`` times the difference. Raises
+        ValueError if the two have different spans."""
+        spans, others = ({k: v for k, v in one.spans.items() if k[0] != MIDDLE} for one in (self, other))
+        if spans.keys() != others.keys():
+            raise ValueError("two depths of the same stacks ran differently")
+        return replace(
+            other,
+            spans={label: span.extended(others[label], steps) for label, span in spans.items()},
+            weights=other.weights + steps * (other.weights - self.weights),
+            kept=other.kept + steps * (other.kept - self.kept),
+            spent=other.spent + (other.spent - self.spent) * steps,
+        )
+
+    def shifted(self, other: Figures, steps: int) -> Figures:
+        """The same for a stage without these stacks, which ``other`` did not compute: their weights are there all the
+        time."""
+        card, host = ((steps + 1) * (now - before) for now, before in zip(other.came, self.came, strict=True))
+        spans = {
+            label: Span(one.card + card, one.host + host, _extended(one.items, self.there, other.there, steps + 1))
+            for label, one in self.spans.items()
+        }
+        weights, kept = ((steps + 1) * more for more in (other.weights - self.weights, other.kept - self.kept))
+        return replace(self, spans=spans, weights=self.weights + weights, kept=self.kept + kept)
+
+    def plan(self) -> StagePlan:
+        peak, spent = max(self.spans.values(), key=lambda span: span.card), self.spent
+        largest = [item for item in peak.items if item.op != WEIGHTS][:3]
+        return StagePlan(
+            peak_gib=peak.card / GIB,
+            weights_gib=self.weights / GIB,
+            kept_gib=self.kept / GIB,
+            host_gib=max(span.host for span in self.spans.values()) / GIB,
+            s=spent.seconds,
+            stall_s=spent.stalled,
+            copy_s=spent.copying,
+            moved_gib=(spent.to_host + spent.to_card) / GIB,
+            between_gib=spent.between / GIB,
+            tflop=spent.flops / 1e12,
+            what=self.what or "; ".join(f"{item} ({item.bytes / GIB:.2f} GiB)" for item in largest),
+        )
 
 
 @dataclass(frozen=True)
@@ -39,6 +161,11 @@ class StagePlan:
     """The largest allocations alive at the peak, except weights."""
     between_gib: float = 0.0
     """Part of ``moved_gib`` that this process's card exchanges with those of other processes."""
+
+    def and_again(self, now: StagePlan) -> StagePlan:
+        """Both visits of a stage: the larger peak is kept, the seconds add up."""
+        sums = {key: getattr(self, key) + getattr(now, key) for key in SUMS}
+        return replace(now if now.peak_gib >= self.peak_gib else self, **sums)
 
 
 @dataclass(frozen=True)

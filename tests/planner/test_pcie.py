@@ -10,9 +10,8 @@ from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.weights import downloads
 from lowmem_drf.planner.cards import card_named
-from lowmem_drf.planner.costs import Rates
+from lowmem_drf.planner.costs import Pcie, Rates
 from lowmem_drf.planner.ledger import Ledger
-from lowmem_drf.planner.pcie import Pcie
 from lowmem_drf.planner.plan import make_plan
 from lowmem_drf.planner.report import _require_host_memory
 from lowmem_drf.planner.store import planned_store

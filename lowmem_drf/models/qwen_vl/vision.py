@@ -30,6 +30,12 @@ def speed_up_vision(visual: Any, attention: RangedAttention | None = None) -> No
         block.attn.forward = MethodType(_batched_attention, block.attn)
 
 
+def forget_windows() -> None:
+    """Frees the tables of windows that are kept between passes."""
+    _ranges.cache_clear()
+    _windows.cache_clear()
+
+
 def _linear_patch_embed(self: Any, hidden_states: Tensor) -> Tensor:
     """``forward`` of ``Qwen2_5_VisionPatchEmbed`` and ``Qwen3VLVisionPatchEmbed``: (S, C * t * p * p) -> (S, D)."""
     weight = self.proj.weight.flatten(1)
