@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Depths = Mapping[str, int]
 """Blocks by stack: ``transformer``, ``text`` (encoder), ``language`` and ``windowed`` (of the critic)."""
 
-FIRST, LAST = 3, 2
+FIRST, LAST = 2, 2
 """Blocks at the ends of a stack whose spans have names of their own."""
 LEAST = FIRST + LAST
 COSTS = {"transformer": 6.0, "text": 0.2, "language": 2.0, "windowed": 1.5}
@@ -62,7 +62,7 @@ def line_to(depths: Depths) -> Line | None:
 
 def depths_of(generator: GeneratorConfig, critic: Mapping[str, Any]) -> dict[str, int]:
     """The stacks of a run that consist of equal blocks. ``critic``: its ``config.json``."""
-    depths = {"transformer": generator.transformer["num_layers"], "text": generator.text["num_layers"]}
+    depths = {"transformer": generator.transformer["num_layers"]}
     if generator.transformer_2 is not None and generator.transformer_2["num_layers"] != depths["transformer"]:
         del depths["transformer"]
     text, vision = critic["text_config"], critic["vision_config"]
@@ -76,15 +76,13 @@ def depths_of(generator: GeneratorConfig, critic: Mapping[str, Any]) -> dict[str
 
 
 def shallow_generator(generator: GeneratorConfig, depths: Depths) -> GeneratorConfig:
-    from dataclasses import replace
-
     layers = {"num_layers": depths["transformer"]} if "transformer" in depths else {}
-    second = generator.transformer_2
+    text, second = {"num_layers": depths["text"]} if "text" in depths else {}, generator.transformer_2
     return replace(
         generator,
         transformer=generator.transformer | layers,
         transformer_2=None if second is None else second | layers,
-        text=generator.text | {"num_layers": depths["text"]},
+        text=generator.text | text,
     )
 
 

@@ -169,11 +169,26 @@ def make_plan(
     if not whole:
         generator = boundary_moved(generator, short)
     run = _Run(config, short, generator, described_critic(config.critic.id), card, fakes or new_fakes(), only, whole)
-    line = None if whole or deep or config.engine == "zero3" else line_to(depths_of(generator, run.critic[0]))
-    stages, step_bytes = run.at_true_depth() if line is None else run.extended(line)
-    if not whole:
-        stages = with_records(config, short, stages, step_bytes, card)
+    shallow = not (whole or deep)
+    with _uncollected():
+        stages = run.text(shallow) if only in (None, "text") else {}
+        if only != "text":
+            more, step_bytes = run.update(shallow and config.engine != "zero3")
+            stages |= more if whole else with_records(config, short, more, step_bytes, card)
     return scaled(config, short, stages, card, most)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's own garbage collections: they walk everything that the model libraries made when they were
+    imported, for a tenth of a plan's time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 ABSENT = ("decode", "vae_backward")
@@ -195,42 +210,40 @@ class _Run:
     frames: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)
     """Of each chunk that was decoded."""
 
-    def extended(self, line: Line) -> tuple[dict[str, StagePlan], int]:
-        """As ``at_true_depth``, from two smaller depths."""
-        first, bytes_first = self._at(line.first)
+    def text(self, shallow: bool) -> dict[str, StagePlan]:
+        """The figures of the text encoder, from two smaller depths if it is ``shallow``."""
+        line = line_to({"text": self.generator.text["num_layers"]}) if shallow else None
+        meters = [self._text(depths) for depths in ((line.first, line.second) if line else ({},))]
+        return (meters[0] if line is None else _extended(*meters, line)).stages
+
+    def update(self, shallow: bool) -> tuple[dict[str, StagePlan], int]:
+        """The figures of the update's stages, and the bytes of a step's records."""
+        line = line_to(depths_of(self.generator, self.critic[0])) if shallow else None
+        if line is None:
+            meter, step_bytes = self._update({}, {})
+            return meter.stages, step_bytes
+        first, fewer = self._update(line.first, {})
         absent = {name: [figures for other, figures in first.visits if other == name] for name in ABSENT}
-        second, bytes_second = self._at(line.second, absent)
-        meter = PlanMeter(Ledger())
-        for (name, one), (_, other) in zip(first.visits, second.visits, strict=True):
-            meter.add(name, (one.shifted if name in ABSENT else one.extended)(other, line.steps))
-        return meter.stages, bytes_second + line.steps * (bytes_second - bytes_first)
+        second, more = self._update(line.second, absent)
+        return _extended(first, second, line).stages, more + line.steps * (more - fewer)
 
-    def at_true_depth(self) -> tuple[dict[str, StagePlan], int]:
-        """The figures of all stages, and the bytes of a step's records."""
-        meter, step_bytes = self._run(self.generator, self.critic, {})
-        return meter.stages, step_bytes
+    def _text(self, depths: Mapping[str, int]) -> PlanMeter:
+        with self.fakes, Ledger(ALLOCATOR_BLOCK, _rates(self.card)) as ledger:
+            meter = PlanMeter(ledger)
+            _encode_text(self.config, shallow_generator(self.generator, depths), self.fakes.mode, meter)
+        return meter
 
-    def _at(self, depths: Mapping[str, int], absent: Mapping[str, Sequence[Figures]] | None = None) -> Any:
-        config, *rest = self.critic
-        return self._run(
-            shallow_generator(self.generator, depths), (shallow_critic(config, depths), *rest), absent or {}
-        )
-
-    def _run(
-        self, generator: GeneratorConfig, critic: Any, absent: Mapping[str, Sequence[Figures]]
-    ) -> tuple[PlanMeter, int]:
+    def _update(self, depths: Mapping[str, int], absent: Mapping[str, Sequence[Figures]]) -> tuple[PlanMeter, int]:
         from lowmem_drf.training.update import update
 
-        config, short, only, mode = self.config, self.short, self.only, self.fakes.mode
+        config, short, only = self.config, self.short, self.only
+        generator = shallow_generator(self.generator, depths)
+        critic = (shallow_critic(self.critic[0], depths), *self.critic[1:])
         ungraded = config.sampler.graded_steps - short.sampler.graded_steps
         forget_windows()  # else the first run of a process would count them alone
         with self.fakes, Ledger(ALLOCATOR_BLOCK, _rates(self.card)) as ledger:
             meter = PlanMeter(ledger, absent)
-            if only in (None, "text"):
-                _encode_text(config, generator, mode, meter)
-            if only == "text":
-                return meter, 0
-            models, prompts, questions = _fake_models(short, generator, critic, mode, meter)
+            models, prompts, questions = _fake_models(short, generator, critic, self.fakes.mode, meter)
             parts = models.parts(lora_parameters(models.transformer))
             parts = _partitioned(config, short, self.card, ledger, models, parts, meter)
             if only:
@@ -245,6 +258,14 @@ class _Run:
             update(short, models, parts, trainer, 0, prompts, questions, None)
             del latents
         return meter, models.recorder.step_bytes if models.recorder else 0
+
+
+def _extended(first: PlanMeter, second: PlanMeter, line: Line) -> PlanMeter:
+    """The true depths' figures from those at the two depths of ``line``."""
+    meter = PlanMeter(Ledger())
+    for (name, one), (_, other) in zip(first.visits, second.visits, strict=True):
+        meter.add(name, (one.shifted if name in ABSENT else one.extended)(other, line.steps))
+    return meter
 
 
 def decide_rollout(config: Config, card: Card, vram_gib: float | None = None, fakes: Fakes | None = None) -> Config:
