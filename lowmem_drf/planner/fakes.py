@@ -29,7 +29,10 @@ _aten = torch.ops.aten
 DEVICE_OF = torch.ops.prim.device.default
 """C++ code asks fake tensors for their device: by far the most frequent call."""
 
+UNKNOWN = object()
+
 _ITEM = _aten._local_scalar_dense.default
+_PLAIN = {int, bool, float, type(None), torch.dtype}
 _INDEXING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
 _UNPREDICTABLE = {torch.Tag.inplace_view, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
@@ -72,6 +75,13 @@ class Fakes(TorchDispatchMode):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         return self._fake(func, args, kwargs, tensors)
+
+    def known(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result, if it is cached: what a call would return, without the way through PyTorch's dispatcher. Else
+        ``UNKNOWN``."""
+        if (known := self._results.get(key_of(func, args, kwargs))) is None or func in _INDEXING:
+            return UNKNOWN
+        return known.rebuild(tensors_of(args, kwargs))
 
     def _is_large(self, func: Any, args: Any, kwargs: Any) -> bool:
         if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
@@ -178,20 +188,27 @@ def _predictable(func: Any, tensors: Iterable[Tensor]) -> bool:
 
 
 def key_of(func: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Hashable:
-    """Everything that the shapes and dtypes of an operator's results can depend on."""
-    return func, torch.get_default_dtype(), _looks(args), tuple(kwargs), _looks(kwargs.values())
+    """Everything that the shapes and dtypes of an operator's results can depend on. Operators are never freed, and
+    their own hash is slow."""
+    if not kwargs:
+        return id(func), torch.get_default_dtype(), _looks(args)
+    return id(func), torch.get_default_dtype(), _looks(args), tuple(kwargs), _looks(kwargs.values())
 
 
 def _looks(values: Iterable[Any]) -> tuple[Hashable, ...]:
     """Includes the types: 1, 1.0 and True are equal but promote differently."""
-    return tuple(
-        (value.shape, value.stride(), value.storage_offset(), value.dtype, value.device, type(value) is FakeTensor)
-        if isinstance(value, Tensor)
-        else _looks(value)
-        if isinstance(value, list | tuple)
-        else (type(value), value)
-        for value in values
-    )
+    looks: list[Hashable] = []
+    for value in values:
+        kind = type(value)
+        if kind in _PLAIN:
+            looks += (kind, value)
+        elif isinstance(value, Tensor):
+            looks += (value.shape, value.stride(), value.storage_offset(), value.dtype, value.device, kind)
+        elif kind is list or kind is tuple:
+            looks.append(_looks(value))
+        else:
+            looks += (kind, value)
+    return tuple(looks)
 
 
 def tensors_of(args: Iterable[Any], kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:

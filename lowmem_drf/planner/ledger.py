@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_drf.memory.host import IN_FLIGHT
 from lowmem_drf.planner.costs import CONVOLUTIONS, Counters, Pcie, Rates, facts
-from lowmem_drf.planner.fakes import DEVICE_OF, key_of, tensors_of
+from lowmem_drf.planner.fakes import DEVICE_OF, UNKNOWN, Fakes, key_of, tensors_of
 from lowmem_drf.planner.stages import MIDDLE, Item, Key, Label, Span
 
 NOTED_GROWTH = 0.005
@@ -60,12 +60,14 @@ class Ledger(TorchDispatchMode):
     Args:
         block: bytes; the size of each storage is rounded up to a multiple (512 in the CUDA allocator).
         rates: the card's. Each operation takes as long as its arithmetic or its memory traffic, whichever is longer.
+        fakes: the mode around this one, if there is one: known results come straight from it.
     """
 
     _stack: ClassVar[list[Ledger]] = []
 
-    def __init__(self, block: int = 1, rates: Rates | None = None) -> None:
+    def __init__(self, block: int = 1, rates: Rates | None = None, fakes: Fakes | None = None) -> None:
         super().__init__()
+        self._fakes = fakes
         self.card_bytes = self.host_bytes = self.peak_card_bytes = self.peak_host_bytes = 0
         self.flops = 0
         self.seconds = self.stalled = 0.0
@@ -78,6 +80,7 @@ class Ledger(TorchDispatchMode):
         self._named: str | None = None
         self._live: dict[int, tuple[int, bool, _Kind, weakref.ref[Any]]] = {}
         self._kinds: defaultdict[Key, _Kind] = defaultdict(_Kind)
+        self._facts: dict[int, Any] = {}
         self._flops: dict[Hashable, int] = {}
         self._costs: dict[Hashable, _Cost] = {}
         self._noted_bytes = 0
@@ -227,15 +230,20 @@ class Ledger(TorchDispatchMode):
         if func is DEVICE_OF:
             return args[0].device
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        name, flops, workspace = facts(func)
-        outputs = tensors_of((out,))
-        for tensor in outputs:
+        out = UNKNOWN if self._fakes is None else self._fakes.known(func, args, kwargs)
+        if out is UNKNOWN:
+            out = func(*args, **kwargs)
+        fact = self._facts.get(id(func))
+        if fact is None:
+            fact = self._facts[id(func)] = (*facts(func), func.is_view)
+        name, flops, workspace, is_view = fact
+        outputs = [out] if isinstance(out, Tensor) else tensors_of((out,))
+        for tensor in outputs:  # also of views: what they look at may have been made before
             self._see(tensor, self._named or name)
         if workspace:
             size = workspace(*args)
             self._touch(size, Item(f"{name}, its workspace", (size // 4,), torch.float32, 1, size))
-        if flops or not func.is_view:
+        if flops or not is_view:
             self._clock(func, args, kwargs, out, outputs, flops)
         return out
 

@@ -213,8 +213,9 @@ class _Run:
     def text(self, shallow: bool) -> dict[str, StagePlan]:
         """The figures of the text encoder, from two smaller depths if it is ``shallow``."""
         line = line_to({"text": self.generator.text["num_layers"]}) if shallow else None
-        meters = [self._text(depths) for depths in ((line.first, line.second) if line else ({},))]
-        return (meters[0] if line is None else _extended(*meters, line)).stages
+        if line is None:
+            return self._text({}).stages
+        return _extended(self._text(line.first), self._text(line.second), line).stages
 
     def update(self, shallow: bool) -> tuple[dict[str, StagePlan], int]:
         """The figures of the update's stages, and the bytes of a step's records."""
@@ -228,7 +229,7 @@ class _Run:
         return _extended(first, second, line).stages, more + line.steps * (more - fewer)
 
     def _text(self, depths: Mapping[str, int]) -> PlanMeter:
-        with self.fakes, Ledger(ALLOCATOR_BLOCK, _rates(self.card)) as ledger:
+        with self.fakes, Ledger(ALLOCATOR_BLOCK, _rates(self.card), self.fakes) as ledger:
             meter = PlanMeter(ledger)
             _encode_text(self.config, shallow_generator(self.generator, depths), self.fakes.mode, meter)
         return meter
@@ -241,7 +242,7 @@ class _Run:
         critic = (shallow_critic(self.critic[0], depths), *self.critic[1:])
         ungraded = config.sampler.graded_steps - short.sampler.graded_steps
         forget_windows()  # else the first run of a process would count them alone
-        with self.fakes, Ledger(ALLOCATOR_BLOCK, _rates(self.card)) as ledger:
+        with self.fakes, Ledger(ALLOCATOR_BLOCK, _rates(self.card), self.fakes) as ledger:
             meter = PlanMeter(ledger, absent)
             models, prompts, questions = _fake_models(short, generator, critic, self.fakes.mode, meter)
             parts = models.parts(lora_parameters(models.transformer))
