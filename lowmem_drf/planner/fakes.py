@@ -201,13 +201,14 @@ def _looks(values: Iterable[Any]) -> tuple[Hashable, ...]:
     for value in values:
         kind = type(value)
         if kind in _PLAIN:
-            looks += (kind, value)
+            looks.append((kind, value))
         elif isinstance(value, Tensor):
-            looks += (value.shape, value.stride(), value.storage_offset(), value.dtype, value.device, kind)
+            place = value.storage_offset(), value.device, kind is FakeTensor
+            looks.append((value.shape, value.stride(), value.dtype, place))
         elif kind is list or kind is tuple:
             looks.append(_looks(value))
         else:
-            looks += (kind, value)
+            looks.append((kind, value))
     return tuple(looks)
 
 

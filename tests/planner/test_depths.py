@@ -1,0 +1,81 @@
+"""Stacks planned at two smaller depths: the figures are those of a plan with all blocks."""
+
+from dataclasses import replace
+
+import pytest
+from _plans import FAKES, SMALL
+
+from lowmem_drf.config import load_config, preset_card, presets
+from lowmem_drf.models.generators import generator_config
+from lowmem_drf.planner import depths, plan
+from lowmem_drf.planner.cards import card_named
+from lowmem_drf.planner.depths import LEAST, Line, line_to
+from lowmem_drf.planner.plan import make_plan
+
+slow = pytest.mark.slow
+EXACT = ("peak_gib", "weights_gib", "kept_gib", "host_gib", "tflop", "moved_gib", "between_gib")
+CLOSE = ("s", "stall_s", "copy_s")
+
+SMALL_CLIP = ("video.width=64", "video.height=64", "video.frames=5", "critic.frames=2", "batch=1")
+STREAMED = ('memory.park=["transformer","vae","critic"]', 'memory.stream=["transformer","critic"]')
+SETTINGS = {
+    "resident": ("rtx4090", *SMALL_CLIP),
+    "streamed": ("rtx4060", *SMALL_CLIP),
+    "recorded": ("rtx4090", *SMALL_CLIP, *STREAMED, "memory.record_rollout=true", "memory.token_slices=2"),
+    "kept": ("rtx4090", *SMALL_CLIP, "memory.checkpoint=false", "memory.keep_attention=none", "sampler.lv_samples=1"),
+    "8 bit": ("rtx4090-wan14b", *SMALL_CLIP, "optim.name=adamw8bit"),
+    "two experts": ("rtx4090", *SMALL_CLIP, "model.id=Wan-AI/Wan2.2-T2V-A14B-Diffusers", 'memory.park=["transformer"]'),
+    "Qwen3": ("rtx4090", *SMALL_CLIP, "critic.id=Qwen/Qwen3-VL-4B-Instruct"),
+    "true size": ("rtx3060",),
+}
+
+
+def both(config, card):
+    return make_plan(config, card, fakes=FAKES), make_plan(config, card, fakes=FAKES, deep=True)
+
+
+def agree(extended, deep):
+    assert extended.stages.keys() == deep.stages.keys()
+    for name, one in deep.stages.items():
+        other = extended.stages[name]
+        for figure in EXACT:
+            assert getattr(other, figure) == getattr(one, figure), (name, figure)
+        for figure in CLOSE:
+            assert getattr(other, figure) == pytest.approx(getattr(one, figure), rel=1e-6, abs=1e-9), (name, figure)
+
+
+def test_a_plan_of_fewer_blocks_has_the_figures_of_all(monkeypatch):
+    """ToyWorld's four blocks, from two and three."""
+    for name in ("FIRST", "LAST"):
+        monkeypatch.setattr(depths, name, 1)
+    line = Line({"transformer": 2}, {"transformer": 3}, steps=1)
+    monkeypatch.setattr(plan, "line_to", lambda depths: line if depths.get("transformer") == 4 else None)
+    config = load_config("toy", [*SMALL, "memory.checkpoint=true", 'memory.park=["transformer"]'])
+    agree(*both(config, card_named("")))
+
+
+@slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_all_settings_extend_exactly(name):
+    preset, *overrides = SETTINGS[name]
+    agree(*both(load_config(preset, overrides), card_named(preset_card(presets()[preset]))))
+
+
+@pytest.mark.parametrize(
+    "found", [{"transformer": 30, "language": 28, "windowed": 28}, {"transformer": 40, "language": 36}]
+)
+def test_a_line_leads_to_the_true_depths_and_costs_less(found):
+    line = line_to(found)
+    ends = {name: line.second[name] + line.steps * (line.second[name] - line.first[name]) for name in found}
+    assert ends == found
+    assert all(LEAST <= line.first[name] < line.second[name] for name in found)
+    assert sum(line.first.values()) + sum(line.second.values()) < sum(found.values()) / 2
+
+
+def test_shallow_stacks_and_unlike_experts_are_planned_whole():
+    assert line_to({"transformer": LEAST, "language": LEAST}) is None
+    wan = generator_config("Wan-AI/Wan2.2-T2V-A14B-Diffusers")
+    unlike = replace(wan, transformer_2=wan.transformer_2 | {"num_layers": 3})
+    critic = {"text_config": {"num_hidden_layers": 9, "layer_types": ["a", "b"]}, "vision_config": {"depth": 9}}
+    assert depths.depths_of(wan, critic) == {"transformer": 40}
+    assert depths.depths_of(unlike, critic) == {}
