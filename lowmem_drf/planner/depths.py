@@ -14,6 +14,7 @@ many such steps away for all of them (``Line``). ``tests/planner/test_depths.py`
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,7 @@ from torch import Tensor
 from lowmem_drf.assembly.assemble import Models
 from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.stages import MIDDLE
+from lowmem_drf.schema import Config
 
 if TYPE_CHECKING:
     from lowmem_drf.models.generators import GeneratorConfig
@@ -100,6 +102,36 @@ def shallow_critic(config: Mapping[str, Any], depths: Depths) -> dict[str, Any]:
         vision["depth"] = depth = depths["windowed"] + count
         vision["fullatt_block_indexes"] = list(range(depth - 1, -1, -2))[:count][::-1]
     return short
+
+
+GROUPS = {"transformer": ("rollout", "denoise_backward"), "vae": ("decode", "vae_backward"), "critic": ("critic",)}
+"""The model that works in these stages."""
+_VAE = {f"memory.{name}" for name in ("vae_strips", "vae_cache_every", "vae_caches", "vae_grad_dtype")}
+_TRANSFORMER = {
+    *("lora", "model.quant"),
+    *(f"memory.{name}" for name in ("checkpoint", "token_slices", "keep_attention", "record_rollout")),
+}
+_CRITIC = {"critic.id", "critic.quant"}
+_STEPS = {f"sampler.{name}" for name in ("steps", "graded_steps", "graded")}
+_OTHERS = {
+    "transformer": _VAE | _CRITIC,
+    "vae": _TRANSFORMER | _CRITIC | _STEPS,
+    "critic": (_TRANSFORMER | _VAE | _STEPS) - {"memory.checkpoint"},
+}
+"""Settings that change nothing in the stages of a model but what is there when they begin."""
+
+
+def settings_of(group: str, config: Config) -> str:
+    """All settings that may change what a model's stages do, as a key."""
+    left_out = _OTHERS[group] | {"optim", "memory.text_device", "memory.vram_gib"}
+    rows: dict[str, Any] = config.model_dump(mode="json")
+    memory = rows["memory"]
+    for where in ("park", "stream"):
+        memory[where] = group in memory[where]
+    for name in left_out:
+        table, _, key = name.rpartition(".")
+        (rows[table] if table else rows).pop(key)
+    return f"{group} {json.dumps(rows, sort_keys=True)}"
 
 
 def mark_critic(models: Models, ledger: Ledger) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
@@ -18,7 +18,7 @@ from lowmem_drf.config import change
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.planner.cards import USABLE, Card
 from lowmem_drf.planner.fakes import Fakes
-from lowmem_drf.planner.plan import make_plan, new_fakes
+from lowmem_drf.planner.plan import Seen, make_plan, new_fakes
 from lowmem_drf.planner.stages import Plan
 from lowmem_drf.schema import Config
 
@@ -266,16 +266,18 @@ class StagePlanner:
     card: Card
     vram_gib: float
     fakes: Fakes
+    seen: Seen = field(default_factory=dict)
 
     def whole(self, config: Config) -> Plan:
-        return make_plan(config, self.card, self.vram_gib, fakes=self.fakes)
+        return make_plan(config, self.card, self.vram_gib, fakes=self.fakes, seen=self.seen)
 
     def peak(self, config: Config, stage: str) -> float:
         """Infinite if the settings cannot be planned here: bitsandbytes is missing."""
         try:
-            return make_plan(config, self.card, self.vram_gib, only=stage, fakes=self.fakes).stages[stage].peak_gib
+            plan = make_plan(config, self.card, self.vram_gib, only=stage, fakes=self.fakes, seen=self.seen)
         except BadInputError:
             return math.inf
+        return plan.stages[stage].peak_gib
 
 
 def _next(rungs: Iterator[Rung], config: Config) -> str | None:

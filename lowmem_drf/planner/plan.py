@@ -34,7 +34,15 @@ from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.weights.sources import resolve
 from lowmem_drf.planner.cards import BANDWIDTH_SHARE, GIB, MATMUL_SHARE, USABLE, Card
 from lowmem_drf.planner.costs import Counters, Rates
-from lowmem_drf.planner.depths import Line, depths_of, line_to, mark_critic, shallow_critic, shallow_generator
+from lowmem_drf.planner.depths import (
+    GROUPS,
+    depths_of,
+    line_to,
+    mark_critic,
+    settings_of,
+    shallow_critic,
+    shallow_generator,
+)
 from lowmem_drf.planner.fakes import Fakes
 from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.shortcuts import (
@@ -47,6 +55,7 @@ from lowmem_drf.planner.shortcuts import (
     shortened,
     with_records,
     with_shortcuts,
+    with_stand_ins,
 )
 from lowmem_drf.planner.stages import WEIGHTS, Figures, Plan, Span, StagePlan
 from lowmem_drf.planner.store import planned_store
@@ -147,6 +156,7 @@ def make_plan(
     whole: bool = False,
     fakes: Fakes | None = None,
     deep: bool = False,
+    seen: Seen | None = None,
 ) -> Plan:
     """Runs one update of ``config`` on fake tensors.
 
@@ -157,6 +167,7 @@ def make_plan(
         whole: run all steps, without shortcuts: slow, for tests.
         fakes: those of earlier plans, to reuse their cached results.
         deep: run all blocks of every stack: slow, for tests.
+        seen: stages of earlier plans for this card. Those that only begin with other bytes now are not run again.
 
     Raises:
         BadInputError: a model's configuration is unknown, or settings contradict each other.
@@ -168,7 +179,8 @@ def make_plan(
     require_room(config, generator, {"micro_batch": config.micro_batch}, FAR * most * GIB, f"{FAR} such cards have")
     if not whole:
         generator = boundary_moved(generator, short)
-    run = _Run(config, short, generator, described_critic(config.critic.id), card, fakes or new_fakes(), only, whole)
+    critic = described_critic(config.critic.id)
+    run = _Run(config, short, generator, critic, card, fakes or new_fakes(), only, whole, {} if seen is None else seen)
     shallow = not (whole or deep)
     with _uncollected():
         stages = run.text(shallow) if only in (None, "text") else {}
@@ -191,8 +203,23 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-ABSENT = ("decode", "vae_backward")
-"""Stages without stacks of equal blocks: they are computed at the first depth alone."""
+Absent = dict[str, list[Figures]]
+"""Stages that are not computed, with the figures of their visits."""
+
+
+@dataclass
+class _Stages:
+    """What one model did in its stages."""
+
+    figures: Absent
+    frames: list[tuple[torch.Size, torch.dtype]]
+    """Of each chunk that was decoded."""
+    step_bytes: int
+    """Of a step's records."""
+
+
+Seen = dict[str, _Stages]
+"""By ``settings_of``."""
 
 
 @dataclass
@@ -207,6 +234,7 @@ class _Run:
     fakes: Fakes
     only: str | None
     whole: bool
+    seen: Seen
     frames: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)
     """Of each chunk that was decoded."""
 
@@ -215,7 +243,10 @@ class _Run:
         line = line_to({"text": self.generator.text["num_layers"]}) if shallow else None
         if line is None:
             return self._text({}).stages
-        return _extended(self._text(line.first), self._text(line.second), line).stages
+        meter = PlanMeter(Ledger())
+        for (name, one), (_, other) in zip(self._text(line.first).visits, self._text(line.second).visits, strict=True):
+            meter.add(name, one.extended(other, line.steps))
+        return meter.stages
 
     def update(self, shallow: bool) -> tuple[dict[str, StagePlan], int]:
         """The figures of the update's stages, and the bytes of a step's records."""
@@ -223,10 +254,28 @@ class _Run:
         if line is None:
             meter, step_bytes = self._update({}, {})
             return meter.stages, step_bytes
-        first, fewer = self._update(line.first, {})
-        absent = {name: [figures for other, figures in first.visits if other == name] for name in ABSENT}
-        second, more = self._update(line.second, absent)
-        return _extended(first, second, line).stages, more + line.steps * (more - fewer)
+        keys = {group: settings_of(group, self.short) for group in GROUPS if self.only in (None, *GROUPS[group])}
+        known = {group: self.seen[key] for group, key in keys.items() if key in self.seen}
+        absent = {name: visits for stages in known.values() for name, visits in stages.figures.items()}
+        if "vae" in known:
+            self.frames = known["vae"].frames
+        first, fewer = self._update(line.first, absent)
+        # without stacks of equal blocks: computed at one depth alone
+        once = {name: [one for other, one in first.visits if other == name] for name in GROUPS["vae"]}
+        second, more = self._update(line.second, once | absent)
+        rest = {name: iter(visits) for name, visits in (once | absent).items()}
+        meter = PlanMeter(Ledger())
+        for (name, one), (_, other) in zip(first.visits, second.visits, strict=True):
+            here = rest.get(name)
+            begun = one.begun(other, line.steps)
+            meter.add(name, one.extended(other, line.steps) if here is None else next(here).moved(begun))
+        step_bytes = more + line.steps * (more - fewer)
+        if "transformer" in known:
+            step_bytes = known["transformer"].step_bytes
+        for group, key in keys.items():
+            visits = {name: [one for other, one in meter.visits if other == name] for name in GROUPS[group]}
+            self.seen[key] = _Stages(visits, self.frames, step_bytes)
+        return meter.stages, step_bytes
 
     def _text(self, depths: Mapping[str, int]) -> PlanMeter:
         with self.fakes, Ledger(ALLOCATOR_BLOCK, _rates(self.card), self.fakes) as ledger:
@@ -247,26 +296,19 @@ class _Run:
             models, prompts, questions = _fake_models(short, generator, critic, self.fakes.mode, meter)
             parts = models.parts(lora_parameters(models.transformer))
             parts = _partitioned(config, short, self.card, ledger, models, parts, meter)
+            parts = with_stand_ins(parts, absent)
             if only:
                 parts = one_stage(parts, only, models)
-            if absent:
+            if "decode" in absent:
                 parts = replace(parts, decoder=AbsentDecoder(parts.decoder, self.frames))
             if not self.whole:
                 mark_critic(models, ledger)
-                parts = with_shortcuts(parts, models, ledger, None if absent else self.frames)
+                parts = with_shortcuts(parts, models, ledger, None if "decode" in absent else self.frames)
             latents = [torch.zeros(config.micro_batch, *models.latent_shape) for _ in range(ungraded)]
             trainer = _trainer(config, ledger, models)
             update(short, models, parts, trainer, 0, prompts, questions, None)
             del latents
         return meter, models.recorder.step_bytes if models.recorder else 0
-
-
-def _extended(first: PlanMeter, second: PlanMeter, line: Line) -> PlanMeter:
-    """The true depths' figures from those at the two depths of ``line``."""
-    meter = PlanMeter(Ledger())
-    for (name, one), (_, other) in zip(first.visits, second.visits, strict=True):
-        meter.add(name, (one.shifted if name in ABSENT else one.extended)(other, line.steps))
-    return meter
 
 
 def decide_rollout(config: Config, card: Card, vram_gib: float | None = None, fakes: Fakes | None = None) -> Config:

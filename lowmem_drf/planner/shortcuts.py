@@ -6,7 +6,7 @@ skips repeats inside a stage, and ``one_stage`` leaves out the models that a sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -197,11 +197,18 @@ def _sizes(caches: Sequence[Any]) -> Caches:
     return tuple((type(cache).__name__, cache.nbytes) if hasattr(cache, "nbytes") else cache for cache in caches)
 
 
+def with_stand_ins(parts: Parts, absent: Collection[str]) -> Parts:
+    """The parts of a step whose transformer and critic compute nothing in the stages of ``absent``."""
+    if "rollout" in absent:
+        first = parts.lora[0]
+        parts = replace(parts, velocity=lambda x, sigma, cond: x + first.sum().to(x.dtype))
+    return replace(parts, critic=_no_critic) if "critic" in absent else parts
+
+
 def one_stage(parts: Parts, stage: str, models: Models) -> Parts:
     """The parts of a step without the models that do not work in ``stage``."""
     if stage not in ("rollout", "denoise_backward"):
-        first = parts.lora[0]
-        parts = replace(parts, velocity=lambda x, sigma, cond: x + first.sum().to(x.dtype))
+        parts = with_stand_ins(parts, ("rollout",))
     if stage not in ("decode", "vae_backward"):
         parts = replace(parts, decoder=_NoDecoder(models.decoder.temporal_factor, models.decoder.spatial_factor))
     if stage != "critic":

@@ -102,23 +102,35 @@ class Figures:
         if spans.keys() != others.keys():
             raise ValueError("two depths of the same stacks ran differently")
         return replace(
-            other,
+            self.begun(other, steps),
             spans={label: span.extended(others[label], steps) for label, span in spans.items()},
-            weights=other.weights + steps * (other.weights - self.weights),
-            kept=other.kept + steps * (other.kept - self.kept),
             spent=other.spent + (other.spent - self.spent) * steps,
         )
 
-    def shifted(self, other: Figures, steps: int) -> Figures:
-        """The same for a stage without these stacks, which ``other`` did not compute: their weights are there all the
-        time."""
-        card, host = ((steps + 1) * (now - before) for now, before in zip(other.came, self.came, strict=True))
+    def begun(self, other: Figures, steps: int) -> Figures:
+        """What is there at the stage's beginning and end, extended; the rest is unchanged."""
+
+        def grown(now: int, before: int) -> int:
+            return now + steps * (now - before)
+
+        return replace(
+            self,
+            weights=grown(other.weights, self.weights),
+            kept=grown(other.kept, self.kept),
+            came=(grown(other.came[0], self.came[0]), grown(other.came[1], self.came[1])),
+            left=(grown(other.left[0], self.left[0]), grown(other.left[1], self.left[1])),
+            there=_extended(other.there, self.there, other.there, steps),
+        )
+
+    def moved(self, to: Figures) -> Figures:
+        """The same stage where it begins with what is there in ``to``."""
+        card, host = (now - before for now, before in zip(to.came, self.came, strict=True))
         spans = {
-            label: Span(one.card + card, one.host + host, _extended(one.items, self.there, other.there, steps + 1))
+            label: Span(one.card + card, one.host + host, _extended(one.items, self.there, to.there, 1))
             for label, one in self.spans.items()
         }
-        weights, kept = ((steps + 1) * more for more in (other.weights - self.weights, other.kept - self.kept))
-        return replace(self, spans=spans, weights=self.weights + weights, kept=self.kept + kept)
+        left = (self.left[0] + card, self.left[1] + host)
+        return replace(to, spans=spans, spent=self.spent, left=left)
 
     def plan(self) -> StagePlan:
         peak, spent = max(self.spans.values(), key=lambda span: span.card), self.spent

@@ -19,10 +19,9 @@ CLOSE = ("s", "stall_s", "copy_s")
 SMALL_CLIP = ("video.width=64", "video.height=64", "video.frames=5", "critic.frames=2", "batch=1")
 STREAMED = ('memory.park=["transformer","vae","critic"]', 'memory.stream=["transformer","critic"]')
 SETTINGS = {
-    "resident": ("rtx4090", *SMALL_CLIP),
     "streamed": ("rtx4060", *SMALL_CLIP),
     "recorded": ("rtx4090", *SMALL_CLIP, *STREAMED, "memory.record_rollout=true", "memory.token_slices=2"),
-    "kept": ("rtx4090", *SMALL_CLIP, "memory.checkpoint=false", "memory.keep_attention=none", "sampler.lv_samples=1"),
+    "kept": ("rtx4090", *SMALL_CLIP, "memory.checkpoint=false", "memory.keep_attention=none"),
     "8 bit": ("rtx4090-wan14b", *SMALL_CLIP, "optim.name=adamw8bit"),
     "two experts": ("rtx4090", *SMALL_CLIP, "model.id=Wan-AI/Wan2.2-T2V-A14B-Diffusers", 'memory.park=["transformer"]'),
     "Qwen3": ("rtx4090", *SMALL_CLIP, "critic.id=Qwen/Qwen3-VL-4B-Instruct"),
@@ -39,7 +38,9 @@ def agree(extended, deep):
     for name, one in deep.stages.items():
         other = extended.stages[name]
         for figure in EXACT:
-            assert getattr(other, figure) == getattr(one, figure), (name, figure)
+            # but the vector of all gradients' norms, which the allocator rounds up to 512 bytes
+            near = 1e-5 if name == "update" else 0
+            assert getattr(other, figure) == pytest.approx(getattr(one, figure), rel=0, abs=near), (name, figure)
         for figure in CLOSE:
             assert getattr(other, figure) == pytest.approx(getattr(one, figure), rel=1e-6, abs=1e-9), (name, figure)
 
