@@ -220,16 +220,17 @@ def _needs_no_host(override: str) -> bool:
 
 
 def advise(
-    config: Config, card: Card, plan: Plan, say: Callable[[str], None] = lambda text: None, fakes: Fakes | None = None
-) -> Plan:
+    config: Config, card: Card, plan: Plan, say: Callable[[str], None] = lambda text: None,
+    fakes: Fakes | None = None, seen: Seen | None = None,
+) -> Plan:  # fmt: skip
     """``plan`` of ``config`` with ``changes`` that make it fit; unchanged if it fits or no ladder helps.
 
     ``say`` gets each attempt. With all changes (``train -s …``) the configuration fits: it was planned here last.
-    ``fakes``: see ``make_plan``.
+    ``fakes``, ``seen``: see ``make_plan``.
     """
     if plan.fits:
         return plan
-    planner = StagePlanner(card, plan.vram_gib, fakes or new_fakes())
+    planner = StagePlanner(card, plan.vram_gib, fakes or new_fakes(), {} if seen is None else seen)
     first, now = config, plan
     rungs = {name: iter(ladder) for name, ladder in LADDERS.items()}
     applied: dict[str, _Applied] = {}

@@ -70,11 +70,14 @@ def _depends_on(config: Config, card: Card, vram_gib: float) -> dict[str, Any]:
 
 def _planned(config: Config, card: Card, vram_gib: float, console: Console, advice: bool) -> Plan:
     from lowmem_drf.planner.ladder import advise
-    from lowmem_drf.planner.plan import make_plan
+    from lowmem_drf.planner.plan import Seen, make_plan, new_fakes
 
     with planning(console) as say:
-        plan = make_plan(config, card, vram_gib)
-        return plan if not advice else advise(config, card, plan, lambda text: say(f"it does not fit; trying {text}"))
+        fakes, seen = new_fakes(), Seen()
+        plan = make_plan(config, card, vram_gib, fakes=fakes, seen=seen)
+        if not advice:
+            return plan
+        return advise(config, card, plan, lambda text: say(f"it does not fit; trying {text}"), fakes, seen)
 
 
 @contextmanager
