@@ -254,7 +254,7 @@ class AbsentDecoder(_NoDecoder):
         super().__init__(decoder.temporal_factor, 1)
         self._frames = iter(frames)
 
-    def chunk(self, latents_BC1hw: Tensor, caches: Caches) -> tuple[Tensor, Caches]:
+    def chunk(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> tuple[Tensor, Caches]:
         shape, dtype = next(self._frames)
         return latents_BC1hw.new_zeros(shape, dtype=dtype), (False,)
 
