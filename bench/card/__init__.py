@@ -1,0 +1,1 @@
+"""``python -m bench.card``: what the first ten minutes on a card should settle."""

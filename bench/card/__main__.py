@@ -1,0 +1,81 @@
+"""What the first ten minutes on a card should settle: is everything right there, and as fast and small as expected?
+
+    python -m bench.card --minutes 9 --output card
+
+Sections run in order of value, each in a process of its own; one that fails or takes too long is named, and the next
+begins. ``results.json`` and ``results.md`` in the output folder have all that is known so far, ``NAME.log`` what a
+section printed. Exit code 0: all sections are done and nothing is wrong; 1: else; 2: there is no card. Nothing is
+downloaded.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from bench.card.parent import run_all
+from bench.card.sections import BY_NAME, Section
+from bench.card.table import markdown, rich_table
+from bench.script import make_parser, reports_errors, save
+from bench.versions import versions
+from lowmem_drf.terminal import make_console
+
+LIBRARIES = ("torch", "triton", "diffusers", "transformers", "peft")
+LOG_COLUMNS = 180
+"""Width of the tables when the output is not a terminal."""
+
+
+@reports_errors
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = make_parser("bench.card", __doc__)
+    parser.add_argument("--minutes", type=float, default=15.0, help="all sections together; cuts the tail (15)")
+    parser.add_argument("--output", type=Path, default=Path("card"), help="folder of the results (card)")
+    parser.add_argument("--only", nargs="+", choices=list(BY_NAME), metavar="NAME", help=f"of {', '.join(BY_NAME)}")
+    parser.add_argument(
+        "--section", choices=list(BY_NAME), metavar="NAME", help="run this one here; --json has its rows"
+    )
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("bench.card: no CUDA card here; lowmem-drf plan --preset NAME needs none", file=sys.stderr)
+        return 2
+    if options.section:
+        return _section(BY_NAME[options.section], options.json)
+    return _all([BY_NAME[name] for name in options.only or BY_NAME], options.minutes, options.output)
+
+
+def _section(section: Section, path: Path | None) -> int:
+    rows = []
+    for row in section.rows():
+        rows.append(asdict(row))
+        print(*(value for value in rows[-1].values() if value not in ("", None)), flush=True)
+        save(path, {"section": section.name, "rows": rows}, "torch")
+    return 0
+
+
+def _all(sections: list[Section], minutes: float, folder: Path) -> int:
+    def command(section: Section, path: Path) -> list[str]:
+        return [sys.executable, "-m", "bench.card", "--section", section.name, "--json", str(path.resolve())]
+
+    card = torch.cuda.get_device_properties(torch.cuda.current_device())
+    found = ", ".join(f"{name} {version}" for name, version in versions(*LIBRARIES).items())
+    heading = f"{card.name}, {card.total_memory / 1024**3:.1f} GiB; {found}"
+    console = make_console(soft_wrap=True, width=None if sys.stdout.isatty() else LOG_COLUMNS)
+    console.print(heading, highlight=False)
+    end, results = time.monotonic() + 60 * minutes, []
+    for result in run_all(sections, minutes, folder, command):
+        results.append(result)
+        (folder / "results.md").write_text(markdown(heading, results), encoding="utf-8")
+        console.print(rich_table(result))
+        console.print(f"{max(0.0, end - time.monotonic()):.0f} s left", highlight=False)
+    bad = [result.name for result in results if not result.good]
+    console.print(f"{len(results) - len(bad)} of {len(results)} sections are good. {folder / 'results.md'} has all.")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Attention and the row operations at the models' sizes: speed, and of attention also values in fp64."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.card import expected
+from bench.card.reference import errors
+from bench.card.rows import Row, at_most, failed, near
+from bench.kernels.ops import OPS, build
+from bench.kernels.speed import (
+    FLOPS,
+    GIB,
+    MIB,
+    copy_ms,
+    forward_flops,
+    median_ms,
+    moved_bytes,
+    passes,
+    peak_bytes,
+    rivals,
+)
+
+LABELS = (
+    "Wan-1.3B, 832x480x81, self",
+    "Wan-14B, 832x480x81, self",
+    "Wan-1.3B, to 512 text tokens",
+    "critic, 24 questions packed",
+)
+"""Of ``bench.kernels.ops``."""
+ERROR = 0.01
+"""Relative error of a bf16 attention, in the norm: about three roundings of 2^-9."""
+
+
+def attention() -> Iterator[Row]:
+    """Our kernel and PyTorch's back ends, forward and backward."""
+    op = next(op for op in OPS if op.name == "attention")
+    _warm_up()
+    for label in LABELS:
+        arguments = build(op, op.sizes[label], torch.bfloat16, torch.device("cuda"))
+        flops, d_out = forward_flops(arguments), torch.randn_like(arguments["q"])
+        for name, function in rivals(op, arguments):
+            if name == "naive":  # its matrix of all scores has 48 GiB
+                continue
+            try:
+                for direction, run in passes(function, arguments):
+                    if direction in FLOPS and direction != "both":
+                        yield _speed(f"{label}: {name}, {direction}", name, direction, label, flops, run)
+                yield from _values(f"{label}: {name}", function, arguments, d_out)
+            except (RuntimeError, NotImplementedError, ValueError) as error:  # no back end for it; out of memory
+                row = failed(f"{label}: {name}", error)
+                yield row if name == "triton" else Row(row.what, "cannot", note=row.note)
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+def _speed(what: str, name: str, direction: str, label: str, flops: int, run: Any) -> Row:
+    ms, peak = median_ms(run), peak_bytes(run) / MIB
+    wanted, source = expected.attention(name, direction) if label.endswith("self") else (None, "")
+    note = f"{ms:.2f} ms, {peak:.0f} MiB; {source}".rstrip("; ")
+    return near(what, FLOPS[direction] * flops / ms / 1e9, "TFLOP/s", wanted, note)
+
+
+def _values(what: str, function: Any, arguments: Mapping[str, Any], d_out: Tensor) -> Iterator[Row]:
+    out = function(**arguments)
+    leaves = [arguments[name] for name in "qkv"]
+    found = (out.detach(), *torch.autograd.grad(out, leaves, d_out))
+    for name, error in errors(arguments, d_out, found).items():
+        yield at_most(f"{what}, error of {name}", error, "", ERROR, "one key head, sampled rows, against fp64")
+
+
+def row_ops() -> Iterator[Row]:
+    """Every fused row operation, and PyTorch's, against a copy of as many bytes."""
+    _warm_up()
+    copied = GIB
+    wanted, source = expected.copy()
+    yield near("copy of 0.5 GiB", copied / copy_ms(copied) / 1e6, "GB/s", wanted, source)
+    for op in (op for op in OPS if not op.products):
+        label, sizes = next(iter(op.sizes.items()))
+        arguments = build(op, sizes, torch.bfloat16, torch.device("cuda"))
+        copies = {name: copy_ms(count) for name, count in moved_bytes(op.fused, arguments).items()}
+        for name, function in (("fused", op.fused), ("naive", op.naive)):
+            what = f"{op.name}, {label}: {name}"
+            try:
+                for direction, run in passes(function, arguments):
+                    ms = median_ms(run)
+                    share = expected.SHARES["row op"] if name == "fused" else None
+                    yield near(f"{what}, {direction}", copies[direction] / ms, "of a copy", share, f"{ms:.3f} ms")
+            except (RuntimeError, ValueError) as error:
+                yield failed(what, error)
+        torch.cuda.empty_cache()
+
+
+def _warm_up() -> None:
+    """The first memory that a process asks for is slow to come."""
+    torch.empty(GIB, dtype=torch.int8, device="cuda")
