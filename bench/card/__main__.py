@@ -10,6 +10,7 @@ downloaded.
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -67,11 +68,16 @@ def _all(sections: list[Section], minutes: float, folder: Path) -> int:
     console = make_console(soft_wrap=True, width=None if sys.stdout.isatty() else LOG_COLUMNS)
     console.print(heading, highlight=False)
     end, results = time.monotonic() + 60 * minutes, []
-    for result in run_all(sections, minutes, folder, command):
-        results.append(result)
-        (folder / "results.md").write_text(markdown(heading, results), encoding="utf-8")
-        console.print(rich_table(result))
-        console.print(f"{max(0.0, end - time.monotonic()):.0f} s left", highlight=False)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the section that runs must end too
+    try:
+        for result in run_all(sections, minutes, folder, command):
+            results.append(result)
+            (folder / "results.md").write_text(markdown(heading, results), encoding="utf-8")
+            console.print(rich_table(result))
+            console.print(f"{max(0.0, end - time.monotonic()):.0f} s left", highlight=False)
+    except KeyboardInterrupt:
+        console.print(f"Interrupted. {folder} has what was measured.")
+        return 130
     bad = [result.name for result in results if not result.good]
     console.print(f"{len(results) - len(bad)} of {len(results)} sections are good. {folder / 'results.md'} has all.")
     return 1 if bad else 0

@@ -10,21 +10,24 @@ from torch import Tensor
 
 from bench.card import expected
 from bench.card.rows import Row, near
+from lowmem_drf.memory import host
 from lowmem_drf.memory.host import Held, HostStore
 
 LATE_CYCLES = 20_000_000
 """Of the card's clock, about ten milliseconds: longer than the work between two copies."""
-COUNT, ELEMENTS = 24, 2**20
-"""Tensors, and fp32 numbers in each: small enough that several wait at once."""
+COUNT, ELEMENTS, IN_FLIGHT = 24, 2**20, 16 * 1024**2
+"""Tensors, fp32 numbers in each, and bytes on their way before the store lets memory go: a few tensors, here."""
 RATE_COUNT, RATE_BYTES = 16, 64 * 1024**2
 
 
 def host_store() -> Iterator[Row]:
     """Bits after copies that were held up, then GB/s."""
+    whole, host.IN_FLIGHT = host.IN_FLIGHT, IN_FLIGHT
     for late in ("no copy", "to the host", "to the card", "both"):
         wrong = _wrong_tensors(late)
         what = f"tensors with other bits, late: {late}"
         yield Row(what, float(wrong), f"of {COUNT}", f"0 of {COUNT}", "wrong" if wrong else "ok")
+    host.IN_FLIGHT = whole
     yield from _rates()
 
 
@@ -33,10 +36,9 @@ def _wrong_tensors(late: str) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     store = HostStore(device)
     copier = store._copier
-    sources = [torch.arange(ELEMENTS, dtype=torch.float32) + 7 * n for n in range(COUNT)]
     held = []
-    for source in sources:
-        on_card = source.to(device)
+    for n in range(COUNT):
+        on_card = _values(n, device)
         _hold_up(copier._to_host, late in ("to the host", "both"))  # type: ignore[attr-defined]
         held.append(store.put(on_card))
         del on_card
@@ -47,9 +49,14 @@ def _wrong_tensors(late: str) -> int:
         one.prefetch()
         if n + 1 < COUNT:
             held[n + 1].prefetch()
-        wrong.append(_differs(one.get(), sources[n].to(device)))
+        wrong.append(_differs(one.get(), _values(n, device)))
     store.settle()
     return int(torch.stack(wrong).sum().item())
+
+
+def _values(n: int, device: torch.device) -> Tensor:
+    """Made on the card: a copy from pageable memory would wait for all streams."""
+    return torch.arange(ELEMENTS, dtype=torch.float32, device=device) + 7 * n
 
 
 def _hold_up(stream: torch.cuda.Stream, late: bool) -> None:

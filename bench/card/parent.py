@@ -16,7 +16,7 @@ from typing import Any, Literal
 from bench.card.sections import Section
 
 Outcome = Literal["done", "failed", "limit", "cut", "not started"]
-"""``limit``: it took longer than its own limit. ``cut``: the minutes were over. ``not started``: they were over before."""
+"""``limit``: it took longer than its own limit. ``cut``: then the minutes were over; ``not started``: before it."""
 
 LEAST_S = 5.0
 """With less time left than this no section begins: Python and torch take as long to start."""

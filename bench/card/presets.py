@@ -39,14 +39,16 @@ def preset(name: str) -> Iterator[Row]:
 
 
 def rows(found: Mapping[str, Any]) -> Iterator[Row]:
-    """Of the JSON of ``bench``."""
-    whole = [found["measured_peak_gib"], found["peak_gib"]]
-    for stage, row in [("peak", None), *found["stages"].items()]:
-        measured, planned = whole if row is None else (row["measured_gib"], row["peak_gib"])
-        if measured is None:  # the text encoder's stage is planned only
-            continue
-        state: State = "ok" if abs(measured / planned - 1) <= SAME else "off"
-        yield Row(f"{stage}, memory", measured, "GiB", planned, state, "plan")
-    for stage, row in found["stages"].items():
-        if row["measured_s"] is not None:
-            yield near(f"{stage}, time", row["measured_s"], "s", row["s"], f"plan for {found['card']}")
+    """Of the JSON of ``bench``. The text encoder's stage is planned only."""
+    stages = {name: stage for name, stage in found["stages"].items() if stage["measured_gib"] is not None}
+    planned = max(stage["peak_gib"] for stage in stages.values())
+    yield _memory("peak of these stages", found["measured_peak_gib"], planned)
+    for name, stage in stages.items():
+        yield _memory(name, stage["measured_gib"], stage["peak_gib"])
+    for name, stage in stages.items():
+        yield near(f"{name}, time", stage["measured_s"], "s", stage["s"], f"plan for {found['card']}")
+
+
+def _memory(what: str, measured: float, planned: float) -> Row:
+    state: State = "ok" if abs(measured / planned - 1) <= SAME else "off"
+    return Row(f"{what}, memory", measured, "GiB", planned, state, "plan")

@@ -1,0 +1,168 @@
+"""``bench.card`` without a card: the parent, whatever its sections do; the table; the references of the sections."""
+
+import json
+import os
+import sys
+import time
+
+import pytest
+import torch
+
+from bench.card import __main__ as program
+from bench.card import parent
+from bench.card.parent import run_all
+from bench.card.presets import rows
+from bench.card.reference import errors
+from bench.card.rows import Row, at_most, near
+from bench.card.sections import SECTIONS, Section
+from bench.card.table import cells, markdown, rich_table
+from bench.card.tiles import _Case, _pin, _worst, tuners
+from bench.kernels.ops import OPS, build
+
+BY_NAME = {op.name: op for op in OPS}
+ROW = '{"what": "x", "measured": 2.0, "unit": "s", "expected": 1.0, "state": "%s", "note": ""}'
+WRITES = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('{\"rows\": [%s]}')"
+CODE = {
+    "fine": WRITES % (ROW % "ok"),
+    "wrong": WRITES % (ROW % "wrong"),
+    "crashes": f"{WRITES % (ROW % 'ok')}; raise RuntimeError('no such luck')",
+    "dies": "import os; os.kill(os.getpid(), 9)",
+    "silent": "",
+    "hangs": f"{WRITES % (ROW % 'ok')}; import subprocess, time; "
+    "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); print(child.pid, flush=True); "
+    "time.sleep(60)",
+}
+
+
+def sections(*names, limit=20.0):
+    return [Section(name, limit) for name in names]
+
+
+def command(section, path):
+    return [sys.executable, "-c", CODE[section.name], str(path)]
+
+
+def test_a_section_that_fails_is_named_and_the_next_one_runs(tmp_path):
+    results = {
+        one.name: one for one in run_all(sections("crashes", "dies", "silent", "wrong", "fine"), 1, tmp_path, command)
+    }
+    assert [(one.outcome, len(one.rows), one.good) for one in results.values()] == [
+        ("failed", 1, False),
+        ("failed", 0, False),
+        ("failed", 0, False),
+        ("done", 1, False),
+        ("done", 1, True),
+    ]
+    assert results["crashes"].reason == "exit code 1: RuntimeError: no such luck"
+    assert "it said nothing" in results["dies"].reason and results["silent"].reason == "it wrote no rows"
+    saved = json.loads((tmp_path / "results.json").read_text())["sections"]
+    assert [one["name"] for one in saved] == list(results) and saved[0]["rows"][0]["what"] == "x"
+
+
+def test_a_section_that_hangs_is_stopped_with_its_children_and_keeps_its_rows(tmp_path):
+    begun = time.monotonic()
+    hung, fine = run_all([*sections("hangs", limit=1.0), *sections("fine")], 1, tmp_path, command)
+    assert (hung.outcome, len(hung.rows), fine.outcome) == ("limit", 1, "done")
+    assert time.monotonic() - begun < 30
+    child = int((tmp_path / "hangs.log").read_text())
+    for _ in range(100):  # an orphan is gone when init has waited for it
+        if not _runs(child):
+            return
+        time.sleep(0.02)
+    pytest.fail("the section's child lives")
+
+
+def _runs(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_minutes_cut_the_tail(tmp_path, monkeypatch):
+    monkeypatch.setattr(parent, "LEAST_S", 0.2)
+    seen = []
+    for result in run_all(sections("fine", "hangs", "fine"), 1.5 / 60, tmp_path, command):
+        saved = json.loads((tmp_path / "results.json").read_text())["sections"]
+        seen.append((result.outcome, len(saved)))
+    assert seen == [("done", 1), ("cut", 2), ("not started", 3)]
+    assert "the minutes were over" in saved[1]["reason"]
+
+
+def test_rows_of_an_earlier_run_are_not_taken_for_new_ones(tmp_path):
+    next(run_all(sections("fine"), 1, tmp_path, command))
+    (after,) = run_all(sections("fine"), 1, tmp_path, lambda section, path: [sys.executable, "-c", ""])
+    assert (after.outcome, after.rows) == ("failed", [])
+
+
+def test_table(tmp_path):
+    failed, fine = run_all(sections("crashes", "fine"), 1, tmp_path, command)
+    assert cells(fine) == [("fine", "x", "1 s", "2 s", "+100%", "ok", "")]
+    text = markdown("card", [failed, fine])
+    assert text.count("\n| ") == 5 and "| crashes | the section |  |  |  | failed | exit code 1: RuntimeError" in text
+    rich_table(failed)
+
+
+def test_states():
+    assert [near("x", value, "s", 4.0).state for value in (3.1, 4.9, 2.9, 5.1)] == ["ok", "ok", "off", "off"]
+    assert near("x", 3.0, "s", None).state == "info"
+    assert [at_most("x", value, "", 0.5).state for value in (0.5, 0.6, float("nan"))] == ["ok", "wrong", "wrong"]
+
+
+def test_without_a_card(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert program.main(["--minutes", "9"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_every_section_exists():
+    assert len({section.name for section in SECTIONS}) == len(SECTIONS)
+    for section in SECTIONS:
+        assert iter(section.rows())
+
+
+def test_stages_beside_their_plan():
+    stages = {
+        "rollout": {"peak_gib": 10.0, "measured_gib": 10.2, "s": 4.0, "measured_s": 8.0},
+        "text": {"peak_gib": 12.0, "measured_gib": None, "s": 1.0, "measured_s": None},
+    }
+    found = list(rows({"card": "RTX 4090", "measured_peak_gib": 10.2, "peak_gib": 12.0, "stages": stages}))
+    assert [(row.what, row.state) for row in found] == [
+        ("peak of these stages, memory", "ok"),
+        ("rollout, memory", "ok"),
+        ("rollout, time", "off"),
+    ]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_reference_of_attention(ranges):
+    op = BY_NAME["attention"]
+    sizes = {"B": 1, "L": 24, "H": 6, "d": 16, "M": 24, "G": 2} | ({"prefix": 10, "questions": 2} if ranges else {})
+    arguments = build(op, sizes, torch.float32, torch.device("cpu"))
+    d_out = torch.randn_like(arguments["q"])
+    out = op.naive(**arguments)
+    found = (out.detach(), *torch.autograd.grad(out, [arguments[name] for name in "qkv"], d_out))
+    for head in (0, 1):
+        assert all(error < 1e-5 for error in errors(arguments, d_out, found, head).values())
+        for n, name in enumerate(("out", "dq", "dk", "dv")):
+            broken = [x * 1.1 if i == n else x for i, x in enumerate(found)]
+            assert [key for key, error in errors(arguments, d_out, broken, head).items() if error > 0.09] == [name]
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ, reason="bench.card does it there"
+)
+def test_a_tile_is_held_against_fp64(monkeypatch):
+    assert all(tuners(op) for op in OPS)
+    op = BY_NAME["gate_residual"]
+    (_, first), (name, second) = tuners(op).items()
+    _pin({first: first.configs[0], second: second.configs[0]})
+    case = _Case(op, op.tiny, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
+    row = _worst(name, second, [case])
+    assert row.state == "ok" and 0 <= row.measured < 1
+    function = case._function
+    monkeypatch.setattr(case, "_function", lambda x_BLD, y_BLD, gate_BD: function(x_BLD, y_BLD, 1.01 * gate_BD))
+    assert _worst(name, second, [case]).state == "wrong"
+    monkeypatch.setattr(case, "_function", op.naive)
+    assert _worst(name, second, [case]) == Row(name, "was not launched", state="failed")
