@@ -23,6 +23,7 @@ from bench.card.sections import BY_NAME, Section
 from bench.card.table import markdown, rich_table
 from bench.script import make_parser, reports_errors, save
 from bench.versions import versions
+from lowmem_drf.files import write_text
 from lowmem_drf.terminal import make_console
 
 LIBRARIES = ("torch", "triton", "diffusers", "transformers", "peft")
@@ -63,16 +64,17 @@ def _all(sections: list[Section], minutes: float, folder: Path) -> int:
         return [sys.executable, "-m", "bench.card", "--section", section.name, "--json", str(path.resolve())]
 
     card = torch.cuda.get_device_properties(torch.cuda.current_device())
-    found = ", ".join(f"{name} {version}" for name, version in versions(*LIBRARIES).items())
-    heading = f"{card.name}, {card.total_memory / 1024**3:.1f} GiB; {found}"
+    gib, found = round(card.total_memory / 1024**3, 1), versions(*LIBRARIES)
+    about = {"card": card.name, "gib": gib, "cuda": torch.version.cuda, "versions": found}
+    heading = f"{card.name}, {gib} GiB; {', '.join(f'{name} {version}' for name, version in found.items())}"
     console = make_console(soft_wrap=True, width=None if sys.stdout.isatty() else LOG_COLUMNS)
     console.print(heading, highlight=False)
     end, results = time.monotonic() + 60 * minutes, []
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the section that runs must end too
     try:
-        for result in run_all(sections, minutes, folder, command):
+        for result in run_all(sections, minutes, folder, command, about):
             results.append(result)
-            (folder / "results.md").write_text(markdown(heading, results), encoding="utf-8")
+            write_text(folder / "results.md", markdown(heading, results))
             console.print(rich_table(result))
             console.print(f"{max(0.0, end - time.monotonic()):.0f} s left", highlight=False)
     except KeyboardInterrupt:

@@ -8,12 +8,13 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from bench.card.sections import Section
+from lowmem_drf.files import write_text
 
 Outcome = Literal["done", "failed", "limit", "cut", "not started"]
 """``limit``: it took longer than its own limit. ``cut``: then the minutes were over; ``not started``: before it."""
@@ -39,9 +40,11 @@ class Result:
         return self.outcome == "done" and all(row["state"] not in ("wrong", "failed") for row in self.rows)
 
 
-def run_all(sections: Sequence[Section], minutes: float, folder: Path, command: Command) -> Iterator[Result]:
+def run_all(
+    sections: Sequence[Section], minutes: float, folder: Path, command: Command, about: Mapping[str, Any] | None = None
+) -> Iterator[Result]:
     """A result for every section, as they end. Output of a section goes to ``NAME.log`` in the folder, its rows to
-    ``NAME.json``; ``results.json`` has all that ended."""
+    ``NAME.json``; ``results.json`` has what the run is ``about``, and all sections that ended."""
     folder.mkdir(parents=True, exist_ok=True)
     end, results = time.monotonic() + 60 * minutes, []
     for section in sections:
@@ -51,9 +54,8 @@ def run_all(sections: Sequence[Section], minutes: float, folder: Path, command: 
         else:
             result = _run(section, left, folder, command)
         results.append(result)
-        (folder / "results.json").write_text(
-            json.dumps({"sections": [asdict(one) for one in results]}, indent=2) + "\n", encoding="utf-8"
-        )
+        whole = {**(about or {}), "sections": [asdict(one) for one in results]}
+        write_text(folder / "results.json", json.dumps(whole, indent=2) + "\n")
         yield result
 
 
