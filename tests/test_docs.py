@@ -26,7 +26,9 @@ def test_files_exist():
 def test_benches_exist():
     named = {name for page in PAGES for name in re.findall(r"python -m (bench\.[\w.]*\w)", page.read_text("utf-8"))}
     assert len(named) > 15
-    assert not [name for name in named if not (ROOT / (name.replace(".", "/") + ".py")).is_file()]
+    places = {name: ROOT / name.replace(".", "/") for name in named}
+    files = {name: (place.with_suffix(".py"), place / "__main__.py") for name, place in places.items()}
+    assert not [name for name, either in files.items() if not any(file.is_file() for file in either)]
 
 
 def test_settings_and_presets_exist():
