@@ -36,6 +36,6 @@ SECTIONS = (
     Section("rtx3060-12gb", 240, "presets:preset", "rtx3060"),
     Section("rtx4060-8gb", 240, "presets:preset", "rtx4060"),
     Section("wan14b-24gb", 420, "presets:preset", "rtx4090-wan14b"),
-    Section("toyworld", 180, "toyworld:toyworld"),
+    Section("toyworld", 300, "toyworld:toyworld"),
 )
 BY_NAME = {section.name: section for section in SECTIONS}
