@@ -3,6 +3,7 @@ read it, gradients at sampled rows."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,7 +55,7 @@ def errors(
             add("dq", found[1][0, mine + start, one], scale * d_rows @ key)
     add("dk", found[2][0, keys, head], exact_k)
     add("dv", found[3][0, keys, head], exact_v)
-    return {name: (wrong / max(right, 1e-300)) ** 0.5 for name, (wrong, right) in sums.items()}
+    return {name: (wrong / right) ** 0.5 if right else math.nan for name, (wrong, right) in sums.items()}
 
 
 def _sampled(length: int, device: torch.device) -> Tensor:
