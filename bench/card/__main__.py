@@ -70,7 +70,9 @@ def _all(sections: list[Section], minutes: float, folder: Path) -> int:
     console = make_console(soft_wrap=True, width=None if sys.stdout.isatty() else LOG_COLUMNS)
     console.print(heading, highlight=False)
     end, results = time.monotonic() + 60 * minutes, []
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the section that runs must end too
+    for name in ("SIGTERM", "SIGHUP"):  # the section that runs must end too
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     try:
         for result in run_all(sections, minutes, folder, command, about):
             results.append(result)
