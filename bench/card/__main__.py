@@ -77,7 +77,7 @@ def _all(sections: list[Section], minutes: float, folder: Path) -> int:
         for result in run_all(sections, minutes, folder, command, about):
             results.append(result)
             write_text(folder / "results.md", markdown(heading, results))
-            console.print(rich_table(result))
+            console.print(rich_table(result) if result.rows else f"{result.name}: {result.outcome}, {result.reason}")
             console.print(f"{max(0.0, end - time.monotonic()):.0f} s left", highlight=False)
     except KeyboardInterrupt:
         console.print(f"Interrupted. {folder} has what was measured.")
