@@ -72,7 +72,7 @@ def _run(section: Section, left: float, folder: Path, command: Command) -> Resul
         )
         try:
             if code := child.wait(timeout=limit):
-                outcome, reason = "failed", f"exit code {code}: {_last_line(log)}"
+                outcome, reason = "failed", f"exit code {code}: {_reason(log)}"
         except subprocess.TimeoutExpired:
             outcome = "limit" if limit == section.limit_s else "cut"
             reason = f"stopped after {limit:.0f} s" + (", when the minutes were over" if outcome == "cut" else "")
@@ -97,6 +97,8 @@ def _end(child: subprocess.Popen[bytes]) -> None:
     child.wait()
 
 
-def _last_line(log: Path) -> str:
+def _reason(log: Path) -> str:
+    """The first error that a command of ours reported, else the last line, where Python writes what was raised."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1][:200] if lines else "it said nothing"
+    reported = (line for line in lines if line.startswith("Error: "))
+    return next(reported, lines[-1] if lines else "it said nothing")[:200]

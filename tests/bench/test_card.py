@@ -26,6 +26,7 @@ CODE = {
     "fine": WRITES % (ROW % "ok"),
     "wrong": WRITES % (ROW % "wrong"),
     "crashes": f"{WRITES % (ROW % 'ok')}; raise RuntimeError('no such luck')",
+    "reports": "print('Error: no room\\nCure: less'); print('Error: bench ended with exit code 1'); exit(1)",
     "dies": "import os; os.kill(os.getpid(), 9)",
     "silent": "",
     "hangs": f"{WRITES % (ROW % 'ok')}; import subprocess, time; "
@@ -44,16 +45,19 @@ def command(section, path):
 
 def test_a_section_that_fails_is_named_and_the_next_one_runs(tmp_path):
     results = {
-        one.name: one for one in run_all(sections("crashes", "dies", "silent", "wrong", "fine"), 1, tmp_path, command)
+        one.name: one
+        for one in run_all(sections("crashes", "reports", "dies", "silent", "wrong", "fine"), 1, tmp_path, command)
     }
     assert [(one.outcome, len(one.rows), one.good) for one in results.values()] == [
         ("failed", 1, False),
+        ("failed", 0, False),
         ("failed", 0, False),
         ("failed", 0, False),
         ("done", 1, False),
         ("done", 1, True),
     ]
     assert results["crashes"].reason == "exit code 1: RuntimeError: no such luck"
+    assert results["reports"].reason == "exit code 1: Error: no room"
     assert "it said nothing" in results["dies"].reason and results["silent"].reason == "it wrote no rows"
     saved = json.loads((tmp_path / "results.json").read_text())["sections"]
     assert [one["name"] for one in saved] == list(results) and saved[0]["rows"][0]["what"] == "x"
