@@ -13,7 +13,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
     parser = make_parser("bench.card", __doc__)
     parser.add_argument("--minutes", type=float, default=15.0, help="all sections together; cuts the tail (15)")
+    parser.add_argument("--patience", type=float, default=1.0, help="multiplies every section's own limit (1)")
     parser.add_argument("--output", type=Path, default=Path("card"), help="folder of the results (card)")
     parser.add_argument("--only", nargs="+", choices=list(BY_NAME), metavar="NAME", help=f"of {', '.join(BY_NAME)}")
     parser.add_argument(
@@ -47,7 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.section:
         return _section(BY_NAME[options.section], options.json)
-    return _all([BY_NAME[name] for name in options.only or BY_NAME], options.minutes, options.output)
+    chosen = [BY_NAME[name] for name in options.only or BY_NAME]
+    patient = [replace(section, limit_s=options.patience * section.limit_s) for section in chosen]
+    return _all(patient, options.minutes, options.output)
 
 
 def _section(section: Section, path: Path | None) -> int:
