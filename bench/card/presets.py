@@ -10,9 +10,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 from bench.card.rows import Row, State, near
 from lowmem_drf.commands.bench import bench_command
 from lowmem_drf.errors import LowmemError
+from lowmem_drf.planner.cards import GIB, parse_vram
 
 SETTINGS = {
     "rtx4090": ("24GB", 3, 2),
@@ -21,6 +24,8 @@ SETTINGS = {
     "rtx4090-wan14b": ("24GB", 2, 1),
 }
 """Memory, steps, graded steps. Memory does not grow with more steps than these, only time does."""
+LEAST = 0.9
+"""Share of the memory that a card of that size may report."""
 SAME = 0.05
 """Share by which a peak may differ from its plan."""
 
@@ -28,6 +33,10 @@ SAME = 0.05
 def preset(name: str) -> Iterator[Row]:
     """Stages of one update. What the first update compiles is in its seconds where ``bench`` runs no other."""
     vram, steps, graded = SETTINGS[name]
+    here = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
+    if here < LEAST * parse_vram(vram):
+        yield Row("the preset", f"is for {vram}, and this card has {here:.1f} GiB")
+        return
     command = [sys.executable, "-m", "lowmem_drf", "bench", "--preset", name, "--vram", vram, "--json"]
     command += ["-s", f"sampler.steps={steps}", "-s", f"sampler.graded_steps={graded}"]
     if "updates" in inspect.signature(bench_command).parameters:

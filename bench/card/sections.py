@@ -32,10 +32,10 @@ SECTIONS = (
     Section("tiles", 180, "tiles:tiles"),
     Section("host-store", 60, "host:host_store"),
     Section("row-ops", 90, "attention:row_ops"),
-    Section("rtx4090-24gb", 240, "presets:preset", "rtx4090"),
-    Section("rtx3060-12gb", 240, "presets:preset", "rtx3060"),
-    Section("rtx4060-8gb", 240, "presets:preset", "rtx4060"),
-    Section("wan14b-24gb", 420, "presets:preset", "rtx4090-wan14b"),
+    Section("rtx4090-24gb", 420, "presets:preset", "rtx4090"),
+    Section("rtx3060-12gb", 420, "presets:preset", "rtx3060"),
+    Section("rtx4060-8gb", 420, "presets:preset", "rtx4060"),
+    Section("wan14b-24gb", 600, "presets:preset", "rtx4090-wan14b"),
     Section("toyworld", 300, "toyworld:toyworld"),
 )
 BY_NAME = {section.name: section for section in SECTIONS}

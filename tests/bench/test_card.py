@@ -4,12 +4,13 @@ import json
 import os
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench.card import __main__ as program
-from bench.card import parent
+from bench.card import parent, presets
 from bench.card.parent import run_all
 from bench.card.presets import rows
 from bench.card.reference import errors
@@ -170,3 +171,11 @@ def test_a_tile_is_held_against_fp64(monkeypatch):
     assert _worst(name, second, [case]).state == "wrong"
     monkeypatch.setattr(case, "_function", op.naive)
     assert _worst(name, second, [case]) == Row(name, "was not launched", state="failed")
+
+
+def test_a_preset_for_a_larger_card_is_left_out(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=8 * 2**30))
+    monkeypatch.setattr(presets.subprocess, "run", lambda *_, **__: pytest.fail("measured"))
+    (row,) = presets.preset("rtx3060")
+    assert (row.state, row.measured) == ("info", "is for 12GB, and this card has 8.0 GiB")
