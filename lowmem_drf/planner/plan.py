@@ -57,7 +57,7 @@ from lowmem_drf.planner.shortcuts import (
     with_shortcuts,
     with_stand_ins,
 )
-from lowmem_drf.planner.stages import WEIGHTS, Figures, Plan, Span, StagePlan
+from lowmem_drf.planner.stages import WEIGHTS, Figures, Plan, Span, StagePlan, UnlikeError
 from lowmem_drf.planner.store import planned_store
 from lowmem_drf.planner.zero import PlannedTrainer, PlannedZero3
 from lowmem_drf.prompts import as_prompts
@@ -185,7 +185,10 @@ def make_plan(
     with _uncollected():
         stages = run.text(shallow) if only in (None, "text") else {}
         if only != "text":
-            more, step_bytes = run.update(shallow and config.engine != "zero3")
+            try:
+                more, step_bytes = run.update(shallow and config.engine != "zero3")
+            except UnlikeError:
+                more, step_bytes = run.update(shallow=False)
             stages |= more if whole else with_records(config, short, more, step_bytes, card)
     return scaled(config, short, stages, card, most)
 

@@ -77,6 +77,10 @@ def _extended(items: Sequence[Item], fewer: Sequence[Item], more: Sequence[Item]
     return tuple(sorted(grown, key=lambda item: -item.bytes))
 
 
+class UnlikeError(ValueError):
+    """Two depths of the same stacks ran differently, so nothing can be said of a third."""
+
+
 @dataclass(frozen=True)
 class Figures:
     """What a ledger counted in one visit of a stage, in bytes. Bytes are the card's, except the host's."""
@@ -97,10 +101,10 @@ class Figures:
 
     def extended(self, other: Figures, steps: int) -> Figures:
         """The figures of deeper stacks, from those of two depths: ``other`` plus ``steps`` times the difference. Raises
-        ValueError if the two have different spans."""
+        UnlikeError if the two have different spans."""
         spans, others = ({k: v for k, v in one.spans.items() if k[0] != MIDDLE} for one in (self, other))
         if spans.keys() != others.keys():
-            raise ValueError("two depths of the same stacks ran differently")
+            raise UnlikeError("two depths of the same stacks ran differently")
         return replace(
             self.begun(other, steps),
             spans={label: span.extended(others[label], steps) for label, span in spans.items()},

@@ -73,6 +73,29 @@ def test_a_line_leads_to_the_true_depths_and_costs_less(found):
     assert sum(line.first.values()) + sum(line.second.values()) < sum(found.values()) / 2
 
 
+@slow
+def test_depths_that_run_differently_are_not_extended(monkeypatch):
+    """With one named block at each end, a stack of one block has none that is last."""
+    for name in ("FIRST", "LAST"):
+        monkeypatch.setattr(depths, name, 1)
+    line = Line({"transformer": 1}, {"transformer": 2}, steps=2)
+    monkeypatch.setattr(plan, "line_to", lambda depths: line if depths.get("transformer") == 4 else None)
+    config = load_config("toy", SMALL)
+    agree(*both(config, card_named("")))
+
+
+@slow
+def test_a_stage_that_is_not_run_again_has_the_same_figures():
+    """As the ladder plans: every change leaves some stages as they were."""
+    seen, changes = {}, ("memory.park=[]", 'memory.park=["critic"]', "memory.vae_caches=host", "memory.token_slices=2")
+    for number in range(1, len(changes) + 1):
+        config = load_config("rtx4090", [*SMALL_CLIP, *changes[:number]])
+        before = len(seen)
+        again = make_plan(config, card_named(""), fakes=FAKES, seen=seen)
+        agree(again, make_plan(config, card_named(""), fakes=FAKES))
+        assert len(seen) - before <= (3 if number == 1 else 1)
+
+
 def test_shallow_stacks_and_unlike_experts_are_planned_whole():
     assert line_to({"transformer": LEAST, "language": LEAST}) is None
     wan = generator_config("Wan-AI/Wan2.2-T2V-A14B-Diffusers")
