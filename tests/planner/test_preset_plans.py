@@ -36,7 +36,6 @@ HOST_GB = (
     | dict.fromkeys(("rtx3060", "rtx3060-fast", "rtx4060", "rtx4060-fast"), 32)
     | {"zero3-2gpu": 128}
 )
-FAST = ("rtx4060",)
 SAME_BODY = {"rtx3060-fast": "rtx4080-fast", "rtx3090-fast": "rtx4090-fast", "rtx3090": "rtx4090"}
 """Presets that ask the same of their card as a preset for a faster one, which waits longer for its copies."""
 STREAMED = [name for name in BUDGET_GIB if load_config(name).memory.stream]
@@ -45,8 +44,8 @@ slow = pytest.mark.slow
 
 
 def planned(names):
-    """Parameters: the presets, those outside ``FAST`` marked slow."""
-    return [pytest.param(name, marks=() if name in FAST else slow) for name in names]
+    """Parameters, marked slow: every plan at true size takes ten CPU seconds and more."""
+    return [pytest.param(name, marks=slow) for name in names]
 
 
 def card_of(name):

@@ -104,6 +104,7 @@ def header(tensors: dict[str, torch.Tensor]) -> dict[str, dict]:
     return {name: {"dtype": "F32", "shape": list(value.shape)} for name, value in tensors.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", FILES)
 def test_diffusers_takes_what_the_report_says(layout: str, tmp_path) -> None:
     path = tmp_path / "lora.safetensors"
