@@ -158,9 +158,9 @@ def work_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int]
             eta = f"  ETA {clock((time.monotonic() - start) / done * (total - done))}" if done else ""
             console.print(f"{what} {done}/{total}{eta}", highlight=False, markup=False)
 
-    watched, _watched[:] = _watched[:], []  # one display at a time
     # with the bar on stderr and stdout piped, rich must not redirect prints to the terminal
-    with Progress(*columns, console=console, transient=True, disable=plain, redirect_stdout=not piped) as bar:
+    bar = Progress(*columns, console=console, transient=True, disable=plain, redirect_stdout=not piped)
+    with _watching(), bar:  # one display at a time
         task = bar.add_task(what, total=total)
 
         def advance(count: int) -> None:
@@ -169,26 +169,32 @@ def work_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int]
             bar.advance(task, count)
 
         if plain and not console.quiet:
-            threading.Thread(target=say_now_and_then, daemon=True).start()
+            with suppress(RuntimeError):  # no thread can be started where memory is short: work goes on without lines
+                threading.Thread(target=say_now_and_then, daemon=True).start()
         try:
             yield advance
         finally:
             ended.set()
-            _watched[:] = watched
 
 
 _watched: list[Console] = []
-"""Consoles of ``showing``; the last one counts."""
+"""The console of ``showing``; none inside of a bar."""
 
 
 @contextmanager
 def showing(console: Console) -> Iterator[None]:
     """Inside the block ``working`` shows on this console what goes on below, where nobody knows of consoles."""
-    _watched.append(console)
+    with _watching(console):
+        yield
+
+
+@contextmanager
+def _watching(*consoles: Console) -> Iterator[None]:
+    before, _watched[:] = _watched[:], consoles
     try:
         yield
     finally:
-        _watched.pop()
+        _watched[:] = before
 
 
 @contextmanager
