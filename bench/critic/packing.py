@@ -13,7 +13,6 @@ import functools
 import statistics
 import sys
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,9 +20,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from bench.allocated import Allocated
 from bench.script import device_name, make_parser, reports_errors, save
 from lowmem_drf.method.reward import RewardSpec, total_reward
 from lowmem_drf.models.qwen_vl.critic import QwenCritic, load_critic
@@ -97,26 +95,6 @@ def kept_bytes(run: Callable[[], object], model: torch.nn.Module) -> int:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: Kept(t.detach()), lambda kept: kept.tensor):
         run()
     return peak
-
-
-class Allocated(TorchDispatchMode):
-    """Tracks the bytes of storages that are allocated while the mode is on and not yet freed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        made = func(*args, **(kwargs or {}))
-        for tensor in (leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)):
-            storage = tensor.untyped_storage()
-            if id(storage) not in self.alive and id(storage) not in known:
-                self.alive[id(storage)] = storage.nbytes()
-                weakref.finalize(storage, self.alive.pop, id(storage))
-        self.peak = max(self.peak, sum(self.alive.values()))
-        return made
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:

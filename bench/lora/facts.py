@@ -75,7 +75,7 @@ class LoraFile:
         self.beside: dict[str, str | bytes] = {}
         """Files in the same folder: their text by name."""
         self.file, self.give_folder = "lora.safetensors", False
-        self.expert: Literal["", "low", "high"] = ""
+        self.expert: Literal["low", "high"] | None = None
         self.has_more = False
         """Tensors are left out rightly: of a text encoder, or of another transformer."""
         self.relative: set[str] = set()

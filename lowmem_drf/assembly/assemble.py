@@ -239,7 +239,7 @@ def assemble(
     for name in streamed.keys() - parked:
         bring(modules[name], device)  # the parts that are not streamed were loaded to the host
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # loading, packing and timing leave up to 2 GiB in pieces that no stage can use
+        torch.cuda.empty_cache()  # loading, packing and timing leave pieces that no stage can use
     return Models(
         transformer=transformer, velocity=velocity, decoder=decoder, critic=critic, texts=texts,
         text_tokens=config.model.text_tokens, negative_prompt=config.sampler.negative_prompt, latent_shape=shape,

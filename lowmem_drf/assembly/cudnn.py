@@ -27,13 +27,13 @@ def conv3d_backend() -> str:
 
 
 def require_fast_conv3d() -> None:
-    """Raises LowmemError if the VAE's conv3d in bf16 would run outside of cuDNN: ten times as slow, and with columns of
+    """Raises LowmemError if the VAE's conv3d in bf16 would run outside of cuDNN: far slower, and with columns of
     gigabytes that no plan has. PyTorch does not use cuDNN 9.8 to 9.14 for it."""
     used = conv3d_backend()
     if "udnn" not in used:
         raise LowmemError(
             f"cuDNN {cudnn_version() or 'of an unknown version'} is not used for conv3d in bf16 (but {used}): the VAE "
-            f"would take ten times as long, and gigabytes more of the card.\nMend it with: {cudnn_cure()}\n"
+            f"would take far longer, and gigabytes more of the card.\nMend it with: {cudnn_cure()}\n"
             "Or let the VAE compute in fp32, in more memory: -s memory.vae_dtype=fp32 -s memory.vae_grad_dtype=fp32"
         )
 

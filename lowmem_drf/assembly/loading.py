@@ -29,7 +29,7 @@ from lowmem_drf.shortage import during
 from lowmem_drf.terminal import printable
 
 if TYPE_CHECKING:
-    from lowmem_drf.models.lora.lora import Lora
+    from lowmem_drf.models.lora.changes import LoraChanges
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
     from lowmem_drf.models.weights.quant import Quant
     from lowmem_drf.models.weights.reader import Change, Shapes
@@ -41,7 +41,7 @@ def load_models(
     with_critic: bool = True,
     ranks: Ranks = ALONE,
     clips: Mapping[str, int] | None = None,
-    lora: Lora | None = None,
+    lora: LoraChanges | None = None,
     lora_scale: float = 1.0,
 ) -> Models:
     """Loads every model of the configuration. The text encoder is freed once ``texts`` are encoded.
@@ -108,7 +108,7 @@ def load_models(
     return with_partitioned_critic(config, models) if config.zero.critic and critic else models
 
 
-def read_lora_for(config: Config, path: Path) -> Lora:
+def read_lora_for(config: Config, path: Path) -> LoraChanges:
     """Reads a LoRA file for the transformer that ``config`` trains. Raises BadInputError as ``read_lora``, and, before
     anything is downloaded, for a LoRA of another model."""
     from lowmem_drf.models.lora.reading import read_lora
@@ -117,7 +117,7 @@ def read_lora_for(config: Config, path: Path) -> Lora:
         generator = generator_config(config.model.id)
     except BadInputError:  # its configuration is not on this machine yet
         return read_lora(path)
-    lora = read_lora(path, config.model.expert if generator.boundary is not None else "")
+    lora = read_lora(path, config.model.expert if generator.boundary is not None else None)
     try:
         lora.require_fit(transformer_shapes(generator.transformer))
     except BadInputError as error:

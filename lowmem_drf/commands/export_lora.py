@@ -14,8 +14,8 @@ from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.export.export import export_lora, file_metadata, host_bytes, is_export, merge_lora
 from lowmem_drf.files import make_writable, refuse_in_run, release, require_output
 from lowmem_drf.models.generators import GeneratorConfig, generator_config
+from lowmem_drf.models.lora.changes import LoraChanges
 from lowmem_drf.models.lora.formats import FORMATS
-from lowmem_drf.models.lora.lora import Lora
 from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.models.wan.experts import subfolders_of
 from lowmem_drf.models.wan.random_generator import empty_transformer
@@ -112,7 +112,7 @@ def _require_free(merge: Path) -> None:
     release(make_writable(merge.parent, "--merge"))
 
 
-def _blocks_to_read(generator: GeneratorConfig, subfolder: str, lora: Lora, merges: bool) -> int | None:
+def _blocks_to_read(generator: GeneratorConfig, subfolder: str, lora: LoraChanges, merges: bool) -> int | None:
     """Number of blocks to load for the check: all (``None``) if ``host_bytes`` fits into host memory, else ``FEW``.
 
     Raises:

@@ -23,7 +23,7 @@ from lowmem_drf.shortage import allocator_settings, during
 from lowmem_drf.terminal import make_console, showing
 from lowmem_drf.texts import expanded, one_line, toml_value
 from lowmem_drf.training.checkpoint import good_step, last_manifest, resume_command, saved_step
-from lowmem_drf.training.manifest import MAY_CHANGE, fixed_settings, refuse_damaged, same_setting
+from lowmem_drf.training.manifest import MAY_CHANGE, fixed_settings, same_setting
 from lowmem_drf.training.run_folder import RUNS, claim, default_output, find_run, saved_config
 from lowmem_drf.types import Prompt, Question
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lowmem_drf.assembly.assemble import Models
-    from lowmem_drf.models.lora.lora import Lora as LoraFile
     from lowmem_drf.scoring.evaluate import Trial
 
 
@@ -67,7 +66,9 @@ def train_command(
     else:
         name, why = (preset, "") if preset is not None else chosen_preset()
         if init_lora is not None:
-            overrides = [*_from_lora(name, overrides, init_lora), *overrides]
+            from lowmem_drf.training.lora_file import overrides_from
+
+            overrides = [*overrides_from(name, overrides, init_lora), *overrides]
         run, config = output or default_output(name), _absolute(load_config(name, overrides))
         origin = f"preset {name}{why}"
     if dry_run:
@@ -144,6 +145,7 @@ def start(
     from lowmem_drf.questions.file import to_json
     from lowmem_drf.scoring.evaluate import finish_trial, make_trial
     from lowmem_drf.training.loop import train
+    from lowmem_drf.training.lora_file import lora_to_begin_with
     from lowmem_drf.training.previews import preview_texts
 
     console = make_console(soft_wrap=True, quiet=not ranks.chief)
@@ -162,7 +164,7 @@ def start(
     trial = make_trial(config, used, log.eval_prompts, log.eval_seeds) if log.eval_prompts else None
     import_libraries(config)
     # of a run that was stopped before its first checkpoint, the file is all that its LoRA consists of
-    init = _init_file(config, config.lora.targets) if config.lora.init and not saved_step(run) else None
+    init = lora_to_begin_with(config, config.lora.targets) if config.lora.init and not saved_step(run) else None
     require_fast_vae(config, resolve_device(config.device))
     cards_gib = ranks.gather(card_here(config))
     config = ranks.from_chief(require_fit(config, console, cards_gib) if ranks.chief else config)
@@ -205,49 +207,6 @@ def start(
         models = train(config, run, models, prompts, questions, previews, console, ranks, abort)
         with during("evaluation"):
             _finish(console, config, run, models, trial, ranks)
-
-
-def _from_lora(preset: str, overrides: Sequence[str], file: Path) -> list[str]:
-    """The overrides of ``--init-lora``: the file, and rank, alpha and targets as it has them, unless the user's
-    overrides say otherwise. The largest of several ranks holds all of them. LoKr and LoHa are cut to the preset's."""
-    from lowmem_drf.models.generators import generator_config
-    from lowmem_drf.models.lora.init import init_targets
-
-    config = load_config(preset, [*overrides, f"lora.init={toml_value(str(file))}"])
-    lora = _init_file(config)
-    try:
-        blocks = generator_config(config.model.id).transformer["num_layers"]
-    except BadInputError:  # not on this machine yet
-        blocks = None
-    values: dict[str, object] = {"init": str(file), "targets": init_targets(lora, blocks)}
-    if lora.pairs and not lora.others:
-        largest = max(lora.pairs.values(), key=lambda pair: pair.rank)
-        values |= {"rank": largest.rank, "alpha": largest.alpha}
-    return [f"lora.{key}={toml_value(value)}" for key, value in values.items()]
-
-
-def _init_file(config: Config, targets: Sequence[str] | None = None) -> LoraFile:
-    """The LoRA of ``lora.init``.
-
-    Args:
-        targets: ``lora.targets``, if they are known.
-
-    Raises:
-        BadInputError: as ``read_lora``, or no run can go on from it.
-        LowmemError: it belongs to a damaged checkpoint.
-    """
-    from lowmem_drf.assembly.loading import read_lora_for
-    from lowmem_drf.models.lora.init import as_trained, require_linears, require_trained
-    from lowmem_drf.models.lora.reading import lora_file
-
-    file = expanded(config.lora.init)
-    refuse_damaged(lora_file(file))
-    lora = as_trained(read_lora_for(config, file))
-    try:
-        require_linears(lora) if targets is None else require_trained(lora, targets)
-    except BadInputError as error:
-        raise BadInputError(f"{file}: {error}") from error
-    return lora
 
 
 def _absolute(config: Config) -> Config:

@@ -97,9 +97,7 @@ def cudnn() -> Iterator[Check]:
     torch.nn.functional.conv3d(x, weight)
     used, version = conv3d_backend(), cudnn_version()
     if "udnn" not in used:
-        detail = (
-            f"{version or 'no version'}; bf16 conv3d runs without it ({used}), ten times as slow, in far more memory"
-        )
+        detail = f"{version or 'no version'}; bf16 conv3d runs without it ({used}), far slower and in far more memory"
         yield Check("cuDNN", "failure", detail, cudnn_cure())
         return
     try:

@@ -22,8 +22,8 @@ from lowmem_drf.export.verify import (
     verify_merge,
 )
 from lowmem_drf.files import written_aside
+from lowmem_drf.models.lora.changes import LoraChanges
 from lowmem_drf.models.lora.formats import LoraFormat, adapter_metadata, model_hash, to_format
-from lowmem_drf.models.lora.lora import Lora
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lowmem_drf.schema import Config
 
 
-def host_bytes(transformer: WanTransformer3DModel, lora: Lora) -> int:
+def host_bytes(transformer: WanTransformer3DModel, lora: LoraChanges) -> int:
     """Host memory for exporting or merging all blocks, without Python and libraries: the transformer in fp32; four
     copies of the LoRA in fp32 (read, attached, in the file's format, the file); four of the largest weight in fp64
     (its B A, and the addition)."""
@@ -44,7 +44,7 @@ def host_bytes(transformer: WanTransformer3DModel, lora: Lora) -> int:
 
 
 def export_lora(
-    lora: Lora,
+    lora: LoraChanges,
     form: LoraFormat,
     dtype: torch.dtype,
     output: Path,
@@ -97,7 +97,11 @@ def is_export(path: Path) -> bool:
 
 
 def merge_lora(
-    lora: Lora, dtype: torch.dtype, folder: Path, transformer: WanTransformer3DModel, subfolder: str = "transformer"
+    lora: LoraChanges,
+    dtype: torch.dtype,
+    folder: Path,
+    transformer: WanTransformer3DModel,
+    subfolder: str = "transformer",
 ) -> Verified:
     """Writes ``folder/subfolder`` (diffusers layout): W + (alpha / rank) B A in fp32, rounded to ``dtype`` except norms
     and time embedding, which diffusers keeps in fp32. ``transformer`` (the base, fp32, without LoRA) is consumed: its

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from lowmem_drf.errors import LowmemError
 from lowmem_drf.models.lora.adapter import attach_lora, lora_layers, lora_scale, remove_lora
+from lowmem_drf.models.lora.changes import LoraChanges
 from lowmem_drf.models.lora.formats import diffusers_reads_kohya
-from lowmem_drf.models.lora.lora import Lora
-from lowmem_drf.models.lora.readers import attach_as_diffusers, attach_as_lowmem_drf, load_as_diffusers
+from lowmem_drf.models.lora.readers import attach_as_diffusers, load_as_diffusers
+from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.models.wan.denoiser import as_velocity
 from lowmem_drf.models.weights.reader import TensorFiles, files_in
 from lowmem_drf.shortage import shortage_of
@@ -72,7 +73,7 @@ class Probe:
         return _largest(self.tuned - self.base)
 
 
-def probe_lora(transformer: WanTransformer3DModel, lora: Lora) -> Probe:
+def probe_lora(transformer: WanTransformer3DModel, lora: LoraChanges) -> Probe:
     """Runs the base with and without the LoRA, and removes it. Raises BadInputError for a LoRA of another model."""
     attach_lora(transformer, lora)
     try:
@@ -90,7 +91,7 @@ def probe_lora(transformer: WanTransformer3DModel, lora: Lora) -> Probe:
 
 
 def verify_export(
-    path: Path, lora: Lora, form: str, dtype: torch.dtype, transformer: WanTransformer3DModel
+    path: Path, lora: LoraChanges, form: str, dtype: torch.dtype, transformer: WanTransformer3DModel
 ) -> Verified:
     """Loads ``path`` with ``WanPipeline.load_lora_weights`` and compares weights and outputs with the tuned model. A
     kohya file without all modules, which diffusers cannot convert, is loaded with ``read_lora``.
@@ -104,7 +105,10 @@ def verify_export(
     tuned = probe_lora(transformer, lora)
     by_diffusers = form != "kohya" or diffusers_reads_kohya(lora)
     try:
-        (attach_as_diffusers if by_diffusers else attach_as_lowmem_drf)(transformer, path)
+        if by_diffusers:
+            attach_as_diffusers(transformer, path)
+        else:
+            attach_lora(transformer, read_lora(path))
         read = {name: _factors(layer) for name, layer in lora_layers(transformer).items()}
         output = _run(transformer)
     except Exception as error:
@@ -195,7 +199,7 @@ def _factors(layer: LoraLayer) -> Factors:
     return layer.scaling[name], layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
 
 
-def _require_same_weights(read: Mapping[str, Factors], lora: Lora, dtype: torch.dtype) -> float:
+def _require_same_weights(read: Mapping[str, Factors], lora: LoraChanges, dtype: torch.dtype) -> float:
     """Requires every module's B A to be within the bound of two roundings per factor. Returns the largest bound as a
     share of its B A. Compares a few rows at a time: all products in fp64 take more memory than the model."""
     wanted = lora.pairs

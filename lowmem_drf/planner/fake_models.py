@@ -1,4 +1,4 @@
-"""Models of true size without values, for the plan: every parameter is a fake CPU tensor
+"""Models of true size without values and the prompts that they get, for the plan: every parameter is a fake CPU tensor
 (``torch._subclasses.FakeTensorMode``).
 
 Such a model takes no memory. Forward and backward run under its mode, where a dispatch mode can count the bytes that
@@ -10,6 +10,7 @@ by the operators that pack real ones (``packed``).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +19,42 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lowmem_drf.models.lora.adapter import ADAPTER, lora_layers
+from lowmem_drf.assembly.assemble import Models, assemble, critic_rate, run_prompts
+from lowmem_drf.assembly.kernel_choice import choose_planned
+from lowmem_drf.assembly.questions import draft_questions
+from lowmem_drf.assembly.text_cache import DTYPES
+from lowmem_drf.models.generators import GeneratorConfig
+from lowmem_drf.models.lora.adapter import ADAPTER, add_lora, lora_layers
 from lowmem_drf.models.qwen_vl.critic import DEFAULT_FPS, QwenCritic
 from lowmem_drf.models.qwen_vl.files import video_geometry
+from lowmem_drf.models.qwen_vl.known import KNOWN
 from lowmem_drf.models.qwen_vl.random_critic import described, empty_model, remake_rotary
+from lowmem_drf.models.wan.experts import make_transformers
 from lowmem_drf.models.wan.random_generator import empty_text, empty_transformer, empty_vae, fill_as_loaded
 from lowmem_drf.models.weights.filling import Value, fill
 from lowmem_drf.models.weights.quant import Quant, in_critic, lay_out, require_library
 from lowmem_drf.models.weights.sources import resolve
+from lowmem_drf.planner.store import planned_store
+from lowmem_drf.prompts import as_prompts
+from lowmem_drf.schema import Config
+from lowmem_drf.types import Prompt, Question
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import UMT5EncoderModel
+
+    from lowmem_drf.planner.plan import PlanMeter
+
+
+SAMPLE_PROMPT = (
+    "A close-up shot of two brown dogs running side by side along a wide sandy beach at sunset, splashing through the "
+    "shallow water while a small red boat drifts behind them to the left of a wooden pier, warm golden light, "
+    "shallow depth of field, the camera slowly tracking them from the right."
+)
+"""Used if no prompts are given. As long as typical prompts for video models."""
+
+CHARACTERS_PER_TOKEN = 4
+"""Approximate, for English. The stand-in tokenizer makes one token of each character."""
 
 
 def fake_transformer(
@@ -91,3 +116,49 @@ def _fake_value(mode: FakeTensorMode, dtype: torch.dtype) -> Value:
             return torch.empty(shape, dtype=dtype)
 
     return value
+
+
+def fake_run(
+    config: Config, generator: GeneratorConfig, described: Any, mode: FakeTensorMode, meter: PlanMeter
+) -> tuple[Models, list[Prompt], dict[str, tuple[Question, ...]]]:
+    """Models of true size, and the prompts of one micro-batch with their questions."""
+    dtype = DTYPES[config.dtype]
+    prompts, questions = plan_prompts(config)
+    transformer, other = make_transformers(
+        generator, config, lambda name: fake_transformer(getattr(generator, name), dtype, mode, config.model.quant)
+    )
+    add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets)
+    empty_lora(transformer, mode)
+    text_dim = generator.transformer["text_dim"]
+    texts = {
+        text: torch.zeros(config.model.text_tokens, text_dim, dtype=dtype)
+        for text in [*(p.text for p in prompts), config.sampler.negative_prompt]
+    }
+    rate = critic_rate(config)
+    critic = fake_critic(config.critic.id, dtype, rate, config.critic.quant, mode=mode, files=described)
+    vae = fake_vae(generator.vae, DTYPES[config.memory.vae_dtype], mode)
+    meter.load([transformer, vae, critic.model, *([other.transformer] if other else [])])
+    device, ops = torch.device("cpu"), choose_planned(config)
+    models = assemble(config, transformer, vae, critic, texts, device, meter, ops, other, planned_store())
+    return models, prompts, questions
+
+
+def plan_prompts(config: Config) -> tuple[list[Prompt], dict[str, tuple[Question, ...]]]:
+    """A batch of those with the longest questions among the first 100 prompts, and their questions by prompt id."""
+    candidates = run_prompts(config)[:100] if config.prompts else as_prompts([SAMPLE_PROMPT])
+    draft = draft_questions(config, candidates)
+    if config.critic.id in KNOWN:
+        draft = {key: tuple(_shorter(question) for question in asked) for key, asked in draft.items()}
+    by_length = sorted(candidates, key=lambda prompt: -sum(len(q.text) + len(q.answer) for q in draft[prompt.id]))
+    chosen = [by_length[clip % len(by_length)] for clip in range(config.batch)]
+    return chosen, {prompt.id: draft[prompt.id] for prompt in chosen}
+
+
+def _shorter(question: Question) -> Question:
+    """Cut to about as many characters as a real tokenizer makes tokens: the stand-in makes a token of each one."""
+
+    def cut(text: str) -> str:
+        return text[: -(-len(text) // CHARACTERS_PER_TOKEN)]
+
+    answer = question.answer if question.kind == "yesno" else cut(question.answer)
+    return replace(question, text=cut(question.text), answer=answer, token_weights=())

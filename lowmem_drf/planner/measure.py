@@ -25,8 +25,9 @@ from lowmem_drf.models.generators import generator_config
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
 from lowmem_drf.models.wan.experts import make_transformers
 from lowmem_drf.planner.cards import GIB
+from lowmem_drf.planner.fake_models import plan_prompts
 from lowmem_drf.planner.ledger import Ledger
-from lowmem_drf.planner.plan import ALLOCATOR_BLOCK, PlanMeter, plan_prompts
+from lowmem_drf.planner.plan import ALLOCATOR_BLOCK, PlanMeter
 from lowmem_drf.planner.store import planned_store
 from lowmem_drf.schema import Config
 from lowmem_drf.training.trainer import SingleTrainer, make_trainer

@@ -20,16 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowmem_drf.assembly.assemble import Models, assemble, critic_rate, run_prompts
-from lowmem_drf.assembly.kernel_choice import choose_planned
-from lowmem_drf.assembly.questions import draft_questions
 from lowmem_drf.assembly.sizes import require_room
 from lowmem_drf.assembly.text_cache import BATCH, DTYPES, LARGE_BYTES
 from lowmem_drf.models.generators import GeneratorConfig, generator_config
-from lowmem_drf.models.lora.adapter import add_lora, lora_parameters, named_lora
-from lowmem_drf.models.qwen_vl.known import KNOWN
+from lowmem_drf.models.lora.adapter import lora_parameters
 from lowmem_drf.models.qwen_vl.vision import forget_windows
-from lowmem_drf.models.wan.experts import make_transformers, require_expert
+from lowmem_drf.models.wan.experts import require_expert
 from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.weights.sources import resolve
 from lowmem_drf.planner.cards import BANDWIDTH_SHARE, GIB, MATMUL_SHARE, USABLE, Card
@@ -43,6 +39,7 @@ from lowmem_drf.planner.depths import (
     shallow_critic,
     shallow_generator,
 )
+from lowmem_drf.planner.fake_models import fake_run, fake_text
 from lowmem_drf.planner.fakes import Fakes
 from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.shortcuts import (
@@ -59,11 +56,8 @@ from lowmem_drf.planner.shortcuts import (
 )
 from lowmem_drf.planner.stages import WEIGHTS, Figures, Plan, Span, StagePlan, UnlikeError
 from lowmem_drf.planner.store import planned_store
-from lowmem_drf.planner.zero import PlannedTrainer, PlannedZero3
-from lowmem_drf.prompts import as_prompts
+from lowmem_drf.planner.zero import PlannedZero3, partitioned, planned_trainer
 from lowmem_drf.schema import Config
-from lowmem_drf.training.trainer import SingleTrainer, Trainer
-from lowmem_drf.types import Parts, Prompt, Question
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -71,19 +65,9 @@ if TYPE_CHECKING:
 ALLOCATOR_BLOCK = 512
 """Bytes: the CUDA caching allocator rounds every request up to a multiple."""
 
-SAMPLE_PROMPT = (
-    "A close-up shot of two brown dogs running side by side along a wide sandy beach at sunset, splashing through the "
-    "shallow water while a small red boat drifts behind them to the left of a wooden pier, warm golden light, "
-    "shallow depth of field, the camera slowly tracking them from the right."
-)
-"""Used if no prompts are given. As long as typical prompts for video models."""
-
 FAR = 8
 """What needs more cards of the size than this is refused without a plan, which would take minutes and much host memory
 itself."""
-
-CHARACTERS_PER_TOKEN = 4
-"""Approximate, for English. The stand-in tokenizer makes one token of each character."""
 
 
 class PlanMeter:
@@ -296,9 +280,9 @@ class _Run:
         forget_windows()  # else the first run of a process would count them alone
         with self.fakes, Ledger(ALLOCATOR_BLOCK, _rates(self.card), self.fakes) as ledger:
             meter = PlanMeter(ledger, absent)
-            models, prompts, questions = _fake_models(short, generator, critic, self.fakes.mode, meter)
+            models, prompts, questions = fake_run(short, generator, critic, self.fakes.mode, meter)
             parts = models.parts(lora_parameters(models.transformer))
-            parts = _partitioned(config, short, self.card, ledger, models, parts, meter)
+            parts = partitioned(config, short, self.card, ledger, models, parts, meter)
             parts = with_stand_ins(parts, absent)
             if only:
                 parts = one_stage(parts, only, models)
@@ -308,7 +292,7 @@ class _Run:
                 mark_critic(models, ledger)
                 parts = with_shortcuts(parts, models, ledger, None if "decode" in absent else self.frames)
             latents = [torch.zeros(config.micro_batch, *models.latent_shape) for _ in range(ungraded)]
-            trainer = _trainer(config, ledger, models)
+            trainer = planned_trainer(config, ledger, models)
             update(short, models, parts, trainer, 0, prompts, questions, None)
             del latents
         return meter, models.recorder.step_bytes if models.recorder else 0
@@ -329,36 +313,6 @@ def decide_rollout(config: Config, card: Card, vram_gib: float | None = None, fa
     return gathered if make_plan(gathered, card, vram_gib, "rollout", fakes=fakes).fits else partitioned
 
 
-def _partitioned(
-    config: Config, short: Config, card: Card, ledger: Ledger, models: Models, parts: Parts, meter: PlanMeter
-) -> Parts:
-    """The parts of a step with weights partitioned as ZeRO-3 does it."""
-    if config.engine != "zero3":
-        return parts
-    transformer, stages = models.transformer, ("rollout", "denoise_backward")
-    gathered, planned_share = config.zero.rollout == "gathered", short.sampler.steps / config.sampler.steps
-    trained = PlannedZero3(config, ledger, card, transformer, transformer.blocks, stages, gathered, planned_share)
-    meter.partitioned = [trained]
-    parts = replace(parts, velocity=trained.called(parts.velocity))
-    if not config.zero.critic:
-        return parts
-    critic = PlannedZero3(config, ledger, card, models.asked_critic.model, models.asked_critic.leaves, ("critic",))
-    meter.partitioned.append(critic)
-    return replace(parts, critic=critic.called(parts.critic))
-
-
-def _trainer(config: Config, ledger: Ledger, models: Models) -> Trainer:
-    """A trainer that already holds its optimizer state."""
-    lora = named_lora(models.transformer)
-    if config.engine != "single":
-        return PlannedTrainer(config, ledger, lora)
-    trainer = SingleTrainer(config, lora)
-    trainer.fill()
-    for moment in trainer.paged():
-        ledger.on_host(moment)
-    return trainer
-
-
 def new_fakes() -> Fakes:
     """An empty cache for ``make_plan``."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -375,7 +329,6 @@ def _rates(card: Card) -> Rates:
 def _encode_text(config: Config, generator: GeneratorConfig, mode: FakeTensorMode, meter: PlanMeter) -> None:
     """Plans the text encoder, alone on the card, with one batch of prompts."""
     from lowmem_drf.models.wan.text import stream_text
-    from lowmem_drf.planner.fake_models import fake_text
 
     encoder, where = fake_text(generator.text, DTYPES[config.dtype], mode), config.memory.text_device
     nbytes = sum(parameter.nbytes for parameter in encoder.parameters())
@@ -398,51 +351,3 @@ def described_critic(critic_id: str) -> tuple[dict[str, Any], dict[str, Any], An
     from lowmem_drf.models.qwen_vl.random_critic import described
 
     return described(resolve(critic_id, "critic"))
-
-
-def _fake_models(
-    config: Config, generator: GeneratorConfig, described: Any, mode: FakeTensorMode, meter: PlanMeter
-) -> tuple[Models, list[Prompt], dict[str, tuple[Question, ...]]]:
-    """Models of true size, and the prompts of one micro-batch with their questions."""
-    from lowmem_drf.planner.fake_models import empty_lora, fake_critic, fake_transformer, fake_vae
-
-    dtype = DTYPES[config.dtype]
-    prompts, questions = plan_prompts(config)
-    transformer, other = make_transformers(
-        generator, config, lambda name: fake_transformer(getattr(generator, name), dtype, mode, config.model.quant)
-    )
-    add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets)
-    empty_lora(transformer, mode)
-    text_dim = generator.transformer["text_dim"]
-    texts = {
-        text: torch.zeros(config.model.text_tokens, text_dim, dtype=dtype)
-        for text in [*(p.text for p in prompts), config.sampler.negative_prompt]
-    }
-    rate = critic_rate(config)
-    critic = fake_critic(config.critic.id, dtype, rate, config.critic.quant, mode=mode, files=described)
-    vae = fake_vae(generator.vae, DTYPES[config.memory.vae_dtype], mode)
-    meter.load([transformer, vae, critic.model, *([other.transformer] if other else [])])
-    device, ops = torch.device("cpu"), choose_planned(config)
-    models = assemble(config, transformer, vae, critic, texts, device, meter, ops, other, planned_store())
-    return models, prompts, questions
-
-
-def plan_prompts(config: Config) -> tuple[list[Prompt], dict[str, tuple[Question, ...]]]:
-    """A batch of those with the longest questions among the first 100 prompts, and their questions by prompt id."""
-    candidates = run_prompts(config)[:100] if config.prompts else as_prompts([SAMPLE_PROMPT])
-    draft = draft_questions(config, candidates)
-    if config.critic.id in KNOWN:
-        draft = {key: tuple(_shorter(question) for question in asked) for key, asked in draft.items()}
-    by_length = sorted(candidates, key=lambda prompt: -sum(len(q.text) + len(q.answer) for q in draft[prompt.id]))
-    chosen = [by_length[clip % len(by_length)] for clip in range(config.batch)]
-    return chosen, {prompt.id: draft[prompt.id] for prompt in chosen}
-
-
-def _shorter(question: Question) -> Question:
-    """Cut to about as many characters as a real tokenizer makes tokens: the stand-in makes a token of each one."""
-
-    def cut(text: str) -> str:
-        return text[: -(-len(text) // CHARACTERS_PER_TOKEN)]
-
-    answer = question.answer if question.kind == "yesno" else cut(question.answer)
-    return replace(question, text=cut(question.text), answer=answer, token_weights=())

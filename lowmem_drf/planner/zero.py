@@ -16,16 +16,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lowmem_drf.assembly.assemble import Models
 from lowmem_drf.distributed.zero import REDUCE_BUCKET
+from lowmem_drf.models.lora.adapter import named_lora
 from lowmem_drf.planner.cards import GIB, Card
 from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.stages import StagePlan
 from lowmem_drf.schema import Config
+from lowmem_drf.training.trainer import SingleTrainer, Trainer
+from lowmem_drf.types import Parts
+
+if TYPE_CHECKING:
+    from lowmem_drf.planner.plan import PlanMeter
 
 
 class PlannedZero3:
@@ -157,3 +164,33 @@ class PlannedTrainer:
 
     def unpack(self, packed: Mapping[str, Tensor]) -> None:
         raise ValueError("a plan reads no checkpoint")
+
+
+def partitioned(
+    config: Config, short: Config, card: Card, ledger: Ledger, models: Models, parts: Parts, meter: PlanMeter
+) -> Parts:
+    """The parts of a step with weights partitioned as ZeRO-3 does it."""
+    if config.engine != "zero3":
+        return parts
+    transformer, stages = models.transformer, ("rollout", "denoise_backward")
+    gathered, planned_share = config.zero.rollout == "gathered", short.sampler.steps / config.sampler.steps
+    trained = PlannedZero3(config, ledger, card, transformer, transformer.blocks, stages, gathered, planned_share)
+    meter.partitioned = [trained]
+    parts = replace(parts, velocity=trained.called(parts.velocity))
+    if not config.zero.critic:
+        return parts
+    critic = PlannedZero3(config, ledger, card, models.asked_critic.model, models.asked_critic.leaves, ("critic",))
+    meter.partitioned.append(critic)
+    return replace(parts, critic=critic.called(parts.critic))
+
+
+def planned_trainer(config: Config, ledger: Ledger, models: Models) -> Trainer:
+    """A trainer that already holds its optimizer state."""
+    lora = named_lora(models.transformer)
+    if config.engine != "single":
+        return PlannedTrainer(config, ledger, lora)
+    trainer = SingleTrainer(config, lora)
+    trainer.fill()
+    for moment in trainer.paged():
+        ledger.on_host(moment)
+    return trainer

@@ -1,16 +1,23 @@
-"""Loads the LoRA of a run's checkpoint onto a transformer."""
+"""The LoRA files that a run begins with: its checkpoint's, or that of ``train --init-lora`` (``lora.init``)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowmem_drf.config import load_config
+from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.lora.adapter import add_lora, load_lora_state
 from lowmem_drf.schema import Config
+from lowmem_drf.texts import expanded, toml_value
 from lowmem_drf.training.checkpoint import load_checkpoint
+from lowmem_drf.training.manifest import refuse_damaged
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
+
+    from lowmem_drf.models.lora.changes import LoraChanges
 
 
 def load_run_lora(transformer: WanTransformer3DModel, folder: Path, config: Config) -> int:
@@ -19,3 +26,46 @@ def load_run_lora(transformer: WanTransformer3DModel, folder: Path, config: Conf
     add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets)
     load_lora_state(transformer, checkpoint.lora)
     return checkpoint.step
+
+
+def overrides_from(preset: str, overrides: Sequence[str], file: Path) -> list[str]:
+    """The overrides of ``--init-lora``: the file, and rank, alpha and targets as it has them, unless the user's
+    overrides say otherwise. The largest of several ranks holds all of them. LoKr and LoHa are cut to the preset's."""
+    from lowmem_drf.models.generators import generator_config
+    from lowmem_drf.models.lora.init import init_targets
+
+    config = load_config(preset, [*overrides, f"lora.init={toml_value(str(file))}"])
+    lora = lora_to_begin_with(config)
+    try:
+        blocks = generator_config(config.model.id).transformer["num_layers"]
+    except BadInputError:  # not on this machine yet
+        blocks = None
+    values: dict[str, object] = {"init": str(file), "targets": init_targets(lora, blocks)}
+    if lora.pairs and not lora.others:
+        largest = max(lora.pairs.values(), key=lambda pair: pair.rank)
+        values |= {"rank": largest.rank, "alpha": largest.alpha}
+    return [f"lora.{key}={toml_value(value)}" for key, value in values.items()]
+
+
+def lora_to_begin_with(config: Config, targets: Sequence[str] | None = None) -> LoraChanges:
+    """The LoRA of ``lora.init``.
+
+    Args:
+        targets: ``lora.targets``, if they are known.
+
+    Raises:
+        BadInputError: as ``read_lora``, or no run can go on from it.
+        LowmemError: it belongs to a damaged checkpoint.
+    """
+    from lowmem_drf.assembly.loading import read_lora_for
+    from lowmem_drf.models.lora.init import as_trained, require_linears, require_trained
+    from lowmem_drf.models.lora.reading import lora_file
+
+    file = expanded(config.lora.init)
+    refuse_damaged(lora_file(file))
+    lora = as_trained(read_lora_for(config, file))
+    try:
+        require_linears(lora) if targets is None else require_trained(lora, targets)
+    except BadInputError as error:
+        raise BadInputError(f"{file}: {error}") from error
+    return lora

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +12,8 @@ import torch
 from _tiny import randomise_lora, save_tiny_generator, tiny_condition, tiny_latents, tiny_transformer
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench.allocated import Allocated
 from lowmem_drf.assembly.loading import load_transformer
 from lowmem_drf.commands import export_lora as command
 from lowmem_drf.commands.export_lora import DTYPES, export_run
@@ -24,12 +23,12 @@ from lowmem_drf.export import export, verify
 from lowmem_drf.export.export import export_lora, file_metadata, merge_lora
 from lowmem_drf.export.verify import verify_export
 from lowmem_drf.models.lora.adapter import add_lora, attach_lora, lora_layers, lora_state
+from lowmem_drf.models.lora.changes import LoraChanges
 from lowmem_drf.models.lora.formats import (
     diffusers_reads_kohya,
     model_hash,
     to_format,
 )
-from lowmem_drf.models.lora.lora import Lora
 from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
 from lowmem_drf.prompts import Cursor
@@ -44,11 +43,11 @@ TARGETS = {
 }
 
 
-def trained(targets: str = "all", dtype: torch.dtype = torch.float32) -> tuple[Lora, object]:
+def trained(targets: str = "all", dtype: torch.dtype = torch.float32) -> tuple[LoraChanges, object]:
     transformer = tiny_transformer(dtype)
     add_lora(transformer, rank=RANK, alpha=ALPHA, targets=TARGETS[targets])
     randomise_lora(transformer)
-    return Lora.from_state(lora_state(transformer), ALPHA), transformer
+    return LoraChanges.from_state(lora_state(transformer), ALPHA), transformer
 
 
 def allowed(dtype: str, effect: float) -> float:
@@ -118,7 +117,7 @@ def test_diffusers_reads_kohya_predicts_the_converter() -> None:
     lora, _ = trained()
     some = {name: pair for name, pair in lora.pairs.items() if "blocks.1.ffn" not in name}
     last = {name: pair for name, pair in lora.pairs.items() if "blocks.1" in name}
-    for part, whole in [(lora, True), (Lora(some), False), (Lora(last), False)]:
+    for part, whole in [(lora, True), (LoraChanges(some), False), (LoraChanges(last), False)]:
         assert diffusers_reads_kohya(part) is whole
         tensors = to_format(part, "kohya", torch.float32)
         if whole:
@@ -178,7 +177,7 @@ def test_verification_catches_a_wrong_file(tmp_path) -> None:
 def test_an_untrained_lora_exports(tmp_path) -> None:
     transformer = tiny_transformer()
     add_lora(transformer, rank=RANK, alpha=ALPHA)
-    lora = Lora.from_state(lora_state(transformer), ALPHA)
+    lora = LoraChanges.from_state(lora_state(transformer), ALPHA)
     _, verified = export_lora(lora, "comfyui", torch.float16, tmp_path / "l.safetensors", tiny_transformer(), {})
     assert verified.effect == 0 and verified.difference == 0
 
@@ -186,14 +185,14 @@ def test_an_untrained_lora_exports(tmp_path) -> None:
 def test_tiny_values_survive_fp16(tmp_path) -> None:
     """After the first updates B is near 1e-5, where fp16 has few digits; the bound allows for it."""
     lora, _ = trained()
-    small = Lora.from_state({k: v * 1e-5 if "lora_B" in k else v for k, v in lora.state().items()}, ALPHA)
+    small = LoraChanges.from_state({k: v * 1e-5 if "lora_B" in k else v for k, v in lora.state().items()}, ALPHA)
     _, verified = export_lora(small, "comfyui", torch.float16, tmp_path / "l.safetensors", tiny_transformer(), {})
     assert 0 < verified.difference < verified.effect
 
 
 def test_values_beyond_fp16_are_refused(tmp_path) -> None:
     lora, _ = trained()
-    large = Lora.from_state({k: v * 1e6 if "lora_B" in k else v for k, v in lora.state().items()}, ALPHA)
+    large = LoraChanges.from_state({k: v * 1e6 if "lora_B" in k else v for k, v in lora.state().items()}, ALPHA)
     with pytest.raises(BadInputError, match="--dtype bf16"):
         export_lora(large, "comfyui", torch.float16, tmp_path / "l.safetensors", tiny_transformer(), {})
     assert not list(tmp_path.iterdir())
@@ -203,7 +202,7 @@ def test_modules_outside_the_blocks_go_to_diffusers_only(tmp_path) -> None:
     transformer = tiny_transformer()
     add_lora(transformer, rank=RANK, alpha=ALPHA, targets=["proj_out", "to_q"])
     randomise_lora(transformer)
-    lora = Lora.from_state(lora_state(transformer), ALPHA)
+    lora = LoraChanges.from_state(lora_state(transformer), ALPHA)
     for form in ("comfyui", "kohya"):
         with pytest.raises(BadInputError, match="proj_out.*--format diffusers"):
             export_lora(lora, form, torch.float32, tmp_path / "l.safetensors", tiny_transformer(), {})
@@ -371,25 +370,6 @@ def test_a_base_that_the_host_has_no_room_for(run: Path, tmp_path, monkeypatch) 
         export_run(run, output=tmp_path / "wrong.safetensors")
 
 
-class Float64Bytes(TorchDispatchMode):
-    """Peak bytes of the fp64 tensors that operations within it made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        made = func(*args, **(kwargs or {}))
-        if not isinstance(made, torch.Tensor) or made.dtype != torch.float64:
-            return made
-        if id(storage := made.untyped_storage()) not in self.alive:
-            self.alive[id(storage)] = storage.nbytes()
-            weakref.finalize(storage, self.alive.pop, id(storage))
-            self.peak = max(self.peak, sum(self.alive.values()))
-        return made
-
-
 @pytest.mark.parametrize(("made", "products"), [("file", 8), ("merged", 1)])
 def test_few_products_are_alive_at_once(made: str, products: int, tmp_path) -> None:
     """All products in fp64 would take more memory than the model. For one module, an export holds B A as read and as
@@ -399,16 +379,16 @@ def test_few_products_are_alive_at_once(made: str, products: int, tmp_path) -> N
     transformer = tiny_transformer(layers=layers)
     add_lora(transformer, rank=RANK, alpha=ALPHA)
     randomise_lora(transformer)
-    lora = Lora.from_state(lora_state(transformer), ALPHA)
+    lora = LoraChanges.from_state(lora_state(transformer), ALPHA)
     sizes = [8 * len(b) * a.shape[1] for a, b in ((pair.a, pair.b) for pair in lora.pairs.values())]
     base = tiny_transformer(layers=layers)
-    with Float64Bytes() as counted:
+    with Allocated(torch.float64) as counted:
         if made == "file":
             export_lora(lora, "comfyui", torch.bfloat16, tmp_path / "l.safetensors", base, {})
         else:
             merge_lora(lora, torch.bfloat16, tmp_path / "merged", base)
     assert max(sizes) <= counted.peak <= (products + 1) * max(sizes) < sum(sizes) / 2
-    with Float64Bytes() as counted:
+    with Allocated(torch.float64) as counted:
         kept = [lora.delta(module) for module in lora.pairs]
     assert counted.peak >= sum(product.nbytes for product in kept) == sum(sizes), "it sees what is held"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 from _mutations import TEXTS, Bytes, changed, dumped, files_of, safetensors
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.allocated import Allocated
 
 _DIM = 24
 _MODULES = {
@@ -117,23 +117,6 @@ def _shapes() -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in _transformer().named_parameters()}
 
 
-class AliveBytes(TorchDispatchMode):
-    """Peak bytes of the tensors that operations within it made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if isinstance(made, torch.Tensor) and id(storage := made.untyped_storage()) not in self.alive:
-            self.alive[id(storage)] = storage.nbytes()
-            weakref.finalize(storage, self.alive.pop, id(storage))
-            self.peak = max(self.peak, sum(self.alive.values()))
-        return made
-
-
 def read_as_every_door(path: Path) -> None:
     """As ``sample --lora``, ``model.base_lora``, ``train --init-lora`` and ``inspect-lora`` read it."""
     from lowmem_drf.models.lora.adapter import attach_lora, lora_layers, remove_lora
@@ -142,7 +125,7 @@ def read_as_every_door(path: Path) -> None:
     from lowmem_drf.models.lora.reading import read_lora
     from lowmem_drf.models.lora.report import make_report
 
-    with AliveBytes() as counted:
+    with Allocated() as counted:
         lora = read_lora(path)
     if counted.peak > 3 * path.stat().st_size:
         raise AssertionError(f"{counted.peak} bytes of tensors for a file of {path.stat().st_size}")

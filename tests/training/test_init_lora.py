@@ -13,9 +13,9 @@ from lowmem_drf.commands.export_lora import export_run
 from lowmem_drf.commands.train import train_command
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.lora.adapter import load_lora_state, lora_layers, lora_state, named_lora
+from lowmem_drf.models.lora.changes import LoraChanges, Pair
 from lowmem_drf.models.lora.formats import FORMATS, adapter_metadata, to_format
 from lowmem_drf.models.lora.init import _nearest, as_trained, init_lora
-from lowmem_drf.models.lora.lora import Lora, Pair
 from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.training.run_folder import run_config
 from lowmem_drf.training.trainer import SingleTrainer
@@ -42,7 +42,7 @@ def test_the_first_update_is_that_of_the_run(given, form, tmp_path) -> None:
     """The same prompts, noise and LoRA give the same gradient, and the optimizer moves the same numbers: alpha that the
     format folds into A is taken out again."""
     (config, models, parts, prompts, questions), state = given
-    lora, file = Lora.from_state(state, ALPHA), tmp_path / "x.safetensors"
+    lora, file = LoraChanges.from_state(state, ALPHA), tmp_path / "x.safetensors"
     header = {"lowmem_drf.alpha": str(ALPHA)} | (adapter_metadata(lora) if form == "diffusers" else {})
     save_file(to_format(lora, form, torch.float32), file, metadata=header)
     fresh, found = lora_state(models.transformer), {}
@@ -88,7 +88,7 @@ def test_a_run_begins_with_the_export_of_another(tiny_run, tiny_preset, tmp_path
 
 def test_other_ranks_are_filled_up_or_cut(given) -> None:
     (_, models, *_), state = given
-    transformer, lora = models.transformer, Lora.from_state(state, ALPHA)
+    transformer, lora = models.transformer, LoraChanges.from_state(state, ALPHA)
     module, other, *_ = lora.pairs
     layer, pair = lora_layers(transformer)[module], lora.pairs[module]
 
@@ -97,14 +97,14 @@ def test_other_ranks_are_filled_up_or_cut(given) -> None:
         return (layer.scaling["default"] * b.double() @ a.double()).detach()
 
     one = Pair(pair.a[:1], pair.b[:, :1], 1.0)
-    said = init_lora(transformer, Lora({module: one}))
+    said = init_lora(transformer, LoraChanges({module: one}))
     assert "rank 1: its values are kept" in said and "modules begin untrained" in said
     torch.testing.assert_close(change(), one.b.double() @ one.a.double(), rtol=1e-6, atol=1e-6)
     assert not layer.lora_B["default"].weight[:, 1:].any() and layer.lora_A["default"].weight[1:].any()
 
     noise = torch.randn(pair.a.shape, generator=torch.Generator().manual_seed(0))
     three = Pair(torch.cat([pair.a, noise[:1]]), torch.cat([pair.b, 0.1 * pair.b[:, :1].roll(1)], 1), 3.0)
-    said = init_lora(transformer, Lora({module: three}))
+    said = init_lora(transformer, LoraChanges({module: three}))
     whole = three.b.double() @ three.a.double()
     values = torch.linalg.svdvals(whole)
     share = float(values[2:].norm() / values.norm())
@@ -112,22 +112,22 @@ def test_other_ranks_are_filled_up_or_cut(given) -> None:
     # no product of rank 2 is nearer (Eckart and Young)
     torch.testing.assert_close((change() - whole).norm(), values[2:].norm(), rtol=1e-4, atol=1e-6)
     kept = replace(lora.pairs[other], alpha=9.0)  # what is lost is a share of the file's change, not of this module's
-    said = init_lora(transformer, Lora({module: three, other: kept}))
-    size = torch.stack([values.norm(), Lora({other: kept}).delta(other).norm()]).norm()
+    said = init_lora(transformer, LoraChanges({module: three, other: kept}))
+    size = torch.stack([values.norm(), LoraChanges({other: kept}).delta(other).norm()]).norm()
     assert f"1 are cut to the run's rank by singular values, and {100 * values[2:].norm() / size:.2g}% of" in said
 
 
 def test_what_no_lora_can_go_on_from_is_refused(given) -> None:
-    from lowmem_drf.models.lora.lora import Difference
+    from lowmem_drf.models.lora.changes import Difference
 
     (_, models, *_), state = given
     for name in ("blocks.0.norm2.weight", "blocks.0.attn1.to_q.bias", "patch_embedding.weight"):
-        lora = Lora(Lora.from_state(state, ALPHA).pairs, {name: [Difference(torch.zeros(24))]})
+        lora = LoraChanges(LoraChanges.from_state(state, ALPHA).pairs, {name: [Difference(torch.zeros(24))]})
         with pytest.raises(BadInputError, match=rf"difference.*{name}.*model\.base_lora=FILE"):
             init_lora(models.transformer, lora)
     outside = Pair(torch.zeros(2, 24), torch.zeros(16, 2), 2.0)
     with pytest.raises(BadInputError, match=r"lora\.targets does not train \(proj_out\)"):
-        init_lora(models.transformer, Lora({"proj_out": outside}))
+        init_lora(models.transformer, LoraChanges({"proj_out": outside}))
 
 
 def test_a_large_matrix_is_cut_nearly_as_well_as_can_be() -> None:

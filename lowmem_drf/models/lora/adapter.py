@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
     from torch import Tensor
 
-    from lowmem_drf.models.lora.lora import Lora
+    from lowmem_drf.models.lora.changes import LoraChanges
 
 ADAPTER = "default"
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -123,7 +123,7 @@ def load_lora_state(transformer: nn.Module, state: Mapping[str, Tensor]) -> None
             parameter.copy_(state[name])
 
 
-def attach_lora(transformer: WanTransformer3DModel, lora: Lora) -> None:
+def attach_lora(transformer: WanTransformer3DModel, lora: LoraChanges) -> None:
     """Adds the pairs of a LoRA, each with its own rank and scale, as fp32. Not its other changes (``split_lora``).
 
     Raises:

@@ -18,7 +18,7 @@ from lowmem_drf.texts import expanded
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowmem_drf.models.lora.lora import Lora
+    from lowmem_drf.models.lora.changes import LoraChanges
 
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)[:/](.+\.safetensors)")
 
@@ -44,7 +44,7 @@ def base_changes(sources: Sequence[tuple[str, float]], shapes: Shapes, say: Call
     return in_turn(*found)
 
 
-def read_base_lora(source: str, shapes: Shapes, say: Callable[[str], None]) -> Lora:
+def read_base_lora(source: str, shapes: Shapes, say: Callable[[str], None]) -> LoraChanges:
     """One of the ``sources`` of ``base_changes``, which fits the transformer. Raises as ``base_changes``."""
     try:
         lora = read_lora(find_base_lora(source, say))
@@ -79,7 +79,7 @@ def find_base_lora(source: str, say: Callable[[str], None]) -> Path:
     )
 
 
-def lora_changes(lora: Lora, scale: float = 1.0) -> dict[str, Change]:
+def lora_changes(lora: LoraChanges, scale: float = 1.0) -> dict[str, Change]:
     """All changes of a LoRA, times ``scale``, by parameter."""
     changes: dict[str, list[Change]] = {name: list(others) for name, others in lora.others.items()}
     for module, pair in lora.pairs.items():
@@ -87,7 +87,7 @@ def lora_changes(lora: Lora, scale: float = 1.0) -> dict[str, Change]:
     return {name: partial(_sum, own, scale) for name, own in changes.items()}
 
 
-def left_out(lora: Lora) -> list[str]:
+def left_out(lora: LoraChanges) -> list[str]:
     """What of the file is left out, in words."""
     return [f"left out: {why} ({len(keys)} of its tensors)" for why, keys in lora.left_out.items()]
 

@@ -30,13 +30,13 @@ from lowmem_drf.texts import one_line
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowmem_drf.models.lora.lora import Lora
+    from lowmem_drf.models.lora.changes import LoraChanges
 
 LoraFormat = Literal["comfyui", "diffusers", "kohya"]
 FORMATS: tuple[str, ...] = get_args(LoraFormat)
 
 
-def to_format(lora: Lora, form: LoraFormat, dtype: torch.dtype) -> dict[str, Tensor]:
+def to_format(lora: LoraChanges, form: LoraFormat, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of a file. Alpha is folded in the dtype of the LoRA, before rounding to ``dtype``.
 
     Raises:
@@ -64,7 +64,7 @@ def to_format(lora: Lora, form: LoraFormat, dtype: torch.dtype) -> dict[str, Ten
     return {name: value.contiguous() for name, value in tensors.items()}
 
 
-def adapter_metadata(lora: Lora) -> dict[str, str]:
+def adapter_metadata(lora: LoraChanges) -> dict[str, str]:
     """The header entry from which diffusers reads alphas, ranks and modules of an unfolded file."""
     from peft import LoraConfig
 
@@ -80,7 +80,7 @@ def adapter_metadata(lora: Lora) -> dict[str, str]:
     return {ADAPTER_METADATA: json.dumps(plain, sort_keys=True, default=str)}
 
 
-def diffusers_reads_kohya(lora: Lora) -> bool:
+def diffusers_reads_kohya(lora: LoraChanges) -> bool:
     """True if diffusers 0.42.1 can convert the kohya file: it needs every attention and feed-forward Linear of blocks 0
     to n - 1."""
     modules = set(lora.pairs)

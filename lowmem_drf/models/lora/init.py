@@ -12,7 +12,7 @@ from torch import Tensor
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.lora.adapter import ADAPTER, linear_weights, lora_layers
 from lowmem_drf.models.lora.base import left_out, lora_changes
-from lowmem_drf.models.lora.lora import Lora, Pair
+from lowmem_drf.models.lora.changes import LoraChanges, Pair
 from lowmem_drf.texts import some
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _MORE = 32
 """Singular vectors sought beyond those that are wanted, which makes these exact."""
 
 
-def as_trained(lora: Lora) -> Lora:
+def as_trained(lora: LoraChanges) -> LoraChanges:
     """A LoRA as it was trained: in our files of format ``comfyui`` alpha is folded into A, and here it is not. Then the
     optimizer sees the same numbers as in the run. Any other LoRA is returned as it is."""
     try:
@@ -41,7 +41,7 @@ def as_trained(lora: Lora) -> Lora:
     return replace(lora, pairs=unfolded)
 
 
-def init_targets(lora: Lora, blocks: int | None) -> list[str]:
+def init_targets(lora: LoraChanges, blocks: int | None) -> list[str]:
     """``lora.targets`` for a model of so many blocks (``None``: unknown) that name the modules of a LoRA, and no
     others."""
     require_linears(lora)
@@ -53,7 +53,7 @@ def init_targets(lora: Lora, blocks: int | None) -> list[str]:
     return sorted(both | {ending for ending in endings if ending[len("attn1.") :] not in both})
 
 
-def init_lora(transformer: nn.Module, lora: Lora) -> str:
+def init_lora(transformer: nn.Module, lora: LoraChanges) -> str:
     """Fills the trainable LoRA of ``add_lora`` from a file. A module keeps the file's A and B if the rank suffices
     (more rows of A keep their first values, with zeros in B); otherwise the nearest LoRA of its rank is taken, by
     singular values. Modules that the file does not change begin untrained.
@@ -144,11 +144,11 @@ def _product(u: Tensor, s: Tensor, v: Tensor, rank: int) -> tuple[Tensor, Tensor
     return u[:, :count] * roots, roots[:, None] * v[:count]
 
 
-def _modules(lora: Lora) -> list[str]:
+def _modules(lora: LoraChanges) -> list[str]:
     return sorted({*lora.pairs, *(name.removesuffix(".weight") for name in lora.others)})
 
 
-def require_trained(lora: Lora, targets: Sequence[str]) -> None:
+def require_trained(lora: LoraChanges, targets: Sequence[str]) -> None:
     """Raises BadInputError if the LoRA changes what a run with these ``lora.targets`` does not train."""
     require_linears(lora)
     if outside := [name for name in _modules(lora) if not f".{name}".endswith(tuple(f".{end}" for end in targets))]:
@@ -158,7 +158,7 @@ def require_trained(lora: Lora, targets: Sequence[str]) -> None:
         )
 
 
-def require_linears(lora: Lora) -> None:
+def require_linears(lora: LoraChanges) -> None:
     """Raises BadInputError if a LoRA of Linears cannot do what the file does."""
     odd = [
         name

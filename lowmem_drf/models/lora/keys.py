@@ -20,14 +20,15 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.wan.kinds import kind_of
 from lowmem_drf.models.wan.names import IN_BLOCK, OUTSIDE
 from lowmem_drf.texts import shown, some
 
-Expert = Literal["", "low", "high"]
+if TYPE_CHECKING:
+    from lowmem_drf.models.wan.experts import Expert
 
 TEXT_ENCODER = "text encoder"
 
@@ -101,11 +102,11 @@ class Keys:
     layout: str = ""
 
 
-def read_keys(keys: Iterable[str], expert: Expert = "") -> Keys:
+def read_keys(keys: Iterable[str], expert: Expert | None = None) -> Keys:
     """Sorts a file's keys.
 
     Args:
-        expert: of a model with two, the one that the LoRA is for. "": the model has one transformer.
+        expert: of a model with two, the one that the LoRA is for. ``None``: the model has one transformer.
 
     Raises:
         BadInputError: no LoRA, one of another method or model, an unknown key, or one module under two names.
@@ -209,7 +210,7 @@ def _is_wan(keys: Collection[_Key]) -> bool | None:
     return None if wan == diffusers else wan
 
 
-def _of_expert(keys: list[_Key], expert: Expert, found: Keys) -> list[_Key]:
+def _of_expert(keys: list[_Key], expert: Expert | None, found: Keys) -> list[_Key]:
     """Of a file for two experts, the keys for one."""
     second = [key for key in keys if "transformer_2." in key.prefix]
     first = [key for key in keys if "transformer_2." not in key.prefix]

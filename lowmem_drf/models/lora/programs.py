@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.models.lora.changes import LoraChanges
 from lowmem_drf.models.lora.init import require_linears
-from lowmem_drf.models.lora.lora import Lora
 from lowmem_drf.models.wan.names import BLOCK_LINEARS, IN_BLOCK, OUTSIDE
 from lowmem_drf.texts import one_line
 
@@ -48,12 +48,12 @@ class Verdict:
     """What it leaves out, or why it fails."""
 
 
-def verdicts(lora: Lora, header: Mapping[str, Any]) -> list[Verdict]:
+def verdicts(lora: LoraChanges, header: Mapping[str, Any]) -> list[Verdict]:
     """One for each program, and for each of this program's own doors. ``header``: of the file, its tensors alone."""
     return [*_ours(lora), _comfyui(lora, header), _diffusers(header), _musubi(lora, header)]
 
 
-def _ours(lora: Lora) -> list[Verdict]:
+def _ours(lora: LoraChanges) -> list[Verdict]:
     why = ""
     try:
         require_linears(lora)
@@ -63,7 +63,7 @@ def _ours(lora: Lora) -> list[Verdict]:
     return [Verdict("sample --lora", "yes"), Verdict("model.base_lora", "yes"), init]
 
 
-def _comfyui(lora: Lora, keys: Collection[str]) -> Verdict:
+def _comfyui(lora: LoraChanges, keys: Collection[str]) -> Verdict:
     fun = any(key.startswith("lora_unet__") for key in keys)
     if fun and "lora_unet__blocks_0_cross_attn_k.lora_down.weight" in keys:
         keys = [key.replace("lora_unet__", "lora_unet_", 1) for key in keys]
@@ -78,7 +78,7 @@ def _comfyui(lora: Lora, keys: Collection[str]) -> Verdict:
     return Verdict("ComfyUI", "in part" if why else "yes", why)
 
 
-def _musubi(lora: Lora, keys: Collection[str]) -> Verdict:
+def _musubi(lora: LoraChanges, keys: Collection[str]) -> Verdict:
     left = [key for key in keys if not _known(key, ("lora_unet_",), (*_LORA, *_FACTORS))]
     if not left:
         return Verdict("musubi-tuner", "yes")
@@ -103,7 +103,7 @@ def _known(key: str, prefixes: Collection[str], endings: Collection[str]) -> boo
     return block[1] in _IN_BLOCK if block else flat in _OUTSIDE
 
 
-def _unread_scale(lora: Lora, keys: Collection[str]) -> str:
+def _unread_scale(lora: LoraChanges, keys: Collection[str]) -> str:
     """The scale of a LoRA that has it in peft's settings and not in alpha tensors; "" if it is 1 everywhere."""
     scales = {round(pair.scale, 6) for pair in lora.pairs.values()}
     if scales <= {1.0} or any(key.endswith(".alpha") for key in keys):

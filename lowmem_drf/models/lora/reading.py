@@ -1,7 +1,7 @@
 """Reads LoRA files of every tool: the one reader behind ``sample --lora``, ``model.base_lora``, ``train --init-lora``
 and ``inspect-lora``.
 
-Every tensor of a file is used, or reported (``Lora.left_out``), or the file is refused: a LoRA that is applied in part
+Every tensor of a file is used, or reported (``left_out``), or the file is refused: a LoRA that is applied in part
 is silently wrong. The scale of a module is, in this order, that of its alpha tensor, of peft's settings (header or
 ``adapter_config.json``), or 1. Where diffusers drops tensors (differences of norms), they are applied, as in ComfyUI.
 """
@@ -11,19 +11,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.lora.keys import LOHA, LOKR, Expert, Keys, read_keys
-from lowmem_drf.models.lora.lora import Difference, Dora, Factors, Lora, Other, Pair
+from lowmem_drf.models.lora.changes import Difference, Dora, Factors, LoraChanges, Other, Pair
+from lowmem_drf.models.lora.keys import LOHA, LOKR, Keys, read_keys
 from lowmem_drf.models.lora.settings import ADAPTER_METADATA, Settings, checked_alpha, read_settings
 from lowmem_drf.models.weights.files import PICKLES, damage, is_pickle
 from lowmem_drf.models.weights.finite import not_finite
 from lowmem_drf.models.weights.gguf_files import is_gguf
 from lowmem_drf.models.weights.reader import DTYPES, FLOAT8, INTEGERS, TensorFiles
 from lowmem_drf.texts import one_line, read_text, shown, some
+
+if TYPE_CHECKING:
+    from lowmem_drf.models.wan.experts import Expert
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CHECKPOINT_FILE = "lora.safetensors"
@@ -32,7 +36,7 @@ _PARAMETERS = ("scale_shift_table",)
 """Modules that are a parameter themselves."""
 
 
-def read_lora(path: Path, expert: Expert = "") -> Lora:
+def read_lora(path: Path, expert: Expert | None = None) -> LoraChanges:
     """Reads a LoRA file of any layout (``keys``), a peft adapter's folder, or a checkpoint's ``lora.safetensors``. The
     tensors keep the file's dtype and are on the CPU.
 
@@ -59,7 +63,7 @@ def read_lora(path: Path, expert: Expert = "") -> Lora:
     except (BadInputError, ValueError, OSError, RuntimeError) as error:
         said = one_line(str(error), 400).removesuffix(".")
         raise BadInputError(f"{file}: {said}." + (f" {_CURE}" if "Give " not in said else "")) from error
-    return Lora(pairs, others, keys.left_out, keys.layout, files.metadata)
+    return LoraChanges(pairs, others, keys.left_out, keys.layout, files.metadata)
 
 
 def lora_file(path: Path) -> Path:

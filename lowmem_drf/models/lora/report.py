@@ -21,7 +21,7 @@ from lowmem_drf.texts import one_line, parse_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowmem_drf.models.lora.lora import Factors, Lora, Other, Pair, Shape
+    from lowmem_drf.models.lora.changes import Factors, LoraChanges, Other, Pair, Shape
 
 DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64", "F8_E4M3": "fp8_e4m3", "F8_E5M2": "fp8_e5m2"}
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
@@ -138,7 +138,7 @@ class Report:
         }
 
 
-def make_report(file: Path, lora: Lora) -> Report:
+def make_report(file: Path, lora: LoraChanges) -> Report:
     """The report on a LoRA that was read from ``file``, whose header is read again."""
     header, _ = read_header(file)
     header.pop("__metadata__", None)
@@ -177,7 +177,7 @@ def make_report(file: Path, lora: Lora) -> Report:
     )
 
 
-def _layers(lora: Lora) -> Iterable[Layer]:
+def _layers(lora: LoraChanges) -> Iterable[Layer]:
     """In the model's order: blocks first."""
     rows: list[tuple[str, Pair | Other]] = [(f"{module}.weight", pair) for module, pair in lora.pairs.items()]
     rows += [(name, other) for name, others in lora.others.items() for other in others]
@@ -218,7 +218,7 @@ def _norm_of_sum(changes: Iterable[Pair | Other]) -> float | None:
     """Of several changes of one parameter: a pair, a difference. They have to be multiplied out."""
     import torch
 
-    from lowmem_drf.models.lora.lora import Difference
+    from lowmem_drf.models.lora.changes import Difference
 
     made = list(changes)
     whole = next((change.value for change in made if isinstance(change, Difference)), None)
@@ -274,7 +274,7 @@ def _transformer(model: str) -> dict[str, Any]:
     return generator_config(model).transformer
 
 
-def _fits(lora: Lora, shapes: Mapping[str, Shape]) -> bool:
+def _fits(lora: LoraChanges, shapes: Mapping[str, Shape]) -> bool:
     try:
         lora.require_fit(shapes)
     except BadInputError:
@@ -282,13 +282,13 @@ def _fits(lora: Lora, shapes: Mapping[str, Shape]) -> bool:
     return True
 
 
-def _pairs(lora: Lora) -> list[Pair]:
+def _pairs(lora: LoraChanges) -> list[Pair]:
     """Also those of DoRA."""
     others: list[Any] = [other for own in lora.others.values() for other in own if other.kind == "DoRA"]
     return [*lora.pairs.values(), *(other.pair for other in others if other.pair.kind == "LoRA")]
 
 
-def _width(lora: Lora, models: Iterable[str]) -> int | None:
+def _width(lora: LoraChanges, models: Iterable[str]) -> int | None:
     """Of the model, if it is known or pairs tell."""
     for config in map(_transformer, models):
         return int(config["num_attention_heads"] * config["attention_head_dim"])

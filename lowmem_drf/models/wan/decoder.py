@@ -4,8 +4,8 @@
 last two input frames of every causal convolution in a mutable list. Here that list is an argument and a result, so that
 any chunk can be recomputed from its entering caches. The method needs no encoding.
 
-A set of caches takes 3.5 GiB in fp32 at 832x480. Entering caches that come as a list are emptied on the way: each
-segment takes its own, which are freed when it has handed on the new ones.
+Entering caches that come as a list are emptied on the way: each segment takes its own, which are freed when it has
+handed on the new ones.
 
 A pixel out of range is clamped, as in diffusers, but its gradient is not always zero: see ``vae.InwardClamp``.
 """

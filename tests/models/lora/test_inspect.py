@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from lowmem_drf.commands.inspect_lora import inspect_command
 from lowmem_drf.models.generators import KNOWN_GENERATORS, generator_config, transformer_shapes
-from lowmem_drf.models.lora.lora import Difference, Dora, Factors, Lora, Pair
+from lowmem_drf.models.lora.changes import Difference, Dora, Factors, LoraChanges, Pair
 from lowmem_drf.models.lora.report import change_norm, make_report, training_facts, written_by
 from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.weights.reader import parameter_shapes
@@ -48,12 +48,12 @@ def test_shapes_without_a_model_are_those_of_the_model(model: str) -> None:
     assert transformer_shapes(config) == parameter_shapes(empty_transformer(config))
 
 
-def lora_of(model: str, names: tuple[str, ...], rank: int = 1) -> Lora:
+def lora_of(model: str, names: tuple[str, ...], rank: int = 1) -> LoraChanges:
     """A LoRA on some modules of a published model; no numbers are held."""
     shapes = transformer_shapes(generator_config(model).transformer)
     nothing = torch.zeros(1)
     sizes = {name: shapes[f"{name}.weight"] for name in names}
-    return Lora(
+    return LoraChanges(
         {n: Pair(nothing.expand(rank, into), nothing.expand(out, rank), 1.0) for n, (out, into) in sizes.items()}
     )
 

@@ -17,7 +17,7 @@ from lowmem_drf.models.lora.adapter import (
     lora_state,
     remove_lora,
 )
-from lowmem_drf.models.lora.lora import Lora
+from lowmem_drf.models.lora.changes import LoraChanges
 from lowmem_drf.models.wan.denoiser import as_velocity
 
 
@@ -77,7 +77,7 @@ def test_state_round_trip_is_exact() -> None:
     add_lora(other, rank=2, alpha=4.0, seed=5)
     load_lora_state(other, state)
     attached = tiny_transformer()
-    attach_lora(attached, Lora.from_state(state, 4.0))
+    attach_lora(attached, LoraChanges.from_state(state, 4.0))
     assert torch.equal(run(other), run(transformer)) and torch.equal(run(attached), run(transformer))
     state["blocks.0.attn1.to_q.lora_A.weight"].zero_()
     assert lora_parameters(transformer)[0].abs().max() > 0, "lora_state must copy"
@@ -86,7 +86,7 @@ def test_state_round_trip_is_exact() -> None:
 def test_attach_takes_the_modules_of_the_file() -> None:
     transformer = trained(targets=["attn1.to_q", "ffn.net.2"])
     attached = tiny_transformer()
-    attach_lora(attached, Lora.from_state(lora_state(transformer), 4.0))
+    attach_lora(attached, LoraChanges.from_state(lora_state(transformer), 4.0))
     assert lora_layers(attached).keys() == lora_layers(transformer).keys() and len(lora_layers(attached)) == 4
     assert torch.equal(run(attached), run(transformer))
 
@@ -103,7 +103,7 @@ def test_scale_is_linear_and_restored() -> None:
     assert not torch.equal(half, full) and not torch.equal(half, base)
     assert torch.equal(run(transformer), full)
     halved = tiny_transformer(torch.float64)
-    attach_lora(halved, Lora.from_state(lora_state(transformer), 2.0))
+    attach_lora(halved, LoraChanges.from_state(lora_state(transformer), 2.0))
     assert torch.equal(run(halved), half)
 
 
@@ -160,7 +160,7 @@ def test_another_models_state_is_refused_untouched(name: str) -> None:
 def test_attach_refuses_and_leaves_no_adapter(name: str) -> None:
     transformer = tiny_transformer()
     with pytest.raises(BadInputError):
-        attach_lora(transformer, Lora.from_state(bad_states()[name][0], 4.0))
+        attach_lora(transformer, LoraChanges.from_state(bad_states()[name][0], 4.0))
     assert not lora_layers(transformer)
 
 

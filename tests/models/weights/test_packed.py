@@ -26,8 +26,8 @@ from lowmem_drf.models.lora.adapter import (
     lora_state,
     remove_lora,
 )
+from lowmem_drf.models.lora.changes import LoraChanges
 from lowmem_drf.models.lora.linear import linear
-from lowmem_drf.models.lora.lora import Lora
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
 from lowmem_drf.models.wan.random_generator import random_transformer
 from lowmem_drf.models.weights.packed_linear import PackedLinear, unpack
@@ -314,7 +314,7 @@ def test_a_lora_on_packed_weights(quant: str, dtype: torch.dtype) -> None:
         assert torch.equal(as_velocity(transformer)(x, 0.5, text), base)
     remove_lora(transformer)
     assert torch.equal(as_velocity(transformer)(x, 0.5, text), base)
-    attach_lora(transformer, Lora.from_state(state, 3.0))
+    attach_lora(transformer, LoraChanges.from_state(state, 3.0))
     assert torch.equal(as_velocity(transformer)(x, 0.5, text), said)
 
 

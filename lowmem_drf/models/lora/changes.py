@@ -191,7 +191,7 @@ class Dora:
 
 
 @dataclass(frozen=True)
-class Lora:
+class LoraChanges:
     """The content of a LoRA file."""
 
     pairs: Mapping[str, Pair]
@@ -204,7 +204,7 @@ class Lora:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor], alpha: float) -> Lora:
+    def from_state(cls, state: Mapping[str, Tensor], alpha: float) -> LoraChanges:
         """From tensors with the names of ``adapter`` and one alpha."""
         modules = sorted(name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight"))
         if len(state) != 2 * len(modules):
@@ -236,7 +236,7 @@ class Lora:
         changes = [*self.pairs.values(), *(other for others in self.others.values() for other in others)]
         return sum(change.nbytes for change in changes)
 
-    def split(self, shapes: Mapping[str, Shape]) -> tuple[Lora, Lora]:
+    def split(self, shapes: Mapping[str, Shape]) -> tuple[LoraChanges, LoraChanges]:
         """(pairs on matrices, which can be adapters; everything else), for a model of these shapes by parameter. Raises
         BadInputError as ``require_fit``."""
         self.require_fit(shapes)
