@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT))
 from bench.accuracy import vae_dtype, vae_window
 
 
+@pytest.mark.slow
 def test_window(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(vae_window, "SETTINGS", ((9, 9), (17, 2)))
     monkeypatch.setattr(vae_window, "WINDOWS", (0, 2))
@@ -43,6 +44,7 @@ def test_saturation_by_hand():
     )
 
 
+@pytest.mark.slow
 def test_dtype(monkeypatch, tmp_path):
     monkeypatch.setattr(vae_dtype, "WAN21", vae_dtype.WAN21 | {"base_dim": 8})
     assert vae_dtype.main(["--clips", "1", "--json", str(tmp_path / "out.json")]) == 0

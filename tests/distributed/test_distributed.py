@@ -170,6 +170,7 @@ def test_ctrl_c_in_one_process_finishes_the_update_of_all_and_saves(prompts, two
     assert lora(run, 2) == lora(two[0], 2)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_with_one_message_and_resumed_it_gives_the_bytes_of_the_unbroken_one(
     prompts, two, pair, tmp_path
 ):

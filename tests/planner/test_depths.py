@@ -21,9 +21,7 @@ STREAMED = ('memory.park=["transformer","vae","critic"]', 'memory.stream=["trans
 SETTINGS = {
     "streamed": ("rtx4060", *SMALL_CLIP),
     "recorded": ("rtx4090", *SMALL_CLIP, *STREAMED, "memory.record_rollout=true", "memory.token_slices=2"),
-    "kept": ("rtx4090", *SMALL_CLIP, "memory.checkpoint=false", "memory.keep_attention=none"),
     "two experts": ("rtx4090", *SMALL_CLIP, "model.id=Wan-AI/Wan2.2-T2V-A14B-Diffusers", 'memory.park=["transformer"]'),
-    "Qwen3": ("rtx4090", *SMALL_CLIP, "critic.id=Qwen/Qwen3-VL-4B-Instruct"),
     "true size": ("rtx3060",),
 }
 

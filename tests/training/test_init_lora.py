@@ -60,7 +60,7 @@ def test_the_first_update_is_that_of_the_run(given, form, tmp_path) -> None:
         return
     # A is rounded twice (folded, unfolded); the gradient follows to first order, through about a thousand fp32 sums
     assert (again - gradient).norm() <= 1000 * 2**-24 * gradient.norm()
-    assert all((there[name] - state[name]).abs().max() <= 1.01 * config.optim.lr + 2**-22 for name in after)
+    assert all((there[name] - state[name]).abs().max() <= config.optim.lr * (1 + 1e-3) + 2**-22 for name in after)
 
 
 def test_a_run_begins_with_the_export_of_another(tiny_run, tiny_preset, tmp_path, capsys) -> None:
@@ -99,7 +99,8 @@ def test_other_ranks_are_filled_up_or_cut(given) -> None:
     one = Pair(pair.a[:1], pair.b[:, :1], 1.0)
     said = init_lora(transformer, LoraChanges({module: one}))
     assert "rank 1: its values are kept" in said and "modules begin untrained" in said
-    torch.testing.assert_close(change(), one.b.double() @ one.a.double(), rtol=1e-6, atol=1e-6)
+    # B is divided by the run's scale and rounded to fp32; the rest is computed in fp64
+    assert ((change() - one.b.double() @ one.a.double()).abs() <= 2**-23 * (one.b.abs() @ one.a.abs())).all()
     assert not layer.lora_B["default"].weight[:, 1:].any() and layer.lora_A["default"].weight[1:].any()
 
     noise = torch.randn(pair.a.shape, generator=torch.Generator().manual_seed(0))
@@ -137,6 +138,7 @@ def test_a_large_matrix_is_cut_nearly_as_well_as_can_be() -> None:
     values = 1 / torch.arange(1.0, 301)
     made = _nearest(u * values @ v, 8)
     lost = float(values[8:].square().sum())
-    assert made.a.shape == (8, 300) and lost * (1 - 1e-4) <= made.lost <= 1.001 * lost
+    # no product loses less, but for rounding; the line that is printed has two figures of the root
+    assert made.a.shape == (8, 300) and lost * (1 - 300 * 2**-24) <= made.lost <= 1.01 * lost
     again = _nearest(u * values @ v, 8)
     assert torch.equal(made.a, again.a), "all processes begin with the same"
