@@ -42,6 +42,7 @@ from lowmem_drf.kernels.attention_common import (
     store_tile,
 )
 from lowmem_drf.kernels.checks import DTYPES, aligned, check_attention, require_card, row_stride
+from lowmem_drf.kernels.operators import operator
 from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tuned
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -154,7 +155,7 @@ _tuned_forward = tuned(TILES, key=["D"])(attention_forward_kernel)
 _tuned_forward_fp32 = tuned(FP32_TILES, key=["D"])(attention_forward_kernel)
 
 
-@torch.library.custom_op("lowmem_drf::attention_forward", mutates_args=())
+@operator("attention_forward")
 def attention_forward_op(
     q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -176,7 +177,7 @@ def attention_forward_op(
     return out, lse
 
 
-@attention_forward_op.register_fake
+@torch.library.register_fake(attention_forward_op)
 def _(q, k, v, scale, ranges=None):
     return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
 

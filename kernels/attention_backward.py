@@ -41,6 +41,7 @@ from lowmem_drf.kernels.attention_common import (
     store_tile,
 )
 from lowmem_drf.kernels.checks import aligned, require_card, row_stride
+from lowmem_drf.kernels.operators import operator
 from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tuned
 
 SPAN = tl.constexpr(64)
@@ -231,7 +232,7 @@ def _query_spans(ranges: Tensor, M: int) -> Tensor:
     return torch.stack([query.where(seen, L).amin(1), (query + span).where(seen, 0).amax(1)], -1)
 
 
-@torch.library.custom_op("lowmem_drf::attention_backward", mutates_args=())
+@operator("attention_backward")
 def attention_backward_op(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
     ranges: Tensor | None = None, wanted_q: bool = True, wanted_kv: bool = True,
@@ -268,7 +269,7 @@ def attention_backward_op(
     return dq, dk, dv
 
 
-@attention_backward_op.register_fake
+@torch.library.register_fake(attention_backward_op)
 def _(d_out, q, k, v, out, lse, scale, ranges=None, wanted_q=True, wanted_kv=True):
     return _empty_gradients(q, k, v, wanted_q, wanted_kv)
 

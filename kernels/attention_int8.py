@@ -28,6 +28,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lowmem_drf.kernels.attention_common import LOG2E, UPCAST, dot, load_tile, store_tile
 from lowmem_drf.kernels.checks import aligned, check_attention, require_card
+from lowmem_drf.kernels.operators import operator
 from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tiles_for, tuned, variant
 
 HEAD_DIMS = (64, 128)
@@ -148,7 +149,7 @@ def _quantised(x: Tensor, mean: Tensor | None, rows: int, factor: float) -> tupl
     return x8, step
 
 
-@torch.library.custom_op("lowmem_drf::attention_int8", mutates_args=())
+@operator("attention_int8")
 def attention_int8_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Also allocates one byte per element of q and k, and the fp32 scales."""
     require_card("attention_int8", q)
@@ -165,7 +166,7 @@ def attention_int8_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out
 
 
-@attention_int8_op.register_fake
+@torch.library.register_fake(attention_int8_op)
 def _(q, k, v, scale):
     return q.new_empty(q.shape)
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lowmem_drf.kernels.checks import check_rows, require_card, row_stride, sum_rows, with_unit_stride
+from lowmem_drf.kernels.operators import operator
 from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tiles_for, tuned, variant
 
 TILES = (
@@ -93,7 +94,7 @@ def gate_residual_backward_kernel(
         tl.store(p_dgate + i_t.to(tl.int64) * WIDTH + o_d, b_dgate, mask=m_d)
 
 
-@torch.library.custom_op("lowmem_drf::gate_residual_forward", mutates_args=())
+@operator("gate_residual_forward")
 def gate_residual_forward(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor) -> Tensor:
     """x + y * gate."""
     require_card("gate_residual", x_BLD)
@@ -107,12 +108,12 @@ def gate_residual_forward(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor) -> Tens
     return out
 
 
-@gate_residual_forward.register_fake
+@torch.library.register_fake(gate_residual_forward)
 def _(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor) -> Tensor:
     return x_BLD.new_empty(x_BLD.shape)
 
 
-@torch.library.custom_op("lowmem_drf::gate_residual_backward", mutates_args=())
+@operator("gate_residual_backward")
 def gate_residual_backward(d_BLD: Tensor, y_BLD: Tensor | None, gate_BD: Tensor, want_y: bool) -> tuple[Tensor, Tensor]:
     """dy and, if y is given, dgate; unwanted gradients are empty tensors. For dgate also allocates L / 64 rows of D
     floats."""
@@ -133,7 +134,7 @@ def gate_residual_backward(d_BLD: Tensor, y_BLD: Tensor | None, gate_BD: Tensor,
     return dy, sum_rows(dgate, gate_BD.shape) if want_gate else dgate
 
 
-@gate_residual_backward.register_fake
+@torch.library.register_fake(gate_residual_backward)
 def _(d_BLD: Tensor, y_BLD: Tensor | None, gate_BD: Tensor, want_y: bool) -> tuple[Tensor, Tensor]:
     return d_BLD.new_empty(d_BLD.shape if want_y else 0), gate_BD.new_empty(0 if y_BLD is None else gate_BD.shape)
 

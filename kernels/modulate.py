@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lowmem_drf.kernels.checks import check_rows, require_card, row_stride, sum_rows, with_unit_stride
+from lowmem_drf.kernels.operators import operator
 from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tiles_for, tuned, variant
 
 TILES = (
@@ -127,7 +128,7 @@ def norm_modulate_backward_kernel(
         tl.store(p_dshift + tl.program_id(0).to(tl.int64) * WIDTH + o_d, b_dshift, mask=m_d)
 
 
-@torch.library.custom_op("lowmem_drf::norm_modulate_forward", mutates_args=())
+@operator("norm_modulate_forward")
 def norm_modulate_forward(
     x_BLD: Tensor, weight_BD: Tensor, shift_BD: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,13 +148,13 @@ def norm_modulate_forward(
     return y, mean, rstd
 
 
-@norm_modulate_forward.register_fake
+@torch.library.register_fake(norm_modulate_forward)
 def _(x_BLD: Tensor, weight_BD: Tensor, shift_BD: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     statistics = [x_BLD.new_empty(x_BLD.shape[:2], dtype=torch.float32) for _ in range(2)]
     return x_BLD.new_empty(x_BLD.shape), statistics[0], statistics[1]
 
 
-@torch.library.custom_op("lowmem_drf::norm_modulate_backward", mutates_args=())
+@operator("norm_modulate_backward")
 def norm_modulate_backward(
     d_BLD: Tensor, x_BLD: Tensor, weight_BD: Tensor, mean_BL: Tensor, rstd_BL: Tensor,
     want_x: bool, want_weight: bool, want_shift: bool,
@@ -184,7 +185,7 @@ def norm_modulate_backward(
     return dx, dweight, dshift
 
 
-@norm_modulate_backward.register_fake
+@torch.library.register_fake(norm_modulate_backward)
 def _(
     d_BLD: Tensor, x_BLD: Tensor, weight_BD: Tensor, mean_BL: Tensor, rstd_BL: Tensor,
     want_x: bool, want_weight: bool, want_shift: bool,

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lowmem_drf.kernels.checks import DTYPES, require_card
+from lowmem_drf.kernels.operators import operator
 from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tiles_for, tuned, variant
 
 ELEMENTS = 8192
@@ -160,7 +161,7 @@ def _strides(x: Tensor) -> tuple[int, int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2), x.stride(3 if x.shape[4] == 1 else 4)
 
 
-@torch.library.custom_op("lowmem_drf::norm_silu_forward", mutates_args=())
+@operator("norm_silu_forward")
 def norm_silu_forward(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool) -> Tensor:
     """y, with the memory layout of x if x has no gaps."""
     require_card("norm_silu", x_BCTHW)
@@ -176,12 +177,12 @@ def norm_silu_forward(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool) -> Tensor:
     return y
 
 
-@norm_silu_forward.register_fake
+@torch.library.register_fake(norm_silu_forward)
 def _(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool) -> Tensor:
     return torch.empty_like(_flat(x_BCTHW))
 
 
-@torch.library.custom_op("lowmem_drf::norm_silu_backward", mutates_args=())
+@operator("norm_silu_backward")
 def norm_silu_backward(
     d_BCTHW: Tensor, x_BCTHW: Tensor, gamma_C: Tensor, silu: bool, wants_x: bool, wants_gamma: bool
 ) -> tuple[Tensor, Tensor]:
@@ -203,7 +204,7 @@ def norm_silu_backward(
     return dx, rows.sum(0).to(gamma.dtype) if wants_gamma else gamma.new_empty(0)
 
 
-@norm_silu_backward.register_fake
+@torch.library.register_fake(norm_silu_backward)
 def _(
     d_BCTHW: Tensor, x_BCTHW: Tensor, gamma_C: Tensor, silu: bool, wants_x: bool, wants_gamma: bool
 ) -> tuple[Tensor, Tensor]:

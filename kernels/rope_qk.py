@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lowmem_drf.kernels.checks import DTYPES, require_card, with_unit_stride
+from lowmem_drf.kernels.operators import operator
 from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tiles_for, tuned, variant
 
 TILES = (
@@ -160,7 +161,7 @@ def rope_qk_backward_kernel(
         tl.store(p_dweight + tl.program_id(0).to(tl.int64) * (HEADS * DIM) + o_d, b_dweight, mask=m_d)
 
 
-@torch.library.custom_op("lowmem_drf::rope_qk_forward", mutates_args=())
+@operator("rope_qk_forward")
 def rope_qk_forward(
     x_BLD: Tensor, weight_D: Tensor, cos_Ld: Tensor | None, sin_Ld: Tensor | None, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -182,7 +183,7 @@ def rope_qk_forward(
     return y, rstd
 
 
-@rope_qk_forward.register_fake
+@torch.library.register_fake(rope_qk_forward)
 def _(
     x_BLD: Tensor, weight_D: Tensor, cos_Ld: Tensor | None, sin_Ld: Tensor | None, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -191,7 +192,7 @@ def _(
     return x_BLD.new_empty((batch, length, heads, width // heads)), rstd
 
 
-@torch.library.custom_op("lowmem_drf::rope_qk_backward", mutates_args=())
+@operator("rope_qk_backward")
 def rope_qk_backward(
     d_BLHd: Tensor, x_BLD: Tensor, weight_D: Tensor, rstd_BL: Tensor, cos_Ld: Tensor | None, sin_Ld: Tensor | None,
     want_x: bool, want_weight: bool,
@@ -215,7 +216,7 @@ def rope_qk_backward(
     return dx, dweight.sum(0).to(weight.dtype) if want_weight else weight.new_empty(0)
 
 
-@rope_qk_backward.register_fake
+@torch.library.register_fake(rope_qk_backward)
 def _(
     d_BLHd: Tensor, x_BLD: Tensor, weight_D: Tensor, rstd_BL: Tensor, cos_Ld: Tensor | None, sin_Ld: Tensor | None,
     want_x: bool, want_weight: bool,

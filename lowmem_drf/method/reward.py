@@ -65,9 +65,9 @@ def question_reward(answer: Answer, question: Question, spec: RewardSpec) -> Ten
     else:
         wanted, other = _wanted_and_other(answer, question)
         if spec.kind == "yes_logprob":
-            reward = logits_AV[0].log_softmax(-1)[wanted].logsumexp(-1)
+            reward = _at(logits_AV[0].log_softmax(-1), wanted).logsumexp(-1)
         else:
-            reward = logits_AV[0, wanted].logsumexp(-1) - logits_AV[0, other].logsumexp(-1)
+            reward = _at(logits_AV[0], wanted).logsumexp(-1) - _at(logits_AV[0], other).logsumexp(-1)
     return reward if spec.hinge is None else reward.clamp(max=spec.hinge)
 
 
@@ -81,18 +81,27 @@ def _at_least_fp32(logits: Tensor) -> Tensor:
 
 
 def _at_targets(values_AV: Tensor, answer: Answer) -> Tensor:
-    return values_AV.gather(-1, answer.target_A[:, None].to(values_AV.device))[:, 0]
+    return values_AV.gather(-1, _beside(values_AV, answer.target_A)[:, None])[:, 0]
+
+
+def _at(values_V: Tensor, tokens: Sequence[int]) -> Tensor:
+    return values_V[_beside(values_V, torch.tensor(tokens))]
+
+
+def _beside(x: Tensor, small: Tensor) -> Tensor:
+    """``small`` on the device of ``x``, sent without waiting for what the card still computes."""
+    return small.to(x.device, non_blocking=True)
 
 
 def _shares(question: Question, like_A: Tensor) -> Tensor:
     """The token weights, scaled to sum to 1."""
-    weights = like_A.new_tensor(question.token_weights)
+    weights = torch.tensor(question.token_weights, dtype=like_A.dtype)
     if len(weights) != len(like_A) or not weights.sum() > 0:
         raise BadInputError(
             f"the dense question {question.text!r} has {len(weights)} token weights that sum to {weights.sum():g}, and "
             f"its answer has {len(like_A)} tokens: give one weight a token, not all of them 0"
         )
-    return weights / weights.sum()
+    return _beside(like_A, weights / weights.sum())
 
 
 def _wanted_and_other(answer: Answer, question: Question) -> tuple[list[int], list[int]]:
@@ -121,22 +130,24 @@ def total_reward(
         BadInputError: no question, or none with a weight above 0.
     """
     rewards = [question_reward(answer, question, spec) for answer, question in zip(answers, questions, strict=True)]
-    of_aspect: dict[str, list[tuple[float, Tensor, float]]] = defaultdict(list)
+    # all at once: each copy waits for the card
+    values = torch.stack([reward.detach() for reward in rewards]).tolist() if rewards else []
+    of_aspect: dict[str, list[tuple[float, Tensor, float, float]]] = defaultdict(list)
     by_question: dict[str, list[float]] = defaultdict(list)
-    for question, reward in zip(questions, rewards, strict=True):
+    for question, reward, value in zip(questions, rewards, values, strict=True):
         name = question.name or question.aspect
-        by_question[name].append(reward.item())
+        by_question[name].append(value)
         if question.weight > 0:
-            of_aspect[question.aspect].append((question.weight, reward, spec.scales.get(name, 1.0)))
+            of_aspect[question.aspect].append((question.weight, reward, spec.scales.get(name, 1.0), value))
     weights = {aspect: spec.weights.get(aspect, 1.0) for aspect in of_aspect}
     if not sum(weights.values()) > 0:
         raise BadInputError("no question has a weight above 0: ask at least one, and give one of its aspects a weight")
     total = rewards[0].new_zeros(())
     for aspect, rows in of_aspect.items():
-        share = weights[aspect] / sum(weights.values()) / sum(w for w, _, _ in rows)
-        total = total + share * torch.stack([w / scale * r for w, r, scale in rows]).sum()
+        share = weights[aspect] / sum(weights.values()) / sum(w for w, *_ in rows)
+        total = total + share * torch.stack([w / scale * r for w, r, scale, _ in rows]).sum()
     by_aspect = {
-        aspect: sum(w * r.item() for w, r, _ in rows) / sum(w for w, _, _ in rows) for aspect, rows in of_aspect.items()
+        aspect: sum(w * value for w, *_, value in rows) / sum(w for w, *_ in rows) for aspect, rows in of_aspect.items()
     }
     return total, by_aspect, _means(by_question)
 

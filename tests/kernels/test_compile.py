@@ -15,7 +15,7 @@ from bench.kernels import resources as kernel_resources
 from lowmem_drf.kernels.tiles import CARDS, SHARED_KIB, Tile, tiles_for
 
 ROOT = kernel_resources.FOLDER.parent
-SHARED = {"tiles", "checks", "attention_common"}
+SHARED = {"tiles", "checks", "operators", "attention_common"}
 """Files of ``kernels/`` without a kernel."""
 FILES = sorted({path.stem for path in (ROOT / "kernels").glob("*.py")} - SHARED)
 QUICK, TWIN = kernel_resources.QUICK_CARD, 89

@@ -7,6 +7,7 @@ product; as one, its backward is several times faster on a CPU.
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
 from functools import lru_cache
 from types import MethodType
 from typing import Any
@@ -14,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lowmem_drf.models.qwen_vl.attention import RangedAttention
 from lowmem_drf.ops import window_ranges
 
-_ranges = lru_cache(maxsize=8)(window_ranges)
+_bounds: MutableMapping[Tensor, tuple[int, ...]] = WeakIdKeyDictionary()
+_ranges: MutableMapping[Tensor, Tensor] = WeakIdKeyDictionary()
+"""Of the cumulative lengths that all layers of a pass share: to read them, or to send a table, waits for the card."""
 
 
 def speed_up_vision(visual: Any, attention: RangedAttention | None = None) -> None:
@@ -32,7 +36,6 @@ def speed_up_vision(visual: Any, attention: RangedAttention | None = None) -> No
 
 def forget_windows() -> None:
     """Frees the tables of windows that are kept between passes."""
-    _ranges.cache_clear()
     _windows.cache_clear()
 
 
@@ -51,16 +54,23 @@ def _batched_attention(
     query, key, value = self.qkv(hidden_states).view(rows, 3, self.num_heads, -1).unbind(1)
     query, key = (_rotate(x, *position_embeddings) for x in (query, key))
     if self.ranged_attention is not None:
-        ranges = _ranges(tuple(cu_seqlens.tolist())).to(hidden_states.device)
-        output = self.ranged_attention(query[None], key[None], value[None], self.scaling, ranges)
+        if cu_seqlens not in _ranges:
+            _ranges[cu_seqlens] = window_ranges(_read(cu_seqlens)).to(hidden_states.device)
+        output = self.ranged_attention(query[None], key[None], value[None], self.scaling, _ranges[cu_seqlens])
         return self.proj(output.reshape(rows, -1))
-    groups, back = _windows(tuple(cu_seqlens.tolist()))
+    groups, back = _windows(_read(cu_seqlens))
     outputs = []
     for length, index in groups:
         q, k, v = (_take(x, index).unflatten(0, (-1, length)).transpose(1, 2) for x in (query, key, value))
         outputs.append(F.scaled_dot_product_attention(q, k, v, scale=self.scaling).transpose(1, 2).flatten(0, 1))
     joined = outputs[0] if back is None else torch.cat(outputs)[back.to(hidden_states.device)]
     return self.proj(joined.reshape(rows, -1))
+
+
+def _read(cu_seqlens: Tensor) -> tuple[int, ...]:
+    if cu_seqlens not in _bounds:
+        _bounds[cu_seqlens] = tuple(cu_seqlens.tolist())
+    return _bounds[cu_seqlens]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
