@@ -22,21 +22,34 @@ def require_card(op: str, x: Tensor) -> None:
         )
 
 
-def with_unit_stride(x: Tensor) -> Tensor:
-    """``x`` with its last dimension contiguous, copied if it is not. Kernels take any other stride."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def aligned(x: Tensor) -> Tensor:
-    """``x`` as an attention kernel reads it 16 bytes at a time: from an address that 16 divides, with strides that 16
-    divides, and the last dimension contiguous. Copied if it is not: Triton would read it element by element."""
-    odd = x.stride(-1) != 1 or x.data_ptr() % 16 or any(stride % 16 for stride in x.stride()[:-1])
-    return x.clone(memory_format=torch.contiguous_format) if odd else x
+    """``x`` as kernels read it 16 bytes at a time: the last dimension contiguous, at an address that 16 divides, with
+    strides that 16 divides. Copied if it is not and a copy is (rows of a multiple of 16 channels): Triton would read it
+    element by element."""
+    odd = x.data_ptr() % 16 or any(stride % 16 for stride in x.stride()[:-1])
+    wanted = x.stride(-1) != 1 or (odd and x.shape[-1] % 16 == 0)
+    return x.clone(memory_format=torch.contiguous_format) if wanted else x
 
 
 def row_stride(x: Tensor) -> int:
     """Stride of the batch; 0 if one row serves the whole batch."""
     return x.stride(0) if len(x) > 1 else 0
+
+
+TOKENS_OF_A_SUM = 64
+"""Tokens of a program that also adds up over tokens: it writes one partial sum of fp32 a channel."""
+
+
+def tokens_of_a_program(padded: int, sums: bool, at_once: int) -> int:
+    """Tokens that a program of a row operation takes in turn; what it reads once serves all of them.
+
+    Args:
+        padded: channels of a row, padded to a power of two. 4 tokens of Wan-1.3B and 16 of Wan-14B, where the padded
+            row is long and few programs run at the same time.
+        sums: it adds up over tokens.
+        at_once: values that the largest tile takes at a time.
+    """
+    return max(TOKENS_OF_A_SUM if sums else max(4, padded // 512), at_once // padded)
 
 
 def sum_rows(partial_PD: Tensor, shape: torch.Size) -> Tensor:

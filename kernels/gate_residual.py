@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowmem_drf.kernels.checks import check_rows, require_card, row_stride, sum_rows, with_unit_stride
+from lowmem_drf.kernels.checks import TOKENS_OF_A_SUM, aligned, check_rows, require_card, row_stride, sum_rows
 from lowmem_drf.kernels.operators import operator
 from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tiles_for, tuned, variant
 
@@ -35,8 +35,8 @@ TILES = (
          "the gate for 16 tokens; lines of 512 bytes are still whole sectors"),
 )  # fmt: skip
 
-TOKENS, TOKENS_OF_A_SUM = 16, 64
-"""Tokens per block in the backward: without a sum over tokens, and with one."""
+TOKENS = 16
+"""Of a program of the backward without a sum over tokens."""
 
 
 def gate_residual_naive(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def gate_residual_forward(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor) -> Tens
     """x + y * gate."""
     require_card("gate_residual", x_BLD)
     batch, length, width = x_BLD.shape
-    x, y, gate = with_unit_stride(x_BLD), with_unit_stride(y_BLD), with_unit_stride(gate_BD)
+    x, y, gate = aligned(x_BLD), aligned(y_BLD), aligned(gate_BD)
     out = torch.empty((batch, length, width), dtype=x.dtype, device=x.device)
     with torch.cuda.device_of(x):
         gate_residual_forward_kernel[
@@ -119,8 +119,8 @@ def gate_residual_backward(d_BLD: Tensor, y_BLD: Tensor | None, gate_BD: Tensor,
     floats."""
     require_card("gate_residual", d_BLD)
     batch, length, width = d_BLD.shape
-    d, gate = with_unit_stride(d_BLD), with_unit_stride(gate_BD)
-    y = d if y_BLD is None else with_unit_stride(y_BLD)
+    d, gate = aligned(d_BLD), aligned(gate_BD)
+    y = d if y_BLD is None else aligned(y_BLD)
     want_gate = y_BLD is not None
     tokens = TOKENS_OF_A_SUM if want_gate else TOKENS
     chunks = batch * triton.cdiv(length, tokens)

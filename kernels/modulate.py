@@ -25,7 +25,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lowmem_drf.kernels.checks import check_rows, require_card, row_stride, sum_rows, with_unit_stride
+from lowmem_drf.kernels.checks import (
+    aligned,
+    check_rows,
+    require_card,
+    row_stride,
+    sum_rows,
+    tokens_of_a_program,
+)
 from lowmem_drf.kernels.operators import operator
 from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tiles_for, tuned, variant
 
@@ -40,9 +47,6 @@ TILES = (
 )  # fmt: skip
 """``BLOCK``: values at a time. Registers hold whole rows, padded to a power of two, so that x is read once. ``STAGES``:
 of the loop over tokens."""
-
-TOKENS, TOKENS_OF_A_SUM = 4, 64
-"""Tokens per block, without sums over tokens and with them. 4 reuse scale and shift, and 4,000 tokens fill a card."""
 
 
 def norm_modulate_naive(x_BLD: Tensor, weight_BD: Tensor, shift_BD: Tensor, eps: float) -> Tensor:
@@ -135,7 +139,7 @@ def norm_modulate_forward(
     """y, and the mean and reciprocal standard deviation of each token, (B, L) fp32."""
     require_card("norm_modulate", x_BLD)
     batch, length, width = x_BLD.shape
-    x, weight, shift = with_unit_stride(x_BLD), with_unit_stride(weight_BD), with_unit_stride(shift_BD)
+    x, weight, shift = aligned(x_BLD), aligned(weight_BD), aligned(shift_BD)
     y = torch.empty((batch, length, width), dtype=x.dtype, device=x.device)
     mean, rstd = (torch.empty((batch, length), dtype=torch.float32, device=x.device) for _ in range(2))
     block_d = triton.next_power_of_2(width)
@@ -163,7 +167,7 @@ def norm_modulate_backward(
     D floats."""
     require_card("norm_modulate", d_BLD)
     batch, length, width = x_BLD.shape
-    d, x, weight = with_unit_stride(d_BLD), with_unit_stride(x_BLD), with_unit_stride(weight_BD)
+    d, x, weight = aligned(d_BLD), aligned(x_BLD), aligned(weight_BD)
     block_d = triton.next_power_of_2(width)
     tokens = _tokens(block_d, sums=want_weight or want_shift)
     programs = batch * triton.cdiv(length, tokens)
@@ -195,8 +199,7 @@ def _(
 
 
 def _tokens(block_d: int, sums: bool) -> int:
-    """Tokens per block: a power of two, and at least as many as any tile takes at a time."""
-    return max(TOKENS_OF_A_SUM if sums else TOKENS, max(tile.sizes["BLOCK"] for tile in TILES) // block_d)
+    return tokens_of_a_program(block_d, sums, max(tile.sizes["BLOCK"] for tile in TILES))
 
 
 class _NormModulate(torch.autograd.Function):

@@ -49,12 +49,22 @@ EPS = tl.constexpr(1e-12)
 """The bound of ``F.normalize``."""
 
 
-def norm_silu_naive(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool = True) -> Tensor:
+def norm_silu_naive(
+    x_BCTHW: Tensor, gamma_C: Tensor, silu: bool = True, before: int = 0, past_BCTHW: Tensor | None = None
+) -> Tensor:
     """The formula in plain PyTorch."""
     exact = torch.promote_types(x_BCTHW.dtype, torch.float32)
     n = torch.nn.functional.normalize(x_BCTHW.to(exact), dim=1)
     u = n * x_BCTHW.shape[1] ** 0.5 * gamma_C.to(exact).view(-1, 1, 1, 1)
-    return (torch.nn.functional.silu(u) if silu else u).to(x_BCTHW.dtype)
+    y = (torch.nn.functional.silu(u) if silu else u).to(x_BCTHW.dtype)
+    return torch.cat([*_before(x_BCTHW, before, past_BCTHW), y], dim=2) if before else y
+
+
+def _before(x: Tensor, before: int, past: Tensor | None) -> list[Tensor]:
+    """``before`` frames: zeros, and the last of them ``past``."""
+    known = [] if past is None else [past]
+    missing = before - sum(x.shape[2] for x in known)
+    return [x.new_zeros(*x.shape[:2], missing, *x.shape[3:]), *known] if missing else known
 
 
 @triton.jit
@@ -162,11 +172,17 @@ def _strides(x: Tensor) -> tuple[int, int, int, int]:
 
 
 @operator("norm_silu_forward")
-def norm_silu_forward(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool) -> Tensor:
-    """y, with the memory layout of x if x has no gaps."""
+def norm_silu_forward(
+    x_BCTHW: Tensor, gamma_C: Tensor, silu: bool, before: int = 0, past_BCTHW: Tensor | None = None
+) -> Tensor:
+    """y behind ``before`` frames, with the memory layout of x if x has no gaps."""
     require_card("norm_silu", x_BCTHW)
     x, gamma = _flat(x_BCTHW), gamma_C.contiguous()
-    y = torch.empty_like(x)
+    joined = _empty_joined(x, before)
+    y, known = joined[:, :, before:], 0 if past_BCTHW is None else past_BCTHW.shape[2]
+    joined[:, :, : before - known].zero_()
+    if past_BCTHW is not None:
+        joined[:, :, before - known : before].copy_(past_BCTHW)
     if x.numel():
         frames, positions = _extent(x, y)
         with torch.cuda.device_of(x):
@@ -174,12 +190,22 @@ def norm_silu_forward(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool) -> Tensor:
                 x, gamma, y, x.shape[1], frames, positions, x.shape[1] ** 0.5, *_strides(x), *_strides(y),
                 SILU=silu, BLOCK_C=_block_c(x),
             )  # fmt: skip
-    return y
+    return joined
 
 
 @torch.library.register_fake(norm_silu_forward)
-def _(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool) -> Tensor:
-    return torch.empty_like(_flat(x_BCTHW))
+def _(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool, before: int = 0, past_BCTHW: Tensor | None = None) -> Tensor:
+    return _empty_joined(_flat(x_BCTHW), before)
+
+
+def _empty_joined(x: Tensor, before: int) -> Tensor:
+    """Room for x and ``before`` more frames: as x in memory, or contiguous in its order of dimensions."""
+    if not before:
+        return torch.empty_like(x)
+    last = x.shape[1] > 1 and x.is_contiguous(memory_format=torch.channels_last_3d)
+    shape = (*x.shape[:2], x.shape[2] + before, *x.shape[3:])
+    memory = torch.channels_last_3d if last else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory)
 
 
 @operator("norm_silu_backward")
@@ -214,29 +240,37 @@ def _(
 
 class _NormSilu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor, silu: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, silu: bool, before: int, past: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, gamma)
-        ctx.silu = silu
-        return norm_silu_forward(x, gamma, silu)
+        ctx.silu, ctx.before, ctx.known = silu, before, 0 if past is None else past.shape[2]
+        return norm_silu_forward(x, gamma, silu, before, past)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        wants_x, wants_gamma, _ = ctx.needs_input_grad
-        dx, dgamma = norm_silu_backward(d, *ctx.saved_tensors, ctx.silu, wants_x, wants_gamma)
-        return dx if wants_x else None, dgamma if wants_gamma else None, None
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        wants_x, wants_gamma, _, _, wants_past = ctx.needs_input_grad
+        # a copy: a view would keep the gradient of all frames alive
+        d_past = d[:, :, ctx.before - ctx.known : ctx.before].clone() if wants_past else None
+        d_y = d[:, :, ctx.before :]
+        dx, dgamma = norm_silu_backward(d_y, *ctx.saved_tensors, ctx.silu, wants_x, wants_gamma)
+        return dx if wants_x else None, dgamma if wants_gamma else None, None, None, d_past
 
 
-def norm_silu(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool = True) -> Tensor:
-    """``silu(normalize(x_BCTHW, dim=1) * sqrt(C) * gamma_C)``, differentiable in both.
+def norm_silu(
+    x_BCTHW: Tensor, gamma_C: Tensor, silu: bool = True, before: int = 0, past_BCTHW: Tensor | None = None
+) -> Tensor:
+    """``silu(normalize(x_BCTHW, dim=1) * sqrt(C) * gamma_C)``, differentiable in all tensors.
 
     Args:
         x_BCTHW: bf16, fp16 or fp32, of up to 1024 channels.
         gamma_C: bf16, fp16 or fp32.
         silu: ``False``: the norm alone.
+        before: number of frames in front of the result, which a causal convolution reads. The result is written
+            behind them; ``torch.cat`` would read and write it once more.
+        past_BCTHW: the last of these, at most ``before``, taken as they are; the others are zeros.
 
     Returns:
-        The shape and dtype of ``x_BCTHW``.
+        (B, C, before + T, H, W) in the dtype of ``x_BCTHW``.
 
     Raises:
         TypeError: another dtype. fp64 is for ``norm_silu_naive``.
@@ -251,10 +285,15 @@ def norm_silu(x_BCTHW: Tensor, gamma_C: Tensor, silu: bool = True) -> Tensor:
         shapes = f"{tuple(x_BCTHW.shape)} and {tuple(gamma_C.shape)}"
         known = "norm_silu takes x of shape (B, C, T, H, W) with 1 to 1024 channels, and gamma of shape (C)"
         raise ValueError(f"{known}; it got {shapes}")
+    past = x_BCTHW[:, :, :0] if past_BCTHW is None else past_BCTHW
+    fits = past.shape[:2] == x_BCTHW.shape[:2] and past.shape[3:] == x_BCTHW.shape[3:] and past.shape[2] <= before
+    if not fits or past.dtype != x_BCTHW.dtype or past.device != x_BCTHW.device:
+        got = f"{tuple(past.shape)} {past.dtype} on {past.device}, of {before} frames"
+        raise ValueError(f"norm_silu takes past frames of the shape, dtype and device of x; it got {got}")
     if x_BCTHW.device != gamma_C.device or x_BCTHW.device.type == "meta":
         devices = f"x is on {x_BCTHW.device}, gamma on {gamma_C.device}"
         raise ValueError(f"norm_silu takes tensors with values, on one device; {devices}")
-    return _NormSilu.apply(x_BCTHW, gamma_C, silu)
+    return _NormSilu.apply(x_BCTHW, gamma_C, silu, before, past_BCTHW)
 
 
 def variants(card: int) -> Iterator[Variant]:

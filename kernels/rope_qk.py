@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lowmem_drf.kernels.checks import DTYPES, require_card, with_unit_stride
+from lowmem_drf.kernels.checks import DTYPES, aligned, require_card, tokens_of_a_program
 from lowmem_drf.kernels.operators import operator
 from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tiles_for, tuned, variant
 
@@ -43,9 +43,6 @@ TILES = (
 )  # fmt: skip
 """``BLOCK``: values at a time. Registers hold whole rows, heads and their channels padded to powers of two. ``STAGES``:
 of the loop over tokens."""
-
-TOKENS, TOKENS_OF_A_SUM = 4, 64
-"""Tokens per block, without a sum over tokens and with one. 4 reuse the weight, and 4,000 tokens fill a card."""
 
 
 def rms_norm_naive(x_BLD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -169,8 +166,8 @@ def rope_qk_forward(
     rotation."""
     require_card("rope_qk", x_BLD)
     batch, length, width = x_BLD.shape
-    x, weight = with_unit_stride(x_BLD), weight_D.contiguous()
-    cos, sin = (x, x) if cos_Ld is None or sin_Ld is None else (with_unit_stride(cos_Ld), with_unit_stride(sin_Ld))
+    x, weight = aligned(x_BLD), weight_D.contiguous()
+    cos, sin = (x, x) if cos_Ld is None or sin_Ld is None else (aligned(cos_Ld), aligned(sin_Ld))
     y = torch.empty((batch, length, heads, width // heads), dtype=x.dtype, device=x.device)
     rstd = torch.empty((batch, length), dtype=torch.float32, device=x.device)
     size = _size(heads, width)
@@ -200,8 +197,8 @@ def rope_qk_backward(
     """dx and dweight; unwanted gradients are empty tensors. For dweight also allocates L / 64 rows of H * d floats."""
     require_card("rope_qk", d_BLHd)
     batch, length, width = x_BLD.shape
-    d, x, weight = with_unit_stride(d_BLHd), with_unit_stride(x_BLD), weight_D.contiguous()
-    cos, sin = (x, x) if cos_Ld is None or sin_Ld is None else (with_unit_stride(cos_Ld), with_unit_stride(sin_Ld))
+    d, x, weight = aligned(d_BLHd), aligned(x_BLD), weight_D.contiguous()
+    cos, sin = (x, x) if cos_Ld is None or sin_Ld is None else (aligned(cos_Ld), aligned(sin_Ld))
     size = _size(d.shape[2], width)
     tokens = _tokens(size, sums=want_weight)
     programs = batch * triton.cdiv(length, tokens)
@@ -230,9 +227,8 @@ def _size(heads: int, width: int) -> dict[str, int]:
 
 
 def _tokens(size: dict[str, int], sums: bool) -> int:
-    """Tokens per block: a power of two, and at least as many as any tile takes at a time."""
-    most = max(tile.sizes["BLOCK"] for tile in TILES) // (size["BLOCK_H"] * size["BLOCK_DIM"])
-    return max(TOKENS_OF_A_SUM if sums else TOKENS, most)
+    padded = size["BLOCK_H"] * size["BLOCK_DIM"]
+    return tokens_of_a_program(padded, sums, max(tile.sizes["BLOCK"] for tile in TILES))
 
 
 class _NormRotate(torch.autograd.Function):

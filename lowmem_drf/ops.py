@@ -49,8 +49,9 @@ class RowOps:
     rope_qk: Callable[..., tuple[Tensor, Tensor]]
     """(q, k, weight_q, weight_k, cos, sin, heads, eps): RMSNorm over all channels, split in heads, rotated: two (B, L,
     H, d)."""
-    norm_silu: Callable[[Tensor, Tensor], Tensor] | None
-    """(x_BCTHW, gamma_C): SiLU of the VAE's RMSNorm over channels. ``None``: diffusers' modules."""
+    norm_silu: Callable[..., Tensor] | None
+    """(x_BCTHW, gamma_C, before=, past_BCTHW=): SiLU of the VAE's RMSNorm over channels, behind past frames. ``None``:
+    diffusers' modules."""
     lean_linears: bool
     """LoRA layers are computed by ``models/lora/linear.py`` instead of peft."""
 

@@ -181,3 +181,29 @@ def test_what_it_cannot_take_is_refused_before_launch(x, gamma, error, message, 
     monkeypatch.setattr(torch.ops.lowmem_drf, "norm_silu_forward", None)
     with pytest.raises(error, match=message):
         norm_silu(x, gamma)
+
+
+@pytest.mark.parametrize("known", [None, 1, 2])
+@pytest.mark.parametrize("layout", ["contiguous", "channels last", "a strip"])
+def test_behind_past_frames_it_is_the_concatenation(known, layout, device):
+    """To the bit: values and all gradients."""
+    x, gamma, _ = tensors((2, 16, 2, 6, 5), torch.float32, device)
+    x = {"channels last": LAYOUTS["channels last"], "a strip": lambda x: x[:, :, :, 1:5]}.get(layout, lambda x: x)(x)
+    past = None if known is None else torch.randn_like(x[:, :, :known])
+    given = [tensor.requires_grad_() for tensor in (x, gamma, *([] if past is None else [past]))]
+    joined = norm_silu(x, gamma, before=2, past_BCTHW=past)
+    zeros = x.new_zeros(2, 16, 2 - (known or 0), *x.shape[3:])
+    wanted = torch.cat([zeros, *given[2:], norm_silu(x, gamma)], dim=2)
+    assert torch.equal(joined, wanted)
+    d = torch.randn_like(joined)
+    pairs = zip(torch.autograd.grad(joined, given, d), torch.autograd.grad(wanted, given, d), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_past_frames_of_another_kind_are_refused(device):
+    x, gamma, _ = tensors((1, 16, 2, 6, 5), torch.float32, device)
+    for past in (x[:, :, :, :3], x.half(), x[:, :8]):
+        with pytest.raises(ValueError, match="past frames"):
+            norm_silu(x, gamma, before=2, past_BCTHW=past)
+    with pytest.raises(ValueError, match="of 1 frames"):
+        norm_silu(x, gamma, before=1, past_BCTHW=x)

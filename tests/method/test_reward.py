@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.reward import RewardSpec, Spread, mean_reward, question_reward, token_probabilities, total_reward
@@ -193,3 +194,19 @@ def test_spread_goes_on_from_what_was_saved():
     for row in rewards[9:]:
         second.add(row)
     assert second.scales() == whole.scales() != {}
+
+
+class _Reads(TorchDispatchMode):
+    """Counts single values that are read from tensors: on a card each read waits for it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_question_waits_for_the_card():
+    with _Reads() as reads:
+        total_reward([ANSWER] * 3, [WANTS_YES, WANTS_NO, DENSE], RewardSpec())
+    assert reads.count == 0

@@ -25,8 +25,9 @@ from torch.autograd.function import once_differentiable
 if TYPE_CHECKING:
     from torch import Tensor
 
-NormSilu = Callable[["Tensor", "Tensor"], "Tensor"]
-"""(x_BCTHW, gamma_C) -> silu(x / |x| * sqrt(C) * gamma), with |x| over the channels: ``WanRMS_norm`` and ``SiLU``."""
+NormSilu = Callable[..., "Tensor"]
+"""(x_BCTHW, gamma_C, before=, past_BCTHW=) -> silu(x / |x| * sqrt(C) * gamma) behind past frames, with |x| over the
+channels: ``WanRMS_norm`` and ``SiLU``."""
 
 
 class Wants(Enum):
@@ -86,8 +87,7 @@ def normed_and_convolved(
     hands: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """``conv(silu(norm(x)), cache) + residual``, and the cache handed on: one frame of the first chunk, later two."""
-    # nothing else holds the normed x, so it is freed before the convolution
-    joined = _WithPastFrames.apply(norm_silu(x, norm.gamma.flatten()), cache)
+    joined = norm_silu(x, norm.gamma.flatten(), before=2, past_BCTHW=cache)  # nothing else holds it
     return convolved(joined, conv, residual, 1 if cache is None and x.shape[2] == 1 else 2, makes, hands)
 
 
