@@ -10,7 +10,9 @@ downloaded.
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
@@ -27,6 +29,8 @@ from lowmem_drf.files import write_text
 from lowmem_drf.terminal import make_console
 
 LIBRARIES = ("torch", "triton", "diffusers", "transformers", "peft")
+INTERRUPTED = 130
+ROOT = Path(__file__).resolve().parents[2]
 LOG_COLUMNS = 180
 """Width of the tables when the output is not a terminal."""
 
@@ -38,6 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=15.0, help="all sections together; cuts the tail (15)")
     parser.add_argument("--patience", type=float, default=1.0, help="multiplies every section's own limit (1)")
     parser.add_argument("--output", type=Path, default=Path("card"), help="folder of the results (card)")
+    parser.add_argument(
+        "--record", action="store_true", help="write what was measured to the presets, docs/fit.md and the README"
+    )
     parser.add_argument("--only", nargs="+", choices=list(BY_NAME), metavar="NAME", help=f"of {', '.join(BY_NAME)}")
     parser.add_argument(
         "--section", choices=list(BY_NAME), metavar="NAME", help="run this one here; --json has its rows"
@@ -50,7 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
         return _section(BY_NAME[options.section], options.json)
     chosen = [BY_NAME[name] for name in options.only or BY_NAME]
     patient = [replace(section, limit_s=options.patience * section.limit_s) for section in chosen]
-    return _all(patient, options.minutes, options.output)
+    code = _all(patient, options.minutes, options.output)
+    if options.record and code != INTERRUPTED:
+        from bench.card import record
+
+        record.main([str(options.output)])
+    return code
 
 
 def _section(section: Section, path: Path | None) -> int:
@@ -69,6 +81,7 @@ def _all(sections: list[Section], minutes: float, folder: Path) -> int:
     card = torch.cuda.get_device_properties(torch.cuda.current_device())
     gib, found = round(card.total_memory / 1024**3, 1), versions(*LIBRARIES)
     about = {"card": card.name, "gib": gib, "cuda": torch.version.cuda, "versions": found}
+    about |= {"date": time.strftime("%Y-%m-%d"), "commit": _commit()}
     heading = f"{card.name}, {gib} GiB; {', '.join(f'{name} {version}' for name, version in found.items())}"
     console = make_console(soft_wrap=True, width=None if sys.stdout.isatty() else LOG_COLUMNS)
     console.print(heading, highlight=False)
@@ -84,10 +97,18 @@ def _all(sections: list[Section], minutes: float, folder: Path) -> int:
             console.print(f"{max(0.0, end - time.monotonic()):.0f} s left", highlight=False)
     except KeyboardInterrupt:
         console.print(f"Interrupted. {folder} has what was measured.")
-        return 130
+        return INTERRUPTED
     bad = [result.name for result in results if not result.good]
     console.print(f"{len(results) - len(bad)} of {len(results)} sections are good. {folder / 'results.md'} has all.")
     return 1 if bad else 0
+
+
+def _commit() -> str:
+    """Of this checkout, abbreviated."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return "no git checkout"
 
 
 if __name__ == "__main__":

@@ -28,6 +28,17 @@ LEAST = 0.9
 """Share of the memory that a card of that size may report."""
 SAME = 0.05
 """Share by which a peak may differ from its plan."""
+PEAK = "peak of these stages"
+
+
+def memory_row(stage: str) -> str:
+    """The row's name of a stage's peak, or of ``PEAK``."""
+    return f"{stage}, memory"
+
+
+def time_row(stage: str) -> str:
+    """The row's name of a stage's seconds."""
+    return f"{stage}, time"
 
 
 def preset(name: str) -> Iterator[Row]:
@@ -51,13 +62,13 @@ def rows(found: Mapping[str, Any]) -> Iterator[Row]:
     """Of the JSON of ``bench``. The text encoder's stage is planned only."""
     stages = {name: stage for name, stage in found["stages"].items() if stage["measured_gib"] is not None}
     planned = max(stage["peak_gib"] for stage in stages.values())
-    yield _memory("peak of these stages", found["measured_peak_gib"], planned)
+    yield _memory(PEAK, found["measured_peak_gib"], planned)
     for name, stage in stages.items():
         yield _memory(name, stage["measured_gib"], stage["peak_gib"])
     for name, stage in stages.items():
-        yield near(f"{name}, time", stage["measured_s"], "s", stage["s"], f"plan for {found['card']}")
+        yield near(time_row(name), stage["measured_s"], "s", stage["s"], f"plan for {found['card']}")
 
 
 def _memory(what: str, measured: float, planned: float) -> Row:
     state: State = "ok" if abs(measured / planned - 1) <= SAME else "off"
-    return Row(f"{what}, memory", measured, "GiB", planned, state, "plan")
+    return Row(memory_row(what), measured, "GiB", planned, state, "plan")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench.card import __main__ as program
-from bench.card import parent, presets
+from bench.card import parent, presets, record
 from bench.card.parent import run_all
 from bench.card.presets import rows
 from bench.card.reference import errors
@@ -19,6 +19,8 @@ from bench.card.sections import SECTIONS, Section
 from bench.card.table import cells, markdown, rich_table
 from bench.card.tiles import _Case, _pin, _worst, tuners
 from bench.kernels.ops import OPS, build
+from lowmem_drf.config import presets as presets_of_the_package
+from lowmem_drf.errors import BadInputError
 
 BY_NAME = {op.name: op for op in OPS}
 ROW = '{"what": "x", "measured": 2.0, "unit": "s", "expected": 1.0, "state": "%s", "note": ""}'
@@ -179,3 +181,26 @@ def test_a_preset_for_a_larger_card_is_left_out(monkeypatch):
     monkeypatch.setattr(presets.subprocess, "run", lambda *_, **__: pytest.fail("measured"))
     (row,) = presets.preset("rtx3060")
     assert (row.state, row.measured) == ("info", "is for 12GB, and this card has 8.0 GiB")
+
+
+def test_what_was_measured_is_recorded_in_the_presets_header(tmp_path, monkeypatch):
+    preset = tmp_path / "rtx4090.toml"
+    preset.write_text(presets_of_the_package()["rtx4090"].read_text())
+    monkeypatch.setattr(record, "presets", lambda: {"rtx4090": preset})
+    seconds = {"rollout": 6, "decode": 5, "critic": 4, "vae_backward": 3, "denoise_backward": 8, "update": 1}
+    stages = {
+        name: {"measured_gib": 16.1 if name == "decode" else 9.0, "peak_gib": 16.0, "measured_s": s, "s": s}
+        for name, s in seconds.items()
+    }
+    bench = {"card": "RTX 4090", "measured_peak_gib": 16.1, "stages": stages}
+    section = {"name": "rtx4090-24gb", "outcome": "done", "rows": [vars(row) for row in rows(bench)]}
+    found = {"card": "NVIDIA H200", "date": "2026-01-02", "commit": "abc", "versions": {"torch": "2.12"}}
+    (tmp_path / "results.json").write_text(json.dumps(found | {"sections": [section]}))
+    record.record(tmp_path, tmp_path)
+    # 6 * 20 / 3 + 8 * 3 / 2 + 13
+    update = "about 65 s an update (from 3 of 20 steps, 2 of 3 graded), on NVIDIA H200 held to 24GB"
+    line = f"# Measured: 16.1 GiB at the peak (decode), {update}; 2026-01-02, abc, torch 2.12"
+    assert line in preset.read_text().splitlines()
+    assert json.loads((tmp_path / "card_nvidia_h200.json").read_text())["date"] == "2026-01-02"
+    with pytest.raises(BadInputError, match=r"no results\.json"):
+        record.record(tmp_path / "nothing")

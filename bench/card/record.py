@@ -1,0 +1,94 @@
+"""Writes what a card measured into the repository: the ``# Measured:`` lines of the presets, docs/fit.md, the README,
+and the figures themselves under ``bench/results/``.
+
+    python -m bench.card.record FOLDER      # where python -m bench.card wrote its results, on this machine or another
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bench.card.presets import PEAK, SETTINGS, memory_row, time_row
+from bench.card.sections import BY_NAME
+from bench.plans import fit
+from lowmem_drf.config import load_config, presets
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.files import write_text
+
+RESULTS = fit.ROOT / "bench" / "results"
+STAGES = ("rollout", "decode", "critic", "vae_backward", "denoise_backward", "update")
+
+
+def record(folder: Path, results: Path = RESULTS) -> dict[str, str]:
+    """Writes the figures of ``folder``. Returns the ``# Measured:`` line of each preset that was measured.
+
+    Raises BadInputError: the folder holds no results.
+    """
+    try:
+        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        sections = {section["name"]: section for section in found["sections"]}
+        about = f"{found['card']}", f"{found['date']}, {found['commit']}, torch {found['versions']['torch']}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInputError(
+            f"{folder} has no results.json of bench.card ({error}): python -m bench.card --output {folder}"
+        ) from error
+    lines = {}
+    for name, section in sections.items():
+        preset = BY_NAME[name].argument if name in BY_NAME else None
+        if preset and section["outcome"] == "done" and (text := _measured(preset, section["rows"], *about)):
+            lines[preset] = text
+    write_text(
+        results / f"card_{re.sub(r'[^a-z0-9]+', '_', about[0].lower()).strip('_')}.json",
+        json.dumps(found, indent=1) + "\n",
+    )
+    for preset, text in lines.items():
+        path = presets()[preset]
+        written = re.sub(
+            r"^# Measured: .*$", f"# Measured: {text}", path.read_text(encoding="utf-8"), flags=re.MULTILINE
+        )
+        write_text(path, written)
+    return lines
+
+
+def _measured(preset: str, rows: list[Mapping[str, Any]], card: str, when: str) -> str | None:
+    """``None``: the section did not run the preset, for want of memory."""
+    measured = {row["what"]: row["measured"] for row in rows}
+    if memory_row(PEAK) not in measured:
+        return None
+    vram, steps, graded = SETTINGS[preset]
+    sampler = load_config(preset).sampler
+    times = {"rollout": sampler.steps / steps, "denoise_backward": sampler.graded_steps / graded}
+    seconds = sum(measured[time_row(stage)] * times.get(stage, 1) for stage in STAGES if time_row(stage) in measured)
+    largest = max(STAGES, key=lambda stage: measured.get(memory_row(stage), 0))
+    ran = f"from {steps} of {sampler.steps} steps, {graded} of {sampler.graded_steps} graded"
+    peak = f"{measured[memory_row(PEAK)]:.1f} GiB at the peak ({largest})"
+    return f"{peak}, about {seconds:,.0f} s an update ({ran}), on {card} held to {vram}; {when}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.card.record", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="where bench.card wrote results.json")
+    options = parser.parse_args(arguments)
+    try:
+        lines = record(options.folder)
+    except BadInputError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return error.exit_code
+    for preset, line in lines.items():
+        print(f"{preset}: {line}")
+    if lines:
+        fit.main([])
+    else:
+        print("no preset was measured; the figures are in bench/results/")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
