@@ -151,8 +151,8 @@ def attention_forward_kernel(
     tl.store(p_lse + (i_b * H + i_h) * L + o_m, b_lse, mask=o_m < L)
 
 
-_tuned_forward = tuned(TILES, key=["D"])(attention_forward_kernel)
-_tuned_forward_fp32 = tuned(FP32_TILES, key=["D"])(attention_forward_kernel)
+_tuned_forward = tuned(TILES, key=["D", "GROUP", "L", "M", "p_ranges"])(attention_forward_kernel)
+_tuned_forward_fp32 = tuned(FP32_TILES, key=[])(attention_forward_kernel)
 
 
 @operator("attention_forward")

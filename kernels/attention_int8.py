@@ -136,8 +136,8 @@ def attention_int8_kernel(
     store_tile(p_out + row * D, b_acc / b_sum[:, None], start_m, L, H * D, D, D, BLOCK_M)
 
 
-_tuned_quantise = tuned(QUANTISE_TILES, key=["ROWS", "D"])(quantise_kernel)
-_tuned_attention = tuned(TILES, key=["D"])(attention_int8_kernel)
+_tuned_quantise = tuned(QUANTISE_TILES, key=[])(quantise_kernel)
+_tuned_attention = tuned(TILES, key=["D", "GROUP", "L", "M"])(attention_int8_kernel)
 
 
 def _quantised(x: Tensor, mean: Tensor | None, rows: int, factor: float) -> tuple[Tensor, Tensor]:

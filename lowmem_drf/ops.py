@@ -14,12 +14,14 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.libraries import cure
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from lowmem_drf.memory.kept_attention import KeptAttention
 
 RowChoice = Literal["auto", "fused", "naive"]
-AttentionName = Literal["auto", "triton", "sdpa", "xformers", "flash"]
+AttentionName = Literal["auto", "triton", "cudnn", "sdpa", "xformers", "flash"]
 
 _aten = torch.ops.aten
 
@@ -130,8 +132,12 @@ class Attention:
     name: AttentionName
     call: Callable[[Tensor, Tensor, Tensor], Tensor]
     """Differentiable."""
-    pair: Pair | None
-    """``None``: the back end does not return its log-sum-exp."""
+    pair: Pair
+
+    @classmethod
+    def of_pair(cls, name: AttentionName, pair: Pair) -> Attention:
+        """A back end that has no differentiable call of its own."""
+        return cls(name, lambda q, k, v: _WithKeptAttention.apply(q, k, v, pair, None), pair)
 
     def keep_attention(self, q: Tensor, k: Tensor, v: Tensor, kept_attention: KeptAttention) -> Tensor:
         """As ``call``. A forward writes its result to ``kept_attention``; the recompute reads it from there."""
@@ -141,14 +147,15 @@ class Attention:
 
 class _WithKeptAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pair: Pair, kept_attention: KeptAttention) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pair: Pair, kept_attention: KeptAttention | None) -> Tensor:
         forward, ctx.backward_of = pair
-        if kept_attention.reading:
+        if kept_attention is not None and kept_attention.reading:
             out, lse = kept_attention.read()
             out = out.detach()  # the returned tensor joins the graph, the kept one must not
         else:
             out, lse = forward(q, k, v)
-            kept_attention.write(out, lse)
+            if kept_attention is not None:
+                kept_attention.write(out, lse)
         ctx.save_for_backward(q, k, v, out, lse)
         return out
 
@@ -163,6 +170,13 @@ def triton_attention() -> Attention:
     from lowmem_drf.kernels.attention import attention, attention_backward, attention_forward
 
     return Attention("triton", attention, (attention_forward, attention_backward))
+
+
+def tiles() -> ModuleType:
+    """``kernels/tiles.py``: which tiles were chosen, and choosing them. Imports Triton."""
+    from lowmem_drf.kernels import tiles
+
+    return tiles
 
 
 def ranged_attention() -> tuple[Callable[[Tensor, Tensor, Tensor, float, Tensor], Tensor], tuple[int, ...]]:
@@ -186,6 +200,19 @@ def window_ranges(bounds: Sequence[int]) -> Tensor:
     from lowmem_drf.kernels import attention
 
     return attention.window_ranges(bounds, "cpu")
+
+
+def sdpa_attention() -> Attention:
+    """PyTorch's own, but for cuDNN's, which is a back end of its own here."""
+    return Attention("sdpa", _sdpa, (sdpa_forward, sdpa_backward))
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.device.type == "cpu":
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def sdpa_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -343,9 +343,9 @@ class Kernels(Node):
     ops: Literal["auto", "fused", "naive"] = "auto"
     """Norms, modulation, rotary embedding and gates of the transformer, norm and SiLU of the VAE: Triton kernels
     (``fused``, less memory and time) or diffusers' code (``naive``). ``auto``: ``fused`` on a CUDA card."""
-    attention: Literal["auto", "triton", "sdpa", "xformers", "flash"] = "auto"
+    attention: Literal["auto", "triton", "cudnn", "sdpa", "xformers", "flash"] = "auto"
     """Attention of the transformer; ``triton`` covers the critic too. ``auto``: the fastest on this card, timed at the
-    start."""
+    start, and ``triton`` for the critic. The run keeps its choice in ``kernels.json``, and takes it again on resume."""
     rollout_attention: Literal["same", "int8"] = "same"
     """Attention where there is no gradient (rollout, samples). ``int8`` is faster and inexact; graded steps never use
     it. ``same``: as ``attention``."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bench.card.rows import Row, at_most, failed
 from bench.kernels.ops import OPS, Op, Sizes, build
+from lowmem_drf.kernels.tiles import Tuned, tile_words
 
 MORE_FILES = {"attention": ("attention", "attention_backward")}
 """Files whose kernels an op launches, where these are not the op's own."""
@@ -25,15 +26,15 @@ SIZES: dict[str, Sizes] = {
 """Ragged ends everywhere; the other ops take ``WAN``. One size an op: a tile takes seconds to compile."""
 
 
-def tuners(op: Op) -> dict[str, Any]:
-    """The autotuned kernels of an op, by name."""
+def tuners(op: Op) -> dict[str, Tuned]:
+    """The kernels of an op that have tiles, by name."""
     found = {}
     for file in MORE_FILES.get(op.name, (op.file,)):
         for name, value in vars(importlib.import_module(f"lowmem_drf.kernels.{file}")).items():
-            if isinstance(getattr(value, "configs", None), list) and hasattr(value, "fn"):
+            if isinstance(value, Tuned):
                 found[f"{file}.{name.strip('_')}"] = value
     if not found:
-        raise RuntimeError(f"no autotuned kernel is found in kernels/{op.file}.py: bench/card/tiles.py must follow it")
+        raise RuntimeError(f"no kernel with tiles is found in kernels/{op.file}.py: bench/card/tiles.py must follow it")
     return found
 
 
@@ -43,7 +44,7 @@ def tiles() -> Iterator[Row]:
     for op in OPS:
         every = tuners(op)
         configs = {tuner: tuner.configs for tuner in every.values()}
-        mine = {name: _of_this_card(tuner) for name, tuner in every.items()}
+        mine = {name: tuner.of_this_card() for name, tuner in every.items()}
         first = {every[name]: chosen[0] for name, chosen in mine.items()}
         dtypes = (*op.dtypes, torch.float32) if op.name in EXACT else op.dtypes
         cases = [_Case(op, SIZES.get(op.name, WAN), dtype) for dtype in dtypes]
@@ -51,36 +52,27 @@ def tiles() -> Iterator[Row]:
             _pin(first)
             for config in mine[name]:
                 _pin({tuner: config})
-                yield _worst(f"{op.name}: {name}, {_words(config)}", tuner, cases)
+                yield _worst(f"{op.name}: {name}, {tile_words(config)}", tuner, cases)
         for tuner, all_of_them in configs.items():  # another op may launch it too
             tuner.configs = all_of_them
 
 
-def _words(config: Any) -> str:
-    sizes = " ".join(f"{key}={value}" for key, value in config.kwargs.items())
-    return f"{sizes} {config.num_warps} warps {config.num_stages} stages"
-
-
-def _of_this_card(tuner: Any) -> list[Any]:
-    return list(tuner.early_config_prune(tuner.configs, {})) if len(tuner.configs) > 1 else list(tuner.configs)
-
-
-def _pin(chosen: dict[Any, Any]) -> None:
-    """The autotuner times nothing where there is one configuration."""
+def _pin(chosen: dict[Tuned, Any]) -> None:
+    """One configuration alone is taken."""
     for tuner, config in chosen.items():
-        tuner.configs, tuner.best_config = [config], None
+        tuner.configs, tuner.launched = [config], None
 
 
-def _worst(what: str, tuner: Any, cases: Sequence[_Case]) -> Row:
+def _worst(what: str, tuner: Tuned, cases: Sequence[_Case]) -> Row:
     """Of the cases that launch this kernel."""
     worst, where, ran = 0.0, "", False
     for case in cases:
-        tuner.best_config = None
+        tuner.launched = None
         try:
             share, part = case.error()
         except Exception as error:  # what Triton and CUDA raise has many types
             return failed(f"{what}, {case.label}", error)
-        if tuner.best_config is not None:
+        if tuner.launched is not None:
             ran = True
             if not share <= worst:
                 worst, where = share, f"{part}, {case.label}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,8 @@ import torch
 from lowmem_drf.assembly.kernel_choice import Chosen, choose
 from lowmem_drf.assembly.sizes import latent_shape
 from lowmem_drf.assembly.text_cache import DTYPES
+from lowmem_drf.assembly.trials import Work
+from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.memory.host import HostStore
 from lowmem_drf.memory.recorded_rollout import Recorder
@@ -137,6 +138,8 @@ class Models:
     recorder: Recorder | None = field(compare=False, default=None)
     kernels: str = ""
     """The chosen operations, for printing."""
+    kernel_record: Mapping[str, Any] | None = None
+    """The choice, for ``kernels.json``."""
     ask: Critic | None = field(compare=False, default=None)
     """Callable to use in place of ``critic`` if its weights are partitioned."""
     expert: Any = None
@@ -184,6 +187,8 @@ def assemble(
     chosen: Chosen | None = None,
     other: OtherExpert | None = None,
     store: HostStore | None = None,
+    kernels: Mapping[str, Any] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Models:
     """Applies the configuration's memory settings to loaded models, and removes the VAE's encoder.
 
@@ -193,6 +198,7 @@ def assemble(
         other: the second transformer, which is not trained. It is offloaded and streamed like ``transformer``; in a
             rollout only one of the two is on the card.
         store: host memory for parked, streamed and offloaded tensors. A plan passes one that only counts.
+        kernels: the run's first choice of operations (``kernel_choice.choose``).
 
     Raises BadInputError: the video's size does not fit the models, or a requested kernel cannot run.
     """
@@ -209,7 +215,9 @@ def assemble(
     if critic is not None and "critic" in memory.stream:
         streamed["critic"] = critic.stream(device, store)
     shape = latent_shape(config, transformer.config, vae.config)
-    chosen = chosen or choose(config, device, attention_shape(config, transformer, shape), DTYPES[config.dtype])
+    if chosen is None:
+        seen = critic_frames(config) if critic is not None else 0
+        chosen = choose(config, Work(config, transformer, vae, critic, seen, shape, device), kernels, ranks)
     recorder = Recorder(store, memory.keep_attention != "none") if memory.record_rollout else None
     set_activations(
         transformer, memory.checkpoint, memory.token_slices, store,
@@ -223,7 +231,7 @@ def assemble(
         )  # fmt: skip
     if critic is not None:
         critic.set_checkpointing(bool(memory.checkpoint))
-        critic.set_attention(*(ranged_attention() if chosen.attention.name == "triton" else (None,)))
+        critic.set_attention(*(ranged_attention() if chosen.ranged else (None,)))
     decoder = WanDecoder(
         vae, grad_dtype=DTYPES[memory.vae_grad_dtype], strips=memory.vae_strips, caches=memory.vae_caches,
         store=store, norm_silu=chosen.rows.norm_silu,
@@ -244,11 +252,5 @@ def assemble(
         transformer=transformer, velocity=velocity, decoder=decoder, critic=critic, texts=texts,
         text_tokens=config.model.text_tokens, negative_prompt=config.sampler.negative_prompt, latent_shape=shape,
         device=device, meter=meter, residency=residency, recorder=recorder, kernels=str(chosen),
-        expert=other.transformer if other else None,
+        kernel_record=chosen.record, expert=other.transformer if other else None,
     )  # fmt: skip
-
-
-def attention_shape(config: Config, transformer: Any, latent: Sequence[int]) -> tuple[int, int, int, int]:
-    """(B, L, H, d) of the transformer's self-attention for latents (C, F, h, w)."""
-    tokens = math.prod(side // patch for side, patch in zip(latent[1:], transformer.config.patch_size, strict=True))
-    return config.micro_batch, tokens, transformer.config.num_attention_heads, transformer.config.attention_head_dim

@@ -1,20 +1,37 @@
-"""Chooses the implementation of each operation once, at the start of a run."""
+"""Chooses the implementation of each operation, and the tiles of our kernels, once, at the start of a run.
+
+On a card a choice is timed, so two of them may differ, and with them the last bits of a gradient. A run therefore keeps
+its choice in ``kernels.json``: all its processes take that of the first, and a resumed run takes it again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lowmem_drf.models.wan.attention import attention_named, choose_attention
-from lowmem_drf.ops import Attention, RowOps, choose_rows, fused_ops, int8_attention, naive_ops
+from lowmem_drf.assembly.trials import Work, card_seconds
+from lowmem_drf.distributed.ranks import ALONE, Ranks
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.models.wan.attention import NAMES, attention_named, refusal, why_not
+from lowmem_drf.ops import Attention, AttentionName, RowOps, choose_rows, fused_ops, int8_attention, naive_ops, tiles
 from lowmem_drf.schema import Config
+from lowmem_drf.shortage import let_go
+from lowmem_drf.terminal import working
+from lowmem_drf.texts import one_line, parse_json, read_text
 
 if TYPE_CHECKING:
     from lowmem_drf.ops import RowChoice
+
+KERNELS = "kernels.json"
+"""Of a run's folder."""
 
 
 @dataclass(frozen=True)
@@ -27,21 +44,46 @@ class Chosen:
     """Reason for the attention, printed."""
     rollout_attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None
     """Attention without gradients; ``None``: ``attention``."""
+    ranged: bool = False
+    """The critic's attention is our kernel."""
+    record: Mapping[str, Any] | None = None
+    """For ``kernels.json``. ``None``: nothing was timed."""
 
     def __str__(self) -> str:
         rollout = "; int8 attention without gradient" if self.rollout_attention else ""
         return f"kernels: {self.rows.name}; attention: {self.attention.name} ({self.why}){rollout}"
 
 
-def choose(config: Config, device: torch.device, shape: Sequence[int], dtype: torch.dtype) -> Chosen:
-    """For a run on ``device``; ``shape``: (B, L, H, d) of the transformer's self-attention.
+def choose(config: Config, work: Work, before: Mapping[str, Any] | None = None, ranks: Ranks = ALONE) -> Chosen:
+    """For a run on ``work.device``.
+
+    Args:
+        before: the record of the run's first choice, which is taken again where card, versions and settings are the
+            same.
 
     Raises BadInputError: a requested implementation cannot run here.
     """
-    kernels, keep = config.kernels, config.memory.keep_attention != "none"
+    kernels, device = config.kernels, work.device
     rows = choose_rows(kernels.ops, device)
-    attention, why = choose_attention(kernels.attention, device, shape, dtype, keep_attention=keep)
-    return Chosen(rows, attention, why, int8_attention(device) if kernels.rollout_attention == "int8" else None)
+    rollout = int8_attention(device) if kernels.rollout_attention == "int8" else None
+    if kernels.attention != "auto":
+        tried = refusal if device.type == "cuda" else _without_trial
+        if reason := tried(kernels.attention, device, work.dtype, work.shape[-1]):
+            raise BadInputError(f"kernels.attention = {kernels.attention!r} cannot run: {reason}")
+    if device.type != "cuda":
+        name: AttentionName = "sdpa" if kernels.attention == "auto" else kernels.attention
+        why = "the CPU's own" if kernels.attention == "auto" else "as asked"
+        return Chosen(rows, attention_named(name), why, rollout, ranged=name == "triton")
+    now = _about(config, device)
+    changed = _changed(before["about"], now) if before else ""
+    if before and not changed:
+        record, why = before, f"as {KERNELS} says"
+    else:
+        record = ranks.from_chief({"about": now, **_timed(config, work, rows, rollout)} if ranks.chief else {})
+        why = record["why"] + (f"; chosen anew, {changed}" if changed else "")
+    if record["tiles"]:
+        tiles().take_choices(record["tiles"])
+    return Chosen(rows, attention_named(record["attention"]), why, rollout, record["critic"] == "triton", record)
 
 
 def choose_planned(config: Config) -> Chosen:
@@ -51,4 +93,89 @@ def choose_planned(config: Config) -> Chosen:
     rows: RowChoice = "fused" if kernels.ops == "auto" else kernels.ops
     attention = attention_named("triton" if kernels.attention == "triton" else "sdpa")
     rollout = int8_attention(None) if kernels.rollout_attention == "int8" else None
-    return Chosen(fused_ops() if rows == "fused" else naive_ops(), attention, "planned", rollout)
+    ranged = attention.name == "triton"
+    return Chosen(fused_ops() if rows == "fused" else naive_ops(), attention, "planned", rollout, ranged)
+
+
+def saved_choice(run: Path | None, say: Callable[[str], None]) -> Mapping[str, Any] | None:
+    """The record in a run's folder. One that cannot be read is said, and replaced by a new one."""
+    file = (run or Path()) / KERNELS
+    if run is None or not file.is_file():
+        return None
+    try:
+        record = parse_json(read_text(file, "a run's choice of kernels"))
+        named = record["attention"] in NAMES and isinstance(record["about"], dict) and record["critic"]
+        if named and all(row["kernel"] and row["case"] and row["tile"] and row["sizes"] for row in record["tiles"]):
+            return dict(record)
+    except (BadInputError, KeyError, TypeError, ValueError):
+        pass
+    say(f"{file} does not hold a choice of kernels: they are chosen anew, and the last bits may differ")
+    return None
+
+
+def record_text(record: Mapping[str, Any]) -> str:
+    """A record as the text of ``kernels.json``, a line for each tile."""
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in record["tiles"])
+    rest = json.dumps({key: value for key, value in record.items() if key != "tiles"}, indent=1)
+    return f'{rest[:-2]},\n "tiles": [\n{rows}\n ]\n}}\n'
+
+
+def _without_trial(name: AttentionName, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    return why_not(name, device)
+
+
+def _about(config: Config, device: torch.device) -> dict[str, str]:
+    """What a choice depends on."""
+    kernels, kept = config.kernels, config.memory.keep_attention != "none"
+    packages = {"torch": str(torch.__version__)}
+    for package in ("triton", "triton-windows", "xformers", "flash-attn"):
+        try:
+            packages[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    settings = {f"kernels.{name}": value for name, value in kernels.model_dump().items()}
+    return {"card": torch.cuda.get_device_name(device), **packages, **settings, "kept attentions": str(kept)}
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, str]) -> str:
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return "; ".join(f"{name} was {before.get(name, 'absent')} and is {now.get(name, 'absent')}" for name in names[:2])
+
+
+def _timed(
+    config: Config, work: Work, rows: RowOps, rollout: Any, seconds: Callable[..., float] = card_seconds
+) -> dict[str, Any]:
+    """The record of a new choice, without ``about``."""
+    asked, device = config.kernels.attention, work.device
+    names = [name for name in NAMES if not why_not(name, device)] if asked == "auto" else [asked]
+    ours = not why_not("triton", device)
+    found: dict[AttentionName, tuple[float, float]] = {}
+    failed: dict[str, str] = {}
+    if ours:
+        tiles().take_choices([])
+    with tiles().timing(seconds) if ours else nullcontext(), working("choosing kernels", len(names) + 1) as advance:
+        for name in names:
+            try:
+                found[name] = work.attention_seconds(attention_named(name), seconds)
+            except Exception as error:  # what libraries raise has many types; an explicit one has been tried
+                failed[name] = one_line(f"{type(error).__name__}: {error}")
+                let_go(error)
+            advance(1)
+        forwards, backwards = work.passes
+        order = sorted(found, key=lambda name: forwards * found[name][0] + backwards * found[name][1])
+        attention = attention_named(order[0] if order else "sdpa" if asked == "auto" else asked)
+        ranged = "triton" in found
+        for trial in work.trials(rows, attention, rollout, ranged):
+            try:
+                trial()
+            except Exception as error:  # its kernels take their first tiles; a run that needs them says what is wrong
+                let_go(error)
+        advance(1)
+    times = [f"{name} {1000 * found[name][0]:.1f} + {1000 * found[name][1]:.1f} ms" for name in order]
+    why = f"the fastest here, forward + backward: {', '.join(times)}" if asked == "auto" else "as asked"
+    if failed:
+        why += f"; cannot: {', '.join(failed)}"
+    return {
+        "attention": attention.name, "why": why, "failed": failed, "critic": "triton" if ranged else "sdpa",
+        "tiles": tiles().choices() if ours else [],
+    }  # fmt: skip

@@ -43,6 +43,7 @@ def load_models(
     clips: Mapping[str, int] | None = None,
     lora: LoraChanges | None = None,
     lora_scale: float = 1.0,
+    kernels: Mapping[str, Any] | None = None,
 ) -> Models:
     """Loads every model of the configuration. The text encoder is freed once ``texts`` are encoded.
 
@@ -53,6 +54,7 @@ def load_models(
         clips: how many will be made at once, as in ``sizes.require_room``.
         lora: of a file, for the transformer that is trained. Its pairs on Linears become adapters of strength 1
             (``adapter.lora_scale`` changes it); the rest is merged, times ``lora_scale``.
+        kernels: as in ``assemble``.
 
     Raises:
         BadInputError: a model is missing or damaged, or the video's size does not fit it, or the memory.
@@ -102,7 +104,10 @@ def load_models(
     transformer, other = make_transformers(described, config, load)
     vae = load_vae(str(generator), DTYPES[config.memory.vae_dtype], _home(config, "vae", device))
     critic = load_run_critic(config, _home(config, "critic", device)) if with_critic else None
-    models = assemble(config, transformer, vae, critic, encoded, device, Meter(device), other=other)
+    meter = Meter(device)
+    models = assemble(
+        config, transformer, vae, critic, encoded, device, meter, other=other, kernels=kernels, ranks=ranks
+    )
     if adapters:
         attach_lora(models.transformer, adapters)
     return with_partitioned_critic(config, models) if config.zero.critic and critic else models

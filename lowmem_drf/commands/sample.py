@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lowmem_drf.assembly.assemble import run_prompts
 from lowmem_drf.assembly.generate import NAN, base_and_tuned, flaw
+from lowmem_drf.assembly.kernel_choice import saved_choice
 from lowmem_drf.assembly.loading import load_models, read_lora_for, say
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError, LowmemError
@@ -80,14 +81,17 @@ def sample_command(
     clips = {"log.eval_batch": min(config.log.eval_batch, len(wanted))}
     console = make_console(stderr=True)
     bases: list[Tensor] = []
+    kernels = saved_choice(run, say)
     if compare and read and read.merged():  # what is merged into the weights cannot be switched off
         say("clips of the base first, then the model is loaded anew: this LoRA changes more than linear layers")
         with showing(console):
-            models = load_models(config, wanted, with_critic=False, clips=clips)
+            models = load_models(config, wanted, with_critic=False, clips=clips, kernels=kernels)
         bases = [clip.half() for _, clip in base_and_tuned(config, models, wanted, seed, with_base=False)]
         del models
     with showing(console):
-        models = load_models(config, wanted, with_critic=False, clips=clips, lora=read, lora_scale=scale)
+        models = load_models(
+            config, wanted, with_critic=False, clips=clips, lora=read, lora_scale=scale, kernels=kernels
+        )
     if folder:
         load_run_lora(models.transformer, folder, config)
     elif lora is None:

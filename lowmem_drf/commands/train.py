@@ -136,6 +136,7 @@ def start(
     from lowmem_drf.assembly.assemble import derive_seed, resolve_device, reward_spec, run_prompts
     from lowmem_drf.assembly.check import can_check
     from lowmem_drf.assembly.cudnn import require_fast_vae
+    from lowmem_drf.assembly.kernel_choice import KERNELS, record_text, saved_choice
     from lowmem_drf.assembly.loading import import_libraries, load_models
     from lowmem_drf.assembly.questions import draft_questions, needs_writer, require_weights, write_missing
     from lowmem_drf.assembly.references import finish_questions
@@ -182,7 +183,8 @@ def start(
         shown = max(len(previews) if log.sample_every else 0, len(trial.prompts) * trial.seeds if trial else 0)
         clips = {"micro_batch": config.micro_batch, "log.eval_batch": min(log.eval_batch, shown)}
         with during("loading"), showing(console):
-            models = load_models(config, [*texts, *previews], ranks=ranks, clips=clips)
+            kernels = ranks.from_chief(saved_choice(run, say) if resume and ranks.chief else None)
+            models = load_models(config, [*texts, *previews], ranks=ranks, clips=clips, kernels=kernels)
             lora, seed = config.lora, derive_seed(config.seed, "lora")
             add_lora(models.transformer, lora.rank, lora.alpha, lora.targets, seed)
             if init:
@@ -201,6 +203,8 @@ def start(
                 _require_same_questions(run, prompts, asked)
             write_text(run / "config.toml", to_toml(config))
             write_text(run / "questions.json", asked)
+            if models.kernel_record:
+                write_text(run / KERNELS, record_text(models.kernel_record))
             if can_check(config) and not resume:
                 done.write(run, prompts)
         _announce(console, config, run, models, prompts, origin)

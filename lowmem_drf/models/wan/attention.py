@@ -1,111 +1,142 @@
-"""Attention back ends of the Wan transformer: our kernel, and those of diffusers' attention dispatcher (PyTorch's SDPA,
-xformers, flash-attn)."""
+"""Attention back ends of the Wan transformer: our kernel, PyTorch's, cuDNN's, xformers' and flash-attn's. Each is a
+pair (forward, backward) whose forward returns its log-sum-exp, so results can be kept (``memory/kept_attention.py``).
+
+flash-attn has no wheels on PyPI: its pair follows the signatures of 2.7 and 2.8 and has never run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowmem_drf.errors import BadInputError
-from lowmem_drf.ops import Attention, AttentionName, sdpa_backward, sdpa_forward, triton_attention, why_no_triton
+from lowmem_drf.ops import Attention, AttentionName, Pair, sdpa_attention, triton_attention, why_no_triton
 
-DISPATCHED: dict[AttentionName, str] = {"sdpa": "native", "xformers": "xformers", "flash": "flash"}
-"""Names of ``kernels.attention`` -> of diffusers' ``AttentionBackendName``."""
+NAMES: tuple[AttentionName, ...] = ("triton", "cudnn", "sdpa", "xformers", "flash")
+"""All but ``auto``. Of equally fast ones the first is taken."""
 
-CURES: dict[AttentionName, str] = {
-    "xformers": 'pip install "lowmem-drf[xformers]", or -s kernels.attention=sdpa',
-    "flash": "pip install flash-attn --no-build-isolation, or -s kernels.attention=sdpa",
-}
-
-TRIALS = 3
+_aten = torch.ops.aten
 
 
 def attention_named(name: AttentionName) -> Attention:
     """A back end other than ``auto``, whether or not it can run here."""
     if name == "triton":
         return triton_attention()
-    pair = (sdpa_forward, sdpa_backward) if name == "sdpa" else None
-    return Attention(name, partial(_dispatched, DISPATCHED[name]), pair)
-
-
-def choose_attention(
-    name: AttentionName, device: torch.device, shape: Sequence[int], dtype: torch.dtype, keep_attention: bool = False
-) -> tuple[Attention, str]:
-    """The back end of a run, and the reason for the choice.
-
-    ``auto`` on a CUDA card runs one such attention with every available back end, forward and backward, a few times,
-    and takes the fastest.
-
-    Args:
-        shape: (B, L, H, d) of the self-attention.
-        keep_attention: its results are kept for the backward, so the back end must return its log-sum-exp.
-
-    Raises:
-        BadInputError: the requested back end cannot run; says why, and the cure.
-    """
-    if name == "auto":
-        return _fastest(device, shape, dtype, keep_attention)
-    reason = why_not(name, device) or (_no_lse(name) if keep_attention else None)
-    if reason:
-        raise BadInputError(f"kernels.attention = {name!r} cannot run: {reason}")
-    return attention_named(name), "as asked"
+    if name == "sdpa":
+        return sdpa_attention()
+    pairs: dict[AttentionName, Pair] = {
+        "cudnn": (_cudnn_forward, _cudnn_backward),
+        "xformers": (_xformers_forward, _xformers_backward),
+        "flash": (_flash_forward, _flash_backward),
+    }
+    return Attention.of_pair(name, pairs[name])
 
 
 def why_not(name: AttentionName, device: torch.device) -> str | None:
-    """The reason why a back end cannot run on ``device``, with the cure; ``None`` if it can."""
+    """The reason why a back end cannot run on ``device``, with the cure; ``None`` if nothing is known against it.
+    Computes nothing: ``refusal`` tries it."""
     if name == "triton":
         return why_no_triton(device)
     if name == "sdpa":
         return None
-    from diffusers.models.attention_dispatch import AttentionBackendName, _check_attention_backend_requirements
-
-    try:
-        _check_attention_backend_requirements(AttentionBackendName(DISPATCHED[name]))
-    except (RuntimeError, ImportError) as error:
-        return f"{error} Cure: {CURES[name]}"
-    return None if device.type == "cuda" else "it needs a CUDA card. Cure: -s kernels.attention=sdpa"
-
-
-def _no_lse(name: AttentionName) -> str | None:
-    if name in ("triton", "sdpa"):
-        return None
-    return "memory.keep_attention needs an attention's log-sum-exp. Cure: -s kernels.attention=triton or sdpa"
-
-
-def _fastest(
-    device: torch.device, shape: Sequence[int], dtype: torch.dtype, keep_attention: bool
-) -> tuple[Attention, str]:
     if device.type != "cuda":
-        return attention_named("sdpa"), "the CPU's own"
-    candidates: tuple[AttentionName, ...] = ("triton", "sdpa", "xformers", "flash")
-    able = [name for name in candidates if not (why_not(name, device) or (keep_attention and _no_lse(name)))]
-    seconds = {name: _seconds(attention_named(name).call, device, shape, dtype) for name in able}
-    order = sorted(able, key=lambda name: seconds[name])
-    times = ", ".join(f"{name} {1000 * seconds[name]:.1f} ms" for name in order)
-    return attention_named(order[0]), f"the fastest here: {times}"
+        return "it needs a CUDA card. Cure: -s kernels.attention=sdpa"
+    module = {"xformers": "xformers", "flash": "flash_attn"}.get(name, "torch")
+    return None if importlib.util.find_spec(module) else f"it is not installed. Cure: {cure(name)}"
 
 
-def _seconds(
-    call: Callable[[Tensor, Tensor, Tensor], Tensor], device: torch.device, shape: Sequence[int], dtype: torch.dtype
-) -> float:
-    """Of one forward and backward: the best of a few runs, after a warm-up."""
-    q, k, v = (torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3))
-    times = []
-    for _ in range(TRIALS + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        out = call(q, k, v)
-        torch.autograd.grad(out, (q, k, v), out)
-        end.record()
-        torch.cuda.synchronize(device)
-        times.append(start.elapsed_time(end) / 1000)
-    return min(times[1:])
+def refusal(name: AttentionName, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """As ``why_not``, after one small attention with gradient: a library that is there may be built for another card,
+    PyTorch or CUDA, and says so only then."""
+    if (reason := why_not(name, device)) is not None:
+        return reason
+    try:
+        x = torch.zeros(1, 64, 1, head_dim, device=device, dtype=dtype)
+        forward, backward = attention_named(name).pair
+        backward(x, x, x, x, *forward(x, x, x))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception as error:  # what libraries raise has many types
+        return f"{_first_lines(error)} Cure: {cure(name)}"
+    return None
 
 
-def _dispatched(backend: str, q_BLHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor) -> Tensor:
-    from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+def cure(name: AttentionName) -> str:
+    """What to do about a back end that cannot run."""
+    cuda = (torch.version.cuda or "13.0").replace(".", "")
+    # the wheel on PyPI is for one CUDA, and PyTorch's own index has one for each
+    index = f"https://download.pytorch.org/whl/cu{cuda}"
+    other = "-s kernels.attention=sdpa"
+    cures: dict[AttentionName, str] = {
+        "xformers": f'pip install "lowmem-drf[xformers]" --extra-index-url {index}, or {other}',
+        "flash": f"pip install flash-attn --no-build-isolation, or {other}",
+    }
+    return cures.get(name, other)
 
-    return dispatch_attention_fn(q_BLHd, k_BLHd, v_BLHd, backend=AttentionBackendName(backend))
+
+def _first_lines(error: Exception, most: int = 200) -> str:
+    """The start of a message and, of xformers' long one, the reason at its end."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    text = f"{lines[0]} {lines[-1]}" if lines[1:] else "".join(lines)
+    return f"{type(error).__name__}: {text[:most]}".rstrip(".") + "."
+
+
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    heads = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse, *_ = _aten._scaled_dot_product_cudnn_attention(*heads, None, True)
+    return out.transpose(1, 2), lse
+
+
+def _cudnn_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    d, *heads, result = (x.transpose(1, 2) for x in (d_out, q, k, v, out))
+    no_seed, lengths = torch.zeros((), dtype=torch.int64, device=q.device), (q.shape[1], k.shape[1])
+    grads = _aten._scaled_dot_product_cudnn_attention_backward(
+        d, *heads, result, lse, no_seed, no_seed, None, None, None, *lengths, 0.0, False
+    )
+    dq, dk, dv = (x.transpose(1, 2) for x in grads)
+    return dq, dk, dv
+
+
+def _xformers_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    from xformers.ops import fmha
+
+    out, lse = fmha.memory_efficient_attention_forward_requires_grad(q, k, v)
+    return out, lse
+
+
+def _xformers_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    from xformers.ops import fmha
+
+    dq, dk, dv = fmha.memory_efficient_attention_backward(d_out, out, lse, q, k, v)
+    return dq, dk, dv
+
+
+_FLASH: dict[str, Any] = {"dropout_p": 0.0, "causal": False, "window_size_left": -1, "window_size_right": -1}
+_FLASH |= {"softcap": 0.0, "alibi_slopes": None}
+
+
+def _flash_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    from flash_attn.flash_attn_interface import _flash_attn_forward
+
+    scale = q.shape[-1] ** -0.5
+    out, lse, *_ = _flash_attn_forward(q, k, v, softmax_scale=scale, return_softmax=False, **_FLASH)
+    return out, lse
+
+
+def _flash_backward(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    from flash_attn.flash_attn_interface import _flash_attn_backward
+
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    scale = q.shape[-1] ** -0.5
+    _flash_attn_backward(
+        d_out, q, k, v, out, lse, dq, dk, dv, softmax_scale=scale, deterministic=False, rng_state=None, **_FLASH
+    )
+    return dq, dk, dv
