@@ -206,7 +206,7 @@ def timing(timer: Timer) -> Iterator[None]:
 
 def choices() -> list[dict[str, Any]]:
     """What was chosen so far, as rows for JSON."""
-    return [asdict(one) for one in _choices.values()]
+    return [{**asdict(one), "sizes": list(one.sizes)} for one in _choices.values()]
 
 
 def take_choices(rows: Iterable[Mapping[str, Any]]) -> None:

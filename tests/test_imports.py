@@ -31,7 +31,7 @@ LAWS: dict[str, tuple[int, set[str]]] = {
     "models": (
         4,
         {"torch", "diffusers", "transformers", "peft", "bitsandbytes", "safetensors", "huggingface_hub", "psutil"}
-        | {"gguf"},
+        | {"gguf", "xformers", "flash_attn"},
     ),
     "toy": (5, {"torch"}),
     "distributed": (5, {"torch", "deepspeed"}),
@@ -60,6 +60,7 @@ LAZY = {
         "bitsandbytes",
         "deepspeed",
         "xformers",
+        "flash_attn",
         "triton",
         "tensorboard",
         "av",

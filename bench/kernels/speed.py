@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from bench.kernels.ops import OPS, Op, build
 from bench.script import make_parser, save
+from lowmem_drf.assembly.trials import card_seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests" / "kernels"
@@ -146,7 +147,10 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 def median_ms(run: Callable[[], Any]) -> float:
     """Median by CUDA events; the L2 cache is overwritten before each run."""
-    run()  # compiles, and times tiles
+    from lowmem_drf.kernels import tiles
+
+    with tiles.timing(card_seconds):
+        run()  # compiles, and chooses tiles
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     other = torch.empty(2 * max(properties.L2_cache_size, 64 * MIB), dtype=torch.int8, device="cuda")
 

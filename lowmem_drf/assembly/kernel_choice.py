@@ -81,7 +81,7 @@ def choose(config: Config, work: Work, before: Mapping[str, Any] | None = None, 
     else:
         record = ranks.from_chief({"about": now, **_timed(config, work, rows, rollout)} if ranks.chief else {})
         why = record["why"] + (f"; chosen anew, {changed}" if changed else "")
-    if record["tiles"]:
+    if not why_not("triton", device):
         tiles().take_choices(record["tiles"])
     return Chosen(rows, attention_named(record["attention"]), why, rollout, record["critic"] == "triton", record)
 

@@ -117,8 +117,10 @@ class Work:
             yield lambda: self._modulated(rows)
             yield lambda: self._rotated(rows)
         if rows.norm_silu is not None:
-            for channels in sorted({self._vae_width * factor for factor in self.vae.config.dim_mult}):
-                yield partial(self._normed, rows.norm_silu, channels)
+            memory = self.config.memory
+            for dtype in {DTYPES[memory.vae_dtype], DTYPES[memory.vae_grad_dtype]}:
+                for channels in sorted({self._vae_width * factor for factor in self.vae.config.dim_mult}):
+                    yield partial(self._normed, rows.norm_silu, channels, dtype)
         if ranged and self.critic is not None:
             yield self._critic_reads
             yield self._critic_sees
@@ -152,8 +154,8 @@ class Work:
         sizes = self.vae.config
         return int(getattr(sizes, "decoder_base_dim", None) or sizes.base_dim)
 
-    def _normed(self, norm_silu: Callable[..., Tensor], channels: int) -> None:
-        dtype, (_, _, h, w) = DTYPES[self.config.memory.vae_dtype], self.latent
+    def _normed(self, norm_silu: Callable[..., Tensor], channels: int, dtype: torch.dtype) -> None:
+        _, _, h, w = self.latent
         frames = max(1, min(4, VAE_BYTES // (channels * h * w * 16 * dtype.itemsize)))
         x = torch.randn(1, channels, frames, 4 * h, 4 * w, device=self.device, dtype=dtype, requires_grad=True)
         _backward(norm_silu(x, torch.ones(channels, device=self.device, dtype=dtype)), x)

@@ -4,11 +4,13 @@ import json
 import math
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from _trainer import PROMPTS, Keeping
 
+from lowmem_drf.assembly import assemble
 from lowmem_drf.assembly.assemble import critic_frames, critic_rate, derive_seed, step_spec
 from lowmem_drf.assembly.questions import draft_questions
 from lowmem_drf.commands.train import train_command
@@ -307,3 +309,22 @@ def test_questions_are_checked_once_when_a_run_begins(tiny_preset, tmp_path, mon
     train_command(None, None, run, 2, None, True, [], False)
     assert heard and not any(red in text for text in heard)  # a user's questions may have changed, ours have not
     assert load_questions(run / "questions.json") == asked
+
+
+@pytest.mark.slow  # two runs on tiny models
+def test_a_resumed_run_is_given_its_own_choice_of_kernels(tiny_preset, tmp_path, monkeypatch):
+    """On a card it is timed; here the processor stands in for one."""
+    run, given, real = tmp_path / "run", [], assemble.choose
+
+    def choose(config, work, before=None, ranks=None):
+        given.append(before)
+        record = before or {"about": {}, "attention": "sdpa", "why": "", "failed": {}, "critic": "sdpa", "tiles": []}
+        return replace(real(config, work), record=record)
+
+    monkeypatch.setattr(assemble, "choose", choose)
+    train_command(str(tiny_preset), None, run, 1, None, False, ["log.sample_every=0"], False)
+    saved = json.loads((run / "kernels.json").read_text())
+    (run / "kernels.json").write_text(json.dumps({**saved, "why": "mine"}))
+    train_command(None, None, run, 2, None, True, [], False)
+    assert given == [None, {**saved, "why": "mine"}]
+    assert json.loads((run / "kernels.json").read_text())["why"] == "mine"

@@ -43,8 +43,13 @@ def why_not(name: AttentionName, device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return "it needs a CUDA card. Cure: -s kernels.attention=sdpa"
-    module = {"xformers": "xformers", "flash": "flash_attn"}.get(name, "torch")
-    return None if importlib.util.find_spec(module) else f"it is not installed. Cure: {cure(name)}"
+    return f"it is not installed. Cure: {cure(name)}" if absent(name) else None
+
+
+def absent(name: AttentionName) -> bool:
+    """Whether a back end is of a library that is not installed."""
+    module = {"triton": "triton", "xformers": "xformers", "flash": "flash_attn"}.get(name, "torch")
+    return importlib.util.find_spec(module) is None
 
 
 def refusal(name: AttentionName, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -65,12 +70,11 @@ def refusal(name: AttentionName, device: torch.device, dtype: torch.dtype, head_
 
 def cure(name: AttentionName) -> str:
     """What to do about a back end that cannot run."""
-    cuda = (torch.version.cuda or "13.0").replace(".", "")
-    # the wheel on PyPI is for one CUDA, and PyTorch's own index has one for each
-    index = f"https://download.pytorch.org/whl/cu{cuda}"
-    other = "-s kernels.attention=sdpa"
+    other, cuda = "-s kernels.attention=sdpa", (torch.version.cuda or "13.0").replace(".", "")
+    # PyPI's wheel is built for one CUDA, which need not be PyTorch's; PyTorch's index has one for each
+    index = f"--no-deps --index-url https://download.pytorch.org/whl/cu{cuda}"
     cures: dict[AttentionName, str] = {
-        "xformers": f'pip install "lowmem-drf[xformers]" --extra-index-url {index}, or {other}',
+        "xformers": f"pip install --force-reinstall xformers {index}, or {other}",
         "flash": f"pip install flash-attn --no-build-isolation, or {other}",
     }
     return cures.get(name, other)
