@@ -105,7 +105,9 @@ def saved_choice(run: Path | None, say: Callable[[str], None]) -> Mapping[str, A
     try:
         record = parse_json(read_text(file, "a run's choice of kernels"))
         named = record["attention"] in NAMES and isinstance(record["about"], dict) and record["critic"]
-        if named and all(row["kernel"] and row["case"] and row["tile"] and row["sizes"] for row in record["tiles"]):
+        words = [row[key] for row in record["tiles"] for key in ("kernel", "case", "tile")]
+        sizes = [size for row in record["tiles"] for size in row["sizes"]]
+        if named and all(isinstance(word, str) for word in words) and all(type(n) is int and n > 0 for n in sizes):
             return dict(record)
     except (BadInputError, KeyError, TypeError, ValueError):
         pass

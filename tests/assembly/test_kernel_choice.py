@@ -103,7 +103,8 @@ def test_what_is_timed_is_what_will_run(keep, monkeypatch):
 def card(monkeypatch):
     """A card that only its name is known of; counts how often a choice is made."""
     made = []
-    record = {"attention": "sdpa", "why": "the fastest here", "failed": {}, "critic": "sdpa", "tiles": []}
+    record = {"attention": "sdpa", "why": "the fastest here", "failed": {}, "critic": "sdpa"}
+    record["tiles"] = [{"kernel": "k", "case": "WIDTH=8", "sizes": sizes, "tile": "8 warps"} for sizes in ([], [8, 64])]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
     monkeypatch.setattr(kernel_choice, "_timed", lambda *rest: (made.append(1), record)[1])
     return made
