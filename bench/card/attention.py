@@ -65,6 +65,16 @@ def attention() -> Iterator[Row]:
             gc.collect()
             torch.cuda.empty_cache()
         yield from _against_others(label, reached)
+    yield from _chosen_tiles()
+
+
+def _chosen_tiles() -> Iterator[Row]:
+    """The fastest tile of each kernel and size, of those that the table has for this card."""
+    from lowmem_drf.kernels.tiles import choices
+
+    for one in choices():
+        sizes = "x".join(map(str, one["sizes"]))
+        yield Row(f"tile of {one['kernel']}, {' '.join([one['case'], sizes]).strip()}", one["tile"])
 
 
 def _against_others(label: str, reached: Mapping[str, dict[str, float]]) -> Iterator[Row]:
@@ -106,6 +116,7 @@ def row_ops() -> Iterator[Row]:
             except (RuntimeError, ValueError) as error:
                 yield failed(what, error)
         torch.cuda.empty_cache()
+    yield from _chosen_tiles()
 
 
 def _warm_up() -> None:

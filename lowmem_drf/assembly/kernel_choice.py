@@ -58,8 +58,8 @@ def choose(config: Config, work: Work, before: Mapping[str, Any] | None = None, 
     """For a run on ``work.device``.
 
     Args:
-        before: the record of the run's first choice, which is taken again where card, versions and settings are the
-            same.
+        before: in the first process the record of the run's first choice, which is taken again where card, versions
+            and settings are the same.
 
     Raises BadInputError: a requested implementation cannot run here.
     """
@@ -74,13 +74,7 @@ def choose(config: Config, work: Work, before: Mapping[str, Any] | None = None, 
         name: AttentionName = "sdpa" if kernels.attention == "auto" else kernels.attention
         why = "the CPU's own" if kernels.attention == "auto" else "as asked"
         return Chosen(rows, attention_named(name), why, rollout, ranged=name == "triton")
-    now = _about(config, device)
-    changed = _changed(before["about"], now) if before else ""
-    if before and not changed:
-        record, why = before, f"as {KERNELS} says"
-    else:
-        record = ranks.from_chief({"about": now, **_timed(config, work, rows, rollout)} if ranks.chief else {})
-        why = record["why"] + (f"; chosen anew, {changed}" if changed else "")
+    record, why = ranks.from_chief(_record(config, work, rows, rollout, before) if ranks.chief else ({}, ""))
     if not why_not("triton", device):
         tiles().take_choices(record["tiles"])
     return Chosen(rows, attention_named(record["attention"]), why, rollout, record["critic"] == "triton", record)
@@ -124,6 +118,18 @@ def record_text(record: Mapping[str, Any]) -> str:
 
 def _without_trial(name: AttentionName, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     return why_not(name, device)
+
+
+def _record(
+    config: Config, work: Work, rows: RowOps, rollout: Any, before: Mapping[str, Any] | None
+) -> tuple[Mapping[str, Any], str]:
+    """The record and, for printing, the reason for the attention."""
+    now = _about(config, work.device)
+    changed = _changed(before["about"], now) if before else ""
+    if before and not changed:
+        return before, f"as {KERNELS} says"
+    record = {"about": now, **_timed(config, work, rows, rollout)}
+    return record, record["why"] + (f"; chosen anew, {changed}" if changed else "")
 
 
 def _about(config: Config, device: torch.device) -> dict[str, str]:

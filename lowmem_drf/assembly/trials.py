@@ -77,12 +77,13 @@ class Work:
 
     @property
     def passes(self) -> tuple[int, int]:
-        """Attentions of one layer in an update: forwards and backwards."""
+        """Attentions of one layer in an update that have no other back end: forwards and backwards."""
         sampler, memory = self.config.sampler, self.config.memory
         guided = 1 if sampler.guidance == 1 else 2
         graded = sampler.graded_steps * (guided if sampler.guidance_grad == "both" else 1)
         again = 2 if memory.checkpoint and memory.keep_attention == "none" else 1
-        return sampler.steps * guided + graded * again, graded
+        rollout = 0 if self.config.kernels.rollout_attention == "int8" else sampler.steps * guided
+        return rollout + graded * again, graded
 
     def attention_seconds(
         self, attention: Attention, seconds: Callable[[Callable[[], Any]], float] = card_seconds

@@ -183,7 +183,7 @@ def start(
         shown = max(len(previews) if log.sample_every else 0, len(trial.prompts) * trial.seeds if trial else 0)
         clips = {"micro_batch": config.micro_batch, "log.eval_batch": min(log.eval_batch, shown)}
         with during("loading"), showing(console):
-            kernels = ranks.from_chief(saved_choice(run, say) if resume and ranks.chief else None)
+            kernels = saved_choice(run, say) if resume and ranks.chief else None
             models = load_models(config, [*texts, *previews], ranks=ranks, clips=clips, kernels=kernels)
             lora, seed = config.lora, derive_seed(config.seed, "lora")
             add_lora(models.transformer, lora.rank, lora.alpha, lora.targets, seed)

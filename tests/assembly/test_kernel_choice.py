@@ -130,7 +130,7 @@ def test_processes_take_the_choice_of_the_first(card):
 
     class Second(Ranks):
         def from_chief(self, value):
-            return record
+            return record, "as in the first process"
 
     assert choose(config, here, ranks=Second(rank=1, count=2)).record == record and len(card) == 1
 
