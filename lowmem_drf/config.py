@@ -48,7 +48,7 @@ _RETIRED = {
 """Keys of earlier versions, with the value under which nothing has changed. Runs of those versions hold all keys."""
 _ADDED = {
     **{"critic.check": False, "critic.writer": "", "skip_prompts": [], "optim.max_skipped": 5},
-    "log.sample_first": True,
+    **{"log.sample_first": True, "memory.fit": "as_given"},
 }
 """Keys that earlier versions lack, with the value that those versions acted on."""
 

@@ -19,10 +19,11 @@ import lowmem_drf
 from lowmem_drf.assembly.assemble import resolve_device
 from lowmem_drf.assembly.loading import say
 from lowmem_drf.errors import DEBUG, LowmemError, quoted
-from lowmem_drf.planner.cards import USABLE, card_named
-from lowmem_drf.planner.ladder import Lowered, StagePlanner, keeps_gradient, lowered
+from lowmem_drf.planner.cards import card_named, fits_in
+from lowmem_drf.planner.ladder import Lowered, StagePlanner, lowered
 from lowmem_drf.planner.plan import new_fakes
 from lowmem_drf.planner.report import laid_out
+from lowmem_drf.rungs import keeps_gradient
 from lowmem_drf.schema import Config
 from lowmem_drf.shortage import GIB, Shortage, let_go, shortage_of, size
 from lowmem_drf.training.checkpoint import saved_step
@@ -93,7 +94,7 @@ def _less(config: Config, shortage: Shortage, dear: bool = False) -> Lowered:
 
             whole, room = (shortage.total or 0) / GIB, shortage.room
             planner = StagePlanner(card_named(torch.cuda.get_device_name()), whole, new_fakes())
-            room_gib = room / GIB * USABLE if room is not None else None
+            room_gib = fits_in(room / GIB) if room is not None else None
             return lowered(laid_out(config), shortage.stage, on_card, planner, room_gib, fits)
     return lowered(config, shortage.stage, on_card, fits=fits)
 

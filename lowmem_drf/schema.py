@@ -304,8 +304,11 @@ class Memory(Node):
     (``stream``: the same embeddings, under a second more per prompt); or on the CPU (``host``: minutes, no memory on
     the card)."""
     vram_gib: NonNegativeFloat = 0.0
-    """Memory on the card that the whole process may use, in GiB: ``train`` refuses a plan above it. 0: all of the
-    card."""
+    """Memory on the card that the whole process may use, in GiB: ``train`` plans for no more. 0: all that is free."""
+    fit: Literal["auto", "as_given"] = "auto"
+    """What ``train``, ``plan`` and ``bench`` do where the plan does not fit. ``auto``: set those of the keys here that
+    change no gradient (up to rounding), as many as it takes, and say which. ``as_given``: change nothing. What then
+    does not fit is refused, with advice."""
     on_oom: Literal["stop", "adapt"] = "stop"
     """What ``train`` does when memory runs out after all. Both save the last finished update and say what happened.
     ``stop`` then says which settings take less; ``adapt`` starts anew with the next of them that changes no gradient,

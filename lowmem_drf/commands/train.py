@@ -107,7 +107,7 @@ def _print(config: Config, name: str, card: str) -> None:
     """For ``--dry-run``."""
     print(to_toml(config), end="")
     if config.engine != "single":
-        from lowmem_drf.planner.report import print_zero
+        from lowmem_drf.commands.plan import print_zero
 
         print_zero(config, name, card_named(card))
 
@@ -167,8 +167,8 @@ def start(
     # of a run that was stopped before its first checkpoint, the file is all that its LoRA consists of
     init = lora_to_begin_with(config, config.lora.targets) if config.lora.init and not saved_step(run) else None
     require_fast_vae(config, resolve_device(config.device))
-    cards_gib = ranks.gather(card_here(config))
-    config = ranks.from_chief(require_fit(config, console, cards_gib) if ranks.chief else config)
+    rooms = ranks.gather(card_here(config))
+    config = ranks.from_chief(require_fit(config, console, rooms) if ranks.chief else config)
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False)

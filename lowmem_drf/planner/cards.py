@@ -7,14 +7,21 @@ fp32 accumulation, memory bandwidth, and what a PCIe link of the card's generati
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.shortage import GIB as GIB
 
-USABLE = 0.9
-"""Share of a card's memory that a plan may fill. The rest covers the CUDA context (about 0.5 GiB), workspaces inside
-kernels, fragmentation, and the desktop."""
+CONTEXT_GIB = 0.6
+"""Memory of the card that a process takes besides PyTorch's allocator: the CUDA context and the kernels' code."""
+DESKTOP_GIB = 1.0
+"""Taken by the driver and a desktop, where no card is at hand to say what is free."""
+LARGEST_SHARE = 0.2
+"""Of cards below 8 GiB: the two together are taken to be no more."""
+LATER_GIB = 0.2
+"""Code of kernels that CUDA loads when they are first called: not there yet when free memory is measured."""
+SPARE = 0.05
+"""Share of a stage's peak for what the allocator rounds up, and for fragments."""
 
 MATMUL_SHARE, BANDWIDTH_SHARE = 0.6, 0.8
 """Share of the peak rates that large matrix products and long copies reach. Assumed, not measured."""
@@ -59,3 +66,35 @@ def parse_vram(text: str) -> float:
     if not found or not float(found[1]) > 0:
         raise BadInputError(f"--vram {text[:30]}: give the card's memory, for example --vram 24GB")
     return float(found[1])
+
+
+def free_of(vram_gib: float) -> float:
+    """What PyTorch's allocator can take of a card of this size that is not at hand. 8 GiB: 6.4."""
+    return vram_gib - min(CONTEXT_GIB + DESKTOP_GIB, LARGEST_SHARE * vram_gib)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Memory of a card, in GiB."""
+
+    vram_gib: float
+    free_gib: float
+    """What PyTorch's allocator can take."""
+    measured: bool = False
+
+    def within(self, limit_gib: float) -> Room:
+        """Where the process may use no more than this. 0: no limit."""
+        if not limit_gib:
+            return self
+        free = min(self.free_gib, max(limit_gib - CONTEXT_GIB, (1 - LARGEST_SHARE) * limit_gib))
+        return replace(self, vram_gib=min(self.vram_gib, limit_gib), free_gib=free)
+
+
+def room_of(vram_gib: float, limit_gib: float = 0.0) -> Room:
+    """Of a card of this size that is not at hand."""
+    return Room(vram_gib, free_of(vram_gib)).within(limit_gib)
+
+
+def fits_in(free_gib: float, copies_gib: float = 0.0) -> float:
+    """The highest peak that a plan may have where PyTorch can take ``free_gib`` and cuDNN copies ``copies_gib``."""
+    return (free_gib - copies_gib) / (1 + SPARE)

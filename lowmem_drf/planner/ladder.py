@@ -1,166 +1,39 @@
-"""Advice if a plan does not fit: the cheapest changes of settings, found by planning with each.
+"""Climbs the ladders of ``rungs``: what makes a plan fit, found by planning with each change.
 
-Each stage has a ladder of changes: first those that cost time only, then fewer bits, then less for the critic to see,
-last a smaller clip. The largest stage climbs its ladder until it fits, then the stage that is largest next. At the end
-every change that is not needed is taken back.
+The stage that needs most climbs its ladder until it fits, then the stage that needs most next. At the end every change
+that is not needed is taken back.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import reduce
-from typing import Any
 
-from lowmem_drf.config import change
+from lowmem_drf.config import change, known_keys
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.planner.cards import USABLE, Card
+from lowmem_drf.planner.cards import Card
 from lowmem_drf.planner.fakes import Fakes
 from lowmem_drf.planner.plan import Seen, make_plan, new_fakes
-from lowmem_drf.planner.stages import Plan
+from lowmem_drf.planner.stages import Outcome, Plan
+from lowmem_drf.rungs import (
+    HOST,
+    HOST_FOR_CARD,
+    LADDERS,
+    OUTSIDE,
+    ROUNDED,
+    Rung,
+    compact,
+    keeps_gradient,
+    rank_of,
+    value_of,
+)
 from lowmem_drf.schema import Config
 
-Rung = Callable[[Config], str | None]
-"""Configuration -> the override, or ``None`` if it already has that setting."""
+Say = Callable[[str], None]
 
 SAVES = 0.01
 """Changes that lower the peak of their stage by a smaller share are dropped."""
-
-DEAR: tuple[tuple[str, ...], ...] = (
-    ("video.",),
-    ("critic.id", "critic.frames"),
-    ("critic.quant", "model.quant", "optim.name", "memory.vae_grad_dtype"),
-)
-"""Keys by the cost in quality of changing them, highest first: the clip, the critic, bits. Others cost time only."""
-
-
-def rank_of(override: str) -> int:
-    """Lower ranks cost more quality."""
-    return next((rank for rank, keys in enumerate(DEAR) if override.startswith(keys)), len(DEAR))
-
-
-def _set(key: str, value: object, start: object = None) -> Rung:
-    """Sets ``key`` unless it has that value already. With ``start``: only from that value."""
-
-    def rung(config: Config) -> str | None:
-        now = _get(config, key)
-        return None if now == value or start not in (None, now) else f"{key}={_compact(value)}"
-
-    return rung
-
-
-def _raise(key: str, value: int) -> Rung:
-    return lambda config: f"{key}={value}" if _get(config, key) < value else None
-
-
-def _lower(key: str, value: int) -> Rung:
-    return lambda config: f"{key}={value}" if _get(config, key) > value else None
-
-
-def _get(config: Config, key: str) -> Any:
-    return reduce(getattr, key.split("."), config)
-
-
-def _park(name: str) -> Rung:
-    def rung(config: Config) -> str | None:
-        return None if name in config.memory.park else f"memory.park={_compact([*config.memory.park, name])}"
-
-    return rung
-
-
-def _stream(name: str) -> Rung:
-    """Also turns on checkpointing, which streaming needs."""
-
-    def rung(config: Config) -> str | None:
-        if name in config.memory.stream:
-            return None
-        also = "" if config.memory.checkpoint else " memory.checkpoint=true"
-        return f"memory.stream={_compact([*config.memory.stream, name])}{also}"
-
-    return rung
-
-
-def _compact(value: object) -> str:
-    """JSON without spaces: a space separates two settings."""
-    return json.dumps(value, separators=(",", ":"))
-
-
-def _fewer_frames(config: Config) -> str | None:
-    frames = (config.video.frames - 1) * 3 // 5 // 4 * 4 + 1
-    seen = config.critic.frames
-    return f"video.frames={frames}" if frames >= 9 and not (isinstance(seen, int) and seen > frames) else None
-
-
-def _smaller(config: Config) -> str | None:
-    """Three quarters of height and width, in multiples of 16 pixels."""
-    width, height = (side * 3 // 4 // 16 * 16 for side in (config.video.width, config.video.height))
-    return f"video.width={width} video.height={height}" if min(width, height) >= 64 else None
-
-
-def _critic_sees_less(config: Config) -> str | None:
-    frames = config.critic.frames
-    return f"critic.frames={frames // 2}" if isinstance(frames, int) and frames >= 4 else None
-
-
-def _smaller_critic(config: Config) -> str | None:
-    return f"critic.id={_compact('Qwen/Qwen2.5-VL-3B-Instruct')}" if "7B" in config.critic.id else None
-
-
-_one_clip = _set("micro_batch", 1)
-_checkpoint = _set("memory.checkpoint", True, start=False)
-_slices = _raise("memory.token_slices", 4)
-_moments = _set("optim.name", "adamw8bit", start="adamw")
-_packed = (_set("model.quant", "int8", start="none"), _set("model.quant", "nf4"))
-_smaller_clip: tuple[Rung, ...] = (_fewer_frames, _fewer_frames, _smaller, _fewer_frames, _smaller, _smaller)
-_park_transformer, _park_vae, _park_critic = (_park(name) for name in ("transformer", "vae", "critic"))
-
-LADDERS: dict[str, tuple[Rung, ...]] = {
-    "text": (_set("memory.text_device", "stream", start="card"), _set("memory.text_device", "host")),
-    "rollout": (
-        *(_one_clip, _park_critic, _park_vae, _slices, _stream("transformer")),
-        *(_moments, *_packed, *_smaller_clip),
-    ),
-    "decode": (
-        *(_one_clip, _park_critic, _set("memory.vae_caches", "host"), _park_transformer),
-        *(_moments, *_smaller_clip),
-    ),
-    "critic": (
-        *(_one_clip, _park_transformer, _park_vae, _checkpoint, _stream("critic")),
-        *(_moments, _set("critic.quant", "nf4")),
-        *(_critic_sees_less, _smaller_critic, _critic_sees_less, *_smaller_clip),
-    ),
-    "vae_backward": (
-        *(_one_clip, _raise("memory.vae_strips", 4), _park_critic, _raise("memory.vae_strips", 8), _park_transformer),
-        *(_set("memory.vae_grad_dtype", "bf16"), _moments, *_smaller_clip),
-    ),
-    "denoise_backward": (
-        *(_one_clip, _set("memory.keep_attention", "host", start="card"), _checkpoint, _park_critic, _slices),
-        *(_park_vae, _set("memory.checkpoint", "host"), _stream("transformer")),
-        *(_moments, *_packed, *_smaller_clip),
-    ),
-    "update": (_park_critic, _park_vae, _park_transformer, _moments, _set("optim.name", "paged_adamw8bit")),
-}
-
-_samples: tuple[Rung, ...] = (
-    *(_lower("log.eval_batch", 4), _lower("log.eval_batch", 1), _park_critic, _set("memory.vae_caches", "host")),
-    *(_park_transformer, _park_vae, _slices, _stream("transformer"), *_packed),
-)
-
-OUTSIDE: dict[str, tuple[Rung, ...]] = {
-    "loading": (_park_critic, _park_vae, _stream("transformer"), _stream("critic"), *_packed),
-    "questions": (_park_transformer, _park_vae, _stream("critic"), _set("critic.quant", "nf4"), _smaller_critic),
-    "previews": _samples,
-    "evaluation": _samples,
-}
-"""Ladders for what a run does besides its updates. They are not planned."""
-
-HOST: tuple[Rung, ...] = (
-    *(_set("memory.record_rollout", False), _set("memory.keep_attention", "none", start="host")),
-    *(_raise("memory.vae_cache_every", 2), _raise("memory.vae_cache_every", 4), _raise("memory.vae_cache_every", 8)),
-)
-"""A ladder for the host's memory."""
 
 
 @dataclass(frozen=True)
@@ -171,11 +44,6 @@ class Lowered:
     peak_gib: float | None = None
     """The stage's planned peak before, and with them. ``None``: it is not planned."""
     lowered_gib: float | None = None
-
-
-def keeps_gradient(override: str) -> bool:
-    """Whether a rung's setting costs time only: the gradient stays the same up to rounding."""
-    return rank_of(override) == len(DEAR)
 
 
 def lowered(
@@ -219,70 +87,188 @@ def _needs_no_host(override: str) -> bool:
     return not override.startswith(("memory.park", "memory.stream")) and not override.endswith(('"host"', '"stream"'))
 
 
-def advise(
-    config: Config, card: Card, plan: Plan, say: Callable[[str], None] = lambda text: None,
-    fakes: Fakes | None = None, seen: Seen | None = None,
-) -> Plan:  # fmt: skip
-    """``plan`` of ``config`` with ``changes`` that make it fit; unchanged if it fits or no ladder helps.
-
-    ``say`` gets each attempt. With all changes (``train -s …``) the configuration fits: it was planned here last.
-    ``fakes``, ``seen``: see ``make_plan``.
-    """
-    if plan.fits:
-        return plan
-    planner = StagePlanner(card, plan.vram_gib, fakes or new_fakes(), {} if seen is None else seen)
-    first, now = config, plan
-    rungs = {name: iter(ladder) for name, ladder in LADDERS.items()}
-    applied: dict[str, _Applied] = {}
-    while not now.fits:
-        name, peak = now.largest, now.peak_gib
-        while True:
-            override = _next(rungs[name], config)
-            if override is None:
-                return plan
-            say(f"{name}: {override}")
-            changed = _changed(config, override)
-            after = planner.peak(changed, name) if changed else peak
-            if changed and after < peak * (1 - SAVES):
-                config, peak = changed, after
-                applied[override.partition("=")[0]] = _Applied(override, name)  # the last one per key
-                if peak <= plan.usable_gib:
-                    break
-        now = planner.whole(config)
-    needed = _pruned(first, applied, planner, say)
-    return replace(plan, changes=tuple(part for one in needed for part in one.override.split()))
-
-
-@dataclass(frozen=True)
-class _Applied:
-    override: str
-    stage: str
-    """The stage that it was applied for."""
-
-
 @dataclass(frozen=True)
 class StagePlanner:
-    """Plans changed configurations for one card."""
+    """Plans changed configurations for one card. ``free_gib``, ``measured``: as in ``Plan``."""
 
     card: Card
     vram_gib: float
     fakes: Fakes
     seen: Seen = field(default_factory=dict)
+    free_gib: float | None = None
+    measured: bool = False
+    known: dict[tuple[str, str], float] = field(default_factory=dict)
+    """What stages need, by configuration."""
 
     def whole(self, config: Config) -> Plan:
-        return make_plan(config, self.card, self.vram_gib, fakes=self.fakes, seen=self.seen)
+        plan = make_plan(config, self.card, self.vram_gib, fakes=self.fakes, seen=self.seen)
+        return replace(plan, free_gib=self.free_gib, measured=self.measured)
 
     def peak(self, config: Config, stage: str) -> float:
         """Infinite if the settings cannot be planned here: bitsandbytes is missing."""
         try:
-            plan = make_plan(config, self.card, self.vram_gib, only=stage, fakes=self.fakes, seen=self.seen)
+            return self._stage(config, stage).stages[stage].peak_gib
         except BadInputError:
             return math.inf
-        return plan.stages[stage].peak_gib
+
+    def needs(self, config: Config, stage: str) -> float:
+        """What the stage needs free on the card; as ``peak``."""
+        key = stage, config.model_dump_json()
+        if key not in self.known:
+            try:
+                self.known[key] = self._stage(config, stage).stages[stage].needs_gib
+            except BadInputError:
+                self.known[key] = math.inf
+        return self.known[key]
+
+    def _stage(self, config: Config, stage: str) -> Plan:
+        return make_plan(config, self.card, self.vram_gib, only=stage, fakes=self.fakes, seen=self.seen)
 
 
-def _next(rungs: Iterator[Rung], config: Config) -> str | None:
-    return next((override for rung in rungs if (override := rung(config))), None)
+def advise(
+    config: Config, card: Card, plan: Plan, say: Say = lambda text: None,
+    fakes: Fakes | None = None, seen: Seen | None = None, dear: bool = True,
+) -> Plan:  # fmt: skip
+    """Makes ``plan`` of ``config`` fit the card.
+
+    With ``memory.fit = "auto"`` by settings that keep the gradient (``applied``), if that is possible: then the plan
+    returned is with them. Else it is ``plan`` with advice (``changes``), which is tried: with the changes the same call
+    returns a plan that fits, with the figures of ``changed``. It is ``plan`` itself if it fits, or if no ladder helps.
+
+    Args:
+        say: gets each attempt.
+        dear: also look for advice that costs quality.
+        fakes, seen: see ``make_plan``.
+    """
+    if plan.fits:
+        return plan
+    planner = _planner(card, plan, fakes, seen)
+    auto = config.memory.fit == "auto"
+    if found := _climbed(config, plan, planner, say, keeps_gradient):
+        return replace(found[1], applied=_differences(config, found[0])) if auto else _advised(plan, config, *found)
+    found = _climbed(config, plan, planner, say) if dear else None
+    if found and auto:  # what keeps the gradient is set by itself, once the rest is
+        less = _changed(config, *filter(_is_dear, _differences(config, found[0])))
+        if less and (again := _climbed(less, planner.whole(less), planner, say, keeps_gradient)):
+            return _advised(plan, config, less, again[1])
+    return _advised(plan, config, *found) if found else plan
+
+
+def advise_host(
+    config: Config, card: Card, plan: Plan, host_gib: float, say: Say = lambda text: None,
+    fakes: Fakes | None = None, seen: Seen | None = None,
+) -> Plan:  # fmt: skip
+    """As ``advise``, for a ``plan`` that fits the card and takes more than ``host_gib`` of the host's memory."""
+    if not plan.fits or plan.host_gib <= host_gib:
+        return plan
+    planner = _planner(card, plan, fakes, seen)
+    start = _changed(config, *plan.applied) or config
+    for allowed in (keeps_gradient, lambda override: True):
+        at, now = start, plan
+        for rung in HOST_FOR_CARD:
+            override = rung(at)
+            if not override or not allowed(override) or not (changed := _changed(at, override)):
+                continue
+            say(f"host memory: {override}")
+            after = planner.whole(changed)
+            if after.fits and after.host_gib < now.host_gib * (1 - SAVES):
+                at, now = changed, after
+            if now.host_gib <= host_gib:
+                return _with_less_host(config, start, plan, at, now, host_gib, planner)
+    return plan
+
+
+def _with_less_host(
+    config: Config, start: Config, plan: Plan, at: Config, now: Plan, host_gib: float, planner: StagePlanner
+) -> Plan:
+    """Takes back what is not needed of the changes from ``start`` to ``at``."""
+    for rung in _takings(start, at):
+        if without := _changed(at, rung(at) or ""):
+            after = planner.whole(without)
+            if after.fits and after.host_gib <= host_gib:
+                at, now = without, after
+    settings = _differences(config, at)
+    if config.memory.fit == "auto" and all(map(keeps_gradient, settings)):
+        return replace(now, applied=settings)
+    return _advised(plan, config, at, now)
+
+
+def _planner(card: Card, plan: Plan, fakes: Fakes | None, seen: Seen | None) -> StagePlanner:
+    seen = {} if seen is None else seen
+    return StagePlanner(card, plan.vram_gib, fakes or new_fakes(), seen, plan.free_gib, plan.measured)
+
+
+def _advised(plan: Plan, config: Config, changed: Config, with_changes: Plan) -> Plan:
+    outcome = Outcome(with_changes.peak_gib, with_changes.host_gib, with_changes.update_s)
+    return replace(plan, changes=_differences(config, changed), changed=outcome)
+
+
+def _is_dear(override: str) -> bool:
+    return not keeps_gradient(override)
+
+
+def _climbed(
+    first: Config, plan: Plan, planner: StagePlanner, say: Say, allowed: Callable[[str], bool] = lambda override: True
+) -> tuple[Config, Plan] | None:
+    """``first`` with the rungs that make it fit, and its plan. ``None``: these ladders do not help."""
+    config, now = first, plan
+    rungs = {name: iter(ladder) for name, ladder in LADDERS.items()}
+    set_for: dict[str, str] = {}
+    while not now.fits:
+        name, needs = now.tightest, now.stages[now.tightest].needs_gib
+        while needs > now.room_gib:
+            override = next((text for rung in rungs[name] if (text := rung(config)) and allowed(text)), None)
+            if override is None:
+                return None
+            say(f"{name}: {override}")
+            changed = _changed(config, override)
+            after = planner.needs(changed, name) if changed else needs
+            if changed and after < needs * (1 - SAVES):
+                config, needs = changed, after
+                set_for |= {part.partition("=")[0]: name for part in override.split()}
+        now = planner.whole(config)
+    takings = _takings(first, config)
+    for rung in takings if len(takings) > 1 else ():
+        override = rung(config) or ""
+        say(f"again with {override}")
+        without = _changed(config, override)
+        # its stage alone first: half the time, and it usually decides
+        if without and planner.needs(without, set_for[override.partition("=")[0]]) <= now.room_gib:
+            whole = planner.whole(without)
+            if whole.fits:
+                config, now = without, whole
+    return config, now
+
+
+def _differences(first: Config, config: Config) -> tuple[str, ...]:
+    """The settings that make ``config`` of ``first``."""
+    return tuple(
+        f"{key}={compact(value)}" for key in known_keys() if (value := value_of(config, key)) != value_of(first, key)
+    )
+
+
+def _takings(first: Config, config: Config) -> list[Rung]:
+    """Rungs that each take back one change between the two: first those that cost most in quality, then what rounds,
+    then the rest."""
+    rows: list[tuple[str, Rung]] = []
+    for key in (setting.partition("=")[0] for setting in _differences(first, config)):
+        before, now = value_of(first, key), value_of(config, key)
+        names = set(before) ^ set(now) if isinstance(now, list) else {None}
+        rows += [(key, _restored(key, before, name)) for name in sorted(names, key=str)]
+    rows.sort(key=lambda row: (rank_of(row[0]), not row[0].startswith(ROUNDED)))
+    return [rung for _, rung in rows]
+
+
+def _restored(key: str, before: object, name: str | None) -> Rung:
+    """``key`` as it was before; with ``name``: this entry of its list."""
+
+    def rung(config: Config) -> str:
+        if name is None:
+            return f"{key}={compact(before)}"
+        now = value_of(config, key)
+        return f"{key}={compact([one for one in now if one != name] if name in now else [*now, name])}"
+
+    return rung
 
 
 def _changed(config: Config, *overrides: str) -> Config | None:
@@ -291,19 +277,3 @@ def _changed(config: Config, *overrides: str) -> Config | None:
         return change(config, [part for override in overrides for part in override.split()])
     except BadInputError:
         return None
-
-
-def _pruned(
-    config: Config, applied: Mapping[str, _Applied], planner: StagePlanner, say: Callable[[str], None]
-) -> list[_Applied]:
-    """Drops changes that are not needed; tries the most expensive first, and among equals the latest."""
-    kept = dict(applied)
-    for key in sorted(reversed(list(applied)), key=rank_of) if len(applied) > 1 else ():
-        others = [one.override for other, one in kept.items() if other != key]
-        say(f"without {kept[key].override}")
-        without = _changed(config, *others)
-        # first its stage alone: half the time, and it usually decides
-        fits = without and planner.peak(without, kept[key].stage) <= planner.vram_gib * USABLE
-        if without and fits and planner.whole(without).fits:
-            del kept[key]
-    return list(kept.values())

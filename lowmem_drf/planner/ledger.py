@@ -4,8 +4,8 @@ A dispatch mode sees every storage that PyTorch allocates and learns when it is 
 allocator would be asked for, on real and on fake tensors (``fakes``). Without CUDA fake tensors are fake CPU tensors;
 ``planned_store`` marks those that would wait in host memory (``on_host``).
 
-Not counted: workspaces inside a kernel (cuDNN, cuBLAS), the CUDA context and the allocator's fragmentation.
-``cards.USABLE`` covers them.
+Not counted: the CUDA context, the allocator's fragments, and what cuDNN and cuBLAS take inside a kernel. The largest of
+that, cuDNN's copies of a convolution's tensors, is noted apart (``copies``).
 """
 
 from __future__ import annotations
@@ -73,6 +73,9 @@ class Ledger(TorchDispatchMode):
         self.seconds = self.stalled = 0.0
         self.at_peak: tuple[Item, ...] = ()
         """The items of ``peak_card_bytes``, largest first."""
+        self.copies = 0
+        """Since ``reset_peak``: bytes of the largest convolution's input and output. cuDNN copies both into the layout
+        that its kernels have, and PyTorch before that an input with gaps."""
         self._block, self._rates = block, rates
         self.link = Pcie(rates.link if rates else math.inf, IN_FLIGHT)
         self._earlier = Counters()
@@ -110,6 +113,7 @@ class Ledger(TorchDispatchMode):
     def reset_peak(self) -> None:
         """Sets the peaks to the bytes alive now, and forgets all marks."""
         self._spans, self._label, self._times = {}, ("", 0), defaultdict(int)
+        self.copies = 0
         self._restart()
 
     def mark(self, label: Hashable) -> None:
@@ -303,6 +307,9 @@ class Ledger(TorchDispatchMode):
                 self._flops[key] = int(formula(*args, **kwargs, out_val=out))
             flops = self._flops[key]
             self.flops += flops
+            if func.overloadpacket in CONVOLUTIONS:
+                copied = args[0].nbytes * (1 if args[0].is_contiguous() else 2) + outputs[0].nbytes
+                self.copies = max(self.copies, copied)
         if self._rates is not None and not func.is_view and not self._paused:
             moved = sum([tensor.numel() * tensor.element_size() for tensor in (*tensors_of(args, kwargs), *outputs)])
             self.seconds += max(flops / self._rate(func, outputs) if flops else 0.0, moved / self._rates.bytes)

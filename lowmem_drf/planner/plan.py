@@ -6,7 +6,7 @@ graded steps stand for all, one ungraded step for all, one micro-batch for the b
 graph run once. No peak changes by this (``tests/planner/test_plan.py``), and the seconds are scaled up again. Stacks of
 equal blocks are run at two smaller depths, and the figures extended exactly (``planner/depths.py``).
 
-Bytes are those requested of PyTorch's allocator, in its blocks of 512; ``cards.USABLE`` covers memory it does not see.
+Bytes are those requested of PyTorch's allocator, in its blocks of 512; ``Plan.fits`` adds what it does not see.
 Seconds are estimated from operations, traffic and the card's rates alone.
 """
 
@@ -28,7 +28,7 @@ from lowmem_drf.models.qwen_vl.vision import forget_windows
 from lowmem_drf.models.wan.experts import require_expert
 from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.weights.sources import resolve
-from lowmem_drf.planner.cards import BANDWIDTH_SHARE, GIB, MATMUL_SHARE, USABLE, Card
+from lowmem_drf.planner.cards import BANDWIDTH_SHARE, GIB, MATMUL_SHARE, Card, fits_in, free_of
 from lowmem_drf.planner.costs import Counters, Rates
 from lowmem_drf.planner.depths import (
     GROUPS,
@@ -111,7 +111,7 @@ class PlanMeter:
         weights = ledger.on_card(self._tensors())
         ledger.wait(ledger.link.quiet(ledger.seconds))  # as the run's meter waits for the device
         spans, left = ledger.spans(), (ledger.card_bytes, ledger.host_bytes)
-        figures = Figures(spans, weights, came[0] - asleep, ledger.spent - before_it, came, left, there)
+        figures = Figures(spans, weights, came[0] - asleep, ledger.spent - before_it, came, left, there, ledger.copies)
         if (counted := next(self._absent.get(name, iter(())), None)) is not None:
             kept = [end - start for start, end in zip(counted.came, counted.left, strict=True)]
             ledger.card_bytes, ledger.host_bytes = came[0] + kept[0], came[1] + kept[1]
@@ -308,7 +308,7 @@ def decide_rollout(config: Config, card: Card, vram_gib: float | None = None, fa
         for how in ("gathered", "partitioned")
     )
     numbers = empty_transformer(generator_config(config.model.id).transformer).num_parameters()
-    if numbers * DTYPES[config.dtype].itemsize > (vram_gib or card.gib) * USABLE * GIB:
+    if numbers * DTYPES[config.dtype].itemsize > fits_in(free_of(vram_gib or card.gib)) * GIB:
         return partitioned
     return gathered if make_plan(gathered, card, vram_gib, "rollout", fakes=fakes).fits else partitioned
 

@@ -5,21 +5,22 @@ Finished plans are kept on the disk (``PLANS``): to read one imports neither PyT
 
 from __future__ import annotations
 
-import json
-import textwrap
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem_drf.assembly.cache import Cache, cache_folder, code_versions, files_hash
+from lowmem_drf.config import DEFAULT_PRESET, change, default_preset, load_config, preset_gb, preset_path
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.weights.sources import READER, TOYWORLD, resolve
-from lowmem_drf.planner.cards import GIB, Card, card_named
+from lowmem_drf.planner.cards import GIB, LATER_GIB, SPARE, Card, Room, card_named
 from lowmem_drf.planner.stages import Plan
+from lowmem_drf.rungs import ROUNDED
 from lowmem_drf.schema import Config
-from lowmem_drf.terminal import can_redraw, make_console, write_error
+from lowmem_drf.terminal import can_redraw, write_error
 from lowmem_drf.texts import expanded
 
 if TYPE_CHECKING:
@@ -31,24 +32,33 @@ PLANS = "plans"
 """Folder of finished plans in the cache."""
 MOST_PLANS = 200
 """About 4 KB each."""
+STEP_GIB = 0.25
+"""Free memory is rounded down to a multiple, so that a plan is found again."""
 FIRST_CLIPS_S = 60.0
 """Clips of the base model are made before the first update if they take less."""
 
 
-def planned(config: Config, card: Card, vram_gib: float, console: Console, advice: bool = True) -> Plan:
-    """The plan. If it does not fit, and ``advice`` is asked for: with the changes that make it fit. Made once, then
-    read from the disk."""
+def planned(
+    config: Config, card: Card, room: Room, console: Console, advice: bool = True, host_gib: float | None = None
+) -> Plan:
+    """The plan, made to fit by ``memory.fit``; where that does not suffice, with advice if that is asked for. Made
+    once, then read from the disk.
+
+    Args:
+        room: the card's memory.
+        host_gib: what may wait in the host's memory. ``None``: anything.
+    """
     kept = Cache(cache_folder() / PLANS, MOST_PLANS)
-    key = _depends_on(config, card, vram_gib) | {"advice": advice}
+    key = _depends_on(config, card, room) | {"advice": advice, "host": host_gib}
     try:
         return Plan.from_dict(kept.get(key))
     except (TypeError, KeyError, AttributeError):  # there is none, or another program wrote it
-        plan = _planned(config, card, vram_gib, console, advice)
+        plan = _planned(config, card, room, console, advice, host_gib)
     kept.put(key, asdict(plan))
     return plan
 
 
-def _depends_on(config: Config, card: Card, vram_gib: float) -> dict[str, Any]:
+def _depends_on(config: Config, card: Card, room: Room) -> dict[str, Any]:
     """Everything that changes a plan: the whole configuration, contents of the files that it names, the card, and the
     code."""
     from lowmem_drf.models.generators import generator_config
@@ -61,23 +71,29 @@ def _depends_on(config: Config, card: Card, vram_gib: float) -> dict[str, Any]:
     return {
         "config": config.model_dump(mode="json"),
         "card": asdict(card),
-        "vram_gib": vram_gib,
+        "room": asdict(room),
         "generator": asdict(generator_config(config.model.id)),
         "files": files_hash(files),
         **code_versions(),
     }
 
 
-def _planned(config: Config, card: Card, vram_gib: float, console: Console, advice: bool) -> Plan:
-    from lowmem_drf.planner.ladder import advise
+def _planned(config: Config, card: Card, room: Room, console: Console, advice: bool, host_gib: float | None) -> Plan:
+    from lowmem_drf.planner.ladder import advise, advise_host
     from lowmem_drf.planner.plan import Seen, make_plan, new_fakes
 
     with planning(console) as say:
         fakes, seen = new_fakes(), Seen()
-        plan = make_plan(config, card, vram_gib, fakes=fakes, seen=seen)
-        if not advice:
+        plan = make_plan(config, card, room.vram_gib, fakes=fakes, seen=seen)
+        plan = replace(plan, free_gib=room.free_gib, measured=room.measured)
+        if not advice and config.memory.fit == "as_given":
             return plan
-        return advise(config, card, plan, lambda text: say(f"it does not fit; trying {text}"), fakes, seen)
+
+        def trying(text: str) -> None:
+            say(f"it does not fit; trying {text}")
+
+        plan = advise(config, card, plan, trying, fakes, seen, dear=advice)
+        return plan if host_gib is None else advise_host(config, card, plan, host_gib, trying, fakes, seen)
 
 
 @contextmanager
@@ -90,37 +106,49 @@ def planning(console: Console) -> Iterator[Callable[[str], None]]:
         yield say
 
 
-def card_here(config: Config) -> float | None:
-    """Memory of this process's card in GiB. ``None`` on the CPU."""
+def card_here(config: Config) -> Room | None:
+    """Memory of this process's card, less what CUDA will load later. ``None`` on the CPU."""
     import torch
 
     from lowmem_drf.assembly.assemble import resolve_device
 
     device = resolve_device(config.device)
-    return torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    free, total = (nbytes / GIB for nbytes in torch.cuda.mem_get_info(device))  # CUDA's context is there now
+    free = math.floor((free - LATER_GIB) / STEP_GIB) * STEP_GIB
+    return Room(total, free, measured=True).within(config.memory.vram_gib)
 
 
-def require_fit(config: Config, console: Console, cards_gib: Sequence[float | None]) -> Config:
-    """Plans for this machine's card and prints one line. Does nothing on the CPU. Returns the configuration with the
-    plan's choice of ``zero.rollout``.
+def require_fit(config: Config, console: Console, rooms: Sequence[Room | None]) -> Config:
+    """Plans for this machine's card, and prints what the plan sets and one line. Does nothing on the CPU. Returns the
+    configuration with the settings that make it fit, and the plan's choice of ``zero.rollout``.
 
-    ``cards_gib``: ``card_here`` of all processes; the smallest one is planned for.
+    ``rooms``: ``card_here`` of all processes; the one with the least free memory is planned for.
 
     Raises:
-        BadInputError: it does not fit. The message names the largest stage and the changes that make it fit.
+        BadInputError: it does not fit. The message names the tightest stage and the changes that make it fit.
     """
     import torch
 
-    cards = [gib for gib in cards_gib if gib is not None]
+    cards = [room for room in rooms if room is not None]
     if not cards:
         return config
-    vram_gib = min(config.memory.vram_gib or float("inf"), *cards)
-    plan = planned(laid_out(config), card_named(torch.cuda.get_device_name()), vram_gib, console)
+    room = min(cards, key=lambda card: card.free_gib)
+    arguments = laid_out(config), card_named(torch.cuda.get_device_name()), room, console
+    plan = planned(*arguments)
     if not plan.fits:
-        raise BadInputError(refusal(plan))
-    _require_host_memory(plan)
-    peak = f"{plan.peak_gib:.1f} of {vram_gib:.1f} GiB ({plan.largest}), {plan.host_gib:.1f} GiB of host memory"
+        raise BadInputError(refusal(plan, config))
+    free_gib = _free_host(plan.processes)
+    if plan.host_gib > free_gib:
+        plan = planned(*arguments, host_gib=math.floor(free_gib))
+        if plan.host_gib > free_gib:
+            raise BadInputError(host_refusal(plan, free_gib))
+    if plan.applied:
+        console.print(set_to_fit(plan), highlight=False, markup=False)
+    peak = f"{plan.peak_gib:.1f} of {plan.usable_gib:.1f} GiB ({plan.largest}), {plan.host_gib:.1f} GiB of host memory"
     console.print(f"planned peak: {peak}; about {times(plan, config.steps)}", highlight=False)
+    config = change(config, plan.applied)
     log = _with_first(config, plan, console)
     return config.model_copy(update={"zero": _with_rollout(config.zero, plan), "log": log})
 
@@ -145,8 +173,11 @@ def _with_first(config: Config, plan: Plan, console: Console) -> Log:
 def times(plan: Plan, steps: int) -> str:
     """Of an update, of 100, and of the run's ``steps``, in words."""
     hundred = "" if steps == 100 else f"{in_words(100 * plan.update_s)} for 100 updates, "
-    update = f"{plan.update_s:,.{int(plan.update_s < 10)}f} s"
-    return f"{update} an update, {hundred}{in_words(steps * plan.update_s)} for the run's {steps:,}"
+    return f"{_seconds(plan.update_s)} an update, {hundred}{in_words(steps * plan.update_s)} for the run's {steps:,}"
+
+
+def _seconds(update_s: float) -> str:
+    return f"{update_s:,.{int(update_s < 10)}f} s"
 
 
 def in_words(seconds: float) -> str:
@@ -157,41 +188,15 @@ def in_words(seconds: float) -> str:
     return f"{seconds / size:,.{int(seconds < 20 * size)}f} {unit}"
 
 
-def _require_host_memory(plan: Plan) -> None:
-    """Raises BadInputError, before anything is loaded, if the planned host memory of all processes on this machine
-    exceeds what is free. Passes if the system does not report free memory."""
+def _free_host(processes: int) -> float:
+    """GiB that may wait in the host's memory for each of this machine's processes. Infinite if the system does not
+    report it."""
     import torch
 
     from lowmem_drf.models.weights.downloads import HOST_MARGIN, available_host_bytes
 
-    free, here = available_host_bytes(), min(plan.processes, max(1, torch.cuda.device_count()))
-    if free is not None and here * (plan.host_gib * GIB + HOST_MARGIN) > free:
-        each = f" for each of {here} processes" if here > 1 else ""
-        raise BadInputError(
-            f"host memory: {plan.host_gib:.1f} GiB would wait there for the card{each}, and "
-            f"{HOST_MARGIN / GIB:.0f} GiB are for everything else; {free / GIB:.1f} GiB are free. Close other programs "
-            "or add swap, or let less "
-            "wait: a higher memory.vae_cache_every, memory.record_rollout=false, "
-            'memory.keep_attention="none", memory.checkpoint=true, a smaller or quantised model.'
-        )
-
-
-def print_zero(config: Config, name: str, card: Card) -> None:
-    """Prints DeepSpeed's settings on stdout, as comments behind the configuration's TOML, and on stderr the plan of
-    each process."""
-    from lowmem_drf.distributed.zero import deepspeed_config
-
-    trained = "the transformer's engine" if config.engine == "zero3" else "the LoRA's engine"
-    engines = {trained: deepspeed_config(config)}
-    if config.zero.critic:
-        engines["the critic's engine"] = deepspeed_config(config, trains=False)
-    for engine, settings in engines.items():
-        title = f"DeepSpeed, {engine}, in each of {config.processes} processes:"
-        print("\n" + textwrap.indent(f"{title}\n{json.dumps(settings, indent=2)}", "# "), flush=True)
-    console = make_console(stderr=True, soft_wrap=True)
-    print_plan(
-        planned(laid_out(config), card, config.memory.vram_gib or card.gib, console), name, config.steps, console
-    )
+    free, here = available_host_bytes(), min(processes, max(1, torch.cuda.device_count()))
+    return math.inf if free is None else (free / here - HOST_MARGIN) / GIB
 
 
 def laid_out(config: Config) -> Config:
@@ -209,63 +214,67 @@ def laid_out(config: Config) -> Config:
     return config.model_copy(update={"model": model, "critic": critic})
 
 
-def refusal(plan: Plan) -> str:
-    """Why a plan does not fit, and what to change."""
-    stage = plan.stages[plan.largest]
-    cure = "No change of settings that is known here makes it fit."
-    if plan.changes:
-        cure = "It would fit with: " + " ".join(f"-s {_quoted(text)}" for text in plan.changes)
-    return (
-        f"this does not fit: {plan.largest} would take {stage.peak_gib:.1f} GiB, and of {plan.vram_gib:.0f} GiB "
-        f"{plan.usable_gib:.1f} can be planned with (largest: {stage.what}).\n{cure}"
+def refusal(plan: Plan, config: Config) -> str:
+    """Why a plan does not fit, and what to change: at most five lines."""
+    stage = plan.stages[plan.tightest]
+    why = f"this does not fit: {need(plan)} ({stage.what})" if stage.what else f"this does not fit: {need(plan)}"
+    return "\n".join([f"{why}.", f"{room_words(plan)}.", *cure(plan), *made_for(plan, config)])
+
+
+def host_refusal(plan: Plan, free_gib: float) -> str:
+    """The same where the host's memory is too small."""
+    each = f" of each of {plan.processes} processes" if plan.processes > 1 else ""
+    need = (
+        f"host memory: {plan.host_gib:.1f} GiB{each} would wait there for the card, and {free_gib:.1f} are free for it"
     )
+    return "\n".join([f"{need}. Close other programs, or add swap.", *cure(plan)])
+
+
+def need(plan: Plan) -> str:
+    stage = plan.stages[plan.tightest]
+    parts = f"a peak of {stage.peak_gib:.1f}, {SPARE:.0%} for fragments"
+    parts += f", {stage.copies_gib:.1f} for cuDNN's copies" if stage.copies_gib >= 0.05 else ""
+    return f"{plan.tightest} needs {stage.needs_gib:.1f} GiB: {parts}"
+
+
+def room_words(plan: Plan) -> str:
+    """What of the card can be had, and where the rest is."""
+    if plan.measured:
+        return f"Of the card's {plan.vram_gib:.1f} GiB PyTorch can take the {plan.room_gib:.1f} that are free now"
+    rest = plan.vram_gib - plan.room_gib
+    assumed = f"{rest:.1f} are left to CUDA, the driver and a desktop"
+    return f"Of {plan.vram_gib:g} GiB PyTorch is taken to have {plan.room_gib:.1f}: {assumed}"
+
+
+def cure(plan: Plan) -> list[str]:
+    if not plan.changes or not plan.changed:
+        return ["No change of settings that is known here makes it fit."]
+    after = plan.changed
+    then = f"Then: peak {after.peak_gib:.1f} GiB, {after.host_gib:.1f} GiB of host memory, "
+    return [
+        "It would fit with: " + " ".join(f"-s {_quoted(text)}" for text in plan.changes),
+        then + f"about {_seconds(after.update_s)} an update.",
+    ]
+
+
+def made_for(plan: Plan, config: Config) -> list[str]:
+    """A preset for such a card, if it trains something else than ``config``."""
+    name = default_preset(plan.vram_gib * GIB / 1e9, plan.card)
+    if name == DEFAULT_PRESET:
+        return []
+    trained = {"model", "critic", "video", "sampler", "lora"}
+    if load_config(name).model_dump(include=trained) == config.model_dump(include=trained):
+        return []
+    return [f"A preset made for a card of {preset_gb(preset_path(name)):.0f} GB: --preset {name}"]
+
+
+def set_to_fit(plan: Plan) -> str:
+    """One line: what the card decided."""
+    rounded = [text for text in plan.applied if text.startswith(ROUNDED)]
+    same = f"same gradient; up to rounding by {', '.join(rounded)}" if rounded else "same gradient, to the bit"
+    where = f"{plan.vram_gib:g} GiB" if not plan.measured else f"the {plan.room_gib:g} GiB that are free"
+    return f"to fit {where}: {' '.join(plan.applied)} ({same})"
 
 
 def _quoted(text: str) -> str:
     return f"'{text}'" if any(letter in text for letter in ' "[]') else text
-
-
-def print_plan(plan: Plan, name: str, steps: int, console: Console) -> None:
-    """Prints the table, whether it fits, and how long an update and the run's ``steps`` take."""
-    from rich.table import Table
-    from rich.text import Text
-
-    each = f", each of {plan.processes} processes" if plan.processes > 1 else ""
-    title = Text(f"{name}, planned for {plan.card}, {plan.vram_gib:g} GiB{each}")
-    table = Table("stage", title=title, title_justify="left")
-    for heading in ("peak GiB", "weights", "kept", "host GiB", "s", "waits s"):
-        table.add_column(heading, justify="right")
-    table.add_column("the largest at the peak, weights apart", overflow="fold")
-    for stage, row in plan.stages.items():
-        figures = (f"{value:.2f}" for value in (row.peak_gib, row.weights_gib, row.kept_gib, row.host_gib))
-        seconds = (f"{row.s:,.1f}", f"{row.stall_s:,.1f}")
-        table.add_row(Text(stage, style="bold" if stage == plan.largest else ""), *figures, *seconds, Text(row.what))
-    console.print(table)
-
-    def say(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, highlight=False)
-
-    together = f", {plan.all_host_gib:.1f} of all {plan.processes} processes" if each else ""
-    say(
-        f"{'fits' if plan.fits else 'does not fit'}: peak {plan.peak_gib:.2f} GiB ({plan.largest}) of the "
-        f"{plan.usable_gib:.1f} that can be planned with; host memory {plan.host_gib:.1f} GiB{together}; "
-        f"about {times(plan, steps)}",
-        "green" if plan.fits else "red",
-    )
-    say(
-        f"copies between card and host: {plan.moved_gib:,.0f} GiB, {plan.hidden_share:.0%} of their time behind "
-        f"computation; waiting for them is {plan.stall_share:.1%} of an update"
-    )
-    if each:
-        say(f"of these copies {plan.between_gib:,.0f} GiB are between the cards, through the host's memory")
-    if plan.rollout:
-        gathered, partitioned = "whole on each card, gathered once", "gathered block by block in every step"
-        weights = gathered if plan.rollout == "gathered" else partitioned
-        say(f"the transformer's weights in the rollout: {weights} (zero.rollout = {plan.rollout})")
-    say(
-        "Bytes: those PyTorch's allocator is asked for. Seconds: an estimate from operations, traffic and the card's "
-        "rates.",
-        "dim",
-    )
-    if not plan.fits:
-        console.print(Text(refusal(plan).partition("\n")[2]), soft_wrap=True)

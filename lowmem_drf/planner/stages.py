@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from lowmem_drf.planner.cards import GIB, USABLE
+from lowmem_drf.planner.cards import GIB, SPARE, fits_in, free_of
 
 if TYPE_CHECKING:
     from lowmem_drf.planner.costs import Counters
@@ -96,6 +96,8 @@ class Figures:
     """The same at its end."""
     there: tuple[Item, ...] = ()
     """The items on the card when the stage began."""
+    copies: int = 0
+    """What cuDNN copies of its largest convolution (``Ledger.copies``)."""
     what: str = ""
     """In place of the largest items."""
 
@@ -134,7 +136,7 @@ class Figures:
             for label, one in self.spans.items()
         }
         left = (self.left[0] + card, self.left[1] + host)
-        return replace(to, spans=spans, spent=self.spent, left=left)
+        return replace(to, spans=spans, spent=self.spent, left=left, copies=self.copies)
 
     def plan(self) -> StagePlan:
         peak, spent = max(self.spans.values(), key=lambda span: span.card), self.spent
@@ -150,6 +152,7 @@ class Figures:
             moved_gib=(spent.to_host + spent.to_card) / GIB,
             between_gib=spent.between / GIB,
             tflop=spent.flops / 1e12,
+            copies_gib=self.copies / GIB,
             what=self.what or "; ".join(f"{item} ({item.bytes / GIB:.2f} GiB)" for item in largest),
         )
 
@@ -177,11 +180,28 @@ class StagePlan:
     """The largest allocations alive at the peak, except weights."""
     between_gib: float = 0.0
     """Part of ``moved_gib`` that this process's card exchanges with those of other processes."""
+    copies_gib: float = 0.0
+    """Beyond ``peak_gib``: what cuDNN copies of its largest convolution."""
+
+    @property
+    def needs_gib(self) -> float:
+        """What must be free for PyTorch: more than the bytes that it is asked for."""
+        return self.peak_gib * (1 + SPARE) + self.copies_gib
 
     def and_again(self, now: StagePlan) -> StagePlan:
         """Both visits of a stage: the larger peak is kept, the seconds add up."""
         sums = {key: getattr(self, key) + getattr(now, key) for key in SUMS}
-        return replace(now if now.peak_gib >= self.peak_gib else self, **sums)
+        copies = max(self.copies_gib, now.copies_gib)
+        return replace(now if now.peak_gib >= self.peak_gib else self, copies_gib=copies, **sums)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What settings that were changed lead to."""
+
+    peak_gib: float
+    host_gib: float
+    update_s: float
 
 
 @dataclass(frozen=True)
@@ -193,8 +213,16 @@ class Plan:
     """The whole card."""
     stages: dict[str, StagePlan]
     update_s: float
+    free_gib: float | None = None
+    """What PyTorch can take of the card. ``None``: what ``cards.free_of`` says."""
+    measured: bool = False
+    """Whether that was measured on the card."""
+    applied: tuple[str, ...] = ()
+    """Settings (``key=value``) that make it fit and keep the gradient; the figures are with them."""
     changes: tuple[str, ...] = ()
-    """If it does not fit: settings (``key=value``) that make it fit."""
+    """If it does not fit: settings that make it fit."""
+    changed: Outcome | None = None
+    """With ``changes``."""
     processes: int = 1
     rollout: Literal["gathered", "partitioned"] | None = None
     """With ZeRO-3: where the transformer's weights are during the rollout."""
@@ -239,27 +267,51 @@ class Plan:
         return max(0.0, 1 - self.stall_share * self.update_s / copying) if copying else 1.0
 
     @property
+    def room_gib(self) -> float:
+        """What PyTorch can take of the card."""
+        return free_of(self.vram_gib) if self.free_gib is None else self.free_gib
+
+    @property
+    def tightest(self) -> str:
+        """The stage that needs most."""
+        return max(self.stages, key=lambda name: self.stages[name].needs_gib)
+
+    @property
     def usable_gib(self) -> float:
-        return self.vram_gib * USABLE
+        """The highest peak that the tightest stage may have."""
+        return fits_in(self.room_gib, self.stages[self.tightest].copies_gib)
 
     @property
     def fits(self) -> bool:
-        return self.peak_gib <= self.usable_gib
+        return self.stages[self.tightest].needs_gib <= self.room_gib
 
     def as_json(self, preset: str) -> dict[str, Any]:
         figures = (
-            *("card", "vram_gib", "usable_gib", "fits", "peak_gib", "host_gib", "processes", "all_host_gib"),
+            *(
+                "card",
+                "vram_gib",
+                "room_gib",
+                "usable_gib",
+                "fits",
+                "peak_gib",
+                "host_gib",
+                "processes",
+                "all_host_gib",
+            ),
             *("rollout", "moved_gib", "between_gib", "update_s", "stall_share", "hidden_share"),
         )
         return {
             "preset": preset,
             **{name: getattr(self, name) for name in figures},
             "stages": {name: asdict(stage) for name, stage in self.stages.items()},
+            "applied": list(self.applied),
             "changes": list(self.changes),
+            "changed": asdict(self.changed) if self.changed else None,
         }
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Self:
         """The inverse of ``dataclasses.asdict``, also by way of JSON. Raises TypeError or KeyError for other things."""
         stages = {name: StagePlan(**stage) for name, stage in row["stages"].items()}
-        return cls(**{**row, "stages": stages, "changes": tuple(row["changes"])})
+        settings = {key: tuple(row[key]) for key in ("applied", "changes")}
+        return cls(**{**row, "stages": stages, **settings, "changed": row["changed"] and Outcome(**row["changed"])})

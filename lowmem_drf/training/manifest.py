@@ -29,7 +29,10 @@ _FORMAT_1 = "cursor.json"
 MAY_CHANGE = (
     *("steps", "skip_prompts", "micro_batch", "device", "engine", "processes", "zero.", "log."),
     *(f"optim.{key}" for key in ("lr", "grad_clip", "schedule", "warmup_steps", "eps", "weight_decay", "max_skipped")),
-    *(f"memory.{key}" for key in ("checkpoint", "token_slices", "park", "stream", "text_device", "vram_gib", "on_oom")),
+    *(
+        f"memory.{key}"
+        for key in ("checkpoint", "token_slices", "park", "stream", "text_device", "vram_gib", "fit", "on_oom")
+    ),
     *(f"memory.{key}" for key in ("vae_strips", "vae_caches", "vae_cache_every", "keep_attention", "record_rollout")),
     *("memory.vae_dtype", "memory.vae_grad_dtype", "kernels."),
 )
