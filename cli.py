@@ -337,8 +337,8 @@ def plan(
     set_: Set = None,
     json_: Json = False,
 ) -> None:
-    """Predict peak memory and time of every stage, without a GPU and without weights; say what to change if it does not
-    fit."""
+    """Predict peak memory and time of every stage, without a GPU and without weights, set to fit the card; say what to
+    give up if that does not suffice."""
     from lowmem_drf.commands.plan import plan_command
 
     plan_command(preset, vram, set_ or [], json_)
@@ -348,15 +348,20 @@ def plan(
 @_reports_errors
 def bench(
     preset: Preset = None,
-    vram: Annotated[str | None, _option("Limit PyTorch's allocator to this much memory, for example 24GB.")] = None,
+    vram: Annotated[
+        str | None, _option("Set the run to fit this much memory, for example 24GB, and let it take no more.")
+    ] = None,
+    updates: Annotated[
+        int, typer.Option(min=1, max=1000, help="Updates to run. The first is apart: libraries choose their kernels.")
+    ] = 3,
     set_: Set = None,
     json_: Json = False,
 ) -> None:
-    """Measure one update of a preset on this machine, at true size with random weights, beside its plan. Downloads
+    """Measure updates of a preset on this machine, at true size with random weights, beside their plan. Downloads
     nothing."""
     from lowmem_drf.commands.bench import bench_command
 
-    bench_command(preset, vram, set_ or [], json_)
+    bench_command(preset, vram, set_ or [], json_, updates)
 
 
 @app.command(epilog=_example("lowmem-drf doctor", "lowmem-drf doctor --full"))

@@ -1,4 +1,4 @@
-"""``lowmem-drf bench``: one real update with random weights of true size beside its plan. Nothing is downloaded.
+"""``lowmem-drf bench``: real updates with random weights of true size beside their plan. Nothing is downloaded.
 
 Under DeepSpeed this is one process, whatever the preset says: on one card ZeRO-3 fetches the weights from the host.
 """
@@ -8,15 +8,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lowmem_drf.assembly.assemble import resolve_device
-from lowmem_drf.config import chosen_preset, load_config, preset_card, preset_path
-from lowmem_drf.planner.cards import card_named, parse_vram
+from lowmem_drf.config import change, chosen_preset, load_config, preset_card, preset_path
+from lowmem_drf.planner.cards import card_named, parse_vram, room_of
 from lowmem_drf.planner.measure import Measurement, measure
-from lowmem_drf.planner.report import planned
+from lowmem_drf.planner.report import card_here, planned, set_to_fit
 from lowmem_drf.planner.shortcuts import one_micro_batch
 from lowmem_drf.planner.stages import Plan
 from lowmem_drf.terminal import make_console
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def bench_command(preset: str | None, vram: str | None, overrides: Sequence[str], as_json: bool) -> None:
+def bench_command(preset: str | None, vram: str | None, overrides: Sequence[str], as_json: bool, updates: int) -> None:
     """Prints planned and measured figures as a table or JSON."""
     name = preset if preset is not None else chosen_preset()[0]
     config = one_micro_batch(load_config(name, [*overrides, "processes=1"]))
@@ -33,8 +34,13 @@ def bench_command(preset: str | None, vram: str | None, overrides: Sequence[str]
     cap_gib = parse_vram(vram) if vram else None
     device = resolve_device(config.device)
     card = card_named(torch.cuda.get_device_name(device) if device.type == "cuda" else preset_card(preset_path(name)))
-    plan = planned(config, card, cap_gib or card.gib, console, advice=False)
-    measured = measure(config, device, cap_gib, console)
+    room = card_here(config) or room_of(card.gib, config.memory.vram_gib)
+    if cap_gib:  # as a card of that size would be
+        room = room_of(cap_gib, config.memory.vram_gib)
+    plan = planned(config, card, room, console, advice=False)
+    if plan.applied:
+        console.print(set_to_fit(plan), highlight=False, markup=False)
+    measured = measure(change(config, plan.applied), device, cap_gib, console, updates)
     if as_json:
         print(json.dumps(_as_json(plan, measured, name), indent=2))
     else:
@@ -47,20 +53,34 @@ def _as_json(plan: Plan, measured: Measurement, name: str) -> dict[str, Any]:
         stage: asdict(row) | {"measured_gib": measured.gib.get(stage), "measured_s": measured.s.get(stage)}
         for stage, row in plan.stages.items()
     }
-    return plan.as_json(name) | {"device": measured.device, "measured_peak_gib": measured.peak_gib, "stages": rows}
+    seconds = {"updates_s": measured.updates_s, "median_s": median(measured.later_s)}
+    figures = {"device": measured.device, "measured_peak_gib": measured.peak_gib} | seconds
+    return plan.as_json(name) | figures | {"stages": rows}
 
 
 def _print(plan: Plan, measured: Measurement, name: str, console: Console) -> None:
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("stage", title=Text(f"{name}: one micro-batch on {measured.device}"), title_justify="left")
-    for heading in ("planned GiB", "measured GiB", "difference", f"estimated s ({plan.card})", "measured s"):
-        table.add_column(heading, justify="right")
+    title = Text(f"{name}: one micro-batch on {measured.device}; seconds planned for {plan.card}")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("stage", no_wrap=True)
+    for heading in ("plan GiB", "here", "differs", "plan s", "here"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for stage, gib in measured.gib.items():
         row = plan.stages[stage]
         memory = (f"{row.peak_gib:.3f}", f"{gib:.3f}", f"{row.peak_gib / gib - 1:+.1%}")
         table.add_row(stage, *memory, f"{row.s:.2f}", f"{measured.s[stage]:.2f}")
     console.print(table)
-    planned = f"planned {plan.peak_gib:.3f} GiB with the text encoder's stage"
-    console.print(f"peak: {planned}, measured {measured.peak_gib:.3f} GiB", highlight=False)
+    peaks = f"planned {plan.peak_gib:.3f} GiB with the text encoder's stage, measured {measured.peak_gib:.3f} GiB"
+    console.print(f"peak: {peaks}", highlight=False)
+    console.print(f"seconds: {_spread(measured)}", highlight=False)
+
+
+def _spread(measured: Measurement) -> str:
+    first, *later = measured.updates_s
+    if not later:
+        return f"{first:.2f} for the first update, in which libraries choose their kernels"
+    spread = f" ({min(later):.2f} to {max(later):.2f})" if later[1:] else ""
+    return f"{median(later):.2f} an update, the median of {len(later)}{spread}; {first:.2f} for the first, apart"

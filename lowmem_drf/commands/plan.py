@@ -34,6 +34,7 @@ def plan_command(preset: str | None, vram: str | None, overrides: Sequence[str],
 
 def print_plan(plan: Plan, name: str, config: Config, console: Console) -> None:
     """Prints whether it fits and how long it takes, what was set or is advised, and the table."""
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
@@ -46,18 +47,20 @@ def print_plan(plan: Plan, name: str, config: Config, console: Console) -> None:
     together = f" ({plan.all_host_gib:.1f} of all {plan.processes} processes)" if each else ""
     say(
         f"{'fits' if plan.fits else 'does not fit'}: peak {plan.peak_gib:.2f} GiB ({plan.largest}), host memory "
-        f"{plan.host_gib:.1f} GiB{together}; about {times(plan, config.steps)}",
+        f"{plan.host_gib:.1f} GiB{together}",
         "bold green" if plan.fits else "bold red",
     )
+    say(f"about {times(plan, config.steps)}")
     if plan.applied:
         say(set_to_fit(plan))
     say(f"{room_words(plan)}; {need(plan)}.")
     for line in () if plan.fits else (*cure(plan), *made_for(plan, config)):
         console.print(Text(line), soft_wrap=True)
     title = Text(f"{name}, planned for {plan.card}, {plan.vram_gib:g} GiB{each}")
-    table = Table("stage", title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("stage", no_wrap=True)
     for heading in ("peak", "weights", "host", "s", "waits"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for stage, row in plan.stages.items():
         figures = (f"{row.peak_gib:.2f}", f"{row.weights_gib:.2f}", f"{row.host_gib:.2f}")
         style = "bold" if stage == plan.tightest else ""

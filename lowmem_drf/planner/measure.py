@@ -7,8 +7,9 @@ one update, and a second one without the ledger gives the seconds. Under DeepSpe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -43,19 +44,42 @@ LARGEST_ON_CPU = 1e9
 
 @dataclass(frozen=True)
 class Measurement:
-    """GiB and seconds by stage, of one micro-batch with all steps of the sampler."""
+    """Updates of one micro-batch with all steps of the sampler. The first is apart: libraries choose their kernels in
+    it. It counts only where there is no other."""
 
     gib: dict[str, float]
+    """Peak of each stage, over all updates."""
     s: dict[str, float]
+    """Median seconds of each stage."""
     device: str
+    updates_s: tuple[float, ...]
+    """Of every update, the first too."""
 
     @property
     def peak_gib(self) -> float:
         return max(self.gib.values())
 
+    @property
+    def later_s(self) -> tuple[float, ...]:
+        """Without the first, if there are others."""
+        return self.updates_s[1:] or self.updates_s
 
-def measure(config: Config, device: torch.device, cap_gib: float | None, console: Console) -> Measurement:
-    """Runs updates on random weights and measures the last, after the libraries have chosen their kernels.
+    @classmethod
+    def of(cls, rows: Sequence[tuple[dict[str, float], dict[str, float]]], device: str) -> Self:
+        """From seconds and peak GiB by stage of every update."""
+        later = [seconds for seconds, _ in rows[1:] or rows]
+        return cls(
+            gib={stage: max(peaks[stage] for _, peaks in rows) for stage in rows[0][1]},
+            s={stage: median(seconds[stage] for seconds in later) for stage in rows[0][0]},
+            device=device,
+            updates_s=tuple(sum(seconds.values()) for seconds, _ in rows),
+        )
+
+
+def measure(
+    config: Config, device: torch.device, cap_gib: float | None, console: Console, updates: int = 3
+) -> Measurement:
+    """Runs updates on random weights.
 
     ``cap_gib``: on CUDA the allocator fails above it, minus half a GiB for the CUDA context as on a card of that size.
 
@@ -74,18 +98,18 @@ def measure(config: Config, device: torch.device, cap_gib: float | None, console
         try:
             with console.status("measuring …"):
                 models, prompts, questions = _random_models(config, device, meter)
-                seconds, peaks = _updates(config, models, prompts, questions, count=3)
+                rows = _updates(config, models, prompts, questions, updates)
         except torch.OutOfMemoryError as error:
             where = f"under a cap of {cap_gib:g} GiB" if cap_gib else "on this card"
             advice = "Ask for a change that fits: lowmem-drf plan --preset NAME --vram GB"
             raise LowmemError(f"out of memory {where}: {error}\n{advice}") from error
-        return Measurement(peaks, seconds, torch.cuda.get_device_name(device))
+        return Measurement.of(rows, torch.cuda.get_device_name(device))
     _refuse_large(config)
     with console.status("measuring …"):
         gib = count_bytes(config)
     models, prompts, questions = _random_models(config, device, Meter(device))
-    seconds, _ = _updates(config, models, prompts, questions, count=2)
-    return Measurement(gib, seconds, "CPU")
+    rows = _updates(config, models, prompts, questions, updates)
+    return replace(Measurement.of(rows, "CPU"), gib=gib)
 
 
 def count_bytes(config: Config) -> dict[str, float]:
@@ -137,8 +161,8 @@ def _random_models(
 def _updates(
     config: Config, models: Models, prompts: Sequence[Prompt], questions: Mapping[str, tuple[Question, ...]],
     count: int = 1, ledger: Ledger | None = None,
-) -> tuple[dict[str, float], dict[str, float]]:  # fmt: skip
-    """Seconds and peak GiB by stage of the last of ``count`` updates."""
+) -> list[tuple[dict[str, float], dict[str, float]]]:  # fmt: skip
+    """Seconds and peak GiB by stage of each of ``count`` updates."""
     trainer, models = make_trainer(config, models)
     parts = models.parts(lora_parameters(models.transformer))
     if isinstance(trainer, SingleTrainer):
@@ -146,9 +170,8 @@ def _updates(
         if ledger is not None:
             for moment in trainer.paged():
                 ledger.on_host(moment)
-    for step in range(count):
-        report = update(config, models, parts, trainer, step, prompts, questions, None)
-    return report.stage_s, report.stage_peak_gib
+    reports = (update(config, models, parts, trainer, step, prompts, questions, None) for step in range(count))
+    return [(report.stage_s, report.stage_peak_gib) for report in reports]
 
 
 def _refuse_large(config: Config) -> None:

@@ -242,8 +242,10 @@ def room_words(plan: Plan) -> str:
     if plan.measured:
         return f"Of the card's {plan.vram_gib:.1f} GiB PyTorch can take the {plan.room_gib:.1f} that are free now"
     rest = plan.vram_gib - plan.room_gib
-    assumed = f"{rest:.1f} are left to CUDA, the driver and a desktop"
-    return f"Of {plan.vram_gib:g} GiB PyTorch is taken to have {plan.room_gib:.1f}: {assumed}"
+    return (
+        f"Of {plan.vram_gib:g} GiB PyTorch is assumed to get {plan.room_gib:.1f}; {rest:.1f} are left to CUDA, the "
+        "driver and a desktop"
+    )
 
 
 def cure(plan: Plan) -> list[str]:
