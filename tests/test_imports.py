@@ -21,7 +21,6 @@ LAWS: dict[str, tuple[int, set[str]]] = {
     "schema": (0, {"pydantic"}),
     "config": (0, {"pydantic", "tomli_w", "torch"}),
     "prompts": (0, set()),
-    "rungs": (0, set()),
     "texts": (0, {"pydantic_core"}),
     "ops": (1, {"torch"}),
     "terminal": (1, {"rich"}),
@@ -51,7 +50,7 @@ PROGRAMS = "toy/build"
 """How ToyWorld's models were trained and what they are worth: may import anything, and nothing imports it."""
 FULL = 14
 """Files of a room, besides ``__init__.py``."""
-LIGHT = {"__init__", "errors", "files", "libraries", "shortage", "schema", "config", "prompts", "rungs", "texts", "cli"}
+LIGHT = {"__init__", "errors", "files", "libraries", "shortage", "schema", "config", "prompts", "texts", "cli"}
 """Rooms that import no third-party package but pydantic and typer when they are imported."""
 LAZY = {
     *(

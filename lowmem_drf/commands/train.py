@@ -107,7 +107,7 @@ def _print(config: Config, name: str, card: str) -> None:
     """For ``--dry-run``."""
     print(to_toml(config), end="")
     if config.engine != "single":
-        from lowmem_drf.commands.plan import print_zero
+        from lowmem_drf.planner.report import print_zero
 
         print_zero(config, name, card_named(card))
 

@@ -10,13 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from lowmem_drf.config import change, known_keys
-from lowmem_drf.errors import BadInputError
-from lowmem_drf.planner.cards import Card
-from lowmem_drf.planner.fakes import Fakes
-from lowmem_drf.planner.plan import Seen, make_plan, new_fakes
-from lowmem_drf.planner.stages import Outcome, Plan
-from lowmem_drf.rungs import (
+from lowmem_drf.assembly.rungs import (
     HOST,
     HOST_FOR_CARD,
     LADDERS,
@@ -28,6 +22,12 @@ from lowmem_drf.rungs import (
     rank_of,
     value_of,
 )
+from lowmem_drf.config import change, known_keys
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.planner.cards import Card
+from lowmem_drf.planner.fakes import Fakes
+from lowmem_drf.planner.plan import Seen, make_plan, new_fakes
+from lowmem_drf.planner.stages import Outcome, Plan
 from lowmem_drf.schema import Config
 
 Say = Callable[[str], None]

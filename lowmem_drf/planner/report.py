@@ -5,7 +5,9 @@ Finished plans are kept on the disk (``PLANS``): to read one imports neither PyT
 
 from __future__ import annotations
 
+import json
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -13,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem_drf.assembly.cache import Cache, cache_folder, code_versions, files_hash
+from lowmem_drf.assembly.rungs import ROUNDED
 from lowmem_drf.config import DEFAULT_PRESET, change, default_preset, load_config, preset_gb, preset_path
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.weights.sources import READER, TOYWORLD, resolve
-from lowmem_drf.planner.cards import GIB, LATER_GIB, SPARE, Card, Room, card_named
+from lowmem_drf.planner.cards import GIB, LATER_GIB, SPARE, Card, Room, card_named, room_of
 from lowmem_drf.planner.stages import Plan
-from lowmem_drf.rungs import ROUNDED
 from lowmem_drf.schema import Config
-from lowmem_drf.terminal import can_redraw, write_error
+from lowmem_drf.terminal import can_redraw, make_console, write_error
 from lowmem_drf.texts import expanded
 
 if TYPE_CHECKING:
@@ -217,8 +219,8 @@ def laid_out(config: Config) -> Config:
 def refusal(plan: Plan, config: Config) -> str:
     """Why a plan does not fit, and what to change: at most five lines."""
     stage = plan.stages[plan.tightest]
-    why = f"this does not fit: {need(plan)} ({stage.what})" if stage.what else f"this does not fit: {need(plan)}"
-    return "\n".join([f"{why}.", f"{room_words(plan)}.", *cure(plan), *made_for(plan, config)])
+    why = f"this does not fit: {_need(plan)} ({stage.what})" if stage.what else f"this does not fit: {_need(plan)}"
+    return "\n".join([f"{why}.", f"{_room_words(plan)}.", *_cure(plan), *_made_for(plan, config)])
 
 
 def host_refusal(plan: Plan, free_gib: float) -> str:
@@ -227,17 +229,17 @@ def host_refusal(plan: Plan, free_gib: float) -> str:
     need = (
         f"host memory: {plan.host_gib:.1f} GiB{each} would wait there for the card, and {free_gib:.1f} are free for it"
     )
-    return "\n".join([f"{need}. Close other programs, or add swap.", *cure(plan)])
+    return "\n".join([f"{need}. Close other programs, or add swap.", *_cure(plan)])
 
 
-def need(plan: Plan) -> str:
+def _need(plan: Plan) -> str:
     stage = plan.stages[plan.tightest]
     parts = f"a peak of {stage.peak_gib:.1f}, {SPARE:.0%} for fragments"
     parts += f", {stage.copies_gib:.1f} for cuDNN's copies" if stage.copies_gib >= 0.05 else ""
     return f"{plan.tightest} needs {stage.needs_gib:.1f} GiB: {parts}"
 
 
-def room_words(plan: Plan) -> str:
+def _room_words(plan: Plan) -> str:
     """What of the card can be had, and where the rest is."""
     if plan.measured:
         return f"Of the card's {plan.vram_gib:.1f} GiB PyTorch can take the {plan.room_gib:.1f} that are free now"
@@ -248,7 +250,7 @@ def room_words(plan: Plan) -> str:
     )
 
 
-def cure(plan: Plan) -> list[str]:
+def _cure(plan: Plan) -> list[str]:
     if not plan.changes or not plan.changed:
         return ["No change of settings that is known here makes it fit."]
     after = plan.changed
@@ -259,7 +261,7 @@ def cure(plan: Plan) -> list[str]:
     ]
 
 
-def made_for(plan: Plan, config: Config) -> list[str]:
+def _made_for(plan: Plan, config: Config) -> list[str]:
     """A preset for such a card, if it trains something else than ``config``."""
     name = default_preset(plan.vram_gib * GIB / 1e9, plan.card)
     if name == DEFAULT_PRESET:
@@ -280,3 +282,74 @@ def set_to_fit(plan: Plan) -> str:
 
 def _quoted(text: str) -> str:
     return f"'{text}'" if any(letter in text for letter in ' "[]') else text
+
+
+def print_plan(plan: Plan, name: str, config: Config, console: Console) -> None:
+    """Prints whether it fits and how long it takes, what was set or is advised, and the table."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    wrapped = console.is_terminal  # at words; a log has one line a message
+
+    def say(text: str, style: str | None = None) -> None:
+        console.print(Text(text), style=style, soft_wrap=not wrapped)
+
+    each = f", each of {plan.processes} processes" if plan.processes > 1 else ""
+    together = f" ({plan.all_host_gib:.1f} of all {plan.processes} processes)" if each else ""
+    say(
+        f"{'fits' if plan.fits else 'does not fit'}: peak {plan.peak_gib:.2f} GiB ({plan.largest}), host memory "
+        f"{plan.host_gib:.1f} GiB{together}",
+        "bold green" if plan.fits else "bold red",
+    )
+    say(f"about {times(plan, config.steps)}")
+    if plan.applied:
+        say(set_to_fit(plan))
+    say(f"{_room_words(plan)}; {_need(plan)}.")
+    for line in () if plan.fits else (*_cure(plan), *_made_for(plan, config)):
+        console.print(Text(line), soft_wrap=True)
+    title = Text(f"{name}, planned for {plan.card}, {plan.vram_gib:g} GiB{each}")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("stage", no_wrap=True)
+    for heading in ("peak", "weights", "host", "s", "waits"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for stage, row in plan.stages.items():
+        figures = (f"{row.peak_gib:.2f}", f"{row.weights_gib:.2f}", f"{row.host_gib:.2f}")
+        style = "bold" if stage == plan.tightest else ""
+        table.add_row(Text(stage, style=style), *figures, f"{row.s:,.1f}", f"{row.stall_s:,.1f}")
+    console.print(table)
+    if what := plan.stages[plan.tightest].what:
+        say(f"largest in {plan.tightest}, weights apart: {what}")
+    say(
+        f"copies between card and host: {plan.moved_gib:,.0f} GiB, {plan.hidden_share:.0%} of their time behind "
+        f"computation; waiting for them is {plan.stall_share:.1%} of an update"
+    )
+    if each:
+        say(f"of these copies {plan.between_gib:,.0f} GiB are between the cards, through the host's memory")
+    if plan.rollout:
+        gathered, partitioned = "whole on each card, gathered once", "gathered block by block in every step"
+        weights = gathered if plan.rollout == "gathered" else partitioned
+        say(f"the transformer's weights in the rollout: {weights} (zero.rollout = {plan.rollout})")
+    say(
+        "GiB: what PyTorch's allocator is asked for. Seconds: an estimate from operations, traffic and the card's "
+        "rates.",
+        "dim",
+    )
+
+
+def print_zero(config: Config, name: str, card: Card) -> None:
+    """Prints DeepSpeed's settings on stdout, as comments behind the configuration's TOML, and on stderr the plan of
+    each process."""
+    from lowmem_drf.distributed.zero import deepspeed_config
+
+    trained = "the transformer's engine" if config.engine == "zero3" else "the LoRA's engine"
+    engines = {trained: deepspeed_config(config)}
+    if config.zero.critic:
+        engines["the critic's engine"] = deepspeed_config(config, trains=False)
+    for engine, settings in engines.items():
+        title = f"DeepSpeed, {engine}, in each of {config.processes} processes:"
+        print("\n" + textwrap.indent(f"{title}\n{json.dumps(settings, indent=2)}", "# "), flush=True)
+    console = make_console(stderr=True, soft_wrap=True)
+    print_plan(
+        planned(laid_out(config), card, room_of(card.gib, config.memory.vram_gib), console), name, config, console
+    )

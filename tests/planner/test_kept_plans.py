@@ -9,10 +9,11 @@ from rich.console import Console
 from lowmem_drf.assembly import cache
 from lowmem_drf.config import load_config
 from lowmem_drf.planner import report
-from lowmem_drf.planner.cards import card_named
-from lowmem_drf.planner.stages import Plan, StagePlan
+from lowmem_drf.planner.cards import Room, card_named, room_of
+from lowmem_drf.planner.stages import Outcome, Plan, StagePlan
 
 CARD = card_named("")
+ROOM = room_of(24.0)
 STAGE = StagePlan(1 / 3, 0.1, 0.2, 1e-9, 2 / 7, 0.0, 0.1, 3.5, 0.7, "2 x mm 3x4 bfloat16")
 
 
@@ -21,17 +22,20 @@ def planner(tmp_path, monkeypatch):
     """Counts the plans that are made. They take no time here."""
     made = []
 
-    def plan(config, card, vram_gib, console, advice):
+    def plan(config, card, room, console, advice, host_gib):
         made.append(config)
-        return Plan(card.name, vram_gib, {"text": STAGE}, len(made) / 3, changes=("micro_batch=1",))
+        outcome = Outcome(1 / 3, 0.1, 2 / 7)
+        return Plan(
+            card.name, room.vram_gib, {"text": STAGE}, len(made) / 3, changes=("micro_batch=1",), changed=outcome
+        )
 
     monkeypatch.setenv("LOWMEM_DRF_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(report, "_planned", plan)
     return made
 
 
-def ask(*overrides, card=CARD, vram=24.0, **options):
-    return report.planned(load_config("toy", overrides), card, vram, Console(file=io.StringIO()), **options)
+def ask(*overrides, card=CARD, room=ROOM, **options):
+    return report.planned(load_config("toy", overrides), card, room, Console(file=io.StringIO()), **options)
 
 
 def test_a_plan_is_made_once_and_the_same_when_read(planner):
@@ -47,7 +51,9 @@ def test_anything_else_is_planned_anew(planner, tmp_path, monkeypatch):
         lambda: ask(),
         lambda: ask("lora.rank=3"),
         lambda: ask("seed=5"),
-        lambda: ask(vram=12.0),
+        lambda: ask(room=room_of(12.0)),
+        lambda: ask(room=Room(24.0, 20.0)),
+        lambda: ask(host_gib=20),
         lambda: ask(card=card_named("RTX 3060")),
         lambda: ask(advice=False),
         lambda: (prompts.write_text("A red ball that rolls far away.\n"), ask(f"prompts={prompts}")),

@@ -1,19 +1,22 @@
 """The plan compared with the bytes of a real update; the advice compared with the plan."""
 
 import json
+import sys
 from functools import cache
 
 import pytest
 from _plans import FAKES
+from _root import ROOT
 
-from lowmem_drf.config import change, load_config
+sys.path.insert(0, str(ROOT))
+from bench.plans.advice import wrong
+from lowmem_drf.assembly.rungs import DEAR, LADDERS, rank_of
+from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.planner import ladder
-from lowmem_drf.planner.cards import CARDS, USABLE, card_named, parse_vram
-from lowmem_drf.planner.ladder import DEAR, LADDERS, advise, rank_of
+from lowmem_drf.planner.cards import CARDS, card_named, parse_vram
+from lowmem_drf.planner.ladder import advise
 from lowmem_drf.planner.measure import count_bytes
 from lowmem_drf.planner.plan import make_plan, new_fakes
-from lowmem_drf.planner.report import refusal
 from lowmem_drf.planner.stages import STAGES
 
 CARD = card_named("")
@@ -118,25 +121,17 @@ ADVISED = [  # memory of a card that is too small in GiB / 1000, and settings
 ]
 
 
-@pytest.mark.parametrize("case", [pytest.param(i, marks=slow if i else ()) for i in range(len(ADVISED))])
+@slow
+@pytest.mark.parametrize("case", range(len(ADVISED)))
 def test_following_the_advice_makes_it_fit(case):
+    """True plans; ``test_advice.py`` has more of it."""
     thousandths, overrides = ADVISED[case]
     config, vram = load_config("toy", overrides), thousandths / 1000
     plan = make_plan(config, CARD, vram, fakes=FAKES)
     assert not plan.fits
     advised = advise(config, CARD, plan, fakes=FAKES)
-    assert advised.changes and advised.largest in refusal(advised)
-    assert advised.changes[0].partition("=")[0] in refusal(advised)
-    assert make_plan(change(config, advised.changes), CARD, vram, fakes=FAKES).fits
-
-
-@pytest.mark.parametrize("rungs", [1, pytest.param(99, marks=slow)], ids=["first rungs", "all rungs"])
-def test_no_advice_where_nothing_helps(rungs, monkeypatch):
-    monkeypatch.setattr(ladder, "LADDERS", {stage: LADDERS[stage][:rungs] for stage in STAGES})
-    config = load_config("toy", [*SMALL, "video.frames=5", "critic.frames=2"])
-    plan = make_plan(config, CARD, 0.001, fakes=FAKES)
-    assert advise(config, CARD, plan, fakes=FAKES).changes == ()
-    assert "No change" in refusal(plan)
+    assert advised.applied or advised.changes
+    assert wrong(config, CARD, advised, FAKES) == []
 
 
 def test_every_stage_has_a_ladder():
@@ -156,7 +151,8 @@ def test_a_ladder_climbs_from_time_to_bits_to_the_critic_to_the_clip():
     named = {rank_of(override) for climbed in overrides.values() for override in climbed}
     assert named == set(range(len(DEAR) + 1))
     packed = ['optim.name="adamw8bit"', 'model.quant="int8"', 'model.quant="nf4"']
-    assert overrides["rollout"][4:8] == ['memory.stream=["transformer"] memory.checkpoint=true', *packed]
+    assert overrides["rollout"][3] == 'memory.stream=["transformer"] memory.checkpoint=true'
+    assert overrides["rollout"][5:8] == packed
     assert overrides["text"] == ['memory.text_device="stream"', 'memory.text_device="host"']
 
 
@@ -164,7 +160,7 @@ def test_cards_and_their_memory():
     assert [parse_vram(text) for text in ("24GB", "24 GiB", "24", "11.5gb")] == [24, 24, 24, 11.5]
     with pytest.raises(BadInputError, match="--vram"):
         parse_vram("much")
-    assert card_named("NVIDIA GeForce RTX 3090").name == "RTX 3090" and 0.8 < USABLE < 1
+    assert card_named("NVIDIA GeForce RTX 3090").name == "RTX 3090"
     assert all(card.bf16 >= card.tf32 for card in CARDS.values())
 
 

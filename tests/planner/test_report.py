@@ -7,6 +7,7 @@ from rich.console import Console
 
 from lowmem_drf.config import load_config
 from lowmem_drf.planner import report
+from lowmem_drf.planner.cards import Room
 from lowmem_drf.planner.stages import Plan, StagePlan
 
 NOTHING = dict.fromkeys(("peak_gib", "weights_gib", "kept_gib", "host_gib", "stall_s", "copy_s", "moved_gib"), 0.0)
@@ -23,7 +24,7 @@ def test_clips_of_the_base_are_made_first_where_they_are_quick(clip_s, first, mo
 
     def decided(*settings):
         config = load_config("toy", ["batch=2", "micro_batch=2", "steps=500", *settings])
-        return report.require_fit(config, said, [8.0]).log.sample_first
+        return report.require_fit(config, said, [Room(8.0, 6.4)]).log.sample_first
 
     assert decided() is first
     line, *more = said.file.getvalue().splitlines()

@@ -14,13 +14,14 @@ from _root import ROOT
 
 from lowmem_drf import __main__, cli, shortage
 from lowmem_drf.assembly.assemble import resolve_device
+from lowmem_drf.assembly.rungs import HOST, LADDERS, OUTSIDE, keeps_gradient
 from lowmem_drf.commands.train import MAY_CHANGE, train_command
 from lowmem_drf.config import change, load_config, to_toml
 from lowmem_drf.errors import BadInputError, LowmemError, explain
 from lowmem_drf.memory.meter import Meter
 from lowmem_drf.models.weights.sources import loading
 from lowmem_drf.out_of_memory import surviving
-from lowmem_drf.planner.ladder import HOST, LADDERS, OUTSIDE, Lowered, keeps_gradient, lowered
+from lowmem_drf.planner.ladder import Lowered, lowered
 from lowmem_drf.shortage import during, shortage_of
 from lowmem_drf.training.checkpoint import checkpoint_folder, checkpoint_steps
 from lowmem_drf.training.metrics import read_metrics
