@@ -82,6 +82,8 @@ class PlanMeter:
         self.partitioned: list[PlannedZero3] = []
         self._models: list[Any] = []
         self._ledger = ledger
+        self._forced: tuple[int, int] | None = None
+        """Bytes of card and host when the next stage begins, after one that was not computed."""
         self._absent = {name: iter(visits) for name, visits in (absent or {}).items()}
 
     def load(self, models: Sequence[torch.nn.Module]) -> None:
@@ -101,6 +103,11 @@ class PlanMeter:
     def stage(self, name: str) -> Iterator[None]:
         """Measures the block. If a stage is entered again, the larger peak is kept and the seconds add up."""
         ledger = self._ledger
+        if self.visits:  # what is freed between two stages was not left: the last streamed layer
+            if self._forced:
+                (ledger.card_bytes, ledger.host_bytes), self._forced = self._forced, None
+            last, figures = self.visits[-1]
+            self.visits[-1] = last, replace(figures, left=(ledger.card_bytes, ledger.host_bytes))
         ledger.reset_peak()
         came, there, before_it = (ledger.card_bytes, ledger.host_bytes), ledger.items(), ledger.spent
         asleep = ledger.on_card(self._tensors())
@@ -114,7 +121,7 @@ class PlanMeter:
         figures = Figures(spans, weights, came[0] - asleep, ledger.spent - before_it, came, left, there, ledger.copies)
         if (counted := next(self._absent.get(name, iter(())), None)) is not None:
             kept = [end - start for start, end in zip(counted.came, counted.left, strict=True)]
-            ledger.card_bytes, ledger.host_bytes = came[0] + kept[0], came[1] + kept[1]
+            self._forced = came[0] + kept[0], came[1] + kept[1]
         self.add(name, figures)
 
     def add(self, name: str, figures: Figures) -> None:
