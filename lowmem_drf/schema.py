@@ -306,8 +306,8 @@ class Memory(Node):
     vram_gib: NonNegativeFloat = 0.0
     """Memory on the card that the whole process may use, in GiB: ``train`` plans for no more. 0: all that is free."""
     fit: Literal["auto", "as_given"] = "auto"
-    """What ``train``, ``plan`` and ``bench`` do where the plan does not fit. ``auto``: set those of the keys here that
-    change no gradient (up to rounding), as many as it takes, and say which. ``as_given``: change nothing. What then
+    """What ``train``, ``plan`` and ``bench`` do where the plan does not fit the card. ``auto``: set what changes no
+    gradient, or by rounding alone (docs/memory.md), as far as it takes, and say so. ``as_given``: nothing. What still
     does not fit is refused, with advice."""
     on_oom: Literal["stop", "adapt"] = "stop"
     """What ``train`` does when memory runs out after all. Both save the last finished update and say what happened.

@@ -29,10 +29,11 @@ ABOUT = """\
 # What fits where
 
 Every preset, planned (`python -m bench.plans.fit` writes this page; `lowmem-drf plan --preset NAME` prints one in more
-detail). Stages: GiB at the peak of each stage of an update, as requested from PyTorch's allocator; a plan may use 90%
-of a card. Host: GiB that wait in host memory for the card, without Python, the libraries and CUDA; for several cards,
-GiB for each card, and in brackets for all. Seconds per update are estimates. *Copies hidden*: share of the time of
-copies between card and host during which the card computes; *waiting*: the rest, as a share of the update.
+detail). Stages: GiB at the peak of each stage of an update, as requested from PyTorch's allocator; *of*: the most that
+the tightest stage may take ([memory.md](memory.md)). Host: GiB that wait in host memory for the card, without Python,
+the libraries and CUDA; for several cards, GiB for each card, and in brackets for all. Seconds per update are estimates.
+*Copies hidden*: share of the time of copies between card and host during which the card computes; *waiting*: the rest,
+as a share of the update.
 """
 AFTER = """
 All of them also keep the critic's language model in 4 bit, and the VAE's gradients (not its frames) in 16.

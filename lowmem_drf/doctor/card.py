@@ -51,6 +51,8 @@ def torch_and_card() -> Iterator[Check]:
 def _card() -> Iterator[Check]:
     import torch
 
+    from lowmem_drf.planner.cards import free_of
+
     card, count = torch.cuda.get_device_properties(0), torch.cuda.device_count()
     free, total = torch.cuda.mem_get_info(0)
     say(fact={"card": card.name, "total": total})
@@ -61,12 +63,12 @@ def _card() -> Iterator[Check]:
     else:
         yield Check("card", "ok", name)
     detail = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free now"
-    if free >= 0.9 * total:
+    if free / GIB >= free_of(total / GIB):
         yield Check("card's memory", "ok", detail)
     else:
-        mend = "Close browsers, games and other programs on this card (nvidia-smi lists them), or plan for less: "
-        mend += f"-s memory.vram_gib={free / GIB / 0.9:.0f}"
-        yield Check("card's memory", "warning", f"{detail}; a plan counts on 90%", mend)
+        mend = "Close browsers, games and other programs on this card (nvidia-smi lists them). Else train fits itself "
+        mend += "into what is free, as far as that costs time only."
+        yield Check("card's memory", "warning", f"{detail}; presets count on {free_of(total / GIB):.1f}", mend)
 
 
 def bf16() -> Iterator[Check]:

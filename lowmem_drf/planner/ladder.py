@@ -145,10 +145,10 @@ def advise(
     planner = _planner(card, plan, fakes, seen)
     auto = config.memory.fit == "auto"
     if found := _climbed(config, plan, planner, say, keeps_gradient):
-        return replace(found[1], applied=_differences(config, found[0])) if auto else _advised(plan, config, *found)
+        return replace(found[1], applied=differences(config, found[0])) if auto else _advised(plan, config, *found)
     found = _climbed(config, plan, planner, say) if dear else None
     if found and auto:  # what keeps the gradient is set by itself, once the rest is
-        less = _changed(config, *filter(_is_dear, _differences(config, found[0])))
+        less = _changed(config, *filter(_is_dear, differences(config, found[0])))
         if less and (again := _climbed(less, planner.whole(less), planner, say, keeps_gradient)):
             return _advised(plan, config, less, again[1])
     return _advised(plan, config, *found) if found else plan
@@ -187,7 +187,7 @@ def _with_less_host(
             after = planner.whole(without)
             if after.fits and after.host_gib <= host_gib:
                 at, now = without, after
-    settings = _differences(config, at)
+    settings = differences(config, at)
     if config.memory.fit == "auto" and all(map(keeps_gradient, settings)):
         return replace(now, applied=settings)
     return _advised(plan, config, at, now)
@@ -200,7 +200,7 @@ def _planner(card: Card, plan: Plan, fakes: Fakes | None, seen: Seen | None) -> 
 
 def _advised(plan: Plan, config: Config, changed: Config, with_changes: Plan) -> Plan:
     outcome = Outcome(with_changes.peak_gib, with_changes.host_gib, with_changes.update_s)
-    return replace(plan, changes=_differences(config, changed), changed=outcome)
+    return replace(plan, changes=differences(config, changed), changed=outcome)
 
 
 def _is_dear(override: str) -> bool:
@@ -240,7 +240,7 @@ def _climbed(
     return config, now
 
 
-def _differences(first: Config, config: Config) -> tuple[str, ...]:
+def differences(first: Config, config: Config) -> tuple[str, ...]:
     """The settings that make ``config`` of ``first``."""
     return tuple(
         f"{key}={compact(value)}" for key in known_keys() if (value := value_of(config, key)) != value_of(first, key)
@@ -251,7 +251,7 @@ def _takings(first: Config, config: Config) -> list[Rung]:
     """Rungs that each take back one change between the two: first those that cost most in quality, then what rounds,
     then the rest."""
     rows: list[tuple[str, Rung]] = []
-    for key in (setting.partition("=")[0] for setting in _differences(first, config)):
+    for key in (setting.partition("=")[0] for setting in differences(first, config)):
         before, now = value_of(first, key), value_of(config, key)
         names = set(before) ^ set(now) if isinstance(now, list) else {None}
         rows += [(key, _restored(key, before, name)) for name in sorted(names, key=str)]

@@ -24,9 +24,9 @@ from lowmem_drf.planner.fake_models import fake_critic
 from lowmem_drf.planner.plan import make_plan
 
 BUDGET_GIB = {  # whole process, at its peak
-    "rtx4090": 16.5, "rtx3090": 16.5, "rtx5090": 29.0, "rtx4090-fast": 22.0, "rtx3090-fast": 22.0, "rtx5090-fast": 29.0,
-    "rtx4080": 7.6, "rtx3060": 7.6, "rtx4060": 7.2, "rtx4080-fast": 7.6, "rtx3060-fast": 7.6, "rtx4060-fast": 7.2,
-    "rtx4090-wan14b": 22.0, "rtx4090-wan22-5b": 15.5, "zero3-2gpu": 22.0,
+    "rtx4090": 16.5, "rtx3090": 16.5, "rtx5090": 28.5, "rtx4090-fast": 21.0, "rtx3090-fast": 21.0, "rtx5090-fast": 28.5,
+    "rtx4080": 7.6, "rtx3060": 7.6, "rtx4060": 5.5, "rtx4080-fast": 7.6, "rtx3060-fast": 7.6, "rtx4060-fast": 5.5,
+    "rtx4090-wan14b": 21.0, "rtx4090-wan22-5b": 15.5, "zero3-2gpu": 19.0,
 }  # fmt: skip
 GIB, GB = 1024**3, 10**9
 OTHERS_GIB = 4.0

@@ -14,14 +14,14 @@ from _root import ROOT
 
 from lowmem_drf import __main__, cli, shortage
 from lowmem_drf.assembly.assemble import resolve_device
-from lowmem_drf.assembly.rungs import HOST, LADDERS, OUTSIDE, keeps_gradient
+from lowmem_drf.assembly.rungs import HOST, LADDERS, OUTSIDE, ROUNDED, keeps_gradient
 from lowmem_drf.commands.train import MAY_CHANGE, train_command
 from lowmem_drf.config import change, load_config, to_toml
 from lowmem_drf.errors import BadInputError, LowmemError, explain
 from lowmem_drf.memory.meter import Meter
 from lowmem_drf.models.weights.sources import loading
 from lowmem_drf.out_of_memory import surviving
-from lowmem_drf.planner.ladder import Lowered, lowered
+from lowmem_drf.planner.ladder import Lowered, differences, lowered
 from lowmem_drf.shortage import during, shortage_of
 from lowmem_drf.training.checkpoint import checkpoint_folder, checkpoint_steps
 from lowmem_drf.training.metrics import read_metrics
@@ -305,10 +305,10 @@ def test_a_rung_that_keeps_the_gradient_may_be_climbed_on_resume():
     assert not any(override.startswith((*changing, "memory.vae_grad_dtype")) for override in kept)
 
 
-def climbed(config, on_card):
-    """With every rung of every ladder."""
+def climbed(config, on_card, fits=keeps_gradient):
+    """With every rung of every ladder that ``fits``."""
     for _ in range(60):
-        found = (lowered(config, stage, on_card).overrides for stage in reversed(ladders()))
+        found = (lowered(config, stage, on_card, fits=fits).overrides for stage in reversed(ladders()))
         if not (overrides := next(filter(None, found), ())):
             return config
         config = change(config, overrides)
@@ -331,6 +331,22 @@ def test_all_rungs_together_keep_the_gradient_up_to_rounding(tiny_preset, tmp_pa
         and config.memory.stream == ["transformer", "critic"]
         and config.memory.token_slices == 4
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [(), ("memory.checkpoint=true", "memory.keep_attention=card")])
+def test_rungs_that_do_not_round_keep_the_weights_to_the_bit(tiny_preset, tmp_path, start):
+    """Two updates: what ``memory.fit`` sets without naming it."""
+    base, less, preset = tmp_path / "base", tmp_path / "less", tmp_path / "less.toml"
+    settings = ["batch=2", "micro_batch=1", "steps=2", "log.sample_every=0", *start]
+    whole = load_config(tiny_preset, settings)
+    config = climbed(whole, True, lambda text: keeps_gradient(text) and not text.startswith(ROUNDED))
+    assert len(differences(whole, config)) >= 6 and config.memory.stream and config.memory.checkpoint == "host"
+    preset.write_text(to_toml(config), encoding="utf-8")
+    train_command(str(tiny_preset), None, base, None, None, False, settings, False)
+    train_command(str(preset), None, less, None, None, False, [], False)
+    first, second = (run / "checkpoints" / "step-000002" / "lora.safetensors" for run in (base, less))
+    assert first.read_bytes() == second.read_bytes()
 
 
 @pytest.mark.parametrize("on_card", [True, False])
