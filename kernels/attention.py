@@ -192,10 +192,12 @@ def _(q_shape, k_shape, *_, **__) -> int:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, scale: float, ranges: Tensor | None, deterministic: bool
+    ) -> Tensor:
         out, lse = attention_forward_op(q, k, v, scale, ranges)
         ctx.save_for_backward(q, k, v, out, lse, ranges)
-        ctx.scale = scale
+        ctx.scale, ctx.deterministic = scale, deterministic
         return out
 
     @staticmethod
@@ -203,11 +205,16 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: FunctionCtx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, ranges = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        found = attention_backward_op(d_out, q, k, v, out, lse, ctx.scale, ranges, wanted[0], wanted[1] or wanted[2])
-        return *(gradient if want else None for gradient, want in zip(found, wanted, strict=False)), None, None
+        found = attention_backward_op(
+            d_out, q, k, v, out, lse, ctx.scale, ranges, wanted[0], wanted[1] or wanted[2], ctx.deterministic
+        )
+        return *(gradient if want else None for gradient, want in zip(found, wanted, strict=False)), None, None, None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, ranges: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor,
+    scale: float | None = None, ranges: Tensor | None = None, deterministic: bool | None = None,
+) -> Tensor:  # fmt: skip
     """softmax(scale q k^T) v, differentiable in q, k and v. Gradients that are not needed are not computed.
 
     Args:
@@ -216,6 +223,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, range
         v: as k.
         scale: positive; None: d ** -0.5.
         ranges: (B or 1, L, 3) int32, the keys that each query sees; None: all keys.
+        deterministic: gradients have the same bits every time, and take seven products instead of five. Otherwise the
+            last bits of q's differ. None: as ``torch.use_deterministic_algorithms`` says.
 
     Returns:
         (B, L, H, d).
@@ -224,7 +233,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, range
         TypeError: a dtype that the kernels do not have.
         ValueError: shapes or devices that do not match.
     """
-    return _Attention.apply(q, k, v, _checked(q, k, v, scale, ranges), ranges)
+    return _Attention.apply(q, k, v, _checked(q, k, v, scale, ranges), ranges, _or_torchs(deterministic))
 
 
 def attention_forward(
@@ -238,9 +247,10 @@ def attention_forward(
 def attention_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     scale: float | None = None, ranges: Tensor | None = None, wanted_q: bool = True, wanted_kv: bool = True,
+    deterministic: bool | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv) from the results of ``attention_forward`` and the gradient of out. Unwanted gradients have no
-    elements. Checks as ``attention``."""
+    elements. Checks and ``deterministic`` as in ``attention``."""
     scale = _checked(q, k, v, scale, ranges)
     for name, x in (("d_out", d_out), ("out", out)):
         if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
@@ -250,7 +260,13 @@ def attention_backward(
     if lse.shape != (B, H, L) or lse.dtype is not torch.float32 or lse.device != q.device:
         wanted = f"{(B, H, L)} torch.float32 on {q.device}, as attention_forward gives it"
         raise ValueError(f"lse must be {wanted}; got {tuple(lse.shape)} {lse.dtype}, {lse.device}.")
-    return attention_backward_op(d_out, q, k, v, out, lse, scale, ranges, wanted_q, wanted_kv)
+    return attention_backward_op(
+        d_out, q, k, v, out, lse, scale, ranges, wanted_q, wanted_kv, _or_torchs(deterministic)
+    )
+
+
+def _or_torchs(deterministic: bool | None) -> bool:
+    return torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic
 
 
 def _checked(q: Tensor, k: Tensor, v: Tensor, scale: float | None, ranges: Tensor | None) -> float:

@@ -74,16 +74,22 @@ CASES = ((128, False, 1), (128, True, 7), (80, True, 1))
 
 
 def attention_variants(
-    kernel: Any, tiles: Sequence[Tile], card: int, fp32_tiles: Sequence[Tile] = FP32_TILES
+    kernel: Any, tiles: Sequence[Tile], card: int, fp32_tiles: Sequence[Tile] = FP32_TILES, none: Sequence[str] = ()
 ) -> Iterator[Variant]:
     """Variants of one kernel with every tile of a card: each of ``CASES`` in bf16, the first one in fp16 too (the same
-    code of the same size), and the fp32 tile once."""
+    code of the same size), and the fp32 tile once.
+
+    Args:
+        none: arguments that are None.
+    """
     runs = [("bf16", *case, tiles) for case in CASES]
     runs += [("fp16", *CASES[0], tiles), ("fp32", 32, True, 1, fp32_tiles)]
-    fp32 = dict.fromkeys(("p_lse", "p_lse2", "p_delta", "scale"), "fp32")
+    fp32 = dict.fromkeys(("p_lse", "p_lse2", "p_delta", "p_sums", "scale"), "fp32")
     for element, d, ranges, group, chosen in runs:
-        constants = {} if ranges else {"p_ranges": None, "p_spans": None}
+        constants: dict[str, Any] = dict.fromkeys(none)
+        constants |= {} if ranges else {"p_ranges": None, "p_spans": None}
         constants |= {"GROUP": group, "D": d, "BLOCK_D": triton.next_power_of_2(d)}
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        kinds = fp32 | ({"p_dk": "fp32", "p_dv": "fp32"} if group > 1 else {})
         for tile in tiles_for(chosen, card):
-            yield variant(kernel, tile, element, constants, p_ranges="i32", p_spans="i32", **fp32)
+            yield variant(kernel, tile, element, constants, p_ranges="i32", p_spans="i32", **kinds)

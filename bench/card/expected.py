@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from bench.kernels.speed import DETERMINISTIC
 from lowmem_drf.planner.cards import CARDS, Card
 
 Figure = tuple[float, str]
@@ -19,7 +20,8 @@ ATTENTION: dict[tuple[str, str, str], Figure] = {
     ("RTX 4090", "SDPA flash", "forward"): (155, "150 to 160, " + _FA2),
     ("RTX 4090", "SDPA flash", "backward"): (117, "110 to 125, estimate from FlashAttention-2's share"),
     ("RTX 4090", "triton", "forward"): (142, "135 to 150, " + _SASS),
-    ("RTX 4090", "triton", "backward"): (87, "80 to 95 with seven products, " + _SASS),
+    ("RTX 4090", "triton", "backward"): (117, "110 to 125, as FlashAttention-2: the same tile and five products"),
+    ("RTX 4090", DETERMINISTIC, "backward"): (87, "80 to 95 with seven products, " + _SASS),
     ("RTX 4090", "xformers", "forward"): (106, "SageAttention2's tables"),
     ("RTX 5090", "SDPA flash", "forward"): (200, "187 to 214, " + _FA2),
     ("RTX 5090", "SDPA cuDNN", "forward"): (203.6, "public measurement at 400 W: 97% of the limit"),
@@ -29,7 +31,8 @@ ATTENTION: dict[tuple[str, str, str], Figure] = {
     ("H100", "SDPA cuDNN", "forward"): (595, _FA3),
     ("H100", "SDPA cuDNN", "backward"): (516, _FA3),
     ("H100", "triton", "forward"): (460, "420 to 500, " + _SASS),
-    ("H100", "triton", "backward"): (310, "280 to 340, " + _SASS),
+    ("H100", "triton", "backward"): (322, "as FlashAttention-2: five products; " + _FA3),
+    ("H100", DETERMINISTIC, "backward"): (310, "280 to 340, " + _SASS),
 }
 """Long self-attention in bf16."""
 TWINS = {"H200": "H100"}

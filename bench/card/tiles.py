@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ MORE_FILES = {"attention": ("attention", "attention_backward")}
 """Files whose kernels an op launches, where these are not the op's own."""
 EXACT = ("attention",)
 """Ops that have kernels of their own for fp32."""
+TWO_WAYS = ("attention",)
+"""Ops that have kernels of their own for ``deterministic``."""
 WAN = {"B": 2, "L": 333, "H": 12, "d": 128}
 SIZES: dict[str, Sizes] = {
     "attention": {"B": 1, "L": 777, "H": 4, "d": 128, "M": 777, "G": 2, "prefix": 300, "questions": 3},
@@ -48,6 +51,8 @@ def tiles() -> Iterator[Row]:
         first = {every[name]: chosen[0] for name, chosen in mine.items()}
         dtypes = (*op.dtypes, torch.float32) if op.name in EXACT else op.dtypes
         cases = [_Case(op, SIZES.get(op.name, WAN), dtype) for dtype in dtypes]
+        if op.name in TWO_WAYS:
+            cases += [_Case(op, SIZES[op.name], dtype, more={"deterministic": True}) for dtype in dtypes]
         for name, tuner in every.items():
             _pin(first)
             for config in mine[name]:
@@ -82,9 +87,12 @@ def _worst(what: str, tuner: Tuned, cases: Sequence[_Case]) -> Row:
 class _Case:
     """An op on inputs of one size and dtype, with the exact results and the allowed errors."""
 
-    def __init__(self, op: Op, sizes: Sizes, dtype: torch.dtype, device: str = "cuda") -> None:
-        self.label = f"{str(dtype).removeprefix('torch.')} {'x'.join(map(str, sizes.values()))}"
-        self._function = op.fused
+    def __init__(
+        self, op: Op, sizes: Sizes, dtype: torch.dtype, device: str = "cuda", more: dict[str, Any] | None = None
+    ) -> None:
+        more = more or {}
+        self.label = " ".join([str(dtype).removeprefix("torch."), "x".join(map(str, sizes.values())), *more])
+        self._function = functools.partial(op.fused, **more)
         self._arguments = build(op, sizes, dtype, torch.device(device))
         wide = {name: _wide(value) for name, value in self._arguments.items()}
         self._exact, eager = _results(op.naive, wide), _results(op.naive, self._arguments)

@@ -45,6 +45,8 @@ ENOUGH_MS, LEAST, MOST = 300.0, 5, 100
 GIB, MIB = 1024**3, 1024**2
 FLOPS = {"forward": 1.0, "backward": 2.5, "both": 3.5}
 """Multiples of the forward's FLOPs: the backward has five products, the forward two."""
+DETERMINISTIC = "triton deterministic"
+"""Name of our attention whose gradients have the same bits every time; its forward is that of ``triton``."""
 
 Pass = Callable[..., Any]
 
@@ -55,6 +57,8 @@ def rivals(op: Op, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Pass]]:
     yield "naive", op.naive
     if not op.products:
         return
+    if op.name == "attention":
+        yield DETERMINISTIC, functools.partial(op.fused, deterministic=True)
     from torch.nn.attention import SDPBackend
 
     mask = None if arguments.get("ranges") is None else seen(arguments["ranges"], arguments["k"].shape[1])[:, None]

@@ -90,7 +90,7 @@ def test_rivals_of_attention_compute_the_same(device):
     op = BY_NAME["attention"]
     arguments = build(op, op.tiny, torch.float32, device)
     names = [name for name, _ in kernels.rivals(op, arguments)]
-    assert names == ["triton", "naive", "SDPA flash", "SDPA cuDNN", "SDPA efficient"]
+    assert names == ["triton", "naive", kernels.DETERMINISTIC, "SDPA flash", "SDPA cuDNN", "SDPA efficient"]
     mask = kernels.seen(arguments["ranges"], 10)[:, None]
     torch.testing.assert_close(kernels._sdpa(SDPBackend.MATH, mask, **arguments), op.naive(**arguments))
 

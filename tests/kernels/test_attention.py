@@ -56,8 +56,8 @@ def run(function, qkv, d_out, wanted=(True, True, True), dtype=None, **options):
     return [out.detach(), *(next(gradients) if want else None for want in wanted)]
 
 
-def check(qkv, d_out, **options):
-    got, eager = run(attention, qkv, d_out, **options), run(attention_naive, qkv, d_out, **options)
+def check(qkv, d_out, fused=attention, **options):
+    got, eager = run(fused, qkv, d_out, **options), run(attention_naive, qkv, d_out, **options)
     exact = run(attention_naive, qkv, d_out, dtype=torch.float64, **options)
     for name, *three in zip(("out", "dq", "dk", "dv"), got, exact, eager, strict=True):
         assert_within_budget(name, *three)
@@ -184,13 +184,18 @@ def test_layouts(layout, device):
 )
 def test_unwanted_gradients(wanted, device, monkeypatch):
     qkv, d_out = tensors((1, 50, 60, 2, 1, 16), torch.float32, device)
-    expected = run(attention, qkv, d_out)
+    exact, eager = (run(attention_naive, qkv, d_out, dtype=dtype) for dtype in (torch.float64, None))
     if not wanted[0]:
-        monkeypatch.delattr(backward_file, "_tuned_query_fp32")
+        monkeypatch.delattr(backward_file, "tuned_query_fp32")
     if not any(wanted[1:]):
         monkeypatch.delattr(backward_file, "_tuned_key_fp32")
-    for got, want, asked in zip(run(attention, qkv, d_out, wanted)[1:], expected[1:], wanted, strict=True):
-        assert torch.equal(got, want) if asked else got is None
+    if not (wanted[0] and any(wanted[1:])):
+        monkeypatch.delattr(backward_file, "_tuned_joint_fp32")
+    got = run(attention, qkv, d_out, wanted)
+    for name, asked, *three in zip(("dq", "dk", "dv"), wanted, got[1:], exact[1:], eager[1:], strict=True):
+        assert asked or three[0] is None
+        if asked:
+            assert_within_budget(name, *three)
 
 
 def test_what_would_be_read_element_by_element_is_copied(device):
@@ -233,7 +238,7 @@ def test_every_launch_is_on_the_card_of_its_tensors(device, monkeypatch):
     qkv, d_out = tensors((1, 8, 8, 1, 1, 64), torch.float16, device)
     run(attention, qkv, d_out)
     attention_int8(*qkv)
-    assert seen == [True] * 7
+    assert seen == [True] * 6
 
 
 def test_the_pair_is_the_differentiable_form(device):
