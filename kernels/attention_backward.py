@@ -185,9 +185,9 @@ def attention_key_backward_kernel(
 
 
 _tuned_delta = tuned(DELTA_TILES, key=["D"])(attention_delta_kernel)
-_tuned_joint = tuned(JOINT_TILES, key=["D", "GROUP", "L", "M", "p_ranges"])(attention_key_backward_kernel)
+_tuned_joint = tuned(JOINT_TILES, key=["D", "GROUP", "L", "M", "p_ranges", "p_sums"])(attention_key_backward_kernel)
 _tuned_joint_fp32 = tuned(FP32_TILES, key=["D"])(attention_key_backward_kernel)
-_tuned_key = tuned(KEY_TILES, key=["D", "GROUP", "L", "M", "p_ranges"])(attention_key_backward_kernel)
+_tuned_key = tuned(KEY_TILES, key=["D", "GROUP", "L", "M", "p_ranges", "p_sums"])(attention_key_backward_kernel)
 _tuned_key_fp32 = tuned(FP32_TILES, key=["D"])(attention_key_backward_kernel)
 
 

@@ -3,7 +3,6 @@ blocks, refused inputs."""
 
 import pytest
 import torch
-import triton
 from _close import assert_within_budget
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -21,6 +20,7 @@ from lowmem_drf.kernels.attention import (
 )
 from lowmem_drf.kernels.attention_int8 import attention_int8
 from lowmem_drf.kernels.checks import aligned
+from lowmem_drf.kernels.tiles import Tuned
 
 LONG = 1000 if torch.cuda.is_available() else 300
 """Several blocks, the last one not full. The interpreter takes 0.1 s for a block."""
@@ -234,7 +234,7 @@ def test_every_launch_is_on_the_card_of_its_tensors(device, monkeypatch):
         return run
 
     monkeypatch.setattr(torch.cuda, "device_of", Guard)
-    monkeypatch.setattr(triton.runtime.Autotuner, "run", noted(triton.runtime.Autotuner.run))
+    monkeypatch.setattr(Tuned, "_launch", noted(Tuned._launch))
     qkv, d_out = tensors((1, 8, 8, 1, 1, 64), torch.float16, device)
     run(attention, qkv, d_out)
     attention_int8(*qkv)
