@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     patient = [replace(section, limit_s=options.patience * section.limit_s) for section in chosen]
     code = _all(patient, options.minutes, options.output)
     if options.record and code != INTERRUPTED:
-        from bench.card import record
+        from bench.plans import record
 
         record.main([str(options.output)])
     return code

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench.card import __main__ as program
-from bench.card import parent, presets, record
+from bench.card import parent, presets
 from bench.card.parent import run_all
 from bench.card.presets import rows
 from bench.card.reference import errors
@@ -19,6 +19,7 @@ from bench.card.sections import SECTIONS, Section
 from bench.card.table import cells, markdown, rich_table
 from bench.card.tiles import _Case, _pin, _worst, tuners
 from bench.kernels.ops import OPS, build
+from bench.plans import record
 from lowmem_drf.config import presets as presets_of_the_package
 from lowmem_drf.errors import BadInputError
 

@@ -1,7 +1,7 @@
 """Writes what a card measured into the repository: the ``# Measured:`` lines of the presets, docs/fit.md, the README,
 and the figures themselves under ``bench/results/``.
 
-    python -m bench.card.record FOLDER      # where python -m bench.card wrote its results, on this machine or another
+    python -m bench.plans.record FOLDER     # where python -m bench.card wrote its results, on this machine or another
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def _measured(preset: str, rows: list[Mapping[str, Any]], card: str, when: str) 
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.card.record", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.plans.record", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("folder", type=Path, help="where bench.card wrote results.json")
     options = parser.parse_args(arguments)
     try:
