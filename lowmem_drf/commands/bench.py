@@ -54,7 +54,8 @@ def _as_json(plan: Plan, measured: Measurement, name: str) -> dict[str, Any]:
         for stage, row in plan.stages.items()
     }
     seconds = {"updates_s": measured.updates_s, "median_s": median(measured.later_s)}
-    figures = {"device": measured.device, "measured_peak_gib": measured.peak_gib} | seconds
+    allocator = {"reserved_gib": measured.reserved_gib, "retries": measured.retries}
+    figures = {"device": measured.device, "measured_peak_gib": measured.peak_gib} | allocator | seconds
     return plan.as_json(name) | figures | {"stages": rows}
 
 
@@ -75,6 +76,9 @@ def _print(plan: Plan, measured: Measurement, name: str, console: Console) -> No
     console.print(table)
     peaks = f"planned {plan.peak_gib:.3f} GiB with the text encoder's stage, measured {measured.peak_gib:.3f} GiB"
     console.print(f"peak: {peaks}", highlight=False)
+    if measured.reserved_gib is not None:
+        held = f"reserved {measured.reserved_gib:.3f} GiB of the card, and found no room {measured.retries} times"
+        console.print(f"allocator: {held}", highlight=False)
     console.print(f"seconds: {_spread(measured)}", highlight=False)
 
 

@@ -54,6 +54,10 @@ class Measurement:
     device: str
     updates_s: tuple[float, ...]
     """Of every update, the first too."""
+    reserved_gib: float | None = None
+    """What PyTorch's allocator holds of the card at the end, fragments included. ``None`` on the CPU."""
+    retries: int = 0
+    """How often it found no room, gave free segments back and tried again: a pause each."""
 
     @property
     def peak_gib(self) -> float:
@@ -103,7 +107,8 @@ def measure(
             where = f"under a cap of {cap_gib:g} GiB" if cap_gib else "on this card"
             advice = "Ask for a change that fits: lowmem-drf plan --preset NAME --vram GB"
             raise LowmemError(f"out of memory {where}: {error}\n{advice}") from error
-        return Measurement.of(rows, torch.cuda.get_device_name(device))
+        made, held = Measurement.of(rows, torch.cuda.get_device_name(device)), torch.cuda.memory_stats(device)
+        return replace(made, reserved_gib=torch.cuda.memory_reserved(device) / GIB, retries=held["num_alloc_retries"])
     _refuse_large(config)
     with console.status("measuring …"):
         gib = count_bytes(config)

@@ -19,7 +19,7 @@ from lowmem_drf.planner import measure
 
 sys.path.insert(0, str(ROOT))
 
-from bench.plans import zero3
+from bench.plans import allocator, zero3
 from bench.script import make_parser, save
 from bench.toyworld import base_and_tuned as picture
 from bench.toyworld import critic_modes
@@ -158,3 +158,12 @@ def test_zero3_against_streaming_has_the_same_update_in_both_and_says_what_faile
     out = capsys.readouterr().out
     assert "| together | 1.50 | 4.00 |" in out and "weight streaming: Error: out of memory" in out
     assert set(json.loads((tmp_path / "made" / "out.json").read_text())["rows"]) == set(zero3.WAYS)
+
+
+def test_the_allocators_table_names_the_stage_that_is_most_above_its_plan():
+    stages = {"decode": {"peak_gib": 16.0, "measured_gib": 16.16}, "critic": {"peak_gib": 10.0, "measured_gib": 10.2}}
+    row = {"gb": 24, "usable_gib": 21.6, "reserved_gib": 17.25, "retries": 0, "device": "a card", "stages": stages}
+    *_, line = allocator.table({"one": row})
+    assert line == "| `one` | 24 GB | decode | 16.00 | 16.16 | +2.0% (critic) | 17.2 | 0 |"
+    cards = allocator.single_cards()
+    assert cards["rtx4060"] == 8 and {"toy", "zero3-2gpu"}.isdisjoint(cards)
