@@ -155,7 +155,8 @@ def _timed(
 ) -> dict[str, Any]:
     """The record of a new choice, without ``about``."""
     asked, device = config.kernels.attention, work.device
-    names = [name for name in NAMES if not why_not(name, device)] if asked == "auto" else [asked]
+    named = [asked] if asked == "triton" else []  # its tiles are timed
+    names = [name for name in NAMES if not why_not(name, device)] if asked == "auto" else named
     ours = not why_not("triton", device)
     found: dict[AttentionName, tuple[float, float]] = {}
     failed: dict[str, str] = {}
