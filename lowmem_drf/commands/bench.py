@@ -65,7 +65,7 @@ def _print(plan: Plan, measured: Measurement, name: str, console: Console) -> No
     from rich.text import Text
 
     title = Text(f"{name}: one micro-batch on {measured.device}; seconds planned for {plan.card}")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("stage", no_wrap=True)
     for heading in ("plan GiB", "here", "differs", "plan s", "here"):
         table.add_column(heading, justify="right", no_wrap=True)

@@ -215,9 +215,10 @@ def _climbed(
     rungs = {name: iter(ladder) for name, ladder in LADDERS.items()}
     set_for: dict[str, str] = {}
     while not now.fits:
-        name, needs = now.tightest, now.stages[now.tightest].needs_gib
+        name, needs, in_vain = now.tightest, now.stages[now.tightest].needs_gib, set[str]()
         while needs > now.room_gib:
-            override = next((text for rung in rungs[name] if (text := rung(config)) and allowed(text)), None)
+            offered = (text for rung in rungs[name] if (text := rung(config)) and allowed(text))
+            override = next((text for text in offered if text not in in_vain), None)
             if override is None:
                 return None
             say(f"{name}: {override}")
@@ -226,11 +227,14 @@ def _climbed(
             if changed and after < needs * (1 - SAVES):
                 config, needs = changed, after
                 set_for |= {part.partition("=")[0]: name for part in override.split()}
+                in_vain.clear()
+            else:
+                in_vain.add(override)
         now = planner.whole(config)
     takings = _takings(first, config)
     for rung in takings if len(takings) > 1 else ():
         override = rung(config) or ""
-        say(f"again with {override}")
+        say(f"{override} again")
         without = _changed(config, override)
         # its stage alone first: half the time, and it usually decides
         if without and planner.needs(without, set_for[override.partition("=")[0]]) <= now.room_gib:

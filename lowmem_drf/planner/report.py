@@ -92,7 +92,7 @@ def _planned(config: Config, card: Card, room: Room, console: Console, advice: b
             return plan
 
         def trying(text: str) -> None:
-            say(f"it does not fit; trying {text}")
+            say(f"it does not fit as it is; trying {text}")
 
         plan = advise(config, card, plan, trying, fakes, seen, dear=advice)
         return plan if host_gib is None else advise_host(config, card, plan, host_gib, trying, fakes, seen)
@@ -302,14 +302,14 @@ def print_plan(plan: Plan, name: str, config: Config, console: Console) -> None:
         f"{plan.host_gib:.1f} GiB{together}",
         "bold green" if plan.fits else "bold red",
     )
-    say(f"about {times(plan, config.steps)}")
+    say(f"on an {plan.card} about {times(plan, config.steps)}")
     if plan.applied:
         say(set_to_fit(plan))
     say(f"{_room_words(plan)}; {_need(plan)}.")
     for line in () if plan.fits else (*_cure(plan), *_made_for(plan, config)):
         console.print(Text(line), soft_wrap=True)
     title = Text(f"{name}, planned for {plan.card}, {plan.vram_gib:g} GiB{each}")
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("stage", no_wrap=True)
     for heading in ("peak", "weights", "host", "s", "waits"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -317,7 +317,9 @@ def print_plan(plan: Plan, name: str, config: Config, console: Console) -> None:
         figures = (f"{row.peak_gib:.2f}", f"{row.weights_gib:.2f}", f"{row.host_gib:.2f}")
         style = "bold" if stage == plan.tightest else ""
         table.add_row(Text(stage, style=style), *figures, f"{row.s:,.1f}", f"{row.stall_s:,.1f}")
+    console.print()
     console.print(table)
+    console.print()
     if what := plan.stages[plan.tightest].what:
         say(f"largest in {plan.tightest}, weights apart: {what}")
     say(

@@ -45,7 +45,7 @@ def formula(config, card, vram_gib, only=None, **_):
                 for one, gib in weights.items())  # fmt: skip
         copies = 1.4 * size / memory.vae_strips if used == "vae" else 0.0
         peak = moments + sum(here) + size * works[name]
-        stages[name] = StagePlan(peak, 0, 0, host, 10, 0, 0, 0, 0, "", copies_gib=copies)
+        stages[name] = StagePlan(peak, 0, 0, host, 1282.2, 0, 0, 0, 0, "", copies_gib=copies)
     text = {"card": 10.7, "stream": 0.8, "host": 0.0}[memory.text_device]
     stages["text"] = StagePlan(text, 0, 0, 10.7 - text, 1, 0, 0, 0, 0, "")
     seconds = 300 * size + 20 * (memory.checkpoint is not False) + 5 * len(memory.stream) + memory.token_slices
