@@ -172,13 +172,21 @@ def test_a_run_of_an_earlier_version_is_read_where_nothing_it_used_has_changed(t
     """A run's config.toml holds every key. Keys that went are dropped at the value that changes nothing, else named."""
     earlier = to_toml(load_config("toy")) + "\n"
     earlier = earlier.replace('questions = "critic"', 'questions = "templates"')
-    for line in ('writer = ""', "check = true", "skip_prompts = []", "max_skipped = 5", 'sample_first = "auto"'):
+    for line in (
+        'writer = ""',
+        "check = true",
+        "skip_prompts = []",
+        "max_skipped = 5",
+        'sample_first = "auto"',
+        'fit = "auto"',
+    ):
         earlier = earlier.replace(f"{line}\n", "")
     earlier = earlier.replace("[memory]\n", "[memory]\nkeep_blocks = 0\n")
     earlier = earlier.replace("[zero]\n", '[zero]\nnvme_path = ""\nstage3_max_live_parameters = 7\n')
     file = tmp_path / "config.toml"
     file.write_text(earlier)
-    acted = ["critic.check=false", "log.sample_first=true"]  # its questions were not checked, its first clips were made
+    # its questions were not checked, its first clips were made, and what did not fit was refused
+    acted = ["critic.check=false", "log.sample_first=true", "memory.fit=as_given"]
     assert load_config(file) == load_config("toy", acted)
     assert "keep_blocks" in earlier and '"templates"' in earlier and "writer" not in earlier
     file.write_text(earlier.replace("keep_blocks = 0", "keep_blocks = 3").replace('"toyworld"', '"elsewhere"'))

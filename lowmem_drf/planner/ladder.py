@@ -146,7 +146,7 @@ def advise(
     auto = config.memory.fit == "auto"
     if found := _climbed(config, plan, planner, say, keeps_gradient):
         return replace(found[1], applied=differences(config, found[0])) if auto else _advised(plan, config, *found)
-    found = _climbed(config, plan, planner, say) if dear else None
+    found = _climbed(config, plan, planner, say, prune=_is_dear if auto else _anything) if dear else None
     if found and auto:  # what keeps the gradient is set by itself, once the rest is
         less = _changed(config, *filter(_is_dear, differences(config, found[0])))
         if less and (again := _climbed(less, planner.whole(less), planner, say, keeps_gradient)):
@@ -163,7 +163,7 @@ def advise_host(
         return plan
     planner = _planner(card, plan, fakes, seen)
     start = _changed(config, *plan.applied) or config
-    for allowed in (keeps_gradient, lambda override: True):
+    for allowed in (keeps_gradient, _anything):
         at, now = start, plan
         for rung in HOST_FOR_CARD:
             override = rung(at)
@@ -207,10 +207,20 @@ def _is_dear(override: str) -> bool:
     return not keeps_gradient(override)
 
 
+def _anything(override: str) -> bool:
+    return True
+
+
 def _climbed(
-    first: Config, plan: Plan, planner: StagePlanner, say: Say, allowed: Callable[[str], bool] = lambda override: True
-) -> tuple[Config, Plan] | None:
-    """``first`` with the rungs that make it fit, and its plan. ``None``: these ladders do not help."""
+    first: Config, plan: Plan, planner: StagePlanner, say: Say, allowed: Callable[[str], bool] = _anything,
+    prune: Callable[[str], bool] = _anything,
+) -> tuple[Config, Plan] | None:  # fmt: skip
+    """``first`` with the rungs that make it fit, and its plan. ``None``: these ladders do not help.
+
+    Args:
+        allowed: settings that may be made.
+        prune: settings that are taken back where they are not needed.
+    """
     config, now = first, plan
     rungs = {name: iter(ladder) for name, ladder in LADDERS.items()}
     set_for: dict[str, str] = {}
@@ -234,6 +244,8 @@ def _climbed(
     takings = _takings(first, config)
     for rung in takings if len(takings) > 1 else ():
         override = rung(config) or ""
+        if not prune(override):
+            continue
         say(f"{override} again")
         without = _changed(config, override)
         # its stage alone first: half the time, and it usually decides
