@@ -3,7 +3,6 @@ beside the plan's."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 
 from bench.card.rows import Row, State, near
-from lowmem_drf.commands.bench import bench_command
 from lowmem_drf.errors import LowmemError
 from lowmem_drf.planner.cards import GIB, parse_vram
 
@@ -42,16 +40,26 @@ def time_row(stage: str) -> str:
 
 
 def preset(name: str) -> Iterator[Row]:
-    """Stages of one update. What the first update compiles is in its seconds where ``bench`` runs no other."""
+    """Stages of one update. What it compiles is in its seconds."""
     vram, steps, graded = SETTINGS[name]
     here = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
     if here < LEAST * parse_vram(vram):
         yield Row("the preset", f"is for {vram}, and this card has {here:.1f} GiB")
         return
-    command = [sys.executable, "-m", "lowmem_drf", "bench", "--preset", name, "--vram", vram, "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "lowmem_drf",
+        "bench",
+        "--preset",
+        name,
+        "--vram",
+        vram,
+        "--updates",
+        "1",
+        "--json",
+    ]
     command += ["-s", f"sampler.steps={steps}", "-s", f"sampler.graded_steps={graded}"]
-    if "updates" in inspect.signature(bench_command).parameters:
-        command += ["--updates", "1"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise LowmemError(f"{' '.join(command[1:])} ended with exit code {done.returncode}; its message is above")
