@@ -79,12 +79,13 @@ def _print(plan: Plan, measured: Measurement, name: str, console: Console) -> No
     if measured.reserved_gib is not None:
         held = f"reserved {measured.reserved_gib:.3f} GiB of the card, and found no room {measured.retries} times"
         console.print(f"allocator: {held}", highlight=False)
-    console.print(f"seconds: {_spread(measured)}", highlight=False)
+    console.print(f"seconds: {spread(measured)}", highlight=False)
 
 
-def _spread(measured: Measurement) -> str:
+def spread(measured: Measurement) -> str:
+    """Seconds of the updates, in words."""
     first, *later = measured.updates_s
     if not later:
         return f"{first:.2f} for the first update, in which libraries choose their kernels"
-    spread = f" ({min(later):.2f} to {max(later):.2f})" if later[1:] else ""
-    return f"{median(later):.2f} an update, the median of {len(later)}{spread}; {first:.2f} for the first, apart"
+    between = f" ({min(later):.2f} to {max(later):.2f})" if later[1:] else ""
+    return f"{median(later):.2f} an update, the median of {len(later)}{between}; {first:.2f} for the first, apart"
