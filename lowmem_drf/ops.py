@@ -179,6 +179,13 @@ def tiles() -> ModuleType:
     return tiles
 
 
+def attention_workspace(*arguments: Any) -> int:
+    """Bytes that the operator ``lowmem_drf::attention_backward`` allocates beside its results. Imports Triton."""
+    from lowmem_drf.kernels.attention_backward import attention_backward_workspace
+
+    return attention_backward_workspace(*arguments)
+
+
 def ranged_attention() -> tuple[Callable[[Tensor, Tensor, Tensor, float, Tensor], Tensor], tuple[int, ...]]:
     """The same kernel with a range of keys per query, for the critic, and the head sizes it supports. Imports
     Triton."""

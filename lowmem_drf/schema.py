@@ -352,6 +352,10 @@ class Kernels(Node):
     rollout_attention: Literal["same", "int8"] = "same"
     """Attention where there is no gradient (rollout, samples). ``int8`` is faster and inexact; graded steps never use
     it. ``same``: as ``attention``."""
+    deterministic: bool = False
+    """The same run gives the same bits on the same card, as far as PyTorch can; operations of which it cannot say so
+    are named in a warning. Takes ``attention = "triton"``, whose backward then has seven products instead of five. On a
+    CPU every run is like that."""
 
 
 class Log(Node):

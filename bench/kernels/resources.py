@@ -5,7 +5,8 @@
 
 Compiles every ``Variant`` of every file in ``kernels/`` as Triton's just-in-time compiler does for aligned tensors:
 pointers, arguments named ``stride…`` and arguments of type ``"i32:16"`` (the notation of Triton's ahead-of-time
-compiler) are multiples of 16. ptxas reports registers and spilled bytes, Triton the shared memory.
+compiler) are multiples of 16. ptxas reports registers and spilled bytes, Triton the shared memory. Products and
+barriers are those of one pass of the loop with the most products, as Triton's IR and PTX have them.
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ LOG_COLUMNS = 200
 """Width of the table when the output is not a terminal."""
 ALIGNMENT = 16
 QUICK_CARD = 86
+REGISTERS, SHARED, WARPS = 65536, {80: 164, 90: 228}, {80: 64, 90: 64}
+"""Of a multiprocessor: registers; KiB of shared memory, 100 on the other cards, of which each block takes one more; and
+warps, 48 on the other cards (CUDA C++ Programming Guide, technical specifications per compute capability)."""
+TENSOR_CORES = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async)")
 Job = tuple[str, int, int]
 """File, card, index of the variant."""
 
@@ -63,6 +68,12 @@ class Resource:
     """Per block."""
     spill_bytes: int
     """Bytes per thread that spill instructions store and load, as ptxas counts them: each instruction once."""
+    blocks: int
+    """On one multiprocessor at a time, by registers, shared memory and warps."""
+    products: int
+    """Matrix products in one pass of the loop that has the most."""
+    barriers: int
+    """Of all threads of a block, in that pass; 0 without products."""
     compile_s: float
 
 
@@ -153,6 +164,8 @@ def _compile(file: str, card: int, index: int) -> Resource:
         dtype=next((kind.lstrip("*") for kind in variant.types.values() if kind.startswith("*")), ""),
         constants=dict(variant.constants), tile=dict(tile.sizes), warps=tile.warps, stages=tile.stages,
         registers=registers, shared_kib=compiled.metadata.shared / 1024, spill_bytes=spilled, compile_s=taken,
+        blocks=_blocks(card, registers, compiled.metadata.shared / 1024, tile.warps),
+        products=_products(compiled.asm["ttir"]), barriers=_barriers(compiled.asm["ptx"]),
     )  # fmt: skip
 
 
@@ -164,12 +177,50 @@ def _from_ptxas(log: str) -> tuple[int, int]:
     return max(map(int, registers)), sum(map(int, spills))
 
 
+def _blocks(card: int, registers: int, shared_kib: float, warps: int) -> int:
+    """Registers are given to a warp in units of 256."""
+    by_registers = REGISTERS // (-(-registers * 32 // 256) * 256 * warps)
+    return int(min(by_registers, SHARED.get(card, 100) // (shared_kib + 1), WARPS.get(card, 48) // warps))
+
+
+def _products(ir: str) -> int:
+    """``tt.dot`` between a loop's first line and the closing brace below it."""
+    loops, most = [], 0
+    for line in ir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if "scf.for" in line:
+            loops.append([indent, 0])
+        elif loops and line.lstrip().startswith("}") and indent == loops[-1][0]:
+            most = max(most, loops.pop()[1])
+        elif loops and re.search(r"= tt\.dot ", line):
+            loops[-1][1] += 1
+    return most
+
+
+def _barriers(ptx: str) -> int:
+    """In the stretch between two labels or branches with the most tensor core instructions."""
+    stretches = re.split(r"^\$L__BB|^\s*(?:@%p\d+ )?bra\b", ptx, flags=re.MULTILINE)
+    hot = max(stretches, key=lambda stretch: len(TENSOR_CORES.findall(stretch)))
+    return len(re.findall(r"\bbar\.sync\b", hot)) if TENSOR_CORES.search(hot) else 0
+
+
 def table(rows: Iterable[Resource]) -> Table:
-    figures = ("warps", "stages", "registers", "shared KiB", "spill bytes", "compile s")
+    figures = (
+        "warps",
+        "stages",
+        "registers",
+        "shared KiB",
+        "spill bytes",
+        "blocks",
+        "products",
+        "barriers",
+        "compile s",
+    )
     made = Table("kernel", "card", "dtype", "constants", "tile", *figures)
     for row in rows:
         shape = [" ".join(f"{key}={value}" for key, value in values.items()) for values in (row.constants, row.tile)]
         numbers = [str(row.warps), str(row.stages), str(row.registers), f"{row.shared_kib:.1f}", str(row.spill_bytes)]
+        numbers += [str(row.blocks), str(row.products), str(row.barriers)]
         style = "red" if row.spill_bytes else None
         made.add_row(
             row.kernel, f"sm_{row.card}", row.dtype, *shape, *numbers, f"{row.compile_s:.1f}", style=style

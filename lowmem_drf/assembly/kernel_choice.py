@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from lowmem_drf.terminal import working
 from lowmem_drf.texts import one_line, parse_json, read_text
 
 if TYPE_CHECKING:
-    from lowmem_drf.ops import RowChoice
+    from lowmem_drf.ops import AttentionName, RowChoice
 
 KERNELS = "kernels.json"
 """Of a run's folder."""
@@ -63,7 +64,11 @@ def choose(config: Config, work: Work, before: Mapping[str, Any] | None = None, 
 
     Raises BadInputError: a requested implementation cannot run here.
     """
-    kernels, device = config.kernels, work.device
+    device = work.device
+    if config.kernels.deterministic and device.type == "cuda":
+        attention = _deterministic(config.kernels.attention)
+        config = config.model_copy(update={"kernels": config.kernels.model_copy(update={"attention": attention})})
+    kernels = config.kernels
     rows = choose_rows(kernels.ops, device)
     rollout = int8_attention(device) if kernels.rollout_attention == "int8" else None
     if kernels.attention != "auto":
@@ -78,6 +83,20 @@ def choose(config: Config, work: Work, before: Mapping[str, Any] | None = None, 
     if not why_not("triton", device):
         tiles().take_choices(record["tiles"])
     return Chosen(rows, attention_named(record["attention"]), why, rollout, record["critic"] == "triton", record)
+
+
+def _deterministic(name: AttentionName) -> AttentionName:
+    """Makes PyTorch's operations and our kernels give the same bits every time, from now on in this process. Returns
+    the attention to use."""
+    if name not in ("auto", "triton"):
+        cure = "-s kernels.attention=triton, or -s kernels.deterministic=false"
+        raise BadInputError(
+            f"kernels.deterministic: gradients of kernels.attention={name} differ by rounding. Cure: {cure}"
+        )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else PyTorch warns of every product
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    return "triton"
 
 
 def choose_planned(config: Config) -> Chosen:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from lowmem_drf.ops import attention_workspace
+
 
 def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
     """Two products: scores, and scores times values. With GQA ``q`` has more heads than ``k``."""
@@ -34,10 +36,11 @@ FLOPS: dict[Any, Callable[..., int]] = {
 CONVOLUTIONS = {_aten.convolution, _aten.convolution_backward}
 
 WORKSPACE: dict[Any, Callable[..., int]] = {
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda d_out, q, *_: 4 * q.numel()
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda d_out, q, *_: 4 * q.numel(),
+    "lowmem_drf::attention_backward": attention_workspace,
 }
-"""Bytes that only the CUDA kernel allocates: FlashAttention-2 accumulates the gradient of q in fp32 (flash_bwd's
-``dq_accum``)."""
+"""Bytes that only the CUDA kernel allocates, by operator or by its name: FlashAttention-2 accumulates the gradient of q
+in fp32 (flash_bwd's ``dq_accum``), and so does our kernel."""
 
 
 @cache
@@ -45,7 +48,7 @@ def facts(func: Any) -> tuple[str, Callable[..., int] | None, Callable[..., int]
     """An operator's name, its FLOP formula and its workspace formula."""
     packet = func.overloadpacket
     name = str(func.name()).removeprefix("aten::")
-    return name, FLOPS.get(packet) or flop_registry.get(packet), WORKSPACE.get(packet)
+    return name, FLOPS.get(packet) or flop_registry.get(packet), WORKSPACE.get(packet) or WORKSPACE.get(name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -187,3 +187,15 @@ def test_seconds_are_the_longer_of_arithmetic_and_traffic():
     with Ledger(rates=Rates({torch.float32: 1e3}, 2e9, 1e6)) as ledger:
         x.mm(x)
         assert ledger.seconds == pytest.approx(2e6 / 1e3)
+
+
+def test_what_our_attention_backward_allocates_is_in_the_peak():
+    """The gradient of q in fp32, log-sum-exp and delta; for grouped queries the gradients of each head's keys too."""
+    attention_backward = pytest.importorskip("lowmem_drf.kernels.attention").attention_backward
+    for groups, more in ((4, 0), (2, 2 * 2 * 256 + 256)):
+        with FakeTensorMode(), Ledger() as ledger:
+            q, k = (torch.empty(1, n, h, 16, dtype=torch.bfloat16) for n, h in ((128, 4), (256, groups)))
+            lse, rows = torch.empty(1, 4, 128), 4 * 128
+            gradients = attention_backward(q, q, k, k, q, lse)
+            assert len(gradients) == 3
+            assert ledger.peak_card_bytes - ledger.card_bytes == 4 * (rows * (16 + 2) + more * groups * 16)
