@@ -95,7 +95,8 @@ def _deterministic(name: AttentionName) -> AttentionName:
         )
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else PyTorch warns of every product
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    settings: Any = torch.utils.deterministic
+    settings.fill_uninitialized_memory = False  # a pass over every new tensor, whose values nothing here reads
     return "triton"
 
 

@@ -224,3 +224,34 @@ def test_a_librarys_attention_is_called_as_it_wants_to_be(library, name, monkeyp
 
     wanted, found = results(sdpa_attention()), results(attention_named(name))
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.fixture
+def _torchs_setting(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.mark.usefixtures("_torchs_setting")
+def test_the_same_bits_take_our_attention_and_pytorchs_own_switch(monkeypatch):
+    def record(config, *_):
+        return {"attention": config.kernels.attention, "tiles": [], "critic": "sdpa"}, ""
+
+    def name(device, attention):
+        settings = ["kernels.deterministic=true", f"kernels.attention={attention}"]
+        return choose(*work(*settings, device=device)).attention.name
+
+    monkeypatch.setattr(kernel_choice, "_record", record)
+    monkeypatch.setattr(kernel_choice, "refusal", lambda *_: None)
+    monkeypatch.setattr(kernel_choice, "why_not", lambda name, _: None if name == "sdpa" else "not asked")
+    assert name("cpu", "sdpa") == "sdpa" and not torch.are_deterministic_algorithms_enabled()
+    assert name("cuda", "auto") == name("cuda", "triton") == "triton"
+    assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "cudnn", "xformers", "flash"])
+def test_an_attention_that_adds_up_in_any_order_is_refused(attention):
+    with pytest.raises(BadInputError, match=r"differ by rounding. Cure: -s kernels.attention=triton"):
+        choose(*work("kernels.deterministic=true", f"kernels.attention={attention}", device="cuda"))
