@@ -99,10 +99,23 @@ class StagePlanner:
     measured: bool = False
     known: dict[tuple[str, str], float] = field(default_factory=dict)
     """What stages need, by configuration."""
+    plans: dict[str, Plan] = field(default_factory=dict)
+    """Whole plans, by configuration."""
 
     def whole(self, config: Config) -> Plan:
-        plan = make_plan(config, self.card, self.vram_gib, fakes=self.fakes, seen=self.seen)
-        return replace(plan, free_gib=self.free_gib, measured=self.measured)
+        key = config.model_dump_json()
+        if key not in self.plans:
+            plan = make_plan(config, self.card, self.vram_gib, fakes=self.fakes, seen=self.seen)
+            self.plans[key] = replace(plan, free_gib=self.free_gib, measured=self.measured)
+        return self.plans[key]
+
+    def fitting(self, config: Config) -> Plan | None:
+        """The plan if it fits. ``None``: it does not, or cannot be planned here."""
+        try:
+            plan = self.whole(config)
+        except BadInputError:
+            return None
+        return plan if plan.fits else None
 
     def peak(self, config: Config, stage: str) -> float:
         """Infinite if the settings cannot be planned here: bitsandbytes is missing."""
@@ -170,8 +183,8 @@ def advise_host(
             if not override or not allowed(override) or not (changed := _changed(at, override)):
                 continue
             say(f"host memory: {override}")
-            after = planner.whole(changed)
-            if after.fits and after.host_gib < now.host_gib * (1 - SAVES):
+            after = planner.fitting(changed)
+            if after and after.host_gib < now.host_gib * (1 - SAVES):
                 at, now = changed, after
             if now.host_gib <= host_gib:
                 return _with_less_host(config, start, plan, at, now, host_gib, planner)
@@ -184,8 +197,8 @@ def _with_less_host(
     """Takes back what is not needed of the changes from ``start`` to ``at``."""
     for rung in _takings(start, at):
         if without := _changed(at, rung(at) or ""):
-            after = planner.whole(without)
-            if after.fits and after.host_gib <= host_gib:
+            after = planner.fitting(without)
+            if after and after.host_gib <= host_gib:
                 at, now = without, after
     settings = differences(config, at)
     if config.memory.fit == "auto" and all(map(keeps_gradient, settings)):
@@ -250,9 +263,7 @@ def _climbed(
         without = _changed(config, override)
         # its stage alone first: half the time, and it usually decides
         if without and planner.needs(without, set_for[override.partition("=")[0]]) <= now.room_gib:
-            whole = planner.whole(without)
-            if whole.fits:
-                config, now = without, whole
+            config, now = (without, whole) if (whole := planner.fitting(without)) else (config, now)
     return config, now
 
 
