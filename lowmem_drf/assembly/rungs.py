@@ -108,8 +108,10 @@ def _fewer_frames(config: Config) -> str | None:
 
 
 def _smaller(config: Config) -> str | None:
-    """Three quarters of height and width, in multiples of 16 pixels."""
-    width, height = (side * 3 // 4 // 16 * 16 for side in (config.video.width, config.video.height))
+    """Three quarters of height and width, on the grid of 32 pixels that some generators need, if they are on it."""
+    sides = config.video.width, config.video.height
+    grid = 16 if any(side % 32 for side in sides) else 32
+    width, height = (side * 3 // 4 // grid * grid for side in sides)
     return f"video.width={width} video.height={height}" if min(width, height) >= 64 else None
 
 

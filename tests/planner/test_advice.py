@@ -11,7 +11,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(ROOT))
 from bench.plans import advice
-from lowmem_drf.assembly.rungs import ROUNDED, keeps_gradient
+from lowmem_drf.assembly.rungs import LADDERS, ROUNDED, keeps_gradient
 from lowmem_drf.config import change, load_config
 from lowmem_drf.planner import ladder, report
 from lowmem_drf.planner.cards import Room, card_named, fits_in, free_of
@@ -86,6 +86,14 @@ def test_no_setting_is_changed_that_need_not_be():
         key = text.partition("=")[0]
         before = ladder.value_of(config, key)
         assert not formula(change(less, [f"{key}={ladder.compact(before)}"]), CARD, 8.0).fits, text
+
+
+def test_a_smaller_clip_stays_on_the_grid_of_its_generator():
+    smaller = LADDERS["decode"][-1]
+    assert smaller(load_config("rtx4090-wan22-5b")) == "video.width=960 video.height=512"
+    assert (
+        smaller(load_config("rtx4060", ["video.width=1280", "video.height=720"])) == "video.width=960 video.height=528"
+    )
 
 
 def test_a_card_with_room_changes_nothing():
