@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 
 def main() -> None:
@@ -13,7 +14,23 @@ def main() -> None:
     expand_segments()
     from lowmem_drf.cli import main as run
 
-    run()
+    try:
+        run()
+    except SystemExit as end:
+        if sys.argv[1:2] == ["plan"] and end.code in (0, None):
+            _leave()
+        raise
+
+
+def _leave() -> None:
+    """Ends the process without the interpreter's own end, which walks and frees what the model libraries made. A
+    plan leaves nothing to put right."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # the usual end says so
+        return
+    os._exit(0)
 
 
 def _stop(number: int, frame: object) -> None:

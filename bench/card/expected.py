@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 
 from bench.kernels.speed import DETERMINISTIC
+from lowmem_drf.planner import cards
 from lowmem_drf.planner.cards import CARDS, Card
 
 Figure = tuple[float, str]
 """TFLOP/s, source."""
 
-SHARES = {"forward": 0.75, "backward": 0.6, "conv3d": 0.3, "copy": 0.8, "row op": 0.9}
+_NAMES = {"forward": "attention", "backward": "attention backward", "conv3d": "conv3d", "copy": "memory"}
+SHARES = {name: cards.SHARES[kind].of for name, kind in _NAMES.items()} | {"row op": 0.9}
 """Of the card's peak; ``row op``: of a copy of as many bytes on the same card."""
 
 _FA2 = "SageAttention2's tables: FlashAttention-2, head dim 128"

@@ -2,7 +2,7 @@
 
     python -m bench.plans.times [PRESET ...]
 
-For each preset the first plan and the same again, which is read from the disk; then the advice of ``--vram 10GB`` for
+For each preset the first plan and the same again, which is read from the disk; then the advice of ``--vram 8GB`` for
 rtx4090. The plans of the user are left alone. Needs no card and no weights; takes a few minutes on one core.
 """
 
@@ -14,7 +14,7 @@ import sys
 import tempfile
 
 PRESETS = ("rtx4090", "rtx4090-wan14b", "rtx4090-wan22-5b")
-LADDER = ("rtx4090", "--vram", "10GB")
+LADDER = ("rtx4090", "--vram", "8GB")
 
 
 def cpu_seconds(cache: str, preset: str, *options: str) -> float:

@@ -56,7 +56,7 @@ def _as_json(plan: Plan, measured: Measurement, name: str) -> dict[str, Any]:
     seconds = {"updates_s": measured.updates_s, "median_s": median(measured.later_s)}
     allocator = {"reserved_gib": measured.reserved_gib, "retries": measured.retries}
     figures = {"device": measured.device, "measured_peak_gib": measured.peak_gib} | allocator | seconds
-    return plan.as_json(name) | figures | {"stages": rows}
+    return plan.as_json(name) | figures | {"measured_shares": measured.shares, "stages": rows}
 
 
 def _print(plan: Plan, measured: Measurement, name: str, console: Console) -> None:

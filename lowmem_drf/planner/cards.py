@@ -7,9 +7,13 @@ fp32 accumulation, memory bandwidth, and what a PCIe link of the card's generati
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from lowmem_drf.assembly.cache import Cache, cache_folder
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.libraries import version_of
 from lowmem_drf.shortage import GIB as GIB
 
 CONTEXT_GIB = 0.6
@@ -23,8 +27,26 @@ LATER_GIB = 0.2
 SPARE = 0.05
 """Share of a stage's peak for what the allocator rounds up, and for fragments."""
 
-MATMUL_SHARE, BANDWIDTH_SHARE = 0.6, 0.8
-"""Share of the peak rates that large matrix products and long copies reach. Assumed, not measured."""
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a kind of work reaches of a card's rate in ``Card``."""
+
+    of: float
+    source: str
+
+
+SHARES = {
+    "matmul": Share(0.75, "assumed for cuBLAS's large 16-bit products; no public figure at our shapes"),
+    "attention": Share(0.75, "FlashAttention-2: 150 to 160 of a 4090's 165 TFLOP/s, 70 of a 3090's 71 (tables of "
+                             "SageAttention2); below that for cross-attention and fewer tokens"),
+    "attention backward": Share(0.6, "no public figure for consumer cards; five products, and sums in fp32"),
+    "int8 attention": Share(1.0, "half of its products are of integers, at least twice as fast: 4/3 of attention's"),
+    "conv3d": Share(0.3, "public figures: 18% on an H200; consumer cards have less arithmetic for their bandwidth"),
+    "memory": Share(0.8, "long copies against the data sheet's bandwidth"),
+    "link": Share(1.0, "``Card.link`` is what pinned copies reach already"),
+}  # fmt: skip
+"""By kind of work. Until ``bench`` has measured them on the card at hand (``learn``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +60,20 @@ class Card:
     fp32: float
     memory: float
     link: float
+    measured: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """Shares that ``bench`` found on such a card here."""
+
+    def share(self, kind: str) -> float:
+        return self.measured.get(kind, SHARES[kind].of)
+
+    def rate(self, kind: str) -> float:
+        """FLOPs or bytes a second that ``SHARES`` are shares of, in 16 bit."""
+        return {"memory": self.memory * 1e9, "link": self.link * 1e9}.get(kind, self.bf16 * 1e12)
+
+    @property
+    def link_rate(self) -> float:
+        """Bytes a second between card and host, each way."""
+        return self.link * self.share("link") * 1e9
 
 
 CARDS = {
@@ -57,6 +93,38 @@ CARDS = {
 def card_named(text: str, default: str = "RTX 4090") -> Card:
     """The card named in ``text`` (a preset's ``GPU:`` line, or CUDA's device name), else ``default``."""
     return next((card for name, card in CARDS.items() if name.lower() in text.lower()), CARDS[default])
+
+
+RATES = "rates"
+"""Folder of measured shares in the cache."""
+
+
+def _kept(card: Card) -> tuple[Cache, dict[str, Any]]:
+    """Where a card's shares are kept: for its name and for what computes."""
+    return Cache(cache_folder() / RATES), {
+        "card": card.name,
+        **{name: version_of(name) for name in ("torch", "triton")},
+    }
+
+
+def learn(card: Card, shares: Mapping[str, float]) -> None:
+    """Keeps measured shares for later plans."""
+    cache, key = _kept(card)
+    cache.put(key, dict(shares))
+
+
+def learned(card: Card) -> Card:
+    """The card with the shares that were measured on such a card here, if there are any."""
+    cache, key = _kept(card)
+    found = cache.get(key)
+    found = found if isinstance(found, dict) else {}
+    numbers = {kind: float(share) for kind, share in found.items() if kind in SHARES and plausible(kind, share)}
+    return replace(card, measured=numbers)
+
+
+def plausible(kind: str, share: object) -> bool:
+    """Whether this may be a measured share: cards run somewhat above the clocks of their data sheets."""
+    return isinstance(share, int | float) and 0.001 < share < 2 * max(0.75, SHARES[kind].of)
 
 
 def parse_vram(text: str) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from functools import cache
 from typing import Any
 
@@ -51,6 +51,16 @@ def facts(func: Any) -> tuple[str, Callable[..., int] | None, Callable[..., int]
     return name, FLOPS.get(packet) or flop_registry.get(packet), WORKSPACE.get(packet) or WORKSPACE.get(name)
 
 
+@cache
+def kind_of(func: Any) -> str:
+    """The kind of an operator with FLOPs, as in ``cards.SHARES``."""
+    name = str(func.name())
+    if "attention" in name:
+        backward = " backward" if "backward" in name else ""
+        return "int8 attention" if "int8" in name else f"attention{backward}"
+    return "conv3d" if func.overloadpacket in CONVOLUTIONS else "matmul"
+
+
 @dataclass(frozen=True, slots=True)
 class Rates:
     """A card's rates, per second."""
@@ -63,6 +73,8 @@ class Rates:
     """Read and written in the card's memory."""
     link: float = math.inf
     """Bytes to the host, and as many to the card at the same time."""
+    shares: Mapping[str, float] = field(default_factory=dict)
+    """Of these rates of arithmetic, by ``kind_of`` operator. Default: all."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,14 +9,15 @@ by the operators that pack real ones (``packed``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lowmem_drf.assembly.assemble import Models, assemble, critic_rate, run_prompts
@@ -34,6 +35,7 @@ from lowmem_drf.models.wan.random_generator import empty_text, empty_transformer
 from lowmem_drf.models.weights.filling import Value, fill
 from lowmem_drf.models.weights.quant import Quant, in_critic, lay_out, require_library
 from lowmem_drf.models.weights.sources import resolve
+from lowmem_drf.planner.fakes import Fakes
 from lowmem_drf.planner.store import planned_store
 from lowmem_drf.prompts import as_prompts
 from lowmem_drf.schema import Config
@@ -63,27 +65,32 @@ def fake_transformer(
     """The transformer of this ``config.json``, as ``load_denoiser`` returns it. Callable under any dispatch mode.
     Raises BadInputError if bitsandbytes is missing."""
     with _disable_current_modes():
-        return fill_as_loaded(empty_transformer(config, quant=quant), dtype, partial(_fake_value, mode))
+        model = empty_transformer(config, quant=quant)
+    with _packing():
+        return fill_as_loaded(model, dtype, partial(_fake_value, mode))
 
 
 def empty_lora(transformer: WanTransformer3DModel, mode: FakeTensorMode) -> None:
     """Makes the LoRA's tensors fake. Call it after ``add_lora``, which runs without the mode: peft needs real ones."""
     for layer in lora_layers(transformer).values():
         for matrix in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
-            with _disable_current_modes(), mode:
-                matrix.weight = nn.Parameter(torch.empty(matrix.weight.shape, dtype=matrix.weight.dtype))
+            matrix.weight = _fake(mode, matrix.weight.shape, matrix.weight.dtype).requires_grad_()
 
 
 def fake_vae(config: Mapping[str, Any], dtype: torch.dtype, mode: FakeTensorMode) -> AutoencoderKLWan:
     """The VAE, as ``load_vae`` returns it."""
     with _disable_current_modes():
-        return fill_as_loaded(empty_vae(config), dtype, partial(_fake_value, mode))
+        model = empty_vae(config)
+    with _packing():
+        return fill_as_loaded(model, dtype, partial(_fake_value, mode))
 
 
 def fake_text(config: Mapping[str, Any], dtype: torch.dtype, mode: FakeTensorMode) -> UMT5EncoderModel:
     """The encoder of ``load_text``, without the tokenizer."""
     with _disable_current_modes():
-        return fill_as_loaded(empty_text(config), dtype, partial(_fake_value, mode))
+        model = empty_text(config)
+    with _packing():
+        return fill_as_loaded(model, dtype, partial(_fake_value, mode))
 
 
 def fake_critic(
@@ -100,10 +107,11 @@ def fake_critic(
         BadInputError: none of these, or bitsandbytes is missing.
     """
     require_library(quant)
+    config, settings, tokenizer = files or described(resolve(name_or_folder, "critic"))
     with _disable_current_modes():
-        config, settings, tokenizer = files or described(resolve(name_or_folder, "critic"))
         model = empty_model(config)
         remake_rotary(model)
+    with _packing():
         lay_out(model, quant, in_critic)
         fill(model, _fake_value(mode, dtype))
         rate = fps or float(settings.get("fps") or DEFAULT_FPS)
@@ -111,11 +119,25 @@ def fake_critic(
 
 
 def _fake_value(mode: FakeTensorMode, dtype: torch.dtype) -> Value:
-    def value(name: str, shape: Sequence[int]) -> Tensor:
-        with mode:
-            return torch.empty(shape, dtype=dtype)
+    return lambda name, shape: _fake(mode, shape, dtype)
 
-    return value
+
+def _fake(mode: FakeTensorMode, shape: Sequence[int], dtype: torch.dtype) -> nn.Parameter:
+    """A frozen parameter, as ``nn.Parameter`` of a fake tensor, which would run two operators."""
+    fake: Any = FakeTensor(mode, torch.empty(shape, dtype=dtype, device="meta"), torch.device("cpu"))
+    fake._is_param = True
+    return cast(nn.Parameter, fake)
+
+
+@contextmanager
+def _packing() -> Iterator[None]:
+    """Without the ledger around, which would see every tensor that a model is filled with. Weights are packed with the
+    results that the plan has cached."""
+    with _disable_current_modes() as modes, ExitStack() as cached:
+        for mode in modes:
+            if isinstance(mode, Fakes):
+                cached.enter_context(mode)
+        yield
 
 
 def fake_run(
@@ -127,8 +149,9 @@ def fake_run(
     transformer, other = make_transformers(
         generator, config, lambda name: fake_transformer(getattr(generator, name), dtype, mode, config.model.quant)
     )
-    add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets)
-    empty_lora(transformer, mode)
+    with _disable_current_modes():
+        add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets, seed=None)
+        empty_lora(transformer, mode)
     text_dim = generator.transformer["text_dim"]
     texts = {
         text: torch.zeros(config.model.text_tokens, text_dim, dtype=dtype)

@@ -8,7 +8,8 @@ values pass.
 
 A step repeats the same few thousand operations many times. ``_Result`` caches an operator's result by the shapes of its
 arguments, and rebuilds it without ``FakeTensorMode``. The mode's own cache takes ten times as long and supports neither
-custom operators nor real tensors among fake ones.
+custom operators nor real tensors among fake ones. Results that are not cached yet come from PyTorch's own kernels for
+tensors without values where these are all that the mode would ask (``DIRECT``).
 """
 
 from __future__ import annotations
@@ -19,21 +20,40 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    disable_fake_tensor_cache,
+    in_kernel_invocation_manager,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 REAL_LIMIT = 1 << 24
 """Elements: larger tensors created without inputs (``zeros``, ``arange``) are fake."""
+READ_LIMIT = 1 << 16
+"""Elements of floating tensors: no code reads a value of larger ones, so they are fake too."""
 
 _aten = torch.ops.aten
 DEVICE_OF = torch.ops.prim.device.default
 """C++ code asks fake tensors for their device: by far the most frequent call."""
 
-UNKNOWN = object()
-
 _ITEM = _aten._local_scalar_dense.default
 _PLAIN = {int, bool, float, type(None), torch.dtype}
 _INDEXING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
+DIRECT = {
+    *(_aten.slice.Tensor, _aten.select.int, _aten.split.Tensor, _aten._unsafe_view.default),
+    *(_aten.transpose.int, _aten.t.default, _aten.permute.default, _aten.expand.default, _aten.unsqueeze.default),
+    *(_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.cat.default, _aten.copy_.default),
+    *(_aten.new_zeros.default, _aten.new_empty.default, _aten.zeros_like.default, _aten._to_copy.default),
+    *(_aten.add.Tensor, _aten.add_.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.mul_.Tensor, _aten.div.Tensor),
+    *(_aten.mm.default, _aten.addmm.default, _aten.addmm_.default, _aten.bmm.default, _aten.slice_backward.default),
+    *(_aten.pow.Tensor_Scalar, _aten.clamp.default, _aten.mean.default, _aten.mean.dim, _aten.sum.dim_IntList),
+    *(_aten.silu.default, _aten._log_softmax.default, _aten._log_softmax_backward_data.default),
+}
+"""Operators whose kernel for tensors without values says all about their results. ``FakeTensorMode`` reaches the same
+answer by a much longer way, or by a decomposition in Python."""
+_COPIES = {_aten.clone.default, _aten._to_copy.default}
 _UNPREDICTABLE = {torch.Tag.inplace_view, torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -46,6 +66,8 @@ class Fakes(TorchDispatchMode):
         self.mode = mode
         self._results: dict[Hashable, _Result | None] = {}
         self._large: dict[Hashable, bool] = {}
+        self.kept: dict[Hashable, Any] = {}
+        """What plans with these fakes found, for later ones."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -71,37 +93,52 @@ class Fakes(TorchDispatchMode):
             if func in _INDEXING:
                 args = _with_positions(args)
                 tensors = tensors_of(args, kwargs)
-        elif tensors or not self._is_large(func, args, kwargs):
+        elif not (_may_be_large(func, tensors) and self._is_large(func, args, kwargs)):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         return self._fake(func, args, kwargs, tensors)
 
-    def known(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """The result, if it is cached: what a call would return, without the way through PyTorch's dispatcher. Else
-        ``UNKNOWN``."""
-        if (known := self._results.get(key_of(func, args, kwargs))) is None or func in _INDEXING:
-            return UNKNOWN
-        return known.rebuild(tensors_of(args, kwargs))
+    def known(self, key: Hashable) -> _Result | None:
+        """What a call with this ``key`` returns, without the way through PyTorch's dispatcher, if it is cached."""
+        return self._results.get(key)
 
     def _is_large(self, func: Any, args: Any, kwargs: Any) -> bool:
         if any(isinstance(value, torch.Generator) for value in (*args, *kwargs.values())):
             return False  # the real run draws on the CPU too
-        key = key_of(func, args, kwargs)
+        key, _ = key_of(func, args, kwargs)
         if key not in self._large:
             made = func(*args, **kwargs)
-            self._large[key] = any(tensor.numel() > REAL_LIMIT for tensor in tensors_of((made,)))
+            self._large[key] = any(_too_large(tensor) for tensor in tensors_of((made,)))
         return self._large[key]
 
     def _fake(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
         """``func(*args, **kwargs)`` with fake results."""
-        key = key_of(func, args, kwargs)
+        key, _ = key_of(func, args, kwargs)
         if (known := self._results.get(key)) is not None:
-            return known.rebuild(tensors)
-        with disable_fake_tensor_cache(self.mode):
-            out = func(*args, **kwargs)
+            return known.rebuild(tensors)[0]
+        if func in DIRECT and all(type(tensor) is FakeTensor for tensor in tensors):
+            out = self.direct(func, args, kwargs)
+        else:
+            with disable_fake_tensor_cache(self.mode):
+                out = func(*args, **kwargs)
         if key not in self._results:
-            self._results[key] = _Result.of(out, tensors) if _predictable(func, tensors) else None
+            # written to, not made to fit: the arguments look as before
+            same = key_of(func, args, kwargs)[0] == key
+            self._results[key] = _Result.of(out, tensors) if same and _predictable(func, tensors) else None
         return out
+
+    def direct(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of an operator of ``DIRECT`` for fake tensors."""
+        if kwargs.get("device") is not None:
+            kwargs = kwargs | {"device": torch.device("meta")}
+        with in_kernel_invocation_manager(self.mode):
+            out = func(*args, **kwargs)
+        device = next(iter(tensors_of(args))).device
+
+        def fake(one: Any) -> Any:
+            return one if isinstance(one, FakeTensor) else FakeTensor(self.mode, one, device)
+
+        return [fake(one) for one in out] if isinstance(out, list) else fake(out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,10 +203,25 @@ class _Result:
             )
         return cls(tuple(parts), container)
 
-    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
+    def rebuild(self, tensors: Sequence[Tensor]) -> tuple[Any, list[Any]]:
+        """The result for these arguments, and the tensors in it."""
         with torch._C._DisableTorchDispatch():
             made = [tensors[part] if isinstance(part, int) else part and part.rebuild(tensors) for part in self.parts]
-        return self.container(made) if self.container else made[0]
+        if self.container is None:
+            return made[0], made
+        return self.container(made), [one for one in made if one is not None]
+
+
+def _too_large(tensor: Tensor) -> bool:
+    return tensor.numel() > (READ_LIMIT if tensor.is_floating_point() else REAL_LIMIT)
+
+
+def _may_be_large(func: Any, tensors: Sequence[Tensor]) -> bool:
+    """Whether the result of an operator on real tensors may be too large to be real. Views stay real, and what is
+    written to, and copies of buffers, which take the buffer's place."""
+    if func in _COPIES or any(one.alias_info for one in func._schema.arguments):
+        return False
+    return not tensors or any(tensor.numel() > READ_LIMIT for tensor in tensors)
 
 
 def _bytes_of(tensor: Tensor) -> int:
@@ -179,34 +231,39 @@ def _bytes_of(tensor: Tensor) -> int:
 
 
 def _predictable(func: Any, tensors: Iterable[Tensor]) -> bool:
-    """True if shapes and dtypes of the arguments determine those of the results, and the arguments keep theirs."""
-    arguments = func._schema.arguments
-    if any(argument.is_out for argument in arguments) or (func not in _INDEXING and _UNPREDICTABLE & set(func.tags)):
+    """True if shapes and dtypes of the arguments determine those of the results."""
+    if func not in _INDEXING and _UNPREDICTABLE & set(func.tags):
         return False
     # FakeTensorMode first converts a real tensor that is viewed or changed in place
-    return all(isinstance(one, FakeTensor) for one in tensors) or not any(one.alias_info for one in arguments)
+    written = any(one.alias_info for one in func._schema.arguments)
+    return not written or all(isinstance(one, FakeTensor) for one in tensors)
 
 
-def key_of(func: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Hashable:
-    """Everything that the shapes and dtypes of an operator's results can depend on. Operators are never freed, and
-    their own hash is slow."""
+def key_of(func: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> tuple[Hashable, list[Tensor]]:
+    """Everything that the shapes and dtypes of an operator's results can depend on, and the tensors among its
+    arguments. Operators are never freed, and their own hash is slow."""
+    tensors: list[Tensor] = []
+    looks = _looks(args, tensors)
     if not kwargs:
-        return id(func), torch.get_default_dtype(), _looks(args)
-    return id(func), torch.get_default_dtype(), _looks(args), tuple(kwargs), _looks(kwargs.values())
+        return (id(func), torch.get_default_dtype(), looks), tensors
+    return (id(func), torch.get_default_dtype(), looks, tuple(kwargs), _looks(kwargs.values(), tensors)), tensors
 
 
-def _looks(values: Iterable[Any]) -> tuple[Hashable, ...]:
-    """Includes the types: 1, 1.0 and True are equal but promote differently."""
+def _looks(values: Iterable[Any], tensors: list[Tensor]) -> tuple[Hashable, ...]:
+    """Includes the types: 1, 1.0 and True are equal but promote differently. Appends to ``tensors``."""
     looks: list[Hashable] = []
     for value in values:
         kind = type(value)
-        if kind in _PLAIN:
+        if kind is FakeTensor:
+            tensors.append(value)
+            looks.append((value.shape, value.stride(), value.dtype, value.storage_offset(), value.fake_device))
+        elif kind in _PLAIN:
             looks.append((kind, value))
-        elif isinstance(value, Tensor):
-            place = value.storage_offset(), value.device, kind is FakeTensor
-            looks.append((value.shape, value.stride(), value.dtype, place))
         elif kind is list or kind is tuple:
-            looks.append(_looks(value))
+            looks.append(_looks(value, tensors))
+        elif isinstance(value, Tensor):
+            tensors.append(value)
+            looks.append((value.shape, value.stride(), value.dtype, (value.storage_offset(), value.device)))
         else:
             looks.append((kind, value))
     return tuple(looks)

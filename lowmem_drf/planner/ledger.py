@@ -25,14 +25,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_drf.memory.host import IN_FLIGHT
-from lowmem_drf.planner.costs import CONVOLUTIONS, Counters, Pcie, Rates, facts
-from lowmem_drf.planner.fakes import DEVICE_OF, UNKNOWN, Fakes, key_of, tensors_of
+from lowmem_drf.planner.costs import Counters, Pcie, Rates, facts, kind_of
+from lowmem_drf.planner.fakes import DEVICE_OF, Fakes, key_of, tensors_of
 from lowmem_drf.planner.stages import MIDDLE, Item, Key, Label, Span
 
 NOTED_GROWTH = 0.005
 """The items of a peak are listed each time it has grown by this share, so the list may miss that share."""
 
 T = TypeVar("T")
+
+_Price = tuple[int, float, int]
+"""FLOPs, seconds, and bytes that cuDNN copies."""
+_Peak = tuple[list[tuple[Key, int, int]], tuple["Item", ...]]
+"""What was alive at a peak, and what more was for a moment. Made into items where they are asked for: a peak that is
+found on the way up is soon another's."""
 
 
 @dataclass(slots=True)
@@ -52,6 +58,8 @@ class _Cost:
     spent: Counters
     items: tuple[Item, ...]
     """What the peak holds more, or less, than was alive before."""
+    copies: int
+    """As ``Ledger.copies``, of this computation."""
 
 
 class Ledger(TorchDispatchMode):
@@ -71,8 +79,7 @@ class Ledger(TorchDispatchMode):
         self.card_bytes = self.host_bytes = self.peak_card_bytes = self.peak_host_bytes = 0
         self.flops = 0
         self.seconds = self.stalled = 0.0
-        self.at_peak: tuple[Item, ...] = ()
-        """The items of ``peak_card_bytes``, largest first."""
+        self._peak: _Peak = ([], ())
         self.copies = 0
         """Since ``reset_peak``: bytes of the largest convolution's input and output. cuDNN copies both into the layout
         that its kernels have, and PyTorch before that an input with gaps."""
@@ -84,7 +91,7 @@ class Ledger(TorchDispatchMode):
         self._live: dict[int, tuple[int, bool, _Kind, weakref.ref[Any]]] = {}
         self._kinds: defaultdict[Key, _Kind] = defaultdict(_Kind)
         self._facts: dict[int, Any] = {}
-        self._flops: dict[Hashable, int] = {}
+        self._prices: dict[Hashable, _Price] = {}
         self._costs: dict[Hashable, _Cost] = {}
         self._noted_bytes = 0
         self._rising = False
@@ -178,20 +185,24 @@ class Ledger(TorchDispatchMode):
         if (cost := self._costs.get(key)) is not None:
             self._touch(cost.card, *cost.items)
             self.peak_host_bytes = max(self.peak_host_bytes, self.host_bytes + cost.host)
+            self.copies = max(self.copies, cost.copies)
             self._add(cost.spent)
             with self.off_the_clock():
                 return stand_in()
-        before = (self.card_bytes, self.host_bytes, self.spent)
-        outside = (self.peak_card_bytes, self.peak_host_bytes, self.at_peak, self._noted_bytes, self._rising)
+        before, copies_before = (self.card_bytes, self.host_bytes, self.spent), self.copies
+        self.copies = 0
+        outside = (self.peak_card_bytes, self.peak_host_bytes, self._peak, self._noted_bytes, self._rising)
         alive = self.items()
         self._restart()
         result = run()
         peak, host_peak = self.peak_card_bytes, self.peak_host_bytes
         less = (replace(item, count=-item.count, bytes=-item.bytes) for item in alive)
         items = _summed(self.close_peak(), less)
-        self._costs[key] = _Cost(peak - before[0], host_peak - before[1], self.spent - before[2], items)
+        spent = self.spent - before[2]
+        self._costs[key] = _Cost(peak - before[0], host_peak - before[1], spent, items, self.copies)
+        self.copies = max(self.copies, copies_before)
         if outside[0] >= peak:
-            self.peak_card_bytes, _, self.at_peak, self._noted_bytes, self._rising = outside
+            self.peak_card_bytes, _, self._peak, self._noted_bytes, self._rising = outside
         self.peak_host_bytes = max(outside[1], host_peak)
         return result
 
@@ -234,21 +245,35 @@ class Ledger(TorchDispatchMode):
         if func is DEVICE_OF:
             return args[0].device
         kwargs = kwargs or {}
-        out = UNKNOWN if self._fakes is None else self._fakes.known(func, args, kwargs)
-        if out is UNKNOWN:
-            out = func(*args, **kwargs)
         fact = self._facts.get(id(func))
         if fact is None:
             fact = self._facts[id(func)] = (*facts(func), func.is_view)
-        name, flops, workspace, is_view = fact
-        outputs = [out] if isinstance(out, Tensor) else tensors_of((out,))
+        name, formula, workspace, is_view = fact
+        known = None
+        if self._fakes is not None:
+            key, tensors = key_of(func, args, kwargs)
+            known = self._fakes.known(key)
+        if known is None:
+            out = func(*args, **kwargs)
+            outputs = [out] if isinstance(out, Tensor) else tensors_of((out,))
+        else:
+            out, outputs = known.rebuild(tensors)
         for tensor in outputs:  # also of views: what they look at may have been made before
             self._see(tensor, self._named or name)
         if workspace:
             size = workspace(*args)
             self._touch(size, Item(f"{name}, its workspace", (size // 4,), torch.float32, 1, size))
-        if flops or not is_view:
-            self._clock(func, args, kwargs, out, outputs, flops)
+        if formula or not is_view:
+            price = None if known is None else self._prices.get(key)
+            if price is None:
+                price = self._price(func, args, kwargs, out, outputs, formula)
+                if known is not None:
+                    self._prices[key] = price
+            flops, seconds, copied = price
+            self.flops += flops
+            self.copies = max(self.copies, copied)
+            if not self._paused:
+                self.seconds += seconds
         return out
 
     def _see(self, tensor: Tensor, op: str) -> None:
@@ -280,11 +305,20 @@ class Ledger(TorchDispatchMode):
         if self.peak_card_bytes <= self._noted_bytes * (1 + NOTED_GROWTH):
             return
         self._noted_bytes = self.peak_card_bytes
-        self.at_peak = tuple(sorted(_summed(self.items(), more), key=lambda item: -item.bytes))
+        self._peak = (self._alive(), more)
+
+    @property
+    def at_peak(self) -> tuple[Item, ...]:
+        """The items of ``peak_card_bytes``, largest first."""
+        alive, more = self._peak
+        return tuple(sorted(_summed(map(_item, alive), more), key=lambda item: -item.bytes))
 
     def items(self) -> tuple[Item, ...]:
         """Everything alive on the card."""
-        return tuple(Item(*key, kind.count, kind.bytes) for key, kind in self._kinds.items() if kind.count)
+        return tuple(map(_item, self._alive()))
+
+    def _alive(self) -> list[tuple[Key, int, int]]:
+        return [(key, kind.count, kind.bytes) for key, kind in self._kinds.items() if kind.count]
 
     def _count(self, size: int, kind: _Kind, sign: int = 1) -> None:
         kind.count += sign
@@ -297,29 +331,31 @@ class Ledger(TorchDispatchMode):
         else:
             self._count(size, kind, -1)
 
-    def _clock(
+    def _price(
         self, func: Any, args: Any, kwargs: Any, out: Any, outputs: list[Tensor], formula: Callable[..., int] | None
-    ) -> None:
-        flops = 0
+    ) -> _Price:
+        flops, copied = 0, 0
         if formula:
-            key = key_of(func, args, kwargs)
-            if key not in self._flops:
-                self._flops[key] = int(formula(*args, **kwargs, out_val=out))
-            flops = self._flops[key]
-            self.flops += flops
-            if func.overloadpacket in CONVOLUTIONS:
+            flops = int(formula(*args, **kwargs, out_val=out))
+            if kind_of(func) == "conv3d":
                 copied = args[0].nbytes * (1 if args[0].is_contiguous() else 2) + outputs[0].nbytes
-                self.copies = max(self.copies, copied)
-        if self._rates is not None and not func.is_view and not self._paused:
-            moved = sum([tensor.numel() * tensor.element_size() for tensor in (*tensors_of(args, kwargs), *outputs)])
-            self.seconds += max(flops / self._rate(func, outputs) if flops else 0.0, moved / self._rates.bytes)
+        if self._rates is None or func.is_view:
+            return flops, 0.0, copied
+        moved = sum([tensor.numel() * tensor.element_size() for tensor in (*tensors_of(args, kwargs), *outputs)])
+        seconds = max(flops / self._rate(func, outputs) if flops else 0.0, moved / self._rates.bytes)
+        return flops, seconds, copied
 
     def _rate(self, func: Any, outputs: list[Tensor]) -> float:
         assert self._rates is not None
-        dtype = outputs[0].dtype
-        if dtype is torch.float32 and func.overloadpacket in CONVOLUTIONS:
-            return self._rates.convolution
-        return self._rates.flops.get(dtype, self._rates.flops[torch.float32])
+        dtype, rates, kind = outputs[0].dtype, self._rates, kind_of(func)
+        peak = rates.flops.get(dtype, rates.flops[torch.float32])
+        if dtype is torch.float32 and kind == "conv3d":
+            peak = rates.convolution
+        return peak * rates.shares.get(kind, 1.0)
+
+
+def _item(alive: tuple[Key, int, int]) -> Item:
+    return Item(*alive[0], *alive[1:])
 
 
 def _summed(*groups: Iterable[Item]) -> tuple[Item, ...]:

@@ -6,14 +6,16 @@ one update, and a second one without the ledger gives the seconds. Under DeepSpe
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
 from lowmem_drf.assembly.assemble import Models, assemble, critic_rate
+from lowmem_drf.assembly.card_rates import measured_rates
 from lowmem_drf.assembly.cudnn import require_fast_vae
 from lowmem_drf.assembly.loading import with_partitioned_critic
 from lowmem_drf.assembly.sizes import free_bytes, require_room
@@ -24,8 +26,9 @@ from lowmem_drf.memory.host import HostStore
 from lowmem_drf.memory.meter import Meter
 from lowmem_drf.models.generators import generator_config
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
+from lowmem_drf.models.wan.attention import attention_named
 from lowmem_drf.models.wan.experts import make_transformers
-from lowmem_drf.planner.cards import GIB
+from lowmem_drf.planner.cards import GIB, SHARES, card_named, learn, plausible
 from lowmem_drf.planner.fake_models import plan_prompts
 from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.plan import ALLOCATOR_BLOCK, PlanMeter
@@ -37,6 +40,8 @@ from lowmem_drf.types import Prompt, Question
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from lowmem_drf.ops import Attention
 
 LARGEST_ON_CPU = 1e9
 """Limit on the parameters of a transformer that is measured on a CPU."""
@@ -58,6 +63,8 @@ class Measurement:
     """What PyTorch's allocator holds of the card at the end, fragments included. ``None`` on the CPU."""
     retries: int = 0
     """How often it found no room, gave free segments back and tried again: a pause each."""
+    shares: dict[str, float] = field(default_factory=dict)
+    """On CUDA: what each kind of work reached, as ``cards.SHARES``."""
 
     @property
     def peak_gib(self) -> float:
@@ -108,13 +115,37 @@ def measure(
             advice = "Ask for a change that fits: lowmem-drf plan --preset NAME --vram GB"
             raise LowmemError(f"out of memory {where}: {error}\n{advice}") from error
         made, held = Measurement.of(rows, torch.cuda.get_device_name(device)), torch.cuda.memory_stats(device)
-        return replace(made, reserved_gib=torch.cuda.memory_reserved(device) / GIB, retries=held["num_alloc_retries"])
+        reserved = torch.cuda.memory_reserved(device) / GIB
+        attention = attention_named((models.kernel_record or {}).get("attention", "sdpa"))
+        del models
+        gc.collect()
+        torch.cuda.empty_cache()
+        shares = _learned(config, attention, device, console)
+        return replace(made, reserved_gib=reserved, retries=held["num_alloc_retries"], shares=shares)
     _refuse_large(config)
     with console.status("measuring …"):
         gib = count_bytes(config)
     models, prompts, questions = _random_models(config, device, Meter(device))
     rows = _updates(config, models, prompts, questions, updates)
     return replace(Measurement.of(rows, "CPU"), gib=gib)
+
+
+def _learned(config: Config, attention: Attention, device: torch.device, console: Console) -> dict[str, float]:
+    """Measures what each kind of work reaches of the card's rates, and keeps it for later plans. Nothing of a card
+    whose rates are unknown."""
+    name = torch.cuda.get_device_name(device)
+    card = card_named(name)
+    if card.name.lower() not in name.lower():
+        return {}
+    with console.status("measuring the card's rates …"):
+        found = measured_rates(config, attention, device)
+    shares = {kind: rate / card.rate(kind) for kind, rate in found.items()}
+    shares = {kind: share for kind, share in shares.items() if plausible(kind, share)}
+    learn(card, shares)
+    words = ", ".join(f"{kind} {share:.2f} ({SHARES[kind].of:.2f})" for kind, share in shares.items())
+    said = f"share of the card's rate, and what plans assumed: {words}; plans use it from now on"
+    console.print(said, highlight=False)
+    return shares
 
 
 def count_bytes(config: Config) -> dict[str, float]:

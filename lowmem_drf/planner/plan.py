@@ -13,22 +13,25 @@ Seconds are estimated from operations, traffic and the card's rates alone.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from lowmem_drf.assembly.sizes import require_room
 from lowmem_drf.assembly.text_cache import BATCH, DTYPES, LARGE_BYTES
+from lowmem_drf.libraries import uncollected
+from lowmem_drf.models import import_models
 from lowmem_drf.models.generators import GeneratorConfig, generator_config
 from lowmem_drf.models.lora.adapter import lora_parameters
 from lowmem_drf.models.qwen_vl.vision import forget_windows
 from lowmem_drf.models.wan.experts import require_expert
 from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.weights.sources import resolve
-from lowmem_drf.planner.cards import BANDWIDTH_SHARE, GIB, MATMUL_SHARE, Card, fits_in, free_of
+from lowmem_drf.planner.cards import GIB, SHARES, Card, fits_in, free_of
 from lowmem_drf.planner.costs import Counters, Rates
 from lowmem_drf.planner.depths import (
     GROUPS,
@@ -65,6 +68,8 @@ if TYPE_CHECKING:
 ALLOCATOR_BLOCK = 512
 """Bytes: the CUDA caching allocator rounds every request up to a multiple."""
 
+T = TypeVar("T")
+
 FAR = 8
 """What needs more cards of the size than this is refused without a plan, which would take minutes and much host memory
 itself."""
@@ -95,9 +100,13 @@ class PlanMeter:
         self._models = []
 
     def _tensors(self) -> Iterator[torch.Tensor]:
-        for model in self._models:
-            yield from model.parameters()
-            yield from model.buffers()
+        modules = list(self._models)
+        while modules:  # without the names that ``parameters()`` makes
+            module = modules.pop()
+            modules += [child for child in module._modules.values() if child is not None]
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    yield tensor
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -173,28 +182,29 @@ def make_plan(
     critic = described_critic(config.critic.id)
     run = _Run(config, short, generator, critic, card, fakes or new_fakes(), only, whole, {} if seen is None else seen)
     shallow = not (whole or deep)
-    with _uncollected():
-        stages = run.text(shallow) if only in (None, "text") else {}
+    with _frozen():
+        stages = dict(run.kept("text", shallow, run.text)) if only in (None, "text") else {}
         if only != "text":
             try:
-                more, step_bytes = run.update(shallow and config.engine != "zero3")
+                more, step_bytes = run.kept("update", shallow and config.engine != "zero3", run.update)
             except UnlikeError:
-                more, step_bytes = run.update(shallow=False)
+                more, step_bytes = run.kept("update", False, run.update)
             stages |= more if whole else with_records(config, short, more, step_bytes, card)
     return scaled(config, short, stages, card, most)
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without Python's own garbage collections: they walk everything that the model libraries made when they were
-    imported, for a tenth of a plan's time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+def _frozen() -> Iterator[None]:
+    """Without Python's own garbage collections; those that a stage asks for do not walk what was there before."""
+    with uncollected():
+        if gc.get_freeze_count():  # by who began this process; to unfreeze here would undo that
+            yield
+            return
+        gc.freeze()
+        try:
+            yield
+        finally:
+            gc.unfreeze()
 
 
 Absent = dict[str, list[Figures]]
@@ -231,6 +241,19 @@ class _Run:
     seen: Seen
     frames: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)
     """Of each chunk that was decoded."""
+
+    def kept(self, what: str, shallow: bool, make: Callable[[bool], T]) -> T:
+        """What ``make(shallow)`` returns, once for all plans with the same fakes in which it cannot differ: all of the
+        text encoder's settings are in the key of ``text``, and none of them in that of ``update``."""
+        config, where = self.config.model_dump_json(exclude={"memory": {"text_device", "vram_gib"}}), ""
+        if what == "text":
+            config = json.dumps([self.config.model.text_tokens, self.config.dtype])
+            where = self.config.memory.text_device
+        key = (what, shallow, self.only, self.whole, repr(self.card), repr(self.generator), config, where)
+        if key not in self.fakes.kept:
+            self.fakes.kept[key] = make(shallow)
+        kept: T = self.fakes.kept[key]
+        return kept
 
     def text(self, shallow: bool) -> dict[str, StagePlan]:
         """The figures of the text encoder, from two smaller depths if it is ``shallow``."""
@@ -322,15 +345,18 @@ def decide_rollout(config: Config, card: Card, vram_gib: float | None = None, fa
 
 def new_fakes() -> Fakes:
     """An empty cache for ``make_plan``."""
+    with uncollected():
+        import_models()
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return Fakes(FakeTensorMode(allow_non_fake_inputs=True))
 
 
 def _rates(card: Card) -> Rates:
-    matmul = {torch.bfloat16: card.bf16, torch.float16: card.bf16, torch.float32: card.fp32}
-    flops = {dtype: rate * 1e12 * MATMUL_SHARE for dtype, rate in matmul.items()}
-    return Rates(flops, card.tf32 * 1e12 * MATMUL_SHARE, card.memory * 1e9 * BANDWIDTH_SHARE, card.link * 1e9)
+    tera = {torch.bfloat16: card.bf16, torch.float16: card.bf16, torch.float32: card.fp32}
+    flops = {dtype: rate * 1e12 for dtype, rate in tera.items()}
+    memory = card.memory * card.share("memory") * 1e9
+    return Rates(flops, card.tf32 * 1e12, memory, card.link_rate, {kind: card.share(kind) for kind in SHARES})
 
 
 def _encode_text(config: Config, generator: GeneratorConfig, mode: FakeTensorMode, meter: PlanMeter) -> None:

@@ -18,8 +18,9 @@ from lowmem_drf.assembly.cache import Cache, cache_folder, code_versions, files_
 from lowmem_drf.assembly.rungs import ROUNDED
 from lowmem_drf.config import DEFAULT_PRESET, change, default_preset, load_config, preset_gb, preset_path
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.libraries import uncollected
 from lowmem_drf.models.weights.sources import READER, TOYWORLD, resolve
-from lowmem_drf.planner.cards import GIB, LATER_GIB, SPARE, Card, Room, card_named, room_of
+from lowmem_drf.planner.cards import GIB, LATER_GIB, SPARE, Card, Room, card_named, learned, room_of
 from lowmem_drf.planner.stages import Plan
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import can_redraw, make_console, write_error
@@ -50,7 +51,9 @@ def planned(
         room: the card's memory.
         host_gib: what may wait in the host's memory. ``None``: anything.
     """
-    kept = Cache(cache_folder() / PLANS, MOST_PLANS)
+    card, kept = learned(card), Cache(cache_folder() / PLANS, MOST_PLANS)
+    if card.measured:
+        console.print(f"seconds: by the rates that lowmem-drf bench measured on this {card.name}", highlight=False)
     key = _depends_on(config, card, room) | {"advice": advice, "host": host_gib}
     try:
         return Plan.from_dict(kept.get(key))
@@ -80,6 +83,7 @@ def _depends_on(config: Config, card: Card, room: Room) -> dict[str, Any]:
     }
 
 
+@uncollected()
 def _planned(config: Config, card: Card, room: Room, console: Console, advice: bool, host_gib: float | None) -> Plan:
     from lowmem_drf.planner.ladder import advise, advise_host
     from lowmem_drf.planner.plan import Seen, make_plan, new_fakes

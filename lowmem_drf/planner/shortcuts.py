@@ -83,7 +83,7 @@ def with_records(
     if (stage := more.get("rollout")) is not None:
         repeats = config.sampler.steps / short.sampler.steps
         copied = (config.sampler.graded_steps / repeats - short.sampler.graded_steps) * step_bytes
-        copy_s, moved_gib = stage.copy_s + copied / (card.link * 1e9), stage.moved_gib + copied / GIB
+        copy_s, moved_gib = stage.copy_s + copied / card.link_rate, stage.moved_gib + copied / GIB
         more["rollout"] = replace(stage, copy_s=copy_s, moved_gib=moved_gib)
     return stages | more
 

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 
-from lowmem_drf.planner.fakes import REAL_LIMIT, Fakes
+from lowmem_drf.planner.fakes import READ_LIMIT, REAL_LIMIT, Fakes
 from lowmem_drf.planner.ledger import Ledger
 
 MIB = 1024**2
@@ -54,6 +54,19 @@ OPERATIONS = {
     "real mask": lambda x: x[torch.tensor([True, False, True, True])],
     "factory": lambda x: x.new_zeros(3, 5),
     "convolution": lambda x: F.conv1d(x, x[:3, :, :2], stride=2),
+    **{
+        f"direct: {name}": run
+        for name, run in {
+            "mixed strides": lambda x: x.transpose(0, 1) + x[:, 0].unsqueeze(0).expand(5, 4, 6).bfloat16(),
+            "channels last": lambda x: (x[None].to(memory_format=torch.channels_last) * 2).clone().detach(),
+            "in place": lambda x: x.clone().mul_(2).add_(x[:1]).copy_(x[0]),
+            "addmm": lambda x: torch.addmm(x[0, 0, :5], x[0], x[1].t()).clamp(0, 1).pow(2),
+            "sums": lambda x: (x / x.sum((0, 2), keepdim=True) - x.mean((1,), keepdim=True)).mean(),
+            "log_softmax": lambda x: x.bfloat16().log_softmax(-1, torch.float32),
+            "split": lambda x: torch.zeros_like(x.split(3)[1]).select(1, 2),
+            "backward of a slice": lambda x: torch.ops.aten.slice_backward(x, [9, 5, 6], 0, 1, 5, 1),
+        }.items()
+    },
 }
 
 
@@ -62,6 +75,9 @@ def test_the_second_time_is_as_the_first_and_as_under_the_plain_mode(mode, name)
     run, x = OPERATIONS[name], fake(mode, 4, 5, 6)
     with mode:
         plain = run(x) if name != "real mask" else x[torch.tensor([0, 2, 3])]
+    if name.startswith("direct"):
+        real = run(torch.ones(x.shape))
+        assert (real.shape, real.stride(), real.dtype) == (plain.shape, plain.stride(), plain.dtype)
     with Fakes(mode):
         first, second = run(x), run(x)
     assert isinstance(second, FakeTensor) and second is not first
@@ -115,6 +131,15 @@ def test_what_is_made_from_nothing_is_fake_when_it_is_large(mode):
     with Fakes(mode):
         for _ in range(2):
             assert isinstance(torch.zeros(REAL_LIMIT + 1), FakeTensor) and torch.arange(4).tolist() == [0, 1, 2, 3]
+
+
+def test_large_floating_results_of_real_tensors_are_fake(mode):
+    """But a copy, which takes the place of a real buffer, and what is written to."""
+    x = torch.ones(READ_LIMIT + 1)
+    with Fakes(mode):
+        for _ in range(2):
+            assert isinstance(x * 2, FakeTensor) and not isinstance(x > 0, FakeTensor)
+            assert not any(isinstance(one, FakeTensor) for one in (x.clone(), x.add_(1), x[1:]))
 
 
 def test_checks_of_values_pass(mode):

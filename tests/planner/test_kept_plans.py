@@ -8,8 +8,8 @@ from rich.console import Console
 
 from lowmem_drf.assembly import cache
 from lowmem_drf.config import load_config
-from lowmem_drf.planner import report
-from lowmem_drf.planner.cards import Room, card_named, room_of
+from lowmem_drf.planner import cards, report
+from lowmem_drf.planner.cards import SHARES, Room, card_named, learn, learned, room_of
 from lowmem_drf.planner.stages import Outcome, Plan, StagePlan
 
 CARD = card_named("")
@@ -107,3 +107,16 @@ def test_the_folder_stays_small(planner, tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache" / "plans").iterdir())) == 3
     ask("seed=4")
     assert len(planner) == 5
+
+
+def test_plans_use_what_bench_measured_on_such_a_card(planner, monkeypatch):
+    ask()
+    learn(CARD, {"matmul": 0.5, "conv3d": 99.0, "of another version": 1.0})
+    card = learned(CARD)
+    assert (card.share("matmul"), card.share("conv3d")) == (0.5, SHARES["conv3d"].of) and card.measured.keys() == {
+        "matmul"
+    }
+    assert ask() == ask() and len(planner) == 2  # planned anew, and kept
+    assert learned(card_named("RTX 3060")).measured == {}
+    monkeypatch.setattr(cards, "version_of", lambda name: "another")
+    assert learned(CARD).measured == {}

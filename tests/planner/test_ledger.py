@@ -1,6 +1,7 @@
 """The ledger: bytes alive on card and host, on real and on fake tensors; operations against PyTorch's own count."""
 
 import gc
+import math
 from dataclasses import astuple
 
 import pytest
@@ -9,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowmem_drf.planner.costs import Rates
+from lowmem_drf.planner.cards import SHARES
+from lowmem_drf.planner.costs import Rates, kind_of
 from lowmem_drf.planner.fakes import Fakes
 from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.store import planned_store
@@ -199,3 +201,33 @@ def test_what_our_attention_backward_allocates_is_in_the_peak():
             gradients = attention_backward(q, q, k, k, q, lse)
             assert len(gradients) == 3
             assert ledger.peak_card_bytes - ledger.card_bytes == 4 * (rows * (16 + 2) + more * groups * 16)
+
+
+def test_each_kind_of_work_takes_its_share_of_the_rate():
+    shares = {"matmul": 0.5, "attention": 0.25, "conv3d": 0.1}
+    rates = Rates({torch.float32: 1e9}, 2e9, math.inf, shares=shares)
+    x, q, image = torch.ones(100, 100), torch.ones(1, 2, 64, 32), torch.ones(1, 2, 8, 8)
+    works = {
+        lambda: x @ x: 2 * 100**3 / 0.5e9,
+        lambda: F.scaled_dot_product_attention(q, q, q): 4 * 2 * 64 * 64 * 32 / 0.25e9,
+        lambda: F.conv2d(image, torch.ones(3, 2, 1, 1)): 2 * 3 * 2 * 64 / 0.2e9,
+    }
+    for work, seconds in works.items():
+        with Ledger(rates=rates) as ledger:
+            work()
+        assert ledger.seconds == pytest.approx(seconds)
+
+
+def test_int8_attention_and_backwards_have_kinds_of_their_own():
+    from lowmem_drf.kernels import attention, attention_backward, attention_int8  # noqa: F401  # define the operators
+
+    ours, aten = torch.ops.lowmem_drf, torch.ops.aten
+    kinds = {
+        ours.attention_forward.default: "attention",
+        ours.attention_backward.default: "attention backward",
+        ours.attention_int8.default: "int8 attention",
+        aten._scaled_dot_product_flash_attention_for_cpu_backward.default: "attention backward",
+        aten.convolution_backward.default: "conv3d",
+        aten.addmm.default: "matmul",
+    }
+    assert {func: kind_of(func) for func in kinds} == kinds and set(kinds.values()) < SHARES.keys()

@@ -34,12 +34,16 @@ DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.ne
 
 
 def add_lora(
-    transformer: WanTransformer3DModel, rank: int, alpha: float, targets: Sequence[str] = DEFAULT_TARGETS, seed: int = 0
+    transformer: WanTransformer3DModel,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    seed: int | None = 0,
 ) -> None:
     """Freezes the transformer and adds a LoRA to every Linear with a name that equals or ends in one of ``targets``.
 
     The adapter's weights are fp32 for every dtype of the transformer (but fp64 on fp64) and depend only on ``seed`` and
-    the architecture. It computes in the transformer's dtype.
+    the architecture (``None``: A is zero too, for who gives it other values). It computes in the transformer's dtype.
 
     Raises:
         BadInputError: a rank below 1, an alpha that is not positive, a target that matches no Linear.
@@ -60,7 +64,10 @@ def add_lora(
         raise BadInputError(
             f"lora.targets {unmatched or list(targets)} match no Linear of this model. It has: {', '.join(endings)}"
         )
-    _add_adapter(transformer, LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))
+    own = seed is not None  # peft's first values are replaced by ours
+    _add_adapter(transformer, LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=own))
+    if seed is None:
+        return
     generator = torch.Generator().manual_seed(seed)
     for layer in lora_layers(transformer).values():
         weight = layer.lora_A[ADAPTER].weight

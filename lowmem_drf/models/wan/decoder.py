@@ -132,9 +132,10 @@ class WanDecoder:
 
     def store(self, caches: Caches) -> Caches:
         """Moves caches to the host, in the dtype of the gradient."""
+        as_made = self._grad_dtype == self.vae.dtype
 
         def stored(cache: Any) -> Any:
-            value = cache if self._grad_dtype == self.vae.dtype else _get(cache)
+            value = cache if as_made else _get(cache)
             return self._host.put(value.to(self._grad_dtype)) if isinstance(value, torch.Tensor) else value
 
         copies = tuple(map(stored, caches))

@@ -56,7 +56,10 @@ def fill(
             continue
         if id(parameter) not in made:
             tensor = value(name, parameter.shape)
-            made[id(parameter)] = nn.Parameter(tensor if home is None else tensor.to(home), requires_grad=False)
+            tensor = tensor if home is None else tensor.to(home)
+            if not isinstance(tensor, nn.Parameter):  # a plan's are
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            made[id(parameter)] = tensor
             del tensor
             if taken is not None:
                 taken(made[id(parameter)])

@@ -1,0 +1,98 @@
+"""What the card at hand reaches for each kind of work, at a configuration's sizes: a second or two of products,
+attention, convolutions and copies. Plans for such a card use it in the place of assumed shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lowmem_drf.assembly.trials import card_seconds
+from lowmem_drf.models.generators import generator_config
+from lowmem_drf.ops import int8_attention
+from lowmem_drf.schema import Config
+
+if TYPE_CHECKING:
+    from lowmem_drf.ops import Attention
+
+MOST_TOKENS, MOST_HEADS = 16_384, 12
+"""Of the products that are measured: enough to fill a card, and a second in all on a small one."""
+COPIED = 1 << 28
+"""Bytes of a measured copy."""
+
+Work = tuple[Callable[[], Callable[[], Any]], float]
+"""Makes the inputs and returns what is to be timed; its FLOPs or bytes."""
+
+
+def measured_rates(config: Config, attention: Attention, device: torch.device) -> dict[str, float]:
+    """Kind of work (``planner.cards.SHARES``) -> FLOPs or bytes a second. A kind that does not run here, or has no
+    room, is left out."""
+    rates = {}
+    for kind, (prepare, work) in _kinds(config, attention, device).items():
+        try:
+            rates[kind] = work / max(card_seconds(prepare()), 1e-6)
+        except RuntimeError:  # out of memory, or no kernel
+            continue
+        finally:
+            torch.cuda.empty_cache()
+    return rates
+
+
+def _kinds(config: Config, attention: Attention, device: torch.device) -> dict[str, Work]:
+    sizes = generator_config(config.model.id).transformer
+    heads, d = sizes["num_attention_heads"], sizes["attention_head_dim"]
+    frames, height, width = (config.video.frames - 1) // 4 + 1, config.video.height // 16, config.video.width // 16
+    tokens, some = min(MOST_TOKENS, frames * height * width), min(MOST_HEADS, heads)
+    scores = 4 * some * tokens**2 * d
+    padded = (96, 6, config.video.height + 2, config.video.width + 2)
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+    def matmul() -> Callable[[], Any]:
+        x, weight = tensor(tokens, heads * d), tensor(heads * d, sizes["ffn_dim"])
+        return lambda: x @ weight
+
+    def attend(graded: bool) -> Callable[[], Any]:
+        q, k, v = (tensor(1, tokens, some, d).requires_grad_(graded) for _ in range(3))
+        if not graded:
+            return lambda: attention.call(q, k, v)
+        out = attention.call(q, k, v)
+        d_out = torch.ones_like(out)
+        return lambda: torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True)
+
+    def attend_int8() -> Callable[[], Any]:
+        return partial(int8_attention(device), *(tensor(1, tokens, some, d) for _ in range(3)))
+
+    def conv3d() -> Callable[[], Any]:
+        x, weight = tensor(1, *padded), tensor(96, 96, 3, 3, 3)
+        return lambda: torch.nn.functional.conv3d(x, weight)
+
+    def copy() -> Callable[[], Any]:
+        source, target = (torch.empty(COPIED, device=device, dtype=torch.uint8) for _ in range(2))
+        return lambda: target.copy_(source)
+
+    def host() -> Callable[[], Any]:
+        here, there = torch.empty(COPIED, device=device, dtype=torch.uint8), torch.empty(COPIED, dtype=torch.uint8)
+        pinned = there.pin_memory()
+
+        def both() -> None:
+            pinned.copy_(here, non_blocking=True)
+            here.copy_(pinned, non_blocking=True)
+
+        return both
+
+    kinds: dict[str, Work] = {
+        "matmul": (matmul, 2 * tokens * heads * d * sizes["ffn_dim"]),
+        "attention": (partial(attend, False), scores),
+        "attention backward": (partial(attend, True), 2.5 * scores),
+        "conv3d": (conv3d, 2 * 27 * 96 * 96 * 4 * config.video.height * config.video.width),
+        "memory": (copy, 2 * COPIED),
+        "link": (host, 2 * COPIED),
+    }
+    if config.kernels.rollout_attention == "int8":
+        kinds["int8 attention"] = (attend_int8, scores)
+    return kinds
