@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from functools import reduce
 
 from rich.console import Console
 from rich.table import Table
@@ -44,11 +45,13 @@ NEAR = 0.01
 def wrong(config: Config, card: Card, plan: Plan, fakes: Fakes) -> list[str]:
     """What does not hold of the settings and the advice in ``plan``, which ``advise`` returned for ``config``."""
     settings = plan.applied or plan.changes
-    found = [f"{text} is set already" for text in settings if change(config, [text]) == config]
+    changed, keys = change(config, settings), [text.partition("=")[0].split(".") for text in settings]
+    same = (key for key in keys if reduce(getattr, key, config) == reduce(getattr, key, changed))
+    found = [f"{'.'.join(key)} is set already" for key in same]
     found += [f"{text} changes the gradient" for text in plan.applied if not keeps_gradient(text)]
     if not settings:
         return found
-    followed = change(config, settings)
+    followed = changed
     if plan.applied:  # the run's settings, as its folder has them
         followed = change(followed, ["memory.fit=as_given"])
     seen = Seen()
