@@ -207,9 +207,8 @@ class _Result:
         """The result for these arguments, and the tensors in it."""
         with torch._C._DisableTorchDispatch():
             made = [tensors[part] if isinstance(part, int) else part and part.rebuild(tensors) for part in self.parts]
-        if self.container is None:
-            return made[0], made
-        return self.container(made), [one for one in made if one is not None]
+        there = [one for one in made if one is not None]  # bitsandbytes' operators return nothing
+        return (made[0] if self.container is None else self.container(made)), there
 
 
 def _too_large(tensor: Tensor) -> bool:

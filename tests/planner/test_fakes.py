@@ -101,6 +101,15 @@ def test_an_operator_in_place_gives_back_what_it_was_given(mode):
             assert tensor.add_(1) is tensor and tensor._version == 1
 
 
+def test_an_operator_that_returns_nothing_is_counted_again(mode):
+    """The step of bitsandbytes' optimizers is one."""
+    x = [fake(mode, 4, 6)]
+    with Fakes(mode) as fakes, Ledger(fakes=fakes) as ledger:
+        for _ in range(2):
+            torch._foreach_add_(x, 1.0)
+        assert ledger.card_bytes == 0
+
+
 def test_what_changes_its_arguments_shape_is_not_remembered(mode):
     x, y = fake(mode, 4, 6), fake(mode, 4, 6)
     with Fakes(mode):
