@@ -172,6 +172,7 @@ class Tuned:
             best = mine[seconds.index(min(seconds))]
             _choices[place] = Choice(kernel, case, sizes, tile_words(best))
         near = [one for one in _choices.values() if (one.kernel, one.case) == (kernel, case)]
+        near = [one for one in near if len(one.sizes) == len(sizes)]  # else a record was edited
         if not near:
             return mine[0]
         wanted = min(near, key=lambda one: sum(abs(math.log2(a / b)) for a, b in zip(one.sizes, sizes, strict=True)))

@@ -98,6 +98,8 @@ def test_choices_are_taken_again_from_a_file(kernel):
     assert launch(1000) == 64 and not choices()
     take_choices(rows)
     assert launch(1000) == 32 == launch(30_000, group=7) and choices()[1]["sizes"] == [32768]
+    take_choices([{**rows[0], "sizes": [1024, 1024]}])
+    assert launch(1000) == 64, "sizes of another kernel"
     take_choices([{**rows[0], "tile": "BLOCK=8 4 warps 1 stages"}])
     assert launch(1000) == 64, "a tile that is no more"
 
