@@ -63,6 +63,10 @@ class Card:
     measured: Mapping[str, float] = field(default_factory=dict, hash=False)
     """Shares that ``bench`` found on such a card here."""
 
+    def is_in(self, device: str) -> bool:
+        """Whether CUDA's name of a device is this card's, and not one whose rates are unknown."""
+        return self.name.lower() in device.lower()
+
     def share(self, kind: str) -> float:
         return self.measured.get(kind, SHARES[kind].of)
 
@@ -92,7 +96,7 @@ CARDS = {
 
 def card_named(text: str, default: str = "RTX 4090") -> Card:
     """The card named in ``text`` (a preset's ``GPU:`` line, or CUDA's device name), else ``default``."""
-    return next((card for name, card in CARDS.items() if name.lower() in text.lower()), CARDS[default])
+    return next((card for card in CARDS.values() if card.is_in(text)), CARDS[default])
 
 
 RATES = "rates"
@@ -154,8 +158,8 @@ class Room:
         """Where the process may use no more than this. 0: no limit."""
         if not limit_gib:
             return self
-        free = min(self.free_gib, max(limit_gib - CONTEXT_GIB, (1 - LARGEST_SHARE) * limit_gib))
-        return replace(self, vram_gib=min(self.vram_gib, limit_gib), free_gib=free)
+        free = max(limit_gib - CONTEXT_GIB, (1 - LARGEST_SHARE) * limit_gib)
+        return self if free >= self.free_gib else Room(min(self.vram_gib, limit_gib), free)
 
 
 def room_of(vram_gib: float, limit_gib: float = 0.0) -> Room:

@@ -141,7 +141,9 @@ def require_fit(config: Config, console: Console, rooms: Sequence[Room | None]) 
     if not cards:
         return config
     room = min(cards, key=lambda card: card.free_gib)
-    arguments = laid_out(config), card_named(torch.cuda.get_device_name()), room, console
+    device = torch.cuda.get_device_name()
+    card = card_named(device)
+    arguments = laid_out(config), card, room, console
     plan = planned(*arguments)
     if not plan.fits:
         raise BadInputError(refusal(plan, config))
@@ -153,7 +155,8 @@ def require_fit(config: Config, console: Console, rooms: Sequence[Room | None]) 
     if plan.applied:
         console.print(set_to_fit(plan), highlight=False, markup=False)
     peak = f"{plan.peak_gib:.1f} of {plan.usable_gib:.1f} GiB ({plan.largest}), {plan.host_gib:.1f} GiB of host memory"
-    console.print(f"planned peak: {peak}; about {times(plan, config.steps)}", highlight=False)
+    rates = "" if card.is_in(device) else f", if this card were an {card.name}: its own rates are unknown"
+    console.print(f"planned peak: {peak}; about {times(plan, config.steps)}{rates}", highlight=False)
     config = change(config, plan.applied)
     log = _with_first(config, plan, console)
     return config.model_copy(update={"zero": _with_rollout(config.zero, plan), "log": log})
@@ -183,7 +186,7 @@ def times(plan: Plan, steps: int) -> str:
 
 
 def _seconds(update_s: float) -> str:
-    return f"{update_s:,.{int(update_s < 10)}f} s"
+    return f"{update_s:,.{int(update_s < 10)}f} s" if update_s >= 0.1 else f"{update_s:.2g} s"
 
 
 def in_words(seconds: float) -> str:
@@ -191,7 +194,7 @@ def in_words(seconds: float) -> str:
     for unit, size in {"days": 86_400, "h": 3600, "min": 60, "s": 1}.items():
         if seconds >= 2 * size or unit == "s":
             break
-    return f"{seconds / size:,.{int(seconds < 20 * size)}f} {unit}"
+    return _seconds(seconds) if seconds < 0.1 else f"{seconds / size:,.{int(seconds < 20 * size)}f} {unit}"
 
 
 def _free_host(processes: int) -> float:
@@ -224,7 +227,7 @@ def refusal(plan: Plan, config: Config) -> str:
     """Why a plan does not fit, and what to change: at most five lines."""
     stage = plan.stages[plan.tightest]
     why = f"this does not fit: {_need(plan)} ({stage.what})" if stage.what else f"this does not fit: {_need(plan)}"
-    return "\n".join([f"{why}.", f"{_room_words(plan)}.", *_cure(plan), *_made_for(plan, config)])
+    return "\n".join([f"{why}.", f"{_room_words(plan)}.", *_cure(plan, config), *_made_for(plan, config)])
 
 
 def host_refusal(plan: Plan, free_gib: float) -> str:
@@ -254,13 +257,16 @@ def _room_words(plan: Plan) -> str:
     )
 
 
-def _cure(plan: Plan) -> list[str]:
+def _cure(plan: Plan, config: Config | None = None) -> list[str]:
+    """``config``: where advice comes on top of what is set by itself."""
     if not plan.changes or not plan.changed:
         return ["No change of settings that is known here makes it fit."]
     after = plan.changed
     then = f"Then: peak {after.peak_gib:.1f} GiB, {after.host_gib:.1f} GiB of host memory, "
+    auto = config is not None and config.memory.fit == "auto"
+    besides = ", besides what is then set by itself" if auto else ""
     return [
-        "It would fit with: " + " ".join(f"-s {_quoted(text)}" for text in plan.changes),
+        f"It would fit with{besides}: " + " ".join(f"-s {_quoted(text)}" for text in plan.changes),
         then + f"about {_seconds(after.update_s)} an update.",
     ]
 
@@ -310,7 +316,7 @@ def print_plan(plan: Plan, name: str, config: Config, console: Console) -> None:
     if plan.applied:
         say(set_to_fit(plan))
     say(f"{_room_words(plan)}; {_need(plan)}.")
-    for line in () if plan.fits else (*_cure(plan), *_made_for(plan, config)):
+    for line in () if plan.fits else (*_cure(plan, config), *_made_for(plan, config)):
         console.print(Text(line), soft_wrap=True)
     title = Text(f"{name}, planned for {plan.card}, {plan.vram_gib:g} GiB{each}")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)

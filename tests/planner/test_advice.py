@@ -112,7 +112,8 @@ def test_what_fits_is_less_than_the_card():
     assert free_of(8) == pytest.approx(6.4) and free_of(24) == pytest.approx(22.4) and free_of(1) == pytest.approx(0.8)
     assert fits_in(6.4, 1.0) == pytest.approx(5.4 / 1.05)
     assert Room(24.0, 20.0, True).within(0) == Room(24.0, 20.0, True)
-    assert Room(24.0, 20.0, True).within(16) == Room(16, pytest.approx(15.4), True)
+    assert Room(24.0, 20.0, True).within(22) == Room(24.0, 20.0, True), "what is free is less than the limit"
+    assert Room(24.0, 20.0, True).within(16) == Room(16, pytest.approx(15.4)), "no longer what is free"
     stage = StagePlan(5.0, 0, 0, 0, 1, 0, 0, 0, 0, "", copies_gib=1.0)
     for room, fits in ((6.24, False), (6.26, True)):
         assert Plan("", 8.0, {"decode": stage}, 1.0, free_gib=room).fits is fits
@@ -159,6 +160,12 @@ def test_a_run_gets_what_its_card_and_its_host_need(monkeypatch):
     assert formula(fitted, CARD, 8.0).fits and report.require_fit(fitted, out, rooms) == fitted
     line, *_ = out.file.getvalue().splitlines()
     assert line.startswith("to fit the 6.5 GiB that are free: memory.") and "same gradient" in line
+    assert "unknown" not in out.file.getvalue()
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "RTX 4070")
+    report.require_fit(config, out, [rooms[2].within(7)])
+    text = out.file.getvalue()
+    assert "to fit 7 GiB: memory." in text and "if this card were an RTX 4090: its own rates are unknown" in text
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "RTX 4060")
     limit = 20.0
     assert formula(report.require_fit(config, out, rooms), CARD, 8.0).host_gib <= limit
     limit = 1.0
@@ -178,7 +185,7 @@ def test_the_verdict_comes_first_and_no_line_is_cut(width):
     print_plan(plan, "rtx4090", config, console)
     refused = console.file.getvalue().splitlines()[len(lines) :]
     assert refused[0].startswith("does not fit: ") and any(
-        line.startswith("It would fit with: -s ") for line in refused
+        line.startswith("It would fit with, besides what is then set by itself: -s ") for line in refused
     )
 
 
