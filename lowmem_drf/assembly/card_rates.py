@@ -14,6 +14,7 @@ from lowmem_drf.assembly.trials import card_seconds
 from lowmem_drf.models.generators import generator_config
 from lowmem_drf.ops import int8_attention
 from lowmem_drf.schema import Config
+from lowmem_drf.shortage import let_go
 
 if TYPE_CHECKING:
     from lowmem_drf.ops import Attention
@@ -34,7 +35,8 @@ def measured_rates(config: Config, attention: Attention, device: torch.device) -
     for kind, (prepare, work) in _kinds(config, attention, device).items():
         try:
             rates[kind] = work / max(card_seconds(prepare()), 1e-6)
-        except RuntimeError:  # out of memory, or no kernel
+        except Exception as error:  # out of memory, or no kernel; what libraries raise has many types
+            let_go(error)
             continue
         finally:
             torch.cuda.empty_cache()

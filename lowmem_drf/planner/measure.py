@@ -104,7 +104,7 @@ def measure(
     if device.type == "cuda":
         if cap_gib:
             share = (cap_gib - 0.5) * GIB / torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), device)
         meter = Meter(device)
         try:
             with console.status("measuring …"):
@@ -135,15 +135,18 @@ def _learned(config: Config, attention: Attention, device: torch.device, console
     whose rates are unknown."""
     name = torch.cuda.get_device_name(device)
     card = card_named(name)
-    if card.name.lower() not in name.lower():
+    if not card.is_in(name):
         return {}
     with console.status("measuring the card's rates …"):
         found = measured_rates(config, attention, device)
     shares = {kind: rate / card.rate(kind) for kind, rate in found.items()}
     shares = {kind: share for kind, share in shares.items() if plausible(kind, share)}
+    if not shares:
+        console.print("the card's rates could not be measured: plans keep theirs")
+        return {}
     learn(card, shares)
     words = ", ".join(f"{kind} {share:.2f} ({SHARES[kind].of:.2f})" for kind, share in shares.items())
-    said = f"share of the card's rate, and what plans assumed: {words}; plans use it from now on"
+    said = f"shares of the card's rates (in brackets those of an unmeasured card): {words}; plans use them from now on"
     console.print(said, highlight=False)
     return shares
 
