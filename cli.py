@@ -178,11 +178,14 @@ def train(
     init_lora: Annotated[
         Path | None, _option("A LoRA file to begin with; its rank, alpha and layers are taken unless -s sets them.")
     ] = None,
+    vram: Annotated[
+        str | None, _option("Set the run to fit this much of the card, for example 12GB. Default: all that is free.")
+    ] = None,
 ) -> None:
     """Train a LoRA with Diffusion-DRF, then compare base and tuned."""
     from lowmem_drf.commands.train import train_command
 
-    train_command(preset, prompts, output, steps, seed, resume, set_ or [], dry_run, num_processes, init_lora)
+    train_command(preset, prompts, output, steps, seed, resume, set_ or [], dry_run, num_processes, init_lora, vram)
 
 
 @app.command(

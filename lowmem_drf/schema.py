@@ -304,11 +304,12 @@ class Memory(Node):
     (``stream``: the same embeddings, under a second more per prompt); or on the CPU (``host``: minutes, no memory on
     the card)."""
     vram_gib: NonNegativeFloat = 0.0
-    """Memory on the card that the whole process may use, in GiB: ``train`` plans for no more. 0: all that is free."""
+    """Memory on the card that the whole process may use, in GiB: ``train`` plans for no more. ``train --vram`` sets it.
+    0: all that is free."""
     fit: Literal["auto", "as_given"] = "auto"
-    """What ``train``, ``plan`` and ``bench`` do where the plan does not fit the card. ``auto``: set what changes no
-    gradient, or by rounding alone (docs/memory.md), as far as it takes, and say so. ``as_given``: nothing. What still
-    does not fit is refused, with advice."""
+    """What ``train``, ``plan`` and ``bench`` do where the plan does not fit the card. ``auto``: set as much as it takes
+    of what leaves the gradient the same, up to rounding (docs/memory.md), and say so. ``as_given``: set nothing. What
+    still does not fit is refused, with advice."""
     on_oom: Literal["stop", "adapt"] = "stop"
     """What ``train`` does when memory runs out after all. Both save the last finished update and say what happened.
     ``stop`` then says which settings take less; ``adapt`` starts anew with the next of them that changes no gradient,

@@ -15,7 +15,7 @@ from lowmem_drf.distributed.ranks import ALONE, Ranks, end_process, join, requir
 from lowmem_drf.errors import DEBUG, BadInputError, quoted
 from lowmem_drf.files import text_hash, write_text
 from lowmem_drf.models.weights.sources import TOYWORLD
-from lowmem_drf.planner.cards import card_named
+from lowmem_drf.planner.cards import card_named, parse_vram
 from lowmem_drf.prompts import fingerprint, without
 from lowmem_drf.questions.file import WRITERS
 from lowmem_drf.schema import Config
@@ -45,6 +45,7 @@ def train_command(
     dry_run: bool,
     num_processes: int | None = None,
     init_lora: Path | None = None,
+    vram: str | None = None,
 ) -> None:
     """Resolves the configuration, then prints it (``dry_run``), or trains and compares base and tuned model.
 
@@ -56,6 +57,7 @@ def train_command(
         "steps": steps,
         "seed": seed,
         "processes": count,
+        "memory.vram_gib": None if vram is None else parse_vram(vram),
     }
     overrides = [*overrides, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
     if resume and init_lora is not None:
