@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lowmem_drf.assembly.text_cache import DTYPES
 from lowmem_drf.assembly.trials import Work, card_seconds
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import BadInputError
@@ -65,16 +66,13 @@ def choose(config: Config, work: Work, before: Mapping[str, Any] | None = None, 
     Raises BadInputError: a requested implementation cannot run here.
     """
     device = work.device
+    require_kernels(config, device, work.shape[-1])
     if config.kernels.deterministic and device.type == "cuda":
-        attention = _deterministic(config.kernels.attention)
-        config = config.model_copy(update={"kernels": config.kernels.model_copy(update={"attention": attention})})
+        _same_bits()
+        config = config.model_copy(update={"kernels": config.kernels.model_copy(update={"attention": "triton"})})
     kernels = config.kernels
     rows = choose_rows(kernels.ops, device)
     rollout = int8_attention(device) if kernels.rollout_attention == "int8" else None
-    if kernels.attention != "auto":
-        tried = refusal if device.type == "cuda" else _without_trial
-        if reason := tried(kernels.attention, device, work.dtype, work.shape[-1]):
-            raise BadInputError(f"kernels.attention = {kernels.attention!r} cannot run: {reason}")
     if device.type != "cuda":
         name: AttentionName = "sdpa" if kernels.attention == "auto" else kernels.attention
         why = "the CPU's own" if kernels.attention == "auto" else "as asked"
@@ -85,19 +83,34 @@ def choose(config: Config, work: Work, before: Mapping[str, Any] | None = None, 
     return Chosen(rows, attention_named(record["attention"]), why, rollout, record["critic"] == "triton", record)
 
 
-def _deterministic(name: AttentionName) -> AttentionName:
-    """Makes PyTorch's operations and our kernels give the same bits every time, from now on in this process. Returns
-    the attention to use."""
-    if name not in ("auto", "triton"):
-        cure = "-s kernels.attention=triton, or -s kernels.deterministic=false"
-        raise BadInputError(
-            f"kernels.deterministic: gradients of kernels.attention={name} differ by rounding. Cure: {cure}"
-        )
+def require_kernels(config: Config, device: torch.device, head_dim: int = 128) -> None:
+    """Raises BadInputError if a requested implementation cannot run here. ``train`` asks before it downloads or reads
+    anything; ``head_dim`` is that of all published models."""
+    kernels = config.kernels
+    name = kernels.attention
+    if kernels.deterministic and device.type == "cuda":
+        if name not in ("auto", "triton"):
+            cure = "-s kernels.attention=triton, or -s kernels.deterministic=false"
+            raise BadInputError(
+                f"kernels.deterministic: gradients of kernels.attention={name} differ by rounding. Cure: {cure}"
+            )
+        name = "triton"
+    choose_rows(kernels.ops, device)
+    if kernels.rollout_attention == "int8":
+        int8_attention(device)
+    if name == "auto":
+        return
+    tried = refusal if device.type == "cuda" else _without_trial
+    if reason := tried(name, device, DTYPES[config.dtype], head_dim):
+        raise BadInputError(f"kernels.attention = {name!r} cannot run: {reason}")
+
+
+def _same_bits() -> None:
+    """Makes PyTorch's operations and our kernels give the same bits every time, from now on in this process."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else PyTorch warns of every product
     torch.use_deterministic_algorithms(True, warn_only=True)
     settings: Any = torch.utils.deterministic
     settings.fill_uninitialized_memory = False  # a pass over every new tensor, whose values nothing here reads
-    return "triton"
 
 
 def choose_planned(config: Config) -> Chosen:

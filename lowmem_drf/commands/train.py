@@ -138,7 +138,7 @@ def start(
     from lowmem_drf.assembly.assemble import derive_seed, resolve_device, reward_spec, run_prompts
     from lowmem_drf.assembly.check import can_check
     from lowmem_drf.assembly.cudnn import require_fast_vae
-    from lowmem_drf.assembly.kernel_choice import KERNELS, record_text, saved_choice
+    from lowmem_drf.assembly.kernel_choice import KERNELS, record_text, require_kernels, saved_choice
     from lowmem_drf.assembly.loading import import_libraries, load_models
     from lowmem_drf.assembly.questions import draft_questions, needs_writer, require_weights, write_missing
     from lowmem_drf.assembly.references import finish_questions
@@ -168,7 +168,9 @@ def start(
     import_libraries(config)
     # of a run that was stopped before its first checkpoint, the file is all that its LoRA consists of
     init = lora_to_begin_with(config, config.lora.targets) if config.lora.init and not saved_step(run) else None
-    require_fast_vae(config, resolve_device(config.device))
+    device = resolve_device(config.device)
+    require_fast_vae(config, device)
+    require_kernels(config, device)
     rooms = ranks.gather(card_here(config))
     config = ranks.from_chief(require_fit(config, console, rooms) if ranks.chief else config)
 

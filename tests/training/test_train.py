@@ -161,6 +161,16 @@ def test_an_output_that_holds_a_run_is_refused_and_untouched(tiny_run, tiny_pres
     assert sorted(path.stat().st_mtime_ns for path in tiny_run.rglob("*")) == before
 
 
+@pytest.mark.parametrize("override", ["kernels.attention=cudnn", "kernels.attention=triton", "kernels.ops=fused"])
+def test_a_kernel_that_cannot_run_is_refused_before_anything_is_read(override, tmp_path, tiny_preset, monkeypatch):
+    monkeypatch.setattr("lowmem_drf.ops.why_no_triton", lambda device: "none here")
+    monkeypatch.setattr("lowmem_drf.models.wan.attention.why_no_triton", lambda device: "none here")
+    monkeypatch.setattr("lowmem_drf.assembly.loading.load_models", lambda *_, **__: pytest.fail("it was read"))
+    with pytest.raises(BadInputError, match=f"{override.partition('=')[0]} = .* cannot run: "):
+        train_command(str(tiny_preset), None, tmp_path / "run", None, None, False, [override], False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_output_that_cannot_be_written_is_refused(tmp_path, tiny_preset):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInputError, match="cannot be written to"):
