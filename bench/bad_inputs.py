@@ -36,6 +36,7 @@ ROWS: tuple[tuple[str, str], ...] = (
     ("train extra", "--help"),
     ("train --steps three", "--steps"),
     ("train --num-processes 0", "--num-processes"),
+    ("train --vram lots", "for example --vram 24GB"),
     ("train --preset", "--preset"),
     ("train --preset=", "--preset is empty"),
     ("train --output ''", "--output is empty"),

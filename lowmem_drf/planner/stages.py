@@ -287,18 +287,8 @@ class Plan:
 
     def as_json(self, preset: str) -> dict[str, Any]:
         figures = (
-            *(
-                "card",
-                "vram_gib",
-                "room_gib",
-                "usable_gib",
-                "fits",
-                "peak_gib",
-                "host_gib",
-                "processes",
-                "all_host_gib",
-            ),
-            *("rollout", "moved_gib", "between_gib", "update_s", "stall_share", "hidden_share"),
+            *("card", "vram_gib", "room_gib", "usable_gib", "fits", "peak_gib", "host_gib", "processes"),
+            *("all_host_gib", "rollout", "moved_gib", "between_gib", "update_s", "stall_share", "hidden_share"),
         )
         return {
             "preset": preset,
