@@ -37,6 +37,7 @@ MOST_PLANS = 200
 """About 4 KB each."""
 STEP_GIB = 0.25
 """Free memory is rounded down to a multiple, so that a plan is found again."""
+_BENCHED = ", as lowmem-drf bench measured them here"
 FIRST_CLIPS_S = 60.0
 """Clips of the base model are made before the first update if they take less."""
 
@@ -52,8 +53,6 @@ def planned(
         host_gib: what may wait in the host's memory. ``None``: anything.
     """
     card, kept = learned(card), Cache(cache_folder() / PLANS, MOST_PLANS)
-    if card.measured:
-        console.print(f"seconds: by the rates that lowmem-drf bench measured on this {card.name}", highlight=False)
     key = _depends_on(config, card, room) | {"advice": advice, "host": host_gib}
     try:
         return Plan.from_dict(kept.get(key))
@@ -155,7 +154,8 @@ def require_fit(config: Config, console: Console, rooms: Sequence[Room | None]) 
     if plan.applied:
         console.print(set_to_fit(plan), highlight=False, markup=False)
     peak = f"{plan.peak_gib:.1f} of {plan.usable_gib:.1f} GiB ({plan.largest}), {plan.host_gib:.1f} GiB of host memory"
-    rates = "" if card.is_in(device) else f", if this card were an {card.name}: its own rates are unknown"
+    rates = _BENCHED if learned(card).measured else ""
+    rates = rates if card.is_in(device) else f", if this card were an {card.name}: its own rates are unknown"
     console.print(f"planned peak: {peak}; about {times(plan, config.steps)}{rates}", highlight=False)
     config = change(config, plan.applied)
     log = _with_first(config, plan, console)
@@ -342,9 +342,10 @@ def print_plan(plan: Plan, name: str, config: Config, console: Console) -> None:
         gathered, partitioned = "whole on each card, gathered once", "gathered block by block in every step"
         weights = gathered if plan.rollout == "gathered" else partitioned
         say(f"the transformer's weights in the rollout: {weights} (zero.rollout = {plan.rollout})")
+    rates = _BENCHED if learned(card_named(plan.card)).measured else ""
     say(
         "GiB: what PyTorch's allocator is asked for. Seconds: an estimate from operations, traffic and the card's "
-        "rates.",
+        f"rates{rates}.",
         "dim",
     )
 

@@ -14,7 +14,7 @@ from bench.plans import advice
 from lowmem_drf.assembly.rungs import LADDERS, ROUNDED, keeps_gradient
 from lowmem_drf.config import change, load_config
 from lowmem_drf.planner import ladder, report
-from lowmem_drf.planner.cards import Room, card_named, fits_in, free_of
+from lowmem_drf.planner.cards import Room, card_named, fits_in, free_of, learn
 from lowmem_drf.planner.ladder import advise, advise_host
 from lowmem_drf.planner.report import print_plan
 from lowmem_drf.planner.stages import Plan, StagePlan
@@ -174,16 +174,19 @@ def test_a_run_gets_what_its_card_and_its_host_need(monkeypatch):
 
 
 @pytest.mark.parametrize("width", [60, 80])
-def test_the_verdict_comes_first_and_no_line_is_cut(width):
+def test_the_verdict_comes_first_and_no_line_is_cut(width, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOWMEM_DRF_CACHE", str(tmp_path))
     config, plan = advised("rtx4090", 8)
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     print_plan(plan, "rtx4090", config, console)
     lines = console.file.getvalue().splitlines()
-    assert lines[0].startswith("fits: peak ") and "…" not in "".join(lines)
+    assert lines[0].startswith("fits: peak ") and "…" not in "".join(lines) and "measured" not in "".join(lines)
     assert max(map(len, lines)) <= width and "denoise_backward" in console.file.getvalue()
     config, plan = advised("rtx4090", 3)
+    learn(CARD, {"matmul": 0.5})
     print_plan(plan, "rtx4090", config, console)
     refused = console.file.getvalue().splitlines()[len(lines) :]
+    assert "lowmem-drf bench measured them here." in " ".join(map(str.strip, refused))
     assert refused[0].startswith("does not fit: ") and any(
         line.startswith("It would fit with, besides what is then set by itself: -s ") for line in refused
     )
