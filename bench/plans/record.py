@@ -32,27 +32,22 @@ def record(folder: Path, results: Path = RESULTS) -> dict[str, str]:
     """
     try:
         found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        sections = {section["name"]: section for section in found["sections"]}
-        about = f"{found['card']}", f"{found['date']}, {found['commit']}, torch {found['versions']['torch']}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        about = found["card"], f"{found['date']}, {found['commit']}, torch {found['versions']['torch']}"
+        lines = {}
+        for section in found["sections"]:
+            preset = BY_NAME[section["name"]].argument
+            if preset and section["outcome"] == "done" and (text := _measured(preset, section["rows"], *about)):
+                lines[preset] = text
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise BadInputError(
             f"{folder} has no results.json of bench.card ({error}): python -m bench.card --output {folder}"
         ) from error
-    lines = {}
-    for name, section in sections.items():
-        preset = BY_NAME[name].argument if name in BY_NAME else None
-        if preset and section["outcome"] == "done" and (text := _measured(preset, section["rows"], *about)):
-            lines[preset] = text
-    write_text(
-        results / f"card_{re.sub(r'[^a-z0-9]+', '_', about[0].lower()).strip('_')}.json",
-        json.dumps(found, indent=1) + "\n",
-    )
+    card = re.sub(r"[^a-z0-9]+", "_", about[0].lower()).strip("_")
+    write_text(results / f"card_{card}.json", json.dumps(found, indent=1) + "\n")
     for preset, text in lines.items():
         path = presets()[preset]
-        written = re.sub(
-            r"^# Measured: .*$", f"# Measured: {text}", path.read_text(encoding="utf-8"), flags=re.MULTILINE
-        )
-        write_text(path, written)
+        before = path.read_text(encoding="utf-8")
+        write_text(path, re.sub(r"^# Measured: .*$", f"# Measured: {text}", before, flags=re.MULTILINE))
     return lines
 
 
