@@ -83,6 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m bench.plans.allocator", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--run", nargs="*", choices=list(cards), metavar="PRESET", help="measure these (none: all)")
+    parser.add_argument("--about", metavar="TEXT", help="what the card is, kept with the figures")
     options = parser.parse_args(arguments)
     kept: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"presets": {}}
     for name in cards if options.run == [] else options.run or ():
@@ -90,7 +91,12 @@ def main(arguments: list[str] | None = None) -> int:
         kept["versions"] = versions("torch")
         write_text(RESULTS, json.dumps(kept, indent=1) + "\n")
         print(name, "measured", file=sys.stderr, flush=True)
+    if options.about:
+        kept["about"] = options.about
+        write_text(RESULTS, json.dumps(kept, indent=1) + "\n")
     rows = {name: kept["presets"][name] for name in cards if name in kept["presets"]}
+    if "about" in kept:
+        print(f"{kept['about']}; torch {kept['versions']['torch']}\n")
     print("\n".join(table(rows)))
     stages = [stage for row in rows.values() for stage in row["stages"].values()]
     bad = any(row["retries"] for row in rows.values()) or any(s["measured_gib"] > 1.03 * s["peak_gib"] for s in stages)
