@@ -96,8 +96,8 @@ def import_all() -> None:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Without Python's own garbage collections: they take a fifth of the time of the model libraries' imports, and walk
-    all that these made ever after."""
+    """Without Python's own garbage collections: they walk all that the model libraries' imports made, again and
+    again."""
     enabled = gc.isenabled()
     gc.disable()
     try:

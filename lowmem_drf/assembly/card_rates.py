@@ -24,7 +24,7 @@ MOST_TOKENS, MOST_HEADS = 16_384, 12
 COPIED = 1 << 28
 """Bytes of a measured copy."""
 
-Work = tuple[Callable[[], Callable[[], Any]], float]
+Timed = tuple[Callable[[], Callable[[], Any]], float]
 """Makes the inputs and returns what is to be timed; its FLOPs or bytes."""
 
 
@@ -43,7 +43,7 @@ def measured_rates(config: Config, attention: Attention, device: torch.device) -
     return rates
 
 
-def _kinds(config: Config, attention: Attention, device: torch.device) -> dict[str, Work]:
+def _kinds(config: Config, attention: Attention, device: torch.device) -> dict[str, Timed]:
     sizes = generator_config(config.model.id).transformer
     heads, d = sizes["num_attention_heads"], sizes["attention_head_dim"]
     frames, height, width = (config.video.frames - 1) // 4 + 1, config.video.height // 16, config.video.width // 16
@@ -87,7 +87,7 @@ def _kinds(config: Config, attention: Attention, device: torch.device) -> dict[s
 
         return both
 
-    kinds: dict[str, Work] = {
+    kinds: dict[str, Timed] = {
         "matmul": (matmul, 2 * tokens * heads * d * sizes["ffn_dim"]),
         "attention": (partial(attend, False), scores),
         "attention backward": (partial(attend, True), 2.5 * scores),

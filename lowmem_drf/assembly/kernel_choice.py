@@ -30,7 +30,7 @@ from lowmem_drf.terminal import working
 from lowmem_drf.texts import one_line, parse_json, read_text
 
 if TYPE_CHECKING:
-    from lowmem_drf.ops import AttentionName, RowChoice
+    from lowmem_drf.ops import RowChoice
 
 KERNELS = "kernels.json"
 """Of a run's folder."""
@@ -100,8 +100,9 @@ def require_kernels(config: Config, device: torch.device, head_dim: int = 128) -
         int8_attention(device)
     if name == "auto":
         return
-    tried = refusal if device.type == "cuda" else _without_trial
-    if reason := tried(name, device, DTYPES[config.dtype], head_dim):
+    on_card = device.type == "cuda"
+    reason = refusal(name, device, DTYPES[config.dtype], head_dim) if on_card else why_not(name, device)
+    if reason:
         raise BadInputError(f"kernels.attention = {name!r} cannot run: {reason}")
 
 
@@ -147,10 +148,6 @@ def record_text(record: Mapping[str, Any]) -> str:
     rows = ",\n".join(f"  {json.dumps(row)}" for row in record["tiles"])
     rest = json.dumps({key: value for key, value in record.items() if key != "tiles"}, indent=1)
     return f'{rest[:-2]},\n "tiles": [\n{rows}\n ]\n}}\n'
-
-
-def _without_trial(name: AttentionName, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    return why_not(name, device)
 
 
 def _record(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from lowmem_drf.config import chosen_preset, load_config, preset_card, preset_path
 from lowmem_drf.planner.cards import card_named, parse_vram, room_of
-from lowmem_drf.planner.report import planned, print_plan
+from lowmem_drf.planner.report import planned
+from lowmem_drf.planner.words import print_plan
 from lowmem_drf.terminal import make_console
 
 

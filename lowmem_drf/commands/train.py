@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,7 +17,7 @@ from lowmem_drf.distributed.ranks import ALONE, Ranks, end_process, join, requir
 from lowmem_drf.errors import DEBUG, BadInputError, quoted
 from lowmem_drf.files import text_hash, write_text
 from lowmem_drf.models.weights.sources import TOYWORLD
-from lowmem_drf.planner.cards import card_named, parse_vram
+from lowmem_drf.planner.cards import Card, card_named, parse_vram, room_of
 from lowmem_drf.prompts import fingerprint, without
 from lowmem_drf.questions.file import WRITERS
 from lowmem_drf.schema import Config
@@ -109,9 +111,25 @@ def _print(config: Config, name: str, card: str) -> None:
     """For ``--dry-run``."""
     print(to_toml(config), end="")
     if config.engine != "single":
-        from lowmem_drf.planner.report import print_zero
+        _print_zero(config, name, card_named(card))
 
-        print_zero(config, name, card_named(card))
+
+def _print_zero(config: Config, name: str, card: Card) -> None:
+    """DeepSpeed's settings on stdout, as comments behind the configuration's TOML, and on stderr the plan of each
+    process."""
+    from lowmem_drf.distributed.zero import deepspeed_config
+    from lowmem_drf.planner.report import laid_out, planned
+    from lowmem_drf.planner.words import print_plan
+
+    trained = "the transformer's engine" if config.engine == "zero3" else "the LoRA's engine"
+    engines = {trained: deepspeed_config(config)}
+    if config.zero.critic:
+        engines["the critic's engine"] = deepspeed_config(config, trains=False)
+    for engine, settings in engines.items():
+        title = f"DeepSpeed, {engine}, in each of {config.processes} processes:"
+        print("\n" + textwrap.indent(f"{title}\n{json.dumps(settings, indent=2)}", "# "), flush=True)
+    console, room = make_console(stderr=True, soft_wrap=True), room_of(card.gib, config.memory.vram_gib)
+    print_plan(planned(laid_out(config), card, room, console), name, config, console)
 
 
 def _advice(run: Path) -> str:

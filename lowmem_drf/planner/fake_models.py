@@ -36,7 +36,7 @@ from lowmem_drf.models.weights.filling import Value, fill
 from lowmem_drf.models.weights.quant import Quant, in_critic, lay_out, require_library
 from lowmem_drf.models.weights.sources import resolve
 from lowmem_drf.planner.fakes import Fakes
-from lowmem_drf.planner.store import planned_store
+from lowmem_drf.planner.stand_ins import planned_store
 from lowmem_drf.prompts import as_prompts
 from lowmem_drf.schema import Config
 from lowmem_drf.types import Prompt, Question
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import UMT5EncoderModel
 
-    from lowmem_drf.planner.plan import PlanMeter
+    from lowmem_drf.planner.stand_ins import PlanMeter
 
 
 SAMPLE_PROMPT = (

@@ -15,7 +15,7 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -57,9 +57,9 @@ from lowmem_drf.planner.shortcuts import (
     with_shortcuts,
     with_stand_ins,
 )
-from lowmem_drf.planner.stages import WEIGHTS, Figures, Plan, Span, StagePlan, UnlikeError
-from lowmem_drf.planner.store import planned_store
-from lowmem_drf.planner.zero import PlannedZero3, partitioned, planned_trainer
+from lowmem_drf.planner.stages import Figures, Plan, Span, StagePlan, UnlikeError
+from lowmem_drf.planner.stand_ins import PlanMeter, planned_store
+from lowmem_drf.planner.zero import partitioned, planned_trainer
 from lowmem_drf.schema import Config
 
 if TYPE_CHECKING:
@@ -73,79 +73,6 @@ T = TypeVar("T")
 FAR = 8
 """What needs more cards of the size than this is refused without a plan, which would take minutes and much host memory
 itself."""
-
-
-class PlanMeter:
-    """Takes the place of the run's ``Meter``: records each stage's bytes and estimated seconds.
-
-    ``absent``: figures of stages that are not computed this time. Their stand-ins are taken to keep as many bytes.
-    """
-
-    def __init__(self, ledger: Ledger, absent: Mapping[str, Sequence[Figures]] | None = None) -> None:
-        self.stages: dict[str, StagePlan] = {}
-        self.visits: list[tuple[str, Figures]] = []
-        self.partitioned: list[PlannedZero3] = []
-        self._models: list[Any] = []
-        self._ledger = ledger
-        self._forced: tuple[int, int] | None = None
-        """Bytes of card and host when the next stage begins, after one that was not computed."""
-        self._absent = {name: iter(visits) for name, visits in (absent or {}).items()}
-
-    def load(self, models: Sequence[torch.nn.Module]) -> None:
-        """Counts these models as on the card."""
-        self._models = list(models)
-        self._ledger.adopt(self._tensors(), WEIGHTS)
-
-    def unload(self) -> None:
-        self._models = []
-
-    def _tensors(self) -> Iterator[torch.Tensor]:
-        modules = list(self._models)
-        while modules:  # without the names that ``parameters()`` makes
-            module = modules.pop()
-            modules += [child for child in module._modules.values() if child is not None]
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None:
-                    yield tensor
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Measures the block. If a stage is entered again, the larger peak is kept and the seconds add up."""
-        ledger = self._ledger
-        if self.visits:  # what is freed between two stages was not left: the last streamed layer
-            if self._forced:
-                (ledger.card_bytes, ledger.host_bytes), self._forced = self._forced, None
-            last, figures = self.visits[-1]
-            self.visits[-1] = last, replace(figures, left=(ledger.card_bytes, ledger.host_bytes))
-        ledger.reset_peak()
-        came, there, before_it = (ledger.card_bytes, ledger.host_bytes), ledger.items(), ledger.spent
-        asleep = ledger.on_card(self._tensors())
-        with ExitStack() as gathered:
-            for model in self.partitioned:
-                gathered.enter_context(model.stage(name))
-            yield
-        weights = ledger.on_card(self._tensors())
-        ledger.wait(ledger.link.quiet(ledger.seconds))  # as the run's meter waits for the device
-        spans, left = ledger.spans(), (ledger.card_bytes, ledger.host_bytes)
-        figures = Figures(spans, weights, came[0] - asleep, ledger.spent - before_it, came, left, there, ledger.copies)
-        if (counted := next(self._absent.get(name, iter(())), None)) is not None:
-            kept = [end - start for start, end in zip(counted.came, counted.left, strict=True)]
-            self._forced = came[0] + kept[0], came[1] + kept[1]
-        self.add(name, figures)
-
-    def add(self, name: str, figures: Figures) -> None:
-        """A visit of a stage."""
-        self.visits.append((name, figures))
-        now = figures.plan()
-        for model in self.partitioned:
-            now = model.with_gathers(name, now)
-        before = self.stages.get(name)
-        self.stages[name] = now if before is None else before.and_again(now)
-
-    def take(self) -> tuple[dict[str, float], dict[str, float]]:
-        """As ``Meter.take``, but without a reset."""
-        rows = self.stages.items()
-        return {name: stage.s for name, stage in rows}, {name: stage.peak_gib for name, stage in rows}
 
 
 def make_plan(

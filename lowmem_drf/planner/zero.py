@@ -32,7 +32,7 @@ from lowmem_drf.training.trainer import SingleTrainer, Trainer
 from lowmem_drf.types import Parts
 
 if TYPE_CHECKING:
-    from lowmem_drf.planner.plan import PlanMeter
+    from lowmem_drf.planner.stand_ins import PlanMeter
 
 
 class PlannedZero3:

@@ -13,10 +13,10 @@ from PIL import Image
 from rich.console import Console
 
 from lowmem_drf.assembly.assemble import resolve_device
+from lowmem_drf.commands import bench as command
 from lowmem_drf.commands.bench import spread
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import LowmemError
-from lowmem_drf.planner import measure
 
 sys.path.insert(0, str(ROOT))
 
@@ -132,19 +132,19 @@ def test_a_cap_reaches_the_allocator(monkeypatch):
     monkeypatch.setattr(
         "torch._C._cuda_setMemoryFraction", lambda fraction, device: capped.append((fraction, device)), raising=False
     )
-    monkeypatch.setattr(measure, "_random_models", Mock(side_effect=torch.OutOfMemoryError("no room for the models")))
+    monkeypatch.setattr(command, "_random_models", Mock(side_effect=torch.OutOfMemoryError("no room for the models")))
     with pytest.raises(LowmemError, match="under a cap of 12.5 GiB: no room for the models"):
-        measure.measure(load_config("toy"), resolve_device("cuda"), 12.5, Console())
+        command.measure(load_config("toy"), resolve_device("cuda"), 12.5, Console())
     assert capped == [(0.5, 1)]
 
 
 def test_of_several_updates_the_first_is_apart_and_peaks_are_over_all():
     figures = ((90, 3.0), (10, 1.0), (14, 2.0))
     rows = [({"rollout": s, "update": 1.0}, {"rollout": gib, "update": 0.5}) for s, gib in figures]
-    found = measure.Measurement.of(rows, "card")
+    found = command.Measurement.of(rows, "card")
     assert found.s == {"rollout": 12, "update": 1.0} and found.gib == {"rollout": 3.0, "update": 0.5}
     assert spread(found) == "13.00 an update, the median of 2 (11.00 to 15.00); 91.00 for the first, apart"
-    assert spread(measure.Measurement.of(rows[:1], "card")).startswith("91.00 for the first update, in which libraries")
+    assert spread(command.Measurement.of(rows[:1], "card")).startswith("91.00 for the first update, in which libraries")
 
 
 def test_zero3_against_streaming_has_the_same_update_in_both_and_says_what_failed(monkeypatch, tmp_path, capsys):

@@ -13,7 +13,7 @@ from _streams import Stream, late_store
 from lowmem_drf.memory import host
 from lowmem_drf.memory.host import HostStore
 from lowmem_drf.planner.ledger import Ledger
-from lowmem_drf.planner.store import planned_store
+from lowmem_drf.planner.stand_ins import planned_store
 from lowmem_drf.shortage import shortage_of
 
 CPU = torch.device("cpu")

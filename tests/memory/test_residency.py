@@ -33,7 +33,7 @@ from lowmem_drf.models.wan.decoder import WanDecoder
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
 from lowmem_drf.models.weights.packed_linear import PackedLinear
 from lowmem_drf.planner.ledger import Ledger
-from lowmem_drf.planner.store import planned_store
+from lowmem_drf.planner.stand_ins import planned_store
 from lowmem_drf.types import Parts, Question
 
 CPU = torch.device("cpu")

@@ -22,7 +22,7 @@ from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
 from lowmem_drf.models.weights.packed_linear import PackedLinear
 from lowmem_drf.ops import fused_ops, naive_ops, triton_attention
 from lowmem_drf.planner.ledger import Ledger
-from lowmem_drf.planner.store import planned_store
+from lowmem_drf.planner.stand_ins import planned_store
 from lowmem_drf.types import Question
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from lowmem_drf.config import load_config
 from lowmem_drf.method.step import drf_step
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
 from lowmem_drf.planner.ledger import Ledger
-from lowmem_drf.planner.store import planned_store
+from lowmem_drf.planner.stand_ins import planned_store
 from lowmem_drf.questions.make import make_questions
 
 TEXT = "a red circle moves right on a gray background"

@@ -13,11 +13,11 @@ sys.path.insert(0, str(ROOT))
 from bench.plans import advice
 from lowmem_drf.assembly.rungs import LADDERS, ROUNDED, keeps_gradient
 from lowmem_drf.config import change, load_config
-from lowmem_drf.planner import ladder, report
+from lowmem_drf.planner import ladder, report, words
 from lowmem_drf.planner.cards import Room, card_named, fits_in, free_of, learn
 from lowmem_drf.planner.ladder import advise, advise_host
-from lowmem_drf.planner.report import print_plan
 from lowmem_drf.planner.stages import Plan, StagePlan
+from lowmem_drf.planner.words import print_plan
 
 CARD = card_named("")
 USES = {"rollout": "transformer", "decode": "vae", "critic": "critic", "vae_backward": "vae",
@@ -73,7 +73,7 @@ def test_what_is_set_or_advised_makes_it_fit_with_the_figures_that_are_said(case
     if plan.changes and fit == "auto":  # what keeps the gradient is set by itself
         assert not any(map(keeps_gradient, plan.changes))
         assert advised(name, vram_gib, *overrides, *plan.changes)[1].fits
-    said = report.refusal(plan, config)
+    said = words.refusal(plan, config)
     assert len(said.splitlines()) <= 5 and all(text.partition("=")[0] in said for text in plan.changes)
 
 
@@ -104,7 +104,7 @@ def test_a_card_with_room_changes_nothing():
 def test_where_nothing_helps_nothing_is_advised():
     config, plan = advised("rtx4090", 0.1)
     assert not plan.fits and plan.applied == plan.changes == ()
-    assert "No change of settings that is known here" in report.refusal(plan, config)
+    assert "No change of settings that is known here" in words.refusal(plan, config)
 
 
 def test_what_fits_is_less_than_the_card():
@@ -138,7 +138,7 @@ def test_advice_for_the_host_s_memory_is_tried(fit):
     assert 'model.quant="int8"' in less.changes and less.changed.host_gib <= room
     after = formula(change(config, less.changes), CARD, 24)
     assert after.fits and (after.peak_gib, after.host_gib) == (less.changed.peak_gib, less.changed.host_gib)
-    said = report.host_refusal(less, room)
+    said = words.host_refusal(less, room)
     assert "int8" in said and f"{less.changed.host_gib:.1f} GiB of host memory" in said and len(said.splitlines()) <= 5
 
 
@@ -194,7 +194,7 @@ def test_the_verdict_comes_first_and_no_line_is_cut(width, tmp_path, monkeypatch
 
 def test_what_rounds_is_named():
     plan = Plan("", 8.0, {}, 1.0, applied=('memory.checkpoint="host"', "memory.vae_strips=4"))
-    assert report.set_to_fit(plan).endswith("(same gradient; up to rounding by memory.vae_strips=4)")
+    assert words.set_to_fit(plan).endswith("(same gradient; up to rounding by memory.vae_strips=4)")
     exact = Plan("", 8.0, {}, 1.0, applied=('memory.checkpoint="host"',))
-    assert report.set_to_fit(exact).endswith("(same gradient, to the bit)")
+    assert words.set_to_fit(exact).endswith("(same gradient, to the bit)")
     assert all(keeps_gradient(text) for text in ROUNDED)

@@ -14,7 +14,7 @@ from lowmem_drf.planner.cards import SHARES
 from lowmem_drf.planner.costs import Rates, kind_of
 from lowmem_drf.planner.fakes import Fakes
 from lowmem_drf.planner.ledger import Ledger
-from lowmem_drf.planner.store import planned_store
+from lowmem_drf.planner.stand_ins import planned_store
 
 MIB = 1024**2
 

@@ -7,7 +7,7 @@ import torch
 
 from lowmem_drf.planner.costs import Pcie, Rates
 from lowmem_drf.planner.ledger import Ledger
-from lowmem_drf.planner.store import planned_store
+from lowmem_drf.planner.stand_ins import planned_store
 
 CPU = torch.device("cpu")
 MIB = 1024**2

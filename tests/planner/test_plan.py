@@ -11,11 +11,11 @@ from _root import ROOT
 sys.path.insert(0, str(ROOT))
 from bench.plans.advice import wrong
 from lowmem_drf.assembly.rungs import DEAR, LADDERS, rank_of
+from lowmem_drf.commands.bench import count_bytes
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.planner.cards import CARDS, card_named, parse_vram
 from lowmem_drf.planner.ladder import advise
-from lowmem_drf.planner.measure import count_bytes
 from lowmem_drf.planner.plan import make_plan, new_fakes
 from lowmem_drf.planner.stages import STAGES
 

@@ -21,8 +21,8 @@ from lowmem_drf.planner.cards import GIB, LARGEST_SHARE, SPARE, card_named
 from lowmem_drf.planner.ladder import _changed
 from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.plan import decide_rollout, make_plan
-from lowmem_drf.planner.report import print_plan
 from lowmem_drf.planner.stages import STAGES, StagePlan
+from lowmem_drf.planner.words import print_plan
 from lowmem_drf.planner.zero import PlannedZero3
 
 CARD = card_named("")

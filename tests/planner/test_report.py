@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from lowmem_drf.config import load_config
-from lowmem_drf.planner import report
+from lowmem_drf.planner import report, words
 from lowmem_drf.planner.cards import Room
 from lowmem_drf.planner.stages import Plan, StagePlan
 
@@ -39,7 +39,7 @@ def test_clips_of_the_base_are_made_first_where_they_are_quick(clip_s, first, mo
 
 def test_time_has_two_figures_or_three_of_its_largest_unit():
     seconds = (0.04, 9.96, 50, 119, 120, 390, 7199, 7200, 38_700, 193_500, 12 * 86_400, 400 * 86_400)
-    assert list(map(report.in_words, seconds)) == [
+    assert list(map(words.in_words, seconds)) == [
         *("0.04 s", "10.0 s", "50 s", "119 s", "2.0 min", "6.5 min", "120 min", "2.0 h", "10.8 h", "2.2 days"),
         *("12.0 days", "400 days"),
     ]

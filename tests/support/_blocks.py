@@ -6,7 +6,7 @@ from _tiny import randomise_lora, tiny_condition, tiny_latents, tiny_transformer
 from lowmem_drf.memory.host import HostStore
 from lowmem_drf.models.lora.adapter import DEFAULT_TARGETS, add_lora, lora_parameters
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
-from lowmem_drf.planner.store import planned_store
+from lowmem_drf.planner.stand_ins import planned_store
 
 STORE, PLANNED = HostStore(torch.device("cpu")), planned_store()
 

@@ -11,6 +11,7 @@ from safetensors.torch import load, save
 
 from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.assembly.questions import draft_questions
+from lowmem_drf.commands.bench import count_bytes
 from lowmem_drf.commands.train import train_command
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
@@ -24,7 +25,6 @@ from lowmem_drf.models.lora.optimizers import (
     unpack_optimizer,
 )
 from lowmem_drf.planner.cards import card_named
-from lowmem_drf.planner.measure import count_bytes
 from lowmem_drf.planner.plan import make_plan
 from lowmem_drf.prompts import as_prompts
 from lowmem_drf.schema import Optim

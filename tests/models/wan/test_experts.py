@@ -19,6 +19,7 @@ from safetensors import safe_open
 from lowmem_drf.assembly.generate import generate
 from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.assembly.questions import draft_questions
+from lowmem_drf.commands.bench import measure
 from lowmem_drf.commands.export_lora import export_run
 from lowmem_drf.commands.sample import sample_command
 from lowmem_drf.commands.train import train_command
@@ -33,7 +34,6 @@ from lowmem_drf.models.wan.experts import boundary_after, expert_at, require_exp
 from lowmem_drf.models.weights.downloads import check_host_memory, prepare
 from lowmem_drf.planner.cards import card_named
 from lowmem_drf.planner.ledger import Ledger
-from lowmem_drf.planner.measure import measure
 from lowmem_drf.planner.plan import ALLOCATOR_BLOCK, make_plan
 from lowmem_drf.planner.stages import STAGES
 from lowmem_drf.prompts import as_prompts

@@ -14,7 +14,7 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.wan.text import TextEncoder, load_text, stream_text
 from lowmem_drf.models.weights.sources import loading
 from lowmem_drf.planner.ledger import Ledger
-from lowmem_drf.planner.store import planned_store
+from lowmem_drf.planner.stand_ins import planned_store
 from lowmem_drf.terminal import showing
 
 PROMPTS = ["a red circle moves left", "  a blue   square &amp; a green triangle ", "", "the " * 30]

@@ -16,7 +16,7 @@ from lowmem_drf.models.wan.decoder import WanDecoder
 from lowmem_drf.planner.fake_models import fake_vae
 from lowmem_drf.planner.fakes import Fakes
 from lowmem_drf.planner.ledger import Ledger
-from lowmem_drf.planner.store import planned_store
+from lowmem_drf.planner.stand_ins import planned_store
 from lowmem_drf.schema import Memory
 
 GIB = 1024**3
