@@ -205,17 +205,8 @@ def _barriers(ptx: str) -> int:
 
 
 def table(rows: Iterable[Resource]) -> Table:
-    figures = (
-        "warps",
-        "stages",
-        "registers",
-        "shared KiB",
-        "spill bytes",
-        "blocks",
-        "products",
-        "barriers",
-        "compile s",
-    )
+    figures = ("warps", "stages", "registers", "shared KiB", "spill bytes")
+    figures += ("blocks", "products", "barriers", "compile s")
     made = Table("kernel", "card", "dtype", "constants", "tile", *figures)
     for row in rows:
         shape = [" ".join(f"{key}={value}" for key, value in values.items()) for values in (row.constants, row.tile)]
