@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,12 @@ if TYPE_CHECKING:
     from lowmem_drf.models.wan.decoder import WanDecoder
     from lowmem_drf.models.wan.experts import OtherExpert
     from lowmem_drf.types import Critic, Velocity
+
+SMALL = 10_000_000
+"""Parameters of a transformer whose products are so short that a second thread of the CPU wins next to nothing.
+OpenMP's threads spin while they wait: beside another program two of them take many times as long as one."""
+THREADS = "OMP_NUM_THREADS"
+"""What a user sets to choose the number of threads."""
 
 
 def derive_seed(*words: object) -> int:
@@ -248,6 +255,8 @@ def assemble(
         bring(modules[name], device)  # the parts that are not streamed were loaded to the host
     if device.type == "cuda":
         torch.cuda.empty_cache()  # loading, packing and timing leave pieces that no stage can use
+    elif THREADS not in os.environ and transformer.num_parameters() < SMALL:
+        torch.set_num_threads(1)
     return Models(
         transformer=transformer, velocity=velocity, decoder=decoder, critic=critic, texts=texts,
         text_tokens=config.model.text_tokens, negative_prompt=config.sampler.negative_prompt, latent_shape=shape,
