@@ -110,17 +110,27 @@ class Sampler(Node):
     2405.00760) stops it there: a little cheaper, and approximate."""
     guidance: Annotated[float, Field(ge=1, le=1000)] = 5.0
     """Classifier-free guidance scale, for both transformers of a generator that has two. 1 is no guidance; above 1 each
-    step takes two transformer passes instead of one."""
+    step takes two transformer passes instead of one. ``auto``: as the model's publishers have it (docs/few-step.md), 5
+    for others."""
     guidance_grad: Literal["cond", "both"] = "cond"
     """With guidance: gradient through the conditional branch alone (``cond``), or through both (``both``), which costs
     a second graded pass per step and no memory. The relay is exact for the choice made here."""
     shift: Annotated[float, Field(ge=0.01, le=1000)] = 3.0
-    """Timestep shift of the flow-matching schedule: higher values put more steps at high noise. Wan uses 3 to 8."""
+    """Timestep shift of the flow-matching schedule: higher values put more steps at high noise. ``auto``: as the
+    model's publishers have it, 3 for others."""
+    timesteps: list[Annotated[float, Field(ge=1, le=1000)]] = []
+    """The noise levels themselves, falling, 1000 for pure noise: one for each of ``steps``. A generator distilled to a
+    few steps knows no others (docs/few-step.md). Empty: the grid that ``shift`` makes."""
+    update: Literal["euler", "renoise"] = "euler"
+    """From one noise level to the next: along the velocity (``euler``), or to the predicted clip and back to the next
+    level with fresh noise (``renoise``: ``lcm`` in ComfyUI, ``stochastic_sampling`` in diffusers). A distilled
+    generator takes the one it was made for."""
     lv_samples: Annotated[int, Field(ge=0, le=1000)] = 0
     """DRaFT-LV (arXiv 2309.17400): extra noised copies of the clip, which the last step denoises again; the gradient
     is averaged over clip and copies. Each copy costs another decode, critic pass and backward. 0 is off."""
     negative_prompt: str = ""
-    """Text of the unconditional branch; used with guidance above 1."""
+    """Text of the unconditional branch; used with guidance above 1. ``auto``: the one that Wan ships, for other models
+    none."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.graded_steps > self.steps:
@@ -128,6 +138,10 @@ class Sampler(Node):
                 "graded_steps",
                 f"{self.graded_steps} graded steps do not fit in sampler.steps = {self.steps}; lower it",
             )
+        if self.timesteps and len(self.timesteps) != self.steps:
+            yield "timesteps", f"lists {len(self.timesteps)} steps, sampler.steps says {self.steps}; make them agree"
+        if any(level <= after for level, after in zip(self.timesteps, self.timesteps[1:], strict=False)):
+            yield "timesteps", f"{self.timesteps} must fall from step to step"
         if self.graded == "last" and self.graded_steps != 1:
             message = (
                 f'graded = "last" is one step, graded_steps = {self.graded_steps}; set it to 1, or graded = "tail"'

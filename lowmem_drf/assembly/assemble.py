@@ -23,7 +23,7 @@ from lowmem_drf.memory.residency import NEEDS, Residency, bring
 from lowmem_drf.memory.streaming import Streamed
 from lowmem_drf.method.frames import frames_at_rate, kept_fps, kept_frames
 from lowmem_drf.method.reward import RewardSpec
-from lowmem_drf.method.schedule import choose_graded, draw_noise, flow_sigmas
+from lowmem_drf.method.schedule import TRAIN_TIMESTEPS, choose_graded, draw_noise, flow_sigmas
 from lowmem_drf.method.step import StepSpec
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.ops import ranged_attention
@@ -32,7 +32,7 @@ from lowmem_drf.schema import Config, Parkable
 from lowmem_drf.types import Parts, Prompt
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
     from lowmem_drf.models.wan.decoder import WanDecoder
@@ -98,10 +98,11 @@ def step_spec(config: Config, step: int, scales: Mapping[str, float] | None = No
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "plan", step))
     sampler, critic = config.sampler, config.critic
     return StepSpec(
-        sigmas=flow_sigmas(sampler.steps, sampler.shift),
+        sigmas=flow_sigmas(sampler.steps, sampler.shift, sampler.timesteps),
         graded=choose_graded(sampler.graded, sampler.steps, sampler.graded_steps, generator),
         kept=kept_frames(config.video.frames, critic_frames(config), critic.frame_sampling, generator),
         follow_motion=critic.frame_sampling == "motion",
+        update=sampler.update,
         chain=sampler.chain,
         guidance=sampler.guidance,
         guidance_grad=sampler.guidance_grad,
@@ -151,6 +152,8 @@ class Models:
     """Callable to use in place of ``critic`` if its weights are partitioned."""
     expert: Any = None
     """The transformer that is not trained, if the generator has two."""
+    first_level: float = 1.0
+    """Sigma of the latents that denoising begins with."""
 
     @property
     def asked_critic(self) -> QwenCritic:
@@ -179,8 +182,12 @@ class Models:
         return self.condition([self.negative_prompt] * batch)
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
-        """(B, C, F, h, w) fp32 on the device, drawn on the CPU."""
-        return draw_noise(self.latent_shape, seeds).to(self.device)
+        """The latents that denoising begins with: (B, C, F, h, w) fp32 on the device, drawn on the CPU."""
+        return self.first_level * draw_noise(self.latent_shape, seeds).to(self.device)
+
+    def generators(self, seeds: Sequence[int]) -> list[Generator]:
+        """Of the noise that is drawn while clips with these seeds are denoised."""
+        return [torch.Generator().manual_seed(derive_seed("lv", seed)) for seed in seeds]
 
 
 def assemble(
@@ -262,4 +269,5 @@ def assemble(
         text_tokens=config.model.text_tokens, negative_prompt=config.sampler.negative_prompt, latent_shape=shape,
         device=device, meter=meter, residency=residency, recorder=recorder, kernels=str(chosen),
         kernel_record=chosen.record, expert=other.transformer if other else None,
+        first_level=config.sampler.timesteps[0] / TRAIN_TIMESTEPS if config.sampler.timesteps else 1.0,
     )  # fmt: skip

@@ -29,17 +29,17 @@ class Generated:
 @torch.no_grad()
 def generate(models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequence[int]) -> Generated:
     """A clip per text and seed, with the LoRA at its present scale. A clip depends only on its own text and seed."""
-    sigmas = flow_sigmas(sampler.steps, sampler.shift)
+    sigmas = flow_sigmas(sampler.steps, sampler.shift, sampler.timesteps)
     cond, uncond = models.condition(texts), models.no_condition(len(texts))
-    steps = range(sampler.steps)
+    norms: list[Tensor] = []
     models.residency.need_for("rollout")
-    x_0, entering = rollout(models.velocity, sigmas, models.noise(seeds), cond, uncond, sampler.guidance, keep=steps)
-    path = [*(entering[k] for k in steps), x_0]
-    # the Euler update solved for v: v = (x_next - x) / (sigma_next - sigma)
-    velocities = ((path[k + 1] - path[k]) / (sigmas[k + 1] - sigmas[k]).item() for k in steps)
-    norms = [v.pow(2).flatten(1).mean(1).sqrt().mean().item() for v in velocities]
+    x_0, _ = rollout(
+        models.velocity, sigmas, models.noise(seeds), cond, uncond, sampler.guidance,
+        watch=lambda v: norms.append(v.pow(2).flatten(1).mean(1).sqrt().mean()),
+        update=sampler.update, generators=models.generators(seeds),
+    )  # fmt: skip
     models.awake("vae")
-    return Generated(models.decoder.decode(x_0), sum(norms) / len(norms))
+    return Generated(models.decoder.decode(x_0), sum(norm.item() for norm in norms) / len(norms))
 
 
 NAN = "holds NaN or infinity"

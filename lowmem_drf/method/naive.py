@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem_drf.method.reward import mean_reward
-from lowmem_drf.method.schedule import euler_step, guided, renoise
+from lowmem_drf.method.schedule import advance, guided, renoise
 from lowmem_drf.types import StepStats
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def naive_step(
     cond: Any,
     uncond: Any,
     questions: Sequence[Sequence[Question]],
-    lv_generators: Sequence[Generator] = (),
+    generators: Sequence[Generator] = (),
     share: float = 1.0,
 ) -> StepStats:
     """Adds the gradient of -share * reward (mean over clips) to the ``.grad`` of ``parts.lora``. Arguments as in
@@ -46,7 +46,7 @@ def naive_step(
         with torch.set_grad_enabled(graded):
             x_in = x if graded and spec.chain == "full" else x.detach()
             v = guided(parts.velocity, x_in, sigmas[k], cond, uncond, spec.guidance, spec.guidance_grad)
-        return euler_step(x, v, sigmas[k], sigmas[k + 1])
+        return advance(spec.update, x, v, sigmas[k], sigmas[k + 1], generators)
 
     def reward(x_0: Tensor) -> tuple[Tensor, StepStats]:
         frames = parts.decoder.decode(x_0)[:, list(spec.seen(x_0, parts.decoder.temporal_factor))]
@@ -60,6 +60,6 @@ def naive_step(
         total, stats = reward(x)
         last = spec.steps - 1
         for _ in range(spec.lv_samples):
-            total = total + reward(step(renoise(x, sigmas[last], lv_generators), last))[0]
+            total = total + reward(step(renoise(x.detach(), sigmas[last], generators), last))[0]
         (-share * total / (1 + spec.lv_samples)).backward(inputs=list(parts.lora))
     return stats

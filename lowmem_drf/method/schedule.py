@@ -1,8 +1,10 @@
-"""The sampler: sigmas, noise, guidance, the Euler update and the choice of graded steps.
+"""The sampler: sigmas, noise, guidance, the two updates and the choice of graded steps.
 
 Flow matching: x_sigma = (1 - sigma) x_0 + sigma eps, velocity v = dx/dsigma = eps - x_0, sigma from 1 (noise) to 0
-(clip). Step k of N goes from ``sigmas[k]`` to ``sigmas[k + 1]``. There are no higher-order solvers: their updates
-depend on earlier velocities, so the gradient of a graded step would not be one pass through one step.
+(clip). Step k of N goes from ``sigmas[k]`` to ``sigmas[k + 1]``: along the velocity (``euler``), or to the clip that
+it predicts and from there back to ``sigmas[k + 1]`` with fresh noise (``renoise``, as generators of few steps are
+distilled). Both are linear in x and v. There are no higher-order solvers: their updates depend on earlier velocities,
+so the gradient of a graded step would not be one pass through one step.
 """
 
 from __future__ import annotations
@@ -19,21 +21,29 @@ if TYPE_CHECKING:
 
     from lowmem_drf.types import Velocity
 
+Update = Literal["euler", "renoise"]
 GuidanceGrad = Literal["cond", "both"]
 """Gradient of a guided step: through the conditional pass alone, or through both passes."""
 
 
-def flow_sigmas(steps: int, shift: float) -> Tensor:
-    """Noise levels of the sampler, fp64, shape (steps + 1,), falling from 1 - 1e-6 to exactly 0.
+TRAIN_TIMESTEPS = 1000
+"""Noise levels that Wan was trained with; a timestep is sigma times this."""
 
-    The grid of diffusers 0.42's ``UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=shift)``, which Wan's
-    pipelines ship. With ``solver_order=1`` and ``disable_corrector=list(range(steps))`` (Wan ships it with the
+
+def flow_sigmas(steps: int, shift: float, timesteps: Sequence[float] = ()) -> Tensor:
+    """Noise levels of the sampler, fp64, shape (steps + 1,), falling to exactly 0.
+
+    With ``timesteps`` these are the levels, and ``steps`` and ``shift`` are not used. Without, they begin at 1 - 1e-6
+    and are the grid of diffusers 0.42's ``UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=shift)``, which
+    Wan's pipelines ship. With ``solver_order=1`` and ``disable_corrector=list(range(steps))`` (Wan ships it with the
     corrector on) it makes the Euler update below, so ``WanPipeline`` reproduces our clips. Unlike in
     ``FlowMatchEulerDiscreteScheduler`` the last step is not nearly empty, so grading it alone (K = 1) trains something.
 
     Raises:
         BadInputError: fewer than one step, or a shift that is not positive.
     """
+    if len(timesteps):
+        return torch.tensor([*timesteps, 0], dtype=torch.float64) / TRAIN_TIMESTEPS
     if steps < 1:
         raise BadInputError(f"sampler.steps is {steps}: the sampler needs at least 1 step")
     if not shift > 0:
@@ -49,6 +59,27 @@ def euler_step(x_BCFhw: Tensor, velocity_BCFhw: Tensor, sigma: float, sigma_next
     return x_BCFhw + (sigma_next - sigma) * velocity_BCFhw
 
 
+def advance(
+    update: Update,
+    x_BCFhw: Tensor,
+    velocity_BCFhw: Tensor,
+    sigma: float,
+    sigma_next: float,
+    generators: Sequence[Generator] = (),
+) -> Tensor:
+    """x at ``sigma_next``. ``generators``: of the noise of ``renoise``, one per clip. The last step draws none."""
+    if update == "euler" or sigma_next == 0:
+        return euler_step(x_BCFhw, velocity_BCFhw, sigma, sigma_next)
+    return renoise(x_BCFhw - sigma * velocity_BCFhw, sigma_next, generators)
+
+
+def update_factors(update: Update, sigma: float, sigma_next: float) -> tuple[float, float]:
+    """(d x_next / d x, d x_next / d velocity) of ``advance``; the noise does not matter to them."""
+    if update == "euler":
+        return 1.0, sigma_next - sigma
+    return 1 - sigma_next, -(1 - sigma_next) * sigma
+
+
 def draw_noise(shape_CFhw: Sequence[int], seeds: Sequence[int]) -> Tensor:
     """Standard normal fp32 noise (B, C, F, h, w) on the CPU, one generator per clip.
 
@@ -58,15 +89,15 @@ def draw_noise(shape_CFhw: Sequence[int], seeds: Sequence[int]) -> Tensor:
 
 
 def renoise(x_0_BCFhw: Tensor, sigma: float, generators: Sequence[Generator]) -> Tensor:
-    """(1 - sigma) sg(x_0) + sigma eps: a DRaFT-LV sample (arXiv 2309.17400).
+    """(1 - sigma) x_0 + sigma eps.
 
     Each clip has its own CPU generator: global random state would break exact resume, and one generator for all would
     make a clip's noise depend on its batch. Raises ValueError where their numbers differ.
     """
     if len(generators) != len(x_0_BCFhw):
-        raise ValueError(f"lv_samples needs lv_generators, one per clip: {len(x_0_BCFhw)}, not {len(generators)}")
+        raise ValueError(f"fresh noise needs generators, one per clip: {len(x_0_BCFhw)}, not {len(generators)}")
     eps = torch.stack([torch.randn(x_0_BCFhw.shape[1:], generator=generator) for generator in generators]).to(x_0_BCFhw)
-    return (1 - sigma) * x_0_BCFhw.detach() + sigma * eps
+    return (1 - sigma) * x_0_BCFhw + sigma * eps
 
 
 def choose_graded(mode: str | Sequence[int], steps: int, k: int, generator: Generator | None = None) -> tuple[int, ...]:

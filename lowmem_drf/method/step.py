@@ -25,7 +25,7 @@ from lowmem_drf.errors import BadInputError, NonFiniteError
 from lowmem_drf.method.finite import Found, look_at, refuse
 from lowmem_drf.method.frames import motion_frames
 from lowmem_drf.method.reward import RewardSpec, mean_reward
-from lowmem_drf.method.schedule import GuidanceGrad, euler_step, gradient_passes, guided, renoise
+from lowmem_drf.method.schedule import GuidanceGrad, Update, advance, gradient_passes, guided, renoise, update_factors
 from lowmem_drf.method.vae_stream import decode, vae_backward
 from lowmem_drf.types import StepStats
 
@@ -42,17 +42,18 @@ def drf_step(
     cond: Any,
     uncond: Any,
     questions: Sequence[Sequence[Question]],
-    lv_generators: Sequence[Generator] = (),
+    generators: Sequence[Generator] = (),
     share: float = 1.0,
     found: Found = refuse,
 ) -> StepStats:
     """Adds the gradient of -share * reward (mean over clips) to the ``.grad`` of ``parts.lora``.
 
     Args:
-        noise_BCFhw: sigma = 1 latents, on the transformer's device, fp32 (or fp64).
+        noise_BCFhw: latents at the first noise level, on the transformer's device, fp32 (or fp64).
         cond, uncond: conditions for ``parts.velocity``; ``uncond`` is not used if ``spec.guidance`` is 1.
         questions: per clip.
-        lv_generators: CPU generators of the DRaFT-LV noise, one per clip; needed with ``spec.lv_samples``.
+        generators: CPU generators of the noise drawn in this step, one per clip; needed for ``renoise`` and with
+            ``spec.lv_samples``.
         share: fraction that these clips are of a larger batch.
         found: called with a NonFiniteError for each NaN or infinity in latents, frames, reward, or their gradients. If
             it returns, the step goes on; drop the ``.grad``.
@@ -68,10 +69,11 @@ def drf_step(
         conditions = [one for one, _ in gradient_passes(cond, uncond, spec.guidance, spec.guidance_grad)]
         record = partial(parts.recorder.record, conditions=conditions)
         x_0, entering = rollout(
-            parts.velocity, spec.sigmas, noise_BCFhw, cond, uncond, spec.guidance, spec.graded, record
-        )
+            parts.velocity, spec.sigmas, noise_BCFhw, cond, uncond, spec.guidance, spec.graded, record,
+            update=spec.update, generators=generators,
+        )  # fmt: skip
         trajectories = [(x_0, entering)] + [
-            lv_copy(parts.velocity, spec, x_0, cond, uncond, lv_generators) for _ in range(spec.lv_samples)
+            lv_copy(parts.velocity, spec, x_0, cond, uncond, generators) for _ in range(spec.lv_samples)
         ]
         for clean, _ in trajectories:
             look_at(clean, "latents at the end of the rollout", "rollout", found)
@@ -102,9 +104,12 @@ def rollout(
     guidance: float = 1.0,
     keep: Collection[int] = (),
     record: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+    watch: Callable[[Tensor], object] | None = None,
+    update: Update = "euler",
+    generators: Sequence[Generator] = (),
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """All denoising steps, without gradient; also the plain sampler. Each step in ``keep`` runs inside
-    ``record(step)``.
+    ``record(step)``; ``watch`` is called with the velocity of every step.
 
     Returns:
         The clean latents x_0, and the latents that enter each step in ``keep``.
@@ -116,7 +121,9 @@ def rollout(
             entering[k] = x
         with record(k) if k in keep else nullcontext():
             v = guided(velocity, x, sigma, cond, uncond, guidance)
-        x = euler_step(x, v, sigma, sigma_next)
+        if watch:
+            watch(v)
+        x = advance(update, x, v, sigma, sigma_next, generators)
     return x, entering
 
 
@@ -162,18 +169,23 @@ def denoise_backward(
 ) -> None:
     """The graded steps, last to first, one transformer pass at a time; adds to the ``.grad`` of ``parts.lora``.
 
-    The Euler update passes its cotangent on unchanged, and (sigma_next - sigma) times it to the velocity. Ungraded
-    steps only pass it on.
+    A step passes its cotangent on, and to the velocity, each with its factor of ``update_factors``. Ungraded steps only
+    pass it on.
     """
     sigmas, d_x = spec.sigmas.tolist(), d_x_0_BCFhw
-    for k in reversed(spec.graded):
+    for k in reversed(range(spec.graded[0], spec.steps)):
+        through, to_velocity = update_factors(spec.update, sigmas[k], sigmas[k + 1])
+        if k not in spec.graded:
+            d_x = through * d_x
+            continue
         # nothing trainable precedes the first graded step
         x = entering[k].detach().requires_grad_(spec.chain == "full" and k != spec.graded[0])
         for condition, factor in gradient_passes(cond, uncond, spec.guidance, spec.guidance_grad):
             with torch.enable_grad(), parts.recorder.replay(k, condition):
                 v = parts.velocity(x, sigmas[k], condition)
-            d_v = factor * (sigmas[k + 1] - sigmas[k]) * d_x
+            d_v = factor * to_velocity * d_x
             v.backward(d_v.to(v.dtype), inputs=[*parts.lora, x] if x.requires_grad else list(parts.lora))
+        d_x = through * d_x
         if x.grad is not None:
             d_x = d_x + x.grad
             look_at(d_x, f"gradients at the latents that enter step {k}", "denoise_backward", found)
@@ -198,6 +210,7 @@ class StepSpec:
     """The pixel frames the critic sees, ascending."""
     follow_motion: bool = False
     """``frames.motion_frames`` chooses the frames, as many as in ``kept``."""
+    update: Update = "euler"
     chain: Chain = "full"
     """``full``: the gradient passes through the transformer's input from graded step to graded step. ``drtune`` (arXiv
     2405.00760): it passes through the update's identity alone."""
@@ -219,6 +232,8 @@ class StepSpec:
             )
         if not self.kept or list(self.kept) != sorted(set(self.kept)) or self.kept[0] < 0:
             raise BadInputError(f"the kept frames are {self.kept}: they must be ascending and at least one")
+        if self.update not in ("euler", "renoise"):
+            raise BadInputError(f"sampler.update is {self.update!r}: it must be 'euler' or 'renoise'")
         if self.chain not in ("full", "drtune"):
             raise BadInputError(f"sampler.chain is {self.chain!r}: it must be 'full' or 'drtune'")
         if self.guidance_grad not in ("cond", "both"):

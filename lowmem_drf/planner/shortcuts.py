@@ -42,7 +42,8 @@ def shortened(config: Config, graded: int) -> Config:
     places: str | list[int] = "last" if graded == 1 else "tail"
     if config.model.expert == "high":
         places = list(range(graded))
-    short = sampler.model_copy(update={"steps": steps, "graded_steps": graded, "graded": places})
+    some = {"steps": steps, "graded_steps": graded, "graded": places, "timesteps": sampler.timesteps[-steps:]}
+    short = sampler.model_copy(update=some)
     return one_micro_batch(config.model_copy(update={"sampler": short}))
 
 
@@ -52,7 +53,8 @@ def boundary_moved(generator: GeneratorConfig, short: Config) -> GeneratorConfig
         return generator
     sampler = short.sampler
     high = sampler.graded_steps if short.model.expert == "high" else sampler.steps - sampler.graded_steps
-    return replace(generator, boundary=boundary_after(flow_sigmas(sampler.steps, sampler.shift).tolist(), high))
+    sigmas = flow_sigmas(sampler.steps, sampler.shift, sampler.timesteps).tolist()
+    return replace(generator, boundary=boundary_after(sigmas, high))
 
 
 def one_micro_batch(config: Config) -> Config:

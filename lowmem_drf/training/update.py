@@ -199,10 +199,10 @@ def _accumulate(
         weight = len(some) / len(prompts)
         cond = models.condition([prompt.text for prompt in some])
         asked = [questions[prompt.id] for prompt in some]
-        lv_generators = [torch.Generator().manual_seed(derive_seed("lv", seed)) for seed in some_seeds]
-        noise, uncond = models.noise(some_seeds), models.no_condition(len(some))
+        noise, generators = models.noise(some_seeds), models.generators(some_seeds)
+        uncond = models.no_condition(len(some))
         found: list[NonFiniteError] = []
-        stat = drf_step(parts, spec, noise, cond, uncond, asked, lv_generators, weight, found.append)
+        stat = drf_step(parts, spec, noise, cond, uncond, asked, generators, weight, found.append)
         nothing = stat.frames_BTCHW.new_empty(0)  # a slice would keep the whole
         frames = stat.frames_BTCHW if with_frames else nothing
         stats.append((replace(stat, latents_BCFhw=nothing, frames_BTCHW=frames), weight))

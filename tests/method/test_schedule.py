@@ -2,17 +2,17 @@
 
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.schedule import (
+    advance,
     choose_graded,
     draw_noise,
     euler_step,
     flow_sigmas,
     gradient_passes,
     guided,
-    renoise,
 )
 
 
@@ -88,12 +88,20 @@ def test_noise_leaves_the_global_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_renoise():
-    x = torch.randn(1, 2, 3, dtype=torch.float64, requires_grad=True)
-    eps = torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(1)).double()
-    noised = renoise(x, 0.25, [torch.Generator().manual_seed(1)])
-    assert torch.equal(noised, 0.75 * x.detach() + 0.25 * eps[None])
-    assert not noised.requires_grad
+@pytest.mark.parametrize("timesteps", [(1000, 757, 522), (987.7, 782.7, 609, 406.2)], ids=str)
+def test_renoise_is_diffusers_stochastic_sampling(timesteps):
+    """At the given noise levels, each clip with its own noise; at the end nothing is drawn."""
+    scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    scheduler.set_timesteps(sigmas=[t / 1000 for t in timesteps])
+    sigmas, generators = flow_sigmas(7, 3.0, timesteps).tolist(), [torch.Generator().manual_seed(1)]
+    assert sigmas == [*(t / 1000 for t in timesteps), 0]
+    x = expected = torch.randn(1, 2, 3)
+    torch.manual_seed(1)
+    for k, timestep in enumerate(scheduler.timesteps):
+        v = torch.randn(1, 2, 3, generator=torch.Generator().manual_seed(k))
+        expected = scheduler.step(v, timestep, expected, return_dict=False)[0]
+        x = advance("renoise", x, v, sigmas[k], sigmas[k + 1], generators)
+    torch.testing.assert_close(x, expected)
 
 
 @pytest.mark.parametrize(

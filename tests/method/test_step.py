@@ -26,6 +26,7 @@ from torch import nn
 from lowmem_drf.errors import BadInputError, NonFiniteError
 from lowmem_drf.method.naive import naive_step
 from lowmem_drf.method.reward import RewardSpec
+from lowmem_drf.method.schedule import flow_sigmas
 from lowmem_drf.method.step import StepSpec, decode, drf_step, rollout, vae_backward
 
 
@@ -64,6 +65,14 @@ def test_relay_is_naive(parts, k, chain, guidance, grad, size):
 @pytest.mark.parametrize("graded", [(0,), (3,), (0, 2, 5), (1, 2, 4)], ids=str)
 def test_relay_is_naive_for_any_set_of_graded_steps(parts, graded, grad, chain):
     assert_equal_steps(parts, plan_of(graded, chain=chain, guidance=2.0, guidance_grad=grad), size=2)
+
+
+@pytest.mark.parametrize("chain", ["full", "drtune"])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("graded", [(5,), (4, 5), range(STEPS), (0,), (1, 2, 4)], ids=str)
+def test_relay_is_naive_where_each_step_draws_fresh_noise(parts, graded, guidance, chain):
+    plan = plan_of(graded, update="renoise", guidance=guidance, guidance_grad="both", chain=chain)
+    assert_equal_steps(parts, replace(plan, sigmas=flow_sigmas(STEPS, 3.0, (988, 783, 609, 406, 200, 90))), 2, seed=5)
 
 
 @pytest.mark.parametrize("size", [1, 2], ids=lambda size: f"batch{size}")
@@ -284,9 +293,10 @@ def test_an_impossible_plan_is_refused(changes, what):
 
 
 @pytest.mark.parametrize("step", [drf_step, naive_step])
-def test_draft_lv_without_its_generators_is_refused(parts, step):
-    with pytest.raises(ValueError, match="lv_generators, one per clip: 1, not 0"):
-        step(parts, plan_of((STEPS - 1,), lv_samples=1), *batch_of(1))
+@pytest.mark.parametrize("changes", [{"lv_samples": 1}, {"update": "renoise"}], ids=str)
+def test_fresh_noise_without_its_generators_is_refused(parts, step, changes):
+    with pytest.raises(ValueError, match="generators, one per clip: 1, not 0"):
+        step(parts, plan_of((STEPS - 1,), **changes), *batch_of(1))
 
 
 def test_naive_has_no_window(parts):

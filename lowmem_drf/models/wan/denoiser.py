@@ -11,6 +11,7 @@ import torch
 
 from lowmem_drf.memory.activations import BlockPolicy, HookedForward, Pace
 from lowmem_drf.memory.recorded_rollout import RecordedForward
+from lowmem_drf.method.schedule import TRAIN_TIMESTEPS
 from lowmem_drf.models.wan.attention import attention_named
 from lowmem_drf.models.wan.block import BlockForward
 from lowmem_drf.models.wan.random_generator import empty_transformer
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from lowmem_drf.memory.streaming import Streamed
     from lowmem_drf.ops import Attention, RowOps
     from lowmem_drf.types import Velocity
-
-TRAIN_TIMESTEPS = 1000
 
 
 def load_denoiser(

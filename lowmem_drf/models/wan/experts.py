@@ -130,7 +130,7 @@ def require_expert(config: Config, generator: GeneratorConfig) -> None:
             f'sampler.graded = "random": {model.id} has two transformers and one is trained, so graded steps must be '
             'its own. Set sampler.graded to "tail" or to a list of steps.'
         )
-    sigmas = flow_sigmas(sampler.steps, sampler.shift).tolist()[:-1]
+    sigmas = flow_sigmas(sampler.steps, sampler.shift, sampler.timesteps).tolist()[:-1]
     turns = [expert_at(sigma, generator.boundary) for sigma in sigmas]
     graded = choose_graded(sampler.graded, sampler.steps, sampler.graded_steps)
     if all(turns[step] == model.expert for step in graded):
