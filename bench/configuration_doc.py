@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from lowmem_drf import schema
-from lowmem_drf.config import known_keys
+from lowmem_drf.config import AS_PUBLISHED, known_keys
 from lowmem_drf.schema import Config
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
@@ -88,7 +88,8 @@ def page() -> str:
             lines += ["", f"## {title}", "", docs[section.__name__][""], ""]
             lines += ["| Key | Takes | Default | What it does, and what it costs |", "|---|---|---|---|"]
             before = section
-        default, text = json.dumps(section.model_fields[name].default), docs[section.__name__][name]
+        default = json.dumps("auto" if key in AS_PUBLISHED else section.model_fields[name].default)
+        text = docs[section.__name__][name]
         cells = [f"`{key}`", what_it_takes(specs[section.__name__][name]), f"`{default}`", text]
         lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"

@@ -9,6 +9,7 @@ differences from the defaults, or from the preset that it names in ``extends``. 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 import lowmem_drf
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import require_output, write_text
-from lowmem_drf.schema import Config, Node
+from lowmem_drf.schema import Config, Model, Node, Video
 from lowmem_drf.texts import escaped, expanded, one_line, parse_toml, read_text, shown
 
 _PATTERNS = {
@@ -51,6 +52,13 @@ _ADDED = {
     **{"log.sample_first": True, "memory.fit": "as_given"},
 }
 """Keys that earlier versions lack, with the value that those versions acted on."""
+
+
+AS_PUBLISHED = ("sampler.shift", "sampler.guidance", "sampler.negative_prompt")
+"""Keys whose default is that of the model's publishers."""
+_SAMPLING = Path(__file__).with_name("sampling.toml")
+_LARGE = 600_000
+"""Pixels of a frame: 720p has more, 480p fewer."""
 
 
 def known_keys(node: type[BaseModel] = Config, prefix: str = "") -> list[str]:
@@ -111,7 +119,7 @@ def preset_card(path: Path) -> str:
 def default_preset(card_gb: float | None, card: str = "") -> str:
     """The largest preset that fits a card of ``card_gb`` GB (10^9 bytes), or ``toy`` where none fits or there is no
     card (``None``). Of equally large ones, the preset made for the card named ``card``, then the shortest name
-    (``rtx4090`` before ``rtx4090-fast``)."""
+    (``rtx4090`` before ``rtx4090-20step``)."""
     sizes = {name: preset_gb(path) for name, path in presets().items()}
     fitting = {name: size for name, size in sizes.items() if size is not None and size <= (card_gb or 0.0)}
     rank = {name: (size, _is_for(name, card), -len(name)) for name, size in fitting.items()}
@@ -235,7 +243,22 @@ def _overridden(values: dict[str, tuple[Any, str]], overrides: Iterable[str]) ->
             values |= {k: (v, _option(text)) for k, v in rows}
         except BadInputError as error:
             problems.append(str(error))
-    return _validate(values, problems)
+    return _validate(_as_published(values), problems)
+
+
+def _as_published(values: Mapping[str, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
+    """With the sampling that the model's publishers use, where a value is left out or ``auto``."""
+    asked = {"model.id": Model().id, "video.width": Video().width, "video.height": Video().height}
+    model, *sides = (values.get(key, (default, ""))[0] for key, default in asked.items())
+    table = parse_toml(_SAMPLING.read_text(encoding="utf-8"))
+    row = next((row for row in table["models"] if re.search(row["id"], str(model), re.IGNORECASE)), None)
+    known: dict[str, Any] = {}
+    if row:
+        large = all(isinstance(side, int) for side in sides) and math.prod(sides) > _LARGE
+        shift = row.get("shift_720p", row["shift"]) if large else row["shift"]
+        known = dict(zip(AS_PUBLISHED, (shift, row["guidance"], table["negative_prompt"]), strict=True))
+    kept = {key: value for key, value in values.items() if key not in AS_PUBLISHED or value[0] != "auto"}
+    return {key: (value, str(_SAMPLING)) for key, value in known.items()} | kept
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

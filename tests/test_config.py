@@ -5,7 +5,7 @@ import tomllib
 import pytest
 
 from lowmem_drf.assembly.sizes import require_room
-from lowmem_drf.config import known_keys, load_config, parse_override, preset_path, to_toml
+from lowmem_drf.config import AS_PUBLISHED, known_keys, load_config, parse_override, preset_path, to_toml
 from lowmem_drf.distributed.launch import launch
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.generators import generator_config
@@ -54,6 +54,31 @@ def test_overrides_win_and_the_last_one_counts():
     config = load_config("toy", ["optim.lr=1e-2", "critic.weights.Phy=2", "optim.lr=3e-2"])
     assert config.optim.lr == 3e-2
     assert config.critic.weights.Phy == 2.0
+
+
+@pytest.mark.parametrize(
+    ("model", "shift", "guidance"),
+    [
+        ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 8.0, 6.0),
+        ("/models/Wan2.1-T2V-14B-Diffusers", 3.0, 5.0),
+        ("Wan-AI/Wan2.1-T2V-14B-Diffusers video={width=1280,height=720}", 5.0, 5.0),
+        ("Wan-AI/Wan2.2-TI2V-5B-Diffusers", 5.0, 5.0),
+        ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", 12.0, 4.0),
+        ("toyworld", 3.0, 5.0),
+    ],
+)
+def test_a_model_is_sampled_as_its_publishers_do(tmp_path, model, shift, guidance):
+    bare, run = tmp_path / "bare.toml", tmp_path / "run.toml"
+    bare.write_text("")
+    overrides = f"model.id={model}".split()
+    sampler = load_config(bare, overrides).sampler
+    assert (sampler.shift, sampler.guidance) == (shift, guidance)
+    assert ("多余的手指" in sampler.negative_prompt) == (model != "toyworld")
+    mine = load_config(bare, [*overrides, "sampler.shift=2", "sampler.guidance=3", "sampler.negative_prompt="])
+    assert (mine.sampler.shift, mine.sampler.guidance, mine.sampler.negative_prompt) == (2.0, 3.0, "")
+    run.write_text(to_toml(mine))
+    assert load_config(run) == mine
+    assert load_config(run, [f"{key}=auto" for key in AS_PUBLISHED]).sampler == sampler
 
 
 def test_a_whole_section_as_an_inline_table():
