@@ -12,6 +12,7 @@ import torch
 from lowmem_drf.assembly.loading import import_libraries, load_transformer, prepare_generator
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.export.export import export_lora, file_metadata, host_bytes, is_export, merge_lora
+from lowmem_drf.export.trained_with import in_words
 from lowmem_drf.files import make_writable, refuse_in_run, release, require_output
 from lowmem_drf.models.generators import GeneratorConfig, generator_config
 from lowmem_drf.models.lora.changes import LoraChanges
@@ -91,6 +92,7 @@ def export_run(
         paths.append(path)
         size = f"{path.stat().st_size / 2**20:.1f} MiB, {dtype}, rank {lora.rank}"
         lines += [f"{path} ({size}) loads in {_READERS[form]}{_place(expert)}.", str(verified)]
+        lines.append(in_words(config, path.name))
     if merge is not None:
         verified = merge_lora(lora, DTYPES[dtype], merge, transformer, subfolder)
         paths.append(merge)

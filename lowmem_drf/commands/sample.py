@@ -14,6 +14,7 @@ from lowmem_drf.assembly.kernel_choice import saved_choice
 from lowmem_drf.assembly.loading import load_models, read_lora_for, say
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError, LowmemError
+from lowmem_drf.export.trained_with import as_trained
 from lowmem_drf.files import readable_name, require_output, short_hash
 from lowmem_drf.models.lora.base import left_out
 from lowmem_drf.models.lora.reading import lora_file
@@ -68,7 +69,11 @@ def sample_command(
     if lora is not None:
         refuse_damaged(lora_file(lora))
     read = read_lora_for(config, lora) if lora else None
-    for line in left_out(read) if read else ():
+    lines = list(left_out(read)) if read else []
+    if read:
+        config, trained = as_trained(config, read.metadata, overrides, may_change=run is None)
+        lines += trained
+    for line in lines:
         say(f"{lora}: {line}")
     if lora is not None:  # files of one name in two folders are two LoRAs
         source = readable_name(lora.stem, after=f"-{short_hash(str(lora.resolve()))}")

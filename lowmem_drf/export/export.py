@@ -13,6 +13,7 @@ import torch
 
 from lowmem_drf import __version__
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.export.trained_with import header, public
 from lowmem_drf.export.verify import (
     Verified,
     probe_lora,
@@ -61,7 +62,7 @@ def export_lora(
     from safetensors.torch import save
 
     tensors = to_format(lora, form, dtype)
-    header = {
+    about = {
         "format": "pt",
         **metadata,
         "ss_network_dim": str(lora.rank),
@@ -71,12 +72,12 @@ def export_lora(
         "lowmem_drf.alpha": str(lora.alpha),
     }
     if form == "diffusers":
-        header |= adapter_metadata(lora)
-    header["sshs_model_hash"] = model_hash(save(tensors))
+        about |= adapter_metadata(lora)
+    about["sshs_model_hash"] = model_hash(save(tensors))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(output, ".part.safetensors") as aside:  # diffusers reads other suffixes as pickles
-            aside.write_bytes(save(tensors, metadata=header))
+            aside.write_bytes(save(tensors, metadata=about))
             del tensors
             verified = verify_export(aside, lora, form, dtype, transformer)
     except OSError as error:
@@ -135,11 +136,6 @@ def merge_lora(
     return verified
 
 
-def _public(file: str) -> str:
-    """A hub file as it is, and of a local one the name: headers are published, and folders are the user's own."""
-    return Path(file).name if Path(file).is_absolute() else file
-
-
 def file_metadata(config: Config, checkpoint: str, transformer: WanTransformer3DModel, expert: str) -> dict[str, str]:
     """A file's header: ``modelspec.*`` (Stability's specification), ``ss_*`` (kohya), and the training settings.
     ``expert``: empty for a model with one transformer."""
@@ -153,13 +149,15 @@ def file_metadata(config: Config, checkpoint: str, transformer: WanTransformer3D
         "model": model.id,
         "quant": model.quant,
         **({"expert": f"{expert} noise"} if expert else {}),
-        **({"transformer": _public(model.transformer)} if model.transformer else {}),
-        "base_lora": ", ".join(f"{_public(file)} x {scale:g}" for file, scale in model.base_loras()) or "none",
-        **({"init_lora": _public(config.lora.init)} if config.lora.init else {}),
+        **({"transformer": public(model.transformer)} if model.transformer else {}),
+        "base_lora": ", ".join(f"{public(file)} x {scale:g}" for file, scale in model.base_loras()) or "none",
+        **({"init_lora": public(config.lora.init)} if config.lora.init else {}),
         "critic": critic.id,
         "questions": critic.mode,
         "reward": critic.reward,
         "graded_steps": f"{sampler.graded_steps} of {sampler.steps} ({sampler.graded}, {sampler.chain})",
+        "update": sampler.update,
+        **({"timesteps": ", ".join(f"{level:g}" for level in sampler.timesteps)} if sampler.timesteps else {}),
         "shift": sampler.shift,
         "guidance": sampler.guidance,
         "video": f"{video.width}x{video.height}, {video.frames} frames, {video.fps} fps",
@@ -180,4 +178,5 @@ def file_metadata(config: Config, checkpoint: str, transformer: WanTransformer3D
         "ss_learning_rate": str(config.optim.lr),
         "ss_seed": str(config.seed),
         **{f"lowmem_drf.{key}": str(value) for key, value in training.items()},
+        **header(config),
     }

@@ -40,6 +40,8 @@ _FACTS = {
     "schedule": ("ss_lr_scheduler",),
     "optimizer": ("ss_optimizer",),
     "video": ("lowmem_drf.video", "modelspec.resolution", "ss_resolution"),
+    "update": ("lowmem_drf.update",),
+    "timesteps": ("lowmem_drf.timesteps",),
     "shift": ("lowmem_drf.shift", "ss_discrete_flow_shift"),
     "guidance": ("lowmem_drf.guidance",),
     "seed": ("ss_seed",),

@@ -1,0 +1,54 @@
+"""A LoRA file says which base it belongs to, and is sampled on it."""
+
+import json
+
+import pytest
+
+from lowmem_drf.config import change, load_config
+from lowmem_drf.export.trained_with import HEADER, as_trained, header, in_words
+
+RUN = load_config("rtx4090", ["model.base_lora_scale=0.9"])
+
+
+def test_what_to_load_in_which_order_and_how_to_sample_it():
+    said = in_words(RUN, "tuned.safetensors")
+    assert said.startswith(
+        "To be used as it was trained: load Wan-AI/Wan2.1-T2V-1.3B-Diffusers, then Kijai/WanVideo_comfy/"
+    )
+    assert "at strength 0.9, then tuned.safetensors at strength 1; 4 steps with fresh noise at each (lcm)" in said
+    assert said.endswith("sigmas 0.9877, 0.7827, 0.609, 0.4062, 0, guidance 1.")
+    plain = in_words(load_config("rtx4090-20step"), "tuned.safetensors")
+    assert plain.endswith("then tuned.safetensors at strength 1; 20 steps by Euler, shift 8, guidance 6.")
+
+
+def test_a_preset_samples_it_as_it_was_trained():
+    config, lines = as_trained(load_config("rtx4090-20step"), header(RUN), [], may_change=True)
+    assert (config.sampler.model_dump(), config.model) == (
+        load_config("rtx4090").sampler.model_dump() | {"negative_prompt": config.sampler.negative_prompt},
+        RUN.model,
+    )
+    assert len(lines) == 1 and lines[0].startswith("as it was trained: model.base_lora=")
+    assert as_trained(RUN, header(RUN), [], may_change=True) == (RUN, [])
+
+
+def test_what_the_user_sets_stays_and_a_run_keeps_its_settings():
+    base = load_config("rtx4090-20step")
+    asked = ['model.base_lora=""', "model.base_lora_scale=1.0", "sampler.steps=4"]
+    config, (line,) = as_trained(change(base, ["sampler.steps=4"]), header(RUN), asked, may_change=True)
+    assert config.model == base.model and "base_lora" not in line and config.sampler.update == "renoise"
+    config, (line,) = as_trained(base, header(RUN), [], may_change=False)
+    assert config == base and line.endswith("; this run has other settings")
+
+
+def test_files_of_the_users_own_are_named_and_not_looked_for():
+    mine = change(RUN, ["model.base_lora=/home/me/mine.safetensors", "model.id=/home/me/Wan"])
+    config, lines = as_trained(RUN, header(mine), [], may_change=True)
+    assert config == RUN and len(lines) == 2
+    assert "it was trained on Wan, and is used on Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in lines
+    assert any("give that: -s model.base_lora=FOLDER/mine.safetensors" in line for line in lines)
+
+
+@pytest.mark.parametrize("told", ["", "[]", "{}", "{", json.dumps({"model.id": "x", "sampler.steps": None}), "\0" * 9])
+def test_a_header_that_says_nonsense_is_left_alone(told):
+    config, lines = as_trained(RUN, {HEADER: told}, [], may_change=True)
+    assert config == RUN and lines == ["its header says how it was trained, and cannot be used"]
