@@ -46,6 +46,7 @@ SHARES = {
     "memory": Share(0.8, "long copies against the data sheet's bandwidth"),
     "link": Share(1.0, "``Card.link`` is what pinned copies reach already"),
 }  # fmt: skip
+_FULL = SHARES["matmul"].of
 """By kind of work. Until ``bench`` has measured them on the card at hand (``learn``)."""
 
 
@@ -78,6 +79,13 @@ class Card:
     def link_rate(self) -> float:
         """Bytes a second between card and host, each way."""
         return self.link * self.share("link") * 1e9
+
+
+def at_share(card: Card, share: float) -> Card:
+    """The card if every kind of arithmetic reached ``share`` of its rate for that kind, and copies what they do. Shares
+    above the common ``_FULL`` are of units that are faster than 16-bit products by that factor."""
+    kinds = {kind: max(1.0, one.of / _FULL) for kind, one in SHARES.items() if kind not in ("memory", "link")}
+    return replace(card, measured={kind: share * factor for kind, factor in kinds.items()})
 
 
 CARDS = {

@@ -46,10 +46,11 @@ def planned(
     once, then read from the disk.
 
     Args:
+        card: with the shares to plan by, or without, for those measured here.
         room: the card's memory.
         host_gib: what may wait in the host's memory. ``None``: anything.
     """
-    card, kept = learned(card), Cache(cache_folder() / PLANS, MOST_PLANS)
+    card, kept = card if card.measured else learned(card), Cache(cache_folder() / PLANS, MOST_PLANS)
     key = _depends_on(config, card, room) | {"advice": advice, "host": host_gib}
     try:
         return Plan.from_dict(kept.get(key))
