@@ -191,7 +191,7 @@ def train(
 @app.command(
     epilog=_example(
         'lowmem-drf sample --prompt "a red circle moves left on a gray background" --compare',
-        'lowmem-drf sample --preset rtx4090-fast --lora style.safetensors --prompt "a corgi surfing a wave"',
+        'lowmem-drf sample --preset rtx4090 --lora style.safetensors --prompt "a corgi surfing a wave"',
     )
 )
 @_reports_errors
@@ -337,6 +337,9 @@ def questions(
 def plan(
     preset: Preset = None,
     vram: Annotated[str | None, _option("The card's memory, for example 24GB. Default: the preset's card.")] = None,
+    share: Annotated[
+        float | None, _option("Also the time at this share of the card's arithmetic, 0.6 for all.", min=0.01, max=1.0)
+    ] = None,
     set_: Set = None,
     json_: Json = False,
 ) -> None:
@@ -344,7 +347,7 @@ def plan(
     give up if that does not suffice."""
     from lowmem_drf.commands.plan import plan_command
 
-    plan_command(preset, vram, set_ or [], json_)
+    plan_command(preset, vram, set_ or [], json_, share)
 
 
 @app.command(epilog=_example("lowmem-drf bench --preset rtx4090 --vram 24GB", "lowmem-drf bench --preset toy --json"))

@@ -15,13 +15,8 @@ from bench.card.rows import Row, State, near
 from lowmem_drf.errors import LowmemError
 from lowmem_drf.planner.cards import GIB, parse_vram
 
-SETTINGS = {
-    "rtx4090": ("24GB", 3, 2),
-    "rtx3060": ("12GB", 3, 2),
-    "rtx4060": ("8GB", 3, 2),
-    "rtx4090-wan14b": ("24GB", 2, 1),
-}
-"""Memory, steps, graded steps. Memory does not grow with more steps than these, only time does."""
+MEMORY = {"rtx4090": "24GB", "rtx3060": "12GB", "rtx4060": "8GB", "rtx4090-wan14b": "24GB"}
+"""Of the card that each preset is for."""
 LEAST = 0.9
 """Share of the memory that a card of that size may report."""
 SAME = 0.05
@@ -41,25 +36,12 @@ def time_row(stage: str) -> str:
 
 def preset(name: str) -> Iterator[Row]:
     """Stages of one update. What it compiles is in its seconds."""
-    vram, steps, graded = SETTINGS[name]
+    vram = MEMORY[name]
     here = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / GIB
     if here < LEAST * parse_vram(vram):
         yield Row("the preset", f"is for {vram}, and this card has {here:.1f} GiB")
         return
-    command = [
-        sys.executable,
-        "-m",
-        "lowmem_drf",
-        "bench",
-        "--preset",
-        name,
-        "--vram",
-        vram,
-        "--updates",
-        "1",
-        "--json",
-    ]
-    command += ["-s", f"sampler.steps={steps}", "-s", f"sampler.graded_steps={graded}"]
+    command = [sys.executable, *f"-m lowmem_drf bench --preset {name} --vram {vram} --updates 1 --json".split()]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise LowmemError(f"{' '.join(command[1:])} ended with exit code {done.returncode}; its message is above")

@@ -26,13 +26,13 @@ from lowmem_drf.planner.stages import Plan
 from lowmem_drf.schema import Config
 
 SETTINGS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
-    ("rtx4090", 8, ()),
-    ("rtx4090", 12, ()),
-    ("rtx4090", 16, ("memory.fit=as_given",)),
-    ("rtx4090", 3, ()),
-    ("rtx4090", 16, ("micro_batch=2", "memory.keep_attention=card")),
-    ("rtx4060", 8, ("video.width=1280", "video.height=720", "video.frames=81")),
-    ("rtx3060-fast", 6, ()),
+    ("rtx4090-20step", 8, ()),
+    ("rtx4090-20step", 12, ()),
+    ("rtx4090-20step", 16, ("memory.fit=as_given",)),
+    ("rtx4090-20step", 3, ()),
+    ("rtx4090-20step", 16, ("micro_batch=2", "memory.keep_attention=card")),
+    ("rtx4060-20step", 8, ("video.width=1280", "video.height=720", "video.frames=81")),
+    ("rtx3060", 6, ()),
     ("rtx4090-wan14b", 12, ()),
     ("rtx4090-wan14b", 8, ("model.quant=none",)),
     ("rtx4090-wan22-5b", 8, ()),

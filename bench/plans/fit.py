@@ -19,10 +19,11 @@ from lowmem_drf.planner.cards import card_named
 from lowmem_drf.planner.fakes import Fakes
 from lowmem_drf.planner.plan import make_plan, new_fakes
 from lowmem_drf.planner.stages import STAGES
+from lowmem_drf.planner.words import in_words
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, README = ROOT / "docs" / "fit.md", ROOT / "README.md"
-IN_README = ("rtx4060", "rtx3060", "rtx4090-fast", "rtx4090-wan14b")
+IN_README = ("rtx4060", "rtx3060", "rtx4090", "rtx4090-wan14b")
 MARKS = "<!-- fit: begin -->\n", "<!-- fit: end -->\n"
 
 ABOUT = """\
@@ -31,7 +32,8 @@ ABOUT = """\
 Every preset, planned (`python -m bench.plans.fit` writes this page; `lowmem-drf plan --preset NAME` prints one in more
 detail). Stages: GiB at the peak of each stage of an update, as requested from PyTorch's allocator; *of*: the most that
 the tightest stage may take ([memory.md](memory.md)). Host: GiB that wait in host memory for the card, without Python,
-the libraries and CUDA; for several cards, GiB for each card, and in brackets for all. Seconds per update are estimates.
+the libraries and CUDA; for several cards, GiB for each card, and in brackets for all. Seconds per update are estimates,
+and a run is its preset's `steps` updates.
 *Copies hidden*: share of the time of copies between card and host during which the card computes; *waiting*: the rest,
 as a share of the update.
 """
@@ -43,10 +45,17 @@ the card one layer at a time, while the layer before computes ([memory.md](memor
 """
 
 
-def plan(name: str, fakes: Fakes) -> dict[str, Any]:
-    """The output of ``lowmem-drf plan --json``."""
-    config, card = load_config(name), card_named(preset_card(presets()[name]))
-    return make_plan(config, card, config.memory.vram_gib or card.gib, fakes=fakes).as_json(name)
+UNRECORDED = "memory.record_rollout=false"
+"""What ``train`` sets first where the host's memory does not suffice."""
+
+
+def plan(name: str, fakes: Fakes, *overrides: str) -> dict[str, Any]:
+    """The output of ``lowmem-drf plan --json``; with ``unrecorded_gib`` of host memory, where less would do."""
+    config, card = load_config(name, overrides), card_named(preset_card(presets()[name]))
+    made = make_plan(config, card, config.memory.vram_gib or card.gib, fakes=fakes).as_json(name)
+    if config.memory.record_rollout:
+        made["unrecorded_gib"] = plan(name, fakes, UNRECORDED)["host_gib"]
+    return made
 
 
 def largest(made: Mapping[str, Any]) -> str:
@@ -59,6 +68,8 @@ def plan_line(name: str, made: Mapping[str, Any]) -> str:
     figures = f"{made['peak_gib']:.1f} GiB at the peak ({largest(made)}), {made['host_gib']:.1f} GiB of host memory"
     if made["processes"] > 1:
         figures += f" each and {made['all_host_gib']:.0f} together"
+    if "unrecorded_gib" in made:
+        figures += f" ({made['unrecorded_gib']:.1f} without record_rollout)"
     return f"# Plan: {figures}, about {made['update_s']:,.0f} s an update of {clips(name)} (an estimate)"
 
 
@@ -71,6 +82,12 @@ def clips(name: str) -> str:
     """Clips of an update."""
     batch = load_config(name).batch
     return f"{batch} clip{'s' * (batch > 1)}"
+
+
+def run(name: str, made: Mapping[str, Any]) -> str:
+    """A run's updates and time."""
+    steps = load_config(name).steps
+    return f"{steps}: {in_words(steps * made['update_s'])}"
 
 
 def header_line(name: str, key: str) -> str:
@@ -86,10 +103,8 @@ def measured(name: str) -> str:
 
 def page(plans: Mapping[str, Mapping[str, Any]]) -> str:
     """docs/fit.md."""
-    lines = [
-        f"| preset | card | {' | '.join(STAGES)} | peak, of | host | an update | copies hidden | waiting | measured |",
-        "|---" * (len(STAGES) + 8) + "|",
-    ]
+    columns = ["preset", "card", *STAGES, "peak, of", "host", "an update", "a run", "copies hidden", "waiting"]
+    lines = [f"| {' | '.join(columns)} | measured |", "|---" * (len(columns) + 1) + "|"]
     for name, made in plans.items():
         peaks = [f"{made['stages'][stage]['peak_gib']:.1f}" for stage in STAGES]
         peaks[STAGES.index(largest(made))] = f"**{peaks[STAGES.index(largest(made))]}**"
@@ -97,7 +112,7 @@ def page(plans: Mapping[str, Mapping[str, Any]]) -> str:
         shares = f"{made['hidden_share']:.0%} | {made['stall_share']:.1%}"
         lines.append(
             f"| `{name}` | {preset_card(presets()[name])} | {' | '.join(peaks)} | {memory} "
-            f"| {made['update_s']:,.0f} s, {clips(name)} | {shares} | {measured(name)} |"
+            f"| {made['update_s']:,.0f} s, {clips(name)} | {run(name, made)} | {shares} | {measured(name)} |"
         )
     given = ["", "## What was given up to get there", ""]
     given += ["| preset | what it does | what was given up |", "|---|---|---|"]
@@ -109,12 +124,14 @@ def page(plans: Mapping[str, Mapping[str, Any]]) -> str:
 
 def readme_table(plans: Mapping[str, Mapping[str, Any]]) -> str:
     """The README's table: the presets of ``IN_README``."""
-    rows = ["| preset | card | what is trained | planned peak | host memory | an update | measured |", "|---" * 7 + "|"]
+    columns = ("preset", "card", "what is trained", "planned peak", "host memory", "an update", "a run", "measured")
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in IN_README:
         made, what = plans[name], preset_summary(presets()[name]).rstrip(".")
         rows.append(
             f"| `{name}` | {preset_card(presets()[name])} | {what} | {made['peak_gib']:.1f} GiB ({largest(made)}) "
-            f"| {host(made, ' GiB')} | {made['update_s']:,.0f} s, {clips(name)} | {measured(name)} |"
+            f"| {host(made, ' GiB')} | {made['update_s']:,.0f} s, {clips(name)} | {run(name, made)} "
+            f"| {measured(name)} |"
         )
     return "\n".join(rows) + "\n"
 

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bench.card.presets import PEAK, SETTINGS, memory_row, time_row
+from bench.card.presets import MEMORY, PEAK, memory_row, time_row
 from bench.card.sections import BY_NAME
 from bench.plans import fit
-from lowmem_drf.config import load_config, presets
+from lowmem_drf.config import presets
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import write_text
 
@@ -56,14 +56,10 @@ def _measured(preset: str, rows: list[Mapping[str, Any]], card: str, when: str) 
     measured = {row["what"]: row["measured"] for row in rows}
     if memory_row(PEAK) not in measured:
         return None
-    vram, steps, graded = SETTINGS[preset]
-    sampler = load_config(preset).sampler
-    times = {"rollout": sampler.steps / steps, "denoise_backward": sampler.graded_steps / graded}
-    seconds = sum(measured[time_row(stage)] * times.get(stage, 1) for stage in STAGES if time_row(stage) in measured)
+    seconds = sum(measured[time_row(stage)] for stage in STAGES if time_row(stage) in measured)
     largest = max(STAGES, key=lambda stage: measured.get(memory_row(stage), 0))
-    ran = f"from {steps} of {sampler.steps} steps, {graded} of {sampler.graded_steps} graded"
     peak = f"{measured[memory_row(PEAK)]:.1f} GiB at the peak ({largest})"
-    return f"{peak}, about {seconds:,.0f} s an update ({ran}), on {card} held to {vram}; {when}"
+    return f"{peak}, about {seconds:,.0f} s an update, on {card} held to {MEMORY[preset]}; {when}"
 
 
 def main(arguments: list[str] | None = None) -> int:

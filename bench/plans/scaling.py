@@ -18,7 +18,7 @@ from lowmem_drf.planner.fakes import Fakes
 from lowmem_drf.planner.plan import make_plan
 from lowmem_drf.planner.stages import StagePlan
 
-PRESET, CARD = "rtx4090", "24 GB (RTX 4090)"
+PRESET, CARD = "rtx4090-20step", "24 GB (RTX 4090)"
 EIGHT = ("critic.frames=8", "critic.frame_sampling=uniform")
 
 

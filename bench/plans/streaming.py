@@ -39,13 +39,13 @@ ROWS = {
     ),
     "14B, 16 bit, streamed, and all else that saves": ("RTX 4090", (*LARGE, *SMALLEST)),
 }
-"""Name -> card, and changes to the preset rtx4090."""
+"""Name -> card, and changes to the preset rtx4090-20step."""
 
 
 def planned(name: str) -> Plan:
     """The plan of a row."""
     card, overrides = ROWS[name]
-    return make_plan(load_config("rtx4090", overrides), card_named(card))
+    return make_plan(load_config("rtx4090-20step", overrides), card_named(card))
 
 
 def main() -> None:

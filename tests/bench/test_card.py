@@ -198,8 +198,7 @@ def test_what_was_measured_is_recorded_in_the_presets_header(tmp_path, monkeypat
     found = {"card": "NVIDIA H200", "date": "2026-01-02", "commit": "abc", "versions": {"torch": "2.12"}}
     (tmp_path / "results.json").write_text(json.dumps(found | {"sections": [section]}))
     record.record(tmp_path, tmp_path)
-    # 6 * 20 / 3 + 8 * 3 / 2 + 13
-    update = "about 65 s an update (from 3 of 20 steps, 2 of 3 graded), on NVIDIA H200 held to 24GB"
+    update = "about 27 s an update, on NVIDIA H200 held to 24GB"
     line = f"# Measured: 16.1 GiB at the peak (decode), {update}; 2026-01-02, abc, torch 2.12"
     assert line in preset.read_text().splitlines()
     assert json.loads((tmp_path / "card_nvidia_h200.json").read_text())["date"] == "2026-01-02"

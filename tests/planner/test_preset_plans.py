@@ -24,8 +24,9 @@ from lowmem_drf.planner.fake_models import fake_critic
 from lowmem_drf.planner.plan import make_plan
 
 BUDGET_GIB = {  # whole process, at its peak
-    "rtx4090": 16.5, "rtx3090": 16.5, "rtx5090": 28.5, "rtx4090-fast": 21.0, "rtx3090-fast": 21.0, "rtx5090-fast": 28.5,
-    "rtx4080": 7.6, "rtx3060": 7.6, "rtx4060": 5.5, "rtx4080-fast": 7.6, "rtx3060-fast": 7.6, "rtx4060-fast": 5.5,
+    "rtx4090": 16.5, "rtx3090": 16.5, "rtx5090": 28.5, "rtx4080": 7.6, "rtx3060": 7.6, "rtx4060": 5.5,
+    "rtx4090-20step": 16.5, "rtx3090-20step": 16.5, "rtx5090-20step": 28.5,
+    "rtx4080-20step": 7.6, "rtx3060-20step": 7.6, "rtx4060-20step": 5.5,
     "rtx4090-wan14b": 21.0, "rtx4090-wan22-5b": 15.5, "zero3-2gpu": 19.0,
 }  # fmt: skip
 GIB, GB = 1024**3, 10**9
@@ -33,10 +34,10 @@ OTHERS_GIB = 4.0
 """Host memory of each process for Python, libraries, CUDA and the system."""
 HOST_GB = (
     dict.fromkeys(BUDGET_GIB, 64)
-    | dict.fromkeys(("rtx3060", "rtx3060-fast", "rtx4060", "rtx4060-fast"), 32)
+    | dict.fromkeys(("rtx3060", "rtx3060-20step", "rtx4060", "rtx4060-20step"), 32)
     | {"zero3-2gpu": 128}
 )
-SAME_BODY = {"rtx3060-fast": "rtx4080-fast", "rtx3090-fast": "rtx4090-fast", "rtx3090": "rtx4090"}
+SAME_BODY = {"rtx3090": "rtx4090", "rtx3090-20step": "rtx4090-20step"}
 """Presets that ask the same of their card as a preset for a faster one, which waits longer for its copies."""
 STREAMED = [name for name in BUDGET_GIB if load_config(name).memory.stream]
 
@@ -65,13 +66,15 @@ def plan_of(name):
 
 
 def test_the_command_prints_the_plan():
-    options = [word for text in SMALL for word in ("-s", text)]
-    done = CliRunner().invoke(cli.app, ["plan", "--preset", "toy", "--vram", "24GB", "--json", *options])
+    options = ["--share", "0.6", "--json", *(word for text in SMALL for word in ("-s", text))]
+    done = CliRunner().invoke(cli.app, ["plan", "--preset", "toy", "--vram", "24GB", *options])
     assert done.exit_code == 0, done.stderr
     made = make_plan(load_config("toy", SMALL), card_of("toy"), 24.0, fakes=FAKES).as_json("toy")
     printed = json.loads(done.stdout)
     assert printed["run_s"] == printed["steps"] * printed["update_s"] > 0
-    assert printed.keys() == made.keys() | {"steps", "run_s"} and printed["stages"].keys() == made["stages"].keys()
+    assert printed["at_share"]["share"] == 0.6 and 0 < printed["at_share"]["update_s"] != printed["update_s"]
+    assert printed.keys() == made.keys() | {"steps", "run_s", "at_share"}
+    assert printed["stages"].keys() == made["stages"].keys()
     for one, other in ((printed, made), *((printed["stages"][name], made["stages"][name]) for name in made["stages"])):
         # kilobytes differ: masks and windows made by the first plan of a process are reused by the next
         for key, value in other.items():

@@ -214,7 +214,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("overrides", "said"), REFUSED, ids=lambda value: value[0])
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(overrides, said) -> None:
-    config = load_config("rtx4090", [f'model.id="{A14B}"', *overrides])
+    config = load_config("rtx4090-20step", [f'model.id="{A14B}"', "sampler.shift=3", *overrides])
     with pytest.raises(BadInputError) as caught:
         make_plan(config, card_named("RTX 4090"))
     assert all(words in str(caught.value) for words in said)
@@ -228,12 +228,12 @@ def test_what_fits_is_not_refused() -> None:
         ("model.expert=high", "sampler.graded=[4, 5, 6]"),
         ('sampler.graded="last"', "sampler.graded_steps=1"),
     ):
-        require_expert(load_config("rtx4090", [f'model.id="{A14B}"', *overrides]), generator)
+        require_expert(load_config("rtx4090-20step", [f'model.id="{A14B}"', "sampler.shift=3", *overrides]), generator)
 
 
 def test_of_a_generator_of_one_transformer_no_expert_is_trained() -> None:
     with pytest.raises(BadInputError, match="has one transformer"):
-        make_plan(load_config("rtx4090", ["model.expert=high"]), card_named("RTX 4090"))
+        make_plan(load_config("rtx4090-20step", ["model.expert=high"]), card_named("RTX 4090"))
 
 
 @pytest.mark.parametrize(("overrides", "trained"), [(LOW, "transformer_2"), (HIGH, "transformer")], ids=["low", "high"])
