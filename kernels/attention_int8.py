@@ -1,15 +1,20 @@
-"""Attention that computes q k^T in 8-bit integers, for passes without gradient (SageAttention: Zhang et al. 2024, arXiv
-2410.02367)::
+"""Attention that computes q k^T in 8-bit integers and p v in fp16, for passes without gradient (after SageAttention and
+SageAttention2: Zhang et al. 2024, arXiv 2410.02367 and 2411.10958)::
 
-    k'  = k - mean of k over the tokens     adds the same to all scores of a query, which the softmax cancels
-    q   = s_q q8,  k' = s_k k8              s: largest |element| / 127, over 128 queries or 64 keys of a head;
-                                            halves are rounded away from 0
-    out = softmax(scale s_q s_k q8 k8^T) v  q8 k8^T exact in int32, softmax in fp32,
-                                            p v in the dtype of the inputs with fp32 sums
+    q' = (q - mean of q) R,  k' = (k - mean of k) R    means over the tokens of a head; R: Hadamard matrix, R R^T = d
+    q' = s_q q8,  k' = s_k k8                          s: largest |element| of a token / 127; halves round away from 0
+    scores = scale / d s_q s_k q8 k8^T + extra         q8 k8^T exact in int32
+    extra = scale (mean of q) (k - mean of k)^T        one number for a key, in fp32
+    out = softmax(scores) v                            softmax in fp32, p and v in fp16; their products are summed in
+                                                       fp16 over 64 keys and in fp32 beyond
 
-Tensor cores run integer products at least twice as fast as 16-bit ones, and k8 has half the bytes of k. Subtracting the
-mean matters because rotary embeddings and normalised keys leave channels in which all keys are far from zero; these
-would waste most of the 8 bits.
+A channel in which all tokens are far from zero, or one that is larger than the others, would take most of the 8 bits.
+The means take away the first kind (that of k adds the same to all scores of a query, which the softmax cancels), and
+the rotation, which leaves q k^T as it is, spreads the second over all channels.
+
+Tensor cores run integer products at least twice as fast as 16-bit ones. Those of GeForce cards run fp16 products
+twice as fast if they sum in fp16 (``HALF`` in ``TILES``). Each channel of v is scaled by a power of two to less than
+2^9: 64 keys then add up to less than 2^15, and nothing overflows.
 
 Shapes as in ``attention.py``: q and out (B, L, H, d); k, v (B, M, G, d), H a multiple of G; bf16 or fp16; d is 64 or
 128. Every query sees every key.
@@ -31,137 +36,191 @@ from lowmem_drf.kernels.checks import aligned, check_attention, require_card
 from lowmem_drf.kernels.operators import operator
 from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tiles_for, tuned, variant
 
-HEAD_DIMS = (64, 128)
-QUERIES, KEYS = tl.constexpr(128), tl.constexpr(64)
-"""Rows that share a scale."""
+DTYPES, HEAD_DIMS = (torch.bfloat16, torch.float16), (64, 128)
+KEYS = 64
+"""The most keys whose products with v are summed in fp16."""
+V_BITS = 9
+"""Values are below 2^9: ``KEYS`` of them, weighted with at most 1, add up to about half of fp16's largest number."""
 
 QUANTISE_TILES = (
-    Tile({}, 8, 1, CARDS,
-         "the rows of one scale at a time, at most 32 KiB: 64 registers a thread keep them from maximum to rounding"),
+    Tile({"ROWS": 32}, 8, 1, CARDS, "few rows beside a thread's 64 elements of the rotation: two blocks at a time"),
 )  # fmt: skip
 TILES = (
-    Tile({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3, CARDS,
-         "a block of keys with one scale; 16 rows a warp; 64 KiB, 89 on Hopper"),
-    Tile({"BLOCK_M": 128, "BLOCK_N": 32}, 8, 4, (80, 86, 89, 120),
-         "52 KiB, and few enough registers for two blocks on a multiprocessor of an A100"),
-    Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3, (90,),
-         "one warp group, two blocks on a multiprocessor: one multiplies, the other one exponentiates; 81 KiB"),
+    Tile({"BLOCK_M": 128, "BLOCK_N": KEYS, "HALF": 1}, 8, 3, (86, 89, 120),
+         "as many keys as fp16 sums allow: the fewest additions to fp32; 16 rows a warp"),
+    Tile({"BLOCK_M": 128, "BLOCK_N": 32, "HALF": 1}, 8, 4, (86, 89, 120), "fewer registers for scores"),
+    Tile({"BLOCK_M": 128, "BLOCK_N": KEYS, "HALF": 0}, 8, 3, (80, 90),
+         "data center cards sum in fp32 at the same rate; 16 rows a warp"),
+    Tile({"BLOCK_M": 128, "BLOCK_N": 32, "HALF": 0}, 8, 4, (80,), "few enough registers for two blocks on an A100"),
+    Tile({"BLOCK_M": 64, "BLOCK_N": KEYS, "HALF": 0}, 4, 3, (90,),
+         "one warp group, two blocks on a multiprocessor: one multiplies, the other one exponentiates"),
 )  # fmt: skip
 
 
 def attention_int8_naive(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """The formula in plain PyTorch, with the (L, M) matrix. Computes in fp32 (fp64 inputs: in fp64)."""
+    """The formula in plain PyTorch, for d any power of two, with p and v in fp32 (fp64 inputs: all in fp64). What CPUs
+    run."""
     B, L, H, d = q.shape
-    M, G = k.shape[1:3]
-    q_BLHd, k_BMGd, v_BMGd = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (q, k, v))
-    q_BLHd = _rounded(q_BLHd, QUERIES.value)
-    k_BMGd = _rounded(k_BMGd - k_BMGd.mean(1, keepdim=True), KEYS.value)
-    q_BLGHd = q_BLHd.unflatten(2, (G, H // G)) * (d**-0.5 if scale is None else scale)
-    p_BGHLM = torch.einsum("blghd,bmgd->bghlm", q_BLGHd, k_BMGd).softmax(-1)
-    return torch.einsum("bghlm,bmgd->blghd", p_BGHLM, v_BMGd).flatten(2, 3).to(q.dtype)
+    if d & (d - 1):
+        raise ValueError(f"The head dimension must be a power of two to be rotated; got q {tuple(q.shape)}.")
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q_BHLd, k_BGMd, v_BGMd = (x.to(wide).transpose(1, 2) for x in (q, k, v))
+    factor, rotation = d**-0.5 if scale is None else scale, hadamard(d).to(q_BHLd)
+    mean_BH1d, k_BGMd = q_BHLd.mean(2, keepdim=True), k_BGMd - k_BGMd.mean(2, keepdim=True)
+    extra_BH1M = factor * mean_BH1d @ k_BGMd.repeat_interleave(H // k.shape[2], 1).mT
+    q_BHLd, k_BGMd = (_rounded(x @ rotation) for x in (q_BHLd - mean_BH1d, k_BGMd))
+    out = F.scaled_dot_product_attention(
+        q_BHLd, k_BGMd, v_BGMd, extra_BH1M, scale=factor / d, enable_gqa=k.shape[2] != H
+    )
+    return out.transpose(1, 2).to(q.dtype)
 
 
-def _rounded(x_BLHd: Tensor, rows: int) -> Tensor:
-    """x quantised to 8 bits and back."""
-    groups = F.pad(x_BLHd, (0, 0, 0, 0, 0, -x_BLHd.shape[1] % rows)).unflatten(1, (-1, rows))
-    step = groups.abs().amax((2, 4), keepdim=True).clamp(min=1e-12) / 127
-    return ((groups / step + groups.sign() / 2).trunc() * step).flatten(1, 2)[:, : x_BLHd.shape[1]]
+def hadamard(d: int) -> Tensor:
+    """(d, d) of 1 and -1, for d a power of two. Its rows are orthogonal."""
+    made = torch.ones(1, 1)
+    while len(made) < d:
+        made = torch.cat([torch.cat([made, made], 1), torch.cat([made, -made], 1)])
+    return made
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """x quantised to 8 bits and back, with a scale for each row."""
+    step = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+    return (x / step + x.sign() / 2).trunc() * step
 
 
 @triton.jit
 def quantise_kernel(
-    p_x, p_mean, p_x8, p_step, stride_xb, stride_xl, stride_xh, factor, L, ROWS: tl.constexpr, D: tl.constexpr
-):
-    i, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    H = tl.num_programs(1)
-    p_x += i_b * stride_xb + i_h * stride_xh
-    b_x = load_tile(p_x, i * ROWS, L, stride_xl, D, D, ROWS).to(tl.float32)  # [ROWS, D]
-    if p_mean is not None:
-        b_x -= tl.load(p_mean + (i_b * H + i_h) * D + tl.arange(0, D))[None, :]
-    step = tl.maximum(tl.max(tl.max(tl.abs(b_x), 1), 0), 1e-12) / 127
-    b_x = b_x / step
-    b_x8 = (b_x + tl.where(b_x < 0, -0.5, 0.5)).to(tl.int8)
-    store_tile(p_x8 + (i_b * L * H + i_h) * D, b_x8, i * ROWS, L, H * D, D, D, ROWS)
-    tl.store(p_step + (i_b * H + i_h) * tl.num_programs(0) + i, step * factor)
+    p_x, p_mean, p_query_mean, p_x8, p_step, p_extra, stride_xb, stride_xl, stride_xh, factor, extra_factor, L,
+    GROUP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Of keys (``p_query_mean`` is given) also ``extra``, for each of the ``GROUP`` query heads that read them."""
+    start, i_h, i_b = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    row = i_b * tl.num_programs(1) + i_h
+    o_d, o_r = tl.arange(0, D), start + tl.arange(0, ROWS)
+    m_r = o_r < L
+    b_x = load_tile(p_x + i_b * stride_xb + i_h * stride_xh, start, L, stride_xl, D, D, ROWS)  # [ROWS, D]
+    odd = o_d[:, None] & o_d[None, :]  # the sign of the rotation is the parity of its bits
+    odd ^= odd >> 4
+    odd ^= odd >> 2
+    odd = (odd ^ (odd >> 1)) & 1
+    b_mean = tl.load(p_mean + row * D + o_d)
+    b_turned = tl.sum(tl.where(odd == 1, -b_mean[:, None], b_mean[:, None]), 0)
+    b_y = dot(b_x, (1.0 - 2.0 * odd).to(b_x.dtype)) - b_turned[None, :]
+    step = tl.maximum(tl.max(tl.abs(b_y), 1), 1e-12) / 127
+    b_y = b_y / step[:, None]
+    b_x8 = (b_y + tl.where(b_y < 0, -0.5, 0.5)).to(tl.int8)
+    store_tile(p_x8 + (i_b * L * tl.num_programs(1) + i_h) * D, b_x8, start, L, tl.num_programs(1) * D, D, D, ROWS)
+    tl.store(p_step + row * L + o_r, step * factor, mask=m_r)
+    if p_query_mean is not None:
+        b_x = b_x.to(tl.float32) - b_mean[None, :]
+        for i in range(GROUP):
+            b_query = tl.load(p_query_mean + (row * GROUP + i) * D + o_d) * extra_factor
+            tl.store(p_extra + (row * GROUP + i) * L + o_r, tl.sum(b_x * b_query[None, :], 1), mask=m_r)
 
 
 @triton.jit
 def _step(
-    b_acc, b_max, b_sum, b_q8, q_step, p_k8, p_k_step, p_v, block, stride_kl, stride_vl, M,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, RAGGED: tl.constexpr,
+    b_acc, b_max, b_sum, b_q8, b_q_step, p_k8, p_k_step, p_extra, p_v, block, stride_k, M,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Adds one block of keys to the weighted values, the maximum (of scores in units of log 2) and the sum of
     exponentials."""
     start_n = block * BLOCK_N
-    b_k8 = tl.trans(load_tile(p_k8, start_n, M, stride_kl, D, D, BLOCK_N))  # [D, BN]
-    b_v = load_tile(p_v, start_n, M, stride_vl, D, D, BLOCK_N)
+    b_k8 = tl.trans(load_tile(p_k8, start_n, M, stride_k, D, D, BLOCK_N))  # [D, BN]
+    b_v = load_tile(p_v, start_n, M, stride_k, D, D, BLOCK_N)
+    o_n = start_n + tl.arange(0, BLOCK_N)
+    o_known = tl.minimum(o_n, M - 1) if RAGGED else o_n
+    b_k_step, b_extra = tl.load(p_k_step + o_known), tl.load(p_extra + o_known)
     b_s = dot(b_q8, b_k8) if UPCAST else tl.dot(b_q8, b_k8).to(tl.float32)  # [BM, BN]
-    step = q_step * tl.load(p_k_step + start_n // KEYS)
+    b_s = tl.fma(b_s * b_k_step[None, :], b_q_step[:, None], b_extra[None, :])
     if RAGGED:
-        b_s = tl.where((start_n + tl.arange(0, BLOCK_N) < M)[None, :], b_s, float("-inf"))
-    b_new = tl.maximum(b_max, tl.max(b_s, 1) * step)
-    b_p = tl.exp2(tl.fma(b_s, step, -b_new[:, None]))
+        b_s = tl.where((o_n < M)[None, :], b_s, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_s, 1))
+    b_p = tl.exp2(b_s - b_new[:, None])
     b_old = tl.exp2(b_max - b_new)
     b_sum = b_sum * b_old + tl.sum(b_p, 1)
-    b_acc = dot(b_p.to(b_v.dtype), b_v, b_acc * b_old[:, None])
+    b_p = b_p.to(tl.float16)
+    if HALF:
+        # the interpreter sums in fp32: a block has one rounding to fp16
+        b_part = dot(b_p, b_v).to(tl.float16) if UPCAST else tl.dot(b_p, b_v, out_dtype=tl.float16)
+        b_acc = b_acc * b_old[:, None] + b_part.to(tl.float32)
+    else:
+        b_acc = dot(b_p, b_v, b_acc * b_old[:, None])
     return b_acc, b_new, b_sum
 
 
 @triton.jit
 def attention_int8_kernel(
-    p_q8, p_k8, p_v, p_q_step, p_k_step, p_out, stride_vb, stride_vl, stride_vh, L, M,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    p_q8, p_k8, p_v, p_q_step, p_k_step, p_extra, p_v_unit, p_out, L, M,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     i_h, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     H = tl.num_programs(1)
     i_g, G = i_h // GROUP, H // GROUP
     start_m = tl.program_id(0) * BLOCK_M
-    row = i_b * L * H + i_h
+    row, key_row = i_b * L * H + i_h, i_b * M * G + i_g
     b_q8 = load_tile(p_q8 + row * D, start_m, L, H * D, D, D, BLOCK_M)
-    q_step = tl.load(p_q_step + (i_b * H + i_h) * tl.cdiv(L, QUERIES) + start_m // QUERIES)
-    p_k8 += (i_b * M * G + i_g) * D
-    p_k_step += (i_b * G + i_g) * tl.cdiv(M, KEYS)
-    p_v += i_b * stride_vb + i_g * stride_vh
+    o_m = tl.minimum(start_m + tl.arange(0, BLOCK_M), L - 1)
+    b_q_step = tl.load(p_q_step + (i_b * H + i_h) * L + o_m)
+    p_k8, p_v = p_k8 + key_row * D, p_v + key_row * D
+    p_k_step, p_extra = p_k_step + (i_b * G + i_g) * M, p_extra + (i_b * H + i_h) * M
     b_acc = tl.zeros([BLOCK_M, D], tl.float32)
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     for block in range(M // BLOCK_N):
         b_acc, b_max, b_sum = _step(
-            b_acc, b_max, b_sum, b_q8, q_step, p_k8, p_k_step, p_v, block, G * D, stride_vl, M, D, BLOCK_N, False
+            b_acc, b_max, b_sum, b_q8, b_q_step, p_k8, p_k_step, p_extra, p_v, block, G * D, M, D, BLOCK_N, HALF, False
         )
     for block in range(M // BLOCK_N, tl.cdiv(M, BLOCK_N)):
         b_acc, b_max, b_sum = _step(
-            b_acc, b_max, b_sum, b_q8, q_step, p_k8, p_k_step, p_v, block, G * D, stride_vl, M, D, BLOCK_N, True
+            b_acc, b_max, b_sum, b_q8, b_q_step, p_k8, p_k_step, p_extra, p_v, block, G * D, M, D, BLOCK_N, HALF, True
         )
-    store_tile(p_out + row * D, b_acc / b_sum[:, None], start_m, L, H * D, D, D, BLOCK_M)
+    b_unit = tl.load(p_v_unit + (i_b * G + i_g) * D + tl.arange(0, D))
+    store_tile(p_out + row * D, b_acc / b_sum[:, None] * b_unit[None, :], start_m, L, H * D, D, D, BLOCK_M)
 
 
 _tuned_quantise = tuned(QUANTISE_TILES, key=[])(quantise_kernel)
 _tuned_attention = tuned(TILES, key=["D", "GROUP", "L", "M"])(attention_int8_kernel)
 
 
-def _quantised(x: Tensor, mean: Tensor | None, rows: int, factor: float) -> tuple[Tensor, Tensor]:
-    """(x in 8 bits, contiguous; its scales times ``factor``, (B, H, ceil(L / rows)) fp32)."""
+def _quantised(
+    x: Tensor, mean: Tensor, factor: float, query_mean: Tensor | None = None, extra_factor: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(x in 8 bits, contiguous; its scales times ``factor``, (B, H, L) fp32; ``extra`` if these are keys, one row for
+    each query head)."""
     B, L, H, d = x.shape
-    blocks = triton.cdiv(L, rows)
-    x8, step = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(B, H, blocks, dtype=torch.float32)
-    _tuned_quantise[(blocks, H, B)](x, mean, x8, step, *x.stride()[:3], factor, L, ROWS=rows, D=d)
-    return x8, step
+    x8, step = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(B, H, L, dtype=torch.float32)
+    heads = H if query_mean is None else query_mean.shape[1]
+    extra = None if query_mean is None else step.new_empty(B, heads, L)
+    _tuned_quantise[lambda meta: (triton.cdiv(L, meta["ROWS"]), H, B)](
+        x, mean, query_mean, x8, step, extra, *x.stride()[:3], factor, extra_factor, L, GROUP=heads // H, D=d
+    )
+    return x8, step, extra
+
+
+def _scaled(v: Tensor) -> tuple[Tensor, Tensor]:
+    """(v in fp16, contiguous, each channel divided by a power of two; these powers, (B, 1, G, d) fp32)."""
+    largest = torch.linalg.vector_norm(v, torch.inf, dim=1, keepdim=True)
+    unit = torch.exp2((torch.frexp(largest.float()).exponent.clamp(min=-100) - V_BITS).float())
+    return torch.div(v, unit, out=v.new_empty(v.shape, dtype=torch.float16)), unit
 
 
 @operator("attention_int8")
 def attention_int8_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Also allocates one byte per element of q and k, and the fp32 scales."""
+    """Also allocates ``attention_int8_workspace``."""
     require_card("attention_int8", q)
-    q, k, v = (aligned(x) for x in (q, k, v))
+    q, k = aligned(q), aligned(k)
     B, L, H, d = q.shape
     M, G = k.shape[1:3]
     with torch.cuda.device_of(q):
-        q8, q_step = _quantised(q, None, QUERIES.value, scale * LOG2E.value)
-        k8, k_step = _quantised(k, k.mean(1, dtype=torch.float32), KEYS.value, 1.0)
+        q_mean, k_mean = (x.mean(1, dtype=torch.float32) for x in (q, k))
+        q8, q_step, _ = _quantised(q, q_mean, scale * LOG2E.value / d)
+        k8, k_step, extra = _quantised(k, k_mean, 1.0, q_mean, scale * LOG2E.value)
+        v16, v_unit = _scaled(v)
         out = q.new_empty(q.shape)
         _tuned_attention[lambda meta: (triton.cdiv(L, meta["BLOCK_M"]), H, B)](
-            q8, k8, v, q_step, k_step, out, *v.stride()[:3], L, M, GROUP=H // G, D=d
+            q8, k8, v16, q_step, k_step, extra, v_unit, out, L, M, GROUP=H // G, D=d
         )
     return out
 
@@ -169,6 +228,14 @@ def attention_int8_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 @torch.library.register_fake(attention_int8_op)
 def _(q, k, v, scale):
     return q.new_empty(q.shape)
+
+
+def attention_int8_workspace(q: Tensor, k: Tensor, v: Tensor, scale: float) -> int:
+    """Bytes that the op allocates beside its result: q and k in 8 bits, v in fp16, the scales of tokens and ``extra``
+    in fp32. Not the means, and copies of inputs that are not ``aligned``."""
+    B, L, H, _ = q.shape
+    M, G = k.shape[1:3]
+    return q.numel() + k.numel() + 2 * v.numel() + 4 * B * (H * (L + M) + G * M)
 
 
 @register_flop_formula(torch.ops.lowmem_drf.attention_int8)
@@ -197,19 +264,20 @@ def attention_int8(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
     tensors = {"q": q, "k": k, "v": v}
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values()):
         raise ValueError("attention_int8 has no gradient. Call it under torch.no_grad(), or take attention.")
-    dtypes, otherwise = (torch.bfloat16, torch.float16), "attention or attention_int8_naive"
-    return attention_int8_op(q, k, v, check_attention(tensors, scale, dtypes, HEAD_DIMS, otherwise))
+    otherwise = "attention or attention_int8_naive"
+    return attention_int8_op(q, k, v, check_attention(tensors, scale, DTYPES, HEAD_DIMS, otherwise))
 
 
 def variants(card: int) -> Iterator[Variant]:
     """Both kernels with every tile of a card, in both dtypes, for Wan's 128 channels and for 64; quantisation of keys
-    (with their mean) and of queries."""
-    kinds = dict.fromkeys(("p_mean", "p_step", "p_q_step", "p_k_step", "factor"), "fp32")
-    kinds |= dict.fromkeys(("p_x8", "p_q8", "p_k8"), "i8")
+    (with ``extra``) and of queries."""
+    kinds = dict.fromkeys(("p_mean", "p_query_mean", "p_step", "p_q_step", "p_k_step", "p_extra", "p_v_unit"), "fp32")
+    kinds |= dict.fromkeys(("factor", "extra_factor"), "fp32") | dict.fromkeys(("p_x8", "p_q8", "p_k8"), "i8")
     for element in ("bf16", "fp16"):
         for d in HEAD_DIMS:
+            constants = {"GROUP": 1, "D": d}
             for tile in tiles_for(QUANTISE_TILES, card):
-                for constants in ({"ROWS": KEYS.value, "D": d}, {"p_mean": None, "ROWS": QUERIES.value, "D": d}):
-                    yield variant(quantise_kernel, tile, element, constants, **kinds)
+                for none in ({}, dict.fromkeys(("p_query_mean", "p_extra"))):
+                    yield variant(quantise_kernel, tile, element, {**none, **constants}, **kinds)
             for tile in tiles_for(TILES, card):
-                yield variant(attention_int8_kernel, tile, element, {"GROUP": 1, "D": d}, **kinds)
+                yield variant(attention_int8_kernel, tile, element, constants, p_v="fp16", **kinds)

@@ -279,14 +279,32 @@ def choose_rows(choice: RowChoice, device: torch.device) -> RowOps:
 
 
 def int8_attention(device: torch.device | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """``kernels/attention_int8.py``, without gradient. ``device``: where it must run; ``None``: nowhere yet (a plan).
+    """``kernels/attention_int8.py``, without gradient: the kernel on a card; the same quantisation in plain PyTorch on
+    a CPU, and for what the kernel does not take (fp32, ToyWorld's 32 channels). Imports Triton.
+
+    Args:
+        device: where it must run; ``None``: nowhere yet (a plan).
 
     Raises:
         BadInputError: it cannot run there.
     """
-    reason = why_no_triton(device) if device is not None else None
+    on_cpu = device is not None and device.type == "cpu"
+    missing = importlib.util.find_spec("triton") is None
+    reason = why_no_triton(device) if device is not None and (missing or not on_cpu) else None
     if reason:
         raise BadInputError(f'kernels.rollout_attention = "int8" cannot run: {reason}')
-    from lowmem_drf.kernels.attention_int8 import attention_int8
+    from lowmem_drf.kernels import attention_int8 as file
 
-    return attention_int8
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if on_cpu or q.dtype not in file.DTYPES or q.shape[-1] not in file.HEAD_DIMS:
+            return file.attention_int8_naive(q, k, v)
+        return file.attention_int8(q, k, v)
+
+    return attend
+
+
+def int8_workspace(*arguments: Any) -> int:
+    """Bytes that ``attention_int8`` allocates beside its result, of the operator's arguments."""
+    from lowmem_drf.kernels.attention_int8 import attention_int8_workspace
+
+    return attention_int8_workspace(*arguments)

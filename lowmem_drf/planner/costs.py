@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-from lowmem_drf.ops import attention_workspace
+from lowmem_drf.ops import attention_workspace, int8_workspace
 
 
 def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
@@ -38,9 +38,10 @@ CONVOLUTIONS = {_aten.convolution, _aten.convolution_backward}
 WORKSPACE: dict[Any, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda d_out, q, *_: 4 * q.numel(),
     "lowmem_drf::attention_backward": attention_workspace,
+    "lowmem_drf::attention_int8": int8_workspace,
 }
 """Bytes that only the CUDA kernel allocates, by operator or by its name: FlashAttention-2 accumulates the gradient of q
-in fp32 (flash_bwd's ``dq_accum``), and so does our kernel."""
+in fp32 (flash_bwd's ``dq_accum``), and so does our kernel; int8 attention has q, k and v in fewer bits."""
 
 
 @cache

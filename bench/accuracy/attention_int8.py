@@ -1,0 +1,155 @@
+"""Error of int8 attention against exact attention, and what each part of its quantisation is for.
+
+    python -m bench.accuracy.attention_int8 --json bench/results/attention_int8.json
+
+The error is the norm of the difference over the norm of the exact result, in fp64, for one head of 128 channels. All
+inputs are standard normal but for what a row names. Rotary rows turn q and k as Wan does, at tokens in the middle of
+832x480x81.
+
+Each column adds to the one before: scales of 128 queries and 64 keys, with the mean of k subtracted (SageAttention);
+a scale for each token; the mean of q; the rotation, which makes it ``attention_int8_naive``; and p and v in fp16 with
+sums rounded to fp16 after every 8 keys, at least as often as tensor cores round them, and added up in fp32 after 64.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bench.script import make_parser, save
+from lowmem_drf.kernels.attention_int8 import KEYS, V_BITS, attention_int8_naive, hadamard
+
+CHANNELS = 128
+FAR, WIDE = 15.0, 4.0
+"""Of a channel that is far from zero, its mean; of one that is larger than the others, its standard deviation."""
+FIRST, HEIGHT, WIDTH = 10 * 30 * 52, 30, 52
+"""The first token, and tokens to a column and a row, of a clip."""
+EXACT_SUM = 8
+"""Products that a tensor core sums before it rounds to fp16: 8 on the oldest of ``CARDS``, 16 later."""
+
+
+def _far(q: Tensor, k: Tensor) -> None:
+    q[:, 5] += FAR
+    k[:, 7] += FAR
+
+
+def _four(q: Tensor, k: Tensor) -> None:
+    q[:, [5, 30, 70, 100]] += FAR
+
+
+def _wide(q: Tensor, k: Tensor) -> None:
+    q[:, 5] *= WIDE
+    k[:, 9] *= WIDE
+
+
+def _spread(q: Tensor, k: Tensor) -> None:
+    q *= 1.5
+    k *= 1.5
+
+
+def _rotary(channel: int) -> Callable[[Tensor, Tensor], None]:
+    def apply(q: Tensor, k: Tensor) -> None:
+        q[:, channel] += FAR
+        for x in (q, k):
+            x.copy_(_turned(x))
+
+    return apply
+
+
+CASES: dict[str, Callable[[Tensor, Tensor], None]] = {
+    "normal": lambda q, k: None,
+    "one channel of q and one of k far from zero": _far,
+    "four channels of q far from zero": _four,
+    "one channel of q and one of k four times as large": _wide,
+    "rotary, a slow channel of q far from zero": _rotary(42),
+    "rotary, a fast channel of q far from zero": _rotary(44),
+    "scores 2.25 times as wide": _spread,
+}
+
+
+def inputs(case: str, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v, (tokens, CHANNELS) in fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = torch.randn(3, tokens, CHANNELS, generator=generator, dtype=torch.float64)
+    CASES[case](q, k)
+    return q, k, v
+
+
+def _turned(x: Tensor) -> Tensor:
+    """Rotary embedding: 44 channels by the frame, 42 each by row and column."""
+    place = FIRST + torch.arange(len(x))
+    frame, row, column = place // (HEIGHT * WIDTH), place // WIDTH % HEIGHT, place % WIDTH
+    angles = [
+        where[:, None] * 10_000.0 ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+        for where, channels in ((frame, 44), (row, 42), (column, 42))
+    ]
+    angle = torch.cat(angles, 1)
+    turned = torch.view_as_complex(x.unflatten(1, (-1, 2))) * torch.polar(torch.ones_like(angle), angle)
+    return torch.view_as_real(turned).flatten(1)
+
+
+def _rounded(x: Tensor, rows: int) -> Tensor:
+    """To 8 bits and back; ``rows`` share a scale."""
+    parts = x.split(rows)
+    return torch.cat([(part / (step := part.abs().max() / 127)).round() * step for part in parts])
+
+
+def _weights(q: Tensor, k: Tensor, rows: tuple[int, int], mean: bool, rotated: bool) -> Tensor:
+    k = k - k.mean(0)
+    q_mean = q.mean(0) if mean else torch.zeros_like(q[0])
+    basis = hadamard(q.shape[1]).to(q) / q.shape[1] ** 0.5 if rotated else torch.eye(q.shape[1], dtype=q.dtype)
+    scores = _rounded((q - q_mean) @ basis, rows[0]) @ _rounded(k @ basis, rows[1]).T
+    return ((scores + k @ q_mean) * q.shape[1] ** -0.5).softmax(-1)
+
+
+def fp16_sums(p: Tensor, v: Tensor) -> Tensor:
+    """p v with p and v in fp16 and sums rounded as the module says, for p of at most 1."""
+    unit = 2.0 ** (torch.frexp(v.abs().amax(0)).exponent - V_BITS)
+    p, v = p.half().double(), (v / unit).half().double()
+    out = torch.zeros(len(p), v.shape[1], dtype=torch.float64)
+    for keys in range(0, len(v), KEYS):
+        part = torch.zeros_like(out)
+        for first in range(keys, min(keys + KEYS, len(v)), EXACT_SUM):
+            some = slice(first, first + EXACT_SUM)
+            part = (part + p[:, some] @ v[some]).half().double()
+        out += part
+    return out * unit
+
+
+def measured(case: str, tokens: int) -> dict[str, float]:
+    """Column -> error."""
+    q, k, v = inputs(case, tokens)
+    exact = (q @ k.T * CHANNELS**-0.5).softmax(-1) @ v
+    whole = _weights(q, k, (1, 1), True, True)
+    largest = whole.amax(-1, keepdim=True)
+    found = {
+        "scales of blocks": _weights(q, k, (128, 64), False, False) @ v,
+        "of tokens": _weights(q, k, (1, 1), False, False) @ v,
+        "mean of q": _weights(q, k, (1, 1), True, False) @ v,
+        "rotation": attention_int8_naive(*(x[None, :, None] for x in (q, k, v)))[0, :, 0],
+        "fp16 sums": fp16_sums(whole / largest, v) * largest,
+    }
+    return {name: ((out - exact).norm() / exact.norm()).item() for name, out in found.items()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the table; returns the exit code."""
+    parser = make_parser(__spec__.name, __doc__)
+    parser.add_argument("--tokens", type=int, default=2048)
+    options = parser.parse_args(arguments)
+    rows = {case: measured(case, options.tokens) for case in CASES}
+    table = Table("error in %", *next(iter(rows.values())))
+    for case, errors in rows.items():
+        table.add_row(case, *(f"{100 * error:.2f}" for error in errors.values()))
+    Console(width=None if sys.stdout.isatty() else 130).print(table)
+    save(options.json, {"rows": rows, "tokens": options.tokens}, "torch")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
