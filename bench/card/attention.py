@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.card import expected
-from bench.card.reference import errors
+from bench.card.reference import errors, out_error
 from bench.card.rows import FAR, Row, State, at_most, failed, near
 from bench.kernels.ops import OPS, build
 from bench.kernels.speed import (
@@ -38,6 +38,9 @@ SELF = LABELS[:2]
 """Public figures are for long self-attention."""
 ERROR = 0.01
 """Relative error of a bf16 attention, in the norm: about three roundings of 2^-9."""
+INT8_ERROR = 0.012
+"""Of int8 attention: 0.9% (``bench.accuracy.attention_int8``), and one rounding of the result."""
+FAR_CHANNEL = 15.0
 
 
 def attention() -> Iterator[Row]:
@@ -96,6 +99,38 @@ def _values(what: str, function: Any, arguments: Mapping[str, Any], d_out: Tenso
     found = (out.detach(), *torch.autograd.grad(out, leaves, d_out))
     for name, error in errors(arguments, d_out, found).items():
         yield at_most(f"{what}, error of {name}", error, "", ERROR, "one key head, sampled rows, against fp64")
+
+
+def int8() -> Iterator[Row]:
+    """Attention in 8 bits beside PyTorch's in 16, without gradient; its error on normal inputs, and with channels far
+    from zero."""
+    op = next(op for op in OPS if op.name == "attention_int8")
+    _warm_up()
+    for label, sizes in op.sizes.items():
+        arguments = build(op, sizes, torch.bfloat16, torch.device("cuda"))
+        flops, reached = forward_flops(arguments), {}
+        for name, function in rivals(op, arguments):
+            if name not in ("triton", "SDPA flash", "SDPA cuDNN"):
+                continue
+            try:
+                run = next(run for direction, run in passes(function, arguments) if direction == "forward")
+                ms, peak = median_ms(run), peak_bytes(run) / MIB
+            except (RuntimeError, NotImplementedError, ValueError) as error:
+                yield failed(f"{label}: {name}", error) if name == "triton" else Row(f"{label}: {name}", "cannot")
+                continue
+            rate = reached[name] = flops / ms / 1e9
+            wanted, source = expected.attention(expected.INT8 if name == "triton" else name, "forward")
+            note = f"{ms:.2f} ms, {peak:.0f} MiB; {source}".rstrip("; ")
+            yield near(f"{label}: {name}", rate, "TFLOP/s", wanted, note)
+        yield from _against_others(label, {"forward": reached})
+        for kind in ("normal inputs", "channels far from zero"):
+            error = out_error(**arguments, out=op.fused(**arguments))
+            yield at_most(f"{label}: error, {kind}", error, "", INT8_ERROR, "one head, against fp64")
+            for name, channel in (("q", 5), ("k", 7)):
+                arguments[name][..., channel] += FAR_CHANNEL
+        del arguments
+        torch.cuda.empty_cache()
+    yield from _chosen_tiles()
 
 
 def row_ops() -> Iterator[Row]:

@@ -37,6 +37,7 @@ ATTENTION: dict[tuple[str, str, str], Figure] = {
     ("H100", DETERMINISTIC, "backward"): (310, "280 to 340, " + _SASS),
 }
 """Long self-attention in bf16."""
+INT8 = "int8"
 TWINS = {"H200": "H100"}
 """Cards with the same multiprocessors."""
 
@@ -56,6 +57,9 @@ def attention(by: str, direction: str) -> tuple[float | None, str]:
     public = public or (TWINS.get(card.name) if card else None)
     if public and (public, by, direction) in ATTENTION:
         return ATTENTION[public, by, direction]
+    if card and by == INT8:
+        share = card.share("int8 attention")
+        return share * card.bf16, f"{share:.0%} of bf16's peak rate: " + cards.SHARES["int8 attention"].source
     if card and by in ("triton", "SDPA flash"):
         return SHARES[direction] * card.bf16, f"{SHARES[direction]:.0%} of the peak rate"
     return None, ""

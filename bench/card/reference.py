@@ -58,6 +58,17 @@ def errors(
     return {name: (wrong / right) ** 0.5 if right else math.nan for name, (wrong, right) in sums.items()}
 
 
+def out_error(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> float:
+    """Relative error, in the norm, of the first head of the first clip."""
+    wrong, right = 0.0, 0.0
+    key, value = k[0, :, 0].double(), v[0, :, 0].double()
+    for query, ours in zip(q[0, :, 0].split(CHUNK), out[0, :, 0].split(CHUNK), strict=True):
+        exact = (query.double() @ key.T * q.shape[-1] ** -0.5).softmax(-1) @ value
+        wrong += (ours.double() - exact).square().sum().item()
+        right += exact.square().sum().item()
+    return (wrong / right) ** 0.5
+
+
 def _sampled(length: int, device: torch.device) -> Tensor:
     """Rows at even distances, the first and the last among them."""
     return torch.linspace(0, length - 1, min(SAMPLES, length), device=device).round().long()

@@ -29,6 +29,7 @@ SECTIONS = (
     Section("versions", 120, "checks:versions"),
     Section("conv3d", 90, "conv3d:conv3d"),
     Section("attention", 180, "attention:attention"),
+    Section("int8-attention", 90, "attention:int8"),
     Section("tiles", 180, "tiles:tiles"),
     Section("host-store", 60, "host:host_store"),
     Section("row-ops", 90, "attention:row_ops"),

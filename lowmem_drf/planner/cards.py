@@ -41,7 +41,8 @@ SHARES = {
     "attention": Share(0.75, "FlashAttention-2: 150 to 160 of a 4090's 165 TFLOP/s, 70 of a 3090's 71 (tables of "
                              "SageAttention2); below that for cross-attention and fewer tokens"),
     "attention backward": Share(0.6, "no public figure for consumer cards; five products, and sums in fp32"),
-    "int8 attention": Share(1.0, "half of its products are of integers, at least twice as fast: 4/3 of attention's"),
+    "int8 attention": Share(1.9, "134 of a 3090's 71 TFLOP/s with such products (SageAttention2); at most 8/3: "
+                                 "half at four times the rate, half at twice (``Card.fp16_sums``)"),
     "conv3d": Share(0.3, "public figures: 18% on an H200; consumer cards have less arithmetic for their bandwidth"),
     "memory": Share(0.8, "long copies against the data sheet's bandwidth"),
     "link": Share(1.0, "``Card.link`` is what pinned copies reach already"),
@@ -61,6 +62,8 @@ class Card:
     fp32: float
     memory: float
     link: float
+    fp16_sums: float = 2.0
+    """Rate of products that sum in fp16, as a multiple of ``bf16``; integers have twice that. 2 on GeForce cards."""
     measured: Mapping[str, float] = field(default_factory=dict, hash=False)
     """Shares that ``bench`` found on such a card here."""
 
@@ -69,7 +72,8 @@ class Card:
         return self.name.lower() in device.lower()
 
     def share(self, kind: str) -> float:
-        return self.measured.get(kind, SHARES[kind].of)
+        sums = self.fp16_sums / CARDS["RTX 3090"].fp16_sums if kind == "int8 attention" else 1.0
+        return self.measured.get(kind, SHARES[kind].of * sums)
 
     def rate(self, kind: str) -> float:
         """FLOPs or bytes a second that ``SHARES`` are shares of, in 16 bit."""
@@ -97,7 +101,7 @@ CARDS = {
         Card("RTX 4080", 16, 97.5, 48.7, 48.7, 717, 22),
         Card("RTX 3060", 12, 25.4, 12.7, 12.7, 360, 22),
         Card("RTX 4060", 8, 30.2, 15.1, 15.1, 272, 11),
-        Card("H200", 141, 989, 495, 67, 4800, 45),
+        Card("H200", 141, 989, 495, 67, 4800, 45, fp16_sums=1.0),
     )
 }
 

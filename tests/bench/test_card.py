@@ -4,13 +4,14 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from bench.card import __main__ as program
-from bench.card import parent, presets
+from bench.card import attention, parent, presets
 from bench.card.parent import run_all
 from bench.card.presets import rows
 from bench.card.reference import errors
@@ -22,6 +23,7 @@ from bench.kernels.ops import OPS, build
 from bench.plans import record
 from lowmem_drf.config import presets as presets_of_the_package
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.kernels import attention_int8
 
 BY_NAME = {op.name: op for op in OPS}
 ROW = '{"what": "x", "measured": 2.0, "unit": "s", "expected": 1.0, "state": "%s", "note": ""}'
@@ -156,6 +158,22 @@ def test_reference_of_attention(ranges):
         for n, name in enumerate(("out", "dq", "dk", "dv")):
             broken = [x * 1.1 if i == n else x for i, x in enumerate(found)]
             assert [key for key, error in errors(arguments, d_out, broken, head).items() if error > 0.09] == [name]
+
+
+def test_int8_attention_is_held_against_fp64_with_and_without_far_channels(monkeypatch):
+    op = replace(BY_NAME["attention_int8"], sizes={"tiny": {"B": 1, "L": 40, "H": 1, "d": 128, "M": 60}})
+    card = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    monkeypatch.setattr(attention, "OPS", [op])
+    monkeypatch.setattr(attention, "build", lambda op, sizes, dtype, _: build(op, sizes, torch.float16, card))
+    for name, value in (("_warm_up", None), ("median_ms", 2.0), ("peak_bytes", 1), ("_chosen_tiles", ())):
+        monkeypatch.setattr(attention, name, lambda *_, value=value: value)
+    monkeypatch.setattr(attention.expected, "attention", lambda by, direction: (None, by))
+    found = list(attention.int8())
+    errors = [row for row in found if "error" in row.what]
+    assert [row.state for row in errors] == ["ok", "ok"] and all(0.001 < row.measured < 0.012 for row in errors)
+    assert found[0].what == "tiny: triton" and found[0].note.endswith("int8")
+    monkeypatch.setattr(attention_int8, "attention_int8", lambda q, k, v: 1.1 * q)
+    assert "wrong" in [row.state for row in attention.int8() if "error" in row.what]
 
 
 @pytest.mark.skipif(

@@ -1,5 +1,7 @@
 """8-bit attention against its naive form, which quantises in the same way, and against exact attention."""
 
+import importlib.util
+
 import pytest
 import torch
 from _close import assert_within_budget
@@ -7,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.accuracy.attention_int8 import CASES, fp16_sums, inputs, measured
+from lowmem_drf.errors import BadInputError
 from lowmem_drf.kernels import attention_int8 as int8_file
 from lowmem_drf.kernels.attention import attention_naive
 from lowmem_drf.kernels.attention_int8 import (
@@ -17,6 +20,7 @@ from lowmem_drf.kernels.attention_int8 import (
     attention_int8_workspace,
     hadamard,
 )
+from lowmem_drf.ops import int8_attention
 
 SHAPES = {
     "one of each": (1, 1, 1, 1, 1, 64),
@@ -139,6 +143,20 @@ def test_layouts(layout, device):
         q, k, v = (x.mT.contiguous().mT for x in (q, k, v))
     assert not q.is_contiguous()
     assert torch.equal(check([q, k, v]), expected)
+
+
+@pytest.mark.parametrize("why", ["a CPU", "32 channels", "fp32"])
+def test_where_the_kernel_cannot_run_the_same_is_done_in_pytorch(why, device):
+    card = torch.device("cpu" if why == "a CPU" else "cuda")
+    dtype = torch.float32 if why == "fp32" else torch.float16
+    qkv = tensors((1, 20, 30, 2, 1, 32 if why == "32 channels" else 64), dtype, device)
+    assert torch.equal(int8_attention(card)(*qkv), attention_int8_naive(*qkv))
+
+
+def test_without_triton_there_is_none(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BadInputError, match="rollout_attention = .*cannot run: Triton is not installed"):
+        int8_attention(torch.device("cpu"))
 
 
 def test_there_is_no_gradient(device):

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowmem_drf.planner.cards import SHARES
+from lowmem_drf.planner.cards import SHARES, card_named
 from lowmem_drf.planner.costs import Rates, kind_of
 from lowmem_drf.planner.fakes import Fakes
 from lowmem_drf.planner.ledger import Ledger
@@ -231,3 +231,9 @@ def test_int8_attention_and_backwards_have_kinds_of_their_own():
         aten.addmm.default: "matmul",
     }
     assert {func: kind_of(func) for func in kinds} == kinds and set(kinds.values()) < SHARES.keys()
+
+
+def test_int8_attention_gains_twice_as_much_where_fp16_sums_are_fast():
+    """The limit is 8/3 of attention's rate on GeForce cards, and 4/3 on data center cards."""
+    geforce, other = (card_named(name).share("int8 attention") for name in ("RTX 4090", "H200"))
+    assert geforce == 2 * other and 1 < geforce < 8 / 3

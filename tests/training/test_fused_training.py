@@ -80,10 +80,6 @@ def test_what_cannot_run_is_refused(monkeypatch):
     from lowmem_drf.errors import BadInputError
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for setting in (
-        "ops=fused",
-        *(f"attention={name}" for name in ("triton", "xformers", "flash")),
-        "rollout_attention=int8",
-    ):
+    for setting in ("ops=fused", *(f"attention={name}" for name in ("triton", "xformers", "flash"))):
         with pytest.raises(BadInputError, match=rf"kernels\.{setting.split('=')[0]} = .*cannot run: "):
             load_models(load_config("toy", [*SMALL, f"kernels.{setting}"]), [TEXT])
