@@ -51,7 +51,7 @@ TILES = (
     Tile({"BLOCK_M": 128, "BLOCK_N": 32, "HALF": 1}, 8, 4, (86, 89, 120), "fewer registers for scores"),
     Tile({"BLOCK_M": 128, "BLOCK_N": KEYS, "HALF": 0}, 8, 3, (80, 90),
          "data center cards sum in fp32 at the same rate; 16 rows a warp"),
-    Tile({"BLOCK_M": 128, "BLOCK_N": 32, "HALF": 0}, 8, 4, (80,), "few enough registers for two blocks on an A100"),
+    Tile({"BLOCK_M": 128, "BLOCK_N": 32, "HALF": 0}, 8, 4, (80,), "fewer registers for scores"),
     Tile({"BLOCK_M": 64, "BLOCK_N": KEYS, "HALF": 0}, 4, 3, (90,),
          "one warp group, two blocks on a multiprocessor: one multiplies, the other one exponentiates"),
 )  # fmt: skip
@@ -202,7 +202,8 @@ def _quantised(
 def _scaled(v: Tensor) -> tuple[Tensor, Tensor]:
     """(v in fp16, contiguous, each channel divided by a power of two; these powers, (B, 1, G, d) fp32)."""
     largest = torch.linalg.vector_norm(v, torch.inf, dim=1, keepdim=True)
-    unit = torch.exp2((torch.frexp(largest.float()).exponent.clamp(min=-100) - V_BITS).float())
+    exponent = torch.frexp(largest.float()).exponent.clamp(min=-100) - V_BITS  # largest < 2^(exponent + V_BITS)
+    unit = ((exponent + 127) << 23).view(torch.float32)  # 2^exponent, exactly
     return torch.div(v, unit, out=v.new_empty(v.shape, dtype=torch.float16)), unit
 
 

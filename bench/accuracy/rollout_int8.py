@@ -4,8 +4,7 @@
 
 ToyWorld's base generator on held-out prompts, from the same noise: clips with exact attention among the tokens, with
 the kernel's 8-bit scheme (the plain PyTorch form in ``kernels/attention_int8.py``), and, as a yardstick, with exact
-attention from other noise. The oracle judges all of them. In ToyWorld, the 48 tokens of a clip share one scale for q
-and one for k; a real clip has a scale per 128 queries and per 64 keys.
+attention from other noise. The oracle judges all of them.
 """
 
 from __future__ import annotations

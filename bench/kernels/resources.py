@@ -5,8 +5,8 @@
 
 Compiles every ``Variant`` of every file in ``kernels/`` as Triton's just-in-time compiler does for aligned tensors:
 pointers, arguments named ``stride…`` and arguments of type ``"i32:16"`` (the notation of Triton's ahead-of-time
-compiler) are multiples of 16. ptxas reports registers and spilled bytes, Triton the shared memory. Products and
-barriers are those of one pass of the loop with the most products, as Triton's IR and PTX have them.
+compiler) are multiples of 16. ptxas reports registers and spilled bytes, Triton the shared memory. Products, barriers
+and the types of sums are those of one pass of the loop with the most products, as Triton's IR and PTX have them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ QUICK_CARD = 86
 REGISTERS, SHARED, WARPS = 65536, {80: 164, 90: 228}, {80: 64, 90: 64}
 """Of a multiprocessor: registers; KiB of shared memory, 100 on the other cards, of which each block takes one more; and
 warps, 48 on the other cards (CUDA C++ Programming Guide, technical specifications per compute capability)."""
-TENSOR_CORES = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async)")
+TENSOR_CORES = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async)[\w.]*?\.(f16|f32|s32)\b")
+"""The first type is that of the sums."""
 Job = tuple[str, int, int]
 """File, card, index of the variant."""
 
@@ -74,6 +75,8 @@ class Resource:
     """Matrix products in one pass of the loop that has the most."""
     barriers: int
     """Of all threads of a block, in that pass; 0 without products."""
+    sums: str
+    """Types in which tensor cores sum in that pass: ``"f16 s32"``."""
     compile_s: float
 
 
@@ -166,6 +169,7 @@ def _compile(file: str, card: int, index: int) -> Resource:
         registers=registers, shared_kib=compiled.metadata.shared / 1024, spill_bytes=spilled, compile_s=taken,
         blocks=_blocks(card, registers, compiled.metadata.shared / 1024, tile.warps),
         products=_products(compiled.asm["ttir"]), barriers=_barriers(compiled.asm["ptx"]),
+        sums=" ".join(sorted(set(TENSOR_CORES.findall(_hot(compiled.asm["ptx"]))))),
     )  # fmt: skip
 
 
@@ -197,21 +201,25 @@ def _products(ir: str) -> int:
     return most
 
 
-def _barriers(ptx: str) -> int:
-    """In the stretch between two labels or branches with the most tensor core instructions."""
+def _hot(ptx: str) -> str:
+    """The stretch between two labels or branches with the most tensor core instructions."""
     stretches = re.split(r"^\$L__BB|^\s*(?:@%p\d+ )?bra\b", ptx, flags=re.MULTILINE)
-    hot = max(stretches, key=lambda stretch: len(TENSOR_CORES.findall(stretch)))
+    return max(stretches, key=lambda stretch: len(TENSOR_CORES.findall(stretch)))
+
+
+def _barriers(ptx: str) -> int:
+    hot = _hot(ptx)
     return len(re.findall(r"\bbar\.sync\b", hot)) if TENSOR_CORES.search(hot) else 0
 
 
 def table(rows: Iterable[Resource]) -> Table:
     figures = ("warps", "stages", "registers", "shared KiB", "spill bytes")
-    figures += ("blocks", "products", "barriers", "compile s")
+    figures += ("blocks", "products", "barriers", "sums", "compile s")
     made = Table("kernel", "card", "dtype", "constants", "tile", *figures)
     for row in rows:
         shape = [" ".join(f"{key}={value}" for key, value in values.items()) for values in (row.constants, row.tile)]
         numbers = [str(row.warps), str(row.stages), str(row.registers), f"{row.shared_kib:.1f}", str(row.spill_bytes)]
-        numbers += [str(row.blocks), str(row.products), str(row.barriers)]
+        numbers += [str(row.blocks), str(row.products), str(row.barriers), row.sums]
         style = "red" if row.spill_bytes else None
         made.add_row(
             row.kernel, f"sm_{row.card}", row.dtype, *shape, *numbers, f"{row.compile_s:.1f}", style=style

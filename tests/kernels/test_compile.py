@@ -89,6 +89,14 @@ def test_products_of_attention_are_counted(rows):
     assert all(row["barriers"] > 0 for row in rows if row["products"] and row["dtype"] != "fp32")
 
 
+def test_consumer_cards_sum_in_fp16_where_that_is_twice_as_fast(rows):
+    """The integer products of int8 attention, and those of its weights with v; nothing else sums in fp16."""
+    found = {(row["card"] in (86, 89, 120), row["sums"]) for row in rows if row["kernel"] == "attention_int8_kernel"}
+    assert found <= {(True, "f16 s32"), (False, "f32 s32")} and found
+    others = {row["sums"] for row in rows if row["products"] and row["file"] != "attention_int8"}
+    assert others <= {"f32", ""}
+
+
 def test_every_tile_is_used_and_says_why(compiled):
     which, rows = compiled
     used = {(row["file"], json.dumps(row["tile"], sort_keys=True), row["warps"], row["stages"]) for row in rows}
@@ -135,7 +143,8 @@ def test_products_and_barriers_are_those_of_the_busiest_loop():
         "%d = tt.dot",
     ]
     assert kernel_resources._products("\n".join(ir)) == 2
-    ptx = ["bar.sync 0;", "$L__BB0_1:", "mma.sync.x", "bar.sync 0;", "mma.sync.x", "@%p1 bra $L__BB0_1;", "bar.sync 0;"]
+    mma = "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16"
+    ptx = ["bar.sync 0;", "$L__BB0_1:", mma, "bar.sync 0;", mma, "@%p1 bra $L__BB0_1;", "bar.sync 0;"]
     assert kernel_resources._barriers("\n".join(ptx)) == 1 and kernel_resources._barriers("bar.sync 0;") == 0
 
 
