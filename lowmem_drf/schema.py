@@ -70,8 +70,8 @@ class Model(Node):
     All graded steps must belong to it."""
     base_lora: str | list[Name] = ""
     """A LoRA that is merged into the frozen base before training, such as a step-distillation LoRA: a safetensors file
-    of any tool, or ``owner/repo/file.safetensors`` on the hub; or a list of them, merged in this order. It costs
-    nothing during training. Empty: none."""
+    of any tool, or ``owner/repo/file.safetensors`` on the hub, or ``toyworld-fewstep``; or a list of them, merged
+    in this order. It costs nothing during training. Empty: none."""
     base_lora_scale: Scale | list[Scale] = 1.0
     """Strength at which ``base_lora`` is merged; of a list, one for all or one for each."""
     quant: Literal["none", "nf4", "int8"] = "none"

@@ -20,7 +20,8 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.schema import Config
 
 CARDS = ("rtx3060", "rtx3090", "rtx4060", "rtx4080", "rtx4090", "rtx5090")
-NAMES = {"toy", *CARDS, *(f"{card}-20step" for card in CARDS), "rtx4090-wan14b", "rtx4090-wan22-5b", "zero3-2gpu"}
+OTHERS = ("toy", "toy-fast", "rtx4090-wan14b", "rtx4090-wan22-5b", "zero3-2gpu")
+NAMES = {*OTHERS, *CARDS, *(f"{card}-20step" for card in CARDS)}
 
 
 def test_these_presets_and_no_others_are_in_the_package():

@@ -12,9 +12,11 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -24,6 +26,7 @@ from bench.script import add_overrides, make_parser, reports_errors, save
 from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.commands.train import train_command
 from lowmem_drf.scoring.evaluate import EVAL_PROMPTS, EVAL_SEEDS, compare, finish_trial, make_trial
+from lowmem_drf.training import loop
 from lowmem_drf.training.checkpoint import checkpoint_folder
 from lowmem_drf.training.lora_file import load_run_lora
 from lowmem_drf.training.metrics import read_metrics
@@ -38,12 +41,13 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft")
 def train_and_measure(
     seed: int, preset: str, overrides: Sequence[str], folder: Path, console: Console
 ) -> dict[str, Any]:
-    """One row: ``seed``, ``train_s`` (the whole command), ``updates``, ``updates_s`` (the updates alone), ``base``,
-    ``tuned``, ``verdicts``."""
+    """One row: ``seed``, ``train_s`` (the whole command), ``updates``, ``updates_s`` (the updates alone), both also as
+    the process's CPU time (``train_cpu_s``, ``updates_cpu_s``), ``base``, ``tuned``, ``verdicts``."""
     run = folder / f"seed-{seed}"
-    start = time.perf_counter()
-    train_command(preset, None, run, None, seed, False, [*overrides, "log.eval_prompts=0"], False)
-    train_s = time.perf_counter() - start
+    start, cpu = time.perf_counter(), time.process_time()
+    with update_times() as updates_cpu:
+        train_command(preset, None, run, None, seed, False, [*overrides, "log.eval_prompts=0"], False)
+    train_s, train_cpu_s = time.perf_counter() - start, time.process_time() - cpu
     config = run_config(run)
     trial = make_trial(config, (), EVAL_PROMPTS, EVAL_SEEDS)
     models = load_models(config, [prompt.text for prompt in trial.prompts])
@@ -54,7 +58,24 @@ def train_and_measure(
     base, tuned = result["base"], result["tuned"]
     metrics = read_metrics(run)
     timed = {"train_s": train_s, "updates": len(metrics), "updates_s": sum(row["update_s"] for row in metrics)}
+    timed |= {"train_cpu_s": train_cpu_s, "updates_cpu_s": sum(updates_cpu)}
     return {"seed": seed, **timed, "base": base, "tuned": tuned, "verdicts": verdicts(base, tuned)}
+
+
+@contextmanager
+def update_times() -> Iterator[list[float]]:
+    """CPU seconds of each update that is made meanwhile. Unlike ``update_s``, other work hardly changes them."""
+    seconds, real = list[float](), loop.update
+
+    def timed(*arguments: Any) -> Any:
+        start = time.process_time()
+        try:
+            return real(*arguments)
+        finally:
+            seconds.append(time.process_time() - start)
+
+    with patch.object(loop, "update", timed):
+        yield seconds
 
 
 def verdicts(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, bool]:

@@ -20,6 +20,7 @@ from lowmem_drf.errors import LowmemError
 
 sys.path.insert(0, str(ROOT))
 
+from bench import evening
 from bench.plans import allocator, zero3
 from bench.script import make_parser, save
 from bench.toyworld import base_and_tuned as picture
@@ -63,8 +64,9 @@ def test_seeds_then_picture(tiny_toyworld, tiny_preset, tmp_path, capsys):
     result = json.loads(report.read_text())
     assert [row["seed"] for row in result["rows"]] == [0, 4]
     for row in result["rows"]:
-        assert set(row) == {"seed", "train_s", "updates", "updates_s", "base", "tuned", "verdicts"}
-        assert row["train_s"] > row["updates_s"] > 0
+        times = {"train_s", "train_cpu_s", "updates_s", "updates_cpu_s"}
+        assert set(row) == {"seed", "updates", "base", "tuned", "verdicts", *times}
+        assert row["train_s"] > row["updates_s"] > 0 and row["train_cpu_s"] > row["updates_cpu_s"] > 0
         assert row["base"]["oracle"]["all"] == 0
     assert result["rows"][0]["base"] == result["rows"][1]["base"]
     assert result["rows"][0]["tuned"] != result["rows"][1]["tuned"]
@@ -94,6 +96,33 @@ def test_modes_side_by_side_go_on_from_what_was_measured(tiny_toyworld, tiny_pre
     assert out.count("mean") >= 2 and "(base)" in out
     assert critic_modes.main(["-s", "optim.lrr=1"]) == 2
     assert "Did you mean optim.lr?" in capsys.readouterr().err
+
+
+def test_an_evening_measures_what_has_no_file_yet(tmp_path, monkeypatch, capsys):
+    """``passes``: 8 clips, 10 or 4 steps, each graded one forward and backward."""
+    trained = []
+
+    def measured(seed, preset, overrides, folder, console):
+        trained.append((preset, seed))
+        sides = {"oracle": {"all": 0.8 + seed / 100, "physics": 1.0, "quality": 1.0}, "diversity": 0.15}
+        cost = {"updates": 200, "updates_cpu_s": 90.0, "train_cpu_s": 100.0}
+        return {"seed": seed, **cost, "base": sides, "tuned": sides}
+
+    monkeypatch.setattr(evening, "train_and_measure", measured)
+    arguments = ["--folder", str(tmp_path), "--variants", "toy-fast", "toy"]
+    assert evening.main([*arguments, "--seeds", "0"]) == 0
+    assert evening.main([*arguments, "--seeds", "0", "1"]) == 0
+    assert trained == [("toy-fast", 0), ("toy", 0), ("toy-fast", 1), ("toy", 1)]
+    toy = capsys.readouterr().out.splitlines()[-2]
+    assert toy == "| `toy` | 2 | 80.5% (80.0, 81.0) | 100.0% | 100.0% | 0.150 | 200 | 240 | 90 | 100 |"
+    guided = load_config("toy", ["sampler.guidance=2"])
+    assert evening.passes(guided) == 8 * (20 + 20)
+    assert evening.passes(load_config("toy", ["sampler.guidance=2", "sampler.guidance_grad=both"])) == 8 * (20 + 40)
+
+
+def test_every_variant_of_an_evening_is_a_preset_with_settings_that_exist():
+    for preset, overrides in evening.VARIANTS.values():
+        load_config(preset, [*evening.UNPREVIEWED, *overrides])
 
 
 def test_bad_input_is_a_message_and_its_exit_code(tmp_path, capsys, monkeypatch):

@@ -91,7 +91,7 @@ def test_same_bodies_differ_in_their_number_of_steps_alone():
 
 
 def test_every_preset_for_a_card_has_a_budget():
-    assert set(presets()) == {"toy", *BUDGET_GIB}
+    assert set(presets()) == {"toy", "toy-fast", *BUDGET_GIB}
 
 
 @pytest.mark.parametrize("name", planned(BUDGET_GIB))

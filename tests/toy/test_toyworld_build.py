@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.models.qwen_vl.critic import load_critic
 from lowmem_drf.models.wan.decoder import WanDecoder, load_vae
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
@@ -28,7 +29,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.mark.slow
 def test_a_short_rebuild_writes_models_that_load_and_run(tmp_path):
-    stages = ["vae", "generator", "tower", "language", "critic", "reader"]
+    stages = ["vae", "generator", "tower", "language", "critic", "reader", "fewstep"]
     build(tmp_path / "out", tmp_path / "work", seed=0, scale=0.0006, stages=stages, compiled=False)
     folder = str(tmp_path / "out" / "generator")
     cond = load_text(folder).encode(["a red circle moves left on a gray background"], 16)
@@ -45,6 +46,7 @@ def test_a_short_rebuild_writes_models_that_load_and_run(tmp_path):
     assert all(answer.logits_AV.isfinite().all() for answer in read)
     unknown = reader.tokenizer.unk_token_id
     assert not any(unknown in reader.conversation.tokens(lesson.question).ids for lesson in lessons)
+    assert len(read_lora(tmp_path / "out" / "fewstep.safetensors").pairs) == 40
     weights = sum(f.stat().st_size for f in (tmp_path / "out").rglob("*.safetensors"))
     assert weights < 12e6
 

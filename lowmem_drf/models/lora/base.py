@@ -3,6 +3,7 @@ distils a generator to four steps, and what a LoRA of ``sample --lora`` changes 
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,6 +14,7 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.models.weights.downloads import hub_file
 from lowmem_drf.models.weights.reader import Change, Shapes
+from lowmem_drf.models.weights.sources import FEWSTEP, WEIGHTS
 from lowmem_drf.texts import expanded
 
 if TYPE_CHECKING:
@@ -28,7 +30,8 @@ def base_changes(sources: Sequence[tuple[str, float]], shapes: Shapes, say: Call
 
     Args:
         sources: (LoRA, strength) in the order in which they are merged. A LoRA is a file or folder as in ``read_lora``,
-            or ``owner/repo/file.safetensors`` (also ``owner/repo:file.safetensors``) on the hub, downloaded once.
+            or ``owner/repo/file.safetensors`` (also ``owner/repo:file.safetensors``) on the hub, downloaded once, or
+            ``toyworld-fewstep``.
         shapes: of the transformer's parameters, by diffusers' names.
         say: announces a download, and what is left out.
 
@@ -67,6 +70,8 @@ def find_base_lora(source: str, say: Callable[[str], None]) -> Path:
     path = expanded(source)
     if path.exists():
         return path
+    if source == FEWSTEP:
+        return WEIGHTS / "fewstep.safetensors"
     if match := _HUB_FILE.fullmatch(source):
         return hub_file(match[1], match[2], say)
     if path.is_absolute():
@@ -74,6 +79,8 @@ def find_base_lora(source: str, say: Callable[[str], None]) -> Path:
             "there is no such file. Put it back, or give its new place with -s model.base_lora=FILE, or in the run's "
             "config.toml. Of a run, the file must keep its name."
         )
+    if difflib.get_close_matches(source, (FEWSTEP,), cutoff=0.75):
+        raise BadInputError(f"there is no such LoRA. Did you mean {FEWSTEP}?")
     raise BadInputError(
         "it is neither a file nor owner/repo/file.safetensors on the Hugging Face hub. Only safetensors files are read."
     )

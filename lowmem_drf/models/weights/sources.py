@@ -17,6 +17,9 @@ from lowmem_drf.terminal import working
 TOYWORLD = "toyworld"
 READER = "toyworld-reader"
 """ToyWorld's second critic, which also understands quoted phrases and captions in a clip's place."""
+FEWSTEP = "toyworld-fewstep"
+"""ToyWorld's step-distillation LoRA, for ``model.base_lora``."""
+WEIGHTS = Path(__file__).resolve().parents[2] / "toy" / "weights"
 
 
 def resolve(model_id: str, role: Literal["generator", "critic"]) -> str:
@@ -26,7 +29,7 @@ def resolve(model_id: str, role: Literal["generator", "critic"]) -> str:
         raise BadInputError(f"there is no model {model_id!r}. Did you mean {near[0]}?")
     if model_id != TOYWORLD and (model_id, role) != (READER, "critic"):
         return model_id
-    folder = Path(__file__).resolve().parents[2] / "toy" / "weights" / ("reader" if model_id == READER else role)
+    folder = WEIGHTS / ("reader" if model_id == READER else role)
     if not folder.is_dir():
         raise BadInputError(
             f"ToyWorld's {role} is missing ({folder}). Reinstall lowmem-drf, or rebuild it: "

@@ -15,20 +15,21 @@ import torch
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Stages, in this order because each needs the one before: vae, generator, tower, language, critic, reader."""
+    """Stages, in this order because each needs the one before: vae, generator, tower, language, critic, reader; and
+    fewstep, which needs the generator."""
     parser = argparse.ArgumentParser(prog="python -m lowmem_drf.toy.build", description=__doc__)
     parser.add_argument(
         "--output",
         type=Path,
         default=Path(__file__).parent.parent / "weights",
-        help="folder to write generator/, critic/ and reader/ to; a stage alone finds the models it needs here",
+        help="folder to write the models to; a stage alone finds the models it needs here",
     )
     parser.add_argument("--work", type=Path, default=Path("toy-build"), help="folder for checkpoints")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the training steps, for a quick try")
     parser.add_argument(
         "--stages",
-        default="vae,generator,tower,language,critic,reader",
+        default="vae,generator,tower,language,critic,reader,fewstep",
         help="which to run; the others must be in --work",
     )
     parser.add_argument("--no-compile", action="store_true", help="do without torch.compile (it needs a C++ compiler)")
@@ -40,8 +41,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def build(output: Path, work: Path, seed: int, scale: float, stages: list[str], compiled: bool = True) -> None:
     """Runs the stages; a finished one is taken from its checkpoint. Writes what is complete: after ``generator``,
-    ``critic`` and ``reader``. The last one needs nothing but ``output``."""
+    ``critic``, ``reader`` and ``fewstep``. The last two need nothing but ``output``."""
     from lowmem_drf.toy.build.critic_model import save_critic
+    from lowmem_drf.toy.build.fewstep import save_fewstep, train_fewstep
     from lowmem_drf.toy.build.reader import build_reader, train_reader
 
     def log(line: str) -> None:
@@ -54,6 +56,8 @@ def build(output: Path, work: Path, seed: int, scale: float, stages: list[str], 
         critic = build_reader(output / "critic", seed)
         train_reader(critic, output / "generator", work, seed, scale, log)
         save_critic(critic.model, output / "reader", reader=True)
+    if "fewstep" in stages:
+        save_fewstep(train_fewstep(output / "generator", work, seed, scale, log), output / "fewstep.safetensors")
 
 
 def _build(

@@ -1,8 +1,9 @@
 """Prints how good ToyWorld's parts are: ``python -m lowmem_drf.toy.build.check [--critic toyworld-reader] [--json]``.
 
-The oracle's rates on drawn scenes, the VAE's fidelity, the base generator's rates by the oracle, the critic's recall of
-yes and of no, and the share of its explanations that are right. The critic answers every kind of question, in both
-wordings and both ways, on clips of combinations that no model was trained on, half of them VAE reconstructions.
+The oracle's rates on drawn scenes, the VAE's fidelity, the rates of the base generator and of ``toyworld-fewstep`` by
+the oracle, the critic's recall of yes and of no, and the share of its explanations that are right. The critic answers
+every kind of question, in both wordings and both ways, on clips of combinations that no model was trained on, half of
+them VAE reconstructions.
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ import torch
 
 from lowmem_drf.models.qwen_vl.critic import QwenCritic, load_critic
 from lowmem_drf.models.wan.decoder import load_vae
-from lowmem_drf.models.weights.sources import TOYWORLD, resolve
+from lowmem_drf.models.weights.sources import FEWSTEP, TOYWORLD, resolve
 from lowmem_drf.questions import toyworld
+from lowmem_drf.scoring.evaluate import diversity
 from lowmem_drf.toy.build.critic import ask, drawn_labels, half_reconstructed, reconstruct
-from lowmem_drf.toy.build.generator import folder_samples
+from lowmem_drf.toy.build.fewstep import SHIFT as FEW_SHIFT
+from lowmem_drf.toy.build.fewstep import STEPS as FEW
+from lowmem_drf.toy.build.generator import SHIFT, folder_samples
 from lowmem_drf.toy.build.tower import draw_labelled
 from lowmem_drf.toy.captions import WORDINGS, caption, heldout_prompts, parse
 from lowmem_drf.toy.defects import DEFECTS, PHYSICS, QUALITY
@@ -27,6 +31,11 @@ from lowmem_drf.toy.oracle import Measured, measure
 from lowmem_drf.toy.scenes import Combo, all_combos, draw_tracks, render
 from lowmem_drf.types import Question
 
+GENERATORS: dict[str, dict[str, Any]] = {
+    "base, 10 steps": {},
+    "base, 4 steps": {"steps": FEW, "shift": FEW_SHIFT},
+    "fewstep, 4 steps": {"steps": FEW, "shift": FEW_SHIFT, "lora": FEWSTEP},
+}
 CRITIC_COLUMNS = ("yes", "no", "sound? no", "sound? yes")
 
 
@@ -60,12 +69,16 @@ def check_oracle(seed: int = 100, every: int = 1) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def check_generator(prompts: int = 256, seeds: int = 2, steps: int = 10) -> dict[str, float]:
-    """The oracle's rates on the base generator's clips of held-out prompts."""
+def check_generator(
+    prompts: int = 256, seeds: int = 2, steps: int = 10, shift: float = SHIFT, lora: str = ""
+) -> dict[str, float]:
+    """The oracle's rates on the base generator's clips of held-out prompts, and their diversity as in ``eval``.
+    ``lora``: merged into it."""
     texts = heldout_prompts(prompts) * seeds
-    clips = folder_samples(resolve(TOYWORLD, "generator"), texts, 0, steps)
+    clips = folder_samples(resolve(TOYWORLD, "generator"), texts, 0, steps, shift, lora)
     combos = [combo for combo in (parse(t) for t in texts) if combo is not None]
-    return _rates(measure(clips), combos)
+    of_a_prompt = clips.unflatten(0, (seeds, prompts)).transpose(0, 1)
+    return {**_rates(measure(clips), combos), "diversity": diversity(of_a_prompt)}
 
 
 def _truths(label: Any, combo: list[int], wording: int, generator: torch.Generator) -> list[Question]:
@@ -179,18 +192,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--critic", default=TOYWORLD, help="toyworld, toyworld-reader or a folder")
     options = parser.parse_args(arguments)
     judge = load_critic(resolve(options.critic, "critic"))
-    oracle, generator = check_oracle(), check_generator()
+    oracle, generators = check_oracle(), {name: check_generator(**given) for name, given in GENERATORS.items()}
     critic, explanations = check_critic(judge), check_explanations(judge)
     if options.json:
         print(
             json.dumps(
-                {"oracle": oracle, "generator": generator, "critic": critic, "explanations": explanations}, indent=2
+                {"oracle": oracle, "generator": generators, "critic": critic, "explanations": explanations}, indent=2
             )
         )
         return
     print(_table("oracle", {k: oracle[k] for k in ("clean", "vae", "shuffled captions", "chance")}))
     print("\n" + _table("defects", {"recall": oracle["defect recall"]}), f"\nVAE PSNR {oracle['vae psnr db']:.1f} dB")
-    print("\n" + _table("base generator", {"256 prompts x 2": generator}))
+    print("\n" + _table("generator, 256 x 2", generators))
     print("\n" + _table("critic, recall of", critic))
     print("\n" + _table("explanations right of", explanations))
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from lowmem_drf.method.schedule import draw_noise, flow_sigmas
 from lowmem_drf.method.step import rollout
+from lowmem_drf.models.lora.base import base_changes
 from lowmem_drf.models.wan.decoder import WanDecoder, load_vae
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
 from lowmem_drf.models.wan.text import load_text
@@ -146,14 +147,19 @@ def draw_samples(model: Generator, vae: AutoencoderKLWan, seed: int, n: int, ste
 
 
 @torch.no_grad()
-def folder_samples(folder: str, texts: Sequence[str], seed: int, steps: int = 10) -> Tensor:
-    """A clip of a written generator for each text, from noise ``seed``, ``seed + 1``, …: frames_BTCHW in [0, 1]."""
-    text, decoder, velocity = load_text(folder), WanDecoder(load_vae(folder)), as_velocity(load_denoiser(folder))
+def folder_samples(
+    folder: str, texts: Sequence[str], seed: int, steps: int = 10, shift: float = SHIFT, lora: str = ""
+) -> Tensor:
+    """A clip of a written generator for each text, from noise ``seed``, ``seed + 1``, …: frames_BTCHW in [0, 1].
+    ``lora``: merged, as by ``model.base_lora``."""
+    text, decoder = load_text(folder), WanDecoder(load_vae(folder))
+    merged = partial(base_changes, [(lora, 1.0)] if lora else [], say=lambda line: None)
+    velocity = as_velocity(load_denoiser(folder, changes=merged))
     clips = []
     for start in range(0, len(texts), 64):
         part = texts[start : start + 64]
         noise = draw_noise((16, 3, 8, 8), [seed + start + i for i in range(len(part))])
-        latents, _ = rollout(velocity, flow_sigmas(steps, SHIFT), noise, text.encode(part, TEXT_TOKENS), None)
+        latents, _ = rollout(velocity, flow_sigmas(steps, shift), noise, text.encode(part, TEXT_TOKENS), None)
         clips.append(decoder.decode(latents))
     return torch.cat(clips)
 

@@ -98,10 +98,8 @@ def optimizers(model: nn.Module, lr: float, weight_decay: float = 0.01) -> list[
     ]
     chosen = {id(p) for p in matrices}
     rest = [p for _, p in named if id(p) not in chosen]
-    return [
-        torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
-        Muon(matrices, lr=lr, weight_decay=weight_decay),
-    ]
+    muon = Muon(matrices, lr=lr, weight_decay=weight_decay)
+    return [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0), muon] if rest else [muon]
 
 
 def train(

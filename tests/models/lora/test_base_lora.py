@@ -200,6 +200,7 @@ def test_from_the_hub(source: str, file, tmp_path, monkeypatch) -> None:
     ("source", "said"),
     [
         ("no/such/file.pt", "neither a file nor owner/repo/file"),
+        ("toyworld-fewsteps", "Did you mean toyworld-fewstep?"),
         ("nothing", "neither a file nor owner/repo/file"),
         ("/no/such/lora.safetensors", "no such file. Put it back, or give its new place"),
     ],
