@@ -46,9 +46,9 @@ def test_the_base_generator_is_well_formed_and_follows_the_prompt_partly():
 
 
 def test_the_distilled_generator_is_well_formed_in_4_steps():
-    """From the same noise as the base, whose 4 steps break physics more often than its 10."""
-    base, few = (check_generator(32, 1, **GENERATORS[f"{name}, 4 steps"]) for name in ("base", "fewstep"))
-    assert few["quality"] == 1 and few["physics"] > base["physics"] and few["all"] >= base["all"], (base, few)
+    """And follows the prompt better than the base, from the same noise: its guided teacher is distilled in."""
+    base, few = (check_generator(16, 1, **GENERATORS[f"{name}, 4 steps"]) for name in ("base", "fewstep"))
+    assert few["quality"] == 1 and few["physics"] > base["physics"] and few["all"] > base["all"], (base, few)
 
 
 def test_an_update_of_the_distilled_generator():
