@@ -278,6 +278,21 @@ def choose_rows(choice: RowChoice, device: torch.device) -> RowOps:
     return fused_ops() if choice == "fused" else naive_ops()
 
 
+def require_int8_products() -> None:
+    """Raises BadInputError if ``int8_products`` cannot be had."""
+    if importlib.util.find_spec("triton") is None:
+        cure_ = f"install it with: {cure('triton')}; or set -s model.products=16bit"
+        raise BadInputError(f'model.products = "int8" cannot run: Triton is not installed; {cure_}')
+
+
+def int8_products() -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:
+    """The operators of ``kernels/int8_linear.py``, which quantise rows and multiply; on a CPU in plain PyTorch. Imports
+    Triton."""
+    from lowmem_drf.kernels.int8_linear import int8_product_op, quantise_rows_op
+
+    return quantise_rows_op, int8_product_op
+
+
 def int8_attention(device: torch.device | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """``kernels/attention_int8.py``, without gradient: the kernel on a card; the same quantisation in plain PyTorch on
     a CPU, and for what the kernel does not take (fp32, ToyWorld's 32 channels). Imports Triton.

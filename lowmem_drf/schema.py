@@ -78,9 +78,18 @@ class Model(Node):
     """Storage format of the frozen blocks' linear layers: ``dtype`` (``none``), ``int8`` (half the memory of bf16) or
     ``nf4`` (bitsandbytes' 4 bit, about a quarter). The error of int8 is one to three times that of computing in bf16,
     that of nf4 ten to thirty times."""
+    products: Literal["16bit", "int8"] = "16bit"
+    """How the blocks' frozen linear layers multiply. ``16bit``: in ``dtype``. ``int8``: in 8-bit integers, which what
+    they multiply is rounded to, forward and backward: faster on a card, but rollout and gradient are approximate. The
+    layers are then stored as with ``quant = "int8"``. The LoRA itself stays in ``dtype``."""
     text_tokens: Annotated[int, Field(ge=1, le=512)] = 512
     """Prompts are padded or cut to this many tokens, as in ``WanPipeline``. The transformer sees the padding: keep the
     number it was trained with, which is 512 for Wan."""
+
+    @property
+    def storage(self) -> Literal["none", "nf4", "int8"]:
+        """``quant``, or what ``products`` makes of it."""
+        return "int8" if self.products == "int8" else self.quant
 
     def base_loras(self) -> list[tuple[str, float]]:
         """(file, strength) of every ``base_lora``."""
@@ -92,6 +101,9 @@ class Model(Node):
         files = [self.base_lora] if isinstance(self.base_lora, str) else self.base_lora
         if isinstance(self.base_lora_scale, list) and len(self.base_lora_scale) != len(files):
             yield "base_lora_scale", f"has {len(self.base_lora_scale)} numbers for {len(files)} files of base_lora"
+        if self.products == "int8" and self.quant == "nf4":
+            cure = 'set quant = "int8", or products = "16bit"'
+            yield "products", f'"int8" multiplies the integers that it stores, which quant = "nf4" has not; {cure}'
 
 
 class Sampler(Node):
@@ -475,6 +487,9 @@ class Config(Node):
                 reason = "gathering and unpacking the weights on a card takes more of its memory, not less"
                 cure = 'set none, or engine = "zero1" with memory.stream'
                 yield f"{name}.quant", f"{quant} does not go with ZeRO-3: {reason}; {cure}"
+        if self.model.products == "int8" and self.model.quant == "none":
+            reason = 'does not go with ZeRO-3, which does not partition 8-bit weights; set "16bit", or engine = "zero1"'
+            yield "model.products", f'"int8" {reason}'
         for key, names in (("park", self.memory.park), ("stream", self.memory.stream)):
             if clash := [name for name in partitioned if name in names]:
                 yield f"memory.{key}", f"has {', '.join(clash)}, but ZeRO-3 itself moves these weights; leave it out"

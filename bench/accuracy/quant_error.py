@@ -34,7 +34,7 @@ from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
 from lowmem_drf.models.wan.random_generator import random_transformer
 from lowmem_drf.models.wan.text import load_text
 from lowmem_drf.models.weights.packed_linear import PackedLinear
-from lowmem_drf.models.weights.quant import in_transformer, lay_out, require_library
+from lowmem_drf.models.weights.quant import in_transformer, lay_out, require_library, set_products
 from lowmem_drf.models.weights.sources import TOYWORLD, resolve
 from lowmem_drf.toy.build.generator import SHIFT, TEXT_TOKENS
 from lowmem_drf.toy.captions import heldout_prompts
@@ -47,6 +47,8 @@ VARIANTS = {
     "bf16": ("none", torch.bfloat16),
     "int8": ("int8", torch.float32),
     "int8, bf16": ("int8", torch.bfloat16),
+    "int8 products": ("int8 products", torch.float32),
+    "int8 products, bf16": ("int8 products", torch.bfloat16),
     "nf4": ("nf4", torch.float32),
     "nf4, bf16": ("nf4", torch.bfloat16),
 }
@@ -61,7 +63,8 @@ Results = list[dict[str, Tensor]]
 def variant(transformer: Any, quant: str, dtype: torch.dtype) -> Any:
     """A copy of an fp32 transformer in another format, except for the modules that diffusers keeps in fp32."""
     made = copy.deepcopy(transformer)
-    lay_out(made, quant, in_transformer)  # type: ignore[arg-type]
+    lay_out(made, quant.split()[0], in_transformer)  # type: ignore[arg-type]
+    set_products(made, quant == "int8 products")
     for name, module in made.named_modules():
         if isinstance(module, PackedLinear):
             source = transformer.get_submodule(name)

@@ -219,11 +219,14 @@ def assemble(
     from lowmem_drf.models.wan.decoder import WanDecoder, drop_encoder
     from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
     from lowmem_drf.models.wan.experts import two_experts
+    from lowmem_drf.models.weights.quant import set_products
 
     drop_encoder(vae)
     memory, store = config.memory, store or HostStore(device)
     streamed: dict[str, Streamed] = {}
     generators = {"transformer": transformer} | ({} if other is None else {"expert": other.transformer})
+    for model in generators.values():
+        set_products(model, config.model.products == "int8")
     if "transformer" in memory.stream:
         streamed |= {name: Streamed(list(model.blocks), device, store) for name, model in generators.items()}
     if critic is not None and "critic" in memory.stream:

@@ -23,7 +23,17 @@ from lowmem_drf.assembly.trials import Work, card_seconds
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.wan.attention import NAMES, attention_named, refusal, why_not
-from lowmem_drf.ops import Attention, AttentionName, RowOps, choose_rows, fused_ops, int8_attention, naive_ops, tiles
+from lowmem_drf.ops import (
+    Attention,
+    AttentionName,
+    RowOps,
+    choose_rows,
+    fused_ops,
+    int8_attention,
+    naive_ops,
+    require_int8_products,
+    tiles,
+)
 from lowmem_drf.schema import Config
 from lowmem_drf.shortage import let_go
 from lowmem_drf.terminal import working
@@ -98,6 +108,8 @@ def require_kernels(config: Config, device: torch.device, head_dim: int = 128) -
     choose_rows(kernels.ops, device)
     if kernels.rollout_attention == "int8":
         int8_attention(device)
+    if config.model.products == "int8":
+        require_int8_products()
     if name == "auto":
         return
     on_card = device.type == "cuda"

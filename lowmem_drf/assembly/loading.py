@@ -81,7 +81,7 @@ def load_models(
             prepare(config.critic.id, "critic", say)
         home = _home(config, "transformer", device)
         # transformers that go to the card, or are packed or partitioned, are never on the host in full
-        whole = home.type == "cpu" and config.model.quant == "none" and config.engine != "zero3"
+        whole = home.type == "cpu" and config.model.storage == "none" and config.engine != "zero3"
         passing = () if whole else ("transformer", SECOND)
         single = _parameters(described.transformer) if whole and config.model.transformer else 0
         without = (*_without(config), *passing)
@@ -172,7 +172,7 @@ def load_transformer(
     Args:
         device: where weights are changed and packed.
         home: final device. Default: ``device``.
-        quant: default: ``model.quant``.
+        quant: default: ``model.storage``.
         blocks: only the first N blocks get values and memory.
         taken: called with every filled parameter.
         merged: changes of parameters besides those of ``model.base_lora``.
@@ -189,7 +189,7 @@ def load_transformer(
         return in_turn(base_changes(loras, shapes, say), merged or {})
 
     rest: dict[str, Any] = {
-        "quant": quant or config.model.quant,
+        "quant": quant or config.model.storage,
         "home": home,
         "changes": changes if loras or merged else None,
         "blocks": blocks,

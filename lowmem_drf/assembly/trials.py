@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowmem_drf.assembly.text_cache import DTYPES
-from lowmem_drf.ops import packed_ranges, ranged_attention, window_ranges
+from lowmem_drf.ops import int8_products, packed_ranges, ranged_attention, window_ranges
 from lowmem_drf.schema import Config
 
 if TYPE_CHECKING:
@@ -117,6 +117,8 @@ class Work:
         if rows.name == "fused":
             yield lambda: self._modulated(rows)
             yield lambda: self._rotated(rows)
+        if self.config.model.products == "int8":
+            yield from self._integers()
         if rows.norm_silu is not None:
             memory = self.config.memory
             for dtype in {DTYPES[memory.vae_dtype], DTYPES[memory.vae_grad_dtype]}:
@@ -149,6 +151,22 @@ class Work:
         _backward(rows.rms_norm(q, weight, 1e-6), q)
         turned = rows.rope_qk(q, k, weight, weight, angle, angle, heads, 1e-6)
         torch.autograd.grad(turned, (q, k), [x.detach() for x in turned])
+
+    def _integers(self) -> Iterator[Callable[[], Any]]:
+        """The products of a block's layers, forward and backward."""
+        quantise, multiply = int8_products()
+        width, inner = self.shape[2] * self.shape[3], self.transformer.config.ffn_dim
+        count = self.shape[0] * self.slice_tokens
+
+        def layer(inside: int, outside: int) -> None:
+            w8 = torch.zeros(outside, inside, device=self.device, dtype=torch.int8)
+            scale = torch.ones(outside, device=self.device)
+            x, d = (self._random(count, channels).detach() for channels in (inside, outside))
+            multiply(*quantise(x, None), w8, scale, scale.to(self.dtype), self.dtype, True)
+            multiply(*quantise(d, scale), w8, None, None, self.dtype, False)
+
+        for inside, outside in ((width, width), (width, inner), (inner, width)):
+            yield partial(layer, inside, outside)
 
     @property
     def _vae_width(self) -> int:

@@ -189,7 +189,7 @@ def _random_models(
 
     def make(name: str) -> Any:
         sizes = getattr(generator, name)
-        return random_transformer(sizes, dtype, device, quant=config.model.quant, home=home, taken=taken)
+        return random_transformer(sizes, dtype, device, quant=config.model.storage, home=home, taken=taken)
 
     transformer, other = make_transformers(generator, config, make)
     add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets)

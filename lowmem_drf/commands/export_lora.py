@@ -98,10 +98,10 @@ def export_run(
         paths.append(merge)
         call = f'WanTransformer3DModel.from_pretrained({json.dumps(str(merge))}, subfolder="{subfolder}")'
         lines += [f"{merge} ({dtype}) loads with {call}.", str(verified)]
-        if config.model.quant != "none":
+        if config.model.storage != "none":
             lines.append(
                 "It is the base's full weights with the LoRA in them; the run trained and sampled on "
-                f"{config.model.quant} ones (model.quant)."
+                f"{config.model.storage} ones (model.{'quant' if config.model.quant != 'none' else 'products'})."
             )
     return Exported(tuple(paths), tuple(lines))
 

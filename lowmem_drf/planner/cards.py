@@ -43,6 +43,8 @@ SHARES = {
     "attention backward": Share(0.6, "no public figure for consumer cards; five products, and sums in fp32"),
     "int8 attention": Share(1.9, "134 of a 3090's 71 TFLOP/s with such products (SageAttention2); at most 8/3: "
                                  "half at four times the rate, half at twice (``Card.fp16_sums``)"),
+    "int8 products": Share(0.6, "480 to 512 of a 5090's 838 TOP/s, in Triton (gau-nernst/quantized-training); ours "
+                                "also adds up groups, and has not been measured"),
     "conv3d": Share(0.3, "public figures: 18% on an H200; consumer cards have less arithmetic for their bandwidth"),
     "memory": Share(0.8, "long copies against the data sheet's bandwidth"),
     "link": Share(1.0, "``Card.link`` is what pinned copies reach already"),
@@ -53,17 +55,17 @@ _FULL = SHARES["matmul"].of
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """TFLOP/s in bf16, TF32 (convolutions of fp32 tensors) and plain fp32; GB/s of memory and of the host link."""
+    """TFLOP/s in bf16, TF32 (convolutions of fp32 tensors) and plain fp32; TOP/s of 8-bit integers; GB/s of memory and
+    of the host link."""
 
     name: str
     gib: float
     bf16: float
     tf32: float
     fp32: float
+    int8: float
     memory: float
     link: float
-    fp16_sums: float = 2.0
-    """Rate of products that sum in fp16, as a multiple of ``bf16``; integers have twice that. 2 on GeForce cards."""
     measured: Mapping[str, float] = field(default_factory=dict, hash=False)
     """Shares that ``bench`` found on such a card here."""
 
@@ -76,8 +78,14 @@ class Card:
         return self.measured.get(kind, SHARES[kind].of * sums)
 
     def rate(self, kind: str) -> float:
-        """FLOPs or bytes a second that ``SHARES`` are shares of, in 16 bit."""
-        return {"memory": self.memory * 1e9, "link": self.link * 1e9}.get(kind, self.bf16 * 1e12)
+        """FLOPs or bytes a second that ``SHARES`` are shares of, in 16 bit unless the kind says 8."""
+        others = {"memory": self.memory * 1e9, "link": self.link * 1e9, "int8 products": self.int8 * 1e12}
+        return others.get(kind, self.bf16 * 1e12)
+
+    @property
+    def fp16_sums(self) -> float:
+        """Rate of products that sum in fp16, as a multiple of ``bf16``: half that of integers. 2 on GeForce cards."""
+        return self.int8 / self.bf16 / 2
 
     @property
     def link_rate(self) -> float:
@@ -95,13 +103,13 @@ def at_share(card: Card, share: float) -> Card:
 CARDS = {
     card.name: card
     for card in (
-        Card("RTX 3090", 24, 71, 35.5, 35.6, 936, 22),
-        Card("RTX 4090", 24, 165, 82.6, 82.6, 1008, 22),
-        Card("RTX 5090", 32, 209, 104.8, 104.8, 1792, 45),
-        Card("RTX 4080", 16, 97.5, 48.7, 48.7, 717, 22),
-        Card("RTX 3060", 12, 25.4, 12.7, 12.7, 360, 22),
-        Card("RTX 4060", 8, 30.2, 15.1, 15.1, 272, 11),
-        Card("H200", 141, 989, 495, 67, 4800, 45, fp16_sums=1.0),
+        Card("RTX 3090", 24, 71, 35.5, 35.6, 284, 936, 22),
+        Card("RTX 4090", 24, 165, 82.6, 82.6, 660, 1008, 22),
+        Card("RTX 5090", 32, 209, 104.8, 104.8, 838, 1792, 45),
+        Card("RTX 4080", 16, 97.5, 48.7, 48.7, 390, 717, 22),
+        Card("RTX 3060", 12, 25.4, 12.7, 12.7, 102, 360, 22),
+        Card("RTX 4060", 8, 30.2, 15.1, 15.1, 121, 272, 11),
+        Card("H200", 141, 989, 495, 67, 1979, 4800, 45),
     )
 }
 

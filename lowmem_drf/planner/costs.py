@@ -33,6 +33,7 @@ FLOPS: dict[Any, Callable[..., int]] = {
 }
 """Missing from ``torch.utils.flop_counter``: attention of (fake) CPU tensors."""
 
+INT8 = "int8 products"
 CONVOLUTIONS = {_aten.convolution, _aten.convolution_backward}
 
 WORKSPACE: dict[Any, Callable[..., int]] = {
@@ -59,6 +60,8 @@ def kind_of(func: Any) -> str:
     if "attention" in name:
         backward = " backward" if "backward" in name else ""
         return "int8 attention" if "int8" in name else f"attention{backward}"
+    if "int8_product" in name:
+        return INT8
     return "conv3d" if func.overloadpacket in CONVOLUTIONS else "matmul"
 
 
@@ -76,6 +79,8 @@ class Rates:
     """Bytes to the host, and as many to the card at the same time."""
     shares: Mapping[str, float] = field(default_factory=dict)
     """Of these rates of arithmetic, by ``kind_of`` operator. Default: all."""
+    int8: float = 0.0
+    """Products of 8-bit integers; 0: as those of their result's dtype."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,7 +108,7 @@ GROUPS = {"transformer": ("rollout", "denoise_backward"), "vae": ("decode", "vae
 """The model that works in these stages."""
 _VAE = {f"memory.{name}" for name in ("vae_strips", "vae_cache_every", "vae_caches", "vae_grad_dtype")}
 _TRANSFORMER = {
-    *("lora", "model.quant"),
+    *("lora", "model.quant", "model.products"),
     *(f"memory.{name}" for name in ("checkpoint", "token_slices", "keep_attention", "record_rollout")),
 }
 _CRITIC = {"critic.id", "critic.quant"}

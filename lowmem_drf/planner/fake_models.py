@@ -147,7 +147,7 @@ def fake_run(
     dtype = DTYPES[config.dtype]
     prompts, questions = plan_prompts(config)
     transformer, other = make_transformers(
-        generator, config, lambda name: fake_transformer(getattr(generator, name), dtype, mode, config.model.quant)
+        generator, config, lambda name: fake_transformer(getattr(generator, name), dtype, mode, config.model.storage)
     )
     with _disable_current_modes():
         add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets, seed=None)

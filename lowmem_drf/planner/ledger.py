@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_drf.memory.host import IN_FLIGHT
-from lowmem_drf.planner.costs import Counters, Pcie, Rates, facts, kind_of
+from lowmem_drf.planner.costs import INT8, Counters, Pcie, Rates, facts, kind_of
 from lowmem_drf.planner.fakes import DEVICE_OF, Fakes, key_of, tensors_of
 from lowmem_drf.planner.stages import MIDDLE, Item, Key, Label, Span
 
@@ -351,6 +351,8 @@ class Ledger(TorchDispatchMode):
         peak = rates.flops.get(dtype, rates.flops[torch.float32])
         if dtype is torch.float32 and kind == "conv3d":
             peak = rates.convolution
+        elif kind == INT8:
+            peak = rates.int8 or peak
         return peak * rates.shares.get(kind, 1.0)
 
 

@@ -283,7 +283,8 @@ def _rates(card: Card) -> Rates:
     tera = {torch.bfloat16: card.bf16, torch.float16: card.bf16, torch.float32: card.fp32}
     flops = {dtype: rate * 1e12 for dtype, rate in tera.items()}
     memory = card.memory * card.share("memory") * 1e9
-    return Rates(flops, card.tf32 * 1e12, memory, card.link_rate, {kind: card.share(kind) for kind in SHARES})
+    shares = {kind: card.share(kind) for kind in SHARES}
+    return Rates(flops, card.tf32 * 1e12, memory, card.link_rate, shares, card.int8 * 1e12)
 
 
 def _encode_text(config: Config, generator: GeneratorConfig, mode: FakeTensorMode, meter: PlanMeter) -> None:

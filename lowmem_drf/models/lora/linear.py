@@ -7,8 +7,8 @@ gradient at the input. Here products accumulate in place (``addmm_``). With ``ge
 activation, so only x is kept: a hidden layer of Wan2.1-1.3B at 832x480x81 is 560 MiB.
 
 The products are those of peft's ``lora.Linear`` (0.18) in the dtype of x, with fewer roundings, on plain cuBLAS. A
-weight in 4 or 8 bit (``PackedLinear``) is unpacked in the forward and again in the backward; only its packed tensors
-are kept.
+weight in 4 or 8 bit (``PackedLinear``) is unpacked in the forward and again in the backward, or multiplied as integers;
+only its packed tensors are kept. The LoRA's own products and gradients are in the dtype of x either way.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lowmem_drf.models.lora.adapter import ADAPTER
-from lowmem_drf.models.weights.packed_linear import PackedLinear, Packing, unpack
+from lowmem_drf.models.weights.packed_linear import PackedLinear, Packing, int8_backward, int8_forward, unpack
 
 APPROXIMATE = "tanh"
+
+Form = tuple[Packing, tuple[int, int], bool]
+"""Of a packed weight: format, shape, and whether products are of integers."""
 
 
 def linear(module: Any, x: Tensor, gelu: bool = False) -> Tensor:
@@ -43,8 +46,9 @@ def linear(module: Any, x: Tensor, gelu: bool = False) -> Tensor:
         return cast(Tensor, module(F.gelu(x, approximate=APPROXIMATE) if gelu else x))
     matrices = [side[ADAPTER].weight for side in (module.lora_A, module.lora_B)]
     is_packed = isinstance(base, PackedLinear)
-    packing, weights = ((base.quant, base.shape), base.packed()) if is_packed else (None, (base.weight,))
-    result: Tensor = _LoraLinear.apply(x, *matrices, base.bias, module.scaling[ADAPTER], gelu, packing, *weights)
+    form = (base.quant, base.shape, base.int8_products) if is_packed else None
+    weights = base.packed() if is_packed else (base.weight,)
+    result: Tensor = _LoraLinear.apply(x, *matrices, base.bias, module.scaling[ADAPTER], gelu, form, *weights)
     return result
 
 
@@ -52,15 +56,14 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, a_RI: Tensor, b_OR: Tensor, bias_O: Tensor | None,
-        scale: float, gelu: bool, packing: tuple[Packing, tuple[int, int]] | None, *weights: Tensor,
+        scale: float, gelu: bool, form: Form | None, *weights: Tensor,
     ) -> Tensor:  # fmt: skip
         u = _input(x, gelu)
         h_NR = u @ a_RI.to(x.dtype).t()
-        weight_OI = _weight(packing, weights, x.dtype)
-        y_NO = u @ weight_OI.t() if bias_O is None else torch.addmm(bias_O, u, weight_OI.t())
+        y_NO = _times(form, weights, u, bias_O)
         y_NO.addmm_(h_NR, b_OR.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(x, h_NR, a_RI, b_OR, *weights)
-        ctx.scale, ctx.gelu, ctx.packing = scale, gelu, packing
+        ctx.scale, ctx.gelu, ctx.form = scale, gelu, form
         return y_NO.view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -75,15 +78,30 @@ class _LoraLinear(torch.autograd.Function):
         d_a = (d_h.t() @ _input(x, ctx.gelu)).to(a_RI.dtype) if wants_a else None
         if not wants_x:
             return None, d_a, d_b, *rest
-        d_x = (d_NO @ _weight(ctx.packing, weights, d_NO.dtype)).addmm_(d_h, a_RI.to(d_h.dtype))
+        d_x = _times_transposed(ctx.form, weights, d_NO).addmm_(d_h, a_RI.to(d_h.dtype))
         if ctx.gelu:
             torch.ops.aten.gelu_backward.grad_input(d_x, x.reshape(d_x.shape), approximate=APPROXIMATE, grad_input=d_x)
         return d_x.view(x.shape), d_a, d_b, *rest
 
 
-def _weight(packing: tuple[Packing, tuple[int, int]] | None, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def _times(form: Form | None, weights: Sequence[Tensor], u_NI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """u W^T + b."""
+    if form is not None and form[2]:
+        return int8_forward(u_NI, bias_O, *weights)
+    weight_OI = _weight(form, weights, u_NI.dtype)
+    return u_NI @ weight_OI.t() if bias_O is None else torch.addmm(bias_O, u_NI, weight_OI.t())
+
+
+def _times_transposed(form: Form | None, weights: Sequence[Tensor], d_NO: Tensor) -> Tensor:
+    """d W."""
+    if form is not None and form[2]:
+        return int8_backward(d_NO, *weights)
+    return d_NO @ _weight(form, weights, d_NO.dtype)
+
+
+def _weight(form: Form | None, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """(out, in)."""
-    return weights[0] if packing is None else unpack(*packing, tuple(weights), dtype)
+    return weights[0] if form is None else unpack(form[0], form[1], tuple(weights), dtype)
 
 
 def _input(x: Tensor, gelu: bool) -> Tensor:

@@ -10,7 +10,9 @@ they keep the scales in an attribute of the weight, read the weight from there i
 forward. Here all tensors are plain parameters and buffers and go through ``save_for_backward``, so they can be
 offloaded, streamed and checkpointed like any others.
 
-An unpacked weight lives only during its product.
+An unpacked weight lives only during its product. With ``products = "int8"`` an int8 weight is not unpacked: its product
+is one of integers, with the rows of x, and in the backward those of the gradient, quantised as they come
+(``kernels/int8_linear.py``).
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lowmem_drf.errors import LowmemError
+from lowmem_drf.ops import int8_products
 
 Packing = Literal["nf4", "int8"]
 
@@ -48,7 +51,10 @@ class PackedLinear(nn.Linear):
         absmax, nested_absmax, nested_code, offset: nf4, as bitsandbytes' ``QuantState``: uint8 (n,) for n blocks; fp32
             (ceil(n / 256),); fp32 (256,), the values of an 8-bit scale; fp32 (), the mean of all scales.
         scale: int8: fp32 (out,).
+        int8_products: int8: also multiply in 8 bit.
     """
+
+    int8_products = False
 
     def __init__(self, in_features: int, out_features: int, bias: bool, quant: Packing) -> None:
         super().__init__(in_features, out_features, bias, device="meta")
@@ -96,11 +102,14 @@ class PackedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.quant == "nf4" and x.numel() == self.in_features and self._fits_gemm(x):
             return self._one_row(x)
-        result: Tensor = _Product.apply(x, self.bias, self.quant, self.shape, *self.packed())
+        if self.int8_products:
+            result: Tensor = _Int8Product.apply(x, self.bias, *self.packed())
+        else:
+            result = _Product.apply(x, self.bias, self.quant, self.shape, *self.packed())
         return result
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, quant={self.quant}"
+        return f"{super().extra_repr()}, quant={self.quant}{', int8 products' if self.int8_products else ''}"
 
     def _take(self, packed: Iterable[Tensor]) -> None:
         weight, *others = packed
@@ -164,6 +173,34 @@ class _Product(torch.autograd.Function):
         packed = ctx.saved_tensors
         d_x = d_y @ unpack(ctx.quant, ctx.shape, packed, d_y.dtype) if ctx.needs_input_grad[0] else None
         return d_x, None, None, None, *(None for _ in packed)
+
+
+class _Int8Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, q: Tensor, scale: Tensor) -> Tensor:
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(q, scale)
+        return int8_forward(x.reshape(-1, x.shape[-1]), bias, q, scale).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        d_x = int8_backward(d_y.reshape(-1, d_y.shape[-1]), *ctx.saved_tensors)
+        return d_x.view(*d_y.shape[:-1], -1), None, None, None
+
+
+def int8_forward(x_NI: Tensor, bias_O: Tensor | None, q_OI: Tensor, scale_O: Tensor) -> Tensor:
+    """x W^T + b as a product of integers, (N, out) in the dtype of x."""
+    quantise, multiply = int8_products()
+    return multiply(*quantise(x_NI, None), q_OI, scale_O, bias_O, x_NI.dtype, True)
+
+
+def int8_backward(d_NO: Tensor, q_OI: Tensor, scale_O: Tensor) -> Tensor:
+    """d W as a product of integers, (N, in): the scales of W are multiplied into d before it is quantised."""
+    quantise, multiply = int8_products()
+    return multiply(*quantise(d_NO, scale_O), q_OI, None, None, d_NO.dtype, False)
 
 
 def _quantise(quant: Packing, weight: Tensor) -> tuple[Tensor, ...]:

@@ -65,6 +65,13 @@ def lay_out(model: Any, quant: Quant, inside: Callable[[str], bool]) -> None:
             model.set_submodule(name, packed)
 
 
+def set_products(model: Any, int8: bool) -> None:
+    """Lets the layers that are stored in int8 also multiply in 8 bit, or not."""
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.int8_products = int8 and module.quant == "int8"
+
+
 def loading_arguments(quant: Quant, dtype: torch.dtype, device: str | torch.device, already: bool) -> dict[str, Any]:
     """Arguments with which a critic's ``from_pretrained`` quantises on the device, weight by weight. ``already``: the
     checkpoint is 4-bit."""
