@@ -133,7 +133,7 @@ def test_the_mean_of_the_keys_does_not_matter(device):
 
 @pytest.mark.parametrize("layout", ["one tensor", "heads before tokens", "channels apart"])
 def test_layouts(layout, device):
-    q, k, v = tensors((2, 70, 70, 2, 2, 64), torch.float16, device)
+    q, k, v = tensors((2, 20, 20, 2, 2, 64), torch.float16, device)
     expected = attention_int8(q, k, v)
     if layout == "one tensor":
         q, k, v = torch.stack([q, k, v], 2).unbind(2)
@@ -169,8 +169,8 @@ def test_there_is_no_gradient(device):
 
 def test_products_are_counted_as_those_of_16_bits(device):
     with FlopCounterMode(display=False) as counter:
-        attention_int8(*tensors((2, 30, 40, 4, 2, 64), torch.float16, device))
-    assert counter.get_total_flops() == 4 * 2 * 4 * 30 * 40 * 64
+        attention_int8(*tensors((1, 30, 40, 2, 1, 64), torch.float16, device))
+    assert counter.get_total_flops() == 4 * 2 * 30 * 40 * 64
 
 
 def test_fake_tensors_go_through():

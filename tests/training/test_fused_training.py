@@ -69,9 +69,9 @@ def test_gradients_of_toyworld(monkeypatch):
 @pytest.mark.slow
 def test_a_run_of_toyworld(tmp_path, capsys):
     run = tmp_path / "run"
-    kernels = ["kernels.ops=fused", "kernels.attention=triton"]
+    kernels = ["kernels.ops=fused", "kernels.attention=triton", "kernels.rollout_attention=int8"]
     train_command("toy", None, run, 1, None, False, [*SMALL, *kernels, "critic.mode=vanilla"], False)
-    assert "kernels: fused; attention: triton (as asked)" in capsys.readouterr().out
+    assert "kernels: fused; attention: triton (as asked); int8 attention" in capsys.readouterr().out
     (line,) = (run / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["grad_norm"] > 0
 
