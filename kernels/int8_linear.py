@@ -18,11 +18,13 @@ Suffixes: N rows (tokens), K channels that are summed over, M channels of the re
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
@@ -45,18 +47,16 @@ QUANTISE_TILES = (
     Tile({}, 16, 1, CARDS, "13,824 channels: 32 elements a thread"),
 )  # fmt: skip
 TILES = (
-    Tile({"BLOCK_N": 128, "BLOCK_M": 128}, 8, 3, CARDS,
-         "64 sums a thread, and as many of the present group; 64 KiB, 96 on Hopper"),
+    Tile({"BLOCK_N": 128, "BLOCK_M": 128}, 8, 3, (80, 86, 89, 120),
+         "64 sums a thread, and as many of the present group; 64 KiB. On Hopper ragged sizes would spill"),
     Tile({"BLOCK_N": 128, "BLOCK_M": 64}, 4, 3, CARDS,
          "blocks of 4 warps, two on a multiprocessor: one adds to its sums while the other one multiplies"),
-    Tile({"BLOCK_N": 128, "BLOCK_M": 256}, 16, 3, (80, 90, 120),
-         "as many sums a thread, and a quarter less to read"),
 )  # fmt: skip
-EVEN_M = 256
+EVEN_M = 128
 """Results whose width divides by it have no ragged block in any tile."""
 
 
-def quantise_rows_naive(x_NK: Tensor, scale_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _quantise_in_pytorch(x_NK: Tensor, scale_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The formula in plain PyTorch, in fp32 (fp64 inputs: in fp64)."""
     wide = x_NK.to(torch.promote_types(x_NK.dtype, torch.float32))
     if scale_K is not None:
@@ -68,7 +68,7 @@ def quantise_rows_naive(x_NK: Tensor, scale_K: Tensor | None = None) -> tuple[Te
     return x8.view(N, -1)[:, :K].contiguous(), (largest / 127).t().contiguous()
 
 
-def int8_product_naive(
+def _multiply_in_pytorch(
     x8_NK: Tensor, step_GN: Tensor, w8: Tensor, scale_M: Tensor | None, bias_M: Tensor | None,
     dtype: torch.dtype, stored: bool,
 ) -> Tensor:  # fmt: skip
@@ -121,14 +121,17 @@ def int8_product_kernel(
         else:
             b_x8 = tl.load(p_x8, mask=(o_k < K - start)[None, :], other=0)
             b_w8 = tl.load(p_w8, mask=(o_k < K - start)[:, None], other=0)
-        if not INTERPRETER:
+        if INTERPRETER:  # whose product of integers is slow
+            b_sum = tl.dot(b_x8.to(tl.float32), b_w8.to(tl.float32), input_precision="ieee")
+        else:
             # an empty instruction: else Triton (3.9) reads the next pass's numbers from shared memory early and carries
             # them over one by one, which takes five instructions for each of a tensor core
             nothing = tl.zeros([BLOCK_N, GROUP], tl.int8)
             b_x8 = tl.inline_asm_elementwise(
                 "mov.b32 $0, $2;", "=r,r,r", [nothing, b_x8], dtype=tl.int8, is_pure=True, pack=4
             )
-        b_y += tl.dot(b_x8, b_w8).to(tl.float32) * tl.load(p_step)[:, None]
+            b_sum = tl.dot(b_x8, b_w8).to(tl.float32)
+        b_y += b_sum * tl.load(p_step)[:, None]
         p_x8 += GROUP
         p_w8 += GROUP if STORED else GROUP * M
         p_step += N
@@ -147,7 +150,7 @@ _tuned_product = tuned(TILES, key=["STORED", "EVEN", "N", "M", "K"])(int8_produc
 
 def quantise_rows(x_NK: Tensor, scale_K: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The kernel for ``quantise_rows_op``."""
-    require_card("quantise_rows", x_NK)
+    require_card("int8_linear", x_NK)
     x_NK = aligned(x_NK)
     N, K = x_NK.shape
     groups = triton.cdiv(K, GROUP.value)
@@ -162,7 +165,7 @@ def int8_product(
     dtype: torch.dtype, stored: bool,
 ) -> Tensor:  # fmt: skip
     """The kernel for ``int8_product_op``."""
-    require_card("int8_product", x8_NK)
+    require_card("int8_linear", x8_NK)
     x8_NK, w8 = x8_NK.contiguous(), aligned(w8).contiguous()
     (N, K), M = x8_NK.shape, w8.shape[0 if stored else 1]
     y = x8_NK.new_empty(N, M, dtype=dtype)
@@ -182,7 +185,7 @@ def _in_plain_pytorch(x: Tensor, dtype: torch.dtype) -> bool:
 @operator("quantise_rows")
 def quantise_rows_op(x_NK: Tensor, scale_K: Tensor | None) -> tuple[Tensor, Tensor]:
     """x, or x times scale / 127, as 8-bit integers (N, K) and the value of one unit, (G, N) in fp32 (fp64 of fp64)."""
-    return (quantise_rows_naive if _in_plain_pytorch(x_NK, x_NK.dtype) else quantise_rows)(x_NK, scale_K)
+    return (_quantise_in_pytorch if _in_plain_pytorch(x_NK, x_NK.dtype) else quantise_rows)(x_NK, scale_K)
 
 
 @torch.library.register_fake(quantise_rows_op)
@@ -197,7 +200,7 @@ def int8_product_op(
     dtype: torch.dtype, stored: bool,
 ) -> Tensor:  # fmt: skip
     """(N, M) in ``dtype``; ``scale_M`` and ``bias_M`` may be left out."""
-    run = int8_product_naive if _in_plain_pytorch(x8_NK, dtype) else int8_product
+    run = _multiply_in_pytorch if _in_plain_pytorch(x8_NK, dtype) else int8_product
     return run(x8_NK, step_GN, w8, scale_M, bias_M, dtype, stored)
 
 
@@ -209,6 +212,59 @@ def _(x8, step, w8, scale, bias, dtype, stored):
 @register_flop_formula(torch.ops.lowmem_drf.int8_product)
 def _(x8_shape, step_shape, w8_shape, *_, **__) -> int:
     return 2 * x8_shape[0] * w8_shape[0] * w8_shape[1]
+
+
+def int8_forward(x_NI: Tensor, w8_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None) -> Tensor:
+    """As ``int8_linear``, without a graph."""
+    return cast(Tensor, int8_product_op(*quantise_rows_op(x_NI, None), w8_OI, scale_O, bias_O, x_NI.dtype, True))
+
+
+def int8_backward(d_NO: Tensor, w8_OI: Tensor, scale_O: Tensor) -> Tensor:
+    """The gradient at x, for one at the result."""
+    return cast(Tensor, int8_product_op(*quantise_rows_op(d_NO, scale_O), w8_OI, None, None, d_NO.dtype, False))
+
+
+class _Int8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_NI: Tensor, w8_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None, forward: Any, backward: Any
+    ) -> Tensor:
+        ctx.backward_of = backward
+        ctx.save_for_backward(w8_OI, scale_O)
+        return cast(Tensor, forward(x_NI, w8_OI, scale_O, bias_O))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_NO: Tensor) -> tuple[Tensor | None, ...]:
+        d_x = ctx.backward_of(d_NO, *ctx.saved_tensors) if ctx.needs_input_grad[0] else None
+        return d_x, *[None] * 5
+
+
+def int8_linear(x_NI: Tensor, w8_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x W^T + b in 8-bit integers, on a CPU in plain PyTorch. Only x gets a gradient.
+
+    Args:
+        x_NI: (N, in), bf16, fp16 or fp32; fp64 in plain PyTorch.
+        w8_OI: (out, in), int8.
+        scale_O: (out,), fp32: W = w8 scale / 127.
+        bias_O: (out,).
+
+    Returns:
+        (N, out) in the dtype of x.
+    """
+    return cast(Tensor, _Int8Linear.apply(x_NI, w8_OI, scale_O, bias_O, int8_forward, int8_backward))
+
+
+def int8_linear_naive(x_NI: Tensor, w8_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """``int8_linear`` in plain PyTorch, on any device."""
+
+    def forward(x: Tensor, w8: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        return _multiply_in_pytorch(*_quantise_in_pytorch(x), w8, scale, bias, x.dtype, True)
+
+    def backward(d: Tensor, w8: Tensor, scale: Tensor) -> Tensor:
+        return _multiply_in_pytorch(*_quantise_in_pytorch(d, scale), w8, None, None, d.dtype, False)
+
+    return cast(Tensor, _Int8Linear.apply(x_NI, w8_OI, scale_O, bias_O, forward, backward))
 
 
 def variants(card: int) -> Iterator[Variant]:

@@ -279,18 +279,17 @@ def choose_rows(choice: RowChoice, device: torch.device) -> RowOps:
 
 
 def require_int8_products() -> None:
-    """Raises BadInputError if ``int8_products`` cannot be had."""
+    """Raises BadInputError where ``int8_linear`` cannot be imported."""
     if importlib.util.find_spec("triton") is None:
         cure_ = f"install it with: {cure('triton')}; or set -s model.products=16bit"
         raise BadInputError(f'model.products = "int8" cannot run: Triton is not installed; {cure_}')
 
 
-def int8_products() -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:
-    """The operators of ``kernels/int8_linear.py``, which quantise rows and multiply; on a CPU in plain PyTorch. Imports
-    Triton."""
-    from lowmem_drf.kernels.int8_linear import int8_product_op, quantise_rows_op
+def int8_linear() -> ModuleType:
+    """``kernels/int8_linear.py``: products of a layer in 8-bit integers; on a CPU in plain PyTorch. Imports Triton."""
+    from lowmem_drf.kernels import int8_linear
 
-    return quantise_rows_op, int8_product_op
+    return int8_linear
 
 
 def int8_attention(device: torch.device | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

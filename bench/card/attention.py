@@ -1,4 +1,5 @@
-"""Attention and the row operations at the models' sizes: speed, and of attention also values in fp64."""
+"""Attention, 8-bit products and the row operations at the models' sizes: speed, and but for the last also values in
+fp64."""
 
 from __future__ import annotations
 
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from bench.card import expected
-from bench.card.reference import errors, out_error
+from bench.card.reference import SAMPLES, errors, out_error
 from bench.card.rows import FAR, Row, State, at_most, failed, near
-from bench.kernels.ops import OPS, build
+from bench.kernels.ops import OPS, Op, build
 from bench.kernels.speed import (
+    CUBLAS,
     DETERMINISTIC,
     FLOPS,
     GIB,
@@ -22,6 +24,7 @@ from bench.kernels.speed import (
     forward_flops,
     median_ms,
     moved_bytes,
+    pass_flops,
     passes,
     peak_bytes,
     rivals,
@@ -133,6 +136,48 @@ def int8() -> Iterator[Row]:
     yield from _chosen_tiles()
 
 
+def products() -> Iterator[Row]:
+    """8-bit products of the frozen layers, with the rounding of what they multiply, beside cuBLAS's in bf16."""
+    op = next(op for op in OPS if op.name == "int8_linear")
+    for label, sizes in op.sizes.items():
+        arguments = build(op, sizes, torch.bfloat16, torch.device("cuda"))
+        taken: dict[tuple[str, str], float] = {}
+        for name, function in rivals(op, arguments):
+            if name == "naive":
+                continue
+            try:
+                for direction, run in passes(function, arguments):
+                    ms = taken[name, direction] = median_ms(run)
+                    rate, wanted = pass_flops(arguments, direction) / ms / 1e9, expected.product(name == "triton")
+                    yield near(f"{label}: {name}, {direction}", rate, "TOP/s", wanted, f"{ms:.2f} ms")
+                if name == "triton":
+                    yield from _layer_values(label, op, arguments)
+            except (RuntimeError, ValueError) as error:
+                yield failed(f"{label}: {name}", error)
+        for direction in ("forward", "backward"):
+            if ("triton", direction) in taken and (CUBLAS, direction) in taken:
+                times = taken[CUBLAS, direction] / taken["triton", direction]
+                state: State = "ok" if times > 1 else "off"
+                yield Row(f"{label}: int8 beside 16 bit, {direction}", times, "times its speed", None, state)
+        torch.cuda.empty_cache()
+
+
+def _layer_values(label: str, op: Op, arguments: Mapping[str, Any]) -> Iterator[Row]:
+    """Some rows against the same integers in fp64."""
+    some = slice(-SAMPLES, None)  # the last ones: a block of rows that is not full
+    inputs = {name: value.detach() for name, value in arguments.items()}
+    found, exact = [], []
+    for function, results, wide in ((op.fused, found, False), (op.naive, exact, True)):
+        x = inputs["x_NI"][some].double() if wide else inputs["x_NI"]
+        x.requires_grad_()
+        out = function(x, inputs["w8_OI"], inputs["scale_O"], inputs["bias_O"])
+        d_out = torch.ones_like(out) * inputs["scale_O"].to(out.dtype)
+        results += [out.detach()[some], torch.autograd.grad(out, x, d_out)[0][some]]
+    for name, one, other in zip(("out", "dx"), found, exact, strict=True):
+        error = ((one.double() - other).norm() / other.norm()).item()
+        yield at_most(f"{label}: error of {name}", error, "", ERROR, "sampled rows, against fp64")
+
+
 def row_ops() -> Iterator[Row]:
     """Every fused row operation, and PyTorch's, against a copy of as many bytes."""
     _warm_up()
@@ -153,6 +198,7 @@ def row_ops() -> Iterator[Row]:
             except (RuntimeError, ValueError) as error:
                 yield failed(what, error)
         torch.cuda.empty_cache()
+    yield from products()
     yield from _chosen_tiles()
 
 

@@ -74,6 +74,12 @@ def conv3d(dtype: torch.dtype) -> tuple[float | None, str]:
     return share * peak, f"{share:.0%} of the peak rate; public: 18% on an H200"
 
 
+def product(integers: bool) -> float | None:
+    """TOP/s of a large product, in 8-bit integers or in 16 bit."""
+    card, kind = this_card(), "int8 products" if integers else "matmul"
+    return card.share(kind) * card.rate(kind) / 1e12 if card else None
+
+
 def copy() -> tuple[float | None, str]:
     """GB/s, reads and writes."""
     card = this_card()

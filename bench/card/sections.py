@@ -32,7 +32,7 @@ SECTIONS = (
     Section("int8-attention", 90, "attention:int8"),
     Section("tiles", 180, "tiles:tiles"),
     Section("host-store", 60, "host:host_store"),
-    Section("row-ops", 90, "attention:row_ops"),
+    Section("row-ops", 150, "attention:row_ops"),
     Section("rtx4090-24gb", 420, "presets:preset", "rtx4090"),
     Section("rtx3060-12gb", 420, "presets:preset", "rtx3060"),
     Section("rtx4060-8gb", 420, "presets:preset", "rtx4060"),

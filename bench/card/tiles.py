@@ -24,6 +24,7 @@ WAN = {"B": 2, "L": 333, "H": 12, "d": 128}
 SIZES: dict[str, Sizes] = {
     "attention": {"B": 1, "L": 777, "H": 4, "d": 128, "M": 777, "G": 2, "prefix": 300, "questions": 3},
     "attention_int8": {"B": 1, "L": 333, "H": 2, "d": 128, "M": 500},
+    "int8_linear": {"N": 333, "I": 640, "O": 384},
     "norm_silu": {"B": 1, "C": 96, "T": 3, "h": 31, "w": 53},
 }
 """Ragged ends everywhere; the other ops take ``WAN``. One size an op: a tile takes seconds to compile."""

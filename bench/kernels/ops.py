@@ -42,7 +42,7 @@ class Op:
     """For the interpreter."""
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
     products: bool = False
-    """True for attention, whose speed is in FLOPs; the other ops move memory."""
+    """True for ops whose speed is in FLOPs; the other ones move memory."""
     tests: str = ""
     """File in ``tests/kernels/``; default: ``test_<file>.py``."""
 
@@ -77,6 +77,10 @@ def _constant(value: Any) -> Input:
     return Input(make=lambda sizes, device: sizes[value] if isinstance(value, str) else value)
 
 
+def _integers(sizes: Sizes, device: torch.device) -> Tensor:
+    return torch.randint(-127, 128, (sizes["O"], sizes["I"]), dtype=torch.int8, device=device)
+
+
 WAN = {
     "Wan-1.3B, 832x480x81": {"B": 1, "L": 32760, "H": 12, "d": 128},
     "Wan-14B, 832x480x17": {"B": 1, "L": 7800, "H": 40, "d": 128},
@@ -88,6 +92,8 @@ EPS = _constant(1e-6)
 COS, SIN = (Input(make=functools.partial(_angles, function)) for function in (torch.cos, torch.sin))
 QUERIES, KEYS = Input(("B", "L", "H", "d"), grad=True), Input(("B", "M", "G", "d"), grad=True)
 X, ROW_FP32 = Input(SEQUENCE, grad=True), Input(ROW, torch.float32)
+LAYERS = ((1536, 1536), (1536, 8960), (8960, 1536), (5120, 13824))
+"""Of Wan-1.3B; the feed-forward of Wan-14B."""
 CRITIC = {"B": 1, "L": 4096, "H": 28, "d": 128, "M": 4096, "G": 4, "prefix": 2560, "questions": 24}
 
 OPS = (
@@ -109,6 +115,17 @@ OPS = (
         {name: Input(("B", length, "H", "d")) for name, length in (("q", "L"), ("k", "M"), ("v", "M"))},
         {f"{name}, self": {**sizes, "M": sizes["L"]} for name, sizes in (WAN | WAN_14B).items()},
         {**TINY, "d": 64, "M": 12},
+        products=True,
+    ),
+    Op(
+        "int8_linear",
+        "int8_linear",
+        {
+            **{"x_NI": Input(("N", "I"), grad=True), "w8_OI": Input(make=_integers)},
+            **{"scale_O": Input(("O",), torch.float32), "bias_O": Input(("O",))},
+        },
+        {f"{inside} -> {outside}": {"N": 32760, "I": inside, "O": outside} for inside, outside in LAYERS},
+        {"N": 10, "I": 24, "O": 16},
         products=True,
     ),
     Op(

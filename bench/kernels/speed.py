@@ -7,7 +7,8 @@ a CUDA card.
 The tests of an op run first, on this card; it is measured only if they pass. A time is the median of many runs, each
 after the L2 cache was overwritten. Peak memory is the increase over what was allocated before the pass. Ops that move
 memory are compared with ``copy_`` of as many bytes in the same run; inputs, kept tensors and results count once each.
-FLOPs of attention count the pairs of query and key that are attended to: 4 d in the forward, 10 d in the backward.
+FLOPs of attention count the pairs of query and key that are attended to: 4 d in the forward, 10 d in the backward; of
+8-bit products they are those of 16-bit ones.
 ``bench.kernels.ops`` lists the inputs and sizes of each op.
 """
 
@@ -44,7 +45,9 @@ ENOUGH_MS, LEAST, MOST = 300.0, 5, 100
 """Measuring time of one figure, and the least and largest number of runs."""
 GIB, MIB = 1024**3, 1024**2
 FLOPS = {"forward": 1.0, "backward": 2.5, "both": 3.5}
-"""Multiples of the forward's FLOPs: the backward has five products, the forward two."""
+"""Multiples of an attention's forward: the backward has five products, the forward two."""
+CUBLAS = "PyTorch, 16 bit"
+"""Name of the product of the same weights by cuBLAS."""
 DETERMINISTIC = "triton deterministic"
 """Name of our attention whose gradients have the same bits every time; its forward is that of ``triton``."""
 
@@ -56,6 +59,10 @@ def rivals(op: Op, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Pass]]:
     yield "triton", op.fused
     yield "naive", op.naive
     if not op.products:
+        return
+    if op.name == "int8_linear":
+        scale = arguments["scale_O"][:, None] / 127
+        yield CUBLAS, functools.partial(_in_16_bit, (arguments["w8_OI"] * scale).to(arguments["x_NI"].dtype))
         return
     if op.name == "attention":
         yield DETERMINISTIC, functools.partial(op.fused, deterministic=True)
@@ -82,6 +89,10 @@ def _sdpa(backend: Any, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor, ra
     return out.transpose(1, 2)
 
 
+def _in_16_bit(weight_OI: Tensor, x_NI: Tensor, bias_O: Tensor, **_: Tensor) -> Tensor:
+    return F.linear(x_NI, weight_OI, bias_O)
+
+
 def _xformers(q: Tensor, k: Tensor, v: Tensor, ranges: None = None) -> Tensor:
     return importlib.import_module("xformers.ops").memory_efficient_attention(q, k, v)
 
@@ -93,8 +104,15 @@ def seen(ranges_BL3: Tensor, keys: int) -> Tensor:
     return (key < prefix) | ((key >= start) & (key < stop))
 
 
+def pass_flops(arguments: Mapping[str, Any], direction: str) -> float:
+    """FLOPs of a pass. A linear layer that is frozen has one product each way."""
+    if "w8_OI" in arguments:
+        return 2 * len(arguments["x_NI"]) * arguments["w8_OI"].numel() * (2 if direction == "both" else 1)
+    return FLOPS[direction] * forward_flops(arguments)
+
+
 def forward_flops(arguments: Mapping[str, Any]) -> int:
-    """FLOPs of all heads: two products of 2 d for each pair that is attended to."""
+    """FLOPs of all heads of an attention: two products of 2 d for each pair that is attended to."""
     batch, queries, heads, dim = arguments["q"].shape
     keys, ranges = arguments["k"].shape[1], arguments.get("ranges")
     pairs = batch * queries * keys if ranges is None else int(seen(ranges, keys).sum()) * (batch // len(ranges))
@@ -191,7 +209,6 @@ def measure(op: Op, label: str, dtype: torch.dtype, device: str = "cuda") -> lis
     """One row per implementation and pass. A rival that fails becomes a row with the reason; the kernel itself must
     run."""
     arguments = build(op, op.sizes[label], dtype, torch.device(device))
-    flops = forward_flops(arguments) if op.products else 0
     moved = {} if op.products else moved_bytes(op.fused, arguments)
     copies = {name: copy_ms(count) for name, count in moved.items()}
     rows: list[dict[str, Any]] = []
@@ -201,7 +218,7 @@ def measure(op: Op, label: str, dtype: torch.dtype, device: str = "cuda") -> lis
             for direction, ms, peak in _figures(function, arguments):
                 row = {**same, "pass": direction, "ms": ms, "peak_mib": peak / MIB}
                 if op.products:
-                    row["tflops"] = FLOPS[direction] * flops / ms / 1e9
+                    row["tflops"] = pass_flops(arguments, direction) / ms / 1e9
                 else:
                     row |= {"gb_per_s": moved[direction] / ms / 1e6, "of_copy": copies[direction] / ms}
                 rows.append(row)

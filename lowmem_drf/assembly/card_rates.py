@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowmem_drf.assembly.trials import card_seconds
 from lowmem_drf.models.generators import generator_config
-from lowmem_drf.ops import int8_attention, int8_products
+from lowmem_drf.ops import int8_attention, int8_linear
 from lowmem_drf.schema import Config
 from lowmem_drf.shortage import let_go
 
@@ -70,10 +70,9 @@ def _kinds(config: Config, attention: Attention, device: torch.device) -> dict[s
         return partial(int8_attention(device), *(tensor(1, tokens, some, d) for _ in range(3)))
 
     def multiply_int8() -> Callable[[], Any]:
-        quantise, multiply = int8_products()
-        rows, weight = quantise(tensor(tokens, heads * d), None), tensor(sizes["ffn_dim"], heads * d).to(torch.int8)
-        scale = torch.ones(len(weight), device=device)
-        return lambda: multiply(*rows, weight, scale, None, torch.bfloat16, True)
+        integers, weight = int8_linear(), tensor(sizes["ffn_dim"], heads * d).to(torch.int8)
+        rows, scale = integers.quantise_rows_op(tensor(tokens, heads * d), None), weight[:, 0].float()
+        return lambda: integers.int8_product_op(*rows, weight, scale, None, torch.bfloat16, True)
 
     def conv3d() -> Callable[[], Any]:
         x, weight = tensor(1, *padded), tensor(96, 96, 3, 3, 3)

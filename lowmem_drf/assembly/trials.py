@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowmem_drf.assembly.text_cache import DTYPES
-from lowmem_drf.ops import int8_products, packed_ranges, ranged_attention, window_ranges
+from lowmem_drf.ops import int8_linear, packed_ranges, ranged_attention, window_ranges
 from lowmem_drf.schema import Config
 
 if TYPE_CHECKING:
@@ -154,16 +154,13 @@ class Work:
 
     def _integers(self) -> Iterator[Callable[[], Any]]:
         """The products of a block's layers, forward and backward."""
-        quantise, multiply = int8_products()
         width, inner = self.shape[2] * self.shape[3], self.transformer.config.ffn_dim
         count = self.shape[0] * self.slice_tokens
 
         def layer(inside: int, outside: int) -> None:
-            w8 = torch.zeros(outside, inside, device=self.device, dtype=torch.int8)
-            scale = torch.ones(outside, device=self.device)
-            x, d = (self._random(count, channels).detach() for channels in (inside, outside))
-            multiply(*quantise(x, None), w8, scale, scale.to(self.dtype), self.dtype, True)
-            multiply(*quantise(d, scale), w8, None, None, self.dtype, False)
+            w8 = torch.ones(outside, inside, device=self.device, dtype=torch.int8)
+            scale, x = torch.ones(outside, device=self.device), self._random(count, inside)
+            _backward(int8_linear().int8_linear(x, w8, scale, scale.to(self.dtype)), x)
 
         for inside, outside in ((width, width), (width, inner), (inner, width)):
             yield partial(layer, inside, outside)

@@ -79,12 +79,12 @@ def test_no_kernel_spills(rows):
     assert [(row["card"], row["name"], row["spill_bytes"]) for row in rows if row["spill_bytes"]] == []
 
 
-def test_products_of_attention_are_counted(rows):
+def test_products_are_counted(rows):
     counted = {(row["kernel"], "p_sums" in row["constants"], row["products"]) for row in rows if row["products"]}
     backward = "attention_key_backward_kernel"
     assert {one for one in counted if one[0] != "attention_int8_kernel"} == {
         ("attention_forward_kernel", False, 2), ("attention_query_backward_kernel", False, 3),
-        (backward, False, 5), (backward, True, 4),
+        (backward, False, 5), (backward, True, 4), ("int8_product_kernel", False, 1),
     }  # fmt: skip
     assert all(row["barriers"] > 0 for row in rows if row["products"] and row["dtype"] != "fp32")
 

@@ -22,7 +22,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lowmem_drf.models.lora.adapter import ADAPTER
-from lowmem_drf.models.weights.packed_linear import PackedLinear, Packing, int8_backward, int8_forward, unpack
+from lowmem_drf.models.weights.packed_linear import PackedLinear, Packing, unpack
+from lowmem_drf.ops import int8_linear
 
 APPROXIMATE = "tanh"
 
@@ -87,7 +88,7 @@ class _LoraLinear(torch.autograd.Function):
 def _times(form: Form | None, weights: Sequence[Tensor], u_NI: Tensor, bias_O: Tensor | None) -> Tensor:
     """u W^T + b."""
     if form is not None and form[2]:
-        return int8_forward(u_NI, bias_O, *weights)
+        return cast(Tensor, int8_linear().int8_forward(u_NI, *weights, bias_O))
     weight_OI = _weight(form, weights, u_NI.dtype)
     return u_NI @ weight_OI.t() if bias_O is None else torch.addmm(bias_O, u_NI, weight_OI.t())
 
@@ -95,7 +96,7 @@ def _times(form: Form | None, weights: Sequence[Tensor], u_NI: Tensor, bias_O: T
 def _times_transposed(form: Form | None, weights: Sequence[Tensor], d_NO: Tensor) -> Tensor:
     """d W."""
     if form is not None and form[2]:
-        return int8_backward(d_NO, *weights)
+        return cast(Tensor, int8_linear().int8_backward(d_NO, *weights))
     return d_NO @ _weight(form, weights, d_NO.dtype)
 
 

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lowmem_drf.errors import LowmemError
-from lowmem_drf.ops import int8_products
+from lowmem_drf.ops import int8_linear
 
 Packing = Literal["nf4", "int8"]
 
@@ -103,9 +103,10 @@ class PackedLinear(nn.Linear):
         if self.quant == "nf4" and x.numel() == self.in_features and self._fits_gemm(x):
             return self._one_row(x)
         if self.int8_products:
-            result: Tensor = _Int8Product.apply(x, self.bias, *self.packed())
-        else:
-            result = _Product.apply(x, self.bias, self.quant, self.shape, *self.packed())
+            flat = x.reshape(-1, x.shape[-1])
+            made: Tensor = int8_linear().int8_linear(flat, *self.packed(), self.bias)
+            return made.view(*x.shape[:-1], -1)
+        result: Tensor = _Product.apply(x, self.bias, self.quant, self.shape, *self.packed())
         return result
 
     def extra_repr(self) -> str:
@@ -173,34 +174,6 @@ class _Product(torch.autograd.Function):
         packed = ctx.saved_tensors
         d_x = d_y @ unpack(ctx.quant, ctx.shape, packed, d_y.dtype) if ctx.needs_input_grad[0] else None
         return d_x, None, None, None, *(None for _ in packed)
-
-
-class _Int8Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, q: Tensor, scale: Tensor) -> Tensor:
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(q, scale)
-        return int8_forward(x.reshape(-1, x.shape[-1]), bias, q, scale).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        d_x = int8_backward(d_y.reshape(-1, d_y.shape[-1]), *ctx.saved_tensors)
-        return d_x.view(*d_y.shape[:-1], -1), None, None, None
-
-
-def int8_forward(x_NI: Tensor, bias_O: Tensor | None, q_OI: Tensor, scale_O: Tensor) -> Tensor:
-    """x W^T + b as a product of integers, (N, out) in the dtype of x."""
-    quantise, multiply = int8_products()
-    return multiply(*quantise(x_NI, None), q_OI, scale_O, bias_O, x_NI.dtype, True)
-
-
-def int8_backward(d_NO: Tensor, q_OI: Tensor, scale_O: Tensor) -> Tensor:
-    """d W as a product of integers, (N, in): the scales of W are multiplied into d before it is quantised."""
-    quantise, multiply = int8_products()
-    return multiply(*quantise(d_NO, scale_O), q_OI, None, None, d_NO.dtype, False)
 
 
 def _quantise(quant: Packing, weight: Tensor) -> tuple[Tensor, ...]:
