@@ -8,7 +8,7 @@
                                  the sum here, need no second copy of W
 
 One channel that is much larger than the others, as transformers have, takes the precision of its group alone.
-``python -m bench.accuracy.quant_error`` prints what the integers cost. Tensor cores run integer products twice (A100,
+``python -m bench.accuracy.int8_products`` prints what the integers cost. Tensor cores run integer products twice (A100,
 Hopper) or four times (GeForce) as fast as 16-bit ones with fp32 sums.
 
 Suffixes: N rows (tokens), K channels that are summed over, M channels of the result, G groups of K. ``stored``: w8 is

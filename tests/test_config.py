@@ -158,6 +158,7 @@ def test_problems_of_a_file_name_the_file(tmp_path):
         (["critic.frames=fps:0"], "above 0"),
         (["critic.frames=often"], '"fps:rate"'),
         (["critic.quant=int3"], "nf4"),
+        (["model.products=int8", "model.quant=nf4"], "set quant"),
         (["critic.mode=structured"], "vanilla"),
         (["critic.weights={TA=0, Phy=0, VQ=0}"], "no reward"),
         (["lora.targets=[]"], "nothing would be trained"),
@@ -178,6 +179,7 @@ def test_a_valid_neighbour_of_each_refusal_is_taken():
     assert config.vae_window == 2
     assert load_config("toy", ["critic.frames=fps:8"]).critic.frames == "fps:8"
     assert load_config("toy").vae_window is None
+    assert load_config("toy", ["model.products=int8"]).model.storage == "int8"
 
 
 def test_unknown_presets_are_answered_with_those_there_are():

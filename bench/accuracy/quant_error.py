@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,8 +47,6 @@ VARIANTS = {
     "bf16": ("none", torch.bfloat16),
     "int8": ("int8", torch.float32),
     "int8, bf16": ("int8", torch.bfloat16),
-    "int8 products": ("int8 products", torch.float32),
-    "int8 products, bf16": ("int8 products", torch.bfloat16),
     "nf4": ("nf4", torch.float32),
     "nf4, bf16": ("nf4", torch.bfloat16),
 }
@@ -61,7 +59,8 @@ Results = list[dict[str, Tensor]]
 
 
 def variant(transformer: Any, quant: str, dtype: torch.dtype) -> Any:
-    """A copy of an fp32 transformer in another format, except for the modules that diffusers keeps in fp32."""
+    """A copy of an fp32 transformer in another format, except for the modules that diffusers keeps in fp32. ``quant``:
+    a format, or ``int8 products``."""
     made = copy.deepcopy(transformer)
     lay_out(made, quant.split()[0], in_transformer)  # type: ignore[arg-type]
     set_products(made, quant == "int8 products")
@@ -87,7 +86,9 @@ def put_lora(transformer: Any, reference: Any) -> None:
             b.mul_(SHARE * reference.get_submodule(name).weight.norm() / (b @ a).norm())
 
 
-def compare_variants(reference: Any, run: Callable[[Any], Results]) -> dict[str, dict[str, dict[str, float]]]:
+def compare_variants(
+    reference: Any, run: Callable[[Any], Results], variants: Mapping[str, tuple[str, torch.dtype]] = VARIANTS
+) -> dict[str, dict[str, dict[str, float]]]:
     """Error and cosine of each variant and part."""
 
     def results(transformer: Any) -> Results:
@@ -97,7 +98,7 @@ def compare_variants(reference: Any, run: Callable[[Any], Results]) -> dict[str,
         return made
 
     wanted = results(copy.deepcopy(reference))
-    return {name: compare(results(variant(reference, *bits)), wanted) for name, bits in VARIANTS.items()}
+    return {name: compare(results(variant(reference, *bits)), wanted) for name, bits in variants.items()}
 
 
 def compare(got: Results, wanted: Results) -> dict[str, dict[str, float]]:

@@ -206,6 +206,7 @@ def test_what_deepspeed_is_told():
         (["engine=zero1", "processes=9"], "processes: 9 are more than the batch"),
         (["engine=zero1", "processes=3"], "batch: 8 prompts cannot be split evenly over 3 processes; nearest: 6 or 9"),
         (["engine=zero3", "model.quant=nf4"], "nf4 does not go with ZeRO-3.*more of its memory, not less"),
+        (["engine=zero3", "model.products=int8"], "model.products: .*8-bit weights"),
         (["engine=zero3", "zero.critic=true", "critic.quant=nf4"], "critic.quant: nf4 does not go with ZeRO-3"),
         (["engine=zero3", 'memory.park=["transformer"]'], "memory.park: has transformer"),
         (["engine=zero3", "memory.checkpoint=true", 'memory.stream=["transformer"]'], "memory.stream: has transformer"),

@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from _blocks import PLANNED, gradients, make
+from _blocks import PLANNED, gradients, in_integers, make
 from _relay import LIMIT, relative_difference
 from _tiny import tiny_condition, tiny_latents, tiny_transformer
 from _true_size import HIDDEN, graded_step, wan_1_3b
@@ -52,6 +52,15 @@ def test_slices_change_nothing_but_rounding(fp64_throughout, settings, targets, 
     for slices in (2, 5, 100):  # of 12 tokens
         got = gradients(transformer, dict(slices=slices, **settings), differentiable=differentiable)
         for ours, theirs in zip(got, wanted, strict=True):
+            assert relative_difference(ours, theirs) < LIMIT
+
+
+def test_products_of_integers_are_the_same_in_slices_and_in_a_recompute(fp64_throughout):
+    """Tokens are quantised each for itself."""
+    transformer = in_integers(make())
+    wanted = gradients(transformer, PLAIN)
+    for settings in (dict(slices=5), dict(checkpoint="host", slices=2, keep_attention="host")):
+        for ours, theirs in zip(gradients(transformer, settings), wanted, strict=True):
             assert relative_difference(ours, theirs) < LIMIT
 
 

@@ -29,11 +29,11 @@ SMALL = (
 CASES = [
     ("none", ["transformer"], []),
     ("nf4", ["transformer"], ["critic"]),
-    ("int8", ["transformer", "critic"], []),
+    ("int8 products", ["transformer", "critic"], []),
     ("none", ["critic"], ["transformer"]),
     ("nf4", ["transformer", "critic"], ["transformer", "critic", "vae"]),
 ]
-"""(model.quant, memory.stream, memory.park). The transformer is streamed in each format; it is streamed with the critic
+"""(model.quant and model.products, memory.stream, memory.park). The transformer is streamed in each format; it is streamed with the critic
 resident, parked and streamed, and parked with a streamed critic; the last case sets everything at once. Quantisation is
 the transformer's alone, so formats and places of the critic are not combined."""
 
@@ -41,7 +41,9 @@ the transformer's alone, so formats and places of the critic are not combined.""
 def gradient(quant, stream=(), park=(), *overrides):
     """Flat gradient of one update, two graded steps, in bf16 where the model is not always fp32."""
     places = [f"memory.stream={json.dumps(list(stream))}", f"memory.park={json.dumps(list(park))}"]
-    config = load_config("toy", [*SMALL, "dtype=bf16", f"model.quant={quant}", *places, *overrides])
+    quant, *integers = quant.split()
+    products = ["model.products=int8"] if integers else []
+    config = load_config("toy", [*SMALL, "dtype=bf16", f"model.quant={quant}", *products, *places, *overrides])
     models = load_models(config, [TEXT])
     add_lora(models.transformer, rank=4, alpha=4.0)
     randomise_lora(models.transformer)
@@ -56,7 +58,7 @@ def gradient(quant, stream=(), park=(), *overrides):
 
 @pytest.fixture(scope="module")
 def resident():
-    return {quant: gradient(quant) for quant in ("none", "nf4", "int8")}
+    return {quant: gradient(quant) for quant in ("none", "nf4", "int8 products")}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from _blocks import in_integers
 from _relay import LIMIT, QUESTIONS, STEPS, SavedBytes, lora_gradients, plan_of, relative_difference
 from _tiny import Z_DIM, tiny_condition, tiny_parts
 
@@ -79,6 +80,14 @@ def test_relay_is_naive_for_every_generator(generator, expert, graded, chain):
         1,
         batch=(noise, condition, tiny_condition(1, seed=1), [QUESTIONS]),
     )
+
+
+def test_relay_is_naive_with_products_of_integers():
+    """Which round to 8 bits, forward and backward: both take the same function, and its same gradient."""
+    parts = tiny_parts()
+    closure = [cell.cell_contents for cell in parts.velocity.__closure__]
+    in_integers(next(one for one in closure if isinstance(one, torch.nn.Module)))
+    assert_equal_steps(parts, plan_of((1, 4, 5), guidance=4.7, guidance_grad="both"), size=2)
 
 
 def test_the_frozen_expert_never_runs_with_gradient():

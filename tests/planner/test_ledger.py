@@ -204,12 +204,16 @@ def test_what_our_attention_backward_allocates_is_in_the_peak():
 
 
 def test_each_kind_of_work_takes_its_share_of_the_rate():
-    shares = {"matmul": 0.5, "attention": 0.25, "conv3d": 0.1}
-    rates = Rates({torch.float32: 1e9}, 2e9, math.inf, shares=shares)
+    from lowmem_drf.kernels.int8_linear import int8_product_op
+
+    shares = {"matmul": 0.5, "attention": 0.25, "conv3d": 0.1, "int8 products": 0.2}
+    rates = Rates({torch.float32: 1e9}, 2e9, math.inf, shares=shares, int8=4e9)
+    x8, row = torch.ones(100, 100, dtype=torch.int8), torch.ones(1, 100)
     x, q, image = torch.ones(100, 100), torch.ones(1, 2, 64, 32), torch.ones(1, 2, 8, 8)
     works = {
         lambda: x @ x: 2 * 100**3 / 0.5e9,
         lambda: F.scaled_dot_product_attention(q, q, q): 4 * 2 * 64 * 64 * 32 / 0.25e9,
+        lambda: int8_product_op(x8, row, x8, row[0], None, torch.float32, True): 2 * 100**3 / 0.8e9,
         lambda: F.conv2d(image, torch.ones(3, 2, 1, 1)): 2 * 3 * 2 * 64 / 0.2e9,
     }
     for work, seconds in works.items():
@@ -219,13 +223,14 @@ def test_each_kind_of_work_takes_its_share_of_the_rate():
 
 
 def test_int8_attention_and_backwards_have_kinds_of_their_own():
-    from lowmem_drf.kernels import attention, attention_backward, attention_int8  # noqa: F401  # define the operators
+    from lowmem_drf.kernels import attention, attention_backward, attention_int8, int8_linear  # noqa: F401  # operators
 
     ours, aten = torch.ops.lowmem_drf, torch.ops.aten
     kinds = {
         ours.attention_forward.default: "attention",
         ours.attention_backward.default: "attention backward",
         ours.attention_int8.default: "int8 attention",
+        ours.int8_product.default: "int8 products",
         aten._scaled_dot_product_flash_attention_for_cpu_backward.default: "attention backward",
         aten.convolution_backward.default: "conv3d",
         aten.addmm.default: "matmul",

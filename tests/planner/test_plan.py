@@ -34,13 +34,14 @@ RECORDED = ("memory.record_rollout=true", "memory.keep_attention=host", "memory.
 REAL = {
     "host": (*SMALL, *HOST, "memory.vae_cache_every=2"),
     "recorded": (*SMALL, *RECORDED),
+    "integers": (*SMALL, *RECORDED, "model.products=int8"),
     "plain": SMALL,
     "keep": (*LARGE, "memory.checkpoint=false"),
     "attentions": (*SMALL, "memory.keep_attention=card"),
 }
 
 
-FAST_REAL = ("host", "recorded")
+FAST_REAL = ("host", "integers")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST_REAL else slow) for name in REAL])

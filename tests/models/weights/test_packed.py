@@ -31,9 +31,10 @@ from lowmem_drf.models.lora.linear import linear
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
 from lowmem_drf.models.wan.random_generator import random_transformer
 from lowmem_drf.models.weights.packed_linear import PackedLinear, unpack
+from lowmem_drf.models.weights.quant import set_products
 from lowmem_drf.planner.ledger import Ledger
 
-QUANTS = ["nf4", "int8"]
+QUANTS, INTEGERS = ["nf4", "int8"], "int8 products"
 SHAPES = [(160, 128), (24, 32), (32, 24), (10, 96), (7, 33), (3, 1), (1, 64)]
 """(out, in): blocks that end with a row, that reach over rows, that are not full; an odd number of weights."""
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -247,7 +248,8 @@ CONFIG = {
 
 
 def tuned(quant: str, dtype: torch.dtype = torch.float64):
-    transformer = random_transformer(CONFIG, dtype, quant=quant)
+    transformer = random_transformer(CONFIG, dtype, quant=quant.split()[0])
+    set_products(transformer, quant == INTEGERS)
     for module in transformer.modules():
         if isinstance(module, PackedLinear):  # random weights of 0.02 would leave every gradient at the residual's
             module.pack(noise(*module.shape, seed=module.in_features) / 5)
@@ -266,7 +268,7 @@ def gradients(layer_, call, x):
     return [y.detach(), *torch.autograd.grad(y, [x, *lora], noise(*y.shape, seed=1, dtype=y.dtype))]
 
 
-@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("quant", [*QUANTS, INTEGERS])
 @pytest.mark.parametrize("gelu", [False, True], ids=["plain", "gelu"])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 7), (63,)], ids=str)
 def test_the_lean_lora_linear_is_pefts_on_the_same_bits(quant: str, gelu: bool, shape: tuple[int, ...]) -> None:
@@ -279,7 +281,7 @@ def test_the_lean_lora_linear_is_pefts_on_the_same_bits(quant: str, gelu: bool, 
         assert all(relative_difference(a, b) < LIMIT for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("quant", [*QUANTS, INTEGERS])
 def test_the_lean_lora_linear_keeps_its_input_and_the_bits(quant: str) -> None:
     transformer = tuned(quant, torch.bfloat16)
     found = transformer.blocks[0].ffn.net[2]
@@ -295,6 +297,20 @@ def test_the_lean_lora_linear_keeps_its_input_and_the_bits(quant: str) -> None:
     assert list(kept.values()) == [50 * 2 * 2]  # A u
     y.sum().backward()
     assert x.grad.isfinite().all()
+
+
+def test_products_of_integers_are_those_of_the_values_up_to_rounding() -> None:
+    """Forward and backward, and the LoRA's own gradients, whose products are as always: those at B from the very same
+    numbers."""
+    exact, rounded = tuned("int8"), tuned(INTEGERS)
+    x = noise(50, 24, dtype=torch.float64)
+    wanted, got = (gradients(model.blocks[0].attn1.to_q, linear, x) for model in (exact, rounded))
+    for a, b in zip(got[:2], wanted[:2], strict=True):
+        assert 1e-4 < relative_difference(a, b) < 0.02
+    assert all(torch.equal(a, b) for a, b in zip(got[2:], wanted[2:], strict=True))
+    set_products(rounded, False)
+    again = gradients(rounded.blocks[0].attn1.to_q, linear, x)
+    assert all(torch.equal(a, b) for a, b in zip(again, wanted, strict=True))
 
 
 @pytest.mark.parametrize("quant", QUANTS)
