@@ -46,6 +46,12 @@ def _set(key: str, value: object, start: object = None) -> Rung:
     return rung
 
 
+def _pack(quant: str) -> Rung:
+    """In fewer bits than now. Products of integers have their own format."""
+    step = _set("model.quant", quant, start="none" if quant == "int8" else None)
+    return lambda config: step(config) if config.model.products == "16bit" else None
+
+
 def _raise(key: str, value: int) -> Rung:
     return lambda config: f"{key}={value}" if value_of(config, key) < value else None
 
@@ -130,7 +136,7 @@ _slices = _raise("memory.token_slices", 4)
 _vae_caches = _set("memory.vae_caches", "host")
 _four_strips, _eight_strips = _raise("memory.vae_strips", 4), _raise("memory.vae_strips", 8)
 _moments = _set("optim.name", "adamw8bit", start="adamw")
-_packed = (_set("model.quant", "int8", start="none"), _set("model.quant", "nf4"))
+_packed = (_pack("int8"), _pack("nf4"))
 _smaller_clip: tuple[Rung, ...] = (_fewer_frames, _fewer_frames, _smaller, _fewer_frames, _smaller, _smaller)
 _park_transformer, _park_vae, _park_critic = (_park(name) for name in ("transformer", "vae", "critic"))
 _away_transformer, _away_critic = (_away(name) for name in ("transformer", "critic"))

@@ -33,9 +33,9 @@ CASES = [
     ("none", ["critic"], ["transformer"]),
     ("nf4", ["transformer", "critic"], ["transformer", "critic", "vae"]),
 ]
-"""(model.quant and model.products, memory.stream, memory.park). The transformer is streamed in each format; it is streamed with the critic
-resident, parked and streamed, and parked with a streamed critic; the last case sets everything at once. Quantisation is
-the transformer's alone, so formats and places of the critic are not combined."""
+"""(quantisation, memory.stream, memory.park). The transformer is streamed in each format; it is streamed
+with the critic resident, parked and streamed, and parked with a streamed critic; the last case sets everything at once.
+Quantisation is the transformer's alone, so formats and places of the critic are not combined."""
 
 
 def gradient(quant, stream=(), park=(), *overrides):
