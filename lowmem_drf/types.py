@@ -165,6 +165,8 @@ class Parts:
     meter, clock."""
     recorder: Recorder = field(default_factory=_NoRecorder)
     """By default every graded step runs its own forward."""
+    compared: Decoder | None = None
+    """A decoder whose gradient at the latents is only compared with that of ``decoder`` (``StepStats.cosine``)."""
 
 
 @dataclass(slots=True)
@@ -180,3 +182,5 @@ class StepStats:
     """End of the rollout, for monitors (velocity norm, samples). No gradient."""
     frames_BTCHW: Tensor
     """The frames the critic saw. No gradient."""
+    cosine: float | None = None
+    """Between the gradients at the latents by ``Parts.decoder`` and by ``Parts.compared``, mean over clips."""

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
+    from lowmem_drf.models.tiny.decoder import TinyDecoder
+    from lowmem_drf.models.tiny.network import TinyNetwork
+    from lowmem_drf.models.tiny.watch import Uses
     from lowmem_drf.models.wan.decoder import WanDecoder
     from lowmem_drf.models.wan.experts import OtherExpert
     from lowmem_drf.types import Critic, Velocity
@@ -154,6 +158,8 @@ class Models:
     """The transformer that is not trained, if the generator has two."""
     first_level: float = 1.0
     """Sigma of the latents that denoising begins with."""
+    tiny: TinyDecoder | None = None
+    """With ``model.decoder = "tiny"``."""
 
     @property
     def asked_critic(self) -> QwenCritic:
@@ -166,10 +172,14 @@ class Models:
         """Outside the stages of a step: brings these models to the card, and offloads all others that may be."""
         self.residency.need(*names)
 
-    def parts(self, lora: Sequence[Tensor]) -> Parts:
+    def parts(self, lora: Sequence[Tensor], uses: Uses = "exact") -> Parts:
         """For training."""
         parts = Parts(self.velocity, self.decoder, self.ask or self.asked_critic, lora, self.residency.stage)
-        return parts if self.recorder is None else replace(parts, recorder=self.recorder)
+        if self.recorder is not None:
+            parts = replace(parts, recorder=self.recorder)
+        if uses == "tiny" and self.tiny is not None:
+            return replace(parts, decoder=self.tiny, stage=partial(self.residency.stage, spared=("vae",)))
+        return replace(parts, compared=self.tiny) if uses == "both" else parts
 
     def condition(self, texts: Sequence[str]) -> Tensor:
         """Embeddings (B, L, D) on the device."""
@@ -203,6 +213,7 @@ def assemble(
     store: HostStore | None = None,
     kernels: Mapping[str, Any] | None = None,
     ranks: Ranks = ALONE,
+    tiny: TinyNetwork | None = None,
 ) -> Models:
     """Applies the configuration's memory settings to loaded models, and removes the VAE's encoder.
 
@@ -213,9 +224,11 @@ def assemble(
             rollout only one of the two is on the card.
         store: host memory for parked, streamed and offloaded tensors. A plan passes one that only counts.
         kernels: the run's first choice of operations (``kernel_choice.choose``).
+        tiny: of ``model.decoder = "tiny"``. It is small, and stays on the card.
 
     Raises BadInputError: the video's size does not fit the models, or a requested kernel cannot run.
     """
+    from lowmem_drf.models.tiny.decoder import TinyDecoder
     from lowmem_drf.models.wan.decoder import WanDecoder, drop_encoder
     from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
     from lowmem_drf.models.wan.experts import two_experts
@@ -273,4 +286,5 @@ def assemble(
         device=device, meter=meter, residency=residency, recorder=recorder, kernels=str(chosen),
         kernel_record=chosen.record, expert=other.transformer if other else None,
         first_level=config.sampler.timesteps[0] / TRAIN_TIMESTEPS if config.sampler.timesteps else 1.0,
+        tiny=TinyDecoder(tiny, grad_dtype=DTYPES[memory.vae_grad_dtype], store=store) if tiny else None,
     )  # fmt: skip

@@ -63,6 +63,7 @@ def load_models(
     import_libraries(config)
     from lowmem_drf.models.lora.adapter import attach_lora
     from lowmem_drf.models.lora.base import lora_changes, read_base_lora
+    from lowmem_drf.models.tiny.files import load_tiny, sizes_in, tiny_file
     from lowmem_drf.models.wan.decoder import load_vae
     from lowmem_drf.models.wan.experts import make_transformers, require_expert, subfolders_of
 
@@ -75,6 +76,10 @@ def load_models(
         require_room(config, described, clips or {}, *free_bytes(device))
         shapes = transformer_shapes(described.transformer)
         adapters, rest = lora.split(shapes) if lora else (None, None)
+        channels, small = described.vae["z_dim"], None
+        if config.model.decoder == "tiny":
+            small = tiny_file(config.model.id, config.model.decoder_file, channels, say)
+            sizes_in(small, channels)
         for source, _ in config.model.base_loras():  # a bad file is refused before texts are encoded for minutes
             read_base_lora(source, shapes, say)
         if with_critic:
@@ -104,9 +109,11 @@ def load_models(
     transformer, other = make_transformers(described, config, load)
     vae = load_vae(str(generator), DTYPES[config.memory.vae_dtype], _home(config, "vae", device))
     critic = load_run_critic(config, _home(config, "critic", device)) if with_critic else None
-    meter = Meter(device)
+    meter, tiny = Meter(device), None
+    if small:
+        tiny = load_tiny(small, vae.config, DTYPES[config.memory.vae_dtype], device)
     models = assemble(
-        config, transformer, vae, critic, encoded, device, meter, other=other, kernels=kernels, ranks=ranks
+        config, transformer, vae, critic, encoded, device, meter, other=other, kernels=kernels, ranks=ranks, tiny=tiny
     )
     if adapters:
         attach_lora(models.transformer, adapters)

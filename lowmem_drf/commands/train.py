@@ -249,6 +249,7 @@ def _absolute(config: Config) -> Config:
     loras = model.base_lora
     files = {
         "transformer": found(model.transformer),
+        "decoder_file": found(model.decoder_file),
         "base_lora": found(loras) if isinstance(loras, str) else [found(lora) for lora in loras],
     }
     changes["model"] = model.model_copy(update=files)
@@ -321,6 +322,8 @@ def _announce(
     graded = f"{config.sampler.graded_steps} of {config.sampler.steps} steps graded"
     if models.expert:
         graded += f" ({config.model.expert}-noise transformer)"
+    if models.tiny:
+        graded += f", tiny decoder (compared every {config.model.decoder_check_every} updates)"
     clips = f"{len(prompts)} prompts, {config.steps} updates of {config.batch} clips"
     lines = [first, f"{clips}, {graded}, critic {config.critic.mode}", models.kernels, f"run: {run}"]
     if models.device.type == "cuda":

@@ -132,10 +132,10 @@ class Residency:
         self._streamed = {**self._streamed, name: layers}
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, name: str, spared: Collection[str] = ()) -> Iterator[None]:
         """``Parts.stage``: inside it the models that the stage needs are awake, and all other parked models are
-        asleep."""
-        needed = self._needs[name]
+        asleep. ``spared``: models whose place another takes."""
+        needed = [model for model in self._needs[name] if model not in spared]
         self._park_but(needed)
         with self._inner(name):
             self._wake(needed)

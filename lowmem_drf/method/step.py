@@ -77,7 +77,7 @@ def drf_step(
         ]
         for clean, _ in trajectories:
             look_at(clean, "latents at the end of the rollout", "rollout", found)
-    all_stats = []
+    all_stats: list[StepStats] = []
     for x_0, entering in trajectories:
         kept = spec.seen(x_0, parts.decoder.temporal_factor)
         with parts.stage("decode"):
@@ -88,6 +88,8 @@ def drf_step(
             stats, d_frames = critic_backward(parts.critic, frames, questions, spec.reward, weight, found)
         with parts.stage("vae_backward"):
             d_x_0 = vae_backward(parts.decoder, x_0, caches, d_frames, kept, spec.vae_window, found)
+        if parts.compared is not None and not all_stats:
+            stats.cosine = _cosine(parts, spec, x_0, kept, questions, weight, d_x_0)
         with parts.stage("denoise_backward"):
             denoise_backward(parts, spec, entering, d_x_0, cond, uncond, found)
         all_stats.append(replace(stats, latents_BCFhw=x_0))
@@ -156,6 +158,30 @@ def critic_backward(
     (d_frames,) = torch.autograd.grad(reward, frames, torch.full_like(reward, -share))
     look_at(d_frames, "gradients at the frames the critic saw", "critic", found)
     return StepStats(reward.item(), by_aspect, by_question, frames.new_empty(0), frames.detach()), d_frames
+
+
+def _cosine(
+    parts: Parts,
+    spec: StepSpec,
+    x_0_BCFhw: Tensor,
+    kept: Sequence[int],
+    questions: Sequence[Sequence[Question]],
+    share: float,
+    d_x_0_BCFhw: Tensor,
+) -> float:
+    """``StepStats.cosine``. The critic sees the compared decoder's frames, as it does where that decoder is used. 0 if
+    a gradient is NaN, infinite or zero."""
+    other = parts.compared
+    assert other is not None
+    with parts.stage("decode"):
+        frames, caches = decode(other, x_0_BCFhw, kept, spec.vae_window, spec.vae_cache_every)
+    with parts.stage("critic"):
+        _, d_frames = critic_backward(parts.critic, frames, questions, spec.reward, share, lambda error: None)
+        del frames
+    with parts.stage("vae_backward"):
+        d_other = vae_backward(other, x_0_BCFhw, caches, d_frames, kept, spec.vae_window, lambda error: None)
+    pairs = torch.nn.functional.normalize(torch.stack([d_x_0_BCFhw, d_other]).flatten(2).double(), dim=2)
+    return pairs.prod(dim=0).sum(dim=1).nan_to_num(0.0).mean().item()
 
 
 def denoise_backward(

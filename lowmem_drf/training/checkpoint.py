@@ -52,6 +52,8 @@ class Checkpoint:
     """``manifest.fixed_settings``."""
     questions: str = ""
     """The hash of the questions' file: a resumed run must ask the same."""
+    tiny_cosine: float | None = None
+    """``Watch.fell``."""
 
 
 def resume_command(run: Path) -> str:
@@ -163,6 +165,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, alpha: float, keep: int) 
         skipped=checkpoint.skipped,
         settings=dict(checkpoint.settings),
         questions=checkpoint.questions,
+        tiny_cosine=checkpoint.tiny_cosine,
     )
     with written_aside(final) as aside:
         aside.mkdir()
@@ -196,7 +199,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         torch.cuda.set_rng_state(state["rng.cuda"])
     optimizer = {name: tensor for name, tensor in state.items() if not name.startswith("rng.")}
     cursor = Cursor(saved.epoch, saved.index)
-    rest = saved.prompts, saved.spread, saved.skipped, saved.settings, saved.questions
+    rest = saved.prompts, saved.spread, saved.skipped, saved.settings, saved.questions, saved.tiny_cosine
     return Checkpoint(saved.step, lora, optimizer, cursor, *rest)
 
 

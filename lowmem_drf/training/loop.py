@@ -16,6 +16,7 @@ from lowmem_drf.errors import BadInputError, LowmemError, NonFiniteError, disk_f
 from lowmem_drf.files import text_hash, write_text
 from lowmem_drf.method.reward import Spread
 from lowmem_drf.models.lora.adapter import load_lora_state, lora_parameters, lora_state
+from lowmem_drf.models.tiny.watch import Watch
 from lowmem_drf.prompts import Cursor, PromptStream, fingerprint
 from lowmem_drf.questions.file import to_json
 from lowmem_drf.schema import Config
@@ -88,7 +89,8 @@ def train(
             trainer.unpack(checkpoint.optimizer)
         cursor, done, spread = checkpoint.cursor, checkpoint.step, Spread(seen=dict(checkpoint.spread))
         skips = Skips(config, checkpoint.skipped)
-    parts = models.parts(lora_parameters(models.transformer))
+    lora = lora_parameters(models.transformer)
+    watch = Watch(config.model, checkpoint.tiny_cosine if checkpoint else None)
     stream = PromptStream(prompts, config.seed, cursor, config.skip_prompts)
     asked_hash = text_hash(to_json({prompt.text: questions[prompt.id] for prompt in prompts}))
     judge = oracle_for(config, [prompt.text for prompt in prompts])
@@ -96,13 +98,15 @@ def train(
 
     def save(step: int, cursor: Cursor | None = None) -> None:
         with trainer.whole():
-            lora = lora_state(models.transformer)
+            weights = lora_state(models.transformer)
         state = trainer.pack(), cursor or stream.cursor, fingerprint(prompts), spread.seen, skips.saved
-        now = Checkpoint(step, lora, *state, fixed_settings(config), asked_hash)
+        now = Checkpoint(step, weights, *state, fixed_settings(config), asked_hash, watch.fell)
         if ranks.chief:
             save_checkpoint(run, now, config.lora.alpha, config.log.keep)
         ranks.barrier()  # no process may end before the checkpoint is written
 
+    if watch.why:
+        progress.note(watch.why)
     finished = Finished(trainer, done, cursor)
     pace = Pace(models.device)
     try:
@@ -114,10 +118,13 @@ def train(
                 scales = spread.scales() if config.critic.normalize else {}
                 batch = stream.take(config.batch)
                 report: UpdateReport | Skipped
+                parts = models.parts(lora, watch.uses(step))
                 try:
                     report = update(config, models, parts, trainer, step, batch, questions, judge, scales, ranks)
                     skips.add(None)
                     spread.add(report.reward_by_question)
+                    if said := watch.look(report.step, report.decoder_cosine):
+                        progress.note(said)
                 except SkippedUpdate as error:
                     report = error.report
                     progress.note(skips.add(error))

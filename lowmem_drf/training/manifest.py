@@ -59,6 +59,7 @@ class Manifest:
     skipped: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
     questions: str = ""
+    tiny_cosine: float | None = None
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Name -> ``bytes`` and ``sha256`` of every other file of the checkpoint."""
 
@@ -189,6 +190,7 @@ def _manifest(row: Mapping[str, Any]) -> Manifest:
         raise ValueError
     step, epoch, index, skipped = numbers[:4]
     spread = {name: (int(count), float(mean), float(var)) for name, (count, mean, var) in row["spread"].items()}
-    rest = dict(row.get("settings", {})), str(row.get("questions", ""))
+    cosine = row.get("tiny_cosine")
+    rest = dict(row.get("settings", {})), str(row.get("questions", "")), None if cosine is None else float(cosine)
     sizes = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()}
     return Manifest(step, epoch, index, str(row["prompts"]), spread, skipped, *rest, sizes)

@@ -37,7 +37,7 @@ class Metrics:
     def write(self, report: UpdateReport | Skipped) -> None:
         """Writes and flushes one update."""
         self.skipped += isinstance(report, Skipped)
-        row = {key: value for key, value in asdict(report).items() if key != "oracle" or value}
+        row = {key: value for key, value in asdict(report).items() if value not in ({}, None)}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         self._board.write(report.step, _scalars(row))

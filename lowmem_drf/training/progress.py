@@ -33,6 +33,7 @@ class TrainProgress:
         self._seconds: list[float] = []
         self._recent: deque[UpdateReport] = deque(maxlen=SMOOTH)
         self._rewards: list[float] = []
+        self._cosine: float | None = None
         self._live: Live | None = None
         self._last_line = 0.0
         self._shown: RenderableType = Text("first update …", style="dim")
@@ -55,6 +56,7 @@ class TrainProgress:
         self._seconds.append(report.update_s)
         self._recent.append(report)
         self._rewards.append(report.reward)
+        self._cosine = self._cosine if report.decoder_cosine is None else report.decoder_cosine
         if self._live is not None:
             self._shown = self._panel(report)
         elif report.step in (self._done + 1, self._steps) or time.monotonic() - self._last_line > PLAIN_EVERY_S:
@@ -100,6 +102,8 @@ class TrainProgress:
         if judged := [r.oracle for r in self._recent if r.oracle]:
             rates = [f"{name} {_mean([row[name] for row in judged]):.0%}" for name in ("all", "physics", "quality")]
             shown.append("oracle: " + " ".join(rates))
+        if self._cosine is not None:
+            shown.append(f"tiny decoder's cosine {self._cosine:.2f}")
         return "  ".join(shown)
 
 

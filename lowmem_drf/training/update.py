@@ -54,6 +54,8 @@ class UpdateReport:
     """Noise seed of each clip."""
     oracle: dict[str, float] = field(default_factory=dict)
     """ToyWorld: the oracle's rates on the clips of this update. Empty elsewhere."""
+    decoder_cosine: float | None = None
+    """Between the gradients at the latents by the VAE and by the tiny decoder, where both were computed."""
 
 
 @dataclass(frozen=True)
@@ -150,12 +152,14 @@ def update(
         frames = torch.cat([stat.frames_BTCHW for stat, _ in stats])
         oracle = dict(judge(frames, [prompt.text for prompt in own]))
     rewards = [(stat.reward, stat.reward_by_aspect, stat.reward_by_question, weight) for stat, weight in stats]
-    shares = ranks.gather((rewards, oracle, good, cause, *models.meter.take()))
+    cosines = [(stat.cosine, weight) for stat, weight in stats if stat.cosine is not None]
+    shares = ranks.gather((rewards, oracle, good, cause, cosines, *models.meter.take()))
     made = [row for rows, *_ in shares for row in rows]
+    compared = [pair for row in shares for pair in row[4]]
     ids, update_s = [prompt.id for prompt in prompts], time.perf_counter() - start
     stage_s, stage_peak_gib = _largest([row[-2] for row in shares]), _largest([row[-1] for row in shares])
     if not stepped:
-        causes = [cause for _, _, _, cause, *_ in shares if cause]
+        causes = [row[3] for row in shares if row[3]]
         first = causes[0] if causes else Cause("the norm of the gradients is infinite", "update", "fp32", ids, seeds)
         raise SkippedUpdate(Skipped(step + 1, first, lr, update_s, stage_s, stage_peak_gib, ids, seeds))
     if not all(good for _, _, good, *_ in shares):
@@ -173,6 +177,7 @@ def update(
         prompts=ids,
         seed=seeds,
         oracle=_mean_by_key([(rates, 1.0) for _, rates, *_ in shares]),
+        decoder_cosine=_mean(compared) if compared else None,
     )
 
 

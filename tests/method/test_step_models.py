@@ -7,12 +7,14 @@ import pytest
 import torch
 from _blocks import in_integers
 from _relay import LIMIT, QUESTIONS, STEPS, SavedBytes, lora_gradients, plan_of, relative_difference
-from _tiny import Z_DIM, tiny_condition, tiny_parts
+from _tiny import Z_DIM, tae_weights, tiny_condition, tiny_parts
 
 from lowmem_drf.method.naive import naive_step
 from lowmem_drf.method.reward import RewardSpec
 from lowmem_drf.method.schedule import draw_noise
 from lowmem_drf.method.step import drf_step
+from lowmem_drf.models.tiny.decoder import TinyDecoder
+from lowmem_drf.models.tiny.network import Sizes, TinyNetwork
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,21 @@ def test_relay_is_naive(parts, k, chain, guidance, grad):
     """Two clips; single ones below."""
     graded = range(STEPS - k, STEPS)
     assert_equal_steps(parts, plan_of(graded, chain=chain, guidance=guidance, guidance_grad=grad), size=2)
+
+
+def test_relay_is_naive_with_the_tiny_decoder(parts):
+    """And beside another decoder it only says how near its gradient is."""
+    sizes = Sizes(Z_DIM, (6, 5, 4, 3))
+    network = TinyNetwork(sizes, temporal_factor=4, spatial_factor=4)
+    weights = {name.partition(".")[2]: value for name, value in tae_weights(sizes).items() if name[0] == "d"}
+    network.load(weights)
+    tiny = replace(parts, decoder=TinyDecoder(network.double()))
+    assert_equal_steps(tiny, plan_of((4, 5)), size=2)
+    alone, stats = lora_gradients(drf_step, parts, plan_of((5,)), *batch_of(2))
+    beside, compared = lora_gradients(drf_step, replace(parts, compared=tiny.decoder), plan_of((5,)), *batch_of(2))
+    assert torch.equal(beside, alone) and stats.cosine is None and abs(compared.cosine) < 0.99
+    _, itself = lora_gradients(drf_step, replace(parts, compared=parts.decoder), plan_of((5,)), *batch_of(2))
+    assert itself.cosine == pytest.approx(1)
 
 
 @pytest.mark.parametrize("chain", ["full", "drtune"])

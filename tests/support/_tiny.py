@@ -90,6 +90,18 @@ def tiny_vae(dtype: torch.dtype = torch.float32, seed: int = 0, **config: Any) -
     return model.to(dtype).eval().requires_grad_(False)
 
 
+def tae_weights(sizes: Any, seed: int = 0) -> dict[str, Tensor]:
+    """Weights of a tiny decoder of these ``Sizes`` as TAEHV's files hold them, beside the encoder's. Some pixels leave
+    [0, 1]."""
+    generator, made = torch.Generator().manual_seed(seed), {"encoder.0.weight": torch.zeros(2, 3)}
+    for name, shape in sizes.shapes().items():
+        scale = 0.1 if len(shape) == 1 else torch.Size(shape[1:]).numel() ** -0.5
+        made[f"decoder.{name}"] = torch.randn(shape, generator=generator) * scale
+    made["decoder.22.bias"] += 0.5
+    made["decoder.22.weight"] *= 4
+    return made
+
+
 def tiny_prompt_tokenizer() -> Any:
     """Word-level tokenizer that appends ``</s>`` and pads with ``<pad>``, as UMT5's does."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors

@@ -65,8 +65,9 @@ def in_turn(*changes: Mapping[str, Change]) -> dict[str, Change]:
     return {name: own[0] if len(own) == 1 else partial(_one_by_one, own) for name, own in by_name.items()}
 
 
-def find_base_lora(source: str, say: Callable[[str], None]) -> Path:
-    """The local file, downloaded if necessary. Raises BadInputError, LowmemError."""
+def find_base_lora(source: str, say: Callable[[str], None], key: str = "model.base_lora") -> Path:
+    """The local file, downloaded if necessary. ``key``: the setting that names it. Raises BadInputError and
+    LowmemError."""
     path = expanded(source)
     if path.exists():
         return path
@@ -76,7 +77,7 @@ def find_base_lora(source: str, say: Callable[[str], None]) -> Path:
         return hub_file(match[1], match[2], say)
     if path.is_absolute():
         raise BadInputError(
-            "there is no such file. Put it back, or give its new place with -s model.base_lora=FILE, or in the run's "
+            f"there is no such file. Put it back, or give its new place with -s {key}=FILE, or in the run's "
             "config.toml. Of a run, the file must keep its name."
         )
     if difflib.get_close_matches(source, (FEWSTEP,), cutoff=0.75):

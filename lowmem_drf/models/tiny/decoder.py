@@ -1,0 +1,162 @@
+"""The tiny decoder as a ``types.Decoder``: latent frame by latent frame, with the last inputs of its memory blocks as
+caches.
+
+The relay, chosen frames, windows and stored caches are therefore those of the VAE (``method/vae_stream.py``). At full
+size it computes one frame at a time, and in the backward only the frames that have a gradient; the rest of it is
+recomputed piece by piece, last to first, so that one piece's graph is alive at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lowmem_drf.memory.host import Held, HostStore
+from lowmem_drf.models.tiny.network import TinyNetwork, call
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Caches = tuple[Any, ...]
+"""By memory block: its input at the last frame, (B, C, H, W). ``None`` before the first chunk."""
+
+
+class TinyDecoder:
+    """``types.Decoder`` for a ``TinyNetwork``. Latents are the transformer's, as published files of TAEHV take them;
+    frames are in [0, 1].
+
+    Args:
+        network: ``decode`` and ``chunk`` run in its number format.
+        grad_dtype: of ``chunk_backward`` and of the caches stored for it. ``None``: the network's.
+        store: the run's host memory, where caches wait for the backward.
+    """
+
+    def __init__(
+        self, network: TinyNetwork, *, grad_dtype: torch.dtype | None = None, store: HostStore | None = None
+    ) -> None:
+        self.network = network
+        self.temporal_factor: int = network.sizes.temporal_factor
+        self._grad_dtype = grad_dtype or network.dtype
+        self._host = store or HostStore(next(network.parameters()).device)
+        self._pieces, (self._growth, self._head) = network.pieces, network.tail
+
+    def decode(self, latents_BCFhw: Tensor) -> Tensor:
+        """(B, C, F, h, w) -> (B, T, 3, H, W) in [0, 1]. Differentiable, as one graph."""
+        caches, made = [*self.start(len(latents_BCFhw))], []
+        for latents in latents_BCFhw.split(1, dim=2):
+            frames, caches[:] = self.chunk(latents, caches)
+            made.append(frames)
+        return torch.cat(made, dim=1)
+
+    def start(self, batch: int) -> Caches:
+        return (None,) * sum(map(self.network.remembers, self._pieces))
+
+    def chunk(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> tuple[Tensor, Caches]:
+        first = _is_first(caches)
+        x, handed = self._through(latents_BC1hw.to(self.network.dtype), caches)
+        grown = call(self._growth, x)
+        return torch.cat([call(self._head, frame) for frame in self._frames(grown, first)], dim=1), handed
+
+    @torch.no_grad()
+    def advance(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> Caches:
+        return self._through(latents_BC1hw.to(self._grad_dtype), caches)[1]
+
+    def store(self, caches: Caches) -> Caches:
+        """Moves caches to the host, in the dtype of the gradient."""
+        stored = tuple(None if cache is None else self._host.put(_get(cache).to(self._grad_dtype)) for cache in caches)
+        self._host.settle()
+        return stored
+
+    def chunk_backward(
+        self,
+        latents_BC1hw: Tensor,
+        caches: Caches,
+        local: Sequence[int],
+        d_made_BtCHW: Tensor,
+        d_handed: Caches,
+        hands_back: bool,
+    ) -> tuple[Tensor, Caches]:
+        """See ``types.Decoder``."""
+        dtype, first = self._grad_dtype, _is_first(caches)
+        inputs = self._inputs(latents_BC1hw.to(dtype), caches)
+        x = inputs.pop()
+        d_x = self._tail_backward(x, first, local, d_made_BtCHW.to(dtype)) if len(local) else None
+        waiting, entering, d_caches = list(d_handed), list(caches), list[Any]()
+        for piece in reversed(self._pieces):
+            x, past, d_past = inputs.pop().detach().requires_grad_(), None, None
+            remembers = self.network.remembers(piece)
+            if remembers and (past := _get(entering.pop())) is not None:
+                past = past.detach().to(dtype).requires_grad_(hands_back)
+            if d_x is not None:
+                with torch.enable_grad():
+                    y = call(piece, x, past) if remembers else call(piece, x)
+                wanted = [x, past] if past is not None and hands_back else [x]
+                d_x, *d_rest = torch.autograd.grad(y, wanted, d_x)
+                d_past = d_rest[0] if d_rest else None
+                del y
+            if remembers:
+                d_caches.append(d_past)
+                if waiting and (d := waiting.pop()) is not None:  # the next chunk's gradient at this block's last input
+                    d_x = torch.zeros_like(x) if d_x is None else d_x
+                    d_x[:, -1] += d
+        d_z = torch.zeros_like(latents_BC1hw) if d_x is None else d_x.transpose(1, 2).to(latents_BC1hw.dtype)
+        return d_z, tuple(reversed(d_caches)) if hands_back else ()
+
+    @torch.no_grad()
+    def _inputs(self, latents_BC1hw: Tensor, caches: Caches) -> list[Tensor]:
+        """The input of every piece, and of the last growth."""
+        inputs, entering = [latents_BC1hw.transpose(1, 2)], list(caches)
+        for piece in self._pieces:
+            x = inputs[-1]
+            past = [_of(entering.pop(0), x)] if self.network.remembers(piece) else []
+            inputs.append(call(piece, x, *past))
+        return inputs
+
+    def _tail_backward(self, x: Tensor, first: bool, local: Sequence[int], d_made_BtCHW: Tensor) -> Tensor:
+        """The gradient at the input of the last growth, frame after frame."""
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            grown = call(self._growth, x)
+        d_grown = torch.zeros_like(grown)
+        here, d_here = self._frames(grown.detach(), first), self._frames(d_grown, first)
+        for frame, d_frame in zip(local, d_made_BtCHW.split(1, dim=1), strict=True):
+            leaf = here[frame].requires_grad_()
+            with torch.enable_grad():
+                made = call(self._head, leaf)
+            d_here[frame].copy_(torch.autograd.grad(made, leaf, d_frame)[0])
+        return torch.autograd.grad(grown, x, d_grown)[0]
+
+    def _through(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> tuple[Tensor, Caches]:
+        """All pieces but the last growth and the head, and the caches that they hand on."""
+        x, handed = latents_BC1hw.transpose(1, 2), list[Any]()
+        left = caches if isinstance(caches, list) else [*caches]
+        for piece in self._pieces:
+            if self.network.remembers(piece):
+                past = _of(left.pop(0), x)
+                handed.append(x[:, -1].clone())  # a view would hold all frames of its level
+                x = call(piece, x, past)
+            else:
+                x = call(piece, x)
+        return x, tuple(handed)
+
+    def _frames(self, grown_BtCHW: Tensor, first: bool) -> list[Tensor]:
+        """Each frame of a chunk by itself. Of the first chunk only the last one is made: the others come before the
+        clip."""
+        frames = list(grown_BtCHW.split(1, dim=1))
+        return frames[-1:] if first else frames
+
+
+def _is_first(caches: Sequence[Any]) -> bool:
+    return all(cache is None for cache in caches)
+
+
+def _get(value: Any) -> Any:
+    return value.get() if isinstance(value, Held) else value
+
+
+def _of(cache: Any, like: Tensor) -> Tensor | None:
+    """An entering cache, in the number format of the pass."""
+    value = _get(cache)
+    return None if value is None else value.to(like.dtype)
