@@ -29,6 +29,7 @@ from lowmem_drf.memory.host import HostStore
 from lowmem_drf.memory.meter import Meter
 from lowmem_drf.models.generators import generator_config
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
+from lowmem_drf.models.tiny.watch import Watch
 from lowmem_drf.models.wan.attention import attention_named
 from lowmem_drf.models.wan.experts import make_transformers
 from lowmem_drf.planner.cards import GIB, SHARES, card_named, learn, parse_vram, plausible, room_of
@@ -165,7 +166,8 @@ def count_bytes(config: Config) -> dict[str, float]:
         meter = PlanMeter(ledger)
         models, prompts, questions = _random_models(config, torch.device("cpu"), meter, planned_store())
         expert = [models.expert] if models.expert else []
-        meter.load([models.transformer, models.decoder.vae, models.asked_critic.model, *expert])
+        tiny = [models.tiny.network] if models.tiny else []
+        meter.load([models.transformer, models.decoder.vae, models.asked_critic.model, *expert, *tiny])
         _updates(config, models, prompts, questions, ledger=ledger)
     return {name: stage.peak_gib for name, stage in meter.stages.items()}
 
@@ -174,6 +176,7 @@ def _random_models(
     config: Config, device: torch.device, meter: Any, store: HostStore | None = None
 ) -> tuple[Models, list[Prompt], dict[str, tuple[Question, ...]]]:
     from lowmem_drf.models.qwen_vl.random_critic import random_critic
+    from lowmem_drf.models.tiny.files import network_for, planned_sizes
     from lowmem_drf.models.wan.random_generator import random_transformer, random_vae
     from lowmem_drf.models.weights.sources import resolve
 
@@ -201,7 +204,11 @@ def _random_models(
     }
     critic = random_critic(resolve(config.critic.id, "critic"), dtype, device, critic_rate(config), config.critic.quant)
     vae = random_vae(generator.vae, DTYPES[config.memory.vae_dtype], device)
-    models = assemble(config, transformer, vae, critic, texts, device, meter, other=other, store=store)
+    tiny = None
+    if config.model.decoder == "tiny":
+        tiny = network_for(planned_sizes(config.model.id, config.model.decoder_file, generator.vae), generator.vae)
+        tiny.to(device, vae.dtype)
+    models = assemble(config, transformer, vae, critic, texts, device, meter, other=other, store=store, tiny=tiny)
     return with_partitioned_critic(config, models) if config.zero.critic else models, prompts, questions
 
 
@@ -209,15 +216,18 @@ def _updates(
     config: Config, models: Models, prompts: Sequence[Prompt], questions: Mapping[str, tuple[Question, ...]],
     count: int = 1, ledger: Ledger | None = None,
 ) -> list[tuple[dict[str, float], dict[str, float]]]:  # fmt: skip
-    """Seconds and peak GiB by stage of each of ``count`` updates."""
+    """Seconds and peak GiB by stage of each of ``count`` updates. Of the tiny decoder the first one is compared."""
     trainer, models = make_trainer(config, models)
-    parts = models.parts(lora_parameters(models.transformer))
+    lora, watch = lora_parameters(models.transformer), Watch(config.model)
     if isinstance(trainer, SingleTrainer):
         trainer.fill()  # DeepSpeed allocates its state in the first step
         if ledger is not None:
             for moment in trainer.paged():
                 ledger.on_host(moment)
-    reports = (update(config, models, parts, trainer, step, prompts, questions, None) for step in range(count))
+    reports = (
+        update(config, models, models.parts(lora, watch.uses(step)), trainer, step, prompts, questions, None)
+        for step in range(count)
+    )
     return [(report.stage_s, report.stage_peak_gib) for report in reports]
 
 
@@ -250,6 +260,9 @@ def bench_command(preset: str | None, vram: str | None, overrides: Sequence[str]
         print(json.dumps(_as_json(plan, measured, name), indent=2))
     else:
         _print(plan, measured, name, console)
+        if (every := config.model.decoder_check_every) > 1 and config.model.decoder == "tiny":
+            said = f"the first update here compares it, later ones do not; the plan's seconds are the mean of {every}"
+            console.print(f"tiny decoder: {said}", highlight=False)
 
 
 def _as_json(plan: Plan, measured: Measurement, name: str) -> dict[str, Any]:

@@ -30,6 +30,8 @@ from lowmem_drf.models.qwen_vl.critic import DEFAULT_FPS, QwenCritic
 from lowmem_drf.models.qwen_vl.files import video_geometry
 from lowmem_drf.models.qwen_vl.known import KNOWN
 from lowmem_drf.models.qwen_vl.random_critic import described, empty_model, remake_rotary
+from lowmem_drf.models.tiny.files import network_for, planned_sizes
+from lowmem_drf.models.tiny.network import TinyNetwork
 from lowmem_drf.models.wan.experts import make_transformers
 from lowmem_drf.models.wan.random_generator import empty_text, empty_transformer, empty_vae, fill_as_loaded
 from lowmem_drf.models.weights.filling import Value, fill
@@ -83,6 +85,17 @@ def fake_vae(config: Mapping[str, Any], dtype: torch.dtype, mode: FakeTensorMode
         model = empty_vae(config)
     with _packing():
         return fill_as_loaded(model, dtype, partial(_fake_value, mode))
+
+
+def fake_tiny(config: Config, generator: GeneratorConfig, mode: FakeTensorMode) -> TinyNetwork | None:
+    """The tiny decoder, as ``load_tiny`` returns it, if the run has one."""
+    if config.model.decoder == "exact":
+        return None
+    with _disable_current_modes(), torch.device("meta"):
+        model = network_for(planned_sizes(config.model.id, config.model.decoder_file, generator.vae), generator.vae)
+    with _packing():
+        fill(model, _fake_value(mode, DTYPES[config.memory.vae_dtype]))
+    return model
 
 
 def fake_text(config: Mapping[str, Any], dtype: torch.dtype, mode: FakeTensorMode) -> UMT5EncoderModel:
@@ -160,9 +173,12 @@ def fake_run(
     rate = critic_rate(config)
     critic = fake_critic(config.critic.id, dtype, rate, config.critic.quant, mode=mode, files=described)
     vae = fake_vae(generator.vae, DTYPES[config.memory.vae_dtype], mode)
-    meter.load([transformer, vae, critic.model, *([other.transformer] if other else [])])
+    tiny = fake_tiny(config, generator, mode)
+    more = [*([other.transformer] if other else []), *([tiny] if tiny else [])]
+    meter.load([transformer, vae, critic.model, *more])
     device, ops = torch.device("cpu"), choose_planned(config)
-    models = assemble(config, transformer, vae, critic, texts, device, meter, ops, other, planned_store())
+    store = planned_store()
+    models = assemble(config, transformer, vae, critic, texts, device, meter, ops, other, store, tiny=tiny)
     return models, prompts, questions
 
 

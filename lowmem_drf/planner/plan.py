@@ -16,7 +16,7 @@ import gc
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -28,6 +28,7 @@ from lowmem_drf.models import import_models
 from lowmem_drf.models.generators import GeneratorConfig, generator_config
 from lowmem_drf.models.lora.adapter import lora_parameters
 from lowmem_drf.models.qwen_vl.vision import forget_windows
+from lowmem_drf.models.tiny.watch import Uses
 from lowmem_drf.models.wan.experts import require_expert
 from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.weights.sources import resolve
@@ -53,6 +54,7 @@ from lowmem_drf.planner.shortcuts import (
     one_stage,
     scaled,
     shortened,
+    with_decoders,
     with_records,
     with_shortcuts,
     with_stand_ins,
@@ -85,7 +87,8 @@ def make_plan(
     deep: bool = False,
     seen: Seen | None = None,
 ) -> Plan:
-    """Runs one update of ``config`` on fake tensors.
+    """Runs one update of ``config`` on fake tensors; with the tiny decoder two: seconds are the mean over those that
+    compare it and those that do not, peaks the higher of both.
 
     Args:
         vram_gib: memory of the card; default: ``card.gib``.
@@ -100,6 +103,27 @@ def make_plan(
         BadInputError: a model's configuration is unknown, or settings contradict each other.
     """
     config = of_one_process(decide_rollout(config, card, vram_gib, fakes).model_copy(update={"device": "cpu"}))
+    fakes, seen = fakes or new_fakes(), {} if seen is None else seen
+    every = config.model.decoder_check_every
+    kinds: dict[Uses, float] = {"exact": 1.0}
+    if config.model.decoder == "tiny":
+        kinds = {"both": 1 / every, "tiny": 1 - 1 / every} if every > 1 else {"both": 1.0}
+    plans = [_plan(config, card, vram_gib, only, whole, fakes, deep, seen, uses) for uses in kinds]
+    return plans[0].averaged(plans[1:], list(kinds.values()))
+
+
+def _plan(
+    config: Config,
+    card: Card,
+    vram_gib: float | None,
+    only: str | None,
+    whole: bool,
+    fakes: Fakes,
+    deep: bool,
+    seen: Seen,
+    uses: Uses,
+) -> Plan:
+    """``make_plan`` of an update that uses these decoders."""
     short = one_micro_batch(config) if whole else shortened(config, 2 if only in (None, "denoise_backward") else 1)
     generator, most = generator_config(config.model.id), vram_gib or card.gib
     require_expert(config, generator)
@@ -107,7 +131,7 @@ def make_plan(
     if not whole:
         generator = boundary_moved(generator, short)
     critic = described_critic(config.critic.id)
-    run = _Run(config, short, generator, critic, card, fakes or new_fakes(), only, whole, {} if seen is None else seen)
+    run = _Run(config, short, generator, critic, card, fakes, only, whole, seen, uses)
     shallow = not (whole or deep)
     with _frozen():
         stages = dict(run.kept("text", shallow, run.text)) if only in (None, "text") else {}
@@ -166,6 +190,7 @@ class _Run:
     only: str | None
     whole: bool
     seen: Seen
+    uses: Uses
     frames: list[tuple[torch.Size, torch.dtype]] = field(default_factory=list)
     """Of each chunk that was decoded."""
 
@@ -176,7 +201,7 @@ class _Run:
         if what == "text":
             config = json.dumps([self.config.model.text_tokens, self.config.dtype])
             where = self.config.memory.text_device
-        key = (what, shallow, self.only, self.whole, repr(self.card), repr(self.generator), config, where)
+        key = (what, shallow, self.only, self.whole, repr(self.card), repr(self.generator), config, where, self.uses)
         if key not in self.fakes.kept:
             self.fakes.kept[key] = make(shallow)
         kept: T = self.fakes.kept[key]
@@ -198,7 +223,8 @@ class _Run:
         if line is None:
             meter, step_bytes = self._update({}, {})
             return meter.stages, step_bytes
-        keys = {group: settings_of(group, self.short) for group in GROUPS if self.only in (None, *GROUPS[group])}
+        groups = [group for group in GROUPS if self.only in (None, *GROUPS[group])]
+        keys = {group: f"{self.uses} {settings_of(group, self.short)}" for group in groups}
         known = {group: self.seen[key] for group, key in keys.items() if key in self.seen}
         absent = {name: visits for stages in known.values() for name, visits in stages.figures.items()}
         if "vae" in known:
@@ -238,13 +264,14 @@ class _Run:
         with self.fakes, Ledger(ALLOCATOR_BLOCK, _rates(self.card), self.fakes) as ledger:
             meter = PlanMeter(ledger, absent)
             models, prompts, questions = fake_run(short, generator, critic, self.fakes.mode, meter)
-            parts = models.parts(lora_parameters(models.transformer))
+            parts = models.parts(lora_parameters(models.transformer), self.uses)
             parts = partitioned(config, short, self.card, ledger, models, parts, meter)
             parts = with_stand_ins(parts, absent)
             if only:
                 parts = one_stage(parts, only, models)
             if "decode" in absent:
-                parts = replace(parts, decoder=AbsentDecoder(parts.decoder, self.frames))
+                frames = iter(self.frames)
+                parts = with_decoders(parts, lambda one: AbsentDecoder(one, frames))
             if not self.whole:
                 mark_critic(models, ledger)
                 parts = with_shortcuts(parts, models, ledger, None if "decode" in absent else self.frames)

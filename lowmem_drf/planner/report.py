@@ -66,7 +66,7 @@ def _depends_on(config: Config, card: Card, room: Room) -> dict[str, Any]:
     from lowmem_drf.models.generators import generator_config
 
     critic = Path(resolve(config.critic.id, "critic"))
-    named = [expanded(text) for text in (config.prompts or "", config.critic.questions)]
+    named = [expanded(text) for text in (config.prompts or "", config.critic.questions, config.model.decoder_file)]
     files = [path for path in named if path.is_file()]
     # what a critic's folder has besides its weights: configuration, processor, tokenizer
     files += [path for path in critic.glob("*") if path.suffix in (".json", ".jinja", ".txt", ".model")]

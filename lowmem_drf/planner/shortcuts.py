@@ -6,7 +6,7 @@ skips repeats inside a stage, and ``one_stage`` leaves out the models that a sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -104,7 +104,8 @@ def scaled(config: Config, short: Config, stages: dict[str, StagePlan], card: Ca
     return Plan(card.name, vram_gib, rows, update_s, processes=config.processes, rollout=rollout)
 
 
-Frames = list[tuple[torch.Size, torch.dtype]]
+Frame = tuple[torch.Size, torch.dtype]
+Frames = list[Frame]
 
 
 def with_shortcuts(parts: Parts, models: Models, ledger: Ledger, frames: Frames | None) -> Parts:
@@ -121,7 +122,13 @@ def with_shortcuts(parts: Parts, models: Models, ledger: Ledger, frames: Frames 
                 holder = holder.forward
             mark = marker(ledger, "transformer" if model is models.transformer else "expert", place, len(blocks))
             holder.forward = _ShortcutBlock(holder.forward, ledger, mark)
-    return parts if frames is None else replace(parts, decoder=_ShortcutDecoder(parts.decoder, ledger, frames))
+    return parts if frames is None else with_decoders(parts, lambda one: _ShortcutDecoder(one, ledger, frames))
+
+
+def with_decoders(parts: Parts, changed: Callable[[Decoder], Decoder]) -> Parts:
+    """The parts with a change of the decoder, and of the one that is compared with it."""
+    other = parts.compared
+    return replace(parts, decoder=changed(parts.decoder), compared=None if other is None else changed(other))
 
 
 class _ShortcutBlock:
@@ -212,7 +219,8 @@ def one_stage(parts: Parts, stage: str, models: Models) -> Parts:
     if stage not in ("rollout", "denoise_backward"):
         parts = with_stand_ins(parts, ("rollout",))
     if stage not in ("decode", "vae_backward"):
-        parts = replace(parts, decoder=_NoDecoder(models.decoder.temporal_factor, models.decoder.spatial_factor))
+        factors = models.decoder.temporal_factor, models.decoder.spatial_factor
+        parts = with_decoders(parts, lambda one: _NoDecoder(*factors))
     if stage != "critic":
         parts = replace(parts, critic=_no_critic)
     return parts
@@ -252,9 +260,9 @@ class _NoDecoder:
 class AbsentDecoder(_NoDecoder):
     """A ``_NoDecoder`` that makes ``frames`` as another run of the same update did."""
 
-    def __init__(self, decoder: Decoder, frames: Frames) -> None:
+    def __init__(self, decoder: Decoder, frames: Iterator[Frame]) -> None:
         super().__init__(decoder.temporal_factor, 1)
-        self._frames = iter(frames)
+        self._frames = frames
 
     def chunk(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> tuple[Tensor, Caches]:
         shape, dtype = next(self._frames)

@@ -189,10 +189,18 @@ class StagePlan:
         return self.peak_gib * (1 + SPARE) + self.copies_gib
 
     def and_again(self, now: StagePlan) -> StagePlan:
-        """Both visits of a stage: the larger peak is kept, the seconds add up."""
-        sums = {key: getattr(self, key) + getattr(now, key) for key in SUMS}
-        copies = max(self.copies_gib, now.copies_gib)
-        return replace(now if now.peak_gib >= self.peak_gib else self, copies_gib=copies, **sums)
+        """Both visits of a stage: the larger peaks are kept, the seconds add up."""
+        return self._summed([self, now], [1, 1])
+
+    def averaged(self, others: Sequence[Self], shares: Sequence[float]) -> Self:
+        """The stage in updates of several kinds: the larger peaks, and the mean of what adds up. ``shares``: of the
+        updates, by kind."""
+        return self._summed([self, *others], shares)
+
+    def _summed(self, rows: Sequence[Self], factors: Sequence[float]) -> Self:
+        sums = {key: sum(times * getattr(row, key) for row, times in zip(rows, factors, strict=True)) for key in SUMS}
+        most = {key: max(getattr(row, key) for row in rows) for key in ("host_gib", "copies_gib")}
+        return replace(max(reversed(rows), key=lambda row: row.peak_gib), **sums, **most)
 
 
 @dataclass(frozen=True)
@@ -284,6 +292,15 @@ class Plan:
     @property
     def fits(self) -> bool:
         return self.stages[self.tightest].needs_gib <= self.room_gib
+
+    def averaged(self, others: Sequence[Self], shares: Sequence[float]) -> Self:
+        """As ``StagePlan.averaged``."""
+        stages = {
+            name: stage.averaged([other.stages[name] for other in others], shares)
+            for name, stage in self.stages.items()
+        }
+        update_s = sum(stage.s for name, stage in stages.items() if name != "text")
+        return replace(self, stages=stages, update_s=update_s)
 
     def as_json(self, preset: str) -> dict[str, Any]:
         figures = (

@@ -35,13 +35,14 @@ REAL = {
     "host": (*SMALL, *HOST, "memory.vae_cache_every=2"),
     "recorded": (*SMALL, *RECORDED),
     "integers": (*SMALL, *RECORDED, "model.products=int8"),
+    "tiny": (*SMALL, *HOST, "model.decoder=tiny"),
     "plain": SMALL,
     "keep": (*LARGE, "memory.checkpoint=false"),
     "attentions": (*SMALL, "memory.keep_attention=card"),
 }
 
 
-FAST_REAL = ("host", "integers")
+FAST_REAL = ("host", "integers", "tiny")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST_REAL else slow) for name in REAL])
