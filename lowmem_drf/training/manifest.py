@@ -34,10 +34,10 @@ MAY_CHANGE = (
         for key in ("checkpoint", "token_slices", "park", "stream", "text_device", "vram_gib", "fit", "on_oom")
     ),
     *(f"memory.{key}" for key in ("vae_strips", "vae_caches", "vae_cache_every", "keep_attention", "record_rollout")),
-    *("memory.vae_dtype", "memory.vae_grad_dtype", "kernels."),
+    *("memory.vae_dtype", "memory.vae_grad_dtype", "kernels.", "model.decoder"),
 )
 """Prefixes of the keys that a resumed run may override: they change neither models nor reward, or are what a run that
-meets NaN may have to change (``training.skips.advice``)."""
+meets NaN may have to change (``training.skips.advice``), or choose the decoder that the gradient goes through."""
 
 _BY_CONTENT = ("prompts", "critic.questions")
 """Files whose content a resumed run compares, wherever they are now."""

@@ -8,6 +8,8 @@ from torch import nn
 
 from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.models.qwen_vl.critic import load_critic
+from lowmem_drf.models.tiny.decoder import TinyDecoder
+from lowmem_drf.models.tiny.files import load_tiny
 from lowmem_drf.models.wan.decoder import WanDecoder, load_vae
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
 from lowmem_drf.models.wan.text import load_text
@@ -29,7 +31,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.mark.slow
 def test_a_short_rebuild_writes_models_that_load_and_run(tmp_path):
-    stages = ["vae", "generator", "tower", "language", "critic", "reader", "fewstep"]
+    stages = ["vae", "generator", "tower", "language", "critic", "reader", "fewstep", "tiny"]
     build(tmp_path / "out", tmp_path / "work", seed=0, scale=0.0006, stages=stages, compiled=False)
     folder = str(tmp_path / "out" / "generator")
     cond = load_text(folder).encode(["a red circle moves left on a gray background"], 16)
@@ -37,6 +39,10 @@ def test_a_short_rebuild_writes_models_that_load_and_run(tmp_path):
     latents = as_velocity(load_denoiser(folder))(torch.randn(1, 16, 3, 8, 8, generator=generator()), 1.0, cond)
     frames = decoder.decode(latents)
     assert frames.shape == (1, 9, 3, 32, 32)
+    tiny = load_tiny(
+        tmp_path / "out" / "tiny" / "decoder.safetensors", decoder.vae.config, latents.dtype, latents.device
+    )
+    assert TinyDecoder(tiny).decode(latents).shape == frames.shape
     critic = load_critic(str(tmp_path / "out" / "critic"))
     label = Label([0, 0, 0, 1], set())
     answers = critic(frames, [[lesson.question for lesson in ask(label, generator())]])
