@@ -8,6 +8,7 @@ from pathlib import Path
 from lowmem_drf.assembly.assemble import run_prompts
 from lowmem_drf.assembly.kernel_choice import saved_choice
 from lowmem_drf.assembly.loading import load_models, say
+from lowmem_drf.config import change
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.scoring import evaluate
 from lowmem_drf.terminal import make_console, showing
@@ -26,7 +27,8 @@ def eval_command(run_folder: Path | None, file: Path | None, as_json: bool) -> N
     console = make_console(stderr=as_json)
     with showing(console):
         texts, kernels = [prompt.text for prompt in trial.prompts], saved_choice(run, say)
-        models = load_models(config, texts, clips=clips, kernels=kernels)
+        exact = change(config, ["model.decoder=exact"])  # clips are decoded by the VAE in any case
+        models = load_models(exact, texts, clips=clips, kernels=kernels)
     step = load_run_lora(models.transformer, folder, config)
     models.awake("critic")
     trial = evaluate.finish_trial(config, trial, models.asked_critic, console)
