@@ -1,3 +1,4 @@
-"""The tiny decoder: TAEHV's architecture as a ``types.Decoder``, for gradients that cost a fraction of the VAE's."""
+"""The tiny decoder: TAEHV's architecture as a ``types.Decoder``, for gradients that cost a fraction of the VAE's.
 
-from __future__ import annotations
+Not here: the comparison with the VAE's gradient (``method/step.py``), and how ToyWorld's was trained (``toy/build/``).
+"""
