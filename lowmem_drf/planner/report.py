@@ -19,7 +19,7 @@ from lowmem_drf.libraries import uncollected
 from lowmem_drf.models.weights.sources import READER, TOYWORLD, resolve
 from lowmem_drf.planner.cards import GIB, LATER_GIB, Card, Room, card_named, learned
 from lowmem_drf.planner.stages import Plan
-from lowmem_drf.planner.words import BENCHED, host_refusal, in_words, refusal, set_to_fit, times
+from lowmem_drf.planner.words import BENCHED, host_refusal, in_words, on_this_card, refusal, set_to_fit
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import can_redraw, write_error
 from lowmem_drf.texts import expanded
@@ -154,7 +154,8 @@ def require_fit(config: Config, console: Console, rooms: Sequence[Room | None]) 
     peak = f"{plan.peak_gib:.1f} of {plan.usable_gib:.1f} GiB ({plan.largest}), {plan.host_gib:.1f} GiB of host memory"
     rates = BENCHED if learned(card).measured else ""
     rates = rates if card.is_in(device) else f", if this card were an {card.name}: its own rates are unknown"
-    console.print(f"planned peak: {peak}; about {times(plan, config.steps)}{rates}", highlight=False)
+    console.print(f"planned peak: {peak}", highlight=False)
+    console.print(f"{on_this_card(plan, config.steps)}{rates}", highlight=False)
     config = change(config, plan.applied)
     log = _with_first(config, plan, console)
     return config.model_copy(update={"zero": _with_rollout(config.zero, plan), "log": log})

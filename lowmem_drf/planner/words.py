@@ -23,6 +23,12 @@ def times(plan: Plan, steps: int) -> str:
     return f"{_seconds(plan.update_s)} an update, {hundred}{in_words(steps * plan.update_s)} for the run's {steps:,}"
 
 
+def on_this_card(plan: Plan, steps: int) -> str:
+    """What ``train`` begins with: how long the run takes."""
+    run = in_words(steps * plan.update_s)
+    return f"{steps:,} updates, about {run} on this card: {_seconds(plan.update_s)} an update"
+
+
 def _seconds(update_s: float) -> str:
     return f"{update_s:,.{int(update_s < 10)}f} s" if update_s >= 0.1 else f"{update_s:.2g} s"
 
