@@ -94,7 +94,7 @@ class TinyDecoder:
                     y = call(piece, x, past) if remembers else call(piece, x)
                 wanted = [x, past] if past is not None and hands_back else [x]
                 d_x, *d_rest = torch.autograd.grad(y, wanted, d_x)
-                d_past = d_rest[0] if d_rest else None
+                d_past = d_rest[0].clone() if d_rest else None  # a view would hold the gradient of all that it saw
                 del y
             if remembers:
                 d_caches.append(d_past)

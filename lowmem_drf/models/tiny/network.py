@@ -13,7 +13,7 @@ a quarter of the work.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -156,12 +156,13 @@ def _conv(channels: int, made: int, bias: bool = True) -> nn.Conv2d:
     return nn.Conv2d(channels, made, 3, padding=1, bias=bias)
 
 
-def _framewise(layer: nn.Module, x_BtCHW: Tensor) -> Tensor:
-    return layer(x_BtCHW.flatten(0, 1)).unflatten(0, x_BtCHW.shape[:2])
+def _framewise(function: Callable[[Tensor], Tensor], x_BtCHW: Tensor) -> Tensor:
+    """Layers that see one frame. What they do in place is done to no view: autograd would copy what is viewed."""
+    return function(x_BtCHW.flatten(0, 1)).unflatten(0, x_BtCHW.shape[:2])
 
 
-def _doubled(x_BtCHW: Tensor) -> Tensor:
-    return F.interpolate(x_BtCHW.flatten(0, 1), scale_factor=2, mode="nearest").unflatten(0, x_BtCHW.shape[:2])
+def _doubled(x_NCHW: Tensor) -> Tensor:
+    return F.interpolate(x_NCHW, scale_factor=2, mode="nearest")
 
 
 class _Stem(nn.Module):
@@ -170,7 +171,7 @@ class _Stem(nn.Module):
         self.conv = conv
 
     def forward(self, latents_BtCHW: Tensor) -> Tensor:
-        return _framewise(self.conv, torch.tanh(latents_BtCHW / 3) * 3).relu_()
+        return _framewise(lambda x: self.conv(torch.tanh(x / 3) * 3).relu_(), latents_BtCHW)
 
 
 class _MemoryBlock(nn.Module):
@@ -203,8 +204,7 @@ class _Widening(nn.Module):
         self.growth, self.conv, self.doubles = growth, conv, doubles
 
     def forward(self, x_BtCHW: Tensor) -> Tensor:
-        x = self.growth(x_BtCHW)
-        return _framewise(self.conv, _doubled(x) if self.doubles else x)
+        return _framewise(lambda x: self.conv(_doubled(x) if self.doubles else x), self.growth(x_BtCHW))
 
 
 class _Head(nn.Module):
@@ -214,5 +214,8 @@ class _Head(nn.Module):
 
     def forward(self, x_BtCHW: Tensor) -> Tensor:
         """Pixels in [0, 1]."""
-        x = _framewise(self.conv, _doubled(x_BtCHW) if self.doubles else x_BtCHW).relu_()
-        return InwardClamp.apply(F.pixel_shuffle(_framewise(self.pixels, x), self.patch), 0.0, 1.0)
+        return _framewise(self._pixels, x_BtCHW)
+
+    def _pixels(self, x: Tensor) -> Tensor:
+        x = self.conv(_doubled(x) if self.doubles else x).relu_()
+        return InwardClamp.apply(F.pixel_shuffle(self.pixels(x), self.patch), 0.0, 1.0)

@@ -12,8 +12,9 @@ from lowmem_drf.kernels.norm_silu import norm_silu
 from lowmem_drf.method.frames import kept_frames
 from lowmem_drf.method.vae_stream import decode, vae_backward
 from lowmem_drf.models.generators import KNOWN_GENERATORS
+from lowmem_drf.models.tiny.decoder import TinyDecoder
 from lowmem_drf.models.wan.decoder import WanDecoder
-from lowmem_drf.planner.fake_models import fake_vae
+from lowmem_drf.planner.fake_models import fake_tiny, fake_vae
 from lowmem_drf.planner.fakes import Fakes
 from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.stand_ins import planned_store
@@ -234,3 +235,21 @@ def test_nothing_stays_behind(caches):
         kept = stream_gradient(decoder, latents, (0, 12))
         assert ledger.host_bytes == 0
         assert ledger.card_bytes == sum(tensor.nbytes for tensor in (*kept, latents))
+
+
+def test_the_tiny_decoder_takes_about_a_gib_whatever_the_frames():
+    """TAEHV's size, 832x480, all of 17 or 33 frames seen, in fp32: one frame at a time is at full size."""
+    config = load_config("rtx4090", ["model.decoder=tiny", "memory.vae_dtype=fp32"])
+    peaks = []
+    for frames in (17, 33):
+        network = fake_tiny(config, KNOWN_GENERATORS[config.model.id].config, FAKES.mode)
+        latents = FAKES.mode.from_tensor(torch.empty(1, 16, (frames - 1) // 4 + 1, LATENT_HEIGHT, LATENT_WIDTH))
+        with FAKES, Ledger() as ledger:
+            ledger.adopt(network.parameters())
+            decoder = TinyDecoder(network, store=planned_store())
+            made, entering = decode(decoder, latents, range(frames))
+            upstream = torch.empty_like(made)
+            ledger.reset_peak()
+            vae_backward(decoder, latents, entering, upstream, range(frames))
+            peaks.append(ledger.peak_card_bytes - made.nbytes - upstream.nbytes)
+    assert peaks[1] < 1.01 * peaks[0] < 1.1 * GIB
