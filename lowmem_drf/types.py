@@ -166,7 +166,26 @@ class Parts:
     recorder: Recorder = field(default_factory=_NoRecorder)
     """By default every graded step runs its own forward."""
     compared: Decoder | None = None
-    """A decoder whose gradient at the latents is only compared with that of ``decoder`` (``StepStats.cosine``)."""
+    """A decoder whose gradient at the latents is only compared with that of ``decoder`` (``StepStats.compared``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Inner products of two gradients, that by ``Parts.decoder`` and that by ``Parts.compared``. They add up over parts
+    of a batch."""
+
+    own: float
+    both: float
+    other: float
+
+    def __add__(self, more: Compared) -> Compared:
+        return Compared(self.own + more.own, self.both + more.both, self.other + more.other)
+
+    @property
+    def cosine(self) -> float:
+        """0 if a gradient is NaN, infinite or zero."""
+        size = self.own * self.other
+        return self.both / size**0.5 if 0 < size < float("inf") else 0.0
 
 
 @dataclass(slots=True)
@@ -182,5 +201,5 @@ class StepStats:
     """End of the rollout, for monitors (velocity norm, samples). No gradient."""
     frames_BTCHW: Tensor
     """The frames the critic saw. No gradient."""
-    cosine: float | None = None
-    """Between the gradients at the latents by ``Parts.decoder`` and by ``Parts.compared``, mean over clips."""
+    compared: Compared | None = None
+    """With ``Parts.compared``."""

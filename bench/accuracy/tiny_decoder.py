@@ -3,7 +3,7 @@
     python -m bench.accuracy.tiny_decoder --json bench/results/tiny_decoder.json
 
 Updates of the preset ``toy`` that change nothing, from the base generator: the cosine between both decoders' gradients
-at the latents (mean over clips, as ``metrics.jsonl`` has it) and between both gradients of the LoRA, what the frames
+at the latents (of all clips, as ``metrics.jsonl`` has it) and between both gradients of the LoRA, what the frames
 differ by, the rewards by either, and seconds of the decode and of the VAE backward. The LoRA's gradient is one sum over
 the clips of an update, in which what is not common to them cancels.
 """
@@ -62,7 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
             row |= {f"{uses}_{stage}_s": seconds[stage] for stage in ("decode", "vae_backward")}
             row[f"{uses}_reward"] = made[uses][1].reward
         (exact, seen), (tiny, others) = made["exact"], made["tiny"]
-        row["cosine"] = gradient(models, spec, "both", *batch)[1].cosine or 0.0
+        compared = gradient(models, spec, "both", *batch)[1].compared
+        row["cosine"] = compared.cosine if compared else 0.0
         row["lora_cosine"] = torch.cosine_similarity(exact, tiny, dim=0).item()
         row["lora_ratio"] = (tiny.norm() / exact.norm()).item()
         row["levels_of_255"] = 255 * (seen.frames_BTCHW - others.frames_BTCHW).abs().mean().item()

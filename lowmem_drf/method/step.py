@@ -27,7 +27,7 @@ from lowmem_drf.method.frames import motion_frames
 from lowmem_drf.method.reward import RewardSpec, mean_reward
 from lowmem_drf.method.schedule import GuidanceGrad, Update, advance, gradient_passes, guided, renoise, update_factors
 from lowmem_drf.method.vae_stream import decode, vae_backward
-from lowmem_drf.types import StepStats
+from lowmem_drf.types import Compared, StepStats
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -89,7 +89,7 @@ def drf_step(
         with parts.stage("vae_backward"):
             d_x_0 = vae_backward(parts.decoder, x_0, caches, d_frames, kept, spec.vae_window, found)
         if parts.compared is not None and not all_stats:
-            stats.cosine = _cosine(parts, spec, x_0, kept, questions, weight, d_x_0)
+            stats.compared = _compared(parts, spec, x_0, kept, questions, weight, d_x_0)
         with parts.stage("denoise_backward"):
             denoise_backward(parts, spec, entering, d_x_0, cond, uncond, found)
         all_stats.append(replace(stats, latents_BCFhw=x_0))
@@ -160,7 +160,7 @@ def critic_backward(
     return StepStats(reward.item(), by_aspect, by_question, frames.new_empty(0), frames.detach()), d_frames
 
 
-def _cosine(
+def _compared(
     parts: Parts,
     spec: StepSpec,
     x_0_BCFhw: Tensor,
@@ -168,9 +168,8 @@ def _cosine(
     questions: Sequence[Sequence[Question]],
     share: float,
     d_x_0_BCFhw: Tensor,
-) -> float:
-    """``StepStats.cosine``. The critic sees the compared decoder's frames, as it does where that decoder is used. 0 if
-    a gradient is NaN, infinite or zero."""
+) -> Compared:
+    """Of the gradients at the latents. The critic sees the compared decoder's frames, as where that decoder is used."""
     other = parts.compared
     assert other is not None
     with parts.stage("decode"):
@@ -180,8 +179,8 @@ def _cosine(
         del frames
     with parts.stage("vae_backward"):
         d_other = vae_backward(other, x_0_BCFhw, caches, d_frames, kept, spec.vae_window, lambda error: None)
-    pairs = torch.nn.functional.normalize(torch.stack([d_x_0_BCFhw, d_other]).flatten(2).double(), dim=2)
-    return pairs.prod(dim=0).sum(dim=1).nan_to_num(0.0).mean().item()
+    own, others = d_x_0_BCFhw.flatten().double(), d_other.flatten().double()
+    return Compared(own.dot(own).item(), own.dot(others).item(), others.dot(others).item())
 
 
 def denoise_backward(

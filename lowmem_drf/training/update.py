@@ -152,10 +152,10 @@ def update(
         frames = torch.cat([stat.frames_BTCHW for stat, _ in stats])
         oracle = dict(judge(frames, [prompt.text for prompt in own]))
     rewards = [(stat.reward, stat.reward_by_aspect, stat.reward_by_question, weight) for stat, weight in stats]
-    cosines = [(stat.cosine, weight) for stat, weight in stats if stat.cosine is not None]
-    shares = ranks.gather((rewards, oracle, good, cause, cosines, *models.meter.take()))
+    compared = [stat.compared for stat, _ in stats if stat.compared]
+    shares = ranks.gather((rewards, oracle, good, cause, compared, *models.meter.take()))
     made = [row for rows, *_ in shares for row in rows]
-    compared = [pair for row in shares for pair in row[4]]
+    compared = [one for row in shares for one in row[4]]
     ids, update_s = [prompt.id for prompt in prompts], time.perf_counter() - start
     stage_s, stage_peak_gib = _largest([row[-2] for row in shares]), _largest([row[-1] for row in shares])
     if not stepped:
@@ -177,7 +177,7 @@ def update(
         prompts=ids,
         seed=seeds,
         oracle=_mean_by_key([(rates, 1.0) for _, rates, *_ in shares]),
-        decoder_cosine=_mean(compared) if compared else None,
+        decoder_cosine=sum(compared[1:], compared[0]).cosine if compared else None,
     )
 
 
