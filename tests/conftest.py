@@ -44,6 +44,7 @@ steps = 3
 graded_steps = 2
 graded = "random"
 guidance = 2.0
+update = "renoise"
 
 [critic]
 id = "{critic}"
@@ -115,7 +116,8 @@ def tiny_folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_preset(tiny_folders, tmp_path_factory):
-    """A preset file on the tiny models: random graded steps, random frames, guidance, an uneven last micro-batch."""
+    """A preset file on the tiny models: random graded steps, random frames, guidance, fresh noise, an uneven last
+    micro-batch."""
     path = tmp_path_factory.mktemp("presets") / "tiny.toml"
     generator, critic = (folder.as_posix() for folder in tiny_folders)
     path.write_text(TINY_PRESET.format(generator=generator, critic=critic), encoding="utf-8")
