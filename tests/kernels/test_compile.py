@@ -93,8 +93,9 @@ def test_consumer_cards_sum_in_fp16_where_that_is_twice_as_fast(rows):
     """The integer products of int8 attention, and those of its weights with v; nothing else sums in fp16."""
     found = {(row["card"] in (86, 89, 120), row["sums"]) for row in rows if row["kernel"] == "attention_int8_kernel"}
     assert found <= {(True, "f16 s32"), (False, "f32 s32")} and found
-    others = {row["sums"] for row in rows if row["products"] and row["file"] != "attention_int8"}
-    assert others <= {"f32", ""}
+    others = {(row["file"], row["sums"]) for row in rows if row["products"] and row["file"] != "attention_int8"}
+    assert {sums for file, sums in others if file == "int8_linear"} == {"s32"}
+    assert {sums for file, sums in others if file != "int8_linear"} <= {"f32", ""}
 
 
 def test_every_tile_is_used_and_says_why(compiled):

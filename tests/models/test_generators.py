@@ -74,6 +74,7 @@ def test_every_one_can_be_planned(name: str, monkeypatch) -> None:
         "batch=1",
         "micro_batch=1",
         "sampler.graded_steps=1",
+        "sampler.shift=3",  # each of two transformers has a step of two
         "sampler.steps=2",
         'memory.park=["transformer"]',
     )
