@@ -58,12 +58,15 @@ class Chosen:
     """Attention without gradients; ``None``: ``attention``."""
     ranged: bool = False
     """The critic's attention is our kernel."""
+    integers: bool = False
+    """``model.products = "int8"``."""
     record: Mapping[str, Any] | None = None
     """For ``kernels.json``. ``None``: nothing was timed."""
 
     def __str__(self) -> str:
         rollout = "; int8 attention without gradient" if self.rollout_attention else ""
-        return f"kernels: {self.rows.name}; attention: {self.attention.name} ({self.why}){rollout}"
+        products = "; products of integers in frozen layers" if self.integers else ""
+        return f"kernels: {self.rows.name}; attention: {self.attention.name} ({self.why}){rollout}{products}"
 
 
 def choose(config: Config, work: Work, before: Mapping[str, Any] | None = None, ranks: Ranks = ALONE) -> Chosen:
@@ -80,17 +83,18 @@ def choose(config: Config, work: Work, before: Mapping[str, Any] | None = None, 
     if config.kernels.deterministic and device.type == "cuda":
         _same_bits()
         config = config.model_copy(update={"kernels": config.kernels.model_copy(update={"attention": "triton"})})
-    kernels = config.kernels
+    kernels, integers = config.kernels, config.model.products == "int8"
     rows = choose_rows(kernels.ops, device)
     rollout = int8_attention(device) if kernels.rollout_attention == "int8" else None
     if device.type != "cuda":
         name: AttentionName = "sdpa" if kernels.attention == "auto" else kernels.attention
         why = "the CPU's own" if kernels.attention == "auto" else "as asked"
-        return Chosen(rows, attention_named(name), why, rollout, ranged=name == "triton")
+        return Chosen(rows, attention_named(name), why, rollout, name == "triton", integers)
     record, why = ranks.from_chief(_record(config, work, rows, rollout, before) if ranks.chief else ({}, ""))
     if not why_not("triton", device):
         tiles().take_choices(record["tiles"])
-    return Chosen(rows, attention_named(record["attention"]), why, rollout, record["critic"] == "triton", record)
+    ranged = record["critic"] == "triton"
+    return Chosen(rows, attention_named(record["attention"]), why, rollout, ranged, integers, record)
 
 
 def require_kernels(config: Config, device: torch.device, head_dim: int = 128) -> None:

@@ -94,6 +94,7 @@ def test_strided_rows_and_a_row_of_zeros(device):
         assert torch.equal(kernels(layout, w8, scale, bias, d)[0], expected[0])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("quantise", [quantise_rows, quantise_rows_op], ids=["kernel", "operator"])
 def test_what_is_not_finite_stays_so(bad, quantise, device):
