@@ -49,8 +49,8 @@ SHARES = {
     "memory": Share(0.8, "long copies against the data sheet's bandwidth"),
     "link": Share(1.0, "``Card.link`` is what pinned copies reach already"),
 }  # fmt: skip
-_FULL = SHARES["matmul"].of
 """By kind of work. Until ``bench`` has measured them on the card at hand (``learn``)."""
+_FULL = SHARES["matmul"].of
 
 
 @dataclass(frozen=True, slots=True)
