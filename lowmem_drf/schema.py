@@ -165,8 +165,8 @@ class Sampler(Node):
                 f"{self.graded_steps} graded steps do not fit in sampler.steps = {self.steps}; lower it",
             )
         if self.timesteps and len(self.timesteps) != self.steps:
-            count = f"lists {len(self.timesteps)} noise levels, and sampler.steps is {self.steps}"
-            yield "timesteps", f"{count}; make them agree, or set [] for the grid of sampler.shift"
+            levels = f"lists {len(self.timesteps)} noise levels, and sampler.steps is {self.steps}"
+            yield "timesteps", f"{levels}; make them agree, or set [] for the grid of sampler.shift"
         if any(level <= after for level, after in zip(self.timesteps, self.timesteps[1:], strict=False)):
             yield "timesteps", f"{self.timesteps} must fall from step to step"
         if self.graded == "last" and self.graded_steps != 1:

@@ -152,6 +152,11 @@ def test_problems_of_a_file_name_the_file(tmp_path):
         (["sampler.graded=last"], "set it to 1"),
         (["sampler.graded=[1, 1]", "sampler.graded_steps=2"], "different step numbers"),
         (["sampler.graded=[1, 2]"], "make them agree"),
+        (
+            ["sampler.timesteps=[1000, 500]"],
+            "lists 2 noise levels, and sampler.steps is 10",
+        ),
+        (["sampler.steps=2", "sampler.graded_steps=2", "sampler.timesteps=[500, 757]"], "must fall"),
         (["micro_batch=9"], "micro_batch=8"),
         (["critic.frames=10"], "cannot see 10"),
         (["critic.frames=fps:9"], "8 frames a second"),

@@ -24,7 +24,7 @@ from lowmem_drf.planner.fake_models import fake_critic
 from lowmem_drf.planner.plan import make_plan
 
 BUDGET_GIB = {  # whole process, at its peak
-    "rtx4090": 17.0, "rtx3090": 17.0, "rtx5090": 17.0, "rtx4080": 7.6, "rtx3060": 7.6, "rtx4060": 5.5,
+    "rtx4090": 16.5, "rtx3090": 16.5, "rtx5090": 16.5, "rtx4080": 7.6, "rtx3060": 7.6, "rtx4060": 5.5,
     "rtx4090-20step": 16.5, "rtx3090-20step": 16.5, "rtx5090-20step": 28.5,
     "rtx4080-20step": 7.6, "rtx3060-20step": 7.6, "rtx4060-20step": 5.5,
     "rtx4090-wan14b": 21.0, "rtx4090-wan22-5b": 15.5, "zero3-2gpu": 19.0,
