@@ -33,6 +33,7 @@ from torch.utils.flop_counter import register_flop_formula
 from lowmem_drf.kernels.attention_backward import attention_backward_op
 from lowmem_drf.kernels.attention_common import (
     FP32_TILES,
+    LN2,
     LOG2E,
     attention_variants,
     dot,
@@ -45,7 +46,6 @@ from lowmem_drf.kernels.checks import DTYPES, aligned, check_attention, require_
 from lowmem_drf.kernels.operators import operator
 from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tuned
 
-LN2 = tl.constexpr(0.6931471805599453)
 HEAD_DIMS = (16, 32, 64, 80, 96, 128)
 
 TILES = (

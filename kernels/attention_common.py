@@ -11,7 +11,7 @@ import triton.language as tl
 from lowmem_drf.kernels.tiles import CARDS, INTERPRETED, Tile, Variant, tiles_for, variant
 
 UPCAST = tl.constexpr(INTERPRETED)
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
 FP32_TILES = (
     Tile({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 1, CARDS,

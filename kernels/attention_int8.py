@@ -1,4 +1,4 @@
-"""Attention that computes q k^T in 8-bit integers and p v in fp16, for passes without gradient (after SageAttention and
+"""Attention that computes q k^T in 8-bit integers and p v in fp16, forward only (after SageAttention and
 SageAttention2: Zhang et al. 2024, arXiv 2410.02367 and 2411.10958)::
 
     q' = (q - mean of q) R,  k' = (k - mean of k) R    means over the tokens of a head; R: Hadamard matrix, R R^T = d
@@ -7,6 +7,7 @@ SageAttention2: Zhang et al. 2024, arXiv 2410.02367 and 2411.10958)::
     extra = scale (mean of q) (k - mean of k)^T        one number for a key, in fp32
     out = softmax(scores) v                            softmax in fp32, p and v in fp16; their products are summed in
                                                        fp16 over 64 keys and in fp32 beyond
+    lse = log sum exp(scores) + scale q (mean of k)^T      of the scores that q and k themselves have, up to rounding
 
 A channel in which all tokens are far from zero, or one that is larger than the others, would take most of the 8 bits.
 The means take away the first kind (that of k adds the same to all scores of a query, which the softmax cancels), and
@@ -16,8 +17,10 @@ Tensor cores run integer products at least twice as fast as 16-bit ones. Those o
 twice as fast if they sum in fp16 (``HALF`` in ``TILES``). Each channel of v is scaled by a power of two to less than
 2^9: 64 keys then add up to less than 2^15, and nothing overflows.
 
+Any backward of 16-bit attention takes out and lse: with S = scale q k^T recomputed it has P = exp(S - lse).
+
 Shapes as in ``attention.py``: q and out (B, L, H, d); k, v (B, M, G, d), H a multiple of G; bf16 or fp16; d is 64 or
-128. Every query sees every key.
+128; lse (B, H, L) fp32, natural logarithm. Every query sees every key.
 """
 
 from __future__ import annotations
@@ -28,10 +31,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from lowmem_drf.kernels.attention_common import LOG2E, UPCAST, dot, load_tile, store_tile
+from lowmem_drf.kernels.attention_common import LN2, LOG2E, UPCAST, dot, load_tile, store_tile
 from lowmem_drf.kernels.checks import aligned, check_attention, require_card
 from lowmem_drf.kernels.operators import operator
 from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tiles_for, tuned, variant
@@ -58,21 +60,27 @@ TILES = (
 
 
 def attention_int8_naive(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """The formula in plain PyTorch, for d any power of two, with p and v in fp32 (fp64 inputs: all in fp64). What CPUs
-    run."""
+    """out of ``attention_int8_forward_naive``."""
+    return attention_int8_forward_naive(q, k, v, scale)[0]
+
+
+def attention_int8_forward_naive(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse) by the formula in plain PyTorch, for d any power of two, with p and v in fp32 (fp64 inputs: all in
+    fp64), and with the (L, M) matrix. What CPUs run."""
     B, L, H, d = q.shape
     if d & (d - 1):
         raise ValueError(f"The head dimension must be a power of two to be rotated; got q {tuple(q.shape)}.")
     wide = torch.promote_types(q.dtype, torch.float32)
-    q_BHLd, k_BGMd, v_BGMd = (x.to(wide).transpose(1, 2) for x in (q, k, v))
+    q_BHLd, k_BHMd, v_BHMd = (x.to(wide).transpose(1, 2).repeat_interleave(H // x.shape[2], 1) for x in (q, k, v))
     factor, rotation = d**-0.5 if scale is None else scale, hadamard(d).to(q_BHLd)
-    mean_BH1d, k_BGMd = q_BHLd.mean(2, keepdim=True), k_BGMd - k_BGMd.mean(2, keepdim=True)
-    extra_BH1M = factor * mean_BH1d @ k_BGMd.repeat_interleave(H // k.shape[2], 1).mT
-    q_BHLd, k_BGMd = (_rounded(x @ rotation) for x in (q_BHLd - mean_BH1d, k_BGMd))
-    out = F.scaled_dot_product_attention(
-        q_BHLd, k_BGMd, v_BGMd, extra_BH1M, scale=factor / d, enable_gqa=k.shape[2] != H
-    )
-    return out.transpose(1, 2).to(q.dtype)
+    q_BH1d, k_BH1d = (x.mean(2, keepdim=True) for x in (q_BHLd, k_BHMd))
+    extra_BH1M = factor * q_BH1d @ (k_BHMd - k_BH1d).mT
+    q8_BHLd, k8_BHMd = (_rounded(x @ rotation) for x in (q_BHLd - q_BH1d, k_BHMd - k_BH1d))
+    scores_BHLM = factor / d * q8_BHLd @ k8_BHMd.mT + extra_BH1M
+    lse_BHL1 = scores_BHLM.logsumexp(-1, keepdim=True)
+    out = (scores_BHLM - lse_BHL1).exp() @ v_BHMd
+    lse_BHL1 = lse_BHL1 + factor * q_BHLd @ k_BH1d.mT
+    return out.transpose(1, 2).to(q.dtype), lse_BHL1.squeeze(-1)
 
 
 def hadamard(d: int) -> Tensor:
@@ -91,10 +99,11 @@ def _rounded(x: Tensor) -> Tensor:
 
 @triton.jit
 def quantise_kernel(
-    p_x, p_mean, p_query_mean, p_x8, p_step, p_extra, stride_xb, stride_xl, stride_xh, factor, extra_factor, L,
-    GROUP: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    p_x, p_mean, p_other_mean, p_x8, p_step, p_extra, stride_xb, stride_xl, stride_xh, factor, extra_factor, L,
+    GROUP: tl.constexpr, ARE_KEYS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Of keys (``p_query_mean`` is given) also ``extra``, for each of the ``GROUP`` query heads that read them."""
+    """Of keys also ``extra``, for each of the ``GROUP`` query heads that read them, with the mean of the queries; of
+    queries what lse adds, with the mean of the keys."""
     start, i_h, i_b = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     row = i_b * tl.num_programs(1) + i_h
     o_d, o_r = tl.arange(0, D), start + tl.arange(0, ROWS)
@@ -112,11 +121,15 @@ def quantise_kernel(
     b_x8 = (b_y + tl.where(b_y < 0, -0.5, 0.5)).to(tl.int8)
     store_tile(p_x8 + (i_b * L * tl.num_programs(1) + i_h) * D, b_x8, start, L, tl.num_programs(1) * D, D, D, ROWS)
     tl.store(p_step + row * L + o_r, step * factor, mask=m_r)
-    if p_query_mean is not None:
-        b_x = b_x.to(tl.float32) - b_mean[None, :]
+    b_x = b_x.to(tl.float32)
+    if ARE_KEYS:
+        b_x -= b_mean[None, :]
         for i in range(GROUP):
-            b_query = tl.load(p_query_mean + (row * GROUP + i) * D + o_d) * extra_factor
+            b_query = tl.load(p_other_mean + (row * GROUP + i) * D + o_d) * extra_factor
             tl.store(p_extra + (row * GROUP + i) * L + o_r, tl.sum(b_x * b_query[None, :], 1), mask=m_r)
+    else:
+        b_key = tl.load(p_other_mean + row // GROUP * D + o_d) * extra_factor
+        tl.store(p_extra + row * L + o_r, tl.sum(b_x * b_key[None, :], 1), mask=m_r)
 
 
 @triton.jit
@@ -152,7 +165,7 @@ def _step(
 
 @triton.jit
 def attention_int8_kernel(
-    p_q8, p_k8, p_v, p_q_step, p_k_step, p_extra, p_v_unit, p_out, L, M,
+    p_q8, p_k8, p_v, p_q_step, p_k_step, p_extra, p_lse_extra, p_v_unit, p_out, p_lse, L, M,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     i_h, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -162,7 +175,8 @@ def attention_int8_kernel(
     row, key_row = i_b * L * H + i_h, i_b * M * G + i_g
     b_q8 = load_tile(p_q8 + row * D, start_m, L, H * D, D, D, BLOCK_M)
     o_m = tl.minimum(start_m + tl.arange(0, BLOCK_M), L - 1)
-    b_q_step = tl.load(p_q_step + (i_b * H + i_h) * L + o_m)
+    p_token = (i_b * H + i_h) * L + o_m
+    b_q_step = tl.load(p_q_step + p_token)
     p_k8, p_v = p_k8 + key_row * D, p_v + key_row * D
     p_k_step, p_extra = p_k_step + (i_b * G + i_g) * M, p_extra + (i_b * H + i_h) * M
     b_acc = tl.zeros([BLOCK_M, D], tl.float32)
@@ -176,6 +190,8 @@ def attention_int8_kernel(
         b_acc, b_max, b_sum = _step(
             b_acc, b_max, b_sum, b_q8, b_q_step, p_k8, p_k_step, p_extra, p_v, block, G * D, M, D, BLOCK_N, HALF, True
         )
+    # rows beyond the end repeat the last one, and write the same
+    tl.store(p_lse + p_token, (b_max + tl.log2(b_sum)) * LN2 + tl.load(p_lse_extra + p_token))
     b_unit = tl.load(p_v_unit + (i_b * G + i_g) * D + tl.arange(0, D))
     store_tile(p_out + row * D, b_acc / b_sum[:, None] * b_unit[None, :], start_m, L, H * D, D, D, BLOCK_M)
 
@@ -185,17 +201,18 @@ _tuned_attention = tuned(TILES, key=["D", "GROUP", "L", "M"])(attention_int8_ker
 
 
 def _quantised(
-    x: Tensor, mean: Tensor, factor: float, query_mean: Tensor | None = None, extra_factor: float = 0.0
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(x in 8 bits, contiguous; its scales times ``factor``, (B, H, L) fp32; ``extra`` if these are keys, one row for
-    each query head)."""
+    x: Tensor, mean: Tensor, other_mean: Tensor, are_keys: bool, factor: float, extra_factor: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x in 8 bits, contiguous; its scales times ``factor``, (B, H, L) fp32; of keys ``extra``, of queries what lse
+    adds, one row for each query head)."""
     B, L, H, d = x.shape
     x8, step = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(B, H, L, dtype=torch.float32)
-    heads = H if query_mean is None else query_mean.shape[1]
-    extra = None if query_mean is None else step.new_empty(B, heads, L)
+    group = other_mean.shape[1] // H if are_keys else H // other_mean.shape[1]
+    extra = step.new_empty(B, H * group if are_keys else H, L)
     _tuned_quantise[lambda meta: (triton.cdiv(L, meta["ROWS"]), H, B)](
-        x, mean, query_mean, x8, step, extra, *x.stride()[:3], factor, extra_factor, L, GROUP=heads // H, D=d
-    )
+        x, mean, other_mean, x8, step, extra, *x.stride()[:3], factor, extra_factor, L,
+        GROUP=group, ARE_KEYS=are_keys, D=d,
+    )  # fmt: skip
     return x8, step, extra
 
 
@@ -208,35 +225,35 @@ def _scaled(v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @operator("attention_int8")
-def attention_int8_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Also allocates ``attention_int8_workspace``."""
+def attention_int8_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(out, lse). Also allocates ``attention_int8_workspace``."""
     require_card("attention_int8", q)
     q, k = aligned(q), aligned(k)
     B, L, H, d = q.shape
     M, G = k.shape[1:3]
     with torch.cuda.device_of(q):
         q_mean, k_mean = (x.mean(1, dtype=torch.float32) for x in (q, k))
-        q8, q_step, _ = _quantised(q, q_mean, scale * LOG2E.value / d)
-        k8, k_step, extra = _quantised(k, k_mean, 1.0, q_mean, scale * LOG2E.value)
+        q8, q_step, lse_extra = _quantised(q, q_mean, k_mean, False, scale * LOG2E.value / d, scale)
+        k8, k_step, extra = _quantised(k, k_mean, q_mean, True, 1.0, scale * LOG2E.value)
         v16, v_unit = _scaled(v)
-        out = q.new_empty(q.shape)
+        out, lse = q.new_empty(q.shape), q_step.new_empty(B, H, L)
         _tuned_attention[lambda meta: (triton.cdiv(L, meta["BLOCK_M"]), H, B)](
-            q8, k8, v16, q_step, k_step, extra, v_unit, out, L, M, GROUP=H // G, D=d
+            q8, k8, v16, q_step, k_step, extra, lse_extra, v_unit, out, lse, L, M, GROUP=H // G, D=d
         )
-    return out
+    return out, lse
 
 
 @torch.library.register_fake(attention_int8_op)
 def _(q, k, v, scale):
-    return q.new_empty(q.shape)
+    return q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
 
 
 def attention_int8_workspace(q: Tensor, k: Tensor, v: Tensor, scale: float) -> int:
-    """Bytes that the op allocates beside its result: q and k in 8 bits, v in fp16, the scales of tokens and ``extra``
-    in fp32. Not the means, and copies of inputs that are not ``aligned``."""
+    """Bytes that the op allocates beside its results: q and k in 8 bits, v in fp16, the scales of tokens, ``extra``
+    and what lse adds in fp32. Not the means, and copies of inputs that are not ``aligned``."""
     B, L, H, _ = q.shape
     M, G = k.shape[1:3]
-    return q.numel() + k.numel() + 2 * v.numel() + 4 * B * (H * (L + M) + G * M)
+    return q.numel() + k.numel() + 2 * v.numel() + 4 * B * (H * (2 * L + M) + G * M)
 
 
 @register_flop_formula(torch.ops.lowmem_drf.attention_int8)
@@ -262,6 +279,12 @@ def attention_int8(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
         TypeError: a dtype that the kernels do not have.
         ValueError: shapes or devices that do not match; an input requires a gradient while gradients are recorded.
     """
+    return attention_int8_forward(q, k, v, scale)[0]
+
+
+def attention_int8_forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """(out, lse) of ``attention_int8``, lse (B, H, L) fp32, for callers that then call a backward of 16-bit attention,
+    for example ``attention_backward``. Raises as ``attention_int8``."""
     tensors = {"q": q, "k": k, "v": v}
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors.values()):
         raise ValueError("attention_int8 has no gradient. Call it under torch.no_grad(), or take attention.")
@@ -271,14 +294,14 @@ def attention_int8(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) 
 
 def variants(card: int) -> Iterator[Variant]:
     """Both kernels with every tile of a card, in both dtypes, for Wan's 128 channels and for 64; quantisation of keys
-    (with ``extra``) and of queries."""
-    kinds = dict.fromkeys(("p_mean", "p_query_mean", "p_step", "p_q_step", "p_k_step", "p_extra", "p_v_unit"), "fp32")
-    kinds |= dict.fromkeys(("factor", "extra_factor"), "fp32") | dict.fromkeys(("p_x8", "p_q8", "p_k8"), "i8")
+    and of queries."""
+    fp32 = ("p_mean", "p_other_mean", "p_step", "p_q_step", "p_k_step", "p_extra", "p_lse_extra", "p_v_unit", "p_lse")
+    kinds = dict.fromkeys((*fp32, "factor", "extra_factor"), "fp32") | dict.fromkeys(("p_x8", "p_q8", "p_k8"), "i8")
     for element in ("bf16", "fp16"):
         for d in HEAD_DIMS:
             constants = {"GROUP": 1, "D": d}
             for tile in tiles_for(QUANTISE_TILES, card):
-                for none in ({}, dict.fromkeys(("p_query_mean", "p_extra"))):
-                    yield variant(quantise_kernel, tile, element, {**none, **constants}, **kinds)
+                for are_keys in (False, True):
+                    yield variant(quantise_kernel, tile, element, constants | {"ARE_KEYS": are_keys}, **kinds)
             for tile in tiles_for(TILES, card):
                 yield variant(attention_int8_kernel, tile, element, constants, p_v="fp16", **kinds)

@@ -293,11 +293,20 @@ def int8_linear() -> ModuleType:
 
 
 def int8_attention(device: torch.device | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """``kernels/attention_int8.py``, without gradient: the kernel on a card; the same quantisation in plain PyTorch on
-    a CPU, and for what the kernel does not take (fp32, ToyWorld's 32 channels). Imports Triton.
+    """As ``int8_forward``, without the log-sum-exp."""
+    forward = int8_forward(device, "rollout_attention")
+    return lambda q, k, v: forward(q, k, v)[0]
+
+
+def int8_forward(
+    device: torch.device | None, key: str = "graded_attention"
+) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """``kernels/attention_int8.py``, (out, lse) without gradient: the kernel on a card; the same quantisation in plain
+    PyTorch on a CPU, and for what the kernel does not take (fp32, ToyWorld's 32 channels). Imports Triton.
 
     Args:
         device: where it must run; ``None``: nowhere yet (a plan).
+        key: the setting that asks for it, for the message.
 
     Raises:
         BadInputError: it cannot run there.
@@ -306,13 +315,13 @@ def int8_attention(device: torch.device | None) -> Callable[[Tensor, Tensor, Ten
     missing = importlib.util.find_spec("triton") is None
     reason = why_no_triton(device) if device is not None and (missing or not on_cpu) else None
     if reason:
-        raise BadInputError(f'kernels.rollout_attention = "int8" cannot run: {reason}')
+        raise BadInputError(f'kernels.{key} = "int8" cannot run: {reason}')
     from lowmem_drf.kernels import attention_int8 as file
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if on_cpu or q.dtype not in file.DTYPES or q.shape[-1] not in file.HEAD_DIMS:
-            return file.attention_int8_naive(q, k, v)
-        return file.attention_int8(q, k, v)
+            return file.attention_int8_forward_naive(q, k, v)
+        return file.attention_int8_forward(q, k, v)
 
     return attend
 

@@ -383,8 +383,7 @@ class Zero(Node):
 
 
 class Kernels(Node):
-    """Which implementation computes an operation. Results agree up to rounding, except with ``rollout_attention =
-    "int8"``."""
+    """Which implementation computes an operation. Results agree up to rounding, except with ``int8``."""
 
     ops: Literal["auto", "fused", "naive"] = "auto"
     """Norms, modulation, rotary embedding and gates of the transformer, norm and SiLU of the VAE: Triton kernels
@@ -393,12 +392,21 @@ class Kernels(Node):
     """Attention of the transformer; ``triton`` covers the critic too. ``auto``: the fastest on this card, timed at the
     start, and ``triton`` for the critic. The run keeps its choice in ``kernels.json``, and takes it again on resume."""
     rollout_attention: Literal["same", "int8"] = "same"
-    """Attention where there is no gradient (rollout, samples). ``int8`` is faster and inexact; graded steps never use
-    it. ``same``: as ``attention``."""
+    """Attention among the tokens where there is no gradient (rollout, samples), but for what
+    ``memory.record_rollout`` records. ``int8`` is faster and inexact. ``same``: as ``attention``."""
+    graded_attention: Literal["same", "int8"] = "same"
+    """Attention among the tokens in the forward of graded steps, and in the passes of the rollout that
+    ``memory.record_rollout`` records for them. ``int8`` is faster and inexact; the backward stays that of
+    ``attention``, from the results of this forward, and the gradient is approximate. ``same``: as ``attention``."""
     deterministic: bool = False
     """The same run gives the same bits on the same card, as far as PyTorch can; operations of which it cannot say so
     are named in a warning. Takes ``attention = "triton"``, whose backward then has seven products instead of five. On a
     CPU every run is like that."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.graded_attention == "int8" and self.attention == "xformers":
+            cure = 'set kernels.attention = "triton", "sdpa" or "auto"'
+            yield "graded_attention", f'"int8" does not go with the backward of xformers; {cure}'
 
 
 class Log(Node):

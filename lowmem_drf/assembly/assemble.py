@@ -252,7 +252,7 @@ def assemble(
     set_activations(
         transformer, memory.checkpoint, memory.token_slices, store,
         chosen.rows, chosen.attention, memory.keep_attention, recorder, chosen.rollout_attention,
-        streamed.get("transformer"), hooked=config.engine == "zero3",
+        chosen.graded_attention, streamed.get("transformer"), hooked=config.engine == "zero3",
     )  # fmt: skip
     if other is not None:  # it has no gradient, and nothing to keep
         set_activations(

@@ -100,7 +100,7 @@ def _kinds(config: Config, attention: Attention, device: torch.device) -> dict[s
         "memory": (copy, 2 * COPIED),
         "link": (host, 2 * COPIED),
     }
-    if config.kernels.rollout_attention == "int8":
+    if "int8" in (config.kernels.rollout_attention, config.kernels.graded_attention):
         kinds["int8 attention"] = (attend_int8, scores)
     if config.model.products == "int8":
         kinds["int8 products"] = (multiply_int8, kinds["matmul"][1])

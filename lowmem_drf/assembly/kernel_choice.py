@@ -22,7 +22,14 @@ from lowmem_drf.assembly.text_cache import DTYPES
 from lowmem_drf.assembly.trials import Work, card_seconds
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.wan.attention import NAMES, attention_named, refusal, why_not
+from lowmem_drf.models.wan.attention import (
+    BEHIND_INT8,
+    NAMES,
+    attention_named,
+    refusal,
+    why_not,
+    with_int8_forward,
+)
 from lowmem_drf.ops import (
     Attention,
     AttentionName,
@@ -30,11 +37,12 @@ from lowmem_drf.ops import (
     choose_rows,
     fused_ops,
     int8_attention,
+    int8_forward,
     naive_ops,
     require_int8_products,
     tiles,
 )
-from lowmem_drf.schema import Config
+from lowmem_drf.schema import Config, Kernels
 from lowmem_drf.shortage import let_go
 from lowmem_drf.terminal import working
 from lowmem_drf.texts import one_line, parse_json, read_text
@@ -56,6 +64,8 @@ class Chosen:
     """Reason for the attention, printed."""
     rollout_attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None
     """Attention without gradients; ``None``: ``attention``."""
+    graded_attention: Attention | None = None
+    """Attention among the tokens with gradients, or recorded for them; ``None``: ``attention``."""
     ranged: bool = False
     """The critic's attention is our kernel."""
     integers: bool = False
@@ -64,9 +74,11 @@ class Chosen:
     """For ``kernels.json``. ``None``: nothing was timed."""
 
     def __str__(self) -> str:
-        rollout = "; int8 attention without gradient" if self.rollout_attention else ""
-        products = "; products of integers in frozen layers" if self.integers else ""
-        return f"kernels: {self.rows.name}; attention: {self.attention.name} ({self.why}){rollout}{products}"
+        int8 = ["without gradient"] if self.rollout_attention else []
+        int8 += ["in the forward of graded steps"] if self.graded_attention else []
+        more = f"; int8 attention {' and '.join(int8)}" if int8 else ""
+        more += "; products of integers in frozen layers" if self.integers else ""
+        return f"kernels: {self.rows.name}; attention: {self.attention.name} ({self.why}){more}"
 
 
 def choose(config: Config, work: Work, before: Mapping[str, Any] | None = None, ranks: Ranks = ALONE) -> Chosen:
@@ -85,16 +97,24 @@ def choose(config: Config, work: Work, before: Mapping[str, Any] | None = None, 
         config = config.model_copy(update={"kernels": config.kernels.model_copy(update={"attention": "triton"})})
     kernels, integers = config.kernels, config.model.products == "int8"
     rows = choose_rows(kernels.ops, device)
-    rollout = int8_attention(device) if kernels.rollout_attention == "int8" else None
     if device.type != "cuda":
         name: AttentionName = "sdpa" if kernels.attention == "auto" else kernels.attention
         why = "the CPU's own" if kernels.attention == "auto" else "as asked"
-        return Chosen(rows, attention_named(name), why, rollout, name == "triton", integers)
-    record, why = ranks.from_chief(_record(config, work, rows, rollout, before) if ranks.chief else ({}, ""))
+        attention = attention_named(name)
+        return Chosen(rows, attention, why, *_in_int8(kernels, attention, device), name == "triton", integers)
+    record, why = ranks.from_chief(_record(config, work, rows, before) if ranks.chief else ({}, ""))
     if not why_not("triton", device):
         tiles().take_choices(record["tiles"])
-    ranged = record["critic"] == "triton"
-    return Chosen(rows, attention_named(record["attention"]), why, rollout, ranged, integers, record)
+    attention, ranged = attention_named(record["attention"]), record["critic"] == "triton"
+    return Chosen(rows, attention, why, *_in_int8(kernels, attention, device), ranged, integers, record)
+
+
+def _in_int8(
+    kernels: Kernels, attention: Attention, device: torch.device | None
+) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor] | None, Attention | None]:
+    """``rollout_attention`` and ``graded_attention`` of ``Chosen``."""
+    rollout = int8_attention(device) if kernels.rollout_attention == "int8" else None
+    return rollout, with_int8_forward(attention, device) if kernels.graded_attention == "int8" else None
 
 
 def require_kernels(config: Config, device: torch.device, head_dim: int = 128) -> None:
@@ -112,6 +132,8 @@ def require_kernels(config: Config, device: torch.device, head_dim: int = 128) -
     choose_rows(kernels.ops, device)
     if kernels.rollout_attention == "int8":
         int8_attention(device)
+    if kernels.graded_attention == "int8":
+        int8_forward(device)
     if config.model.products == "int8":
         require_int8_products()
     if name == "auto":
@@ -136,9 +158,8 @@ def choose_planned(config: Config) -> Chosen:
     kernels = config.kernels
     rows: RowChoice = "fused" if kernels.ops == "auto" else kernels.ops
     attention = attention_named("triton" if kernels.attention == "triton" else "sdpa")
-    rollout = int8_attention(None) if kernels.rollout_attention == "int8" else None
-    ranged = attention.name == "triton"
-    return Chosen(fused_ops() if rows == "fused" else naive_ops(), attention, "planned", rollout, ranged)
+    int8, ranged = _in_int8(kernels, attention, None), attention.name == "triton"
+    return Chosen(fused_ops() if rows == "fused" else naive_ops(), attention, "planned", *int8, ranged)
 
 
 def saved_choice(run: Path | None, say: Callable[[str], None]) -> Mapping[str, Any] | None:
@@ -167,14 +188,16 @@ def record_text(record: Mapping[str, Any]) -> str:
 
 
 def _record(
-    config: Config, work: Work, rows: RowOps, rollout: Any, before: Mapping[str, Any] | None
+    config: Config, work: Work, rows: RowOps, before: Mapping[str, Any] | None
 ) -> tuple[Mapping[str, Any], str]:
     """The record and, for printing, the reason for the attention."""
     now = _about(config, work.device)
-    changed = _changed(before["about"], now) if before else ""
+    # a setting that the run's version did not have was at its default
+    defaults = {f"kernels.{name}": value for name, value in Kernels().model_dump().items()}
+    changed = _changed({**defaults, **before["about"]}, now) if before else ""
     if before and not changed:
         return before, f"as {KERNELS} says"
-    record = {"about": now, **_timed(config, work, rows, rollout)}
+    record = {"about": now, **_timed(config, work, rows)}
     return record, record["why"] + (f"; chosen anew, {changed}" if changed else "")
 
 
@@ -196,13 +219,17 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, str]) -> str:
     return "; ".join(f"{name} was {before.get(name, 'absent')} and is {now.get(name, 'absent')}" for name in names[:2])
 
 
-def _timed(
-    config: Config, work: Work, rows: RowOps, rollout: Any, seconds: Callable[..., float] = card_seconds
-) -> dict[str, Any]:
+def _timed(config: Config, work: Work, rows: RowOps, seconds: Callable[..., float] = card_seconds) -> dict[str, Any]:
     """The record of a new choice, without ``about``."""
-    asked, device = config.kernels.attention, work.device
+    kernels, device = config.kernels, work.device
+    asked, graded_int8 = kernels.attention, kernels.graded_attention == "int8"
+    int8 = int8_attention(device) if graded_int8 or kernels.rollout_attention == "int8" else None
     named = [asked] if asked == "triton" else []  # its tiles are timed
-    names = [name for name in NAMES if not why_not(name, device)] if asked == "auto" else named
+    names = (
+        [name for name in (BEHIND_INT8 if graded_int8 else NAMES) if not why_not(name, device)]
+        if asked == "auto"
+        else named
+    )
     ours = not why_not("triton", device)
     found: dict[AttentionName, tuple[float, float]] = {}
     failed: dict[str, str] = {}
@@ -220,7 +247,7 @@ def _timed(
         order = sorted(found, key=lambda name: forwards * found[name][0] + backwards * found[name][1])
         attention = attention_named(order[0] if order else "sdpa" if asked == "auto" else asked)
         ranged = "triton" in found
-        for trial in work.trials(rows, attention, rollout, ranged):
+        for trial in work.trials(rows, attention, int8, ranged):
             try:
                 trial()
             except Exception as error:  # its kernels take their first tiles; a run that needs them says what is wrong

@@ -82,8 +82,9 @@ class Work:
         guided = 1 if sampler.guidance == 1 else 2
         graded = sampler.graded_steps * (guided if sampler.guidance_grad == "both" else 1)
         again = 2 if memory.checkpoint and memory.keep_attention == "none" else 1
-        rollout = 0 if self.config.kernels.rollout_attention == "int8" else sampler.steps * guided
-        return rollout + graded * again, graded
+        kernels, recorded = self.config.kernels, graded if memory.record_rollout else 0
+        rollout = 0 if kernels.rollout_attention == "int8" else sampler.steps * guided - recorded
+        return rollout + (0 if kernels.graded_attention == "int8" else graded * again), graded
 
     def attention_seconds(
         self, attention: Attention, seconds: Callable[[Callable[[], Any]], float] = card_seconds
@@ -107,13 +108,13 @@ class Work:
         return seconds(without_gradient), back
 
     def trials(
-        self, rows: RowOps, attention: Attention, rollout: Callable[..., Tensor] | None, ranged: bool
+        self, rows: RowOps, attention: Attention, int8: Callable[..., Tensor] | None, ranged: bool
     ) -> Iterator[Callable[[], Any]]:
         """Calls that launch every kernel of ours that the run launches, once each."""
         if attention.name == "triton":
             yield lambda: self._to_text(attention)
-        if rollout is not None:
-            yield lambda: rollout(*(self._random(*self.shape).detach() for _ in range(3)))
+        if int8 is not None:
+            yield lambda: int8(*(self._random(*self.shape).detach() for _ in range(3)))
         if rows.name == "fused":
             yield lambda: self._modulated(rows)
             yield lambda: self._rotated(rows)

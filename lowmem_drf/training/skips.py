@@ -74,8 +74,9 @@ def broken(config: Config, run: Path, error: NonFiniteError) -> NonFiniteError:
 def advice(config: Config, causes: Sequence[Cause], prompts: int) -> list[str]:
     """Options of a resumed run that may cure it. ``prompts``: how many the run has."""
     said = [f"-s optim.lr={config.optim.lr / 4:.2g}"]
-    if config.kernels.rollout_attention != "same":
-        said.append("-s kernels.rollout_attention=same")
+    for key in ("rollout_attention", "graded_attention"):
+        if getattr(config.kernels, key) != "same":
+            said.append(f"-s kernels.{key}=same")
     if (config.kernels.ops, config.kernels.attention) != ("naive", "sdpa"):
         said.append("-s kernels.ops=naive -s kernels.attention=sdpa")
     for stage, key in (("decode", "vae_dtype"), ("vae_backward", "vae_grad_dtype")):

@@ -66,7 +66,7 @@ def chosen(monkeypatch):
         clock, (config, here) = Clock(costs), work(*settings)
         monkeypatch.setattr(kernel_choice, "why_not", lambda name, device: None if name in costs else "absent")
         monkeypatch.setattr(kernel_choice, "attention_named", clock.named)
-        return kernel_choice._timed(config, here, naive_ops(), None, clock.seconds)
+        return kernel_choice._timed(config, here, naive_ops(), clock.seconds)
 
     return run
 

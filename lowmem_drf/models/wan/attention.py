@@ -7,15 +7,22 @@ flash-attn has no wheels on PyPI: its pair follows the signatures of 2.7 and 2.8
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from lowmem_drf.ops import Attention, AttentionName, Pair, sdpa_attention, triton_attention, why_no_triton
+from lowmem_drf.ops import Attention, AttentionName, Pair, int8_forward, sdpa_attention, triton_attention, why_no_triton
 
 NAMES: tuple[AttentionName, ...] = ("triton", "cudnn", "sdpa", "xformers", "flash")
 """All but ``auto``. Of equally fast ones the first is taken."""
+
+BEHIND_INT8: tuple[AttentionName, ...] = ("triton", "cudnn", "sdpa", "flash")
+"""Those whose backward can follow a forward in 8 bits: their log-sum-exp is known."""
+LSE_ROWS = 32
+"""PyTorch's memory-efficient attention pads its log-sum-exps to a multiple of so many queries."""
 
 _aten = torch.ops.aten
 
@@ -32,6 +39,22 @@ def attention_named(name: AttentionName) -> Attention:
         "flash": (_flash_forward, _flash_backward),
     }
     return Attention.of_pair(name, pairs[name])
+
+
+def with_int8_forward(attention: Attention, device: torch.device | None) -> Attention:
+    """A forward in 8 bits, and the backward of ``attention``, one of ``BEHIND_INT8``, from its results. ``device`` and
+    errors: as ``ops.int8_forward``."""
+    forward, backward = int8_forward(device), attention.pair[1]
+
+    def with_its_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = forward(q, k, v)
+        if attention.name == "cudnn":
+            lse = lse[..., None]
+        elif attention.name == "sdpa" and q.device.type == "cuda" and q.dtype == torch.float32:
+            lse = F.pad(lse, (0, -lse.shape[-1] % LSE_ROWS), value=math.inf)
+        return out, lse
+
+    return Attention.of_pair(attention.name, (with_its_lse, backward))
 
 
 def why_not(name: AttentionName, device: torch.device) -> str | None:

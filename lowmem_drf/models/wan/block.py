@@ -35,6 +35,7 @@ class BlockForward:
     Args:
         count: slices of tokens. With 1 only a checkpoint around the block recomputes it.
         rollout_attention: self-attention for passes without gradient that are not recorded. ``None``: ``attention``.
+        graded_attention: self-attention for all others. ``None``: ``attention``.
         weights: the block's, if they are streamed.
 
     Raises:
@@ -49,13 +50,14 @@ class BlockForward:
         count: int = 1,
         rollout_attention: Any = None,
         weights: Layer | Resident | None = None,
+        graded_attention: Attention | None = None,
     ) -> None:
         if block.attn2.add_k_proj is not None:
             raise BadInputError(
                 "the transformer is an image-to-video one: its blocks attend to an image. Take a text-to-video model."
             )
         self._block, self._rows, self._attention, self._count = block, rows, attention, count
-        self._rollout_attention = rollout_attention
+        self._rollout_attention, self._graded_attention = rollout_attention, graded_attention or attention
         self._weights = weights or Resident()
 
     def __call__(
@@ -81,10 +83,10 @@ class BlockForward:
             shared=[modulation_B6D, *weights.tensors()],
             parameters=_trainable(attn1.to_q, attn1.to_k, attn1.to_v),
         )
-        if recorded or unread or self._rollout_attention is None or torch.is_grad_enabled():
-            attended_BLHd = self._attend(q, k, v, kept_attention)
+        if recorded or unread or torch.is_grad_enabled():
+            attended_BLHd = _attend(self._graded_attention, q, k, v, kept_attention)
         else:
-            attended_BLHd = self._rollout_attention(q, k, v)
+            attended_BLHd = (self._rollout_attention or self._attention.call)(q, k, v)
         del q, k, v
         text_k = self._rows.rms_norm(attn2.to_k(text_BLD), attn2.norm_k.weight, attn2.norm_k.eps)
         text_v = attn2.to_v(text_BLD)
@@ -126,7 +128,8 @@ class BlockForward:
         if isinstance(norm, nn.LayerNorm):
             x = rows.layer_norm(hidden, norm.weight, norm.bias, norm.eps)
         q = rows.rms_norm(self._linear(attn.to_q, x), attn.norm_q.weight, attn.norm_q.eps)
-        hidden = hidden + self._out(attn, self._attend(_heads(attn, q), text_k, text_v, kept_attention))
+        attended = _attend(self._attention, _heads(attn, q), text_k, text_v, kept_attention)
+        hidden = hidden + self._out(attn, attended)
         x = rows.norm_modulate(hidden, ff_scale, ff_shift, block.norm3.eps)
         return (rows.gate_residual(hidden, self._feed_forward(x), ff_gate),)
 
@@ -144,10 +147,13 @@ class BlockForward:
             return result
         return linear(ffn.net[2], linear(ffn.net[0].proj, x), gelu=True)  # without the dropout of 0 between them
 
-    def _attend(self, q_BLHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, kept_attention: KeptAttention | None) -> Tensor:
-        if kept_attention is None:
-            return self._attention.call(q_BLHd, k_BLHd, v_BLHd)
-        return self._attention.keep_attention(q_BLHd, k_BLHd, v_BLHd, kept_attention)
+
+def _attend(
+    attention: Attention, q_BLHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor, kept_attention: KeptAttention | None
+) -> Tensor:
+    if kept_attention is None:
+        return attention.call(q_BLHd, k_BLHd, v_BLHd)
+    return attention.keep_attention(q_BLHd, k_BLHd, v_BLHd, kept_attention)
 
 
 def _whole(function: Any, sliced: list[Tensor], shared: list[Tensor], **_: Any) -> Any:

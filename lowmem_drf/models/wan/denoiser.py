@@ -86,6 +86,7 @@ def set_activations(
     keep_attention: Literal["none", "card", "host"] = "none",
     recorder: Recorder | None = None,
     rollout_attention: Any = None,
+    graded_attention: Attention | None = None,
     streamed: Streamed | None = None,
     hooked: bool = False,
 ) -> None:
@@ -100,6 +101,7 @@ def set_activations(
         keep_attention: under ``checkpoint``, blocks also keep their attentions' outputs instead of recomputing them.
         recorder: replays forwards that the rollout has recorded.
         rollout_attention: (q, k, v) -> out; self-attention without gradient that is not recorded.
+        graded_attention: self-attention of all other passes. Default: ``attention``.
         streamed: the blocks' weights, if they are streamed.
         hooked: hooks on the blocks' calls provide their weights (``activations.HookedForward``).
 
@@ -112,8 +114,9 @@ def set_activations(
     for place, block in enumerate(blocks):
         weights = streamed.layers[place] if streamed else None
         forward: Any = BlockForward(
-            block, rows or naive_ops(), attention or attention_named("sdpa"), slices, rollout_attention, weights
-        )
+            block, rows or naive_ops(), attention or attention_named("sdpa"), slices, rollout_attention, weights,
+            graded_attention,
+        )  # fmt: skip
         forward = streamed.forward(place, forward) if streamed else HookedForward(forward, pace) if hooked else forward
         block.forward = forward if recorder is None else RecordedForward(forward, block is blocks[-1], recorder)
     if checkpoint is False:
