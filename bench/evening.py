@@ -34,6 +34,12 @@ from lowmem_drf.config import load_config
 from lowmem_drf.files import write_text
 from lowmem_drf.schema import Config
 
+RECORDED = (
+    "memory.checkpoint=true",
+    "memory.record_rollout=true",
+    "kernels.graded_attention=int8",
+    "kernels.rollout_attention=int8",
+)
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "toy": ("toy", ()),
     "toy-half": ("toy", ("steps=100",)),
@@ -44,6 +50,9 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "toy-fast": ("toy-fast", ()),
     "toy-fast-random2": ("toy-fast", ("sampler.graded=random", "sampler.graded_steps=2")),
     "toy-fast-random1": ("toy-fast", ("sampler.graded=random", "sampler.graded_steps=1")),
+    "toy-fast-products": ("toy-fast", ("model.products=int8",)),
+    "toy-fast-attention": ("toy-fast", RECORDED),
+    "toy-fast-tiny": ("toy-fast", ("model.decoder=tiny",)),
 }
 """Name -> preset and overrides. A new lever is a line."""
 UNPREVIEWED = ("log.sample_every=0",)
