@@ -309,9 +309,10 @@ class Memory(Node):
     """``exact``: cache gradients flow back to the first frame; the gradient is that of one graph with our clamp of the
     pixels (docs/memory.md). ``window:n`` (ChopGrad) stops them after n chunks: fewer chunks to recompute where kept
     frames lie far apart, and an approximate gradient."""
-    vae_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Number format of the decode whose frames the critic sees. ``bf16`` halves its activations, but the Wan VAE's
-    frames show banding."""
+    vae_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Number format of the decode whose frames the critic sees. ``fp16`` takes half the memory and time of it, and
+    rounds as finely as TF32, in which cards compute fp32 convolutions. ``bf16`` does too, but the Wan VAE's frames show
+    banding."""
     vae_grad_dtype: Literal["fp32", "bf16"] = "fp32"
     """Number format of the VAE backward. ``bf16`` halves its activations and the stored caches; the gradient has a
     cosine of 0.9999 with that in fp32."""

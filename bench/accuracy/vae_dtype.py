@@ -3,7 +3,7 @@
     python -m bench.accuracy.vae_dtype --json bench/results/vae_dtype.json
 
 The reference is fp64. Compared with it: values and gradients in fp32, gradients alone in bf16
-(``memory.vae_grad_dtype``), and all in bf16 (``memory.vae_dtype`` too). The upstream gradient is white noise, the same
+(``memory.vae_grad_dtype``), values in fp16 besides (``memory.vae_dtype``), and all in bf16. The upstream gradient is white noise, the same
 for all. Two VAEs: ToyWorld's trained one on its own clips, and one with random weights and the channels of Wan 2.1's,
 on noise of 32 x 32 pixels.
 
@@ -35,6 +35,7 @@ WAN21 = dict(base_dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, tem
 DTYPES = {
     "fp32": (torch.float32, None),
     "fp32, gradients bf16": (torch.float32, torch.bfloat16),
+    "fp16, gradients bf16": (torch.float16, torch.bfloat16),
     "bf16": (torch.bfloat16, None),
 }
 """Name -> ``memory.vae_dtype``, and ``memory.vae_grad_dtype`` if it differs."""

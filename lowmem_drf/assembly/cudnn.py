@@ -13,8 +13,8 @@ from lowmem_drf.schema import Config
 
 
 def require_fast_vae(config: Config, device: torch.device) -> None:
-    """Raises LowmemError if the VAE computes in bf16 on a card, and cuDNN does not (``require_fast_conv3d``)."""
-    if device.type == "cuda" and "bf16" in (config.memory.vae_dtype, config.memory.vae_grad_dtype):
+    """Raises LowmemError if the VAE computes in 16 bit on a card, and cuDNN does not (``require_fast_conv3d``)."""
+    if device.type == "cuda" and {config.memory.vae_dtype, config.memory.vae_grad_dtype} != {"fp32"}:
         require_fast_conv3d()
 
 

@@ -76,7 +76,7 @@ def _at_once(config: Config, generator: GeneratorConfig, clips: int) -> list[tup
     _, frames, height, width = latent_shape(config, transformer, vae)
     tokens = math.prod(n // patch for n, patch in zip((frames, height, width), transformer["patch_size"], strict=True))
     inner = transformer["num_attention_heads"] * transformer["attention_head_dim"]
-    bytes_of = {"fp32": 4, "bf16": 2}
+    bytes_of = {"fp32": 4, "bf16": 2, "fp16": 2}
     attention = 4 * tokens * inner * bytes_of[config.dtype]  # input, query, key and value of one block
     channels = vae.get("decoder_base_dim") or vae["base_dim"]
     pixels = video.width * video.height // (vae.get("patch_size") or 1) ** 2

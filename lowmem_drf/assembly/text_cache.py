@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from lowmem_drf.models.wan.text import TextEncoder
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 BATCH = 32
 """Texts per batch of a small encoder. A large one encodes one at a time, so that a cached embedding does not depend on

@@ -80,7 +80,7 @@ def advice(config: Config, causes: Sequence[Cause], prompts: int) -> list[str]:
     if (config.kernels.ops, config.kernels.attention) != ("naive", "sdpa"):
         said.append("-s kernels.ops=naive -s kernels.attention=sdpa")
     for stage, key in (("decode", "vae_dtype"), ("vae_backward", "vae_grad_dtype")):
-        if any((cause.stage, cause.dtype) == (stage, "bf16") for cause in causes):
+        if any(cause.stage == stage and cause.dtype != "fp32" for cause in causes):
             said.append(f"-s memory.{key}=fp32")
     ids = [prompt for cause in causes for prompt in cause.prompts]
     guilty = sorted(set(ids) | set(config.skip_prompts))
