@@ -82,17 +82,18 @@ class Model(Node):
     """How the blocks' frozen linear layers multiply. ``16bit``: in ``dtype``. ``int8``: in 8-bit integers, which what
     they multiply is rounded to, forward and backward: faster on a card, but rollout and gradient are approximate. The
     layers are then stored as with ``quant = "int8"``. The LoRA itself stays in ``dtype``."""
-    decoder: Literal["exact", "tiny"] = "exact"
-    """Which decoder the gradient goes through. ``tiny`` takes a small stand-in for the VAE (``decoder_file``) for a
-    fraction of its time and memory; the gradient is approximate, and compared with the VAE's in some updates. Samples
-    and evaluation always use the VAE."""
+    decoder: Literal["exact", "tiny", "tiny_backward"] = "exact"
+    """Which decoder updates use. ``tiny``: a small stand-in for the VAE (``decoder_file``), for a fraction of its time
+    and memory. ``tiny_backward``: the critic sees the VAE's frames, and only their gradient goes through the stand-in.
+    Either gradient is approximate, and compared with the VAE's in some updates. Samples and evaluation always use the
+    VAE."""
     decoder_file: str = ""
     """Weights of the tiny decoder, in the architecture of TAEHV (github.com/madebyollin/taehv, MIT): a safetensors
     file, or ``owner/repo/file.safetensors`` on the hub. For Wan2.1 and Wan2.2-A14B it is published as
     ``Kijai/WanVideo_comfy/taew2_1.safetensors``, for Wan2.2-TI2V-5B as ``taew2_2.safetensors`` beside it. (LightX2V's
     ``lighttae`` files take latents of another scale.) Empty: ToyWorld's own."""
     decoder_check_every: Positive = 10
-    """With ``decoder = "tiny"``: in the first of this many updates the VAE makes frames and gradient, and the cosine
+    """With a tiny decoder: in the first of this many updates the VAE makes frames and gradient, and the cosine
     between its gradient at the latents and the tiny decoder's is logged. 1: in every update."""
     decoder_least_cosine: Annotated[float, Field(ge=-1, le=1)] = 0.1
     """Below this cosine the run goes back to the VAE, for good. Unrelated gradients have a cosine near 0; ToyWorld

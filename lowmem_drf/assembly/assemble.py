@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
-    from lowmem_drf.models.tiny.decoder import TinyDecoder
+    from lowmem_drf.models.tiny.decoder import TinyBackward, TinyDecoder
     from lowmem_drf.models.tiny.network import TinyNetwork
     from lowmem_drf.models.tiny.watch import Uses
     from lowmem_drf.models.wan.decoder import WanDecoder
@@ -158,8 +158,8 @@ class Models:
     """The transformer that is not trained, if the generator has two."""
     first_level: float = 1.0
     """Sigma of the latents that denoising begins with."""
-    tiny: TinyDecoder | None = None
-    """With ``model.decoder = "tiny"``."""
+    tiny: TinyDecoder | TinyBackward | None = None
+    """With another ``model.decoder`` than the VAE."""
 
     @property
     def asked_critic(self) -> QwenCritic:
@@ -178,7 +178,8 @@ class Models:
         if self.recorder is not None:
             parts = replace(parts, recorder=self.recorder)
         if uses == "tiny" and self.tiny is not None:
-            return replace(parts, decoder=self.tiny, stage=partial(self.residency.stage, spared=("vae",)))
+            stage = partial(self.residency.stage, spared={"vae": self.tiny.spares})
+            return replace(parts, decoder=self.tiny, stage=stage)
         return replace(parts, compared=self.tiny) if uses == "both" else parts
 
     def condition(self, texts: Sequence[str]) -> Tensor:
@@ -224,11 +225,11 @@ def assemble(
             rollout only one of the two is on the card.
         store: host memory for parked, streamed and offloaded tensors. A plan passes one that only counts.
         kernels: the run's first choice of operations (``kernel_choice.choose``).
-        tiny: of ``model.decoder = "tiny"``. It is small, and stays on the card.
+        tiny: of ``model.decoder``. It is small, and stays on the card.
 
     Raises BadInputError: the video's size does not fit the models, or a requested kernel cannot run.
     """
-    from lowmem_drf.models.tiny.decoder import TinyDecoder
+    from lowmem_drf.models.tiny.decoder import TinyBackward, TinyDecoder
     from lowmem_drf.models.wan.decoder import WanDecoder, drop_encoder
     from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
     from lowmem_drf.models.wan.experts import two_experts
@@ -266,6 +267,10 @@ def assemble(
         vae, grad_dtype=DTYPES[memory.vae_grad_dtype], strips=memory.vae_strips, caches=memory.vae_caches,
         store=store, norm_silu=chosen.rows.norm_silu,
     )  # fmt: skip
+    small: TinyDecoder | TinyBackward | None = None
+    if tiny is not None:
+        small = TinyDecoder(tiny, grad_dtype=DTYPES[memory.vae_grad_dtype], store=store)
+        small = small if config.model.decoder == "tiny" else TinyBackward(decoder, small)
     modules = generators | {"vae": vae} | ({} if critic is None else {"critic": critic.model})
     parked = modules.keys() & {*memory.park, *(["expert"] if "transformer" in memory.park else [])}
     needs = NEEDS if other is None else {**NEEDS, "rollout": ()}  # two_experts brings each transformer in its turn
@@ -286,5 +291,5 @@ def assemble(
         device=device, meter=meter, residency=residency, recorder=recorder, kernels=str(chosen),
         kernel_record=chosen.record, expert=other.transformer if other else None,
         first_level=config.sampler.timesteps[0] / TRAIN_TIMESTEPS if config.sampler.timesteps else 1.0,
-        tiny=TinyDecoder(tiny, grad_dtype=DTYPES[memory.vae_grad_dtype], store=store) if tiny else None,
+        tiny=small,
     )  # fmt: skip

@@ -77,7 +77,7 @@ def load_models(
         shapes = transformer_shapes(described.transformer)
         adapters, rest = lora.split(shapes) if lora else (None, None)
         channels, small = described.vae["z_dim"], None
-        if config.model.decoder == "tiny" and with_critic:
+        if config.model.decoder != "exact" and with_critic:
             small = tiny_file(config.model.id, config.model.decoder_file, channels, say)
             sizes_in(small, channels)
         for source, _ in config.model.base_loras():  # a bad file is refused before texts are encoded for minutes

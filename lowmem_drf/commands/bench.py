@@ -205,7 +205,7 @@ def _random_models(
     critic = random_critic(resolve(config.critic.id, "critic"), dtype, device, critic_rate(config), config.critic.quant)
     vae = random_vae(generator.vae, DTYPES[config.memory.vae_dtype], device)
     tiny = None
-    if config.model.decoder == "tiny":
+    if config.model.decoder != "exact":
         tiny = network_for(planned_sizes(config.model.id, config.model.decoder_file, generator.vae), generator.vae)
         tiny.to(device, vae.dtype)
     models = assemble(config, transformer, vae, critic, texts, device, meter, other=other, store=store, tiny=tiny)
@@ -260,7 +260,7 @@ def bench_command(preset: str | None, vram: str | None, overrides: Sequence[str]
         print(json.dumps(_as_json(plan, measured, name), indent=2))
     else:
         _print(plan, measured, name, console)
-        if (every := config.model.decoder_check_every) > 1 and config.model.decoder == "tiny":
+        if (every := config.model.decoder_check_every) > 1 and config.model.decoder != "exact":
             said = f"the first update here compares it, later ones do not; the plan's seconds are the mean of {every}"
             console.print(f"tiny decoder: {said}", highlight=False)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -132,10 +133,10 @@ class Residency:
         self._streamed = {**self._streamed, name: layers}
 
     @contextmanager
-    def stage(self, name: str, spared: Collection[str] = ()) -> Iterator[None]:
+    def stage(self, name: str, spared: Mapping[str, Collection[str]] = MappingProxyType({})) -> Iterator[None]:
         """``Parts.stage``: inside it the models that the stage needs are awake, and all other parked models are
-        asleep. ``spared``: models whose place another takes."""
-        needed = [model for model in self._needs[name] if model not in spared]
+        asleep. ``spared``: by model, stages in which another takes its place."""
+        needed = [model for model in self._needs[name] if name not in spared.get(model, ())]
         self._park_but(needed)
         with self._inner(name):
             self._wake(needed)

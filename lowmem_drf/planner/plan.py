@@ -106,7 +106,7 @@ def make_plan(
     fakes, seen = fakes or new_fakes(), {} if seen is None else seen
     every = config.model.decoder_check_every
     kinds: dict[Uses, float] = {"exact": 1.0}
-    if config.model.decoder == "tiny":
+    if config.model.decoder != "exact":
         kinds = {"both": 1 / every, "tiny": 1 - 1 / every} if every > 1 else {"both": 1.0}
     plans = [_plan(config, card, vram_gib, only, whole, fakes, deep, seen, uses) for uses in kinds]
     return plans[0].averaged(plans[1:], list(kinds.values()))

@@ -160,7 +160,7 @@ def print_plan(plan: Plan, name: str, config: Config, console: Console) -> None:
         gathered, partitioned = "whole on each card, gathered once", "gathered block by block in every step"
         weights = gathered if plan.rollout == "gathered" else partitioned
         say(f"the transformer's weights in the rollout: {weights} (zero.rollout = {plan.rollout})")
-    if config.model.decoder == "tiny" and (every := config.model.decoder_check_every) > 1:
+    if config.model.decoder != "exact" and (every := config.model.decoder_check_every) > 1:
         say(f"one update in {every} compares the tiny decoder with the VAE: its peaks, and seconds on average")
     rates = BENCHED if learned(card_named(plan.card)).measured else ""
     say(

@@ -5,16 +5,17 @@ from copy import deepcopy
 import pytest
 import torch
 from _relay import LIMIT, relative_difference
-from _tiny import Z_DIM, tae_weights
+from _tiny import Z_DIM, tae_weights, tiny_vae
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.vae_stream import decode, vae_backward
-from lowmem_drf.models.tiny.decoder import TinyDecoder
+from lowmem_drf.models.tiny.decoder import TinyBackward, TinyDecoder
 from lowmem_drf.models.tiny.files import load_tiny, planned_sizes, sizes_in, tiny_file, toyworld_file
 from lowmem_drf.models.tiny.network import Sizes
 from lowmem_drf.models.tiny.watch import Watch
+from lowmem_drf.models.wan.decoder import WanDecoder
 from lowmem_drf.schema import Model
 
 VAE = {"z_dim": Z_DIM, "scale_factor_spatial": 4}
@@ -85,6 +86,19 @@ def test_the_gradients_dtype_is_that_of_a_network_cast_to_it(tmp_path):
     for decoder in (mixed, TinyDecoder(deepcopy(plain.network).bfloat16())):
         gradients.append(vae_backward(decoder, latents, dict(caches), torch.ones_like(frames), (0, 4, 8)))
     assert torch.equal(*gradients) and gradients[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_backward_alone_may_be_the_tiny_decoders(tmp_path, every):
+    """The frames are the VAE's, and what waits for the backward is the tiny decoder's."""
+    latents = torch.randn(2, Z_DIM, 4, 3, 2, generator=torch.Generator().manual_seed(3))
+    exact, tiny, kept = WanDecoder(tiny_vae()), decoder_of(tmp_path, "pixels", torch.float32), (0, 5, 11)
+    both = TinyBackward(exact, tiny)
+    frames, caches = decode(both, latents, kept, None, every)
+    assert torch.equal(frames, decode(exact, latents, kept)[0])
+    upstream, (_, alone) = torch.randn_like(frames), decode(tiny, latents, kept)
+    expected = vae_backward(tiny, latents, alone, upstream, kept)
+    assert torch.equal(vae_backward(both, latents, caches, upstream, kept), expected)
 
 
 def test_other_files_are_refused_with_a_cure(tmp_path):

@@ -36,6 +36,7 @@ REAL = {
     "recorded": (*SMALL, *RECORDED),
     "integers": (*SMALL, *RECORDED, "model.products=int8"),
     "tiny": (*SMALL, *HOST, "model.decoder=tiny"),
+    "tiny backward": (*SMALL, "model.decoder=tiny_backward"),
     "plain": SMALL,
     "keep": (*LARGE, "memory.checkpoint=false"),
     "attentions": (*SMALL, "memory.keep_attention=card"),

@@ -19,6 +19,8 @@ from lowmem_drf.models.tiny.network import TinyNetwork, call
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lowmem_drf.types import Decoder
+
 Caches = tuple[Any, ...]
 """By memory block: its input at the last frame, (B, C, H, W). ``None`` before the first chunk."""
 
@@ -41,6 +43,8 @@ class TinyDecoder:
         self._grad_dtype = grad_dtype or network.dtype
         self._host = store or HostStore(next(network.parameters()).device)
         self._pieces, (self._growth, self._head) = network.pieces, network.tail
+        self.spares = frozenset({"decode", "vae_backward"})
+        """The stages in which the VAE is not needed."""
 
     def decode(self, latents_BCFhw: Tensor) -> Tensor:
         """(B, C, F, h, w) -> (B, T, 3, H, W) in [0, 1]. Differentiable, as one graph."""
@@ -146,6 +150,36 @@ class TinyDecoder:
         clip."""
         frames = list(grown_BtCHW.split(1, dim=1))
         return frames[-1:] if first else frames
+
+
+class TinyBackward:
+    """``types.Decoder``: frames by the VAE, their gradient through the tiny decoder.
+
+    Caches are those of both, the VAE's first; what waits for the backward is the tiny decoder's alone.
+    """
+
+    def __init__(self, exact: Decoder, tiny: TinyDecoder) -> None:
+        self._exact, self._tiny, self._count = exact, tiny, len(exact.start(1))
+        self.temporal_factor, self.network = tiny.temporal_factor, tiny.network
+        self.spares = frozenset({"vae_backward"})
+        self.advance, self.chunk_backward = tiny.advance, tiny.chunk_backward
+        self.decode = exact.decode
+
+    def start(self, batch: int) -> Caches:
+        return (*self._exact.start(batch), *self._tiny.start(batch))
+
+    @torch.no_grad()
+    def chunk(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> tuple[Tensor, Caches]:
+        exact, tiny = [*caches[: self._count]], [*caches[self._count :]]
+        if isinstance(caches, list):
+            caches.clear()
+        beside = self._tiny.advance(latents_BC1hw, tiny)
+        frames, handed = self._exact.chunk(latents_BC1hw, exact)
+        return frames, (*handed, *beside)
+
+    def store(self, caches: Caches) -> Caches:
+        own = len(self._tiny.start(1))  # of caches that ``advance`` made there are no others
+        return self._tiny.store(caches[-own:])
 
 
 def _is_first(caches: Sequence[Any]) -> bool:

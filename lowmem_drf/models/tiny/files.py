@@ -35,7 +35,7 @@ def tiny_file(model_id: str, decoder_file: str, latent: int, say: Callable[[str]
         return toyworld_file()
     if not decoder_file:
         example = PUBLISHED.get(latent, "FILE.safetensors")
-        raise BadInputError(f'model.decoder = "tiny" needs the decoder\'s weights: -s {KEY}={example}')
+        raise BadInputError(f"a tiny decoder needs its weights: -s {KEY}={example}")
     try:
         path = find_base_lora(decoder_file, say, KEY)
         if is_pickle(path):
