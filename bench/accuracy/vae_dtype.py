@@ -1,11 +1,11 @@
-"""Error of the VAE in bf16: in the frames that the critic sees, and in their gradient at the latents.
+"""Error of the VAE in 16 bit: in the frames that the critic sees, and in their gradient at the latents.
 
     python -m bench.accuracy.vae_dtype --json bench/results/vae_dtype.json
 
 The reference is fp64. Compared with it: values and gradients in fp32, gradients alone in bf16
-(``memory.vae_grad_dtype``), values in fp16 besides (``memory.vae_dtype``), and all in bf16. The upstream gradient is white noise, the same
-for all. Two VAEs: ToyWorld's trained one on its own clips, and one with random weights and the channels of Wan 2.1's,
-on noise of 32 x 32 pixels.
+(``memory.vae_grad_dtype``), values in fp16 besides (``memory.vae_dtype``), and all in bf16. The upstream gradient is
+white noise, the same for all. Two VAEs: ToyWorld's trained one on its own clips, and one with random weights and the
+channels of Wan 2.1's, on noise of 32 x 32 pixels.
 
 A frame's error is in steps of 8 bits. bf16 has 128 values between 0.5 and 1, half of an 8-bit screen's, so smooth
 gradients of colour may show bands (``levels``: distinct values of the frames between 0.5 and 1).

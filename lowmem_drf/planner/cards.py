@@ -50,7 +50,6 @@ SHARES = {
     "link": Share(1.0, "``Card.link`` is what pinned copies reach already"),
 }  # fmt: skip
 """By kind of work. Until ``bench`` has measured them on the card at hand (``learn``)."""
-_FULL = SHARES["matmul"].of
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +93,12 @@ class Card:
 
 
 def at_share(card: Card, share: float) -> Card:
-    """The card if every kind of arithmetic reached ``share`` of its rate for that kind, and copies what they do. Shares
-    above the common ``_FULL`` are of units that are faster than 16-bit products by that factor."""
-    kinds = {kind: max(1.0, one.of / _FULL) for kind, one in SHARES.items() if kind not in ("memory", "link")}
-    return replace(card, measured={kind: share * factor for kind, factor in kinds.items()})
+    """The card if every kind of arithmetic reached ``share`` of its peak, and copies what they do.
+
+    The peak of int8 attention is 4/3 of that of sums in fp16: half of its products run at that rate, half at twice.
+    """
+    kinds = dict.fromkeys(SHARES.keys() - {"memory", "link"}, share)
+    return replace(card, measured=kinds | {"int8 attention": share * card.fp16_sums * 4 / 3})
 
 
 CARDS = {
