@@ -167,6 +167,8 @@ class Parts:
     """By default every graded step runs its own forward."""
     compared: Decoder | None = None
     """A decoder whose gradient at the latents is only compared with that of ``decoder`` (``StepStats.compared``)."""
+    same_frames: bool = False
+    """``compared`` makes the frames that ``decoder`` makes."""
 
 
 @dataclass(frozen=True, slots=True)

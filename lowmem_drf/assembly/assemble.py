@@ -180,7 +180,9 @@ class Models:
         if uses == "tiny" and self.tiny is not None:
             stage = partial(self.residency.stage, spared={"vae": self.tiny.spares})
             return replace(parts, decoder=self.tiny, stage=stage)
-        return replace(parts, compared=self.tiny) if uses == "both" else parts
+        if uses == "both" and self.tiny is not None:
+            return replace(parts, compared=self.tiny, same_frames="decode" not in self.tiny.spares)
+        return parts
 
     def condition(self, texts: Sequence[str]) -> Tensor:
         """Embeddings (B, L, D) on the device."""

@@ -89,7 +89,7 @@ def drf_step(
         with parts.stage("vae_backward"):
             d_x_0 = vae_backward(parts.decoder, x_0, caches, d_frames, kept, spec.vae_window, found)
         if parts.compared is not None and not all_stats:
-            stats.compared = _compared(parts, spec, x_0, kept, questions, weight, d_x_0)
+            stats.compared = _compared(parts, spec, x_0, kept, questions, weight, d_frames, d_x_0)
         with parts.stage("denoise_backward"):
             denoise_backward(parts, spec, entering, d_x_0, cond, uncond, found)
         all_stats.append(replace(stats, latents_BCFhw=x_0))
@@ -167,16 +167,21 @@ def _compared(
     kept: Sequence[int],
     questions: Sequence[Sequence[Question]],
     share: float,
+    d_frames_BTCHW: Tensor,
     d_x_0_BCFhw: Tensor,
 ) -> Compared:
-    """Of the gradients at the latents. The critic sees the compared decoder's frames, as where that decoder is used."""
-    other = parts.compared
+    """Of the gradients at the latents. The critic sees the compared decoder's frames, as where that decoder is used:
+    again, if they are others."""
+    other, d_frames = parts.compared, d_frames_BTCHW
     assert other is not None
-    with parts.stage("decode"):
-        frames, caches = decode(other, x_0_BCFhw, kept, spec.vae_window, spec.vae_cache_every)
-    with parts.stage("critic"):
-        _, d_frames = critic_backward(parts.critic, frames, questions, spec.reward, share, lambda error: None)
-        del frames
+    if parts.same_frames:
+        caches = {0: other.store(tuple(other.start(len(x_0_BCFhw))))}
+    else:
+        with parts.stage("decode"):
+            frames, caches = decode(other, x_0_BCFhw, kept, spec.vae_window, spec.vae_cache_every)
+        with parts.stage("critic"):
+            _, d_frames = critic_backward(parts.critic, frames, questions, spec.reward, share, lambda error: None)
+            del frames
     with parts.stage("vae_backward"):
         d_other = vae_backward(other, x_0_BCFhw, caches, d_frames, kept, spec.vae_window, lambda error: None)
     own, others = d_x_0_BCFhw.flatten().double(), d_other.flatten().double()
