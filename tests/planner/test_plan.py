@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -43,7 +44,7 @@ REAL = {
 }
 
 
-FAST_REAL = ("host", "integers", "tiny")
+FAST_REAL = ("host", "integers")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in FAST_REAL else slow) for name in REAL])
@@ -104,6 +105,16 @@ def test_one_stage_alone_has_the_same_peak():
 def test_results_cached_by_earlier_plans_change_nothing():
     config, fakes = load_config("toy", SMALL), new_fakes()
     assert make_plan(config, CARD, fakes=fakes) == make_plan(config, CARD, fakes=fakes)
+
+
+def test_updates_of_two_kinds_have_the_mean_of_seconds_and_the_higher_peaks():
+    """As those of a run with the tiny decoder; that such plans hold is among ``REAL``."""
+    plan = one_graded_step()
+    dear = {name: replace(row, s=3 * row.s, peak_gib=2 * row.peak_gib) for name, row in plan.stages.items()}
+    mixed = replace(plan, stages=dear).averaged([plan], [0.25, 0.75])
+    assert mixed.update_s == pytest.approx(1.5 * plan.update_s)
+    assert mixed.peak_gib == 2 * plan.peak_gib and mixed.host_gib == plan.host_gib
+    assert plan.averaged([], [1.0]) == plan
 
 
 def test_json_is_complete():

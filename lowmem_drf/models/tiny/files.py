@@ -43,7 +43,8 @@ def tiny_file(model_id: str, decoder_file: str, latent: int, say: Callable[[str]
         if path.is_dir() or (what := damage(path)):
             raise BadInputError("it is a folder." if path.is_dir() else f"it {what}.")
     except BadInputError as error:
-        raise BadInputError(f"{KEY}, {decoder_file}: {error}{_take(latent)}") from error
+        cure = " Leave it out: ToyWorld has its own." if model_id == TOYWORLD else _take(latent)
+        raise BadInputError(f"{KEY}, {decoder_file}: {error}{cure}") from error
     return path
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from functools import cache, partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
@@ -28,39 +26,13 @@ from lowmem_drf.toy.captions import train_prompts
 SIZES = Sizes(latent=16, widths=(32, 24, 16, 16), patch=2)
 NOISE = 0.4
 """Most noise that is added to latents: training takes a generator beyond the latents that it makes today."""
-GRADIENT = 0.3
-"""Weight of the gradient's error beside that of the frames."""
 
 
-@dataclass(frozen=True)
-class Lessons:
-    """What the VAE does with latents: its frames, and its gradient at the latents, of norm 1, for one at the frames."""
-
-    latents_BCFhw: Tensor
-    frames_BTCHW: Tensor
-    upstream_BTCHW: Tensor
-    gradient_BCFhw: Tensor
-
-    def take(self, rows: Tensor) -> Lessons:
-        return Lessons(*(getattr(self, field.name)[rows].float() for field in fields(self)))
-
-
-def draw_upstream(frames_BTCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradients at frames: noise as coarse as 1 to 8 pixels, in half of the clips only near the shape, where most of a
-    critic's gradient is."""
-    made = []
-    for frames in frames_BTCHW:
-        coarse = 2 ** int(torch.randint(4, (1,), generator=generator))
-        noise = torch.randn(*frames.shape[:2], *(side // coarse for side in frames.shape[2:]), generator=generator)
-        made.append(F.interpolate(noise, size=frames.shape[2:], mode="bilinear"))
-    upstream = torch.stack(made)
-    near = torch.rand(len(upstream), 1, 1, 1, 1, generator=generator) < 0.5
-    return torch.where(near, upstream * shape_nearby(2 * frames_BTCHW.transpose(1, 2)).transpose(1, 2), upstream)
-
-
-def lessons_of(folder: Path, vae: AutoencoderKLWan, seed: int, scale: float) -> Lessons:
-    """Of drawn clips, and of as many that the generator made, all with noise; in fp16."""
-    drawn, _ = cache_latents(vae, seed, scaled(640, min(1.0, scale)))
+@torch.no_grad()
+def pairs_of(folder: Path, vae: AutoencoderKLWan, seed: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Latents (n, 16, 3, 8, 8) of drawn clips, and of as many that the generator made, with noise; and what the VAE
+    makes of them, in fp16."""
+    drawn, _ = cache_latents(vae, seed, scaled(1024, min(1.0, scale)))
     text, velocity = load_text(str(folder)), as_velocity(load_denoiser(str(folder)))
     generator, prompts = torch.Generator().manual_seed(seed + 3), train_prompts()
     chosen = torch.randint(len(prompts), (len(drawn),), generator=generator).split(64)
@@ -71,42 +43,32 @@ def lessons_of(folder: Path, vae: AutoencoderKLWan, seed: int, scale: float) -> 
         made.append(rollout(velocity, flow_sigmas(10, SHIFT), noise, condition, None)[0])
     z = torch.cat([drawn, *made])
     z += NOISE * torch.rand(len(z), 1, 1, 1, 1, generator=generator) * torch.randn(z.shape, generator=generator)
-    exact, rest = WanDecoder(vae), list[tuple[Tensor, Tensor, Tensor]]()
-    for part in z.split(16):
-        frames = exact.decode(part.requires_grad_())
-        upstream = draw_upstream(frames.detach(), generator)
-        (gradient,) = torch.autograd.grad(frames, part, upstream)
-        size = gradient.flatten(1).norm(dim=1).clamp_min(1e-3)[:, None, None, None, None]  # 0: no shape is near
-        rest.append((frames.detach().half(), (upstream / size).half(), (gradient / size).half()))
-    return Lessons(z.detach().half(), *(torch.cat(column) for column in zip(*rest, strict=True)))
+    exact = WanDecoder(vae)
+    return z, torch.cat([exact.decode(part).half() for part in z.split(64)])
 
 
 def train_tiny(
     generator_folder: Path, folder: Path, seed: int, scale: float = 1.0, log: Callable[[str], None] = print
 ) -> TinyNetwork:
-    """Learns the VAE's frames and gradients from the latents alone. Needs nothing but a written generator."""
+    """Learns the VAE's frames from the latents alone. Needs nothing but a written generator."""
     torch.manual_seed(seed)
     vae = load_vae(str(generator_folder))
     network = network_for(SIZES, vae.config)
     tiny = TinyDecoder(network.requires_grad_())
-    data = cache(partial(lessons_of, generator_folder, vae, seed, scale))
+    data = cache(partial(pairs_of, generator_folder, vae, seed, scale))
 
     def loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        taken = data()
-        some = taken.take(torch.randint(len(taken.latents_BCFhw), (8,), generator=generator))
-        wanted, z = some.frames_BTCHW, some.latents_BCFhw.requires_grad_()
-        made = tiny.decode(z)
-        error = 2 * (made - wanted)
+        latents, frames = data()
+        rows = torch.randint(len(latents), (8,), generator=generator)
+        wanted = frames[rows].float()
+        error = 2 * (tiny.decode(latents[rows]) - wanted)
         near = 1 + 3 * shape_nearby(2 * wanted.transpose(1, 2)).transpose(1, 2)
         edges = sum(error.diff(dim=d).abs().mean() for d in (-1, -2))
-        frames = (error.abs() * near).mean() + 2 * (error.pow(2) * near).mean() + 0.5 * edges
-        (gradient,) = torch.autograd.grad(made, z, some.upstream_BTCHW, create_graph=True)
-        off = (gradient - some.gradient_BCFhw).flatten(1).pow(2).sum(1)
         psnr = (10 * torch.log10(4 / error.detach().pow(2).mean())).item()
-        return frames + GRADIENT * off.mean(), {"psnr": psnr, "gradient": off.mean().item()}
+        return (error.abs() * near).mean() + 2 * (error.pow(2) * near).mean() + 0.5 * edges, {"psnr": psnr}
 
     warmup = min(100, scaled(300, scale))
-    schedule = Schedule(steps=scaled(1400, scale), lr=4e-3, warmup=warmup, floor=0.01, ema=0.99, log_every=100)
+    schedule = Schedule(steps=scaled(2000, scale), lr=4e-3, warmup=warmup, floor=0.01, ema=0.99, log_every=100)
     train("tiny", network, loss, schedule, folder, seed, log=log)
     return network.requires_grad_(False)
 
