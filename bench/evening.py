@@ -54,7 +54,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "toy-fast-attention": ("toy-fast", RECORDED),
     "toy-fast-tiny": ("toy-fast", ("model.decoder=tiny",)),
     "toy-fast-tiny-backward": ("toy-fast", ("model.decoder=tiny_backward",)),
-    "toy-fast-all": ("toy-fast", (*RECORDED, "model.products=int8", "model.decoder=tiny_backward")),
+    "toy-fast-int8": ("toy-fast", (*RECORDED, "model.products=int8")),
 }
 """Name -> preset and overrides. A new lever is a line."""
 UNPREVIEWED = ("log.sample_every=0",)
