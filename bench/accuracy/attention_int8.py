@@ -1,4 +1,5 @@
-"""Error of int8 attention against exact attention, and what each part of its quantisation is for.
+"""Error of int8 attention against exact attention, what each part of its quantisation is for, and what its forward does
+to gradients (``kernels.graded_attention = "int8"``).
 
     python -m bench.accuracy.attention_int8 --json bench/results/attention_int8.json
 
@@ -9,20 +10,40 @@ inputs are standard normal but for what a row names. Rotary rows turn q and k as
 Each column adds to the one before: scales of 128 queries and 64 keys, with the mean of k subtracted (SageAttention);
 a scale for each token; the mean of q; the rotation, which makes it ``attention_int8_naive``; and p and v in fp16 with
 sums rounded to fp16 after every 8 keys, at least as often as tensor cores round them, and added up in fp32 after 64.
+
+Gradients: cosines with those of exact attention. Of q, k and v, where the backward of exact attention, in fp32, takes
+out and lse of the int8 forward, for a random gradient of out. Of ToyWorld's LoRA, after one update's relay on the first
+training prompts:
+
+- kept: graded steps with kept attentions, at the latents of an exact rollout;
+- recorded: with ``memory.record_rollout``, against exact graded steps at the clips of the same int8 rollout;
+- the same against the gradient at the clips of an exact rollout, which are other clips; as a yardstick, what computing
+  in bf16 in the place of fp32 changes.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench.accuracy.quant_error import put_lora
 from bench.script import make_parser, save
+from lowmem_drf.assembly.assemble import Models, derive_seed, run_prompts, step_spec
+from lowmem_drf.assembly.loading import load_models
+from lowmem_drf.config import load_config
 from lowmem_drf.kernels.attention_int8 import KEYS, V_BITS, attention_int8_naive, hadamard
+from lowmem_drf.method.step import drf_step
+from lowmem_drf.models.lora.adapter import lora_parameters
+from lowmem_drf.models.wan.attention import attention_named, with_int8_forward
+from lowmem_drf.models.wan.denoiser import load_denoiser
+from lowmem_drf.models.weights.sources import TOYWORLD, resolve
+from lowmem_drf.questions.make import make_questions
 
 CHANNELS = 128
 FAR, WIDE = 15.0, 4.0
@@ -137,17 +158,74 @@ def measured(case: str, tokens: int) -> dict[str, float]:
     return {name: ((out - exact).norm() / exact.norm()).item() for name, out in found.items()}
 
 
+def gradient_cosines(case: str, tokens: int) -> dict[str, float]:
+    """Input -> cosine of its gradient."""
+    q, k, v = (x[None, :, None].float() for x in inputs(case, tokens))
+    d_out = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    exact = attention_named("sdpa")
+    found = []
+    for forward, backward in (exact.pair, with_int8_forward(exact, torch.device("cpu")).pair):
+        found.append(backward(d_out, q, k, v, *forward(q, k, v)))
+    return {name: cosine(*pair) for name, *pair in zip("qkv", *found, strict=True)}
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return torch.cosine_similarity(a.flatten().double(), b.flatten().double(), 0).item()
+
+
+KEPT, RECORDED = "memory.keep_attention=host", "memory.record_rollout=true"
+INT8 = "kernels.graded_attention=int8"
+RELAYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "kept": ((KEPT,), (KEPT, INT8)),
+    "recorded": ((KEPT, "kernels.rollout_attention=int8"), (RECORDED, INT8)),
+    "recorded, clips of an exact rollout": ((RECORDED,), (RECORDED, INT8)),
+    "bf16, clips of an fp32 rollout": ((RECORDED,), (RECORDED, "dtype=bf16")),
+}
+"""Settings of the gradient that is taken for true, and of the other one."""
+
+
+def toy_cosines(preset: str, clips: int, names: Iterable[str] = RELAYS) -> dict[str, float]:
+    """Entry of ``RELAYS`` -> cosine of the LoRA's gradient."""
+    gradient = cache(partial(_toy_gradient, preset, clips))
+    return {name: cosine(*map(gradient, RELAYS[name])) for name in names}
+
+
+def _toy_gradient(preset: str, clips: int, settings: tuple[str, ...]) -> Tensor:
+    size = (f"batch={clips}", f"micro_batch={clips}", "memory.checkpoint=true", "critic.token_weights=uniform")
+    config = load_config(preset, [*size, *settings])
+    texts = [prompt.text for prompt in run_prompts(config)[:clips]]
+    models: Models = load_models(config, texts)
+    put_lora(models.transformer, load_denoiser(resolve(TOYWORLD, "generator")))
+    lora = lora_parameters(models.transformer)
+    seeds = [derive_seed(config.seed, "noise", 0, clip) for clip in range(clips)]
+    cond, uncond = models.condition(texts), models.no_condition(clips)
+    asked = [make_questions(text, "dense") for text in texts]
+    drf_step(models.parts(lora), step_spec(config, 0), models.noise(seeds), cond, uncond, asked)
+    return torch.cat([tensor.grad.flatten() for tensor in lora if tensor.grad is not None])
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table; returns the exit code."""
     parser = make_parser(__spec__.name, __doc__)
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--clips", type=int, default=4, help="of ToyWorld's update")
     options = parser.parse_args(arguments)
     rows = {case: measured(case, options.tokens) for case in CASES}
     table = Table("error in %", *next(iter(rows.values())))
     for case, errors in rows.items():
         table.add_row(case, *(f"{100 * error:.2f}" for error in errors.values()))
-    Console(width=None if sys.stdout.isatty() else 130).print(table)
-    save(options.json, {"rows": rows, "tokens": options.tokens}, "torch")
+    gradients = {case: gradient_cosines(case, options.tokens) for case in CASES}
+    cosines = Table("cosine of the gradient of", *"qkv")
+    for case, found in gradients.items():
+        cosines.add_row(case, *(f"{found[name]:.5f}" for name in "qkv"))
+    toy = {preset: toy_cosines(preset, options.clips) for preset in ("toy", "toy-fast")}
+    of_lora = Table("cosine of the LoRA's gradient", *RELAYS)
+    for preset, found in toy.items():
+        of_lora.add_row(preset, *(f"{found[name]:.5f}" for name in RELAYS))
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    for one in (table, cosines, of_lora):
+        console.print(one)
+    save(options.json, {"rows": rows, "gradients": gradients, "toy": toy, "tokens": options.tokens}, "torch")
     return 0
 
 
