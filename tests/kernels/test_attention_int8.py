@@ -8,7 +8,7 @@ from _close import assert_within_budget
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.accuracy.attention_int8 import CASES, fp16_sums, inputs, measured
+from bench.accuracy.attention_int8 import CASES, cosine, fp16_sums, inputs, measured, toy_cosines
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.kernels import attention_int8 as int8_file
 from lowmem_drf.kernels.attention import attention_naive
@@ -22,7 +22,8 @@ from lowmem_drf.kernels.attention_int8 import (
     attention_int8_workspace,
     hadamard,
 )
-from lowmem_drf.ops import int8_attention
+from lowmem_drf.models.wan.attention import with_int8_forward
+from lowmem_drf.ops import Attention, int8_attention, sdpa_attention, triton_attention
 
 SHAPES = {
     "one of each": (1, 1, 1, 1, 1, 64),
@@ -100,6 +101,33 @@ def test_the_error_is_below_one_percent_whatever_is_far_from_zero(case, device):
     exact = attention_naive(q.double(), k.double(), v.double())
     out = attention_int8(*(x.to(device) for x in (q, k, v))).cpu().double()
     assert (out - exact).norm() < 0.01 * exact.norm()
+
+
+def test_a_backward_in_16_bits_follows_it(device):
+    """With its out and lse, whatever is far from zero: P would be off by a factor if lse lacked what the mean of k took
+    away. Against the gradient of exact attention."""
+    q, k, v = (x[None, :, None].to(device).half() for x in inputs(list(CASES)[1], 128))
+    d_out = torch.randn(q.shape, generator=torch.Generator().manual_seed(1)).to(q)
+    forward, backward = with_int8_forward(triton_attention(), torch.device("cuda")).pair
+    found = backward(d_out, q, k, v, *forward(q, k, v))
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    exact = torch.autograd.grad(attention_naive(*leaves), leaves, d_out.double())
+    assert all(cosine(*pair) > 0.9995 for pair in zip(found, exact, strict=True))
+
+
+def test_the_gradient_of_an_update_is_that_of_exact_attention_at_the_same_clip():
+    """ToyWorld's few-step generator, without a forward of its own (``memory.record_rollout``)."""
+    assert toy_cosines("toy-fast", 1, ["recorded"])["recorded"] > 0.9998
+
+
+def test_what_pytorchs_backwards_need_of_it():
+    """cuDNN's has a dimension more; that of fp32 on a card reads in rows of 32."""
+    q = torch.empty(1, 40, 2, 64, dtype=torch.float16)
+    cudnn = Attention.of_pair("cudnn", sdpa_attention().pair)
+    assert with_int8_forward(cudnn, torch.device("cpu")).pair[0](q, q, q)[1].shape == (1, 2, 40, 1)
+    with FakeTensorMode():
+        q = torch.empty(1, 40, 2, 16, device="cuda")
+        assert with_int8_forward(sdpa_attention(), None).pair[0](q, q, q)[1].shape == (1, 2, 64)
 
 
 def test_rotation_serves_channels_that_are_larger_than_others():
