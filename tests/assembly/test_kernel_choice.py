@@ -87,6 +87,14 @@ def test_what_counts_is_an_update_of_the_run(chosen):
     assert chosen(costs, "sampler.steps=2", "sampler.graded_steps=2")["attention"] == "sdpa"
 
 
+def test_what_cannot_follow_a_forward_in_8_bits_is_not_chosen(chosen):
+    costs = {"xformers": (1e-3, 1e-3), "sdpa": (2e-3, 2e-3)}
+    assert chosen(costs)["attention"] == "xformers"
+    assert chosen(costs, "kernels.graded_attention=int8")["attention"] == "sdpa"
+    with pytest.raises(BadInputError, match="kernels.graded_attention.*xformers.*set kernels.attention"):
+        work("kernels.graded_attention=int8", "kernels.attention=xformers")
+
+
 @pytest.mark.parametrize("keep", ["none", "card"])
 def test_what_is_timed_is_what_will_run(keep, monkeypatch):
     """With kept attentions the pair, and without them the differentiable call."""
@@ -118,6 +126,9 @@ def test_a_resumed_run_takes_its_choice_again(card, tmp_path):
     assert before == first.record and len(card) == 1
     again = choose(config, here, before)
     assert len(card) == 1 and str(again) == "kernels: naive; attention: sdpa (as kernels.json says)"
+    earlier = {name: value for name, value in before["about"].items() if name != "kernels.graded_attention"}
+    choose(config, here, {**before, "about": earlier})
+    assert len(card) == 1, "a setting that came later does not ask for another choice"
     for place, was in (("card", "NVIDIA H200"), ("torch", "2.11.0")):
         other = choose(config, here, {**before, "about": {**before["about"], place: was}})
         assert f"chosen anew, {place} was {was} and is " in other.why
