@@ -60,11 +60,11 @@ TILES = (
 
 
 def attention_int8_naive(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """out of ``attention_int8_forward_naive``."""
-    return attention_int8_forward_naive(q, k, v, scale)[0]
+    """out of ``attention_int8_naive_forward``."""
+    return attention_int8_naive_forward(q, k, v, scale)[0]
 
 
-def attention_int8_forward_naive(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+def attention_int8_naive_forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse) by the formula in plain PyTorch, for d any power of two, with p and v in fp32 (fp64 inputs: all in
     fp64), and with the (L, M) matrix. What CPUs run."""
     B, L, H, d = q.shape

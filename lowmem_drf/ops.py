@@ -320,7 +320,7 @@ def int8_forward(
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if on_cpu or q.dtype not in file.DTYPES or q.shape[-1] not in file.HEAD_DIMS:
-            return file.attention_int8_forward_naive(q, k, v)
+            return file.attention_int8_naive_forward(q, k, v)
         return file.attention_int8_forward(q, k, v)
 
     return attend

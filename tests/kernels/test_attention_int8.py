@@ -17,7 +17,7 @@ from lowmem_drf.kernels.attention_int8 import (
     V_BITS,
     attention_int8,
     attention_int8_forward,
-    attention_int8_forward_naive,
+    attention_int8_naive_forward,
     attention_int8_naive,
     attention_int8_workspace,
     hadamard,
@@ -52,7 +52,7 @@ def check(qkv, **options):
     by at most 2^-11 of the sum, and the budget has 2^-9 of the result beside twice PyTorch's error.
     ``test_sums_in_fp16_stay_within_the_budget`` rounds as they do."""
     out, lse = attention_int8_forward(*qkv, **options)
-    exact, exact_lse = attention_int8_forward_naive(*(x.double() for x in qkv), **options)
+    exact, exact_lse = attention_int8_naive_forward(*(x.double() for x in qkv), **options)
     assert_within_budget("out", out, exact, attention_int8_naive(*qkv, **options))
     assert (lse - exact_lse).abs().max() < 5e-3  # an element that is rounded the other way moves a score by so much
     return out
