@@ -17,8 +17,8 @@ from lowmem_drf.kernels.attention_int8 import (
     V_BITS,
     attention_int8,
     attention_int8_forward,
-    attention_int8_naive_forward,
     attention_int8_naive,
+    attention_int8_naive_forward,
     attention_int8_workspace,
     hadamard,
 )
