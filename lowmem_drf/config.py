@@ -56,6 +56,7 @@ _ADDED = {
 
 AS_PUBLISHED = ("sampler.shift", "sampler.guidance", "sampler.negative_prompt")
 """Keys whose default is that of the model's publishers."""
+TIMESTEPS = "sampler.timesteps"
 _SAMPLING = Path(__file__).with_name("sampling.toml")
 _LARGE = 600_000
 """Pixels of a frame: 720p has more, 480p fewer."""
@@ -236,14 +237,18 @@ def change(config: Config, overrides: Iterable[str]) -> Config:
 
 def _overridden(values: dict[str, tuple[Any, str]], overrides: Iterable[str]) -> Config:
     problems: list[str] = []
+    own: dict[str, tuple[Any, str]] = {}
     for text in overrides:
         try:
             key, value = parse_override(text)
             rows = [(key, value)] if key in known_keys() else _flat({key: value})  # a section as an inline table
-            values |= {k: (v, _option(text)) for k, v in rows}
+            own |= {k: (v, _option(text)) for k, v in rows}
         except BadInputError as error:
             problems.append(str(error))
-    return _validate(_as_published(values), problems)
+    levels, source = values.get(TIMESTEPS, ([], ""))
+    if "sampler.steps" in own and TIMESTEPS not in own and len(levels) != own["sampler.steps"][0]:
+        values = {**values, TIMESTEPS: ([], source)}  # the preset's are those of another number of steps
+    return _validate(_as_published(values | own), problems)
 
 
 def _as_published(values: Mapping[str, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:

@@ -148,7 +148,8 @@ class Sampler(Node):
     model's publishers have it, 3 for others."""
     timesteps: list[Annotated[float, Field(ge=1, le=1000)]] = []
     """The noise levels themselves, falling, 1000 for pure noise: one for each of ``steps``. A generator distilled to a
-    few steps knows no others (docs/few-step.md). Empty: the grid that ``shift`` makes."""
+    few steps knows no others (docs/few-step.md). Empty: the grid that ``shift`` makes; so it is with another number of
+    ``steps`` than the preset's by ``-s``."""
     update: Literal["euler", "renoise"] = "euler"
     """From one noise level to the next: along the velocity (``euler``), or to the predicted clip and back to the next
     level with fresh noise (``renoise``: ``lcm`` in ComfyUI, ``stochastic_sampling`` in diffusers). A distilled

@@ -56,6 +56,14 @@ def test_overrides_win_and_the_last_one_counts():
     assert config.critic.weights.Phy == 2.0
 
 
+def test_another_number_of_steps_than_a_presets_takes_the_grid_of_the_shift():
+    assert len(load_config("rtx4090").sampler.timesteps) == 4
+    assert load_config("rtx4090", ["sampler.steps=8"]).sampler.timesteps == []
+    assert len(load_config("rtx4090", ["sampler.steps=4"]).sampler.timesteps) == 4
+    own = ["sampler.steps=2", "sampler.graded_steps=2", "sampler.timesteps=[1000, 500]"]
+    assert load_config("rtx4090", own).sampler.timesteps == [1000, 500]
+
+
 @pytest.mark.parametrize(
     ("model", "shift", "guidance"),
     [
