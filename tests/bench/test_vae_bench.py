@@ -50,7 +50,8 @@ def test_dtype(monkeypatch, tmp_path):
     assert vae_dtype.main(["--clips", "1", "--json", str(tmp_path / "out.json")]) == 0
     vaes = json.loads((tmp_path / "out.json").read_text())["vaes"]
     assert len(vaes) == 2
-    for fp32, mixed, bf16 in vaes.values():
-        assert fp32["mean"] == mixed["mean"] < bf16["mean"] and fp32["levels"] == mixed["levels"] > bf16["levels"]
+    for fp32, mixed, fp16, bf16 in vaes.values():
+        assert fp32["mean"] == mixed["mean"] < fp16["mean"] < bf16["mean"] / 4
+        assert fp32["levels"] == mixed["levels"] > fp16["levels"] > bf16["levels"]
         assert bf16["levels"] <= 127  # all that bf16 has between 0.5 and 1
         assert fp32["error"] < mixed["error"] and fp32["error"] < bf16["error"]
