@@ -38,11 +38,9 @@ def measure(name: str, gb: int) -> dict[str, Any]:
     """One preset's row. Raises LowmemError if ``bench`` fails."""
     sampler = load_config(name).sampler
     command = [sys.executable, "-m", "lowmem_drf", "bench", "--preset", name, "--vram", f"{gb}GB", "--updates", "2"]
-    command += ["--json"]
-    if not sampler.timesteps:  # of many steps a few are enough
-        few = min(2, sampler.graded_steps)
-        steps = few + (sampler.steps > sampler.graded_steps)
-        command += ["-s", f"sampler.steps={steps}", "-s", f"sampler.graded_steps={few}"]
+    few = min(2, sampler.graded_steps)
+    steps = few + (sampler.steps > sampler.graded_steps)
+    command += ["--json", "-s", f"sampler.steps={steps}", "-s", f"sampler.graded_steps={few}"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise LowmemError(f"{' '.join(command[1:])} ended with exit code {done.returncode}; its message is above")
