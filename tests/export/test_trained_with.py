@@ -48,6 +48,16 @@ def test_files_of_the_users_own_are_named_and_not_looked_for():
     assert any("give that: -s model.base_lora=FOLDER/mine.safetensors" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    "file", ["/a/b/c.safetensors", "~/b/c.safetensors", "../../c.safetensors", "C:/b/c.safetensors"]
+)
+def test_a_header_makes_no_file_of_this_machine_be_read(file):
+    """A LoRA file may come from anybody. One of the hub is downloaded as any base is, and said."""
+    told = {**header(RUN), HEADER: json.dumps({"model.id": RUN.model.id, "model.base_lora": file})}
+    config, lines = as_trained(RUN, told, [], may_change=True)
+    assert config == RUN and len(lines) == 1 and file in lines[0]
+
+
 @pytest.mark.parametrize("told", ["", "[]", "{}", "{", json.dumps({"model.id": "x", "sampler.steps": None}), "\0" * 9])
 def test_a_header_that_says_nonsense_is_left_alone(told):
     config, lines = as_trained(RUN, {HEADER: told}, [], may_change=True)
