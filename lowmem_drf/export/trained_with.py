@@ -109,6 +109,6 @@ def _as_list(value: Any) -> list[str]:
 
 
 def _is_local(file: str) -> bool:
-    """Whether it is no file of the hub (``owner/repo/file``). A header may come from anybody: paths are not followed."""
+    """Whether it is no file of the hub (``owner/repo/file``). Headers come from anybody: no path is followed."""
     owner, *rest = str(file).split("/")
     return len(rest) < 2 or not owner[:1].isalnum() or ":" in owner or ".." in rest
