@@ -13,7 +13,7 @@ from lowmem_drf.method.naive import naive_step
 from lowmem_drf.method.reward import RewardSpec
 from lowmem_drf.method.schedule import draw_noise
 from lowmem_drf.method.step import drf_step
-from lowmem_drf.models.tiny.decoder import TinyDecoder
+from lowmem_drf.models.tiny.decoder import TinyBackward, TinyDecoder
 from lowmem_drf.models.tiny.network import Sizes, TinyNetwork
 
 
@@ -71,6 +71,14 @@ def test_relay_is_naive_with_the_tiny_decoder(parts):
     assert torch.equal(beside, alone) and stats.compared is None and abs(compared.compared.cosine) < 0.99
     _, itself = lora_gradients(drf_step, replace(parts, compared=parts.decoder), plan_of((5,)), *batch_of(2))
     assert itself.compared.cosine == pytest.approx(1)
+    same = replace(parts, compared=TinyBackward(parts.decoder, tiny.decoder))
+    for every in (1, 2):  # of frames that are known there is no second decode
+        plan = replace(plan_of((5,)), vae_cache_every=every)
+        twice, once = (
+            lora_gradients(drf_step, replace(same, same_frames=known), plan, *batch_of(2))[1].compared
+            for known in (False, True)
+        )
+        assert once == twice and abs(once.cosine) < 0.99
 
 
 @pytest.mark.parametrize("chain", ["full", "drtune"])
