@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from lowmem_drf.types import Critic, Velocity
 
 SMALL = 10_000_000
-"""Parameters of a transformer whose products are so short that a second thread of the CPU wins next to nothing.
+"""Parameters of a transformer whose products are so short that a second thread of the CPU wins little.
 OpenMP's threads spin while they wait: beside another program two of them take many times as long as one."""
 THREADS = "OMP_NUM_THREADS"
 """What a user sets to choose the number of threads."""
