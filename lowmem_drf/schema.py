@@ -322,8 +322,11 @@ class Memory(Node):
     """The VAE backward recomputes a chunk in this many strips of rows. More strips take less memory; rows at the
     borders are computed twice."""
     vae_cache_every: Thousand = 1
-    """Caches that enter a decode chunk are stored on the host for one chunk in this many, and recomputed for the
-    others: less host memory, one more decode without gradient."""
+    """The decode stores the caches that enter one chunk in this many. From them the VAE backward decodes as many chunks
+    again, without gradient, and keeps what their backward reads. More chunks take less host memory, up to a point."""
+    record_decode: bool = False
+    """The decode stores what the VAE backward reads of every chunk, which then decodes nothing again. It costs host
+    memory: for 81 frames at 832x480 some 54 GiB (docs/memory.md)."""
     vae_caches: Literal["card", "host"] = "card"
     """Where the running caches of the decode wait between two uses. ``host`` frees memory on the card and costs copies
     over PCIe."""

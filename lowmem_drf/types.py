@@ -69,7 +69,8 @@ class Answer:
 class Decoder(Protocol):
     """A causal video VAE decoder. A chunk is one latent frame and the pixel frames it makes.
 
-    Entering caches in a list are given away: ``chunk`` and ``advance`` may empty it while they work.
+    Entering caches in a list are given away: ``chunk`` and ``advance`` may empty it while they work. A trace is what a
+    chunk's backward needs of its forward.
     """
 
     temporal_factor: int
@@ -88,19 +89,29 @@ class Decoder(Protocol):
         differentiable in both; the frames are bitwise those of ``decode``."""
         ...
 
-    def advance(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> tuple[Any, ...]:
-        """The caches that ``chunk`` hands on, recomputed for ``chunk_backward``, in the dtype of the gradient."""
+    def recorded_chunk(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> tuple[Tensor, tuple[Any, ...], Any]:
+        """As ``chunk``, without gradient; and the chunk's trace, in host memory."""
+        ...
+
+    def advance(
+        self, latents_BC1hw: Tensor, caches: Sequence[Any], keep: Literal["nothing", "trace", "last"]
+    ) -> tuple[tuple[Any, ...], Any]:
+        """The caches that ``chunk`` hands on, recomputed for ``chunk_backward``, in the dtype of the gradient; and the
+        chunk's trace, in host memory.
+
+        ``keep``: with ``"nothing"`` there is no trace. ``"last"``: the chunk's backward follows at once, the trace may
+        be on the card, and the caches handed on are not needed.
+        """
         ...
 
     def store(self, caches: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The form in which caches from ``chunk`` wait for ``chunk_backward``: any that ``chunk_backward`` and
-        ``advance`` take as entering caches."""
+        """The form in which caches from ``chunk`` wait for ``advance``."""
         ...
 
     def chunk_backward(
         self,
         latents_BC1hw: Tensor,
-        caches: tuple[Any, ...],
+        trace: Any,
         local: Sequence[int],
         d_made_BtCHW: Tensor,
         d_handed: tuple[Any, ...],
@@ -109,12 +120,12 @@ class Decoder(Protocol):
         """Vector-Jacobian product of one chunk.
 
         Args:
-            caches: the entering caches, stored.
+            trace: of the chunk; used up.
             local: positions in the chunk of the frames that have a gradient. May be empty.
             d_made_BtCHW: gradients of these frames.
             d_handed: the cache gradients that the next chunk's ``chunk_backward`` returned; may be overwritten. Empty:
                 zero.
-            hands_back: whether gradients at ``caches`` are wanted.
+            hands_back: whether gradients at the entering caches are wanted.
 
         Returns:
             The gradient at the latents (B, C, 1, h, w), and those at the caches, in any form that ``chunk_backward``

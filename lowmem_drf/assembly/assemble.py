@@ -112,6 +112,7 @@ def step_spec(config: Config, step: int, scales: Mapping[str, float] | None = No
         guidance_grad=sampler.guidance_grad,
         vae_window=config.vae_window,
         vae_cache_every=config.memory.vae_cache_every,
+        record_decode=config.memory.record_decode,
         lv_samples=sampler.lv_samples,
         reward=replace(reward_spec(config), scales=scales or {}),
     )

@@ -32,8 +32,12 @@ def keeps_gradient(override: str) -> bool:
     return rank_of(override) == len(DEAR)
 
 
-ROUNDED = ("micro_batch", "memory.token_slices", "memory.vae_strips", 'memory.text_device="host"')
-"""Settings that cut or move the arithmetic: the gradient is the same up to rounding. Of others it is to the bit."""
+ROUNDED = (
+    *("micro_batch", "memory.token_slices", "memory.vae_strips", "memory.record_decode"),
+    'memory.text_device="host"',
+)
+"""Settings that cut or move the arithmetic, or change its dtype: the gradient is the same up to rounding. Of others it
+is to the bit."""
 
 
 def _set(key: str, value: object, start: object = None) -> Rung:
@@ -182,7 +186,8 @@ OUTSIDE: dict[str, tuple[Rung, ...]] = {
 """Ladders for what a run does besides its updates. They are not planned."""
 
 HOST: tuple[Rung, ...] = (
-    *(_set("memory.record_rollout", False), _set("memory.keep_attention", "none", start="host")),
+    *(_set("memory.record_decode", False), _set("memory.record_rollout", False)),
+    _set("memory.keep_attention", "none", start="host"),
     *(_raise("memory.vae_cache_every", 2), _raise("memory.vae_cache_every", 4), _raise("memory.vae_cache_every", 8)),
 )
 """A ladder for the host's memory. Like those above it is climbed one way: no rung takes back another's."""

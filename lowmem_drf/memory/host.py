@@ -39,13 +39,13 @@ class Held:
 
     def __init__(self, nbytes: int, fetch: Fetch) -> None:
         self.nbytes = nbytes
-        self._fetch = fetch
+        self.fetch = fetch
         self._coming: Callable[[], Tensor] | None = None
 
     def prefetch(self) -> None:
         """Allocates memory on the card and starts the copy, which overlaps with computation. ``get`` returns it."""
         if self._coming is None:
-            self._coming = self._fetch()
+            self._coming = self.fetch()
 
     def forget(self) -> None:
         """Drops a prefetched copy that ``get`` has not returned."""

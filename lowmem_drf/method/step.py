@@ -26,7 +26,7 @@ from lowmem_drf.method.finite import Found, look_at, refuse
 from lowmem_drf.method.frames import motion_frames
 from lowmem_drf.method.reward import RewardSpec, mean_reward
 from lowmem_drf.method.schedule import GuidanceGrad, Update, advance, gradient_passes, guided, renoise, update_factors
-from lowmem_drf.method.vae_stream import decode, vae_backward
+from lowmem_drf.method.vae_stream import ForBackward, decode, vae_backward
 from lowmem_drf.types import Compared, StepStats
 
 if TYPE_CHECKING:
@@ -81,13 +81,13 @@ def drf_step(
     for x_0, entering in trajectories:
         kept = spec.seen(x_0, parts.decoder.temporal_factor)
         with parts.stage("decode"):
-            frames, caches = decode(parts.decoder, x_0, kept, spec.vae_window, spec.vae_cache_every)
+            frames, left = decode(parts.decoder, x_0, kept, spec.vae_window, spec.vae_cache_every, spec.record_decode)
             look_at(frames, "decoded frames", "decode", found)
         with parts.stage("critic"):
             weight = share / len(trajectories)
             stats, d_frames = critic_backward(parts.critic, frames, questions, spec.reward, weight, found)
         with parts.stage("vae_backward"):
-            d_x_0 = vae_backward(parts.decoder, x_0, caches, d_frames, kept, spec.vae_window, found)
+            d_x_0 = vae_backward(parts.decoder, x_0, left, d_frames, kept, spec.vae_window, found)
         if parts.compared is not None and not all_stats:
             stats.compared = _compared(parts, spec, x_0, kept, questions, weight, d_frames, d_x_0)
         with parts.stage("denoise_backward"):
@@ -175,15 +175,15 @@ def _compared(
     other, d_frames = parts.compared, d_frames_BTCHW
     assert other is not None
     if parts.same_frames:
-        caches = {0: other.store(tuple(other.start(len(x_0_BCFhw))))}
+        left = ForBackward(spec.vae_cache_every, {0: other.store(tuple(other.start(len(x_0_BCFhw))))})
     else:
         with parts.stage("decode"):
-            frames, caches = decode(other, x_0_BCFhw, kept, spec.vae_window, spec.vae_cache_every)
+            frames, left = decode(other, x_0_BCFhw, kept, spec.vae_window, spec.vae_cache_every, spec.record_decode)
         with parts.stage("critic"):
             _, d_frames = critic_backward(parts.critic, frames, questions, spec.reward, share, lambda error: None)
             del frames
     with parts.stage("vae_backward"):
-        d_other = vae_backward(other, x_0_BCFhw, caches, d_frames, kept, spec.vae_window, lambda error: None)
+        d_other = vae_backward(other, x_0_BCFhw, left, d_frames, kept, spec.vae_window, lambda error: None)
     own, others = d_x_0_BCFhw.flatten().double(), d_other.flatten().double()
     return Compared(own.dot(own).item(), own.dot(others).item(), others.dot(others).item())
 
@@ -250,6 +250,8 @@ class StepSpec:
     """See ``frames.backward_chunks``. ``None``: exact."""
     vae_cache_every: int = 1
     """Entering caches are stored for every n-th chunk of the VAE backward; the others are recomputed."""
+    record_decode: bool = False
+    """The decode stores what the VAE backward needs, which then runs no forward of its own."""
     lv_samples: int = 0
     """DRaFT-LV: n noised copies of the clip that the last step denoises again; the gradient is the mean over 1 + n.
     Needs the last step to be the only graded step."""

@@ -1,13 +1,14 @@
 """The VAE's part of the relay: the decode in chunks, and its backward in chunks, in reverse time order.
 
-A chunk depends on earlier chunks through the decoder's causal caches alone. So the caches that enter a chunk are stored
-(or recomputed from those of an earlier chunk), and the cotangents of the caches it hands on are the gradients that the
-next chunk's backward returned.
+A chunk depends on earlier chunks through the decoder's causal caches alone, and the cotangents of the caches it hands
+on are the gradients that the next chunk's backward returned. What its backward needs of its forward, its trace, is
+recorded by the decode; or made again by one forward, from stored caches that enter it or an earlier chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,51 +26,73 @@ Cotangents = tuple[Any, ...]
 """One per cache; ``None`` if it is no tensor, or the gradient is zero. Empty: all zero."""
 
 
+@dataclass
+class ForBackward:
+    """What a decode leaves for ``vae_backward``, which empties it on the way."""
+
+    every: int = 1
+    """The most chunks whose traces are made in one go."""
+    caches: dict[int, Caches] = field(default_factory=dict)
+    """By chunk, those that enter it, stored."""
+    traces: dict[int, Any] = field(default_factory=dict)
+    """By chunk."""
+
+
 @torch.no_grad()
 def decode(
-    decoder: Decoder, x_0_BCFhw: Tensor, kept: Sequence[int], window: int | None = None, cache_every: int = 1
-) -> tuple[Tensor, dict[int, Caches]]:
-    """The kept frames (B, T, C, H, W) in [0, 1], and, by chunk, the stored caches for ``vae_backward``: those that
-    enter every ``cache_every``-th chunk that it visits, from the first on.
+    decoder: Decoder,
+    x_0_BCFhw: Tensor,
+    kept: Sequence[int],
+    window: int | None = None,
+    cache_every: int = 1,
+    record: bool = False,
+) -> tuple[Tensor, ForBackward]:
+    """The kept frames (B, T, C, H, W) in [0, 1], and what ``vae_backward`` takes.
 
     Chunks after the last kept frame are not decoded.
+
+    Args:
+        cache_every: caches are stored that enter every n-th chunk that ``vae_backward`` visits, from the first on. For
+            81 frames of Wan at 832x480 in bf16 all of them take 33 GiB.
+        record: the traces of the chunks that ``vae_backward`` visits are stored instead.
     """
     visits = {visit.chunk: visit for visit in backward_chunks(kept, decoder.temporal_factor, window)}
-    stored_chunks = set(sorted(visits)[::cache_every])
+    stored_chunks = set() if record else set(sorted(visits)[::cache_every])
     caches = [*decoder.start(x_0_BCFhw.shape[0])]  # a list: the decoder empties it, and holds one set and not two
-    frames, entering = [], {}
+    frames, left = [], ForBackward(cache_every)
     for chunk in range(max(visits) + 1):
+        latents = x_0_BCFhw[:, :, chunk : chunk + 1]
         if chunk in stored_chunks:
-            entering[chunk] = decoder.store(tuple(caches))
-        made_BtCHW, caches[:] = decoder.chunk(x_0_BCFhw[:, :, chunk : chunk + 1], caches)
+            left.caches[chunk] = decoder.store(tuple(caches))
+        if record and chunk in visits:
+            made_BtCHW, caches[:], left.traces[chunk] = decoder.recorded_chunk(latents, caches)
+        else:
+            made_BtCHW, caches[:] = decoder.chunk(latents, caches)
         if chunk in visits:
             frames.append(made_BtCHW[:, list(visits[chunk].local)])
-    return torch.cat(frames, dim=1), entering
+    return torch.cat(frames, dim=1), left
 
 
 def vae_backward(
     decoder: Decoder,
     x_0_BCFhw: Tensor,
-    entering: MutableMapping[int, Caches],
+    left: ForBackward,
     d_frames_BTCHW: Tensor,
     kept: Sequence[int],
     window: int | None = None,
     found: Found = refuse,
 ) -> Tensor:
-    """Gradient at the latents from the gradient at the kept frames: one chunk at a time, in reverse time order.
-
-    ``entering`` is emptied on the way: its caches take 37 GiB for 81 frames of Wan at 832x480 in bf16.
-    """
+    """Gradient at the latents from the gradient at the kept frames: one chunk at a time, in reverse time order."""
     visits = backward_chunks(kept, decoder.temporal_factor, window)
     d_x_0 = torch.zeros_like(x_0_BCFhw)
     d_handed: Cotangents = ()
     for visit in visits:
-        if visit.chunk not in entering:
-            _fill_in(decoder, x_0_BCFhw, entering, visit.chunk, {other.chunk for other in visits})
+        if visit.chunk not in left.traces:
+            _trace(decoder, x_0_BCFhw, left, visit.chunk, {other.chunk for other in visits})
         here = slice(visit.chunk, visit.chunk + 1)
         d_x_0[:, :, here], d_handed = decoder.chunk_backward(
             x_0_BCFhw[:, :, here],
-            entering.pop(visit.chunk),
+            left.traces.pop(visit.chunk),
             visit.local,
             d_frames_BTCHW[:, list(visit.slots)],
             d_handed,
@@ -80,13 +103,18 @@ def vae_backward(
 
 
 @torch.no_grad()
-def _fill_in(
-    decoder: Decoder, x_0_BCFhw: Tensor, entering: MutableMapping[int, Caches], last: int, visited: set[int]
-) -> None:
-    """Recomputes the caches that enter visited chunks, from the last chunk whose caches are stored up to ``last``."""
-    first = max(entering)
-    caches = [*entering[first]]
-    for chunk in range(first, last):
-        caches[:] = decoder.advance(x_0_BCFhw[:, :, chunk : chunk + 1], caches)
-        if chunk + 1 in visited:
-            entering[chunk + 1] = decoder.store(tuple(caches))
+def _trace(decoder: Decoder, x_0_BCFhw: Tensor, left: ForBackward, last: int, visited: set[int]) -> None:
+    """Makes the traces of visited chunks, from the last one whose caches are stored up to ``last``: of no more than
+    ``left.every``. For those before it stores caches."""
+    first = max(left.caches)
+    caches, ahead = [*left.caches[first]], sorted(chunk for chunk in visited if first <= chunk <= last)
+    stored = set(ahead[:: left.every])
+    traced = ahead[ahead.index(max(stored)) :]
+    for chunk in range(first, last + 1):
+        if chunk in stored and chunk != first:
+            left.caches[chunk] = decoder.store(tuple(caches))
+        keep: Any = "last" if chunk == last else "trace" if chunk in traced else "nothing"
+        caches[:], trace = decoder.advance(x_0_BCFhw[:, :, chunk : chunk + 1], caches, keep)
+        if trace is not None:
+            left.traces[chunk] = trace
+    del left.caches[traced[0]]

@@ -106,7 +106,7 @@ def shallow_critic(config: Mapping[str, Any], depths: Depths) -> dict[str, Any]:
 
 GROUPS = {"transformer": ("rollout", "denoise_backward"), "vae": ("decode", "vae_backward"), "critic": ("critic",)}
 """The model that works in these stages."""
-_VAE = {f"memory.{name}" for name in ("vae_strips", "vae_cache_every", "vae_caches", "vae_grad_dtype")}
+_VAE = {f"memory.{name}" for name in ("vae_strips", "vae_cache_every", "vae_caches", "vae_grad_dtype", "record_decode")}
 _TRANSFORMER = {
     *("lora", "model.quant", "model.products"),
     *(f"memory.{name}" for name in ("checkpoint", "token_slices", "keep_attention", "record_rollout")),

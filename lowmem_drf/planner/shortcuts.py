@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from lowmem_drf.planner.cards import GIB, Card
 from lowmem_drf.planner.depths import begins, marker
 from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.stages import ONCE, STAGES, SUMS, Plan, StagePlan
+from lowmem_drf.planner.stand_ins import again
 from lowmem_drf.schema import Config
 from lowmem_drf.types import Answer, Decoder, Parts, Question
 
@@ -155,6 +156,7 @@ class _ShortcutDecoder:
     def __init__(self, decoder: Decoder, ledger: Ledger, frames: Frames) -> None:
         self._decoder, self._ledger, self._frames = decoder, ledger, frames
         self._steady: dict[Hashable, bool] = {}
+        self._trace_again: dict[Hashable, Callable[[], Any]] = {}
         self.temporal_factor = decoder.temporal_factor
         self.start, self.store, self.decode = decoder.start, decoder.store, decoder.decode
 
@@ -175,30 +177,71 @@ class _ShortcutDecoder:
         self._frames.append((result[0].shape, result[0].dtype))
         return result
 
-    def advance(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> Caches:
+    def recorded_chunk(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> tuple[Tensor, Caches, Any]:
         received = _sizes(caches)
-        key = ("advance", latents_BC1hw.shape, received)
+        key = ("recorded_chunk", latents_BC1hw.shape, received)
 
-        def run() -> Caches:
-            passed_on = self._decoder.advance(latents_BC1hw, caches)
+        def run() -> tuple[Tensor, Caches, Any]:
+            made, passed_on, trace = self._decoder.recorded_chunk(latents_BC1hw, caches)
             self._steady[key] = _sizes(passed_on) == received
-            return passed_on
+            self._blank = partial(torch.zeros, made.shape, dtype=made.dtype, device=made.device)
+            self._trace_again[key] = _trace_again(trace)
+            return made, passed_on, trace
 
-        return self._shortcut(key, run, lambda: tuple(caches))
+        def stand_in() -> tuple[Tensor, Caches, Any]:
+            return self._blank(), tuple(caches), self._trace_again[key]()
+
+        result: tuple[Tensor, Caches, Any] = self._shortcut(key, run, stand_in)
+        self._frames.append((result[0].shape, result[0].dtype))
+        return result
+
+    def advance(
+        self, latents_BC1hw: Tensor, caches: Sequence[Any], keep: Literal["nothing", "trace", "last"]
+    ) -> tuple[Caches, Any]:
+        received = _sizes(caches)
+        key = ("advance", latents_BC1hw.shape, received, keep)
+
+        def run() -> tuple[Caches, Any]:
+            passed_on, trace = self._decoder.advance(latents_BC1hw, caches, keep)
+            self._steady[key] = keep == "last" or _sizes(passed_on) == received
+            self._trace_again[key] = _trace_again(trace)
+            return passed_on, trace
+
+        def stand_in() -> tuple[Caches, Any]:
+            return () if keep == "last" else tuple(caches), self._trace_again[key]()
+
+        return self._shortcut(key, run, stand_in)
 
     def chunk_backward(
-        self, latents_BC1hw: Tensor, caches: Caches, local: Sequence[int],
+        self, latents_BC1hw: Tensor, trace: Any, local: Sequence[int],
         d_made: Tensor, d_handed: Caches, hands_back: bool,
     ) -> tuple[Tensor, Caches]:  # fmt: skip
         received = _sizes(d_handed)
-        key = ("chunk_backward", latents_BC1hw.shape, d_made.shape, _sizes(caches), received, hands_back)
+        key = ("chunk_backward", latents_BC1hw.shape, d_made.shape, _sizes(_parts(trace)), received, hands_back)
 
         def run() -> tuple[Tensor, Caches]:
-            d_z, d_caches = self._decoder.chunk_backward(latents_BC1hw, caches, local, d_made, d_handed, hands_back)
+            d_z, d_caches = self._decoder.chunk_backward(latents_BC1hw, trace, local, d_made, d_handed, hands_back)
             self._steady[key] = _sizes(d_caches) == received
             return d_z, d_caches
 
         return self._shortcut(key, run, lambda: (torch.zeros_like(latents_BC1hw), d_handed))
+
+
+def _trace_again(trace: Any) -> Callable[[], Any]:
+    """As ``again``, for a trace."""
+    if trace is None:
+        return lambda: None
+    if isinstance(trace, tuple):
+        parts = [again(part) for part in trace]
+        return lambda: tuple(make() for make in parts)
+    kind, first = type(trace), trace.first
+    inputs, caches = [again(value) for value in trace.inputs], [again(value) for value in trace.caches]
+    return lambda: kind(first, [make() for make in inputs], [make() for make in caches])
+
+
+def _parts(trace: Any) -> Caches:
+    """All that a trace keeps."""
+    return tuple(trace) if isinstance(trace, tuple) else (*trace.inputs, *trace.caches)
 
 
 def _sizes(caches: Sequence[Any]) -> Caches:
@@ -238,8 +281,11 @@ class _NoDecoder:
     def decode(self, latents_BCFhw: Tensor) -> Tensor:
         return self._blank(latents_BCFhw, (latents_BCFhw.shape[2] - 1) * self.temporal_factor + 1)
 
-    def advance(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> Caches:
-        return (False,)
+    def advance(self, latents_BC1hw: Tensor, caches: Sequence[Any], keep: str) -> tuple[Caches, Caches]:
+        return (False,), ()
+
+    def recorded_chunk(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> tuple[Tensor, Caches, Caches]:
+        return *self.chunk(latents_BC1hw, caches), ()
 
     def store(self, caches: Caches) -> Caches:
         return caches

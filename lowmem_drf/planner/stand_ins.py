@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowmem_drf.memory.host import Fetch, HostStore
+from lowmem_drf.memory.host import Fetch, Held, HostStore
 from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.stages import WEIGHTS, Figures, StagePlan
 
@@ -29,7 +29,10 @@ class _PlannedCopier:
     """A ``host.Copier``."""
 
     def put(self, tensor: Tensor) -> Fetch:
-        return _Booked(tensor, _ledger()).fetch
+        ledger = _ledger()
+        written, until = ledger.link.send(ledger.seconds, tensor.nbytes)
+        ledger.wait(until)
+        return _Booked(tensor, ledger, written)
 
     def settle(self) -> None:
         ledger = _ledger()
@@ -49,16 +52,20 @@ class _PlannedCopier:
 
 
 class _Booked:
-    """A tensor that the ledger counts as the host's."""
+    """A tensor that the ledger counts as the host's, ``written`` at this second of its clock. Called to fetch it."""
 
-    def __init__(self, tensor: Tensor, ledger: Ledger) -> None:
+    def __init__(self, tensor: Tensor, ledger: Ledger, written: float) -> None:
         with ledger.off_the_clock():
             self._copy = tensor.clone(memory_format=torch.contiguous_format)
         ledger.on_host(self._copy)
-        self._written, until = ledger.link.send(ledger.seconds, tensor.nbytes)
-        ledger.wait(until)
+        self._written = written
 
-    def fetch(self) -> Callable[[], Tensor]:
+    def again(self) -> Callable[[], _Booked]:
+        """Makes one that takes as much of the host, without a copy."""
+        shape, dtype, written = self._copy.shape, self._copy.dtype, self._written
+        return lambda: _Booked(torch.empty(shape, dtype=dtype), _ledger(), written)
+
+    def __call__(self) -> Callable[[], Tensor]:
         ledger = Ledger.active()
         if ledger is None:  # a test reads values after counting
             return self._copy.clone
@@ -71,6 +78,17 @@ class _Booked:
             return tensor
 
         return wait
+
+
+def again(value: Any) -> Callable[[], Any]:
+    """Makes what takes as much of card and host, and has no values. It does not hold ``value``."""
+    if isinstance(value, Held) and isinstance(value.fetch, _Booked):
+        nbytes, booked = value.nbytes, value.fetch.again()
+        return lambda: Held(nbytes, booked())
+    if not isinstance(value, Tensor):
+        return lambda: value
+    shape, dtype, expanded = value.shape, value.dtype, not any(value.stride())
+    return lambda: torch.zeros((), dtype=dtype).expand(shape) if expanded else torch.empty(shape, dtype=dtype)
 
 
 def _ledger() -> Ledger:

@@ -33,7 +33,8 @@ MAY_CHANGE = (
         f"memory.{key}"
         for key in ("checkpoint", "token_slices", "park", "stream", "text_device", "vram_gib", "fit", "on_oom")
     ),
-    *(f"memory.{key}" for key in ("vae_strips", "vae_caches", "vae_cache_every", "keep_attention", "record_rollout")),
+    *(f"memory.{key}" for key in ("vae_strips", "vae_caches", "vae_cache_every", "keep_attention")),
+    *("memory.record_decode", "memory.record_rollout"),
     *("memory.vae_dtype", "memory.vae_grad_dtype", "kernels.", "model.decoder"),
 )
 """Prefixes of the keys that a resumed run may override: they change neither models nor reward, or are what a run that

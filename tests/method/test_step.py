@@ -191,16 +191,17 @@ def test_a_window_cuts_the_gradient_of_the_caches_where_it_says(parts, window):
 def test_caches_that_are_computed_again_change_nothing(parts, every, window):
     plan, batch = plan_of((4, 5), vae_window=window), batch_of(2)
     expected, _ = lora_gradients(drf_step, parts, plan, *batch)
-    assert torch.equal(lora_gradients(drf_step, parts, replace(plan, vae_cache_every=every), *batch)[0], expected)
+    for changes in ({"vae_cache_every": every}, {"record_decode": True}):
+        assert torch.equal(lora_gradients(drf_step, parts, replace(plan, **changes), *batch)[0], expected)
 
 
 def test_caches_are_stored_for_every_so_many_chunks_and_let_go(parts):
     latents = torch.randn(1, CHANNELS, 9, SIDE, SIDE, dtype=torch.float64)
     kept = (4, 16)  # chunks 2 and 8, and in a window of 3 those below
-    frames, entering = decode(parts.decoder, latents, kept, 3, 2)
-    assert sorted(entering) == [0, 2, 6, 8]  # of 0 1 2 5 6 7 8
-    vae_backward(parts.decoder, latents, entering, torch.randn_like(frames), kept, 3)
-    assert not entering
+    frames, left = decode(parts.decoder, latents, kept, 3, 2)
+    assert sorted(left.caches) == [0, 2, 6, 8]  # of 0 1 2 5 6 7 8
+    vae_backward(parts.decoder, latents, left, torch.randn_like(frames), kept, 3)
+    assert not left.caches and not left.traces
 
 
 def test_chunks_after_the_last_kept_frame_are_never_decoded(parts):
@@ -213,9 +214,9 @@ def test_chunks_after_the_last_kept_frame_are_never_decoded(parts):
 
     decoder = Counting().double()
     latents = batch_of(1)[0]
-    frames, entering = decode(decoder, latents, kept=(1, 2))
+    frames, left = decode(decoder, latents, kept=(1, 2))
     assert seen == [False, False]
-    assert sorted(entering) == [0, 1]
+    assert sorted(left.caches) == [0, 1]
     assert relative_difference(frames, decoder.decode(latents)[:, 1:3]) < LIMIT
 
 
@@ -322,5 +323,5 @@ def test_a_decoder_without_caches_needs_no_earlier_chunk(parts):
     latents = batch_of(1)[0].requires_grad_()
     upstream = torch.randn(1, 2, 3, SIDE, SIDE, dtype=torch.float64)
     (expected,) = torch.autograd.grad(decoder.decode(latents)[:, 3:5], latents, upstream)
-    frames, entering = decode(decoder, latents.detach(), (3, 4))
-    assert relative_difference(vae_backward(decoder, latents.detach(), entering, upstream, (3, 4)), expected) < LIMIT
+    frames, left = decode(decoder, latents.detach(), (3, 4))
+    assert relative_difference(vae_backward(decoder, latents.detach(), left, upstream, (3, 4)), expected) < LIMIT

@@ -32,7 +32,7 @@ def one_piece_each(parts, batch):
     noise, cond, _, questions = batch
     x = noise.detach().requires_grad_()
     frames = parts.decoder.decode(x)[:, list(KEPT)].detach().requires_grad_()
-    entering = decode(parts.decoder, x.detach(), KEPT)[1]
+    entering = decode(parts.decoder, x.detach(), KEPT)[1].caches
 
     def chunk(visit):
         z = x[:, :, visit.chunk : visit.chunk + 1].detach().requires_grad_()

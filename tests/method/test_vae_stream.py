@@ -10,7 +10,7 @@ from _vae import CONFIGS, fp64_throughout, library_of, oracle, some_latents, str
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.frames import kept_frames
-from lowmem_drf.method.vae_stream import decode, vae_backward
+from lowmem_drf.method.vae_stream import ForBackward, decode, vae_backward
 from lowmem_drf.models.wan.decoder import WanDecoder
 from lowmem_drf.planner.ledger import Ledger
 
@@ -42,6 +42,9 @@ def test_the_pull_back_in_segments_is_that_of_the_whole_chunk(name, window):
         def store(self, caches):
             return caches
 
+        def advance(self, latents_BC1hw, caches, keep):
+            return (), tuple(caches)
+
         def chunk_backward(self, *args):
             return whole_chunk_backward(self, *args)
 
@@ -69,8 +72,8 @@ def test_caches_computed_again_give_the_same_bits(name, window):
     decoder, latents = WanDecoder(vae_of(name, torch.float32)), some_latents(6, dtype=torch.float32)
     kept = (0, 4, 11, 19)
     expected = stream_gradient(decoder, latents, kept, window)
-    for every in (3, 9):
-        again = stream_gradient(decoder, latents, kept, window, every)
+    for every, record in ((3, False), (9, False), (1, True)):
+        again = stream_gradient(decoder, latents, kept, window, every, record=record)
         assert torch.equal(again[0], expected[0]) and torch.equal(again[1], expected[1])
 
 
@@ -80,8 +83,8 @@ def test_caches_on_the_host_give_the_same_bits(name, dtype):
     vae, latents = vae_of(name, dtype), some_latents(4, dtype=dtype)
     plain, waiting = (WanDecoder(vae, strips=2, caches=caches) for caches in ("card", "host"))
     expected = stream_gradient(plain, latents, (0, 6, 12))
-    for every in (1, 2):
-        got = stream_gradient(waiting, latents, (0, 6, 12), None, every)
+    for every, record in ((1, False), (2, False), (1, True)):
+        got = stream_gradient(waiting, latents, (0, 6, 12), None, every, record=record)
         assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
     with torch.no_grad():
         library = vae.decode(plain._to_vae(latents)).sample
@@ -105,6 +108,11 @@ def test_however_late_copies_are_the_bits_are_the_same(monkeypatch):
     decoder = WanDecoder(vae, grad_dtype=torch.bfloat16, caches="host", store=store)
     got = stream_gradient(decoder, latents, kept, None, 2)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    recorded = [
+        stream_gradient(WanDecoder(vae, grad_dtype=torch.bfloat16, store=one), latents, kept, record=True)[0]
+        for one in (late_store(monkeypatch, in_flight=1000), None)
+    ]
+    assert torch.equal(*recorded)
     decoder.store((torch.zeros(1, 4, 2, 3, 2), None))
     assert not store._copier._leaving
 
@@ -127,19 +135,30 @@ def test_the_gradients_dtype_is_that_of_a_vae_cast_to_it(name):
     """Values in fp32, gradients in bf16: caches are rounded once, and the recompute is that of the VAE in bf16."""
     latents, kept = some_latents(4, dtype=torch.float32), (0, 7, 12)
     mixed = WanDecoder(vae_of(name, torch.float32), grad_dtype=torch.bfloat16)
-    frames, entering = decode(mixed, latents, kept)
+    frames, left = decode(mixed, latents, kept)
     assert frames.dtype == torch.float32
     assert torch.equal(frames, decode(WanDecoder(mixed.vae), latents, kept)[0])
     half = WanDecoder(vae_of(name, torch.float32).bfloat16())
     rounded = {
         chunk: half.store(tuple(c.get().clone() if hasattr(c, "get") else c for c in caches))
-        for chunk, caches in entering.items()
+        for chunk, caches in left.caches.items()
     }
     assert {c.get().dtype for caches in rounded.values() for c in caches if hasattr(c, "get")} == {torch.bfloat16}
     d_frames = torch.randn_like(frames)
-    got = vae_backward(mixed, latents, entering, d_frames, kept)
+    got = vae_backward(mixed, latents, left, d_frames, kept)
     assert got.dtype == torch.float32
-    assert torch.equal(got, vae_backward(half, latents, rounded, d_frames, kept))
+    assert torch.equal(got, vae_backward(half, latents, ForBackward(1, rounded), d_frames, kept))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_a_decode_in_fp64_recorded_is_rounded_once(name):
+    """In fp32 the backward reads the decode's own values, and its gradient is as near as that of one graph is."""
+    latents, kept = some_latents(4), (0, 7, 12)
+    decoder = WanDecoder(vae_of(name), grad_dtype=torch.float32)
+    gradient, _, d_frames = stream_gradient(decoder, latents, kept, record=True)
+    exact = oracle(library_of(name, 4), kept, d_frames)
+    in_fp32 = stream_gradient(WanDecoder(vae_of(name, torch.float32)), latents.float(), kept)[0].double()
+    assert relative_difference(gradient, exact) < 2 * relative_difference(in_fp32, exact)
 
 
 def test_inside_the_range_the_gradient_is_diffusers_own():

@@ -79,12 +79,12 @@ def test_the_gradients_dtype_is_that_of_a_network_cast_to_it(tmp_path):
     latents = torch.randn(1, Z_DIM, 3, 4, 4, generator=torch.Generator().manual_seed(3))
     plain = decoder_of(tmp_path, "pixels", torch.float32)
     mixed = TinyDecoder(plain.network, grad_dtype=torch.bfloat16)
-    frames, caches = decode(mixed, latents, (0, 4, 8), None, 2)
+    frames, left = decode(mixed, latents, (0, 4, 8), None, 2)
     assert torch.equal(frames, decode(plain, latents, (0, 4, 8))[0])
-    assert {cache.get().dtype for cache in caches[2]} == {torch.bfloat16}
+    assert {cache.get().dtype for cache in left.caches[2]} == {torch.bfloat16}
     gradients = []
     for decoder in (mixed, TinyDecoder(deepcopy(plain.network).bfloat16())):
-        gradients.append(vae_backward(decoder, latents, dict(caches), torch.ones_like(frames), (0, 4, 8)))
+        gradients.append(vae_backward(decoder, latents, deepcopy(left), torch.ones_like(frames), (0, 4, 8)))
     assert torch.equal(*gradients) and gradients[0].dtype == torch.float32
 
 

@@ -30,11 +30,12 @@ LARGE = ("micro_batch=2", "batch=2", "video.width=64", "video.height=64", "sampl
 
 slow = pytest.mark.slow
 RECORDED = ("memory.record_rollout=true", "memory.keep_attention=host", "memory.token_slices=2")
+TRACES = "memory.record_decode=true"
 
 
 REAL = {
     "host": (*SMALL, *HOST, "memory.vae_cache_every=2"),
-    "recorded": (*SMALL, *RECORDED),
+    "recorded": (*SMALL, *RECORDED, TRACES),
     "integers": (*SMALL, *RECORDED, "model.products=int8"),
     "tiny": (*SMALL, *HOST, "model.decoder=tiny"),
     "tiny backward": (*SMALL, "model.decoder=tiny_backward"),
@@ -58,7 +59,11 @@ def test_planned_bytes_are_those_of_a_real_update(name):
         assert plan.stages[stage].peak_gib == pytest.approx(gib, rel=0.05), stage
 
 
-@pytest.mark.parametrize("recorded", [pytest.param((), marks=slow), RECORDED[:2]], ids=["forwards", "recorded"])
+@pytest.mark.parametrize(
+    "recorded",
+    [pytest.param((), marks=slow), RECORDED[:2], pytest.param((*RECORDED[:2], TRACES), marks=slow)],
+    ids=["forwards", "recorded", "all recorded"],
+)
 def test_shortcuts_change_nothing(recorded):
     """Shortcuts, two graded steps of four, one ungraded step of three: compared with the plan that runs everything.
     With 21 frames the chunks' caches reach their steady size."""

@@ -74,8 +74,13 @@ class ToyDecoder(nn.Module):
     def start(self, batch):
         return (None, None)
 
-    def advance(self, latents_BC1hw, caches):
-        return self.chunk(latents_BC1hw, caches)[1]
+    def recorded_chunk(self, latents_BC1hw, caches):
+        return *self.chunk(latents_BC1hw, caches), tuple(caches)
+
+    def advance(self, latents_BC1hw, caches, keep):
+        """A trace is the entering caches."""
+        trace = None if keep == "nothing" else tuple(caches)
+        return self.chunk(latents_BC1hw, caches)[1], trace
 
     def chunk(self, latents_BC1hw, caches):
         x, handed = latents_BC1hw, []

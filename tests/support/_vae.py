@@ -72,14 +72,14 @@ def oracle(library, kept, d_frames_BTCHW):
     return torch.autograd.grad(x, latents, d * (inside | comes_back), retain_graph=True)[0]
 
 
-def stream_gradient(decoder, latents, kept, window=None, cache_every=1, seed=1):
+def stream_gradient(decoder, latents, kept, window=None, cache_every=1, seed=1, record=False):
     """(gradient at the latents by the stream, the frames, the upstream gradient that was used)"""
-    frames, entering = decode(decoder, latents, kept, window, cache_every)
+    frames, left = decode(decoder, latents, kept, window, cache_every, record)
     visited = len(backward_chunks(kept, decoder.temporal_factor, window))
-    assert len(entering) == -(-visited // cache_every)
+    assert (len(left.traces), len(left.caches)) == ((visited, 0) if record else (0, -(-visited // cache_every)))
     d_frames = torch.randn(frames.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(frames)
-    gradient = vae_backward(decoder, latents, entering, d_frames, kept, window)
-    assert not entering
+    gradient = vae_backward(decoder, latents, left, d_frames, kept, window)
+    assert not left.caches and not left.traces
     return gradient, frames, d_frames
 
 

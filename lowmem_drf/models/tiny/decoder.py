@@ -9,7 +9,7 @@ recomputed piece by piece, last to first, so that one piece's graph is alive at 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -64,30 +64,42 @@ class TinyDecoder:
         return torch.cat([call(self._head, frame) for frame in self._frames(grown, first)], dim=1), handed
 
     @torch.no_grad()
-    def advance(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> Caches:
-        return self._through(latents_BC1hw.to(self._grad_dtype), caches)[1]
+    def recorded_chunk(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> tuple[Tensor, Caches, Caches]:
+        trace = self.store(tuple(caches))
+        return *self.chunk(latents_BC1hw, caches), trace
+
+    @torch.no_grad()
+    def advance(
+        self, latents_BC1hw: Tensor, caches: Sequence[Any], keep: Literal["nothing", "trace", "last"]
+    ) -> tuple[Caches, Caches | None]:
+        """A trace is the stored caches that enter the chunk: its backward recomputes the rest."""
+        trace = None if keep == "nothing" else self.store(tuple(caches))
+        handed = () if keep == "last" else self._through(latents_BC1hw.to(self._grad_dtype), caches)[1]
+        return handed, trace
 
     def store(self, caches: Caches) -> Caches:
         """Moves caches to the host, in the dtype of the gradient."""
-        stored = tuple(None if cache is None else self._host.put(_get(cache).to(self._grad_dtype)) for cache in caches)
+        stored = tuple(
+            self._host.put(cache.to(self._grad_dtype)) if isinstance(cache, torch.Tensor) else cache for cache in caches
+        )
         self._host.settle()
         return stored
 
     def chunk_backward(
         self,
         latents_BC1hw: Tensor,
-        caches: Caches,
+        trace: Caches,
         local: Sequence[int],
         d_made_BtCHW: Tensor,
         d_handed: Caches,
         hands_back: bool,
     ) -> tuple[Tensor, Caches]:
         """See ``types.Decoder``."""
-        dtype, first = self._grad_dtype, _is_first(caches)
-        inputs = self._inputs(latents_BC1hw.to(dtype), caches)
+        dtype, first = self._grad_dtype, _is_first(trace)
+        inputs = self._inputs(latents_BC1hw.to(dtype), trace)
         x = inputs.pop()
         d_x = self._tail_backward(x, first, local, d_made_BtCHW.to(dtype)) if len(local) else None
-        waiting, entering, d_caches = list(d_handed), list(caches), list[Any]()
+        waiting, entering, d_caches = list(d_handed), list(trace), list[Any]()
         for piece in reversed(self._pieces):
             x, past, d_past = inputs.pop().detach().requires_grad_(), None, None
             remembers = self.network.remembers(piece)
@@ -169,11 +181,16 @@ class TinyBackward:
         return (*self._exact.start(batch), *self._tiny.start(batch))
 
     @torch.no_grad()
+    def recorded_chunk(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> tuple[Tensor, Caches, Caches]:
+        trace = self.store(tuple(caches))
+        return *self.chunk(latents_BC1hw, caches), trace
+
+    @torch.no_grad()
     def chunk(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> tuple[Tensor, Caches]:
         exact, tiny = [*caches[: self._count]], [*caches[self._count :]]
         if isinstance(caches, list):
             caches.clear()
-        beside = self._tiny.advance(latents_BC1hw, tiny)
+        beside, _ = self._tiny.advance(latents_BC1hw, tiny, "nothing")
         frames, handed = self._exact.chunk(latents_BC1hw, exact)
         return frames, (*handed, *beside)
 

@@ -3,8 +3,8 @@
 Everything in a block except the self-attention acts on each token independently: norms, modulation, projections, rotary
 embedding, cross-attention to the text, feed-forward, gates. Diffusers computes each over the whole sequence, with fp32
 copies. Here each operation may be a fused kernel, and the two functions may run in slices of tokens, recomputed slice
-by slice: of the whole sequence only the block's input, q, k, v and the attention's output are alive. Results of the
-attentions may be kept for the recompute.
+by slice: of the whole sequence only the block's input, q, k, v and the attention's output are alive. The result of
+the self-attention may be kept for the recompute.
 
 Same operations in the same order as ``WanTransformerBlock.forward`` and ``WanAttnProcessor`` of diffusers 0.42.
 """
@@ -91,7 +91,7 @@ class BlockForward:
         text_k = self._rows.rms_norm(attn2.to_k(text_BLD), attn2.norm_k.weight, attn2.norm_k.eps)
         text_v = attn2.to_v(text_BLD)
         (out_BLD,) = run(
-            weights.bound(partial(self._after, kept_attention)),
+            weights.bound(self._after),
             sliced=[hidden_BLD, attended_BLHd],
             shared=[modulation_B6D, _heads(attn2, text_k), _heads(attn2, text_v), *weights.tensors()],
             parameters=_trainable(attn1.to_out, attn2.to_q, attn2.to_out, block.ffn),
@@ -114,7 +114,6 @@ class BlockForward:
 
     def _after(
         self,
-        kept_attention: KeptAttention | None,
         hidden: Tensor,
         attended: Tensor,
         modulation: Tensor,
@@ -128,7 +127,7 @@ class BlockForward:
         if isinstance(norm, nn.LayerNorm):
             x = rows.layer_norm(hidden, norm.weight, norm.bias, norm.eps)
         q = rows.rms_norm(self._linear(attn.to_q, x), attn.norm_q.weight, attn.norm_q.eps)
-        attended = _attend(self._attention, _heads(attn, q), text_k, text_v, kept_attention)
+        attended = self._attention.call(_heads(attn, q), text_k, text_v)  # of few keys: cheaper to repeat than to keep
         hidden = hidden + self._out(attn, attended)
         x = rows.norm_modulate(hidden, ff_scale, ff_shift, block.norm3.eps)
         return (rows.gate_residual(hidden, self._feed_forward(x), ff_gate),)

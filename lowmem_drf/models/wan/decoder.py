@@ -7,20 +7,24 @@ any chunk can be recomputed from its entering caches. The method needs no encodi
 Entering caches that come as a list are emptied on the way: each segment takes its own, which are freed when it has
 handed on the new ones.
 
+The backward of a chunk reads its trace: what entered each segment. A forward without gradient makes it: that of the
+decode, or one more before the backward.
+
 A pixel out of range is clamped, as in diffusers, but its gradient is not always zero: see ``vae.InwardClamp``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.memory.host import Held, HostStore
-from lowmem_drf.models.wan.vae import Caches, segments_of
+from lowmem_drf.models.wan.vae import Caches, Segment, segments_of
 from lowmem_drf.models.wan.vae_fused import NormSilu, Wants
 from lowmem_drf.models.wan.vae_strips import in_strips, segment_backward, sizes_of, strips_of
 from lowmem_drf.models.weights.finite import refuse_model
@@ -54,6 +58,18 @@ def drop_encoder(vae: AutoencoderKLWan) -> None:
     vae.encoder = vae.quant_conv = None
 
 
+@dataclass
+class Trace:
+    """What a chunk's backward reads of its forward, in the dtype of the gradient."""
+
+    first: bool
+    """Of the clip."""
+    inputs: list[Any] = field(default_factory=list)
+    """By segment, on the card or the host; ``None``: cheaper to recompute than to keep."""
+    caches: list[Any] = field(default_factory=list)
+    """The entering caches, on the host; placeholders for those of which the backward reads only the shape."""
+
+
 class WanDecoder:
     """``types.Decoder`` for an ``AutoencoderKLWan``. Latents are the transformer's; frames are in [0, 1], in the VAE's
     dtype.
@@ -67,7 +83,8 @@ class WanDecoder:
         caches: with ``"host"`` the running caches of a decode, and in ``chunk_backward`` the inputs of the segments and
             the gradients of the caches, wait in host memory between uses; the card holds one segment's, and prefetches
             the next one's.
-        store: the run's host memory. Caches stored for the backward are there in any case.
+        store: the run's host memory. Caches stored for the backward, and traces of chunks whose backward does not
+            follow at once, are there in any case.
         norm_silu: kernel for (x_BCTHW, gamma_C) -> silu(WanRMS_norm(x)). With it the decoder takes less memory
             (``vae_fused``); frames and gradients are the same up to rounding. ``None``: diffusers' modules.
 
@@ -126,60 +143,75 @@ class WanDecoder:
         return _frames(y), handed
 
     @torch.no_grad()
-    def advance(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> Caches:
-        """The caches that ``chunk`` hands on, in the dtype of the gradient: in bf16 half the time and memory."""
-        return self._run(self._into(latents_BC1hw, self._grad_dtype), caches)[1]
+    def recorded_chunk(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> tuple[Tensor, Caches, Trace]:
+        """As ``chunk`` without gradient, and the chunk's trace, on the host."""
+        trace = Trace(_is_first(caches))
+        y, handed = self._run(self._into(latents_BC1hw, self.vae.dtype), caches, trace)
+        self._host.settle()
+        return _frames(y), handed, trace
+
+    @torch.no_grad()
+    def advance(
+        self, latents_BC1hw: Tensor, caches: Sequence[Any], keep: Literal["nothing", "trace", "last"]
+    ) -> tuple[Caches, Trace | None]:
+        """The caches that ``chunk`` hands on, in the dtype of the gradient (in bf16 half the time and memory), and the
+        chunk's trace. ``"last"``: the caller hands nothing on, and the chunk's backward follows."""
+        x = self._into(latents_BC1hw, self._grad_dtype)
+        if keep == "nothing":
+            return self._run(x, caches)[1], None
+        trace = Trace(_is_first(caches))
+        handed = self._run(x, caches, trace, keep == "last")[1]
+        self._host.settle()
+        return handed, trace
 
     def store(self, caches: Caches) -> Caches:
         """Moves caches to the host, in the dtype of the gradient."""
         as_made = self._grad_dtype == self.vae.dtype
-
-        def stored(cache: Any) -> Any:
-            value = cache if as_made else _get(cache)
-            return self._host.put(value.to(self._grad_dtype)) if isinstance(value, torch.Tensor) else value
-
-        copies = tuple(map(stored, caches))
+        copies = tuple(cache if as_made and isinstance(cache, Held) else self._put(_get(cache)) for cache in caches)
         self._host.settle()  # no cast cache, on its way to the host, stays on the card for the chunk that follows
         return copies
+
+    def _put(self, value: Any) -> Any:
+        """A tensor on the host, in the dtype of the gradient."""
+        return self._host.put(value.to(self._grad_dtype)) if isinstance(value, torch.Tensor) else value
 
     def chunk_backward(
         self,
         latents_BC1hw: Tensor,
-        caches: Caches,
+        trace: Trace,
         local: Sequence[int],
         d_made_BtCHW: Tensor,
         d_handed: Caches,
         hands_back: bool,
     ) -> tuple[Tensor, Caches]:
-        """See ``types.Decoder``. A forward without gradient keeps the input of each segment; then the segments are
-        recomputed with gradient in reverse order, large ones in strips of rows. One segment's graph is live at a time.
-        Gradients at the caches reuse the memory of ``d_handed``."""
-        first, dtype = _is_first(caches), self._grad_dtype
+        """See ``types.Decoder``. The segments are recomputed with gradient in reverse order, large ones in strips of
+        rows. One segment's graph is live at a time. Gradients at the caches reuse the memory of ``d_handed``."""
+        first, inputs, dtype = trace.first, trace.inputs, self._grad_dtype
         z = latents_BC1hw.detach().requires_grad_()
         with torch.enable_grad():
             stem = self._into(z, dtype)
         counts = self._counts(stem.shape, first)
-        inputs = self._inputs(stem.detach(), caches, first, counts)
         d_x = None
         if len(local):
             frames = 1 if first else self.temporal_factor
             d_x = d_made_BtCHW.new_zeros(len(z), d_made_BtCHW.shape[2], frames, *d_made_BtCHW.shape[3:], dtype=dtype)
             d_x[:, :, list(local)] = 0.5 * d_made_BtCHW.transpose(1, 2).to(dtype)
-        d_handed = d_handed or (None,) * len(caches)
-        d_caches: list[Any] = [None] * len(caches)
+        d_handed = d_handed or (None,) * len(trace.caches)
+        d_caches: list[Any] = [None] * len(trace.caches)
         d_shortcut = None
         for i in reversed(range(len(self._segments))):
             segment, slots = self._segments[i], self._slots[i]
-            x, shortcut = self._input(i, inputs, caches, first, counts), self._shortcut(i, inputs)
+            x, shortcut = self._input(i, trace, counts), self._shortcut(i, inputs)
             inputs.pop()
-            entering, d_out = self._entering(i, caches, x), tuple(map(_get, d_handed[slots]))
+            entering, d_out = tuple(map(_get, trace.caches[slots])), tuple(map(_get, d_handed[slots]))
             if i:
-                start = -2 if inputs[-1] is None else -1
-                _prefetch([*inputs[start:], *self._read(i - 1, caches), *d_handed[self._slots[i - 1]]])
+                start, before = -2 if inputs[-1] is None else -1, self._slots[i - 1]
+                _prefetch([*inputs[start:], *trace.caches[before], *d_handed[before]])
             d_x, d_end, made = segment_backward(
                 segment, x, entering, first, shortcut, d_x, d_out, hands_back, counts[i]
             )
             del x, shortcut, entering, d_out
+            trace.caches[slots] = [None] * segment.slots
             d_caches[slots] = [self._wait(d) for d in made]
             del made
             if segment.ends_shortcut:
@@ -196,57 +228,26 @@ class WanDecoder:
         sized = zip(self._segments, sizes, strict=True)
         return [strips_of(segment, size, max(sizes), self._strips) for segment, size in sized]
 
-    @torch.no_grad()
-    def _inputs(self, x: Tensor, caches: Caches, first: bool, counts: Sequence[int]) -> list[Any]:
-        """The input of each segment; ``None`` if it is cheaper to recompute than to keep."""
-        inputs: list[Any] = []
-        for i in range(len(self._segments)):
-            inputs.append(None if i and self._segments[i - 1].cheap else self._wait(x))
-            if i < len(self._segments) - 1:  # the frames are not needed
-                _prefetch(caches[self._slots[i + 1]])
-                x = self._output(i, x, self._shortcut(i, inputs), caches, first, counts)
-        return inputs
-
-    @torch.no_grad()
-    def _input(self, i: int, inputs: Sequence[Any], caches: Caches, first: bool, counts: Sequence[int]) -> Tensor:
-        """The input of a segment, kept or recomputed."""
-        if inputs[i] is not None:
-            return _get(inputs[i])
-        return self._output(i - 1, _get(inputs[i - 1]), self._shortcut(i - 1, inputs), caches, first, counts)
-
-    def _output(
-        self, i: int, x: Tensor, shortcut: Tensor | None, caches: Caches, first: bool, counts: Sequence[int]
-    ) -> Tensor:
-        """A segment's output, contiguous as it would return from the host: upsampling leaves other strides, which
+    def _input(self, i: int, trace: Trace, counts: Sequence[int]) -> Tensor:
+        """The input of a segment, kept or recomputed, contiguous in either case: upsampling leaves other strides, which
         change the last bit of sums over channels."""
-        slots, strips = self._slots[i], counts[i] if self._fused else 1
-        made = in_strips(self._segments[i], x, tuple(map(_get, caches[slots])), first, shortcut, strips, Wants.OUTPUT)
-        return made[0].contiguous()
+        if trace.inputs[i] is not None:
+            return cast("Tensor", _get(trace.inputs[i]))
+        before, x, shortcut = self._segments[i - 1], _get(trace.inputs[i - 1]), self._shortcut(i - 1, trace.inputs)
+        entering, strips = tuple(map(_get, trace.caches[self._slots[i - 1]])), counts[i - 1] if self._fused else 1
+        with torch.no_grad():
+            return in_strips(before, x, entering, trace.first, shortcut, strips, Wants.OUTPUT)[0].contiguous()
 
     def _shortcut(self, i: int, inputs: Sequence[Any]) -> Tensor | None:
         """The shortcut that ends at a segment, if there is one."""
         if not self._segments[i].ends_shortcut:
             return None
-        return _get(inputs[max(j for j in range(i) if self._segments[j].opens_shortcut)])
+        return cast("Tensor", _get(inputs[max(j for j in range(i) if self._segments[j].opens_shortcut)]))
 
-    def _read(self, i: int, caches: Caches) -> list[Any]:
-        """A segment's entering caches, without those of which its backward reads only the shape."""
-        shape_only = self._segments[i].shape_only
-        return [cache for slot, cache in enumerate(caches[self._slots[i]]) if slot not in shape_only]
-
-    def _entering(self, i: int, caches: Caches, x: Tensor) -> Caches:
-        """A segment's entering caches on the card, for its backward; placeholders for those of which it reads only the
-        shape."""
-        entering = list(caches[self._slots[i]])
-        for slot, channels in self._segments[i].shape_only.items():
-            held = entering[slot]
-            if isinstance(held, Held):
-                one_frame = len(x) * channels * x.shape[3] * x.shape[4] * x.element_size()
-                entering[slot] = x.new_zeros(()).expand(len(x), channels, held.nbytes // one_frame, *x.shape[3:])
-        return tuple(map(_get, entering))
-
-    def _run(self, x: Tensor, caches: Sequence[Any]) -> tuple[Tensor, Caches]:
-        """All segments of one chunk."""
+    def _run(
+        self, x: Tensor, caches: Sequence[Any], trace: Trace | None = None, last: bool = False
+    ) -> tuple[Tensor, Caches]:
+        """All segments of one chunk. It fills ``trace``; with ``last`` it makes neither frames nor caches."""
         first, handed, shortcut = _is_first(caches), [], None
         left = caches if isinstance(caches, list) else [*caches]
         in_parts = self._fused and not torch.is_grad_enabled()
@@ -254,17 +255,34 @@ class WanDecoder:
         for i, segment in enumerate(self._segments):
             if segment.opens_shortcut:
                 shortcut = x
-            values = (_get(left.pop(0)) for _ in range(segment.slots))
+            waiting = [left.pop(0) for _ in range(segment.slots)]
+            values = map(_get, waiting)
             entering = tuple(cache.to(x) if isinstance(cache, torch.Tensor) else cache for cache in values)
+            if trace is not None:
+                keep = self._wait if last else self._put
+                kept = None if i and self._segments[i - 1].cheap else keep(x.contiguous())
+                trace.inputs.append(kept)
+                pairs = zip(waiting, entering, strict=True)
+                trace.caches += [self._traced(segment, slot, *pair) for slot, pair in enumerate(pairs)]
+                del kept
+            del waiting
+            if last and i + 1 == len(self._segments):
+                break
             if i + 1 < len(self._segments):
                 _prefetch(left[: self._segments[i + 1].slots])
-            x, made = in_strips(segment, x, entering, first, shortcut, counts[i])
+            x, made = in_strips(segment, x, entering, first, shortcut, counts[i], Wants.OUTPUT if last else Wants.ALL)
             del entering
             handed += [self._wait(cache) for cache in made]
             del made
             if segment.ends_shortcut:
                 shortcut = None
         return x, tuple(handed)
+
+    def _traced(self, segment: Segment, slot: int, waiting: Any, cache: Any) -> Any:
+        """An entering cache as a trace keeps it."""
+        if slot in segment.shape_only and isinstance(cache, torch.Tensor):
+            return cache.new_zeros((), dtype=self._grad_dtype).expand(cache.shape)
+        return waiting if isinstance(waiting, Held) and cache.dtype == self._grad_dtype else self._put(cache)
 
     def _wait(self, value: Any) -> Any:
         """The tensor, or its copy on the host until it is used again. A graph's tensors stay."""

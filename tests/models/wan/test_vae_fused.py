@@ -10,7 +10,7 @@ from _relay import LIMIT, relative_difference
 from _vae import CONFIGS, fp64_throughout, library_of, oracle, some_latents, stream_gradient, vae_of
 
 from lowmem_drf.kernels.norm_silu import norm_silu, norm_silu_naive
-from lowmem_drf.method.vae_stream import decode, vae_backward
+from lowmem_drf.method.vae_stream import ForBackward, decode, vae_backward
 from lowmem_drf.models.wan.decoder import WanDecoder
 from lowmem_drf.models.wan.vae import segments_of
 from lowmem_drf.models.wan.vae_fused import Wants
@@ -65,16 +65,16 @@ def test_the_weights_are_cast_for_the_gradient():
     """Gamma too: values in fp32, gradients in bf16 are those of a VAE cast to bf16."""
     latents, kept = some_latents(3, dtype=torch.float32), (0, 7)
     mixed = naive(vae_of("wan21", torch.float32), grad_dtype=torch.bfloat16)
-    frames, entering = decode(mixed, latents, kept)
+    frames, left = decode(mixed, latents, kept)
     half = naive(vae_of("wan21", torch.float32).bfloat16())
     upstream = torch.randn_like(frames)
     copies = {
         chunk: tuple(c if c is None or isinstance(c, str) else half._host.put(c.get().clone()) for c in caches)
-        for chunk, caches in entering.items()
+        for chunk, caches in left.caches.items()
     }
-    got = vae_backward(mixed, latents, entering, upstream, kept)
+    got = vae_backward(mixed, latents, left, upstream, kept)
     assert got.dtype == torch.float32 and got.isfinite().all()
-    assert torch.equal(got, vae_backward(half, latents, copies, upstream, kept))
+    assert torch.equal(got, vae_backward(half, latents, ForBackward(1, copies), upstream, kept))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -82,8 +82,8 @@ def test_where_and_how_often_caches_wait_changes_no_bit(name):
     latents, kept = some_latents(5, dtype=torch.float32), (0, 6, 16)
     vae = vae_of(name, torch.float32)
     expected = stream_gradient(naive(vae, strips=2), latents, kept)
-    for caches, every in (("host", 1), ("card", 3), ("host", 3)):
-        got = stream_gradient(naive(vae, strips=2, caches=caches), latents, kept, None, every)
+    for caches, every, record in (("host", 1, False), ("card", 3, False), ("host", 3, False), ("card", 1, True)):
+        got = stream_gradient(naive(vae, strips=2, caches=caches), latents, kept, None, every, record=record)
         assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 

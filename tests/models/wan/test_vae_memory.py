@@ -137,7 +137,9 @@ def chunk_peaks(shapes, memory, fused):
         d_handed = tuple(wait(torch.empty(shape, dtype=grad_dtype)) for shape in shapes)
         ledger.reset_peak()
         ledger.flops = 0
-        decoder.chunk_backward(z, stored, range(4), made, d_handed, True)
+        trace = decoder.advance(z, list(stored), "last")[1]
+        del stored
+        decoder.chunk_backward(z, trace, range(4), made, d_handed, True)
     return *peaks, ledger.peak_card_bytes, ledger.flops
 
 
@@ -182,12 +184,12 @@ def test_caches_are_freed_as_they_are_replaced(entering_shapes):
     assert graded < 2.75
 
 
-def peaks(frames=13, cache_every=1, **settings):
+def peaks(frames=13, cache_every=1, record=False, **settings):
     """(card, host) peak bytes of the stream's gradient on a real VAE, without its weights."""
     latents = some_latents(1 + (frames - 1) // 4, 6, 4, dtype=torch.float32)
     decoder = WanDecoder(vae_of("wan21", torch.float32), store=planned_store(), **settings)
     with Ledger() as ledger:
-        stream_gradient(decoder, latents, (0, 5, frames - 1), cache_every=cache_every)
+        stream_gradient(decoder, latents, (0, 5, frames - 1), cache_every=cache_every, record=record)
     return ledger.peak_card_bytes, ledger.peak_host_bytes
 
 
@@ -217,14 +219,15 @@ def test_the_card_holds_no_more_for_more_frames():
     assert many == pytest.approx(few, rel=0.05)
 
 
-def test_the_host_holds_every_mth_of_the_entering_caches():
-    sets = caches_bytes()
-    chunks = 9
-    every = {m: peaks(4 * (chunks - 1) + 1, cache_every=m)[1] for m in (1, 3)}
-    # those of the first chunk are empty, of the second hold one frame and not two; all the others are alike
-    assert (chunks - 2) * sets < every[1] < (chunks - 1) * sets
-    # chunks 0, 3, 6 are stored, and in the backward of the last group two more are filled in
-    assert 4 * sets <= every[3] < 5 * sets
+def test_the_host_holds_every_mth_of_the_entering_caches_and_the_traces_of_m_chunks():
+    """Of 9 chunks. The caches of the first are empty, of the second hold one frame and not two; all others are alike,
+    and so are traces."""
+    sets, settings = caches_bytes(), dict(frames=33)
+    every = {m: peaks(cache_every=m, **settings)[1] for m in (1, 3)}
+    assert 7 * sets < every[1] < 8 * sets
+    trace = peaks(record=True, **settings)[1] - peaks(frames=29, record=True)[1]
+    # while the backward of chunk 8 runs those of chunks 6 and 7 wait too
+    assert 2 * sets + 2 * trace <= every[3] < 3 * sets + 3 * trace
 
 
 @pytest.mark.parametrize("caches", ["card", "host"])
