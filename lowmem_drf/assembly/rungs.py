@@ -186,7 +186,7 @@ OUTSIDE: dict[str, tuple[Rung, ...]] = {
 """Ladders for what a run does besides its updates. They are not planned."""
 
 HOST: tuple[Rung, ...] = (
-    *(_set("memory.record_decode", False), _set("memory.record_rollout", False)),
+    *(_lower("memory.record_decode", 10), _lower("memory.record_decode", 0), _set("memory.record_rollout", False)),
     _set("memory.keep_attention", "none", start="host"),
     *(_raise("memory.vae_cache_every", 2), _raise("memory.vae_cache_every", 4), _raise("memory.vae_cache_every", 8)),
 )

@@ -250,8 +250,9 @@ class StepSpec:
     """See ``frames.backward_chunks``. ``None``: exact."""
     vae_cache_every: int = 1
     """Entering caches are stored for every n-th chunk of the VAE backward; the others are recomputed."""
-    record_decode: bool = False
-    """The decode stores what the VAE backward needs, which then runs no forward of its own."""
+    record_decode: int = 0
+    """Of so many chunks of the VAE backward, the last ones, the decode stores what it needs: it then runs no forward of
+    its own."""
     lv_samples: int = 0
     """DRaFT-LV: n noised copies of the clip that the last step denoises again; the gradient is the mean over 1 + n.
     Needs the last step to be the only graded step."""

@@ -45,7 +45,7 @@ def decode(
     kept: Sequence[int],
     window: int | None = None,
     cache_every: int = 1,
-    record: bool = False,
+    record: int = 0,
 ) -> tuple[Tensor, ForBackward]:
     """The kept frames (B, T, C, H, W) in [0, 1], and what ``vae_backward`` takes.
 
@@ -54,17 +54,19 @@ def decode(
     Args:
         cache_every: caches are stored that enter every n-th chunk that ``vae_backward`` visits, from the first on. For
             81 frames of Wan at 832x480 in bf16 all of them take 33 GiB.
-        record: the traces of the chunks that ``vae_backward`` visits are stored instead.
+        record: of so many chunks that it visits, the last ones, the traces are stored instead.
     """
     visits = {visit.chunk: visit for visit in backward_chunks(kept, decoder.temporal_factor, window)}
-    stored_chunks = set() if record else set(sorted(visits)[::cache_every])
+    ordered = sorted(visits)
+    recorded = set(ordered[max(0, len(ordered) - record) :])
+    stored = set([chunk for chunk in ordered if chunk not in recorded][::cache_every])
     caches = [*decoder.start(x_0_BCFhw.shape[0])]  # a list: the decoder empties it, and holds one set and not two
     frames, left = [], ForBackward(cache_every)
     for chunk in range(max(visits) + 1):
         latents = x_0_BCFhw[:, :, chunk : chunk + 1]
-        if chunk in stored_chunks:
+        if chunk in stored:
             left.caches[chunk] = decoder.store(tuple(caches))
-        if record and chunk in visits:
+        if chunk in recorded:
             made_BtCHW, caches[:], left.traces[chunk] = decoder.recorded_chunk(latents, caches)
         else:
             made_BtCHW, caches[:] = decoder.chunk(latents, caches)

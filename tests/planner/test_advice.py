@@ -31,7 +31,7 @@ def formula(config, card, vram_gib, only=None, **_):
     weights = {"transformer": bits[config.model.quant] * (1.8 if "14B" in config.model.id else 0.16), "vae": 0.3,
                "critic": bits[config.critic.quant] * (1.4 if "7B" in config.critic.id else 0.7)}  # fmt: skip
     host = sum(gib for name, gib in weights.items() if name in (*memory.park, *memory.stream))
-    host += size * (40 if memory.record_decode else 12 / memory.vae_cache_every)
+    host += size * (2 * memory.record_decode + 12 / memory.vae_cache_every)
     host += size * (5 * (memory.keep_attention == "host") + 9 * memory.record_rollout)
     host += size * (4 * (memory.checkpoint == "host") + 2 * (memory.vae_caches == "host"))
     caches, moments = 2 * (memory.vae_caches == "card"), 0.5 if config.optim.name == "adamw" else 0.2

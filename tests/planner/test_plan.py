@@ -30,7 +30,7 @@ LARGE = ("micro_batch=2", "batch=2", "video.width=64", "video.height=64", "sampl
 
 slow = pytest.mark.slow
 RECORDED = ("memory.record_rollout=true", "memory.keep_attention=host", "memory.token_slices=2")
-TRACES = "memory.record_decode=true"
+TRACES = "memory.record_decode=3"
 
 
 REAL = {

@@ -72,11 +72,12 @@ def oracle(library, kept, d_frames_BTCHW):
     return torch.autograd.grad(x, latents, d * (inside | comes_back), retain_graph=True)[0]
 
 
-def stream_gradient(decoder, latents, kept, window=None, cache_every=1, seed=1, record=False):
+def stream_gradient(decoder, latents, kept, window=None, cache_every=1, seed=1, record=0):
     """(gradient at the latents by the stream, the frames, the upstream gradient that was used)"""
     frames, left = decode(decoder, latents, kept, window, cache_every, record)
     visited = len(backward_chunks(kept, decoder.temporal_factor, window))
-    assert (len(left.traces), len(left.caches)) == ((visited, 0) if record else (0, -(-visited // cache_every)))
+    traced = min(record, visited)
+    assert (len(left.traces), len(left.caches)) == (traced, -(-(visited - traced) // cache_every))
     d_frames = torch.randn(frames.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(frames)
     gradient = vae_backward(decoder, latents, left, d_frames, kept, window)
     assert not left.caches and not left.traces

@@ -184,7 +184,7 @@ def test_caches_are_freed_as_they_are_replaced(entering_shapes):
     assert graded < 2.75
 
 
-def peaks(frames=13, cache_every=1, record=False, **settings):
+def peaks(frames=13, cache_every=1, record=0, **settings):
     """(card, host) peak bytes of the stream's gradient on a real VAE, without its weights."""
     latents = some_latents(1 + (frames - 1) // 4, 6, 4, dtype=torch.float32)
     decoder = WanDecoder(vae_of("wan21", torch.float32), store=planned_store(), **settings)
@@ -225,7 +225,7 @@ def test_the_host_holds_every_mth_of_the_entering_caches_and_the_traces_of_m_chu
     sets, settings = caches_bytes(), dict(frames=33)
     every = {m: peaks(cache_every=m, **settings)[1] for m in (1, 3)}
     assert 7 * sets < every[1] < 8 * sets
-    trace = peaks(record=True, **settings)[1] - peaks(frames=29, record=True)[1]
+    trace = peaks(record=9, **settings)[1] - peaks(frames=29, record=9)[1]
     # while the backward of chunk 8 runs those of chunks 6 and 7 wait too
     assert 2 * sets + 2 * trace <= every[3] < 3 * sets + 3 * trace
 
