@@ -45,7 +45,7 @@ the card one layer at a time, while the layer before computes ([memory.md](memor
 """
 
 
-UNRECORDED = "memory.record_rollout=false"
+UNRECORDED = ("memory.record_decode=0", "memory.record_rollout=false")
 """What ``train`` sets first where the host's memory does not suffice."""
 
 
@@ -53,8 +53,8 @@ def plan(name: str, fakes: Fakes, *overrides: str) -> dict[str, Any]:
     """The output of ``lowmem-drf plan --json``; with ``unrecorded_gib`` of host memory, where less would do."""
     config, card = load_config(name, overrides), card_named(preset_card(presets()[name]))
     made = make_plan(config, card, config.memory.vram_gib or card.gib, fakes=fakes).as_json(name)
-    if config.memory.record_rollout:
-        made["unrecorded_gib"] = plan(name, fakes, UNRECORDED)["host_gib"]
+    if config.memory.record_rollout or config.memory.record_decode:
+        made["unrecorded_gib"] = plan(name, fakes, *UNRECORDED)["host_gib"]
     return made
 
 
@@ -69,7 +69,7 @@ def plan_line(name: str, made: Mapping[str, Any]) -> str:
     if made["processes"] > 1:
         figures += f" each and {made['all_host_gib']:.0f} together"
     if "unrecorded_gib" in made:
-        figures += f" ({made['unrecorded_gib']:.1f} without record_rollout)"
+        figures += f" ({made['unrecorded_gib']:.1f} without records)"
     return f"# Plan: {figures}, about {made['update_s']:,.0f} s an update of {clips(name)} (an estimate)"
 
 

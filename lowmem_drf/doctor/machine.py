@@ -142,9 +142,9 @@ def fitting(card: str, total: int) -> Iterator[Check]:
     for name, path in presets().items():
         if (gb := preset_gb(path)) is None or gb > total / 1e9:
             continue
-        line = r"^# Plan: .*?([\d.]+) GiB of host memory(?: \(([\d.]+) without record_rollout)?"
+        line = r"^# Plan: .*?([\d.]+) GiB of host memory(?: \(([\d.]+) without records)?"
         planned = re.search(line, path.read_text(encoding="utf-8"), re.MULTILINE)
-        host_bytes = float(planned[2] or planned[1]) * GIB + HOST_MARGIN if planned else 0  # train leaves it out
+        host_bytes = float(planned[2] or planned[1]) * GIB + HOST_MARGIN if planned else 0  # train leaves them out
         (poor if free is not None and host_bytes > free else fit).append(name)
     fit = sorted([*fit, "toy"], key=lambda name: name != takes)
     default = " (train's default)" if takes in fit else ""
