@@ -326,6 +326,15 @@ def int8_forward(
     return attend
 
 
+def why_no_int8(dtype: torch.dtype, head_dim: int) -> str | None:
+    """The reason why the int8 kernel does not take such attentions. Imports Triton."""
+    from lowmem_drf.kernels.attention_int8 import DTYPES, HEAD_DIMS
+
+    if head_dim not in HEAD_DIMS:
+        return f"heads have {head_dim} channels, and it takes {' or '.join(map(str, HEAD_DIMS))}"
+    return None if dtype in DTYPES else "it takes no fp32"
+
+
 def int8_workspace(*arguments: Any) -> int:
     """Bytes that ``attention_int8`` allocates beside its result, of the operator's arguments."""
     from lowmem_drf.kernels.attention_int8 import attention_int8_workspace

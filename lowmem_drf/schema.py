@@ -78,10 +78,12 @@ class Model(Node):
     """Storage format of the frozen blocks' linear layers: ``dtype`` (``none``), ``int8`` (half the memory of bf16) or
     ``nf4`` (bitsandbytes' 4 bit, about a quarter). The error of int8 is one to three times that of computing in bf16,
     that of nf4 ten to thirty times."""
-    products: Literal["16bit", "int8"] = "16bit"
+    products: Literal["16bit", "int8", "auto"] = "16bit"
     """How the blocks' frozen linear layers multiply. ``16bit``: in ``dtype``. ``int8``: in 8-bit integers, which what
     they multiply is rounded to, forward and backward: faster on a card, but rollout and gradient are approximate. The
-    layers are then stored as with ``quant = "int8"``. The LoRA itself stays in ``dtype``."""
+    layers are then stored as with ``quant = "int8"``. The LoRA itself stays in ``dtype``. ``auto``: stored like that
+    too (unless ``quant = "nf4"``, which stays), and multiplied as ``int8`` only where that is 1.1 times as fast on this
+    card, timed at the start; else unpacked, as with ``quant = "int8"``, and so on a CPU."""
     decoder: Literal["exact", "tiny", "tiny_backward"] = "exact"
     """Which decoder updates use. ``tiny``: a small stand-in for the VAE (``decoder_file``), for a fraction of its time
     and memory. ``tiny_backward``: the critic sees the VAE's frames, and only their gradient goes through the stand-in.
@@ -105,7 +107,7 @@ class Model(Node):
     @property
     def storage(self) -> Literal["none", "nf4", "int8"]:
         """``quant``, or what ``products`` makes of it."""
-        return "int8" if self.products == "int8" else self.quant
+        return self.quant if self.products == "16bit" or self.quant == "nf4" else "int8"
 
     def base_loras(self) -> list[tuple[str, float]]:
         """(file, strength) of every ``base_lora``."""
@@ -389,7 +391,7 @@ class Zero(Node):
 
 
 class Kernels(Node):
-    """Which implementation computes an operation. Results agree up to rounding, except with ``int8``."""
+    """Which implementation computes an operation. Results agree up to rounding, except in 8 bit."""
 
     ops: Literal["auto", "fused", "naive"] = "auto"
     """Norms, modulation, rotary embedding and gates of the transformer, norm and SiLU of the VAE: Triton kernels
@@ -397,13 +399,16 @@ class Kernels(Node):
     attention: Literal["auto", "triton", "cudnn", "sdpa", "xformers", "flash"] = "auto"
     """Attention of the transformer; ``triton`` covers the critic too. ``auto``: the fastest on this card, timed at the
     start, and ``triton`` for the critic. The run keeps its choice in ``kernels.json``, and takes it again on resume."""
-    rollout_attention: Literal["same", "int8"] = "same"
+    rollout_attention: Literal["same", "int8", "auto"] = "same"
     """Attention among the tokens where there is no gradient (rollout, samples), but for what
-    ``memory.record_rollout`` records. ``int8`` is faster and inexact. ``same``: as ``attention``."""
-    graded_attention: Literal["same", "int8"] = "same"
+    ``memory.record_rollout`` records. ``int8`` is faster and inexact. ``same``: as ``attention``. ``auto``: ``int8``
+    only where it is 1.1 times as fast on this card, timed at the start with ``attention``, and kept with it in
+    ``kernels.json``; else, on a CPU, and with ``deterministic`` ``same``."""
+    graded_attention: Literal["same", "int8", "auto"] = "same"
     """Attention among the tokens in the forward of graded steps, and in the passes of the rollout that
     ``memory.record_rollout`` records for them. ``int8`` is faster and inexact; the backward stays that of
-    ``attention``, from the results of this forward, and the gradient is approximate. ``same``: as ``attention``."""
+    ``attention``, from the results of this forward, and the gradient is approximate. ``same``: as ``attention``.
+    ``auto``: as for ``rollout_attention``; forward and backward are compared together."""
     deterministic: bool = False
     """The same run gives the same bits on the same card, as far as PyTorch can; operations of which it cannot say so
     are named in a warning. Takes ``attention = "triton"``, whose backward then has seven products instead of five. On a
@@ -517,9 +522,9 @@ class Config(Node):
                 reason = "gathering and unpacking the weights on a card takes more of its memory, not less"
                 cure = 'set none, or engine = "zero1" with memory.stream'
                 yield f"{name}.quant", f"{quant} does not go with ZeRO-3: {reason}; {cure}"
-        if self.model.products == "int8" and self.model.quant == "none":
+        if self.model.products != "16bit" and self.model.quant == "none":
             reason = 'does not go with ZeRO-3, which does not partition 8-bit weights; set "16bit", or engine = "zero1"'
-            yield "model.products", f'"int8" {reason}'
+            yield "model.products", f'"{self.model.products}" {reason}'
         for key, names in (("park", self.memory.park), ("stream", self.memory.stream)):
             if clash := [name for name in partitioned if name in names]:
                 yield f"memory.{key}", f"has {', '.join(clash)}, but ZeRO-3 itself moves these weights; leave it out"

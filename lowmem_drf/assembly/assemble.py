@@ -242,8 +242,6 @@ def assemble(
     memory, store = config.memory, store or HostStore(device)
     streamed: dict[str, Streamed] = {}
     generators = {"transformer": transformer} | ({} if other is None else {"expert": other.transformer})
-    for model in generators.values():
-        set_products(model, config.model.products == "int8")
     if "transformer" in memory.stream:
         streamed |= {name: Streamed(list(model.blocks), device, store) for name, model in generators.items()}
     if critic is not None and "critic" in memory.stream:
@@ -252,6 +250,8 @@ def assemble(
     if chosen is None:
         seen = critic_frames(config) if critic is not None else 0
         chosen = choose(config, Work(config, transformer, vae, critic, seen, shape, device), kernels, ranks)
+    for model in generators.values():
+        set_products(model, chosen.integers)
     recorder = Recorder(store, memory.keep_attention != "none") if memory.record_rollout else None
     set_activations(
         transformer, memory.checkpoint, memory.token_slices, store,

@@ -1,7 +1,8 @@
 """Chooses the implementation of each operation, and the tiles of our kernels, once, at the start of a run.
 
-On a card a choice is timed, so two of them may differ, and with them the last bits of a gradient. A run therefore keeps
-its choice in ``kernels.json``: all its processes take that of the first, and a resumed run takes it again.
+On a card a choice is timed, so two of them may differ, and with them the last bits of a gradient, or with 8 bit on
+``auto`` (``LEVERS``) more than those. A run therefore keeps its choice in ``kernels.json``: all its processes take that
+of the first, and a resumed run takes it again.
 """
 
 from __future__ import annotations
@@ -9,17 +10,32 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lowmem_drf.assembly.eight_bit import (
+    GRADED,
+    LEVERS,
+    MARGIN,
+    Option,
+    as_chosen,
+    attention_answers,
+    decided,
+    in_8_bit,
+    layers_answer,
+    ms,
+    on_auto,
+    options_of,
+)
 from lowmem_drf.assembly.text_cache import DTYPES
-from lowmem_drf.assembly.trials import Work, card_seconds
+from lowmem_drf.assembly.trials import Timer, Work, card_seconds, tried
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.wan.attention import (
@@ -43,15 +59,16 @@ from lowmem_drf.ops import (
     tiles,
 )
 from lowmem_drf.schema import Config, Kernels
-from lowmem_drf.shortage import let_go
 from lowmem_drf.terminal import working
-from lowmem_drf.texts import one_line, parse_json, read_text
+from lowmem_drf.texts import parse_json, read_text
 
 if TYPE_CHECKING:
     from lowmem_drf.ops import RowChoice
 
 KERNELS = "kernels.json"
 """Of a run's folder."""
+KEPT = "kept attentions"
+"""A setting that a choice depends on, beside those of ``kernels``."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +86,9 @@ class Chosen:
     ranged: bool = False
     """The critic's attention is our kernel."""
     integers: bool = False
-    """``model.products = "int8"``."""
+    """Frozen layers multiply in 8 bit."""
+    auto: str = ""
+    """What became of ``LEVERS`` that are ``auto``, printed."""
     record: Mapping[str, Any] | None = None
     """For ``kernels.json``. ``None``: nothing was timed."""
 
@@ -78,6 +97,7 @@ class Chosen:
         int8 += ["in the forward of graded steps"] if self.graded_attention else []
         more = f"; int8 attention {' and '.join(int8)}" if int8 else ""
         more += "; products of integers in frozen layers" if self.integers else ""
+        more += f"; 8 bit on auto: {self.auto}" if self.auto else ""
         return f"kernels: {self.rows.name}; attention: {self.attention.name} ({self.why}){more}"
 
 
@@ -95,18 +115,27 @@ def choose(config: Config, work: Work, before: Mapping[str, Any] | None = None, 
     if config.kernels.deterministic and device.type == "cuda":
         _same_bits()
         config = config.model_copy(update={"kernels": config.kernels.model_copy(update={"attention": "triton"})})
-    kernels, integers = config.kernels, config.model.products == "int8"
-    rows = choose_rows(kernels.ops, device)
+    auto = ""
+    if on_auto(config) and (device.type != "cuda" or config.kernels.deterministic):
+        card = "kernels.deterministic asks for the same bits, and another timing may decide otherwise"
+        auto = f"not used: {'this is a CPU' if device.type != 'cuda' else card}"
+        config = as_chosen(config, None)
+    rows = choose_rows(config.kernels.ops, device)
     if device.type != "cuda":
+        kernels, integers = config.kernels, config.model.products == "int8"
         name: AttentionName = "sdpa" if kernels.attention == "auto" else kernels.attention
         why = "the CPU's own" if kernels.attention == "auto" else "as asked"
         attention = attention_named(name)
-        return Chosen(rows, attention, why, *_in_int8(kernels, attention, device), name == "triton", integers)
+        return Chosen(rows, attention, why, *_in_int8(kernels, attention, device), name == "triton", integers, auto)
     record, why = ranks.from_chief(_record(config, work, rows, before) if ranks.chief else ({}, ""))
     if not why_not("triton", device):
         tiles().take_choices(record["tiles"])
     attention, ranged = attention_named(record["attention"]), record["critic"] == "triton"
-    return Chosen(rows, attention, why, *_in_int8(kernels, attention, device), ranged, integers, record)
+    if said := [f"{LEVERS[key]} {record['int8'][key]['why']}" for key in on_auto(config)]:
+        auto = f"taken where it is {MARGIN:g} times as fast: {', '.join(said)}"
+    config = as_chosen(config, record)
+    int8, integers = _in_int8(config.kernels, attention, device), config.model.products == "int8"
+    return Chosen(rows, attention, why, *int8, ranged, integers, auto, record)
 
 
 def _in_int8(
@@ -152,14 +181,17 @@ def _same_bits() -> None:
     settings.fill_uninitialized_memory = False  # a pass over every new tensor, whose values nothing here reads
 
 
-def choose_planned(config: Config) -> Chosen:
-    """For a plan, which computes nothing: ``auto`` means a CUDA card with Triton, whatever this machine has. All
-    attentions need the same bytes (output, log-sum-exp, gradients), so two stand for all."""
-    kernels = config.kernels
+def choose_planned(config: Config, head_dim: int = 128) -> Chosen:
+    """For a plan, which computes nothing: ``auto`` means a CUDA card with Triton, whatever this machine has, and 8 bit
+    wherever it can run. All attentions need the same bytes (output, log-sum-exp, gradients), so two stand for all; in 8
+    bit they need more."""
+    answers = {key: {"taken": key in in_8_bit(config, head_dim)} for key in LEVERS}
+    config = as_chosen(config, {"int8": answers})
+    kernels, integers = config.kernels, config.model.products == "int8"
     rows: RowChoice = "fused" if kernels.ops == "auto" else kernels.ops
     attention = attention_named("triton" if kernels.attention == "triton" else "sdpa")
     int8, ranged = _in_int8(kernels, attention, None), attention.name == "triton"
-    return Chosen(fused_ops() if rows == "fused" else naive_ops(), attention, "planned", *int8, ranged)
+    return Chosen(fused_ops() if rows == "fused" else naive_ops(), attention, "planned", *int8, ranged, integers)
 
 
 def saved_choice(run: Path | None, say: Callable[[str], None]) -> Mapping[str, Any] | None:
@@ -170,13 +202,16 @@ def saved_choice(run: Path | None, say: Callable[[str], None]) -> Mapping[str, A
     try:
         record = parse_json(read_text(file, "a run's choice of kernels"))
         named = record["attention"] in NAMES and isinstance(record["about"], dict) and record["critic"]
+        answers = record.get("int8", {})
+        named = named and all(answer["taken"] in (True, False) and answer["why"] for answer in answers.values())
         words = [row[key] for row in record["tiles"] for key in ("kernel", "case", "tile")]
         sizes = [size for row in record["tiles"] for size in row["sizes"]]
         if named and all(isinstance(word, str) for word in words) and all(type(n) is int and n > 0 for n in sizes):
             return dict(record)
-    except (BadInputError, KeyError, TypeError, ValueError):
+    except (BadInputError, AttributeError, KeyError, TypeError, ValueError):
         pass
-    say(f"{file} does not hold a choice of kernels: they are chosen anew, and the last bits may differ")
+    differ = "the last bits may differ, with 8 bit on auto more than those"
+    say(f"{file} does not hold a choice of kernels: they are chosen anew, and {differ}")
     return None
 
 
@@ -194,11 +229,33 @@ def _record(
     now = _about(config, work.device)
     # a setting that the run's version did not have was at its default
     defaults = {f"kernels.{name}": value for name, value in Kernels().model_dump().items()}
-    changed = _changed({**defaults, **before["about"]}, now) if before else ""
+    about: dict[str, Any] = {**defaults, **before["about"]} if before else {}
+    auto, answers = on_auto(config), (before or {}).get("int8", {})
+    changed = _changed(about, now) if before else ""
+    changed = changed or "; ".join(f"{key} is auto" for key in auto if before and key not in answers)
     if before and not changed:
         return before, f"as {KERNELS} says"
-    record = {"about": now, **_timed(config, work, rows)}
-    return record, record["why"] + (f"; chosen anew, {changed}" if changed else "")
+    # the same machine answers once: settings that keep the gradient must not change it by another timing
+    kept = {key: answers[key] for key in auto if key in answers and _machine(about) == _machine(now)}
+    if config.kernels.attention not in ("auto", *BEHIND_INT8):
+        kept.pop(GRADED, None)
+    taken = {key: bool(answer["taken"]) for key, answer in kept.items()}
+    config = decided(config, taken)
+    record = {"about": now, **_timed(config, replace(work, config=config), rows)}
+    if both := kept | record.get("int8", {}):
+        record["int8"] = both
+    turned = [key for key in both if key in answers and both[key]["taken"] != answers[key]["taken"]]
+    if changed:
+        changed = f"; chosen anew, {changed}"
+    if turned:
+        to = (f"{LEVERS[key]} {'from 16 bit to 8' if both[key]['taken'] else 'from 8 bit to 16'}" for key in turned)
+        changed += f", so from here on gradients differ by more than rounding: {', '.join(to)}"
+    return record, record["why"] + changed
+
+
+def _machine(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Card and versions."""
+    return {name: value for name, value in about.items() if not name.startswith("kernels.") and name != KEPT}
 
 
 def _about(config: Config, device: torch.device) -> dict[str, str]:
@@ -211,7 +268,7 @@ def _about(config: Config, device: torch.device) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     settings = {f"kernels.{name}": value for name, value in kernels.model_dump().items()}
-    return {"card": torch.cuda.get_device_name(device), **packages, **settings, "kept attentions": str(kept)}
+    return {"card": torch.cuda.get_device_name(device), **packages, **settings, KEPT: str(kept)}
 
 
 def _changed(before: Mapping[str, Any], now: Mapping[str, str]) -> str:
@@ -219,45 +276,49 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, str]) -> str:
     return "; ".join(f"{name} was {before.get(name, 'absent')} and is {now.get(name, 'absent')}" for name in names[:2])
 
 
-def _timed(config: Config, work: Work, rows: RowOps, seconds: Callable[..., float] = card_seconds) -> dict[str, Any]:
+def _timed(config: Config, work: Work, rows: RowOps, seconds: Timer = card_seconds) -> dict[str, Any]:
     """The record of a new choice, without ``about``."""
-    kernels, device = config.kernels, work.device
-    asked, graded_int8 = kernels.attention, kernels.graded_attention == "int8"
-    int8 = int8_attention(device) if graded_int8 or kernels.rollout_attention == "int8" else None
-    named = [asked] if asked == "triton" else []  # its tiles are timed
-    names = (
-        [name for name in (BEHIND_INT8 if graded_int8 else NAMES) if not why_not(name, device)]
-        if asked == "auto"
-        else named
-    )
+    kernels, device, asked = config.kernels, work.device, config.kernels.attention
+    forms = (kernels.rollout_attention, kernels.graded_attention)
+    names: Sequence[AttentionName] = [asked] if asked == "triton" or "auto" in forms else []  # its tiles are timed
+    if asked == "auto":
+        possible = BEHIND_INT8 if kernels.graded_attention == "int8" else NAMES
+        names = [name for name in possible if not why_not(name, device)]
     ours = not why_not("triton", device)
     found: dict[AttentionName, tuple[float, float]] = {}
     failed: dict[str, str] = {}
+    forward: float | str = ""
+    layers: list[float | str] = []
     if ours:
         tiles().take_choices([])
     with tiles().timing(seconds) if ours else nullcontext(), working("choosing kernels", len(names) + 1) as advance:
         for name in names:
-            try:
-                found[name] = work.attention_seconds(attention_named(name), seconds)
-            except Exception as error:  # what libraries raise has many types; an explicit one has been tried
-                failed[name] = one_line(f"{type(error).__name__}: {error}")
-                let_go(error)
+            took = tried(partial(work.attention_seconds, attention_named(name), seconds))
+            if isinstance(took, str):
+                failed[name] = took
+            else:
+                found[name] = took
             advance(1)
-        forwards, backwards = work.passes
-        order = sorted(found, key=lambda name: forwards * found[name][0] + backwards * found[name][1])
-        attention = attention_named(order[0] if order else "sdpa" if asked == "auto" else asked)
-        ranged = "triton" in found
-        for trial in work.trials(rows, attention, int8, ranged):
-            try:
-                trial()
-            except Exception as error:  # its kernels take their first tiles; a run that needs them says what is wrong
-                let_go(error)
+        if "auto" in forms:
+            forward = tried(partial(work.int8_seconds, seconds))
+        if config.model.products == "auto":
+            layers = [tried(partial(work.layers_seconds, int8, seconds)) for int8 in (True, False)]
+        options = options_of(found, None if isinstance(forward, str) else MARGIN * forward, work.passes, forms)
+        best = options[0] if options else Option("sdpa" if asked == "auto" else asked)
+        attention, ranged = attention_named(best.name), "triton" in found
+        rolled = int8_attention(device) if "int8" in forms else None
+        for trial in work.trials(rows, attention, rolled, ranged):
+            tried(trial)  # what fails takes its first tiles; a run that needs it says what is wrong
         advance(1)
-    times = [f"{name} {1000 * found[name][0]:.1f} + {1000 * found[name][1]:.1f} ms" for name in order]
+    order = dict.fromkeys(option.name for option in options)
+    times = [f"{name} {ms(*found[name])}" for name in order]
     why = f"the fastest here, forward + backward: {', '.join(times)}" if asked == "auto" else "as asked"
     if failed:
         why += f"; cannot: {', '.join(failed)}"
-    return {
+    record = {
         "attention": attention.name, "why": why, "failed": failed, "critic": "triton" if ranged else "sdpa",
         "tiles": tiles().choices() if ours else [],
     }  # fmt: skip
+    answers = attention_answers(best, options, found, forward, work.passes[0]) | layers_answer(layers)
+    answers = {key: answers[key] for key in on_auto(config)}
+    return record | ({"int8": answers} if answers else {})

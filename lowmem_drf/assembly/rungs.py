@@ -51,9 +51,9 @@ def _set(key: str, value: object, start: object = None) -> Rung:
 
 
 def _pack(quant: str) -> Rung:
-    """In fewer bits than now. Products of integers have their own format."""
+    """In fewer bits than now. Products of integers have their own format; ``auto`` can do without them."""
     step = _set("model.quant", quant, start="none" if quant == "int8" else None)
-    return lambda config: step(config) if config.model.products == "16bit" else None
+    return lambda config: None if config.model.products == "int8" or config.model.storage == quant else step(config)
 
 
 def _raise(key: str, value: int) -> Rung:

@@ -1,5 +1,6 @@
-"""What is timed at the start of a run on a card, on inputs of the run's own sizes: the attention back ends, and the
-tiles of our kernels. A timer takes no memory of its own, and what fails, for want of memory too, is only not chosen.
+"""What is timed at the start of a run on a card, on inputs of the run's own sizes: the attention back ends, 8 bit
+beside 16, and the tiles of our kernels. A timer takes no memory of its own, and what fails, for want of memory too, is
+only not chosen.
 """
 
 from __future__ import annotations
@@ -8,14 +9,25 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lowmem_drf.assembly.text_cache import DTYPES
-from lowmem_drf.ops import int8_linear, packed_ranges, ranged_attention, window_ranges
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.models.weights.packed_linear import PackedLinear
+from lowmem_drf.ops import (
+    int8_forward,
+    packed_ranges,
+    ranged_attention,
+    require_int8_products,
+    why_no_int8,
+    window_ranges,
+)
 from lowmem_drf.schema import Config
+from lowmem_drf.shortage import let_go
+from lowmem_drf.texts import one_line
 
 if TYPE_CHECKING:
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
@@ -27,6 +39,10 @@ VAE_BYTES = 64 * 1024**2
 """Of the tensor that the VAE's norm is timed on."""
 QUESTIONS, QUESTION_TOKENS = 24, 48
 """Of the critic's sequence behind the video. Their true numbers differ from clip to clip."""
+
+
+T = TypeVar("T")
+Timer = Callable[[Callable[[], Any]], float]
 
 
 def card_seconds(run: Callable[[], Any]) -> float:
@@ -44,6 +60,16 @@ def card_seconds(run: Callable[[], Any]) -> float:
     run()  # compiles
     count = max(1, min(MOST, int(ENOUGH_S / max(timed(1), 1e-6))))
     return min(timed(count) for _ in range(ROUNDS))
+
+
+def tried(run: Callable[[], T]) -> T | str:
+    """The result, or why there is none: what libraries raise has many types, and memory may be short."""
+    try:
+        return run()
+    except Exception as error:
+        reason = str(error) if isinstance(error, BadInputError) else f"{type(error).__name__}: {error}"
+        let_go(error)
+        return one_line(reason)
 
 
 @dataclass(frozen=True)
@@ -76,19 +102,41 @@ class Work:
         return -(-self.shape[1] // self.config.memory.token_slices)
 
     @property
-    def passes(self) -> tuple[int, int]:
-        """Attentions of one layer in an update that have no other back end: forwards and backwards."""
+    def passes(self) -> tuple[int, int, int]:
+        """Attentions of one layer in an update: forwards of the rollout, those of graded steps and their records, and
+        backwards."""
         sampler, memory = self.config.sampler, self.config.memory
         guided = 1 if sampler.guidance == 1 else 2
         graded = sampler.graded_steps * (guided if sampler.guidance_grad == "both" else 1)
         again = 2 if memory.checkpoint and memory.keep_attention == "none" else 1
-        kernels, recorded = self.config.kernels, graded if memory.record_rollout else 0
-        rollout = 0 if kernels.rollout_attention == "int8" else sampler.steps * guided - recorded
-        return rollout + (0 if kernels.graded_attention == "int8" else graded * again), graded
+        recorded = graded if memory.record_rollout else 0
+        return sampler.steps * guided - recorded, graded * again, graded
 
-    def attention_seconds(
-        self, attention: Attention, seconds: Callable[[Callable[[], Any]], float] = card_seconds
-    ) -> tuple[float, float]:
+    def layers_seconds(self, int8: bool, seconds: Timer = card_seconds) -> float:
+        """Of the frozen layers of a block in an update, without cross-attention's few keys and values: stored in int8,
+        and multiplied in 8 bit or unpacked. Raises BadInputError: they cannot be."""
+        if self.config.model.storage != "int8":
+            raise BadInputError("nf4 has no integers")
+        require_int8_products()
+        rollout, _, graded = self.passes
+        forwards, total = rollout + graded * (2 if self.config.memory.checkpoint else 1), 0.0
+        for sizes, count in self._layers.items():
+            layer, x = self._layer(*sizes, int8)
+            y = layer(x)
+            total += count * graded * seconds(partial(torch.autograd.grad, y, x, y.detach(), retain_graph=True))
+            with torch.no_grad():
+                total += count * forwards * seconds(partial(layer, x))
+        return total
+
+    def int8_seconds(self, seconds: Timer = card_seconds) -> float:
+        """Of a forward of the attention in 8 bit, with the rounding of its inputs. Raises whatever it raises."""
+        attention = int8_forward(self.device)
+        if reason := why_no_int8(self.dtype, self.shape[-1]):
+            raise BadInputError(reason)
+        with torch.no_grad():
+            return seconds(partial(attention, *(self._random(*self.shape) for _ in range(3))))
+
+    def attention_seconds(self, attention: Attention, seconds: Timer = card_seconds) -> tuple[float, float]:
         """Of the forward without gradient and of the backward, as the run computes them. Raises whatever the back end
         raises."""
         q, k, v = (self._random(*self.shape) for _ in range(3))
@@ -110,7 +158,7 @@ class Work:
     def trials(
         self, rows: RowOps, attention: Attention, int8: Callable[..., Tensor] | None, ranged: bool
     ) -> Iterator[Callable[[], Any]]:
-        """Calls that launch every kernel of ours that the run launches, once each."""
+        """Calls that launch every kernel of ours that the run launches and that was not timed, once each."""
         if attention.name == "triton":
             yield lambda: self._to_text(attention)
         if int8 is not None:
@@ -119,7 +167,8 @@ class Work:
             yield lambda: self._modulated(rows)
             yield lambda: self._rotated(rows)
         if self.config.model.products == "int8":
-            yield from self._integers()
+            for sizes in self._layers:
+                yield partial(self._multiplied, *sizes)
         if rows.norm_silu is not None:
             memory = self.config.memory
             for dtype in {DTYPES[memory.vae_dtype], DTYPES[memory.vae_grad_dtype]}:
@@ -153,18 +202,24 @@ class Work:
         turned = rows.rope_qk(q, k, weight, weight, angle, angle, heads, 1e-6)
         torch.autograd.grad(turned, (q, k), [x.detach() for x in turned])
 
-    def _integers(self) -> Iterator[Callable[[], Any]]:
-        """The products of a block's layers, forward and backward."""
+    @property
+    def _layers(self) -> dict[tuple[int, int], int]:
+        """(in, out) of a block's frozen layers, and how many see all tokens: four of self-attention, two of
+        cross-attention, and the feed-forward's."""
         width, inner = self.shape[2] * self.shape[3], self.transformer.config.ffn_dim
-        count = self.shape[0] * self.slice_tokens
+        return {(width, width): 6, (width, inner): 1, (inner, width): 1}
 
-        def layer(inside: int, outside: int) -> None:
-            w8 = torch.ones(outside, inside, device=self.device, dtype=torch.int8)
-            scale, x = torch.ones(outside, device=self.device), self._random(count, inside)
-            _backward(int8_linear().int8_linear(x, w8, scale, scale.to(self.dtype)), x)
+    def _layer(self, inside: int, outside: int, int8: bool) -> tuple[PackedLinear, Tensor]:
+        """A layer, and tokens for it."""
+        layer = PackedLinear(inside, outside, True, "int8")
+        layer.pack(self._random(outside, inside))
+        layer.bias = torch.nn.Parameter(self._random(outside).detach(), requires_grad=False)
+        layer.int8_products = int8
+        return layer, self._random(self.shape[0] * self.slice_tokens, inside)
 
-        for inside, outside in ((width, width), (width, inner), (inner, width)):
-            yield partial(layer, inside, outside)
+    def _multiplied(self, inside: int, outside: int) -> None:
+        layer, x = self._layer(inside, outside, True)
+        _backward(layer(x), x)
 
     @property
     def _vae_width(self) -> int:

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from lowmem_drf.assembly.assemble import Models, assemble, critic_rate, resolve_device
-from lowmem_drf.assembly.card_rates import measured_rates
 from lowmem_drf.assembly.cudnn import require_fast_vae
 from lowmem_drf.assembly.loading import with_partitioned_critic
 from lowmem_drf.assembly.sizes import free_bytes, require_room
 from lowmem_drf.assembly.text_cache import DTYPES
 from lowmem_drf.config import change, chosen_preset, load_config, preset_card, preset_path
 from lowmem_drf.distributed.ranks import join
+from lowmem_drf.doctor.card_rates import measured_rates
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.memory.host import HostStore
 from lowmem_drf.memory.meter import Meter

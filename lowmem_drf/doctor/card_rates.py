@@ -100,8 +100,8 @@ def _kinds(config: Config, attention: Attention, device: torch.device) -> dict[s
         "memory": (copy, 2 * COPIED),
         "link": (host, 2 * COPIED),
     }
-    if "int8" in (config.kernels.rollout_attention, config.kernels.graded_attention):
+    if {config.kernels.rollout_attention, config.kernels.graded_attention} != {"same"}:
         kinds["int8 attention"] = (attend_int8, scores)
-    if config.model.products == "int8":
+    if config.model.products != "16bit":
         kinds["int8 products"] = (multiply_int8, kinds["matmul"][1])
     return kinds
