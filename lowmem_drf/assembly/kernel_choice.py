@@ -215,6 +215,11 @@ def saved_choice(run: Path | None, say: Callable[[str], None]) -> Mapping[str, A
     return None
 
 
+def as_run(config: Config, run: Path) -> Config:
+    """With what the run in this folder chose in the place of ``auto``."""
+    return as_chosen(config, saved_choice(run, lambda _: None))
+
+
 def record_text(record: Mapping[str, Any]) -> str:
     """A record as the text of ``kernels.json``, a line for each tile."""
     rows = ",\n".join(f"  {json.dumps(row)}" for row in record["tiles"])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from lowmem_drf.assembly.kernel_choice import as_run
 from lowmem_drf.assembly.loading import import_libraries, load_transformer, prepare_generator
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.export.export import export_lora, file_metadata, host_bytes, is_export, merge_lora
@@ -87,7 +88,7 @@ def export_run(
     transformer = load_transformer(config, generator, torch.float32, cpu, subfolder, quant="none", blocks=blocks)
     paths, lines = [], []
     if merge is None or output is not None:
-        metadata = file_metadata(config, folder.name, transformer, expert)
+        metadata = file_metadata(as_run(config, run), folder.name, transformer, expert)
         path, verified = export_lora(lora, form, DTYPES[dtype], file, transformer, metadata)  # type: ignore[arg-type]
         paths.append(path)
         size = f"{path.stat().st_size / 2**20:.1f} MiB, {dtype}, rank {lora.rank}"

@@ -44,6 +44,14 @@ WORKSPACE: dict[Any, Callable[..., int]] = {
 """Bytes that only the CUDA kernel allocates, by operator or by its name: FlashAttention-2 accumulates the gradient of q
 in fp32 (flash_bwd's ``dq_accum``), and so does our kernel; int8 attention has q, k and v in fewer bits."""
 
+EITHER: dict[str, Callable[..., int]] = {
+    "lowmem_drf::int8_product": lambda x8, step, w8, scale, bias, dtype, stored: max(
+        0, w8.numel() * dtype.itemsize - x8.nbytes - step.nbytes
+    ),
+}
+"""As ``WORKSPACE``, where a card may decide for products in 16 bit: these hold the unpacked weight in the place of the
+integers of x."""
+
 
 @cache
 def facts(func: Any) -> tuple[str, Callable[..., int] | None, Callable[..., int] | None]:
@@ -83,6 +91,20 @@ class Rates:
     """Products of 8-bit integers; 0: as those of their result's dtype."""
 
 
+def in_16_bit(func: Any, args: Any, outputs: Any, flops: int, moved: int, rates: Rates) -> float | None:
+    """Seconds of the 16-bit form of an operator in 8 bit, unpacking included. ``None``: it is no such operator."""
+    name = str(func.name())
+    if "quantise_rows" in name:
+        return 0.0
+    kind = {INT8: "matmul", "int8 attention": "attention"}.get(kind_of(func))
+    if kind is None:
+        return None
+    dtype = outputs[0].dtype
+    unpacked = args[2].numel() * (1 + dtype.itemsize) / rates.bytes if kind == "matmul" else 0.0
+    rate = rates.flops.get(dtype, rates.flops[torch.float32]) * rates.shares.get(kind, 1.0)
+    return unpacked + max(flops / rate, moved / rates.bytes)
+
+
 @dataclass(frozen=True, slots=True)
 class Counters:
     """Totals; they only grow."""
@@ -99,6 +121,8 @@ class Counters:
     """Bytes."""
     between: int = 0
     """Part of these that the cards of different processes exchanged."""
+    more: float = 0.0
+    """Seconds that computation would take beyond ``seconds`` without 8 bit; counted only where a card decides."""
 
     def __add__(self, other: Counters) -> Counters:
         return Counters(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))

@@ -176,7 +176,7 @@ def fake_run(
     tiny = fake_tiny(config, generator, mode)
     more = [*([other.transformer] if other else []), *([tiny] if tiny else [])]
     meter.load([transformer, vae, critic.model, *more])
-    device, ops = torch.device("cpu"), choose_planned(config)
+    device, ops = torch.device("cpu"), choose_planned(config, generator.transformer["attention_head_dim"])
     store = planned_store()
     models = assemble(config, transformer, vae, critic, texts, device, meter, ops, other, store, tiny=tiny)
     return models, prompts, questions

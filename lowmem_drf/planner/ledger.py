@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lowmem_drf.assembly.eight_bit import PRODUCTS
 from lowmem_drf.memory.host import IN_FLIGHT
-from lowmem_drf.planner.costs import INT8, Counters, Pcie, Rates, facts, kind_of
+from lowmem_drf.planner.costs import EITHER, INT8, Counters, Pcie, Rates, facts, in_16_bit, kind_of
 from lowmem_drf.planner.fakes import DEVICE_OF, Fakes, key_of, tensors_of
 from lowmem_drf.planner.stages import MIDDLE, Item, Key, Label, Span
 
@@ -34,8 +35,8 @@ NOTED_GROWTH = 0.005
 
 T = TypeVar("T")
 
-_Price = tuple[int, float, int]
-"""FLOPs, seconds, and bytes that cuDNN copies."""
+_Price = tuple[int, float, int, float]
+"""FLOPs, seconds, bytes that cuDNN copies, and the seconds that 16 bit would take more."""
 _Peak = tuple[list[tuple[Key, int, int]], tuple["Item", ...]]
 """What was alive at a peak, and what more was for a moment. Made into items where they are asked for: a peak that is
 found on the way up is soon another's."""
@@ -69,16 +70,22 @@ class Ledger(TorchDispatchMode):
         block: bytes; the size of each storage is rounded up to a multiple (512 in the CUDA allocator).
         rates: the card's. Each operation takes as long as its arithmetic or its memory traffic, whichever is longer.
         fakes: the mode around this one, if there is one: known results come straight from it.
+        auto: settings of 8 bit that are left to the card (``eight_bit.LEVERS``). What runs in 8 bit then counts the
+            bytes of the larger of both ways, and in ``more`` the seconds that 16 bit would take more.
     """
 
     _stack: ClassVar[list[Ledger]] = []
 
-    def __init__(self, block: int = 1, rates: Rates | None = None, fakes: Fakes | None = None) -> None:
+    def __init__(
+        self, block: int = 1, rates: Rates | None = None, fakes: Fakes | None = None, auto: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         self._fakes = fakes
         self.card_bytes = self.host_bytes = self.peak_card_bytes = self.peak_host_bytes = 0
         self.flops = 0
-        self.seconds = self.stalled = 0.0
+        self.seconds = self.stalled = self.more = 0.0
+        self._auto = bool(auto)
+        self._either = EITHER if PRODUCTS in auto else {}
         self._peak: _Peak = ([], ())
         self.copies = 0
         """Since ``reset_peak``: bytes of the largest convolution's input and output. cuDNN copies both into the layout
@@ -211,7 +218,7 @@ class Ledger(TorchDispatchMode):
         """Totals so far."""
         link = self.link
         moved = (link.down_bytes, link.up_bytes, link.between_bytes)
-        return self._earlier + Counters(self.flops, self.seconds, self.stalled, link.busy_s, *moved)
+        return self._earlier + Counters(self.flops, self.seconds, self.stalled, link.busy_s, *moved, self.more)
 
     def wait(self, until: float) -> None:
         """The computation waits until this time."""
@@ -233,7 +240,8 @@ class Ledger(TorchDispatchMode):
         self.flops += spent.flops
         self.seconds += spent.seconds
         self.stalled += spent.stalled
-        self._earlier += replace(spent, flops=0, seconds=0.0, stalled=0.0)
+        self.more += spent.more
+        self._earlier += replace(spent, flops=0, seconds=0.0, stalled=0.0, more=0.0)
 
     def close_peak(self) -> tuple[Item, ...]:
         """``at_peak``, updated if nothing was freed since the peak."""
@@ -247,7 +255,8 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         fact = self._facts.get(id(func))
         if fact is None:
-            fact = self._facts[id(func)] = (*facts(func), func.is_view)
+            name, formula, workspace = facts(func)
+            fact = self._facts[id(func)] = (name, formula, workspace or self._either.get(name), func.is_view)
         name, formula, workspace, is_view = fact
         known = None
         if self._fakes is not None:
@@ -269,11 +278,12 @@ class Ledger(TorchDispatchMode):
                 price = self._price(func, args, kwargs, out, outputs, formula)
                 if known is not None:
                     self._prices[key] = price
-            flops, seconds, copied = price
+            flops, seconds, copied, more = price
             self.flops += flops
             self.copies = max(self.copies, copied)
             if not self._paused:
                 self.seconds += seconds
+                self.more += more
         return out
 
     def _see(self, tensor: Tensor, op: str) -> None:
@@ -340,10 +350,11 @@ class Ledger(TorchDispatchMode):
             if kind_of(func) == "conv3d":
                 copied = args[0].nbytes * (1 if args[0].is_contiguous() else 2) + outputs[0].nbytes
         if self._rates is None or func.is_view:
-            return flops, 0.0, copied
+            return flops, 0.0, copied, 0.0
         moved = sum([tensor.numel() * tensor.element_size() for tensor in (*tensors_of(args, kwargs), *outputs)])
         seconds = max(flops / self._rate(func, outputs) if flops else 0.0, moved / self._rates.bytes)
-        return flops, seconds, copied
+        other = in_16_bit(func, args, outputs, flops, moved, self._rates) if self._auto else None
+        return flops, seconds, copied, 0.0 if other is None else other - seconds
 
     def _rate(self, func: Any, outputs: list[Tensor]) -> float:
         assert self._rates is not None

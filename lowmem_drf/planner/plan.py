@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from lowmem_drf.assembly.eight_bit import in_8_bit
 from lowmem_drf.assembly.sizes import require_room
 from lowmem_drf.assembly.text_cache import BATCH, DTYPES, LARGE_BYTES
 from lowmem_drf.libraries import uncollected
@@ -261,7 +262,8 @@ class _Run:
         critic = (shallow_critic(self.critic[0], depths), *self.critic[1:])
         ungraded = config.sampler.graded_steps - short.sampler.graded_steps
         forget_windows()  # else the first run of a process would count them alone
-        with self.fakes, Ledger(ALLOCATOR_BLOCK, _rates(self.card), self.fakes) as ledger:
+        auto = in_8_bit(config, generator.transformer["attention_head_dim"])
+        with self.fakes, Ledger(ALLOCATOR_BLOCK, _rates(self.card), self.fakes, auto) as ledger:
             meter = PlanMeter(ledger, absent)
             models, prompts, questions = fake_run(short, generator, critic, self.fakes.mode, meter)
             parts = models.parts(lora_parameters(models.transformer), self.uses)

@@ -19,7 +19,7 @@ from lowmem_drf.libraries import uncollected
 from lowmem_drf.models.weights.sources import READER, TOYWORLD, resolve
 from lowmem_drf.planner.cards import GIB, LATER_GIB, Card, Room, card_named, learned
 from lowmem_drf.planner.stages import Plan
-from lowmem_drf.planner.words import BENCHED, host_refusal, in_words, on_this_card, refusal, set_to_fit
+from lowmem_drf.planner.words import BENCHED, eight_bit, host_refusal, in_words, on_this_card, refusal, set_to_fit
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import can_redraw, write_error
 from lowmem_drf.texts import expanded
@@ -156,6 +156,8 @@ def require_fit(config: Config, console: Console, rooms: Sequence[Room | None]) 
     rates = rates if card.is_in(device) else f", if this card were an {card.name}: its own rates are unknown"
     console.print(f"planned peak: {peak}", highlight=False)
     console.print(f"{on_this_card(plan, config.steps)}{rates}", highlight=False)
+    if line := eight_bit(plan):
+        console.print(line, highlight=False)
     config = change(config, plan.applied)
     log = _with_first(config, plan, console)
     return config.model_copy(update={"zero": _with_rollout(config.zero, plan), "log": log})

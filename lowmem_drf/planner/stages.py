@@ -26,7 +26,7 @@ STAGES = ("text", "rollout", "decode", "critic", "vae_backward", "denoise_backwa
 ONCE = ("text", "update")
 """Stages that do not repeat for every micro-batch."""
 
-SUMS = ("s", "stall_s", "copy_s", "moved_gib", "tflop", "between_gib")
+SUMS = ("s", "stall_s", "copy_s", "moved_gib", "tflop", "between_gib", "more_s")
 """Fields of ``StagePlan`` that add up."""
 
 
@@ -153,6 +153,7 @@ class Figures:
             between_gib=spent.between / GIB,
             tflop=spent.flops / 1e12,
             copies_gib=self.copies / GIB,
+            more_s=spent.more,
             what=self.what or "; ".join(f"{item} ({item.bytes / GIB:.2f} GiB)" for item in largest),
         )
 
@@ -182,6 +183,8 @@ class StagePlan:
     """Part of ``moved_gib`` that this process's card exchanges with those of other processes."""
     copies_gib: float = 0.0
     """Beyond ``peak_gib``: what cuDNN copies of its largest convolution."""
+    more_s: float = 0.0
+    """Seconds that computation would take beyond ``s`` if the card decided against 8 bit wherever that is ``auto``."""
 
     @property
     def needs_gib(self) -> float:
@@ -252,6 +255,15 @@ class Plan:
     def all_host_gib(self) -> float:
         """All processes together, as if they ran on one machine."""
         return self.host_gib * self.processes
+
+    @property
+    def exact_s(self) -> float | None:
+        """``update_s`` if nothing were in 8 bit, where the card decides on it; longer computation hides copies that
+        are waited for now. ``None``: it decides on nothing."""
+        rows = [stage for name, stage in self.stages.items() if name != "text"]
+        if not any(row.more_s for row in rows):
+            return None
+        return self.update_s + sum(max(row.more_s - row.stall_s, min(row.more_s, 0.0)) for row in rows)
 
     @property
     def moved_gib(self) -> float:

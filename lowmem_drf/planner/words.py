@@ -100,6 +100,14 @@ def _made_for(plan: Plan, config: Config) -> list[str]:
     return [f"A preset made for a card of {preset_gb(preset_path(name)):.0f} GB: --preset {name}"]
 
 
+def eight_bit(plan: Plan) -> str | None:
+    """One line of what the card decides when the run starts."""
+    if plan.exact_s is None:
+        return None
+    without = f"without it about {_seconds(plan.exact_s)} an update"
+    return f"8 bit where this card shows that it is faster: assumed here; {without}"
+
+
 def set_to_fit(plan: Plan) -> str:
     """One line: what the card decided."""
     rounded = [text for text in plan.applied if text.startswith(ROUNDED)]
@@ -131,6 +139,8 @@ def print_plan(plan: Plan, name: str, config: Config, console: Console) -> None:
         "bold green" if plan.fits else "bold red",
     )
     say(f"on an {plan.card} about {times(plan, config.steps)}")
+    if line := eight_bit(plan):
+        say(line)
     if plan.applied:
         say(set_to_fit(plan))
     say(f"{_room_words(plan)}; {_need(plan)}.")

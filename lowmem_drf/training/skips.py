@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from lowmem_drf.assembly.kernel_choice import as_run
 from lowmem_drf.errors import NonFiniteError, quoted
 from lowmem_drf.schema import Config
 from lowmem_drf.training.checkpoint import checkpoint_steps, resume_command, saved_step
@@ -52,7 +53,7 @@ def stopped(config: Config, run: Path, skips: Skips, prompts: int) -> NonFiniteE
         f"{config.optim.max_skipped} updates in a row were skipped, because a reward or gradient was NaN or infinite.",
         f"The last one: {last.skipped}.",
         f"The last good weights are saved. Go on with: {resume_command(run)}{more}",
-        f"and one or more of: {'  '.join(advice(config, [line.skipped for line in skips.last], prompts))}",
+        f"and one or more of: {'  '.join(advice(as_run(config, run), [line.skipped for line in skips.last], prompts))}",
     ]
     if older := [step for step in checkpoint_steps(run) if step < skips.last[0].step - 1]:
         later = f"the checkpoints after step-{older[-1]:06d} (in {quoted(run / 'checkpoints')})"
