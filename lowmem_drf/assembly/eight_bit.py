@@ -97,40 +97,45 @@ def options_of(
     return sorted((one for one in options if not one.graded or one.name in BEHIND_INT8), key=cost)
 
 
-def _answer(taken: bool, took: str) -> dict[str, Any]:
-    return {"taken": taken, "why": f"in {8 if taken else 16} bit ({took})"}
-
-
 def attention_answers(
     best: Option, options: Sequence[Option], found: Mapping[AttentionName, tuple[float, float]], int8: float | str,
     rollout: int,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Of both attentions. ``rollout``: forwards that ``rollout_attention`` is for."""
     if isinstance(int8, str) or not found:
-        no = _answer(False, f"8 cannot: {int8}" if isinstance(int8, str) else "no other attention could be timed")
+        no = _refused(int8 if isinstance(int8, str) else "no other attention could be timed")
         return {ROLLOUT: no, GRADED: no}
+    forwards = [ms(int8), ms(found[best.name][0])] if best.rollout else [ms(found[best.name][0]), ms(int8)]
+    rolled = _answer(best.rollout, *forwards) if rollout else _refused("no pass of an update would take it")
 
     def took(option: Option) -> str:
         forward, backward = found[option.name]
         return f"{ms(int8 if option.graded else forward, backward)} with {option.name}"
 
-    both = [f"in 16 {ms(found[best.name][0])}", f"in 8 {ms(int8)}"]
     other = next((option for option in options if option.graded != best.graded), None)
-    than = "its backward cannot follow 8" if other is None else f"in {8 if other.graded else 16} {took(other)}"
-    return {
-        ROLLOUT: _answer(best.rollout, ", ".join(both) if rollout else "no pass would take 8"),
-        GRADED: _answer(best.graded, f"{took(best)}, {than}"),
-    }
+    if other is None:
+        return {ROLLOUT: rolled, GRADED: _refused(f"the backward of {best.name} cannot follow it")}
+    return {ROLLOUT: rolled, GRADED: _answer(best.graded, took(best), took(other))}
 
 
 def layers_answer(layers: Sequence[float | str]) -> dict[str, dict[str, Any]]:
     """``layers``: what those of a block take in 8 and in 16 bit."""
-    cannot = [took for took in layers if isinstance(took, str)]
+    reasons = [took for took in layers if isinstance(took, str)]
     times = [took for took in layers if not isinstance(took, str)]
-    if cannot or not times:
-        return {PRODUCTS: _answer(False, f"8 cannot: {''.join(cannot[:1])}")}
-    took = f"of a block in an update in 16 {ms(times[1])}, in 8 {ms(times[0])}"
-    return {PRODUCTS: _answer(MARGIN * times[0] <= times[1], took)}
+    if reasons or not times:
+        return {PRODUCTS: _refused("".join(reasons[:1]))}
+    taken = MARGIN * times[0] <= times[1]
+    mine, other = times if taken else times[::-1]
+    return {PRODUCTS: _answer(taken, f"{ms(mine)} for a block in an update", ms(other))}
+
+
+def _answer(taken: bool, took: str, other: str) -> dict[str, Any]:
+    mine, others = (8, 16) if taken else (16, 8)
+    return {"taken": taken, "why": f"in {mine} bit ({took}; {others} bit: {other})"}
+
+
+def _refused(reason: str) -> dict[str, Any]:
+    return {"taken": False, "why": f"in 16 bit (not in 8: {reason})"}
 
 
 def ms(*seconds: float) -> str:
