@@ -325,7 +325,7 @@ class Memory(Node):
     borders are computed twice."""
     vae_cache_every: Thousand = 1
     """The decode stores the caches that enter one chunk in this many. From them the VAE backward decodes as many chunks
-    again, without gradient, and keeps what their backward reads. More chunks take less host memory, up to a point."""
+    again, without gradient, and keeps what their backward reads. Beyond 3 it decodes some of them once more."""
     record_decode: Annotated[int, Field(ge=0, le=1000)] = 0
     """Of so many chunks, the last of a clip, the decode stores what the VAE backward reads, which then does not decode
     them again. It costs host memory for each: at 832x480 about 2.2 GiB with a gradient in bf16. A chunk is 4 frames."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
+from lowmem_drf.method.vae_stream import TRACES
 from lowmem_drf.schema import Config
 
 Rung = Callable[[Config], str | None]
@@ -134,6 +135,14 @@ def _smaller_critic(config: Config) -> str | None:
     return f"critic.id={compact('Qwen/Qwen2.5-VL-3B-Instruct')}" if "7B" in config.critic.id else None
 
 
+def _unrecorded(config: Config) -> str | None:
+    """No record of the decode; and caches that are stored for chunks whose traces are then made in one go."""
+    if not config.memory.record_decode:
+        return None
+    every = f" memory.vae_cache_every={TRACES}" if config.memory.vae_cache_every > TRACES else ""
+    return f"memory.record_decode=0{every}"
+
+
 _one_clip = _set("micro_batch", 1)
 _checkpoint = _set("memory.checkpoint", True, start=False)
 _slices = _raise("memory.token_slices", 4)
@@ -186,7 +195,7 @@ OUTSIDE: dict[str, tuple[Rung, ...]] = {
 """Ladders for what a run does besides its updates. They are not planned."""
 
 HOST: tuple[Rung, ...] = (
-    *(_lower("memory.record_decode", 10), _lower("memory.record_decode", 0), _set("memory.record_rollout", False)),
+    *(_lower("memory.record_decode", 10), _unrecorded, _set("memory.record_rollout", False)),
     _set("memory.keep_attention", "none", start="host"),
     *(_raise("memory.vae_cache_every", 2), _raise("memory.vae_cache_every", 4), _raise("memory.vae_cache_every", 8)),
 )

@@ -175,7 +175,7 @@ def _compared(
     other, d_frames = parts.compared, d_frames_BTCHW
     assert other is not None
     if parts.same_frames:
-        left = ForBackward(spec.vae_cache_every, {0: other.store(tuple(other.start(len(x_0_BCFhw))))})
+        left = ForBackward(caches={0: other.store(tuple(other.start(len(x_0_BCFhw))))})
     else:
         with parts.stage("decode"):
             frames, left = decode(other, x_0_BCFhw, kept, spec.vae_window, spec.vae_cache_every, spec.record_decode)

@@ -26,12 +26,16 @@ Cotangents = tuple[Any, ...]
 """One per cache; ``None`` if it is no tensor, or the gradient is zero. Empty: all zero."""
 
 
+TRACES = 3
+"""Traces that are made in one go. Fewer would be more decoding without gradient, more would take more host memory."""
+
+
 @dataclass
 class ForBackward:
     """What a decode leaves for ``vae_backward``, which empties it on the way."""
 
-    every: int = 1
-    """The most chunks whose traces are made in one go."""
+    together: int = 1
+    """The most traces that are made in one go."""
     caches: dict[int, Caches] = field(default_factory=dict)
     """By chunk, those that enter it, stored."""
     traces: dict[int, Any] = field(default_factory=dict)
@@ -61,7 +65,7 @@ def decode(
     recorded = set(ordered[max(0, len(ordered) - record) :])
     stored = set([chunk for chunk in ordered if chunk not in recorded][::cache_every])
     caches = [*decoder.start(x_0_BCFhw.shape[0])]  # a list: the decoder empties it, and holds one set and not two
-    frames, left = [], ForBackward(cache_every)
+    frames, left = [], ForBackward(max(TRACES, record))  # where the recorded ones were is room for as many
     for chunk in range(max(visits) + 1):
         latents = x_0_BCFhw[:, :, chunk : chunk + 1]
         if chunk in stored:
@@ -107,10 +111,10 @@ def vae_backward(
 @torch.no_grad()
 def _trace(decoder: Decoder, x_0_BCFhw: Tensor, left: ForBackward, last: int, visited: set[int]) -> None:
     """Makes the traces of visited chunks, from the last one whose caches are stored up to ``last``: of no more than
-    ``left.every``. For those before it stores caches."""
+    ``left.together``. For those before, it stores caches."""
     first = max(left.caches)
     caches, ahead = [*left.caches[first]], sorted(chunk for chunk in visited if first <= chunk <= last)
-    stored = set(ahead[:: left.every])
+    stored = set(ahead[:: left.together])
     traced = ahead[ahead.index(max(stored)) :]
     for chunk in range(first, last + 1):
         if chunk in stored and chunk != first:

@@ -147,7 +147,7 @@ def test_the_gradients_dtype_is_that_of_a_vae_cast_to_it(name):
     d_frames = torch.randn_like(frames)
     got = vae_backward(mixed, latents, left, d_frames, kept)
     assert got.dtype == torch.float32
-    assert torch.equal(got, vae_backward(half, latents, ForBackward(1, rounded), d_frames, kept))
+    assert torch.equal(got, vae_backward(half, latents, ForBackward(caches=rounded), d_frames, kept))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -74,7 +74,7 @@ def test_the_weights_are_cast_for_the_gradient():
     }
     got = vae_backward(mixed, latents, left, upstream, kept)
     assert got.dtype == torch.float32 and got.isfinite().all()
-    assert torch.equal(got, vae_backward(half, latents, ForBackward(1, copies), upstream, kept))
+    assert torch.equal(got, vae_backward(half, latents, ForBackward(caches=copies), upstream, kept))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
