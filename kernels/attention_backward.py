@@ -18,6 +18,9 @@ a card, write their dK and dV in fp32; a sum in fixed order follows.
 Shapes: q, out, d_out (B, L, H, d); k, v (B, M, G, d), H a multiple of G; lse (B, H, L) fp32; ranges (B or 1, L, 3)
 int32 or None.
 
+``attention_half_backward.py`` is another way to all gradients, for GeForce cards. A run times both (``WAYS``); without
+that, sums are in fp32.
+
 Choice of tiles: before Hopper, Triton gives every warp 16 whole rows if a tile has at least as many rows as channels
 (128). Otherwise it splits the tile by columns, and P and dS pass through shared memory. Most tiles have three stages,
 because with two the copy of the next block starts only when a block is done; the five products add dQ one block late,
@@ -26,7 +29,8 @@ which covers that copy. Registers decide the rest (255 a thread; ``bench/kernels
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import triton
@@ -37,12 +41,15 @@ from torch.utils.flop_counter import register_flop_formula
 from lowmem_drf.kernels.attention_common import (
     FP32_TILES,
     LOG2E,
+    STAGGER,
     attention_variants,
     dot,
     load_ranges,
     load_tile,
+    query_parts,
     store_tile,
 )
+from lowmem_drf.kernels.attention_half_backward import GEFORCE, half_backward, half_workspace, may_be_half
 from lowmem_drf.kernels.attention_query_backward import tuned_query, tuned_query_fp32
 from lowmem_drf.kernels.checks import aligned, require_card, row_stride
 from lowmem_drf.kernels.operators import operator
@@ -52,13 +59,6 @@ SPAN = tl.constexpr(64)
 """``_query_spans`` works on groups of this many queries and keys."""
 PADDING = 128
 """lse, delta and the sums of dq are padded to a multiple of the largest tile's rows, so that they need no mask."""
-STAGGER = tl.constexpr(8)
-"""Neighbouring programs begin at different query blocks, as many as this, so that fewer add to the same rows of dq at
-once. All of them are in the L2 cache."""
-PROGRAMS = 512
-"""Four for each multiprocessor of an RTX 4090: queries are split where there are fewer blocks of 64 keys."""
-LEAST_QUERIES = 1024
-"""Of a part of the queries; fewer would not be worth the sums."""
 
 DELTA_TILES = (
     Tile({"BLOCK_M": 64}, 4, 1, CARDS, "reads 2 x 16 KiB at d = 128 and keeps nothing: bandwidth is all there is"),
@@ -67,6 +67,10 @@ JOINT_TILES = (
     Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 8, 2, (86, 89, 90, 120),
          "FlashAttention-2's choice on the smaller cards; 97 KiB of their 99, 81 on sm_120, 129 on Hopper"),
     Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 8, 3, (80,), "the same with three stages; 131 KiB"),
+)  # fmt: skip
+WAYS = (
+    Tile({"HALF": 0}, 1, 1, CARDS, "sums in fp32: on data center cards as fast as in fp16"),
+    Tile({"HALF": 1}, 1, 1, GEFORCE, "sums in fp16 at twice the rate, for a pass over q and dO, and conversions"),
 )  # fmt: skip
 KEY_TILES = (
     Tile({"BLOCK_M": 16, "BLOCK_N": 128}, 8, 3, (86, 89, 120),
@@ -204,21 +208,12 @@ def _query_spans(ranges: Tensor, M: int) -> Tensor:
     return torch.stack([query.where(seen, L).amin(1), (query + span).where(seen, 0).amax(1)], -1)
 
 
-def _splits(L: int, M: int, H: int, B: int) -> int:
-    """Parts of the queries. They follow from the shapes alone, so that sums have the same order everywhere."""
-    return max(1, min(PROGRAMS // (triton.cdiv(M, 64) * H * B), L // LEAST_QUERIES))
-
-
-@operator("attention_backward")
-def attention_backward_op(
+def _backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
-    ranges: Tensor | None = None, wanted_q: bool = True, wanted_kv: bool = True, deterministic: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv). Unwanted gradients are not computed and have no elements. Also allocates
-    ``attention_backward_workspace``."""
-    require_card("attention", q)
-    d_out, q, k, v, out = (aligned(x) for x in (d_out, q, k, v, out))
-    out, lse, ranges = out.contiguous(), lse.contiguous(), None if ranges is None else ranges.contiguous()
+    gradients: tuple[Tensor, Tensor, Tensor], ranges: Tensor | None = None,
+    wanted_q: bool = True, wanted_kv: bool = True, deterministic: bool = False,
+) -> None:  # fmt: skip
+    """Sums in fp32."""
     B, L, H, d = q.shape
     M, G = k.shape[1:3]
     sizes = {"D": d, "BLOCK_D": triton.next_power_of_2(d)}
@@ -226,36 +221,69 @@ def attention_backward_op(
     lse2, delta = q.new_empty(2, B, H, padded, dtype=torch.float32)
     strides = [n for x in (q, k, v, d_out) for n in x.stride()[:3]]
     stride_r = 0 if ranges is None else row_stride(ranges)
+    dq, dk, dv = gradients
     exact, joint = q.dtype is torch.float32, wanted_q and wanted_kv and not deterministic
-    dq, dk, dv = _empty_gradients(q, k, v, wanted_q, wanted_kv)
-    with torch.cuda.device_of(q):
-        _tuned_delta[lambda meta: (triton.cdiv(padded, meta["BLOCK_M"]), H, B)](
-            out, d_out, lse, lse2, delta, *d_out.stride()[:3], L, padded, **sizes
+    _tuned_delta[lambda meta: (triton.cdiv(padded, meta["BLOCK_M"]), H, B)](
+        out, d_out, lse, lse2, delta, *d_out.stride()[:3], L, padded, **sizes
+    )
+    if wanted_kv:
+        sums = q.new_zeros(B, H, padded, d, dtype=torch.float32) if joint else None
+        splits = query_parts(L, M, H, B)
+        parts = splits * (H // G)
+        partial = (dk, dv) if parts == 1 else q.new_empty(2, parts, *k.shape, dtype=torch.float32)
+        spans = None if ranges is None else _query_spans(ranges, M)
+        stride_s = 0 if spans is None else row_stride(spans)
+        kernels = (_tuned_joint, _tuned_joint_fp32) if joint else (_tuned_key, _tuned_key_fp32)
+        kernels[exact][lambda meta: (triton.cdiv(M, meta["BLOCK_N"]) * splits, H, B)](
+            q, k, v, d_out, lse2, delta, ranges, spans, sums, *partial, *strides, stride_r, stride_s, scale,
+            L, padded, M, splits, GROUP=H // G, **sizes,
+        )  # fmt: skip
+        if parts > 1:
+            for gradient, summands in zip((dk, dv), partial, strict=True):
+                gradient.copy_(summands.sum(0))
+        if sums is not None:
+            torch.mul(sums[:, :, :L].transpose(1, 2), scale, out=dq)
+    if wanted_q and not joint:
+        (tuned_query_fp32 if exact else tuned_query)[lambda meta: (triton.cdiv(L, meta["BLOCK_M"]), H, B)](
+            q, k, v, d_out, lse2, delta, ranges, dq, *strides, stride_r, scale, L, padded, M, GROUP=H // G, **sizes
         )
-        if wanted_kv:
-            sums = q.new_zeros(B, H, padded, d, dtype=torch.float32) if joint else None
-            splits = _splits(L, M, H, B)
-            parts = splits * (H // G)
-            partial = (dk, dv) if parts == 1 else q.new_empty(2, parts, *k.shape, dtype=torch.float32)
-            spans = None if ranges is None else _query_spans(ranges, M)
-            stride_s = 0 if spans is None else row_stride(spans)
-            if joint:
-                kernel = _tuned_joint_fp32 if exact else _tuned_joint
-            else:
-                kernel = _tuned_key_fp32 if exact else _tuned_key
-            kernel[lambda meta: (triton.cdiv(M, meta["BLOCK_N"]) * splits, H, B)](
-                q, k, v, d_out, lse2, delta, ranges, spans, sums, *partial, *strides, stride_r, stride_s, scale,
-                L, padded, M, splits, GROUP=H // G, **sizes,
-            )  # fmt: skip
-            if parts > 1:
-                for gradient, summands in zip((dk, dv), partial, strict=True):
-                    gradient.copy_(summands.sum(0))
-            if sums is not None:
-                torch.mul(sums[:, :, :L].transpose(1, 2), scale, out=dq)
-        if wanted_q and not joint:
-            (tuned_query_fp32 if exact else tuned_query)[lambda meta: (triton.cdiv(L, meta["BLOCK_M"]), H, B)](
-                q, k, v, d_out, lse2, delta, ranges, dq, *strides, stride_r, scale, L, padded, M, GROUP=H // G, **sizes
-            )
+
+
+class _Way:
+    """Both ways to all gradients, each with all that it launches, as a kernel that ``Tuned`` may time."""
+
+    __name__ = "attention_backward"
+    arg_names = ("d_out", "q", "k", "v", "out", "lse", "scale", "gradients", "L", "M", "D")
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self._run
+
+    @staticmethod
+    def _run(*arguments: Any, HALF: int, **_: Any) -> None:
+        *inputs, _, _ = arguments
+        (half_backward if HALF else _backward)(*inputs)
+
+
+_tuned_way = tuned(WAYS, key=["D", "L", "M"])(_Way())
+
+
+@operator("attention_backward")
+def attention_backward_op(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
+    ranges: Tensor | None = None, wanted_q: bool = True, wanted_kv: bool = True, deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv). Unwanted gradients are not computed and have no elements. Also allocates at most
+    ``attention_backward_workspace``."""
+    require_card("attention", q)
+    d_out, q, k, v, out = (aligned(x) for x in (d_out, q, k, v, out))
+    out, lse, ranges = out.contiguous(), lse.contiguous(), None if ranges is None else ranges.contiguous()
+    gradients = dq, dk, dv = _empty_gradients(q, k, v, wanted_q, wanted_kv)
+    inputs = d_out, q, k, v, out, lse
+    with torch.cuda.device_of(q):
+        if wanted_q and wanted_kv and not deterministic and may_be_half(q, k, ranges):
+            _tuned_way[()](*inputs, scale, gradients, q.shape[1], k.shape[1], D=q.shape[3])
+        else:
+            _backward(*inputs, scale, gradients, ranges, wanted_q, wanted_kv, deterministic)
     return dq, dk, dv
 
 
@@ -268,13 +296,14 @@ def attention_backward_workspace(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
     ranges: Tensor | None = None, wanted_q: bool = True, wanted_kv: bool = True, deterministic: bool = False,
 ) -> int:  # fmt: skip
-    """Bytes that the op allocates beside its results: log-sum-exp and delta, 4 each per query and head (padded to 128);
-    unless ``deterministic`` dq in fp32; where several programs share a key, their dk and dv in fp32, and one sum. Not
-    the spans of ranges, and copies of inputs that are not ``aligned``."""
+    """Bytes that the op allocates beside its results, at most: log-sum-exp and delta, 4 each per query and head (padded
+    to 128); unless ``deterministic`` dq in fp32; where several programs share a key, their dk and dv in fp32, and one
+    sum; or what ``half_backward`` takes. Not the spans of ranges, and copies of inputs that are not ``aligned``."""
     B, L, H, d = q.shape
-    rows, parts = B * H * (L + -L % PADDING), _splits(L, k.shape[1], H, B) * (H // k.shape[2])
-    sums = rows * d * (wanted_q and wanted_kv and not deterministic)
-    return 4 * (2 * rows + sums + wanted_kv * (parts > 1) * (2 * parts + 1) * k.numel())
+    rows, parts = B * H * (L + -L % PADDING), query_parts(L, k.shape[1], H, B) * (H // k.shape[2])
+    joint = wanted_q and wanted_kv and not deterministic
+    found = 4 * (2 * rows + rows * d * joint + wanted_kv * (parts > 1) * (2 * parts + 1) * k.numel())
+    return max(found, half_workspace(q, k)) if joint and may_be_half(q, k, ranges) else found
 
 
 def _empty_gradients(q: Tensor, k: Tensor, v: Tensor, wanted_q: bool, wanted_kv: bool) -> tuple[Tensor, Tensor, Tensor]:

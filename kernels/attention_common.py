@@ -13,6 +13,14 @@ from lowmem_drf.kernels.tiles import CARDS, INTERPRETED, Tile, Variant, tiles_fo
 UPCAST = tl.constexpr(INTERPRETED)
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 
+STAGGER = tl.constexpr(8)
+"""Neighbouring programs begin at different query blocks, as many as this, so that fewer add to the same rows of dq at
+once. All of them are in the L2 cache."""
+PROGRAMS = 512
+"""Four for each multiprocessor of an RTX 4090: queries are split where there are fewer blocks of 64 keys."""
+LEAST_QUERIES = 1024
+"""Of a part of the queries; fewer would not be worth the sums."""
+
 FP32_TILES = (
     Tile({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 1, CARDS,
          "exact fp32 products run outside the tensor cores: small; for tests and toy models"),
@@ -25,6 +33,14 @@ def dot(b_x, b_y, b_acc=None):
     if UPCAST:
         b_x, b_y = b_x.to(tl.float32), b_y.to(tl.float32)
     return tl.dot(b_x, b_y, b_acc, input_precision="ieee")
+
+
+@triton.jit
+def half_dot(b_x, b_y):
+    """``b_x @ b_y`` with sums in fp16. The interpreter sums in fp32: one rounding."""
+    if UPCAST:
+        return dot(b_x, b_y).to(tl.float16)
+    return tl.dot(b_x, b_y, out_dtype=tl.float16)
 
 
 @triton.jit
@@ -67,6 +83,12 @@ def seen_blocks(b_prefix, b_start, b_stop, M, BLOCK_N: tl.constexpr):
     d = tl.minimum(tl.maximum(tl.cdiv(tl.max(b_start, 0), BLOCK_N), c), f)
     e = tl.minimum(tl.maximum(tl.min(tl.where(none, 0, b_stop), 0) // BLOCK_N, d), f)
     return a, b, c, d, e, f
+
+
+def query_parts(L: int, M: int, H: int, B: int) -> int:
+    """Parts of the queries in a backward pass. They follow from the shapes alone, so that sums have the same order
+    everywhere."""
+    return max(1, min(PROGRAMS // (triton.cdiv(M, 64) * H * B), L // LEAST_QUERIES))
 
 
 CASES = ((128, False, 1), (128, True, 7), (80, True, 1))

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lowmem_drf.kernels.attention_common import LN2, LOG2E, UPCAST, dot, load_tile, store_tile
+from lowmem_drf.kernels.attention_common import LN2, LOG2E, UPCAST, dot, half_dot, load_tile, store_tile
 from lowmem_drf.kernels.checks import aligned, check_attention, require_card
 from lowmem_drf.kernels.operators import operator
 from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tiles_for, tuned, variant
@@ -155,9 +155,7 @@ def _step(
     b_sum = b_sum * b_old + tl.sum(b_p, 1)
     b_p = b_p.to(tl.float16)
     if HALF:
-        # the interpreter sums in fp32: a block has one rounding to fp16
-        b_part = dot(b_p, b_v).to(tl.float16) if UPCAST else tl.dot(b_p, b_v, out_dtype=tl.float16)
-        b_acc = b_acc * b_old[:, None] + b_part.to(tl.float32)
+        b_acc = b_acc * b_old[:, None] + half_dot(b_p, b_v).to(tl.float32)
     else:
         b_acc = dot(b_p, b_v, b_acc * b_old[:, None])
     return b_acc, b_new, b_sum

@@ -10,6 +10,7 @@ from test_attention import check, random_ranges, run, tensors
 
 from lowmem_drf.kernels import attention as forward_file
 from lowmem_drf.kernels import attention_backward as backward_file
+from lowmem_drf.kernels import attention_common
 from lowmem_drf.kernels.attention import attention, attention_backward, packed_ranges, window_ranges
 from lowmem_drf.kernels.attention_backward import attention_backward_workspace
 from lowmem_drf.kernels.attention_query_backward import QUERY_TILES, attention_query_backward_kernel
@@ -126,9 +127,9 @@ def test_the_same_bits_every_time_are_the_naive_form(ranges, device, monkeypatch
 @pytest.mark.parametrize("ranges", [False, True], ids=["all keys", "ranges"])
 def test_queries_in_parts(ranges, deterministic, device, monkeypatch):
     """Cross-attention has few blocks of keys: the last part has fewer queries, and with ranges some parts have none."""
-    monkeypatch.setattr(backward_file, "LEAST_QUERIES", 32)
+    monkeypatch.setattr(attention_common, "LEAST_QUERIES", 32)
     shape = (1, 150, 20, 2, 1, 16)
-    assert backward_file._splits(150, 20, 2, 1) == 4
+    assert attention_common.query_parts(150, 20, 2, 1) == 4
     ranges = window_ranges([0, 20], "cpu").expand(1, 20, 3).repeat(1, 8, 1)[:, :150].to(device) if ranges else None
     if ranges is not None:
         ranges[:, 40:] = 0
