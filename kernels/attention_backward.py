@@ -264,7 +264,7 @@ class _Way:
         (half_backward if HALF else _backward)(*inputs)
 
 
-_tuned_way = tuned(WAYS, key=["D", "L", "M"])(_Way())
+tuned_ways = tuned(WAYS, key=["D", "L", "M"])(_Way())
 
 
 @operator("attention_backward")
@@ -281,7 +281,7 @@ def attention_backward_op(
     inputs = d_out, q, k, v, out, lse
     with torch.cuda.device_of(q):
         if wanted_q and wanted_kv and not deterministic and may_be_half(q, k, ranges):
-            _tuned_way[()](*inputs, scale, gradients, q.shape[1], k.shape[1], D=q.shape[3])
+            tuned_ways[()](*inputs, scale, gradients, q.shape[1], k.shape[1], D=q.shape[3])
         else:
             _backward(*inputs, scale, gradients, ranges, wanted_q, wanted_kv, deterministic)
     return dq, dk, dv

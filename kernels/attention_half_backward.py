@@ -23,7 +23,7 @@ fp16 ends at 2^16, and its full precision at 2^-14, where P is 2^-21.
 q' lies in the memory of dq until dq is known. Heads are taken in two parts, so that sums and d' take no more memory
 than the sums of the other way.
 
-Shapes as in ``attention_backward.py``, with H = G and without ranges: Wan's own.
+Shapes as in ``attention_backward.py``, but Wan's alone: H = G, d = 128, and no ranges.
 """
 
 from __future__ import annotations
@@ -36,21 +36,22 @@ import triton.language as tl
 from torch import Tensor
 
 from lowmem_drf.kernels.attention_common import LOG2E, STAGGER, dot, half_dot, load_tile, query_parts, store_tile
-from lowmem_drf.kernels.tiles import Tile, Variant, tiles_for, tuned, variant
+from lowmem_drf.kernels.tiles import CARDS, Tile, Variant, tiles_for, tuned, variant
 
-DTYPES, HEAD_DIMS = (torch.bfloat16, torch.float16), (64, 128)
+DTYPES, HEAD_DIM = (torch.bfloat16, torch.float16), 128
 ROWS = 64
 """Tokens that share a power of two, and whose products are summed in fp16."""
 P_BITS, D_OUT_BITS, V_BITS, K_BITS, Q_BITS = 7, 2, 5, 0, -4
 """Numbers are below two to this power; of d' and v' the norms of rows."""
 NORM_BITS = D_OUT_BITS + V_BITS
 GEFORCE = (86, 89, 120)
+"""Cards that take it (``WAYS`` in ``attention_backward.py``); the others could."""
 
 ROW_TILES = (
-    Tile({"BLOCK_M": ROWS}, 8, 1, GEFORCE, "the rows of a power; reads and writes, and keeps nothing"),
+    Tile({"BLOCK_M": ROWS}, 8, 1, CARDS, "the rows of a power; reads and writes, and keeps nothing"),
 )  # fmt: skip
 HALF_TILES = (
-    Tile({"BLOCK_M": ROWS, "BLOCK_N": ROWS}, 8, 2, GEFORCE,
+    Tile({"BLOCK_M": ROWS, "BLOCK_N": ROWS}, 8, 2, CARDS,
          "as many queries as fp16 sums allow; P and dS pass through shared memory"),
 )  # fmt: skip
 
@@ -185,7 +186,7 @@ _tuned_half = tuned(HALF_TILES, key=["D", "L", "M"])(attention_half_backward_ker
 
 
 def may_be_half(q: Tensor, k: Tensor, ranges: Tensor | None) -> bool:
-    return q.dtype in DTYPES and q.shape[3] in HEAD_DIMS and q.shape[2] == k.shape[2] and ranges is None
+    return q.dtype in DTYPES and q.shape[3] == HEAD_DIM and q.shape[2] == k.shape[2] and ranges is None
 
 
 def half_backward(
@@ -242,7 +243,7 @@ def half_workspace(q: Tensor, k: Tensor) -> int:
 
 
 def variants(card: int) -> Iterator[Variant]:
-    """Both kernels with every tile of a card, in both dtypes, for Wan's 128 channels and for 64."""
+    """Both kernels with every tile of a card, in both dtypes."""
     fp32 = ("p_lse", "p_lse2", "p_delta", "p_q_unit", "p_d_unit", "p_v_norm", "p_sums", "scale")
     kinds = dict.fromkeys(fp32, "fp32") | dict.fromkeys(("p_q16", "p_d16"), "fp16")
     bits = {"Q_BITS": Q_BITS, "D_OUT_BITS": D_OUT_BITS, "P_BITS": P_BITS, "K_BITS": K_BITS, "V_BITS": V_BITS}
@@ -250,6 +251,5 @@ def variants(card: int) -> Iterator[Variant]:
     for kernel, tiles in ((attention_half_rows_kernel, ROW_TILES), (attention_half_backward_kernel, HALF_TILES)):
         mine = {name: value for name, value in bits.items() if name in kernel.arg_names}
         for element in ("bf16", "fp16"):
-            for d in HEAD_DIMS:
-                for tile in tiles_for(tiles, card):
-                    yield variant(kernel, tile, element, mine | {"D": d}, **kinds)
+            for tile in tiles_for(tiles, card):
+                yield variant(kernel, tile, element, mine | {"D": HEAD_DIM}, **kinds)

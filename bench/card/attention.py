@@ -72,7 +72,32 @@ def attention() -> Iterator[Row]:
             gc.collect()
             torch.cuda.empty_cache()
         yield from _against_others(label, reached)
+        yield from _both_ways(label, op, arguments, d_out)
     yield from _chosen_tiles()
+
+
+def _both_ways(label: str, op: Op, arguments: Mapping[str, Any], d_out: Tensor) -> Iterator[Row]:
+    """Our backward with sums in fp32 and in fp16, where this card may take either."""
+    from lowmem_drf.kernels.attention_backward import tuned_ways
+
+    every, mine = tuned_ways.configs, tuned_ways.of_this_card()
+    if len(mine) == 1 or arguments.get("ranges") is not None:
+        return
+    try:
+        for config in mine:
+            tuned_ways.configs = [config]
+            name = expected.FP16_SUMS if config.kwargs["HALF"] else expected.FP32_SUMS
+            run = dict(passes(op.fused, arguments))["backward"]
+            ms, peak = median_ms(run), peak_bytes(run) / MIB
+            wanted, source = expected.attention(name, "backward") if label in SELF else (None, "")
+            note = f"{ms:.2f} ms, {peak:.0f} MiB; {source}".rstrip("; ")
+            rate = FLOPS["backward"] * forward_flops(arguments) / ms / 1e9
+            yield near(f"{label}: {name}, backward", rate, "TFLOP/s", wanted, note)
+            yield from _values(f"{label}: {name}", op.fused, arguments, d_out)
+    except (RuntimeError, ValueError) as error:
+        yield failed(f"{label}: both ways of the backward", error)
+    finally:
+        tuned_ways.configs = every
 
 
 def _chosen_tiles() -> Iterator[Row]:

@@ -15,6 +15,8 @@ _NAMES = {"forward": "attention", "backward": "attention backward", "conv3d": "c
 SHARES = {name: cards.SHARES[kind].of for name, kind in _NAMES.items()} | {"row op": 0.9}
 """Of the card's peak; ``row op``: of a copy of as many bytes on the same card."""
 
+FP32_SUMS, FP16_SUMS = "triton, sums in fp32", "triton, sums in fp16"
+"""The ways of our backward; ``triton`` is the faster one."""
 _FA2 = "SageAttention2's tables: FlashAttention-2, head dim 128"
 _FA3 = "FlashAttention-3's paper, head dim 128"
 _SASS = "estimate from the machine code, middle of the range"
@@ -22,7 +24,7 @@ ATTENTION: dict[tuple[str, str, str], Figure] = {
     ("RTX 4090", "SDPA flash", "forward"): (155, "150 to 160, " + _FA2),
     ("RTX 4090", "SDPA flash", "backward"): (117, "110 to 125, estimate from FlashAttention-2's share"),
     ("RTX 4090", "triton", "forward"): (142, "135 to 150, " + _SASS),
-    ("RTX 4090", "triton", "backward"): (117, "110 to 125, as FlashAttention-2: the same tile and five products"),
+    ("RTX 4090", FP32_SUMS, "backward"): (117, "110 to 125, as FlashAttention-2: the same tile and five products"),
     ("RTX 4090", DETERMINISTIC, "backward"): (87, "80 to 95 with seven products, " + _SASS),
     ("RTX 4090", "xformers", "forward"): (106, "SageAttention2's tables"),
     ("RTX 5090", "SDPA flash", "forward"): (200, "187 to 214, " + _FA2),
@@ -60,7 +62,10 @@ def attention(by: str, direction: str) -> tuple[float | None, str]:
     if card and by == INT8:
         share = card.share("int8 attention")
         return share * card.bf16, f"{share:.0%} of bf16's peak rate: " + cards.SHARES["int8 attention"].source
-    if card and by in ("triton", "SDPA flash"):
+    if card and card.half_sums and direction == "backward" and by in ("triton", FP16_SUMS):
+        half = cards.HALF_BACKWARD
+        return card.share(half) * card.bf16, f"{card.share(half):.0%} of the peak rate, {cards.SHARES[half].source}"
+    if card and by in ("triton", FP32_SUMS, "SDPA flash"):
         return SHARES[direction] * card.bf16, f"{SHARES[direction]:.0%} of the peak rate"
     return None, ""
 

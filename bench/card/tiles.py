@@ -14,12 +14,14 @@ from bench.card.rows import Row, at_most, failed
 from bench.kernels.ops import OPS, Op, Sizes, build
 from lowmem_drf.kernels.tiles import Tuned, tile_words
 
-MORE_FILES = {"attention": ("attention", "attention_backward")}
+MORE_FILES = {"attention": ("attention", "attention_backward", "attention_half_backward")}
 """Files whose kernels an op launches, where these are not the op's own."""
 EXACT = ("attention",)
 """Ops that have kernels of their own for fp32."""
 TWO_WAYS = ("attention",)
 """Ops that have kernels of their own for ``deterministic``."""
+PLAIN: dict[str, Sizes] = {"attention": {"B": 1, "L": 333, "H": 3, "d": 128, "M": 500, "G": 3}}
+"""Of ops that have kernels of their own for inputs without ranges."""
 WAN = {"B": 2, "L": 333, "H": 12, "d": 128}
 SIZES: dict[str, Sizes] = {
     "attention": {"B": 1, "L": 777, "H": 4, "d": 128, "M": 777, "G": 2, "prefix": 300, "questions": 3},
@@ -49,11 +51,14 @@ def tiles() -> Iterator[Row]:
         every = tuners(op)
         configs = {tuner: tuner.configs for tuner in every.values()}
         mine = {name: tuner.of_this_card() for name, tuner in every.items()}
-        first = {every[name]: chosen[0] for name, chosen in mine.items()}
+        # of two ways the last one, which has kernels of its own beside those that all inputs take
+        first = {every[name]: chosen[-1 if name.endswith("_ways") else 0] for name, chosen in mine.items()}
         dtypes = (*op.dtypes, torch.float32) if op.name in EXACT else op.dtypes
         cases = [_Case(op, SIZES.get(op.name, WAN), dtype) for dtype in dtypes]
         if op.name in TWO_WAYS:
             cases += [_Case(op, SIZES[op.name], dtype, more={"deterministic": True}) for dtype in dtypes]
+        if op.name in PLAIN:
+            cases += [_Case(op, PLAIN[op.name], dtype) for dtype in op.dtypes]
         for name, tuner in every.items():
             _pin(first)
             for config in mine[name]:

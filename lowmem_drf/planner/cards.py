@@ -41,6 +41,8 @@ SHARES = {
     "attention": Share(0.75, "FlashAttention-2: 150 to 160 of a 4090's 165 TFLOP/s, 70 of a 3090's 71 (tables of "
                              "SageAttention2); below that for cross-attention and fewer tokens"),
     "attention backward": Share(0.6, "no public figure for consumer cards; five products, and sums in fp32"),
+    "attention backward in fp16": Share(1.0, "assumed: 0.6 of its peak, 5/3 of that of sums in fp32, for four of five "
+                                             "products sum in fp16 (``Card.fp16_sums``); no public figure"),
     "int8 attention": Share(1.9, "134 of a 3090's 71 TFLOP/s with such products (SageAttention2); at most 8/3: "
                                  "half at four times the rate, half at twice (``Card.fp16_sums``)"),
     "int8 products": Share(0.6, "480 to 512 of a 5090's 838 TOP/s, in Triton (gau-nernst/quantized-training); ours "
@@ -50,6 +52,7 @@ SHARES = {
     "link": Share(1.0, "``Card.link`` is what pinned copies reach already"),
 }  # fmt: skip
 """By kind of work. Until ``bench`` has measured them on the card at hand (``learn``)."""
+HALF_BACKWARD = "attention backward in fp16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,8 @@ class Card:
         return self.name.lower() in device.lower()
 
     def share(self, kind: str) -> float:
+        if kind == HALF_BACKWARD and kind not in self.measured and "attention backward" in self.measured:
+            kind = "attention backward"  # that of the implementation that was chosen here
         sums = self.fp16_sums / CARDS["RTX 3090"].fp16_sums if kind == "int8 attention" else 1.0
         return self.measured.get(kind, SHARES[kind].of * sums)
 
@@ -87,6 +92,11 @@ class Card:
         return self.int8 / self.bf16 / 2
 
     @property
+    def half_sums(self) -> bool:
+        """Whether sums in fp16 are worth having."""
+        return self.fp16_sums > 1.5
+
+    @property
     def link_rate(self) -> float:
         """Bytes a second between card and host, each way."""
         return self.link * self.share("link") * 1e9
@@ -95,10 +105,12 @@ class Card:
 def at_share(card: Card, share: float) -> Card:
     """The card if every kind of arithmetic reached ``share`` of its peak, and copies what they do.
 
-    The peak of int8 attention is 4/3 of that of sums in fp16: half of its products run at that rate, half at twice.
+    The peak of int8 attention is 4/3 of that of sums in fp16: half of its products run at that rate, half at twice. Of
+    attention's backward in fp16, four of five products run at that rate.
     """
     kinds = dict.fromkeys(SHARES.keys() - {"memory", "link"}, share)
-    return replace(card, measured=kinds | {"int8 attention": share * card.fp16_sums * 4 / 3})
+    peaks = {"int8 attention": card.fp16_sums * 4 / 3, HALF_BACKWARD: 5 / (1 + 4 / card.fp16_sums)}
+    return replace(card, measured=kinds | {kind: share * peak for kind, peak in peaks.items()})
 
 
 CARDS = {

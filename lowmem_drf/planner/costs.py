@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from functools import cache
 from typing import Any
@@ -71,6 +71,14 @@ def kind_of(func: Any) -> str:
     if "int8_product" in name:
         return INT8
     return "conv3d" if func.overloadpacket in CONVOLUTIONS else "matmul"
+
+
+def is_wans(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether the arguments of an attention's backward are such as ``attention_half_backward`` takes: no mask, and no
+    ranges of keys."""
+    ranges_or_causal = args[7] if len(args) > 7 else None
+    plain = ranges_or_causal is None or ranges_or_causal is False
+    return args[1].shape[-1] == 128 and plain and kwargs.get("attn_mask") is None
 
 
 @dataclass(frozen=True, slots=True)

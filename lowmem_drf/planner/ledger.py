@@ -26,7 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem_drf.assembly.eight_bit import PRODUCTS
 from lowmem_drf.memory.host import IN_FLIGHT
-from lowmem_drf.planner.costs import EITHER, INT8, Counters, Pcie, Rates, facts, in_16_bit, kind_of
+from lowmem_drf.planner.cards import HALF_BACKWARD
+from lowmem_drf.planner.costs import EITHER, INT8, Counters, Pcie, Rates, facts, in_16_bit, is_wans, kind_of
 from lowmem_drf.planner.fakes import DEVICE_OF, Fakes, key_of, tensors_of
 from lowmem_drf.planner.stages import MIDDLE, Item, Key, Label, Span
 
@@ -352,11 +353,11 @@ class Ledger(TorchDispatchMode):
         if self._rates is None or func.is_view:
             return flops, 0.0, copied, 0.0
         moved = sum([tensor.numel() * tensor.element_size() for tensor in (*tensors_of(args, kwargs), *outputs)])
-        seconds = max(flops / self._rate(func, outputs) if flops else 0.0, moved / self._rates.bytes)
+        seconds = max(flops / self._rate(func, args, kwargs, outputs) if flops else 0.0, moved / self._rates.bytes)
         other = in_16_bit(func, args, outputs, flops, moved, self._rates) if self._auto else None
         return flops, seconds, copied, 0.0 if other is None else other - seconds
 
-    def _rate(self, func: Any, outputs: list[Tensor]) -> float:
+    def _rate(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> float:
         assert self._rates is not None
         dtype, rates, kind = outputs[0].dtype, self._rates, kind_of(func)
         peak = rates.flops.get(dtype, rates.flops[torch.float32])
@@ -364,6 +365,8 @@ class Ledger(TorchDispatchMode):
             peak = rates.convolution
         elif kind == INT8:
             peak = rates.int8 or peak
+        elif HALF_BACKWARD in rates.shares and kind == "attention backward" and is_wans(args, kwargs):
+            kind = HALF_BACKWARD
         return peak * rates.shares.get(kind, 1.0)
 
 

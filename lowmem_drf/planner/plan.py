@@ -33,7 +33,7 @@ from lowmem_drf.models.tiny.watch import Uses
 from lowmem_drf.models.wan.experts import require_expert
 from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.weights.sources import resolve
-from lowmem_drf.planner.cards import GIB, SHARES, Card, fits_in, free_of
+from lowmem_drf.planner.cards import GIB, HALF_BACKWARD, SHARES, Card, fits_in, free_of
 from lowmem_drf.planner.costs import Counters, Rates
 from lowmem_drf.planner.depths import (
     GROUPS,
@@ -249,7 +249,7 @@ class _Run:
         return meter.stages, step_bytes
 
     def _text(self, depths: Mapping[str, int]) -> PlanMeter:
-        with self.fakes, Ledger(ALLOCATOR_BLOCK, _rates(self.card), self.fakes) as ledger:
+        with self.fakes, Ledger(ALLOCATOR_BLOCK, _rates(self.card, self.config), self.fakes) as ledger:
             meter = PlanMeter(ledger)
             _encode_text(self.config, shallow_generator(self.generator, depths), self.fakes.mode, meter)
         return meter
@@ -263,7 +263,7 @@ class _Run:
         ungraded = config.sampler.graded_steps - short.sampler.graded_steps
         forget_windows()  # else the first run of a process would count them alone
         auto = in_8_bit(config, generator.transformer["attention_head_dim"])
-        with self.fakes, Ledger(ALLOCATOR_BLOCK, _rates(self.card), self.fakes, auto) as ledger:
+        with self.fakes, Ledger(ALLOCATOR_BLOCK, _rates(self.card, self.config), self.fakes, auto) as ledger:
             meter = PlanMeter(ledger, absent)
             models, prompts, questions = fake_run(short, generator, critic, self.fakes.mode, meter)
             parts = models.parts(lora_parameters(models.transformer), self.uses)
@@ -308,11 +308,14 @@ def new_fakes() -> Fakes:
     return Fakes(FakeTensorMode(allow_non_fake_inputs=True))
 
 
-def _rates(card: Card) -> Rates:
+def _rates(card: Card, config: Config) -> Rates:
     tera = {torch.bfloat16: card.bf16, torch.float16: card.bf16, torch.float32: card.fp32}
     flops = {dtype: rate * 1e12 for dtype, rate in tera.items()}
     memory = card.memory * card.share("memory") * 1e9
-    shares = {kind: card.share(kind) for kind in SHARES}
+    kernels = config.kernels
+    half = kernels.attention in ("auto", "triton") and not kernels.deterministic and config.dtype != "fp32"
+    kinds = SHARES.keys() - (set() if half and card.half_sums else {HALF_BACKWARD})
+    shares = {kind: card.share(kind) for kind in kinds}
     return Rates(flops, card.tf32 * 1e12, memory, card.link_rate, shares, card.int8 * 1e12)
 
 

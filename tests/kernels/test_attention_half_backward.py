@@ -18,12 +18,12 @@ from lowmem_drf.kernels.tiles import CARDS, tiles_for
 @pytest.fixture(autouse=True)
 def _half(monkeypatch):
     """It is taken wherever it may be."""
-    monkeypatch.setattr(backward_file._tuned_way, "configs", backward_file._tuned_way.configs[-1:])
+    monkeypatch.setattr(backward_file.tuned_ways, "configs", backward_file.tuned_ways.configs[-1:])
 
 
 SHAPES = {
-    "three heads, two clips": (2, 70, 40, 3, 3, 64),
-    "one head, 128 channels": (1, 100, 70, 1, 1, 128),
+    "three heads, two clips": (2, 70, 40, 3, 3, 128),
+    "one head": (1, 100, 70, 1, 1, 128),
 }
 
 
@@ -35,7 +35,7 @@ def test_gradients_have_the_rounding_of_16_bit(shape, device, monkeypatch):
 
 def test_queries_in_parts_and_strided_inputs(device, monkeypatch):
     monkeypatch.setattr(attention_common, "LEAST_QUERIES", 32)
-    qkv, d_out = tensors((1, 100, 20, 2, 2, 64), torch.float16, device)
+    qkv, d_out = tensors((1, 100, 20, 2, 2, 128), torch.float16, device)
     turned = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (*qkv, d_out)]
     check_gradients(turned[:3], turned[3])
 
@@ -80,7 +80,7 @@ EXTREMES = {
 @pytest.mark.parametrize("change", EXTREMES.values(), ids=EXTREMES.keys())
 def test_no_number_leaves_the_range_of_fp16(change, device):
     """The bound is that of bf16 results, which the interpreter truncates."""
-    qkv, d_out = tensors((1, 70, 66, 1, 1, 64), torch.bfloat16, device)
+    qkv, d_out = tensors((1, 70, 66, 1, 1, 128), torch.bfloat16, device)
     change(*qkv, d_out)
     saved = attention_forward(*qkv)
     found = attention_backward(d_out, *qkv, *saved)
@@ -90,7 +90,7 @@ def test_no_number_leaves_the_range_of_fp16(change, device):
 
 def test_what_is_not_finite_shows(device):
     """The update is skipped then."""
-    qkv, d_out = tensors((1, 20, 20, 1, 1, 64), torch.float16, device)
+    qkv, d_out = tensors((1, 20, 20, 1, 1, 128), torch.float16, device)
     for value in (float("nan"), float("inf")):
         d_out[0, 3, 0, 5] = value
         found = attention_backward(d_out, *qkv, *attention_forward(*qkv))
@@ -104,12 +104,12 @@ def test_it_is_taken_on_geforce_cards_alone_and_never_where_the_same_bits_are_as
     for name in ("_backward", "half_backward"):
         monkeypatch.setattr(backward_file, name, lambda *_, name=name: taken.append(name))
 
-    def way(heads=1, channels=64, dtype=torch.float16, **options):
+    def way(heads=1, channels=128, dtype=torch.float16, **options):
         qkv, d_out = tensors((1, 9, 9, heads, 1, channels), dtype, device)
         attention_backward(d_out, *qkv, d_out, torch.zeros(1, heads, 9, device=device), **options)
         return taken.pop()
 
-    others = ({"heads": 2}, {"channels": 32}, {"dtype": torch.float32}, {"deterministic": True}, {"wanted_q": False})
+    others = ({"heads": 2}, {"channels": 64}, {"dtype": torch.float32}, {"deterministic": True}, {"wanted_q": False})
     others += ({"ranges": window_ranges([0, 9], device)},)
     assert way() == "half_backward" and {way(**other) for other in others} == {"_backward"}
 
@@ -118,7 +118,7 @@ def test_it_is_taken_on_geforce_cards_alone_and_never_where_the_same_bits_are_as
 def test_what_is_allocated_is_what_is_said(keys, device, monkeypatch):
     """Its heads are taken in two halves, one after the other."""
     monkeypatch.setattr(attention_common, "LEAST_QUERIES", 32 if keys == 20 else 1024)
-    qkv, d_out = tensors((1, 70, keys, 2, 2, 64), torch.float16, device)
+    qkv, d_out = tensors((1, 70, keys, 2, 2, 128), torch.float16, device)
     saved = (d_out, *qkv, torch.zeros_like(d_out), torch.zeros(1, 2, 70, device=device))
     made = []
     for name in ("_tuned_rows", "_tuned_half"):  # the interpreter allocates too
@@ -135,7 +135,7 @@ def test_what_is_allocated_is_what_is_said(keys, device, monkeypatch):
 
 @pytest.mark.parametrize("case", CASES)
 def test_errors_are_not_above_those_of_sums_in_fp32(case):
-    """Up to half as much again where one token decides them, and the rounding of the output decides that."""
+    """Up to half as much again where one token decides them, and one rounding to fp16."""
     found = measured(case, 256)
     for name in ("dq", "dk", "dv"):
-        assert found["fp16 sums"][name] <= 1.5 * found["bf16"][name], name
+        assert found["fp16 sums"][name] <= 1.5 * found["bf16"][name] + 2.0**-11, name

@@ -2,7 +2,7 @@
 
 import gc
 import math
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowmem_drf.planner.cards import SHARES, card_named
+from lowmem_drf.config import load_config
+from lowmem_drf.planner.cards import SHARES, at_share, card_named
 from lowmem_drf.planner.costs import Rates, kind_of
 from lowmem_drf.planner.fakes import Fakes
 from lowmem_drf.planner.ledger import Ledger
@@ -242,3 +243,26 @@ def test_int8_attention_gains_twice_as_much_where_fp16_sums_are_fast():
     """The limit is 8/3 of attention's rate on GeForce cards, and 4/3 on data center cards."""
     geforce, other = (card_named(name).share("int8 attention") for name in ("RTX 4090", "H200"))
     assert geforce == pytest.approx(2 * other, rel=1e-3) and 1 < geforce < 8 / 3
+
+
+def test_attentions_backward_gains_where_fp16_sums_are_fast_but_not_behind_a_mask_or_where_it_cannot_be_taken():
+    from lowmem_drf.planner.plan import _rates
+
+    q = torch.ones(1, 2, 64, 128, dtype=torch.bfloat16)
+    lse = torch.ones(1, 2, 64)
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    usual = ["dtype=bf16", "kernels.attention=auto"]
+    plain = load_config("toy", usual)
+
+    def seconds(card, config=plain, **mask):
+        with Ledger(rates=replace(_rates(card_named(card), config), bytes=math.inf)) as ledger:
+            backward(q, q, q, q, q, lse, 0.0, False, **mask)
+        return ledger.seconds / ledger.flops * card_named(card).bf16 * 1e12
+
+    others = (["kernels.attention=sdpa"], ["kernels.deterministic=true"], ["dtype=fp32"])
+    slow = [seconds("RTX 4090", load_config("toy", [*usual, *other])) for other in others]
+    slow += [seconds("RTX 4090", attn_mask=torch.ones(1, 1, 64, 64, dtype=torch.bfloat16)), seconds("H200")]
+    assert slow == [pytest.approx(1 / 0.6)] * 5 and seconds("RTX 4090") == pytest.approx(1)
+    peak = at_share(card_named("RTX 4090"), 0.6).share("attention backward in fp16")
+    measured = replace(card_named("RTX 4090"), measured={"attention backward": 0.8})
+    assert peak == pytest.approx(1) and measured.share("attention backward in fp16") == 0.8
