@@ -34,8 +34,8 @@ from lowmem_drf.config import load_config
 from lowmem_drf.files import write_text
 from lowmem_drf.schema import Config
 
-SHORT = ("steps=100",)
-"""The levers are compared at fewer updates than ``toy-fast`` takes."""
+SHORT = ("steps=100", "optim.lr=6e-4")
+"""The levers are compared at fewer updates than ``toy-fast`` takes, and at the learning rate of ``toy``."""
 RECORDED = (
     "memory.checkpoint=true",
     "memory.record_rollout=true",
