@@ -50,6 +50,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "toy-guided-cond": ("toy", ("sampler.guidance=2",)),
     "toy-guided-both": ("toy", ("sampler.guidance=2", "sampler.guidance_grad=both")),
     "toy-fast": ("toy-fast", ()),
+    "toy-fast-6e-4": ("toy-fast", ("optim.lr=6e-4",)),
     "toy-fast-100": ("toy-fast", SHORT),
     "toy-fast-random2": ("toy-fast", (*SHORT, "sampler.graded=random", "sampler.graded_steps=2")),
     "toy-fast-random1": ("toy-fast", (*SHORT, "sampler.graded=random", "sampler.graded_steps=1")),
