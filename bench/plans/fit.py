@@ -68,7 +68,7 @@ def plan_line(name: str, made: Mapping[str, Any]) -> str:
     figures = f"{made['peak_gib']:.1f} GiB at the peak ({largest(made)}), {made['host_gib']:.1f} GiB of host memory"
     if made["processes"] > 1:
         figures += f" each and {made['all_host_gib']:.0f} together"
-    if "unrecorded_gib" in made:
+    if made.get("unrecorded_gib", made["host_gib"]) < made["host_gib"]:
         figures += f" ({made['unrecorded_gib']:.1f} without records)"
     return f"# Plan: {figures}, about {made['update_s']:,.0f} s an update of {clips(name)} (an estimate)"
 

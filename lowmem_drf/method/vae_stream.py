@@ -121,6 +121,6 @@ def _trace(decoder: Decoder, x_0_BCFhw: Tensor, left: ForBackward, last: int, vi
             left.caches[chunk] = decoder.store(tuple(caches))
         keep: Any = "last" if chunk == last else "trace" if chunk in traced else "nothing"
         caches[:], trace = decoder.advance(x_0_BCFhw[:, :, chunk : chunk + 1], caches, keep)
-        if trace is not None:
+        if keep != "nothing":
             left.traces[chunk] = trace
     del left.caches[traced[0]]
