@@ -147,7 +147,7 @@ class _FrozenConv(torch.autograd.Function):
 class _UpsampledConv(torch.autograd.Function):
     """Nearest-neighbour upsampling of rows and columns, then a frozen convolution of each frame, plus ``residual``.
 
-    Of the nine upsampled pixels that a pixel is made of, neighbours are equal. So the pixels in even and in odd rows and
+    Of the nine upsampled pixels that a pixel is made of, neighbours are equal. So the pixels of even and odd rows and
     columns are four convolutions of the small picture with 2x2 kernels, whose weights are sums: 16 products for 36.
 
     ``in_time``: each frame's channels hold two frames.
