@@ -325,7 +325,8 @@ class Memory(Node):
     borders are computed twice."""
     vae_cache_every: Thousand = 1
     """The decode stores the caches that enter one chunk in this many. From them the VAE backward decodes as many chunks
-    again, without gradient, and keeps what their backward reads. Beyond 3 it decodes some of them once more."""
+    again, without gradient, and keeps what their backward reads. Beyond 3, or ``record_decode`` if that is more, it
+    decodes some of them once more."""
     record_decode: Annotated[int, Field(ge=0, le=1000)] = 0
     """Of so many chunks, the last of a clip, the decode stores what the VAE backward reads, which then does not decode
     them again. It costs host memory for each: at 832x480 about 2.2 GiB with a gradient in bf16. A chunk is 4 frames."""
@@ -339,7 +340,7 @@ class Memory(Node):
     """Slices of tokens in which a transformer block computes everything but its self-attention. More slices take less
     memory; a little is computed twice."""
     keep_attention: Literal["none", "card", "host"] = "none"
-    """Under ``checkpoint``: where blocks keep the results of their attentions, so that no graded step computes one
+    """Under ``checkpoint``: where blocks keep the result of their self-attention, so that no graded step computes it
     twice. It costs memory on the card, or on the host and copies."""
     record_rollout: bool = False
     """The rollout stores what the backward of the graded steps needs, and they run no forward of their own. It costs

@@ -51,14 +51,15 @@ def decided(config: Config, taken: Mapping[str, bool]) -> Config:
 
 
 def in_8_bit(config: Config, head_dim: int) -> list[str]:
-    """``LEVERS`` on ``auto`` that a card may decide to take."""
-    kernels = config.kernels
-    refused = {
-        ROLLOUT: bool(why_no_int8(DTYPES[config.dtype], head_dim)),
-        PRODUCTS: config.model.storage != "int8",
-    }
-    refused[GRADED] = refused[ROLLOUT] or kernels.attention == "xformers"
-    return [] if kernels.deterministic else [key for key in on_auto(config) if not refused[key]]
+    """``LEVERS`` on ``auto`` that a card may decide to take. Imports Triton if an attention is."""
+
+    def can(key: str) -> bool:
+        if key == PRODUCTS:
+            return config.model.storage == "int8"
+        refused = key == GRADED and config.kernels.attention == "xformers"
+        return not refused and not why_no_int8(DTYPES[config.dtype], head_dim)
+
+    return [] if config.kernels.deterministic else [key for key in on_auto(config) if can(key)]
 
 
 @dataclass(frozen=True)

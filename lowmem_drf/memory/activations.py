@@ -27,7 +27,7 @@ class BlockPolicy:
 
     Each block keeps its input: on the card, or in ``store``, from
     where the next one that the backward needs is prefetched during the present one. With ``attentions`` blocks keep the
-    results of their attentions too, and the blocks' ``forward`` takes an argument ``kept_attention``
+    result of their self-attention too, and the blocks' ``forward`` takes an argument ``kept_attention``
     (``KeptAttention``).
 
     A block whose ``forward`` has a method ``unread`` is recomputed by it: same saved tensors, but nobody reads its
@@ -35,7 +35,7 @@ class BlockPolicy:
 
     Args:
         store: for the inputs. ``None``: they stay on the card.
-        attentions: where the results of the attentions are kept. ``None``: they are recomputed.
+        attentions: where the results of the self-attentions are kept. ``None``: they are recomputed.
         attention_store: for ``attentions="host"``.
         recorder: has the forwards that the rollout already ran.
     """

@@ -1,7 +1,7 @@
 """Graded steps without a forward: the rollout's forward of the same step left on the host what its backward needs.
 
 A record of one transformer pass holds the input of each block, the output of the last one, and the results of the
-blocks' attentions (``kept_attention``). The graded step recomputes each block once, with gradient, and nothing else.
+blocks' self-attentions (``kept_attention``). The graded step recomputes each block once, with gradient, and nothing else.
 Its values are those of a forward of its own.
 """
 
@@ -22,7 +22,7 @@ from lowmem_drf.memory.kept_attention import KeptAttention
 class Record:
     """One pass over the blocks, in host memory.
 
-    ``attentions``: whether the results of the blocks' attentions are kept too.
+    ``attentions``: whether the results of the blocks' self-attentions are kept too.
     """
 
     def __init__(self, store: HostStore, attentions: bool) -> None:

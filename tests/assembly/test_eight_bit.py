@@ -10,6 +10,7 @@ import torch
 from _plans import FAKES
 from test_kernel_choice import Clock, work
 
+from lowmem_drf.assembly import eight_bit as levers
 from lowmem_drf.assembly import kernel_choice, trials
 from lowmem_drf.assembly.eight_bit import GRADED, PRODUCTS, ROLLOUT, as_chosen, on_auto
 from lowmem_drf.assembly.kernel_choice import KERNELS, as_run, choose, choose_planned, record_text, saved_choice
@@ -275,3 +276,8 @@ def test_a_plan_takes_int8_attention_for_models_that_it_runs_for():
     assert None not in (choose_planned(config, 128).rollout_attention, choose_planned(config, 64).graded_attention)
     assert choose_planned(config, 32).graded_attention is None
     assert choose_planned(load_config("toy", ["dtype=fp32", *AUTO]), 128).rollout_attention is None
+
+
+def test_a_plan_without_8_bit_needs_no_triton(monkeypatch):
+    monkeypatch.delattr(levers, "why_no_int8")  # imports it
+    assert choose_planned(load_config("toy")).rollout_attention is None

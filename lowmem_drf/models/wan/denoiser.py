@@ -98,7 +98,7 @@ def set_activations(
             offloaded to ``store``. ``False``: blocks keep all activations.
         slices: number of slices of tokens for the per-token work of a block (see ``block``). 1: as in diffusers.
         rows, attention: implementations; default: diffusers' arithmetic and PyTorch's SDPA.
-        keep_attention: under ``checkpoint``, blocks also keep their attentions' outputs instead of recomputing them.
+        keep_attention: under ``checkpoint``, blocks also keep their self-attention's output instead of recomputing it.
         recorder: replays forwards that the rollout has recorded.
         rollout_attention: (q, k, v) -> out; self-attention without gradient that is not recorded.
         graded_attention: self-attention of all other passes. Default: ``attention``.
