@@ -233,13 +233,17 @@ def _backward_of_heads(
 
 
 def half_workspace(q: Tensor, k: Tensor) -> int:
-    """Bytes that ``half_backward`` allocates, for half of the heads: d' in fp16; dq in fp32, log-sum-exp and delta
-    (padded to ``ROWS``) and powers; where the queries are taken in parts, their dk and dv in fp32, and one sum."""
+    """Bytes that ``half_backward`` allocates, for the larger half of the heads: d' in fp16; dq in fp32, log-sum-exp and
+    delta (padded to ``ROWS``) and powers; where the queries are taken in parts, which for fewer heads are more, their
+    dk and dv in fp32, and one sum."""
     B, L, H, d = q.shape
-    heads, blocks = _halves(H)[0].stop, triton.cdiv(L, ROWS)
-    splits = query_parts(L, k.shape[1], heads, B)
-    parts = (splits > 1) * (2 * splits + 1) * 4 * k.shape[1] * d
-    return B * heads * (2 * L * d + 4 * blocks * (ROWS * (d + 2) + 2) + parts)
+    M, blocks, found = k.shape[1], triton.cdiv(L, ROWS), []
+    for some in _halves(H):
+        heads = some.stop - some.start
+        splits = query_parts(L, M, heads, B)
+        parts = (splits > 1) * (2 * splits + 1) * 4 * M * d
+        found.append(B * heads * (2 * L * d + 4 * blocks * (ROWS * (d + 2) + 2) + parts))
+    return max(found)
 
 
 def variants(card: int) -> Iterator[Variant]:

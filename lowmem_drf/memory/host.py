@@ -245,8 +245,9 @@ class _Pinned:
                     f"No more than {pinned:.1f} GiB of host memory can be pinned ({str(error).splitlines()[0]}): "
                     "copies between the card and what waits in the rest stop the computation and run at about half "
                     "the speed. In a container raise its limit of locked memory (ulimit -l unlimited); WSL2 and "
-                    "Windows have limits of their own (docs/windows.md); or let less wait: memory.checkpoint=true, "
-                    "a higher memory.vae_cache_every, model.quant=int8.",
+                    "Windows have limits of their own (docs/windows.md); or let less wait: a lower "
+                    "memory.record_decode, memory.record_rollout=false, memory.checkpoint=true, a higher "
+                    "memory.vae_cache_every, model.quant=int8.",
                     stacklevel=2,
                 )
         return torch.empty(ARENA, dtype=torch.uint8)
