@@ -34,7 +34,7 @@ SETTINGS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
     ("rtx4060-20step", 8, ("video.width=1280", "video.height=720", "video.frames=81")),
     ("rtx3060", 6, ()),
     ("rtx4090-wan14b", 12, ()),
-    ("rtx4090-wan14b", 8, ("model.quant=none",)),
+    ("rtx4090-wan14b", 8, ("model.products=16bit", "model.quant=none")),
     ("rtx4090-wan22-5b", 8, ()),
 )
 """Preset, GiB of the card, and overrides."""
