@@ -194,11 +194,12 @@ def advise_host(
 def _with_less_host(
     config: Config, start: Config, plan: Plan, at: Config, now: Plan, host_gib: float, planner: StagePlanner
 ) -> Plan:
-    """Takes back what is not needed of the changes from ``start`` to ``at``."""
+    """Takes back what is not needed of the changes from ``start`` to ``at``. What takes more of the host is there for
+    time, and stays."""
     for rung in _takings(start, at):
         if without := _changed(at, rung(at) or ""):
             after = planner.fitting(without)
-            if after and after.host_gib <= host_gib:
+            if after and now.host_gib * (1 - SAVES) <= after.host_gib <= host_gib:
                 at, now = without, after
     settings = differences(config, at)
     if config.memory.fit == "auto" and all(map(keeps_gradient, settings)):

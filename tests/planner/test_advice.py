@@ -129,6 +129,12 @@ def test_the_host_s_memory_is_made_to_suffice_by_what_keeps_the_gradient():
     assert advise_host(config, CARD, plan, plan.host_gib, fakes=object()) is plan
 
 
+def test_without_a_record_no_chunk_is_decoded_three_times():
+    config, plan = advised("rtx4090", 24)
+    less = advise_host(config, CARD, plan, 20, fakes=object())
+    assert set(less.applied) == {"memory.record_decode=0", "memory.vae_cache_every=3"}
+
+
 @pytest.mark.parametrize("fit", ["auto", "as_given"])
 def test_advice_for_the_host_s_memory_is_tried(fit):
     """A model of 14B in 16 bit that streams: packed it takes half."""
