@@ -196,8 +196,8 @@ OUTSIDE: dict[str, tuple[Rung, ...]] = {
 
 HOST: tuple[Rung, ...] = (
     *(_lower("memory.record_decode", 10), _unrecorded, _set("memory.record_rollout", False)),
-    _set("memory.keep_attention", "none", start="host"),
     *(_raise("memory.vae_cache_every", 2), _raise("memory.vae_cache_every", 4), _raise("memory.vae_cache_every", 8)),
+    _set("memory.keep_attention", "none", start="host"),
 )
 """A ladder for the host's memory. Like those above it is climbed one way: no rung takes back another's."""
 

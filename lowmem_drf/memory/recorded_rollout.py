@@ -1,8 +1,8 @@
 """Graded steps without a forward: the rollout's forward of the same step left on the host what its backward needs.
 
 A record of one transformer pass holds the input of each block, the output of the last one, and the results of the
-blocks' self-attentions (``kept_attention``). The graded step recomputes each block once, with gradient, and nothing else.
-Its values are those of a forward of its own.
+blocks' self-attentions (``kept_attention``). The graded step recomputes each block once, with gradient, and nothing
+else. Its values are those of a forward of its own.
 """
 
 from __future__ import annotations
