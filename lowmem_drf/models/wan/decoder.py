@@ -60,7 +60,8 @@ def drop_encoder(vae: AutoencoderKLWan) -> None:
 
 @dataclass
 class Trace:
-    """What a chunk's backward reads of its forward, in the dtype of the gradient."""
+    """What a chunk's backward reads of its forward. Tensors of 4 bytes wait in the dtype of the gradient, if that has
+    fewer; others as they were made."""
 
     first: bool
     """Of the clip."""
@@ -165,15 +166,24 @@ class WanDecoder:
         return handed, trace
 
     def store(self, caches: Caches) -> Caches:
-        """Moves caches to the host, in the dtype of the gradient."""
-        as_made = self._grad_dtype == self.vae.dtype
+        """Moves caches to the host, in the form of a trace's."""
+        as_made = self._grad_dtype.itemsize >= self.vae.dtype.itemsize
         copies = tuple(cache if as_made and isinstance(cache, Held) else self._put(_get(cache)) for cache in caches)
         self._host.settle()  # no cast cache, on its way to the host, stays on the card for the chunk that follows
         return copies
 
     def _put(self, value: Any) -> Any:
-        """A tensor on the host, in the dtype of the gradient."""
-        return self._host.put(value.to(self._grad_dtype)) if isinstance(value, torch.Tensor) else value
+        """A tensor on the host, in the dtype of the gradient if that has fewer bytes: a cast of the same size would be
+        one more tensor on the card until it has arrived."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        fewer = self._grad_dtype.itemsize < value.dtype.itemsize
+        return self._host.put(value.to(self._grad_dtype) if fewer else value)
+
+    def _back(self, value: Any) -> Any:
+        """A tensor from the host, in the dtype of the gradient."""
+        value = _get(value)
+        return value.to(self._grad_dtype) if isinstance(value, torch.Tensor) else value
 
     def chunk_backward(
         self,
@@ -203,7 +213,7 @@ class WanDecoder:
             segment, slots = self._segments[i], self._slots[i]
             x, shortcut = self._input(i, trace, counts), self._shortcut(i, inputs)
             inputs.pop()
-            entering, d_out = tuple(map(_get, trace.caches[slots])), tuple(map(_get, d_handed[slots]))
+            entering, d_out = tuple(map(self._back, trace.caches[slots])), tuple(map(_get, d_handed[slots]))
             if i:
                 start, before = -2 if inputs[-1] is None else -1, self._slots[i - 1]
                 _prefetch([*inputs[start:], *trace.caches[before], *d_handed[before]])
@@ -232,9 +242,13 @@ class WanDecoder:
         """The input of a segment, kept or recomputed, contiguous in either case: upsampling leaves other strides, which
         change the last bit of sums over channels."""
         if trace.inputs[i] is not None:
-            return cast("Tensor", _get(trace.inputs[i]))
-        before, x, shortcut = self._segments[i - 1], _get(trace.inputs[i - 1]), self._shortcut(i - 1, trace.inputs)
-        entering, strips = tuple(map(_get, trace.caches[self._slots[i - 1]])), counts[i - 1] if self._fused else 1
+            return cast("Tensor", self._back(trace.inputs[i]))
+        before, x, shortcut = (
+            self._segments[i - 1],
+            self._back(trace.inputs[i - 1]),
+            self._shortcut(i - 1, trace.inputs),
+        )
+        entering, strips = tuple(map(self._back, trace.caches[self._slots[i - 1]])), counts[i - 1] if self._fused else 1
         with torch.no_grad():
             return in_strips(before, x, entering, trace.first, shortcut, strips, Wants.OUTPUT)[0].contiguous()
 
@@ -242,7 +256,7 @@ class WanDecoder:
         """The shortcut that ends at a segment, if there is one."""
         if not self._segments[i].ends_shortcut:
             return None
-        return cast("Tensor", _get(inputs[max(j for j in range(i) if self._segments[j].opens_shortcut)]))
+        return cast("Tensor", self._back(inputs[max(j for j in range(i) if self._segments[j].opens_shortcut)]))
 
     def _run(
         self, x: Tensor, caches: Sequence[Any], trace: Trace | None = None, last: bool = False
@@ -282,7 +296,8 @@ class WanDecoder:
         """An entering cache as a trace keeps it."""
         if slot in segment.shape_only and isinstance(cache, torch.Tensor):
             return cache.new_zeros((), dtype=self._grad_dtype).expand(cache.shape)
-        return waiting if isinstance(waiting, Held) and cache.dtype == self._grad_dtype else self._put(cache)
+        stays = isinstance(waiting, Held) and self._grad_dtype.itemsize >= cache.dtype.itemsize
+        return waiting if stays else self._put(cache)
 
     def _wait(self, value: Any) -> Any:
         """The tensor, or its copy on the host until it is used again. A graph's tensors stay."""
