@@ -39,13 +39,14 @@ ROWS = {
     ),
     "14B, 16 bit, streamed, and all else that saves": ("RTX 4090", (*LARGE, *SMALLEST)),
 }
-"""Name -> card, and changes to the preset rtx4090-20step."""
+"""Name -> card, and changes to the preset rtx4090-20step, without records: what waits in the host's memory is weights."""
+UNRECORDED = ("memory.record_decode=0", "memory.vae_cache_every=3", "memory.record_rollout=false")
 
 
 def planned(name: str) -> Plan:
     """The plan of a row."""
     card, overrides = ROWS[name]
-    return make_plan(load_config("rtx4090-20step", overrides), card_named(card))
+    return make_plan(load_config("rtx4090-20step", (*UNRECORDED, *overrides)), card_named(card))
 
 
 def main() -> None:
