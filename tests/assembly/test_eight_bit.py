@@ -231,7 +231,7 @@ def test_a_layer_is_planned_for_either_outcome(rows, inside, outside):
 
     def counted(int8, *auto):
         layer.int8_products, peaks = int8, []
-        with Ledger(512, _rates(card_named("")), auto=auto) as ledger:
+        with Ledger(512, _rates(card_named(""), load_config("toy")), auto=auto) as ledger:
             ledger.adopt([x, *layer.parameters(), *layer.buffers()])
             y = layer(x)
             peaks.append(ledger.peak_card_bytes)
