@@ -39,7 +39,7 @@ ROWS = {
     ),
     "14B, 16 bit, streamed, and all else that saves": ("RTX 4090", (*LARGE, *SMALLEST)),
 }
-"""Name -> card, and changes to the preset rtx4090-20step, without records: what waits in the host's memory is weights."""
+"""Name -> card, and changes to the preset rtx4090-20step without records: what waits on the host is weights."""
 UNRECORDED = ("memory.record_decode=0", "memory.vae_cache_every=3", "memory.record_rollout=false")
 
 
