@@ -65,6 +65,8 @@ UNPREVIEWED = ("log.sample_every=0",)
 """Clips for the user's eye are no part of the time that is compared."""
 FOLDER = Path(__file__).parent / "results" / "evening"
 PLOT = Path(__file__).parents[1] / "docs" / "images" / "evening.svg"
+MARKERS = "os^"
+"""Of ten variants each."""
 RATES = ("all", "physics", "quality")
 
 
@@ -117,23 +119,22 @@ def by_variant(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str,
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """All-correct over the updates' CPU seconds: a small dot a seed, a large one the mean."""
+    """All-correct over the updates' CPU seconds: a small dot a seed, a large mark the mean."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
     plt.rcParams |= {"svg.hashsalt": "evening", "svg.fonttype": "none", "font.size": 9}
-    figure, axes = plt.subplots(figsize=(7, 4))
+    figure, axes = plt.subplots(figsize=(6, 4.4))
     for number, (name, own) in enumerate(by_variant(rows).items()):
         points = [(row["updates_cpu_s"], row["tuned"]["oracle"]["all"] * 100) for row in own]
         x, y = (mean(values) for values in zip(*points, strict=True))
-        color = f"C{number}"
-        axes.scatter(*zip(*points, strict=True), s=10, color=color, alpha=0.5)
-        axes.scatter([x], [y], s=50, color=color)
-        axes.annotate(name, (x, y), xytext=(6, 4), textcoords="offset points", color=color)
-    right = 1.15 * max(row["updates_cpu_s"] for row in rows)  # room for a name
-    axes.set(xlabel="CPU seconds of the updates", ylabel="held-out clips all correct, %", xlim=(0, right))
+        color, marker = f"C{number % 10}", MARKERS[number // 10]
+        axes.scatter(*zip(*points, strict=True), s=8, color=color, alpha=0.4)
+        axes.scatter([x], [y], s=50, color=color, marker=marker, label=name)
+    axes.set(xlabel="CPU seconds of the updates", ylabel="held-out clips all correct, %", xlim=(0, None))
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.margins(y=0.1)
     axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
