@@ -25,7 +25,7 @@ def test_a_preset_samples_it_as_it_was_trained():
     config, lines = as_trained(load_config("rtx4090-20step"), header(RUN), [], may_change=True)
     assert (config.sampler.model_dump(), config.model) == (
         load_config("rtx4090").sampler.model_dump() | {"negative_prompt": config.sampler.negative_prompt},
-        RUN.model,
+        RUN.model.model_copy(update={"products": "16bit"}),
     )
     assert len(lines) == 1 and lines[0].startswith("as it was trained: model.base_lora=")
     assert as_trained(RUN, header(RUN), [], may_change=True) == (RUN, [])

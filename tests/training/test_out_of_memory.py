@@ -403,7 +403,8 @@ def test_what_is_started_anew(tmp_path, monkeypatch, capsys):
 
 def test_the_host_s_memory_in_a_run_on_a_card_has_its_own_ladder(tmp_path, monkeypatch):
     monkeypatch.setattr("lowmem_drf.out_of_memory.resolve_device", lambda name: torch.device("cuda"))
-    config = load_config("toy", ["memory.checkpoint=true", "memory.keep_attention=host", "memory.record_decode=0"])
+    stored = ("memory.record_decode=0", "memory.vae_cache_every=8")
+    config = load_config("toy", ["memory.checkpoint=true", "memory.keep_attention=host", *stored])
     for error in (MemoryError("2.0 GiB wait in host memory"), RuntimeError("CUDA error: out of memory")):
         with pytest.raises(LowmemError) as caught, surviving(config, tmp_path, ["train"], MAY_CHANGE):
             raise error
