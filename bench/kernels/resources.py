@@ -92,16 +92,16 @@ def all_jobs(cards: Iterable[int]) -> list[Job]:
     return [(file, card, index) for file, card in pairs for index in range(len(_variants(file, card)))]
 
 
-def quick_jobs() -> list[Job]:
-    """Each kernel with each tile that ``QUICK_CARD`` tries, once: with the largest constants, which usually take the
-    most registers."""
-    chosen: dict[tuple[str, str], tuple[int, Job]] = {}
-    for file in kernel_files():
-        for index, variant in enumerate(_variants(file, QUICK_CARD)):
-            key = variant.kernel.__name__, repr(variant.tile)
+def quick_jobs(cards: Iterable[int]) -> list[Job]:
+    """Each kernel with each tile that a card tries, once: with the largest constants, which usually take the most
+    registers."""
+    chosen: dict[tuple[int, str, str], tuple[int, Job]] = {}
+    for file, card in itertools.product(kernel_files(), cards):
+        for index, variant in enumerate(_variants(file, card)):
+            key = card, variant.kernel.__name__, repr(variant.tile)
             size = sum(int(value or 0) for value in variant.constants.values())
             if size > chosen.get(key, (-1,))[0]:
-                chosen[key] = size, (file, QUICK_CARD, index)
+                chosen[key] = size, (file, card, index)
     return [job for _, job in chosen.values()]
 
 
@@ -230,9 +230,10 @@ def table(rows: Iterable[Resource]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; returns the exit code."""
     parser = make_parser(__spec__.name, __doc__)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--card", type=int, nargs="+", help="compute capabilities, 89 for 8.9; default: all")
-    which.add_argument("--quick", action="store_true", help="each kernel with each tile of one card once")
+    parser.add_argument("--card", type=int, nargs="+", help="compute capabilities, 89 for 8.9; default: all")
+    parser.add_argument(
+        "--quick", type=int, nargs="+", help="of these cards each kernel with each tile once; beside --card"
+    )
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET"):  # read when a kernel is defined: too late for this process
         clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -240,7 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return subprocess.run([sys.executable, "-m", __spec__.name, *words], env=clean).returncode
     from lowmem_drf.kernels.tiles import CARDS
 
-    rows = resources(quick_jobs() if options.quick else all_jobs(options.card or CARDS))
+    quick = options.quick or []
+    rows = resources([*quick_jobs(quick), *all_jobs(options.card or ([] if quick else CARDS))])
     Console(soft_wrap=True, width=None if sys.stdout.isatty() else LOG_COLUMNS).print(table(rows))
     save(options.json, {"rows": [asdict(row) for row in rows]}, "torch", "triton")
     return 0
