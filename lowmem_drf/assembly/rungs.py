@@ -34,7 +34,7 @@ def keeps_gradient(override: str) -> bool:
 
 
 ROUNDED = (
-    *("micro_batch", "memory.token_slices", "memory.vae_strips", "memory.record_decode"),
+    *("micro_batch", "memory.token_slices", "memory.vae_strips", "memory.record_decode", "memory.vae_cache_every"),
     'memory.text_device="host"',
 )
 """Settings that cut or move the arithmetic, or change its dtype: the gradient is the same up to rounding. Of others it

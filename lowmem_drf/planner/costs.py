@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from functools import cache
 from typing import Any
@@ -34,6 +34,8 @@ FLOPS: dict[Any, Callable[..., int]] = {
 """Missing from ``torch.utils.flop_counter``: attention of (fake) CPU tensors."""
 
 INT8 = "int8 products"
+IN_8_BIT = {INT8: "matmul", "int8 attention": "attention"}
+"""Kinds of work in 8 bit, and what they are in 16."""
 CONVOLUTIONS = {_aten.convolution, _aten.convolution_backward}
 
 WORKSPACE: dict[Any, Callable[..., int]] = {
@@ -99,14 +101,15 @@ class Rates:
     """Products of 8-bit integers; 0: as those of their result's dtype."""
 
 
-def in_16_bit(func: Any, args: Any, outputs: Any, flops: int, moved: int, rates: Rates) -> float | None:
-    """Seconds of the 16-bit form of an operator in 8 bit, unpacking included. ``None``: it is no such operator."""
-    name = str(func.name())
-    if "quantise_rows" in name:
-        return 0.0
-    kind = {INT8: "matmul", "int8 attention": "attention"}.get(kind_of(func))
-    if kind is None:
+def in_16_bit(
+    func: Any, args: Any, outputs: Any, flops: int, moved: int, rates: Rates, undecided: Collection[str]
+) -> float | None:
+    """Seconds of the 16-bit form of an operator in 8 bit, unpacking included. ``None``: it is none of these kinds."""
+    if "quantise_rows" in str(func.name()):
+        return 0.0 if INT8 in undecided else None
+    if (eight := kind_of(func)) not in undecided:
         return None
+    kind = IN_8_BIT[eight]
     dtype = outputs[0].dtype
     unpacked = args[2].numel() * (1 + dtype.itemsize) / rates.bytes if kind == "matmul" else 0.0
     rate = rates.flops.get(dtype, rates.flops[torch.float32]) * rates.shares.get(kind, 1.0)

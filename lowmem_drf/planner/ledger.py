@@ -85,7 +85,7 @@ class Ledger(TorchDispatchMode):
         self.card_bytes = self.host_bytes = self.peak_card_bytes = self.peak_host_bytes = 0
         self.flops = 0
         self.seconds = self.stalled = self.more = 0.0
-        self._auto = bool(auto)
+        self._undecided = {INT8 if key == PRODUCTS else "int8 attention" for key in auto}
         self._either = EITHER if PRODUCTS in auto else {}
         self._peak: _Peak = ([], ())
         self.copies = 0
@@ -354,7 +354,9 @@ class Ledger(TorchDispatchMode):
             return flops, 0.0, copied, 0.0
         moved = sum([tensor.numel() * tensor.element_size() for tensor in (*tensors_of(args, kwargs), *outputs)])
         seconds = max(flops / self._rate(func, args, kwargs, outputs) if flops else 0.0, moved / self._rates.bytes)
-        other = in_16_bit(func, args, outputs, flops, moved, self._rates) if self._auto else None
+        other = None
+        if self._undecided:
+            other = in_16_bit(func, args, outputs, flops, moved, self._rates, self._undecided)
         return flops, seconds, copied, 0.0 if other is None else other - seconds
 
     def _rate(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> float:

@@ -152,13 +152,13 @@ def test_the_gradients_dtype_is_that_of_a_vae_cast_to_it(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_a_decode_in_fp64_recorded_is_rounded_once(name):
-    """In fp32 the backward reads the decode's own values, and its gradient is as near as that of one graph is."""
+    """The backward in fp32 reads the decode's own values, and is nearer to the exact gradient than all in fp32 is."""
     latents, kept = some_latents(4), (0, 7, 12)
     decoder = WanDecoder(vae_of(name), grad_dtype=torch.float32)
     gradient, _, d_frames = stream_gradient(decoder, latents, kept, record=4)
     exact = oracle(library_of(name, 4), kept, d_frames)
     in_fp32 = stream_gradient(WanDecoder(vae_of(name, torch.float32)), latents.float(), kept)[0].double()
-    assert relative_difference(gradient, exact) < 2 * relative_difference(in_fp32, exact)
+    assert relative_difference(gradient, exact) < relative_difference(in_fp32, exact)
 
 
 def test_inside_the_range_the_gradient_is_diffusers_own():
