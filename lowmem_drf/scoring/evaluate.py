@@ -23,7 +23,7 @@ from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.prompts import as_prompts, load_prompts
 from lowmem_drf.questions.make import Grammar, foils, make_questions
 from lowmem_drf.schema import Config
-from lowmem_drf.scoring.oracle_rates import oracle_for
+from lowmem_drf.scoring.oracle_rates import Drift, oracle_for
 from lowmem_drf.terminal import work_bar
 from lowmem_drf.types import Aspect, Prompt, Question
 
@@ -103,7 +103,7 @@ def measure(
     kept = list(kept_frames(config.video.frames, critic_frames(config)))
     spec = reward_spec(config)
     judge = oracle_for(config, texts)
-    by_clip, by_prompt, oracle = _Sums(), _Sums(), _Sums()
+    by_clip, by_prompt, oracle, drift = _Sums(), _Sums(), _Sums(), Drift()
     of_a_prompt: list[Tensor] = []
     for here, made, new in batches(models, config.sampler, texts, seeds, config.log.eval_batch, ranks, trial.seeds):
         if bad := [texts[i] for i, clip in zip(here, made.frames_BTCHW, strict=True) if flaw(clip) == NAN]:
@@ -118,15 +118,18 @@ def measure(
         motion = (frames[:, 1:] - frames[:, :-1]).abs().mean().item() if frames.shape[1] > 1 else 0.0
         by_clip.add({"motion": motion, "velocity_norm": made.velocity_norm}, size)
         if judge:
-            oracle.add(judge(frames, [prompt.text for prompt in some]), size)
+            shown = [prompt.text for prompt in some]
+            oracle.add(judge(frames, shown), size)
+            drift.add(frames[:size], shown[:size])
         for clip in frames.float().cpu() if new else ():
             of_a_prompt.append(clip)
             if len(of_a_prompt) == trial.seeds:
                 by_prompt.add({"diversity": diversity(torch.stack(of_a_prompt)[None])}, 1)
                 of_a_prompt.clear()
         advance(size * ranks.count)
-    gathered = ranks.gather((by_clip, by_prompt, oracle))
-    clip_means, prompt_means, rates = (_means(sums) for sums in zip(*gathered, strict=True))
+    gathered = ranks.gather((by_clip, by_prompt, oracle, drift))
+    *sums, drifts = zip(*gathered, strict=True)
+    clip_means, prompt_means, rates = (_means(parts) for parts in sums)
     means = clip_means | prompt_means
     measures: dict[str, Any] = {
         "reward": means["reward"],
@@ -134,7 +137,7 @@ def measure(
         "heldout_reward": means.get("heldout_reward"),
         **{name: means[name] for name in ("diversity", "motion", "velocity_norm")},
     }
-    return measures | ({"oracle": rates} if judge else {})
+    return measures | ({"oracle": rates, "drift": Drift.result(drifts)} if judge else {})
 
 
 def diversity(clips_PSTCHW: Tensor) -> float:
@@ -167,6 +170,7 @@ def _rows(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[tuple[str, 
     if base["heldout_reward"] is not None:
         rows.append(("reward, questions not trained on", base["heldout_reward"], tuned["heldout_reward"], ".3f"))
     rows += [(f"oracle: {name}", value, tuned["oracle"][name], ".1%") for name, value in base.get("oracle", {}).items()]
+    rows += [(f"drift: {name}", value, tuned["drift"][name], ".2f") for name, value in base.get("drift", {}).items()]
     return rows + [(name, base[name], tuned[name], ".4f") for name in ("diversity", "motion", "velocity_norm")]
 
 

@@ -1,9 +1,9 @@
-"""Rates of ToyWorld's oracle."""
+"""What ToyWorld's oracle says of clips: rates of what is right, and how far the rest has drifted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.schema import Config
@@ -31,3 +31,35 @@ def oracle_rates(frames_BTCHW: Tensor, texts: Sequence[str]) -> dict[str, float]
 
     verdicts = judge_clips(frames_BTCHW, list(texts))
     return {name: sum(getattr(verdict, name) for verdict in verdicts) / len(verdicts) for name in RATES}
+
+
+class Drift:
+    """Collects the looks of clips, batch by batch; ``result`` compares them with ToyWorld's scenes."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[Any, str]] = []
+        """Of each clip: its looks as floats, and its prompt."""
+
+    def add(self, frames_BTCHW: Tensor, texts: Sequence[str]) -> None:
+        from lowmem_drf.toy.oracle import measure
+
+        looks = measure(frames_BTCHW).looks
+        self.rows += zip(zip(*(values.tolist() for values in looks), strict=True), texts, strict=True)
+
+    @staticmethod
+    def result(parts: Iterable[Drift]) -> dict[str, float]:
+        """``drift.drift`` of all parts together, and the mean ``radius``, its spread, and the mean ``edge``, in
+        pixels."""
+        import torch
+
+        from lowmem_drf.toy.captions import parse
+        from lowmem_drf.toy.drift import drift, reference
+        from lowmem_drf.toy.oracle import Looks
+
+        rows = [row for part in parts for row in part.rows]
+        looks = Looks(*torch.tensor([values for values, _ in rows]).unbind(-1))
+        combos = [combo for _, text in rows if (combo := parse(text))]
+        shown = looks.size > 0
+        size, edge = looks.size[shown], looks.edge[shown]
+        plain = {"radius": size.mean().item(), "radius_spread": size.std().item(), "edge_px": edge.mean().item()}
+        return {**drift(looks, reference(combos)), **plain}

@@ -8,6 +8,7 @@ thresholds on the same measurements. The thresholds lie between the VAE's error 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,28 @@ BLUR_PX = 2.4  # width of the edge; an anti-aliased edge has 0.7, a Gaussian of 
 FLICKER_STD = 0.022  # standard deviation of the background's brightness over the frames
 
 
+class Looks(NamedTuple):
+    """What no question asks about, each (B,): nothing of it is right or wrong. ``toy/drift.py`` compares it with drawn
+    scenes."""
+
+    size: Tensor
+    """Radius of the circle of the shape's area, pixels, mean over the frames that show it."""
+    edge: Tensor
+    """Width of the edge, pixels (``BLUR_PX``)."""
+    outline: Tensor
+    """1 - overlap with the best template: 0 for a perfect outline."""
+    saturation: Tensor
+    """Largest less smallest channel of the shape's colour, in [0, 1]."""
+    texture: Tensor
+    """Standard deviation of the pixels well inside the shape, over the clip."""
+    speed: Tensor
+    """Pixels a frame between the first place and the last."""
+    x: Tensor
+    """Centre, pixels from the left, mean over the frames that show it."""
+    y: Tensor
+    """The same from the top."""
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """Measurements of B clips, each (B,). Attributes: indices into the name lists of ``scenes``, -1 for none of them.
@@ -47,6 +70,7 @@ class Measured:
     noise: Tensor
     blur: Tensor
     flicker: Tensor
+    looks: Looks
 
     @property
     def physics(self) -> Tensor:
@@ -162,7 +186,8 @@ def measure(frames_BTCHW: Tensor) -> Measured:
     noise = ((rest**2 * empty[:, :, None]).flatten(1).sum(1) / count).sqrt() > NOISE_STD
     edge = (4 * alpha * (1 - alpha)).flatten(2).sum(-1)
     perimeter = torch.tensor([6.283, 7.090, 8.081], device=radius.device)[shape][:, None] * radius  # of each form
-    blur = ((edge / perimeter) * present).sum(1) / seen[:, 0] > BLUR_PX
+    width = ((edge / perimeter) * present).sum(1) / seen[:, 0]
+    blur = width > BLUR_PX
     flicker = shade.mean(-1).std(1) > FLICKER_STD
     some = present.any(1)
     shape = torch.where(some & (score > MIN_OVERLAP), shape, -1)
@@ -170,7 +195,18 @@ def measure(frames_BTCHW: Tensor) -> Measured:
     motion = torch.where(some, motion, -1)
     background = (shade.mean((1, 2))[:, None] - SHADE.to(shade)).abs().argmin(-1)
     vanish = ~present.all(1)
-    return Measured(shape, color, motion, background, jump, jitter, vanish, morph, pulse, recolor, noise, blur, flicker)
+
+    # what is neither right nor wrong
+    inside = (-F.max_pool2d(-alpha, 3, 1, 1) > 0.9) & present[..., None, None]  # a pixel away from the edge
+    pixels = inside.flatten(1).sum(1).clamp(min=1) * 3
+    spread = (frames - clip_rgb[:, None, :, None, None]) ** 2 * inside[:, :, None]
+    texture = (spread.flatten(1).sum(1) / pixels).sqrt()
+    chroma = clip_rgb.amax(1) - clip_rgb.amin(1)
+    size, centre_x, centre_y = (((of * present).sum(1) / seen[:, 0]) for of in (radius, x, y))
+    speed = way.norm(dim=-1) / (frames.shape[1] - 1)
+    looks = Looks(size, width, 1 - score, chroma, texture, speed, centre_x, centre_y)
+    attributes = shape, color, motion, background
+    return Measured(*attributes, jump, jitter, vanish, morph, pulse, recolor, noise, blur, flicker, looks)
 
 
 def judge_clips(frames_BTCHW: Tensor, prompts: list[str]) -> list[Verdict]:

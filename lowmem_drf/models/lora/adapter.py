@@ -190,6 +190,16 @@ def named_lora(transformer: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+@torch.no_grad()
+def lora_norm(transformer: nn.Module) -> float:
+    """Frobenius norm of the LoRA's change to all weights, s B A, at its present scale. B A is not formed."""
+    total = 0.0
+    for layer in lora_layers(transformer).values():
+        a, b = layer.lora_A[ADAPTER].weight.double(), layer.lora_B[ADAPTER].weight.double()
+        total += layer.scaling[ADAPTER] ** 2 * ((b.T @ b) * (a @ a.T)).sum().item()
+    return math.sqrt(max(total, 0.0))
+
+
 def _refuse_other_model(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> None:
     """Raises BadInputError with all differences in names and shapes."""
     problems = []

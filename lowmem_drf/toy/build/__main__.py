@@ -16,7 +16,7 @@ import torch
 
 def main(arguments: list[str] | None = None) -> None:
     """Stages, in this order because each needs the one before: vae, generator, tower, language, critic, reader.
-    ``fewstep`` and ``tiny`` need the generator alone."""
+    ``fewstep``, ``tiny`` and ``looks`` need the generator alone."""
     parser = argparse.ArgumentParser(prog="python -m lowmem_drf.toy.build", description=__doc__)
     parser.add_argument(
         "--output",
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the training steps, for a quick try")
     parser.add_argument(
         "--stages",
-        default="vae,generator,tower,language,critic,reader,fewstep,tiny",
+        default="vae,generator,tower,language,critic,reader,fewstep,tiny,looks",
         help="which to run; the others must be in --work",
     )
     parser.add_argument("--no-compile", action="store_true", help="do without torch.compile (it needs a C++ compiler)")
@@ -41,9 +41,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def build(output: Path, work: Path, seed: int, scale: float, stages: list[str], compiled: bool = True) -> None:
     """Runs the stages; a finished one is taken from its checkpoint. Writes what is complete: after ``generator``,
-    ``critic``, ``reader``, ``fewstep`` and ``tiny``. The last three need nothing but ``output``."""
+    ``critic``, ``reader``, ``fewstep``, ``tiny`` and ``looks``. The last four need nothing but ``output``."""
     from lowmem_drf.toy.build.critic_model import save_critic
     from lowmem_drf.toy.build.fewstep import save_fewstep, train_fewstep
+    from lowmem_drf.toy.build.looks import save_looks
     from lowmem_drf.toy.build.reader import build_reader, train_reader
     from lowmem_drf.toy.build.tiny import save_tiny, train_tiny
 
@@ -61,6 +62,8 @@ def build(output: Path, work: Path, seed: int, scale: float, stages: list[str], 
         save_fewstep(train_fewstep(output / "generator", work, seed, scale, log), output / "fewstep.safetensors")
     if "tiny" in stages:
         save_tiny(train_tiny(output / "generator", work, seed, scale, log), output / "tiny" / "decoder.safetensors")
+    if "looks" in stages:
+        save_looks(output / "generator", output / "looks.safetensors", log)
 
 
 def _build(

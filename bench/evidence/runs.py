@@ -1,0 +1,112 @@
+"""Trains a variant with one seed, and measures its checkpoints: one JSON file a run."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench.evidence.variants import VARIANTS
+from bench.script import save
+from bench.toyworld.seeds import LIBRARIES
+from lowmem_drf.assembly.assemble import Models
+from lowmem_drf.assembly.loading import load_models
+from lowmem_drf.commands.train import train_command
+from lowmem_drf.config import change
+from lowmem_drf.models.lora.adapter import load_lora_state, lora_norm, lora_scale
+from lowmem_drf.schema import Config
+from lowmem_drf.scoring.evaluate import Trial, finish_trial, make_trial, measure
+from lowmem_drf.training.checkpoint import checkpoint_folder, load_checkpoint, saved_step
+from lowmem_drf.training.lora_file import load_run_lora
+from lowmem_drf.training.metrics import read_metrics
+from lowmem_drf.training.run_folder import run_config
+
+EVERY = 100
+"""Updates between two measured checkpoints."""
+PROMPTS, SEEDS = 64, 2
+"""Held-out prompts, and clips of each."""
+SCALES = (0.75, 0.5)
+"""Of the LoRA at sampling, measured besides 1 at the end of a run."""
+SETTINGS = ("log.sample_every=0", "log.eval_prompts=0", f"log.checkpoint_every={EVERY}", "log.keep=1000")
+
+
+def run(name: str, seed: int, work: Path, file: Path, console: Console) -> None:
+    """Trains (or goes on) in ``work``, then measures what ``file`` does not have yet, and writes it after each
+    checkpoint."""
+    variant = VARIANTS[name]
+    folder = work / f"{name}_{seed}"
+    settings = [*variant.overrides, f"steps={variant.updates}", *SETTINGS]
+    if not (done := saved_step(folder)):
+        train_command(variant.preset, None, folder, None, seed, False, settings, False)
+    elif done < variant.updates:
+        train_command(None, None, folder, None, None, True, (), False)
+    config = run_config(folder)
+    given = {"variant": name, "seed": seed, "preset": variant.preset, "set": list(variant.overrides)}
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {**given, "rows": []}
+    measured = {(row["step"], row["scale"]) for row in result["rows"]}
+    points = [(step, 1.0) for step in range(0, variant.updates + 1, EVERY)]
+    points += [(variant.updates, scale) for scale in SCALES]
+    if not (left := [point for point in points if point not in measured]):
+        return
+    measurer = Measurer(config, folder, console)
+    metrics = read_metrics(folder)
+    for step, scale in left:
+        last = [row for row in metrics if step - 20 < row["step"] <= step]
+        trained = {"reward": statistics.fmean(row["reward"] for row in last)} if last else {}
+        seconds = sum(row["update_s"] for row in metrics if row["step"] <= step)
+        row = {"step": step, "scale": scale, "updates_s": seconds, "trained": trained, **measurer(step, scale)}
+        result["rows"].append(row)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save(file, {key: value for key, value in result.items() if key != "versions"}, *LIBRARIES)
+        console.print(line(name, seed, row), highlight=False)
+
+
+def line(name: str, seed: int, row: dict[str, Any]) -> str:
+    """A measured checkpoint in one line."""
+    oracle, drift = row["oracle"], row["drift"]
+    said = f"{name} {seed} {row['step']:5d} x{row['scale']}  all {oracle['all']:.1%} physics {oracle['physics']:.1%}"
+    said += f" quality {oracle['quality']:.1%}  held-out {row['heldout_reward']:.3f} second {row['second']:.3f}"
+    said += f"  diversity {row['diversity']:.3f} velocity {row['velocity_norm']:.2f} lora {row['lora_norm']:.1f}"
+    return (
+        said
+        + f"  drift {drift['mean']:.2f} radius {drift['radius']:.2f} spread {drift['radius_spread']:.2f}"
+        + (f" edge {drift['edge_px']:.2f}")
+    )
+
+
+class Measurer:
+    """A run's checkpoints against held-out prompts: two critics and the oracle."""
+
+    def __init__(self, config: Config, folder: Path, console: Console) -> None:
+        self.config, self.folder = config, folder
+        trial = make_trial(config, (), PROMPTS, SEEDS)
+        texts = [prompt.text for prompt in trial.prompts]
+        self.models = load_models(config, texts)
+        load_run_lora(self.models.transformer, checkpoint_folder(folder), config)
+        self.trial = finish_trial(config, trial, self.models.asked_critic, console)
+        other = "toyworld" if config.critic.id == "toyworld-reader" else "toyworld-reader"
+        critic = load_models(change(config, [f"critic.id={other}"]), texts).asked_critic
+        self.second = _answered_by(self.models, self.trial, critic)
+
+    def __call__(self, step: int, scale: float) -> dict[str, Any]:
+        """``eval``'s measures of this checkpoint (0: the base), ``second``, the other critic's answers to the held-out
+        questions, and ``lora_norm``."""
+        models, transformer = self.models, self.models.transformer
+        if step:
+            load_lora_state(transformer, load_checkpoint(checkpoint_folder(self.folder, step)).lora)
+        scale = scale if step else 0.0
+        with lora_scale(transformer, scale):
+            seen = measure(self.config, models, self.trial, lambda clips: None)
+            second = measure(self.config, *self.second, lambda clips: None)["heldout_reward"]
+            norm = lora_norm(transformer) if step else 0.0
+        return {**seen, "second": second, "lora_norm": norm}
+
+
+def _answered_by(models: Models, trial: Trial, critic: Any) -> tuple[Models, Trial]:
+    """The same models and clips, with another critic that is asked the held-out questions alone."""
+    asked = {name: tuple(questions) for name, questions in trial.heldout.items()}
+    return replace(models, critic=critic, ask=None), replace(trial, questions=asked)
