@@ -300,6 +300,10 @@ class Optim(Node):
     """Updates over which the learning rate rises linearly to ``lr``."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """Learning rate after the warm-up: constant, or down to 0 at the last update along a half cosine or a line."""
+    anchor: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """Weight of the mean squared difference between the tuned and the base's velocity, at the latents that enter one of
+    the graded steps, drawn anew in each update: keeps what no question asks about as the base makes it. Costs two
+    forward passes and a backward of the transformer an update; 0: none of them."""
     max_skipped: Positive = 5
     """An update with a reward or gradient that is NaN or infinite is skipped. After this many in a row the run saves
     and stops."""

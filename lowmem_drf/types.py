@@ -180,6 +180,8 @@ class Parts:
     """A decoder whose gradient at the latents is only compared with that of ``decoder`` (``StepStats.compared``)."""
     same_frames: bool = False
     """``compared`` makes the frames that ``decoder`` makes."""
+    base: Velocity | None = None
+    """The velocity without the LoRA, which ``StepSpec.anchor`` needs. Called without gradient."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,3 +218,5 @@ class StepStats:
     """The frames the critic saw. No gradient."""
     compared: Compared | None = None
     """With ``Parts.compared``."""
+    departure: float | None = None
+    """With ``StepSpec.anchor``: mean square of the tuned less the base's velocity, on the states of this step."""

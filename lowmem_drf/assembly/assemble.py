@@ -26,6 +26,7 @@ from lowmem_drf.method.frames import frames_at_rate, kept_fps, kept_frames
 from lowmem_drf.method.reward import RewardSpec
 from lowmem_drf.method.schedule import TRAIN_TIMESTEPS, choose_graded, draw_noise, flow_sigmas
 from lowmem_drf.method.step import StepSpec
+from lowmem_drf.models.lora.adapter import lora_scale
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.ops import ranged_attention
 from lowmem_drf.prompts import as_prompts, load_prompts
@@ -101,9 +102,11 @@ def step_spec(config: Config, step: int, scales: Mapping[str, float] | None = No
     ``RewardSpec.scales``."""
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "plan", step))
     sampler, critic = config.sampler, config.critic
+    graded = choose_graded(sampler.graded, sampler.steps, sampler.graded_steps, generator)
+    anchored = graded[derive_seed(config.seed, "anchor", step) % len(graded)]
     return StepSpec(
         sigmas=flow_sigmas(sampler.steps, sampler.shift, sampler.timesteps),
-        graded=choose_graded(sampler.graded, sampler.steps, sampler.graded_steps, generator),
+        graded=graded,
         kept=kept_frames(config.video.frames, critic_frames(config), critic.frame_sampling, generator),
         follow_motion=critic.frame_sampling == "motion",
         update=sampler.update,
@@ -113,6 +116,8 @@ def step_spec(config: Config, step: int, scales: Mapping[str, float] | None = No
         vae_window=config.vae_window,
         vae_cache_every=config.memory.vae_cache_every,
         record_decode=config.memory.record_decode,
+        anchor=config.optim.anchor,
+        anchored=(anchored,) if config.optim.anchor else (),
         lv_samples=sampler.lv_samples,
         reward=replace(reward_spec(config), scales=scales or {}),
     )
@@ -176,6 +181,7 @@ class Models:
     def parts(self, lora: Sequence[Tensor], uses: Uses = "exact") -> Parts:
         """For training."""
         parts = Parts(self.velocity, self.decoder, self.ask or self.asked_critic, lora, self.residency.stage)
+        parts = replace(parts, base=self.base_velocity)
         if self.recorder is not None:
             parts = replace(parts, recorder=self.recorder)
         if uses == "tiny" and self.tiny is not None:
@@ -184,6 +190,11 @@ class Models:
         if uses == "both" and self.tiny is not None:
             return replace(parts, compared=self.tiny, same_frames="decode" not in self.tiny.spares)
         return parts
+
+    def base_velocity(self, x: Tensor, sigma: float, cond: Any) -> Tensor:
+        """The velocity without the LoRA."""
+        with lora_scale(self.transformer, 0.0):
+            return self.velocity(x, sigma, cond)
 
     def condition(self, texts: Sequence[str]) -> Tensor:
         """Embeddings (B, L, D) on the device."""

@@ -31,8 +31,8 @@ def naive_step(
     generators: Sequence[Generator] = (),
     share: float = 1.0,
 ) -> StepStats:
-    """Adds the gradient of -share * reward (mean over clips) to the ``.grad`` of ``parts.lora``. Arguments as in
-    ``drf_step``.
+    """Adds the gradient of -share * (reward - anchor's term), a mean over clips, to the ``.grad`` of ``parts.lora``.
+    Arguments as in ``drf_step``.
 
     Raises:
         ValueError: ``spec.vae_window`` is set; one graph has no truncation.
@@ -48,18 +48,27 @@ def naive_step(
             v = guided(parts.velocity, x_in, sigmas[k], cond, uncond, spec.guidance, spec.guidance_grad)
         return advance(spec.update, x, v, sigmas[k], sigmas[k + 1], generators)
 
+    def departure(x: Tensor, k: int) -> Tensor:
+        assert parts.base is not None
+        with torch.no_grad():
+            base = parts.base(x.detach(), sigmas[k], cond)
+        return (parts.velocity(x.detach(), sigmas[k], cond) - base).pow(2).mean() / len(spec.anchored)
+
     def reward(x_0: Tensor) -> tuple[Tensor, StepStats]:
         frames = parts.decoder.decode(x_0)[:, list(spec.seen(x_0, parts.decoder.temporal_factor))]
         mean, by_aspect, by_question = mean_reward(parts.critic(frames, questions), questions, spec.reward)
         return mean, StepStats(mean.item(), by_aspect, by_question, x_0.detach(), frames.detach())
 
     with torch.enable_grad():
-        x = noise_BCFhw
+        x, away = noise_BCFhw, torch.zeros((), dtype=noise_BCFhw.dtype)
         for k in range(spec.steps):
+            if spec.anchor and k in spec.anchored:
+                away = away + departure(x, k)
             x = step(x, k)
         total, stats = reward(x)
         last = spec.steps - 1
         for _ in range(spec.lv_samples):
             total = total + reward(step(renoise(x.detach(), sigmas[last], generators), last))[0]
-        (-share * total / (1 + spec.lv_samples)).backward(inputs=list(parts.lora))
+        objective = total / (1 + spec.lv_samples) - spec.anchor * away
+        (-share * objective).backward(inputs=list(parts.lora))
     return stats

@@ -92,6 +92,8 @@ def drf_step(
             stats.compared = _compared(parts, spec, x_0, kept, questions, weight, d_frames, d_x_0)
         with parts.stage("denoise_backward"):
             denoise_backward(parts, spec, entering, d_x_0, cond, uncond, found)
+            if spec.anchor and not all_stats:
+                stats.departure = anchor_backward(parts, spec, entering, cond, share)
         all_stats.append(replace(stats, latents_BCFhw=x_0))
     return all_stats[0]
 
@@ -221,6 +223,30 @@ def denoise_backward(
             look_at(d_x, f"gradients at the latents that enter step {k}", "denoise_backward", found)
 
 
+def anchor_backward(
+    parts: Parts, spec: StepSpec, entering: Mapping[int, Tensor], cond: Any, share: float = 1.0
+) -> float:
+    """Adds the gradient of share * anchor * (mean squared difference to the base's velocity) to the ``.grad`` of
+    ``parts.lora``: at each anchored step a pass without the LoRA, and one with it and its backward. Returns the mean
+    squared difference.
+
+    A term of its own and not a part of the step's cotangent, because that one also goes on to the step's input.
+    """
+    assert parts.base is not None
+    total, sigmas = 0.0, spec.sigmas.tolist()
+    for k in spec.anchored:
+        x = entering[k].detach()
+        with torch.no_grad():
+            base = parts.base(x, sigmas[k], cond)
+        with torch.enable_grad():
+            v = parts.velocity(x, sigmas[k], cond)
+        difference = v.detach().to(x.dtype) - base.to(x.dtype)
+        total += difference.pow(2).mean().item() / len(spec.anchored)
+        factor = 2 * share * spec.anchor / len(spec.anchored) / difference.numel()
+        v.backward((factor * difference).to(v.dtype), inputs=list(parts.lora))
+    return total
+
+
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
@@ -253,6 +279,12 @@ class StepSpec:
     record_decode: int = 0
     """Of so many chunks of the VAE backward, the last ones, the decode stores what it needs: it then runs no forward of
     its own."""
+    anchor: float = 0.0
+    """Weight of the mean squared difference between the tuned and the base's velocity, for the same condition, at the
+    latents that enter the ``anchored`` steps (a mean over them). These latents count as constants: it says what the
+    model is to do there, not how to get away from there. 0: not computed."""
+    anchored: tuple[int, ...] = ()
+    """Some of the graded steps."""
     lv_samples: int = 0
     """DRaFT-LV: n noised copies of the clip that the last step denoises again; the gradient is the mean over 1 + n.
     Needs the last step to be the only graded step."""
@@ -275,6 +307,10 @@ class StepSpec:
             raise BadInputError(f"the VAE window is {self.vae_window}: it must be 0 chunks or more")
         if self.vae_cache_every < 1:
             raise BadInputError(f"vae_cache_every is {self.vae_cache_every}: it must be 1 chunk or more")
+        if self.anchor < 0 or (self.anchor and not set(self.graded) >= set(self.anchored) > set()):
+            raise BadInputError(
+                f"the anchor is {self.anchor} at steps {self.anchored}: it must be 0 or more, at some graded steps"
+            )
         if self.lv_samples < 0 or (self.lv_samples and self.graded != (self.steps - 1,)):
             raise BadInputError(f"lv_samples is {self.lv_samples}: it must be 0, or the last step the only graded step")
 

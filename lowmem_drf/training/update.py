@@ -54,6 +54,8 @@ class UpdateReport:
     """Noise seed of each clip."""
     oracle: dict[str, float] = field(default_factory=dict)
     """ToyWorld: the oracle's rates on the clips of this update. Empty elsewhere."""
+    departure: float | None = None
+    """With ``optim.anchor``: ``StepStats.departure``, mean over clips."""
     decoder_cosine: float | None = None
     """Between the gradients at the latents by the VAE and by the tiny decoder, where both were computed."""
 
@@ -153,9 +155,11 @@ def update(
         oracle = dict(judge(frames, [prompt.text for prompt in own]))
     rewards = [(stat.reward, stat.reward_by_aspect, stat.reward_by_question, weight) for stat, weight in stats]
     compared = [stat.compared for stat, _ in stats if stat.compared]
-    shares = ranks.gather((rewards, oracle, good, cause, compared, *models.meter.take()))
+    departures = [(stat.departure, weight) for stat, weight in stats if stat.departure is not None]
+    shares = ranks.gather((rewards, oracle, good, cause, compared, departures, *models.meter.take()))
     made = [row for rows, *_ in shares for row in rows]
     compared = [one for row in shares for one in row[4]]
+    departures = [one for row in shares for one in row[5]]
     ids, update_s = [prompt.id for prompt in prompts], time.perf_counter() - start
     stage_s, stage_peak_gib = _largest([row[-2] for row in shares]), _largest([row[-1] for row in shares])
     if not stepped:
@@ -178,6 +182,7 @@ def update(
         seed=seeds,
         oracle=_mean_by_key([(rates, 1.0) for _, rates, *_ in shares]),
         decoder_cosine=sum(compared[1:], compared[0]).cosine if compared else None,
+        departure=_mean(departures) if departures else None,
     )
 
 

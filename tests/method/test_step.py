@@ -82,6 +82,30 @@ def test_relay_is_naive_for_draft_lv(parts, samples, guidance, size):
     assert_equal_steps(parts, plan_of((STEPS - 1,), lv_samples=samples, guidance=guidance), size, seed=7)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("anchored", [(1,), (5,), (1, 4, 5)], ids=str)
+def test_relay_is_naive_with_an_anchor(parts, anchored, guidance):
+    parts = replace(parts, base=toy_parts(seed=1).velocity)
+    assert_equal_steps(parts, plan_of((1, 4, 5), guidance=guidance, anchor=0.7, anchored=anchored), size=2)
+
+
+def test_an_anchor_pulls_towards_the_base_with_the_states_as_constants(parts):
+    plan, batch = plan_of((3, 5)), batch_of(2)
+    without, _ = lora_gradients(drf_step, parts, plan, *batch)
+    anchored = replace(plan, anchor=2.0, anchored=(3,))
+    still, stats = lora_gradients(drf_step, replace(parts, base=parts.velocity), anchored, *batch)
+    assert stats.departure == 0 and torch.equal(still, without)
+    base = toy_parts(seed=1).velocity
+    pulled, stats = lora_gradients(drf_step, replace(parts, base=base), anchored, *batch)
+    noise, cond, uncond, _ = batch
+    x = rollout(parts.velocity, plan.sigmas, noise, cond, uncond, keep=(3,))[1][3]
+    sigma = plan.sigmas[3].item()
+    away = (parts.velocity(x, sigma, cond) - base(x, sigma, cond)).pow(2).mean()
+    expected = torch.cat([one.flatten() for one in torch.autograd.grad(2 * away, parts.lora)])
+    assert relative_difference(pulled - without, expected) < LIMIT
+    assert stats.departure == pytest.approx(away.item())
+
+
 @pytest.mark.parametrize("lv", [0, 2])
 def test_relay_is_naive_where_the_frames_follow_the_motion(parts, lv):
     """Every DRaFT-LV copy is a separate clip with its own frames."""
@@ -275,6 +299,8 @@ def test_a_non_finite_gradient_between_graded_steps_names_the_step(parts):
     ("changes", "what"),
     [
         ({"graded": ()}, "graded steps"),
+        ({"anchor": 1.0}, "anchor"),
+        ({"anchor": 1.0, "anchored": (0,)}, "anchor"),
         ({"graded": (5, 4)}, "ascending"),
         ({"graded": (STEPS,)}, "in 0..5"),
         ({"kept": ()}, "kept frames"),

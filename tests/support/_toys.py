@@ -131,8 +131,8 @@ class ToyCritic(nn.Module):
         ]
 
 
-def toy_parts():
-    torch.manual_seed(0)
+def toy_parts(seed=0):
+    torch.manual_seed(seed)
     transformer, decoder, critic = (module().double() for module in (ToyTransformer, ToyDecoder, ToyCritic))
     return Parts(transformer, decoder, critic, [transformer.lora_a, transformer.lora_b])
 
