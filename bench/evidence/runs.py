@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import statistics
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from bench.evidence.baselines import method
+from bench.evidence.levers import LEVERS
 from bench.evidence.variants import VARIANTS
 from bench.script import save
 from bench.toyworld.seeds import LIBRARIES
@@ -40,10 +43,13 @@ def run(name: str, seed: int, work: Path, file: Path, console: Console) -> None:
     variant = VARIANTS[name]
     folder = work / f"{name}_{seed}"
     settings = [*variant.overrides, f"steps={variant.updates}", *SETTINGS]
-    if not (done := saved_step(folder)):
-        train_command(variant.preset, None, folder, None, seed, False, settings, False)
-    elif done < variant.updates:
-        train_command(None, None, folder, None, None, True, (), False)
+    with method(variant.method), ExitStack() as stack:
+        for lever in variant.levers:
+            stack.enter_context(LEVERS[lever]())
+        if not (done := saved_step(folder)):
+            train_command(variant.preset, None, folder, None, seed, False, settings, False)
+        elif done < variant.updates:
+            train_command(None, None, folder, None, None, True, (), False)
     config = run_config(folder)
     given = {"variant": name, "seed": seed, "preset": variant.preset, "set": list(variant.overrides)}
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {**given, "rows": []}

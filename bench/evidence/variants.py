@@ -12,6 +12,10 @@ class Variant:
     preset: str
     overrides: tuple[str, ...] = ()
     updates: int = 400
+    method: str = "drf"
+    """See ``baselines.py``."""
+    levers: tuple[str, ...] = ()
+    """See ``levers.py``."""
 
 
 def _screen(**settings: str) -> dict[str, Variant]:
@@ -29,6 +33,16 @@ VARIANTS: dict[str, Variant] = {
         slow="optim.lr=3e-4",
         **{f"anchor{weight}".replace(".", ""): f"optim.anchor={weight}" for weight in (0.1, 0.3, 3, 10)},
     ),
+    **{name: Variant("toy", levers=(name,)) for name in ("ema", "dropout", "aspects")},
     "fast": Variant("toy-fast"),
+    "vanilla": Variant("toy", ("critic.mode=vanilla",)),
+    "yesno": Variant("toy", ("critic.mode=yesno",)),
+    "ta_only": Variant("toy", ("critic.weights.Phy=0", "critic.weights.VQ=0")),
+    "draft_1": Variant("toy", ("sampler.graded_steps=1",)),
+    "draft_lv": Variant("toy", ("sampler.graded=last", "sampler.graded_steps=1", "sampler.lv_samples=2")),
+    "drtune": Variant("toy", ("sampler.graded=random", "sampler.graded_steps=3", "sampler.chain=drtune")),
+    "refl": Variant("toy", method="refl"),
+    "best_of_n": Variant("toy", method="best_of_n"),
+    "awm": Variant("toy", method="awm"),
 }
 """A new idea is a line."""
