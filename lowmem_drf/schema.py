@@ -304,6 +304,9 @@ class Optim(Node):
     """Weight of the mean squared difference between the tuned and the base's velocity, at the latents that enter one of
     the graded steps, drawn anew in each update: keeps what no question asks about as the base makes it. Costs two
     forward passes and a backward of the transformer an update; 0: none of them."""
+    stop: Literal["never", "alarm"] = "never"
+    """``alarm``: the run ends where the watch finds that clips get worse while the reward rises (``log.watch_every``).
+    ``train --resume`` goes on."""
     max_skipped: Positive = 5
     """An update with a reward or gradient that is NaN or infinite is skipped. After this many in a row the run saves
     and stops."""
@@ -439,6 +442,12 @@ class Log(Node):
     sample_first: bool | Literal["auto"] = "auto"
     """Also write them before the first update, of the base model. ``auto``: where the plan says that it takes less than
     a minute, and where nothing is planned, on a CPU."""
+    watch_every: NonNegative = 25
+    """Look at clips of fixed prompts and seeds every this many updates, and at the end: questions that training does
+    not ask, and measures that need no critic, against what the base's clips differ by. A rising reward with two of them
+    outside is said at once, and the best update without that is kept (``--best``). 0: never."""
+    watch_prompts: Thousand = 4
+    """Prompts of a look, two clips each. Each costs a rollout and a decode without gradient."""
     eval_prompts: Annotated[int, Field(ge=0, le=10_000)] = 8
     """Number of prompts in the table after training. 0: no table. Each costs a clip of the base and one of the tuned
     model per seed."""

@@ -23,7 +23,7 @@ from lowmem_drf.assembly.questions import draft_questions
 from lowmem_drf.config import load_config
 from lowmem_drf.method.step import StepSpec, drf_step
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
-from lowmem_drf.models.tiny.watch import Uses
+from lowmem_drf.models.tiny.decoder_check import Uses
 from lowmem_drf.types import StepStats
 
 

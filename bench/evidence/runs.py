@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lowmem_drf.commands.train import train_command
 from lowmem_drf.config import change
 from lowmem_drf.models.lora.adapter import load_lora_state, lora_norm, lora_scale
 from lowmem_drf.schema import Config
+from lowmem_drf.scoring.alarm import read_looks
 from lowmem_drf.scoring.evaluate import Trial, finish_trial, make_trial, measure
 from lowmem_drf.training.checkpoint import checkpoint_folder, load_checkpoint, saved_step
 from lowmem_drf.training.lora_file import load_run_lora
@@ -34,7 +35,15 @@ PROMPTS, SEEDS = 64, 2
 """Held-out prompts, and clips of each."""
 SCALES = (0.75, 0.5)
 """Of the LoRA at sampling, measured besides 1 at the end of a run."""
-SETTINGS = ("log.sample_every=0", "log.eval_prompts=0", f"log.checkpoint_every={EVERY}", "log.keep=1000")
+WATCHED = ("log.watch_every=25", "log.watch_prompts=16")
+SETTINGS = (*WATCHED, "log.sample_every=0", "log.eval_prompts=0", f"log.checkpoint_every={EVERY}", "log.keep=1000")
+    "log.sample_every=0",
+    "log.watch_every=25",
+    "log.watch_prompts=16",
+    "log.eval_prompts=0",
+    f"log.checkpoint_every={EVERY}",
+    "log.keep=1000",
+)
 
 
 def run(name: str, seed: int, work: Path, file: Path, console: Console) -> None:
@@ -53,6 +62,7 @@ def run(name: str, seed: int, work: Path, file: Path, console: Console) -> None:
     config = run_config(folder)
     given = {"variant": name, "seed": seed, "preset": variant.preset, "set": list(variant.overrides)}
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {**given, "rows": []}
+    result["looks"] = [asdict(look) for look in read_looks(folder, variant.updates)]
     measured = {(row["step"], row["scale"]) for row in result["rows"]}
     points = [(step, 1.0) for step in range(0, variant.updates + 1, EVERY)]
     points += [(variant.updates, scale) for scale in SCALES]

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
     from lowmem_drf.models.tiny.decoder import TinyBackward, TinyDecoder
+    from lowmem_drf.models.tiny.decoder_check import Uses
     from lowmem_drf.models.tiny.network import TinyNetwork
-    from lowmem_drf.models.tiny.watch import Uses
     from lowmem_drf.models.wan.decoder import WanDecoder
     from lowmem_drf.models.wan.experts import OtherExpert
     from lowmem_drf.types import Critic, Velocity

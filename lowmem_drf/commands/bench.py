@@ -29,7 +29,7 @@ from lowmem_drf.memory.host import HostStore
 from lowmem_drf.memory.meter import Meter
 from lowmem_drf.models.generators import generator_config
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
-from lowmem_drf.models.tiny.watch import Watch
+from lowmem_drf.models.tiny.decoder_check import DecoderCheck
 from lowmem_drf.models.wan.attention import attention_named
 from lowmem_drf.models.wan.experts import make_transformers
 from lowmem_drf.planner.cards import GIB, SHARES, card_named, learn, parse_vram, plausible, room_of
@@ -218,14 +218,14 @@ def _updates(
 ) -> list[tuple[dict[str, float], dict[str, float]]]:  # fmt: skip
     """Seconds and peak GiB by stage of each of ``count`` updates. Of the tiny decoder the first one is compared."""
     trainer, models = make_trainer(config, models)
-    lora, watch = lora_parameters(models.transformer), Watch(config.model)
+    lora, check = lora_parameters(models.transformer), DecoderCheck(config.model)
     if isinstance(trainer, SingleTrainer):
         trainer.fill()  # DeepSpeed allocates its state in the first step
         if ledger is not None:
             for moment in trainer.paged():
                 ledger.on_host(moment)
     reports = (
-        update(config, models, models.parts(lora, watch.uses(step)), trainer, step, prompts, questions, None)
+        update(config, models, models.parts(lora, check.uses(step)), trainer, step, prompts, questions, None)
         for step in range(count)
     )
     return [(report.stage_s, report.stage_peak_gib) for report in reports]

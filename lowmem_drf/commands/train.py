@@ -164,7 +164,8 @@ def start(
     from lowmem_drf.models.lora.init import init_lora
     from lowmem_drf.planner.report import card_here, require_fit
     from lowmem_drf.questions.file import to_json
-    from lowmem_drf.scoring.evaluate import finish_trial, make_trial
+    from lowmem_drf.scoring.evaluate import finish_trial, make_trial, part_of
+    from lowmem_drf.scoring.watch import SEEDS
     from lowmem_drf.training.loop import train
     from lowmem_drf.training.lora_file import lora_to_begin_with
     from lowmem_drf.training.previews import preview_texts
@@ -182,7 +183,9 @@ def start(
     ready = _ready_questions(run, config, prompts) if resume else {}
     draft |= ready
     log = config.log
-    trial = make_trial(config, used, log.eval_prompts, log.eval_seeds) if log.eval_prompts else None
+    looked_at = log.watch_prompts if log.watch_every else 0
+    most = max(log.eval_prompts, looked_at)
+    trial = make_trial(config, used, most, log.eval_seeds) if most else None
     import_libraries(config)
     # of a run that was stopped before its first checkpoint, the file is all that its LoRA consists of
     init = lora_to_begin_with(config, config.lora.targets) if config.lora.init and not saved_step(run) else None
@@ -202,7 +205,7 @@ def start(
             unwritten = [prompt for prompt in prompts if prompt.id not in ready]
             with during("questions"), showing(console):
                 write_missing(config, [*unwritten, *(trial.prompts if trial else ())], None, console)
-        shown = max(len(previews) if log.sample_every else 0, len(trial.prompts) * trial.seeds if trial else 0)
+        shown = max(len(previews) if log.sample_every else 0, log.eval_prompts * log.eval_seeds, looked_at * SEEDS)
         clips = {"micro_batch": config.micro_batch, "log.eval_batch": min(log.eval_batch, shown)}
         with during("loading"), showing(console):
             kernels = saved_choice(run, say) if resume and ranks.chief else None
@@ -230,9 +233,11 @@ def start(
             if can_check(config) and not resume:
                 done.write(run, prompts)
         _announce(console, config, run, models, prompts, origin)
-        models = train(config, run, models, prompts, questions, previews, console, ranks, abort)
+        models = train(
+            config, run, models, prompts, questions, previews, console, ranks, abort, part_of(trial, looked_at, SEEDS)
+        )
         with during("evaluation"):
-            _finish(console, config, run, models, trial, ranks)
+            _finish(console, config, run, models, part_of(trial, log.eval_prompts, log.eval_seeds), ranks)
 
 
 def _absolute(config: Config) -> Config:

@@ -66,6 +66,11 @@ def make_trial(config: Config, prompts: Sequence[Prompt], count: int, seeds: int
     return Trial(chosen, seeds, draft_questions(config, chosen, strict=False), heldout, source)
 
 
+def part_of(trial: Trial | None, prompts: int, seeds: int) -> Trial | None:
+    """The first prompts, with so many clips of each; ``None`` without any."""
+    return replace(trial, prompts=trial.prompts[:prompts], seeds=seeds) if trial and prompts else None
+
+
 def finish_trial(config: Config, trial: Trial, critic: QwenCritic, console: Console) -> Trial:
     """Finishes the questions as training does (``references.finish_questions``), and checks the held-out ones."""
     questions = finish_questions(config, trial.prompts, trial.questions, critic, console).questions

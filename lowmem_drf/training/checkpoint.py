@@ -53,7 +53,7 @@ class Checkpoint:
     questions: str = ""
     """The hash of the questions' file: a resumed run must ask the same."""
     tiny_cosine: float | None = None
-    """``Watch.fell``."""
+    """``DecoderCheck.fell``."""
 
 
 def resume_command(run: Path) -> str:
@@ -142,10 +142,10 @@ def checkpoint_folder(run: Path, step: int | None = None) -> Path:
     return _folder(run, step)
 
 
-def save_checkpoint(run: Path, checkpoint: Checkpoint, alpha: float, keep: int) -> Path:
+def save_checkpoint(run: Path, checkpoint: Checkpoint, alpha: float, keep: int, best: int | None = None) -> Path:
     """Writes ``lora.safetensors`` (``alpha`` in its header), ``state.safetensors`` and ``manifest.json``, then deletes
-    all but the last ``keep`` checkpoints. Returns the folder. Raises NonFiniteError, and writes nothing, if a tensor
-    holds NaN or infinity."""
+    all but the last ``keep`` checkpoints and that of step ``best``. Returns the folder. Raises NonFiniteError, and
+    writes nothing, if a tensor holds NaN or infinity."""
     from safetensors.torch import save_file
 
     if lost := not_finite({**checkpoint.lora, **checkpoint.optimizer}):
@@ -174,6 +174,8 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, alpha: float, keep: int) 
         save_file({**checkpoint.optimizer, **_random_state()}, aside / "state.safetensors")
         write_manifest(aside, manifest)
     for step in checkpoint_steps(run)[:-keep]:
+        if step == best:
+            continue
         try:
             discard(_folder(run, step))
         except OSError as error:

@@ -16,11 +16,13 @@ from lowmem_drf.errors import BadInputError, LowmemError, NonFiniteError, disk_f
 from lowmem_drf.files import text_hash, write_text
 from lowmem_drf.method.reward import Spread
 from lowmem_drf.models.lora.adapter import load_lora_state, lora_parameters, lora_state
-from lowmem_drf.models.tiny.watch import Watch
+from lowmem_drf.models.tiny.decoder_check import DecoderCheck
 from lowmem_drf.prompts import Cursor, PromptStream, fingerprint
 from lowmem_drf.questions.file import to_json
 from lowmem_drf.schema import Config
+from lowmem_drf.scoring.evaluate import Trial
 from lowmem_drf.scoring.oracle_rates import oracle_for
+from lowmem_drf.scoring.watch import Watch
 from lowmem_drf.shortage import during, let_go, shortage_of
 from lowmem_drf.terminal import hangup, showing
 from lowmem_drf.training.checkpoint import (
@@ -60,6 +62,7 @@ def train(
     console: Console,
     ranks: Ranks = ALONE,
     abort: Callable[[BaseException], None] = lambda error: None,
+    watched: Trial | None = None,
 ) -> Models:
     """Trains from the run's last checkpoint, if any, to ``config.steps``. Only rank 0 reads and writes checkpoints.
 
@@ -68,6 +71,7 @@ def train(
         questions: by prompt id.
         previews: prompts of the clips in ``samples/``, already encoded in ``models``.
         abort: see ``make_trainer``.
+        watched: clips that are looked at every ``log.watch_every`` updates (``scoring/alarm.py``).
 
     Returns:
         The models with the tuned LoRA.
@@ -90,40 +94,44 @@ def train(
         cursor, done, spread = checkpoint.cursor, checkpoint.step, Spread(seen=dict(checkpoint.spread))
         skips = Skips(config, checkpoint.skipped)
     lora = lora_parameters(models.transformer)
-    watch = Watch(config.model, checkpoint.tiny_cosine if checkpoint else None)
+    check = DecoderCheck(config.model, checkpoint.tiny_cosine if checkpoint else None)
     stream = PromptStream(prompts, config.seed, cursor, config.skip_prompts)
     asked_hash = text_hash(to_json({prompt.text: questions[prompt.id] for prompt in prompts}))
     judge = oracle_for(config, [prompt.text for prompt in prompts])
     metrics, progress = Metrics(run, done) if ranks.chief else None, TrainProgress(console, config.steps, done)
+    watch = Watch(config, run, models, watched, ranks, done)
 
     def save(step: int, cursor: Cursor | None = None) -> None:
         with trainer.whole():
             weights = lora_state(models.transformer)
         state = trainer.pack(), cursor or stream.cursor, fingerprint(prompts), spread.seen, skips.saved
-        now = Checkpoint(step, weights, *state, fixed_settings(config), asked_hash, watch.fell)
+        now = Checkpoint(step, weights, *state, fixed_settings(config), asked_hash, check.fell)
         if ranks.chief:
-            save_checkpoint(run, now, config.lora.alpha, config.log.keep)
+            save_checkpoint(run, now, config.lora.alpha, config.log.keep, watch.best)
         ranks.barrier()  # no process may end before the checkpoint is written
 
-    if watch.why:
-        progress.note(watch.why)
+    if check.why:
+        progress.note(check.why)
     finished = Finished(trainer, done, cursor)
     pace = Pace(models.device)
     try:
         if done == 0 and config.log.sample_every and config.log.sample_first:  # "auto": nothing was planned
             with during("previews"), showing(console):
                 write_previews(config, run, models, previews, step=0, ranks=ranks)
+        with during("watch"), showing(console):
+            watch.begin()
+        progress.alarm = watch.began
         with progress.live(), _finish_on_interrupt(progress, run, ranks) as asked:
             for step in range(done, config.steps):
                 scales = spread.scales() if config.critic.normalize else {}
                 batch = stream.take(config.batch)
                 report: UpdateReport | Skipped
-                parts = models.parts(lora, watch.uses(step))
+                parts = models.parts(lora, check.uses(step))
                 try:
                     report = update(config, models, parts, trainer, step, batch, questions, judge, scales, ranks)
                     skips.add(None)
                     spread.add(report.reward_by_question)
-                    if said := watch.look(report.step, report.decoder_cosine):
+                    if said := check.look(report.step, report.decoder_cosine):
                         progress.note(said)
                 except SkippedUpdate as error:
                     report = error.report
@@ -141,14 +149,22 @@ def train(
                     metrics.write(report)
                 finished = Finished(trainer, report.step, stream.cursor)
                 last = report.step == config.steps
-                if saved := last or skips.too_many or report.step % config.log.checkpoint_every == 0:
+                looks = watch.is_due(report.step, last)
+                if saved := last or looks or skips.too_many or report.step % config.log.checkpoint_every == 0:
                     save(report.step)
                 if isinstance(report, UpdateReport):  # after the save, and it raises nothing (terminal.QuietStream)
+                    watch.rewards.append(report.reward)
                     progress.update(report)
                     if slow := pace.add(report.step, report.update_s):
                         progress.note(slow)
                 if skips.too_many:
                     raise stopped(config, run, skips, len(prompts))
+                if looks and not skips.too_many:
+                    with during("watch"):
+                        said = watch.look(report.step)
+                    progress.alarm = watch.began
+                    if said:
+                        progress.note(said)
                 stop = ranks.any(bool(asked))
                 if config.log.sample_every and not stop and (last or report.step % config.log.sample_every == 0):
                     with during("previews"):
@@ -158,6 +174,8 @@ def train(
                         save(report.step)
                     cure = "The run is complete." if last else f"Go on with: {resume_command(run)}"
                     raise KeyboardInterrupt(f"Interrupted after update {report.step}; it is saved. {cure}")
+                if watch.began and config.optim.stop == "alarm":
+                    break
             if metrics and metrics.skipped:
                 progress.note(f'{metrics.skipped} of {config.steps} updates were skipped: "skipped" in metrics.jsonl')
     except Exception as error:

@@ -28,7 +28,8 @@ _FORMAT_1 = "cursor.json"
 
 MAY_CHANGE = (
     *("steps", "skip_prompts", "micro_batch", "device", "engine", "processes", "zero.", "log."),
-    *(f"optim.{key}" for key in ("lr", "grad_clip", "schedule", "warmup_steps", "eps", "weight_decay", "max_skipped")),
+    *(f"optim.{key}" for key in ("lr", "grad_clip", "schedule", "warmup_steps", "eps", "weight_decay")),
+    *("optim.anchor", "optim.stop", "optim.max_skipped"),
     *(
         f"memory.{key}"
         for key in ("checkpoint", "token_slices", "park", "stream", "text_device", "vram_gib", "fit", "on_oom")

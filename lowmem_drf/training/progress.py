@@ -34,6 +34,8 @@ class TrainProgress:
         self._recent: deque[UpdateReport] = deque(maxlen=SMOOTH)
         self._rewards: list[float] = []
         self._cosine: float | None = None
+        self.alarm: int | None = None
+        """The update at which the alarm began, while it lasts."""
         self._live: Live | None = None
         self._last_line = 0.0
         self._shown: RenderableType = Text("first update …", style="dim")
@@ -104,6 +106,8 @@ class TrainProgress:
             shown.append("oracle: " + " ".join(rates))
         if self._cosine is not None:
             shown.append(f"tiny decoder's cosine {self._cosine:.2f}")
+        if self.alarm is not None:
+            shown.append(f"ALARM since update {self.alarm}")
         return "  ".join(shown)
 
 

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.vae_stream import decode, vae_backward
 from lowmem_drf.models.tiny.decoder import TinyBackward, TinyDecoder
+from lowmem_drf.models.tiny.decoder_check import DecoderCheck
 from lowmem_drf.models.tiny.files import load_tiny, planned_sizes, sizes_in, tiny_file, toyworld_file
 from lowmem_drf.models.tiny.network import Sizes
-from lowmem_drf.models.tiny.watch import Watch
 from lowmem_drf.models.wan.decoder import WanDecoder
 from lowmem_drf.schema import Model
 
@@ -129,14 +129,14 @@ def test_other_files_are_refused_with_a_cure(tmp_path):
 
 def test_a_run_goes_back_to_the_vae_below_the_bound():
     settings = Model(decoder="tiny", decoder_check_every=3, decoder_least_cosine=0.6)
-    watch = Watch(settings)
-    assert [watch.uses(step) for step in range(4)] == ["both", "tiny", "tiny", "both"]
-    assert watch.look(1, 0.7) == watch.look(2, None) == watch.why == ""
-    assert "cosine of 0.55 with the VAE's, below model.decoder_least_cosine = 0.6" in watch.look(4, 0.55)
-    assert watch.uses(4) == Watch(settings, watch.fell).uses(6) == "exact"
-    lower = Watch(settings.model_copy(update={"decoder_least_cosine": 0.5}), watch.fell)
+    check = DecoderCheck(settings)
+    assert [check.uses(step) for step in range(4)] == ["both", "tiny", "tiny", "both"]
+    assert check.look(1, 0.7) == check.look(2, None) == check.why == ""
+    assert "cosine of 0.55 with the VAE's, below model.decoder_least_cosine = 0.6" in check.look(4, 0.55)
+    assert check.uses(4) == DecoderCheck(settings, check.fell).uses(6) == "exact"
+    lower = DecoderCheck(settings.model_copy(update={"decoder_least_cosine": 0.5}), check.fell)
     assert lower.uses(4) == "tiny" and lower.why == ""
-    assert Watch(Model()).uses(0) == "exact"
+    assert DecoderCheck(Model()).uses(0) == "exact"
 
 
 def test_toyworld_has_its_own():

@@ -10,7 +10,7 @@ Uses = Literal["exact", "tiny", "both"]
 """``both``: frames and gradient are the VAE's, and the tiny decoder's gradient is compared with it."""
 
 
-class Watch:
+class DecoderCheck:
     """``fell``: the cosine for which the run went back to the VAE, before the first update of this process."""
 
     def __init__(self, settings: Model, fell: float | None = None) -> None:

@@ -1,0 +1,165 @@
+"""Notices when a reward goes on rising while clips get worse, without anybody who knows the truth.
+
+While a run trains, clips of fixed prompts and seeds are measured again and again (``watch.py``): by questions that
+training does not ask, and by what needs no critic. Each measure has a *band*, from what the base's own clips differ
+by. A reward that has risen while two measures are outside of their bands is no longer to be trusted: that is the alarm.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+
+from lowmem_drf.files import write_text
+
+Band = tuple[float | None, float | None]
+"""Lowest and highest value; ``None``: open."""
+
+FILE = "watch.jsonl"
+OUTSIDE = 2
+"""So many measures outside of their bands, with a reward that has risen, are the alarm."""
+LEAST_SPREAD = 0.02
+"""Of a measure, as a share of its mean: what hardly differs between the base's clips still has a band."""
+UP, DOWN, BOTH = (False, True), (True, False), (True, True)
+"""Which ends of a band are closed: (low, high)."""
+WIDTHS: dict[str, tuple[float, tuple[bool, bool]]] = {
+    "heldout_reward": (0.5, DOWN),
+    "diversity": (1.0, DOWN),
+    "velocity_norm": (10.0, BOTH),
+    "motion": (1.0, BOTH),
+    "freeze": (1.0, UP),
+    "flicker": (2.0, UP),
+    "ti": (1.0, BOTH),
+    "si": (1.0, BOTH),
+    "blur": (1.0, UP),
+    "blocking": (2.0, UP),
+    "noise": (2.0, UP),
+    "saturation": (1.0, BOTH),
+}
+"""Measure -> half of the band's width in standard deviations between the base's prompts, and its closed ends."""
+
+
+def bands(base: Mapping[str, Sequence[float]]) -> dict[str, Band]:
+    """The band of each measure of ``WIDTHS``. ``base``: measure -> the base's values, one a prompt."""
+    made: dict[str, Band] = {}
+    for name, values in base.items():
+        if name in WIDTHS and values:
+            middle = fmean(values)
+            spread = max(stdev(values) if len(values) > 1 else 0.0, LEAST_SPREAD * abs(middle))
+            width, (low, high) = WIDTHS[name]
+            reach = width * spread
+            made[name] = middle - reach if low else None, middle + reach if high else None
+    return made
+
+
+@dataclass(frozen=True)
+class Look:
+    """The clips after ``step`` updates: a line of ``watch.jsonl``."""
+
+    step: int
+    measures: Mapping[str, float]
+    """Means over prompts."""
+    bands: Mapping[str, Band] = field(default_factory=dict)
+    """Of step 0 alone."""
+    reward: float | None = None
+    """Of training, mean over the updates since the last look."""
+    outside: Sequence[str] = ()
+    alarm: int | None = None
+    """The update at which the alarm began, while it lasts."""
+    best: int | None = None
+    """The update of the best look so far without an alarm."""
+
+
+class Alarm:
+    """The looks of a run, in order. ``best`` and ``began`` are those of the last one."""
+
+    def __init__(self, looks: Sequence[Look] = ()) -> None:
+        self.looks = list(looks)
+
+    @property
+    def began(self) -> int | None:
+        return self.looks[-1].alarm if self.looks else None
+
+    @property
+    def best(self) -> int | None:
+        return self.looks[-1].best if self.looks else None
+
+    def begin(self, base: Mapping[str, Sequence[float]]) -> Look:
+        """Takes the base's measures, one value a prompt."""
+        return self._add(Look(0, {name: fmean(values) for name, values in base.items() if values}, bands(base)))
+
+    def add(self, step: int, measures: Mapping[str, float], reward: float) -> Look:
+        """Takes a look. ``reward``: see ``Look``; its rise counts from the first look after the base's."""
+        outside = [name for name, band in self._bands().items() if not _within(measures.get(name), band)]
+        risen = all(look.reward is None or reward > look.reward for look in self.looks[:2])
+        began = (self.began or step) if len(outside) >= OUTSIDE and risen and self.looks[1:] else None
+        best = self.best
+        if began is None and (best is None or self._score(measures, reward) >= self._score_of(best)):
+            best = step
+        return self._add(Look(step, dict(measures), {}, reward, outside, began, best))
+
+    def _bands(self) -> dict[str, Band]:
+        """Those of the base; of the held-out questions, what the best answers so far may fall back by."""
+        first = self.looks[0]
+        made = dict(first.bands)
+        if (band := made.get("heldout_reward")) and band[0] is not None:
+            reach = first.measures["heldout_reward"] - band[0]
+            made["heldout_reward"] = max(look.measures["heldout_reward"] for look in self.looks) - reach, None
+        return made
+
+    def _score(self, measures: Mapping[str, float], reward: float) -> float:
+        return measures.get("heldout_reward", reward)
+
+    def _score_of(self, step: int) -> float:
+        look = next(look for look in self.looks if look.step == step)
+        return self._score(look.measures, look.reward or -math.inf)
+
+    def _add(self, look: Look) -> Look:
+        self.looks.append(look)
+        return look
+
+
+def _within(value: float | None, band: Band) -> bool:
+    """A measure that the clips do not have (blur of clips without edges) is outside; NaN too."""
+    low, high = band
+    return value is not None and (low is None or value >= low) and (high is None or value <= high)
+
+
+def save_looks(run: Path, looks: Sequence[Look]) -> None:
+    """Writes ``watch.jsonl``, whole: it is short."""
+    rows = ({key: value for key, value in asdict(look).items() if key in _KEPT or value} for look in looks)
+    write_text(run / FILE, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+_KEPT = ("step", "measures", "outside", "alarm")
+
+
+def read_looks(run: Path, done: int) -> list[Look]:
+    """The looks up to update ``done``; none where the file is missing or is not what was written."""
+    try:
+        rows = (run / FILE).read_text(encoding="utf-8").splitlines()
+        looks = [Look(**json.loads(row)) for row in rows]
+        return [look for look in looks if look.step <= done] if looks and looks[0].bands else []
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+BEST = Path("checkpoints") / "best"
+
+
+def mark_best(run: Path, step: int) -> None:
+    """Writes ``checkpoints/best``: a text file with the step."""
+    (run / BEST).parent.mkdir(parents=True, exist_ok=True)
+    write_text(run / BEST, f"{step}\n")
+
+
+def best_step(run: Path) -> int | None:
+    """The step that ``mark_best`` wrote, if any."""
+    try:
+        return int((run / BEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,123 @@
+"""A look at a model while it trains: clips of fixed prompts and seeds, measured without anybody who knows the truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from lowmem_drf.assembly.assemble import Models, critic_frames, derive_seed, reward_spec
+from lowmem_drf.assembly.generate import batches
+from lowmem_drf.distributed.ranks import ALONE, Ranks
+from lowmem_drf.method.frames import kept_frames
+from lowmem_drf.method.reward import mean_reward
+from lowmem_drf.models.lora.adapter import lora_norm, lora_scale
+from lowmem_drf.schema import Config
+from lowmem_drf.scoring.alarm import Alarm, mark_best, read_looks, save_looks
+from lowmem_drf.scoring.evaluate import Trial, diversity
+from lowmem_drf.scoring.measures import clip_measures
+
+SEEDS = 2
+"""Clips of a prompt: diversity needs two."""
+
+
+class Watch:
+    """The looks of a run. Without a trial it does nothing.
+
+    Args:
+        done: updates of the run so far; looks after them are dropped.
+    """
+
+    def __init__(
+        self, config: Config, run: Path, models: Models, trial: Trial | None, ranks: Ranks = ALONE, done: int = 0
+    ) -> None:
+        self._config, self._run, self._models, self._trial, self._ranks = config, run, models, trial, ranks
+        before = ranks.from_chief(read_looks(run, done) if trial and ranks.chief else [])
+        self._alarm = Alarm(before)
+        self.rewards: list[float] = []
+        """Of the updates since the last look."""
+
+    @property
+    def began(self) -> int | None:
+        """The update at which the alarm began, while it lasts."""
+        return self._alarm.began
+
+    @property
+    def best(self) -> int | None:
+        """The update of the best look so far without an alarm."""
+        return self._alarm.best
+
+    def is_due(self, step: int, last: bool) -> bool:
+        """Whether to look after update ``step``; ``last``: it is the run's last one."""
+        every = self._config.log.watch_every
+        return self._trial is not None and every > 0 and (last or step % every == 0)
+
+    def begin(self) -> None:
+        """Looks at the base, unless that was done: the LoRA is off meanwhile."""
+        if self._trial and self._config.log.watch_every and not self._alarm.looks:
+            with lora_scale(self._models.transformer, 0.0):
+                self._alarm.begin(look(self._config, self._models, self._trial, self._ranks))
+            self._save()
+
+    def look(self, step: int) -> str:
+        """Looks at the model after update ``step``, which is saved. Returns a line to print where the alarm begins or
+        ends, else nothing."""
+        assert self._trial is not None
+        before, measures = self._alarm.began, look(self._config, self._models, self._trial, self._ranks)
+        reward = fmean(self.rewards) if self.rewards else self._alarm.looks[-1].reward or 0.0  # all were skipped
+        self.rewards.clear()
+        seen = self._alarm.add(step, {name: fmean(values) for name, values in measures.items()}, reward)
+        self._save()
+        if before is None and seen.alarm is not None:
+            best = f"the best update before it is {seen.best} (--best)" if seen.best else "no earlier look was better"
+            what = ", ".join(name.replace("_", " ") for name in seen.outside)
+            return f"update {step}: the reward rises, but {what} left what the base's clips have: {best}."
+        if before is not None and seen.alarm is None:
+            return f"update {step}: the clips are back within what the base's have."
+        return ""
+
+    def _save(self) -> None:
+        if self._ranks.chief:
+            save_looks(self._run, self._alarm.looks)
+            if self.best:
+                mark_best(self._run, self.best)
+
+
+@torch.no_grad()
+def look(config: Config, models: Models, trial: Trial, ranks: Ranks = ALONE) -> dict[str, list[float]]:
+    """Measure -> a value a prompt: those of ``measures.clip_measures``, ``heldout_reward`` if the trial has held-out
+    questions, ``diversity``, ``velocity_norm``, and ``lora_norm`` (one value). Every process gets them all, of all
+    prompts; the same prompts have the same noise each time, so looks differ by the model alone."""
+    prompts, count = trial.prompts, trial.seeds
+    texts = [prompt.text for prompt in prompts for _ in range(count)]
+    seeds = [derive_seed("watch", prompt, clip) for prompt in range(len(prompts)) for clip in range(count)]
+    kept, spec = list(kept_frames(config.video.frames, critic_frames(config))), reward_spec(config)
+    size = max(1, config.log.eval_batch // count) * count  # whole prompts
+    found: dict[str, list[float]] = {}
+    for here, made, new in batches(models, config.sampler, texts, seeds, size, ranks, count):
+        some = [prompts[i // count] for i in here[::count]]
+        rows = [_of_a_prompt(clips) for clips in made.frames_BTCHW.split(count)]
+        if trial.heldout:
+            models.awake("critic")
+            asked = [trial.heldout[prompt.id] for prompt in some for _ in range(count)]
+            answers = (models.ask or models.asked_critic)(made.frames_BTCHW[:, kept], asked)
+            for number, row in enumerate(rows):
+                part = slice(number * count, (number + 1) * count)
+                row["heldout_reward"] = mean_reward(answers[part], asked[part], spec)[0].item()
+        for row in rows if new else ():
+            for name, value in {**row, "velocity_norm": made.velocity_norm}.items():
+                found.setdefault(name, []).append(value)
+    parts = ranks.gather(found)
+    names = dict.fromkeys(name for part in parts for name in part)
+    joined = {name: [value for part in parts for value in part.get(name, [])] for name in names}
+    return {**joined, "lora_norm": [lora_norm(models.transformer)]}
+
+
+def _of_a_prompt(clips_STCHW: Tensor) -> dict[str, float]:
+    clips = clips_STCHW.float().cpu()
+    rows = [clip_measures(clip) for clip in clips]
+    names = [name for name in rows[0] if all(name in row for row in rows)]
+    means = {name: fmean(row[name] for row in rows) for name in names}
+    return {**means, "diversity": diversity(clips[None])}
