@@ -37,13 +37,6 @@ SCALES = (0.75, 0.5)
 """Of the LoRA at sampling, measured besides 1 at the end of a run."""
 WATCHED = ("log.watch_every=25", "log.watch_prompts=16")
 SETTINGS = (*WATCHED, "log.sample_every=0", "log.eval_prompts=0", f"log.checkpoint_every={EVERY}", "log.keep=1000")
-    "log.sample_every=0",
-    "log.watch_every=25",
-    "log.watch_prompts=16",
-    "log.eval_prompts=0",
-    f"log.checkpoint_every={EVERY}",
-    "log.keep=1000",
-)
 
 
 def run(name: str, seed: int, work: Path, file: Path, console: Console) -> None:
