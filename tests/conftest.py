@@ -68,6 +68,7 @@ keep = 2
 sample_every = 2
 sample_prompts = 1
 eval_prompts = 0
+watch_every = 0
 eval_batch = 4
 """
 

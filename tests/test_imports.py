@@ -33,7 +33,7 @@ LAWS: dict[str, tuple[int, set[str]]] = {
         {"torch", "diffusers", "transformers", "peft", "bitsandbytes", "safetensors", "huggingface_hub", "psutil"}
         | {"gguf", "xformers", "flash_attn"},
     ),
-    "toy": (5, {"torch"}),
+    "toy": (5, {"torch", "safetensors"}),
     "distributed": (5, {"torch", "deepspeed"}),
     "assembly": (6, {"torch", "safetensors", "rich"}),
     "scoring": (7, {"torch", "rich", "PIL", "av", "numpy"}),

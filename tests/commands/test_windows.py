@@ -18,7 +18,7 @@ from lowmem_drf.terminal import hangup
 
 @pytest.mark.slow
 def test_a_run_needs_nothing_of_posix(tmp_path):
-    few = ["-s", "log.eval_prompts=0", "-s", "log.sample_every=0"]
+    few = ["-s", "log.watch_every=0", "-s", "log.eval_prompts=0", "-s", "log.sample_every=0"]
     commands = [
         ["train", "--preset", "toy", "--steps", "1", "--output", "a run", *few],
         ["train", "--resume", "--output", "a run", "--steps", "2"],

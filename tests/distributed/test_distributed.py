@@ -32,7 +32,7 @@ SETTINGS = [
     *("log.checkpoint_every=1", "log.keep=10", "log.sample_every=4", "log.sample_prompts=3", "log.eval_prompts=3"),
 ]
 ZERO = ["engine=zero3", "processes=2"]
-QUICKLY = ["log.sample_every=0", "log.eval_prompts=0"]
+QUICKLY = ["log.sample_every=0", "log.eval_prompts=0", "log.watch_every=0"]
 WITHIN_S = 30.0
 
 

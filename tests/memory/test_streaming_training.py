@@ -24,7 +24,7 @@ TEXT = "a red circle moves right on a gray background"
 SMALL = (
     *("batch=1", "micro_batch=1", "sampler.steps=3", "sampler.graded_steps=2", "video.frames=5"),
     *("critic.frames=3", "critic.token_weights=uniform", "memory.checkpoint=true"),
-    *("log.eval_prompts=0", "log.sample_every=0"),
+    *("log.eval_prompts=0", "log.sample_every=0", "log.watch_every=0"),
 )
 CASES = [
     ("none", ["transformer"], []),

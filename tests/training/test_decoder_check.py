@@ -24,7 +24,7 @@ def cosines(run):
 
 def test_a_run_is_checked_falls_back_and_stays_there(tiny_preset, tiny_run, tiny_file, tmp_path, capsys):
     """A random decoder's gradient is far off; with the bound at -1 it is used all the same."""
-    run, quick = tmp_path / "run", ["log.sample_every=0", "log.eval_prompts=0"]
+    run, quick = tmp_path / "run", ["log.sample_every=0", "log.eval_prompts=0", "log.watch_every=0"]
     tiny = ["model.decoder=tiny", f"model.decoder_file={tiny_file}", "model.decoder_check_every=2", *quick]
     train_command(str(tiny_preset), None, run, 2, None, False, [*tiny, "model.decoder_least_cosine=-1"], False)
     assert list(cosines(run)) == [1] and -0.9 < cosines(run)[1] < 0.9

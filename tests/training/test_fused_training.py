@@ -30,7 +30,7 @@ TEXT = "a red circle moves right on a gray background"
 SMALL = (
     *("video.width=16", "video.height=16", "video.frames=5", "critic.frames=3", "critic.token_weights=uniform"),
     *("batch=1", "micro_batch=1", "sampler.steps=2", "sampler.graded_steps=1", "memory.checkpoint=true"),
-    *("log.eval_prompts=0", "log.sample_every=0"),
+    *("log.eval_prompts=0", "log.sample_every=0", "log.watch_every=0"),
 )
 
 
