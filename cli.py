@@ -113,6 +113,8 @@ def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 def _path(value: Any) -> Any:
     """A path with ``~`` replaced, which shells leave alone in ``--lora=~/file``; any other value as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(_path, value))
     return expanded(value) if isinstance(value, Path) else value
 
 
@@ -264,14 +266,32 @@ def inspect_lora(
     inspect_command(file, json_)
 
 
-@app.command("eval", epilog=_example("lowmem-drf eval", "lowmem-drf eval runs/toy-1 --prompts heldout.txt --json"))
+@app.command(
+    "eval",
+    epilog=_example(
+        "lowmem-drf eval",
+        "lowmem-drf eval runs/toy-1 --prompts heldout.txt --json",
+        "lowmem-drf eval --critic toyworld-reader",
+        "lowmem-drf eval --prompts prompts.txt --seeds 5 --export vbench clips",
+    ),
+)
 @_reports_errors
-def evaluate(run: Run = None, prompts: PromptFile = None, json_: Json = False) -> None:
-    """Compare base and tuned on held-out prompts: reward, held-out questions, diversity, motion, and in ToyWorld the
-    oracle's rates."""
+def evaluate(
+    run: Run = None,
+    prompts: PromptFile = None,
+    seeds: Annotated[int | None, _option("Clips of each prompt and model. Default: 2.", min=1, max=1000)] = None,
+    critic: Annotated[str | None, _option("A second critic, which training never asked: as critic.id.")] = None,
+    export: Annotated[tuple[str, Path] | None, _option("Write all clips for VBench.", metavar="vbench DIR")] = None,
+    vbench_scores: Annotated[
+        Path | None, _option("A folder of --export: show VBench's scores too.", metavar="DIR")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Compare base and tuned on held-out prompts, with intervals: reward, held-out questions, a second critic,
+    measures of the clips, and in ToyWorld the oracle's rates."""
     from lowmem_drf.commands.eval import eval_command
 
-    eval_command(run, prompts, json_)
+    eval_command(run, prompts, json_, seeds, critic, export, vbench_scores)
 
 
 @app.command(

@@ -36,7 +36,7 @@ LAWS: dict[str, tuple[int, set[str]]] = {
     "toy": (5, {"torch", "safetensors"}),
     "distributed": (5, {"torch", "deepspeed"}),
     "assembly": (6, {"torch", "safetensors", "rich"}),
-    "scoring": (7, {"torch", "rich", "PIL", "av", "numpy"}),
+    "scoring": (7, {"torch", "rich", "PIL", "av", "numpy", "pydantic"}),
     "training": (8, {"torch", "safetensors", "rich", "tensorboard"}),
     "export": (8, {"torch", "safetensors"}),
     "planner": (9, {"torch", "rich"}),

@@ -22,8 +22,8 @@ class Generated:
 
     frames_BTCHW: Tensor
     """Float in [0, 1], on the models' device."""
-    velocity_norm: float
-    """RMS of a clip's velocity, mean over steps and clips."""
+    velocity_norms: tuple[float, ...]
+    """RMS of each clip's velocity, mean over steps."""
 
 
 @torch.no_grad()
@@ -35,11 +35,11 @@ def generate(models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequ
     models.residency.need_for("rollout")
     x_0, _ = rollout(
         models.velocity, sigmas, models.noise(seeds), cond, uncond, sampler.guidance,
-        watch=lambda v: norms.append(v.pow(2).flatten(1).mean(1).sqrt().mean()),
+        watch=lambda v: norms.append(v.pow(2).flatten(1).mean(1).sqrt()),
         update=sampler.update, generators=models.generators(seeds),
     )  # fmt: skip
     models.awake("vae")
-    return Generated(models.decoder.decode(x_0), sum(norm.item() for norm in norms) / len(norms))
+    return Generated(models.decoder.decode(x_0), tuple(torch.stack(norms).mean(0).tolist()))
 
 
 NAN = "holds NaN or infinity"

@@ -339,7 +339,8 @@ def _announce(
 
 
 def _finish(console: Console, config: Config, run: Path, models: Models, trial: Trial | None, ranks: Ranks) -> None:
-    from lowmem_drf.scoring.evaluate import compare, describe, print_table
+    from lowmem_drf.scoring.evaluate import compare, describe
+    from lowmem_drf.scoring.table import print_table
 
     if trial:
         console.print(f"\nBase against tuned: {describe(trial)}", highlight=False, markup=False)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
@@ -17,15 +19,17 @@ from lowmem_drf.assembly.references import finish_questions
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import BadInputError, NonFiniteError
 from lowmem_drf.method.frames import kept_frames
-from lowmem_drf.method.reward import RewardSpec, mean_reward
+from lowmem_drf.method.reward import RewardSpec, total_reward
 from lowmem_drf.models.lora.adapter import lora_scale
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.prompts import as_prompts, load_prompts
 from lowmem_drf.questions.make import Grammar, foils, make_questions
 from lowmem_drf.schema import Config
-from lowmem_drf.scoring.oracle_rates import Drift, oracle_for
+from lowmem_drf.scoring.intervals import changes, win_rates
+from lowmem_drf.scoring.measures import MEASURES, clip_measures
+from lowmem_drf.scoring.oracle_rates import Drift, oracle_by_clip, oracle_for
 from lowmem_drf.terminal import work_bar
-from lowmem_drf.types import Aspect, Prompt, Question
+from lowmem_drf.types import Aspect, Critic, Prompt, Question
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,7 +66,7 @@ def make_trial(config: Config, prompts: Sequence[Prompt], count: int, seeds: int
     else:
         chosen = tuple(prompts[:count])
         source = "of the training file, with other noise (give held-out ones: lowmem-drf eval --prompts FILE)"
-    heldout = _heldout_questions(chosen, grammar_of(config))
+    heldout = heldout_questions(chosen, grammar_of(config))
     return Trial(chosen, seeds, draft_questions(config, chosen, strict=False), heldout, source)
 
 
@@ -74,75 +78,151 @@ def part_of(trial: Trial | None, prompts: int, seeds: int) -> Trial | None:
 def finish_trial(config: Config, trial: Trial, critic: QwenCritic, console: Console) -> Trial:
     """Finishes the questions as training does (``references.finish_questions``), and checks the held-out ones."""
     questions = finish_questions(config, trial.prompts, trial.questions, critic, console).questions
-    heldout = {name: tuple(asked) for name, asked in trial.heldout.items()}
-    if heldout and can_check(config):
-        heldout = checked_questions(config, trial.prompts, heldout, critic, console, replaces=False).questions
+    heldout = checked_heldout(config, trial.prompts, trial.heldout, critic, console)
     return replace(trial, questions=questions, heldout=heldout)
 
 
+def checked_heldout(
+    config: Config,
+    prompts: Sequence[Prompt],
+    heldout: Mapping[str, Sequence[Question]],
+    critic: QwenCritic,
+    console: Console,
+) -> dict[str, tuple[Question, ...]]:
+    """The held-out questions that this critic answers as wanted from the prompt alone; all of a prompt if none is."""
+    asked = {name: tuple(some) for name, some in heldout.items()}
+    if not asked or not can_check(config):
+        return asked
+    checked = checked_questions(config, prompts, asked, critic, console, replaces=False).questions
+    return {name: checked[name] or some for name, some in asked.items()}
+
+
 def compare(config: Config, models: Models, trial: Trial, console: Console, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """The JSON of ``eval``: ``{"prompts", "seeds", "base", "tuned"}``, with a progress bar on ``console``."""
+    """``as_result`` of the base and the tuned model."""
+    return as_result(trial, both_sides(config, models, trial, console, ranks))
+
+
+def both_sides(
+    config: Config,
+    models: Models,
+    trial: Trial,
+    console: Console,
+    ranks: Ranks = ALONE,
+    watch: Callable[[str, Sequence[int], Tensor], None] = lambda side, here, frames: None,
+) -> dict[str, Measured]:
+    """Measures ``base`` and ``tuned`` on the same prompts and noise, with a progress bar on ``console``.
+
+    Args:
+        watch: sees every clip of this rank once: its side, the places of a batch (prompt x seed), the frames
+            (B, T, 3, H, W) on the models' device.
+    """
     sides = {}
     with work_bar(console, "clips", 2 * trial.seeds * len(trial.prompts)) as advance:
         for name, scale in (("base", 0.0), ("tuned", 1.0)):
             with lora_scale(models.transformer, scale):
-                sides[name] = measure(config, models, trial, advance, ranks)
-    return {"prompts": len(trial.prompts), "seeds": trial.seeds, **sides}
+                sides[name] = measure_prompts(config, models, trial, advance, ranks, partial(watch, name))
+    return sides
 
 
-@torch.no_grad()
+def as_result(trial: Trial, sides: Mapping[str, Measured]) -> dict[str, Any]:
+    """The JSON of ``eval``: a ``result.Result`` without ``second``."""
+    base, tuned = (sides[name].by_prompt for name in ("base", "tuned"))
+    judged = "heldout_reward" if trial.heldout else "reward"
+    rows = zip(trial.prompts, base, tuned, strict=True)
+    return {
+        "prompts": len(trial.prompts),
+        "seeds": trial.seeds,
+        **{name: side.as_json() for name, side in sides.items()},
+        "change": changes(base, tuned),
+        "wins": win_rates(base, tuned, (judged, "second_reward")),
+        "by_prompt": [{"id": p.id, "prompt": p.text, "base": dict(b), "tuned": dict(t)} for p, b, t in rows],
+    }
+
+
+@dataclass
+class Measured:
+    """What one model was measured at."""
+
+    by_prompt: list[dict[str, float]]
+    """Means over the clips of each prompt, in order. Names of a group have its name before a dot: ``oracle.all``."""
+    of_all: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Groups of measures that all clips have together: ``drift``."""
+
+    def as_json(self) -> dict[str, Any]:
+        """A ``result.Side``: means over prompts."""
+        means: dict[str, Any] = {
+            "reward": 0.0, "reward_by_aspect": dict.fromkeys(get_args(Aspect)), "heldout_reward": None,
+            "diversity": 0.0, "velocity_norm": 0.0, **dict.fromkeys(MEASURES), "motion": 0.0,
+        }  # fmt: skip
+        for name in dict.fromkeys(name for row in self.by_prompt for name in row):
+            group, _, member = name.rpartition(".")
+            mean = fmean(row[name] for row in self.by_prompt if name in row)
+            (means.setdefault(group, {}) if group else means)[member] = mean
+        return means | self.of_all
+
+
 def measure(
     config: Config, models: Models, trial: Trial, advance: Callable[[int], None], ranks: Ranks = ALONE
 ) -> dict[str, Any]:
-    """Measures the model at its present LoRA scale, over prompts x seeds. Ranks share the prompts, and all get the
-    result.
+    """``measure_prompts``, as a ``result.Side``."""
+    return measure_prompts(config, models, trial, advance, ranks).as_json()
 
-    ``reward_by_aspect``: ``null`` for an aspect without questions. ``heldout_reward``: ``null`` without held-out
-    questions. ``diversity``: mean pairwise RMS distance between the clips of one prompt. ``motion``: mean absolute
-    difference of successive frames. ``velocity_norm``: RMS of the velocity, mean over steps. Clips (0.4 GB for a real
-    model) are freed as soon as they are measured.
+
+@torch.no_grad()
+def measure_prompts(
+    config: Config,
+    models: Models,
+    trial: Trial,
+    advance: Callable[[int], None],
+    ranks: Ranks = ALONE,
+    watch: Callable[[Sequence[int], Tensor], None] = lambda here, frames: None,
+) -> Measured:
+    """Measures the model at its present LoRA scale, over prompts x seeds. Ranks share the prompts, and all get the
+    result. Clips (0.4 GB for a real model) are freed as soon as they are measured.
+
+    ``diversity``: mean pairwise RMS distance between the clips of one prompt. ``velocity_norm``: RMS of the velocity,
+    mean over steps. The others: ``result.Side``.
     """
     prompts = [prompt for prompt in trial.prompts for _ in range(trial.seeds)]
     texts = [prompt.text for prompt in prompts]
     seeds = [derive_seed("eval", i // trial.seeds, i % trial.seeds) for i in range(len(prompts))]
     kept = list(kept_frames(config.video.frames, critic_frames(config)))
-    spec = reward_spec(config)
-    judge = oracle_for(config, texts)
-    by_clip, by_prompt, oracle, drift = _Sums(), _Sums(), _Sums(), Drift()
-    of_a_prompt: list[Tensor] = []
+    critic, spec = models.ask or models.asked_critic, reward_spec(config)
+    judged = oracle_for(config, texts) is not None
+    rows, drift = dict[int, dict[str, float]](), Drift()
+    of_a_prompt: list[tuple[Tensor, dict[str, float]]] = []
     for here, made, new in batches(models, config.sampler, texts, seeds, config.log.eval_batch, ranks, trial.seeds):
         if bad := [texts[i] for i, clip in zip(here, made.frames_BTCHW, strict=True) if flaw(clip) == NAN]:
             raise NonFiniteError(
                 f"the clip of {bad[0]!r} {NAN}: there is nothing to compare. lowmem-drf sample --compare shows whether "
                 "the base model or the LoRA makes it."
             )
-        frames, some, size = made.frames_BTCHW, [prompts[i] for i in here], len(here) if new else 0
-        by_clip.add(_ask(models, frames[:, kept], some, trial.questions, spec), size)
+        frames, some = made.frames_BTCHW, [prompts[i] for i in here]
+        models.awake("critic")
+        values = rewards(critic, frames[:, kept], some, trial.questions, spec)
         if trial.heldout:
-            by_clip.add({"heldout_reward": _ask(models, frames[:, kept], some, trial.heldout, spec)["reward"]}, size)
-        motion = (frames[:, 1:] - frames[:, :-1]).abs().mean().item() if frames.shape[1] > 1 else 0.0
-        by_clip.add({"motion": motion, "velocity_norm": made.velocity_norm}, size)
-        if judge:
+            for row, heldout in zip(values, rewards(critic, frames[:, kept], some, trial.heldout, spec), strict=True):
+                row["heldout_reward"] = heldout["reward"]
+        if not new:  # another rank's clips, made to keep the ranks together
+            continue
+        watch(here, frames)
+        if judged:
             shown = [prompt.text for prompt in some]
-            oracle.add(judge(frames, shown), size)
-            drift.add(frames[:size], shown[:size])
-        for clip in frames.float().cpu() if new else ():
-            of_a_prompt.append(clip)
+            drift.add(frames, shown)
+            for row, verdict in zip(values, oracle_by_clip(frames, shown), strict=True):
+                row |= {f"oracle.{name}": value for name, value in verdict.items()}
+        for i, clip, row, norm in zip(here, frames, values, made.velocity_norms, strict=True):
+            row |= clip_measures(clip) | {"velocity_norm": norm}
+            of_a_prompt.append((clip.float().cpu(), row))
             if len(of_a_prompt) == trial.seeds:
-                by_prompt.add({"diversity": diversity(torch.stack(of_a_prompt)[None])}, 1)
+                clips, found = zip(*of_a_prompt, strict=True)
+                rows[i // trial.seeds] = mean_rows(found) | {"diversity": diversity(torch.stack(clips)[None])}
                 of_a_prompt.clear()
-        advance(size * ranks.count)
-    gathered = ranks.gather((by_clip, by_prompt, oracle, drift))
-    *sums, drifts = zip(*gathered, strict=True)
-    clip_means, prompt_means, rates = (_means(parts) for parts in sums)
-    means = clip_means | prompt_means
-    measures: dict[str, Any] = {
-        "reward": means["reward"],
-        "reward_by_aspect": {aspect: means.get(aspect) for aspect in get_args(Aspect)},
-        "heldout_reward": means.get("heldout_reward"),
-        **{name: means[name] for name in ("diversity", "motion", "velocity_norm")},
-    }
-    return measures | ({"oracle": rates, "drift": Drift.result(drifts)} if judge else {})
+        advance(len(here) * ranks.count)
+    parts, drifts = zip(*ranks.gather((rows, drift)), strict=True)
+    whole = {place: row for part in parts for place, row in part.items()}
+    by_prompt = [whole[place] for place in range(len(trial.prompts))]
+    return Measured(by_prompt, {"drift": Drift.result(drifts)} if judged else {})
 
 
 def diversity(clips_PSTCHW: Tensor) -> float:
@@ -156,65 +236,33 @@ def describe(trial: Trial) -> str:
     return f"{len(trial.prompts)} prompts x {trial.seeds} seeds, {trial.source}"
 
 
-def print_table(result: Mapping[str, Any], console: Console) -> None:
-    """Prints base against tuned, one line per measure."""
-    from rich.table import Table
-
-    table = Table("", *("base", "tuned", "change"), title=None)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, base, tuned, form in _rows(result["base"], result["tuned"]):
-        table.add_row(name, format(base, form), format(tuned, form), format(tuned - base, f"+{form}"))
-    console.print(table)
-
-
-def _rows(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[tuple[str, float, float, str]]:
-    aspects = [(name, value) for name, value in base["reward_by_aspect"].items() if value is not None]
-    rows = [("reward", base["reward"], tuned["reward"], ".3f")]
-    rows += [(f"  {name}", value, tuned["reward_by_aspect"][name], ".3f") for name, value in aspects]
-    if base["heldout_reward"] is not None:
-        rows.append(("reward, questions not trained on", base["heldout_reward"], tuned["heldout_reward"], ".3f"))
-    rows += [(f"oracle: {name}", value, tuned["oracle"][name], ".1%") for name, value in base.get("oracle", {}).items()]
-    rows += [(f"drift: {name}", value, tuned["drift"][name], ".2f") for name, value in base.get("drift", {}).items()]
-    return rows + [(name, base[name], tuned[name], ".4f") for name in ("diversity", "motion", "velocity_norm")]
-
-
-def _ask(
-    models: Models,
+def rewards(
+    critic: Critic,
     frames_BTCHW: Tensor,
     prompts: Sequence[Prompt],
     questions: Mapping[str, Sequence[Question]],
     spec: RewardSpec,
-) -> dict[str, float]:
-    """Mean reward of these clips, in total and by aspect."""
+) -> list[dict[str, float]]:
+    """The critic's reward of each clip, in total and by aspect."""
     asked = [questions[prompt.id] for prompt in prompts]
-    models.awake("critic")
-    total, by_aspect, _ = mean_reward((models.ask or models.asked_critic)(frames_BTCHW, asked), asked, spec)
-    return {"reward": total.item(), **by_aspect}
+    found = []
+    for of_clip, about in zip(critic(frames_BTCHW, asked), asked, strict=True):
+        total, by_aspect, _ = total_reward(of_clip, about, spec)
+        of_aspects = {f"reward_by_aspect.{aspect}": value for aspect, value in by_aspect.items()}
+        found.append({"reward": total.item(), **of_aspects})
+    return found
 
 
-def _heldout_questions(prompts: Sequence[Prompt], grammar: Grammar) -> dict[str, tuple[Question, ...]]:
+def mean_rows(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each name over the rows that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: fmean(row[name] for row in rows if name in row) for name in names}
+
+
+def heldout_questions(prompts: Sequence[Prompt], grammar: Grammar) -> dict[str, tuple[Question, ...]]:
     """Questions that training does not ask; empty unless every prompt allows them."""
     try:
         others = foils((prompt.text for prompt in prompts), grammar)
         return {prompt.id: make_questions(prompt.text, "heldout", grammar, others) for prompt in prompts}
     except BadInputError:
         return {}
-
-
-class _Sums(dict[str, tuple[float, int]]):
-    """Sums and counts over batches of different size, by key. A mean is over the batches that have the key."""
-
-    def add(self, values: Mapping[str, float], count: int) -> None:
-        for key, value in values.items():
-            total, counted = self.get(key, (0.0, 0))
-            self[key] = total + value * count, counted + count
-
-
-def _means(parts: Sequence[_Sums]) -> dict[str, float]:
-    whole = _Sums()
-    for part in parts:
-        for key, (more, count) in part.items():
-            total, counted = whole.get(key, (0.0, 0))
-            whole[key] = total + more, counted + count
-    return {key: total / count for key, (total, count) in whole.items()}

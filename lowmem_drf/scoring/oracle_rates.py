@@ -27,10 +27,15 @@ def oracle_for(config: Config, texts: Sequence[str]) -> Callable[[Tensor, Sequen
 
 def oracle_rates(frames_BTCHW: Tensor, texts: Sequence[str]) -> dict[str, float]:
     """Share of correct clips by property; ``all`` means color, shape and direction."""
+    clips = oracle_by_clip(frames_BTCHW, texts)
+    return {name: sum(clip[name] for clip in clips) / len(clips) for name in RATES}
+
+
+def oracle_by_clip(frames_BTCHW: Tensor, texts: Sequence[str]) -> list[dict[str, float]]:
+    """``oracle_rates`` of each clip: 1 or 0."""
     from lowmem_drf.toy.oracle import judge_clips
 
-    verdicts = judge_clips(frames_BTCHW, list(texts))
-    return {name: sum(getattr(verdict, name) for verdict in verdicts) / len(verdicts) for name in RATES}
+    return [{name: float(getattr(v, name)) for name in RATES} for v in judge_clips(frames_BTCHW, list(texts))]
 
 
 class Drift:

@@ -1,0 +1,90 @@
+"""Base against tuned as a table of 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lowmem_drf.scoring.measures import MEASURES
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+REWARDS = {
+    "reward": "reward",
+    "heldout_reward": "reward, held-out questions",
+    "second_reward": "reward, second critic",
+}
+WINS = {
+    "reward": "prompts won",
+    "heldout_reward": "prompts won, held-out",
+    "second_reward": "prompts won, second critic",
+}
+FORMS = {
+    **dict.fromkeys(("motion", "flicker", "noise"), ".2%"),
+    "freeze": ".1%",
+    **dict.fromkeys(("ti", "si"), ".1f"),
+    **dict.fromkeys(("blur", "blocking"), ".2f"),
+}
+"""Of measures of clips; of others three decimals."""
+NAMES = {"ti": "temporal information", "si": "spatial information", "velocity_norm": "velocity norm"}
+GROUPS = {"oracle": ".1%", "drift": ".2f", "vbench": ".3f"}
+
+
+def print_table(result: Mapping[str, Any], console: Console) -> None:
+    """Prints a ``result.Result``, one line per measure: base, tuned, and the change between its ends, bold if the
+    interval is on one side of zero (of half of the prompts, for wins)."""
+    from rich.table import Table
+
+    table = Table("", "base", "tuned", "change (95% over prompts)")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for section in _sections(result):
+        for name, base, tuned, change, sure in section:
+            table.add_row(name, base, tuned, change, style="bold" if sure else "")
+        table.add_section()
+    console.print(table)
+
+
+Line = tuple[str, str, str, str, bool]
+
+
+def _sections(result: Mapping[str, Any]) -> Iterator[list[Line]]:
+    base, tuned, changed = (result[part] for part in ("base", "tuned", "change"))
+
+    def line(title: str, key: str, before: float | None, after: float | None, form: str) -> list[Line]:
+        if before is None or after is None:
+            return []
+        found = changed.get(key, {"low": None})
+        signed = f"+z{form}"  # no minus zero
+        change = format(after - before, signed)
+        sure = found["low"] is not None and not found["low"] <= 0 <= found["high"]
+        return [(title, format(before, form), format(after, form), change + _ends(found, signed), sure)]
+
+    rewards = []
+    for key, title in REWARDS.items():
+        rewards += line(title, key, base.get(key), tuned.get(key), ".3f")
+        if key == "reward":
+            for aspect, value in base["reward_by_aspect"].items():
+                after = tuned["reward_by_aspect"][aspect]
+                rewards += line(f"  {aspect}", f"reward_by_aspect.{aspect}", value, after, ".3f")
+    for key, won in result["wins"].items():
+        sure = won["low"] is not None and not won["low"] <= 0.5 <= won["high"]
+        rewards.append((WINS[key], "", format(won["mean"], ".1%"), _ends(won, ".1%").strip(), sure))
+    yield rewards
+    for group, form in GROUPS.items():
+        yield [
+            row
+            for name, value in base.get(group, {}).items()
+            for row in line(f"{group}: {name}", f"{group}.{name}", value, tuned.get(group, {}).get(name), form)
+        ]
+    of_clips = ("diversity", *MEASURES, "velocity_norm")
+    yield [
+        row
+        for name in of_clips
+        for row in line(NAMES.get(name, name), name, base[name], tuned[name], FORMS.get(name, ".3f"))
+    ]
+
+
+def _ends(interval: Mapping[str, Any], form: str) -> str:
+    return "" if interval["low"] is None else f" ({interval['low']:{form}} … {interval['high']:{form}})"
