@@ -67,6 +67,7 @@ Set = Annotated[
     typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override any key of the configuration; repeatable."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace a file that was edited or made in another way.")]
+Best = Annotated[bool, typer.Option("--best", help="The update that the run's watch found best, not the last one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -213,6 +214,7 @@ def sample(
     lora_scale: Annotated[
         float, typer.Option(help="Strength of the LoRA: 0 is the base model, 1 the tuned one.")
     ] = 1.0,
+    best: Best = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
     output: Annotated[
         Path | None,
@@ -225,7 +227,7 @@ def sample(
     clip beside each."""
     from lowmem_drf.commands.sample import sample_command
 
-    sample_command(run, lora, prompt or [], prompts, compare, lora_scale, seed, output, force, preset, set_ or [])
+    sample_command(run, lora, prompt or [], prompts, compare, lora_scale, seed, output, force, preset, set_ or [], best)
 
 
 @app.command(
@@ -236,6 +238,7 @@ def sample(
 def export_lora(
     run: Run = None,
     step: Annotated[int | None, _option("Step of the checkpoint. Default: the last.")] = None,
+    best: Best = False,
     format_: Annotated[
         str, typer.Option("--format", help="comfyui (diffusers loads it too), diffusers, or kohya (musubi-tuner).")
     ] = "comfyui",
@@ -248,7 +251,7 @@ def export_lora(
     from lowmem_drf.commands.export_lora import export_run
     from lowmem_drf.training.run_folder import find_run
 
-    print(printable(str(export_run(find_run(run), step, format_, dtype, output, merge, force))))
+    print(printable(str(export_run(find_run(run), step, format_, dtype, output, merge, force, best))))
 
 
 @app.command(

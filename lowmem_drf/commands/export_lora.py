@@ -22,6 +22,7 @@ from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.models.wan.experts import subfolders_of
 from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.weights.downloads import HOST_MARGIN, available_host_bytes
+from lowmem_drf.scoring.alarm import best_step
 from lowmem_drf.training.checkpoint import checkpoint_folder
 from lowmem_drf.training.run_folder import run_config
 
@@ -50,9 +51,9 @@ class Exported:
 
 def export_run(
     run: Path, step: int | None = None, form: str = "comfyui", dtype: str | None = None,
-    output: Path | None = None, merge: Path | None = None, force: bool = False,
+    output: Path | None = None, merge: Path | None = None, force: bool = False, best: bool = False,
 ) -> Exported:  # fmt: skip
-    """Exports the LoRA of a run's checkpoint ``step`` (default: the last).
+    """Exports the LoRA of a run's checkpoint ``step`` (default: the last), or of its best update.
 
     ``dtype``: default: that of the run's base model, because a bf16 file would lose precision on a model in fp32.
     ``output``: the file; default: ``<run>/<run's name>-step-NNNNNN.<format>.safetensors``. ``merge``: a folder for the
@@ -69,7 +70,9 @@ def export_run(
         raise BadInputError(f"--format {form} does not exist. Choose one of: {', '.join(FORMATS)}.")
     if dtype is not None and dtype not in DTYPES:
         raise BadInputError(f"--dtype {dtype} does not exist. Choose one of: {', '.join(DTYPES)}.")
-    folder = checkpoint_folder(run, step)
+    if best and step is not None:
+        raise BadInputError("--best and --step both choose an update: give one of them.")
+    folder = checkpoint_folder(run, best_step(run) if best else step)
     if merge is not None:
         _require_free(merge)
     config, lora = run_config(run), read_lora(folder / "lora.safetensors")

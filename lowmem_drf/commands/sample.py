@@ -21,6 +21,7 @@ from lowmem_drf.models.lora.reading import lora_file
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.prompts import load_prompts
 from lowmem_drf.schema import Config
+from lowmem_drf.scoring.alarm import best_step
 from lowmem_drf.terminal import make_console, showing, work_bar
 from lowmem_drf.training.checkpoint import checkpoint_folder
 from lowmem_drf.training.lora_file import load_run_lora
@@ -48,11 +49,13 @@ def sample_command(
     force: bool = False,
     preset: str | None = None,
     overrides: Sequence[str] = (),
+    best: bool = False,
 ) -> None:
     """Writes a clip per prompt and prints its path.
 
     Args:
         preset: in place of a run: its generator, with the file ``lora`` if there is one.
+        best: take the run's best update, not its last.
 
     Raises:
         BadInputError: no run, no such LoRA or one for another model, a scale that is not finite, or an output that
@@ -63,9 +66,11 @@ def sample_command(
         raise BadInputError(f"--lora-scale {scale} is not a number that can be used; 1 is the tuned model, 0 the base.")
     if preset is not None:
         _refuse_with_preset(run_folder, lora, compare or scale != 1)
+    if best and (preset is not None or lora is not None):
+        raise BadInputError("--best is an update of a run: it does not go with --preset or --lora.")
     run, config = _model(run_folder, preset, overrides)
     wanted = _texts(config, texts, file)
-    folder = checkpoint_folder(run) if run and lora is None else None
+    folder = checkpoint_folder(run, best_step(run) if best else None) if run and lora is None else None
     if lora is not None:
         refuse_damaged(lora_file(lora))
     read = read_lora_for(config, lora) if lora else None

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 
+from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import write_text
 
 Band = tuple[float | None, float | None]
@@ -29,7 +30,7 @@ UP, DOWN, BOTH = (False, True), (True, False), (True, True)
 WIDTHS: dict[str, tuple[float, tuple[bool, bool]]] = {
     "heldout_reward": (0.5, DOWN),
     "diversity": (1.0, DOWN),
-    "velocity_norm": (10.0, BOTH),
+    "velocity_norm": (2.0, BOTH),
     "motion": (1.0, BOTH),
     "freeze": (1.0, UP),
     "flicker": (2.0, UP),
@@ -157,9 +158,12 @@ def mark_best(run: Path, step: int) -> None:
     write_text(run / BEST, f"{step}\n")
 
 
-def best_step(run: Path) -> int | None:
-    """The step that ``mark_best`` wrote, if any."""
+def best_step(run: Path) -> int:
+    """The step that ``mark_best`` wrote. Raises BadInputError if there is none."""
     try:
         return int((run / BEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
+        raise BadInputError(
+            f"{run} has no best update yet: it is known after the first look of a run that is watched "
+            "(log.watch_every), unless the alarm began there. Leave --best out for the last update."
+        ) from None

@@ -99,6 +99,8 @@ def look(config: Config, models: Models, trial: Trial, ranks: Ranks = ALONE) -> 
     for here, made, new in batches(models, config.sampler, texts, seeds, size, ranks, count):
         some = [prompts[i // count] for i in here[::count]]
         rows = [_of_a_prompt(clips) for clips in made.frames_BTCHW.split(count)]
+        for number, row in enumerate(rows):
+            row["velocity_norm"] = fmean(made.velocity_norms[number * count : (number + 1) * count])
         if trial.heldout:
             models.awake("critic")
             asked = [trial.heldout[prompt.id] for prompt in some for _ in range(count)]
@@ -107,7 +109,7 @@ def look(config: Config, models: Models, trial: Trial, ranks: Ranks = ALONE) -> 
                 part = slice(number * count, (number + 1) * count)
                 row["heldout_reward"] = mean_reward(answers[part], asked[part], spec)[0].item()
         for row in rows if new else ():
-            for name, value in {**row, "velocity_norm": made.velocity_norm}.items():
+            for name, value in row.items():
                 found.setdefault(name, []).append(value)
     parts = ranks.gather(found)
     names = dict.fromkeys(name for part in parts for name in part)
