@@ -1,0 +1,78 @@
+"""The alarm: a rising reward with two measures outside of the base's bands, and the best update before it."""
+
+import pytest
+
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.scoring.alarm import WIDTHS, Alarm, bands, best_step, mark_best, read_looks, save_looks
+
+BASE = {"heldout_reward": [-0.8, -0.6, -0.4], "diversity": [0.1, 0.2], "blur": [4.0, 5.0, 6.0], "lora_norm": [0.0]}
+GOOD = {"heldout_reward": -0.5, "diversity": 0.15, "blur": 5.0, "lora_norm": 3.0}
+WORSE = {**GOOD, "diversity": 0.01, "blur": 9.0}
+
+
+def begun():
+    alarm = Alarm()
+    alarm.begin(BASE)
+    return alarm
+
+
+def test_a_band_is_what_the_base_s_own_prompts_differ_by():
+    made = bands({**BASE, "motion": [0.5, 0.5]})
+    width, _ = WIDTHS["blur"]
+    assert made["blur"] == (None, 5 + width)  # a standard deviation of 1; only more blur is worse
+    assert made["motion"] == pytest.approx((0.49, 0.51))  # hardly differs: 2% of it
+    assert made["diversity"][1] is None and "lora_norm" not in made
+
+
+def test_two_measures_outside_and_a_reward_that_rose_are_the_alarm():
+    alarm = begun()
+    assert alarm.add(25, GOOD, -1.0).alarm is None
+    assert alarm.add(50, {**GOOD, "blur": 9.0}, -0.5).alarm is None  # one may leave
+    assert alarm.add(75, WORSE, -1.1).alarm is None  # nothing is gained by it
+    look = alarm.add(100, WORSE, -0.4)
+    assert (look.alarm, sorted(look.outside)) == (100, ["blur", "diversity"])
+    assert alarm.add(125, WORSE, -0.3).alarm == alarm.began == 100  # since when
+    assert alarm.add(150, GOOD, -0.3).alarm is None
+
+
+def test_held_out_questions_may_not_fall_back_from_their_best():
+    alarm = begun()
+    better = {**GOOD, "heldout_reward": -0.05}
+    alarm.add(25, better, -1.0)
+    look = alarm.add(50, {**better, "heldout_reward": -0.3, "blur": 9.0}, -0.5)
+    assert sorted(look.outside) == ["blur", "heldout_reward"] and look.alarm == 50
+
+
+def test_a_measure_that_clips_no_longer_have_is_outside():
+    alarm = begun()
+    alarm.add(25, GOOD, -1.0)
+    assert alarm.add(50, {"heldout_reward": float("nan"), "diversity": 0.15}, -0.5).alarm == 50
+
+
+def test_the_best_look_has_no_alarm_and_the_best_held_out_answers():
+    alarm = begun()
+    scores = {25: -0.5, 50: -0.2, 75: -0.3}
+    for step, score in scores.items():
+        alarm.add(step, {**GOOD, "heldout_reward": score}, -1 + step / 100)
+    assert alarm.best == 50
+    assert alarm.add(100, {**WORSE, "heldout_reward": -0.1}, 0.0).best == 50
+
+
+def test_looks_are_kept_and_those_after_the_checkpoint_dropped(tmp_path):
+    alarm = begun()
+    alarm.add(25, GOOD, -1.0)
+    alarm.add(50, WORSE, -0.5)
+    save_looks(tmp_path, alarm.looks)
+    assert [look.step for look in read_looks(tmp_path, 25)] == [0, 25]
+    again = Alarm(read_looks(tmp_path, 50))
+    assert (again.began, again.best) == (50, 25)
+    assert again.add(75, WORSE, -0.4) == alarm.add(75, WORSE, -0.4)
+    (tmp_path / "watch.jsonl").write_text('{"step": 0')
+    assert read_looks(tmp_path, 50) == []  # looked at anew
+
+
+def test_the_best_update_is_a_file(tmp_path):
+    with pytest.raises(BadInputError, match="no best update yet"):
+        best_step(tmp_path)
+    mark_best(tmp_path, 75)
+    assert best_step(tmp_path) == 75

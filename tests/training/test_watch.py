@@ -1,0 +1,76 @@
+"""A run that is watched: its looks, an alarm that ends it, and the best update for the commands after it."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from lowmem_drf.commands.export_lora import export_run
+from lowmem_drf.commands.sample import sample_command
+from lowmem_drf.commands.train import train_command
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.scoring import alarm
+from lowmem_drf.scoring.alarm import best_step, read_looks
+
+WATCHED = ("log.watch_every=2", "log.watch_prompts=2", "log.sample_every=0", "log.keep=1")
+
+
+@pytest.fixture(scope="module")
+def watched_run(tiny_preset, tmp_path_factory):
+    run = tmp_path_factory.mktemp("watched") / "run"
+    train_command(str(tiny_preset), None, run, None, None, False, list(WATCHED), False)
+    return run
+
+
+def test_a_run_looks_at_the_base_and_every_so_many_updates(watched_run):
+    looks = read_looks(watched_run, 4)
+    assert [look.step for look in looks] == [0, 2, 4]
+    for look in looks:
+        assert {"heldout_reward", "diversity", "velocity_norm", "lora_norm", "motion", "si"} <= set(look.measures)
+    assert looks[0].measures["lora_norm"] == 0 < looks[1].measures["lora_norm"] < looks[2].measures["lora_norm"]
+
+
+def test_watching_changes_no_weight(watched_run, tiny_run):
+    files = [run / "checkpoints" / "step-000004" / "lora.safetensors" for run in (watched_run, tiny_run)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_resumed_run_looks_as_an_unbroken_one(watched_run, tiny_preset, tmp_path):
+    run = tmp_path / "run"
+    train_command(str(tiny_preset), None, run, 2, None, False, list(WATCHED), False)
+    train_command(None, None, run, 4, None, True, [], False)
+    assert (run / "watch.jsonl").read_bytes() == (watched_run / "watch.jsonl").read_bytes()
+
+
+def test_the_alarm_is_said_ends_the_run_and_leaves_the_best_update(tiny_preset, tmp_path, monkeypatch, capfd):
+    run, add = tmp_path / "run", alarm.Alarm.add
+
+    def hacked(self, step, measures, reward):
+        worse = {"diversity": -1.0, "saturation": -1.0} if step > 1 else {}
+        return add(self, step, {**measures, **worse}, float(step))
+
+    monkeypatch.setattr(alarm.Alarm, "add", hacked)
+    stops = ["optim.stop=alarm", "log.watch_every=1", "log.watch_prompts=2", "log.sample_every=0", "log.keep=1"]
+    train_command(str(tiny_preset), None, run, None, None, False, stops, False)
+    said = capfd.readouterr().out
+    assert "update 2: the reward rises, but" in said and "diversity" in said and "update before it is 1" in said
+    assert sorted(os.listdir(run / "checkpoints")) == ["best", "step-000001", "step-000002"] and best_step(run) == 1
+    sample_command(run, None, ["a red circle moves left on a gray background"], None, False, 1.0, 0, None, best=True)
+    assert "step-000001" in capfd.readouterr().out
+    assert "step-000001" in str(export_run(run, best=True).paths[0])
+    with pytest.raises(BadInputError, match="give one of them"):
+        export_run(run, 2, best=True)
+
+
+def test_a_run_without_a_watch_has_no_best_update(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    assert not (run / "watch.jsonl").exists()
+    with pytest.raises(BadInputError, match="no best update yet"):
+        export_run(run, best=True)
+
+
+def test_looks_are_lines_of_json(watched_run):
+    rows = [json.loads(line) for line in (watched_run / "watch.jsonl").read_text().splitlines()]
+    assert rows[0]["bands"]["diversity"][1] is None and "bands" not in rows[1]
+    assert all(row["alarm"] is None and row["outside"] == [] for row in rows[:1])
