@@ -9,11 +9,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
+from bench.evening import passes
 from bench.evidence.baselines import method
 from bench.evidence.levers import LEVERS
-from bench.evidence.variants import VARIANTS
+from bench.evidence.variants import Variant
 from bench.script import save
 from bench.toyworld.seeds import LIBRARIES
 from lowmem_drf.assembly.assemble import Models
@@ -36,15 +38,14 @@ PROMPTS, SEEDS = 64, 2
 SCALES = (0.75, 0.5)
 """Of the LoRA at sampling, measured besides 1 at the end of a run."""
 WATCHED = ("log.watch_every=25", "log.watch_prompts=16")
-SETTINGS = (*WATCHED, "log.sample_every=0", "log.eval_prompts=0", f"log.checkpoint_every={EVERY}", "log.keep=1000")
+SETTINGS = (*WATCHED, "log.sample_every=0", "log.eval_prompts=0", "log.keep=1000")
 
 
-def run(name: str, seed: int, work: Path, file: Path, console: Console) -> None:
+def run(name: str, variant: Variant, seed: int, work: Path, file: Path, console: Console, every: int = EVERY) -> None:
     """Trains (or goes on) in ``work``, then measures what ``file`` does not have yet, and writes it after each
     checkpoint."""
-    variant = VARIANTS[name]
     folder = work / f"{name}_{seed}"
-    settings = [*variant.overrides, f"steps={variant.updates}", *SETTINGS]
+    settings = [*variant.overrides, f"steps={variant.updates}", f"log.checkpoint_every={every}", *SETTINGS]
     with method(variant.method), ExitStack() as stack:
         for lever in variant.levers:
             stack.enter_context(LEVERS[lever]())
@@ -53,11 +54,12 @@ def run(name: str, seed: int, work: Path, file: Path, console: Console) -> None:
         elif done < variant.updates:
             train_command(None, None, folder, None, None, True, (), False)
     config = run_config(folder)
-    given = {"variant": name, "seed": seed, "preset": variant.preset, "set": list(variant.overrides)}
-    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {**given, "rows": []}
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": []}
+    asked = {**asdict(variant), "threads": torch.get_num_threads(), "passes": passes(config)}
+    result = {"variant": name, "seed": seed, **asked, "rows": result["rows"]}
     result["looks"] = [asdict(look) for look in read_looks(folder, variant.updates)]
     measured = {(row["step"], row["scale"]) for row in result["rows"]}
-    points = [(step, 1.0) for step in range(0, variant.updates + 1, EVERY)]
+    points = [(step, 1.0) for step in range(0, variant.updates + 1, every)]
     points += [(variant.updates, scale) for scale in SCALES]
     if not (left := [point for point in points if point not in measured]):
         return
@@ -70,7 +72,7 @@ def run(name: str, seed: int, work: Path, file: Path, console: Console) -> None:
         row = {"step": step, "scale": scale, "updates_s": seconds, "trained": trained, **measurer(step, scale)}
         result["rows"].append(row)
         file.parent.mkdir(parents=True, exist_ok=True)
-        save(file, {key: value for key, value in result.items() if key != "versions"}, *LIBRARIES)
+        save(file, result, *LIBRARIES)
         console.print(line(name, seed, row), highlight=False)
 
 

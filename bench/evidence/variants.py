@@ -2,47 +2,76 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+SCREEN, LONG = 400, 1200
+"""Updates of an idea's first try, and of what helped."""
 
 
 @dataclass(frozen=True)
 class Variant:
     """A training that is measured on its way."""
 
-    preset: str
+    group: str
+    """The table that it belongs to."""
+    says: str
+    """What differs from the preset, in words."""
     overrides: tuple[str, ...] = ()
-    updates: int = 400
+    preset: str = "toy"
+    updates: int = SCREEN
     method: str = "drf"
     """See ``baselines.py``."""
     levers: tuple[str, ...] = ()
     """See ``levers.py``."""
 
 
-def _screen(**settings: str) -> dict[str, Variant]:
-    """Name -> changes to ``toy``, 400 updates."""
-    return {name: Variant("toy", tuple(change.split())) for name, change in settings.items()}
+def _settings(group: str, **rows: tuple[str, str]) -> dict[str, Variant]:
+    """Name -> (words, settings with blanks between them)."""
+    return {name: Variant(group, says, tuple(change.split())) for name, (says, change) in rows.items()}
 
 
 VARIANTS: dict[str, Variant] = {
-    **_screen(
-        default="",
-        anchor1="optim.anchor=1",
-        hinge="critic.hinge=-0.05",
-        decay="optim.weight_decay=0.5",
-        rank4="lora.rank=4 lora.alpha=4",
-        slow="optim.lr=3e-4",
-        **{f"anchor{weight}".replace(".", ""): f"optim.anchor={weight}" for weight in (0.1, 0.3, 3, 10)},
+    **_settings(
+        "main",
+        default=("the preset: explanations, every step graded", ""),
+        yesno=("yes/no questions in their place", "critic.mode=yesno"),
+        vanilla=("one global question", "critic.mode=vanilla"),
+        ta_only=("questions about the text alone", "critic.weights.Phy=0 critic.weights.VQ=0"),
+        draft_1=("the last step graded (DRaFT-1)", "sampler.graded_steps=1"),
     ),
-    **{name: Variant("toy", levers=(name,)) for name in ("ema", "dropout", "aspects")},
-    "fast": Variant("toy-fast"),
-    "vanilla": Variant("toy", ("critic.mode=vanilla",)),
-    "yesno": Variant("toy", ("critic.mode=yesno",)),
-    "ta_only": Variant("toy", ("critic.weights.Phy=0", "critic.weights.VQ=0")),
-    "draft_1": Variant("toy", ("sampler.graded_steps=1",)),
-    "draft_lv": Variant("toy", ("sampler.graded=last", "sampler.graded_steps=1", "sampler.lv_samples=2")),
-    "drtune": Variant("toy", ("sampler.graded=random", "sampler.graded_steps=3", "sampler.chain=drtune")),
-    "refl": Variant("toy", method="refl"),
-    "best_of_n": Variant("toy", method="best_of_n"),
-    "awm": Variant("toy", method="awm"),
+    **_settings(
+        "baselines",
+        draft_3=("the last three steps graded (DRaFT-K)", "sampler.graded_steps=3"),
+        draft_lv=(
+            "the last step, two noised copies (DRaFT-LV)",
+            "sampler.graded=last sampler.graded_steps=1 sampler.lv_samples=2",
+        ),
+        drtune=(
+            "three random steps, gradient by the identity (DRTune)",
+            "sampler.graded=random sampler.graded_steps=3 sampler.chain=drtune",
+        ),
+    ),
+    "refl": Variant("baselines", "the prediction of a random step (ReFL)", method="refl"),
+    "best_of_n": Variant("baselines", "flow matching on the better of own clips", method="best_of_n"),
+    "awm": Variant("baselines", "policy gradient (AWM)", method="awm"),
+    **_settings(
+        "drift",
+        **{f"anchor_{weight}": (f"anchor {weight}", f"optim.anchor={weight}") for weight in (0.1, 0.3, 1, 3, 10)},
+        hinge=("log-probabilities above -0.05 count as reached", "critic.hinge=-0.05"),
+        decay=("weight decay 0.5", "optim.weight_decay=0.5"),
+        rank_4=("rank 4", "lora.rank=4 lora.alpha=4"),
+        slow=("half of the learning rate", "optim.lr=3e-4"),
+    ),
+    "ema": Variant("drift", "moving average of the LoRA", levers=("ema",)),
+    "dropout": Variant("drift", "half of the questions, at random", levers=("dropout",)),
+    "aspects": Variant("drift", "each aspect's gradient scaled to its share", levers=("aspects",)),
+    "fast": Variant("drift", "the distilled generator", preset="toy-fast"),
 }
 """A new idea is a line."""
+
+QUICK = 60
+"""Updates of ``--quick``, measured at the end."""
+
+
+def quick(variant: Variant) -> Variant:
+    return replace(variant, updates=QUICK)

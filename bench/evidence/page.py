@@ -1,0 +1,143 @@
+"""docs/evidence.md's tables and plots, from the files of ``bench/results/evidence``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from bench.evidence.variants import VARIANTS
+from lowmem_drf.files import write_text
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE, IMAGES = DOCS / "evidence.md", DOCS / "images"
+HEADS: tuple[str, ...] = ("", "updates", "seeds", "all correct", "physics", "quality", "held out", "second critic")
+HEADS += ("diversity", "drift", "radius", "spread", "edge", "passes", "s")
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The results of all variants that there are, in the order of ``VARIANTS``."""
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+    order = list(VARIANTS)
+    known = ({**result, "group": VARIANTS[result["variant"]].group} for result in results if result["variant"] in order)
+    return sorted(known, key=lambda result: (order.index(result["variant"]), result["seed"]))
+
+
+def table(results: Sequence[Mapping[str, Any]], group: str, base: bool = True) -> str:
+    """Markdown: the base, and each variant of the group after its last update; means over seeds, in brackets each
+    seed's all-correct rate."""
+    mine = [result for result in results if result["group"] == group or result["variant"] == "default"]
+    lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
+    if base and mine:
+        lines.append(_line("base", [mine[0]["rows"][0]], {}))
+    for name in dict.fromkeys(result["variant"] for result in mine):
+        own = [result for result in mine if result["variant"] == name]
+        done = min(last(result)["step"] for result in own)
+        lines.append(_line(f"`{name}`: {VARIANTS[name].says}", [at(result, done) for result in own], own[0]))
+    return "\n".join(lines)
+
+
+def scales(results: Sequence[Mapping[str, Any]], name: str = "default") -> str:
+    """Markdown: a variant's last checkpoint at several strengths of the LoRA."""
+    own = [result for result in results if result["variant"] == name]
+    lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
+    if own:
+        done = min(last(result)["step"] for result in own)
+        for scale in sorted({row["scale"] for result in own for row in result["rows"]}, reverse=True):
+            rows = [row for result in own for row in result["rows"] if (row["step"], row["scale"]) == (done, scale)]
+            lines.append(_line(f"`{name}`, LoRA x {scale:g}", rows, own[0]))
+    return "\n".join(lines)
+
+
+def last(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row of the last measured checkpoint at full strength."""
+    row: Mapping[str, Any] = max((row for row in result["rows"] if row["scale"] == 1), key=lambda row: row["step"])
+    return row
+
+
+def at(result: Mapping[str, Any], step: int) -> Mapping[str, Any]:
+    row: Mapping[str, Any] = next(row for row in result["rows"] if (row["step"], row["scale"]) == (step, 1))
+    return row
+
+
+def _line(name: str, rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> str:
+    def mean(values: Iterable[float]) -> float:
+        return fmean(values)
+
+    each = ", ".join(f"{row['oracle']['all'] * 100:.1f}" for row in rows)
+    rates = {rate: mean(row["oracle"][rate] for row in rows) for rate in ("all", "physics", "quality")}
+    drift = {key: mean(row["drift"][key] for row in rows) for key in ("mean", "radius", "radius_spread", "edge_px")}
+    whole = {key: mean(row[key] for row in rows) for key in ("heldout_reward", "second", "diversity", "updates_s")}
+    cells = [name, str(rows[0]["step"]), str(len(rows))]
+    cells += [f"{rates['all']:.1%}" + (f" ({each})" if len(rows) > 1 else "")]
+    cells += [f"{rates['physics']:.1%}", f"{rates['quality']:.1%}"]
+    cells += [f"{whole['heldout_reward']:.3f}", f"{whole['second']:.3f}", f"{whole['diversity']:.3f}"]
+    cells += [f"{drift[key]:.2f}" for key in drift]
+    cells += [str(result["passes"]), f"{whole['updates_s']:.0f}"] if result else ["", ""]
+    return f"| {' | '.join(cells)} |"
+
+
+def write_page(results: Sequence[Mapping[str, Any]], page: Path = PAGE) -> None:
+    """Replaces what stands between the page's marks ``<!-- table: NAME -->`` and ``<!-- end -->``."""
+    text = page.read_text(encoding="utf-8")
+    write_text(page, re.sub(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", lambda found: _filled(found, results), text,
+                            flags=re.DOTALL))  # fmt: skip
+
+
+def _filled(found: re.Match[str], results: Sequence[Mapping[str, Any]]) -> str:
+    made = scales(results) if found[2] == "scales" else table(results, found[2])
+    return f"{found[1]}{made}\n{found[3]}"
+
+
+def plots(results: Sequence[Mapping[str, Any]], folder: Path = IMAGES) -> None:
+    """``evidence_long.svg``: what happens with more updates. ``evidence_front.svg``: truth against drift."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {"svg.hashsalt": "evidence", "svg.fonttype": "none", "font.size": 9}
+    curves: tuple[tuple[str, Callable[[Any], float]], ...] = (
+        ("all correct, %", lambda row: 100 * row["oracle"]["all"]),
+        ("drift", lambda row: row["drift"]["mean"]),
+        ("held-out questions", lambda row: row["heldout_reward"]),
+        ("diversity", lambda row: row["diversity"]),
+    )
+    figure, all_axes = plt.subplots(2, 2, figsize=(8, 5.2), sharex=True, layout="constrained")
+    for axes, (words, value) in zip(all_axes.flat, curves, strict=True):
+        for result in results:
+            if result["group"] == "main":
+                rows = [row for row in result["rows"] if row["scale"] == 1]
+                color = f"C{[name for name in VARIANTS if VARIANTS[name].group == 'main'].index(result['variant'])}"
+                label = result["variant"] if result["seed"] == 0 else None
+                axes.plot([row["step"] for row in rows], [value(row) for row in rows], color=color, label=label, lw=1.2)
+        axes.set_title(words, loc="left", fontsize=9)
+        axes.grid(alpha=0.3)
+    for axes in all_axes[1]:
+        axes.set_xlabel("updates")
+    figure.legend(*all_axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    _save(figure, folder / "evidence_long.svg")
+
+    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    shown = [result for result in results if result["group"] == "drift" or result["variant"] == "default"]
+    for number, name in enumerate(dict.fromkeys(result["variant"] for result in shown)):
+        for result in (result for result in shown if result["variant"] == name):
+            rows = [row for row in result["rows"] if row["scale"] == 1 and row["step"]]
+            style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "os^"[number // 10], "lw": 0.8, "ms": 4}
+            label = name if result["seed"] == 0 else None
+            x, y = [row["drift"]["mean"] for row in rows], [100 * row["oracle"]["all"] for row in rows]
+            axes.plot(x, y, label=label, **style)
+    axes.set(xlabel="drift: distance from ToyWorld's own clips", ylabel="held-out clips all correct, %")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False)
+    _save(figure, folder / "evidence_front.svg")
+    plt.close("all")
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    write_text(path, "\n".join(line.rstrip() for line in path.read_text(encoding="utf-8").splitlines()) + "\n")
