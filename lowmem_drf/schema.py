@@ -442,7 +442,7 @@ class Log(Node):
     sample_first: bool | Literal["auto"] = "auto"
     """Also write them before the first update, of the base model. ``auto``: where the plan says that it takes less than
     a minute, and where nothing is planned, on a CPU."""
-    watch_every: NonNegative = 25
+    watch_every: NonNegative = 50
     """Look at clips of fixed prompts and seeds every this many updates, and at the end: questions that training does
     not ask, and measures that need no critic, against what the base's clips differ by. A rising reward with two of them
     outside is said at once, and the best update without that is kept (``--best``). 0: never."""

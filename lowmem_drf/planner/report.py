@@ -19,7 +19,16 @@ from lowmem_drf.libraries import uncollected
 from lowmem_drf.models.weights.sources import READER, TOYWORLD, resolve
 from lowmem_drf.planner.cards import GIB, LATER_GIB, Card, Room, card_named, learned
 from lowmem_drf.planner.stages import Plan
-from lowmem_drf.planner.words import BENCHED, eight_bit, host_refusal, in_words, on_this_card, refusal, set_to_fit
+from lowmem_drf.planner.words import (
+    BENCHED,
+    clip_s,
+    eight_bit,
+    host_refusal,
+    in_words,
+    on_this_card,
+    refusal,
+    set_to_fit,
+)
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import can_redraw, write_error
 from lowmem_drf.texts import expanded
@@ -172,8 +181,7 @@ def _with_first(config: Config, plan: Plan, console: Console) -> Log:
     log = config.log
     if log.sample_first != "auto" or not log.sample_every:
         return log
-    each = (plan.stages["rollout"].s + plan.stages["decode"].s) * config.processes / config.batch
-    seconds = -(-log.sample_prompts // config.processes) * each
+    seconds = -(-log.sample_prompts // config.processes) * clip_s(plan, config)
     if seconds >= FIRST_CLIPS_S:
         took = f"{log.sample_prompts} sample clips of the base model would take about {in_words(seconds)}"
         console.print(f"{took}: left out. To have them: -s log.sample_first=true", highlight=False)

@@ -29,6 +29,23 @@ def on_this_card(plan: Plan, steps: int) -> str:
     return f"{steps:,} updates, about {run} on this card: {_seconds(plan.update_s)} an update"
 
 
+def clip_s(plan: Plan, config: Config) -> float:
+    """Seconds of a clip without gradient, by the rollout and the decode of an update."""
+    return (plan.stages["rollout"].s + plan.stages["decode"].s) * config.processes / config.batch
+
+
+def watching(plan: Plan, config: Config) -> str:
+    """What the watch and the sample clips take besides; empty where there are none."""
+    log, parts = config.log, list[str]()
+    rows = ((log.watch_every, log.watch_prompts * 2, "watch"), (log.sample_every, log.sample_prompts, "sample"))
+    for every, clips, name in rows:
+        if every:
+            times = -(-config.steps // every)
+            seconds = times * -(-clips // config.processes) * clip_s(plan, config)
+            parts.append(f"{in_words(seconds)} for {times} x {clips} {name} clips (log.{name}_every)")
+    return f"besides, about {' and '.join(parts)}" if parts else ""
+
+
 def _seconds(update_s: float) -> str:
     return f"{update_s:,.{int(update_s < 10)}f} s" if update_s >= 0.1 else f"{update_s:.2g} s"
 
@@ -139,8 +156,9 @@ def print_plan(plan: Plan, name: str, config: Config, console: Console) -> None:
         "bold green" if plan.fits else "bold red",
     )
     say(f"on an {plan.card} about {times(plan, config.steps)}")
-    if line := eight_bit(plan):
-        say(line)
+    for line in (watching(plan, config), eight_bit(plan)):
+        if line:
+            say(line)
     if plan.applied:
         say(set_to_fit(plan))
     say(f"{_room_words(plan)}; {_need(plan)}.")

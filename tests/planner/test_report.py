@@ -37,6 +37,16 @@ def test_clips_of_the_base_are_made_first_where_they_are_quick(clip_s, first, mo
     assert decided("log.sample_every=0") == "auto"
 
 
+def test_a_plan_says_what_clips_take_besides():
+    stages = dict.fromkeys(("rollout", "decode"), StagePlan(**NOTHING, s=10.0, tflop=0.0, what=""))
+    plan = Plan("RTX 4060", 8.0, stages, update_s=387.0)
+    every = ["batch=2", "micro_batch=2", "steps=110", "log.watch_every=50", "log.watch_prompts=4"]
+    both = load_config("toy", [*every, "log.sample_every=100", "log.sample_prompts=3"])
+    said = "besides, about 4.0 min for 3 x 8 watch clips (log.watch_every) and 60 s for 2 x 3 sample clips"
+    assert words.watching(plan, both) == f"{said} (log.sample_every)"
+    assert words.watching(plan, load_config("toy", ["log.watch_every=0", "log.sample_every=0"])) == ""
+
+
 def test_time_has_two_figures_or_three_of_its_largest_unit():
     seconds = (0.04, 9.96, 50, 119, 120, 390, 7199, 7200, 38_700, 193_500, 12 * 86_400, 400 * 86_400)
     assert list(map(words.in_words, seconds)) == [
