@@ -62,6 +62,19 @@ VARIANTS: dict[str, Variant] = {
         rank_4=("rank 4", "lora.rank=4 lora.alpha=4"),
         slow=("half of the learning rate", "optim.lr=3e-4"),
     ),
+    **_settings(
+        "alarm",
+        hot=("a constant rate of 2e-3", "optim.lr=2e-3 optim.schedule=constant"),
+        vanilla_hot=(
+            "one global question, a constant rate of 1e-3",
+            "critic.mode=vanilla optim.lr=1e-3 optim.schedule=constant",
+        ),
+        ta_only_hot=(
+            "questions about the text alone, a constant rate of 1e-3",
+            "critic.weights.Phy=0 critic.weights.VQ=0 optim.lr=1e-3 optim.schedule=constant",
+        ),
+        default_constant=("a constant rate", "optim.schedule=constant"),
+    ),
     "ema": Variant("drift", "moving average of the LoRA", levers=("ema",)),
     "dropout": Variant("drift", "half of the questions, at random", levers=("dropout",)),
     "aspects": Variant("drift", "each aspect's gradient scaled to its share", levers=("aspects",)),
