@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from lowmem_drf.types import Aspect
 
@@ -84,8 +84,8 @@ class Second(_Part):
 class Result(_Part):
     """The comparison of a base model with the tuned one."""
 
-    prompts: int
-    seeds: int
+    prompts: PositiveInt
+    seeds: PositiveInt
     """Clips of each prompt and model."""
     base: Side
     tuned: Side

@@ -16,10 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, FiniteFloat, TypeAdapter
+
 from lowmem_drf.errors import BadInputError, quoted
 from lowmem_drf.files import readable_name, short_hash, write_text
 from lowmem_drf.scoring.evaluate import Trial
 from lowmem_drf.scoring.intervals import changes
+from lowmem_drf.scoring.result import Result
 from lowmem_drf.texts import parse_json, read_text
 from lowmem_drf.video import write_mp4
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SIDES = ("base", "tuned")
+EXPORTED = "lowmem-drf eval --export vbench DIR"
 RESULT, PROMPTS = "eval.json", "prompts.json"
 DIMENSIONS = (
     *("subject_consistency", "background_consistency", "motion_smoothness", "dynamic_degree", "aesthetic_quality"),
@@ -35,6 +39,8 @@ DIMENSIONS = (
 """What VBench measures of prompts that are not its own."""
 HUNDREDTHS = {"imaging_quality"}
 """Dimensions whose scores of single clips are a hundred times their mean."""
+LARGEST = 1e9
+"""No score of a clip is larger."""
 FORBIDDEN = '<>:"/\\|?*' if sys.platform == "win32" else "/"
 ASIDE_BYTES = 20
 """Longest addition to a name while a file is written."""
@@ -93,20 +99,11 @@ def with_scores(folder: Path) -> dict[str, Any]:
 
     Raises BadInputError: the folder is not from ``--export vbench``, or VBench's results are missing or damaged.
     """
-    from pydantic import ValidationError
-
-    from lowmem_drf.scoring.result import Result
-
-    if not (folder / RESULT).is_file():
-        raise BadInputError(f"{folder} holds no {RESULT}: give the folder of lowmem-drf eval --export vbench DIR.")
-    try:
-        found = Result.model_validate(parse_json(read_text(folder / RESULT, f"{folder / RESULT}")))
-        names = list(parse_json(read_text(folder / PROMPTS, f"{folder / PROMPTS}")))
-    except (ValidationError, ValueError, TypeError) as error:
-        raise BadInputError(f"{folder}: {RESULT} or {PROMPTS} was edited or is damaged. Export again.") from error
+    found = _parsed(folder / RESULT, Result, f"Give the folder of {EXPORTED}.")
+    names = list(_parsed(folder / PROMPTS, dict[str, str], f"Give the folder of {EXPORTED}."))
     result: dict[str, Any] = found.model_dump(exclude_unset=True)
     if len(names) != result["seeds"] * len(result["by_prompt"]):
-        raise BadInputError(f"{folder}: {PROMPTS} names {len(names)} clips, and {RESULT} has others. Export again.")
+        raise BadInputError(f"{folder}: {PROMPTS} and {RESULT} are of different clips. Export again: {EXPORTED}")
     place_of = {name: i // result["seeds"] for i, name in enumerate(names)}
     for side in SIDES:
         scores, clips = _scores(folder / f"{side}-scores")
@@ -122,33 +119,41 @@ def with_scores(folder: Path) -> dict[str, Any]:
     return result | {"change": changes(base, tuned)}
 
 
+class _Clip(BaseModel):
+    """A clip in VBench's results."""
+
+    video_path: str
+    video_results: Any = None
+
+
 def _scores(folder: Path) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """VBench's scores by dimension, and of each clip by dimension and file name. Later files replace earlier ones."""
     files = sorted(folder.glob("*_eval_results.json"))
     if not files:
         raise BadInputError(
-            f"there are no scores of VBench in {folder} (*_eval_results.json). Run VBench with --output_path "
-            f"{quoted(folder)}."
+            f"there are no scores of VBench in {folder} (*_eval_results.json). Give it this folder: "
+            f"--output_path {quoted(folder)}"
         )
     scores: dict[str, float] = {}
     clips: dict[str, dict[str, float]] = {}
     for file in files:
-        try:
-            found = parse_json(read_text(file, f"{file}"))
-            for dimension, (mean, rows) in found.items():
-                scale = 0.01 if dimension in HUNDREDTHS else 1.0
-                scores[dimension] = float(mean)
-                clips[dimension] = {
-                    os.path.basename(row["video_path"]): scale * float(row["video_results"])
-                    for row in rows
-                    if isinstance(row.get("video_results"), int | float)
-                }
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise BadInputError(
-                f"{file} is not a result of VBench: {{dimension: [mean, [{{video_path, video_results}}]]}}. "
-                "Run VBench again."
-            ) from error
+        found = _parsed(file, dict[str, tuple[FiniteFloat, list[_Clip]]], "Let VBench write it again.")
+        for dimension, (mean, rows) in found.items():
+            scale = 0.01 if dimension in HUNDREDTHS else 1.0
+            scores[dimension] = mean
+            clips[dimension] = {
+                os.path.basename(row.video_path): scale * float(row.video_results)
+                for row in rows
+                if isinstance(row.video_results, int | float) and abs(row.video_results) < LARGEST
+            }
     return scores, clips
+
+
+def _parsed(file: Path, kind: Any, cure: str) -> Any:
+    try:
+        return TypeAdapter(kind).validate_python(parse_json(read_text(file, f"{file}")))
+    except ValueError as error:  # pydantic's too
+        raise BadInputError(f"{file} has not the form that it is written in. {cure}") from error
 
 
 def _fits(text: str, most: int) -> bool:

@@ -354,18 +354,3 @@ def test_inspect_lora_of_a_checkpoint(run_cli, tiny_run, monkeypatch):
     assert (code, err) == (0, "")
     assert "attention and feed-forward of 2 blocks (0-1)" in out and "lowmem-drf (a checkpoint)" in out
     assert json.loads(run_cli("inspect-lora --json", str(file))[1])["model"]["width"] == 24
-
-
-def test_eval_json_is_the_contract(run_cli, tmp_path, tiny_run):
-    (tmp_path / "p.txt").write_text(f"{PROMPT}\na blue square moves up on a black background\n")
-    code, out, err = run_cli("eval --prompts p.txt --json", str(tiny_run))
-    assert code == 0, err
-    result = json.loads(out)
-    assert (set(result), result["prompts"], result["seeds"]) == ({"prompts", "seeds", "base", "tuned"}, 2, 2)
-    keys = {"reward", "reward_by_aspect", "heldout_reward", "diversity", "motion", "velocity_norm"}
-    for side in ("base", "tuned"):
-        assert set(result[side]) == keys
-        assert set(result[side]["reward_by_aspect"]) == {"TA", "Phy", "VQ"}
-        assert result[side]["diversity"] > 0
-    assert result["base"] != result["tuned"]
-    assert run_cli("eval --prompts p.txt --json", str(tiny_run))[1] == out

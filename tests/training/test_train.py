@@ -15,6 +15,7 @@ from lowmem_drf.assembly.assemble import critic_frames, critic_rate, derive_seed
 from lowmem_drf.assembly.questions import draft_questions
 from lowmem_drf.commands.train import train_command
 from lowmem_drf.config import change, load_config
+from lowmem_drf.distributed.ranks import Ranks
 from lowmem_drf.errors import BadInputError, NonFiniteError
 from lowmem_drf.models.lora.adapter import named_lora
 from lowmem_drf.models.qwen_vl.critic import QwenCritic
@@ -240,13 +241,28 @@ def test_texts_are_what_the_encoder_makes_of_them_but_kept_short(ready):
     assert models.texts[""].untyped_storage().nbytes() == models.texts[""].nbytes
 
 
-def test_measures_do_not_depend_on_the_batch_and_name_every_aspect(ready):
+class Half(Ranks):
+    """One of two ranks that run one after the other; the last one gets what all gathered."""
+
+    gathered = []
+
+    def gather(self, value):
+        self.gathered.append(value)
+        if len(self.gathered) < self.count:
+            raise StopIteration
+        return self.gathered
+
+
+def test_measures_do_not_depend_on_the_batch_or_the_ranks_and_name_every_aspect(ready):
     config, models, _, prompts, questions = ready("critic.mode=vanilla")
     trial = Trial(prompts, 2, questions, {}, "of the test")
     measured = []
-    for size in (1, 3, 4):
+    for size in (1, 4):
         measured.append(measure(change(config, [f"log.eval_batch={size}"]), models, trial, lambda clips: None))
-    for name in ("reward", "diversity", "motion", "velocity_norm"):
+    with pytest.raises(StopIteration):
+        measure(change(config, ["log.eval_batch=3"]), models, trial, lambda clips: None, Half(0, 2))
+    measured.append(measure(change(config, ["log.eval_batch=3"]), models, trial, lambda clips: None, Half(1, 2)))
+    for name in ("reward", "diversity", "velocity_norm", "motion", "si", "blur", "noise"):
         assert measured[0][name] > 0 or name == "reward"
         # fp32 kernels may sum in another order for another batch
         assert [m[name] for m in measured[1:]] == pytest.approx([measured[0][name]] * 2, rel=1e-4)
