@@ -28,25 +28,30 @@ FORMS = {
 }
 """Of measures of clips; of others three decimals."""
 NAMES = {"ti": "temporal information", "si": "spatial information", "velocity_norm": "velocity norm"}
+WIDTH = 79
+"""Columns of the widest table."""
 GROUPS = {"oracle": ".1%", "drift": ".2f", "vbench": ".3f"}
 
 
 def print_table(result: Mapping[str, Any], console: Console) -> None:
     """Prints a ``result.Result``, one line per measure: base, tuned, and the change between its ends, bold if the
-    interval is on one side of zero (of half of the prompts, for wins)."""
+    interval is on one side of zero (of half of the prompts, for wins). A narrow terminal gets no intervals."""
     from rich.table import Table
 
-    table = Table("", "base", "tuned", "change (95% over prompts)")
+    wide = console.width >= WIDTH
+    table = Table("", "base", "tuned", "change (95% over prompts)" if wide else "change")
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     for section in _sections(result):
-        for name, base, tuned, change, sure in section:
-            table.add_row(name, base, tuned, change, style="bold" if sure else "")
+        for name, base, tuned, change, ends, sure in section:
+            cells = name, base, tuned, f"{change} {ends}".strip() if wide else change
+            table.add_row(*cells, style="bold" if sure else "")
         table.add_section()
     console.print(table)
 
 
-Line = tuple[str, str, str, str, bool]
+Line = tuple[str, str, str, str, str, bool]
+"""Name, base, tuned, change, its interval, and whether it is sure."""
 
 
 def _sections(result: Mapping[str, Any]) -> Iterator[list[Line]]:
@@ -59,7 +64,7 @@ def _sections(result: Mapping[str, Any]) -> Iterator[list[Line]]:
         signed = f"+z{form}"  # no minus zero
         change = format(after - before, signed)
         sure = found["low"] is not None and not found["low"] <= 0 <= found["high"]
-        return [(title, format(before, form), format(after, form), change + _ends(found, signed), sure)]
+        return [(title, format(before, form), format(after, form), change, _ends(found, signed), sure)]
 
     rewards = []
     for key, title in REWARDS.items():
@@ -70,13 +75,15 @@ def _sections(result: Mapping[str, Any]) -> Iterator[list[Line]]:
                 rewards += line(f"  {aspect}", f"reward_by_aspect.{aspect}", value, after, ".3f")
     for key, won in result["wins"].items():
         sure = won["low"] is not None and not won["low"] <= 0.5 <= won["high"]
-        rewards.append((WINS[key], "", format(won["mean"], ".1%"), _ends(won, ".1%").strip(), sure))
+        rewards.append((WINS[key], "", format(won["mean"], ".1%"), "", _ends(won, ".1%"), sure))
     yield rewards
     for group, form in GROUPS.items():
         yield [
             row
             for name, value in base.get(group, {}).items()
-            for row in line(f"{group}: {name}", f"{group}.{name}", value, tuned.get(group, {}).get(name), form)
+            for row in line(
+                f"{group}: {name.replace('_', ' ')}", f"{group}.{name}", value, tuned.get(group, {}).get(name), form
+            )
         ]
     of_clips = ("diversity", *MEASURES, "velocity_norm")
     yield [
@@ -87,4 +94,4 @@ def _sections(result: Mapping[str, Any]) -> Iterator[list[Line]]:
 
 
 def _ends(interval: Mapping[str, Any], form: str) -> str:
-    return "" if interval["low"] is None else f" ({interval['low']:{form}} … {interval['high']:{form}})"
+    return "" if interval["low"] is None else f"({interval['low']:{form}} … {interval['high']:{form}})"

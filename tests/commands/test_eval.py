@@ -76,7 +76,7 @@ def test_the_json_is_the_contract_with_a_second_critic_and_an_export(evaluate, t
     assert scored.tuned.vbench == {"imaging_quality": 0.625, "dynamic_degree": 1.0}
     assert scored.change["vbench.imaging_quality"].model_dump() == dict(mean=0.125, low=0.125, high=0.125, prompts=2)
     code, out, _ = evaluate("--vbench-scores", "vb")
-    assert code == 0 and all(word in out for word in ("vbench: dynamic_degree", "prompts won, second critic", "blur"))
+    assert code == 0 and all(word in out for word in ("vbench: dynamic degree", "prompts won, second critic", "blur"))
     assert max(map(len, out.splitlines())) <= 80
 
 
