@@ -91,7 +91,7 @@ class Result(_Part):
     tuned: Side
     change: dict[str, Interval]
     """By measure, named as in ``by_prompt``: tuned - base."""
-    wins: dict[str, Interval]
+    wins: dict[Literal["reward", "heldout_reward", "second_reward"], Interval]
     """By reward: the share of prompts on which tuned has the larger one; a tie counts half."""
     by_prompt: list[PromptRow]
     second: Second | None = None

@@ -71,7 +71,7 @@ def _sections(result: Mapping[str, Any]) -> Iterator[list[Line]]:
         rewards += line(title, key, base.get(key), tuned.get(key), ".3f")
         if key == "reward":
             for aspect, value in base["reward_by_aspect"].items():
-                after = tuned["reward_by_aspect"][aspect]
+                after = tuned["reward_by_aspect"].get(aspect)
                 rewards += line(f"  {aspect}", f"reward_by_aspect.{aspect}", value, after, ".3f")
     for key, won in result["wins"].items():
         sure = won["low"] is not None and not won["low"] <= 0.5 <= won["high"]
@@ -80,9 +80,9 @@ def _sections(result: Mapping[str, Any]) -> Iterator[list[Line]]:
     for group, form in GROUPS.items():
         yield [
             row
-            for name, value in base.get(group, {}).items()
+            for name, value in (base.get(group) or {}).items()
             for row in line(
-                f"{group}: {name.replace('_', ' ')}", f"{group}.{name}", value, tuned.get(group, {}).get(name), form
+                f"{group}: {name.replace('_', ' ')}", f"{group}.{name}", value, (tuned.get(group) or {}).get(name), form
             )
         ]
     of_clips = ("diversity", *MEASURES, "velocity_norm")

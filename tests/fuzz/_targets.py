@@ -182,6 +182,21 @@ def _checkpoint() -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def _read_scores(path: Path) -> None:
+    """The first byte says which file of a folder with VBench's scores the others are."""
+    from rich.console import Console
+
+    from lowmem_drf.scoring.table import print_table
+    from lowmem_drf.scoring.vbench import with_scores
+
+    folder, content = path.parent / "clips", path.read_bytes()
+    for place, (name, row) in enumerate(SCORED.items()):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        mine = bool(content) and content[0] % len(SCORED) == place
+        (folder / name).write_bytes(content[1:] if mine else json.dumps(row).encode())
+    print_table(with_scores(folder), Console(quiet=True))
+
+
 def _read_video(path: Path) -> None:
     most, video.MAX_READ_PIXELS = video.MAX_READ_PIXELS, 2**22
     try:
@@ -221,6 +236,21 @@ def _generator() -> str:
 
 QUESTION = {"aspect": "TA", "kind": "yesno", "text": "Is it red?", "answer": "yes", "weight": 1.0, "name": "color"}
 ROW = {"prompt": "a cat sits", "id": "cat", "questions": [QUESTION, QUESTION | {"kind": "dense", "answer": "a cat"}]}
+MEANS = dict.fromkeys(
+    ("freeze", "flicker", "ti", "si", "blur", "blocking", "noise", "saturation", "heldout_reward"), 0.5
+)
+SIDE = MEANS | {"reward": -1.0, "reward_by_aspect": {"TA": None}, "diversity": 0.1, "velocity_norm": 1.2, "motion": 0.1}
+WON = {"mean": 0.5, "low": None, "high": None, "prompts": 1}
+COMPARED = {
+    **{"prompts": 1, "seeds": 1, "base": SIDE, "tuned": SIDE, "change": {}, "wins": {"reward": WON}},
+    "by_prompt": [{"id": "a", "prompt": "a", "base": {"reward": -1.0}, "tuned": {"reward": -1.0}}],
+}
+SCORES = {"imaging_quality": [0.5, [{"video_path": "clips/base/a-0.mp4", "video_results": 50}]]}
+SCORED = {
+    "eval.json": COMPARED,
+    "prompts.json": {"a-0.mp4": "a"},
+    **{f"{side}-scores/1_eval_results.json": SCORES for side in ("base", "tuned")},
+}
 METRICS = {"step": 3, "reward": 0.5, "stage_s": {"decode": 1.5}, "prompts": ["a"], "skipped": "reward"}
 
 
@@ -371,6 +401,14 @@ def _clips() -> tuple[bytes, ...]:
     return tuple(made)
 
 
+def _scores() -> Bytes:
+    parts = [
+        changed(row).map(dumped).map(lambda text, i=i: bytes([i]) + text.encode("utf-8", "replace"))
+        for i, row in enumerate(SCORED.values())
+    ]
+    return files_of(*parts, damaged([bytes([i]) + json.dumps(row).encode() for i, row in enumerate(SCORED.values())]))
+
+
 def _videos() -> Bytes:
     playlists = [b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n/dev/zero\n", b"ffconcat version 1.0\nfile clip.mp4\n"]
     return files_of(damaged(_clips()), mp4(_clips()[0]), mp4(_clips()[1]), damaged(playlists))
@@ -394,6 +432,7 @@ TARGETS = {
         _models, "model.safetensors", _read_model, lambda: _tensors(dict(_transformer(2).named_parameters()))
     ),
     "checkpoint": Target(_checkpoints, "checkpoint", _read_checkpoint, lambda: b"\0" + _checkpoint()["manifest.json"]),
+    "scores": Target(_scores, "scores", _read_scores, lambda: b""),
     "video": Target(_videos, "clip.mp4", _read_video, lambda: _clips()[0]),
 }
 """The readers by name."""
