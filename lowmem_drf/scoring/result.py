@@ -18,7 +18,7 @@ class Interval(_Part):
 
     mean: float
     low: float | None
-    """``null`` if a single prompt has the measure."""
+    """``null`` for a difference over fewer than five prompts."""
     high: float | None
     prompts: int
     """Prompts that have the measure."""

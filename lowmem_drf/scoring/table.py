@@ -60,11 +60,10 @@ def _sections(result: Mapping[str, Any]) -> Iterator[list[Line]]:
     def line(title: str, key: str, before: float | None, after: float | None, form: str) -> list[Line]:
         if before is None or after is None:
             return []
-        found = changed.get(key, {"low": None})
+        found = changed.get(key, {"low": None, "high": None})
         signed = f"+z{form}"  # no minus zero
         change = format(after - before, signed)
-        sure = found["low"] is not None and not found["low"] <= 0 <= found["high"]
-        return [(title, format(before, form), format(after, form), change, _ends(found, signed), sure)]
+        return [(title, format(before, form), format(after, form), change, *_interval(found, signed, 0))]
 
     rewards = []
     for key, title in REWARDS.items():
@@ -74,8 +73,7 @@ def _sections(result: Mapping[str, Any]) -> Iterator[list[Line]]:
                 after = tuned["reward_by_aspect"].get(aspect)
                 rewards += line(f"  {aspect}", f"reward_by_aspect.{aspect}", value, after, ".3f")
     for key, won in result["wins"].items():
-        sure = won["low"] is not None and not won["low"] <= 0.5 <= won["high"]
-        rewards.append((WINS[key], "", format(won["mean"], ".1%"), "", _ends(won, ".1%"), sure))
+        rewards.append((WINS[key], "", format(won["mean"], ".1%"), "", *_interval(won, ".1%", 0.5)))
     yield rewards
     for group, form in GROUPS.items():
         yield [
@@ -93,5 +91,9 @@ def _sections(result: Mapping[str, Any]) -> Iterator[list[Line]]:
     ]
 
 
-def _ends(interval: Mapping[str, Any], form: str) -> str:
-    return "" if interval["low"] is None else f"({interval['low']:{form}} … {interval['high']:{form}})"
+def _interval(interval: Mapping[str, Any], form: str, middle: float) -> tuple[str, bool]:
+    """In words, and whether it is on one side of the middle."""
+    low, high = interval["low"], interval["high"]
+    if low is None or high is None:
+        return "", False
+    return f"({low:{form}} … {high:{form}})", not low <= middle <= high

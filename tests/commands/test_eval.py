@@ -51,7 +51,7 @@ def test_the_json_is_the_contract_with_a_second_critic_and_an_export(evaluate, t
     assert result["base"] != result["tuned"]
     change = result["change"]["reward"]
     assert change["mean"] == pytest.approx(result["tuned"]["reward"] - result["base"]["reward"])
-    assert change["low"] <= change["mean"] <= change["high"]
+    assert change["low"] is change["high"] is None  # two prompts say little of others
     assert set(result["wins"]) == {"heldout_reward", "second_reward"}
     assert [row["prompt"] for row in result["by_prompt"]] == list(PROMPTS)
     for side in ("base", "tuned"):
@@ -74,7 +74,7 @@ def test_the_json_is_the_contract_with_a_second_critic_and_an_export(evaluate, t
     assert code == 0, err
     scored = Result.model_validate_json(out)
     assert scored.tuned.vbench == {"imaging_quality": 0.625, "dynamic_degree": 1.0}
-    assert scored.change["vbench.imaging_quality"].model_dump() == dict(mean=0.125, low=0.125, high=0.125, prompts=2)
+    assert scored.change["vbench.imaging_quality"].model_dump() == dict(mean=0.125, low=None, high=None, prompts=2)
     code, out, _ = evaluate("--vbench-scores", "vb")
     assert code == 0 and all(word in out for word in ("vbench: dynamic degree", "prompts won, second critic", "blur"))
     assert max(map(len, out.splitlines())) <= 80
@@ -92,7 +92,6 @@ def test_without_held_out_questions_the_second_critic_is_asked_those_of_training
     result = json.loads(out)
     assert result["second"]["questions"] == "of training" and result["base"]["heldout_reward"] is None
     assert result["base"]["second_reward"] == pytest.approx(result["base"]["reward"], rel=1e-5)
-    assert result["change"]["reward"]["low"] is None  # one prompt says nothing of others
     assert set(result["wins"]) == {"reward", "second_reward"}
 
 
