@@ -281,6 +281,7 @@ def inspect_lora(
 @_reports_errors
 def evaluate(
     run: Run = None,
+    best: Best = False,
     prompts: PromptFile = None,
     seeds: Annotated[int | None, _option("Clips of each prompt and model. Default: 2.", min=1, max=1000)] = None,
     critic: Annotated[str | None, _option("A second critic, which training never asked: as critic.id.")] = None,
@@ -294,7 +295,7 @@ def evaluate(
     measures of the clips, and in ToyWorld the oracle's rates."""
     from lowmem_drf.commands.eval import eval_command
 
-    eval_command(run, prompts, json_, seeds, critic, export, vbench_scores)
+    eval_command(run, prompts, json_, seeds, critic, export, vbench_scores, best)
 
 
 @app.command(

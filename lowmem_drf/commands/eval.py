@@ -17,6 +17,7 @@ from lowmem_drf.config import change
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.scoring import evaluate
+from lowmem_drf.scoring.alarm import best_step
 from lowmem_drf.scoring.second import SecondCritic
 from lowmem_drf.scoring.table import print_table
 from lowmem_drf.scoring.vbench import Export, with_scores
@@ -40,18 +41,19 @@ def eval_command(
     critic: str | None = None,
     export: tuple[str, Path] | None = None,
     scores: Path | None = None,
+    best: bool = False,
 ) -> None:
     """``lowmem-drf eval``."""
     console = make_console(stderr=as_json)
     if scores is not None:
-        if run_folder or file or seeds or critic or export:
+        if run_folder or file or seeds or critic or export or best:
             raise BadInputError("--vbench-scores reads an evaluation that was exported: give it alone, or with --json.")
         _show(with_scores(scores), as_json, console)
         return
     if export and export[0] != "vbench":
         raise BadInputError(f"--export {export[0]}: there is one format, --export vbench DIR.")
     run = find_run(run_folder)
-    config = run_config(run)
+    config, step = run_config(run), best_step(run) if best else None
     prompts = () if config.prompts == TOYWORLD or file else run_prompts(config)
     trial = evaluate.make_trial(config, prompts, evaluate.EVAL_PROMPTS, seeds or evaluate.EVAL_SEEDS, file)
     # before clips are made for hours
@@ -63,7 +65,7 @@ def eval_command(
         for see in watchers:
             see(side, here, frames_BTCHW)
 
-    trial, sides = _measured(run, trial, console, watch)
+    trial, sides = _measured(run, step, trial, console, watch)
     result = evaluate.as_result(trial, sides)
     if second:
         gc.collect()  # the generator and the first critic: in circles of hooks
@@ -81,15 +83,18 @@ def eval_command(
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _measured(run: Path, trial: Trial, console: Console, watch: Any) -> tuple[Trial, dict[str, Measured]]:
-    """The finished trial and both sides. All models are gone when it returns."""
+def _measured(
+    run: Path, step: int | None, trial: Trial, console: Console, watch: Any
+) -> tuple[Trial, dict[str, Measured]]:
+    """The finished trial and both sides, of the run's update ``step`` or its last one. All models are gone when it
+    returns."""
     config = run_config(run)
     clips = {"log.eval_batch": min(config.log.eval_batch, len(trial.prompts) * trial.seeds)}
     with showing(console):
         texts, kernels = [prompt.text for prompt in trial.prompts], saved_choice(run, say)
         exact = change(config, ["model.decoder=exact"])  # clips are decoded by the VAE in any case
         models = load_models(exact, texts, clips=clips, kernels=kernels)
-    step = load_run_lora(models.transformer, checkpoint_folder(run), config)
+    step = load_run_lora(models.transformer, checkpoint_folder(run, step), config)
     models.awake("critic")
     trial = evaluate.finish_trial(config, trial, models.asked_critic, console)
     console.print(f"{run}, step {step}: {evaluate.describe(trial)}", highlight=False, markup=False, soft_wrap=True)

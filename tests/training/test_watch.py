@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from lowmem_drf.commands.eval import eval_command
 from lowmem_drf.commands.export_lora import export_run
 from lowmem_drf.commands.sample import sample_command
 from lowmem_drf.commands.train import train_command
@@ -59,6 +60,9 @@ def test_the_alarm_is_said_ends_the_run_and_leaves_the_best_update(tiny_preset, 
     sample_command(run, None, ["a red circle moves left on a gray background"], None, False, 1.0, 0, None, best=True)
     assert "step-000001" in capfd.readouterr().out
     assert "step-000001" in str(export_run(run, best=True).paths[0])
+    (tmp_path / "one.txt").write_text("a red circle moves left on a gray background\n")
+    eval_command(run, tmp_path / "one.txt", False, seeds=1, best=True)
+    assert "step 1: " in capfd.readouterr().out
     with pytest.raises(BadInputError, match="give one of them"):
         export_run(run, 2, best=True)
 
