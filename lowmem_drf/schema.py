@@ -302,8 +302,8 @@ class Optim(Node):
     """Learning rate after the warm-up: constant, or down to 0 at the last update along a half cosine or a line."""
     anchor: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Weight of the mean squared difference between the tuned and the base's velocity, at the latents that enter one of
-    the graded steps, drawn anew in each update: keeps what no question asks about as the base makes it. Costs two
-    forward passes and a backward of the transformer an update; 0: none of them."""
+    the graded steps, drawn anew in each update: keeps what no question asks about as the base makes it. Costs a
+    rollout step and a graded step more an update; 0: none of them."""
     stop: Literal["never", "alarm"] = "never"
     """``alarm``: the run ends where the watch finds that clips get worse while the reward rises (``log.watch_every``).
     ``train --resume`` goes on."""

@@ -148,9 +148,9 @@ class Recorder(Protocol):
         """Wraps a step of the rollout: velocity passes with these very condition objects are recorded."""
         ...
 
-    def replay(self, step: int, condition: Any) -> AbstractContextManager[None]:
-        """Wraps a graded velocity pass: it is taken from its record, if there is one. Its backward uses the record
-        up."""
+    def replay(self, step: int, condition: Any, again: bool = False) -> AbstractContextManager[None]:
+        """Wraps a graded velocity pass: it is taken from its record, if there is one. Its backward uses the record up,
+        unless it is to be replayed ``again``."""
         ...
 
 
@@ -158,7 +158,7 @@ class _NoRecorder:
     def record(self, step: int, conditions: Sequence[Any]) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def replay(self, step: int, condition: Any) -> AbstractContextManager[None]:
+    def replay(self, step: int, condition: Any, again: bool = False) -> AbstractContextManager[None]:
         return nullcontext()
 
 

@@ -30,6 +30,12 @@ class KeptAttention:
         kept = self._store.put if self._store is not None else Tensor.detach
         self._result = kept(out), kept(lse)
 
+    def copy(self) -> KeptAttention:
+        """The same result, for a backward of its own."""
+        other = KeptAttention(self._store)
+        other._result, other.nbytes = self._result, self.nbytes
+        return other
+
     def rewind(self) -> None:
         """Turns from writing to reading. Raises RuntimeError the second time: one backward uses the result up."""
         if self.reading:

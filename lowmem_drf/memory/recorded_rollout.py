@@ -51,6 +51,13 @@ class Record:
         assert self._output is not None
         return self._output.get()
 
+    def copy(self) -> Record:
+        """The same record, to be taken by itself: the host's memory is held once, until both are used up."""
+        other = Record(self._store, self._attentions)
+        other._inputs, other._output = list(self._inputs), self._output
+        other._kept_attentions = [kept and kept.copy() for kept in self._kept_attentions]
+        return other
+
     def take(self, place: int) -> tuple[Tensor, KeptAttention | None]:
         """A block's input and its kept attentions. Blocks are taken from last to first; the preceding one is
         prefetched."""
@@ -89,8 +96,10 @@ class Recorder:
         self.step_bytes = sum(record.nbytes for (of, _), record in self._records.items() if of == step)
 
     @contextmanager
-    def replay(self, step: int, condition: Any) -> Iterator[None]:
-        self.replaying = self._records.pop((step, id(condition)), None)
+    def replay(self, step: int, condition: Any, again: bool = False) -> Iterator[None]:
+        key = step, id(condition)
+        record = self._records.get(key) if again else self._records.pop(key, None)
+        self.replaying = record.copy() if record and again else record
         try:
             yield
         finally:

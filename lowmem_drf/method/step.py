@@ -91,9 +91,9 @@ def drf_step(
         if parts.compared is not None and not all_stats:
             stats.compared = _compared(parts, spec, x_0, kept, questions, weight, d_frames, d_x_0)
         with parts.stage("denoise_backward"):
-            denoise_backward(parts, spec, entering, d_x_0, cond, uncond, found)
-            if spec.anchor and not all_stats:
-                stats.departure = anchor_backward(parts, spec, entering, cond, share)
+            # the anchor is at the clip itself, not at DRaFT-LV's copies
+            away = denoise_backward(parts, spec, entering, d_x_0, cond, uncond, found, 0.0 if all_stats else share)
+            stats.departure = away if spec.anchor else None
         all_stats.append(replace(stats, latents_BCFhw=x_0))
     return all_stats[0]
 
@@ -198,18 +198,21 @@ def denoise_backward(
     cond: Any,
     uncond: Any,
     found: Found = refuse,
-) -> None:
+    share: float = 1.0,
+) -> float:
     """The graded steps, last to first, one transformer pass at a time; adds to the ``.grad`` of ``parts.lora``.
 
     A step passes its cotangent on, and to the velocity, each with its factor of ``update_factors``. Ungraded steps only
-    pass it on.
+    pass it on. The anchor's term has the factor ``share``; returns the mean squared difference that it found.
     """
-    sigmas, d_x = spec.sigmas.tolist(), d_x_0_BCFhw
+    sigmas, d_x, away = spec.sigmas.tolist(), d_x_0_BCFhw, 0.0
     for k in reversed(range(spec.graded[0], spec.steps)):
         through, to_velocity = update_factors(spec.update, sigmas[k], sigmas[k + 1])
         if k not in spec.graded:
             d_x = through * d_x
             continue
+        if spec.anchor and share and k in spec.anchored:  # first: the step's own backward uses its record up
+            away += _anchor_backward(parts, spec, k, entering[k], cond, share)
         # nothing trainable precedes the first graded step
         x = entering[k].detach().requires_grad_(spec.chain == "full" and k != spec.graded[0])
         for condition, factor in gradient_passes(cond, uncond, spec.guidance, spec.guidance_grad):
@@ -221,30 +224,25 @@ def denoise_backward(
         if x.grad is not None:
             d_x = d_x + x.grad
             look_at(d_x, f"gradients at the latents that enter step {k}", "denoise_backward", found)
+    return away
 
 
-def anchor_backward(
-    parts: Parts, spec: StepSpec, entering: Mapping[int, Tensor], cond: Any, share: float = 1.0
-) -> float:
-    """Adds the gradient of share * anchor * (mean squared difference to the base's velocity) to the ``.grad`` of
-    ``parts.lora``: at each anchored step a pass without the LoRA, and one with it and its backward. Returns the mean
-    squared difference.
+def _anchor_backward(parts: Parts, spec: StepSpec, k: int, x_BCFhw: Tensor, cond: Any, share: float) -> float:
+    """Adds the gradient of share * anchor * (mean squared difference to the base's velocity) at step k to the ``.grad``
+    of ``parts.lora``: a pass without the LoRA, and one with it and its backward. Returns the mean squared difference.
 
-    A term of its own and not a part of the step's cotangent, because that one also goes on to the step's input.
+    A backward of its own, because the step's goes on to the step's input, which the anchor takes as a constant.
     """
     assert parts.base is not None
-    total, sigmas = 0.0, spec.sigmas.tolist()
-    for k in spec.anchored:
-        x = entering[k].detach()
-        with torch.no_grad():
-            base = parts.base(x, sigmas[k], cond)
-        with torch.enable_grad():
-            v = parts.velocity(x, sigmas[k], cond)
-        difference = v.detach().to(x.dtype) - base.to(x.dtype)
-        total += difference.pow(2).mean().item() / len(spec.anchored)
-        factor = 2 * share * spec.anchor / len(spec.anchored) / difference.numel()
-        v.backward((factor * difference).to(v.dtype), inputs=list(parts.lora))
-    return total
+    sigma, x = spec.sigmas[k].item(), x_BCFhw.detach()
+    with torch.no_grad():
+        base = parts.base(x, sigma, cond)
+    with torch.enable_grad(), parts.recorder.replay(k, cond, again=True):
+        v = parts.velocity(x, sigma, cond)
+    difference = v.detach().to(x.dtype) - base.to(x.dtype)
+    factor = 2 * share * spec.anchor / len(spec.anchored) / difference.numel()
+    v.backward((factor * difference).to(v.dtype), inputs=list(parts.lora))
+    return difference.pow(2).mean().item() / len(spec.anchored)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -92,10 +92,11 @@ def with_records(
 
 
 def scaled(config: Config, short: Config, stages: dict[str, StagePlan], card: Card, vram_gib: float) -> Plan:
-    """Scales seconds, operations and traffic up to the whole update."""
+    """Scales seconds, operations and traffic up to the whole update. The anchor's one step counts as a graded one."""
     batches = -(-config.batch // config.micro_batch)
-    sampler, done = config.sampler, short.sampler
-    repeats = {"rollout": sampler.steps / done.steps, "denoise_backward": sampler.graded_steps / done.graded_steps}
+    sampler, done, anchor = config.sampler, short.sampler, int(config.optim.anchor > 0)
+    graded = (sampler.graded_steps + anchor) / (done.graded_steps + anchor)
+    repeats = {"rollout": sampler.steps / done.steps, "denoise_backward": graded}
     rows = {}
     for name in (name for name in STAGES if name in stages):
         factor = 1.0 if name in ONCE else batches * repeats.get(name, 1.0)

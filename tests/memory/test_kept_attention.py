@@ -113,7 +113,7 @@ def relay(monkeypatch):
             counts["graded" if torch.is_grad_enabled() else "rollout"] += seen.forward
             return out
 
-        used = replace(parts, velocity=velocity)
+        used = replace(parts, velocity=velocity, base=lambda *given: 0.9 * as_velocity(transformer)(*given))
         if record:
             used = replace(used, recorder=recorder)
         generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
@@ -133,6 +133,7 @@ def relay(monkeypatch):
         dict(guidance=3.0, guidance_grad="both"),
         dict(graded=(1, 3)),
         dict(graded=(5,), lv_samples=2),
+        dict(guidance=3.0, anchor=0.5, anchored=(3, 4)),
     ],
     ids=str,
 )
@@ -140,7 +141,7 @@ def test_a_recorded_rollout_gives_the_same_gradients(relay, changes, slices):
     """Of attentions and inputs; in slices, of inputs alone too."""
     plan = plan_of(**({"graded": (3, 4, 5)} | changes))
     wanted, wanted_stats, plain = relay(plan, False, slices=slices)
-    passes = len(plan.graded) * (2 if changes.get("guidance_grad") == "both" else 1)
+    passes = len(plan.graded) * (2 if changes.get("guidance_grad") == "both" else 1) + len(plan.anchored)
     of_a_forward = 2 * (1 + slices)  # two blocks
     copies = plan.lv_samples
     assert plain["graded"] == (passes + copies) * of_a_forward

@@ -36,6 +36,7 @@ TRACES = "memory.record_decode=3"
 REAL = {
     "host": (*SMALL, *HOST, "memory.vae_cache_every=2"),
     "recorded": (*SMALL, *RECORDED, TRACES),
+    "anchored": (*SMALL, *RECORDED, "optim.anchor=1"),
     "integers": (*SMALL, *RECORDED, "model.products=int8"),
     "tiny": (*SMALL, *HOST, "model.decoder=tiny"),
     "tiny backward": (*SMALL, "model.decoder=tiny_backward"),
