@@ -281,7 +281,6 @@ def inspect_lora(
 @_reports_errors
 def evaluate(
     run: Run = None,
-    best: Best = False,
     prompts: PromptFile = None,
     seeds: Annotated[int | None, _option("Clips of each prompt and model. Default: 2.", min=1, max=1000)] = None,
     critic: Annotated[str | None, _option("A second critic, which training never asked: as critic.id.")] = None,
@@ -289,6 +288,7 @@ def evaluate(
     vbench_scores: Annotated[
         Path | None, _option("A folder of --export: show VBench's scores too.", metavar="DIR")
     ] = None,
+    best: Best = False,
     json_: Json = False,
 ) -> None:
     """Compare base and tuned on held-out prompts, with intervals: reward, held-out questions, a second critic,

@@ -53,7 +53,7 @@ def eval_command(
     if export and export[0] != "vbench":
         raise BadInputError(f"--export {export[0]}: there is one format, --export vbench DIR.")
     run = find_run(run_folder)
-    config, step = run_config(run), best_step(run) if best else None
+    config, folder = run_config(run), checkpoint_folder(run, best_step(run) if best else None)
     prompts = () if config.prompts == TOYWORLD or file else run_prompts(config)
     trial = evaluate.make_trial(config, prompts, evaluate.EVAL_PROMPTS, seeds or evaluate.EVAL_SEEDS, file)
     # before clips are made for hours
@@ -65,7 +65,7 @@ def eval_command(
         for see in watchers:
             see(side, here, frames_BTCHW)
 
-    trial, sides = _measured(run, step, trial, console, watch)
+    trial, sides = _measured(run, folder, trial, console, watch)
     result = evaluate.as_result(trial, sides)
     if second:
         gc.collect()  # the generator and the first critic: in circles of hooks
@@ -84,17 +84,16 @@ def eval_command(
 
 
 def _measured(
-    run: Path, step: int | None, trial: Trial, console: Console, watch: Any
+    run: Path, checkpoint: Path, trial: Trial, console: Console, watch: Any
 ) -> tuple[Trial, dict[str, Measured]]:
-    """The finished trial and both sides, of the run's update ``step`` or its last one. All models are gone when it
-    returns."""
+    """The finished trial and both sides, with the LoRA of a checkpoint. All models are gone when it returns."""
     config = run_config(run)
     clips = {"log.eval_batch": min(config.log.eval_batch, len(trial.prompts) * trial.seeds)}
     with showing(console):
         texts, kernels = [prompt.text for prompt in trial.prompts], saved_choice(run, say)
         exact = change(config, ["model.decoder=exact"])  # clips are decoded by the VAE in any case
         models = load_models(exact, texts, clips=clips, kernels=kernels)
-    step = load_run_lora(models.transformer, checkpoint_folder(run, step), config)
+    step = load_run_lora(models.transformer, checkpoint, config)
     models.awake("critic")
     trial = evaluate.finish_trial(config, trial, models.asked_critic, console)
     console.print(f"{run}, step {step}: {evaluate.describe(trial)}", highlight=False, markup=False, soft_wrap=True)

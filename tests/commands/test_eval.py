@@ -80,15 +80,19 @@ def test_the_json_is_the_contract_with_a_second_critic_and_an_export(evaluate, t
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_without_held_out_questions_the_second_critic_is_asked_those_of_training(evaluate, tmp_path, tiny_folders):
+def test_without_held_out_questions_the_second_critic_is_asked_those_of_training(
+    evaluate, tmp_path, tiny_folders, monkeypatch
+):
+    monkeypatch.setattr("lowmem_drf.commands.eval.best_step", lambda run: 3)
     shutil.copytree(tiny_folders[1], tmp_path / "again")
     questions = [
         {"aspect": "TA", "text": "is the shape red ?", "answer": "yes"},
         {"aspect": "TA", "kind": "dense", "text": "what is it ?", "answer": "a red circle"},
     ]
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a dog runs", "questions": questions}) + "\n")
-    code, out, err = evaluate("--prompts", "p.jsonl", "--json", "--critic", "again", "--seeds", "1")
+    code, out, err = evaluate("--prompts", "p.jsonl", "--json", "--critic", "again", "--seeds", "1", "--best")
     assert code == 0, err
+    assert "step 3: 1 prompts x 1 seeds" in err
     result = json.loads(out)
     assert result["second"]["questions"] == "of training" and result["base"]["heldout_reward"] is None
     assert result["base"]["second_reward"] == pytest.approx(result["base"]["reward"], rel=1e-5)
@@ -106,6 +110,7 @@ def test_bad_requests_are_refused_before_anything_is_loaded(evaluate, tmp_path, 
         (("--critic", "toyworld-reader", "--prompts", "p.txt"), "--seeds 1"),
         (("--export", "vbench", "full"), "not empty"),
         (("--export", "csv", "new"), "--export vbench DIR"),
+        (("--best",), "watch"),
         (("--vbench-scores", "full"), "eval.json"),
         (("--vbench-scores", "full", "--critic", "toyworld"), "alone"),
     ):
