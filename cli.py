@@ -298,6 +298,23 @@ def evaluate(
     eval_command(run, prompts, json_, seeds, critic, export, vbench_scores, best)
 
 
+@app.command(epilog=_example("lowmem-drf report", "lowmem-drf report runs/toy-1 --saliency"))
+@_reports_errors
+def report(
+    run: Run = None,
+    output: Annotated[Path | None, _option("The HTML file. Default: report.html in the run.")] = None,
+    saliency: Annotated[
+        bool, typer.Option("--saliency", help="Load the critic, and show where the reward's gradient points.")
+    ] = False,
+    force: Force = False,
+) -> None:
+    """Write one HTML file about a run: verdict, clips of base and tuned, curves with the watch's alarm, questions, time
+    and memory. Needs no network, no model and no card."""
+    from lowmem_drf.commands.report import report_command
+
+    report_command(run, output, saliency, force)
+
+
 @app.command(
     epilog=_example(
         'lowmem-drf score clip.mp4 --prompt "a red circle moves left on a gray background" --saliency heat.mp4'

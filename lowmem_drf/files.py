@@ -25,7 +25,10 @@ IN_USE = (5, 32, 33, 1224)
 PATIENCE_S = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 """Waits between the tries to rename or delete a file in use: a virus scanner opens every new file for a moment."""
 
-RUN_FILES = ("config.toml", "metrics.jsonl", "questions.json", "left_out.json", "kernels.json")
+RUN_FILES = (
+    *("config.toml", "metrics.jsonl", "questions.json", "left_out.json", "kernels.json"),
+    *("run.json", "eval.json"),
+)
 """Files of a run's folder; nothing but the run writes them."""
 
 

@@ -40,6 +40,7 @@ LAWS: dict[str, tuple[int, set[str]]] = {
     "training": (8, {"torch", "safetensors", "rich", "tensorboard"}),
     "export": (8, {"torch", "safetensors"}),
     "planner": (9, {"torch", "rich"}),
+    "reporting": (9, {"torch", "rich", "av", "jinja2", "markupsafe", "matplotlib"}),
     "out_of_memory": (10, {"torch"}),
     "doctor": (10, {"torch", "triton", "bitsandbytes", "huggingface_hub"}),
     "commands": (11, {"torch", "rich"}),
@@ -68,7 +69,7 @@ LAZY = {
         "safetensors",
         "gguf",
     ),
-    *("huggingface_hub", "tomli_w"),
+    *("huggingface_hub", "tomli_w", "jinja2", "markupsafe", "matplotlib"),
 }
 """Packages that are imported inside functions only."""
 

@@ -164,6 +164,7 @@ def start(
     from lowmem_drf.models.lora.init import init_lora
     from lowmem_drf.planner.report import card_here, require_fit
     from lowmem_drf.questions.file import to_json
+    from lowmem_drf.reporting.notes import write_notes
     from lowmem_drf.scoring.evaluate import finish_trial, make_trial, part_of
     from lowmem_drf.scoring.watch import SEEDS
     from lowmem_drf.training.loop import train
@@ -193,7 +194,7 @@ def start(
     require_fast_vae(config, device)
     require_kernels(config, device)
     rooms = ranks.gather(card_here(config))
-    config = ranks.from_chief(require_fit(config, console, rooms) if ranks.chief else config)
+    config, plan = ranks.from_chief(require_fit(config, console, rooms) if ranks.chief else (config, None))
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False)
@@ -228,6 +229,7 @@ def start(
                 _require_same_questions(run, prompts, asked)
             write_text(run / "config.toml", to_toml(config))
             write_text(run / "questions.json", asked)
+            write_notes(run, origin, device, plan.as_json(origin) if plan else None)
             if models.kernel_record:
                 write_text(run / KERNELS, record_text(models.kernel_record))
             if can_check(config) and not resume:
@@ -339,17 +341,22 @@ def _announce(
 
 
 def _finish(console: Console, config: Config, run: Path, models: Models, trial: Trial | None, ranks: Ranks) -> None:
+    from lowmem_drf.reporting.notes import write_result
     from lowmem_drf.scoring.evaluate import compare, describe
     from lowmem_drf.scoring.table import print_table
 
     if trial:
         console.print(f"\nBase against tuned: {describe(trial)}", highlight=False, markup=False)
-        print_table(compare(config, models, trial, console, ranks), console)
+        result = compare(config, models, trial, console, ranks)
+        print_table(result, console)
+        if ranks.chief:
+            write_result(run, config.steps, describe(trial), result)
     here = run.parent == RUNS
     console.print("Next:", highlight=False)
     for command in (
         "lowmem-drf sample --compare" + ("" if here else f" --run {quoted(run)}"),
         "lowmem-drf export-lora" + ("" if here else f" {quoted(run)}"),
         "lowmem-drf eval" + ("" if here else f" {quoted(run)}"),
+        "lowmem-drf report" + ("" if here else f" {quoted(run)}"),
     ):
         console.print(f"  {command}", highlight=False, markup=False)

@@ -132,9 +132,9 @@ def card_here(config: Config) -> Room | None:
     return Room(total, free, measured=True).within(config.memory.vram_gib)
 
 
-def require_fit(config: Config, console: Console, rooms: Sequence[Room | None]) -> Config:
+def require_fit(config: Config, console: Console, rooms: Sequence[Room | None]) -> tuple[Config, Plan | None]:
     """Plans for this machine's card, and prints what the plan sets and one line. Does nothing on the CPU. Returns the
-    configuration with the settings that make it fit, and the plan's choice of ``zero.rollout``.
+    configuration with the settings that make it fit and the plan's choice of ``zero.rollout``, and the plan.
 
     ``rooms``: ``card_here`` of all processes; the one with the least free memory is planned for.
 
@@ -145,7 +145,7 @@ def require_fit(config: Config, console: Console, rooms: Sequence[Room | None]) 
 
     cards = [room for room in rooms if room is not None]
     if not cards:
-        return config
+        return config, None
     room = min(cards, key=lambda card: card.free_gib)
     device = torch.cuda.get_device_name()
     card = card_named(device)
@@ -169,7 +169,7 @@ def require_fit(config: Config, console: Console, rooms: Sequence[Room | None]) 
         console.print(line, highlight=False)
     config = change(config, plan.applied)
     log = _with_first(config, plan, console)
-    return config.model_copy(update={"zero": _with_rollout(config.zero, plan), "log": log})
+    return config.model_copy(update={"zero": _with_rollout(config.zero, plan), "log": log}), plan
 
 
 def _with_rollout(zero: Zero, plan: Plan) -> Zero:

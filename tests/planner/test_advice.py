@@ -163,8 +163,8 @@ def test_a_run_gets_what_its_card_and_its_host_need(monkeypatch):
     monkeypatch.setattr(report, "_free_host", lambda processes: limit)
     config, out = load_config("rtx4090-20step"), Console(file=io.StringIO(), width=400)
     rooms = [Room(24.0, 22.0, True), None, Room(8.0, 6.5, True)]
-    fitted = report.require_fit(config, out, rooms)
-    assert formula(fitted, CARD, 8.0).fits and report.require_fit(fitted, out, rooms) == fitted
+    fitted, _ = report.require_fit(config, out, rooms)
+    assert formula(fitted, CARD, 8.0).fits and report.require_fit(fitted, out, rooms)[0] == fitted
     line, *_ = out.file.getvalue().splitlines()
     assert line.startswith("to fit the 6.5 GiB that are free: memory.") and "same gradient" in line
     assert "unknown" not in out.file.getvalue()
@@ -174,7 +174,7 @@ def test_a_run_gets_what_its_card_and_its_host_need(monkeypatch):
     assert "to fit 7 GiB: memory." in text and "if this card were an RTX 4090: its own rates are unknown" in text
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "RTX 4060")
     limit = 20.0
-    assert formula(report.require_fit(config, out, rooms), CARD, 8.0).host_gib <= limit
+    assert formula(report.require_fit(config, out, rooms)[0], CARD, 8.0).host_gib <= limit
     limit = 1.0
     with pytest.raises(report.BadInputError, match="host memory: .* would wait there.*1.0 are free"):
         report.require_fit(config, out, rooms)

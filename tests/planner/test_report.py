@@ -24,7 +24,7 @@ def test_clips_of_the_base_are_made_first_where_they_are_quick(clip_s, first, mo
 
     def decided(*settings):
         config = load_config("toy", ["batch=2", "micro_batch=2", "steps=500", *settings])
-        return report.require_fit(config, said, [Room(8.0, 6.4)]).log.sample_first
+        return report.require_fit(config, said, [Room(8.0, 6.4)])[0].log.sample_first
 
     assert decided() is first
     _, line, *more = said.file.getvalue().splitlines()

@@ -1,0 +1,149 @@
+"""The page: gathers what the template shows, renders it, and seals it, so that an edited page is not overwritten."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lowmem_drf import __version__
+from lowmem_drf.config import to_toml
+from lowmem_drf.files import text_hash, write_text
+from lowmem_drf.reporting import clips, settings
+from lowmem_drf.reporting.curves import WIDE, Curve, draw, moving_mean
+from lowmem_drf.reporting.notes import read_notes
+from lowmem_drf.reporting.read import Record, as_row, curve, names, number
+from lowmem_drf.reporting.verdict import ASPECTS, MEASURES, signed, stages, verdict, warnings
+
+TEMPLATE = "report.html.jinja"
+MOST_CURVES, MOST_PROMPTS, MOST_LEFT_OUT = 30, 100, 100
+_SEAL = "<!-- made by lowmem-drf report, unchanged: "
+
+
+def write_report(record: Record, path: Path) -> str:
+    """Writes the page. Returns a line about it."""
+    shown, salient = clips.previews(record), clips.saliency_files(record)
+    room = clips.Room(sum(len(row.files) for row in shown.rows) + len(salient))
+    rows = clips.embedded(shown.rows, room)
+    maps = zip(clips.embedded([files for files, _ in salient], room), salient, strict=True)
+    html = _template().render(
+        version=__version__,
+        run=record.run.name,
+        record=record,
+        verdict=verdict(record),
+        warnings=warnings(record),
+        rows=rows,
+        notes=shown.notes,
+        saliency=[(row, read_notes(told)) for row, (_, told) in maps],
+        reward=_reward(record),
+        aspects=_by(record, "reward_by_aspect", ASPECTS),
+        questions=_by(record, "reward_by_question", {})[:MOST_CURVES],
+        watched=_watched(record),
+        texts=_texts(record),
+        stages=stages(record),
+        settings=settings.groups(record),
+        toml=to_toml(settings.without_folders(record.config)),
+        asked=Counter((q.aspect, q.kind) for asked in record.questions.values() for q in asked),
+        prompts=list(record.questions.items())[:MOST_PROMPTS],
+        left_out=_left_out(record),
+        most_left_out=MOST_LEFT_OUT,
+        aspect_names=ASPECTS,
+    )
+    text = html.rstrip() + "\n"
+    write_text(path, f"{text}{_SEAL}{text_hash(text)} -->\n")
+    count = sum(bool(clip.url) for row in rows for clip in row.clips)
+    return f"{count} clips, {path.stat().st_size / 1e6:.1f} MB, needs no network"
+
+
+def is_own_report(path: Path) -> bool:
+    """True for a page that ``write_report`` wrote, and nobody edited."""
+    try:
+        text, mark, seal = path.read_text("utf-8").rpartition(_SEAL)
+    except (OSError, ValueError):
+        return False
+    return bool(mark) and seal == f"{text_hash(text)} -->\n"
+
+
+def _template() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    loader = PackageLoader("lowmem_drf", "reporting")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"signed": signed, "svg": Markup}
+    return environment.get_template(TEMPLATE)
+
+
+def _reward(record: Record) -> Mapping[str, Any] | None:
+    """The curve of the whole reward, for a desktop's width and for a phone's."""
+    found = _curve(record, "reward", "reward")
+    if not found:
+        return None
+    line = found["curve"]
+    return found | {"wide": draw(line, "Reward by update, wide", WIDE), "svg": draw(line, "Reward by update")}
+
+
+def _by(record: Record, key: str, words: Mapping[str, str]) -> list[Mapping[str, Any]]:
+    """The curve of every name below an entry of ``metrics.jsonl``."""
+    found: list[Mapping[str, Any]] = []
+    for name in names(record.updates, key):
+        if row := _curve(record, words.get(name, name.replace("_", " ")), key, name):
+            svg = draw(row["curve"], f"{row['title']} by update, {key}")
+            found.append(row | {"name": name, "svg": svg})
+    return found
+
+
+def _curve(record: Record, title: str, *keys: str) -> dict[str, Any] | None:
+    steps, values = curve(record.updates, *keys)
+    if not values:
+        return None
+    shown = moving_mean(values)
+    skipped = [row["step"] for row in record.skipped]
+    line = Curve(steps, values, record.done, alarm=record.alarm, best=record.best, skipped=skipped)
+    return {"title": title, "first": shown[0], "last": shown[-1], "curve": line}
+
+
+def _watched(record: Record) -> list[Mapping[str, Any]]:
+    """The curve of every measure of the watch, with its band."""
+    bands = as_row(record.watch[0].get("bands")) if record.watch else {}
+    found: list[Mapping[str, Any]] = []
+    for name in names(record.watch, "measures"):
+        steps, values = curve(record.watch, "measures", name)
+        if not values:
+            continue
+        outside = [row["step"] for row in record.watch if name in (row.get("outside") or ())]
+        line = Curve(steps, values, record.done, _band(bands.get(name)), outside, False, record.alarm, record.best)
+        title = MEASURES.get(name, name.replace("_", " "))
+        row = {"title": title, "first": values[0], "last": values[-1], "outside": bool(outside), "band": line.band}
+        found.append(row | {"svg": draw(line, f"{title} by update, watched")})
+    return found
+
+
+def _band(value: object) -> tuple[float | None, float | None] | None:
+    if not isinstance(value, list) or len(value) != 2:
+        return None
+    low, high = map(number, value)
+    return None if low is None and high is None else (low, high)
+
+
+def _texts(record: Record) -> dict[str, str]:
+    """Name of a question, as in ``reward_by_question`` -> the first text that has it."""
+    texts: dict[str, str] = {}
+    for asked in record.questions.values():
+        for question in asked:
+            texts.setdefault(question.name or question.aspect, question.text)
+    return texts
+
+
+def _left_out(record: Record) -> list[Mapping[str, Any]]:
+    return list(_rows_left_out(record.left_out or ()))
+
+
+def _rows_left_out(rows: Iterable[Mapping[str, Any]]) -> Iterable[Mapping[str, Any]]:
+    for row in rows:
+        questions = row.get("questions")
+        for question in questions if isinstance(questions, list) else ():
+            yield {"prompt": str(row.get("prompt", "")), "text": "", "why": "", "asked": False, **as_row(question)}
