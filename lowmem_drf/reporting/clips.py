@@ -6,9 +6,11 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ BUDGET = 9_500_000
 MOST_PROMPTS = 6
 AS_IT_IS = 150_000
 """A file of at most so many bytes is not encoded again."""
-FORMS = ((480, 25), (480, 30), (400, 33), (320, 36))
+FORMS = ((640, 22), (640, 26), (480, 28), (400, 32), (320, 36))
 """(longest side, H.264's constant rate factor), from the best to the smallest."""
 VISIBLE = 192
 """Pixels that the longer side of a clip has at least: smaller ones are enlarged by repetition."""
@@ -29,6 +31,9 @@ SALIENCY = "saliency"
 """Folder in a run's folder: clips beside their saliency, and the critic's answers."""
 _PREVIEW = re.compile(r"\d{2,}-.+\.mp4")
 _STEP = re.compile(r"step-(\d{6,})")
+
+Made = tuple[bytes, int, int]
+"""(MP4, width, height)."""
 
 
 @dataclass(frozen=True)
@@ -72,21 +77,29 @@ class Room:
 
     def __init__(self, clips: int, nbytes: int = BUDGET) -> None:
         self._clips, self._left = clips, nbytes
+        self._form = 0
+        """The best of ``FORMS`` that still fits; later clips begin there."""
 
-    def clip(self, label: str, file: Path) -> Clip:
-        """The clip, in the best form that takes at most its share of what is left."""
-        import av
+    def row(self, files: Files) -> Row:
+        """Clips of one prompt, in the best form in which all of them fit: their blur is then the models'."""
+        share = self._left // max(self._clips, 1) * len(files.files)
+        self._clips -= len(files.files)
+        found, fits = self._encoded([file for _, file in files.files], share)
+        self._left -= sum(len(data) for data, _, _ in found.values())
+        why = "this file cannot be read" if fits else "left out: the page would be too large"
+        return Row(files.prompt, [_clip(label, found.get(file), why) for label, file in files.files])
 
-        share = self._left // max(self._clips, 1)
-        self._clips -= 1
-        try:
-            data, width, height = _fitting(file, share)
-        except (OSError, ValueError, IndexError, av.error.FFmpegError):
-            return Clip(label, lost="this file cannot be read")
-        if not data:
-            return Clip(label, lost="left out: the page would be too large")
-        self._left -= len(data)
-        return Clip(label, f"data:video/mp4;base64,{base64.b64encode(data).decode()}", width, height)
+    def _encoded(self, files: Sequence[Path], share: int) -> tuple[dict[Path, Made], bool]:
+        """What can be read of the files, and whether it fits."""
+        made = _each(_as_it_is, files)
+        if len(made) == len(files) and _size_of(made) <= share:
+            return made, True
+        for form, (longest, crf) in list(enumerate(FORMS))[self._form :]:
+            made = _each(partial(_encoded, longest=longest, crf=crf), files)
+            if _size_of(made) <= share:
+                self._form = form
+                return made, True
+        return {}, False
 
 
 def previews(record: Record) -> Shown:
@@ -95,7 +108,7 @@ def previews(record: Record) -> Shown:
     trained = [step for step in by_step if step]
     columns = [(0, "base")] if 0 in by_step else []
     if record.alarm is not None and record.best in trained and record.best != max(trained):
-        columns.append((record.best, f"update {record.best}, marked as the best"))
+        columns.append((record.best, f"best, update {record.best}"))
     columns += [(max(trained), f"update {max(trained)}")] if trained else []
     names = list(dict.fromkeys(name for step, _ in columns for name in by_step[step]))
     rows = []
@@ -133,7 +146,7 @@ def saliency_files(record: Record) -> list[tuple[Files, Path]]:
 
 
 def embedded(rows: Iterable[Files], room: Room) -> list[Row]:
-    return [Row(row.prompt, [room.clip(label, file) for label, file in row.files]) for row in rows]
+    return [room.row(row) for row in rows]
 
 
 def prompt_of(record: Record, name: str) -> str:
@@ -177,36 +190,51 @@ def _compared(record: Record) -> list[Files]:
     ]
 
 
-def _fitting(file: Path, share: int) -> tuple[bytes, int, int]:
-    """(MP4, width, height), at most ``share`` bytes. Empty if no form is small enough."""
+def _clip(label: str, made: Made | None, why: str) -> Clip:
+    if not made:
+        return Clip(label, lost=why)
+    data, width, height = made
+    return Clip(label, f"data:video/mp4;base64,{base64.b64encode(data).decode()}", width, height)
+
+
+def _each(make: Callable[[Path], Made | None], files: Sequence[Path]) -> dict[Path, Made]:
+    """Without those that cannot be read, or of which nothing is made."""
+    import av
+
+    found: dict[Path, Made] = {}
+    for file in files:
+        with suppress(OSError, ValueError, IndexError, av.error.FFmpegError):
+            if made := make(file):
+                found[file] = made
+    return found
+
+
+def _size_of(made: Mapping[Path, Made]) -> int:
+    return sum(len(data) for data, _, _ in made.values())
+
+
+def _as_it_is(file: Path) -> Made | None:
+    """(bytes, width, height) of a small file that every browser plays; None for others."""
     import av
 
     with av.open(str(file)) as container:
         context = container.streams.video[0].codec_context
-        width, height, plays = context.width, context.height, (context.name, context.pix_fmt) == ("h264", "yuv420p")
-    size = file.stat().st_size
-    if plays and max(width, height) >= VISIBLE and size <= min(share, AS_IT_IS):
-        return file.read_bytes(), width, height
-    for longest, crf in FORMS:
-        data, width, height = _encoded(file, longest, crf)
-        if len(data) <= share:
-            return data, width, height
-    return b"", 0, 0
+        size, plays = (context.width, context.height), (context.name, context.pix_fmt) == ("h264", "yuv420p")
+    if not plays or max(size) < VISIBLE or file.stat().st_size > AS_IT_IS:
+        return None
+    return file.read_bytes(), *size
 
 
-def _encoded(file: Path, longest: int, crf: int) -> tuple[bytes, int, int]:
+def _encoded(file: Path, longest: int, crf: int) -> Made:
     """Encoded again with a longest side of at most ``longest`` pixels; frame by frame, since a clip may be large."""
     import av
 
     target = io.BytesIO()
-    with (
-        av.open(str(file)) as source,
-        av.open(target, "w", format="mp4", options={"movflags": "+faststart"}) as container,
-    ):
+    with av.open(str(file)) as source, av.open(target, "w", format="mp4") as container:
         given = source.streams.video[0]
         rate = given.average_rate or Fraction(8)
         width, height, enlarges = _size(given.codec_context.width, given.codec_context.height, longest)
-        stream: Any = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
+        stream: Any = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": "veryfast"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         way = "POINT" if enlarges else "AREA"
         for i, frame in enumerate(source.decode(given)):

@@ -62,11 +62,12 @@ def draw(curve: Curve, said: str, size: tuple[int, int] = SMALL) -> str:
     width, height = size
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width / 72, height / 72))  # SVG's unit is then the pixel
-        axes = figure.add_axes((50 / width, 36 / height, 1 - 62 / width, 1 - 46 / height))
+        axes = figure.add_axes((50 / width, 32 / height, 1 - 62 / width, 1 - 40 / height))
         _lines(axes, curve)
         axes.set_xlim(0, max(curve.last, 1))
-        axes.xaxis.set_major_locator(MaxNLocator(6 if size == SMALL else 10, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(4, min_n_ticks=3))
+        round_numbers = [1, 2, 2.5, 5, 10]
+        axes.xaxis.set_major_locator(MaxNLocator(5 if size == SMALL else 10, integer=True, steps=round_numbers))
+        axes.yaxis.set_major_locator(MaxNLocator(4, min_n_ticks=3, steps=round_numbers))
         axes.ticklabel_format(axis="y", useOffset=False)
         axes.set_xlabel("update", color=_COLORS["faint"], labelpad=2)
         axes.tick_params(length=0, pad=5, labelcolor=_COLORS["faint"])
@@ -90,9 +91,11 @@ def moving_mean(values: Sequence[float]) -> list[float]:
 def _lines(axes: Axes, curve: Curve) -> None:
     steps, values = _thinned(curve.steps, curve.values)
     if not curve.smooth:
-        axes.plot(steps, values, color=_COLORS["line"], linewidth=2, marker="o", markersize=4)
+        axes.plot(steps, values, color=_COLORS["line"], linewidth=2, marker="o", markersize=4, clip_on=False)
         marked = [(s, v) for s, v in zip(curve.steps, curve.values, strict=True) if s in set(curve.outside)]
-        axes.plot(*zip(*marked, strict=True), "o", color=_COLORS["alarm"], markersize=6) if marked else None
+        axes.plot(
+            *zip(*marked, strict=True), "o", color=_COLORS["alarm"], markersize=6, clip_on=False
+        ) if marked else None
     else:
         shown = moving_mean(curve.values)
         axes.plot(steps, values, color=_COLORS["raw"], linewidth=1)

@@ -14,7 +14,7 @@ from lowmem_drf.reporting import clips, settings
 from lowmem_drf.reporting.curves import WIDE, Curve, draw, moving_mean
 from lowmem_drf.reporting.notes import read_notes
 from lowmem_drf.reporting.read import Record, as_row, curve, names, number
-from lowmem_drf.reporting.verdict import ASPECTS, MEASURES, signed, stages, verdict, warnings
+from lowmem_drf.reporting.verdict import ASPECTS, MEASURES, costs, signed, stages, tiles, verdict, warnings
 
 TEMPLATE = "report.html.jinja"
 MOST_CURVES, MOST_PROMPTS, MOST_LEFT_OUT = 30, 100, 100
@@ -41,6 +41,7 @@ def write_report(record: Record, path: Path) -> str:
         questions=_by(record, "reward_by_question", {})[:MOST_CURVES],
         watched=_watched(record),
         texts=_texts(record),
+        tiles=[*tiles(verdict(record)), *costs(record)],
         stages=stages(record),
         settings=settings.groups(record),
         toml=to_toml(settings.without_folders(record.config)),
@@ -130,12 +131,11 @@ def _band(value: object) -> tuple[float | None, float | None] | None:
 
 
 def _texts(record: Record) -> dict[str, str]:
-    """Name of a question, as in ``reward_by_question`` -> the first text that has it."""
-    texts: dict[str, str] = {}
-    for asked in record.questions.values():
-        for question in asked:
-            texts.setdefault(question.name or question.aspect, question.text)
-    return texts
+    """Name of a question, as in ``reward_by_question`` -> its text, or the first of several."""
+    texts: dict[str, list[str]] = {}
+    for question in (question for asked in record.questions.values() for question in asked):
+        texts.setdefault(question.name or question.aspect, []).append(question.text)
+    return {name: some[0] if len(set(some)) == 1 else f"for example: {some[0]}" for name, some in texts.items()}
 
 
 def _left_out(record: Record) -> list[Mapping[str, Any]]:

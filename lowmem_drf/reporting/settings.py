@@ -18,6 +18,7 @@ def groups(record: Record) -> Mapping[str, Mapping[str, str]]:
     bases = [model.base_lora] if isinstance(model.base_lora, str) else model.base_lora
     weights = ", ".join(f"{name} {value:g}" for name, value in critic.weights.model_dump().items())
     versions = {name: str(version) for name, version in as_row(notes.get("versions")).items()}
+    warmup = f", warm-up {optim.warmup_steps}" if optim.warmup_steps else ""
     found = {
         "What": {
             "preset": str(notes.get("origin", "")).removeprefix("preset "),
@@ -26,7 +27,7 @@ def groups(record: Record) -> Mapping[str, Mapping[str, str]]:
             "base LoRA": ", ".join(filter(None, bases)),
             "weights": "" if model.quant == "none" else model.quant,
             "clips": f"{video.width}×{video.height}, {video.frames} frames at {video.fps} a second",
-            "prompts": f"{config.prompts}, {len(record.questions)} of them" if record.questions else config.prompts,
+            "prompts": f"{len(record.questions)}, of {config.prompts}" if record.questions else config.prompts,
         },
         "Critic": {
             "model": critic.id,
@@ -40,7 +41,7 @@ def groups(record: Record) -> Mapping[str, Mapping[str, str]]:
             "LoRA": f"rank {lora.rank}, alpha {lora.alpha:g}, {len(lora.targets)} kinds of layers",
             "begins with": lora.init,
             "updates": f"{config.steps}, {config.batch} clips each",
-            "optimizer": f"{optim.name}, {optim.lr:g}, {optim.schedule}, warm-up {optim.warmup_steps}",
+            "optimizer": f"{optim.name}, lr {optim.lr:g}, {optim.schedule}{warmup}",
             "sampling": f"{sampler.steps} steps, {sampler.graded_steps} graded ({sampler.graded})",
             "guidance": "" if sampler.guidance == 1 else f"{sampler.guidance:g}",
             "precision": config.dtype,

@@ -14,8 +14,8 @@ Tone = Literal["good", "bad", "warn", "plain"]
 
 ASPECTS = {"TA": "the prompt", "Phy": "physics", "VQ": "quality"}
 MEASURES = {
-    "heldout_reward": "questions it was not trained on",
-    "diversity": "diversity over seeds",
+    "heldout_reward": "held-out questions",
+    "diversity": "diversity",
     "motion": "motion",
     "velocity_norm": "velocity norm",
     "lora_norm": "size of the LoRA",
@@ -24,6 +24,7 @@ MEASURES = {
 }
 KEPT = ("diversity", "motion")
 """Measures that training should leave as they are."""
+FIRST = ("oracle: all", "oracle: physics", MEASURES["diversity"])
 SLOW, LARGE = 1.5, 1.05
 """An update or a peak earns a warning from this multiple of its plan."""
 
@@ -54,7 +55,7 @@ def verdict(record: Record) -> Verdict:
     if not rows:
         return Verdict("plain", "There is nothing to judge yet", [_watched(record)], [], "")
     lead = rows[0]
-    word = {"good": "improved", "bad": "fell"}.get(lead.tone, "did not clearly change")
+    word = {"good": "rose", "bad": "fell"}.get(lead.tone, "did not clearly change")
     about = lead.name if lead.name.startswith("reward") else f"the reward on {lead.name}"
     but = f", but the alarm spoke at update {record.alarm}" if record.alarm is not None else ""
     headline = f"{about[0].upper()}{about[1:]} {word}: {lead.before} to {lead.after}{but}"
@@ -62,13 +63,8 @@ def verdict(record: Record) -> Verdict:
 
 
 def warnings(record: Record) -> list[str]:
-    """What the run earned, the gravest first."""
+    """What the run earned besides the alarm, the gravest first."""
     config, found = record.config, list[str]()
-    if record.alarm is not None:
-        outside = sorted({str(name) for row in record.watch if row["step"] >= record.alarm for name in _outside(row)})
-        best = f" The best checkpoint before it is that of update {record.best}." if record.best is not None else ""
-        left = f" while {_listed([_words(name) for name in outside])} left the base's band" if outside else ""
-        found.append(f"From update {record.alarm} on the reward rose{left}.{best}")
     if record.skipped:
         first = record.skipped[0]
         cause = as_row(first["skipped"])
@@ -82,6 +78,29 @@ def warnings(record: Record) -> list[str]:
     if cosines and min(cosines) < config.model.decoder_least_cosine:
         found.append(f"The tiny decoder's gradient pointed elsewhere: its cosine fell to {min(cosines):.2f}.")
     return [*found, *record.problems]
+
+
+def tiles(found: Verdict, most: int = 4) -> list[Figure]:
+    """The figures to see first: what the verdict is about, then the truth where it is known, then what was to stay."""
+    first = [*found.figures[:2], *(f for f in found.figures[2:] if f.name in FIRST)]
+    rest = [figure for figure in found.figures if figure not in first]
+    return [*first, *rest][:most]
+
+
+def costs(record: Record) -> list[Figure]:
+    """Seconds of an update and its highest peak, beside their plan."""
+    rows, found = stages(record), list[Figure]()
+    _, seconds = curve(record.updates[1:] or record.updates, "update_s")
+    planned, peaks = number(record.plan.get("update_s")), [float(row["gib"]) for row in rows if row["gib"]]
+    if seconds:
+        plan = f"{planned:.1f} s planned" if planned else f"{sum(seconds) / 60:.0f} minutes in all"
+        found.append(Figure("an update", plan, f"{statistics.median(seconds):.1f} s", ""))
+    if peaks:
+        plans = [float(row["planned_gib"]) for row in rows if row["planned_gib"]]
+        found.append(
+            Figure("highest peak", f"{max(plans):.1f} GiB planned" if plans else "", f"{max(peaks):.1f} GiB", "")
+        )
+    return found
 
 
 def stages(record: Record) -> list[dict[str, float | str | None]]:
@@ -105,8 +124,8 @@ def stages(record: Record) -> list[dict[str, float | str | None]]:
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    """A number with a real minus sign."""
-    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+    """A number with a real minus sign, and none before a zero."""
+    return "–" if value is None else f"{value:z.{digits}f}".replace("-", "−")
 
 
 def _figures(record: Record) -> tuple[list[Figure], str]:
@@ -114,21 +133,21 @@ def _figures(record: Record) -> tuple[list[Figure], str]:
     result = record.result
     base, tuned = as_row(result.get("base")), as_row(result.get("tuned"))
     if number(base.get("reward")) is not None and number(tuned.get("reward")) is not None:
-        return _compared(base, tuned), f"Base against tuned, {result.get('prompts')} prompts: {result.get('source')}."
+        return _compared(base, tuned), f"Base against tuned: {result.get('source')}."
     measures = [as_row(row.get("measures")) for row in record.watch]
     if len(measures) > 1 and number(measures[0].get("heldout_reward")) is not None:
         first, last, step = measures[0], measures[-1], record.watch[-1]["step"]
         rows = [_figure(_words(name), first.get(name), last.get(name), name) for name in _ordered(measures)]
         return [row for row in rows if row], f"The watch's fixed prompts and seeds, the base against update {step}."
-    rows = [_trained(record, "reward in training", "reward")]
+    rows = [_trained(record, "training reward", "reward")]
     for aspect in names(record.updates, "reward_by_aspect"):
-        rows.append(_trained(record, f"reward in training: {ASPECTS.get(aspect, aspect)}", "reward_by_aspect", aspect))
+        rows.append(_trained(record, f"training reward: {ASPECTS.get(aspect, aspect)}", "reward_by_aspect", aspect))
     return [row for row in rows if row], "Means of the first and the last tenth of the updates, on their own prompts."
 
 
 def _compared(base: Row, tuned: Row) -> list[Figure]:
     rows = [_figure(MEASURES["heldout_reward"], base.get("heldout_reward"), tuned.get("heldout_reward"), "reward")]
-    rows.append(_figure("reward, the questions of training", base["reward"], tuned["reward"], "reward"))
+    rows.append(_figure("trained questions", base["reward"], tuned["reward"], "reward"))
     was, now = as_row(base.get("reward_by_aspect")), as_row(tuned.get("reward_by_aspect"))
     rows += [_figure(f"reward: {ASPECTS.get(name, name)}", was[name], now.get(name), "reward") for name in was]
     was, now = as_row(base.get("oracle")), as_row(tuned.get("oracle"))
@@ -141,14 +160,14 @@ def _figure(name: str, before: object, after: object, kind: str) -> Figure | Non
     was, now = number(before), number(after)
     if was is None or now is None:
         return None
-    change = now - was
+    change = round(now - was, 3)
     tone: Tone = "good" if change > 0 else "bad" if change < 0 else "plain"
     plus = "+" if change > 0 else ""
     if kind == "rate":
         return Figure(name, f"{was:.1%}", f"{now:.1%}", f"{plus}{signed(100 * change, 1)} points", tone)
     if kind in ("reward", "heldout_reward"):
         return Figure(name, signed(was), signed(now), f"{plus}{signed(change)}", tone)
-    of = f"{now / was:.0%} of the base's" if was > 0 else ""
+    of = f"{now / was:.0%}" if was > 0 else ""
     return Figure(name, signed(was), signed(now), of, "bad" if kind in KEPT and now < 0.9 * was else "plain")
 
 
@@ -170,7 +189,10 @@ def _watched(record: Record) -> str:
     if not record.watch:
         return "This run has no watch.jsonl: drift would not have been noticed."
     if record.alarm is not None:
-        return f"From update {record.alarm} on the clips left what the base makes, while the reward rose."
+        outside = {str(name) for row in record.watch if row["step"] >= record.alarm for name in _outside(row)}
+        left = _listed(sorted(map(_words, outside))) or "the clips"
+        best = f" The best checkpoint is that of update {record.best}." if record.best is not None else ""
+        return f"From update {record.alarm} on the reward rose while {left} left what the base makes.{best}"
     count = len(as_row(record.watch[0].get("measures")))
     return f"{count} measures of drift, looked at {len(record.watch)} times: never two of them outside at once."
 
@@ -202,4 +224,4 @@ def _words(name: str) -> str:
 
 
 def _listed(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
