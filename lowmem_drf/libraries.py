@@ -26,6 +26,8 @@ IMPORT_NAMES = {"pillow": "PIL", "triton-windows": "triton"}
 
 WITHOUT = ("bitsandbytes", "triton")
 """Packages that a run on the CPU without quantised models can do without."""
+REPORT = ("jinja2", "matplotlib")
+"""Packages that only ``report`` needs: no run waits for their import, or fails by it."""
 
 
 class Package(NamedTuple):
@@ -84,7 +86,7 @@ def import_all() -> None:
     """Imports what loading a model needs, so that a broken package is named (``broken``) before anything is downloaded
     or written. Those that some runs do without may be missing."""
     for package in requirements()[1]:
-        if not package.optional:
+        if not package.optional and package.module not in REPORT:
             try:
                 importlib.import_module(package.module)
             except ModuleNotFoundError as error:

@@ -229,7 +229,7 @@ def start(
                 _require_same_questions(run, prompts, asked)
             write_text(run / "config.toml", to_toml(config))
             write_text(run / "questions.json", asked)
-            write_notes(run, origin, device, plan.as_json(origin) if plan else None)
+            write_notes(run, origin, device, plan.as_json(origin.removeprefix("preset ")) if plan else None)
             if models.kernel_record:
                 write_text(run / KERNELS, record_text(models.kernel_record))
             if can_check(config) and not resume:

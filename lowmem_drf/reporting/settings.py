@@ -21,7 +21,7 @@ def groups(record: Record) -> Mapping[str, Mapping[str, str]]:
     warmup = f", warm-up {optim.warmup_steps}" if optim.warmup_steps else ""
     found = {
         "What": {
-            "preset": str(notes.get("origin", "")).removeprefix("preset "),
+            "preset": PureWindowsPath(str(notes.get("origin", "")).removeprefix("preset ")).name,
             "generator": model.id,
             "transformer": model.transformer,
             "base LoRA": ", ".join(filter(None, bases)),

@@ -25,8 +25,10 @@ MEASURES = {
 KEPT = ("diversity", "motion")
 """Measures that training should leave as they are."""
 FIRST = ("oracle: all", "oracle: physics", MEASURES["diversity"])
-SLOW, LARGE = 1.5, 1.05
-"""An update or a peak earns a warning from this multiple of its plan."""
+CLEAR = 0.01
+"""A smaller change of a reward is none."""
+SLOW, LARGE, MARGIN_GIB = 1.5, 1.05, 0.5
+"""An update or a peak earns a warning from this multiple of its plan, and a peak from this much beyond it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def verdict(record: Record) -> Verdict:
         return Verdict("plain", "There is nothing to judge yet", [_watched(record)], [], "")
     lead = rows[0]
     word = {"good": "rose", "bad": "fell"}.get(lead.tone, "did not clearly change")
-    about = lead.name if lead.name.startswith("reward") else f"the reward on {lead.name}"
+    about = lead.name if "reward" in lead.name else f"the reward on {lead.name}"
     but = f", but the alarm spoke at update {record.alarm}" if record.alarm is not None else ""
     headline = f"{about[0].upper()}{about[1:]} {word}: {lead.before} to {lead.after}{but}"
     return Verdict("warn" if but else lead.tone, headline, [_watched(record)], rows, source)
@@ -161,7 +163,8 @@ def _figure(name: str, before: object, after: object, kind: str) -> Figure | Non
     if was is None or now is None:
         return None
     change = round(now - was, 3)
-    tone: Tone = "good" if change > 0 else "bad" if change < 0 else "plain"
+    small = kind in ("reward", "heldout_reward") and abs(change) < CLEAR
+    tone: Tone = "plain" if small or not change else "good" if change > 0 else "bad"
     plus = "+" if change > 0 else ""
     if kind == "rate":
         return Figure(name, f"{was:.1%}", f"{now:.1%}", f"{plus}{signed(100 * change, 1)} points", tone)
@@ -199,13 +202,14 @@ def _watched(record: Record) -> str:
 
 def _against_plan(record: Record) -> list[str]:
     rows, found = stages(record), list[str]()
-    large = [r for r in rows if r["gib"] and r["planned_gib"] and float(r["gib"]) > LARGE * float(r["planned_gib"])]
+    both = [(str(r["name"]), float(r["gib"]), float(r["planned_gib"])) for r in rows if r["gib"] and r["planned_gib"]]
+    large = [name for name, gib, planned in both if gib > max(LARGE * planned, planned + MARGIN_GIB)]
     if large:
-        found.append(f"More memory than planned in {_listed([str(r['name']) for r in large])}.")
+        found.append(f"More memory than planned in {_listed(large)}.")
     _, seconds = curve(record.updates[1:], "update_s")
     planned = number(record.plan.get("update_s"))
     if seconds and planned and statistics.median(seconds) > SLOW * planned:
-        found.append(f"An update took {statistics.median(seconds):.1f} s, planned were {planned:.1f} s.")
+        found.append(f"An update took {statistics.median(seconds):.3g} s, planned were {planned:.3g} s.")
     return found
 
 
