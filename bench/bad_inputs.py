@@ -267,6 +267,9 @@ ROWS: tuple[tuple[str, str], ...] = (
     ("export-lora run --output text.safetensors", "--force"),
     ("export-lora run --output run/checkpoints/step-000001/lora.safetensors", "--output"),
     ("export-lora run --merge run", "--merge"),
+    ("report none", "lowmem-drf train"),
+    ("report run --output page.txt", ".html"),
+    ("report run --output run", ".html"),
     ("eval none", "lowmem-drf train"),
     ("eval run-empty", "--resume --output run-empty"),
     # videos

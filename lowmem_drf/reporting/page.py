@@ -13,7 +13,7 @@ from lowmem_drf.files import text_hash, write_text
 from lowmem_drf.reporting import clips, settings
 from lowmem_drf.reporting.curves import WIDE, Curve, draw, moving_mean
 from lowmem_drf.reporting.notes import read_notes
-from lowmem_drf.reporting.read import Record, as_row, curve, names, number
+from lowmem_drf.reporting.read import Record, as_row, curve, names, number, outside
 from lowmem_drf.reporting.verdict import ASPECTS, MEASURES, costs, signed, stages, tiles, verdict, warnings
 
 TEMPLATE = "report.html.jinja"
@@ -35,7 +35,7 @@ def write_report(record: Record, path: Path) -> str:
         warnings=warnings(record),
         rows=rows,
         notes=shown.notes,
-        saliency=[(row, read_notes(told)) for row, (_, told) in maps],
+        saliency=[(row, _answers(told)) for row, (_, told) in maps],
         reward=_reward(record),
         aspects=_by(record, "reward_by_aspect", ASPECTS),
         questions=_by(record, "reward_by_question", {})[:MOST_CURVES],
@@ -115,10 +115,10 @@ def _watched(record: Record) -> list[Mapping[str, Any]]:
         steps, values = curve(record.watch, "measures", name)
         if not values:
             continue
-        outside = [row["step"] for row in record.watch if name in (row.get("outside") or ())]
-        line = Curve(steps, values, record.done, _band(bands.get(name)), outside, False, record.alarm, record.best)
+        gone = [row["step"] for row in record.watch if name in outside(row)]
+        line = Curve(steps, values, record.done, _band(bands.get(name)), gone, False, record.alarm, record.best)
         title = MEASURES.get(name, name.replace("_", " "))
-        row = {"title": title, "first": values[0], "last": values[-1], "outside": bool(outside), "band": line.band}
+        row = {"title": title, "first": values[0], "last": values[-1], "outside": bool(gone), "band": line.band}
         found.append(row | {"svg": draw(line, f"{title} by update, watched")})
     return found
 
@@ -128,6 +128,15 @@ def _band(value: object) -> tuple[float | None, float | None] | None:
         return None
     low, high = map(number, value)
     return None if low is None and high is None else (low, high)
+
+
+def _answers(file: Path) -> Mapping[str, Any]:
+    """What the critic answered about a clip (``ClipScore.as_json``), as far as it can be read."""
+    told = read_notes(file)
+    found = told.get("questions")
+    rows = [as_row(row) for row in found] if isinstance(found, list) else []
+    rows = [row for row in rows if number(row.get("p_answer")) is not None and {"text", "answer", "said"} <= row.keys()]
+    return {"reward": number(told.get("reward")), "questions": rows}
 
 
 def _texts(record: Record) -> dict[str, str]:

@@ -4,7 +4,6 @@ one of an earlier version, has a report too."""
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -23,6 +22,9 @@ from lowmem_drf.training.metrics import read_metrics
 from lowmem_drf.types import Question
 
 WATCH, BEST = "watch.jsonl", "checkpoints/best"
+
+LARGEST = 1e30
+"""Of a number. Axes have no room for more; NaN is no number either."""
 
 Row = Mapping[str, Any]
 
@@ -69,7 +71,7 @@ class Record:
 def read_record(run: Path) -> Record:
     """Reads a run. Raises BadInputError if its ``config.toml`` cannot be read."""
     config, problems = load_config(run / "config.toml"), list[str]()
-    rows = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
+    rows = [row for row in read_metrics(run) if _step(row)] if (run / "metrics.jsonl").is_file() else []
     questions: Mapping[str, tuple[Question, ...]] = {}
     left_out: list[Row] | None = None
     try:
@@ -97,10 +99,16 @@ def read_record(run: Path) -> Record:
 
 
 def number(value: object) -> float | None:
-    """A finite number, or None."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    """A number that can be drawn, or None."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST < value < LARGEST:
         return float(value)
     return None
+
+
+def outside(row: Row) -> list[str]:
+    """Names of the measures that a line of ``watch.jsonl`` says are outside of their band."""
+    found = row.get("outside")
+    return [str(name) for name in found] if isinstance(found, list) else []
 
 
 def as_row(value: object) -> dict[str, Any]:
@@ -125,6 +133,12 @@ def _entry(row: Row, keys: Sequence[str]) -> object:
     return value
 
 
+def _step(row: Row) -> bool:
+    """Whether it is of an update."""
+    step = row.get("step")
+    return isinstance(step, int) and 0 <= step < 2**53
+
+
 def _lines(path: Path) -> Iterable[Row]:
     """Rows with a step, ascending. Damaged ones, such as a last one that a killed process left unfinished, are passed
     over; of two with one step, the later one counts."""
@@ -132,7 +146,7 @@ def _lines(path: Path) -> Iterable[Row]:
     for line in path.read_bytes().split(b"\n") if path.is_file() else ():
         with suppress(ValueError, RecursionError):
             row = as_row(json.loads(line))
-            if isinstance(row.get("step"), int):
+            if _step(row):
                 rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lowmem_drf.reporting.read import Record, Row, as_row, curve, names, number
+from lowmem_drf.reporting.read import Record, Row, as_row, curve, names, number, outside
 
 Tone = Literal["good", "bad", "warn", "plain"]
 
@@ -192,8 +192,8 @@ def _watched(record: Record) -> str:
     if not record.watch:
         return "This run has no watch.jsonl: drift would not have been noticed."
     if record.alarm is not None:
-        outside = {str(name) for row in record.watch if row["step"] >= record.alarm for name in _outside(row)}
-        left = _listed(sorted(map(_words, outside))) or "the clips"
+        gone = {name for row in record.watch if row["step"] >= record.alarm for name in outside(row)}
+        left = _listed(sorted(map(_words, gone))) or "the clips"
         best = f" The best checkpoint is that of update {record.best}." if record.best is not None else ""
         return f"From update {record.alarm} on the reward rose while {left} left what the base makes.{best}"
     count = len(as_row(record.watch[0].get("measures")))
@@ -216,11 +216,6 @@ def _against_plan(record: Record) -> list[str]:
 def _ordered(measures: Sequence[Row]) -> list[str]:
     found = list(dict.fromkeys(name for row in measures for name in row))
     return sorted(found, key=lambda name: list(MEASURES).index(name) if name in MEASURES else len(MEASURES))
-
-
-def _outside(row: Row) -> Sequence[object]:
-    outside = row.get("outside")
-    return outside if isinstance(outside, list) else ()
 
 
 def _words(name: str) -> str:

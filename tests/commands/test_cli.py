@@ -26,7 +26,7 @@ from lowmem_drf.video import read_video
 PROMPT = "a red circle moves left on a gray background"
 COMMANDS = (
     *("train", "sample", "export-lora", "inspect-lora", "eval", "score", "questions", "plan", "bench", "doctor"),
-    *("presets list", "presets show", "presets copy"),
+    *("report", "presets list", "presets show", "presets copy"),
 )
 
 

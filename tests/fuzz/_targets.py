@@ -128,6 +128,16 @@ def _read_metrics(path: Path) -> None:
     read_metrics(path.parent)
 
 
+def _read_report(path: Path) -> None:
+    """Both files of a run that have curves, with the same content."""
+    from lowmem_drf.reporting.page import write_report
+    from lowmem_drf.reporting.read import read_record
+
+    path.with_name("config.toml").write_bytes(preset_path("toy").read_bytes())
+    path.with_name("metrics.jsonl").write_bytes(path.read_bytes())
+    write_report(read_record(path.parent), path.with_name("report.html"))
+
+
 def _read_model(path: Path) -> None:
     from lowmem_drf.models.wan.single_file import load_single_file
 
@@ -252,6 +262,8 @@ SCORED = {
     **{f"{side}-scores/1_eval_results.json": SCORES for side in ("base", "tuned")},
 }
 METRICS = {"step": 3, "reward": 0.5, "stage_s": {"decode": 1.5}, "prompts": ["a"], "skipped": "reward"}
+
+WATCHED = {"step": 3, "reward": 0.5, "measures": {"blur": 1.5}, "bands": {"blur": [1.2, None]}, "outside": ["blur"]}
 
 
 def _lines(row: dict[str, object]) -> Bytes:
@@ -424,6 +436,9 @@ TARGETS = {
     "questions": Target(_question_files, "questions.json", _read_questions, lambda: json.dumps(_ROWS).encode()),
     "metrics": Target(
         lambda: files_of(_lines(METRICS)), "metrics.jsonl", _read_metrics, lambda: json.dumps(METRICS).encode()
+    ),
+    "report": Target(
+        lambda: files_of(_lines(WATCHED)), "watch.jsonl", _read_report, lambda: json.dumps(WATCHED).encode()
     ),
     "preset": Target(_toml, "preset.toml", _read_preset, preset_path("toy").read_bytes),
     "overrides": Target(_overrides, "overrides", _read_overrides, lambda: b"optim.lr=1e-4\n\nsteps=3"),

@@ -31,7 +31,8 @@ from lowmem_drf.video import read_video, side_by_side, write_mp4
 
 def test_a_run_leaves_what_the_contract_says(tiny_run):
     folders = {"tensorboard", "samples", "checkpoints"}
-    assert {path.name for path in tiny_run.iterdir()} == {"config.toml", "questions.json", "metrics.jsonl"} | folders
+    files = {"config.toml", "questions.json", "run.json", "metrics.jsonl"}
+    assert {path.name for path in tiny_run.iterdir()} == files | folders
     assert run_config(tiny_run).lora.rank == 2
     assert set(load_questions(tiny_run / "questions.json")) < set(train_prompts())
     assert sorted(os.listdir(tiny_run / "checkpoints")) == ["step-000003", "step-000004"]
