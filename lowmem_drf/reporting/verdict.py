@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lowmem_drf.reporting.read import Record, Row, as_row, curve, names, number, outside
+from lowmem_drf.terminal import clock
 
 Tone = Literal["good", "bad", "warn", "plain"]
 
@@ -25,8 +26,8 @@ MEASURES = {
 KEPT = ("diversity", "motion")
 """Measures that training should leave as they are."""
 FIRST = ("oracle: all", "oracle: physics", MEASURES["diversity"])
-CLEAR = 0.01
-"""A smaller change of a reward is none."""
+CLEAR, CLEAR_RATE = 0.01, 0.02
+"""A smaller change of a reward, or of a rate, is none."""
 SLOW, LARGE, MARGIN_GIB = 1.5, 1.05, 0.5
 """An update or a peak earns a warning from this multiple of its plan, and a peak from this much beyond it."""
 
@@ -84,7 +85,8 @@ def warnings(record: Record) -> list[str]:
 
 def tiles(found: Verdict, most: int = 4) -> list[Figure]:
     """The figures to see first: what the verdict is about, then the truth where it is known, then what was to stay."""
-    first = [*found.figures[:2], *(f for f in found.figures[2:] if f.name in FIRST)]
+    known = {figure.name: figure for figure in found.figures[2:]}
+    first = [*found.figures[:2], *(known[name] for name in FIRST if name in known)]
     rest = [figure for figure in found.figures if figure not in first]
     return [*first, *rest][:most]
 
@@ -95,7 +97,7 @@ def costs(record: Record) -> list[Figure]:
     _, seconds = curve(record.updates[1:] or record.updates, "update_s")
     planned, peaks = number(record.plan.get("update_s")), [float(row["gib"]) for row in rows if row["gib"]]
     if seconds:
-        plan = f"{planned:.1f} s planned" if planned else f"{sum(seconds) / 60:.0f} minutes in all"
+        plan = f"{planned:.1f} s planned" if planned else f"{clock(sum(seconds))} in all"
         found.append(Figure("an update", plan, f"{statistics.median(seconds):.1f} s", ""))
     if peaks:
         plans = [float(row["planned_gib"]) for row in rows if row["planned_gib"]]
@@ -163,7 +165,7 @@ def _figure(name: str, before: object, after: object, kind: str) -> Figure | Non
     if was is None or now is None:
         return None
     change = round(now - was, 3)
-    small = kind in ("reward", "heldout_reward") and abs(change) < CLEAR
+    small = abs(change) < {"reward": CLEAR, "heldout_reward": CLEAR, "rate": CLEAR_RATE}.get(kind, 0.0)
     tone: Tone = "plain" if small or not change else "good" if change > 0 else "bad"
     plus = "+" if change > 0 else ""
     if kind == "rate":

@@ -72,7 +72,7 @@ def test_the_verdict_and_the_alarm_come_first(tmp_path):
     assert "2 updates were skipped, the first is 61: the gradient in vae_backward." in head
     assert "91.9 s 88.0 s planned" in head and "13.8 GiB 13.7 GiB planned" in head
     assert f"the alarm, update {ALARM}" in rest and rest.count("outside of the base's spread") == 2
-    assert "Is the sea calm? the answer yes does not follow from the prompt" in rest
+    assert f"Is the sea calm? {PROMPTS[0]} the answer yes does not follow from the prompt" in rest
     assert "1 left out by the check, 1 weigh less" in rest
     assert "breaks &lt;slowly&gt;" in html and "<slowly>" not in html
     assert "prompts.txt" in rest and "anna" not in html
