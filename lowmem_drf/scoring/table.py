@@ -63,7 +63,7 @@ def _sections(result: Mapping[str, Any]) -> Iterator[list[Line]]:
         found = changed.get(key, {"low": None, "high": None})
         signed = f"+z{form}"  # no minus zero
         change = format(after - before, signed)
-        return [(title, format(before, form), format(after, form), change, *_interval(found, signed, 0))]
+        return [(title, format(before, f"z{form}"), format(after, f"z{form}"), change, *_interval(found, signed, 0))]
 
     rewards = []
     for key, title in REWARDS.items():
