@@ -1,0 +1,109 @@
+"""The study: its page says what its files say, and the other methods are what their papers say."""
+
+import re
+import sys
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from _root import ROOT
+from _toys import batch_of, plan_of, toy_parts
+
+from lowmem_drf.method.schedule import advance
+
+sys.path.insert(0, str(ROOT))
+
+from bench.evidence import __main__ as study
+from bench.evidence import baselines, page
+from bench.evidence.levers import _some
+from bench.evidence.variants import VARIANTS
+from lowmem_drf.questions.make import make_questions
+
+
+def test_the_page_is_what_its_files_say(tmp_path):
+    """``python -m bench.evidence --page`` changes nothing."""
+    copy = tmp_path / "evidence.md"
+    copy.write_text(page.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    results = page.read(study.FOLDER)
+    page.write_page(results, copy)
+    assert copy.read_text(encoding="utf-8") == page.PAGE.read_text(encoding="utf-8")
+    assert set(re.findall(r"<!-- table: (\w+) -->", copy.read_text(encoding="utf-8"))) == {
+        *(variant.group for variant in VARIANTS.values()),
+        "scales",
+    }
+    for result in results:  # each is of the variant as it is now
+        variant = VARIANTS[result["variant"]]
+        assert tuple(result["overrides"]) == variant.overrides and page.last(result)["step"] == variant.updates
+
+
+def gradient(parts, step, *given, **named):
+    for parameter in parts.lora:
+        parameter.grad = None
+    stats = step(parts, *given, **named)
+    return torch.cat([parameter.grad.flatten() for parameter in parts.lora]), stats
+
+
+def generators():
+    return [torch.Generator().manual_seed(seed) for seed in range(4)]
+
+
+@pytest.fixture
+def four():
+    """(parts, noise, cond, uncond, questions) of one prompt's four clips."""
+    noise, cond, uncond, questions = batch_of(4)
+    return toy_parts(), noise, cond, uncond, questions
+
+
+def test_weights_of_a_prompt_s_clips():
+    rewards = torch.tensor([[-0.1, -0.2, -0.5, -0.2], [-1.0, -1.0, -1.0, -1.0]])
+    better = baselines.better(rewards)
+    assert better.mean(-1).tolist() == pytest.approx([1, 1]) and better[0].argmax() == 0
+    assert baselines.advantages(rewards).sum(-1).tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert not baselines.advantages(rewards)[1].any()
+
+
+def test_matching_learns_from_no_gradient_of_the_reward(four):
+    """Equal rewards teach a policy gradient nothing; weights of 1 are plain flow matching on own clips."""
+    parts, *batch = four
+    plan = plan_of((3, 5))
+    nothing, _ = gradient(parts, partial(baselines.matching_step, torch.zeros_like), plan, *batch, generators())
+    assert not nothing.any()
+    got, stats = gradient(parts, partial(baselines.matching_step, torch.ones_like), plan, *batch, generators())
+    draws, x_0, cond = generators(), stats.latents_BCFhw, batch[1][[0] * 4]
+    loss = 0.0
+    for _ in range(baselines.DRAWS):
+        noise = torch.stack([torch.randn(x_0.shape[1:], generator=one) for one in draws]).to(x_0)
+        sigma = plan.sigmas[int(torch.randint(plan.steps, (), generator=draws[0]))].item()
+        v = parts.velocity((1 - sigma) * x_0 + sigma * noise, sigma, cond)
+        loss = loss + (v - (noise - x_0)).pow(2).mean() / baselines.DRAWS
+    wanted = torch.cat([one.flatten() for one in torch.autograd.grad(loss, parts.lora)])
+    assert (got - wanted).norm() <= 1e-10 * wanted.norm()
+
+
+def test_refl_judges_what_a_random_step_predicts():
+    from lowmem_drf.config import load_config
+
+    config = load_config("toy")
+    seen = {baselines.refl_spec(config, step).graded[0] for step in range(60)}
+    assert seen == set(range(10))
+    spec = baselines.refl_spec(config, 0)
+    last = spec.graded[0]
+    assert spec.steps == last + 1 and spec.sigmas[-1] == 0
+    x, v = torch.randn(2, 3), torch.randn(2, 3)
+    # the jump to 0 is the clip that this step's velocity predicts
+    assert torch.equal(advance("euler", x, v, spec.sigmas[last].item(), 0.0, ()), x - spec.sigmas[last].item() * v)
+
+
+def test_dropped_questions_leave_one_of_each_aspect():
+    questions = make_questions("a red circle moves left on a gray background", "dense", "toyworld")
+    counts = [len(_some(questions, seed)) for seed in range(40)]
+    assert {q.aspect for q in _some(questions, 1)} == {"TA", "Phy", "VQ"}
+    assert len(set(counts)) > 1 and max(counts) < len(questions) + 1
+
+
+def test_every_method_and_lever_is_there():
+    for variant in VARIANTS.values():
+        with baselines.method(variant.method):
+            pass
+        assert replace(variant, updates=60).says
