@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-SCREEN, LONG = 400, 1200
-"""Updates of an idea's first try, and of what helped."""
+SHORT, SCREEN, LONG = 200, 400, 1200
+"""Updates of the default run, of an idea's first try, and of what helped."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,17 @@ VARIANTS: dict[str, Variant] = {
         rank_4=("rank 4", "lora.rank=4 lora.alpha=4"),
         slow=("half of the learning rate", "optim.lr=3e-4"),
     ),
+    **{
+        name: replace(variant, updates=SHORT)
+        for name, variant in _settings(
+            "short",
+            short=("the preset as it was", ""),
+            short_anchor=("anchor 1", "optim.anchor=1"),
+            short_anchor_fast=("anchor 1, rate 1e-3", "optim.anchor=1 optim.lr=1e-3"),
+            short_anchor_half=("anchor 0.5, rate 1e-3", "optim.anchor=0.5 optim.lr=1e-3"),
+            short_fast=("rate 1e-3", "optim.lr=1e-3"),
+        ).items()
+    },
     **_settings(
         "alarm",
         hot=("a constant rate of 2e-3", "optim.lr=2e-3 optim.schedule=constant"),
