@@ -41,6 +41,8 @@ class Curve:
     """Where the axis of updates ends."""
     band: tuple[float | None, float | None] | None = None
     """The range of the base's own spread; an end may be open."""
+    floor: Sequence[float] = ()
+    """In place of a band: the least value at each step."""
     outside: Sequence[int] = ()
     """Updates whose value is to be marked."""
     smooth: bool = True
@@ -101,6 +103,8 @@ def _lines(axes: Axes, curve: Curve) -> None:
         axes.plot(steps, values, color=_COLORS["raw"], linewidth=1)
         axes.plot(*_thinned(curve.steps, shown), color=_COLORS["line"], linewidth=2)
     _limits(axes, curve)
+    if curve.floor:
+        axes.fill_between(curve.steps, curve.floor, axes.get_ylim()[1], color=_COLORS["band"], linewidth=0, zorder=0)
     if curve.band:
         low, high = (end if end is not None else axes.get_ylim()[i] for i, end in enumerate(curve.band))
         axes.axhspan(low, high, color=_COLORS["band"], linewidth=0, zorder=0)
@@ -117,7 +121,7 @@ def _limits(axes: Axes, curve: Curve) -> None:
     """A few wild updates do not flatten the rest: the hundredth at each end of a noisy curve may be cut off."""
     ordered = sorted(curve.values)
     cut = len(ordered) // 100 if curve.smooth else 0
-    ends = [*ordered[cut : len(ordered) - cut], *(end for end in curve.band or () if end is not None)]
+    ends = [*ordered[cut : len(ordered) - cut], *curve.floor, *(end for end in curve.band or () if end is not None)]
     low, high = min(ends), max(ends)
     room = 0.08 * (high - low) or 0.05 * abs(high) or 0.05
     axes.set_ylim(low - room, high + room)

@@ -43,8 +43,8 @@ def write_notes(run: Path, origin: str, device: torch.device, plan: Mapping[str,
 
 
 def write_result(run: Path, step: int, source: str, result: Mapping[str, Any]) -> None:
-    """Writes ``eval.json``: the JSON of ``eval``, with the update it is of and where its prompts come from."""
-    write_text(run / RESULT, json.dumps({"step": step, "source": source, **result}, indent=1) + "\n")
+    """Writes ``eval.json``: the JSON of ``eval``, the update it is of, and where its prompts come from."""
+    write_text(run / RESULT, json.dumps({"step": step, "source": source, "result": result}, indent=1) + "\n")
 
 
 def read_notes(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,15 @@ from lowmem_drf import __version__
 from lowmem_drf.config import to_toml
 from lowmem_drf.files import text_hash, write_text
 from lowmem_drf.reporting import clips, settings
+from lowmem_drf.reporting.costs import costs, stages
 from lowmem_drf.reporting.curves import WIDE, Curve, draw, moving_mean
+from lowmem_drf.reporting.figures import ASPECTS, signed, words
 from lowmem_drf.reporting.notes import read_notes
 from lowmem_drf.reporting.read import Record, as_row, curve, names, number, outside
-from lowmem_drf.reporting.verdict import ASPECTS, MEASURES, costs, signed, stages, tiles, verdict, warnings
+from lowmem_drf.reporting.verdict import verdict, warnings
 
 TEMPLATE = "report.html.jinja"
-MOST_CURVES, MOST_PROMPTS, MOST_LEFT_OUT = 30, 100, 100
+MOST_TILES, MOST_CURVES, MOST_PROMPTS, MOST_LEFT_OUT = 4, 30, 100, 100
 _SEAL = "<!-- made by lowmem-drf report, unchanged: "
 
 
@@ -27,11 +29,12 @@ def write_report(record: Record, path: Path) -> str:
     room = clips.Room(sum(len(row.files) for row in shown.rows) + len(salient))
     rows = clips.embedded(shown.rows, room)
     maps = zip(clips.embedded([files for files, _ in salient], room), salient, strict=True)
+    found = verdict(record)
     html = _template().render(
         version=__version__,
         run=record.run.name,
         record=record,
-        verdict=verdict(record),
+        verdict=found,
         warnings=warnings(record),
         rows=rows,
         notes=shown.notes,
@@ -41,7 +44,7 @@ def write_report(record: Record, path: Path) -> str:
         questions=_by(record, "reward_by_question", {})[:MOST_CURVES],
         watched=_watched(record),
         texts=_texts(record),
-        tiles=[*tiles(verdict(record)), *costs(record)],
+        tiles=[*found.figures[:MOST_TILES], *costs(record)],
         stages=stages(record),
         settings=settings.groups(record),
         toml=to_toml(settings.without_folders(record.config)),
@@ -116,9 +119,11 @@ def _watched(record: Record) -> list[Mapping[str, Any]]:
         if not values:
             continue
         gone = [row["step"] for row in record.watch if name in outside(row)]
-        line = Curve(steps, values, record.done, _band(bands.get(name)), gone, False, record.alarm, record.best)
-        title = MEASURES.get(name, name.replace("_", " "))
-        row = {"title": title, "first": values[0], "last": values[-1], "outside": bool(gone), "band": line.band}
+        band = _band(bands.get(name))
+        floor = _floor(values, band) if name == "heldout_reward" else ()
+        line = Curve(steps, values, record.done, None if floor else band, floor, gone, False, record.alarm, record.best)
+        title = words(name)
+        row = {"title": title, "first": values[0], "last": values[-1], "outside": bool(gone), "band": band}
         found.append(row | {"svg": draw(line, f"{title} by update, watched")})
     return found
 
@@ -137,6 +142,13 @@ def _answers(file: Path) -> Mapping[str, Any]:
     rows = [as_row(row) for row in found] if isinstance(found, list) else []
     rows = [row for row in rows if number(row.get("p_answer")) is not None and {"text", "answer", "said"} <= row.keys()]
     return {"reward": number(told.get("reward")), "questions": rows}
+
+
+def _floor(values: Sequence[float], band: tuple[float | None, float | None] | None) -> list[float]:
+    """How far held-out answers may fall back from the best so far (``alarm.Alarm``): as the base's band reaches."""
+    if not band or band[0] is None:
+        return []
+    return [max(values[: max(i, 1)]) - (values[0] - band[0]) for i in range(len(values))]
 
 
 def _texts(record: Record) -> dict[str, str]:

@@ -17,11 +17,10 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.questions.file import load_questions
 from lowmem_drf.reporting.notes import NOTES, RESULT, read_notes
 from lowmem_drf.schema import Config
+from lowmem_drf.scoring.alarm import BEST, FILE
 from lowmem_drf.texts import one_line, parse_json, read_text
 from lowmem_drf.training.metrics import read_metrics
 from lowmem_drf.types import Question
-
-WATCH, BEST = "watch.jsonl", "checkpoints/best"
 
 LARGEST = 1e30
 """Of a number. Axes have no room for more; NaN is no number either."""
@@ -47,7 +46,7 @@ class Record:
     """Prompts with the questions that the check left out or gave less weight. None: the run did not check any."""
     notes: Row
     result: Row
-    """Base against tuned. Empty: not measured."""
+    """``eval.json``. Empty: base and tuned were not compared."""
     best: int | None
     """The update of the checkpoint that the watch marked as the best."""
     problems: Sequence[str]
@@ -59,9 +58,14 @@ class Record:
 
     @property
     def alarm(self) -> int | None:
-        """The update at which reward and measures began to part."""
+        """The update at which the last alarm began."""
         spoken = (number(row.get("alarm")) for row in self.watch)
-        return next((int(step) for step in spoken if step is not None), None)
+        return next((int(step) for step in reversed(list(spoken)) if step is not None), None)
+
+    @property
+    def alarmed(self) -> bool:
+        """Whether the alarm lasts to the end."""
+        return bool(self.watch) and number(self.watch[-1].get("alarm")) is not None
 
     @property
     def plan(self) -> Row:
@@ -88,7 +92,7 @@ def read_record(run: Path) -> Record:
         config,
         [row for row in rows if number(row.get("reward")) is not None],
         [row for row in rows if "skipped" in row],
-        list(_lines(run / WATCH)),
+        list(_lines(run / FILE)),
         questions,
         left_out,
         read_notes(run / NOTES),

@@ -42,7 +42,7 @@ def print_table(result: Mapping[str, Any], console: Console) -> None:
     table = Table("", "base", "tuned", "change (95% over prompts)" if wide else "change")
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
-    for section in _sections(result):
+    for section in sections(result):
         for name, base, tuned, change, ends, sure in section:
             cells = name, base, tuned, f"{change} {ends}".strip() if wide else change
             table.add_row(*cells, style="bold" if sure else "")
@@ -54,7 +54,8 @@ Line = tuple[str, str, str, str, str, bool]
 """Name, base, tuned, change, its interval, and whether it is sure."""
 
 
-def _sections(result: Mapping[str, Any]) -> Iterator[list[Line]]:
+def sections(result: Mapping[str, Any]) -> Iterator[list[Line]]:
+    """The lines of a ``result.Result``: rewards and prompts won, groups, measures of the clips."""
     base, tuned, changed = (result[part] for part in ("base", "tuned", "change"))
 
     def line(title: str, key: str, before: float | None, after: float | None, form: str) -> list[Line]:

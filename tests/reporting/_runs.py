@@ -10,6 +10,7 @@ import numpy as np
 
 from lowmem_drf.config import load_config, to_toml
 from lowmem_drf.files import readable_name
+from lowmem_drf.scoring.measures import MEASURES
 
 PROMPTS = [
     "a corgi surfing a wave at sunset, its fur wet, the board cutting through foam",
@@ -49,7 +50,7 @@ def big_run(run, clips=True):
     write_json(run / "run.json", _notes())
     write_json(run / "eval.json", _result())
     (run / "checkpoints").mkdir()
-    (run / "checkpoints" / "best").write_text(f"step-{BEST:06d}\n", encoding="utf-8")
+    (run / "checkpoints" / "best").write_text(f"{BEST}\n", encoding="utf-8")
     if clips:
         add_clips(run, {0: 0.0, BEST: 0.6, STEPS: 1.0})
     return run
@@ -170,10 +171,25 @@ def _notes():
 
 
 def _result():
-    def side(reward, heldout, diversity, norm):
-        by_aspect = {"TA": 2 * reward, "Phy": reward, "VQ": reward / 2}
-        kept = {"diversity": diversity, "motion": 0.05, "velocity_norm": norm}
-        return {"reward": reward, "reward_by_aspect": by_aspect, "heldout_reward": heldout, **kept}
+    base = _side(-0.55, -0.62, 0.161, 1.26)
+    tuned = _side(-0.12, -0.24, 0.128, 1.53)
+    changes = {
+        "reward": (0.31, 0.52),
+        "heldout_reward": (0.2, 0.55),
+        "diversity": (-0.05, -0.02),
+        "motion": (-0.01, 0.01),
+    }
+    change = {
+        name: {"mean": tuned[name] - base[name], "low": low, "high": high, "prompts": 8}
+        for name, (low, high) in changes.items()
+    }
+    wins = {"heldout_reward": {"mean": 0.9375, "low": 0.72, "high": 0.99, "prompts": 8}}
+    result = {"prompts": 8, "seeds": 2, "base": base, "tuned": tuned, "change": change, "wins": wins, "by_prompt": []}
+    return {"step": STEPS, "source": "8 prompts x 2 seeds, of the training file", "result": result}
 
-    sides = {"base": side(-0.55, -0.62, 0.161, 1.26), "tuned": side(-0.12, -0.24, 0.128, 1.53)}
-    return {"step": STEPS, "source": "8 prompts x 2 seeds, of the training file", "prompts": 8, "seeds": 2, **sides}
+
+def _side(reward, heldout, diversity, norm):
+    by_aspect = {"TA": 2 * reward, "Phy": reward, "VQ": reward / 2}
+    measures = dict.fromkeys(MEASURES, 0.05)
+    kept = {"diversity": diversity, "velocity_norm": norm, **measures}
+    return {"reward": reward, "reward_by_aspect": by_aspect, "heldout_reward": heldout, **kept}
