@@ -20,7 +20,10 @@ KEPT, LEAST_KEPT = (DIVERSITY, "motion"), 0.9
 """Measures that training should leave as they are, and from which share of the base's on they were not."""
 BETTER = ("reward", "prompts won", "oracle", "training reward")
 """Beginnings of the names of which more is better."""
-FIRST = (HELDOUT, "prompts won, held-out", "oracle: all", "oracle: physics", DIVERSITY, "training reward", "reward")
+FIRST = (
+    *(HELDOUT, "prompts won, held-out", "oracle: all", "oracle: physics", DIVERSITY, "training reward", "reward"),
+    *("motion", NAMES["velocity_norm"], "blur"),
+)
 """The figures to see first: what was not trained on, the truth where it is known, then what was to stay."""
 CLEAR = 0.01
 """A smaller change of a reward without an interval is none."""

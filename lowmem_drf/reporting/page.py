@@ -111,7 +111,7 @@ def _curve(record: Record, title: str, *keys: str) -> dict[str, Any] | None:
 
 
 def _watched(record: Record) -> list[Mapping[str, Any]]:
-    """The curve of every measure of the watch, with its band."""
+    """The curve of every measure of the watch, with its band; those that left it first."""
     bands = as_row(record.watch[0].get("bands")) if record.watch else {}
     found: list[Mapping[str, Any]] = []
     for name in names(record.watch, "measures"):
@@ -125,7 +125,7 @@ def _watched(record: Record) -> list[Mapping[str, Any]]:
         title = words(name)
         row = {"title": title, "first": values[0], "last": values[-1], "outside": bool(gone), "band": band}
         found.append(row | {"svg": draw(line, f"{title} by update, watched")})
-    return found
+    return sorted(found, key=lambda row: not row["outside"])
 
 
 def _band(value: object) -> tuple[float | None, float | None] | None:
