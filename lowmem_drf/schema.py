@@ -303,7 +303,9 @@ class Optim(Node):
     anchor: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Weight of the mean squared difference between the tuned and the base's velocity, at the latents that enter one of
     the graded steps, drawn anew in each update: keeps what no question asks about as the base makes it. Costs a
-    rollout step and a graded step more an update; 0: none of them."""
+    rollout step and a graded step more (at the first graded step no second one); 0: none of them."""
+    anchor_every: Positive = 1
+    """The anchor's term is part of every n-th update alone, with n times the weight: an n-th of its cost."""
     stop: Literal["never", "alarm"] = "never"
     """``alarm``: the run ends where the watch finds that clips get worse while the reward rises (``log.watch_every``).
     ``train --resume`` goes on."""

@@ -70,6 +70,8 @@ VARIANTS: dict[str, Variant] = {
             short_anchor=("anchor 1", "optim.anchor=1"),
             short_anchor_fast=("anchor 1, rate 1e-3", "optim.anchor=1 optim.lr=1e-3"),
             short_anchor_half=("anchor 0.5, rate 1e-3", "optim.anchor=0.5 optim.lr=1e-3"),
+            short_lazy_4=("anchor 1 in every fourth update", "optim.anchor=1 optim.anchor_every=4"),
+            short_lazy_8=("anchor 1 in every eighth update", "optim.anchor=1 optim.anchor_every=8"),
             short_fast=("rate 1e-3", "optim.lr=1e-3"),
         ).items()
     },

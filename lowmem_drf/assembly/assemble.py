@@ -103,6 +103,8 @@ def step_spec(config: Config, step: int, scales: Mapping[str, float] | None = No
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "plan", step))
     sampler, critic = config.sampler, config.critic
     graded = choose_graded(sampler.graded, sampler.steps, sampler.graded_steps, generator)
+    every = config.optim.anchor_every
+    anchor = config.optim.anchor * every if step % every == 0 else 0.0
     anchored = graded[derive_seed(config.seed, "anchor", step) % len(graded)]
     return StepSpec(
         sigmas=flow_sigmas(sampler.steps, sampler.shift, sampler.timesteps),
@@ -116,8 +118,8 @@ def step_spec(config: Config, step: int, scales: Mapping[str, float] | None = No
         vae_window=config.vae_window,
         vae_cache_every=config.memory.vae_cache_every,
         record_decode=config.memory.record_decode,
-        anchor=config.optim.anchor,
-        anchored=(anchored,) if config.optim.anchor else (),
+        anchor=anchor,
+        anchored=(anchored,) if anchor else (),
         lv_samples=sampler.lv_samples,
         reward=replace(reward_spec(config), scales=scales or {}),
     )

@@ -211,14 +211,24 @@ def denoise_backward(
         if k not in spec.graded:
             d_x = through * d_x
             continue
-        if spec.anchor and share and k in spec.anchored:  # first: the step's own backward uses its record up
-            away += _anchor_backward(parts, spec, k, entering[k], cond, share)
         # nothing trainable precedes the first graded step
         x = entering[k].detach().requires_grad_(spec.chain == "full" and k != spec.graded[0])
+        anchored = bool(spec.anchor and share and k in spec.anchored)
+        if anchored and x.requires_grad:
+            # a backward of its own: the anchor takes the step's input as a constant. Before the step's: that uses the
+            # record up
+            with torch.enable_grad(), parts.recorder.replay(k, cond, again=True):
+                v = parts.velocity(x.detach(), sigmas[k], cond)
+            pull, found_away = _pull(parts, spec, k, x, v, cond, share)
+            v.backward(pull.to(v.dtype), inputs=list(parts.lora))
+            away += found_away
         for condition, factor in gradient_passes(cond, uncond, spec.guidance, spec.guidance_grad):
             with torch.enable_grad(), parts.recorder.replay(k, condition):
                 v = parts.velocity(x, sigmas[k], condition)
             d_v = factor * to_velocity * d_x
+            if anchored and not x.requires_grad and condition is cond:
+                pull, found_away = _pull(parts, spec, k, x, v, cond, share)
+                d_v, away = d_v + pull, away + found_away
             v.backward(d_v.to(v.dtype), inputs=[*parts.lora, x] if x.requires_grad else list(parts.lora))
         d_x = through * d_x
         if x.grad is not None:
@@ -227,22 +237,17 @@ def denoise_backward(
     return away
 
 
-def _anchor_backward(parts: Parts, spec: StepSpec, k: int, x_BCFhw: Tensor, cond: Any, share: float) -> float:
-    """Adds the gradient of share * anchor * (mean squared difference to the base's velocity) at step k to the ``.grad``
-    of ``parts.lora``: a pass without the LoRA, and one with it and its backward. Returns the mean squared difference.
-
-    A backward of its own, because the step's goes on to the step's input, which the anchor takes as a constant.
-    """
+def _pull(
+    parts: Parts, spec: StepSpec, k: int, x_BCFhw: Tensor, v_BCFhw: Tensor, cond: Any, share: float
+) -> tuple[Tensor, float]:
+    """The anchor at step k, by a pass without the LoRA: the gradient of share * anchor * (mean squared difference to
+    the base's velocity) at the velocity, and the difference itself, each as part of the mean over anchored steps."""
     assert parts.base is not None
-    sigma, x = spec.sigmas[k].item(), x_BCFhw.detach()
     with torch.no_grad():
-        base = parts.base(x, sigma, cond)
-    with torch.enable_grad(), parts.recorder.replay(k, cond, again=True):
-        v = parts.velocity(x, sigma, cond)
-    difference = v.detach().to(x.dtype) - base.to(x.dtype)
-    factor = 2 * share * spec.anchor / len(spec.anchored) / difference.numel()
-    v.backward((factor * difference).to(v.dtype), inputs=list(parts.lora))
-    return difference.pow(2).mean().item() / len(spec.anchored)
+        base = parts.base(x_BCFhw.detach(), spec.sigmas[k].item(), cond)
+    difference, count = v_BCFhw.detach().to(x_BCFhw.dtype) - base.to(x_BCFhw.dtype), len(spec.anchored)
+    gradient = 2 * share * spec.anchor / count / difference.numel() * difference
+    return gradient, difference.pow(2).mean().item() / count
 
 
 def _some(names: Sequence[str]) -> str:

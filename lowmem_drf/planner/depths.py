@@ -131,6 +131,7 @@ def settings_of(group: str, config: Config) -> str:
     for name in left_out:
         table, _, key = name.rpartition(".")
         (rows[table] if table else rows).pop(key)
+    rows["anchor"] = group == "transformer" and config.optim.anchor > 0
     return f"{group} {json.dumps(rows, sort_keys=True)}"
 
 

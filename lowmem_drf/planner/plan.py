@@ -88,8 +88,8 @@ def make_plan(
     deep: bool = False,
     seen: Seen | None = None,
 ) -> Plan:
-    """Runs one update of ``config`` on fake tensors; with the tiny decoder two: seconds are the mean over those that
-    compare it and those that do not, peaks the higher of both.
+    """Runs one update of ``config`` on fake tensors; with the tiny decoder two, and with an anchor that is not in every
+    update: seconds are the mean over those that do more and those that do less, peaks the highest of them.
 
     Args:
         vram_gib: memory of the card; default: ``card.gib``.
@@ -109,8 +109,13 @@ def make_plan(
     kinds: dict[Uses, float] = {"exact": 1.0}
     if config.model.decoder != "exact":
         kinds = {"both": 1 / every, "tiny": 1 - 1 / every} if every > 1 else {"both": 1.0}
-    plans = [_plan(config, card, vram_gib, only, whole, fakes, deep, seen, uses) for uses in kinds]
-    return plans[0].averaged(plans[1:], list(kinds.values()))
+    anchors = [(config, 1.0)]
+    if config.optim.anchor and (lazy := config.optim.anchor_every) > 1:
+        without = config.model_copy(update={"optim": config.optim.model_copy(update={"anchor": 0.0})})
+        anchors = [(config, 1 / lazy), (without, 1 - 1 / lazy)]
+    both = [(one, uses, a * b) for one, a in anchors for uses, b in kinds.items()]
+    plans = [_plan(one, card, vram_gib, only, whole, fakes, deep, seen, uses) for one, uses, _ in both]
+    return plans[0].averaged(plans[1:], [share for *_, share in both])
 
 
 def _plan(

@@ -6,6 +6,7 @@ skips repeats inside a stage, and ``one_stage`` leaves out the models that a sta
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from lowmem_drf.assembly.assemble import Models
+from lowmem_drf.assembly.assemble import Models, derive_seed
 from lowmem_drf.memory.activations import HookedForward
 from lowmem_drf.memory.recorded_rollout import RecordedForward
 from lowmem_drf.memory.streaming import StreamedForward
@@ -44,8 +45,11 @@ def shortened(config: Config, graded: int) -> Config:
     if config.model.expert == "high":
         places = list(range(graded))
     some = {"steps": steps, "graded_steps": graded, "graded": places, "timesteps": sampler.timesteps[-steps:]}
-    short = sampler.model_copy(update=some)
-    return one_micro_batch(config.model_copy(update={"sampler": short}))
+    changes: dict[str, Any] = {"sampler": sampler.model_copy(update=some)}
+    if config.optim.anchor:  # drawn to be at the last graded step: at the first one it is cheap
+        drawn = (seed for seed in itertools.count() if derive_seed(seed, "anchor", 0) % graded == graded - 1)
+        changes["seed"] = next(drawn)
+    return one_micro_batch(config.model_copy(update=changes))
 
 
 def boundary_moved(generator: GeneratorConfig, short: Config) -> GeneratorConfig:

@@ -73,6 +73,22 @@ def test_the_micro_batch_changes_memory_and_not_the_gradient(ready):
         assert (gradients[size] - gradients[3]).norm() <= 1000 * 2**-24 * gradients[3].norm()
 
 
+def test_a_lazy_anchor_has_its_whole_weight_in_some_updates(tiny_preset):
+    config = load_config(tiny_preset, ["optim.anchor=0.5", "optim.anchor_every=4"])
+    specs = [step_spec(config, step) for step in range(40)]
+    assert [spec.anchor for spec in specs] == [2.0, 0.0, 0.0, 0.0] * 10
+    for spec in specs:
+        assert len(spec.anchored) == (spec.anchor > 0) and set(spec.anchored) <= set(spec.graded)
+    assert len({spec.graded.index(*spec.anchored) for spec in specs if spec.anchor}) == 2  # of two graded steps
+
+
+def test_an_anchored_update_tells_how_far_it_is_from_the_base(ready):
+    config, models, parts, prompts, questions = ready("optim.anchor=1")
+    trainer = SingleTrainer(config, named_lora(models.transformer))
+    away = [update(config, models, parts, trainer, step, prompts, questions, None).departure for step in range(2)]
+    assert away[0] == 0 < away[1]  # a fresh LoRA is the base
+
+
 def test_an_update_is_one_adamw_step_on_the_clipped_gradient(ready):
     config, models, parts, prompts, questions = ready("optim.grad_clip=1e-3", "optim.lr=0.01")
     before = [tensor.detach().clone() for tensor in parts.lora]
