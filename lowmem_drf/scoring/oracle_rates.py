@@ -54,7 +54,7 @@ class Drift:
     @staticmethod
     def result(parts: Iterable[Drift]) -> dict[str, float]:
         """``drift.drift`` of all parts together, and the mean ``radius``, its spread, and the mean ``edge``, in
-        pixels."""
+        pixels. Empty if no clip shows a shape."""
         import torch
 
         from lowmem_drf.toy.captions import parse
@@ -65,6 +65,12 @@ class Drift:
         looks = Looks(*torch.tensor([values for values, _ in rows]).unbind(-1))
         combos = [combo for _, text in rows if (combo := parse(text))]
         shown = looks.size > 0
+        if not shown.any():
+            return {}
         size, edge = looks.size[shown], looks.edge[shown]
-        plain = {"radius": size.mean().item(), "radius_spread": size.std().item(), "edge_px": edge.mean().item()}
+        plain = {
+            "radius": size.mean().item(),
+            "radius_spread": size.std(correction=0).item(),
+            "edge_px": edge.mean().item(),
+        }
         return {**drift(looks, reference(combos)), **plain}

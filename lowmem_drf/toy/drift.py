@@ -57,13 +57,12 @@ def wasserstein(a: Tensor, b: Tensor) -> float:
 
 
 def drift(looks: Looks, real: Looks) -> dict[str, float]:
-    """Distance by look, in units of ``SCALES``, and ``mean``, their mean; clips without a shape are left out.
+    """Distance by look, in units of ``SCALES``, and ``mean``, their mean; clips without a shape are left out, and
+    some must show one.
 
     New scenes, 256 of them, are 0.03 from the reference in the mean, up to 0.1 in their place.
     """
     shown = looks.size > 0
-    if not shown.any():
-        return {**dict.fromkeys(Looks._fields, float("inf")), "mean": float("inf")}
     pairs = zip(Looks._fields, looks, real, strict=True)
     distances = {name: wasserstein(a[shown], b) / SCALES[name] for name, a, b in pairs}
     return {**distances, "mean": sum(distances.values()) / len(distances)}
