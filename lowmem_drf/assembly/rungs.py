@@ -190,6 +190,7 @@ OUTSIDE: dict[str, tuple[Rung, ...]] = {
     "loading": (_park_critic, _park_vae, _stream("transformer"), _stream("critic"), *_packed),
     "questions": (_park_transformer, _park_vae, _stream("critic"), _set("critic.quant", "nf4"), _smaller_critic),
     "previews": _samples,
+    "watch": _samples,
     "evaluation": _samples,
 }
 """Ladders for what a run does besides its updates. They are not planned."""

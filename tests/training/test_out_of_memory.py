@@ -48,6 +48,7 @@ PLACES = {
     "text": "lowmem_drf.assembly.loading.encode_texts",
     "questions": "lowmem_drf.assembly.references.finish_questions",
     "previews": "lowmem_drf.training.loop.write_previews",
+    "watch": "lowmem_drf.scoring.watch.look",
     "evaluation": "lowmem_drf.scoring.evaluate.compare",
 }
 """What fails for want of memory in the other stages."""
@@ -98,7 +99,8 @@ SLOW = [pytest.param(stage, marks=pytest.mark.slow) for stage in (*UPDATE, *PLAC
 @pytest.mark.parametrize("stage", ["vae_backward", *SLOW])
 def test_every_stage_says_where_what_is_saved_and_what_takes_less(stage, tiny_preset, tmp_path):
     run = tmp_path / "a run"
-    more = {"evaluation": ["log.eval_prompts=1", "steps=1"], "previews": ["log.sample_every=1"]}.get(stage, [])
+    settings = {"evaluation": ["log.eval_prompts=1", "steps=1"], "previews": ["log.sample_every=1"]}
+    more = (settings | {"watch": ["log.watch_every=1"]}).get(stage, [])
     with full(stage, entry=2), pytest.raises(LowmemError) as caught:
         train(tiny_preset, run, *more)
     message = str(caught.value)
@@ -110,7 +112,7 @@ def test_every_stage_says_where_what_is_saved_and_what_takes_less(stage, tiny_pr
         assert "The run is complete" in message and message.endswith(f"lowmem-drf eval '{run}'")
     else:
         assert "No update is saved yet." in message and checkpoint_steps(run) == []
-        assert ("--resume" in message) == (stage == "previews")
+        assert ("--resume" in message) == (stage in ("previews", "watch"))
     if stage == "vae_backward":  # what it advises, pasted, ends in the weights of an unbroken run
         last = message.splitlines()[-1]
         assert last == f"  lowmem-drf train --resume --output '{run}' -s memory.vae_strips=4"
