@@ -59,7 +59,7 @@ def run(name: str, variant: Variant, seed: int, work: Path, file: Path, console:
     result = {"variant": name, "seed": seed, **asked, "rows": result["rows"]}
     result["looks"] = [asdict(look) for look in read_looks(folder, variant.updates)]
     measured = {(row["step"], row["scale"]) for row in result["rows"]}
-    points = [(step, 1.0) for step in range(0, variant.updates + 1, every)]
+    points = [(step, 1.0) for step in (*range(0, variant.updates, every), variant.updates)]
     points += [(variant.updates, scale) for scale in SCALES]
     if not (left := [point for point in points if point not in measured]):
         return

@@ -75,6 +75,14 @@ VARIANTS: dict[str, Variant] = {
             short_fast=("rate 1e-3", "optim.lr=1e-3"),
         ).items()
     },
+    "short_few": Variant("short", "the distilled generator, 280 updates", ("optim.anchor=1",), "toy-fast", 280),
+    "short_few_loose": Variant("short", "the same with anchor 0.3", ("optim.anchor=0.3",), "toy-fast", 280),
+    "short_some": Variant(
+        "short",
+        "five random steps graded, 250 updates, rate 1e-3",
+        ("optim.anchor=1", "sampler.graded=random", "sampler.graded_steps=5", "optim.lr=1e-3"),
+        updates=250,
+    ),
     **_settings(
         "alarm",
         hot=("a constant rate of 2e-3", "optim.lr=2e-3 optim.schedule=constant"),
