@@ -23,38 +23,56 @@ Band = tuple[float | None, float | None]
 FILE = "watch.jsonl"
 OUTSIDE = 2
 """So many measures outside of their bands, with a reward that has risen, are the alarm."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How wide a measure's band is, in standard deviations between the base's prompts."""
+
+    width: float
+    low: bool = True
+    high: bool = True
+    """Whether these ends are closed."""
+    least: float = 0.0
+    """The smallest standard deviation that counts, in the measure's own unit; at least ``LEAST_SPREAD`` of its mean."""
+
+
 LEAST_SPREAD = 0.02
-"""Of a measure, as a share of its mean: what hardly differs between the base's clips still has a band."""
-UP, DOWN, BOTH = (False, True), (True, False), (True, True)
-"""Which ends of a band are closed: (low, high)."""
-WIDTHS: dict[str, tuple[float, tuple[bool, bool]]] = {
-    "heldout_reward": (0.5, DOWN),
-    "diversity": (1.0, DOWN),
-    "velocity_norm": (2.0, BOTH),
-    "motion": (1.0, BOTH),
-    "freeze": (1.0, UP),
-    "flicker": (2.0, UP),
-    "ti": (1.0, BOTH),
-    "si": (1.0, BOTH),
-    "blur": (1.0, UP),
-    "blocking": (2.0, UP),
-    "noise": (2.0, UP),
-    "saturation": (1.0, BOTH),
+"""As a share of a measure's mean: what hardly differs between the base's clips still has a band."""
+RULES: dict[str, Rule] = {
+    "heldout_reward": Rule(0.5, high=False),
+    "diversity": Rule(1.0, high=False),
+    "velocity_norm": Rule(2.0),
+    "motion": Rule(4.0),
+    "freeze": Rule(1.0, low=False, least=0.05),
+    "flicker": Rule(6.0, low=False),
+    "ti": Rule(1.0),
+    "si": Rule(1.0),
+    "blur": Rule(1.0, low=False),
+    "blocking": Rule(2.0, low=False),
+    "noise": Rule(2.0, low=False),
+    "saturation": Rule(6.0),
 }
-"""Measure -> half of the band's width in standard deviations between the base's prompts, and its closed ends."""
 
 
-def bands(base: Mapping[str, Sequence[float]]) -> dict[str, Band]:
-    """The band of each measure of ``WIDTHS``. ``base``: measure -> the base's values, one a prompt."""
-    made: dict[str, Band] = {}
-    for name, values in base.items():
-        if name in WIDTHS and values:
-            middle = fmean(values)
-            spread = max(stdev(values) if len(values) > 1 else 0.0, LEAST_SPREAD * abs(middle))
-            width, (low, high) = WIDTHS[name]
-            reach = width * spread
-            made[name] = middle - reach if low else None, middle + reach if high else None
-    return made
+def spreads(base: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The standard deviation between prompts of each measure of ``RULES``. ``base``: measure -> the base's values, one
+    a prompt."""
+    return {
+        name: max(stdev(values) if len(values) > 1 else 0.0, RULES[name].least, LEAST_SPREAD * abs(fmean(values)))
+        for name, values in base.items()
+        if name in RULES and values
+    }
+
+
+def bands(means: Mapping[str, float], spread: Mapping[str, float]) -> dict[str, Band]:
+    """The band of each measure, from the base's mean and standard deviation."""
+
+    def band(name: str) -> Band:
+        rule, reach = RULES[name], RULES[name].width * spread[name]
+        return means[name] - reach if rule.low else None, means[name] + reach if rule.high else None
+
+    return {name: band(name) for name in spread}
 
 
 @dataclass(frozen=True)
@@ -64,8 +82,9 @@ class Look:
     step: int
     measures: Mapping[str, float]
     """Means over prompts."""
+    spread: Mapping[str, float] = field(default_factory=dict)
+    """Of step 0 alone, as ``bands``: standard deviations between the base's prompts."""
     bands: Mapping[str, Band] = field(default_factory=dict)
-    """Of step 0 alone."""
     reward: float | None = None
     """Of training, mean over the updates since the last look."""
     outside: Sequence[str] = ()
@@ -91,7 +110,8 @@ class Alarm:
 
     def begin(self, base: Mapping[str, Sequence[float]]) -> Look:
         """Takes the base's measures, one value a prompt."""
-        return self._add(Look(0, {name: fmean(values) for name, values in base.items() if values}, bands(base)))
+        means, spread = {name: fmean(values) for name, values in base.items() if values}, spreads(base)
+        return self._add(Look(0, means, spread, bands(means, spread)))
 
     def add(self, step: int, measures: Mapping[str, float], reward: float) -> Look:
         """Takes a look. ``reward``: see ``Look``; its rise counts from the first look after the base's."""
@@ -101,7 +121,7 @@ class Alarm:
         best = self.best
         if began is None and (best is None or self._score(measures, reward) >= self._score_of(best)):
             best = step
-        return self._add(Look(step, dict(measures), {}, reward, outside, began, best))
+        return self._add(Look(step, dict(measures), reward=reward, outside=outside, alarm=began, best=best))
 
     def _bands(self) -> dict[str, Band]:
         """Those of the base; of the held-out questions, what the best answers so far may fall back by."""

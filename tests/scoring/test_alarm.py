@@ -3,7 +3,7 @@
 import pytest
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.scoring.alarm import WIDTHS, Alarm, bands, best_step, mark_best, read_looks, save_looks
+from lowmem_drf.scoring.alarm import RULES, Alarm, best_step, mark_best, read_looks, save_looks, spreads
 
 BASE = {"heldout_reward": [-0.8, -0.6, -0.4], "diversity": [0.1, 0.2], "blur": [4.0, 5.0, 6.0], "lora_norm": [0.0]}
 GOOD = {"heldout_reward": -0.5, "diversity": 0.15, "blur": 5.0, "lora_norm": 3.0}
@@ -17,11 +17,11 @@ def begun():
 
 
 def test_a_band_is_what_the_base_s_own_prompts_differ_by():
-    made = bands({**BASE, "motion": [0.5, 0.5]})
-    width, _ = WIDTHS["blur"]
-    assert made["blur"] == (None, 5 + width)  # a standard deviation of 1; only more blur is worse
-    assert made["motion"] == pytest.approx((0.49, 0.51))  # hardly differs: 2% of it
-    assert made["diversity"][1] is None and "lora_norm" not in made
+    look = begun().looks[0]
+    assert look.bands["blur"] == (None, 5 + RULES["blur"].width)  # a standard deviation of 1; only more blur is worse
+    assert look.bands["diversity"][1] is None and "lora_norm" not in look.bands
+    spread = spreads({"motion": [0.5, 0.5], "freeze": [0.0, 0.0]})
+    assert spread == {"motion": 0.02 * 0.5, "freeze": RULES["freeze"].least}  # hardly differ: a least spread
 
 
 def test_two_measures_outside_and_a_reward_that_rose_are_the_alarm():
