@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from bench.evidence import alarms
 from bench.evidence.variants import VARIANTS
 from lowmem_drf.files import write_text
 
@@ -88,7 +90,7 @@ def write_page(results: Sequence[Mapping[str, Any]], page: Path = PAGE) -> None:
 
 
 def _filled(found: re.Match[str], results: Sequence[Mapping[str, Any]]) -> str:
-    made = scales(results) if found[2] == "scales" else table(results, found[2])
+    made = {"scales": scales, "alarms": alarms.table}.get(found[2], partial(table, group=found[2]))(results)
     return f"{found[1]}{made}\n{found[3]}"
 
 

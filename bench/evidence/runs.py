@@ -31,8 +31,8 @@ from lowmem_drf.training.lora_file import load_run_lora
 from lowmem_drf.training.metrics import read_metrics
 from lowmem_drf.training.run_folder import run_config
 
-EVERY = 100
-"""Updates between two measured checkpoints."""
+EVERY, EVERY_ALARM = 100, 50
+"""Updates between two measured checkpoints; where the alarm is judged."""
 PROMPTS, SEEDS = 64, 2
 """Held-out prompts, and clips of each."""
 SCALES = (0.75, 0.5)
@@ -41,10 +41,10 @@ WATCHED = ("log.watch_every=25", "log.watch_prompts=16")
 SETTINGS = (*WATCHED, "log.sample_every=0", "log.eval_prompts=0", "log.keep=1000")
 
 
-def run(name: str, variant: Variant, seed: int, work: Path, file: Path, console: Console, every: int = EVERY) -> None:
+def run(name: str, variant: Variant, seed: int, work: Path, file: Path, console: Console, every: int = 0) -> None:
     """Trains (or goes on) in ``work``, then measures what ``file`` does not have yet, and writes it after each
     checkpoint."""
-    folder = work / f"{name}_{seed}"
+    folder, every = work / f"{name}_{seed}", every or (EVERY_ALARM if variant.group == "alarm" else EVERY)
     settings = [*variant.overrides, f"steps={variant.updates}", f"log.checkpoint_every={every}", *SETTINGS]
     with method(variant.method), ExitStack() as stack:
         for lever in variant.levers:

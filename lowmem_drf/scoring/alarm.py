@@ -37,6 +37,8 @@ class Rule:
     """The smallest standard deviation that counts, in the measure's own unit; at least ``LEAST_SPREAD`` of its mean."""
 
 
+NOISE = 0.1
+"""Of the held-out answers of a look, in standard deviations between the base's prompts."""
 LEAST_SPREAD = 0.02
 """As a share of a measure's mean: what hardly differs between the base's clips still has a band."""
 RULES: dict[str, Rule] = {
@@ -119,7 +121,7 @@ class Alarm:
         risen = all(look.reward is None or reward > look.reward for look in self.looks[:2])
         began = (self.began or step) if len(outside) >= OUTSIDE and risen and self.looks[1:] else None
         best = self.best
-        if began is None and (best is None or self._score(measures, reward) >= self._score_of(best)):
+        if began is None and (best is None or self._score(measures, reward) >= self._most() - self._noise()):
             best = step
         return self._add(Look(step, dict(measures), reward=reward, outside=outside, alarm=began, best=best))
 
@@ -135,9 +137,14 @@ class Alarm:
     def _score(self, measures: Mapping[str, float], reward: float) -> float:
         return measures.get("heldout_reward", reward)
 
-    def _score_of(self, step: int) -> float:
-        look = next(look for look in self.looks if look.step == step)
-        return self._score(look.measures, look.reward or -math.inf)
+    def _most(self) -> float:
+        """The highest score of the looks so far without an alarm."""
+        sound = (look for look in self.looks[1:] if look.alarm is None)
+        return max((self._score(look.measures, look.reward or 0.0) for look in sound), default=-math.inf)
+
+    def _noise(self) -> float:
+        """A later update whose score is lower by less counts as the better one: it learned from more."""
+        return NOISE * self.looks[0].spread.get("heldout_reward", 0.0)
 
     def _add(self, look: Look) -> Look:
         self.looks.append(look)

@@ -3,7 +3,7 @@
 import pytest
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.scoring.alarm import RULES, Alarm, best_step, mark_best, read_looks, save_looks, spreads
+from lowmem_drf.scoring.alarm import NOISE, RULES, Alarm, best_step, mark_best, read_looks, save_looks, spreads
 
 BASE = {"heldout_reward": [-0.8, -0.6, -0.4], "diversity": [0.1, 0.2], "blur": [4.0, 5.0, 6.0], "lora_norm": [0.0]}
 GOOD = {"heldout_reward": -0.5, "diversity": 0.15, "blur": 5.0, "lora_norm": 3.0}
@@ -56,6 +56,8 @@ def test_the_best_look_has_no_alarm_and_the_best_held_out_answers():
         alarm.add(step, {**GOOD, "heldout_reward": score}, -1 + step / 100)
     assert alarm.best == 50
     assert alarm.add(100, {**WORSE, "heldout_reward": -0.1}, 0.0).best == 50
+    nearly = -0.2 - 0.9 * NOISE * 0.2  # a spread of 0.2: the later update is the better one
+    assert alarm.add(125, {**GOOD, "heldout_reward": nearly}, 0.0).best == 125
 
 
 def test_looks_are_kept_and_those_after_the_checkpoint_dropped(tmp_path):
