@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from bench.evening import passes
+from bench.evidence.alarms import replayed
 from bench.evidence.baselines import method
 from bench.evidence.levers import LEVERS
 from bench.evidence.variants import Variant
@@ -60,8 +61,9 @@ def run(name: str, variant: Variant, seed: int, work: Path, file: Path, console:
     result["looks"] = [asdict(look) for look in read_looks(folder, variant.updates)]
     measured = {(row["step"], row["scale"]) for row in result["rows"]}
     points = [(step, 1.0) for step in (*range(0, variant.updates, every), variant.updates)]
+    points += [(marked, 1.0)] if result["looks"] and (marked := replayed(result["looks"]).best) else []
     points += [(variant.updates, scale) for scale in SCALES]
-    if not (left := [point for point in points if point not in measured]):
+    if not (left := [point for point in dict.fromkeys(points) if point not in measured]):
         return
     measurer = Measurer(config, folder, console)
     metrics = read_metrics(folder)
@@ -70,7 +72,7 @@ def run(name: str, variant: Variant, seed: int, work: Path, file: Path, console:
         trained = {"reward": statistics.fmean(row["reward"] for row in last)} if last else {}
         seconds = sum(row["update_s"] for row in metrics if row["step"] <= step)
         row = {"step": step, "scale": scale, "updates_s": seconds, "trained": trained, **measurer(step, scale)}
-        result["rows"].append(row)
+        result["rows"] = sorted([*result["rows"], row], key=lambda row: (row["step"], -row["scale"]))
         file.parent.mkdir(parents=True, exist_ok=True)
         save(file, result, *LIBRARIES)
         console.print(line(name, seed, row), highlight=False)
