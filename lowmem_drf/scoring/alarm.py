@@ -37,12 +37,16 @@ class Rule:
     """The smallest standard deviation that counts, in the measure's own unit; at least ``LEAST_SPREAD`` of its mean."""
 
 
+HELDOUT = ("heldout_TA", "heldout_Phy", "heldout_VQ")
+"""Measures that may not fall back from their own best: held-out questions, by aspect."""
+SCORE = "heldout_reward"
+"""By which the best look is chosen; without held-out questions by the reward."""
 NOISE = 0.1
 """Of the held-out answers of a look, in standard deviations between the base's prompts."""
 LEAST_SPREAD = 0.02
 """As a share of a measure's mean: what hardly differs between the base's clips still has a band."""
 RULES: dict[str, Rule] = {
-    "heldout_reward": Rule(0.5, high=False),
+    **{name: Rule(0.5, high=False) for name in HELDOUT},
     "diversity": Rule(1.0, high=False),
     "velocity_norm": Rule(2.0),
     "motion": Rule(4.0),
@@ -58,12 +62,16 @@ RULES: dict[str, Rule] = {
 
 
 def spreads(base: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """The standard deviation between prompts of each measure of ``RULES``. ``base``: measure -> the base's values, one
-    a prompt."""
+    """The standard deviation between prompts of each measure. ``base``: measure -> the base's values, one a prompt."""
+    no_rule = Rule(math.inf)
     return {
-        name: max(stdev(values) if len(values) > 1 else 0.0, RULES[name].least, LEAST_SPREAD * abs(fmean(values)))
+        name: max(
+            stdev(values) if len(values) > 1 else 0.0,
+            RULES.get(name, no_rule).least,
+            LEAST_SPREAD * abs(fmean(values)),
+        )
         for name, values in base.items()
-        if name in RULES and values
+        if values
     }
 
 
@@ -74,7 +82,7 @@ def bands(means: Mapping[str, float], spread: Mapping[str, float]) -> dict[str, 
         rule, reach = RULES[name], RULES[name].width * spread[name]
         return means[name] - reach if rule.low else None, means[name] + reach if rule.high else None
 
-    return {name: band(name) for name in spread}
+    return {name: band(name) for name in RULES if name in spread}
 
 
 @dataclass(frozen=True)
@@ -129,13 +137,14 @@ class Alarm:
         """Those of the base; of the held-out questions, what the best answers so far may fall back by."""
         first = self.looks[0]
         made = dict(first.bands)
-        if (band := made.get("heldout_reward")) and band[0] is not None:
-            reach = first.measures["heldout_reward"] - band[0]
-            made["heldout_reward"] = max(look.measures["heldout_reward"] for look in self.looks) - reach, None
+        for name in HELDOUT:
+            if (band := made.get(name)) and band[0] is not None:
+                best = max(look.measures.get(name, -math.inf) for look in self.looks)
+                made[name] = best - (first.measures[name] - band[0]), None
         return made
 
     def _score(self, measures: Mapping[str, float], reward: float) -> float:
-        return measures.get("heldout_reward", reward)
+        return measures.get(SCORE, reward)
 
     def _most(self) -> float:
         """The highest score of the looks so far without an alarm."""
@@ -144,7 +153,7 @@ class Alarm:
 
     def _noise(self) -> float:
         """A later update whose score is lower by less counts as the better one: it learned from more."""
-        return NOISE * self.looks[0].spread.get("heldout_reward", 0.0)
+        return NOISE * self.looks[0].spread.get(SCORE, 0.0)
 
     def _add(self, look: Look) -> Look:
         self.looks.append(look)

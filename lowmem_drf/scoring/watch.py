@@ -13,7 +13,7 @@ from lowmem_drf.assembly.generate import batches
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.method.frames import kept_frames
 from lowmem_drf.method.reward import mean_reward
-from lowmem_drf.models.lora.adapter import lora_norm, lora_scale
+from lowmem_drf.models.lora.adapter import lora_scale
 from lowmem_drf.schema import Config
 from lowmem_drf.scoring.alarm import Alarm, mark_best, read_looks, save_looks
 from lowmem_drf.scoring.evaluate import Trial, diversity
@@ -58,17 +58,19 @@ class Watch:
         """Looks at the base, unless that was done: the LoRA is off meanwhile."""
         if self._trial and self._config.log.watch_every and not self._alarm.looks:
             with lora_scale(self._models.transformer, 0.0):
-                self._alarm.begin(look(self._config, self._models, self._trial, self._ranks))
+                base = look(self._config, self._models, self._trial, self._ranks)
+            self._alarm.begin({**base, "lora_norm": [0.0]})
             self._save()
 
-    def look(self, step: int) -> str:
-        """Looks at the model after update ``step``, which is saved. Returns a line to print where the alarm begins or
-        ends, else nothing."""
+    def look(self, step: int, lora_norm: float) -> str:
+        """Looks at the model after update ``step``, which is saved; ``lora_norm``: the size of its LoRA. Returns a line
+        to print where the alarm begins or ends, else nothing."""
         assert self._trial is not None
         before, measures = self._alarm.began, look(self._config, self._models, self._trial, self._ranks)
         reward = fmean(self.rewards) if self.rewards else self._alarm.looks[-1].reward or 0.0  # all were skipped
         self.rewards.clear()
-        seen = self._alarm.add(step, {name: fmean(values) for name, values in measures.items()}, reward)
+        means = {name: fmean(values) for name, values in measures.items()}
+        seen = self._alarm.add(step, {**means, "lora_norm": lora_norm}, reward)
         self._save()
         if before is None and seen.alarm is not None:
             best = f"the best update before it is {seen.best} (--best)" if seen.best else "no earlier look was better"
@@ -88,8 +90,8 @@ class Watch:
 @torch.no_grad()
 def look(config: Config, models: Models, trial: Trial, ranks: Ranks = ALONE) -> dict[str, list[float]]:
     """Measure -> a value a prompt: those of ``measures.clip_measures``, ``heldout_reward`` if the trial has held-out
-    questions, ``diversity``, ``velocity_norm``, and ``lora_norm`` (one value). Every process gets them all, of all
-    prompts; the same prompts have the same noise each time, so looks differ by the model alone."""
+    questions, the same by aspect (``heldout_TA``), ``diversity`` and ``velocity_norm``. Every process gets them all, of
+    all prompts; the same prompts have the same noise each time, so looks differ by the model alone."""
     prompts, count = trial.prompts, trial.seeds
     texts = [prompt.text for prompt in prompts for _ in range(count)]
     seeds = [derive_seed("watch", prompt, clip) for prompt in range(len(prompts)) for clip in range(count)]
@@ -107,14 +109,15 @@ def look(config: Config, models: Models, trial: Trial, ranks: Ranks = ALONE) -> 
             answers = (models.ask or models.asked_critic)(made.frames_BTCHW[:, kept], asked)
             for number, row in enumerate(rows):
                 part = slice(number * count, (number + 1) * count)
-                row["heldout_reward"] = mean_reward(answers[part], asked[part], spec)[0].item()
+                total, by_aspect, _ = mean_reward(answers[part], asked[part], spec)
+                row |= {"heldout_reward": total.item()}
+                row |= {f"heldout_{aspect}": value for aspect, value in by_aspect.items()}
         for row in rows if new else ():
             for name, value in row.items():
                 found.setdefault(name, []).append(value)
     parts = ranks.gather(found)
     names = dict.fromkeys(name for part in parts for name in part)
-    joined = {name: [value for part in parts for value in part.get(name, [])] for name in names}
-    return {**joined, "lora_norm": [lora_norm(models.transformer)]}
+    return {name: [value for part in parts for value in part.get(name, [])] for name in names}
 
 
 def _of_a_prompt(clips_STCHW: Tensor) -> dict[str, float]:

@@ -15,7 +15,7 @@ from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import BadInputError, LowmemError, NonFiniteError, disk_full
 from lowmem_drf.files import text_hash, write_text
 from lowmem_drf.method.reward import Spread
-from lowmem_drf.models.lora.adapter import load_lora_state, lora_parameters, lora_state
+from lowmem_drf.models.lora.adapter import load_lora_state, lora_norm, lora_parameters, lora_state
 from lowmem_drf.models.tiny.decoder_check import DecoderCheck
 from lowmem_drf.prompts import Cursor, PromptStream, fingerprint
 from lowmem_drf.questions.file import to_json
@@ -160,8 +160,10 @@ def train(
                 if skips.too_many:
                     raise stopped(config, run, skips, len(prompts))
                 if looks and not skips.too_many:
+                    with trainer.whole():
+                        size = lora_norm(models.transformer)
                     with during("watch"):
-                        said = watch.look(report.step)
+                        said = watch.look(report.step, size)
                     progress.alarm = watch.began
                     if said:
                         progress.note(said)
