@@ -46,12 +46,12 @@ NOISE = 0.1
 LEAST_SPREAD = 0.02
 """As a share of a measure's mean: what hardly differs between the base's clips still has a band."""
 RULES: dict[str, Rule] = {
-    **{name: Rule(0.5, high=False) for name in HELDOUT},
+    **{name: Rule(0.4, high=False) for name in HELDOUT},
     "diversity": Rule(1.0, high=False),
     "velocity_norm": Rule(2.0),
     "motion": Rule(4.0),
     "freeze": Rule(1.0, low=False, least=0.05),
-    "flicker": Rule(6.0, low=False),
+    "flicker": Rule(7.0, low=False),
     "ti": Rule(1.0),
     "si": Rule(1.0),
     "blur": Rule(1.0, low=False),
