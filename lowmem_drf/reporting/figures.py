@@ -58,7 +58,8 @@ def signed(value: float | None, digits: int = 3) -> str:
 
 def words(name: str) -> str:
     """A measure, as readers know it."""
-    others = {"lora_norm": "size of the LoRA"}
+    held = {f"heldout_{aspect}": f"held-out questions: {said}" for aspect, said in ASPECTS.items()}
+    others = {"lora_norm": "size of the LoRA", **held}
     return {**NAMES, **REWARDS, **others}.get(name, name.replace("_", " "))
 
 

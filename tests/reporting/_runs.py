@@ -121,6 +121,7 @@ def _look(step, dice):
     away = max(0.0, step - 130) / 70
     measures = {
         "heldout_reward": -0.62 + 0.4 * (1 - math.exp(-step / 60)),
+        "heldout_Phy": -0.62 + 0.4 * (1 - math.exp(-step / 60)),
         "diversity": 0.161 - 0.035 * away,
         "velocity_norm": 1.26 + 0.25 * away + 0.02 * step / STEPS,
         "lora_norm": 0.031 * step / STEPS,
@@ -132,7 +133,7 @@ def _look(step, dice):
         "velocity_norm": [None, 1.4],
         "motion": [0.045, 0.062],
         "blur": [1.1, 1.35],
-        "heldout_reward": [-0.7, None],
+        "heldout_Phy": [-0.7, None],
     }
     if step == 0:
         return {"step": 0, "measures": measures, "bands": bands, "outside": [], "alarm": None}

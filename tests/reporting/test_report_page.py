@@ -77,7 +77,7 @@ def test_the_verdict_and_the_alarm_come_first(tmp_path):
     assert "1 left out by the check, 1 weigh less" in rest
     assert "breaks &lt;slowly&gt;" in html and "<slowly>" not in html
     assert "prompts.txt" in rest and "anna" not in html
-    assert html.count("<svg") == 2 + 3 + 12 + 6
+    assert html.count("<svg") == 2 + 3 + 12 + 7
     assert set(re.findall(r"#0000[0-9a-f]{2}\b", html)) == set()
 
 
