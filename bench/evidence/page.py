@@ -28,13 +28,15 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return sorted(known, key=lambda result: (order.index(result["variant"]), result["seed"]))
 
 
-def table(results: Sequence[Mapping[str, Any]], group: str, base: bool = True) -> str:
-    """Markdown: the base, and each variant of the group after its last update; means over seeds, in brackets each
-    seed's all-correct rate."""
-    mine = [result for result in results if result["group"] == group or result["variant"] == "default"]
+def table(results: Sequence[Mapping[str, Any]], group: str) -> str:
+    """Markdown: the base of each preset, and each variant of the group after its last update; means over seeds, in
+    brackets each seed's all-correct rate. Runs of other lengths than the default one stand without it."""
+    beside = {"default"} if group != "short" else set()
+    mine = [result for result in results if result["group"] == group or result["variant"] in beside]
     lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
-    if base and mine:
-        lines.append(_line("base", [mine[0]["rows"][0]], {}))
+    for preset in dict.fromkeys(result["preset"] for result in mine):
+        first = next(result for result in mine if result["preset"] == preset)
+        lines.append(_line(f"base of `{preset}`", [first["rows"][0]], {}))
     for name in dict.fromkeys(result["variant"] for result in mine):
         own = [result for result in mine if result["variant"] == name]
         done = min(last(result)["step"] for result in own)
