@@ -15,7 +15,7 @@ from lowmem_drf.method.schedule import advance
 sys.path.insert(0, str(ROOT))
 
 from bench.evidence import __main__ as study
-from bench.evidence import baselines, page
+from bench.evidence import alarms, baselines, page
 from bench.evidence.levers import _some
 from bench.evidence.variants import VARIANTS
 from lowmem_drf.questions.make import make_questions
@@ -107,3 +107,25 @@ def test_every_method_and_lever_is_there():
         with baselines.method(variant.method):
             pass
         assert replace(variant, updates=60).says
+
+
+def test_a_collapse_needs_an_alarm_and_a_good_mark():
+    def rows(*rates):
+        oracles = ({"all": rate, "physics": 1.0, "quality": 1.0} for rate in rates)
+        return [{"step": 50 * (i + 1), "scale": 1, "oracle": oracle} for i, oracle in enumerate(oracles)]
+
+    base = {"heldout_reward": -0.6, "heldout_TA": -0.6, "flicker": 1.0}
+    spread = dict.fromkeys(base, 0.2)
+    good = {"heldout_reward": -0.1, "heldout_TA": -0.1, "flicker": 1.0}
+    bad = {"heldout_reward": -0.3, "heldout_TA": -0.3, "flicker": 9.0}
+    looks = [{"step": 0, "measures": base, "spread": spread}]
+    looks += [
+        {"step": s, "measures": m, "reward": r} for s, m, r in ((50, good, -1.0), (100, good, -0.5), (150, bad, -0.1))
+    ]
+    run = {"variant": "vanilla", "seed": 0, "looks": looks}
+    fallen = alarms.judged(run | {"rows": rows(0.8, 0.9, 0.7)})
+    assert (fallen.fallen, fallen.alarm, fallen.marked, fallen.lost) == (("all",), 150, 100, 0.0) and fallen.right
+    sound = alarms.judged(run | {"rows": rows(0.8, 0.9, 0.89)})
+    assert sound.fallen == () and not sound.right  # a false alarm
+    late = alarms.judged(run | {"rows": rows(0.95, 0.9, 0.7)})
+    assert late.lost == pytest.approx(0.05) and not late.right
