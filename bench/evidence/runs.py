@@ -46,7 +46,13 @@ def run(name: str, variant: Variant, seed: int, work: Path, file: Path, console:
     """Trains (or goes on) in ``work``, then measures what ``file`` does not have yet, and writes it after each
     checkpoint."""
     folder, every = work / f"{name}_{seed}", every or (EVERY_ALARM if variant.group == "alarm" else EVERY)
-    settings = [*variant.overrides, f"steps={variant.updates}", f"log.checkpoint_every={every}", *SETTINGS]
+    settings = [
+        "optim.anchor=0",
+        *variant.overrides,
+        f"steps={variant.updates}",
+        f"log.checkpoint_every={every}",
+        *SETTINGS,
+    ]
     with method(variant.method), ExitStack() as stack:
         for lever in variant.levers:
             stack.enter_context(LEVERS[lever]())
