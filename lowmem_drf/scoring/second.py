@@ -92,8 +92,8 @@ class SecondCritic:
         found: dict[str, list[float]] = {}
         for side, seen in self._seen.items():
             of_clips: list[float] = []
-            for first in counted(console, f"second critic, {side}", range(0, len(seen), size)):
-                here = range(first, min(first + size, len(seen)))
+            for first in counted(console, f"second critic, {side}", range(0, self._clips, size)):
+                here = range(first, min(first + size, self._clips))  # seen shrinks
                 frames = torch.stack([seen.pop(i) for i in here]).to(resolve_device(self.config.device)).float()
                 some = [trial.prompts[i // trial.seeds] for i in here]
                 of_clips += [row["reward"] for row in rewards(critic, frames, some, questions, spec)]
