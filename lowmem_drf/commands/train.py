@@ -350,7 +350,7 @@ def _finish(console: Console, config: Config, run: Path, models: Models, trial: 
         result = compare(config, models, trial, console, ranks)
         print_table(result, console)
         if ranks.chief:
-            write_result(run, config.steps, describe(trial), result)
+            write_result(run, saved_step(run), describe(trial), result)  # the alarm may have ended it early
     here = run.parent == RUNS
     console.print("Next:", highlight=False)
     for command in (

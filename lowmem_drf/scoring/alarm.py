@@ -71,7 +71,6 @@ def spreads(base: Mapping[str, Sequence[float]]) -> dict[str, float]:
             LEAST_SPREAD * abs(fmean(values)),
         )
         for name, values in base.items()
-        if values
     }
 
 
@@ -120,7 +119,9 @@ class Alarm:
 
     def begin(self, base: Mapping[str, Sequence[float]]) -> Look:
         """Takes the base's measures, one value a prompt."""
-        means, spread = {name: fmean(values) for name, values in base.items() if values}, spreads(base)
+        finite = {name: [value for value in values if math.isfinite(value)] for name, values in base.items()}
+        finite = {name: values for name, values in finite.items() if values}
+        means, spread = {name: fmean(values) for name, values in finite.items()}, spreads(finite)
         return self._add(Look(0, means, spread, bands(means, spread)))
 
     def add(self, step: int, measures: Mapping[str, float], reward: float) -> Look:
@@ -128,9 +129,9 @@ class Alarm:
         outside = [name for name, band in self._bands().items() if not _within(measures.get(name), band)]
         risen = all(look.reward is None or reward > look.reward for look in self.looks[:2])
         began = (self.began or step) if len(outside) >= OUTSIDE and risen and self.looks[1:] else None
-        best = self.best
-        if began is None and (best is None or self._score(measures, reward) >= self._most() - self._noise()):
-            best = step
+        score = self._score(measures, reward)
+        better = math.isfinite(score) and score >= self._most() - self._noise()
+        best = step if began is None and better else self.best
         return self._add(Look(step, dict(measures), reward=reward, outside=outside, alarm=began, best=best))
 
     def _bands(self) -> dict[str, Band]:
@@ -149,7 +150,8 @@ class Alarm:
     def _most(self) -> float:
         """The highest score of the looks so far without an alarm."""
         sound = (look for look in self.looks[1:] if look.alarm is None)
-        return max((self._score(look.measures, look.reward or 0.0) for look in sound), default=-math.inf)
+        scores = (self._score(look.measures, look.reward or 0.0) for look in sound)
+        return max(filter(math.isfinite, scores), default=-math.inf)
 
     def _noise(self) -> float:
         """A later update whose score is lower by less counts as the better one: it learned from more."""
@@ -201,5 +203,5 @@ def best_step(run: Path) -> int:
     except (OSError, ValueError):
         raise BadInputError(
             f"{run} has no best update yet: it is known after the first look of a run that is watched "
-            "(log.watch_every), unless the alarm began there. Leave --best out for the last update."
+            "(log.watch_every). Leave --best out for the last update."
         ) from None

@@ -24,7 +24,7 @@ SEEDS = 2
 
 
 class Watch:
-    """The looks of a run. Without a trial it does nothing.
+    """The looks of a run. Without a trial it only knows the best update of earlier ones, so that it is kept.
 
     Args:
         done: updates of the run so far; looks after them are dropped.
@@ -34,7 +34,7 @@ class Watch:
         self, config: Config, run: Path, models: Models, trial: Trial | None, ranks: Ranks = ALONE, done: int = 0
     ) -> None:
         self._config, self._run, self._models, self._trial, self._ranks = config, run, models, trial, ranks
-        before = ranks.from_chief(read_looks(run, done) if trial and ranks.chief else [])
+        before = ranks.from_chief(read_looks(run, done) if ranks.chief else [])
         self._alarm = Alarm(before)
         self.rewards: list[float] = []
         """Of the updates since the last look."""
@@ -42,7 +42,7 @@ class Watch:
     @property
     def began(self) -> int | None:
         """The update at which the alarm began, while it lasts."""
-        return self._alarm.began
+        return self._alarm.began if self._trial else None
 
     @property
     def best(self) -> int | None:

@@ -159,7 +159,7 @@ def train(
                         progress.note(slow)
                 if skips.too_many:
                     raise stopped(config, run, skips, len(prompts))
-                if looks and not skips.too_many:
+                if looks:
                     with trainer.whole():
                         size = lora_norm(models.transformer)
                     with during("watch"):
@@ -176,7 +176,8 @@ def train(
                         save(report.step)
                     cure = "The run is complete." if last else f"Go on with: {resume_command(run)}"
                     raise KeyboardInterrupt(f"Interrupted after update {report.step}; it is saved. {cure}")
-                if watch.began and config.optim.stop == "alarm":
+                if config.optim.stop == "alarm" and watch.began == report.step and not last:
+                    progress.note(f'It ends here (optim.stop = "alarm"). To go on: {resume_command(run)}')
                     break
             if metrics and metrics.skipped:
                 progress.note(f'{metrics.skipped} of {config.steps} updates were skipped: "skipped" in metrics.jsonl')

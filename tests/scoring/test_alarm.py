@@ -52,6 +52,13 @@ def test_a_measure_that_clips_no_longer_have_is_outside():
     assert alarm.add(50, {"heldout_reward": float("nan"), "diversity": 0.15}, -0.5).alarm == 50
 
 
+def test_a_broken_clip_is_no_best_look_and_does_not_hide_a_later_one():
+    alarm = Alarm()
+    alarm.begin({**BASE, "diversity": [0.1, float("nan")]})
+    assert alarm.add(25, {**GOOD, "heldout_reward": float("nan")}, -1.0).best is None
+    assert alarm.add(50, GOOD, -0.9).best == 50
+
+
 def test_the_best_look_has_no_alarm_and_the_best_held_out_answers():
     alarm = begun()
     scores = {25: -0.5, 50: -0.2, 75: -0.3}

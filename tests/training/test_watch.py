@@ -52,10 +52,11 @@ def test_the_alarm_is_said_ends_the_run_and_leaves_the_best_update(tiny_preset, 
         return add(self, step, {**measures, **worse}, float(step))
 
     monkeypatch.setattr(alarm.Alarm, "add", hacked)
-    stops = ["optim.stop=alarm", "log.watch_every=1", "log.watch_prompts=2", "log.sample_every=0", "log.keep=1"]
+    stops = ["optim.stop=alarm", *WATCHED, "log.watch_every=1", "log.eval_prompts=1"]
     train_command(str(tiny_preset), None, run, None, None, False, stops, False)
     said = capfd.readouterr().out
     assert "update 2: the reward rises, but" in said and "diversity" in said and "update before it is 1" in said
+    assert "It ends here" in said and json.loads((run / "eval.json").read_text())["step"] == 2
     assert sorted(os.listdir(run / "checkpoints")) == ["best", "step-000001", "step-000002"] and best_step(run) == 1
     sample_command(run, None, ["a red circle moves left on a gray background"], None, False, 1.0, 0, None, best=True)
     assert "step-000001" in capfd.readouterr().out
@@ -65,6 +66,11 @@ def test_the_alarm_is_said_ends_the_run_and_leaves_the_best_update(tiny_preset, 
     assert "step 1: " in capfd.readouterr().out
     with pytest.raises(BadInputError, match="give one of them"):
         export_run(run, 2, best=True)
+    again = shutil.copytree(run, tmp_path / "again")
+    train_command(None, None, again, None, None, True, ["log.watch_every=0"], False)
+    assert sorted(os.listdir(again / "checkpoints")) == ["best", "step-000001", "step-000004"]
+    train_command(None, None, run, None, None, True, [], False)  # goes on, though the alarm lasts
+    assert sorted(os.listdir(run / "checkpoints")) == ["best", "step-000001", "step-000004"]
 
 
 def test_a_run_without_a_watch_has_no_best_update(tiny_run, tmp_path):
