@@ -11,7 +11,6 @@ import cli
 from bench.eval_schema import FILE, schema_text
 from lowmem_drf.scoring.measures import MEASURES
 from lowmem_drf.scoring.result import Result
-from lowmem_drf.training.run_folder import run_config
 from lowmem_drf.video import read_video
 
 PROMPTS = ("a red circle moves left on a gray background", "a blue square moves up on a black background")
@@ -32,11 +31,8 @@ def evaluate(tmp_path, monkeypatch, tiny_run):
     return run
 
 
-def test_the_json_is_the_contract_with_a_second_critic_and_an_export(evaluate, tmp_path, tiny_folders, monkeypatch):
-    """The second critic is a copy of the first: it has to say the same, also clip by clip."""
-    monkeypatch.setattr(
-        "lowmem_drf.commands.eval.run_config", lambda run: change(run_config(run), ["log.eval_batch=1"])
-    )
+def test_the_json_is_the_contract_with_a_second_critic_and_an_export(evaluate, tmp_path, tiny_folders):
+    """The second critic is a copy of the first: it has to say the same."""
     shutil.copytree(tiny_folders[1], tmp_path / "again")
     code, plain, err = evaluate("--prompts", "p.txt", "--json")
     assert code == 0, err
