@@ -37,10 +37,11 @@ def clip_s(plan: Plan, config: Config) -> float:
 def watching(plan: Plan, config: Config) -> str:
     """What the watch and the sample clips take besides; empty where there are none."""
     log, parts = config.log, list[str]()
-    rows = ((log.watch_every, log.watch_prompts * 2, "watch"), (log.sample_every, log.sample_prompts, "sample"))
-    for every, clips, name in rows:
+    # the watch looks at the base too
+    rows = ((log.watch_every, log.watch_prompts * 2, "watch", 1), (log.sample_every, log.sample_prompts, "sample", 0))
+    for every, clips, name, more in rows:
         if every:
-            times = -(-config.steps // every)
+            times = -(-config.steps // every) + more
             seconds = times * -(-clips // config.processes) * clip_s(plan, config)
             parts.append(f"{in_words(seconds)} for {times} x {clips} {name} clips (log.{name}_every)")
     return f"besides, about {' and '.join(parts)}" if parts else ""

@@ -62,15 +62,13 @@ RULES: dict[str, Rule] = {
 
 
 def spreads(base: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """The standard deviation between prompts of each measure. ``base``: measure -> the base's values, one a prompt."""
+    """The standard deviation between prompts of each measure. ``base``: measure -> the base's values, one a prompt. One
+    prompt has none."""
     no_rule = Rule(math.inf)
     return {
-        name: max(
-            stdev(values) if len(values) > 1 else 0.0,
-            RULES.get(name, no_rule).least,
-            LEAST_SPREAD * abs(fmean(values)),
-        )
+        name: max(stdev(values), RULES.get(name, no_rule).least, LEAST_SPREAD * abs(fmean(values)))
         for name, values in base.items()
+        if len(values) > 1
     }
 
 
@@ -101,6 +99,8 @@ class Look:
     """The update at which the alarm began, while it lasts."""
     best: int | None = None
     """The update of the best look so far without an alarm."""
+    prompts: str = ""
+    """Of step 0 alone: a fingerprint. Looks at other prompts cannot be compared."""
 
 
 class Alarm:
@@ -117,12 +117,12 @@ class Alarm:
     def best(self) -> int | None:
         return self.looks[-1].best if self.looks else None
 
-    def begin(self, base: Mapping[str, Sequence[float]]) -> Look:
-        """Takes the base's measures, one value a prompt."""
+    def begin(self, base: Mapping[str, Sequence[float]], prompts: str = "") -> Look:
+        """Takes the base's measures, one value a prompt. ``prompts``: see ``Look``."""
         finite = {name: [value for value in values if math.isfinite(value)] for name, values in base.items()}
         finite = {name: values for name, values in finite.items() if values}
         means, spread = {name: fmean(values) for name, values in finite.items()}, spreads(finite)
-        return self._add(Look(0, means, spread, bands(means, spread)))
+        return self._add(Look(0, means, spread, bands(means, spread), prompts=prompts))
 
     def add(self, step: int, measures: Mapping[str, float], reward: float) -> Look:
         """Takes a look. ``reward``: see ``Look``; its rise counts from the first look after the base's."""
@@ -170,11 +170,16 @@ def _within(value: float | None, band: Band) -> bool:
 
 def save_looks(run: Path, looks: Sequence[Look]) -> None:
     """Writes ``watch.jsonl``, whole: it is short."""
-    rows = ({key: value for key, value in asdict(look).items() if key in _KEPT or value} for look in looks)
+    rows = ({key: value for key, value in asdict(look).items() if key in KEPT or _says(value)} for look in looks)
     write_text(run / FILE, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-_KEPT = ("step", "measures", "outside", "alarm")
+KEPT = ("step", "measures", "outside", "alarm")
+"""Of every line."""
+
+
+def _says(value: object) -> bool:
+    return value is not None and value != {} and value != ""
 
 
 def read_looks(run: Path, done: int) -> list[Look]:

@@ -14,6 +14,7 @@ from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.method.frames import kept_frames
 from lowmem_drf.method.reward import mean_reward
 from lowmem_drf.models.lora.adapter import lora_scale
+from lowmem_drf.prompts import fingerprint
 from lowmem_drf.schema import Config
 from lowmem_drf.scoring.alarm import Alarm, mark_best, read_looks, save_looks
 from lowmem_drf.scoring.evaluate import Trial, diversity
@@ -35,6 +36,9 @@ class Watch:
     ) -> None:
         self._config, self._run, self._models, self._trial, self._ranks = config, run, models, trial, ranks
         before = ranks.from_chief(read_looks(run, done) if ranks.chief else [])
+        self._prompts = fingerprint(trial.prompts) if trial else ""
+        if trial and before and before[0].prompts != self._prompts:
+            before = []  # log.watch_prompts or skip_prompts was changed: looked at anew
         self._alarm = Alarm(before)
         self.rewards: list[float] = []
         """Of the updates since the last look."""
@@ -59,8 +63,12 @@ class Watch:
         if self._trial and self._config.log.watch_every and not self._alarm.looks:
             with lora_scale(self._models.transformer, 0.0):
                 base = look(self._config, self._models, self._trial, self._ranks)
-            self._alarm.begin({**base, "lora_norm": [0.0]})
+            self._alarm.begin({**base, "lora_norm": [0.0]}, self._prompts)
             self._save()
+
+    def missed(self, done: int) -> bool:
+        """Whether a run that was interrupted after update ``done`` has not looked at it."""
+        return done > 0 and self.is_due(done, False) and self._alarm.looks[-1].step < done
 
     def look(self, step: int, lora_norm: float) -> str:
         """Looks at the model after update ``step``, which is saved; ``lora_norm``: the size of its LoRA. Returns a line
@@ -81,7 +89,7 @@ class Watch:
         return ""
 
     def _save(self) -> None:
-        if self._ranks.chief:
+        if self._ranks.chief and self._run.exists():  # else the loop says that it is gone
             save_looks(self._run, self._alarm.looks)
             if self.best:
                 mark_best(self._run, self.best)

@@ -110,6 +110,12 @@ def train(
             save_checkpoint(run, now, config.lora.alpha, config.log.keep, watch.best)
         ranks.barrier()  # no process may end before the checkpoint is written
 
+    def look(step: int) -> None:
+        with trainer.whole():
+            size = lora_norm(models.transformer)
+        if said := watch.look(step, size):
+            progress.note(said)
+
     if check.why:
         progress.note(check.why)
     finished = Finished(trainer, done, cursor)
@@ -120,6 +126,8 @@ def train(
                 write_previews(config, run, models, previews, step=0, ranks=ranks)
         with during("watch"), showing(console):
             watch.begin()
+            if watch.missed(done):
+                look(done)
         progress.alarm = watch.began
         with progress.live(), _finish_on_interrupt(progress, run, ranks) as asked:
             for step in range(done, config.steps):
@@ -159,15 +167,11 @@ def train(
                         progress.note(slow)
                 if skips.too_many:
                     raise stopped(config, run, skips, len(prompts))
-                if looks:
-                    with trainer.whole():
-                        size = lora_norm(models.transformer)
-                    with during("watch"):
-                        said = watch.look(report.step, size)
-                    progress.alarm = watch.began
-                    if said:
-                        progress.note(said)
                 stop = ranks.any(bool(asked))
+                if looks and not stop:
+                    with during("watch"):
+                        look(report.step)
+                    progress.alarm = watch.began
                 if config.log.sample_every and not stop and (last or report.step % config.log.sample_every == 0):
                     with during("previews"):
                         write_previews(config, run, models, previews, report.step, ranks)

@@ -90,9 +90,11 @@ def test_without_held_out_questions_the_second_critic_is_asked_those_of_training
         {"aspect": "TA", "kind": "dense", "text": "what is it ?", "answer": "a red circle"},
     ]
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a dog runs", "questions": questions}) + "\n")
-    code, out, err = evaluate("--prompts", "p.jsonl", "--json", "--critic", "again", "--seeds", "1", "--best")
+    code, out, err = evaluate(
+        "--prompts", "p.jsonl", "--json", "--critic", "again", "--seeds", "6", "--best"
+    )  # more than a batch
     assert code == 0, err
-    assert "step 3: 1 prompts x 1 seeds" in err
+    assert "step 3: 1 prompts x 6 seeds" in err
     result = json.loads(out)
     assert result["second"]["questions"] == "of training" and result["base"]["heldout_reward"] is None
     assert result["base"]["second_reward"] == pytest.approx(result["base"]["reward"], rel=1e-5)

@@ -42,7 +42,7 @@ def test_a_plan_says_what_clips_take_besides():
     plan = Plan("RTX 4060", 8.0, stages, update_s=387.0)
     every = ["batch=2", "micro_batch=2", "steps=110", "log.watch_every=50", "log.watch_prompts=4"]
     both = load_config("toy", [*every, "log.sample_every=100", "log.sample_prompts=3"])
-    said = "besides, about 4.0 min for 3 x 8 watch clips (log.watch_every) and 60 s for 2 x 3 sample clips"
+    said = "besides, about 5.3 min for 4 x 8 watch clips (log.watch_every) and 60 s for 2 x 3 sample clips"
     assert words.watching(plan, both) == f"{said} (log.sample_every)"
     assert words.watching(plan, load_config("toy", ["log.watch_every=0", "log.sample_every=0"])) == ""
 

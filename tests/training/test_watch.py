@@ -73,6 +73,24 @@ def test_the_alarm_is_said_ends_the_run_and_leaves_the_best_update(tiny_preset, 
     assert sorted(os.listdir(run / "checkpoints")) == ["best", "step-000001", "step-000004"]
 
 
+def test_a_look_that_a_killed_run_missed_is_made_on_resume(watched_run, tiny_preset, tmp_path):
+    run = tmp_path / "run"
+    train_command(str(tiny_preset), None, run, 2, None, False, list(WATCHED), False)
+    looks = (run / "watch.jsonl").read_text().splitlines(keepends=True)
+    (run / "watch.jsonl").write_text(looks[0])
+    train_command(None, None, run, 4, None, True, [], False)
+    steps = [look.step for look in read_looks(run, 4)]
+    assert steps == [0, 2, 4]
+    last = [folder.joinpath("watch.jsonl").read_text().splitlines()[-1] for folder in (run, watched_run)]
+    assert json.loads(last[0])["measures"] == json.loads(last[1])["measures"]
+
+
+def test_other_prompts_are_looked_at_anew(watched_run, tmp_path):
+    run = shutil.copytree(watched_run, tmp_path / "run")
+    train_command(None, None, run, 5, None, True, ["log.watch_prompts=3"], False)
+    assert [look.step for look in read_looks(run, 5)] == [0, 4, 5]
+
+
 def test_a_run_without_a_watch_has_no_best_update(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     assert not (run / "watch.jsonl").exists()
