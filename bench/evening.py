@@ -12,7 +12,7 @@ For each variant and seed: ``train``, then ``eval``'s measures on 128 held-out p
 - *passes*: of a clip through the transformer, per update. A rollout step is one pass, two with guidance; a graded step
   is a forward and a backward of each branch that carries gradient, and a backward counts as one pass, because a frozen
   base needs the products with dX only: batch * (steps * (1 or 2) + graded_steps * (1 or 2) * 2), and three for the
-  anchor (``optim.anchor``).
+  anchor (``optim.anchor``), or its share of them (``optim.anchor_every``).
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def passes(config: Config) -> int:
     sampler = config.sampler
     branches = 1 if sampler.guidance == 1 else 2
     graded = branches if sampler.guidance_grad == "both" else 1
-    anchor = 3 if config.optim.anchor else 0
-    return config.batch * (sampler.steps * branches + sampler.graded_steps * graded * 2 + anchor)
+    anchor = 3 / config.optim.anchor_every if config.optim.anchor else 0.0
+    return round(config.batch * (sampler.steps * branches + sampler.graded_steps * graded * 2 + anchor))
 
 
 def run(name: str, seed: int, folder: Path, console: Console) -> dict[str, Any]:
