@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-SHORT, SCREEN, LONG = 200, 400, 1200
-"""Updates of the default run, of an idea's first try, and of what helped."""
+SHORT, SCREEN = 200, 400
+"""Updates of the default run, and of an idea's first try."""
 
 
 @dataclass(frozen=True)

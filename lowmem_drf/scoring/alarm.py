@@ -140,7 +140,8 @@ class Alarm:
         made = dict(first.bands)
         for name in HELDOUT:
             if (band := made.get(name)) and band[0] is not None:
-                best = max(look.measures.get(name, -math.inf) for look in self.looks)
+                seen = (look.measures.get(name, math.nan) for look in self.looks)
+                best = max(filter(math.isfinite, seen))  # the base's own is among them
                 made[name] = best - (first.measures[name] - band[0]), None
         return made
 

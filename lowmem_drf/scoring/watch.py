@@ -6,18 +6,16 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from torch import Tensor
 
 from lowmem_drf.assembly.assemble import Models, critic_frames, derive_seed, reward_spec
 from lowmem_drf.assembly.generate import batches
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.method.frames import kept_frames
-from lowmem_drf.method.reward import mean_reward
 from lowmem_drf.models.lora.adapter import lora_scale
 from lowmem_drf.prompts import fingerprint
 from lowmem_drf.schema import Config
 from lowmem_drf.scoring.alarm import Alarm, mark_best, read_looks, save_looks
-from lowmem_drf.scoring.evaluate import Trial, diversity
+from lowmem_drf.scoring.evaluate import Trial, diversity, mean_rows, rewards
 from lowmem_drf.scoring.measures import clip_measures
 
 SEEDS = 2
@@ -105,32 +103,20 @@ def look(config: Config, models: Models, trial: Trial, ranks: Ranks = ALONE) -> 
     seeds = [derive_seed("watch", prompt, clip) for prompt in range(len(prompts)) for clip in range(count)]
     kept, spec = list(kept_frames(config.video.frames, critic_frames(config))), reward_spec(config)
     size = max(1, config.log.eval_batch // count) * count  # whole prompts
-    found: dict[str, list[float]] = {}
+    critic, found = models.ask or models.asked_critic, dict[str, list[float]]()
     for here, made, new in batches(models, config.sampler, texts, seeds, size, ranks, count):
-        some = [prompts[i // count] for i in here[::count]]
-        rows = [_of_a_prompt(clips) for clips in made.frames_BTCHW.split(count)]
-        for number, row in enumerate(rows):
-            row["velocity_norm"] = fmean(made.velocity_norms[number * count : (number + 1) * count])
+        frames = made.frames_BTCHW
+        rows = [clip_measures(clip) | {"velocity_norm": n} for clip, n in zip(frames, made.velocity_norms, strict=True)]
         if trial.heldout:
             models.awake("critic")
-            asked = [trial.heldout[prompt.id] for prompt in some for _ in range(count)]
-            answers = (models.ask or models.asked_critic)(made.frames_BTCHW[:, kept], asked)
-            for number, row in enumerate(rows):
-                part = slice(number * count, (number + 1) * count)
-                total, by_aspect, _ = mean_reward(answers[part], asked[part], spec)
-                row |= {"heldout_reward": total.item()}
-                row |= {f"heldout_{aspect}": value for aspect, value in by_aspect.items()}
-        for row in rows if new else ():
-            for name, value in row.items():
+            asked = [prompts[i // count] for i in here]
+            for row, answered in zip(rows, rewards(critic, frames[:, kept], asked, trial.heldout, spec), strict=True):
+                row |= {f"heldout_{name.removeprefix('reward_by_aspect.')}": value for name, value in answered.items()}
+        for first in range(0, len(rows) if new else 0, count):
+            of_a_prompt = slice(first, first + count)
+            means = mean_rows(rows[of_a_prompt]) | {"diversity": diversity(frames[of_a_prompt].float().cpu()[None])}
+            for name, value in means.items():
                 found.setdefault(name, []).append(value)
     parts = ranks.gather(found)
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: [value for part in parts for value in part.get(name, [])] for name in names}
-
-
-def _of_a_prompt(clips_STCHW: Tensor) -> dict[str, float]:
-    clips = clips_STCHW.float().cpu()
-    rows = [clip_measures(clip) for clip in clips]
-    names = [name for name in rows[0] if all(name in row for row in rows)]
-    means = {name: fmean(row[name] for row in rows) for name in names}
-    return {**means, "diversity": diversity(clips[None])}

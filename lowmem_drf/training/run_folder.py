@@ -1,7 +1,7 @@
 """The folder of a run: creates it, finds it, refuses one that is taken.
 
-config.toml  questions.json  left_out.json  kernels.json  run.json  metrics.jsonl  eval.json  tensorboard/
-samples/step-000050/  saliency/step-000050/  checkpoints/step-000050/  report.html
+config.toml  questions.json  left_out.json  kernels.json  run.json  metrics.jsonl  watch.jsonl  eval.json
+tensorboard/  samples/step-000050/  saliency/step-000050/  checkpoints/step-000050/  report.html
 """
 
 from __future__ import annotations

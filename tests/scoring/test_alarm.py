@@ -44,6 +44,8 @@ def test_held_out_questions_of_an_aspect_may_not_fall_back_from_their_best():
     alarm.add(25, better, -1.0)
     look = alarm.add(50, {**better, "heldout_Phy": -0.25, "blur": 9.0}, -0.5)  # still better than the base
     assert sorted(look.outside) == ["blur", "heldout_Phy"] and look.alarm == 50
+    alarm.add(75, {**better, "heldout_Phy": float("nan")}, -0.5)
+    assert alarm.add(100, better, -0.5).outside == []  # a clip that was NaN is not the best for good
 
 
 def test_a_measure_that_clips_no_longer_have_is_outside():
