@@ -245,6 +245,12 @@ def test_int8_attention_gains_twice_as_much_where_fp16_sums_are_fast():
     assert geforce == pytest.approx(2 * other, rel=1e-3) and 1 < geforce < 8 / 3
 
 
+def test_two_cards_convolve_as_far_apart_as_they_train_convolutional_networks():
+    """1.44 to 1.61 times (``SHARES``), where their arithmetic is 2.3 times apart."""
+    small, large = card_named("RTX 3090"), card_named("RTX 4090")
+    assert 1.44 < large.bf16 * large.share("conv3d") / (small.bf16 * small.share("conv3d")) < 1.61
+
+
 def test_attentions_backward_gains_where_fp16_sums_are_fast_but_not_behind_a_mask_or_where_it_cannot_be_taken():
     from lowmem_drf.planner.plan import _rates
 
