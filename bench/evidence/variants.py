@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+LAZY = ("optim.anchor=1", "optim.anchor_every=8")
 SHORT, SCREEN = 200, 400
 """Updates of the default run, and of an idea's first try."""
 
@@ -98,6 +99,9 @@ VARIANTS: dict[str, Variant] = {
         ),
         default_constant=("a constant rate", "optim.schedule=constant"),
     ),
+    "long": Variant("long", "the preset with its lazy anchor, 1,200 updates", LAZY, updates=1200),
+    "longer": Variant("long", "the same, 2,000 updates", LAZY, updates=2000),
+    "long_few": Variant("long", "`short_few`, 1,200 updates", ("optim.anchor=1",), "toy-fast", 1200),
     "ema": Variant("drift", "moving average of the LoRA", levers=("ema",)),
     "dropout": Variant("drift", "half of the questions, at random", levers=("dropout",)),
     "aspects": Variant("drift", "each aspect's gradient scaled to its share", levers=("aspects",)),
