@@ -19,9 +19,9 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, UMT5
 
 from lowmem_drf.method.preprocess import video_patches  # frames -> patches, differentiable
 from lowmem_drf.method.schedule import flow_sigmas
+from lowmem_drf.models.clamp import InwardClamp
 from lowmem_drf.models.lora.adapter import DEFAULT_TARGETS  # all linear layers of the blocks
 from lowmem_drf.models.qwen_vl.files import video_geometry, video_settings
-from lowmem_drf.models.wan.vae import InwardClamp
 from lowmem_drf.models.weights.sources import resolve
 from lowmem_drf.questions.toyworld import attributes, dense  # prompt -> questions with the answers we want
 from lowmem_drf.toy.captions import train_prompts

@@ -3,7 +3,7 @@
 ``RowOps``: the token-wise operations of a transformer block, and the VAE's norm with SiLU. ``naive`` is the arithmetic
 of diffusers 0.42, operation by operation; ``fused`` are the Triton kernels. ``Attention``: a differentiable call, and a
 pair (forward, backward) for fused attention checkpointing, which runs an attention's backward without repeating its
-forward. The other back ends are in ``models/wan/attention.py``.
+forward. The other back ends are in ``models/attention.py``.
 
 An explicit choice that cannot run is an error; only ``auto`` chooses.
 """

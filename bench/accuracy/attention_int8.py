@@ -39,8 +39,8 @@ from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.config import load_config
 from lowmem_drf.kernels.attention_int8 import KEYS, V_BITS, attention_int8_naive, hadamard
 from lowmem_drf.method.step import drf_step
+from lowmem_drf.models.attention import attention_named, with_int8_forward
 from lowmem_drf.models.lora.adapter import lora_parameters
-from lowmem_drf.models.wan.attention import attention_named, with_int8_forward
 from lowmem_drf.models.wan.denoiser import load_denoiser
 from lowmem_drf.models.weights.sources import TOYWORLD, resolve
 from lowmem_drf.questions.make import make_questions

@@ -31,10 +31,11 @@ from lowmem_drf.method.schedule import draw_noise, flow_sigmas
 from lowmem_drf.models.generators import KNOWN_GENERATORS
 from lowmem_drf.models.lora.adapter import ADAPTER, add_lora, lora_layers, lora_parameters, remove_lora
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
+from lowmem_drf.models.wan.names import in_transformer
 from lowmem_drf.models.wan.random_generator import random_transformer
 from lowmem_drf.models.wan.text import load_text
 from lowmem_drf.models.weights.packed_linear import PackedLinear
-from lowmem_drf.models.weights.quant import in_transformer, lay_out, require_library, set_products
+from lowmem_drf.models.weights.quant import lay_out, require_library, set_products
 from lowmem_drf.models.weights.sources import TOYWORLD, resolve
 from lowmem_drf.toy.build.generator import SHIFT, TEXT_TOKENS
 from lowmem_drf.toy.captions import heldout_prompts

@@ -36,12 +36,12 @@ from lowmem_drf.types import Parts, Prompt
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+    from lowmem_drf.models.experts import OtherExpert
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
     from lowmem_drf.models.tiny.decoder import TinyBackward, TinyDecoder
     from lowmem_drf.models.tiny.decoder_check import Uses
     from lowmem_drf.models.tiny.network import TinyNetwork
     from lowmem_drf.models.wan.decoder import WanDecoder
-    from lowmem_drf.models.wan.experts import OtherExpert
     from lowmem_drf.types import Critic, Velocity
 
 SMALL = 10_000_000
@@ -245,10 +245,10 @@ def assemble(
 
     Raises BadInputError: the video's size does not fit the models, or a requested kernel cannot run.
     """
+    from lowmem_drf.models.experts import two_experts
     from lowmem_drf.models.tiny.decoder import TinyBackward, TinyDecoder
     from lowmem_drf.models.wan.decoder import WanDecoder, drop_encoder
     from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
-    from lowmem_drf.models.wan.experts import two_experts
     from lowmem_drf.models.weights.quant import set_products
 
     drop_encoder(vae)

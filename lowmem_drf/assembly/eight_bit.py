@@ -12,7 +12,7 @@ from typing import Any
 
 from lowmem_drf.assembly.rungs import value_of
 from lowmem_drf.assembly.text_cache import DTYPES
-from lowmem_drf.models.wan.attention import BEHIND_INT8
+from lowmem_drf.models.attention import BEHIND_INT8
 from lowmem_drf.ops import AttentionName, why_no_int8
 from lowmem_drf.schema import Config
 

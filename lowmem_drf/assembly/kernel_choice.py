@@ -38,7 +38,7 @@ from lowmem_drf.assembly.text_cache import DTYPES
 from lowmem_drf.assembly.trials import Timer, Work, card_seconds, tried
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.wan.attention import (
+from lowmem_drf.models.attention import (
     BEHIND_INT8,
     NAMES,
     attention_named,

@@ -61,11 +61,11 @@ def load_models(
         LowmemError: too little disk or host memory, or a download failed.
     """
     import_libraries(config)
+    from lowmem_drf.models.experts import make_transformers, require_expert, subfolders_of
     from lowmem_drf.models.lora.adapter import attach_lora
     from lowmem_drf.models.lora.base import lora_changes, read_base_lora
     from lowmem_drf.models.tiny.files import load_tiny, sizes_in, tiny_file
     from lowmem_drf.models.wan.decoder import load_vae
-    from lowmem_drf.models.wan.experts import make_transformers, require_expert, subfolders_of
 
     device = resolve_device(config.device)
     require_fast_vae(config, device)

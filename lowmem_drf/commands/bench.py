@@ -27,11 +27,11 @@ from lowmem_drf.doctor.card_rates import measured_rates
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.memory.host import HostStore
 from lowmem_drf.memory.meter import Meter
+from lowmem_drf.models.attention import attention_named
+from lowmem_drf.models.experts import make_transformers
 from lowmem_drf.models.generators import generator_config
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
 from lowmem_drf.models.tiny.decoder_check import DecoderCheck
-from lowmem_drf.models.wan.attention import attention_named
-from lowmem_drf.models.wan.experts import make_transformers
 from lowmem_drf.planner.cards import GIB, SHARES, card_named, learn, parse_vram, plausible, room_of
 from lowmem_drf.planner.fake_models import plan_prompts
 from lowmem_drf.planner.ledger import Ledger

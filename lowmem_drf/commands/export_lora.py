@@ -15,11 +15,11 @@ from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.export.export import export_lora, file_metadata, host_bytes, is_export, merge_lora
 from lowmem_drf.export.trained_with import in_words
 from lowmem_drf.files import make_writable, refuse_in_run, release, require_output
+from lowmem_drf.models.experts import subfolders_of
 from lowmem_drf.models.generators import GeneratorConfig, generator_config
 from lowmem_drf.models.lora.changes import LoraChanges
 from lowmem_drf.models.lora.formats import FORMATS
 from lowmem_drf.models.lora.reading import read_lora
-from lowmem_drf.models.wan.experts import subfolders_of
 from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.weights.downloads import HOST_MARGIN, available_host_bytes
 from lowmem_drf.scoring.alarm import best_step

@@ -156,7 +156,7 @@ def attention() -> Iterator[Check]:
     it, only under ``--full``."""
     import torch
 
-    from lowmem_drf.models.wan.attention import NAMES, absent, refusal, why_not
+    from lowmem_drf.models.attention import NAMES, absent, refusal, why_not
 
     works, missing, device = [], [], torch.device("cuda", torch.cuda.current_device())
     for name in NAMES:

@@ -27,7 +27,12 @@ GuidanceGrad = Literal["cond", "both"]
 
 
 TRAIN_TIMESTEPS = 1000
-"""Noise levels that Wan was trained with; a timestep is sigma times this."""
+"""Noise levels that flow-matching models are trained with; a timestep is sigma times this."""
+
+
+def timestep_of(sigma: float) -> int:
+    """The integer timestep of diffusers' UniPC for ``sigma`` in (0, 1]: it truncates 1000 sigma to an int64."""
+    return int(sigma * TRAIN_TIMESTEPS)
 
 
 def flow_sigmas(steps: int, shift: float, timesteps: Sequence[float] = ()) -> Tensor:
@@ -47,7 +52,7 @@ def flow_sigmas(steps: int, shift: float, timesteps: Sequence[float] = ()) -> Te
     if steps < 1:
         raise BadInputError(f"sampler.steps is {steps}: the sampler needs at least 1 step")
     if not shift > 0:
-        raise BadInputError(f"sampler.shift is {shift}: it must be above 0 (1 is no shift; Wan uses 3 to 8)")
+        raise BadInputError(f"sampler.shift is {shift}: it must be above 0 (1 is no shift; video models use 3 to 12)")
     unshifted = torch.linspace(1, 1e-3, steps + 1, dtype=torch.float64)[:-1]
     sigmas = shift * unshifted / (1 + (shift - 1) * unshifted)
     sigmas[0] -= 1e-6  # as in UniPC: the log-SNR is infinite at 1

@@ -5,7 +5,7 @@ The graph from reward to LoRA is cut at the kept frames, at the latents, between
 caches) and between graded steps. Each piece runs forward without gradient first, and is recomputed with gradient when
 its cotangent is known: one piece is live at a time. By the chain rule the result is exact: it equals that of
 ``naive.naive_step``, the same step as one graph. (With guidance both leave out what ``guidance_grad`` leaves out, and
-in both the decoder's clamp has the gradient of ``models/wan/vae.InwardClamp``.)
+in both the decoder's clamp has the gradient of ``models/clamp.InwardClamp``.)
 
 The caller looks at the LoRA's gradients, clips, runs the optimizer and moves models between devices.
 """

@@ -24,6 +24,7 @@ from lowmem_drf.assembly.assemble import Models, assemble, critic_rate, run_prom
 from lowmem_drf.assembly.kernel_choice import choose_planned
 from lowmem_drf.assembly.questions import draft_questions
 from lowmem_drf.assembly.text_cache import DTYPES
+from lowmem_drf.models.experts import make_transformers
 from lowmem_drf.models.generators import GeneratorConfig
 from lowmem_drf.models.lora.adapter import ADAPTER, add_lora, lora_layers
 from lowmem_drf.models.qwen_vl.critic import DEFAULT_FPS, QwenCritic
@@ -32,9 +33,8 @@ from lowmem_drf.models.qwen_vl.known import KNOWN
 from lowmem_drf.models.qwen_vl.random_critic import described, empty_model, remake_rotary
 from lowmem_drf.models.tiny.files import network_for, planned_sizes
 from lowmem_drf.models.tiny.network import TinyNetwork
-from lowmem_drf.models.wan.experts import make_transformers
-from lowmem_drf.models.wan.random_generator import empty_text, empty_transformer, empty_vae, fill_as_loaded
-from lowmem_drf.models.weights.filling import Value, fill
+from lowmem_drf.models.wan.random_generator import empty_text, empty_transformer, empty_vae
+from lowmem_drf.models.weights.filling import Value, fill, fill_as_loaded
 from lowmem_drf.models.weights.quant import Quant, in_critic, lay_out, require_library
 from lowmem_drf.models.weights.sources import resolve
 from lowmem_drf.planner.fakes import Fakes

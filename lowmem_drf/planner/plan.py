@@ -26,11 +26,11 @@ from lowmem_drf.assembly.sizes import require_room
 from lowmem_drf.assembly.text_cache import BATCH, DTYPES, LARGE_BYTES
 from lowmem_drf.libraries import uncollected
 from lowmem_drf.models import import_models
+from lowmem_drf.models.experts import require_expert
 from lowmem_drf.models.generators import GeneratorConfig, generator_config
 from lowmem_drf.models.lora.adapter import lora_parameters
 from lowmem_drf.models.qwen_vl.vision import forget_windows
 from lowmem_drf.models.tiny.decoder_check import Uses
-from lowmem_drf.models.wan.experts import require_expert
 from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.weights.sources import resolve
 from lowmem_drf.planner.cards import GIB, HALF_BACKWARD, SHARES, Card, fits_in, free_of

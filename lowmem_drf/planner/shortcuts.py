@@ -20,7 +20,7 @@ from lowmem_drf.memory.activations import HookedForward
 from lowmem_drf.memory.recorded_rollout import RecordedForward
 from lowmem_drf.memory.streaming import StreamedForward
 from lowmem_drf.method.schedule import flow_sigmas
-from lowmem_drf.models.wan.experts import boundary_after
+from lowmem_drf.models.experts import boundary_after
 from lowmem_drf.planner.cards import GIB, Card
 from lowmem_drf.planner.depths import begins, marker
 from lowmem_drf.planner.ledger import Ledger

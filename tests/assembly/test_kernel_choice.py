@@ -13,7 +13,7 @@ from lowmem_drf.assembly.trials import Work
 from lowmem_drf.config import load_config
 from lowmem_drf.distributed.ranks import Ranks
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.wan.attention import attention_named, refusal
+from lowmem_drf.models.attention import attention_named, refusal
 from lowmem_drf.ops import Attention, naive_ops, sdpa_attention, sdpa_backward, sdpa_forward
 
 AUTO = ("kernels.ops=naive", "kernels.attention=auto")
@@ -161,7 +161,7 @@ def test_a_damaged_choice_is_said_and_made_anew(card, tmp_path):
 
 
 def test_a_back_end_that_cannot_run_is_refused_with_a_cure(monkeypatch):
-    monkeypatch.setattr("lowmem_drf.models.wan.attention.absent", lambda name: name == "flash")
+    monkeypatch.setattr("lowmem_drf.models.attention.absent", lambda name: name == "flash")
     config, here = work("kernels.attention=flash", device="cuda:0")
     with pytest.raises(BadInputError, match=r"'flash' cannot run: it is not installed\. Cure: pip install flash-attn"):
         choose(config, here)
@@ -177,7 +177,7 @@ def test_a_library_that_is_built_for_another_cuda_is_refused_with_a_cure(monkeyp
     fmha = ModuleType("xformers.ops.fmha")
     fmha.memory_efficient_attention_forward_requires_grad = forward
     fake_library(monkeypatch, "xformers.ops", fmha=fmha)
-    monkeypatch.setattr("lowmem_drf.models.wan.attention.why_not", lambda name, device: None)
+    monkeypatch.setattr("lowmem_drf.models.attention.why_not", lambda name, device: None)
     reason = refusal("xformers", torch.device("cpu"), torch.float32, 16)
     assert reason.startswith("NotImplementedError: No operator found: no CUDA. Cure: pip install --force-reinstall xf")
 

@@ -12,8 +12,8 @@ sys.path.insert(0, str(ROOT))
 
 from bench.accuracy import quant_error
 from lowmem_drf.models.generators import KNOWN_GENERATORS
+from lowmem_drf.models.wan.names import in_transformer
 from lowmem_drf.models.wan.random_generator import empty_transformer
-from lowmem_drf.models.weights.quant import in_transformer
 
 ERROR = {"bf16": 0.03, "int8": 0.04, "int8, bf16": 0.05, "nf4": 0.35, "nf4, bf16": 0.35}
 COSINE = {"bf16": 0.9995, "int8": 0.9993, "int8, bf16": 0.999, "nf4": 0.95, "nf4, bf16": 0.95}

@@ -22,7 +22,7 @@ from lowmem_drf.kernels.attention_int8 import (
     attention_int8_workspace,
     hadamard,
 )
-from lowmem_drf.models.wan.attention import with_int8_forward
+from lowmem_drf.models.attention import with_int8_forward
 from lowmem_drf.ops import Attention, int8_attention, sdpa_attention, triton_attention
 
 SHAPES = {

@@ -17,9 +17,9 @@ from lowmem_drf.commands.train import train_command
 from lowmem_drf.config import load_config
 from lowmem_drf.method.schedule import draw_noise
 from lowmem_drf.method.step import drf_step
+from lowmem_drf.models.attention import attention_named
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
 from lowmem_drf.models.qwen_vl.critic import QwenCritic
-from lowmem_drf.models.wan.attention import attention_named
 from lowmem_drf.models.wan.decoder import WanDecoder
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
 from lowmem_drf.ops import fused_ops, naive_ops, triton_attention

@@ -182,7 +182,7 @@ def test_an_output_that_holds_a_run_is_refused_and_untouched(tiny_run, tiny_pres
 @pytest.mark.parametrize("override", ["kernels.attention=cudnn", "kernels.attention=triton", "kernels.ops=fused"])
 def test_a_kernel_that_cannot_run_is_refused_before_anything_is_read(override, tmp_path, tiny_preset, monkeypatch):
     monkeypatch.setattr("lowmem_drf.ops.why_no_triton", lambda device: "none here")
-    monkeypatch.setattr("lowmem_drf.models.wan.attention.why_no_triton", lambda device: "none here")
+    monkeypatch.setattr("lowmem_drf.models.attention.why_no_triton", lambda device: "none here")
     monkeypatch.setattr("lowmem_drf.assembly.loading.load_models", lambda *_, **__: pytest.fail("it was read"))
     with pytest.raises(BadInputError, match=f"{override.partition('=')[0]} = .* cannot run: "):
         train_command(str(tiny_preset), None, tmp_path / "run", None, None, False, [override], False)

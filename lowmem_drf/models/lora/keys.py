@@ -28,7 +28,7 @@ from lowmem_drf.models.wan.names import IN_BLOCK, OUTSIDE
 from lowmem_drf.texts import shown, some
 
 if TYPE_CHECKING:
-    from lowmem_drf.models.wan.experts import Expert
+    from lowmem_drf.models.experts import Expert
 
 TEXT_ENCODER = "text encoder"
 

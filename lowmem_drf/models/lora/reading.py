@@ -27,7 +27,7 @@ from lowmem_drf.models.weights.reader import DTYPES, FLOAT8, INTEGERS, TensorFil
 from lowmem_drf.texts import one_line, read_text, shown, some
 
 if TYPE_CHECKING:
-    from lowmem_drf.models.wan.experts import Expert
+    from lowmem_drf.models.experts import Expert
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CHECKPOINT_FILE = "lora.safetensors"

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.wan.vae import InwardClamp
+from lowmem_drf.models.clamp import InwardClamp
 
 if TYPE_CHECKING:
     from torch import Tensor

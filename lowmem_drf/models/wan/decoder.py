@@ -10,7 +10,7 @@ handed on the new ones.
 The backward of a chunk reads its trace: what entered each segment. A forward without gradient makes it: that of the
 decode, or one more before the backward.
 
-A pixel out of range is clamped, as in diffusers, but its gradient is not always zero: see ``vae.InwardClamp``.
+A pixel out of range is clamped, as in diffusers, but its gradient is not always zero: see ``clamp.InwardClamp``.
 """
 
 from __future__ import annotations

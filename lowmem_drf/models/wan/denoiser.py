@@ -11,8 +11,8 @@ import torch
 
 from lowmem_drf.memory.activations import BlockPolicy, HookedForward, Pace
 from lowmem_drf.memory.recorded_rollout import RecordedForward
-from lowmem_drf.method.schedule import TRAIN_TIMESTEPS
-from lowmem_drf.models.wan.attention import attention_named
+from lowmem_drf.method.schedule import timestep_of
+from lowmem_drf.models.attention import attention_named
 from lowmem_drf.models.wan.block import BlockForward
 from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.weights.quant import Quant
@@ -124,11 +124,6 @@ def set_activations(
         return
     inputs, kept = store if checkpoint == "host" else None, None if keep_attention == "none" else keep_attention
     transformer.enable_gradient_checkpointing(BlockPolicy(blocks, inputs, kept, store, recorder))
-
-
-def timestep_of(sigma: float) -> int:
-    """WanPipeline's integer timestep for ``sigma`` in (0, 1]: UniPC truncates 1000 sigma to an int64."""
-    return int(sigma * TRAIN_TIMESTEPS)
 
 
 def as_velocity(transformer: WanTransformer3DModel, recorder: Recorder | None = None, call: Any = None) -> Velocity:

@@ -51,6 +51,12 @@ def wan_name(name: str) -> str:
     return _renamed(name, OUTSIDE)
 
 
+def in_transformer(name: str) -> bool:
+    """True if a linear layer of this name (diffusers') is packed: those of attention and feed-forward of a block."""
+    block, _, inner = name.partition(".")[2].partition(".")
+    return name.startswith("blocks.") and block.isdecimal() and inner in BLOCK_LINEARS
+
+
 def _renamed(name: str, names: dict[str, str]) -> str:
     for theirs, own in names.items():
         if name == theirs or name.startswith(f"{theirs}."):

@@ -8,13 +8,14 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowmem_drf.models.weights.filling import Value, fill, random_value
-from lowmem_drf.models.weights.quant import Quant, check_quantised, in_transformer, lay_out, require_library
+from lowmem_drf.models.wan.names import in_transformer
+from lowmem_drf.models.weights.filling import fill_as_loaded, random_values
+from lowmem_drf.models.weights.quant import Quant, check_quantised, lay_out, require_library
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -42,14 +43,16 @@ def random_transformer(
     Raises:
         BadInputError: bitsandbytes is missing.
     """
-    return fill_as_loaded(empty_transformer(config, layers, quant), dtype, _random(device, seed), home or device, taken)
+    return fill_as_loaded(
+        empty_transformer(config, layers, quant), dtype, random_values(device, seed), home or device, taken
+    )
 
 
 def random_vae(
     config: Mapping[str, Any], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
 ) -> AutoencoderKLWan:
     """A frozen VAE of this ``config.json``."""
-    return fill_as_loaded(empty_vae(config), dtype, _random(device, seed), device)
+    return fill_as_loaded(empty_vae(config), dtype, random_values(device, seed), device)
 
 
 def empty_transformer(config: Mapping[str, Any], layers: int | None = None, quant: Quant = "none") -> Any:
@@ -85,36 +88,3 @@ def empty_text(config: Mapping[str, Any], layers: int | None = None) -> Any:
 
 def _with_layers(config: Mapping[str, Any], most: int | None) -> dict[str, Any]:
     return {**config, **({} if most is None else {"num_layers": min(most, config["num_layers"])})}
-
-
-def fill_as_loaded(
-    model: Any,
-    dtype: torch.dtype,
-    value_of: Callable[[torch.dtype], Value],
-    home: str | torch.device | None = None,
-    taken: Callable[[torch.nn.Parameter], None] | None = None,
-) -> Any:
-    """Fills a model on ``meta``; each parameter in the dtype that ``from_pretrained`` would leave it in. Frozen, eval.
-
-    diffusers keeps ``_keep_in_fp32_modules`` in fp32 for any dtype. In transformers' classes the same name only matters
-    for fp16, in which UMT5 is not run.
-
-    Args:
-        home: where the model stays, its buffers too. Default: where ``value_of`` makes its values.
-        taken: as in ``fill``.
-    """
-    from diffusers import ModelMixin
-
-    kept = set(model._keep_in_fp32_modules or ()) if isinstance(model, ModelMixin) else set()
-    plain, exact = value_of(dtype), value_of(torch.float32)
-
-    def value(name: str, shape: Sequence[int]) -> Any:
-        return (exact if kept.intersection(name.split(".")) else plain)(name, shape)
-
-    fill(model, value, home=home, taken=taken)
-    return (model if home is None else model.to(home)).eval().requires_grad_(False)
-
-
-def _random(device: str | torch.device, seed: int) -> Callable[[torch.dtype], Value]:
-    generator = torch.Generator(device).manual_seed(seed)
-    return lambda dtype: random_value(dtype, torch.device(device), generator)

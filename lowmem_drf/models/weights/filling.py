@@ -7,6 +7,7 @@ is made.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,3 +65,37 @@ def fill(
             if taken is not None:
                 taken(made[id(parameter)])
         setattr(owner, key, made[id(parameter)])
+
+
+def fill_as_loaded(
+    model: Any,
+    dtype: torch.dtype,
+    value_of: Callable[[torch.dtype], Value],
+    home: str | torch.device | None = None,
+    taken: Callable[[torch.nn.Parameter], None] | None = None,
+) -> Any:
+    """Fills a model on ``meta``; each parameter in the dtype that ``from_pretrained`` would leave it in. Frozen, eval.
+
+    diffusers keeps ``_keep_in_fp32_modules`` in fp32 for any dtype. In transformers' classes the same name only matters
+    for fp16, in which UMT5 is not run.
+
+    Args:
+        home: where the model stays, its buffers too. Default: where ``value_of`` makes its values.
+        taken: as in ``fill``.
+    """
+    from diffusers import ModelMixin
+
+    kept = set(model._keep_in_fp32_modules or ()) if isinstance(model, ModelMixin) else set()
+    plain, exact = value_of(dtype), value_of(torch.float32)
+
+    def value(name: str, shape: Sequence[int]) -> Any:
+        return (exact if kept.intersection(name.split(".")) else plain)(name, shape)
+
+    fill(model, value, home=home, taken=taken)
+    return (model if home is None else model.to(home)).eval().requires_grad_(False)
+
+
+def random_values(device: str | torch.device, seed: int) -> Callable[[torch.dtype], Value]:
+    """``value_of`` of ``fill_as_loaded``: what ``random_value`` draws from this seed."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return lambda dtype: random_value(dtype, torch.device(device), generator)

@@ -5,14 +5,13 @@ Critic (``critic.quant``): the layers of the language model. Vision tower, embed
 bitsandbytes while it reads. The result is checked because ``llm_int8_skip_modules=["visual"]`` does not skip
 ``model.visual``: transformers matches the start or the end of a module's name.
 
-Transformer (``model.quant``): the attentions (to_q, to_k, to_v, to_out.0) and feed-forwards (net.0.proj, net.2) of the
-blocks, 98% of the weights of Wan2.1-1.3B and 14B. The rest keeps the dtypes of ``from_pretrained``; it is small, and
+Transformer (``model.quant``): the attentions and feed-forwards of the blocks, which the generator's family names: 98%
+of the weights of Wan2.1-1.3B and 14B. The rest keeps the dtypes of ``from_pretrained``; it is small, and
 every block's input passes through it. Cost: ``python -m bench.accuracy.quant_error``.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -27,17 +26,10 @@ Quant = Literal["none"] | Packing
 KEPT = ["model.visual", "model.language_model.embed_tokens", "lm_head"]
 """A critic's unquantised modules, named as transformers 5.17 to 5.23 match them."""
 
-_BLOCK_LINEAR = re.compile(r"blocks\.\d+\.(attn[12]\.(to_[qkv]|to_out\.0)|ffn\.net\.(0\.proj|2))")
-
 
 def in_critic(name: str) -> bool:
     """True if a linear layer of this name is packed in a critic."""
     return name.startswith("model.language_model.layers.")
-
-
-def in_transformer(name: str) -> bool:
-    """True if a linear layer of this name (diffusers') is packed in a Wan transformer."""
-    return _BLOCK_LINEAR.fullmatch(name) is not None
 
 
 def require_library(quant: str, key: str = "critic.quant", choices: tuple[str, ...] = ("none", "nf4")) -> None:

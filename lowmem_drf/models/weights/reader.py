@@ -15,9 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lowmem_drf.models.wan.random_generator import fill_as_loaded
 from lowmem_drf.models.weights.files import listed_weights, read_header
-from lowmem_drf.models.weights.filling import Value
+from lowmem_drf.models.weights.filling import Value, fill_as_loaded
 from lowmem_drf.models.weights.finite import refuse_weights
 from lowmem_drf.models.weights.packed_linear import PackedLinear
 from lowmem_drf.models.weights.sources import refuse_missing

@@ -19,10 +19,10 @@ from _tiny import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.method.schedule import flow_sigmas
+from lowmem_drf.method.schedule import flow_sigmas, timestep_of
 from lowmem_drf.method.step import rollout
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
-from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser, set_activations, timestep_of
+from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser, set_activations
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])

@@ -27,10 +27,10 @@ from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.schedule import flow_sigmas
 from lowmem_drf.method.step import rollout
+from lowmem_drf.models.experts import boundary_after, expert_at, require_expert, subfolders_of, two_experts
 from lowmem_drf.models.generators import KNOWN_GENERATORS, generator_config
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
-from lowmem_drf.models.wan.experts import boundary_after, expert_at, require_expert, subfolders_of, two_experts
 from lowmem_drf.models.weights.downloads import check_host_memory, prepare
 from lowmem_drf.planner.cards import card_named
 from lowmem_drf.planner.ledger import Ledger

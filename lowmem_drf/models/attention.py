@@ -1,4 +1,4 @@
-"""Attention back ends of the Wan transformer: our kernel, PyTorch's, cuDNN's, xformers' and flash-attn's. Each is a
+"""Attention back ends of the transformer: our kernel, PyTorch's, cuDNN's, xformers' and flash-attn's. Each is a
 pair (forward, backward) whose forward returns its log-sum-exp, so results can be kept (``memory/kept_attention.py``).
 
 flash-attn has no wheels on PyPI: its pair follows the signatures of 2.7 and 2.8 and has never run.

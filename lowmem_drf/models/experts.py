@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.method.schedule import choose_graded, flow_sigmas
-from lowmem_drf.models.wan.denoiser import TRAIN_TIMESTEPS, timestep_of
+from lowmem_drf.method.schedule import TRAIN_TIMESTEPS, choose_graded, flow_sigmas, timestep_of
 from lowmem_drf.models.weights.files import SECOND
 
 if TYPE_CHECKING:
