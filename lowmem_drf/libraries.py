@@ -93,7 +93,7 @@ def import_all() -> None:
                 if error.name not in WITHOUT:
                     raise
     # its lazy import brings whatever diffusers finds installed: attention libraries, quantizers, torchvision
-    importlib.import_module("diffusers").WanTransformer3DModel  # noqa: B018
+    importlib.import_module("diffusers.models.transformers")
 
 
 @contextmanager

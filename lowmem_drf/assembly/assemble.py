@@ -26,6 +26,7 @@ from lowmem_drf.method.frames import frames_at_rate, kept_fps, kept_frames
 from lowmem_drf.method.reward import RewardSpec
 from lowmem_drf.method.schedule import TRAIN_TIMESTEPS, choose_graded, draw_noise, flow_sigmas
 from lowmem_drf.method.step import StepSpec
+from lowmem_drf.models.generators import blocks_of, family_of
 from lowmem_drf.models.lora.adapter import lora_scale
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.ops import ranged_attention
@@ -37,11 +38,11 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     from lowmem_drf.models.experts import OtherExpert
+    from lowmem_drf.models.family import ClipDecoder
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
     from lowmem_drf.models.tiny.decoder import TinyBackward, TinyDecoder
     from lowmem_drf.models.tiny.decoder_check import Uses
     from lowmem_drf.models.tiny.network import TinyNetwork
-    from lowmem_drf.models.wan.decoder import WanDecoder
     from lowmem_drf.types import Critic, Velocity
 
 SMALL = 10_000_000
@@ -144,10 +145,10 @@ class Models:
     transformer: Any
     """The trained one."""
     velocity: Velocity
-    decoder: WanDecoder
+    decoder: ClipDecoder
     critic: QwenCritic | None
     texts: Mapping[str, Tensor]
-    """Text, or negative prompt -> (l, D) on the host, unpadded: padded, a thousand of Wan's prompts take 4 GiB."""
+    """Text, or negative prompt -> (l, D) on the host, unpadded: padded, a thousand prompts of 512 tokens take 4 GiB."""
     text_tokens: int
     """L, to which ``condition`` pads."""
     negative_prompt: str
@@ -247,39 +248,39 @@ def assemble(
     """
     from lowmem_drf.models.experts import two_experts
     from lowmem_drf.models.tiny.decoder import TinyBackward, TinyDecoder
-    from lowmem_drf.models.wan.decoder import WanDecoder, drop_encoder
-    from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
     from lowmem_drf.models.weights.quant import set_products
 
-    drop_encoder(vae)
+    family = family_of(transformer)
+    family.drop_encoder(vae)
     memory, store = config.memory, store or HostStore(device)
     streamed: dict[str, Streamed] = {}
     generators = {"transformer": transformer} | ({} if other is None else {"expert": other.transformer})
     if "transformer" in memory.stream:
-        streamed |= {name: Streamed(list(model.blocks), device, store) for name, model in generators.items()}
+        streamed |= {name: Streamed(blocks_of(model), device, store) for name, model in generators.items()}
     if critic is not None and "critic" in memory.stream:
         streamed["critic"] = critic.stream(device, store)
-    shape = latent_shape(config, transformer.config, vae.config)
+    sizes = family.sizes(transformer.config, vae.config)
+    shape = latent_shape(config, sizes)
     if chosen is None:
         seen = critic_frames(config) if critic is not None else 0
-        chosen = choose(config, Work(config, transformer, vae, critic, seen, shape, device), kernels, ranks)
+        chosen = choose(config, Work(config, sizes, critic, seen, shape, device), kernels, ranks)
     for model in generators.values():
         set_products(model, chosen.integers)
     recorder = Recorder(store, memory.keep_attention != "none") if memory.record_rollout else None
-    set_activations(
+    family.set_activations(
         transformer, memory.checkpoint, memory.token_slices, store,
         chosen.rows, chosen.attention, memory.keep_attention, recorder, chosen.rollout_attention,
         chosen.graded_attention, streamed.get("transformer"), hooked=config.engine == "zero3",
     )  # fmt: skip
     if other is not None:  # it has no gradient, and nothing to keep
-        set_activations(
+        family.set_activations(
             other.transformer, checkpoint=False, slices=memory.token_slices, rows=chosen.rows,
             attention=chosen.attention, rollout_attention=chosen.rollout_attention, streamed=streamed.get("expert"),
         )  # fmt: skip
     if critic is not None:
         critic.set_checkpointing(bool(memory.checkpoint))
         critic.set_attention(*(ranged_attention() if chosen.ranged else (None,)))
-    decoder = WanDecoder(
+    decoder = family.decoder(
         vae, grad_dtype=DTYPES[memory.vae_grad_dtype], strips=memory.vae_strips, caches=memory.vae_caches,
         store=store, norm_silu=chosen.rows.norm_silu,
     )  # fmt: skip
@@ -291,9 +292,9 @@ def assemble(
     parked = modules.keys() & {*memory.park, *(["expert"] if "transformer" in memory.park else [])}
     needs = NEEDS if other is None else {**NEEDS, "rollout": ()}  # two_experts brings each transformer in its turn
     residency = Residency(modules, parked, device, store, meter.stage, streamed, needs)
-    velocity = as_velocity(transformer, recorder)
+    velocity = family.as_velocity(transformer, recorder)
     if other is not None:
-        second = as_velocity(other.transformer)
+        second = family.as_velocity(other.transformer)
         velocity = two_experts(velocity, second, config.model.expert, other.boundary, residency.need)
     for name in streamed.keys() - parked:
         bring(modules[name], device)  # the parts that are not streamed were loaded to the host

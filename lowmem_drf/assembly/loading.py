@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,14 +14,14 @@ import torch
 
 from lowmem_drf.assembly.assemble import Models, assemble, critic_rate, resolve_device
 from lowmem_drf.assembly.cudnn import require_fast_vae
-from lowmem_drf.assembly.sizes import free_bytes, require_room
+from lowmem_drf.assembly.sizes import free_bytes, require_room, sizes_of
 from lowmem_drf.assembly.text_cache import DTYPES, encode_texts
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.libraries import import_all
 from lowmem_drf.memory.meter import Meter
 from lowmem_drf.memory.residency import bring
-from lowmem_drf.models.generators import generator_config, transformer_shapes
+from lowmem_drf.models.generators import family_of, generator_config
 from lowmem_drf.models.weights.downloads import check_host_memory, prepare
 from lowmem_drf.models.weights.files import SECOND
 from lowmem_drf.models.weights.sources import READER, TOYWORLD, resolve
@@ -29,6 +30,7 @@ from lowmem_drf.shortage import during
 from lowmem_drf.terminal import printable
 
 if TYPE_CHECKING:
+    from lowmem_drf.models.family import GeneratorConfig
     from lowmem_drf.models.lora.changes import LoraChanges
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
     from lowmem_drf.models.weights.quant import Quant
@@ -65,7 +67,6 @@ def load_models(
     from lowmem_drf.models.lora.adapter import attach_lora
     from lowmem_drf.models.lora.base import lora_changes, read_base_lora
     from lowmem_drf.models.tiny.files import load_tiny, sizes_in, tiny_file
-    from lowmem_drf.models.wan.decoder import load_vae
 
     device = resolve_device(config.device)
     require_fast_vae(config, device)
@@ -74,9 +75,10 @@ def load_models(
         described = generator_config(str(generator))
         require_expert(config, described)
         require_room(config, described, clips or {}, *free_bytes(device))
-        shapes = transformer_shapes(described.transformer)
+        family = family_of(described)
+        shapes = family.parameter_shapes(described.transformer)
         adapters, rest = lora.split(shapes) if lora else (None, None)
-        channels, small = described.vae["z_dim"], None
+        channels, small = sizes_of(described).channels, None
         if config.model.decoder != "exact" and with_critic:
             small = tiny_file(config.model.id, config.model.decoder_file, channels, say)
             sizes_in(small, channels)
@@ -88,7 +90,7 @@ def load_models(
         # transformers that go to the card, or are packed or partitioned, are never on the host in full
         whole = home.type == "cpu" and config.model.storage == "none" and config.engine != "zero3"
         passing = () if whole else ("transformer", SECOND)
-        single = _parameters(described.transformer) if whole and config.model.transformer else 0
+        single = _parameters(described) if whole and config.model.transformer else 0
         without = (*_without(config), *passing)
         check_host_memory(generator, "generator", DTYPES[config.dtype].itemsize, without, single)
         text_device = torch.device("cpu") if config.memory.text_device == "host" else device
@@ -107,7 +109,7 @@ def load_models(
         return load_transformer(config, generator, DTYPES[config.dtype], device, name, home, taken=taken, merged=merged)
 
     transformer, other = make_transformers(described, config, load)
-    vae = load_vae(str(generator), DTYPES[config.memory.vae_dtype], _home(config, "vae", device))
+    vae = family.load_vae(str(generator), DTYPES[config.memory.vae_dtype], _home(config, "vae", device))
     critic = load_run_critic(config, _home(config, "critic", device)) if with_critic else None
     meter, tiny = Meter(device), None
     if small:
@@ -131,7 +133,7 @@ def read_lora_for(config: Config, path: Path) -> LoraChanges:
         return read_lora(path)
     lora = read_lora(path, config.model.expert if generator.boundary is not None else None)
     try:
-        lora.require_fit(transformer_shapes(generator.transformer))
+        lora.require_fit(family_of(generator).parameter_shapes(generator.transformer))
     except BadInputError as error:
         raise BadInputError(f"{path}: {error} lowmem-drf inspect-lora says which one that is.") from error
     return lora
@@ -187,10 +189,9 @@ def load_transformer(
     Raises BadInputError: a file is missing or unusable, or no bitsandbytes.
     """
     from lowmem_drf.models.lora.base import base_changes, in_turn
-    from lowmem_drf.models.wan.denoiser import load_denoiser
-    from lowmem_drf.models.wan.single_file import load_single_file
 
-    loras = config.model.base_loras()
+    loras, described = config.model.base_loras(), generator_config(str(generator))
+    family = family_of(described)
 
     def changes(shapes: Shapes) -> dict[str, Change]:
         return in_turn(base_changes(loras, shapes, say), merged or {})
@@ -203,8 +204,9 @@ def load_transformer(
         "taken": taken,
     }
     if config.model.transformer and subfolder == "transformer":
-        return load_single_file(config.model.transformer, str(generator), dtype, device, say=say, **rest)
-    return load_denoiser(str(generator), dtype, device, subfolder=subfolder, **rest)
+        sizes, place = described.transformer, str(generator)
+        return family.load_file(config.model.transformer, sizes, place, dtype, device, say=say, **rest)
+    return family.load_transformer(str(generator), dtype, device, subfolder=subfolder, **rest)
 
 
 def load_run_critic(config: Config, home: torch.device | None = None) -> QwenCritic:
@@ -236,11 +238,9 @@ def _without(config: Config) -> tuple[str, ...]:
     return ("transformer",) if config.model.transformer else ()
 
 
-def _parameters(transformer: Mapping[str, Any]) -> int:
-    """Parameters of a transformer, by its configuration."""
-    from lowmem_drf.models.wan.random_generator import empty_transformer
-
-    return sum(parameter.numel() for parameter in empty_transformer(transformer).parameters())
+def _parameters(generator: GeneratorConfig) -> int:
+    """Parameters of its transformer."""
+    return sum(map(math.prod, family_of(generator).parameter_shapes(generator.transformer).values()))
 
 
 def import_libraries(config: Config) -> None:

@@ -7,25 +7,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.generators import GeneratorConfig
+from lowmem_drf.models.family import GeneratorConfig, Sizes
+from lowmem_drf.models.generators import family_of
 from lowmem_drf.models.weights.downloads import available_host_bytes
 from lowmem_drf.schema import Config
 from lowmem_drf.shortage import GIB
 
 
-def latent_shape(config: Config, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """(C, F, h, w), from the ``config.json`` of both models. Raises BadInputError: the video's size does not fit
-    them."""
-    video, factor = config.video, vae.get("scale_factor_spatial", 8)
-    frames = (video.frames - 1) // vae.get("scale_factor_temporal", 4) + 1
-    patches, most = transformer["patch_size"], transformer.get("rope_max_seq_len", 1024)
-    sides = ("width", video.width, factor * patches[2]), ("height", video.height, factor * patches[1])
-    for name, value, unit in sides:
+def sizes_of(generator: GeneratorConfig) -> Sizes:
+    """Of a generator that is not loaded."""
+    return family_of(generator).sizes(generator.transformer, generator.vae)
+
+
+def latent_shape(config: Config, sizes: Sizes) -> tuple[int, int, int, int]:
+    """(C, F, h, w). Raises BadInputError: the video's size does not fit the generator."""
+    video, most = config.video, sizes.positions
+    frames = (video.frames - 1) // sizes.temporal + 1
+    for name, value, patch in (("width", video.width, sizes.patch[2]), ("height", video.height, sizes.patch[1])):
+        unit = sizes.spatial * patch
         if value % unit:
             raise BadInputError(
                 f"video.{name} = {value} is not a multiple of {unit}, the patch grid of {config.model.id}. "
@@ -36,13 +39,21 @@ def latent_shape(config: Config, transformer: Mapping[str, Any], vae: Mapping[st
                 f"video.{name} = {value} is more than the positions of {config.model.id} cover. "
                 f"At most: -s video.{name}={most * unit}"
             )
-    if frames > most * patches[0]:
-        largest = (most * patches[0] - 1) * vae.get("scale_factor_temporal", 4) + 1
+    if (video.frames - 1) % sizes.temporal or frames % sizes.patch[0]:
+        unit = sizes.temporal * sizes.patch[0]
+        least = sizes.temporal * (sizes.patch[0] - 1) + 1
+        nearest = least + max(0, round((video.frames - least) / unit)) * unit
+        raise BadInputError(
+            f"video.frames = {video.frames} is not {unit}n + {least}, which {config.model.id} makes. "
+            f"Nearest: -s video.frames={nearest}"
+        )
+    if frames > most * sizes.patch[0]:
+        largest = (most * sizes.patch[0] - 1) * sizes.temporal + 1
         raise BadInputError(
             f"video.frames = {video.frames} is more than the positions of {config.model.id} cover. "
             f"At most: -s video.frames={largest}"
         )
-    return transformer["in_channels"], frames, video.height // factor, video.width // factor
+    return sizes.channels, frames, video.height // sizes.spatial, video.width // sizes.spatial
 
 
 def require_room(config: Config, generator: GeneratorConfig, clips: Mapping[str, int], free: float, where: str) -> None:
@@ -72,15 +83,13 @@ def free_bytes(device: torch.device) -> tuple[float, str]:
 
 def _at_once(config: Config, generator: GeneratorConfig, clips: int) -> list[tuple[float, str]]:
     """Lower bounds in bytes, each with what takes them."""
-    transformer, vae, video = generator.transformer, generator.vae, config.video
-    _, frames, height, width = latent_shape(config, transformer, vae)
-    tokens = math.prod(n // patch for n, patch in zip((frames, height, width), transformer["patch_size"], strict=True))
-    inner = transformer["num_attention_heads"] * transformer["attention_head_dim"]
+    sizes, video = sizes_of(generator), config.video
+    tokens = sizes.tokens(latent_shape(config, sizes)[1:])
     bytes_of = {"fp32": 4, "bf16": 2, "fp16": 2}
-    attention = 4 * tokens * inner * bytes_of[config.dtype]  # input, query, key and value of one block
-    channels = vae.get("decoder_base_dim") or vae["base_dim"]
-    pixels = video.width * video.height // (vae.get("patch_size") or 1) ** 2
-    chunk = 4 if video.frames > 1 else 1
+    attention = 4 * tokens * sizes.width * bytes_of[config.dtype]  # input, query, key and value of one block
+    channels = sizes.vae_widths[0]
+    pixels = video.width * video.height // sizes.vae_patch**2
+    chunk = sizes.temporal if video.frames > 1 else 1
     convolution = (
         2 * chunk * channels * pixels * bytes_of[config.memory.vae_dtype]
     )  # one convolution's input and output

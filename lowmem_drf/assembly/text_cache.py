@@ -20,6 +20,7 @@ import torch
 from lowmem_drf.assembly.cache import cache_folder
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import written_aside
+from lowmem_drf.models.generators import family_of, generator_config
 from lowmem_drf.models.weights.finite import not_finite
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import working
@@ -27,7 +28,7 @@ from lowmem_drf.terminal import working
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowmem_drf.models.wan.text import TextEncoder
+    from lowmem_drf.models.family import TextEncoder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -61,9 +62,8 @@ def encode_texts(config: Config, generator: str, texts: Sequence[str], device: t
     encoded = {text: value for text in unique if cache is not None and (value := cache.get(text)) is not None}
     missing = [text for text in unique if text not in encoded]
     if missing:
-        from lowmem_drf.models.wan.text import load_text
-
-        encoder = load_text(generator, DTYPES[config.dtype], device, config.memory.text_device == "stream")
+        family = family_of(generator_config(generator))
+        encoder = family.load_text(generator, DTYPES[config.dtype], device, config.memory.text_device == "stream")
         with working("embedding prompts", len(missing)) as advance:
             for text, value in _encoded(encoder, missing, config.model.text_tokens, BATCH if cache is None else 1):
                 encoded[text] = value

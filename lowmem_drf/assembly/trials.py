@@ -5,7 +5,6 @@ only not chosen.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +29,7 @@ from lowmem_drf.shortage import let_go
 from lowmem_drf.texts import one_line
 
 if TYPE_CHECKING:
+    from lowmem_drf.models.family import Sizes
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
     from lowmem_drf.ops import Attention, RowOps
 
@@ -77,8 +77,7 @@ class Work:
     """The sizes that a run's operations work on."""
 
     config: Config
-    transformer: Any
-    vae: Any
+    sizes: Sizes
     critic: QwenCritic | None
     critic_frames: int
     latent: tuple[int, int, int, int]
@@ -92,9 +91,8 @@ class Work:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(B, L, H, d) of the transformer's self-attention."""
-        sizes = self.transformer.config
-        tokens = math.prod(side // patch for side, patch in zip(self.latent[1:], sizes.patch_size, strict=True))
-        return self.config.micro_batch, tokens, sizes.num_attention_heads, sizes.attention_head_dim
+        sizes = self.sizes
+        return self.config.micro_batch, sizes.tokens(self.latent[1:]), sizes.heads, sizes.head_dim
 
     @property
     def slice_tokens(self) -> int:
@@ -172,7 +170,7 @@ class Work:
         if rows.norm_silu is not None:
             memory = self.config.memory
             for dtype in {DTYPES[memory.vae_dtype], DTYPES[memory.vae_grad_dtype]}:
-                for channels in sorted({self._vae_width * factor for factor in self.vae.config.dim_mult}):
+                for channels in sorted(set(self.sizes.vae_widths)):
                     yield partial(self._normed, rows.norm_silu, channels, dtype)
         if ranged and self.critic is not None:
             yield self._critic_reads
@@ -190,8 +188,7 @@ class Work:
         row = torch.ones(batch, 1, heads * dim, device=self.device)
         _backward(rows.norm_modulate(x, row, row, 1e-6), x)
         _backward(rows.gate_residual(x, y, row), x, y)
-        if self.transformer.config.cross_attn_norm:
-            _backward(rows.layer_norm(x, row[0, 0], row[0, 0], 1e-6), x)
+        _backward(rows.layer_norm(x, row[0, 0], row[0, 0], 1e-6), x)
 
     def _rotated(self, rows: RowOps) -> None:
         batch, _, heads, dim = self.shape
@@ -206,7 +203,7 @@ class Work:
     def _layers(self) -> dict[tuple[int, int], int]:
         """(in, out) of a block's frozen layers, and how many see all tokens: four of self-attention, two of
         cross-attention, and the feed-forward's."""
-        width, inner = self.shape[2] * self.shape[3], self.transformer.config.ffn_dim
+        width, inner = self.sizes.width, self.sizes.hidden
         return {(width, width): 6, (width, inner): 1, (inner, width): 1}
 
     def _layer(self, inside: int, outside: int, int8: bool) -> tuple[PackedLinear, Tensor]:
@@ -220,11 +217,6 @@ class Work:
     def _multiplied(self, inside: int, outside: int) -> None:
         layer, x = self._layer(inside, outside, True)
         _backward(layer(x), x)
-
-    @property
-    def _vae_width(self) -> int:
-        sizes = self.vae.config
-        return int(getattr(sizes, "decoder_base_dim", None) or sizes.base_dim)
 
     def _normed(self, norm_silu: Callable[..., Tensor], channels: int, dtype: torch.dtype) -> None:
         _, _, h, w = self.latent

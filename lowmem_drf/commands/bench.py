@@ -19,7 +19,7 @@ import torch
 from lowmem_drf.assembly.assemble import Models, assemble, critic_rate, resolve_device
 from lowmem_drf.assembly.cudnn import require_fast_vae
 from lowmem_drf.assembly.loading import with_partitioned_critic
-from lowmem_drf.assembly.sizes import free_bytes, require_room
+from lowmem_drf.assembly.sizes import free_bytes, require_room, sizes_of
 from lowmem_drf.assembly.text_cache import DTYPES
 from lowmem_drf.config import change, chosen_preset, load_config, preset_card, preset_path
 from lowmem_drf.distributed.ranks import join
@@ -29,7 +29,7 @@ from lowmem_drf.memory.host import HostStore
 from lowmem_drf.memory.meter import Meter
 from lowmem_drf.models.attention import attention_named
 from lowmem_drf.models.experts import make_transformers
-from lowmem_drf.models.generators import generator_config
+from lowmem_drf.models.generators import family_of, generator_config
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
 from lowmem_drf.models.tiny.decoder_check import DecoderCheck
 from lowmem_drf.planner.cards import GIB, SHARES, card_named, learn, parse_vram, plausible, room_of
@@ -177,12 +177,13 @@ def _random_models(
 ) -> tuple[Models, list[Prompt], dict[str, tuple[Question, ...]]]:
     from lowmem_drf.models.qwen_vl.random_critic import random_critic
     from lowmem_drf.models.tiny.files import network_for, planned_sizes
-    from lowmem_drf.models.wan.random_generator import random_transformer, random_vae
+    from lowmem_drf.models.weights.filling import fill_as_loaded, random_values
     from lowmem_drf.models.weights.sources import resolve
 
     generator, dtype = generator_config(config.model.id), DTYPES[config.dtype]
     require_room(config, generator, {"micro_batch": config.micro_batch}, *free_bytes(device))
     prompts, questions = plan_prompts(config)
+    family = family_of(generator)
     on_host = "transformer" in (*config.memory.park, *config.memory.stream)
     home, taken = torch.device("cpu") if on_host else device, None
     if config.engine == "zero3":
@@ -191,19 +192,21 @@ def _random_models(
         taken = Partition(config).take
 
     def make(name: str) -> Any:
-        sizes = getattr(generator, name)
-        return random_transformer(sizes, dtype, device, quant=config.model.storage, home=home, taken=taken)
+        empty = family.empty_transformer(getattr(generator, name), quant=config.model.storage)
+        return fill_as_loaded(empty, dtype, random_values(device), home, taken)
 
     transformer, other = make_transformers(generator, config, make)
     add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets)
-    width = generator.transformer["text_dim"]
+    width = sizes_of(generator).text_dim
     noise = torch.Generator().manual_seed(0)
     texts = {
         text: torch.randn(config.model.text_tokens, width, generator=noise).to(dtype)
         for text in [*(p.text for p in prompts), config.sampler.negative_prompt]
     }
     critic = random_critic(resolve(config.critic.id, "critic"), dtype, device, critic_rate(config), config.critic.quant)
-    vae = random_vae(generator.vae, DTYPES[config.memory.vae_dtype], device)
+    vae = fill_as_loaded(
+        family.empty_vae(generator.vae), DTYPES[config.memory.vae_dtype], random_values(device), device
+    )
     tiny = None
     if config.model.decoder != "exact":
         tiny = network_for(planned_sizes(config.model.id, config.model.decoder_file, generator.vae), generator.vae)
@@ -232,8 +235,8 @@ def _updates(
 
 
 def _refuse_large(config: Config) -> None:
-    sizes = generator_config(config.model.id).transformer
-    parameters = sizes["num_layers"] * (sizes["num_attention_heads"] * sizes["attention_head_dim"]) ** 2 * 12
+    generator = generator_config(config.model.id)
+    parameters = generator.transformer["num_layers"] * sizes_of(generator).width ** 2 * 12
     if parameters > LARGEST_ON_CPU:
         raise BadInputError(
             f"{config.model.id} has no place on a CPU ({parameters / 1e9:.1f} billion parameters in its blocks): bench "

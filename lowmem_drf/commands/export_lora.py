@@ -16,11 +16,11 @@ from lowmem_drf.export.export import export_lora, file_metadata, host_bytes, is_
 from lowmem_drf.export.trained_with import in_words
 from lowmem_drf.files import make_writable, refuse_in_run, release, require_output
 from lowmem_drf.models.experts import subfolders_of
-from lowmem_drf.models.generators import GeneratorConfig, generator_config
+from lowmem_drf.models.family import GeneratorConfig
+from lowmem_drf.models.generators import family_of, generator_config
 from lowmem_drf.models.lora.changes import LoraChanges
 from lowmem_drf.models.lora.formats import FORMATS
 from lowmem_drf.models.lora.reading import read_lora
-from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.weights.downloads import HOST_MARGIN, available_host_bytes
 from lowmem_drf.scoring.alarm import best_step
 from lowmem_drf.training.checkpoint import checkpoint_folder
@@ -91,7 +91,7 @@ def export_run(
     transformer = load_transformer(config, generator, torch.float32, cpu, subfolder, quant="none", blocks=blocks)
     paths, lines = [], []
     if merge is None or output is not None:
-        metadata = file_metadata(as_run(config, run), folder.name, transformer, expert)
+        metadata = file_metadata(as_run(config, run), folder.name, described, expert)
         path, verified = export_lora(lora, form, DTYPES[dtype], file, transformer, metadata)  # type: ignore[arg-type]
         paths.append(path)
         size = f"{path.stat().st_size / 2**20:.1f} MiB, {dtype}, rank {lora.rank}"
@@ -100,7 +100,7 @@ def export_run(
     if merge is not None:
         verified = merge_lora(lora, DTYPES[dtype], merge, transformer, subfolder)
         paths.append(merge)
-        call = f'WanTransformer3DModel.from_pretrained({json.dumps(str(merge))}, subfolder="{subfolder}")'
+        call = f'{type(transformer).__name__}.from_pretrained({json.dumps(str(merge))}, subfolder="{subfolder}")'
         lines += [f"{merge} ({dtype}) loads with {call}.", str(verified)]
         if config.model.storage != "none":
             lines.append(
@@ -125,7 +125,7 @@ def _blocks_to_read(generator: GeneratorConfig, subfolder: str, lora: LoraChange
         LowmemError: too little memory for a merge, which needs all blocks.
     """
     free = available_host_bytes()
-    needed = host_bytes(empty_transformer(getattr(generator, subfolder)), lora)
+    needed = host_bytes(family_of(generator).empty_transformer(getattr(generator, subfolder)), lora)
     if free is None or needed + HOST_MARGIN <= free:
         return None
     if merges:

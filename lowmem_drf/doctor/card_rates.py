@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lowmem_drf.assembly.sizes import sizes_of
 from lowmem_drf.assembly.trials import card_seconds
 from lowmem_drf.models.generators import generator_config
 from lowmem_drf.ops import int8_attention, int8_linear
@@ -44,8 +45,8 @@ def measured_rates(config: Config, attention: Attention, device: torch.device) -
 
 
 def _kinds(config: Config, attention: Attention, device: torch.device) -> dict[str, Timed]:
-    sizes = generator_config(config.model.id).transformer
-    heads, d = sizes["num_attention_heads"], sizes["attention_head_dim"]
+    sizes = sizes_of(generator_config(config.model.id))
+    heads, d = sizes.heads, sizes.head_dim
     frames, height, width = (config.video.frames - 1) // 4 + 1, config.video.height // 16, config.video.width // 16
     tokens, some = min(MOST_TOKENS, frames * height * width), min(MOST_HEADS, heads)
     scores = 4 * some * tokens**2 * d
@@ -55,7 +56,7 @@ def _kinds(config: Config, attention: Attention, device: torch.device) -> dict[s
         return torch.randn(shape, device=device, dtype=torch.bfloat16)
 
     def matmul() -> Callable[[], Any]:
-        x, weight = tensor(tokens, heads * d), tensor(heads * d, sizes["ffn_dim"])
+        x, weight = tensor(tokens, heads * d), tensor(heads * d, sizes.hidden)
         return lambda: x @ weight
 
     def attend(graded: bool) -> Callable[[], Any]:
@@ -70,7 +71,7 @@ def _kinds(config: Config, attention: Attention, device: torch.device) -> dict[s
         return partial(int8_attention(device), *(tensor(1, tokens, some, d) for _ in range(3)))
 
     def multiply_int8() -> Callable[[], Any]:
-        integers, weight = int8_linear(), tensor(sizes["ffn_dim"], heads * d).to(torch.int8)
+        integers, weight = int8_linear(), tensor(sizes.hidden, heads * d).to(torch.int8)
         rows, scale = integers.quantise_rows_op(tensor(tokens, heads * d), None), weight[:, 0].float()
         return lambda: integers.int8_product_op(*rows, weight, scale, None, torch.bfloat16, True)
 
@@ -93,7 +94,7 @@ def _kinds(config: Config, attention: Attention, device: torch.device) -> dict[s
         return both
 
     kinds: dict[str, Timed] = {
-        "matmul": (matmul, 2 * tokens * heads * d * sizes["ffn_dim"]),
+        "matmul": (matmul, 2 * tokens * heads * d * sizes.hidden),
         "attention": (partial(attend, False), scores),
         "attention backward": (partial(attend, True), 2.5 * scores),
         "conv3d": (conv3d, 2 * 27 * 96 * 96 * 4 * config.video.height * config.video.width),

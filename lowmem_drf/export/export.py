@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,16 +23,16 @@ from lowmem_drf.export.verify import (
     verify_merge,
 )
 from lowmem_drf.files import written_aside
+from lowmem_drf.models.generators import family_of
 from lowmem_drf.models.lora.changes import LoraChanges
 from lowmem_drf.models.lora.formats import LoraFormat, adapter_metadata, model_hash, to_format
 
 if TYPE_CHECKING:
-    from diffusers import WanTransformer3DModel
-
+    from lowmem_drf.models.family import GeneratorConfig
     from lowmem_drf.schema import Config
 
 
-def host_bytes(transformer: WanTransformer3DModel, lora: LoraChanges) -> int:
+def host_bytes(transformer: Any, lora: LoraChanges) -> int:
     """Host memory for exporting or merging all blocks, without Python and libraries: the transformer in fp32; four
     copies of the LoRA in fp32 (read, attached, in the file's format, the file); four of the largest weight in fp64
     (its B A, and the addition)."""
@@ -49,7 +49,7 @@ def export_lora(
     form: LoraFormat,
     dtype: torch.dtype,
     output: Path,
-    transformer: WanTransformer3DModel,
+    transformer: Any,
     metadata: Mapping[str, str],
 ) -> tuple[Path, Verified]:
     """Writes a temporary file, loads it onto ``transformer`` (the base, fp32, without LoRA; restored afterwards) as its
@@ -61,7 +61,7 @@ def export_lora(
     """
     from safetensors.torch import save
 
-    tensors = to_format(lora, form, dtype)
+    tensors = to_format(lora, form, dtype, family_of(transformer))
     about = {
         "format": "pt",
         **metadata,
@@ -101,7 +101,7 @@ def merge_lora(
     lora: LoraChanges,
     dtype: torch.dtype,
     folder: Path,
-    transformer: WanTransformer3DModel,
+    transformer: Any,
     subfolder: str = "transformer",
 ) -> Verified:
     """Writes ``folder/subfolder`` (diffusers layout): W + (alpha / rank) B A in fp32, rounded to ``dtype`` except norms
@@ -127,7 +127,7 @@ def merge_lora(
             transformer.save_pretrained(aside / subfolder)
             require_stored(aside / subfolder, transformer)
             transformer.to("meta")
-            verified = verify_merge(aside, dtype, tuned, subfolder)
+            verified = verify_merge(aside, dtype, type(transformer), tuned, subfolder)
             if folder.exists():
                 os.rmdir(os.path.realpath(folder))  # export_run checked that it is empty
     except OSError as error:
@@ -136,11 +136,10 @@ def merge_lora(
     return verified
 
 
-def file_metadata(config: Config, checkpoint: str, transformer: WanTransformer3DModel, expert: str) -> dict[str, str]:
+def file_metadata(config: Config, checkpoint: str, generator: GeneratorConfig, expert: str) -> dict[str, str]:
     """A file's header: ``modelspec.*`` (Stability's specification), ``ss_*`` (kohya), and the training settings.
     ``expert``: empty for a model with one transformer."""
-    # Wan models with two experts, or with 48 latent channels (TI2V-5B), are 2.2
-    family = "wan2.2" if expert or transformer.config.in_channels == 48 else "wan2.1"
+    family = family_of(generator).lora_header(generator)
     model, video, sampler, critic = config.model, config.video, config.sampler, config.critic
     step = str(int(checkpoint.removeprefix("step-")))
     training = {
@@ -168,13 +167,13 @@ def file_metadata(config: Config, checkpoint: str, transformer: WanTransformer3D
     }
     return {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{family}/lora",
-        "modelspec.implementation": f"https://github.com/Wan-Video/{family.capitalize()}",
+        "modelspec.architecture": f"{family.version}/lora",
+        "modelspec.implementation": family.implementation,
         "modelspec.title": f"lowmem-drf {model.id}{f' {expert} noise' if expert else ''} step {step}",
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
         "modelspec.resolution": f"{video.width}x{video.height}",
-        "ss_base_model_version": family,
-        "ss_network_module": "networks.lora_wan",
+        "ss_base_model_version": family.version,
+        "ss_network_module": family.network,
         "ss_steps": step,
         "ss_learning_rate": str(config.optim.lr),
         "ss_seed": str(config.seed),

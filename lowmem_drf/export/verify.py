@@ -9,27 +9,26 @@ largest relative error of a module, plus the rounding of the fp32 computation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lowmem_drf.errors import LowmemError
+from lowmem_drf.models.generators import blocks_of, family_of
 from lowmem_drf.models.lora.adapter import attach_lora, lora_layers, lora_scale, remove_lora
 from lowmem_drf.models.lora.changes import LoraChanges
 from lowmem_drf.models.lora.formats import diffusers_reads_kohya
 from lowmem_drf.models.lora.readers import attach_as_diffusers, load_as_diffusers
 from lowmem_drf.models.lora.reading import read_lora
-from lowmem_drf.models.wan.denoiser import as_velocity
 from lowmem_drf.models.weights.reader import TensorFiles, files_in
 from lowmem_drf.shortage import shortage_of
 
 if TYPE_CHECKING:
-    from diffusers import WanTransformer3DModel
     from peft.tuners.lora import LoraLayer
 
 Factors = tuple[float, Tensor, Tensor]
@@ -73,7 +72,7 @@ class Probe:
         return _largest(self.tuned - self.base)
 
 
-def probe_lora(transformer: WanTransformer3DModel, lora: LoraChanges) -> Probe:
+def probe_lora(transformer: Any, lora: LoraChanges) -> Probe:
     """Runs the base with and without the LoRA, and removes it. Raises BadInputError for a LoRA of another model."""
     attach_lora(transformer, lora)
     try:
@@ -90,11 +89,9 @@ def probe_lora(transformer: WanTransformer3DModel, lora: LoraChanges) -> Probe:
     return Probe(tuned, base)
 
 
-def verify_export(
-    path: Path, lora: LoraChanges, form: str, dtype: torch.dtype, transformer: WanTransformer3DModel
-) -> Verified:
-    """Loads ``path`` with ``WanPipeline.load_lora_weights`` and compares weights and outputs with the tuned model. A
-    kohya file without all modules, which diffusers cannot convert, is loaded with ``read_lora``.
+def verify_export(path: Path, lora: LoraChanges, form: str, dtype: torch.dtype, transformer: Any) -> Verified:
+    """Loads ``path`` with ``load_lora_weights`` of diffusers' pipeline and compares weights and outputs with the tuned
+    model. A kohya file without all modules, which diffusers cannot convert, is loaded with ``read_lora``.
 
     ``transformer``: the base, fp32; restored afterwards. If only its first blocks have values, outputs are those of
     these blocks; the weights of all modules are compared in any case.
@@ -103,7 +100,7 @@ def verify_export(
         LowmemError: a module is missing or unexpected, or differs by more than rounding.
     """
     tuned = probe_lora(transformer, lora)
-    by_diffusers = form != "kohya" or diffusers_reads_kohya(lora)
+    by_diffusers = form != "kohya" or diffusers_reads_kohya(lora, family_of(transformer))
     try:
         if by_diffusers:
             attach_as_diffusers(transformer, path)
@@ -127,13 +124,13 @@ def verify_export(
             f"The exported file does not reproduce the tuned model: outputs differ by {difference:.1e}, rounding "
             f"explains {bound:.1e}. It was deleted."
         )
-    count, total, of = len(_with_values(transformer)), len(transformer.blocks), Verified.of
+    count, total, of = len(_with_values(transformer)), len(blocks_of(transformer)), Verified.of
     if count < total:
         of = f"the output of the tuned model's first {count} blocks (of {total}; the weights of all were compared)"
     return Verified(difference, tuned.effect, "diffusers" if by_diffusers else "lowmem-drf", of)
 
 
-def require_same_model(transformer: WanTransformer3DModel, tuned: Probe) -> None:
+def require_same_model(transformer: Any, tuned: Probe) -> None:
     """Raises LowmemError unless a model merged in fp32 equals the tuned model up to fp32 rounding."""
     difference, bound = _largest(_run(transformer) - tuned.tuned), _rounding(transformer, tuned.tuned)
     if not difference <= bound:
@@ -143,7 +140,7 @@ def require_same_model(transformer: WanTransformer3DModel, tuned: Probe) -> None
         )
 
 
-def require_stored(folder: Path, transformer: WanTransformer3DModel) -> None:
+def require_stored(folder: Path, transformer: Any) -> None:
     """Raises LowmemError unless the folder's safetensors files contain every weight, bitwise equal."""
     files = TensorFiles(files_in(folder))
     for name, value in transformer.state_dict().items():
@@ -153,13 +150,15 @@ def require_stored(folder: Path, transformer: WanTransformer3DModel) -> None:
             raise LowmemError(f"{problem}. It was deleted; check the disk.")
 
 
-def verify_merge(folder: Path, dtype: torch.dtype, tuned: Probe, subfolder: str = "transformer") -> Verified:
-    """Loads a merged model with diffusers, in the dtype of its files, and runs it in fp32.
+def verify_merge(
+    folder: Path, dtype: torch.dtype, kind: type[Any], tuned: Probe, subfolder: str = "transformer"
+) -> Verified:
+    """Loads a merged transformer of class ``kind`` with diffusers, in the dtype of its files, and runs it in fp32.
 
     Raises:
         LowmemError: diffusers' weights differ from the files.
     """
-    read_back = load_as_diffusers(folder, subfolder, dtype)
+    read_back = load_as_diffusers(kind, folder, subfolder, dtype)
     require_stored(folder / subfolder, read_back)
     with computing_in_fp32(read_back):
         output = _run(read_back)
@@ -167,10 +166,10 @@ def verify_merge(folder: Path, dtype: torch.dtype, tuned: Probe, subfolder: str 
 
 
 @contextmanager
-def computing_in_fp32(transformer: WanTransformer3DModel) -> Iterator[None]:
+def computing_in_fp32(transformer: Any) -> Iterator[None]:
     """Casts each block to fp32 only while it computes: the whole model in fp32 takes as much memory as the merge."""
     for name, parameter in transformer.named_parameters():
-        if not name.startswith("blocks."):
+        if not name.startswith(f"{family_of(transformer).BLOCKS}."):
             parameter.data = parameter.data.float()
     kept: list[tuple[torch.nn.Parameter, Tensor]] = []
 
@@ -184,8 +183,8 @@ def computing_in_fp32(transformer: WanTransformer3DModel) -> Iterator[None]:
             parameter, value = kept.pop()
             parameter.data = value
 
-    hooks = [block.register_forward_pre_hook(cast) for block in transformer.blocks]
-    hooks += [block.register_forward_hook(restore) for block in transformer.blocks]
+    hooks = [block.register_forward_pre_hook(cast) for block in blocks_of(transformer)]
+    hooks += [block.register_forward_hook(restore) for block in blocks_of(transformer)]
     try:
         yield
     finally:
@@ -235,7 +234,7 @@ def _rounded_twice(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return size, torch.where(size == 0, 0.0, error)
 
 
-def _rounding(transformer: WanTransformer3DModel, output: Tensor) -> float:
+def _rounding(transformer: Any, output: Tensor) -> float:
     """Largest difference between two fp32 computations of the same function: every sub-layer rounds its residual
     stream a few times."""
     sublayers = 3 * len(_with_values(transformer)) + 1
@@ -243,24 +242,27 @@ def _rounding(transformer: WanTransformer3DModel, output: Tensor) -> float:
 
 
 @torch.no_grad()
-def _run(transformer: WanTransformer3DModel) -> Tensor:
+def _run(transformer: Any) -> Tensor:
     """Velocities on fixed random inputs, two latent frames of 4x4 patches, at three noise levels. Runs only the blocks
     that have values."""
-    config, generator = transformer.config, torch.Generator().manual_seed(0)
-    size: Sequence[int] = [2 * config.patch_size[0], *(_SMALL * side for side in config.patch_size[1:])]
-    x = torch.randn(1, config.in_channels, *size, generator=generator)
-    text = torch.randn(1, 16, config.text_dim, generator=generator)
-    velocity, blocks = as_velocity(transformer), transformer.blocks
-    transformer.blocks = torch.nn.ModuleList(_with_values(transformer))
+    family, generator = family_of(transformer), torch.Generator().manual_seed(0)
+    x, text = (torch.randn(shape, generator=generator) for shape in family.probe(transformer.config, _SMALL))
+    velocity, blocks = family.as_velocity(transformer), getattr(transformer, family.BLOCKS)
+    setattr(transformer, family.BLOCKS, torch.nn.ModuleList(_with_values(transformer)))
     try:
         return torch.cat([velocity(x, sigma, text) for sigma in _SIGMAS])
     finally:
-        transformer.blocks = blocks
+        setattr(transformer, family.BLOCKS, blocks)
 
 
-def _with_values(transformer: WanTransformer3DModel) -> list[torch.nn.Module]:
+def _with_values(transformer: Any) -> list[torch.nn.Module]:
     """The blocks that were loaded (``reader.fill_from_files``): the other blocks' tensors are one number each."""
-    return [block for block in transformer.blocks if any(block.scale_shift_table.stride())]
+    return [block for block in blocks_of(transformer) if any(map(_has_values, block.named_parameters()))]
+
+
+def _has_values(named: tuple[str, torch.nn.Parameter]) -> bool:
+    name, parameter = named
+    return ".lora_" not in name and any(parameter.stride())
 
 
 def _largest(x: Tensor) -> float:

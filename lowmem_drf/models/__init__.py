@@ -28,6 +28,6 @@ def import_models() -> None:
 
     torch.compile = later  # type: ignore[assignment]
     try:
-        importlib.import_module("diffusers").WanTransformer3DModel  # noqa: B018
+        importlib.import_module("diffusers.models.transformers")
     finally:
         torch.compile = compiler

@@ -75,7 +75,7 @@ def kind_of(func: Any) -> str:
     return "conv3d" if func.overloadpacket in CONVOLUTIONS else "matmul"
 
 
-def is_wans(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def half_fits(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether the arguments of an attention's backward are such as ``attention_half_backward`` takes: no mask, and no
     ranges of keys."""
     ranges_or_causal = args[7] if len(args) > 7 else None

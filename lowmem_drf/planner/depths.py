@@ -28,7 +28,7 @@ from lowmem_drf.planner.stages import MIDDLE
 from lowmem_drf.schema import Config
 
 if TYPE_CHECKING:
-    from lowmem_drf.models.generators import GeneratorConfig
+    from lowmem_drf.models.family import GeneratorConfig
 
 Depths = Mapping[str, int]
 """Blocks by stack: ``transformer``, ``text`` (encoder), ``language`` and ``windowed`` (of the critic)."""

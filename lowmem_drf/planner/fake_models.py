@@ -9,7 +9,7 @@ by the operators that pack real ones (``packed``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -23,9 +23,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from lowmem_drf.assembly.assemble import Models, assemble, critic_rate, run_prompts
 from lowmem_drf.assembly.kernel_choice import choose_planned
 from lowmem_drf.assembly.questions import draft_questions
+from lowmem_drf.assembly.sizes import sizes_of
 from lowmem_drf.assembly.text_cache import DTYPES
 from lowmem_drf.models.experts import make_transformers
-from lowmem_drf.models.generators import GeneratorConfig
+from lowmem_drf.models.family import GeneratorConfig
+from lowmem_drf.models.generators import family_of
 from lowmem_drf.models.lora.adapter import ADAPTER, add_lora, lora_layers
 from lowmem_drf.models.qwen_vl.critic import DEFAULT_FPS, QwenCritic
 from lowmem_drf.models.qwen_vl.files import video_geometry
@@ -33,7 +35,6 @@ from lowmem_drf.models.qwen_vl.known import KNOWN
 from lowmem_drf.models.qwen_vl.random_critic import described, empty_model, remake_rotary
 from lowmem_drf.models.tiny.files import network_for, planned_sizes
 from lowmem_drf.models.tiny.network import TinyNetwork
-from lowmem_drf.models.wan.random_generator import empty_text, empty_transformer, empty_vae
 from lowmem_drf.models.weights.filling import Value, fill, fill_as_loaded
 from lowmem_drf.models.weights.quant import Quant, in_critic, lay_out, require_library
 from lowmem_drf.models.weights.sources import resolve
@@ -44,9 +45,6 @@ from lowmem_drf.schema import Config
 from lowmem_drf.types import Prompt, Question
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
-    from transformers import UMT5EncoderModel
-
     from lowmem_drf.planner.stand_ins import PlanMeter
 
 
@@ -62,27 +60,31 @@ CHARACTERS_PER_TOKEN = 4
 
 
 def fake_transformer(
-    config: Mapping[str, Any], dtype: torch.dtype, mode: FakeTensorMode, quant: Quant = "none"
-) -> WanTransformer3DModel:
-    """The transformer of this ``config.json``, as ``load_denoiser`` returns it. Callable under any dispatch mode.
-    Raises BadInputError if bitsandbytes is missing."""
+    generator: GeneratorConfig,
+    dtype: torch.dtype,
+    mode: FakeTensorMode,
+    quant: Quant = "none",
+    name: str = "transformer",
+) -> Any:
+    """The transformer in this field of ``generator``, as ``load_transformer`` of its family returns it. Callable under
+    any dispatch mode. Raises BadInputError if bitsandbytes is missing."""
     with _disable_current_modes():
-        model = empty_transformer(config, quant=quant)
+        model = family_of(generator).empty_transformer(getattr(generator, name), quant=quant)
     with _packing():
         return fill_as_loaded(model, dtype, partial(_fake_value, mode))
 
 
-def empty_lora(transformer: WanTransformer3DModel, mode: FakeTensorMode) -> None:
+def empty_lora(transformer: Any, mode: FakeTensorMode) -> None:
     """Makes the LoRA's tensors fake. Call it after ``add_lora``, which runs without the mode: peft needs real ones."""
     for layer in lora_layers(transformer).values():
         for matrix in (layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]):
             matrix.weight = _fake(mode, matrix.weight.shape, matrix.weight.dtype).requires_grad_()
 
 
-def fake_vae(config: Mapping[str, Any], dtype: torch.dtype, mode: FakeTensorMode) -> AutoencoderKLWan:
+def fake_vae(generator: GeneratorConfig, dtype: torch.dtype, mode: FakeTensorMode) -> Any:
     """The VAE, as ``load_vae`` returns it."""
     with _disable_current_modes():
-        model = empty_vae(config)
+        model = family_of(generator).empty_vae(generator.vae)
     with _packing():
         return fill_as_loaded(model, dtype, partial(_fake_value, mode))
 
@@ -98,10 +100,10 @@ def fake_tiny(config: Config, generator: GeneratorConfig, mode: FakeTensorMode) 
     return model
 
 
-def fake_text(config: Mapping[str, Any], dtype: torch.dtype, mode: FakeTensorMode) -> UMT5EncoderModel:
+def fake_text(generator: GeneratorConfig, dtype: torch.dtype, mode: FakeTensorMode) -> Any:
     """The encoder of ``load_text``, without the tokenizer."""
     with _disable_current_modes():
-        model = empty_text(config)
+        model = family_of(generator).empty_text(generator.text)
     with _packing():
         return fill_as_loaded(model, dtype, partial(_fake_value, mode))
 
@@ -159,24 +161,24 @@ def fake_run(
     """Models of true size, and the prompts of one micro-batch with their questions."""
     dtype = DTYPES[config.dtype]
     prompts, questions = plan_prompts(config)
+    sizes = sizes_of(generator)
     transformer, other = make_transformers(
-        generator, config, lambda name: fake_transformer(getattr(generator, name), dtype, mode, config.model.storage)
+        generator, config, lambda name: fake_transformer(generator, dtype, mode, config.model.storage, name)
     )
     with _disable_current_modes():
         add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets, seed=None)
         empty_lora(transformer, mode)
-    text_dim = generator.transformer["text_dim"]
     texts = {
-        text: torch.zeros(config.model.text_tokens, text_dim, dtype=dtype)
+        text: torch.zeros(config.model.text_tokens, sizes.text_dim, dtype=dtype)
         for text in [*(p.text for p in prompts), config.sampler.negative_prompt]
     }
     rate = critic_rate(config)
     critic = fake_critic(config.critic.id, dtype, rate, config.critic.quant, mode=mode, files=described)
-    vae = fake_vae(generator.vae, DTYPES[config.memory.vae_dtype], mode)
+    vae = fake_vae(generator, DTYPES[config.memory.vae_dtype], mode)
     tiny = fake_tiny(config, generator, mode)
     more = [*([other.transformer] if other else []), *([tiny] if tiny else [])]
     meter.load([transformer, vae, critic.model, *more])
-    device, ops = torch.device("cpu"), choose_planned(config, generator.transformer["attention_head_dim"])
+    device, ops = torch.device("cpu"), choose_planned(config, sizes.head_dim)
     store = planned_store()
     models = assemble(config, transformer, vae, critic, texts, device, meter, ops, other, store, tiny=tiny)
     return models, prompts, questions

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowmem_drf.assembly.eight_bit import PRODUCTS
 from lowmem_drf.memory.host import IN_FLIGHT
 from lowmem_drf.planner.cards import HALF_BACKWARD
-from lowmem_drf.planner.costs import EITHER, INT8, Counters, Pcie, Rates, facts, in_16_bit, is_wans, kind_of
+from lowmem_drf.planner.costs import EITHER, INT8, Counters, Pcie, Rates, facts, half_fits, in_16_bit, kind_of
 from lowmem_drf.planner.fakes import DEVICE_OF, Fakes, key_of, tensors_of
 from lowmem_drf.planner.stages import MIDDLE, Item, Key, Label, Span
 
@@ -367,7 +367,7 @@ class Ledger(TorchDispatchMode):
             peak = rates.convolution
         elif kind == INT8:
             peak = rates.int8 or peak
-        elif HALF_BACKWARD in rates.shares and kind == "attention backward" and is_wans(args, kwargs):
+        elif HALF_BACKWARD in rates.shares and kind == "attention backward" and half_fits(args, kwargs):
             kind = HALF_BACKWARD
         return peak * rates.shares.get(kind, 1.0)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,16 +23,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from lowmem_drf.assembly.eight_bit import in_8_bit
-from lowmem_drf.assembly.sizes import require_room
+from lowmem_drf.assembly.sizes import require_room, sizes_of
 from lowmem_drf.assembly.text_cache import BATCH, DTYPES, LARGE_BYTES
 from lowmem_drf.libraries import uncollected
 from lowmem_drf.models import import_models
 from lowmem_drf.models.experts import require_expert
-from lowmem_drf.models.generators import GeneratorConfig, generator_config
+from lowmem_drf.models.family import GeneratorConfig
+from lowmem_drf.models.generators import family_of, generator_config
 from lowmem_drf.models.lora.adapter import lora_parameters
 from lowmem_drf.models.qwen_vl.vision import forget_windows
 from lowmem_drf.models.tiny.decoder_check import Uses
-from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.weights.sources import resolve
 from lowmem_drf.planner.cards import GIB, HALF_BACKWARD, SHARES, Card, fits_in, free_of
 from lowmem_drf.planner.costs import Counters, Rates
@@ -267,7 +268,7 @@ class _Run:
         critic = (shallow_critic(self.critic[0], depths), *self.critic[1:])
         ungraded = config.sampler.graded_steps - short.sampler.graded_steps
         forget_windows()  # else the first run of a process would count them alone
-        auto = in_8_bit(config, generator.transformer["attention_head_dim"])
+        auto = in_8_bit(config, sizes_of(generator).head_dim)
         with self.fakes, Ledger(ALLOCATOR_BLOCK, _rates(self.card, self.config), self.fakes, auto) as ledger:
             meter = PlanMeter(ledger, absent)
             models, prompts, questions = fake_run(short, generator, critic, self.fakes.mode, meter)
@@ -298,7 +299,8 @@ def decide_rollout(config: Config, card: Card, vram_gib: float | None = None, fa
         config.model_copy(update={"zero": config.zero.model_copy(update={"rollout": how})})
         for how in ("gathered", "partitioned")
     )
-    numbers = empty_transformer(generator_config(config.model.id).transformer).num_parameters()
+    described = generator_config(config.model.id)
+    numbers = sum(map(math.prod, family_of(described).parameter_shapes(described.transformer).values()))
     if numbers * DTYPES[config.dtype].itemsize > fits_in(free_of(vram_gib or card.gib)) * GIB:
         return partitioned
     return gathered if make_plan(gathered, card, vram_gib, "rollout", fakes=fakes).fits else partitioned
@@ -326,15 +328,13 @@ def _rates(card: Card, config: Config) -> Rates:
 
 def _encode_text(config: Config, generator: GeneratorConfig, mode: FakeTensorMode, meter: PlanMeter) -> None:
     """Plans the text encoder, alone on the card, with one batch of prompts."""
-    from lowmem_drf.models.wan.text import stream_text
-
-    encoder, where = fake_text(generator.text, DTYPES[config.dtype], mode), config.memory.text_device
+    encoder, where = fake_text(generator, DTYPES[config.dtype], mode), config.memory.text_device
     nbytes = sum(parameter.nbytes for parameter in encoder.parameters())
     if where == "host":
         meter.add("text", Figures({("", 0): Span(0, nbytes)}, 0, 0, Counters(), what="it runs on the host"))
         return
     if where == "stream":
-        stream_text(encoder, torch.device("cpu"), planned_store())
+        family_of(generator).stream_text(encoder, torch.device("cpu"), planned_store())
     meter.load([encoder])
     ids_BL = torch.ones(1 if nbytes >= LARGE_BYTES else BATCH, config.model.text_tokens, dtype=torch.int64)
     with meter.stage("text"), torch.no_grad():

@@ -21,6 +21,7 @@ from lowmem_drf.memory.recorded_rollout import RecordedForward
 from lowmem_drf.memory.streaming import StreamedForward
 from lowmem_drf.method.schedule import flow_sigmas
 from lowmem_drf.models.experts import boundary_after
+from lowmem_drf.models.generators import blocks_of
 from lowmem_drf.planner.cards import GIB, Card
 from lowmem_drf.planner.depths import begins, marker
 from lowmem_drf.planner.ledger import Ledger
@@ -30,7 +31,7 @@ from lowmem_drf.schema import Config
 from lowmem_drf.types import Answer, Decoder, Parts, Question
 
 if TYPE_CHECKING:
-    from lowmem_drf.models.generators import GeneratorConfig
+    from lowmem_drf.models.family import GeneratorConfig
 
 Caches = tuple[Any, ...]
 
@@ -121,7 +122,7 @@ def with_shortcuts(parts: Parts, models: Models, ledger: Ledger, frames: Frames 
     ``frames``: gets shape and dtype of what each chunk makes. ``None``: the decoder stays as it is.
     """
     for model in (models.transformer, models.expert):
-        blocks = [] if model is None else list(model.blocks)
+        blocks = [] if model is None else blocks_of(model)
         for place, block in enumerate(blocks):
             holder = block  # recording a pass and fetching weights still happen every time
             while isinstance(holder.forward, RecordedForward | StreamedForward | HookedForward):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lowmem_drf.assembly.assemble import Models
 from lowmem_drf.distributed.zero import REDUCE_BUCKET
+from lowmem_drf.models.generators import blocks_of
 from lowmem_drf.models.lora.adapter import named_lora
 from lowmem_drf.planner.cards import GIB, Card
 from lowmem_drf.planner.ledger import Ledger
@@ -174,7 +175,7 @@ def partitioned(
         return parts
     transformer, stages = models.transformer, ("rollout", "denoise_backward")
     gathered, planned_share = config.zero.rollout == "gathered", short.sampler.steps / config.sampler.steps
-    trained = PlannedZero3(config, ledger, card, transformer, transformer.blocks, stages, gathered, planned_share)
+    trained = PlannedZero3(config, ledger, card, transformer, blocks_of(transformer), stages, gathered, planned_share)
     meter.partitioned = [trained]
     parts = replace(parts, velocity=trained.called(parts.velocity))
     if not config.zero.critic:

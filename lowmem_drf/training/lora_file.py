@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
@@ -15,12 +15,10 @@ from lowmem_drf.training.checkpoint import load_checkpoint
 from lowmem_drf.training.manifest import refuse_damaged
 
 if TYPE_CHECKING:
-    from diffusers import WanTransformer3DModel
-
     from lowmem_drf.models.lora.changes import LoraChanges
 
 
-def load_run_lora(transformer: WanTransformer3DModel, folder: Path, config: Config) -> int:
+def load_run_lora(transformer: Any, folder: Path, config: Config) -> int:
     """Adds the LoRA of a run's checkpoint (``checkpoint_folder``) and returns its step."""
     checkpoint = load_checkpoint(folder)
     add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets)

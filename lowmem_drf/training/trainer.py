@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from lowmem_drf.assembly.assemble import Models
+from lowmem_drf.models.generators import blocks_of, family_of
 from lowmem_drf.models.lora.adapter import named_lora
 from lowmem_drf.models.lora.optimizers import (
     fill_states,
@@ -18,7 +19,6 @@ from lowmem_drf.models.lora.optimizers import (
     paged_moments,
     unpack_optimizer,
 )
-from lowmem_drf.models.wan.denoiser import as_velocity
 from lowmem_drf.schema import Config
 
 if TYPE_CHECKING:
@@ -121,8 +121,8 @@ def make_trainer(
     from lowmem_drf.distributed.zero import ZeroEngine
 
     optimizer: AdamW = make_optimizer(config.optim, list(lora.values()))  # type: ignore[assignment]  # the schema asks for adamw
-    engine = ZeroEngine(config, lora, optimizer, models.transformer, list(models.transformer.blocks), abort)
+    engine = ZeroEngine(config, lora, optimizer, models.transformer, blocks_of(models.transformer), abort)
     if config.engine == "zero3":
         models.residency.add("transformer", engine)
-        models = replace(models, velocity=as_velocity(models.transformer, call=engine))
+        models = replace(models, velocity=family_of(models.transformer).as_velocity(models.transformer, call=engine))
     return engine, models

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.export import export, verify
 from lowmem_drf.export.export import export_lora, file_metadata, merge_lora
 from lowmem_drf.export.verify import verify_export
+from lowmem_drf.models.generators import generator_config
 from lowmem_drf.models.lora.adapter import add_lora, attach_lora, lora_layers, lora_state
 from lowmem_drf.models.lora.changes import LoraChanges
 from lowmem_drf.models.lora.formats import (
@@ -30,6 +30,7 @@ from lowmem_drf.models.lora.formats import (
     to_format,
 )
 from lowmem_drf.models.lora.reading import read_lora
+from lowmem_drf.models.wan import family as wan
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
 from lowmem_drf.prompts import Cursor
 from lowmem_drf.training.checkpoint import Checkpoint, save_checkpoint
@@ -97,7 +98,7 @@ def test_round_trip(form: str, dtype: str, targets: str, tmp_path) -> None:
 
 def test_keys_are_those_the_tools_read() -> None:
     lora, _ = trained()
-    keys = {form: to_format(lora, form, torch.float32).keys() for form in FORMS}
+    keys = {form: to_format(lora, form, torch.float32, wan).keys() for form in FORMS}
     assert "diffusion_model.blocks.0.self_attn.q.lora_A.weight" in keys["comfyui"]
     assert "diffusion_model.blocks.1.cross_attn.o.lora_B.weight" in keys["comfyui"]
     assert "diffusion_model.blocks.1.ffn.0.lora_A.weight" in keys["comfyui"]
@@ -118,8 +119,8 @@ def test_diffusers_reads_kohya_predicts_the_converter() -> None:
     some = {name: pair for name, pair in lora.pairs.items() if "blocks.1.ffn" not in name}
     last = {name: pair for name, pair in lora.pairs.items() if "blocks.1" in name}
     for part, whole in [(lora, True), (LoraChanges(some), False), (LoraChanges(last), False)]:
-        assert diffusers_reads_kohya(part) is whole
-        tensors = to_format(part, "kohya", torch.float32)
+        assert diffusers_reads_kohya(part, wan) is whole
+        tensors = to_format(part, "kohya", torch.float32, wan)
         if whole:
             assert WanPipeline.lora_state_dict(tensors).keys() == {f"transformer.{name}" for name in part.state()}
         else:
@@ -133,7 +134,7 @@ def test_the_header_names_what_a_run_was_made_of_without_the_users_folders() -> 
         "toy",
         [f"model.base_lora=[{files}]", "lora.init=/home/me/c.safetensors", "model.transformer=/home/me/d.safetensors"],
     )
-    made = file_metadata(config, "step-000001", SimpleNamespace(config=SimpleNamespace(in_channels=16)), "")
+    made = file_metadata(config, "step-000001", generator_config("toyworld"), "")
     assert made["lowmem_drf.base_lora"] == "a.safetensors x 1, owner/repo/b.safetensors x 1"
     assert (made["lowmem_drf.init_lora"], made["lowmem_drf.transformer"]) == ("c.safetensors", "d.safetensors")
 
@@ -155,7 +156,7 @@ def test_metadata(tmp_path) -> None:
 
 def test_verification_catches_a_wrong_file(tmp_path) -> None:
     lora, _ = trained()
-    good = to_format(lora, "comfyui", torch.float32)
+    good = to_format(lora, "comfyui", torch.float32, wan)
     first, last = next(iter(good)), next(reversed(good))
     one_value = good[first] + 1e-4 * (torch.arange(good[first].numel()) == 0).view_as(good[first])
     wrong = {
@@ -251,8 +252,13 @@ def test_a_wrong_merge_is_found_and_deleted(wrong: str, tmp_path, monkeypatch) -
 
 
 def test_a_model_in_16_bits_computes_in_fp32_block_by_block(tmp_path) -> None:
+    from diffusers import WanTransformer3DModel
+
     tiny_transformer().bfloat16().save_pretrained(tmp_path)
-    whole, stored = (verify.load_as_diffusers(tmp_path, "", dtype) for dtype in (torch.float32, torch.bfloat16))
+    whole, stored = (
+        verify.load_as_diffusers(WanTransformer3DModel, tmp_path, "", dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     with verify.computing_in_fp32(stored):
         assert torch.equal(velocity(stored), velocity(whole))
         assert torch.equal(velocity(stored), velocity(whole)), "the blocks have their weights again"

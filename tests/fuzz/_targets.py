@@ -139,9 +139,10 @@ def _read_report(path: Path) -> None:
 
 
 def _read_model(path: Path) -> None:
+    from lowmem_drf.models.generators import generator_config
     from lowmem_drf.models.wan.single_file import load_single_file
 
-    load_single_file(path, _generator())
+    load_single_file(path, generator_config(_generator()).transformer, _generator())
 
 
 CHECKPOINT_FILES = ("manifest.json", "lora.safetensors", "state.safetensors", "cursor.json")

@@ -17,6 +17,7 @@ from lowmem_drf.models.lora.changes import LoraChanges, Pair
 from lowmem_drf.models.lora.formats import FORMATS, adapter_metadata, to_format
 from lowmem_drf.models.lora.init import _nearest, as_trained, init_lora
 from lowmem_drf.models.lora.reading import read_lora
+from lowmem_drf.models.wan import family as wan
 from lowmem_drf.training.run_folder import run_config
 from lowmem_drf.training.trainer import SingleTrainer
 from lowmem_drf.training.update import update
@@ -44,7 +45,7 @@ def test_the_first_update_is_that_of_the_run(given, form, tmp_path) -> None:
     (config, models, parts, prompts, questions), state = given
     lora, file = LoraChanges.from_state(state, ALPHA), tmp_path / "x.safetensors"
     header = {"lowmem_drf.alpha": str(ALPHA)} | (adapter_metadata(lora) if form == "diffusers" else {})
-    save_file(to_format(lora, form, torch.float32), file, metadata=header)
+    save_file(to_format(lora, form, torch.float32, wan), file, metadata=header)
     fresh, found = lora_state(models.transformer), {}
     for name in ("run", "file"):
         load_lora_state(models.transformer, state if name == "run" else fresh)

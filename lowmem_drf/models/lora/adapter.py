@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) on the Wan transformer through peft: y = W x + (alpha / rank) B A x, with W frozen.
+"""LoRA (arXiv 2106.09685) on the transformer through peft: y = W x + (alpha / rank) B A x, with W frozen.
 
 Names follow diffusers, without the ``transformer.`` prefix and peft's adapter name:
 ``blocks.0.attn1.to_q.lora_A.weight`` (rank, in) and ``….lora_B.weight`` (out, rank). A is initialised Kaiming-uniform
@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,7 +21,6 @@ from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.texts import some
 
 if TYPE_CHECKING:
-    from diffusers import WanTransformer3DModel
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
     from torch import Tensor
@@ -34,7 +33,7 @@ DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.ne
 
 
 def add_lora(
-    transformer: WanTransformer3DModel,
+    transformer: Any,
     rank: int,
     alpha: float,
     targets: Sequence[str] = DEFAULT_TARGETS,
@@ -60,7 +59,7 @@ def add_lora(
     linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     unmatched = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in linears)]
     if unmatched or not targets:
-        endings = sorted({name.split(".", 2)[-1] if name.startswith("blocks.") else name for name in linears})
+        endings = sorted({re.sub(r"^\w*blocks\.\d+\.", "", name) for name in linears})
         raise BadInputError(
             f"lora.targets {unmatched or list(targets)} match no Linear of this model. It has: {', '.join(endings)}"
         )
@@ -76,7 +75,7 @@ def add_lora(
             weight.copy_((2 * torch.rand(weight.shape, generator=generator) - 1) * bound)
 
 
-def _add_adapter(transformer: WanTransformer3DModel, config: LoraConfig) -> None:
+def _add_adapter(transformer: Any, config: LoraConfig) -> None:
     """Freezes the transformer and adds an adapter of zeros."""
     transformer.requires_grad_(False)
     transformer.add_adapter(config, adapter_name=ADAPTER)
@@ -94,7 +93,7 @@ def _in_dtype_of_input(matrix: nn.Linear, x: Tensor) -> Tensor:
     return nn.functional.linear(x, matrix.weight.to(x.dtype))
 
 
-def remove_lora(transformer: WanTransformer3DModel) -> None:
+def remove_lora(transformer: Any) -> None:
     """Removes the LoRA. The transformer is then bitwise equal to the base."""
     transformer.unload_lora()
 
@@ -130,7 +129,7 @@ def load_lora_state(transformer: nn.Module, state: Mapping[str, Tensor]) -> None
             parameter.copy_(state[name])
 
 
-def attach_lora(transformer: WanTransformer3DModel, lora: LoraChanges) -> None:
+def attach_lora(transformer: Any, lora: LoraChanges) -> None:
     """Adds the pairs of a LoRA, each with its own rank and scale, as fp32. Not its other changes (``split_lora``).
 
     Raises:

@@ -1,4 +1,4 @@
-"""Writes LoRA files in the key formats of Wan tools.
+"""Writes LoRA files in the key formats of other tools. The examples are of Wan.
 
     comfyui    diffusion_model.blocks.0.self_attn.q.lora_A.weight
                alpha / rank folded into A. ComfyUI and diffusers load it.
@@ -24,19 +24,19 @@ import torch
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.lora.settings import ADAPTER_METADATA
-from lowmem_drf.models.wan.names import BLOCK_LINEARS
 from lowmem_drf.texts import one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lowmem_drf.models.family import Family
     from lowmem_drf.models.lora.changes import LoraChanges
 
 LoraFormat = Literal["comfyui", "diffusers", "kohya"]
 FORMATS: tuple[str, ...] = get_args(LoraFormat)
 
 
-def to_format(lora: LoraChanges, form: LoraFormat, dtype: torch.dtype) -> dict[str, Tensor]:
+def to_format(lora: LoraChanges, form: LoraFormat, dtype: torch.dtype, family: Family) -> dict[str, Tensor]:
     """The tensors of a file. Alpha is folded in the dtype of the LoRA, before rounding to ``dtype``.
 
     Raises:
@@ -52,10 +52,10 @@ def to_format(lora: LoraChanges, form: LoraFormat, dtype: torch.dtype) -> dict[s
         if form == "diffusers":
             a, b = f"transformer.{module}.lora_A.weight", f"transformer.{module}.lora_B.weight"
         elif form == "comfyui":
-            a, b = (f"{_stem(module, form)}.lora_{side}.weight" for side in "AB")
+            a, b = (f"{_stem(module, form, family)}.lora_{side}.weight" for side in "AB")
         else:
-            a, b = (f"{_stem(module, form)}.lora_{side}.weight" for side in ("down", "up"))
-            tensors[f"{_stem(module, form)}.alpha"] = torch.tensor(pair.alpha, dtype=torch.float32)
+            a, b = (f"{_stem(module, form, family)}.lora_{side}.weight" for side in ("down", "up"))
+            tensors[f"{_stem(module, form, family)}.alpha"] = torch.tensor(pair.alpha, dtype=torch.float32)
         tensors[a] = (pair.a * pair.scale if form == "comfyui" else pair.a).to(dtype)
         tensors[b] = pair.b.to(dtype)
     if lost := [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]:
@@ -80,12 +80,12 @@ def adapter_metadata(lora: LoraChanges) -> dict[str, str]:
     return {ADAPTER_METADATA: json.dumps(plain, sort_keys=True, default=str)}
 
 
-def diffusers_reads_kohya(lora: LoraChanges) -> bool:
+def diffusers_reads_kohya(lora: LoraChanges, family: Family) -> bool:
     """True if diffusers 0.42.1 can convert the kohya file: it needs every attention and feed-forward Linear of blocks 0
     to n - 1."""
     modules = set(lora.pairs)
-    blocks = {int(module.split(".")[1]) for module in modules if module.startswith("blocks.")}
-    wanted = {f"blocks.{i}.{name}" for i in range(len(blocks)) for name in BLOCK_LINEARS}
+    blocks = {int(module.split(".")[1]) for module in modules if module.startswith(f"{family.BLOCKS}.")}
+    wanted = {f"{family.BLOCKS}.{i}.{name}" for i in range(len(blocks)) for name in family.NAMES.linears}
     return bool(blocks) and wanted <= modules
 
 
@@ -95,12 +95,12 @@ def model_hash(file: bytes) -> str:
     return hashlib.sha256(file[8 + int.from_bytes(file[:8], "little") :]).hexdigest()
 
 
-def _stem(module: str, form: LoraFormat) -> str:
+def _stem(module: str, form: LoraFormat, family: Family) -> str:
     """Name of a block's Linear in ComfyUI's or kohya's files."""
-    match = re.fullmatch(r"(blocks\.\d+)\.(.+)", module)
-    if match is None or match[2] not in BLOCK_LINEARS:
+    match = re.fullmatch(rf"({family.BLOCKS}\.\d+)\.(.+)", module)
+    if match is None or match[2] not in family.NAMES.linears:
         raise BadInputError(
             f"The {form} format has no name for a LoRA on {one_line(module, 80)}. Export with --format diffusers."
         )
-    wan = f"{match[1]}.{BLOCK_LINEARS[match[2]]}"
-    return f"diffusion_model.{wan}" if form == "comfyui" else f"lora_unet_{wan.replace('.', '_')}"
+    own = f"{match[1]}.{family.NAMES.linears[match[2]]}"
+    return f"diffusion_model.{own}" if form == "comfyui" else f"lora_unet_{own.replace('.', '_')}"

@@ -1,4 +1,4 @@
-"""The keys of LoRA files: which module of a Wan transformer a tensor changes, and which part of the change it is.
+"""The keys of LoRA files: which module of a transformer a tensor changes, and which part of the change it is.
 
     diffusion_model.blocks.0.self_attn.q.lora_A.weight      ComfyUI; also lora_down, with .alpha
     lora_unet_blocks_0_self_attn_q.lora_down.weight         kohya (musubi-tuner), with .alpha
@@ -9,9 +9,10 @@
     base_model.model.blocks.0.attn1.to_q.lora_A.weight      peft
     blocks.0.self_attn.q.lora_A.default.weight              DiffSynth-Studio
 
-Underscores in place of dots lose nothing, since no two modules of Wan then have the same name. So every name is
-compared in that form, in Wan's naming and in diffusers'. Sources: ``comfy/lora.py``, ``comfy/lora_convert.py`` and
-``comfy/weight_adapter/`` of ComfyUI, ``loaders/lora_conversion_utils.py`` of diffusers 0.42.1, LyCORIS, peft 0.21.
+The examples are of Wan. Underscores in place of dots lose nothing, since no two modules then have the same name. So
+every name is compared in that form, in the family's own naming and in diffusers'. Sources: ``comfy/lora.py``,
+``comfy/lora_convert.py`` and ``comfy/weight_adapter/`` of ComfyUI, ``loaders/lora_conversion_utils.py`` of diffusers
+0.42.1, LyCORIS, peft 0.21.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.wan.kinds import kind_of
-from lowmem_drf.models.wan.names import IN_BLOCK, OUTSIDE
+from lowmem_drf.models.generators import FAMILIES, names_of
 from lowmem_drf.texts import shown, some
 
 if TYPE_CHECKING:
     from lowmem_drf.models.experts import Expert
+    from lowmem_drf.models.family import Family
 
 TEXT_ENCODER = "text encoder"
 
@@ -127,12 +128,13 @@ def read_keys(keys: Iterable[str], expert: Expert | None = None) -> Keys:
             else "it holds no tensors"
         )
     split = _of_expert(split, expert, found)
-    found.layout = _layout(split)
-    is_wan = _is_wan(split)
+    names = _Names(family_with(key.stem for key in split))
+    found.layout = _layout(split, names)
+    is_own = _is_own(split, names)
     for entry in split:
-        module = _module(entry, is_wan)
+        module = _module(entry, is_own, names)
         if module is None:
-            raise _of_another_model(entry)
+            raise _of_another_model(entry, names.family)
         parts = found.modules.setdefault(module, {})
         if other := parts.get(entry.part):
             both = f"{shown(other)} and {shown(entry.text)}"
@@ -173,41 +175,59 @@ def _flat(names: Mapping[str, str]) -> dict[str, str]:
     return {either.replace(".", "_"): name for name, own in names.items() for either in (own, name)}
 
 
-_IN_A_BLOCK, _OUTSIDE_BLOCKS = _flat(IN_BLOCK), _flat(OUTSIDE)
-_WAN = {own.replace(".", "_") for names in (IN_BLOCK, OUTSIDE) for own in names.values()}
-_DIFFUSERS = {name.replace(".", "_") for names in (IN_BLOCK, OUTSIDE) for name in names}
-_SWAPPED = {own: name for name, own in IN_BLOCK.items() if own != name and own in IN_BLOCK}
-"""``norm2`` and ``norm3``: Wan's name -> diffusers', which is the other."""
-_BLOCK = re.compile(r"blocks_(\d{1,4})(?:_(.+))?")
+class _Names:
+    """The names of a family's modules, with underscores in place of dots."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        tables = in_block, outside = family.NAMES.in_block, family.NAMES.outside
+        self.in_block, self.outside = _flat(in_block), _flat(outside)
+        self.own = {own.replace(".", "_") for names in tables for own in names.values()}
+        self.diffusers = {name.replace(".", "_") for names in tables for name in names}
+        self.swapped = {own: name for name, own in in_block.items() if own != name and own in in_block}
+        """Its own name -> diffusers', where each is a name of the other too: Wan's ``norm2`` and ``norm3``."""
+        self.block = re.compile(rf"{family.BLOCKS}_(\d{{1,4}})(?:_(.+))?")
 
 
-def _module(key: _Key, is_wan: bool | None) -> str | None:
-    """diffusers' name, or ``None`` if a Wan transformer has no such module."""
-    match = _BLOCK.fullmatch(key.flat)
+def family_with(modules: Iterable[str]) -> Family:
+    """The family that has most of these modules, by either name."""
+    flat = [module.replace(".", "_") for module in modules]
+
+    def count(family: Family) -> int:
+        names = _Names(family)
+        inner = [match[2] if (match := names.block.fullmatch(name)) else name for name in flat]
+        return sum(name in names.in_block or name in names.outside for name in inner)
+
+    return max(FAMILIES, key=count)
+
+
+def _module(key: _Key, is_own: bool | None, names: _Names) -> str | None:
+    """diffusers' name, or ``None`` if a transformer of the family has no such module."""
+    match = names.block.fullmatch(key.flat)
     if match is None:
         whole_head = key.part == "diff_m" and key.flat == "head"
-        return "scale_shift_table" if whole_head else _OUTSIDE_BLOCKS.get(key.flat)
-    block, inner = f"blocks.{int(match[1])}", match[2]
+        return "scale_shift_table" if whole_head else names.outside.get(key.flat)
+    block, inner = f"{names.family.BLOCKS}.{int(match[1])}", match[2]
     if inner is None:
         return f"{block}.scale_shift_table" if key.part == "diff_m" else None
-    if inner not in _SWAPPED:
-        return f"{block}.{_IN_A_BLOCK[inner]}" if inner in _IN_A_BLOCK else None
-    if is_wan is None:
+    if inner not in names.swapped:
+        return f"{block}.{names.in_block[inner]}" if inner in names.in_block else None
+    if is_own is None:
         raise BadInputError(
-            f"its module {shown(key.stem)} is another one in Wan's naming than in diffusers', and the file does not "
-            "say which it uses"
+            f"its module {shown(key.stem)} is another one in {names.family.NAME}'s naming than in diffusers', and the "
+            "file does not say which it uses"
         )
-    return f"{block}.{_SWAPPED[inner] if is_wan else inner}"
+    return f"{block}.{names.swapped[inner] if is_own else inner}"
 
 
-def _is_wan(keys: Collection[_Key]) -> bool | None:
-    """True: the names are Wan's; False: diffusers'; ``None``: both, or it cannot be told."""
-    inner = {match[2] if (match := _BLOCK.fullmatch(key.flat)) else key.flat for key in keys}
-    wan, diffusers = bool(inner & (_WAN - _DIFFUSERS)), bool(inner & (_DIFFUSERS - _WAN))
-    if not wan and not diffusers:
-        wan = any("diffusion_model." in key.prefix for key in keys)
+def _is_own(keys: Collection[_Key], names: _Names) -> bool | None:
+    """True: the names are the family's own; False: diffusers'; ``None``: both, or it cannot be told."""
+    inner = {match[2] if (match := names.block.fullmatch(key.flat)) else key.flat for key in keys}
+    own, diffusers = bool(inner & (names.own - names.diffusers)), bool(inner & (names.diffusers - names.own))
+    if not own and not diffusers:
+        own = any("diffusion_model." in key.prefix for key in keys)
         diffusers = any("transformer." in key.prefix for key in keys)
-    return None if wan == diffusers else wan
+    return None if own == diffusers else own
 
 
 def _of_expert(keys: list[_Key], expert: Expert | None, found: Keys) -> list[_Key]:
@@ -223,14 +243,16 @@ def _of_expert(keys: list[_Key], expert: Expert | None, found: Keys) -> list[_Ke
     return keys
 
 
-def _layout(keys: Collection[_Key]) -> str:
+def _layout(keys: Collection[_Key], names: _Names) -> str:
     prefix, _ = Counter(key.prefix for key in keys).most_common(1)[0]
     for beginning, layout in _LAYOUTS.items():
         if prefix.startswith(beginning):
             return layout
     if any(".default." in key.text for key in keys):
-        return "DiffSynth-Studio" if _is_wan(keys) else "peft"
-    return "Wan's names without a prefix" if _is_wan(keys) else "diffusers' names without a prefix"
+        return "DiffSynth-Studio" if _is_own(keys, names) else "peft"
+    return (
+        f"{names.family.NAME}'s names without a prefix" if _is_own(keys, names) else "diffusers' names without a prefix"
+    )
 
 
 def _refuse_plain(plain: list[str], has_lora: bool) -> None:
@@ -246,14 +268,15 @@ def _refuse_plain(plain: list[str], has_lora: bool) -> None:
     if any(key.startswith(("vae.", "first_stage_model.", "text_encoders.", "cond_stage_model.")) for key in plain):
         kind, cure = "an all-in-one checkpoint", _AS_MODEL
     else:
-        kind, cure = kind_of(plain, complete=False) or ("the weights of a model", _AS_MODEL)
+        kind, cure = family_with(plain).kind_of(plain, complete=False) or ("the weights of a model", _AS_MODEL)
     raise BadInputError(f"it is {kind}, no LoRA ({some(plain, 2)}). {cure}")
 
 
-def _of_another_model(key: _Key) -> BadInputError:
-    """The error for a module that no text-to-video transformer of Wan has."""
-    if kind := kind_of([f"{key.stem}."], complete=False):
-        return BadInputError(f"it is a LoRA of {kind[0]}, not of a Wan text-to-video model ({shown(key.text)})")
+def _of_another_model(key: _Key, family: Family) -> BadInputError:
+    """The error for a module that no transformer of the families has."""
+    if kind := family.kind_of([f"{key.stem}."], complete=False):
+        names = names_of(FAMILIES)
+        return BadInputError(f"it is a LoRA of {kind[0]}, not of a {names} text-to-video model ({shown(key.text)})")
     return BadInputError(
-        f"its tensor {shown(key.text)} belongs to no module of a Wan transformer: it is of another model"
+        f"its tensor {shown(key.text)} belongs to no module of a {family.NAME} transformer: it is of another model"
     )

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from lowmem_drf.models.generators import family_of
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import WanTransformer3DModel
 
 
-def attach_as_diffusers(transformer: WanTransformer3DModel, path: Path) -> None:
-    """Uses ``WanPipeline.load_lora_weights``, which chooses the adapter's name and may raise any exception."""
-    from diffusers import WanPipeline
+def attach_as_diffusers(transformer: Any, path: Path) -> None:
+    """Uses the pipeline's ``load_lora_weights``, which chooses the adapter's name and may raise any exception."""
+    family_of(transformer).pipeline(transformer).load_lora_weights(
+        str(path.parent), weight_name=path.name, local_files_only=True
+    )
 
-    pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer)
-    pipe.load_lora_weights(str(path.parent), weight_name=path.name, local_files_only=True)
 
-
-def load_as_diffusers(folder: Path, subfolder: str, dtype: torch.dtype) -> WanTransformer3DModel:
-    """Loads a merged transformer with ``from_pretrained``. If ``dtype`` is that of the files, the weights stay mapped
-    to them and take no memory."""
-    from diffusers import WanTransformer3DModel as Transformer
-
-    transformer: WanTransformer3DModel = Transformer.from_pretrained(folder, subfolder=subfolder, torch_dtype=dtype)
-    return transformer.eval()
+def load_as_diffusers(kind: type[Any], folder: Path, subfolder: str, dtype: torch.dtype) -> Any:
+    """Loads a merged transformer of class ``kind`` with ``from_pretrained``. If ``dtype`` is that of the files, the
+    weights stay mapped to them and take no memory."""
+    return kind.from_pretrained(folder, subfolder=subfolder, torch_dtype=dtype).eval()

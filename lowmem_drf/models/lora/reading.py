@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.models.generators import FAMILIES, names_of
 from lowmem_drf.models.lora.changes import Difference, Dora, Factors, LoraChanges, Other, Pair
 from lowmem_drf.models.lora.keys import LOHA, LOKR, Keys, read_keys
 from lowmem_drf.models.lora.settings import ADAPTER_METADATA, Settings, checked_alpha, read_settings
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CHECKPOINT_FILE = "lora.safetensors"
-_CURE = "Give a LoRA of a Wan text-to-video model in safetensors format."
+_CURE = f"Give a LoRA of a {names_of(FAMILIES)} text-to-video model in safetensors format."
 _PARAMETERS = ("scale_shift_table",)
 """Modules that are a parameter themselves."""
 
@@ -44,8 +45,8 @@ def read_lora(path: Path, expert: Expert | None = None) -> LoraChanges:
         expert: of a model with two, the one that it is for.
 
     Raises:
-        BadInputError: no such file, no safetensors, no LoRA of a Wan text-to-video model; the message names the kind
-            of file, or the module.
+        BadInputError: no such file, no safetensors, no LoRA of a text-to-video model of a known family; the message
+            names the kind of file, or the module.
     """
     file = lora_file(path)
     if what := _damage(file):

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.generators import KNOWN_GENERATORS, generator_config, transformer_shapes
-from lowmem_drf.models.lora.programs import Verdict, verdicts
+from lowmem_drf.models.family import GeneratorConfig, Verdict
+from lowmem_drf.models.generators import FAMILIES, KNOWN_GENERATORS, family_of, generator_config
+from lowmem_drf.models.lora.init import require_linears
+from lowmem_drf.models.lora.keys import family_with
 from lowmem_drf.models.lora.settings import ADAPTER_METADATA
 from lowmem_drf.models.weights.files import read_header
 from lowmem_drf.models.weights.sources import TOYWORLD
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from lowmem_drf.models.lora.changes import Factors, LoraChanges, Other, Pair, Shape
 
 DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64", "F8_E4M3": "fp8_e4m3", "F8_E5M2": "fp8_e5m2"}
-_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_BLOCK = re.compile(r"\w*blocks\.(\d+)\.(.+)")
 _FACTS = {
     "title": ("modelspec.title", "ss_output_name"),
     "base_model": ("lowmem_drf.model", "ss_base_model_version", "modelspec.architecture", "ss_sd_model_name"),
@@ -149,7 +151,7 @@ def make_report(file: Path, lora: LoraChanges) -> Report:
     layers = tuple(_layers(lora))
     blocks = sorted({number for layer in layers for number in layer.blocks})
     models = tuple(model for model, shapes in _known_shapes() if _fits(lora, shapes))
-    total = {_transformer(model)["num_layers"] for model in models}
+    total = {_described(model).transformer["num_layers"] for model in models}
     pairs = _pairs(lora)
     ranks: dict[int, int] = defaultdict(int)
     for pair in pairs:
@@ -174,9 +176,20 @@ def make_report(file: Path, lora: LoraChanges) -> Report:
         dtypes=tuple(sorted({DTYPES.get(entry["dtype"], entry["dtype"]) for entry in used.values()})),
         parameters=sum(math.prod(entry["shape"]) for entry in used.values()),
         left_out=lora.left_out,
-        programs=tuple(verdicts(lora, header)),
+        programs=(*_ours(lora), *family_with([*lora.pairs, *lora.others]).verdicts(lora, header)),
         training=training_facts(lora.metadata),
     )
+
+
+def _ours(lora: LoraChanges) -> list[Verdict]:
+    """One for each door of this program."""
+    why = ""
+    try:
+        require_linears(lora)
+    except BadInputError as error:
+        why = str(error)
+    init = Verdict("train --init-lora", "no" if why else "yes", why)
+    return [Verdict("sample --lora", "yes"), Verdict("model.base_lora", "yes"), init]
 
 
 def _layers(lora: LoraChanges) -> Iterable[Layer]:
@@ -267,13 +280,11 @@ def _loha_norm(factors: Factors) -> float:
 
 def _known_shapes() -> Iterable[tuple[str, dict[str, Shape]]]:
     for model in (*KNOWN_GENERATORS, TOYWORLD):
-        yield model, transformer_shapes(_transformer(model))
+        yield model, family_of(_described(model)).parameter_shapes(_described(model).transformer)
 
 
-def _transformer(model: str) -> dict[str, Any]:
-    if model in KNOWN_GENERATORS:
-        return KNOWN_GENERATORS[model].config.transformer
-    return generator_config(model).transformer
+def _described(model: str) -> GeneratorConfig:
+    return KNOWN_GENERATORS[model].config if model in KNOWN_GENERATORS else generator_config(model)
 
 
 def _fits(lora: LoraChanges, shapes: Mapping[str, Shape]) -> bool:
@@ -292,8 +303,8 @@ def _pairs(lora: LoraChanges) -> list[Pair]:
 
 def _width(lora: LoraChanges, models: Iterable[str]) -> int | None:
     """Of the model, if it is known or pairs tell."""
-    for config in map(_transformer, models):
-        return int(config["num_attention_heads"] * config["attention_head_dim"])
+    for model in map(_described, models):
+        return family_of(model).sizes(model.transformer, model.vae).width
     for module, pair in lora.pairs.items():
         if re.search(r"\.attn[12]\.to_(q|out\.0)$|\.ffn\.net\.2$", module):
             return int(pair.b.shape[0])
@@ -320,7 +331,7 @@ def written_by(metadata: Mapping[str, str], layout: str) -> str:
             return one_line(software, 60)
     if any(key.startswith("ot_") for key in metadata):
         return "OneTrainer"
-    if "lora_wan" in metadata.get("ss_network_module", ""):
+    if any(f"lora_{family.NAME.lower()}" in metadata.get("ss_network_module", "") for family in FAMILIES):
         return "musubi-tuner"
     if layout in ("VideoX-Fun", "OneTrainer", "DiffSynth-Studio"):
         return layout

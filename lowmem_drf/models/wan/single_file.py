@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.generators import generator_config
 from lowmem_drf.models.wan.kinds import OURS, kind_of
 from lowmem_drf.models.wan.names import wan_name
 from lowmem_drf.models.wan.random_generator import empty_transformer
@@ -50,7 +49,8 @@ _FULL = "Give the model in 16 bits, in fp8 or as GGUF"
 
 def load_single_file(
     file: str | Path,
-    folder_or_id: str,
+    config: Mapping[str, Any],
+    model: str,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     quant: Quant = "none",
@@ -63,7 +63,8 @@ def load_single_file(
     """The transformer in a single file: frozen, eval, in the dtypes of ``load_denoiser``.
 
     Args:
-        folder_or_id: ``model.id``, which gives the configuration (``generator_config``).
+        config: ``config.json`` of the transformer.
+        model: ``model.id``, whose configuration it is, for messages.
         quant, home, changes, blocks, taken: as in ``load_denoiser``.
         say: is told in one line what is dequantised and what is left out.
 
@@ -73,14 +74,14 @@ def load_single_file(
     """
     path = expanded(file)
     files = _opened(path)
-    model = empty_transformer(generator_config(folder_or_id).transformer, quant=quant)
-    names, left_out = _matched(path, files, model, folder_or_id)
+    empty = empty_transformer(config, quant=quant)
+    names, left_out = _matched(path, files, empty, model)
     stored, unused = files.said(names.values())
     parts = [f"{stored}, dequantised as they are read"] * bool(stored)
     parts += [f"left out: {', '.join([*left_out, *unused])}"] * bool(left_out or unused)
     if say is not None and parts:
         say(f"{path}: {'; '.join(parts)}")
-    return fill_from_files(model, files, names, dtype, device, home, changes, blocks, taken)
+    return fill_from_files(empty, files, names, dtype, device, home, changes, blocks, taken)
 
 
 def _opened(path: Path) -> Source:

@@ -95,7 +95,7 @@ def fill_as_loaded(
     return (model if home is None else model.to(home)).eval().requires_grad_(False)
 
 
-def random_values(device: str | torch.device, seed: int) -> Callable[[torch.dtype], Value]:
+def random_values(device: str | torch.device, seed: int = 0) -> Callable[[torch.dtype], Value]:
     """``value_of`` of ``fill_as_loaded``: what ``random_value`` draws from this seed."""
     generator = torch.Generator(device).manual_seed(seed)
     return lambda dtype: random_value(dtype, torch.device(device), generator)

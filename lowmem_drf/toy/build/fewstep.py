@@ -21,6 +21,7 @@ from lowmem_drf.method.schedule import euler_step, flow_sigmas, guided
 from lowmem_drf.models.lora.adapter import add_lora, lora_state
 from lowmem_drf.models.lora.changes import LoraChanges
 from lowmem_drf.models.lora.formats import adapter_metadata, to_format
+from lowmem_drf.models.wan import family as wan
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
 from lowmem_drf.models.wan.text import load_text
 from lowmem_drf.toy.build.generator import TEXT_TOKENS
@@ -92,4 +93,4 @@ def save_fewstep(state: dict[str, Tensor], file: Path) -> None:
     """Writes the LoRA in diffusers' format, in fp16: half the bytes, and no measured rate changes."""
     lora = LoraChanges.from_state(state, RANK)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(save(to_format(lora, "diffusers", torch.float16), adapter_metadata(lora)))
+    file.write_bytes(save(to_format(lora, "diffusers", torch.float16, wan), adapter_metadata(lora)))

@@ -16,6 +16,7 @@ from lowmem_drf.models.lora.adapter import add_lora, lora_state
 from lowmem_drf.models.lora.base import base_changes
 from lowmem_drf.models.lora.changes import LoraChanges
 from lowmem_drf.models.lora.formats import FORMATS, adapter_metadata, to_format
+from lowmem_drf.models.wan import family as wan
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
 from lowmem_drf.models.weights.packed_linear import PackedLinear
 
@@ -71,7 +72,7 @@ def test_our_own_exports_merge_to_the_tuned_weights(trained, form: str, scale: f
     _, state = trained
     lora = LoraChanges.from_state(state, ALPHA)
     save_file(
-        to_format(lora, form, torch.float32),
+        to_format(lora, form, torch.float32, wan),
         file,
         metadata=adapter_metadata(lora) if form == "diffusers" else None,
     )
@@ -96,7 +97,7 @@ def test_our_own_exports_merge_to_the_tuned_weights(trained, form: str, scale: f
 
 def test_the_merged_model_says_what_the_tuned_one_says(trained, file, base: str) -> None:
     tuned, state = trained
-    save_file(to_format(LoraChanges.from_state(state, ALPHA), "kohya", torch.float32), file)
+    save_file(to_format(LoraChanges.from_state(state, ALPHA), "kohya", torch.float32, wan), file)
     merged, _ = merged_into(base, file)
     x, cond = tiny_latents(1), tiny_condition(1)
     said, wanted, before = (as_velocity(model.double())(x, 0.5, cond) for model in (merged, tuned, tiny_transformer()))

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from lowmem_drf.commands.inspect_lora import inspect_command
-from lowmem_drf.models.generators import KNOWN_GENERATORS, generator_config, transformer_shapes
+from lowmem_drf.models.generators import KNOWN_GENERATORS, generator_config
 from lowmem_drf.models.lora.changes import Difference, Dora, Factors, LoraChanges, Pair
 from lowmem_drf.models.lora.report import change_norm, make_report, training_facts, written_by
+from lowmem_drf.models.wan import family as wan
 from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.weights.reader import parameter_shapes
 
@@ -45,12 +46,12 @@ def test_the_norm_of_dora_is_not_known_without_the_model() -> None:
 @pytest.mark.parametrize("model", ["toyworld", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"])
 def test_shapes_without_a_model_are_those_of_the_model(model: str) -> None:
     config = generator_config(model).transformer
-    assert transformer_shapes(config) == parameter_shapes(empty_transformer(config))
+    assert wan.parameter_shapes(config) == parameter_shapes(empty_transformer(config))
 
 
 def lora_of(model: str, names: tuple[str, ...], rank: int = 1) -> LoraChanges:
     """A LoRA on some modules of a published model; no numbers are held."""
-    shapes = transformer_shapes(generator_config(model).transformer)
+    shapes = wan.parameter_shapes(generator_config(model).transformer)
     nothing = torch.zeros(1)
     sizes = {name: shapes[f"{name}.weight"] for name in names}
     return LoraChanges(

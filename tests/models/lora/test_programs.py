@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lowmem_drf.errors import LowmemError
 from lowmem_drf.models.lora.adapter import lora_layers
-from lowmem_drf.models.lora.programs import verdicts
 from lowmem_drf.models.lora.readers import attach_as_diffusers
 from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.models.wan.names import BLOCK_LINEARS, wan_name
+from lowmem_drf.models.wan.programs import verdicts
 from lowmem_drf.models.weights.reader import parameter_shapes
 
 LINEARS = list(BLOCK_LINEARS)

@@ -12,6 +12,7 @@ from bench.lora.names import ATTENTION, MUSUBI, blocks
 from lowmem_drf.models.lora.formats import FORMATS, adapter_metadata, to_format
 from lowmem_drf.models.lora.readers import attach_as_diffusers
 from lowmem_drf.models.lora.reading import read_lora
+from lowmem_drf.models.wan import family as wan
 
 MODULES = {
     "full": blocks(2),
@@ -35,7 +36,7 @@ def exported(file: LoraFile, form: str, folder):
     """The LoRA as our exports write it."""
     lora = read_lora(file.write(folder / "source"))
     path = folder / "exported.safetensors"
-    save_file(to_format(lora, form, torch.float32), path, adapter_metadata(lora) if form == "diffusers" else None)
+    save_file(to_format(lora, form, torch.float32, wan), path, adapter_metadata(lora) if form == "diffusers" else None)
     return path
 
 

@@ -18,6 +18,7 @@ from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
 from lowmem_drf.models.wan.random_generator import random_transformer, random_vae
 from lowmem_drf.models.wan.text import load_text
 from lowmem_drf.models.weights.packed_linear import PackedLinear, unpack
+from lowmem_drf.planner.depths import shallow_generator
 from lowmem_drf.planner.fake_models import empty_lora, fake_critic, fake_text, fake_transformer, fake_vae
 from lowmem_drf.planner.fakes import Fakes
 
@@ -64,7 +65,7 @@ def test_random_is_laid_out_as_loaded(generator, kind: str, dtype) -> None:
 @pytest.mark.parametrize("inside", [False, True], ids=["no mode", "under the mode"])
 def test_fake_is_laid_out_as_loaded(generator, kind: str, dtype, inside: bool, mode) -> None:
     make = {"transformer": fake_transformer, "vae": fake_vae, "text": fake_text}[kind]
-    config = getattr(generator_config(str(generator)), kind)
+    config = generator_config(str(generator))
     with mode if inside else nullcontext():
         fake = make(config, dtype, mode)
     assert layout(fake) == layout(loaded(generator, kind, dtype))
@@ -98,7 +99,7 @@ def test_random_models_run(generator) -> None:
 
 
 def test_a_shared_embedding_stays_one(generator, mode) -> None:
-    model = fake_text(generator_config(str(generator)).text, torch.float32, mode)
+    model = fake_text(generator_config(str(generator)), torch.float32, mode)
     assert model.shared.weight is model.encoder.embed_tokens.weight
 
 
@@ -110,12 +111,10 @@ def test_fewer_layers_at_full_width() -> None:
 
 def test_a_fake_generator_runs_forward_and_backward(mode) -> None:
     """At true size: 832x480x81, 32,760 tokens."""
-    config = KNOWN_GENERATORS["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"].config
-    transformer = fake_transformer(config.transformer | {"num_layers": 2}, torch.bfloat16, mode)
-    text, vae = (
-        fake_text(config.text | {"num_layers": 2}, torch.bfloat16, mode),
-        fake_vae(config.vae, torch.float32, mode),
-    )
+    depths = {"transformer": 2, "text": 2}
+    config = shallow_generator(KNOWN_GENERATORS["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"].config, depths)
+    transformer = fake_transformer(config, torch.bfloat16, mode)
+    text, vae = fake_text(config, torch.bfloat16, mode), fake_vae(config, torch.float32, mode)
     with Fakes(mode):
         add_lora(transformer, rank=4, alpha=4.0)
         empty_lora(transformer, mode)
@@ -160,10 +159,11 @@ def test_a_fake_critic_runs_as_a_real_one(family: str, quant: str, checkpointing
 
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
 def test_packed_weights_have_the_bytes_of_real_ones(generator, quant: str, mode) -> None:
-    config = generator_config(str(generator)).transformer
+    described = generator_config(str(generator))
+    config = described.transformer
     real, fake = (
         random_transformer(config, torch.bfloat16, quant=quant),
-        fake_transformer(config, torch.bfloat16, mode, quant),
+        fake_transformer(described, torch.bfloat16, mode, quant),
     )
     assert layout(real) == layout(fake) and layout(real) != layout(random_transformer(config, torch.bfloat16))
     assert layout(real) == layout(load_denoiser(str(generator), torch.bfloat16, quant=quant))
@@ -210,7 +210,7 @@ def test_packed_weights_are_those_that_are_not_packed(generator, quant: str) -> 
 
 
 def test_a_fake_packed_transformer_runs_forward_and_backward(generator, mode) -> None:
-    config = generator_config(str(generator)).transformer
+    config = generator_config(str(generator))
     for quant in ("nf4", "int8"):
         transformer = fake_transformer(config, torch.bfloat16, mode, quant)
         add_lora(transformer, rank=2, alpha=2.0)

@@ -9,6 +9,7 @@ import pickle
 import sys
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import load_file, save_file
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.generators import KNOWN_GENERATORS
+from lowmem_drf.models.generators import KNOWN_GENERATORS, generator_config
 from lowmem_drf.models.wan.denoiser import load_denoiser
 from lowmem_drf.models.wan.names import wan_name
 from lowmem_drf.models.wan.random_generator import empty_transformer
@@ -58,10 +59,14 @@ def beside() -> Weights:
     return {name: value.clone() for name, value in (text | vae | odd).items()}
 
 
+def single_file(file: str | Path, folder: str, *arguments: Any, **options: Any) -> Any:
+    return load_single_file(file, generator_config(folder).transformer, folder, *arguments, **options)
+
+
 def loaded(weights: Weights, generator: Path, folder: Path, said: list[str] | None = None, **options) -> Weights:
     """The state of the transformer in a file of these weights, under Wan's names."""
     save_file({name: value.contiguous() for name, value in weights.items()}, folder / "wan.safetensors")
-    model = load_single_file(
+    model = single_file(
         folder / "wan.safetensors", str(generator), say=([] if said is None else said).append, **options
     )
     return {wan_name(name): value for name, value in model.state_dict().items()}
@@ -83,7 +88,7 @@ def test_names_are_those_that_diffusers_converts(name: str) -> None:
 def test_it_is_the_folders_transformer(generator, original, tmp_path) -> None:
     save_file(original, tmp_path / "wan.safetensors")
     for dtype in (torch.float32, torch.bfloat16):
-        ours = load_single_file(str(tmp_path / "wan.safetensors"), str(generator), dtype)
+        ours = single_file(str(tmp_path / "wan.safetensors"), str(generator), dtype)
         theirs = load_denoiser(str(generator), dtype)
         assert dict(ours.config) | {"_name_or_path": ""} == dict(theirs.config) | {"_name_or_path": ""}
         state, wanted = ours.state_dict(), theirs.state_dict()
@@ -121,7 +126,7 @@ def test_half_precision_becomes_the_runs(generator, original, tmp_path) -> None:
 def test_the_file_may_change_afterwards(generator, original, tmp_path) -> None:
     file = tmp_path / "wan.safetensors"
     save_file(original, file)
-    model = load_single_file(file, str(generator))
+    model = single_file(file, str(generator))
     with file.open("r+b") as stream:
         stream.seek(-1000, 2)
         stream.write(b"\xff" * 1000)
@@ -258,7 +263,7 @@ def test_gguf_is_what_its_blocks_stand_for(generator, original, kinds, prefix: s
 
     monkeypatch.setattr(GgufFiles, "_dequantised", watched)
     monkeypatch.setattr(gguf_files, "_AT_ONCE", 100)
-    state = load_single_file(file, str(generator), say=said.append).state_dict()
+    state = single_file(file, str(generator), say=said.append).state_dict()
     assert same({prefix + wan_name(name): value for name, value in state.items()}, wanted) and max(sizes) == 100
     assert not torch.equal(wanted[f"{prefix}blocks.0.ffn.2.weight"], named[f"{prefix}blocks.0.ffn.2.weight"])
     assert len(said) == 1 and f"{len(wanted)} tensors are GGUF (" in said[0] and "1 Q4_0" in said[0]
@@ -270,11 +275,11 @@ def test_gguf_may_have_fewer_dimensions(generator, original, tmp_path) -> None:
     file, name = tmp_path / "wan.gguf", "patch_embedding.weight"
     for shape in ((24, 16), (96, 1, 2, 2), (24, 4, 2, 2)):
         wanted = write_gguf(file, original, {}, {name: shape, "head.modulation": (1, 1, 2, 24)})
-        state = load_single_file(file, str(generator)).state_dict()
+        state = single_file(file, str(generator)).state_dict()
         assert same({wan_name(key): value for key, value in state.items()}, wanted)
     write_gguf(file, original | {name: original[name].reshape(16, 24)}, {})
     with pytest.raises(BadInputError, match=r"patch_embedding\.weight is \[16, 24\]"):
-        load_single_file(file, str(generator))
+        single_file(file, str(generator))
 
 
 @needs_gguf
@@ -320,17 +325,17 @@ def test_damaged_gguf_files(generator, original, kinds, tmp_path) -> None:
             assert "is cut off" in str(error) or "is damaged" in str(error)
     file.write_bytes(whole[: len(whole) - 1])
     with pytest.raises(BadInputError, match=r"is cut off: .*Get it anew"):
-        load_single_file(file, str(generator))
+        single_file(file, str(generator))
     file.write_bytes(b"no tensors")
     with pytest.raises(BadInputError, match="does not begin with the header of a GGUF file"):
-        load_single_file(file, str(generator))
+        single_file(file, str(generator))
 
 
 def test_gguf_without_its_package(generator, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     (tmp_path / "wan.gguf").write_bytes(b"GGUF")
     with pytest.raises(BadInputError, match='pip install .*"gguf'):
-        load_single_file(tmp_path / "wan.gguf", str(generator))
+        single_file(tmp_path / "wan.gguf", str(generator))
 
 
 @pytest.mark.parametrize("kind", ["fp8", pytest.param("gguf", marks=needs_gguf)])
@@ -351,7 +356,7 @@ def test_a_tensor_is_gone_before_the_next_is_read(generator, original, kinds, ki
         return made
 
     monkeypatch.setattr(source, "read", watched)
-    load_single_file(file, str(generator), torch.bfloat16)
+    single_file(file, str(generator), torch.bfloat16)
     assert len(before) == len(matrices(original))
 
 
@@ -418,19 +423,19 @@ def test_another_size_of_the_model(generator, tmp_path) -> None:
 def test_files_of_another_kind(generator, original, tmp_path) -> None:
     for name, message in (("x.pth", "pickles"), ("x.safetensors", "there is no file"), ("x.gguf", "there is no file")):
         with pytest.raises(BadInputError, match=message):
-            load_single_file(tmp_path / name, str(generator))
+            single_file(tmp_path / name, str(generator))
     with pytest.raises(BadInputError, match=r"is a folder.*model\.id"):
-        load_single_file(tmp_path, str(generator))
+        single_file(tmp_path, str(generator))
     torch.save(original, tmp_path / "pickle.safetensors")
     with pytest.raises(BadInputError, match="pickles"):
-        load_single_file(tmp_path / "pickle.safetensors", str(generator))
+        single_file(tmp_path / "pickle.safetensors", str(generator))
     file = tmp_path / "diffusion_pytorch_model-00001-of-00002.safetensors"
     save_file({name: value for name, value in original.items() if "blocks.1" not in name}, file)
     with pytest.raises(BadInputError, match="name the folder that it is a part of"):
-        load_single_file(file, str(generator))
+        single_file(file, str(generator))
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(BadInputError, match="is cut off"):
-        load_single_file(file, str(generator))
+        single_file(file, str(generator))
 
 
 def test_a_header_of_640_bytes_is_no_pickle(tmp_path) -> None:

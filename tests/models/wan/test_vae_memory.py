@@ -82,7 +82,7 @@ def test_that_of_wan_2_2_stays_under_8_gib_at_1280x704(grad_dtype):
     peaks = []
     for frames in (3, 6):
         mode = FAKES.mode
-        vae = fake_vae(KNOWN_GENERATORS["Wan-AI/Wan2.2-TI2V-5B-Diffusers"].config.vae, torch.float32, mode)
+        vae = fake_vae(KNOWN_GENERATORS["Wan-AI/Wan2.2-TI2V-5B-Diffusers"].config, torch.float32, mode)
         latents, kept = mode.from_tensor(torch.empty(1, 48, frames, 44, 80)), range(0, 4 * frames - 3, 4)
         with FAKES, Ledger() as ledger:
             ledger.adopt(vae.parameters())

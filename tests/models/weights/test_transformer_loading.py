@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from lowmem_drf.assembly.loading import load_transformer
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.models.generators import generator_config
 from lowmem_drf.models.lora.base import base_changes
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
 from lowmem_drf.models.wan.names import wan_name
@@ -160,12 +161,13 @@ def test_it_may_stay_elsewhere_than_where_it_is_packed(folder: Path, quant: str,
 
 @pytest.mark.parametrize("quant", QUANTS)
 def test_a_single_file_is_packed_the_same(folder: Path, quant: str, tmp_path: Path) -> None:
+    config = generator_config(str(folder)).transformer
     save_file(
         {wan_name(name): value for name, value in load_file(folder / "transformer" / WEIGHTS).items()},
         tmp_path / "wan.safetensors",
     )
     assert same(
-        load_single_file(tmp_path / "wan.safetensors", str(folder), torch.bfloat16, quant=quant),
+        load_single_file(tmp_path / "wan.safetensors", config, str(folder), torch.bfloat16, quant=quant),
         load_denoiser(str(folder), torch.bfloat16, quant=quant),
     )
 

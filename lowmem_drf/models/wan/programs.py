@@ -1,4 +1,4 @@
-"""Which programs take a LoRA file as it is, and what they do not apply. Decided by the names of its tensors.
+"""Which programs take a LoRA file of Wan as it is, and what they do not apply. Decided by the names of its tensors.
 
 Written from ``loaders/lora_conversion_utils.py``, ``lora_pipeline.py`` and ``peft.py`` of diffusers 0.42.1 (the tests
 call the first two), ``comfy/lora.py``, ``lora_convert.py`` and ``weight_adapter/`` of ComfyUI (commit 17358c8), and
@@ -10,16 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from lowmem_drf.errors import BadInputError
+from lowmem_drf.models.family import Verdict
 from lowmem_drf.models.lora.changes import LoraChanges
-from lowmem_drf.models.lora.init import require_linears
 from lowmem_drf.models.wan.names import BLOCK_LINEARS, IN_BLOCK, OUTSIDE
 from lowmem_drf.texts import one_line
-
-Takes = Literal["yes", "in part", "no"]
 
 _LINEARS = list(BLOCK_LINEARS.values())
 _IN_BLOCK = {own.replace(".", "_") for own in IN_BLOCK.values()}
@@ -38,29 +34,9 @@ _COMFYUI = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What a program does with the file."""
-
-    program: str
-    takes: Takes
-    why: str = ""
-    """What it leaves out, or why it fails."""
-
-
 def verdicts(lora: LoraChanges, header: Mapping[str, Any]) -> list[Verdict]:
-    """One for each program, and for each of this program's own doors. ``header``: of the file, its tensors alone."""
-    return [*_ours(lora), _comfyui(lora, header), _diffusers(header), _musubi(lora, header)]
-
-
-def _ours(lora: LoraChanges) -> list[Verdict]:
-    why = ""
-    try:
-        require_linears(lora)
-    except BadInputError as error:
-        why = str(error)
-    init = Verdict("train --init-lora", "no" if why else "yes", why)
-    return [Verdict("sample --lora", "yes"), Verdict("model.base_lora", "yes"), init]
+    """One for each program. ``header``: of the file, its tensors alone."""
+    return [_comfyui(lora, header), _diffusers(header), _musubi(lora, header)]
 
 
 def _comfyui(lora: LoraChanges, keys: Collection[str]) -> Verdict:
