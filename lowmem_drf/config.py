@@ -57,7 +57,8 @@ _ADDED = {
 AS_PUBLISHED = ("sampler.shift", "sampler.guidance", "sampler.negative_prompt")
 """Keys whose default is that of the model's publishers."""
 TIMESTEPS = "sampler.timesteps"
-_SAMPLING = Path(__file__).with_name("sampling.toml")
+_SAMPLING = sorted(Path(__file__).with_name("models").glob("*/sampling.toml"))
+"""Of each family of generators that has published its sampling."""
 _LARGE = 600_000
 """Pixels of a frame: 720p has more, 480p fewer."""
 
@@ -255,15 +256,17 @@ def _as_published(values: Mapping[str, tuple[Any, str]]) -> dict[str, tuple[Any,
     """With the sampling that the model's publishers use, where a value is left out or ``auto``."""
     asked = {"model.id": Model().id, "video.width": Video().width, "video.height": Video().height}
     model, *sides = (values.get(key, (default, ""))[0] for key, default in asked.items())
-    table = parse_toml(_SAMPLING.read_text(encoding="utf-8"))
-    row = next((row for row in table["models"] if re.search(row["id"], str(model), re.IGNORECASE)), None)
-    known: dict[str, Any] = {}
-    if row:
-        large = all(isinstance(side, int) for side in sides) and math.prod(sides) > _LARGE
-        shift = row.get("shift_720p", row["shift"]) if large else row["shift"]
-        known = dict(zip(AS_PUBLISHED, (shift, row["guidance"], table["negative_prompt"]), strict=True))
+    known: dict[str, tuple[Any, str]] = {}
+    for file in _SAMPLING:
+        table = parse_toml(file.read_text(encoding="utf-8"))
+        row = next((row for row in table["models"] if re.search(row["id"], str(model), re.IGNORECASE)), None)
+        if row:
+            large = all(isinstance(side, int) for side in sides) and math.prod(sides) > _LARGE
+            shift = row.get("shift_720p", row["shift"]) if large else row["shift"]
+            published = (shift, row["guidance"], table["negative_prompt"])
+            known = {key: (value, str(file)) for key, value in zip(AS_PUBLISHED, published, strict=True)}
     kept = {key: value for key, value in values.items() if key not in AS_PUBLISHED or value[0] != "auto"}
-    return {key: (value, str(_SAMPLING)) for key, value in known.items()} | kept
+    return known | kept
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

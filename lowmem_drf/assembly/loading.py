@@ -78,10 +78,10 @@ def load_models(
         family = family_of(described)
         shapes = family.parameter_shapes(described.transformer)
         adapters, rest = lora.split(shapes) if lora else (None, None)
-        channels, small = sizes_of(described).channels, None
+        sizes, small = sizes_of(described), None
         if config.model.decoder != "exact" and with_critic:
-            small = tiny_file(config.model.id, config.model.decoder_file, channels, say)
-            sizes_in(small, channels)
+            small = tiny_file(config.model.id, config.model.decoder_file, sizes, say)
+            sizes_in(small, sizes)
         for source, _ in config.model.base_loras():  # a bad file is refused before texts are encoded for minutes
             read_base_lora(source, shapes, say)
         if with_critic:
@@ -113,7 +113,7 @@ def load_models(
     critic = load_run_critic(config, _home(config, "critic", device)) if with_critic else None
     meter, tiny = Meter(device), None
     if small:
-        tiny = load_tiny(small, vae.config, DTYPES[config.memory.vae_dtype], device)
+        tiny = load_tiny(small, sizes, DTYPES[config.memory.vae_dtype], device)
     models = assemble(
         config, transformer, vae, critic, encoded, device, meter, other=other, kernels=kernels, ranks=ranks, tiny=tiny
     )

@@ -11,19 +11,19 @@ from collections.abc import Mapping
 import torch
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.family import GeneratorConfig, Sizes
+from lowmem_drf.models.family import GeneratorConfig, GeneratorSizes
 from lowmem_drf.models.generators import family_of
 from lowmem_drf.models.weights.downloads import available_host_bytes
 from lowmem_drf.schema import Config
 from lowmem_drf.shortage import GIB
 
 
-def sizes_of(generator: GeneratorConfig) -> Sizes:
+def sizes_of(generator: GeneratorConfig) -> GeneratorSizes:
     """Of a generator that is not loaded."""
     return family_of(generator).sizes(generator.transformer, generator.vae)
 
 
-def latent_shape(config: Config, sizes: Sizes) -> tuple[int, int, int, int]:
+def latent_shape(config: Config, sizes: GeneratorSizes) -> tuple[int, int, int, int]:
     """(C, F, h, w). Raises BadInputError: the video's size does not fit the generator."""
     video, most = config.video, sizes.positions
     frames = (video.frames - 1) // sizes.temporal + 1

@@ -29,7 +29,7 @@ from lowmem_drf.shortage import let_go
 from lowmem_drf.texts import one_line
 
 if TYPE_CHECKING:
-    from lowmem_drf.models.family import Sizes
+    from lowmem_drf.models.family import GeneratorSizes
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
     from lowmem_drf.ops import Attention, RowOps
 
@@ -77,7 +77,7 @@ class Work:
     """The sizes that a run's operations work on."""
 
     config: Config
-    sizes: Sizes
+    sizes: GeneratorSizes
     critic: QwenCritic | None
     critic_frames: int
     latent: tuple[int, int, int, int]

@@ -197,10 +197,10 @@ def _random_models(
 
     transformer, other = make_transformers(generator, config, make)
     add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets)
-    width = sizes_of(generator).text_dim
+    sizes = sizes_of(generator)
     noise = torch.Generator().manual_seed(0)
     texts = {
-        text: torch.randn(config.model.text_tokens, width, generator=noise).to(dtype)
+        text: torch.randn(config.model.text_tokens, sizes.text_dim, generator=noise).to(dtype)
         for text in [*(p.text for p in prompts), config.sampler.negative_prompt]
     }
     critic = random_critic(resolve(config.critic.id, "critic"), dtype, device, critic_rate(config), config.critic.quant)
@@ -209,7 +209,7 @@ def _random_models(
     )
     tiny = None
     if config.model.decoder != "exact":
-        tiny = network_for(planned_sizes(config.model.id, config.model.decoder_file, generator.vae), generator.vae)
+        tiny = network_for(planned_sizes(config.model.id, config.model.decoder_file, sizes), sizes)
         tiny.to(device, vae.dtype)
     models = assemble(config, transformer, vae, critic, texts, device, meter, other=other, store=store, tiny=tiny)
     return with_partitioned_critic(config, models) if config.zero.critic else models, prompts, questions

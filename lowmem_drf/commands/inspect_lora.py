@@ -94,7 +94,7 @@ def _model(report: Report) -> str:
     ]
     width = f"width {report.width}" if report.width else "width unknown"
     if not names:
-        return f"another Wan model: {width}, at least {max(report.blocks, default=-1) + 1} blocks"
+        return f"another {report.family} model: {width}, at least {max(report.blocks, default=-1) + 1} blocks"
     if report.total_blocks:
         width += f", {report.total_blocks} blocks"
     more = "; image-to-video models of this size have the same layers" if len(names) > 1 else ""

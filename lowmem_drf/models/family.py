@@ -49,7 +49,7 @@ class KnownGenerator:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class GeneratorSizes:
     """The sizes of a generator, by the ``config.json`` of its transformer and its VAE."""
 
     channels: int
@@ -72,6 +72,8 @@ class Sizes:
     """Channels of the decoder's levels, that of full resolution first."""
     vae_patch: int
     """Pixels on a side for each output of the decoder's last layer."""
+    tiny_decoder: str = ""
+    """``owner/repo/file.safetensors`` of a published ``model.decoder_file`` for these latents; "" if there is none."""
 
     @property
     def width(self) -> int:
@@ -153,7 +155,7 @@ class Family(Protocol):
         """Raises BadInputError for a model of the family that is not trained here, such as one that takes an image."""
         ...
 
-    def sizes(self, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Sizes: ...
+    def sizes(self, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> GeneratorSizes: ...
 
     def parameter_shapes(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """Shapes of the transformer's parameters by name. To make the model, also without memory, takes the seconds in

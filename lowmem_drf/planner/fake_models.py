@@ -94,7 +94,8 @@ def fake_tiny(config: Config, generator: GeneratorConfig, mode: FakeTensorMode) 
     if config.model.decoder == "exact":
         return None
     with _disable_current_modes(), torch.device("meta"):
-        model = network_for(planned_sizes(config.model.id, config.model.decoder_file, generator.vae), generator.vae)
+        sizes = sizes_of(generator)
+        model = network_for(planned_sizes(config.model.id, config.model.decoder_file, sizes), sizes)
     with _packing():
         fill(model, _fake_value(mode, DTYPES[config.memory.vae_dtype]))
     return model

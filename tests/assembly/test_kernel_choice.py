@@ -14,7 +14,7 @@ from lowmem_drf.config import load_config
 from lowmem_drf.distributed.ranks import Ranks
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.attention import attention_named, refusal
-from lowmem_drf.models.family import Sizes
+from lowmem_drf.models.family import GeneratorSizes
 from lowmem_drf.ops import Attention, naive_ops, sdpa_attention, sdpa_backward, sdpa_forward
 
 AUTO = ("kernels.ops=naive", "kernels.attention=auto")
@@ -22,7 +22,10 @@ AUTO = ("kernels.ops=naive", "kernels.attention=auto")
 
 def work(*settings, device="cpu"):
     config = load_config("toy", [*AUTO, "dtype=fp32", *settings])
-    sizes = Sizes(4, 8, 4, (1, 2, 2), 1024, heads=2, head_dim=16, hidden=64, text_dim=8, vae_widths=(8,), vae_patch=1)
+    sizes = GeneratorSizes(
+        channels=4, spatial=8, temporal=4, patch=(1, 2, 2), positions=1024, heads=2, head_dim=16, hidden=48,
+        text_dim=8, vae_widths=(8,), vae_patch=1,
+    )  # fmt: skip
     return config, Work(config, sizes, None, 0, (4, 2, 4, 4), torch.device(device))
 
 

@@ -14,7 +14,7 @@ from _tiny import save_tiny_generator
 from lowmem_drf.assembly import text_cache as module
 from lowmem_drf.assembly.text_cache import encode_texts
 from lowmem_drf.config import load_config
-from lowmem_drf.models.wan import text as text_module
+from lowmem_drf.models.wan import family as wan
 
 CPU = torch.device("cpu")
 TEXTS = ["a red circle moves left", "a blue square stays still", "", "a red circle moves left"]
@@ -41,7 +41,7 @@ def large(monkeypatch) -> None:
 def loads(monkeypatch) -> list:
     """Weak references to the encoders that were loaded, and what each was asked to encode."""
     seen: list = []
-    load = text_module.load_text
+    load = wan.load_text
 
     def watched(*arguments):
         encoder = load(*arguments)
@@ -54,7 +54,7 @@ def loads(monkeypatch) -> list:
         )
         return encoder
 
-    monkeypatch.setattr(text_module, "load_text", watched)
+    monkeypatch.setattr(wan, "load_text", watched)
     return seen
 
 
@@ -66,7 +66,7 @@ def test_they_are_the_encoders(generator, cache, tiny_preset) -> None:
     config = configuration(tiny_preset)
     encoded = encode_texts(config, str(generator), TEXTS, CPU)
     assert list(encoded) == list(dict.fromkeys(TEXTS))
-    encoder = text_module.load_text(str(generator), torch.float32)
+    encoder = wan.load_text(str(generator), torch.float32)
     for text, row in encoded.items():
         (whole,) = encoder.encode([text], config.model.text_tokens)
         assert torch.equal(row, whole[: len(row)]) and not whole[len(row) :].any() and row[-1].any()

@@ -1,6 +1,7 @@
 """The tiny decoder: TAEHV's architecture by its key names, chunk by chunk what its formula is as a whole."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from _tiny import Z_DIM, tae_weights, tiny_vae
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from lowmem_drf.assembly.sizes import sizes_of
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.vae_stream import decode, vae_backward
+from lowmem_drf.models.generators import KNOWN_GENERATORS, generator_config
 from lowmem_drf.models.tiny.decoder import TinyBackward, TinyDecoder
 from lowmem_drf.models.tiny.decoder_check import DecoderCheck
 from lowmem_drf.models.tiny.files import load_tiny, planned_sizes, sizes_in, tiny_file, toyworld_file
@@ -18,7 +21,12 @@ from lowmem_drf.models.tiny.network import Sizes
 from lowmem_drf.models.wan.decoder import WanDecoder
 from lowmem_drf.schema import Model
 
-VAE = {"z_dim": Z_DIM, "scale_factor_spatial": 4}
+VAE = replace(sizes_of(generator_config("toyworld")), channels=Z_DIM, spatial=4, tiny_decoder="")
+WAN21, WAN22 = (
+    sizes_of(KNOWN_GENERATORS[f"Wan-AI/{name}-Diffusers"].config) for name in ("Wan2.1-T2V-1.3B", "Wan2.2-TI2V-5B")
+)
+    sizes_of(KNOWN_GENERATORS[f"Wan-AI/{name}-Diffusers"].config) for name in ("Wan2.1-T2V-1.3B", "Wan2.2-TI2V-5B")
+)
 SIZES = {"pixels": Sizes(Z_DIM, (6, 5, 4, 3)), "squares": Sizes(Z_DIM, (4, 5, 4, 6), patch=2)}
 
 
@@ -104,24 +112,24 @@ def test_the_backward_alone_may_be_the_tiny_decoders(tmp_path, every):
 def test_other_files_are_refused_with_a_cure(tmp_path):
     file, weights = tmp_path / "file.safetensors", tae_weights(Sizes())
     save_file(weights, file)
-    assert sizes_in(file, 16) == Sizes() == planned_sizes("a/b", "owner/repo/tae.safetensors", {"z_dim": 16})
+    assert sizes_in(file, WAN21) == Sizes() == planned_sizes("a/b", "owner/repo/tae.safetensors", WAN21)
     with pytest.raises(BadInputError, match=r"latents of 16 channels, and the model's have 48.*taew2_2\.safetensors"):
-        sizes_in(file, 48)
+        sizes_in(file, WAN22)
     for change in ({"decoder.9.conv.2.bias": None}, {"decoder.5.conv.0.weight": torch.zeros(256, 256, 3, 3)}):
         (name,) = change
         save_file(
             {key: change.get(key, value) for key, value in weights.items() if change.get(key, 0) is not None}, file
         )
         with pytest.raises(BadInputError, match=rf"{name} has the shape .*taew2_1\.safetensors"):
-            sizes_in(file, 16)
+            sizes_in(file, WAN21)
     save_file({"blocks.0.weight": torch.zeros(2)}, file)
     with pytest.raises(BadInputError, match=r"no weight decoder\.1\.weight"):
-        sizes_in(file, 16)
+        sizes_in(file, WAN21)
     torch.save({}, tmp_path / "taew2_1.pth")
     with pytest.raises(BadInputError, match=r"model\.decoder_file, .*pickle.*taew2_1\.safetensors"):
-        tiny_file("a/b", str(tmp_path / "taew2_1.pth"), 16, print)
+        tiny_file("a/b", str(tmp_path / "taew2_1.pth"), WAN21, print)
     with pytest.raises(BadInputError, match=r"decoder_file=Kijai/WanVideo_comfy/taew2_1\.safetensors"):
-        tiny_file("a/b", "", 16, print)
+        tiny_file("a/b", "", WAN21, print)
     save_file(tae_weights(Sizes(Z_DIM, (3, 3, 3, 3), growths=(2, 2, 2))), file)
     with pytest.raises(BadInputError, match="makes 8 frames of a latent"):
         load_tiny(file, VAE, torch.float32, torch.device("cpu"))
@@ -140,5 +148,5 @@ def test_a_run_goes_back_to_the_vae_below_the_bound():
 
 
 def test_toyworld_has_its_own():
-    assert planned_sizes("toyworld", "", {"z_dim": 16}) == sizes_in(toyworld_file(), 16)
+    assert planned_sizes("toyworld", "", sizes_of(generator_config("toyworld"))) == sizes_in(toyworld_file(), WAN21)
     assert toyworld_file().stat().st_size < 500_000

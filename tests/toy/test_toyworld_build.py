@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from lowmem_drf.assembly.sizes import sizes_of
+from lowmem_drf.models.generators import generator_config
 from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.models.qwen_vl.critic import load_critic
 from lowmem_drf.models.tiny.decoder import TinyDecoder
@@ -39,9 +41,8 @@ def test_a_short_rebuild_writes_models_that_load_and_run(tmp_path):
     latents = as_velocity(load_denoiser(folder))(torch.randn(1, 16, 3, 8, 8, generator=generator()), 1.0, cond)
     frames = decoder.decode(latents)
     assert frames.shape == (1, 9, 3, 32, 32)
-    tiny = load_tiny(
-        tmp_path / "out" / "tiny" / "decoder.safetensors", decoder.vae.config, latents.dtype, latents.device
-    )
+    sizes = sizes_of(generator_config(folder))
+    tiny = load_tiny(tmp_path / "out" / "tiny" / "decoder.safetensors", sizes, latents.dtype, latents.device)
     assert TinyDecoder(tiny).decode(latents).shape == frames.shape
     critic = load_critic(str(tmp_path / "out" / "critic"))
     label = Label([0, 0, 0, 1], set())

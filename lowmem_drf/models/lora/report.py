@@ -86,6 +86,8 @@ class Report:
     layout: str
     written_by: str
     """The program; empty if neither names nor header tell."""
+    family: str
+    """``NAME`` of the family whose modules it changes."""
     models: tuple[str, ...]
     """Hub ids, or ``toyworld``, of the models that it fits."""
     width: int | None
@@ -152,7 +154,7 @@ def make_report(file: Path, lora: LoraChanges) -> Report:
     blocks = sorted({number for layer in layers for number in layer.blocks})
     models = tuple(model for model, shapes in _known_shapes() if _fits(lora, shapes))
     total = {_described(model).transformer["num_layers"] for model in models}
-    pairs = _pairs(lora)
+    pairs, family = _pairs(lora), family_with([*lora.pairs, *lora.others])
     ranks: dict[int, int] = defaultdict(int)
     for pair in pairs:
         ranks[pair.rank] += 1
@@ -165,6 +167,7 @@ def make_report(file: Path, lora: LoraChanges) -> Report:
         kinds=dict(kinds),
         layout=lora.layout,
         written_by=written_by(lora.metadata, lora.layout),
+        family=family.NAME,
         models=models,
         width=_width(lora, models),
         blocks=tuple(blocks),
@@ -176,7 +179,7 @@ def make_report(file: Path, lora: LoraChanges) -> Report:
         dtypes=tuple(sorted({DTYPES.get(entry["dtype"], entry["dtype"]) for entry in used.values()})),
         parameters=sum(math.prod(entry["shape"]) for entry in used.values()),
         left_out=lora.left_out,
-        programs=(*_ours(lora), *family_with([*lora.pairs, *lora.others]).verdicts(lora, header)),
+        programs=(*_ours(lora), *family.verdicts(lora, header)),
         training=training_facts(lora.metadata),
     )
 

@@ -11,7 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.family import GeneratorConfig, KnownGenerator, Sizes
+from lowmem_drf.models.family import GeneratorConfig, GeneratorSizes, KnownGenerator
+
+TINY_DECODERS = {16: "Kijai/WanVideo_comfy/taew2_1.safetensors", 48: "Kijai/WanVideo_comfy/taew2_2.safetensors"}
+"""By the latents' channels: TAEHV's files for the VAEs of Wan 2.1 (which Wan2.2-A14B has too) and Wan2.2-TI2V-5B."""
 
 KINDS: Mapping[str, str] = {
     "transformer": "WanTransformer3DModel",
@@ -91,11 +94,11 @@ KNOWN: Mapping[str, KnownGenerator] = {
 }
 
 
-def sizes(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Sizes:
-    """See ``Sizes``."""
+def sizes(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> GeneratorSizes:
+    """See ``GeneratorSizes``."""
     width = vae.get("decoder_base_dim") or vae["base_dim"]
     first, second, third = transformer["patch_size"]
-    return Sizes(
+    return GeneratorSizes(
         channels=transformer["in_channels"],
         spatial=vae.get("scale_factor_spatial", 8),
         temporal=vae.get("scale_factor_temporal", 4),
@@ -107,6 +110,7 @@ def sizes(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> Sizes:
         text_dim=transformer["text_dim"],
         vae_widths=tuple(width * factor for factor in vae["dim_mult"]),
         vae_patch=vae.get("patch_size") or 1,
+        tiny_decoder=TINY_DECODERS.get(transformer["in_channels"], ""),
     )
 
 

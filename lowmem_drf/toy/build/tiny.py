@@ -10,8 +10,10 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
+from lowmem_drf.assembly.sizes import sizes_of
 from lowmem_drf.method.schedule import flow_sigmas
 from lowmem_drf.method.step import rollout
+from lowmem_drf.models.generators import generator_config
 from lowmem_drf.models.tiny.decoder import TinyDecoder
 from lowmem_drf.models.tiny.files import network_for
 from lowmem_drf.models.tiny.network import PREFIX, Sizes, TinyNetwork
@@ -53,7 +55,7 @@ def train_tiny(
     """Learns the VAE's frames from the latents alone. Needs nothing but a written generator."""
     torch.manual_seed(seed)
     vae = load_vae(str(generator_folder))
-    network = network_for(SIZES, vae.config)
+    network = network_for(SIZES, sizes_of(generator_config(str(generator_folder))))
     tiny = TinyDecoder(network.requires_grad_())
     data = cache(partial(pairs_of, generator_folder, vae, seed, scale))
 
