@@ -25,8 +25,6 @@ VAE = replace(sizes_of(generator_config("toyworld")), channels=Z_DIM, spatial=4,
 WAN21, WAN22 = (
     sizes_of(KNOWN_GENERATORS[f"Wan-AI/{name}-Diffusers"].config) for name in ("Wan2.1-T2V-1.3B", "Wan2.2-TI2V-5B")
 )
-    sizes_of(KNOWN_GENERATORS[f"Wan-AI/{name}-Diffusers"].config) for name in ("Wan2.1-T2V-1.3B", "Wan2.2-TI2V-5B")
-)
 SIZES = {"pixels": Sizes(Z_DIM, (6, 5, 4, 3)), "squares": Sizes(Z_DIM, (4, 5, 4, 6), patch=2)}
 
 
