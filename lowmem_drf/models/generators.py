@@ -14,8 +14,8 @@ from lowmem_drf.models.weights.files import MODEL_INDEX, SECOND, has_second, rea
 from lowmem_drf.models.weights.sources import resolve
 from lowmem_drf.texts import parse_json
 
-FAMILIES: tuple[Family, ...] = (wan,)
-"""Each is one folder beside this file."""
+FAMILIES: list[Family] = [wan]
+"""Each is one folder beside this file (docs/adding-a-generator.md)."""
 
 SUBFOLDERS = {"transformer": "transformer", "vae": "vae", "text": "text_encoder"}
 """Field of ``GeneratorConfig`` -> subfolder of a diffusers model."""

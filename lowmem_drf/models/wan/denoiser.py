@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
-from lowmem_drf.memory.activations import BlockPolicy, HookedForward, Pace
-from lowmem_drf.memory.recorded_rollout import RecordedForward
 from lowmem_drf.method.schedule import timestep_of
 from lowmem_drf.models.attention import attention_named
+from lowmem_drf.models.blocks import set_blocks
 from lowmem_drf.models.wan.block import BlockForward
 from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.weights.quant import Quant
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
     from lowmem_drf.memory.host import HostStore
     from lowmem_drf.memory.recorded_rollout import Recorder
-    from lowmem_drf.memory.streaming import Streamed
+    from lowmem_drf.memory.streaming import Layer, Streamed
     from lowmem_drf.ops import Attention, RowOps
     from lowmem_drf.types import Velocity
 
@@ -108,22 +107,16 @@ def set_activations(
     Raises:
         BadInputError: an image-to-video transformer.
     """
-    if store is None and "host" in (checkpoint, keep_attention):
-        raise ValueError("activations on the host need a store")
-    blocks, pace = list(transformer.blocks), Pace()
-    for place, block in enumerate(blocks):
-        weights = streamed.layers[place] if streamed else None
-        forward: Any = BlockForward(
+
+    def forward_of(block: Any, weights: Layer | None) -> BlockForward:
+        return BlockForward(
             block, rows or naive_ops(), attention or attention_named("sdpa"), slices, rollout_attention, weights,
             graded_attention,
         )  # fmt: skip
-        forward = streamed.forward(place, forward) if streamed else HookedForward(forward, pace) if hooked else forward
-        block.forward = forward if recorder is None else RecordedForward(forward, block is blocks[-1], recorder)
-    if checkpoint is False:
-        transformer.disable_gradient_checkpointing()
-        return
-    inputs, kept = store if checkpoint == "host" else None, None if keep_attention == "none" else keep_attention
-    transformer.enable_gradient_checkpointing(BlockPolicy(blocks, inputs, kept, store, recorder))
+
+    set_blocks(
+        transformer, list(transformer.blocks), forward_of, checkpoint, store, keep_attention, recorder, streamed, hooked
+    )
 
 
 def as_velocity(transformer: WanTransformer3DModel, recorder: Recorder | None = None, call: Any = None) -> Velocity:

@@ -132,6 +132,7 @@ def fill_from_files(
     changes: Changes | None = None,
     blocks: int | None = None,
     taken: Callable[[nn.Parameter], None] | None = None,
+    stack: str = "blocks",
 ) -> Any:
     """Fills a model that is on ``meta``; frozen, in eval mode. Dtypes are those that ``from_pretrained`` would give.
 
@@ -142,6 +143,7 @@ def fill_from_files(
         changes: added in fp32 (fp64 in an fp64 model), before rounding and packing.
         blocks: read only the first N blocks. The others get shapes but no memory, which is enough to take a LoRA.
         taken: called with every filled parameter before the next one is read (``filling.fill``).
+        stack: name of the model's list of blocks.
 
     Raises BadInputError: a tensor holds NaN or infinity.
     """
@@ -153,7 +155,7 @@ def fill_from_files(
         exact = torch.promote_types(wanted, torch.float32)
 
         def value(name: str, shape: Sequence[int]) -> Tensor:
-            if blocks is not None and name.startswith("blocks.") and int(name.split(".")[1]) >= blocks:
+            if blocks is not None and name.startswith(f"{stack}.") and int(name.split(".")[1]) >= blocks:
                 return torch.zeros((), dtype=wanted, device=home).expand(tuple(shape))
             read, change = files.read(names[name]), changed.get(name)
             if change is None:
