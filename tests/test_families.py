@@ -10,6 +10,7 @@ import pytest
 from _root import ROOT
 from test_imports import modules
 
+from lowmem_drf.models.family import Family
 from lowmem_drf.models.generators import FAMILIES
 
 OTHERS = {"ltx", "hunyuan", "cogvideo"}
@@ -66,3 +67,11 @@ def test_a_family_is_one_folder_and_one_line() -> None:
         assert folder.parent == ROOT / "lowmem_drf" / "models" and (folder / "family.py").is_file()
         lines = [line for line in registry.splitlines() if re.search(rf"\b{folder.name}\b", line)]
         assert len(lines) == 2, f"one import and one line: {lines}"
+
+
+def test_the_page_for_new_families_names_all_that_they_bring() -> None:
+    page = (ROOT / "docs" / "adding-a-generator.md").read_text("utf-8")
+    rows = [row for row in page.splitlines() if row.startswith("| `")]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    members = {name for name in (*Family.__annotations__, *vars(Family)) if not name.startswith("_")}
+    assert named == members and len(named) > 20

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
+from lowmem_drf.assembly.sizes import sizes_of
 from lowmem_drf.method.vae_stream import TRACES
+from lowmem_drf.models.generators import generator_config
 from lowmem_drf.schema import Config
 
 Rung = Callable[[Config], str | None]
@@ -113,7 +115,8 @@ def compact(value: object) -> str:
 
 
 def _fewer_frames(config: Config) -> str | None:
-    frames = (config.video.frames - 1) * 3 // 5 // 4 * 4 + 1
+    unit = sizes_of(generator_config(config.model.id)).temporal
+    frames = (config.video.frames - 1) * 3 // 5 // unit * unit + 1
     seen = config.critic.frames
     return f"video.frames={frames}" if frames >= 9 and not (isinstance(seen, int) and seen > frames) else None
 

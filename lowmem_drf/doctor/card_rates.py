@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lowmem_drf.assembly.sizes import sizes_of
+from lowmem_drf.assembly.sizes import latent_shape, sizes_of
 from lowmem_drf.assembly.trials import card_seconds
 from lowmem_drf.models.generators import generator_config
 from lowmem_drf.ops import int8_attention, int8_linear
@@ -47,8 +47,7 @@ def measured_rates(config: Config, attention: Attention, device: torch.device) -
 def _kinds(config: Config, attention: Attention, device: torch.device) -> dict[str, Timed]:
     sizes = sizes_of(generator_config(config.model.id))
     heads, d = sizes.heads, sizes.head_dim
-    frames, height, width = (config.video.frames - 1) // 4 + 1, config.video.height // 16, config.video.width // 16
-    tokens, some = min(MOST_TOKENS, frames * height * width), min(MOST_HEADS, heads)
+    tokens, some = min(MOST_TOKENS, sizes.tokens(latent_shape(config, sizes)[1:])), min(MOST_HEADS, heads)
     scores = 4 * some * tokens**2 * d
     padded = (96, 6, config.video.height + 2, config.video.width + 2)
 

@@ -13,6 +13,7 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.lora.adapter import ADAPTER, linear_weights, lora_layers
 from lowmem_drf.models.lora.base import left_out, lora_changes
 from lowmem_drf.models.lora.changes import LoraChanges, Pair
+from lowmem_drf.models.lora.keys import family_with
 from lowmem_drf.texts import some
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def init_targets(lora: LoraChanges, blocks: int | None) -> list[str]:
     require_linears(lora)
     modules = _modules(lora)
     endings = {module.split(".", 2)[-1] for module in modules}
-    if set(modules) != {f"blocks.{number}.{ending}" for number in range(blocks or 0) for ending in endings}:
+    stack = family_with(modules).BLOCKS
+    if set(modules) != {f"{stack}.{number}.{ending}" for number in range(blocks or 0) for ending in endings}:
         return modules
     both = {end.removeprefix("attn1.") for end in endings if end.replace("attn1.", "attn2.") in endings - {end}}
     return sorted(both | {ending for ending in endings if ending[len("attn1.") :] not in both})
