@@ -242,7 +242,24 @@ class Family(Protocol):
         streamed: Streamed | None = None,
         hooked: bool = False,
     ) -> None:
-        """Sets how the blocks compute and which activations they keep (``wan.denoiser`` says what each means)."""
+        """Sets how the blocks compute and which activations they keep. May be called again, with or without a LoRA. No
+        option changes results, except that ``slices`` changes the rounding of matrix products.
+
+        Args:
+            checkpoint: ``True``: blocks keep their input and recompute in their backward. ``"host"``: the inputs are
+                offloaded to ``store``. ``False``: blocks keep all activations.
+            slices: number of slices of tokens for the per-token work of a block. 1: as in diffusers.
+            rows, attention: implementations; default: diffusers' arithmetic and PyTorch's SDPA.
+            keep_attention: under ``checkpoint``, blocks also keep their self-attention's output instead of recomputing
+                it.
+            recorder: replays forwards that the rollout has recorded.
+            rollout_attention: (q, k, v) -> out; self-attention without gradient that is not recorded.
+            graded_attention: self-attention of all other passes. Default: ``attention``.
+            streamed: the blocks' weights, if they are streamed.
+            hooked: hooks on the blocks' calls provide their weights (``activations.HookedForward``).
+
+        Raises BadInputError: an option that the family does not bring.
+        """
         ...
 
     def as_velocity(self, transformer: Any, recorder: Recorder | None = None, call: Any = None) -> Velocity:

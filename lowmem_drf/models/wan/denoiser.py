@@ -89,20 +89,9 @@ def set_activations(
     streamed: Streamed | None = None,
     hooked: bool = False,
 ) -> None:
-    """Sets how the blocks compute and which activations they keep. May be called again, with or without a LoRA. No
-    option changes results, except that ``slices`` changes the rounding of matrix products.
+    """How the blocks compute and which activations they keep.
 
-    Args:
-        checkpoint: ``True``: blocks keep their input and recompute in their backward. ``"host"``: the inputs are
-            offloaded to ``store``. ``False``: blocks keep all activations.
-        slices: number of slices of tokens for the per-token work of a block (see ``block``). 1: as in diffusers.
-        rows, attention: implementations; default: diffusers' arithmetic and PyTorch's SDPA.
-        keep_attention: under ``checkpoint``, blocks also keep their self-attention's output instead of recomputing it.
-        recorder: replays forwards that the rollout has recorded.
-        rollout_attention: (q, k, v) -> out; self-attention without gradient that is not recorded.
-        graded_attention: self-attention of all other passes. Default: ``attention``.
-        streamed: the blocks' weights, if they are streamed.
-        hooked: hooks on the blocks' calls provide their weights (``activations.HookedForward``).
+    Arguments as of ``Family.set_activations``; ``slices``: see ``block``.
 
     Raises:
         BadInputError: an image-to-video transformer.
