@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 
 _FROM_ID = "A run takes it from the folder of model.id"
-OURS = "This program trains Wan's text-to-video models: give one of them"
+OURS = "Of Wan's models this program trains text-to-video ones: give one of them"
 _LORA = "Give it to model.base_lora, and leave model.transformer empty"
 
 Kinds = tuple[tuple[str, str, str], ...]
