@@ -6,13 +6,10 @@ if __name__ == "__main__":
     runpy.run_module("lowmem_drf", run_name="__main__")  # as python -m lowmem_drf, which ends the process
 
 import functools
-import logging
-import os
 import re
 import signal
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -87,9 +84,9 @@ def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns about accelerators that are not used here
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # for us, not for users
+        from lowmem_drf.libraries import hush
+
+        hush()
         with _interrupts() as got:
             try:
                 if sys.flags.optimize > 1 and not command.__name__.startswith("presets"):
@@ -274,6 +271,7 @@ def inspect_lora(
     epilog=_example(
         "lowmem-drf eval",
         "lowmem-drf eval runs/toy-1 --prompts heldout.txt --json",
+        "lowmem-drf eval --preset rtx4090 --lora style.safetensors --prompts heldout.txt",
         "lowmem-drf eval --critic toyworld-reader",
         "lowmem-drf eval --prompts prompts.txt --seeds 5 --export vbench clips",
     ),
@@ -290,12 +288,17 @@ def evaluate(
     ] = None,
     best: Best = False,
     json_: Json = False,
+    preset: Annotated[
+        str | None, _option("In place of a run: a preset's name or a TOML file, to compare a LoRA file with its base.")
+    ] = None,
+    lora: Annotated[Path | None, _option("A LoRA file to use instead of the run's LoRA.")] = None,
+    set_: Set = None,
 ) -> None:
     """Compare base and tuned on held-out prompts, with intervals: reward, held-out questions, a second critic,
     measures of the clips, and in ToyWorld the oracle's rates."""
     from lowmem_drf.commands.eval import eval_command
 
-    eval_command(run, prompts, json_, seeds, critic, export, vbench_scores, best)
+    eval_command(run, prompts, json_, seeds, critic, export, vbench_scores, best, preset, lora, set_ or [])
 
 
 @app.command(epilog=_example("lowmem-drf report", "lowmem-drf report runs/toy-1 --saliency"))

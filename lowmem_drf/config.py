@@ -21,7 +21,7 @@ import lowmem_drf
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import require_output, write_text
 from lowmem_drf.schema import Config, Model, Node, Video
-from lowmem_drf.texts import escaped, expanded, one_line, parse_toml, read_text, shown
+from lowmem_drf.texts import escaped, expanded, one_line, parse_toml, read_text, shown, toml_value
 
 _PATTERNS = {
     "memory.vae_backward": 'should be "exact" or "window:n", for example "window:3"',
@@ -183,6 +183,17 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 def _option(override: str) -> str:
     return f"-s {one_line(override, 80)}"
+
+
+def as_overrides(settings: Mapping[str, Any]) -> list[str]:
+    """``{"optim": {"lr": 1e-4}, "lora.rank": 8}`` -> the same as ``key=value``."""
+    overrides = []
+    for key, value in _flat(settings):
+        try:
+            overrides.append(f"{key}={toml_value(str(value) if isinstance(value, Path) else value)}")
+        except (TypeError, ValueError) as error:
+            raise BadInputError(f"settings: {shown(key)} is {shown(value)}, which no configuration holds.") from error
+    return overrides
 
 
 def load_config(preset: str | Path = DEFAULT_PRESET, overrides: Iterable[str] = ()) -> Config:

@@ -27,6 +27,10 @@ class NonFiniteError(LowmemError):
         self.stage = stage
 
 
+class Ended(KeyboardInterrupt):
+    """A run was ended by its ``on_update``, and is saved. Like Ctrl-C, it leaves out what comes after training."""
+
+
 def quoted(word: object) -> str:
     """A word of a command that a message advises, so that it can be pasted into a shell."""
     return subprocess.list2cmdline([str(word)]) if os.name == "nt" else shlex.quote(str(word))
@@ -58,9 +62,9 @@ def explain(error: BaseException) -> tuple[str, int]:
     from lowmem_drf.shortage import EXPANDABLE, allocator_settings, allocator_variable, shortage_of
 
     if shortage := shortage_of(error):
-        cure = (  # eval has no -s, and refuses another size of the video
-            "Take less: with -s micro_batch=1 (sample: -s log.eval_batch=1), fewer video.frames or a smaller "
-            "video.width; eval with eval_batch = 1 under [log] in the run's config.toml."
+        cure = (
+            "Take less: with -s micro_batch=1 (sample and eval: -s log.eval_batch=1), fewer video.frames or a smaller "
+            "video.width."
         )
         return "\n".join([*shortage.lines(), cure]), 1
     if isinstance(error, OSError) and getattr(error, "winerror", None) == 206:

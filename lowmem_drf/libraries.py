@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import gc
 import importlib
+import logging
+import os
 import platform
 import re
 import sys
 import tomllib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -94,6 +97,13 @@ def import_all() -> None:
                     raise
     # its lazy import brings whatever diffusers finds installed: attention libraries, quantizers, torchvision
     importlib.import_module("diffusers.models.transformers")
+
+
+def hush() -> None:
+    """Keeps what the model libraries tell their developers from users."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns about accelerators that are not used here
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 @contextmanager

@@ -9,10 +9,11 @@ UTF-8, with or without a byte order mark.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -21,6 +22,8 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.texts import expanded, parse_json, read_text, shown
 from lowmem_drf.types import Aspect, Kind, Prompt, Question
 
+PromptRow = str | Mapping[str, Any]
+"""A prompt as a program gives it: a text, or the object of a line of a jsonl prompt file."""
 _PROMPT_KEYS = {"prompt", "id", "questions", "reference_video"}
 _OTHER_FORMATS = (
     *(".csv", ".tsv", ".xls", ".xlsx", ".ods", ".parquet", ".arrow", ".yaml", ".yml", ".toml", ".xml", ".html"),
@@ -53,12 +56,26 @@ def load_prompts(path: str | Path) -> tuple[Prompt, ...]:
         raise BadInputError(f"{path}:{rows[0][0]}: is JSON, which is read from .jsonl files. Rename the file.")
     if not rows:
         raise BadInputError(f"prompt file {path} holds no prompt. Write one prompt a line into it.")
+    if is_json:
+        return _parsed(rows, f"{path}:", path.parent)
+    return tuple(Prompt(id=f"{n:04d}", text=text) for n, text in rows)
+
+
+def parse_rows(rows: Sequence[PromptRow]) -> tuple[Prompt, ...]:
+    """The prompts that a program gives, by the rules of a jsonl file; paths are relative to the current folder. Raises
+    BadInputError with the number of the row."""
+    if not rows:
+        raise BadInputError("the list of prompts is empty. Give one at least.")
+    return _parsed([(n, as_jsonl(row)) for n, row in enumerate(rows, 1)], "prompt ", Path())
+
+
+def _parsed(rows: Iterable[tuple[int, str]], where: str, folder: Path) -> tuple[Prompt, ...]:
     prompts: dict[str, tuple[int, Prompt]] = {}
     for n, text in rows:
-        prompt = _from_json(f"{path}:{n}", n, text, path.parent) if is_json else Prompt(id=f"{n:04d}", text=text)
+        prompt = _from_json(f"{where}{n}", n, text, folder)
         if used := prompts.get(prompt.id):
             raise BadInputError(
-                f"{path}:{n}: id {shown(prompt.id)} is already used in line {used[0]}. Give each prompt its own."
+                f"{where}{n}: id {shown(prompt.id)} is already used in line {used[0]}. Give each prompt its own."
             )
         prompts[prompt.id] = n, prompt
     return tuple(prompt for _, prompt in prompts.values())
@@ -74,6 +91,16 @@ def as_prompts(texts: Iterable[str]) -> tuple[Prompt, ...]:
                 f"the prompt {shown(text)} is not UTF-8. Write it in UTF-8, or give a file with --prompts."
             )
     return tuple(Prompt(id=f"{n:04d}", text=text) for n, text in enumerate(texts, 1))
+
+
+def as_jsonl(row: PromptRow) -> str:
+    """A line of a jsonl prompt file. Raises BadInputError for what no file can hold."""
+    try:
+        line = json.dumps({"prompt": row} if isinstance(row, str) else dict(row), ensure_ascii=False)
+        line.encode()
+    except (TypeError, ValueError) as error:
+        raise BadInputError(f"the prompt {shown(row)} is no text, and no line of a jsonl prompt file.") from error
+    return line
 
 
 def without(prompts: Sequence[Prompt], skipped: Collection[str]) -> tuple[Prompt, ...]:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
@@ -99,7 +100,9 @@ def printable(text: str) -> str:
 
 def make_console(**settings: Any) -> Console:
     """A rich console that prints no control characters but its own, and leaves it to a narrow terminal to wrap tables,
-    which rich would shorten until no figure can be read."""
+    which rich would shorten until no figure can be read. Inside ``called_with``: that console."""
+    if (caller := _caller.get()) is not None and not settings.get("quiet"):
+        return caller
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
 
@@ -125,9 +128,37 @@ def hangup() -> list[signal.Signals]:
     return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
+def say(text: str) -> None:
+    """Prints a line for the user who waits: on stderr, or on the console of ``called_with``."""
+    if (console := _caller.get()) is not None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    else:
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+_caller: ContextVar[Console | None] = ContextVar("caller", default=None)
+
+
+@contextmanager
+def called_with(console: Console) -> Iterator[None]:
+    """Around a call of the Python API: all that is printed goes to this console, and if it is quiet nowhere."""
+    token = _caller.set(console)
+    try:
+        yield
+    finally:
+        _caller.reset(token)
+
+
+def is_called() -> bool:
+    """Whether a Python program called (``called_with``). Its process goes on when a run has ended."""
+    return _caller.get() is not None
+
+
 def write_error(text: str) -> None:
     """Writes a line to stderr from a signal handler: past ``sys.stderr`` and rich, because the interrupted code may
     hold their locks."""
+    if (console := _caller.get()) is not None and console.quiet:
+        return
     with suppress(OSError, ValueError, AttributeError):  # AttributeError: there is no stderr
         os.write(sys.stderr.fileno(), f"{text}\n".encode(errors="replace"))
 

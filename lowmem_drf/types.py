@@ -13,7 +13,7 @@ Pixel frames are in [0, 1] where a name ends in ``_BTCHW`` or ``_TCHW``; the VAE
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -25,6 +25,9 @@ Aspect = Literal["TA", "Phy", "VQ"]
 """TA: text-video alignment. Phy: physical fidelity. VQ: visual quality."""
 
 Kind = Literal["yesno", "dense"]
+
+OnUpdate = Callable[[Mapping[str, Any]], object]
+"""Called after each update of a run with its line of ``metrics.jsonl``. If it returns ``False``, the run ends."""
 
 
 @dataclass(frozen=True, slots=True)

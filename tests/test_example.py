@@ -1,5 +1,5 @@
-"""``examples/drf_in_100_lines.py``: the one-graph method gives the LoRA gradient of the relay, on models that the
-package loads by itself."""
+"""The examples. ``drf_in_100_lines.py``: the one-graph method gives the LoRA gradient of the relay, on models that the
+package loads by itself. ``python_api.py`` runs."""
 
 import importlib.util
 from pathlib import Path
@@ -22,20 +22,24 @@ from lowmem_drf.models.weights.sources import resolve
 from lowmem_drf.questions.toyworld import attributes, dense
 from lowmem_drf.types import Parts
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "drf_in_100_lines.py"
+EXAMPLE, API = (Path(__file__).parent.parent / "examples" / name for name in ("drf_in_100_lines.py", "python_api.py"))
 PROMPTS = ["a red circle moves left on a gray background", "a blue square stays still on a white background"]
 FP64 = torch.float64
 
 
-@pytest.fixture
-def example():
-    spec = importlib.util.spec_from_file_location("drf_in_100_lines", EXAMPLE)
+def imported(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
+def example():
+    return imported(EXAMPLE)
+
+
+@pytest.fixture
 def fp64_throughout(monkeypatch):
     """diffusers and transformers cast to fp32 inside fp64 models (``x.float()``): rounding that would hide small
     differences."""
@@ -53,7 +57,7 @@ def relay_parts(lora, rank, alpha):
     return Parts(as_velocity(transformer), WanDecoder(load_vae(generator, FP64)), critic, lora_parameters(transformer))
 
 
-def test_its_gradient_is_the_relays(example):
+def test_its_gradient_is_the_relays(example, fp64_throughout):
     models, noise = example.Models(), draw_noise((16, 3, 8, 8), [0, 1]).double()
     for model in (models.transformer, models.vae, models.text_encoder, models.critic):
         model.double()
@@ -82,3 +86,12 @@ def test_it_stays_short_and_apart_from_the_relay():
     assert len(source.splitlines()) <= 120
     assert max(map(len, source.splitlines())) <= 120
     assert "method.step" not in source
+
+
+@pytest.mark.slow
+def test_the_python_api_does_what_its_example_shows(tmp_path, capsys):
+    imported(API).main(tmp_path)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("rtx4090: ") and said[-1] == str(tmp_path / "lora.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "both.mp4", "tuned.mp4", "lora.safetensors"}
+    assert sum(line.startswith("update ") for line in said) >= 4

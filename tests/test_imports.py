@@ -41,9 +41,10 @@ LAWS: dict[str, tuple[int, set[str]]] = {
     "export": (8, {"torch", "safetensors"}),
     "planner": (9, {"torch", "rich"}),
     "reporting": (9, {"torch", "rich", "av", "jinja2", "markupsafe", "matplotlib"}),
-    "out_of_memory": (10, {"torch"}),
+    "shared": (10, {"torch"}),
     "doctor": (10, {"torch", "triton", "bitsandbytes", "huggingface_hub"}),
     "commands": (11, {"torch", "rich"}),
+    "api": (12, set()),
     "cli": (12, {"typer"}),
     "__main__": (13, set()),
 }
@@ -51,7 +52,7 @@ PROGRAMS = "toy/build"
 """How ToyWorld's models were trained and what they are worth: may import anything, and nothing imports it."""
 FULL = 14
 """Files of a room, besides ``__init__.py``."""
-LIGHT = {"__init__", "errors", "files", "libraries", "shortage", "schema", "config", "prompts", "texts", "cli"}
+LIGHT = {"__init__", "errors", "files", "libraries", "shortage", "schema", "config", "prompts", "texts", "cli", "api"}
 """Rooms that import no third-party package but pydantic and typer when they are imported."""
 LAZY = {
     *(
@@ -204,11 +205,11 @@ def test_heavy_libraries_are_imported_where_they_are_used():
             }, module
 
 
-def test_commands_are_imported_by_the_command_line_alone():
+def test_commands_are_imported_by_the_command_line_and_the_python_api_alone():
     users = {
         room_of(module) for module, others in graph().items() if any(room_of(other) == "commands" for other in others)
     }
-    assert users <= {"cli", "commands"}
+    assert users <= {"cli", "api", "commands"}
     assert not [
         module
         for module, others in graph().items()
@@ -248,7 +249,8 @@ def test_the_reader_sees_every_form_of_import(tmp_path):
 
 
 def test_light_modules_load_no_torch_and_optional_libraries_are_not_needed():
-    light = ("lowmem_drf.cli", "lowmem_drf.config", "lowmem_drf.prompts", "lowmem_drf.errors", "lowmem_drf.types")
+    names = ("api", "cli", "config", "prompts", "errors", "types")
+    light = [f"lowmem_drf.{name}" for name in names]
     heavy = {"torch", "diffusers", "transformers", "numpy"}
     programs = [f"import sys, {', '.join(light)}\nprint(sorted({heavy} & set(sys.modules)))"]
     optional = ("triton", "bitsandbytes", "deepspeed", "xformers", "kernels", "torchvision")

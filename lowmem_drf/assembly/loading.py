@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from lowmem_drf.models.weights.files import SECOND
 from lowmem_drf.models.weights.sources import READER, TOYWORLD, resolve
 from lowmem_drf.schema import Config, Parkable
 from lowmem_drf.shortage import during
-from lowmem_drf.terminal import printable
+from lowmem_drf.terminal import say
 
 if TYPE_CHECKING:
     from lowmem_drf.models.family import GeneratorConfig
@@ -226,11 +225,6 @@ def load_run_critic(config: Config, home: torch.device | None = None) -> QwenCri
     critic = load_critic(str(folder), DTYPES[config.dtype], device, fps, config.critic.quant)
     critic.set_checkpointing(bool(config.memory.checkpoint))
     return critic
-
-
-def say(text: str) -> None:
-    """Prints a line for the user who waits."""
-    print(printable(text), file=sys.stderr, flush=True)
 
 
 def _without(config: Config) -> tuple[str, ...]:

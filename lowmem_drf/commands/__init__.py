@@ -1,4 +1,4 @@
-"""The commands, one file each: what ``cli.py`` calls, and nobody else.
+"""The commands, one file each: what ``cli.py`` and ``api.py`` call, and nobody else.
 
-Not here: anything that two commands share.
+Not here: anything that two commands share (``shared/``).
 """

@@ -15,7 +15,15 @@ NAME = "report.html"
 
 
 def report_command(run_folder: Path | None, output: Path | None, saliency: bool, force: bool) -> None:
-    """Writes the page, and prints its path. ``saliency``: first loads the critic and makes the clips that show it.
+    """Writes the page (``page_of``), and prints its path."""
+    path, told = page_of(run_folder, output, saliency, force)
+    print(path, flush=True)
+    make_console(stderr=True, soft_wrap=True).print(told, highlight=False, markup=False)
+
+
+def page_of(run_folder: Path | None, output: Path | None, saliency: bool, force: bool) -> tuple[Path, str]:
+    """Writes the page. Returns its path, and what is to be said about it. ``saliency``: first loads the critic and
+    makes the clips that show it.
 
     Raises BadInputError: no run, a configuration that cannot be read, or an output that cannot be written.
     """
@@ -29,6 +37,4 @@ def report_command(run_folder: Path | None, output: Path | None, saliency: bool,
         from lowmem_drf.reporting.saliency import make_saliency
 
         make_saliency(record, console)
-    told = write_report(record, path)
-    print(path, flush=True)
-    console.print(told, highlight=False, markup=False)
+    return path, write_report(record, path)

@@ -4,31 +4,22 @@ the base model's clips."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowmem_drf.assembly.assemble import run_prompts
 from lowmem_drf.assembly.generate import NAN, base_and_tuned, flaw
-from lowmem_drf.assembly.kernel_choice import saved_choice
-from lowmem_drf.assembly.loading import load_models, read_lora_for, say
-from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError, LowmemError
-from lowmem_drf.export.trained_with import as_trained
 from lowmem_drf.files import readable_name, require_output, short_hash
-from lowmem_drf.models.lora.base import left_out
-from lowmem_drf.models.lora.reading import lora_file
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.prompts import load_prompts
 from lowmem_drf.schema import Config
-from lowmem_drf.scoring.alarm import best_step
-from lowmem_drf.terminal import make_console, showing, work_bar
-from lowmem_drf.training.checkpoint import checkpoint_folder
-from lowmem_drf.training.lora_file import load_run_lora
-from lowmem_drf.training.manifest import refuse_damaged
+from lowmem_drf.shared import tuned
+from lowmem_drf.terminal import make_console, say, showing, work_bar
 from lowmem_drf.training.previews import preview_texts
-from lowmem_drf.training.run_folder import find_run, in_one_process, run_config
-from lowmem_drf.video import is_own_mp4, side_by_side, watchable_upscale, write_mp4
+from lowmem_drf.video import is_own_mp4, read_video, side_by_side, watchable_upscale, write_mp4
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +28,26 @@ SAMPLES = Path("samples")
 """Of a preset, in the current folder; a run's clips go into the run."""
 
 
-def sample_command(
+@dataclass(frozen=True)
+class Clip:
+    """A clip that was written."""
+
+    prompt: str
+    path: Path
+    """An MP4: the tuned model's clip, or the base's and the tuned one's side by side."""
+
+    def frames(self) -> Tensor:
+        """(T, 3, H, W) in [0, 1], read from the file. Small clips are written larger than they were made."""
+        return read_video(self.path)[0]
+
+
+def sample_command(*arguments: Any, **named: Any) -> None:
+    """``sample_clips``, and prints the path of every clip."""
+    for clip in sample_clips(*arguments, **named):
+        print(clip.path, flush=True)
+
+
+def sample_clips(
     run_folder: Path | None,
     lora: Path | None,
     texts: Sequence[str],
@@ -50,8 +60,8 @@ def sample_command(
     preset: str | None = None,
     overrides: Sequence[str] = (),
     best: bool = False,
-) -> None:
-    """Writes a clip per prompt and prints its path.
+) -> Iterator[Clip]:
+    """Writes a clip per prompt, and yields it.
 
     Args:
         preset: in place of a run: its generator, with the file ``lora`` if there is one.
@@ -64,88 +74,48 @@ def sample_command(
     """
     if not math.isfinite(scale):
         raise BadInputError(f"--lora-scale {scale} is not a number that can be used; 1 is the tuned model, 0 the base.")
-    if preset is not None:
-        _refuse_with_preset(run_folder, lora, compare or scale != 1)
-    if best and (preset is not None or lora is not None):
-        raise BadInputError("--best is an update of a run: it does not go with --preset or --lora.")
-    run, config = _model(run_folder, preset, overrides)
+    besides = "; or sample without a run: lowmem-drf sample --preset toy"
+    chosen = tuned.choose(run_folder, preset, lora, overrides, best, compare or scale != 1, besides)
+    config, run = chosen.config, chosen.run
     wanted = _texts(config, texts, file)
-    folder = checkpoint_folder(run, best_step(run) if best else None) if run and lora is None else None
-    if lora is not None:
-        refuse_damaged(lora_file(lora))
-    read = read_lora_for(config, lora) if lora else None
-    lines = list(left_out(read)) if read else []
-    if read:
-        config, trained = as_trained(config, read.metadata, overrides, may_change=run is None)
-        lines += trained
-    for line in lines:
-        say(f"{lora}: {line}")
-    if lora is not None:  # files of one name in two folders are two LoRAs
-        source = readable_name(lora.stem, after=f"-{short_hash(str(lora.resolve()))}")
-    else:
-        source = folder.name if folder else "base"
     place = run / "samples" if run else SAMPLES / Path(preset or "").stem
     changed = f"-{short_hash(' '.join(overrides))}" if overrides else ""
     variant = f"seed{seed}{'' if scale == 1 else f'-lora{scale:g}'}{'-compare' if compare else ''}{changed}"
-    paths = _paths(output or place / source, wanted, variant, is_folder=output is None, force=force)
+    paths = _paths(output or place / chosen.name, wanted, variant, is_folder=output is None, force=force)
     clips = {"log.eval_batch": min(config.log.eval_batch, len(wanted))}
     console = make_console(stderr=True)
     bases: list[Tensor] = []
-    kernels = saved_choice(run, say)
-    if compare and read and read.merged():  # what is merged into the weights cannot be switched off
+    if compare and chosen.is_merged:
         say("clips of the base first, then the model is loaded anew: this LoRA changes more than linear layers")
         with showing(console):
-            models = load_models(config, wanted, with_critic=False, clips=clips, kernels=kernels)
+            models = tuned.load(chosen, wanted, with_critic=False, clips=clips, with_lora=False)
         bases = [clip.half() for _, clip in base_and_tuned(config, models, wanted, seed, with_base=False)]
         del models
     with showing(console):
-        models = load_models(
-            config, wanted, with_critic=False, clips=clips, lora=read, lora_scale=scale, kernels=kernels
-        )
-    if folder:
-        load_run_lora(models.transformer, folder, config)
-    elif lora is None:
+        models = tuned.load(chosen, wanted, with_critic=False, clips=clips, scale=scale)
+    if not chosen.has_lora:
         say(f"no --lora: these are clips of the base model, {config.model.id}")
-    label = "base" if not (lora or folder) else "tuned" if scale == 1 else f"tuned, LoRA x {scale:g}"
+    label = "base" if not chosen.has_lora else "tuned" if scale == 1 else f"tuned, LoRA x {scale:g}"
     upscale = watchable_upscale(config.video.height, config.video.width)
     made = base_and_tuned(config, models, wanted, seed, scale, with_base=compare and not bases)
     flaws: list[str] = []
     with work_bar(console, "clips", len(wanted)) as advance:
-        for i, (path, (base, tuned)) in enumerate(zip(paths, made, strict=True)):
+        for i, (path, (base, after)) in enumerate(zip(paths, made, strict=True)):
             advance(1)
             base = bases[i].float() if bases else base
-            found = {of: flaw(clip) for of, clip in (("base", base), (label, tuned)) if clip is not None}
+            found = {of: flaw(clip) for of, clip in (("base", base), (label, after)) if clip is not None}
             flaws += [f"{path.name} ({of}) {why}" for of, why in found.items() if why]
             if NAN in found.values():
                 continue
             if base is None:
-                write_mp4(path, tuned, config.video.fps, upscale)
+                write_mp4(path, after, config.video.fps, upscale)
             else:
-                write_mp4(path, side_by_side((base, tuned), ("base", label), upscale), config.video.fps)
-            print(path, flush=True)
+                write_mp4(path, side_by_side((base, after), ("base", label), upscale), config.video.fps)
+            yield Clip(wanted[i], path)
     if flaws:
         shown = "; ".join(flaws[:3]) + (f"; and {len(flaws) - 3} more" if len(flaws) > 3 else "")
         raise LowmemError(
             f"clips that cannot be used: {shown}. Clips with NaN were not written.\n{_cure(run, lora is not None)}"
-        )
-
-
-def _model(run: Path | None, preset: str | None, overrides: Sequence[str]) -> tuple[Path | None, Config]:
-    """The run, unless a preset takes its place, and the configuration."""
-    if preset is not None:
-        return None, in_one_process(load_config(preset, overrides))
-    run = find_run(run, "; or sample without a run: lowmem-drf sample --preset toy")
-    return run, run_config(run, overrides)
-
-
-def _refuse_with_preset(run: Path | None, lora: Path | None, needs_lora: bool) -> None:
-    """Raises BadInputError for options that say nothing about a preset."""
-    if run is not None:
-        raise BadInputError("--run and --preset do not go together: a run keeps its own configuration. Leave one out.")
-    if lora is None and needs_lora:
-        raise BadInputError(
-            "a preset has no LoRA of its own to compare or to scale. Name one with --lora FILE, or leave out --compare "
-            "and --lora-scale to see the base model."
         )
 
 

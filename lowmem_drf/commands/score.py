@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,8 +47,48 @@ def score_command(
     overrides: Sequence[str],
     force: bool = False,
 ) -> None:
-    """Prints the critic's scores of a video as a table or as JSON, and writes the saliency clip (``force``: in place of
-    any file).
+    """``score_video``, as a table or as JSON."""
+    found = score_video(video, prompt, saliency, preset, critic, quant, frames, mode, overrides, force, as_json)
+    console = make_console(stderr=as_json, soft_wrap=True)
+    if as_json:
+        print(escaped(json.dumps(found.score.as_json(), ensure_ascii=False)))
+    else:
+        console.print(found.described, highlight=False, markup=False)
+        print_table(found.score, prompt, console)
+    if found.heatmap:
+        console.print(f"{found.heatmap}: what moves the reward, pixel by pixel", highlight=False, markup=False)
+
+
+class Scored(NamedTuple):
+    """What ``score_video`` found."""
+
+    score: ClipScore
+    described: str
+    """The video, and who was asked, in words."""
+    heatmap: Path | None
+    """The saliency clip."""
+
+
+def score_video(
+    video: Path,
+    prompt: str,
+    saliency: Path | None = None,
+    preset: str | None = None,
+    critic: str | None = None,
+    quant: str | None = None,
+    frames: int | str | None = None,
+    mode: str | None = None,
+    overrides: Sequence[str] = (),
+    force: bool = False,
+    on_stderr: bool = False,
+) -> Scored:
+    """Asks the critic about a video, and writes the saliency clip (``force``: in place of any file).
+
+    Args:
+        preset: whose critic is asked. Default: as ``train`` chooses.
+        critic: a critic's name in place of that.
+        frames: how many it sees, or a rate: ``"fps:2"``.
+        on_stderr: where progress goes.
 
     Raises BadInputError: an unreadable video, an unusable prompt or question, or a critic that cannot be loaded.
     """
@@ -73,7 +113,7 @@ def score_command(
     require_weights(draft, reward_spec(config))
     shown_TCHW, fps = read_video(video, *_wanted(config.critic.frames if frames is None else frames))
 
-    console = make_console(stderr=as_json, soft_wrap=True)
+    console = make_console(stderr=on_stderr, soft_wrap=True)
     with showing(console):
         model = load_run_critic(config)
     if not toy:  # ToyWorld's critic was trained at one frame rate
@@ -87,14 +127,10 @@ def score_command(
         result = saliency_of(model, seen_TCHW, questions, reward_spec(config))
         answers = result.answers
     score = score_clip(model, seen_TCHW, questions, answers, reward_spec(config))
-    if as_json:
-        print(escaped(json.dumps(score.as_json(), ensure_ascii=False)))
-    else:
-        console.print(_describe(config, shown_TCHW, seen_TCHW, fps), highlight=False, markup=False)
-        print_table(score, prompt, console)
+    heatmap = None
     if target is not None and result is not None:
-        path = write_heatmap(target, shown_TCHW, result, score, prompt, fps)
-        console.print(f"{path}: what moves the reward, pixel by pixel", highlight=False, markup=False)
+        heatmap = write_heatmap(target, shown_TCHW, result, score, prompt, fps)
+    return Scored(score, _describe(config, shown_TCHW, seen_TCHW, fps), heatmap)
 
 
 def print_table(score: ClipScore, prompt: str, console: Console) -> None:

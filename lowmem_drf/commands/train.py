@@ -7,14 +7,14 @@ import os
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_drf import __version__
 from lowmem_drf.config import chosen_preset, load_config, preset_card, preset_path, to_toml
 from lowmem_drf.distributed.ranks import ALONE, Ranks, end_process, join, require_platform, started_processes
-from lowmem_drf.errors import DEBUG, BadInputError, quoted
+from lowmem_drf.errors import DEBUG, BadInputError, Ended, LowmemError, quoted
 from lowmem_drf.files import text_hash, write_text
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.planner.cards import Card, card_named, parse_vram, room_of
@@ -22,12 +22,12 @@ from lowmem_drf.prompts import fingerprint, without
 from lowmem_drf.questions.file import WRITERS
 from lowmem_drf.schema import Config
 from lowmem_drf.shortage import allocator_settings, during
-from lowmem_drf.terminal import make_console, showing
+from lowmem_drf.terminal import is_called, make_console, showing
 from lowmem_drf.texts import expanded, one_line, toml_value
 from lowmem_drf.training.checkpoint import good_step, last_manifest, resume_command, saved_step
 from lowmem_drf.training.manifest import MAY_CHANGE, fixed_settings, same_setting
 from lowmem_drf.training.run_folder import RUNS, claim, default_output, find_run, saved_config
-from lowmem_drf.types import Prompt, Question
+from lowmem_drf.types import OnUpdate, Prompt, Question
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,10 +48,15 @@ def train_command(
     num_processes: int | None = None,
     init_lora: Path | None = None,
     vram: str | None = None,
-) -> None:
-    """Resolves the configuration, then prints it (``dry_run``), or trains and compares base and tuned model.
+    on_update: OnUpdate | None = None,
+) -> Path:
+    """Resolves the configuration, then prints it (``dry_run``), or trains and compares base and tuned model. Returns
+    the run's folder.
 
     Starts the processes of a run of several, unless a launcher has: then this process is one of them.
+
+    Args:
+        on_update: of the Python API (``loop.train``). A run that it ends is not compared.
     """
     count = started_processes() or num_processes
     flags = {
@@ -78,7 +83,9 @@ def train_command(
     if dry_run:
         if os.environ.get("RANK", "0") == "0":
             _print(config, name or str(run), preset_card(preset_path(name)) if name else "")
-        return
+        return run
+    if is_called():
+        _require_one_process(config, on_update)
     if config.engine != "single":
         require_platform()
     chosen = ["--resume"] if resume else ["--preset", name]
@@ -88,23 +95,38 @@ def train_command(
 
         command = [sys.executable, "-m", "lowmem_drf", *([DEBUG] if DEBUG in sys.argv else []), *begin]
         if code := launch(config.processes, command, lambda: _advice(run)):
+            if is_called():
+                raise LowmemError(f"a process of the run failed, and said why on stderr (exit code {code}).")
             raise SystemExit(code)
-        return
+        return run
     if config.engine == "single":
-        from lowmem_drf.out_of_memory import surviving
+        from lowmem_drf.shared.out_of_memory import surviving
 
-        with surviving(config, run, begin, MAY_CHANGE):
-            start(config, run, resume, origin)
-        return
+        with suppress(Ended), surviving(config, run, begin, MAY_CHANGE):
+            start(config, run, resume, origin, on_update=on_update)
+        return run
     from lowmem_drf.distributed.launch import failing_together
 
     with failing_together(lambda: _advice(run)) as fail:
         ranks = join(config.device)
         run = ranks.from_chief(run)  # the name contains the time
-        start(config, run, resume, origin, ranks, fail)
+        with suppress(Ended):
+            start(config, run, resume, origin, ranks, fail, on_update)
         ranks.leave()
-    if started_processes():
+    if started_processes() and not is_called():
         end_process()
+    return run
+
+
+def _require_one_process(config: Config, on_update: OnUpdate | None) -> None:
+    """Raises BadInputError for what would end a Python program's own process, or cannot call it."""
+    if config.memory.on_oom == "adapt":
+        raise BadInputError(
+            'memory.on_oom = "adapt" goes on in a new process, which a Python program does not become. Set "stop", '
+            "and call train(resume=True) with the settings that the error names."
+        )
+    if on_update and config.processes > 1:
+        raise BadInputError("on_update is called in a run of one process. Leave it out, or set processes = 1.")
 
 
 def _print(config: Config, name: str, card: str) -> None:
@@ -146,6 +168,7 @@ def start(
     origin: str,
     ranks: Ranks = ALONE,
     abort: Callable[[BaseException], None] = lambda error: None,
+    on_update: OnUpdate | None = None,
 ) -> None:
     """Checks all that needs no model, loads the models, and only then writes to the run's folder; then trains.
 
@@ -236,8 +259,9 @@ def start(
                 done.write(run, prompts)
         _announce(console, config, run, models, prompts, origin)
         models = train(
-            config, run, models, prompts, questions, previews, console, ranks, abort, part_of(trial, looked_at, SEEDS)
-        )
+            config, run, models, prompts, questions, previews, console, ranks, abort,
+            part_of(trial, looked_at, SEEDS), on_update or (lambda row: None),
+        )  # fmt: skip
         with during("evaluation"):
             _finish(console, config, run, models, part_of(trial, log.eval_prompts, log.eval_seeds), ranks)
 

@@ -30,7 +30,7 @@ from lowmem_drf.planner.words import (
     set_to_fit,
 )
 from lowmem_drf.schema import Config
-from lowmem_drf.terminal import can_redraw, write_error
+from lowmem_drf.terminal import can_redraw, say, write_error
 from lowmem_drf.texts import expanded
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def _free_host(processes: int) -> float:
 
 def laid_out(config: Config) -> Config:
     """Replaces models whose configuration is unknown here by their folders. Downloads them if necessary."""
-    from lowmem_drf.assembly.loading import prepare_generator, say
+    from lowmem_drf.assembly.loading import prepare_generator
     from lowmem_drf.models.generators import KNOWN_GENERATORS
     from lowmem_drf.models.qwen_vl.known import KNOWN
     from lowmem_drf.models.weights.downloads import prepare

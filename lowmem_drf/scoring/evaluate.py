@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -22,7 +21,7 @@ from lowmem_drf.method.frames import kept_frames
 from lowmem_drf.method.reward import RewardSpec, total_reward
 from lowmem_drf.models.lora.adapter import lora_scale
 from lowmem_drf.models.weights.sources import TOYWORLD
-from lowmem_drf.prompts import as_prompts, load_prompts
+from lowmem_drf.prompts import as_prompts
 from lowmem_drf.questions.make import Grammar, foils, make_questions
 from lowmem_drf.schema import Config
 from lowmem_drf.scoring.intervals import changes, win_rates
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
 
+SIDES = ("base", "tuned")
 EVAL_PROMPTS, EVAL_SEEDS = 128, 2
 """Prompts of ``eval``, and clips of each."""
 
@@ -55,10 +55,18 @@ class Trial:
     """Origin of the prompts, for printing."""
 
 
-def make_trial(config: Config, prompts: Sequence[Prompt], count: int, seeds: int, file: Path | None = None) -> Trial:
-    """Takes all prompts of ``file``, or ``count`` held-out ones of ToyWorld, or the first ``count`` of ``prompts``."""
-    if file is not None:
-        chosen, source = load_prompts(file), f"of {file}"
+def make_trial(
+    config: Config,
+    prompts: Sequence[Prompt],
+    count: int,
+    seeds: int,
+    given: Sequence[Prompt] | None = None,
+    source: str = "",
+) -> Trial:
+    """Takes all the prompts that are ``given`` (``source`` says by whom), or ``count`` held-out ones of ToyWorld, or
+    the first ``count`` of ``prompts``."""
+    if given is not None:
+        chosen = tuple(given)
     elif config.prompts == TOYWORLD:
         from lowmem_drf.toy.captions import heldout_prompts
 
@@ -109,19 +117,21 @@ def both_sides(
     console: Console,
     ranks: Ranks = ALONE,
     watch: Callable[[str, Sequence[int], Tensor], None] = lambda side, here, frames: None,
+    sides: Sequence[str] = SIDES,
 ) -> dict[str, Measured]:
     """Measures ``base`` and ``tuned`` on the same prompts and noise, with a progress bar on ``console``.
 
     Args:
+        sides: the one that can be measured now, if not both.
         watch: sees every clip of this rank once: its side, the places of a batch (prompt x seed), the frames
             (B, T, 3, H, W) on the models' device.
     """
-    sides = {}
-    with work_bar(console, "clips", 2 * trial.seeds * len(trial.prompts)) as advance:
-        for name, scale in (("base", 0.0), ("tuned", 1.0)):
-            with lora_scale(models.transformer, scale):
-                sides[name] = measure_prompts(config, models, trial, advance, ranks, partial(watch, name))
-    return sides
+    found = {}
+    with work_bar(console, "clips", len(sides) * trial.seeds * len(trial.prompts)) as advance:
+        for name in sides:
+            with lora_scale(models.transformer, float(name == "tuned")):
+                found[name] = measure_prompts(config, models, trial, advance, ranks, partial(watch, name))
+    return found
 
 
 def as_result(trial: Trial, sides: Mapping[str, Measured]) -> dict[str, Any]:

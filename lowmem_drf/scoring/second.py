@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lowmem_drf.assembly.assemble import critic_frames, resolve_device, reward_spec
-from lowmem_drf.assembly.loading import load_run_critic, say
+from lowmem_drf.assembly.loading import load_run_critic
 from lowmem_drf.assembly.questions import grammar_of
 from lowmem_drf.assembly.references import finish_questions
 from lowmem_drf.errors import BadInputError
@@ -27,7 +27,7 @@ from lowmem_drf.questions import toyworld
 from lowmem_drf.schema import Config
 from lowmem_drf.scoring.evaluate import Trial, checked_heldout, heldout_questions, rewards
 from lowmem_drf.shortage import GIB
-from lowmem_drf.terminal import counted, showing
+from lowmem_drf.terminal import counted, say, showing
 from lowmem_drf.types import Question
 
 if TYPE_CHECKING:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lowmem_drf.assembly.assemble import Models
 from lowmem_drf.config import to_toml
 from lowmem_drf.distributed.ranks import ALONE, Ranks
-from lowmem_drf.errors import BadInputError, LowmemError, NonFiniteError, disk_full
+from lowmem_drf.errors import BadInputError, Ended, LowmemError, NonFiniteError, disk_full
 from lowmem_drf.files import text_hash, write_text
 from lowmem_drf.method.reward import Spread
 from lowmem_drf.models.lora.adapter import load_lora_state, lora_norm, lora_parameters, lora_state
@@ -24,7 +25,7 @@ from lowmem_drf.scoring.evaluate import Trial
 from lowmem_drf.scoring.oracle_rates import oracle_for
 from lowmem_drf.scoring.watch import Watch
 from lowmem_drf.shortage import during, let_go, shortage_of
-from lowmem_drf.terminal import hangup, showing
+from lowmem_drf.terminal import hangup, is_called, showing
 from lowmem_drf.training.checkpoint import (
     CURE,
     Checkpoint,
@@ -46,7 +47,7 @@ from lowmem_drf.training.run_folder import claim
 from lowmem_drf.training.skips import Skips, broken, stopped
 from lowmem_drf.training.trainer import make_trainer
 from lowmem_drf.training.update import Skipped, SkippedUpdate, UpdateReport, update
-from lowmem_drf.types import Prompt, Question
+from lowmem_drf.types import OnUpdate, Prompt, Question
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,6 +64,7 @@ def train(
     ranks: Ranks = ALONE,
     abort: Callable[[BaseException], None] = lambda error: None,
     watched: Trial | None = None,
+    on_update: OnUpdate = lambda row: None,
 ) -> Models:
     """Trains from the run's last checkpoint, if any, to ``config.steps``. Only rank 0 reads and writes checkpoints.
 
@@ -72,12 +74,14 @@ def train(
         previews: prompts of the clips in ``samples/``, already encoded in ``models``.
         abort: see ``make_trainer``.
         watched: clips that are looked at every ``log.watch_every`` updates (``scoring/alarm.py``).
+        on_update: called by rank 0. What it raises ends the run too.
 
     Returns:
         The models with the tuned LoRA.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C, after the current update was finished and saved.
+        KeyboardInterrupt: Ctrl-C, after the current update was finished and saved; ``Ended`` by ``on_update``, also
+            after that.
         BadInputError: the prompts differ from those of the run's checkpoint.
         LowmemError: the run's folder was deleted; the update was saved there again.
         NonFiniteError: too many updates in a row were skipped (the last good weights are saved), or the optimizer made
@@ -153,8 +157,7 @@ def train(
                         if ranks.chief:
                             write_text(run / "config.toml", to_toml(config))
                     raise LowmemError(_deleted(run, report.step))
-                if metrics:
-                    metrics.write(report)
+                ended = _told(on_update, metrics.write(report)) if metrics else None
                 finished = Finished(trainer, report.step, stream.cursor)
                 last = report.step == config.steps
                 looks = watch.is_due(report.step, last)
@@ -167,7 +170,7 @@ def train(
                         progress.note(slow)
                 if skips.too_many:
                     raise stopped(config, run, skips, len(prompts))
-                stop = ranks.any(bool(asked))
+                stop = ranks.any(bool(asked or ended))
                 if looks and not stop:
                     with during("watch"):
                         look(report.step)
@@ -178,6 +181,8 @@ def train(
                 if stop or ranks.any(bool(asked)):  # Ctrl-C may also come during the samples
                     if not saved:
                         save(report.step)
+                    if ended:
+                        raise ended
                     cure = "The run is complete." if last else f"Go on with: {resume_command(run)}"
                     raise KeyboardInterrupt(f"Interrupted after update {report.step}; it is saved. {cure}")
                 if config.optim.stop == "alarm" and watch.began == report.step and not last:
@@ -198,6 +203,14 @@ def train(
         if metrics:
             metrics.close()
     return models
+
+
+def _told(on_update: OnUpdate, row: Mapping[str, Any]) -> BaseException | None:
+    """Calls it. Returns what the run is to end with once this update is saved, if it is to end."""
+    try:
+        return Ended() if on_update(row) is False else None
+    except Exception as error:
+        return error
 
 
 def _restored(run: Path, prompts: Sequence[Prompt]) -> Checkpoint | None:
@@ -234,17 +247,23 @@ def _full(error: Exception, run: Path, lost: str) -> str:
 
 @contextmanager
 def _finish_on_interrupt(progress: TrainProgress, run: Path, ranks: Ranks) -> Iterator[list[int]]:
-    """Inside the block, the first Ctrl-C only fills the list. The second ends the process at once; saved updates stay.
+    """Inside the block, the first Ctrl-C only fills the list. The second ends the process at once, or the call of the
+    Python API; saved updates stay.
 
     SIGHUP (the session was closed) counts as a first Ctrl-C unless ``nohup`` set it to be ignored, and so does SIGTERM
     in a run of one process; in larger runs launchers use it to end processes that wait for a dead one. Neither counts
-    as a second: the end of a session sends several.
+    as a second: the end of a session sends several. Only the main thread of a program can catch any.
     """
     asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
 
     def on_signal(number: int, frame: object) -> None:
         if asked and number != signal.SIGINT:
             return
+        if asked and is_called():
+            raise KeyboardInterrupt("Stopped at once.")
         if asked and not ranks.chief:
             os._exit(130)
         if asked:

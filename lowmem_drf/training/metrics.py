@@ -34,13 +34,14 @@ class Metrics:
         """Whether the run's folder was deleted or moved: then nobody finds what is written."""
         return lost(self._path.parent, self._path)
 
-    def write(self, report: UpdateReport | Skipped) -> None:
-        """Writes and flushes one update."""
+    def write(self, report: UpdateReport | Skipped) -> dict[str, Any]:
+        """Writes and flushes one update. Returns what its line says."""
         self.skipped += isinstance(report, Skipped)
         row = {key: value for key, value in asdict(report).items() if value not in ({}, None)}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         self._board.write(report.step, _scalars(row))
+        return row
 
     def close(self) -> None:
         self._file.close()

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from lowmem_drf.assembly.assemble import Models
 from lowmem_drf.assembly.generate import NAN, batches, flaw
-from lowmem_drf.assembly.loading import say
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.files import readable_name
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.schema import Config
-from lowmem_drf.terminal import working
+from lowmem_drf.terminal import say, working
 from lowmem_drf.types import Prompt
 from lowmem_drf.video import to_pixels, watchable_upscale, write_mp4
 

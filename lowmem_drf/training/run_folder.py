@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from lowmem_drf.config import change, load_config
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.files import RUN_FILES, make_writable, release
+from lowmem_drf.files import RUN_FILES, make_writable, release, write_text
+from lowmem_drf.prompts import PromptRow, as_jsonl
 from lowmem_drf.schema import Config, Zero
+from lowmem_drf.texts import read_text
 from lowmem_drf.training.checkpoint import last_manifest, resume_command
 from lowmem_drf.training.manifest import require_settings
 from lowmem_drf.training.run_lock import locked
 
 RUNS = Path("runs")
+PROMPTS = "prompts.jsonl"
+"""Of a run that was given its prompts as texts, by the Python API."""
 _CONTENTS = ("config.toml", "metrics.jsonl", "checkpoints", "samples", "tensorboard")
 
 
@@ -54,6 +58,32 @@ def claim(folder: Path, say: Callable[[str], None], resume: bool = False) -> Ite
                 raise BadInputError(f"{folder} holds {' and '.join(edited)}, which the run would overwrite. {cure}")
             yield
     finally:
+        release(made)
+
+
+@contextmanager
+def own_prompts(run: Path, rows: Sequence[PromptRow]) -> Iterator[Path]:
+    """Inside the block the run's folder holds these prompts as a file, with which it can be resumed. If no run begins
+    there, the file is gone at the end.
+
+    Raises BadInputError: the folder has other prompts, or a run that took its own from elsewhere.
+    """
+    file = run / PROMPTS
+    text = "".join(f"{as_jsonl(row)}\n" for row in rows)
+    if file.is_file() and read_text(file, str(file)) == text:
+        yield file
+        return
+    if file.exists() or (run / "config.toml").exists():
+        raise BadInputError(
+            f"{run} has other prompts already. To go on with its run, leave prompts out; else give another folder."
+        )
+    made = make_writable(run)
+    try:
+        write_text(file, text)
+        yield file
+    finally:
+        if not (run / "config.toml").exists():
+            file.unlink(missing_ok=True)
         release(made)
 
 

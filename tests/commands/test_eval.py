@@ -83,7 +83,7 @@ def test_the_json_is_the_contract_with_a_second_critic_and_an_export(evaluate, t
 def test_without_held_out_questions_the_second_critic_is_asked_those_of_training(
     evaluate, tmp_path, tiny_folders, monkeypatch
 ):
-    monkeypatch.setattr("lowmem_drf.commands.eval.best_step", lambda run: 3)
+    monkeypatch.setattr("lowmem_drf.shared.tuned.best_step", lambda run: 3)
     shutil.copytree(tiny_folders[1], tmp_path / "again")
     questions = [
         {"aspect": "TA", "text": "is the shape red ?", "answer": "yes"},
@@ -103,7 +103,7 @@ def test_without_held_out_questions_the_second_critic_is_asked_those_of_training
 
 def test_bad_requests_are_refused_before_anything_is_loaded(evaluate, tmp_path, tiny_folders, monkeypatch):
     monkeypatch.delitem(sys.modules, "lowmem_drf.commands.eval", raising=False)
-    monkeypatch.setattr("lowmem_drf.assembly.loading.load_models", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("lowmem_drf.shared.tuned.load_models", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "dogs.txt").write_text("a dog runs\n")
     (tmp_path / "full" / "base").mkdir(parents=True)
     monkeypatch.setattr("lowmem_drf.scoring.second.available_host_bytes", lambda: 10_000)

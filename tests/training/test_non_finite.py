@@ -5,6 +5,7 @@ import shlex
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError, LowmemError, NonFiniteError
 from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.prompts import Cursor, PromptStream, as_prompts, without
+from lowmem_drf.shared import tuned
 from lowmem_drf.toy.captions import train_prompts
 from lowmem_drf.training import update as updating
 from lowmem_drf.training.checkpoint import (
@@ -264,8 +266,7 @@ def test_black_and_nan_clips_are_told_from_dark_ones():
 
 def test_sample_says_which_clips_are_black_or_nan_and_fails(tiny_run, tmp_path, monkeypatch, capsys):
     clips = [CLIPS[""], CLIPS["is black"], CLIPS[""] * math.nan]
-    monkeypatch.setattr(sample, "load_models", lambda *rest, **more: type("Nothing", (), {"transformer": None}))
-    monkeypatch.setattr(sample, "load_run_lora", lambda *rest: 4)
+    monkeypatch.setattr(tuned, "load", lambda *rest, **more: None)
     monkeypatch.setattr(sample, "base_and_tuned", lambda *rest, **more: [(None, clip) for clip in clips])
     with pytest.raises(LowmemError, match=r"2-b-.* \(tuned\) is black; 3-c-.* \(tuned\) holds NaN") as caught:
         sample.sample_command(tiny_run, None, ["a", "b", "c"], None, False, 1.0, 0, tmp_path / "clips")
@@ -276,9 +277,10 @@ def test_sample_says_which_clips_are_black_or_nan_and_fails(tiny_run, tmp_path, 
 
 @pytest.mark.parametrize(("lora", "cure"), [(Path("x"), "--lora-scale 0.5"), (None, "No LoRA is at work")])
 def test_black_clips_of_a_preset_have_a_cure_without_a_run(lora, cure, tiny_preset, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "load_models", lambda *rest, **more: type("Nothing", (), {"transformer": None}))
-    monkeypatch.setattr(sample, "lora_file", lambda path: path)
-    monkeypatch.setattr(sample, "read_lora_for", lambda *rest: None)
+    monkeypatch.setattr(tuned, "load", lambda *rest, **more: None)
+    monkeypatch.setattr(tuned, "lora_file", lambda path: path)
+    monkeypatch.setattr(tuned, "left_out", lambda lora: ())
+    monkeypatch.setattr(tuned, "read_lora_for", lambda *rest: SimpleNamespace(metadata={}, merged=list))
     monkeypatch.setattr(sample, "base_and_tuned", lambda *rest, **more: [(None, CLIPS["is black"])])
     with pytest.raises(LowmemError, match=cure):
         sample.sample_command(None, lora, ["a"], None, False, 1.0, 0, tmp_path / "x.mp4", preset=str(tiny_preset))

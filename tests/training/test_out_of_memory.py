@@ -20,8 +20,8 @@ from lowmem_drf.config import change, load_config, to_toml
 from lowmem_drf.errors import BadInputError, LowmemError, explain
 from lowmem_drf.memory.meter import Meter
 from lowmem_drf.models.weights.sources import loading
-from lowmem_drf.out_of_memory import surviving
 from lowmem_drf.planner.ladder import Lowered, differences, lowered
+from lowmem_drf.shared.out_of_memory import surviving
 from lowmem_drf.shortage import during, shortage_of
 from lowmem_drf.training.checkpoint import checkpoint_folder, checkpoint_steps
 from lowmem_drf.training.metrics import read_metrics
@@ -404,7 +404,7 @@ def test_what_is_started_anew(tmp_path, monkeypatch, capsys):
 
 
 def test_the_host_s_memory_in_a_run_on_a_card_has_its_own_ladder(tmp_path, monkeypatch):
-    monkeypatch.setattr("lowmem_drf.out_of_memory.resolve_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("lowmem_drf.shared.out_of_memory.resolve_device", lambda name: torch.device("cuda"))
     stored = ("memory.record_decode=0", "memory.vae_cache_every=8")
     config = load_config("toy", ["memory.checkpoint=true", "memory.keep_attention=host", *stored])
     for error in (MemoryError("2.0 GiB wait in host memory"), RuntimeError("CUDA error: out of memory")):

@@ -17,7 +17,6 @@ from typing import NoReturn
 
 import lowmem_drf
 from lowmem_drf.assembly.assemble import resolve_device
-from lowmem_drf.assembly.loading import say
 from lowmem_drf.assembly.rungs import keeps_gradient
 from lowmem_drf.errors import DEBUG, LowmemError, quoted
 from lowmem_drf.planner.cards import card_named, fits_in
@@ -26,6 +25,7 @@ from lowmem_drf.planner.plan import new_fakes
 from lowmem_drf.planner.report import laid_out
 from lowmem_drf.schema import Config
 from lowmem_drf.shortage import GIB, Shortage, let_go, shortage_of, size
+from lowmem_drf.terminal import say
 from lowmem_drf.training.checkpoint import saved_step
 
 
