@@ -27,7 +27,7 @@ PATIENCE_S = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 
 RUN_FILES = (
     *("config.toml", "metrics.jsonl", "questions.json", "left_out.json", "kernels.json"),
-    *("run.json", "eval.json", "watch.jsonl"),
+    *("run.json", "eval.json", "watch.jsonl", "tracker.json"),
 )
 """Files of a run's folder; nothing but the run writes them."""
 

@@ -457,6 +457,11 @@ class Log(Node):
     """Clips per prompt in that table, each from its own noise."""
     eval_batch: Thousand = 1
     """Clips made at once where there is no gradient (samples, evaluation). Memory grows with it."""
+    trackers: list[Literal["wandb", "trackio"]] = []
+    """Where metrics and sample clips go besides the run's folder, which always has ``metrics.jsonl`` and TensorBoard's
+    file: ``wandb`` (Weights & Biases), ``trackio``. The package must be installed."""
+    project: Name = "lowmem-drf"
+    """The trackers' project."""
 
 
 class Config(Node):

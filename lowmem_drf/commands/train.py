@@ -192,6 +192,7 @@ def start(
     from lowmem_drf.scoring.watch import SEEDS
     from lowmem_drf.training.loop import train
     from lowmem_drf.training.lora_file import lora_to_begin_with
+    from lowmem_drf.training.metrics import require_trackers
     from lowmem_drf.training.previews import preview_texts
 
     console = make_console(soft_wrap=True, quiet=not ranks.chief)
@@ -210,6 +211,7 @@ def start(
     looked_at = log.watch_prompts if log.watch_every else 0
     most = max(log.eval_prompts, looked_at)
     trial = make_trial(config, used, most, log.eval_seeds) if most else None
+    require_trackers(log.trackers)
     import_libraries(config)
     # of a run that was stopped before its first checkpoint, the file is all that its LoRA consists of
     init = lora_to_begin_with(config, config.lora.targets) if config.lora.init and not saved_step(run) else None

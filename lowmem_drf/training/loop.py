@@ -39,7 +39,7 @@ from lowmem_drf.training.checkpoint import (
 )
 from lowmem_drf.training.finished import Finished
 from lowmem_drf.training.manifest import fixed_settings
-from lowmem_drf.training.metrics import Metrics
+from lowmem_drf.training.metrics import Metrics, open_trackers
 from lowmem_drf.training.pace import Pace
 from lowmem_drf.training.previews import write_previews
 from lowmem_drf.training.progress import TrainProgress
@@ -102,7 +102,8 @@ def train(
     stream = PromptStream(prompts, config.seed, cursor, config.skip_prompts)
     asked_hash = text_hash(to_json({prompt.text: questions[prompt.id] for prompt in prompts}))
     judge = oracle_for(config, [prompt.text for prompt in prompts])
-    metrics, progress = Metrics(run, done) if ranks.chief else None, TrainProgress(console, config.steps, done)
+    metrics = Metrics(run, done, open_trackers(config, run)) if ranks.chief else None
+    progress = TrainProgress(console, config.steps, done)
     watch = Watch(config, run, models, watched, ranks, done)
 
     def save(step: int, cursor: Cursor | None = None) -> None:
@@ -120,6 +121,11 @@ def train(
         if said := watch.look(step, size):
             progress.note(said)
 
+    def show(step: int) -> None:
+        folder = write_previews(config, run, models, previews, step, ranks)
+        if metrics:
+            metrics.clips(step, folder)
+
     if check.why:
         progress.note(check.why)
     finished = Finished(trainer, done, cursor)
@@ -127,7 +133,7 @@ def train(
     try:
         if done == 0 and config.log.sample_every and config.log.sample_first:  # "auto": nothing was planned
             with during("previews"), showing(console):
-                write_previews(config, run, models, previews, step=0, ranks=ranks)
+                show(0)
         with during("watch"), showing(console):
             watch.begin()
             if watch.missed(done):
@@ -177,7 +183,7 @@ def train(
                     progress.alarm = watch.began
                 if config.log.sample_every and not stop and (last or report.step % config.log.sample_every == 0):
                     with during("previews"):
-                        write_previews(config, run, models, previews, report.step, ranks)
+                        show(report.step)
                 if stop or ranks.any(bool(asked)):  # Ctrl-C may also come during the samples
                     if not saved:
                         save(report.step)

@@ -1,25 +1,54 @@
-"""``metrics.jsonl`` and ``tensorboard/``: one line and one point per curve for every update."""
+"""``metrics.jsonl`` and ``tensorboard/``: one line and one point per curve for every update; and the same to the
+trackers of ``log.trackers``, which get the sample clips too."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import secrets
 import socket
 import time
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.files import write_text
+from lowmem_drf.libraries import cure
+from lowmem_drf.schema import Config
+from lowmem_drf.terminal import say
+from lowmem_drf.texts import one_line, parse_json, read_text
 from lowmem_drf.training.run_lock import lost
 from lowmem_drf.training.update import Skipped, UpdateReport
 
 
-class Metrics:
-    """Writes both. A resumed run (``done`` updates) first drops everything after its checkpoint."""
+class Tracker(Protocol):
+    """One of ``log.trackers``."""
 
-    def __init__(self, run: Path, done: int) -> None:
+    name: str
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """A point of each curve."""
+        ...
+
+    def clips(self, step: int, files: Sequence[Path]) -> None:
+        """The sample clips of an update, MP4."""
+        ...
+
+    def close(self) -> None:
+        """Sends what is left."""
+        ...
+
+
+class Metrics:
+    """Writes all of them. A resumed run (``done`` updates) first drops everything after its checkpoint; what trackers
+    have of it, they keep, and get again: the same values."""
+
+    def __init__(self, run: Path, done: int, trackers: Sequence[Tracker] = ()) -> None:
+        self._trackers = list(trackers)
         self._path = run / "metrics.jsonl"
         self.skipped = 0
         """Lines of skipped updates."""
@@ -40,12 +69,31 @@ class Metrics:
         row = {key: value for key, value in asdict(report).items() if value not in ({}, None)}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        self._board.write(report.step, _scalars(row))
+        scalars = _scalars(row)
+        self._board.write(report.step, scalars)
+        self._tell(lambda tracker: tracker.write(report.step, dict(scalars)))
         return row
+
+    def clips(self, step: int, folder: Path) -> None:
+        """Gives the clips in a folder to the trackers."""
+        files = sorted(folder.glob("*.mp4")) if self._trackers else []
+        if files:
+            self._tell(lambda tracker: tracker.clips(step, files))
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
+        self._tell(lambda tracker: tracker.close())
+
+    def _tell(self, call: Callable[[Tracker], None]) -> None:
+        """A tracker that fails gets no more: a run of hours does not end because a server cannot be reached."""
+        for tracker in list(self._trackers):
+            try:
+                call(tracker)
+            except Exception as error:
+                self._trackers.remove(tracker)
+                reason = one_line(f"{type(error).__name__}: {error}")
+                say(f"{tracker.name} failed and gets no more of this run ({reason}). The run goes on.")
 
 
 class _Board:
@@ -77,6 +125,94 @@ class _Board:
     def _add(self, **fields: Any) -> None:
         self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
         self._records.flush()
+
+
+class _Wandb:
+    """Weights & Biases. Its environment variables hold: ``WANDB_MODE=offline``, ``WANDB_ENTITY``."""
+
+    name = "wandb"
+
+    def __init__(self, config: Config, run: Path, id_: str) -> None:
+        import wandb
+
+        quiet = wandb.Settings(console="off", silent=True)
+        settings = config.model_dump(mode="json")
+        self._run = wandb.init(
+            project=config.log.project, name=run.name, id=id_, resume="allow", dir=run, config=settings, settings=quiet
+        )
+        self._video = wandb.Video
+        say(f"wandb: {self._run.dir if self._run.offline else self._run.url}")
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def clips(self, step: int, files: Sequence[Path]) -> None:
+        self._run.log({f"samples/{file.stem}": self._video(str(file), format="mp4") for file in files}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Trackio:
+    """Trackio, on the disk; ``trackio show`` shows it."""
+
+    name = "trackio"
+
+    def __init__(self, config: Config, run: Path, id_: str) -> None:
+        import trackio
+
+        self._trackio, settings = trackio, config.model_dump(mode="json")
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            self._run = trackio.init(
+                project=config.log.project, name=f"{run.name}-{id_}", config=settings, resume="allow", embed=False
+            )
+        say(f"trackio: {run.name}-{id_}; see it with: trackio show --project {config.log.project}")
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def clips(self, step: int, files: Sequence[Path]) -> None:
+        videos = {f"samples/{file.stem}": self._trackio.Video(str(file)) for file in files}
+        self._run.log(videos, step=step)
+
+    def close(self) -> None:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            self._trackio.finish()
+
+
+TRACKER_ID = "tracker.json"
+"""In a run's folder: the id by which its trackers know it again when it is resumed."""
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Imports the packages of ``log.trackers``. Raises BadInputError, with the pip command, for one that is missing."""
+    for name in names:
+        try:
+            # a folder of this name, which wandb makes, would be imported too
+            found = hasattr(importlib.import_module(name), "init")
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise
+            found = False
+        if not found:
+            rest = json.dumps([other for other in names if other != name])
+            raise BadInputError(f"log.trackers: {name} is not installed. {cure(name)}; or -s log.trackers='{rest}'")
+
+
+def open_trackers(config: Config, run: Path) -> list[Tracker]:
+    """The trackers of a run, which say where they write. Raises LowmemError for one that does not begin."""
+    kinds: dict[str, Callable[[Config, Path, str], Tracker]] = {"wandb": _Wandb, "trackio": _Trackio}
+    file, opened = run / TRACKER_ID, list[Tracker]()
+    for name in config.log.trackers:
+        if not file.is_file():
+            write_text(file, json.dumps({"id": secrets.token_hex(4)}) + "\n")
+        try:
+            opened.append(kinds[name](config, run, str(parse_json(read_text(file, str(file)))["id"])))
+        except Exception as error:
+            login = "wandb login, WANDB_MODE=offline" if name == "wandb" else "Try it by itself"
+            reason = one_line(f"{type(error).__name__}: {error}", 240)
+            raise LowmemError(f"{name} does not begin ({reason}). {login}, or -s log.trackers=[]") from error
+    return opened
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -29,9 +29,9 @@ def preview_texts(config: Config, prompts: Sequence[Prompt]) -> list[str]:
 
 def write_previews(
     config: Config, run: Path, models: Models, texts: Sequence[str], step: int, ranks: Ranks = ALONE
-) -> None:
+) -> Path:
     """Writes ``samples/step-000050/01-<prompt>.mp4`` for every text, from the same noise at every step. Ranks share the
-    clips, and the chief writes them, and says which are black, or NaN: those are not written."""
+    clips, and the chief writes them, and says which are black, or NaN: those are not written. Returns the folder."""
     folder = run / "samples" / f"step-{step:06d}"
     upscale = watchable_upscale(config.video.height, config.video.width)
     seeds = [PREVIEW_SEED] * len(texts)
@@ -46,3 +46,4 @@ def write_previews(
                 if pixels is not None and ranks.chief:
                     write_mp4(file, pixels, config.video.fps, upscale)
                 advance(1)
+    return folder

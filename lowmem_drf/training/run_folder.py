@@ -1,6 +1,6 @@
 """The folder of a run: creates it, finds it, refuses one that is taken.
 
-config.toml  questions.json  left_out.json  kernels.json  run.json  metrics.jsonl  watch.jsonl  eval.json
+config.toml  questions.json  left_out.json  kernels.json  run.json  metrics.jsonl  watch.jsonl  eval.json  tracker.json
 tensorboard/  samples/step-000050/  saliency/step-000050/  checkpoints/step-000050/  report.html
 """
 
