@@ -61,6 +61,11 @@ def load_prompts(path: str | Path) -> tuple[Prompt, ...]:
     return tuple(Prompt(id=f"{n:04d}", text=text) for n, text in rows)
 
 
+def named_prompts(chosen: str | Sequence[str]) -> tuple[Prompt, ...]:
+    """The prompts of a file, or texts."""
+    return load_prompts(chosen) if isinstance(chosen, str) else as_prompts(chosen)
+
+
 def parse_rows(rows: Sequence[PromptRow]) -> tuple[Prompt, ...]:
     """The prompts that a program gives, by the rules of a jsonl file; paths are relative to the current folder. Raises
     BadInputError with the number of the row."""

@@ -439,8 +439,19 @@ class Log(Node):
     """Checkpoints to keep; older ones are deleted."""
     sample_every: NonNegative = 50
     """Write sample clips every this many updates, and at the end. 0: never. Each clip costs a rollout and a decode."""
-    sample_prompts: Thousand = 4
-    """Number of prompts that sample clips are made for."""
+    sample_prompts: Thousand | Name | Annotated[list[Name], Field(min_length=1, max_length=1000)] = 4
+    """What sample clips show: so many of the training prompts, the first ones (in ToyWorld held-out ones); or a prompt
+    file; or a list of prompts."""
+    sample_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of their noise, the same for all of them and at every update."""
+    sample_width: NonNegative = 0
+    """Their width. 0: ``video.width``. Larger clips than those of training take time and memory that no plan counts."""
+    sample_height: NonNegative = 0
+    """Their height. 0: ``video.height``."""
+    sample_frames: NonNegative = 0
+    """Their frames, 4n + 1. 0: ``video.frames``."""
+    sample_steps: Annotated[int, Field(ge=0, le=1000)] = 0
+    """Their denoising steps, on the grid of ``sampler.shift``. 0: as in training."""
     sample_first: bool | Literal["auto"] = "auto"
     """Also write them before the first update, of the base model. ``auto``: where the plan says that it takes less than
     a minute, and where nothing is planned, on a CPU."""
@@ -462,6 +473,11 @@ class Log(Node):
     file: ``wandb`` (Weights & Biases), ``trackio``. The package must be installed."""
     project: Name = "lowmem-drf"
     """The trackers' project."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        sizes = {"width": self.sample_width, "height": self.sample_height, "frames": self.sample_frames}
+        for name, message in Video(**{name: value for name, value in sizes.items() if value}).problems():
+            yield f"sample_{name}", message
 
 
 class Config(Node):

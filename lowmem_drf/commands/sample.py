@@ -139,9 +139,10 @@ def _texts(config: Config, texts: Sequence[str], file: Path | None) -> list[str]
         raise BadInputError(
             'a prompt is empty. Give it some words: --prompt "a red circle moves left on a gray background"'
         )
-    if not asked and not config.prompts:
+    named = not isinstance(config.log.sample_prompts, int)
+    if not asked and not named and not config.prompts:
         raise BadInputError('no prompts: give one with --prompt "a corgi surfing a wave", or a file with --prompts.')
-    return asked or preview_texts(config, () if config.prompts == TOYWORLD else run_prompts(config))
+    return asked or preview_texts(config, () if named or config.prompts == TOYWORLD else run_prompts(config))
 
 
 def _paths(output: Path, texts: Sequence[str], variant: str, is_folder: bool, force: bool) -> list[Path]:

@@ -193,7 +193,7 @@ def start(
     from lowmem_drf.training.loop import train
     from lowmem_drf.training.lora_file import lora_to_begin_with
     from lowmem_drf.training.metrics import require_trackers
-    from lowmem_drf.training.previews import preview_texts
+    from lowmem_drf.training.previews import as_previewed, preview_texts
 
     console = make_console(soft_wrap=True, quiet=not ranks.chief)
     prompts = run_prompts(config)
@@ -236,6 +236,7 @@ def start(
         with during("loading"), showing(console):
             kernels = saved_choice(run, say) if resume and ranks.chief else None
             models = load_models(config, [*texts, *previews], ranks=ranks, clips=clips, kernels=kernels)
+            as_previewed(config, models)  # a size that does not fit is said before anything is written
             lora, seed = config.lora, derive_seed(config.seed, "lora")
             add_lora(models.transformer, lora.rank, lora.alpha, lora.targets, seed)
             if init:
@@ -292,6 +293,9 @@ def _absolute(config: Config) -> Config:
         changes["prompts"] = absolute(config.prompts)
     if critic.questions not in WRITERS:
         changes["critic"] = critic.model_copy(update={"questions": absolute(critic.questions)})
+    if isinstance(config.log.sample_prompts, str):
+        shown = absolute(config.log.sample_prompts)
+        changes["log"] = config.log.model_copy(update={"sample_prompts": shown})
     return config.model_copy(update=changes)
 
 

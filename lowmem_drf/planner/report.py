@@ -21,12 +21,13 @@ from lowmem_drf.planner.cards import GIB, LATER_GIB, Card, Room, card_named, lea
 from lowmem_drf.planner.stages import Plan
 from lowmem_drf.planner.words import (
     BENCHED,
-    clip_s,
     eight_bit,
     host_refusal,
     in_words,
     on_this_card,
     refusal,
+    sample_count,
+    sample_s,
     set_to_fit,
 )
 from lowmem_drf.schema import Config
@@ -181,9 +182,10 @@ def _with_first(config: Config, plan: Plan, console: Console) -> Log:
     log = config.log
     if log.sample_first != "auto" or not log.sample_every:
         return log
-    seconds = -(-log.sample_prompts // config.processes) * clip_s(plan, config)
+    count = sample_count(config)
+    seconds = -(-count // config.processes) * sample_s(plan, config)
     if seconds >= FIRST_CLIPS_S:
-        took = f"{log.sample_prompts} sample clips of the base model would take about {in_words(seconds)}"
+        took = f"{count} sample clips of the base model would take about {in_words(seconds)}"
         console.print(f"{took}: left out. To have them: -s log.sample_first=true", highlight=False)
     return log.model_copy(update={"sample_first": seconds < FIRST_CLIPS_S})
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from lowmem_drf.assembly.rungs import ROUNDED
 from lowmem_drf.config import DEFAULT_PRESET, default_preset, load_config, preset_gb, preset_path
 from lowmem_drf.planner.cards import GIB, SPARE, card_named, learned
 from lowmem_drf.planner.stages import Plan
+from lowmem_drf.prompts import named_prompts
 from lowmem_drf.schema import Config
 
 if TYPE_CHECKING:
@@ -34,15 +36,32 @@ def clip_s(plan: Plan, config: Config) -> float:
     return (plan.stages["rollout"].s + plan.stages["decode"].s) * config.processes / config.batch
 
 
+def sample_count(config: Config) -> int:
+    """Sample clips of an update."""
+    chosen = config.log.sample_prompts
+    return chosen if isinstance(chosen, int) else len(named_prompts(chosen))
+
+
+def sample_s(plan: Plan, config: Config) -> float:
+    """Seconds of a sample clip: of a larger one at least, because attention takes the square."""
+    log, video = config.log, config.video
+    sides = ((log.sample_width, video.width), (log.sample_height, video.height), (log.sample_frames, video.frames))
+    steps = (log.sample_steps, config.sampler.steps)
+    return clip_s(plan, config) * math.prod((own or known) / known for own, known in (*sides, steps))
+
+
 def watching(plan: Plan, config: Config) -> str:
     """What the watch and the sample clips take besides; empty where there are none."""
     log, parts = config.log, list[str]()
     # the watch looks at the base too
-    rows = ((log.watch_every, log.watch_prompts * 2, "watch", 1), (log.sample_every, log.sample_prompts, "sample", 0))
-    for every, clips, name, more in rows:
+    rows = (
+        (log.watch_every, log.watch_prompts * 2, "watch", 1, clip_s(plan, config)),
+        (log.sample_every, sample_count(config) if log.sample_every else 0, "sample", 0, sample_s(plan, config)),
+    )
+    for every, clips, name, more, each_s in rows:
         if every:
             times = -(-config.steps // every) + more
-            seconds = times * -(-clips // config.processes) * clip_s(plan, config)
+            seconds = times * -(-clips // config.processes) * each_s
             parts.append(f"{in_words(seconds)} for {times} x {clips} {name} clips (log.{name}_every)")
     return f"besides, about {' and '.join(parts)}" if parts else ""
 

@@ -14,8 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import readable_name
 from lowmem_drf.models.weights.sources import READER, TOYWORLD
+from lowmem_drf.prompts import named_prompts
 from lowmem_drf.reporting.read import Record
 
 BUDGET = 9_500_000
@@ -152,17 +154,22 @@ def embedded(rows: Iterable[Files], room: Room) -> list[Row]:
 def prompt_of(record: Record, name: str) -> str:
     """The prompt of ``01-a-prompt.mp4``: the one whose clip is named so, else the name's words."""
     number = name.partition("-")[0] + "-"
-    known = [*record.questions, *_toy_prompts(record)]
+    known = [*record.questions, *_own_prompts(record)]
     fallback = name.removeprefix(number).removesuffix(".mp4").replace("-", " ")
     return next((text for text in known if readable_name(text, number, ".mp4") == name), fallback)
 
 
-def _toy_prompts(record: Record) -> list[str]:
+def _own_prompts(record: Record) -> list[str]:
+    chosen = record.config.log.sample_prompts
+    if not isinstance(chosen, int):
+        with suppress(BadInputError):  # a file that is gone
+            return [prompt.text for prompt in named_prompts(chosen)]
+        return []
     if record.config.prompts not in (TOYWORLD, READER):
         return []
     from lowmem_drf.toy.captions import heldout_prompts
 
-    return heldout_prompts(record.config.log.sample_prompts, seed=0)
+    return heldout_prompts(chosen, seed=0)
 
 
 def _folders(folder: Path) -> list[tuple[int, dict[str, Path]]]:

@@ -3,28 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lowmem_drf.assembly.assemble import Models
 from lowmem_drf.assembly.generate import NAN, batches, flaw
+from lowmem_drf.assembly.sizes import latent_shape
 from lowmem_drf.distributed.ranks import ALONE, Ranks
+from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import readable_name
 from lowmem_drf.models.weights.sources import TOYWORLD
+from lowmem_drf.prompts import named_prompts
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import say, working
 from lowmem_drf.types import Prompt
 from lowmem_drf.video import to_pixels, watchable_upscale, write_mp4
 
-PREVIEW_SEED = 0
-
 
 def preview_texts(config: Config, prompts: Sequence[Prompt]) -> list[str]:
-    """Held-out prompts in ToyWorld, else the first of the prompt file."""
+    """Those of ``log.sample_prompts``: for a number held-out prompts in ToyWorld, else the first of ``prompts``."""
+    chosen = config.log.sample_prompts
+    if not isinstance(chosen, int):
+        return [prompt.text for prompt in named_prompts(chosen)]
     if config.prompts == TOYWORLD:
         from lowmem_drf.toy.captions import heldout_prompts
 
-        return heldout_prompts(config.log.sample_prompts, seed=0)
-    return [prompt.text for prompt in prompts[: config.log.sample_prompts]]
+        return heldout_prompts(chosen, seed=0)
+    return [prompt.text for prompt in prompts[:chosen]]
+
+
+def as_previewed(config: Config, models: Models) -> tuple[Config, Models]:
+    """Both with the size and the steps of sample clips. Raises BadInputError: the size does not fit the models."""
+    log, video, sampler = config.log, config.video, config.sampler
+    sides = {name: getattr(log, f"sample_{name}") or getattr(video, name) for name in ("width", "height", "frames")}
+    if log.sample_steps and log.sample_steps != sampler.steps:
+        sampler = sampler.model_copy(update={"steps": log.sample_steps, "timesteps": []})
+        models = replace(models, first_level=1.0)
+    config = config.model_copy(update={"video": video.model_copy(update=sides), "sampler": sampler})
+    if config.video != video:
+        try:
+            shape = latent_shape(config, models.transformer.config, models.decoder.vae.config)
+        except BadInputError as error:
+            raise BadInputError(str(error).replace("video.", "log.sample_")) from error
+        models = replace(models, latent_shape=shape)
+    return config, models
 
 
 def write_previews(
@@ -33,8 +55,9 @@ def write_previews(
     """Writes ``samples/step-000050/01-<prompt>.mp4`` for every text, from the same noise at every step. Ranks share the
     clips, and the chief writes them, and says which are black, or NaN: those are not written. Returns the folder."""
     folder = run / "samples" / f"step-{step:06d}"
+    config, models = as_previewed(config, models)
     upscale = watchable_upscale(config.video.height, config.video.width)
-    seeds = [PREVIEW_SEED] * len(texts)
+    seeds = [config.log.sample_seed] * len(texts)
     with working(f"clips of step {step}", len(texts)) as advance:
         for here, made, new in batches(models, config.sampler, texts, seeds, config.log.eval_batch, ranks):
             rows = zip(here, made.frames_BTCHW, strict=True) if new else ()

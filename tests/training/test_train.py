@@ -20,6 +20,8 @@ from lowmem_drf.errors import BadInputError, NonFiniteError
 from lowmem_drf.models.lora.adapter import named_lora
 from lowmem_drf.models.qwen_vl.critic import QwenCritic
 from lowmem_drf.questions.file import load_questions
+from lowmem_drf.reporting.clips import prompt_of
+from lowmem_drf.reporting.read import read_record
 from lowmem_drf.scoring.evaluate import Trial, diversity, measure
 from lowmem_drf.toy.captions import train_prompts
 from lowmem_drf.training.metrics import read_metrics
@@ -371,3 +373,35 @@ def test_a_resumed_run_is_given_its_own_choice_of_kernels(tiny_preset, tmp_path,
     train_command(None, None, run, 2, None, True, [], False)
     assert given == [None, {**saved, "why": "mine"}]
     assert json.loads((run / "kernels.json").read_text())["why"] == "mine"
+
+
+def test_sample_clips_are_what_the_run_asks_for_and_change_no_update(tiny_run, tiny_preset, tmp_path):
+    """Of another size, of fewer steps, of one's own prompts and seed; and the report knows their prompts."""
+    own = "a blue square moves up on a black background"
+    settings = {"prompts": [own], "seed": 7, "width": 32, "frames": 13, "steps": 2}
+    overrides = [f"log.sample_{key}={json.dumps(value)}" for key, value in settings.items()]
+    run = tmp_path / "run"
+    train_command(str(tiny_preset), None, run, 2, None, False, overrides, False)
+    (file,) = (run / "samples" / "step-000002").iterdir()
+    assert read_video(file)[0].shape == (13, 3, 256, 512)
+    assert "a-blue-square" in file.name
+    assert [row["reward"] for row in read_metrics(run)] == [row["reward"] for row in read_metrics(tiny_run)[:2]]
+    (tmp_path / "p.txt").write_text(f"{own}\n{own} too\n")
+    again = [f"log.sample_prompts={tmp_path}/p.txt", "log.sample_seed=8", "log.sample_width=32", "log.sample_every=1"]
+    train_command(None, None, run, 3, None, True, again, False)
+    first, second = sorted((run / "samples" / "step-000003").iterdir())
+    assert first.name == file.name and first.read_bytes() != file.read_bytes()
+    record = read_record(run)
+    assert [prompt_of(record, path.name) for path in (first, second)] == [own, f"{own} too"]
+
+
+def test_sample_clips_of_a_size_that_no_model_makes_are_refused(tiny_preset, tmp_path):
+    sizes = {
+        "sample_width=30": "log.sample_width",
+        "sample_frames=6": "4n",
+        "sample_width=264": "log.sample_width=256",
+    }
+    for override, said in sizes.items():
+        with pytest.raises(BadInputError, match=said):
+            train_command(str(tiny_preset), None, tmp_path / "run", 1, None, False, [f"log.{override}"], False)
+    assert not list(tmp_path.iterdir())
