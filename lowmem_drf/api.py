@@ -9,11 +9,12 @@ command line, whose name is that of the argument. Nothing heavy is imported befo
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -311,6 +312,8 @@ def _call(console: Console | None) -> Iterator[None]:
     if "torch" not in sys.modules:  # else the program has chosen
         expand_segments()
     hush()
+    if console is None:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with called_with(console or make_console(quiet=True)):
         try:
             yield
@@ -323,11 +326,11 @@ def _call(console: Console | None) -> Iterator[None]:
 def _path(file: File | Run | None) -> Path | None:
     from lowmem_drf.texts import expanded
 
-    return None if file is None else expanded(fspath(file))
+    return None if file is None else expanded(os.fspath(file))
 
 
 def _text(preset: File | None) -> str | None:
-    return None if preset is None else fspath(preset)
+    return None if preset is None else os.fspath(preset)
 
 
 def _file_of(prompts: Prompts | None) -> Path | None:

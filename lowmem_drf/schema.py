@@ -4,6 +4,7 @@ what differs. docs/configuration.md is generated from the docstrings here: ``pyt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -268,12 +269,20 @@ class Lora(Node):
     """Rank of the LoRA. Its weights, gradients, optimizer state and file grow in proportion."""
     alpha: Scale = 32.0
     """The LoRA's contribution is multiplied by ``alpha / rank``."""
+    rslora: bool = False
+    """Multiply by ``alpha / sqrt(rank)`` in its place (rsLoRA, arXiv 2312.03732), so that a higher rank does not learn
+    more slowly. LoRA files are written with the ``alpha`` that gives the same, so every program takes them as usual."""
     targets: list[Name] = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
     """Linear layers that get a LoRA, by the end of their names. Fewer layers take less memory and time."""
     init: str = ""
     """A LoRA file of any tool to begin with; ``train --init-lora`` sets it, and takes rank, alpha and targets from the
     file. With another rank it is cut by singular values, or filled up. Empty: begin with a LoRA that changes
     nothing."""
+
+    @property
+    def scaled_alpha(self) -> float:
+        """The alpha with which ``alpha / rank`` is the LoRA's scale."""
+        return self.alpha * math.sqrt(self.rank) if self.rslora else self.alpha
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.targets:
@@ -283,9 +292,11 @@ class Lora(Node):
 class Optim(Node):
     """The optimizer, on the gradient of a whole update."""
 
-    name: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "paged_adamw8bit", "lion", "prodigy"] = "adamw"
     """``adamw`` keeps Adam's moments in fp32. ``adamw8bit`` keeps them in 8 bit (bitsandbytes): a quarter of the
-    memory, rounded. ``paged_adamw8bit`` also moves them to the host when the card is full."""
+    memory, rounded. ``paged_adamw8bit`` also moves them to the host when the card is full. ``lion`` (``pip install
+    lion-pytorch``) has one moment and takes steps of equal size, so a third to a tenth of AdamW's ``lr``. ``prodigy``
+    (``pip install prodigyopt``) finds its own rate, which ``lr`` multiplies: set it to 1."""
     lr: Annotated[float, Field(ge=1e-12, le=1)] = 1e-4
     """Learning rate after the warm-up."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -298,8 +309,13 @@ class Optim(Node):
     """A gradient whose norm is larger is scaled down to this norm."""
     warmup_steps: NonNegative = 0
     """Updates over which the learning rate rises linearly to ``lr``."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Learning rate after the warm-up: constant, or down to 0 at the last update along a half cosine or a line."""
+    schedule: Literal["constant", "cosine", "linear", "cosine_with_restarts", "polynomial"] = "constant"
+    """Learning rate after the warm-up: constant, or down to 0 at the last update along a half cosine or a line, along
+    ``cycles`` half cosines, each from the full rate, or along a line to the power ``power``."""
+    cycles: Thousand = 3
+    """Of ``schedule = "cosine_with_restarts"``."""
+    power: Annotated[float, Field(ge=0.01, le=100)] = 2.0
+    """Of ``schedule = "polynomial"``."""
     anchor: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Weight of the mean squared difference between the tuned and the base's velocity, at the latents that enter one of
     the graded steps, drawn anew in each update: keeps what no question asks about as the base makes it. Costs a
@@ -312,6 +328,10 @@ class Optim(Node):
     max_skipped: Positive = 5
     """An update with a reward or gradient that is NaN or infinite is skipped. After this many in a row the run saves
     and stops."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.name == "prodigy" and self.lr < 0.01:
+            yield "lr", f"{self.lr:g} is a factor of the rate that prodigy finds by itself; set it to 1"
 
 
 class Memory(Node):

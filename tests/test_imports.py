@@ -31,7 +31,7 @@ LAWS: dict[str, tuple[int, set[str]]] = {
     "models": (
         4,
         {"torch", "diffusers", "transformers", "peft", "bitsandbytes", "safetensors", "huggingface_hub", "psutil"}
-        | {"gguf", "xformers", "flash_attn"},
+        | {"gguf", "xformers", "flash_attn", "lion_pytorch", "prodigyopt"},
     ),
     "toy": (5, {"torch", "safetensors"}),
     "distributed": (5, {"torch", "deepspeed"}),
@@ -66,6 +66,8 @@ LAZY = {
         "triton",
         "tensorboard",
         "wandb",
+        "lion_pytorch",
+        "prodigyopt",
         "trackio",
         "av",
         "PIL",

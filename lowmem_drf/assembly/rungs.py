@@ -152,6 +152,7 @@ _slices = _raise("memory.token_slices", 4)
 _vae_caches = _set("memory.vae_caches", "host")
 _four_strips, _eight_strips = _raise("memory.vae_strips", 4), _raise("memory.vae_strips", 8)
 _moments = _set("optim.name", "adamw8bit", start="adamw")
+_paged = _set("optim.name", "paged_adamw8bit", start="adamw8bit")
 _packed = (_pack("int8"), _pack("nf4"))
 _smaller_clip: tuple[Rung, ...] = (_fewer_frames, _fewer_frames, _smaller, _fewer_frames, _smaller, _smaller)
 _park_transformer, _park_vae, _park_critic = (_park(name) for name in ("transformer", "vae", "critic"))
@@ -181,7 +182,7 @@ LADDERS: dict[str, tuple[Rung, ...]] = {
         *(_stream("transformer"), _set("memory.checkpoint", "host"), _slices),
         *(_moments, *_packed, *_smaller_clip),
     ),
-    "update": (_away_critic, _park_vae, _away_transformer, _moments, _set("optim.name", "paged_adamw8bit")),
+    "update": (_away_critic, _park_vae, _away_transformer, _moments, _paged),
 }
 
 _samples: tuple[Rung, ...] = (

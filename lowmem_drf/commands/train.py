@@ -185,6 +185,7 @@ def start(
     from lowmem_drf.assembly.references import finish_questions
     from lowmem_drf.models.lora.adapter import add_lora
     from lowmem_drf.models.lora.init import init_lora
+    from lowmem_drf.models.lora.optimizers import require_optimizer
     from lowmem_drf.planner.report import card_here, require_fit
     from lowmem_drf.questions.file import to_json
     from lowmem_drf.reporting.notes import write_notes
@@ -212,6 +213,7 @@ def start(
     most = max(log.eval_prompts, looked_at)
     trial = make_trial(config, used, most, log.eval_seeds) if most else None
     require_trackers(log.trackers)
+    require_optimizer(config.optim)
     import_libraries(config)
     # of a run that was stopped before its first checkpoint, the file is all that its LoRA consists of
     init = lora_to_begin_with(config, config.lora.targets) if config.lora.init and not saved_step(run) else None
@@ -238,7 +240,7 @@ def start(
             models = load_models(config, [*texts, *previews], ranks=ranks, clips=clips, kernels=kernels)
             as_previewed(config, models)  # a size that does not fit is said before anything is written
             lora, seed = config.lora, derive_seed(config.seed, "lora")
-            add_lora(models.transformer, lora.rank, lora.alpha, lora.targets, seed)
+            add_lora(models.transformer, lora.rank, lora.scaled_alpha, lora.targets, seed)
             if init:
                 say(f"{lora.init}: {init_lora(models.transformer, init)}")
             models.awake("critic")

@@ -18,6 +18,7 @@ def groups(record: Record) -> Mapping[str, Mapping[str, str]]:
     bases = [model.base_lora] if isinstance(model.base_lora, str) else model.base_lora
     weights = ", ".join(f"{name} {value:g}" for name, value in critic.weights.model_dump().items())
     versions = {name: str(version) for name, version in as_row(notes.get("versions")).items()}
+    rs = " (rsLoRA)" if lora.rslora else ""
     warmup = f", warm-up {optim.warmup_steps}" if optim.warmup_steps else ""
     found = {
         "What": {
@@ -38,7 +39,7 @@ def groups(record: Record) -> Mapping[str, Mapping[str, str]]:
             "sees": f"{critic.frames} frames" if isinstance(critic.frames, int) else critic.frames,
         },
         "Training": {
-            "LoRA": f"rank {lora.rank}, alpha {lora.alpha:g}, {len(lora.targets)} kinds of layers",
+            "LoRA": f"rank {lora.rank}, alpha {lora.alpha:g}{rs}, {len(lora.targets)} kinds of layers",
             "begins with": lora.init,
             "updates": f"{config.steps}, {config.batch} clips each",
             "optimizer": f"{optim.name}, lr {optim.lr:g}, {optim.schedule}{warmup}",

@@ -112,7 +112,7 @@ def train(
         state = trainer.pack(), cursor or stream.cursor, fingerprint(prompts), spread.seen, skips.saved
         now = Checkpoint(step, weights, *state, fixed_settings(config), asked_hash, check.fell)
         if ranks.chief:
-            save_checkpoint(run, now, config.lora.alpha, config.log.keep, watch.best)
+            save_checkpoint(run, now, config.lora.scaled_alpha, config.log.keep, watch.best)
         ranks.barrier()  # no process may end before the checkpoint is written
 
     def look(step: int) -> None:

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 def load_run_lora(transformer: Any, folder: Path, config: Config) -> int:
     """Adds the LoRA of a run's checkpoint (``checkpoint_folder``) and returns its step."""
     checkpoint = load_checkpoint(folder)
-    add_lora(transformer, config.lora.rank, config.lora.alpha, config.lora.targets)
+    add_lora(transformer, config.lora.rank, config.lora.scaled_alpha, config.lora.targets)
     load_lora_state(transformer, checkpoint.lora)
     return checkpoint.step
 
 
 def overrides_from(preset: str, overrides: Sequence[str], file: Path) -> list[str]:
-    """The overrides of ``--init-lora``: the file, and rank, alpha and targets as it has them, unless the user's
+    """The overrides of ``--init-lora``: the file, and rank, scale and targets as it has them, unless the user's
     overrides say otherwise. The largest of several ranks holds all of them. LoKr and LoHa are cut to the preset's."""
     from lowmem_drf.models.generators import generator_config
     from lowmem_drf.models.lora.init import init_targets
@@ -41,7 +41,7 @@ def overrides_from(preset: str, overrides: Sequence[str], file: Path) -> list[st
     values: dict[str, object] = {"init": str(file), "targets": init_targets(lora, blocks)}
     if lora.pairs and not lora.others:
         largest = max(lora.pairs.values(), key=lambda pair: pair.rank)
-        values |= {"rank": largest.rank, "alpha": largest.alpha}
+        values |= {"rank": largest.rank, "alpha": largest.alpha, "rslora": False}
     return [f"lora.{key}={toml_value(value)}" for key, value in values.items()]
 
 

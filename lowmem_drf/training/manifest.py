@@ -28,7 +28,10 @@ _FORMAT_1 = "cursor.json"
 
 MAY_CHANGE = (
     *("steps", "skip_prompts", "micro_batch", "device", "engine", "processes", "zero.", "log."),
-    *(f"optim.{key}" for key in ("lr", "grad_clip", "schedule", "warmup_steps", "eps", "weight_decay")),
+    *(
+        f"optim.{key}"
+        for key in ("lr", "grad_clip", "schedule", "cycles", "power", "warmup_steps", "eps", "weight_decay")
+    ),
     *("optim.anchor", "optim.stop", "optim.max_skipped"),
     *(
         f"memory.{key}"

@@ -101,12 +101,15 @@ class SkippedUpdate(NonFiniteError):
 
 def learning_rate(optim: Optim, step: int, steps: int) -> float:
     """The learning rate of update ``step`` (from 0) of ``steps``: a linear warm-up, then constant, or a decay to 0 at
-    the end by a half cosine or a line."""
+    the end by a half cosine, a line or its power, or by several half cosines (``diffusers.optimization`` has the same
+    curves, with a warm-up from 0)."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     done = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
-    factor = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}[optim.schedule]
-    return optim.lr * factor
+    if optim.schedule == "cosine_with_restarts":
+        done = optim.cycles * done % 1.0
+    power = {"constant": 0, "linear": 1, "polynomial": optim.power}.get(optim.schedule)
+    return optim.lr * ((1 - done) ** power if power is not None else 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def update(

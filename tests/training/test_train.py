@@ -27,7 +27,7 @@ from lowmem_drf.toy.captions import train_prompts
 from lowmem_drf.training.metrics import read_metrics
 from lowmem_drf.training.run_folder import claim, find_run, run_config
 from lowmem_drf.training.trainer import SingleTrainer
-from lowmem_drf.training.update import learning_rate, update
+from lowmem_drf.training.update import update
 from lowmem_drf.video import read_video, side_by_side, write_mp4
 
 
@@ -164,14 +164,6 @@ def test_every_mode_trains_with_a_4_bit_critic(ready):
         report = update(config, models, parts, trainer, 0, prompts, draft_questions(config, prompts), None)
         assert math.isfinite(report.reward) and report.grad_norm > 0, mode
         assert set(report.reward_by_aspect) == ({"TA"} if mode == "vanilla" else {"TA", "Phy", "VQ"})
-
-
-def test_learning_rate_schedules():
-    optim = load_config("toy", ["optim.lr=1.0", "optim.warmup_steps=4", "optim.schedule=linear"]).optim
-    assert [learning_rate(optim, step, 8) for step in range(8)] == [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]
-    cosine = optim.model_copy(update={"schedule": "cosine"})
-    assert learning_rate(cosine, 6, 8) == pytest.approx(0.5)
-    assert learning_rate(optim.model_copy(update={"schedule": "constant"}), 7, 8) == 1.0
 
 
 def test_an_output_that_holds_a_run_is_refused_and_untouched(tiny_run, tiny_preset):

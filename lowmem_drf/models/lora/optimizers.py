@@ -1,5 +1,5 @@
 """Optimizers for the LoRA: AdamW (arXiv 1711.05101) with moments in fp32, or in 8 bit with bitsandbytes 0.50 (arXiv
-2110.02861).
+2110.02861); Lion (arXiv 2302.06675) from lion-pytorch, and Prodigy (arXiv 2306.06101) from prodigyopt.
 
 In 8 bit a moment takes one byte per number and one fp32 scale per block of 256; tensors below 4096 numbers keep fp32
 moments. The paged variant puts moments of tensors with at least ``PAGED_FROM`` numbers into CUDA managed memory, which
@@ -8,13 +8,17 @@ the driver moves to the host when the card is full. On the CPU nothing is paged.
 
 from __future__ import annotations
 
+import importlib
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.libraries import cure
 from lowmem_drf.schema import Optim
 
 if TYPE_CHECKING:
@@ -27,30 +31,56 @@ PAGED_FROM = 100_000
 SHARED = ("qmap1", "qmap2")
 """bitsandbytes' code tables, shared by the states of all parameters."""
 
+LIBRARIES = {
+    **{"adamw8bit": "bitsandbytes", "paged_adamw8bit": "bitsandbytes"},
+    **{"lion": "lion_pytorch", "prodigy": "prodigyopt"},
+}
+"""Optimizer -> the module that has it."""
+
+GROUP = ("d", "d_max", "d_numerator", "k")
+"""What Prodigy has of all parameters together, and reads in a step."""
+START = "p0"
+"""Prodigy's first values of a parameter, flat; a single 0 if they were all 0."""
+
 
 def make_optimizer(optim: Optim, lora: Sequence[Tensor]) -> Optimizer:
-    """The AdamW variant ``optim.name`` for the LoRA's fp32 tensors. Raises BadInputError if it needs bitsandbytes and
-    that is missing."""
+    """The optimizer ``optim.name`` for the LoRA's fp32 tensors. Raises BadInputError as ``require_optimizer``."""
     arguments: dict[str, Any] = optim.model_dump(include={"lr", "eps", "weight_decay"}) | {"betas": tuple(optim.betas)}
     if optim.name == "adamw":
         # on a card foreach is the default: it copies tensors the size of the LoRA, for milliseconds of an update
         return torch.optim.AdamW(lora, foreach=False, **arguments)
+    library = require_optimizer(optim)
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+    made: Optimizer
+    if optim.name == "lion":
+        del arguments["eps"]
+        made = library.Lion(lora, **arguments)
+    elif optim.name == "prodigy":
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            # as its authors advise for diffusion models
+            made = library.Prodigy(lora, use_bias_correction=True, safeguard_warmup=True, **arguments)
+    else:
+        kinds = {"adamw8bit": library.optim.AdamW8bit, "paged_adamw8bit": library.optim.PagedAdamW8bit}
+        made = kinds[optim.name](lora, **arguments)
+    return made
+
+
+def require_optimizer(optim: Optim) -> Any:
+    """The library of ``optim.name``, imported; ``None`` if it needs none. Raises BadInputError if it is missing."""
+    if (name := LIBRARIES.get(optim.name)) is None:
+        return None
     try:
-        import bitsandbytes as bnb
+        return importlib.import_module(name)
     except ImportError as error:
         raise BadInputError(
-            f"optim.name = {optim.name} needs bitsandbytes, which cannot be imported ({error}). "
-            "pip install bitsandbytes, or -s optim.name=adamw"
+            f"optim.name = {optim.name} needs {name}, which cannot be imported ({error}). "
+            f"{cure(name)}, or -s optim.name=adamw"
         ) from error
-    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-    kinds = {"adamw8bit": bnb.optim.AdamW8bit, "paged_adamw8bit": bnb.optim.PagedAdamW8bit}
-    made: Optimizer = kinds[optim.name](lora, **arguments)
-    return made
 
 
 def fill_states(optimizer: Optimizer) -> None:
     """Allocates the moments that the first ``step`` would allocate. Changes no weight."""
-    if isinstance(optimizer, torch.optim.AdamW):
+    if not hasattr(optimizer, "init_state"):
         _fill_by_a_step(optimizer)
         return
     bnb: Any = optimizer
@@ -86,7 +116,7 @@ def pack_optimizer(optimizer: Optimizer, names: Sequence[str]) -> dict[str, Tens
     """The optimizer's state as contiguous tensors ``<parameter>.<key>``, shared ones as ``<key>``. Learning rates are
     not included: the schedule sets them. ``names``: of the parameters, in the optimizer's order."""
     entries = _entries(optimizer, names)
-    return {name: torch.as_tensor(value).detach().cpu().contiguous() for name, _, _, value in entries}
+    return {name: _as_tensor(value).detach().cpu().contiguous() for name, _, _, value in entries}
 
 
 def unpack_optimizer(optimizer: Optimizer, names: Sequence[str], packed: Mapping[str, Tensor]) -> None:
@@ -94,15 +124,21 @@ def unpack_optimizer(optimizer: Optimizer, names: Sequence[str], packed: Mapping
     bitsandbytes' ``load_state_dict`` they do not. Raises BadInputError for the state of another optimizer."""
     fill_states(optimizer)
     entries = list(_entries(optimizer, names))
-    expected = {name: torch.as_tensor(value).shape for name, _, _, value in entries}
-    if expected != {name: tensor.shape for name, tensor in packed.items()}:
+    expected = {name: _as_tensor(value).shape for name, _, _, value in entries}
+    shapes = {name: tensor.shape for name, tensor in packed.items()}
+    for name, _, key, _ in entries:
+        if key == START and shapes.get(name) == ():
+            expected[name] = torch.Size()
+    if expected != shapes:
         raise BadInputError(
             "the checkpoint has the state of another optimizer than optim.name says, or of another LoRA. Set "
             "optim.name in the run's config.toml to what it was when the run began, or start a new run."
         )
     with torch.no_grad():
         for name, state, key, value in entries:
-            if isinstance(value, torch.Tensor):
+            if key == START:
+                state[key] = packed[name].to(value)
+            elif isinstance(value, torch.Tensor):
                 value.copy_(packed[name])
             else:
                 state[key] = packed[name].item()
@@ -110,6 +146,9 @@ def unpack_optimizer(optimizer: Optimizer, names: Sequence[str], packed: Mapping
 
 def _entries(optimizer: Optimizer, names: Sequence[str]) -> Iterator[tuple[str, dict[str, Any], str, Any]]:
     """(name, the parameter's state, key, value) of every entry; shared entries come once."""
+    for key in GROUP:
+        if key in (group := optimizer.param_groups[0]):
+            yield f"group.{key}", group, key, group[key]
     seen = set()
     for parameter, tensor in zip(names, _parameters(optimizer), strict=True):
         state = optimizer.state.get(tensor, {})
@@ -118,6 +157,11 @@ def _entries(optimizer: Optimizer, names: Sequence[str]) -> Iterator[tuple[str, 
             if name not in seen:
                 seen.add(name)
                 yield name, state, key, value
+
+
+def _as_tensor(value: Any) -> Tensor:
+    """Python's numbers in fp64, in which they are."""
+    return torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
