@@ -44,6 +44,10 @@ def test_a_plan_says_what_clips_take_besides():
     both = load_config("toy", [*every, "log.sample_every=100", "log.sample_prompts=3"])
     said = "besides, about 5.3 min for 4 x 8 watch clips (log.watch_every) and 60 s for 2 x 3 sample clips"
     assert words.watching(plan, both) == f"{said} (log.sample_every)"
+    # two clips of twice the width and half of the ten steps
+    own = ['log.sample_prompts=["a", "b"]', "log.sample_width=64", "log.sample_steps=5"]
+    said = words.watching(plan, load_config("toy", [*every, "log.watch_every=0", "log.sample_every=110", *own]))
+    assert said == "besides, about 20 s for 1 x 2 sample clips (log.sample_every)"
     assert words.watching(plan, load_config("toy", ["log.watch_every=0", "log.sample_every=0"])) == ""
 
 
