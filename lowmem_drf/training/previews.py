@@ -12,6 +12,7 @@ from lowmem_drf.assembly.sizes import latent_shape
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import readable_name
+from lowmem_drf.models.generators import family_of
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.prompts import named_prompts
 from lowmem_drf.schema import Config
@@ -42,7 +43,8 @@ def as_previewed(config: Config, models: Models) -> tuple[Config, Models]:
     config = config.model_copy(update={"video": video.model_copy(update=sides), "sampler": sampler})
     if config.video != video:
         try:
-            shape = latent_shape(config, models.transformer.config, models.decoder.vae.config)
+            sizes = family_of(models.transformer).sizes(models.transformer.config, models.decoder.vae.config)
+            shape = latent_shape(config, sizes)
         except BadInputError as error:
             raise BadInputError(str(error).replace("video.", "log.sample_")) from error
         models = replace(models, latent_shape=shape)
