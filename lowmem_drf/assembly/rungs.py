@@ -146,13 +146,17 @@ def _unrecorded(config: Config) -> str | None:
     return f"memory.record_decode=0{every}"
 
 
+def _paged(config: Config) -> str | None:
+    """Of AdamW alone: another optimizer is another course of the run, not fewer bits."""
+    return _set("optim.name", "paged_adamw8bit")(config) if "adamw" in config.optim.name else None
+
+
 _one_clip = _set("micro_batch", 1)
 _checkpoint = _set("memory.checkpoint", True, start=False)
 _slices = _raise("memory.token_slices", 4)
 _vae_caches = _set("memory.vae_caches", "host")
 _four_strips, _eight_strips = _raise("memory.vae_strips", 4), _raise("memory.vae_strips", 8)
 _moments = _set("optim.name", "adamw8bit", start="adamw")
-_paged = _set("optim.name", "paged_adamw8bit", start="adamw8bit")
 _packed = (_pack("int8"), _pack("nf4"))
 _smaller_clip: tuple[Rung, ...] = (_fewer_frames, _fewer_frames, _smaller, _fewer_frames, _smaller, _smaller)
 _park_transformer, _park_vae, _park_critic = (_park(name) for name in ("transformer", "vae", "critic"))

@@ -174,6 +174,8 @@ def test_a_ladder_climbs_from_time_to_bits_to_the_critic_to_the_clip():
     assert overrides["rollout"][3] == 'memory.stream=["transformer"] memory.checkpoint=true'
     assert overrides["rollout"][5:8] == packed
     assert overrides["text"] == ['memory.text_device="stream"', 'memory.text_device="host"']
+    lion = load_config("toy", ["optim.name=lion"])
+    assert not [rung for ladder in LADDERS.values() for rung in ladder if "optim.name" in (rung(lion) or "")]
 
 
 def test_cards_and_their_memory():
