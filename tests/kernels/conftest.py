@@ -3,6 +3,11 @@
 import pytest
 import torch
 
+with torch.device(
+    "meta"
+):  # PyTorch lists once, now, what a device context changes: later the list would hold the poisoned
+    torch.empty(0)
+
 
 @pytest.fixture
 def device():
