@@ -70,7 +70,7 @@ class Answer:
 
 
 class Decoder(Protocol):
-    """A causal video VAE decoder. A chunk is one latent frame and the pixel frames it makes.
+    """A video VAE decoder. A chunk is one latent frame and the pixel frames it makes, or the whole clip (``causal``).
 
     Entering caches in a list are given away: ``chunk`` and ``advance`` may empty it while they work. A trace is what a
     chunk's backward needs of its forward.
@@ -78,6 +78,9 @@ class Decoder(Protocol):
 
     temporal_factor: int
     """Pixel frames per latent frame (4 for Wan). The first latent frame makes one pixel frame."""
+    causal: bool
+    """Whether frames depend on earlier latents alone. If not, the one chunk is the whole clip, and there are no caches:
+    read F for 1 in the shapes below."""
 
     def decode(self, latents_BCFhw: Tensor) -> Tensor:
         """All frames at once, as the model library makes them: (B, T, C, H, W) in [0, 1]. Differentiable."""

@@ -292,9 +292,9 @@ def assemble(
     parked = modules.keys() & {*memory.park, *(["expert"] if "transformer" in memory.park else [])}
     needs = NEEDS if other is None else {**NEEDS, "rollout": ()}  # two_experts brings each transformer in its turn
     residency = Residency(modules, parked, device, store, meter.stage, streamed, needs)
-    velocity = family.as_velocity(transformer, recorder)
+    velocity = family.as_velocity(transformer, recorder, fps=config.video.fps)
     if other is not None:
-        second = family.as_velocity(other.transformer)
+        second = family.as_velocity(other.transformer, fps=config.video.fps)
         velocity = two_experts(velocity, second, config.model.expert, other.boundary, residency.need)
     for name in streamed.keys() - parked:
         bring(modules[name], device)  # the parts that are not streamed were loaded to the host

@@ -2,7 +2,8 @@
 
 A chunk depends on earlier chunks through the decoder's causal caches alone, and the cotangents of the caches it hands
 on are the gradients that the next chunk's backward returned. What its backward needs of its forward, its trace, is
-recorded by the decode; or made again by one forward, from stored caches that enter it or an earlier chunk.
+recorded by the decode; or made again by one forward, from stored caches that enter it or an earlier chunk. A decoder
+that is not causal has one chunk, the clip.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem_drf.method.finite import Found, look_at, refuse
-from lowmem_drf.method.frames import backward_chunks
+from lowmem_drf.method.frames import ChunkVisit, backward_chunks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,14 +61,14 @@ def decode(
             81 frames of Wan at 832x480 in bf16 all of them take 33 GiB.
         record: of so many chunks that it visits, the last ones, the traces are stored instead.
     """
-    visits = {visit.chunk: visit for visit in backward_chunks(kept, decoder.temporal_factor, window)}
+    visits = {visit.chunk: visit for visit in _visits(decoder, kept, window)}
     ordered = sorted(visits)
     recorded = set(ordered[max(0, len(ordered) - record) :])
     stored = set([chunk for chunk in ordered if chunk not in recorded][::cache_every])
     caches = [*decoder.start(x_0_BCFhw.shape[0])]  # a list: the decoder empties it, and holds one set and not two
     frames, left = [], ForBackward(max(TRACES, record))  # where the recorded ones were is room for as many
     for chunk in range(max(visits) + 1):
-        latents = x_0_BCFhw[:, :, chunk : chunk + 1]
+        latents = x_0_BCFhw[:, :, _frames(decoder, chunk)]
         if chunk in stored:
             left.caches[chunk] = decoder.store(tuple(caches))
         if chunk in recorded:
@@ -89,13 +90,13 @@ def vae_backward(
     found: Found = refuse,
 ) -> Tensor:
     """Gradient at the latents from the gradient at the kept frames: one chunk at a time, in reverse time order."""
-    visits = backward_chunks(kept, decoder.temporal_factor, window)
+    visits = _visits(decoder, kept, window)
     d_x_0 = torch.zeros_like(x_0_BCFhw)
     d_handed: Cotangents = ()
     for visit in visits:
         if visit.chunk not in left.traces:
             _trace(decoder, x_0_BCFhw, left, visit.chunk, {other.chunk for other in visits})
-        here = slice(visit.chunk, visit.chunk + 1)
+        here = _frames(decoder, visit.chunk)
         d_x_0[:, :, here], d_handed = decoder.chunk_backward(
             x_0_BCFhw[:, :, here],
             left.traces.pop(visit.chunk),
@@ -120,7 +121,19 @@ def _trace(decoder: Decoder, x_0_BCFhw: Tensor, left: ForBackward, last: int, vi
         if chunk in stored and chunk != first:
             left.caches[chunk] = decoder.store(tuple(caches))
         keep: Any = "last" if chunk == last else "trace" if chunk in traced else "nothing"
-        caches[:], trace = decoder.advance(x_0_BCFhw[:, :, chunk : chunk + 1], caches, keep)
+        caches[:], trace = decoder.advance(x_0_BCFhw[:, :, _frames(decoder, chunk)], caches, keep)
         if keep != "nothing":
             left.traces[chunk] = trace
     del left.caches[traced[0]]
+
+
+def _visits(decoder: Decoder, kept: Sequence[int], window: int | None) -> tuple[ChunkVisit, ...]:
+    """The chunks of a backward, in reverse time order. The gradient of a whole clip needs no window."""
+    if decoder.causal:
+        return backward_chunks(kept, decoder.temporal_factor, window)
+    return (ChunkVisit(0, tuple(range(len(kept))), tuple(kept), hands_back=False),)
+
+
+def _frames(decoder: Decoder, chunk: int) -> slice:
+    """The latent frames of a chunk."""
+    return slice(chunk, chunk + 1) if decoder.causal else slice(None)

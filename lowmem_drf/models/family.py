@@ -262,8 +262,11 @@ class Family(Protocol):
         """
         ...
 
-    def as_velocity(self, transformer: Any, recorder: Recorder | None = None, call: Any = None) -> Velocity:
-        """``call``: called in place of the transformer."""
+    def as_velocity(
+        self, transformer: Any, recorder: Recorder | None = None, call: Any = None, fps: float = 24.0
+    ) -> Velocity:
+        """``call``: called in place of the transformer. ``fps``: frames a second of the clips, where positions in time
+        are seconds."""
         ...
 
     def decoder(

@@ -9,12 +9,16 @@ from typing import Any
 
 from lowmem_drf.errors import BadInputError, quoted
 from lowmem_drf.models.family import Family, GeneratorConfig, KnownGenerator
+from lowmem_drf.models.ltx import family as ltx
 from lowmem_drf.models.wan import family as wan
 from lowmem_drf.models.weights.files import MODEL_INDEX, SECOND, has_second, read_model_index
 from lowmem_drf.models.weights.sources import resolve
 from lowmem_drf.texts import parse_json
 
-FAMILIES: list[Family] = [wan]
+FAMILIES: list[Family] = [
+    wan,
+    ltx,
+]
 """Each is one folder beside this file (docs/adding-a-generator.md)."""
 
 SUBFOLDERS = {"transformer": "transformer", "vae": "vae", "text": "text_encoder"}

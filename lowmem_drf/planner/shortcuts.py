@@ -163,7 +163,7 @@ class _ShortcutDecoder:
         self._decoder, self._ledger, self._frames = decoder, ledger, frames
         self._steady: dict[Hashable, bool] = {}
         self._trace_again: dict[Hashable, Callable[[], Any]] = {}
-        self.temporal_factor = decoder.temporal_factor
+        self.temporal_factor, self.causal = decoder.temporal_factor, decoder.causal
         self.start, self.store, self.decode = decoder.start, decoder.store, decoder.decode
 
     def _shortcut(self, key: Hashable, run: Callable[[], Any], stand_in: Callable[[], Any]) -> Any:
@@ -268,8 +268,7 @@ def one_stage(parts: Parts, stage: str, models: Models) -> Parts:
     if stage not in ("rollout", "denoise_backward"):
         parts = with_stand_ins(parts, ("rollout",))
     if stage not in ("decode", "vae_backward"):
-        factors = models.decoder.temporal_factor, models.decoder.spatial_factor
-        parts = with_decoders(parts, lambda one: _NoDecoder(*factors))
+        parts = with_decoders(parts, lambda one: _NoDecoder(one, models.decoder.spatial_factor))
     if stage != "critic":
         parts = replace(parts, critic=_no_critic)
     return parts
@@ -278,8 +277,8 @@ def one_stage(parts: Parts, stage: str, models: Models) -> Parts:
 class _NoDecoder:
     """A ``types.Decoder`` with the same shapes that computes nothing."""
 
-    def __init__(self, temporal_factor: int, spatial_factor: int) -> None:
-        self.temporal_factor, self.spatial_factor = temporal_factor, spatial_factor
+    def __init__(self, decoder: Decoder, spatial_factor: int) -> None:
+        self.temporal_factor, self.causal, self.spatial_factor = decoder.temporal_factor, decoder.causal, spatial_factor
 
     def start(self, batch: int) -> Caches:
         return (True,)
@@ -298,6 +297,8 @@ class _NoDecoder:
 
     def chunk(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> tuple[Tensor, Caches]:
         (first,) = caches
+        if not self.causal:
+            return self.decode(latents_BC1hw), (False,)
         return self._blank(latents_BC1hw, 1 if first else self.temporal_factor), (False,)
 
     def chunk_backward(self, latents_BC1hw: Tensor, *_: Any) -> tuple[Tensor, Caches]:
@@ -313,7 +314,7 @@ class AbsentDecoder(_NoDecoder):
     """A ``_NoDecoder`` that makes ``frames`` as another run of the same update did."""
 
     def __init__(self, decoder: Decoder, frames: Iterator[Frame]) -> None:
-        super().__init__(decoder.temporal_factor, 1)
+        super().__init__(decoder, 1)
         self._frames = frames
 
     def chunk(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> tuple[Tensor, Caches]:

@@ -124,5 +124,6 @@ def make_trainer(
     engine = ZeroEngine(config, lora, optimizer, models.transformer, blocks_of(models.transformer), abort)
     if config.engine == "zero3":
         models.residency.add("transformer", engine)
-        models = replace(models, velocity=family_of(models.transformer).as_velocity(models.transformer, call=engine))
+        family, fps = family_of(models.transformer), config.video.fps
+        models = replace(models, velocity=family.as_velocity(models.transformer, call=engine, fps=fps))
     return engine, models

@@ -193,7 +193,7 @@ def test_a_window_cuts_the_gradient_of_the_caches_where_it_says(parts, window):
     last_chunk = LATENT_FRAMES - 1
 
     class Cut:
-        temporal_factor = TEMPORAL_FACTOR
+        temporal_factor, causal = TEMPORAL_FACTOR, True
 
         def decode(self, latents_BCFhw):
             caches, frames = parts.decoder.start(len(latents_BCFhw)), []

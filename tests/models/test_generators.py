@@ -12,8 +12,7 @@ from _tiny import save_tiny_generator
 
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.generators import KNOWN_GENERATORS, SUBFOLDERS, generator_config
-from lowmem_drf.models.wan.random_generator import empty_text, empty_transformer, empty_vae
+from lowmem_drf.models.generators import KNOWN_GENERATORS, SUBFOLDERS, family_of, generator_config
 from lowmem_drf.planner.cards import card_named
 from lowmem_drf.planner.plan import make_plan
 
@@ -35,27 +34,24 @@ def hub_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", KNOWN_GENERATORS)
 def test_sizes_are_those_written_down(name: str) -> None:
-    known = KNOWN_GENERATORS[name]
+    known, family = KNOWN_GENERATORS[name], family_of(KNOWN_GENERATORS[name].config)
     models = {
-        "transformer": empty_transformer(known.config.transformer),
-        "vae": empty_vae(known.config.vae),
-        "text": empty_text(known.config.text),
+        "transformer": family.empty_transformer(known.config.transformer),
+        "vae": family.empty_vae(known.config.vae),
+        "text": family.empty_text(known.config.text),
     }
     if known.config.transformer_2:
-        models["transformer_2"] = empty_transformer(known.config.transformer_2)
+        models["transformer_2"] = family.empty_transformer(known.config.transformer_2)
     assert models.keys() == known.parameters.keys()
     for field, model in models.items():
         assert sum(parameter.numel() for parameter in model.parameters()) == known.parameters[field], field
         assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     transformer, vae = models["transformer"].config, models["vae"].config
-    assert (
-        transformer.in_channels
-        == transformer.out_channels
-        == vae.z_dim
-        == len(vae.latents_mean)
-        == len(vae.latents_std)
-    )
-    assert transformer.text_dim == models["text"].config.d_model
+    sizes = family.sizes(known.config.transformer, known.config.vae)
+    channels = {transformer.in_channels, transformer.out_channels, vae.get("z_dim") or vae.latent_channels}
+    channels |= {len(vae[key]) for key in ("latents_mean", "latents_std") if key in vae}
+    assert channels == {sizes.channels}
+    assert sizes.text_dim == models["text"].config.d_model
 
 
 @pytest.mark.parametrize("name", KNOWN_GENERATORS)
@@ -77,19 +73,21 @@ def test_every_one_can_be_planned(name: str, monkeypatch) -> None:
         "sampler.shift=3",  # each of two transformers has a step of two
         "sampler.steps=2",
         'memory.park=["transformer"]',
+        f"lora.targets={json.dumps([*family_of(known).NAMES.linears])}",
     )
     plan = make_plan(
         load_config("toy", [f'model.id="{name}"', *settings]), card_named("RTX 4090"), only="denoise_backward"
     )
-    parameters = sum(parameter.numel() for parameter in empty_transformer(short["transformer"]).parameters())
+    transformer = family_of(known).empty_transformer(short["transformer"])
+    parameters = sum(parameter.numel() for parameter in transformer.parameters())
     for stage in ("rollout", "denoise_backward"):
         gone = plan.stages[stage].weights_gib - plan.stages["decode"].weights_gib
         assert gone == pytest.approx(4 * parameters / 1024**3, rel=0.01), stage
 
 
 def test_what_diffusers_has_as_defaults() -> None:
-    """Its own are those of Wan2.1-14B and of Wan2.1's VAE."""
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    """Its own are those of Wan2.1-14B and of Wan2.1's VAE, and of LTX-Video's transformer and VAE."""
+    from diffusers import AutoencoderKLLTXVideo, AutoencoderKLWan, LTXVideoTransformer3DModel, WanTransformer3DModel
 
     known = KNOWN_GENERATORS["Wan-AI/Wan2.1-T2V-14B-Diffusers"].config
     with torch.device("meta"):
@@ -98,6 +96,11 @@ def test_what_diffusers_has_as_defaults() -> None:
         "_class_name": "WanTransformer3DModel"
     }
     assert {**vae.config} | known.vae == {**vae.config} | {"_class_name": "AutoencoderKLWan"}
+    ltx = KNOWN_GENERATORS["Lightricks/LTX-Video"].config
+    for kind, written in ((LTXVideoTransformer3DModel, ltx.transformer), (AutoencoderKLLTXVideo, ltx.vae)):
+        with torch.device("meta"):
+            own = json.loads(json.dumps({**kind().config}))
+        assert own | written == own | {"_class_name": kind.__name__}
 
 
 def test_a_known_id_needs_nothing_on_the_disk(hub_cache) -> None:

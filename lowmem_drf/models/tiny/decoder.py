@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from lowmem_drf.errors import BadInputError
 from lowmem_drf.memory.host import Held, HostStore
 from lowmem_drf.models.tiny.network import TinyNetwork, call
 
@@ -34,6 +35,8 @@ class TinyDecoder:
         grad_dtype: of ``chunk_backward`` and of the caches stored for it. ``None``: the network's.
         store: the run's host memory, where caches wait for the backward.
     """
+
+    causal = True
 
     def __init__(
         self, network: TinyNetwork, *, grad_dtype: torch.dtype | None = None, store: HostStore | None = None
@@ -168,9 +171,18 @@ class TinyBackward:
     """``types.Decoder``: frames by the VAE, their gradient through the tiny decoder.
 
     Caches are those of both, the VAE's first; what waits for the backward is the tiny decoder's alone.
+
+    Raises BadInputError: a VAE that makes all frames at once.
     """
 
+    causal = True
+
     def __init__(self, exact: Decoder, tiny: TinyDecoder) -> None:
+        if not exact.causal:
+            raise BadInputError(
+                'model.decoder = "tiny_backward" needs a VAE that decodes frame by frame, and that of this generator '
+                "makes the whole clip at once: -s model.decoder=exact"
+            )
         self._exact, self._tiny, self._count = exact, tiny, len(exact.start(1))
         self.temporal_factor, self.network = tiny.temporal_factor, tiny.network
         self.spares = frozenset({"vae_backward"})

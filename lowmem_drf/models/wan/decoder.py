@@ -94,6 +94,8 @@ class WanDecoder:
         ValueError: ``norm_silu`` with trainable weights: they would get no gradient.
     """
 
+    causal = True
+
     def __init__(
         self,
         vae: AutoencoderKLWan,

@@ -16,7 +16,7 @@ from lowmem_drf.models.wan.block import BlockForward
 from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.weights.quant import Quant
 from lowmem_drf.models.weights.reader import Changes, TensorFiles, files_in, fill_from_files, require_complete
-from lowmem_drf.models.weights.sources import loading
+from lowmem_drf.models.weights.sources import downloaded, loading
 from lowmem_drf.ops import naive_ops
 
 if TYPE_CHECKING:
@@ -59,20 +59,13 @@ def load_denoiser(
     from diffusers import WanTransformer3DModel
 
     with loading("the transformer", folder_or_id):
-        folder = Path(folder_or_id) if Path(folder_or_id).is_dir() else _downloaded(folder_or_id, subfolder)
+        folder = Path(folder_or_id) if Path(folder_or_id).is_dir() else downloaded(folder_or_id, subfolder)
         model = empty_transformer(WanTransformer3DModel.load_config(folder, subfolder=subfolder), quant=quant)
         files = TensorFiles(files_in(folder / subfolder))
         require_complete(files, model)
         names = {name: name for name in files.entries}
         filled = fill_from_files(model, files, names, dtype, device, home, changes, blocks, taken)
         return cast("WanTransformer3DModel", filled)
-
-
-def _downloaded(hub_id: str, subfolder: str) -> Path:
-    """Downloads a subfolder of a repository to the hub's cache."""
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(hub_id, allow_patterns=[f"{subfolder}/*.json", f"{subfolder}/*.safetensors"]))
 
 
 def set_activations(
@@ -108,9 +101,12 @@ def set_activations(
     )
 
 
-def as_velocity(transformer: WanTransformer3DModel, recorder: Recorder | None = None, call: Any = None) -> Velocity:
+def as_velocity(
+    transformer: WanTransformer3DModel, recorder: Recorder | None = None, call: Any = None, fps: float = 24.0
+) -> Velocity:
     """``f(x_BCFhw, sigma, text_BLD) -> v_BCFhw`` in the dtype of ``x``, computed in the transformer's dtype.
-    Differentiable in ``x`` and the LoRA. ``call``: called in place of the transformer."""
+    Differentiable in ``x`` and the LoRA. ``call``: called in place of the transformer. ``fps``: not used, Wan counts
+    frames."""
     call = transformer if call is None else call
 
     def velocity(x_BCFhw: Tensor, sigma: float, cond: Any) -> Tensor:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem_drf.memory.host import HostStore
-from lowmem_drf.memory.streaming import HostEmbedding, Streamed
+from lowmem_drf.models.t5 import stream_text
 from lowmem_drf.models.weights.sources import complete, loading
 
 if TYPE_CHECKING:
@@ -71,14 +71,3 @@ def load_text(
     if stream:
         stream_text(model, device, HostStore(device))
     return TextEncoder(model.to(device), tokenizer)
-
-
-def stream_text(model: UMT5EncoderModel, device: torch.device, store: HostStore) -> None:
-    """Streams the encoder's weights: its blocks come to ``device`` one by one in every pass, and the token embedding (2
-    GiB of Wan's in 16 bit) stays in host memory, where rows are looked up. Embeddings are bitwise those of a resident
-    encoder. The caller moves what is left, the last norm."""
-    model.set_input_embeddings(HostEmbedding(model.get_input_embeddings(), device, store))
-    blocks: list[Any] = list(model.encoder.block)
-    streamed = Streamed(blocks, device, store)
-    for place, block in enumerate(blocks):
-        block.forward = streamed.forward(place, block.forward)

@@ -85,6 +85,13 @@ def _bars(what: str) -> Iterator[None]:
         yield
 
 
+def downloaded(hub_id: str, subfolder: str) -> Path:
+    """Downloads a subfolder of a repository to the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(hub_id, allow_patterns=[f"{subfolder}/*.json", f"{subfolder}/*.safetensors"]))
+
+
 def complete(loaded: tuple[Any, Any]) -> Any:
     """The model from ``from_pretrained(…, output_loading_info=True)``. Raises ValueError if weights were missing: the
     libraries only warn, and leave them random."""

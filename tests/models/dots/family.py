@@ -130,7 +130,7 @@ def set_activations(
     )  # fmt: skip
 
 
-def as_velocity(transformer, recorder=None, call=None):
+def as_velocity(transformer, recorder=None, call=None, fps=24.0):
     call = transformer if call is None else call
 
     def velocity(x_BCFhw, sigma, cond):
