@@ -21,7 +21,8 @@ from lowmem_drf.schema import Config
 
 CARDS = ("rtx3060", "rtx3090", "rtx4060", "rtx4080", "rtx4090", "rtx5090")
 OTHERS = ("toy", "toy-fast", "rtx4090-wan14b", "rtx4090-wan22-5b", "zero3-2gpu")
-NAMES = {*OTHERS, *CARDS, *(f"{card}-20step" for card in CARDS)}
+LTX = ("rtx3060-ltx", "rtx4080-ltx", "rtx4090-ltx")
+NAMES = {*OTHERS, *LTX, *CARDS, *(f"{card}-20step" for card in CARDS)}
 
 
 def test_these_presets_and_no_others_are_in_the_package():
