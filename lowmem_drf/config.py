@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 import lowmem_drf
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import require_output, write_text
-from lowmem_drf.schema import Config, Model, Node, Video
+from lowmem_drf.schema import Config, Log, Model, Node, Video
 from lowmem_drf.texts import escaped, expanded, one_line, parse_toml, read_text, shown, toml_value
 
 _PATTERNS = {
@@ -280,6 +280,15 @@ def _as_published(values: Mapping[str, tuple[Any, str]]) -> dict[str, tuple[Any,
     return known | kept
 
 
+def _grid(model: str) -> tuple[int, ...]:
+    """Pixel frames of a latent and pixels on a side, of a generator whose family has published them; else empty."""
+    for file in _SAMPLING:
+        table = parse_toml(file.read_text(encoding="utf-8"))
+        if "grid" in table and any(re.search(row["id"], model, re.IGNORECASE) for row in table["models"]):
+            return tuple(table["grid"])
+    return ()
+
+
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in table.items():
         if isinstance(value, Mapping) and value:
@@ -309,7 +318,7 @@ def _validate(values: Mapping[str, tuple[Any, str]], problems: list[str]) -> Con
         wrong = _type_problems(error)
         problems += [f"{sources.get(key, 'default')}: {key}: {message}" for key, message in wrong.items()]
         config = Config.model_validate(_without(tree, wrong))
-    problems += _cross_problems(config, sources, wrong)
+    problems += _cross_problems(config, sources, wrong, grid=_grid(config.model.id))
     if problems:
         more = len(problems) - MOST_PROBLEMS
         lines = problems if more <= 1 else [*problems[:MOST_PROBLEMS], f"and {more} more"]
@@ -344,15 +353,18 @@ def _type_problems(error: ValidationError) -> dict[str, str]:
     return {key: one_line(" or ".join(dict.fromkeys(said))) for key, said in messages.items()}
 
 
-def _cross_problems(node: Node, sources: Mapping[str, str], wrong: Iterable[str], prefix: str = "") -> list[str]:
+def _cross_problems(
+    node: Node, sources: Mapping[str, str], wrong: Iterable[str], prefix: str = "", grid: Sequence[int] = ()
+) -> list[str]:
     """The ``problems`` of every section, except sections that hold a key already reported as wrong."""
     found: list[str] = []
     if not any(key.startswith(prefix) for key in wrong):
-        rows = [(prefix + field, one_line(message, 240)) for field, message in node.problems()]
+        said = node.problems(*grid) if isinstance(node, Video | Log) else node.problems()
+        rows = [(prefix + field, one_line(message, 240)) for field, message in said]
         found = [f"{sources.get(key, 'default')}: {key}: {message}" for key, message in rows]
     for name in type(node).model_fields:
         if isinstance(child := getattr(node, name), Node):
-            found += _cross_problems(child, sources, wrong, f"{prefix}{name}.")
+            found += _cross_problems(child, sources, wrong, f"{prefix}{name}.", grid)
     return found
 
 

@@ -38,23 +38,26 @@ class Video(Node):
     """The clips that are generated."""
 
     width: Positive = 832
-    """Width in pixels: a multiple of 8 and of the generator's patch grid (16 for Wan2.1, 32 for Wan2.2-TI2V-5B). Memory
-    grows with width x height, the time of attention with its square."""
+    """Width in pixels: a multiple of the generator's patch grid (16 for Wan2.1, 32 for Wan2.2-TI2V-5B and LTX-Video).
+    Memory grows with width x height, the time of attention with its square."""
     height: Positive = 480
     """Height in pixels; the same rule as for ``width``."""
     frames: Positive = 81
-    """Pixel frames, 4n + 1: one for the first latent frame, four for every other. The time of attention grows with
-    their square."""
+    """Pixel frames: one for the first latent frame, four for every other (4n + 1), or what the generator's VAE makes
+    (8n + 1 of LTX-Video's). The time of attention grows with their square."""
     fps: Thousand = 16
     """Frames per second. It is written into the MP4 and tells the critic how fast the motion is; it costs nothing."""
 
-    def problems(self) -> Iterator[tuple[str, str]]:
+    def problems(self, n: int = 4, side: int = 8) -> Iterator[tuple[str, str]]:
+        """``n``, ``side``: pixel frames of a latent, and pixels on a side. What else a generator asks is known when its
+        configuration is (``assembly.sizes.latent_shape``)."""
         for name, value in (("width", self.width), ("height", self.height)):
-            if value % 8:
-                yield name, f"{value} is not a multiple of 8; nearest: {max(8, round(value / 8) * 8)}"
-        if self.frames % 4 != 1:
-            low = max(1, (self.frames - 1) // 4 * 4 + 1)
-            yield "frames", f"{self.frames} is not 4n + 1 (the VAE makes 1 + 4n frames); nearest: {low} or {low + 4}"
+            if value % side:
+                yield name, f"{value} is not a multiple of {side}; nearest: {max(side, round(value / side) * side)}"
+        if (self.frames - 1) % n:
+            low = max(1, (self.frames - 1) // n * n + 1)
+            makes = f"{n}n + 1 (the VAE makes 1 + {n}n frames)"
+            yield "frames", f"{self.frames} is not {makes}; nearest: {low} or {low + n}"
 
 
 class Model(Node):
@@ -469,7 +472,7 @@ class Log(Node):
     sample_height: NonNegative = 0
     """Their height. 0: ``video.height``."""
     sample_frames: NonNegative = 0
-    """Their frames, 4n + 1. 0: ``video.frames``."""
+    """Their frames, as of ``video.frames``. 0: that number."""
     sample_steps: Annotated[int, Field(ge=0, le=1000)] = 0
     """Their denoising steps, on the grid of ``sampler.shift``. 0: as in training."""
     sample_first: bool | Literal["auto"] = "auto"
@@ -494,9 +497,11 @@ class Log(Node):
     project: Name = "lowmem-drf"
     """The trackers' project."""
 
-    def problems(self) -> Iterator[tuple[str, str]]:
+    def problems(self, n: int = 4, side: int = 8) -> Iterator[tuple[str, str]]:
         sizes = {"width": self.sample_width, "height": self.sample_height, "frames": self.sample_frames}
-        for name, message in Video(**{name: value for name, value in sizes.items() if value}).problems():
+        given = {name: value for name, value in sizes.items() if value}
+        unset = {"width": side, "height": side, "frames": 1}
+        for name, message in Video(**(unset | given)).problems(n, side):
             yield f"sample_{name}", message
 
 

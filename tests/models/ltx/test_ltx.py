@@ -182,6 +182,22 @@ def test_parameter_shapes_are_those_of_the_class():
         assert ltx.parameter_shapes(known) == {name: tuple(parameter.shape) for name, parameter in named}
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("video.frames=37", "37 is not 8n [+] 1 .*nearest: 33 or 41"),
+        ("video.width=720", "720 is not a multiple of 32; nearest: 704"),
+        ("log.sample_frames=37", "log.sample_frames: 37 is not 8n"),
+        ("log.sample_height=40", "log.sample_height: 40 is not a multiple of 32"),
+    ],
+)
+def test_sizes_that_its_vae_does_not_make(setting, said):
+    with pytest.raises(BadInputError, match=said):
+        load_config("rtx4090-ltx", [setting])
+    assert load_config("rtx4090-ltx", ["log.sample_frames=33"]).video.frames == 121
+    assert load_config("rtx4090", [setting.replace("40", "48")]).video.fps == 16
+
+
 def test_relatives_are_refused(folder, tmp_path):
     known = ltx.KNOWN["Lightricks/LTX-Video"].config
     newer = {**known.vae, "timestep_conditioning": True}
