@@ -8,7 +8,7 @@ import pytest
 
 from lowmem_drf.config import load_config
 
-WORKFLOW = Path(__file__).parents[1] / "docs" / "comfyui" / "wan-distilled.json"
+WORKFLOW = Path(__file__).parents[2] / "docs" / "comfyui" / "wan-distilled.json"
 
 
 def test_the_workflow_samples_as_the_preset_trains():
