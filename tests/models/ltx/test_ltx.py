@@ -9,6 +9,7 @@ from _ltx import CHANNELS, save_tiny_ltx, tiny_ltx_transformer, tiny_ltx_vae
 from _plans import FAKES
 from _relay import LIMIT, QUESTIONS, STEPS, lora_gradients, plan_of, relative_difference
 from _tiny import TEXT_DIM, randomise_lora, save_tiny_critic, tiny_critic
+from diffusers.models.normalization import RMSNorm
 from safetensors.torch import load_file as read_file
 
 from lowmem_drf.commands.bench import count_bytes
@@ -69,6 +70,9 @@ def test_relay_is_naive_for_ltx(parts, k):
 @pytest.mark.parametrize("causal", [False, True], ids=["looking_ahead", "causal"])
 def test_frames_and_their_gradient_are_those_of_the_librarys_decode(causal):
     vae = tiny_ltx_vae(torch.float64, decoder_causal=causal)
+    for module in vae.decoder.modules():  # theirs take variances in fp32, whose sums depend on the layout
+        if isinstance(module, RMSNorm):
+            module.forward = lambda x, eps=module.eps: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     latents = draw_noise((CHANNELS, 3, 2, 1), [0, 1]).double()
     z = latents.clone().requires_grad_()
     denormalised = z * vae.latents_std.view(-1, 1, 1, 1) + vae.latents_mean.view(-1, 1, 1, 1)
@@ -84,7 +88,7 @@ def test_frames_and_their_gradient_are_those_of_the_librarys_decode(causal):
         assert relative_difference(whole, wanted.clamp(0, 1)) < 1e-13
         assert torch.equal(frames, whole[:, list(KEPT)])
         d = vae_backward(decoder, latents, left, d_frames, KEPT)
-        assert relative_difference(d, d_wanted) < 1e-6, "the norms' variances are fp32"
+        assert relative_difference(d, d_wanted) < 1e-13
 
 
 def test_velocity_and_clip_are_those_of_the_pipeline(folder):
