@@ -95,6 +95,8 @@ class ModuleNames:
     """All modules inside a block, and its parameters."""
     outside: Mapping[str, str]
     """Those outside the blocks."""
+    kohya: bool = True
+    """Whether LoRA files are also written in kohya's form, and diffusers reads it."""
 
 
 @dataclass(frozen=True)

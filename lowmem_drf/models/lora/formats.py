@@ -40,9 +40,14 @@ def to_format(lora: LoraChanges, form: LoraFormat, dtype: torch.dtype, family: F
     """The tensors of a file. Alpha is folded in the dtype of the LoRA, before rounding to ``dtype``.
 
     Raises:
-        BadInputError: the LoRA changes more than pairs of Linears; the format has no name for a module; a value is too
-            large for ``dtype``.
+        BadInputError: the LoRA changes more than pairs of Linears; the format has no name for a module, or is not
+            written for the family; a value is too large for ``dtype``.
     """
+    if form == "kohya" and not family.NAMES.kohya:
+        raise BadInputError(
+            f"The kohya format is not written for {family.NAME}: diffusers would not read it. Export with "
+            "--format comfyui."
+        )
     if lora.others:
         raise BadInputError(
             f"{one_line(next(iter(lora.others)), 80)} is changed by no pair, which no format here holds."

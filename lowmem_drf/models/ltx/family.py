@@ -31,8 +31,9 @@ NAMES = ModuleNames(
     outside={name: name for name in _SAME}
     | {"proj_in": "patchify_proj"}
     | {f"time_embed.{name}": f"adaln_single.{name}" for name in _TIME},
+    kohya=False,
 )
-"""Lightricks' own names by ``scripts/convert_ltx_to_diffusers.py`` of diffusers."""
+"""Lightricks' own names by ``scripts/convert_ltx_to_diffusers.py`` of diffusers. ``LTXPipeline`` knows no kohya files."""
 
 
 def pipeline(transformer: Any) -> Any:

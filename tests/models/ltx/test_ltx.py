@@ -171,6 +171,8 @@ def test_it_trains_and_exports_and_what_saves_memory_changes_nothing(preset, tmp
     assert read_lora(made.paths[0]).pairs.keys() == modules
     comfyui = export_run(tmp_path / "plain", form="comfyui")
     assert read_lora(comfyui.paths[0]).pairs.keys() == modules and "Verified" in str(comfyui)
+    with pytest.raises(BadInputError, match="--format comfyui"):
+        export_run(tmp_path / "plain", form="kohya")
 
 
 def test_its_plan_is_what_an_update_takes(preset):
