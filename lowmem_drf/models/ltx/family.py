@@ -33,7 +33,7 @@ NAMES = ModuleNames(
     | {f"time_embed.{name}": f"adaln_single.{name}" for name in _TIME},
     kohya=False,
 )
-"""Lightricks' own names by ``scripts/convert_ltx_to_diffusers.py`` of diffusers. ``LTXPipeline`` knows no kohya files."""
+"""Lightricks' own by ``scripts/convert_ltx_to_diffusers.py`` of diffusers. ``LTXPipeline`` reads no kohya files."""
 
 
 def pipeline(transformer: Any) -> Any:
