@@ -164,8 +164,8 @@ class Sampler(Node):
     """DRaFT-LV (arXiv 2309.17400): extra noised copies of the clip, which the last step denoises again; the gradient
     is averaged over clip and copies. Each copy costs another decode, critic pass and backward. 0 is off."""
     negative_prompt: str = ""
-    """Text of the unconditional branch; used with guidance above 1. ``auto``: the one that Wan ships, for other models
-    none."""
+    """Text of the unconditional branch; used with guidance above 1. ``auto``: as the model's publishers have it, for
+    others none."""
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if self.graded_steps > self.steps:
