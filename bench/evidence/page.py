@@ -31,7 +31,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 def table(results: Sequence[Mapping[str, Any]], group: str) -> str:
     """Markdown: the base of each preset, and each variant of the group after its last update; means over seeds, in
     brackets each seed's all-correct rate. Runs of other lengths than the default one stand without it."""
-    beside = {"default"} if group != "short" else set()
+    beside = {"default"} if group not in ("short", "long") else set()
     mine = [result for result in results if result["group"] == group or result["variant"] in beside]
     lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
     for preset in dict.fromkeys(result["preset"] for result in mine):
@@ -112,11 +112,11 @@ def plots(results: Sequence[Mapping[str, Any]], folder: Path = IMAGES) -> None:
     )
     figure, all_axes = plt.subplots(2, 2, figsize=(8, 5.2), sharex=True, layout="constrained")
     for axes, (words, value) in zip(all_axes.flat, curves, strict=True):
-        for result in results:
-            if result["group"] == "main":
+        shown = [result for result in results if result["group"] in ("main", "long")]
+        for number, name in enumerate(dict.fromkeys(result["variant"] for result in shown)):
+            for place, result in enumerate(result for result in shown if result["variant"] == name):
                 rows = [row for row in result["rows"] if row["scale"] == 1]
-                color = f"C{[name for name in VARIANTS if VARIANTS[name].group == 'main'].index(result['variant'])}"
-                label = result["variant"] if result["seed"] == 0 else None
+                color, label = f"C{number}", None if place else name
                 axes.plot([row["step"] for row in rows], [value(row) for row in rows], color=color, label=label, lw=1.2)
         axes.set_title(words, loc="left", fontsize=9)
         axes.grid(alpha=0.3)
@@ -126,12 +126,12 @@ def plots(results: Sequence[Mapping[str, Any]], folder: Path = IMAGES) -> None:
     _save(figure, folder / "evidence_long.svg")
 
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    shown = [result for result in results if result["group"] == "drift" or result["variant"] == "default"]
+    shown = [result for result in results if result["group"] in ("drift", "long") or result["variant"] == "default"]
     for number, name in enumerate(dict.fromkeys(result["variant"] for result in shown)):
-        for result in (result for result in shown if result["variant"] == name):
+        for place, result in enumerate(result for result in shown if result["variant"] == name):
             rows = [row for row in result["rows"] if row["scale"] == 1 and row["step"]]
             style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "os^"[number // 10], "lw": 0.8, "ms": 4}
-            label = name if result["seed"] == 0 else None
+            label = None if place else name
             x, y = [row["drift"]["mean"] for row in rows], [100 * row["oracle"]["all"] for row in rows]
             axes.plot(x, y, label=label, **style)
     axes.set(xlabel="drift: distance from ToyWorld's own clips", ylabel="held-out clips all correct, %")
