@@ -34,7 +34,7 @@ def _settings(group: str, **rows: tuple[str, str]) -> dict[str, Variant]:
 VARIANTS: dict[str, Variant] = {
     **_settings(
         "main",
-        default=("the preset without its anchor", ""),
+        default=("the preset", ""),
         yesno=("yes/no questions in their place", "critic.mode=yesno"),
         vanilla=("one global question", "critic.mode=vanilla"),
         ta_only=("questions about the text alone", "critic.weights.Phy=0 critic.weights.VQ=0"),
@@ -67,17 +67,17 @@ VARIANTS: dict[str, Variant] = {
         name: replace(variant, updates=SHORT)
         for name, variant in _settings(
             "short",
-            short=("the preset without its anchor", ""),
+            short=("the preset", ""),
             short_anchor=("anchor 1", "optim.anchor=1"),
             short_anchor_fast=("anchor 1, rate 1e-3", "optim.anchor=1 optim.lr=1e-3"),
             short_anchor_half=("anchor 0.5, rate 1e-3", "optim.anchor=0.5 optim.lr=1e-3"),
             short_lazy_4=("anchor 1 in every fourth update", "optim.anchor=1 optim.anchor_every=4"),
-            short_lazy_8=("the preset: anchor 1 in every eighth update", "optim.anchor=1 optim.anchor_every=8"),
+            short_lazy_8=("anchor 1 in every eighth update", "optim.anchor=1 optim.anchor_every=8"),
             short_fast=("rate 1e-3", "optim.lr=1e-3"),
         ).items()
     },
-    "short_few_140": Variant("short", "as long as `toy-fast`", ("optim.anchor=1",), "toy-fast", 140),
-    "short_few": Variant("short", "the distilled generator, 280 updates", ("optim.anchor=1",), "toy-fast", 280),
+    "short_few_140": Variant("short", "`toy-fast` for 140 updates", ("optim.anchor=1",), "toy-fast", 140),
+    "short_few": Variant("short", "the preset `toy-fast`: distilled, 280 updates", ("optim.anchor=1",), "toy-fast", 280),
     "short_few_loose": Variant("short", "the same with anchor 0.3", ("optim.anchor=0.3",), "toy-fast", 280),
     "short_few_360": Variant("short", "anchor 0.5, 360 updates", ("optim.anchor=0.5",), "toy-fast", 360),
     "short_some": Variant(
@@ -99,8 +99,8 @@ VARIANTS: dict[str, Variant] = {
         ),
         default_constant=("a constant rate", "optim.schedule=constant"),
     ),
-    "long": Variant("long", "the preset", LAZY, updates=1200),
-    "longer": Variant("long", "the preset", LAZY, updates=2000),
+    "long": Variant("long", "anchor 1 in every eighth update", LAZY, updates=1200),
+    "longer": Variant("long", "the same", LAZY, updates=2000),
     "long_few": Variant("long", "`short_few`, 1,200 updates", ("optim.anchor=1",), "toy-fast", 1200),
     "ema": Variant("drift", "moving average of the LoRA", levers=("ema",)),
     "dropout": Variant("drift", "half of the questions, at random", levers=("dropout",)),

@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     done = {(row["mode"], row["seed"]) for row in rows}
     wanted = [(mode, seed) for mode in options.modes for seed in options.seeds if (mode, seed) not in done]
     for mode, seed in wanted:
-        overrides = ["optim.anchor=0", *options.overrides, f"critic.mode={mode}"]
+        overrides = [*options.overrides, f"critic.mode={mode}"]
         with tempfile.TemporaryDirectory() as folder:
             measured = train_and_measure(seed, options.preset, overrides, Path(folder), console)
         rows.append({"mode": mode, **measured})

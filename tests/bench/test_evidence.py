@@ -84,7 +84,7 @@ def test_matching_learns_from_no_gradient_of_the_reward(four):
 def test_refl_judges_what_a_random_step_predicts():
     from lowmem_drf.config import load_config
 
-    config = load_config("toy", ["optim.anchor=0"])
+    config = load_config("toy")
     seen = {baselines.refl_spec(config, step).graded[0] for step in range(60)}
     assert seen == set(range(10))
     spec = baselines.refl_spec(config, 0)

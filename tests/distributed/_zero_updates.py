@@ -31,7 +31,6 @@ COMMON = (
     "memory.checkpoint=true",
     "kernels.ops=naive",
     "optim.warmup_steps=0",
-    "optim.anchor=0",  # sums in another order, to rounding; these tests compare bytes
 )
 
 
