@@ -87,14 +87,6 @@ for name, family, keys in (
         ),
     ),
     (
-        "LTX-Video, diffusers",
-        "LTX",
-        (
-            "transformer.transformer_blocks.0.attn1.to_q.lora_{}.weight",
-            "transformer.transformer_blocks.27.ff.net.0.proj.lora_{}.weight",
-        ),
-    ),
-    (
         "SDXL, kohya",
         "Stable Diffusion",
         (

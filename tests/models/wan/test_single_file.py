@@ -18,9 +18,10 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import load_file, save_file
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.generators import KNOWN_GENERATORS, generator_config
+from lowmem_drf.models.generators import generator_config
 from lowmem_drf.models.wan.denoiser import load_denoiser
 from lowmem_drf.models.wan.names import wan_name
+from lowmem_drf.models.wan.published import KNOWN
 from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.wan.single_file import load_single_file
 from lowmem_drf.models.weights import gguf_files
@@ -76,11 +77,9 @@ def same(got: Weights, wanted: Weights) -> bool:
     return got.keys() == wanted.keys() and all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
-@pytest.mark.parametrize("name", KNOWN_GENERATORS)
+@pytest.mark.parametrize("name", KNOWN)
 def test_names_are_those_that_diffusers_converts(name: str) -> None:
-    ours = [
-        parameter for parameter, _ in empty_transformer(KNOWN_GENERATORS[name].config.transformer).named_parameters()
-    ]
+    ours = [parameter for parameter, _ in empty_transformer(KNOWN[name].config.transformer).named_parameters()]
     converted = convert_wan_transformer_to_diffusers({wan_name(parameter): parameter for parameter in ours})
     assert len(converted) == len(ours) and all(theirs == parameter for theirs, parameter in converted.items())
 
