@@ -77,9 +77,7 @@ VARIANTS: dict[str, Variant] = {
         ).items()
     },
     "short_few_140": Variant("short", "`toy-fast` for 140 updates", ("optim.anchor=1",), "toy-fast", 140),
-    "short_few": Variant(
-        "short", "the preset `toy-fast`, 280 updates", ("optim.anchor=1",), "toy-fast", 280
-    ),
+    "short_few": Variant("short", "the preset `toy-fast`, 280 updates", ("optim.anchor=1",), "toy-fast", 280),
     "short_few_loose": Variant("short", "the same with anchor 0.3", ("optim.anchor=0.3",), "toy-fast", 280),
     "short_few_360": Variant("short", "anchor 0.5, 360 updates", ("optim.anchor=0.5",), "toy-fast", 360),
     "short_some": Variant(
