@@ -44,7 +44,7 @@ CARD_WORDS = (
 )
 UPDATE = ("rollout", "decode", "critic", "vae_backward", "denoise_backward", "update")
 PLACES = {
-    "loading": "lowmem_drf.models.wan.decoder.load_vae",
+    "loading": "lowmem_drf.models.wan.family.load_vae",
     "text": "lowmem_drf.assembly.loading.encode_texts",
     "questions": "lowmem_drf.assembly.references.finish_questions",
     "previews": "lowmem_drf.training.loop.write_previews",
