@@ -31,9 +31,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FEW = 2
 """Blocks that are loaded if the transformer is too large for the host."""
 
+_DIFFUSERS = "diffusers (pipe.load_lora_weights)"
 _READERS = {
-    "comfyui": "ComfyUI (models/loras) and diffusers (pipe.load_lora_weights)",
-    "diffusers": "diffusers (pipe.load_lora_weights) and peft",
+    "comfyui": f"ComfyUI (models/loras) and {_DIFFUSERS}",
+    "diffusers": f"{_DIFFUSERS} and peft",
     "kohya": "musubi-tuner and ComfyUI (models/loras)",
 }
 
@@ -95,7 +96,8 @@ def export_run(
         path, verified = export_lora(lora, form, DTYPES[dtype], file, transformer, metadata)  # type: ignore[arg-type]
         paths.append(path)
         size = f"{path.stat().st_size / 2**20:.1f} MiB, {dtype}, rank {lora.rank}"
-        lines += [f"{path} ({size}) loads in {_READERS[form]}{_place(expert)}.", str(verified)]
+        known = family_of(described).lora_header(described).network  # what other programs read was compared
+        lines += [f"{path} ({size}) loads in {_READERS[form] if known else _DIFFUSERS}{_place(expert)}.", str(verified)]
         lines.append(in_words(config, path.name))
     if merge is not None:
         verified = merge_lora(lora, DTYPES[dtype], merge, transformer, subfolder)

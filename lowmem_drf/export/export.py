@@ -173,7 +173,7 @@ def file_metadata(config: Config, checkpoint: str, generator: GeneratorConfig, e
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
         "modelspec.resolution": f"{video.width}x{video.height}",
         "ss_base_model_version": family.version,
-        "ss_network_module": family.network,
+        **({"ss_network_module": family.network} if family.network else {}),
         "ss_steps": step,
         "ss_learning_rate": str(config.optim.lr),
         "ss_seed": str(config.seed),

@@ -107,8 +107,8 @@ class LoraHeader:
     """``ss_base_model_version`` of kohya's header, and the beginning of ``modelspec.architecture``."""
     implementation: str
     """``modelspec.implementation``: where its publishers' code is."""
-    network: str
-    """``ss_network_module``."""
+    network: str = ""
+    """``ss_network_module``, by which programs with kohya's header know the family. Empty: they do not."""
 
 
 @dataclass(frozen=True, slots=True)

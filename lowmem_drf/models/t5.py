@@ -1,15 +1,41 @@
-"""Streaming of a T5 or UMT5 encoder, which several families have for their prompts."""
+"""A T5 or UMT5 encoder, which several families have for their prompts: loading and streaming."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from lowmem_drf.memory.host import HostStore
 from lowmem_drf.memory.streaming import HostEmbedding, Streamed
+from lowmem_drf.models.weights.sources import complete, loading
 
 if TYPE_CHECKING:
-    import torch
+    from transformers import PreTrainedModel
 
-    from lowmem_drf.memory.host import HostStore
+
+def load_t5(
+    kind: type[PreTrainedModel], folder_or_id: str, dtype: torch.dtype, device: str | torch.device, stream: bool
+) -> tuple[Any, Any]:
+    """(encoder, tokenizer): subfolders ``text_encoder`` and ``tokenizer`` of a diffusers model: frozen, eval.
+
+    Args:
+        device: where it computes.
+        stream: its weights stay in host memory (``stream_text``).
+
+    Raises:
+        BadInputError: they cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    device, load = torch.device(device), kind.from_pretrained
+    with loading("the text encoder", folder_or_id):
+        model = complete(load(folder_or_id, subfolder="text_encoder", dtype=dtype, output_loading_info=True))
+        tokenizer = AutoTokenizer.from_pretrained(folder_or_id, subfolder="tokenizer")
+    model.eval().requires_grad_(False)
+    if stream:
+        stream_text(model, device, HostStore(device))
+    return model.to(device), tokenizer
 
 
 def stream_text(model: Any, device: torch.device, store: HostStore) -> None:

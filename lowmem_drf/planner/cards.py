@@ -95,7 +95,8 @@ class Card:
     @property
     def bandwidth(self) -> float:
         """Bytes of memory in the time of a thousand FLOPs in 16 bit. Between a 3090 (13.2) and a 4090 (6.1), what
-        convolutions reach of the peak grows as its square root: by 1.47, where 1.44 to 1.61 is to be explained."""
+        convolutions reach of the peak grows as its square root: by 1.47, where 1.44 to 1.61 is to be explained. Other
+        cards are taken to lie on that line."""
         return self.memory / self.bf16
 
     @property

@@ -45,7 +45,7 @@ def pipeline(transformer: Any) -> Any:
 
 def lora_header(generator: GeneratorConfig) -> LoraHeader:
     """The same for all."""
-    return LoraHeader("ltxv", "https://github.com/Lightricks/LTX-Video", "networks.lora_ltxv")
+    return LoraHeader("ltxv", "https://github.com/Lightricks/LTX-Video")
 
 
 def kind_of(names: Collection[str], complete: bool) -> tuple[str, str] | None:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.memory.host import HostStore
 from lowmem_drf.models.ltx.published import BLOCKS, NAME, empty_transformer
-from lowmem_drf.models.t5 import stream_text
+from lowmem_drf.models.t5 import load_t5, stream_text
 from lowmem_drf.models.weights.finite import refuse_model
 from lowmem_drf.models.weights.quant import Quant
 from lowmem_drf.models.weights.reader import Changes, TensorFiles, files_in, fill_from_files, require_complete
@@ -95,16 +94,7 @@ class TextEncoder:
 def load_text(
     folder_or_id: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", stream: bool = False
 ) -> TextEncoder:
-    """Subfolders ``text_encoder`` and ``tokenizer`` of a diffusers model: frozen, eval. ``stream``: the encoder's
-    weights stay in host memory. Raises BadInputError if they cannot be loaded."""
-    from transformers import AutoTokenizer, T5EncoderModel
+    """See ``t5.load_t5``."""
+    from transformers import T5EncoderModel
 
-    device = torch.device(device)
-    load = T5EncoderModel.from_pretrained
-    with loading("the text encoder", folder_or_id):
-        model = complete(load(folder_or_id, subfolder="text_encoder", dtype=dtype, output_loading_info=True))
-        tokenizer = AutoTokenizer.from_pretrained(folder_or_id, subfolder="tokenizer")
-    model.eval().requires_grad_(False)
-    if stream:
-        stream_text(model, device, HostStore(device))
-    return TextEncoder(model.to(device), tokenizer)
+    return TextEncoder(*load_t5(T5EncoderModel, folder_or_id, dtype, device, stream))

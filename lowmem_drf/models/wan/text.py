@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowmem_drf.memory.host import HostStore
-from lowmem_drf.models.t5 import stream_text
-from lowmem_drf.models.weights.sources import complete, loading
+from lowmem_drf.models.t5 import load_t5
+from lowmem_drf.models.t5 import stream_text as stream_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,23 +50,7 @@ class TextEncoder:
 def load_text(
     folder_or_id: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", stream: bool = False
 ) -> TextEncoder:
-    """Subfolders ``text_encoder`` and ``tokenizer`` of a diffusers model: frozen, eval.
+    """See ``t5.load_t5``."""
+    from transformers import UMT5EncoderModel
 
-    Args:
-        device: where it computes.
-        stream: its weights stay in host memory (see ``stream_text``).
-
-    Raises:
-        BadInputError: they cannot be loaded.
-    """
-    from transformers import AutoTokenizer, UMT5EncoderModel
-
-    device = torch.device(device)
-    load = UMT5EncoderModel.from_pretrained
-    with loading("the text encoder", folder_or_id):
-        model = complete(load(folder_or_id, subfolder="text_encoder", dtype=dtype, output_loading_info=True))
-        tokenizer = AutoTokenizer.from_pretrained(folder_or_id, subfolder="tokenizer")
-    model.eval().requires_grad_(False)
-    if stream:
-        stream_text(model, device, HostStore(device))
-    return TextEncoder(model.to(device), tokenizer)
+    return TextEncoder(*load_t5(UMT5EncoderModel, folder_or_id, dtype, device, stream))

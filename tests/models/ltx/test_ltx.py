@@ -171,6 +171,7 @@ def test_it_trains_and_exports_and_what_saves_memory_changes_nothing(preset, tmp
     assert read_lora(made.paths[0]).pairs.keys() == modules
     comfyui = export_run(tmp_path / "plain", form="comfyui")
     assert read_lora(comfyui.paths[0]).pairs.keys() == modules and "Verified" in str(comfyui)
+    assert "loads in diffusers (pipe.load_lora_weights)." in str(comfyui)  # no other reader was compared
     with pytest.raises(BadInputError, match="--format comfyui"):
         export_run(tmp_path / "plain", form="kohya")
 
