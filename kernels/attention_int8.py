@@ -1,7 +1,8 @@
 """Attention that computes q k^T in 8-bit integers and p v in fp16, forward only (after SageAttention and
 SageAttention2: Zhang et al. 2024, arXiv 2410.02367 and 2411.10958)::
 
-    q' = (q - mean of q) R,  k' = (k - mean of k) R    means over the tokens of a head; R: Hadamard matrix, R R^T = d
+    q' = (q - mean of q) W^-1 R                        means over the tokens of a head; W: a power of two a channel
+    k' = (k - mean of k) W R                           R: Hadamard matrix, R R^T = d
     q' = s_q q8,  k' = s_k k8                          s: largest |element| of a token / 127; halves round away from 0
     scores = scale / d s_q s_k q8 k8^T + extra         q8 k8^T exact in int32
     extra = scale (mean of q) (k - mean of k)^T        one number for a key, in fp32
@@ -10,8 +11,11 @@ SageAttention2: Zhang et al. 2024, arXiv 2410.02367 and 2411.10958)::
     lse = log sum exp(scores) + scale q (mean of k)^T      of the scores that q and k themselves have, up to rounding
 
 A channel in which all tokens are far from zero, or one that is larger than the others, would take most of the 8 bits.
-The means take away the first kind (that of k adds the same to all scores of a query, which the softmax cancels), and
-the rotation, which leaves q k^T as it is, spreads the second over all channels.
+The means take away the first kind (that of k adds the same to all scores of a query, which the softmax cancels). What
+is left of a channel is given to q and k in equal parts by W (SmoothQuant: Xiao et al. 2022, arXiv 2211.10438), and the
+rotation, which leaves q k^T as it is, spreads it over all channels. Scores are rounded in proportion to |q'| |k'|, and
+the product of sum (rms of q / w)^2 and sum (w rms of k)^2 is least at w^2 = rms of q / rms of k (Cauchy and Schwarz);
+W is that w, rounded to a power of two so that products with it are exact.
 
 Tensor cores run integer products at least twice as fast as 16-bit ones. Those of GeForce cards run fp16 products
 twice as fast if they sum in fp16 (``HALF`` in ``TILES``). Each channel of v is scaled by a power of two to less than
@@ -44,6 +48,9 @@ KEYS = 64
 V_BITS = 9
 """Values are below 2^9: ``KEYS`` of them, weighted with at most 1, add up to about half of fp16's largest number."""
 
+MOST = 4
+"""Weights are from 2^-4 to 2^4, so that a channel that is constant but for rounding does not grow large."""
+
 QUANTISE_TILES = (
     Tile({"ROWS": 32}, 8, 1, CARDS, "few rows beside a thread's 64 elements of the rotation: two blocks at a time"),
 )  # fmt: skip
@@ -67,20 +74,40 @@ def attention_int8_naive(q: Tensor, k: Tensor, v: Tensor, scale: float | None = 
 def attention_int8_naive_forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse) by the formula in plain PyTorch, for d any power of two, with p and v in fp32 (fp64 inputs: all in
     fp64), and with the (L, M) matrix. What CPUs run."""
-    B, L, H, d = q.shape
+    H, d = q.shape[2:]
     if d & (d - 1):
         raise ValueError(f"The head dimension must be a power of two to be rotated; got q {tuple(q.shape)}.")
     wide = torch.promote_types(q.dtype, torch.float32)
-    q_BHLd, k_BHMd, v_BHMd = (x.to(wide).transpose(1, 2).repeat_interleave(H // x.shape[2], 1) for x in (q, k, v))
-    factor, rotation = d**-0.5 if scale is None else scale, hadamard(d).to(q_BHLd)
-    q_BH1d, k_BH1d = (x.mean(2, keepdim=True) for x in (q_BHLd, k_BHMd))
-    extra_BH1M = factor * q_BH1d @ (k_BHMd - k_BH1d).mT
-    q8_BHLd, k8_BHMd = (_rounded(x @ rotation) for x in (q_BHLd - q_BH1d, k_BHMd - k_BH1d))
-    scores_BHLM = factor / d * q8_BHLd @ k8_BHMd.mT + extra_BH1M
+    q_BLHd, k_BMGd, v_BMGd = (x.to(wide) for x in (q, k, v))
+    means = q_mean, k_mean = q_BLHd.mean(1), k_BMGd.mean(1)
+    factor, rotation = d**-0.5 if scale is None else scale, hadamard(d).to(q_BLHd)
+    centred = [x - mean.unsqueeze(1) for x, mean in zip((q_BLHd, k_BMGd), means, strict=True)]
+    weights = _weights(q_BLHd, k_BMGd, q_mean, k_mean)
+    q8_BLHd, k8_BMGd = (
+        _rounded(x * weight.to(wide).unsqueeze(1) @ rotation) for x, weight in zip(centred, weights, strict=True)
+    )
+    q_BHLd, q8_BHLd, k_BHMd, k8_BHMd, v_BHMd = (
+        x.transpose(1, 2).repeat_interleave(H // x.shape[2], 1) for x in (q_BLHd, q8_BLHd, centred[1], k8_BMGd, v_BMGd)
+    )
+    q_BH1d, k_BH1d = (x.repeat_interleave(H // x.shape[1], 1).unsqueeze(2) for x in means)
+    scores_BHLM = factor / d * q8_BHLd @ k8_BHMd.mT + factor * q_BH1d @ k_BHMd.mT
     lse_BHL1 = scores_BHLM.logsumexp(-1, keepdim=True)
     out = (scores_BHLM - lse_BHL1).exp() @ v_BHMd
     lse_BHL1 = lse_BHL1 + factor * q_BHLd @ k_BH1d.mT
     return out.transpose(1, 2).to(q.dtype), lse_BHL1.squeeze(-1)
+
+
+def _weights(q: Tensor, k: Tensor, q_mean: Tensor, k_mean: Tensor) -> tuple[Tensor, Tensor]:
+    """(W^-1 (B, H, d), W (B, G, d)), fp32, from the means (B, H, d) and (B, G, d) over tokens. The heads of q that read
+    a head of k share its weights."""
+    G, eps = k_mean.shape[1], torch.finfo(torch.float32).tiny
+    spread_q, spread_k = (
+        torch.linalg.vector_norm(x, dim=1, dtype=mean.dtype).square() / x.shape[1] - mean.square()
+        for x, mean in ((q, q_mean), (k, k_mean))
+    )
+    ratio = spread_q.unflatten(1, (G, -1)).mean(2).clamp(min=eps) / spread_k.clamp(min=eps)
+    power = (ratio.log2() / 4).round().clamp(-MOST, MOST).float()
+    return (-power).exp2().repeat_interleave(q_mean.shape[1] // G, 1), power.exp2()
 
 
 def hadamard(d: int) -> Tensor:
@@ -99,7 +126,8 @@ def _rounded(x: Tensor) -> Tensor:
 
 @triton.jit
 def quantise_kernel(
-    p_x, p_mean, p_other_mean, p_x8, p_step, p_extra, stride_xb, stride_xl, stride_xh, factor, extra_factor, L,
+    p_x, p_mean, p_other_mean, p_weight, p_x8, p_step, p_extra, stride_xb, stride_xl, stride_xh,
+    factor, extra_factor, L,
     GROUP: tl.constexpr, ARE_KEYS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Of keys also ``extra``, for each of the ``GROUP`` query heads that read them, with the mean of the queries; of
@@ -113,9 +141,9 @@ def quantise_kernel(
     odd ^= odd >> 4
     odd ^= odd >> 2
     odd = (odd ^ (odd >> 1)) & 1
-    b_mean = tl.load(p_mean + row * D + o_d)
-    b_turned = tl.sum(tl.where(odd == 1, -b_mean[:, None], b_mean[:, None]), 0)
-    b_y = dot(b_x, (1.0 - 2.0 * odd).to(b_x.dtype)) - b_turned[None, :]
+    b_mean, b_weight = tl.load(p_mean + row * D + o_d), tl.load(p_weight + row * D + o_d)
+    b_turn = (1.0 - 2.0 * odd) * b_weight[:, None]  # exact in 16 bits
+    b_y = dot(b_x, b_turn.to(b_x.dtype)) - tl.sum(b_turn * b_mean[:, None], 0)[None, :]
     step = tl.maximum(tl.max(tl.abs(b_y), 1), 1e-12) / 127
     b_y = b_y / step[:, None]
     b_x8 = (b_y + tl.where(b_y < 0, -0.5, 0.5)).to(tl.int8)
@@ -199,7 +227,7 @@ _tuned_attention = tuned(TILES, key=["D", "GROUP", "L", "M"])(attention_int8_ker
 
 
 def _quantised(
-    x: Tensor, mean: Tensor, other_mean: Tensor, are_keys: bool, factor: float, extra_factor: float
+    x: Tensor, mean: Tensor, other_mean: Tensor, weight: Tensor, are_keys: bool, factor: float, extra_factor: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x in 8 bits, contiguous; its scales times ``factor``, (B, H, L) fp32; of keys ``extra``, of queries what lse
     adds, one row for each query head)."""
@@ -208,7 +236,7 @@ def _quantised(
     group = other_mean.shape[1] // H if are_keys else H // other_mean.shape[1]
     extra = step.new_empty(B, H * group if are_keys else H, L)
     _tuned_quantise[lambda meta: (triton.cdiv(L, meta["ROWS"]), H, B)](
-        x, mean, other_mean, x8, step, extra, *x.stride()[:3], factor, extra_factor, L,
+        x, mean, other_mean, weight, x8, step, extra, *x.stride()[:3], factor, extra_factor, L,
         GROUP=group, ARE_KEYS=are_keys, D=d,
     )  # fmt: skip
     return x8, step, extra
@@ -231,8 +259,9 @@ def attention_int8_op(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Te
     M, G = k.shape[1:3]
     with torch.cuda.device_of(q):
         q_mean, k_mean = (x.mean(1, dtype=torch.float32) for x in (q, k))
-        q8, q_step, lse_extra = _quantised(q, q_mean, k_mean, False, scale * LOG2E.value / d, scale)
-        k8, k_step, extra = _quantised(k, k_mean, q_mean, True, 1.0, scale * LOG2E.value)
+        q_weight, k_weight = _weights(q, k, q_mean, k_mean)
+        q8, q_step, lse_extra = _quantised(q, q_mean, k_mean, q_weight, False, scale * LOG2E.value / d, scale)
+        k8, k_step, extra = _quantised(k, k_mean, q_mean, k_weight, True, 1.0, scale * LOG2E.value)
         v16, v_unit = _scaled(v)
         out, lse = q.new_empty(q.shape), q_step.new_empty(B, H, L)
         _tuned_attention[lambda meta: (triton.cdiv(L, meta["BLOCK_M"]), H, B)](
@@ -248,7 +277,7 @@ def _(q, k, v, scale):
 
 def attention_int8_workspace(q: Tensor, k: Tensor, v: Tensor, scale: float) -> int:
     """Bytes that the op allocates beside its results: q and k in 8 bits, v in fp16, the scales of tokens, ``extra``
-    and what lse adds in fp32. Not the means, and copies of inputs that are not ``aligned``."""
+    and what lse adds in fp32. Not the means and weights, and copies of inputs that are not ``aligned``."""
     B, L, H, _ = q.shape
     M, G = k.shape[1:3]
     return q.numel() + k.numel() + 2 * v.numel() + 4 * B * (H * (2 * L + M) + G * M)
@@ -293,7 +322,18 @@ def attention_int8_forward(q: Tensor, k: Tensor, v: Tensor, scale: float | None 
 def variants(card: int) -> Iterator[Variant]:
     """Both kernels with every tile of a card, in both dtypes, for Wan's 128 channels and for 64; quantisation of keys
     and of queries."""
-    fp32 = ("p_mean", "p_other_mean", "p_step", "p_q_step", "p_k_step", "p_extra", "p_lse_extra", "p_v_unit", "p_lse")
+    fp32 = (
+        "p_mean",
+        "p_other_mean",
+        "p_weight",
+        "p_step",
+        "p_q_step",
+        "p_k_step",
+        "p_extra",
+        "p_lse_extra",
+        "p_v_unit",
+        "p_lse",
+    )
     kinds = dict.fromkeys((*fp32, "factor", "extra_factor"), "fp32") | dict.fromkeys(("p_x8", "p_q8", "p_k8"), "i8")
     for element in ("bf16", "fp16"):
         for d in HEAD_DIMS:

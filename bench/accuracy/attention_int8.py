@@ -8,8 +8,11 @@ inputs are standard normal but for what a row names. Rotary rows turn q and k as
 832x480x81.
 
 Each column adds to the one before: scales of 128 queries and 64 keys, with the mean of k subtracted (SageAttention);
-a scale for each token; the mean of q; the rotation, which makes it ``attention_int8_naive``; and p and v in fp16 with
-sums rounded to fp16 after every 8 keys, at least as often as tensor cores round them, and added up in fp32 after 64.
+a scale for each token; the mean of q; the rotation; the weights of channels, which make it ``attention_int8_naive``
+(beside it with weights that are not rounded to powers of two); and p and v in fp16 with sums rounded to fp16 after
+every 8 keys, at least as often as tensor cores round them, and added up in fp32 after 64.
+
+Spread: the standard deviation of scores without those of means, which are not rounded. Of normal inputs it is 1.
 
 Gradients: cosines with those of exact attention. Of q, k and v, where the backward of exact attention, in fp32, takes
 out and lse of the int8 forward, for a random gradient of out. Of ToyWorld's LoRA, after one update's relay on the first
@@ -120,11 +123,20 @@ def _rounded(x: Tensor, rows: int) -> Tensor:
     return torch.cat([(part / (step := part.abs().max() / 127)).round() * step for part in parts])
 
 
-def _weights(q: Tensor, k: Tensor, rows: tuple[int, int], mean: bool, rotated: bool) -> Tensor:
+def _attended(
+    q: Tensor,
+    k: Tensor,
+    rows: tuple[int, int] = (1, 1),
+    mean: bool = False,
+    rotated: bool = False,
+    weigh: Callable[[Tensor], Tensor] = torch.ones_like,
+) -> Tensor:
+    """softmax(q k^T). ``weigh``: the best weights of channels -> those that are taken."""
     k = k - k.mean(0)
     q_mean = q.mean(0) if mean else torch.zeros_like(q[0])
     basis = hadamard(q.shape[1]).to(q) / q.shape[1] ** 0.5 if rotated else torch.eye(q.shape[1], dtype=q.dtype)
-    scores = _rounded((q - q_mean) @ basis, rows[0]) @ _rounded(k @ basis, rows[1]).T
+    weight = weigh((q.std(0) / k.std(0)).sqrt())
+    scores = _rounded((q - q_mean) / weight @ basis, rows[0]) @ _rounded(k * weight @ basis, rows[1]).T
     return ((scores + k @ q_mean) * q.shape[1] ** -0.5).softmax(-1)
 
 
@@ -143,19 +155,24 @@ def fp16_sums(p: Tensor, v: Tensor) -> Tensor:
 
 
 def measured(case: str, tokens: int) -> dict[str, float]:
-    """Column -> error."""
+    """Column -> error; and ``spread``."""
     q, k, v = inputs(case, tokens)
-    exact = (q @ k.T * CHANNELS**-0.5).softmax(-1) @ v
-    whole = _weights(q, k, (1, 1), True, True)
-    largest = whole.amax(-1, keepdim=True)
+    scores = q @ k.T * CHANNELS**-0.5
+    exact = scores.softmax(-1) @ v
+    ours = _attended(q, k, mean=True, rotated=True, weigh=lambda best: best.log2().round().exp2())
+    largest = ours.amax(-1, keepdim=True)
     found = {
-        "scales of blocks": _weights(q, k, (128, 64), False, False) @ v,
-        "of tokens": _weights(q, k, (1, 1), False, False) @ v,
-        "mean of q": _weights(q, k, (1, 1), True, False) @ v,
-        "rotation": attention_int8_naive(*(x[None, :, None] for x in (q, k, v)))[0, :, 0],
-        "fp16 sums": fp16_sums(whole / largest, v) * largest,
+        "scales of blocks": _attended(q, k, (128, 64)) @ v,
+        "of tokens": _attended(q, k) @ v,
+        "mean of q": _attended(q, k, mean=True) @ v,
+        "rotation": _attended(q, k, mean=True, rotated=True) @ v,
+        "weights": attention_int8_naive(*(x[None, :, None] for x in (q, k, v)))[0, :, 0],
+        "not rounded": _attended(q, k, mean=True, rotated=True, weigh=lambda best: best) @ v,
+        "fp16 sums": fp16_sums(ours / largest, v) * largest,
     }
-    return {name: ((out - exact).norm() / exact.norm()).item() for name, out in found.items()}
+    errors = {name: ((out - exact).norm() / exact.norm()).item() for name, out in found.items()}
+    q, k = q - q.mean(0), k - k.mean(0)  # what the softmax cancels, and what is added exactly
+    return errors | {"spread": (q @ k.T * CHANNELS**-0.5).std().item()}
 
 
 def gradient_cosines(case: str, tokens: int) -> dict[str, float]:
@@ -212,8 +229,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     rows = {case: measured(case, options.tokens) for case in CASES}
     table = Table("error in %", *next(iter(rows.values())))
-    for case, errors in rows.items():
-        table.add_row(case, *(f"{100 * error:.2f}" for error in errors.values()))
+    for case, found in rows.items():
+        spread = found["spread"]
+        table.add_row(case, *(f"{100 * x:.2f}" for name, x in found.items() if name != "spread"), f"{spread:.2f}")
     gradients = {case: gradient_cosines(case, options.tokens) for case in CASES}
     cosines = Table("cosine of the gradient of", *"qkv")
     for case, found in gradients.items():
