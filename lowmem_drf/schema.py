@@ -44,17 +44,19 @@ class Video(Node):
     """Height in pixels; the same rule as for ``width``."""
     frames: Positive = 81
     """Pixel frames: one for the first latent frame, four for every other (4n + 1), or what the generator's VAE makes
-    (8n + 1 of LTX-Video's). The time of attention grows with their square."""
+    (8n + 1 of LTX-Video's; 1 where it makes images). The time of attention grows with their square."""
     fps: Thousand = 16
     """Frames per second. It is written into the MP4 and tells the critic how fast the motion is; it costs nothing."""
 
     def problems(self, n: int = 4, side: int = 8) -> Iterator[tuple[str, str]]:
-        """``n``, ``side``: pixel frames of a latent, and pixels on a side. What else a generator asks is known when its
-        configuration is (``assembly.sizes.latent_shape``)."""
+        """``n``, ``side``: pixel frames of a latent (0: it makes images), and pixels on a side. What else a generator
+        asks is known when its configuration is (``assembly.sizes.latent_shape``)."""
         for name, value in (("width", self.width), ("height", self.height)):
             if value % side:
                 yield name, f"{value} is not a multiple of {side}; nearest: {max(side, round(value / side) * side)}"
-        if (self.frames - 1) % n:
+        if not n and self.frames > 1:
+            yield "frames", f"{self.frames}: the generator makes images; set 1, and critic.frames = 1"
+        if n and (self.frames - 1) % n:
             low = max(1, (self.frames - 1) // n * n + 1)
             makes = f"{n}n + 1 (the VAE makes 1 + {n}n frames)"
             yield "frames", f"{self.frames} is not {makes}; nearest: {low} or {low + n}"

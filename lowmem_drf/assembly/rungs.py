@@ -115,7 +115,7 @@ def compact(value: object) -> str:
 
 
 def _fewer_frames(config: Config) -> str | None:
-    unit = sizes_of(generator_config(config.model.id)).temporal
+    unit = sizes_of(generator_config(config.model.id)).temporal or 1
     frames = (config.video.frames - 1) * 3 // 5 // unit * unit + 1
     seen = config.critic.frames
     return f"video.frames={frames}" if frames >= 9 and not (isinstance(seen, int) and seen > frames) else None

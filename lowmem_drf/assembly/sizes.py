@@ -25,8 +25,8 @@ def sizes_of(generator: GeneratorConfig) -> GeneratorSizes:
 
 def latent_shape(config: Config, sizes: GeneratorSizes) -> tuple[int, int, int, int]:
     """(C, F, h, w). Raises BadInputError: the video's size does not fit the generator."""
-    video, most = config.video, sizes.positions
-    frames = (video.frames - 1) // sizes.temporal + 1
+    video, most, every = config.video, sizes.positions, sizes.temporal or 1
+    frames = (video.frames - 1) // every + 1
     for name, value, patch in (("width", video.width, sizes.patch[2]), ("height", video.height, sizes.patch[1])):
         unit = sizes.spatial * patch
         if value % unit:
@@ -39,16 +39,18 @@ def latent_shape(config: Config, sizes: GeneratorSizes) -> tuple[int, int, int, 
                 f"video.{name} = {value} is more than the positions of {config.model.id} cover. "
                 f"At most: -s video.{name}={most * unit}"
             )
-    if (video.frames - 1) % sizes.temporal or frames % sizes.patch[0]:
-        unit = sizes.temporal * sizes.patch[0]
-        least = sizes.temporal * (sizes.patch[0] - 1) + 1
+    if not sizes.temporal and video.frames > 1:
+        raise BadInputError(f"video.frames = {video.frames}: {config.model.id} makes images. Set -s video.frames=1")
+    if (video.frames - 1) % every or frames % sizes.patch[0]:
+        unit = every * sizes.patch[0]
+        least = every * (sizes.patch[0] - 1) + 1
         nearest = least + max(0, round((video.frames - least) / unit)) * unit
         raise BadInputError(
             f"video.frames = {video.frames} is not {unit}n + {least}, which {config.model.id} makes. "
             f"Nearest: -s video.frames={nearest}"
         )
     if frames > most * sizes.patch[0]:
-        largest = (most * sizes.patch[0] - 1) * sizes.temporal + 1
+        largest = (most * sizes.patch[0] - 1) * every + 1
         raise BadInputError(
             f"video.frames = {video.frames} is more than the positions of {config.model.id} cover. "
             f"At most: -s video.frames={largest}"

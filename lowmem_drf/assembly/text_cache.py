@@ -28,7 +28,7 @@ from lowmem_drf.terminal import working
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowmem_drf.models.family import TextEncoder
+    from lowmem_drf.models.family import GeneratorConfig, TextEncoder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -51,31 +51,28 @@ def encode_texts(config: Config, generator: str, texts: Sequence[str], device: t
     """Text -> embedding (l, D) on the CPU in the run's dtype, without padding.
 
     Args:
-        generator: folder with ``text_encoder`` and ``tokenizer``, or a hub id, for which nothing is cached.
+        generator: folder with ``text_encoder`` and ``tokenizer``, or a hub id, for which nothing is cached. Of several
+            encoders one is loaded after the other.
         texts: in any order, with repetitions.
         device: where the encoder runs.
 
     Raises BadInputError: the encoder cannot be loaded, or an embedding is not finite.
     """
     unique = list(dict.fromkeys(texts))
-    cache = _cache_for(config, Path(generator), device)
+    described = generator_config(generator)
+    cache = _cache_for(config, Path(generator), list(described.text_encoders), device)
     encoded = {text: value for text in unique if cache is not None and (value := cache.get(text)) is not None}
     missing = [text for text in unique if text not in encoded]
     if missing:
-        family = family_of(generator_config(generator))
-        encoder = family.load_text(generator, DTYPES[config.dtype], device, config.memory.text_device == "stream")
-        with working("embedding prompts", len(missing)) as advance:
-            for text, value in _encoded(encoder, missing, config.model.text_tokens, BATCH if cache is None else 1):
-                encoded[text] = value
-                if cache is not None:
-                    cache.put(text, value)
-                advance(1)
-        del encoder
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            if release := getattr(torch.accelerator, "empty_host_cache", None):  # not in every version
-                release()  # frees the pinned memory of a streamed encoder, which PyTorch would keep
+        *others, last = described.text_encoders
+        rows: dict[str, Tensor] = {}
+        for subfolder in others:
+            for text, row_LD in _rows(config, generator, described, subfolder, missing, cache, device):
+                rows[text] = row_LD + rows[text] if text in rows else row_LD
+        for text, row_LD in _rows(config, generator, described, last, missing, cache, device):
+            encoded[text] = without_padding(row_LD + rows.pop(text) if text in rows else row_LD)
+            if cache is not None:
+                cache.put(text, encoded[text])
     if lost := not_finite(encoded):
         raise BadInputError(
             f"the text encoder of {generator} makes NaN or infinity of {len(lost)} of {len(encoded)} prompts in "
@@ -84,11 +81,31 @@ def encode_texts(config: Config, generator: str, texts: Sequence[str], device: t
     return {text: encoded[text] for text in unique}
 
 
-def _encoded(encoder: TextEncoder, texts: list[str], max_tokens: int, batch: int) -> Iterator[tuple[str, Tensor]]:
-    for start in range(0, len(texts), batch):
-        some = texts[start : start + batch]
-        for text, row_LD in zip(some, encoder.encode(some, max_tokens), strict=True):
-            yield text, without_padding(row_LD.cpu())
+def _rows(
+    config: Config,
+    generator: str,
+    described: GeneratorConfig,
+    subfolder: str,
+    texts: list[str],
+    cache: TextCache | None,
+    device: torch.device,
+) -> Iterator[tuple[str, Tensor]]:
+    """The texts with their embeddings (L, D) by one encoder, which is loaded, and freed."""
+    stream, batch = config.memory.text_device == "stream", BATCH if cache is None else 1
+    load, dtype = family_of(described).load_text, DTYPES[config.dtype]
+    encoder: TextEncoder = load(generator, dtype, device, stream, subfolder)
+    with working("embedding prompts", len(texts)) as advance:
+        for start in range(0, len(texts), batch):
+            some = texts[start : start + batch]
+            for text, row_LD in zip(some, encoder.encode(some, config.model.text_tokens), strict=True):
+                yield text, row_LD.cpu()
+                advance(1)
+    del encoder
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        if release := getattr(torch.accelerator, "empty_host_cache", None):  # not in every version
+            release()  # frees the pinned memory of a streamed encoder, which PyTorch would keep
 
 
 def without_padding(row_LD: Tensor) -> Tensor:
@@ -131,14 +148,14 @@ class TextCache:
         return self._folder / f"{hashlib.sha256(self._name(text).encode()).hexdigest()[:32]}.safetensors"
 
 
-def _cache_for(config: Config, generator: Path, device: torch.device) -> TextCache | None:
-    """``None`` for a small encoder, and for a hub id."""
-    weights = sum(file.stat().st_size for file in (generator / "text_encoder").glob("*.safetensors"))
+def _cache_for(config: Config, generator: Path, encoders: Sequence[str], device: torch.device) -> TextCache | None:
+    """``None`` for small encoders, and for a hub id."""
+    weights = sum(file.stat().st_size for name in encoders for file in (generator / name).glob("*.safetensors"))
     if weights < LARGE_BYTES:
         return None
     key = {
         "version": VERSION,
-        "encoder": _fingerprint(generator),
+        "encoder": _fingerprint(generator, encoders),
         "dtype": config.dtype,
         "max_tokens": config.model.text_tokens,
         "device": device.type,
@@ -146,10 +163,10 @@ def _cache_for(config: Config, generator: Path, device: torch.device) -> TextCac
     return TextCache(cache_folder() / "texts", key)
 
 
-def _fingerprint(generator: Path) -> str:
-    """Hash of names, sizes and contents (large files: slices) of encoder and tokenizer."""
+def _fingerprint(generator: Path, encoders: Sequence[str]) -> str:
+    """Hash of names, sizes and contents (large files: slices) of encoders and tokenizers."""
     digest = hashlib.sha256()
-    for subfolder in ("text_encoder", "tokenizer"):
+    for subfolder in (*encoders, *(name.replace("text_encoder", "tokenizer") for name in encoders)):
         for file in sorted(path for path in (generator / subfolder).iterdir() if path.is_file()):
             size = file.stat().st_size
             digest.update(f"{subfolder}/{file.name} {size}\n".encode())

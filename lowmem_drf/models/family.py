@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -38,6 +38,13 @@ class GeneratorConfig:
     """The low-noise expert if there are two (``experts.py``); ``transformer`` is then the high-noise one."""
     boundary: float | None = None
     """``boundary_ratio`` between two experts, in (0, 1)."""
+    more_text: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """Of further text encoders, by subfolder: ``text_encoder_2`` and so on."""
+
+    @property
+    def text_encoders(self) -> dict[str, dict[str, Any]]:
+        """All of them by subfolder, in their order."""
+        return {"text_encoder": self.text, **self.more_text}
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class GeneratorSizes:
     spatial: int
     """Pixels on a side for each of the latents."""
     temporal: int
-    """Pixel frames for each latent frame but the first, which makes one."""
+    """Pixel frames for each latent frame but the first, which makes one. 0: there is no other, it makes images."""
     patch: tuple[int, int, int]
     """Latents that make a token: frames, height, width."""
     positions: int
@@ -95,6 +102,8 @@ class ModuleNames:
     """All modules inside a block, and its parameters."""
     outside: Mapping[str, str]
     """Those outside the blocks."""
+    comfyui: str = "diffusion_model"
+    """What stands before a module's name in LoRA files that ComfyUI reads."""
     kohya: bool = True
     """Whether LoRA files are also written in kohya's form, and diffusers reads it."""
 
@@ -122,7 +131,8 @@ class Verdict:
 
 
 class TextEncoder(Protocol):
-    """A prompt encoder with its tokenizer."""
+    """A prompt encoder with its tokenizer. Where a generator has several, one is loaded after the other, and the sum of
+    their embeddings is that of a text: each has zeros where another one has values."""
 
     def encode(self, texts: Sequence[str], max_tokens: int = ...) -> Tensor:
         """Embeddings (B, max_tokens, D) in the encoder's dtype; zero rows at the end are padding."""
@@ -146,7 +156,8 @@ class Family(Protocol):
     """For messages: "a Wan text-to-video model"."""
     KINDS: Mapping[str, str]
     """Subfolder of a diffusers model -> ``_class_name`` (diffusers) or ``model_type`` (transformers): ``transformer``,
-    ``vae``, ``text_encoder``. The transformer's class tells the family."""
+    ``vae``, ``text_encoder``, and ``text_encoder_2`` and so on if there are several. The transformer's class tells the
+    family."""
     KNOWN: Mapping[str, KnownGenerator]
     """Published generators by hub id."""
     BLOCKS: str
@@ -221,8 +232,9 @@ class Family(Protocol):
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         stream: bool = False,
+        subfolder: str = "text_encoder",
     ) -> TextEncoder:
-        """``stream``: its weights stay in host memory (``stream_text``)."""
+        """``stream``: its weights stay in host memory (``stream_text``). ``subfolder``: which one."""
         ...
 
     def stream_text(self, model: Any, device: torch.device, store: HostStore) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,16 @@ from typing import Any
 from lowmem_drf.errors import BadInputError, quoted
 from lowmem_drf.models.family import Family, GeneratorConfig, KnownGenerator
 from lowmem_drf.models.ltx import family as ltx
+from lowmem_drf.models.sd3 import family as sd3
 from lowmem_drf.models.wan import family as wan
-from lowmem_drf.models.weights.files import MODEL_INDEX, SECOND, has_second, read_model_index
+from lowmem_drf.models.weights.files import MODEL_INDEX, MORE_TEXT, SECOND, has_second, read_model_index
 from lowmem_drf.models.weights.sources import resolve
 from lowmem_drf.texts import parse_json
 
 FAMILIES: list[Family] = [
     wan,
     ltx,
+    sd3,
 ]
 """Each is one folder beside this file (docs/adding-a-generator.md)."""
 
@@ -73,6 +75,7 @@ def generator_config(folder_or_id: str) -> GeneratorConfig:
             models[field], families = _read(subfolder, file, place, families)
         generator = GeneratorConfig(models["transformer"], models["vae"], models["text"])
         (family,) = families
+        generator = replace(generator, more_text=_more_text(family, find, place))
         family.refuse(generator, place)
         boundary = _boundary(read_model_index(index))
         second = find(f"{SECOND}/config.json") if boundary is not None else None
@@ -87,6 +90,16 @@ def generator_config(folder_or_id: str) -> GeneratorConfig:
         f"hf download {quoted(place)} --include '*.json'\n"
         f"Or give a folder in diffusers layout, or one of: {', '.join(KNOWN_GENERATORS)}."
     )
+
+
+def _more_text(family: Family, find: Callable[[str], Path | None], place: str) -> dict[str, dict[str, Any]]:
+    """The configurations of the text encoders after the first."""
+    found: dict[str, dict[str, Any]] = {}
+    for subfolder in family.KINDS:
+        if subfolder.startswith(MORE_TEXT):
+            file = find(f"{subfolder}/config.json")
+            found[subfolder] = _read(subfolder, file or Path(place) / subfolder, place, [family])[0]
+    return found
 
 
 def _cached(hub_id: str, name: str) -> Path | None:
@@ -128,6 +141,6 @@ def _read(
     if kind not in wanted:
         raise BadInputError(
             f"{place} holds a {kind} in {subfolder}, and a {' or '.join(wanted)} is expected there: this program "
-            f"trains text-to-video models of {names_of(FAMILIES)}."
+            f"trains models of {names_of(FAMILIES)}."
         )
     return config, [wanted[kind]]

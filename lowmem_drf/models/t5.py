@@ -15,9 +15,15 @@ if TYPE_CHECKING:
 
 
 def load_t5(
-    kind: type[PreTrainedModel], folder_or_id: str, dtype: torch.dtype, device: str | torch.device, stream: bool
+    kind: type[PreTrainedModel],
+    folder_or_id: str,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    stream: bool,
+    subfolder: str = "text_encoder",
 ) -> tuple[Any, Any]:
-    """(encoder, tokenizer): subfolders ``text_encoder`` and ``tokenizer`` of a diffusers model: frozen, eval.
+    """(encoder, tokenizer): subfolders ``text_encoder`` and ``tokenizer`` of a diffusers model, or ``text_encoder_3``
+    and ``tokenizer_3``: frozen, eval.
 
     Args:
         device: where it computes.
@@ -30,8 +36,8 @@ def load_t5(
 
     device, load = torch.device(device), kind.from_pretrained
     with loading("the text encoder", folder_or_id):
-        model = complete(load(folder_or_id, subfolder="text_encoder", dtype=dtype, output_loading_info=True))
-        tokenizer = AutoTokenizer.from_pretrained(folder_or_id, subfolder="tokenizer")
+        model = complete(load(folder_or_id, subfolder=subfolder, dtype=dtype, output_loading_info=True))
+        tokenizer = AutoTokenizer.from_pretrained(folder_or_id, subfolder=subfolder.replace("text_encoder", "tokenizer"))
     model.eval().requires_grad_(False)
     if stream:
         stream_text(model, device, HostStore(device))

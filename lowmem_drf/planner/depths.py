@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lowmem_drf.assembly.assemble import Models
+from lowmem_drf.models.generators import family_of
 from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.stages import MIDDLE
 from lowmem_drf.schema import Config
@@ -64,8 +66,8 @@ def line_to(depths: Depths) -> Line | None:
 
 def depths_of(generator: GeneratorConfig, critic: Mapping[str, Any]) -> dict[str, int]:
     """The stacks of a run that consist of equal blocks. ``critic``: its ``config.json``."""
-    depths = {"transformer": generator.transformer["num_layers"]}
-    if generator.transformer_2 is not None and generator.transformer_2["num_layers"] != depths["transformer"]:
+    depths = {"transformer": generator.transformer["num_layers"]} if _equal_blocks(generator) else {}
+    if depths and generator.transformer_2 is not None and generator.transformer_2["num_layers"] != depths["transformer"]:
         del depths["transformer"]
     text, vision = critic["text_config"], critic["vision_config"]
     if len(set(text.get("layer_types") or [0])) == 1 and not text.get("use_sliding_window"):
@@ -75,6 +77,16 @@ def depths_of(generator: GeneratorConfig, critic: Mapping[str, Any]) -> dict[str
     if ends and "deepstack_visual_indexes" not in vision:
         depths["windowed"] = vision["depth"] - len(whole)
     return depths
+
+
+def _equal_blocks(generator: GeneratorConfig) -> bool:
+    """Whether the parameters of all blocks of the transformer have the same names and shapes."""
+    family, blocks = family_of(generator), defaultdict[str, set[object]](set)
+    for name, shape in family.parameter_shapes(generator.transformer).items():
+        if name.startswith(f"{family.BLOCKS}."):
+            _, place, inner = name.split(".", 2)
+            blocks[place].add((inner, shape))
+    return len({frozenset(one) for one in blocks.values()}) == 1
 
 
 def shallow_generator(generator: GeneratorConfig, depths: Depths) -> GeneratorConfig:

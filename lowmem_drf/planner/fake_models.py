@@ -101,10 +101,12 @@ def fake_tiny(config: Config, generator: GeneratorConfig, mode: FakeTensorMode) 
     return model
 
 
-def fake_text(generator: GeneratorConfig, dtype: torch.dtype, mode: FakeTensorMode) -> Any:
-    """The encoder of ``load_text``, without the tokenizer."""
+def fake_text(
+    generator: GeneratorConfig, dtype: torch.dtype, mode: FakeTensorMode, name: str = "text_encoder"
+) -> Any:
+    """The encoder of ``load_text`` in this subfolder, without the tokenizer."""
     with _disable_current_modes():
-        model = family_of(generator).empty_text(generator.text)
+        model = family_of(generator).empty_text(generator.text_encoders[name])
     with _packing():
         return fill_as_loaded(model, dtype, partial(_fake_value, mode))
 

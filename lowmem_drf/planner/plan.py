@@ -216,7 +216,8 @@ class _Run:
 
     def text(self, shallow: bool) -> dict[str, StagePlan]:
         """The figures of the text encoder, from two smaller depths if it is ``shallow``."""
-        line = line_to({"text": self.generator.text["num_layers"]}) if shallow else None
+        many = bool(self.generator.more_text)
+        line = line_to({"text": self.generator.text["num_layers"]}) if shallow and not many else None
         if line is None:
             return self._text({}).stages
         meter = PlanMeter(Ledger())
@@ -257,7 +258,9 @@ class _Run:
     def _text(self, depths: Mapping[str, int]) -> PlanMeter:
         with self.fakes, Ledger(ALLOCATOR_BLOCK, _rates(self.card, self.config), self.fakes) as ledger:
             meter = PlanMeter(ledger)
-            _encode_text(self.config, shallow_generator(self.generator, depths), self.fakes.mode, meter)
+            generator = shallow_generator(self.generator, depths)
+            for name in generator.text_encoders:
+                _encode_text(self.config, generator, name, self.fakes.mode, meter)
         return meter
 
     def _update(self, depths: Mapping[str, int], absent: Mapping[str, Sequence[Figures]]) -> tuple[PlanMeter, int]:
@@ -326,9 +329,11 @@ def _rates(card: Card, config: Config) -> Rates:
     return Rates(flops, card.tf32 * 1e12, memory, card.link_rate, shares, card.int8 * 1e12)
 
 
-def _encode_text(config: Config, generator: GeneratorConfig, mode: FakeTensorMode, meter: PlanMeter) -> None:
-    """Plans the text encoder, alone on the card, with one batch of prompts."""
-    encoder, where = fake_text(generator, DTYPES[config.dtype], mode), config.memory.text_device
+def _encode_text(
+    config: Config, generator: GeneratorConfig, name: str, mode: FakeTensorMode, meter: PlanMeter
+) -> None:
+    """Plans a text encoder, alone on the card, with one batch of prompts."""
+    encoder, where = fake_text(generator, DTYPES[config.dtype], mode, name), config.memory.text_device
     nbytes = sum(parameter.nbytes for parameter in encoder.parameters())
     if where == "host":
         meter.add("text", Figures({("", 0): Span(0, nbytes)}, 0, 0, Counters(), what="it runs on the host"))
@@ -336,7 +341,8 @@ def _encode_text(config: Config, generator: GeneratorConfig, mode: FakeTensorMod
     if where == "stream":
         family_of(generator).stream_text(encoder, torch.device("cpu"), planned_store())
     meter.load([encoder])
-    ids_BL = torch.ones(1 if nbytes >= LARGE_BYTES else BATCH, config.model.text_tokens, dtype=torch.int64)
+    tokens = min(config.model.text_tokens, generator.text_encoders[name].get("max_position_embeddings", 512))
+    ids_BL = torch.ones(1 if nbytes >= LARGE_BYTES else BATCH, tokens, dtype=torch.int64)
     with meter.stage("text"), torch.no_grad():
         encoder(ids_BL, torch.ones_like(ids_BL))
     meter.unload()

@@ -128,7 +128,8 @@ def with_shortcuts(parts: Parts, models: Models, ledger: Ledger, frames: Frames 
             while isinstance(holder.forward, RecordedForward | StreamedForward | HookedForward):
                 holder = holder.forward
             mark = marker(ledger, "transformer" if model is models.transformer else "expert", place, len(blocks))
-            holder.forward = _ShortcutBlock(holder.forward, ledger, mark)
+            kind = " ".join(type(module).__name__ for module in block.modules())
+            holder.forward = _ShortcutBlock(holder.forward, ledger, mark, kind)
     return parts if frames is None else with_decoders(parts, lambda one: _ShortcutDecoder(one, ledger, frames))
 
 
@@ -139,10 +140,13 @@ def with_decoders(parts: Parts, changed: Callable[[Decoder], Decoder]) -> Parts:
 
 
 class _ShortcutBlock:
-    """A block's ``forward``. Runs passes with gradient, and recorded ones (they get ``kept_attention``), every time."""
+    """A block's ``forward``. Runs passes with gradient, and recorded ones (they get ``kept_attention``), every time.
 
-    def __init__(self, forward: Any, ledger: Ledger, mark: Callable[[str], None]) -> None:
-        self._forward, self._ledger, self._mark = forward, ledger, mark
+    ``kind``: blocks of one kind are equal.
+    """
+
+    def __init__(self, forward: Any, ledger: Ledger, mark: Callable[[str], None], kind: str) -> None:
+        self._forward, self._ledger, self._mark, self._kind = forward, ledger, mark, kind
 
     def unread(self, hidden_BLD: Tensor, *rest: Any, **arguments: Any) -> Any:
         begins(hidden_BLD, self._mark)
@@ -153,7 +157,7 @@ class _ShortcutBlock:
         if torch.is_grad_enabled() or arguments:
             return self._forward(hidden_BLD, *rest, **arguments)
         run = partial(self._forward, hidden_BLD, *rest)
-        return self._ledger.shortcut(("block", hidden_BLD.shape), run, partial(torch.zeros_like, hidden_BLD))
+        return self._ledger.shortcut(("block", self._kind, hidden_BLD.shape), run, partial(torch.zeros_like, hidden_BLD))
 
 
 class _ShortcutDecoder:

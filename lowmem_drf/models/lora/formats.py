@@ -108,4 +108,4 @@ def _stem(module: str, form: LoraFormat, family: Family) -> str:
             f"The {form} format has no name for a LoRA on {one_line(module, 80)}. Export with --format diffusers."
         )
     own = f"{match[1]}.{family.NAMES.linears[match[2]]}"
-    return f"diffusion_model.{own}" if form == "comfyui" else f"lora_unet_{own.replace('.', '_')}"
+    return f"{family.NAMES.comfyui}.{own}" if form == "comfyui" else f"lora_unet_{own.replace('.', '_')}"

@@ -6,6 +6,7 @@ in the hub's cache or in a folder needs no network.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.models.weights.files import (
     MODEL_INDEX,
+    MORE_TEXT,
     SECOND,
     SUBFOLDERS,
     Problem,
@@ -153,11 +155,12 @@ def _download(hub_id: str, role: Role, say: Say, without: tuple[str, ...]) -> Pa
 
 def _wanted(hub_id: str, role: Role, files: list[str], without: tuple[str, ...]) -> list[str]:
     """The files of a repository that loading reads. Raises BadInputError if it has no safetensors weights."""
-    wanted, second = [], []
+    wanted, more = [], list[str]()
     if role == "generator":
-        wanted = [name for name in files if name == MODEL_INDEX or name.startswith("tokenizer/")]
-        second = [SECOND] if f"{SECOND}/config.json" in files else []
-    for subfolder in (*SUBFOLDERS[role], *second):
+        wanted = [name for name in files if name == MODEL_INDEX or re.match(r"tokenizer(_\d)?/", name)]
+        more = [SECOND] if f"{SECOND}/config.json" in files else []
+        more += [name.removesuffix("/config.json") for name in files if re.fullmatch(rf"{MORE_TEXT}\d/config.json", name)]
+    for subfolder in (*SUBFOLDERS[role], *more):
         if subfolder in without:
             wanted += [name for name in files if name == f"{subfolder}/config.json"]
             continue

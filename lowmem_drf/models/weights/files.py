@@ -15,9 +15,12 @@ from lowmem_drf.texts import parse_json
 Role = Literal["generator", "critic"]
 
 SUBFOLDERS: dict[Role, tuple[str, ...]] = {"generator": ("transformer", "vae", "text_encoder"), "critic": ("",)}
-"""Folders with weights and a config.json. A generator with two experts also has ``SECOND``."""
+"""Folders with weights and a config.json. A generator with two experts also has ``SECOND``, one with several text
+encoders those that begin with ``MORE_TEXT``."""
 
 SECOND = "transformer_2"
+MORE_TEXT = "text_encoder_"
+"""Before the number of a generator's second text encoder, and of others after it."""
 MODEL_INDEX = "model_index.json"
 """Lists a generator's models."""
 
@@ -72,8 +75,9 @@ def find_problems(folder: Path, role: Role, without: tuple[str, ...] = ()) -> li
             elif what := damage(place / name):
                 problems.append(Problem(prefix + name, what, False))
     if role == "generator":
-        if not (folder / "tokenizer").is_dir():
-            missing("tokenizer/")
+        for name in [sub.replace("text_encoder", "tokenizer") for sub in subfolders(folder, role) if "text" in sub]:
+            if not (folder / name).is_dir():
+                missing(f"{name}/")
         if not (folder / MODEL_INDEX).is_file():
             missing(MODEL_INDEX)
     return problems
@@ -81,9 +85,10 @@ def find_problems(folder: Path, role: Role, without: tuple[str, ...] = ()) -> li
 
 def subfolders(folder: Path, role: Role) -> tuple[str, ...]:
     """Subfolders in which this model must have weights."""
-    index = folder / MODEL_INDEX
-    second = role == "generator" and index.is_file() and has_second(read_model_index(index))
-    return (*SUBFOLDERS[role], SECOND) if second else SUBFOLDERS[role]
+    file = folder / MODEL_INDEX
+    index = read_model_index(file) if role == "generator" and file.is_file() else {}
+    text = [name for name, kind in index.items() if name.startswith(MORE_TEXT) and kind and kind[-1]]
+    return (*SUBFOLDERS[role], *text, *([SECOND] if has_second(index) else []))
 
 
 def read_model_index(file: Path) -> dict[str, Any]:

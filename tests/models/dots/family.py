@@ -84,8 +84,8 @@ def load_vae(folder_or_id, dtype=torch.float32, device="cpu"):
     return vae.to(device).eval().requires_grad_(False)
 
 
-def load_text(folder_or_id, dtype=torch.float32, device="cpu", stream=False):
-    folder = Path(folder_or_id) / "text_encoder"
+def load_text(folder_or_id, dtype=torch.float32, device="cpu", stream=False, subfolder="text_encoder"):
+    folder = Path(folder_or_id) / subfolder
     config = parse_json((folder / "config.json").read_bytes())
     model = DotsText(config["width"], config["num_layers"])
     model.load_state_dict(read_safetensors(folder / "model.safetensors"))
