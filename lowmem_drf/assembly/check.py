@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_drf.assembly.cache import Cache, cache_folder
-from lowmem_drf.assembly.questions import Questions, critic_key, grammar_of
+from lowmem_drf.assembly.questions import Questions, critic_key, grammar_of, is_still
 from lowmem_drf.files import write_text
 from lowmem_drf.method.reward import RewardSpec, question_reward
 from lowmem_drf.models.weights.sources import TOYWORLD
@@ -29,6 +29,7 @@ from lowmem_drf.questions.check import (
     verdict,
 )
 from lowmem_drf.questions.make import foils, make_questions
+from lowmem_drf.questions.still import about_image, of_image
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import counted
 from lowmem_drf.types import Prompt, Question
@@ -88,7 +89,7 @@ def checked_questions(
         ours = not prompt.questions and config.critic.questions in ("critic", "phrases")
         verdicts = check(prompt, made, rebuilds=replaces and ours and check.grammar == "phrases")
         if replaces and _nothing_about_the_prompt(verdicts):
-            spare = make_questions(prompt.text, config.critic.mode, check.grammar, check.foils)
+            spare = make_questions(prompt.text, config.critic.mode, check.grammar, check.foils, check.still)
             again = check(prompt, [q for q in spare if q.aspect == "TA"], rebuilds=False)
             if _nothing_about_the_prompt(again):
                 again = [Verdict(v.question, v.told, None, "asked all the same: no other is left") for v in again]
@@ -104,7 +105,8 @@ class _Check:
     """The check of one prompt."""
 
     def __init__(self, config: Config, prompts: Sequence[Prompt], critic: QwenCritic) -> None:
-        self.grammar = grammar_of(config)
+        self.grammar, self.still = grammar_of(config), is_still(config)
+        self._of_images = self.still and self.grammar == "phrases"
         self.foils = foils((prompt.text for prompt in prompts), self.grammar)
         self._critic, self._key = critic, {"check": VERSION, **critic_key(config)}
         self._cache = Cache(cache_folder() / "checks")
@@ -114,11 +116,12 @@ class _Check:
         yesno = any(is_fixed(q) and q.kind == "yesno" for q in questions)
         dense = any(is_fixed(q) and q.kind == "dense" for q in questions)
         rebuilds = rebuilds and (yesno or dense)
-        about = fixed.about_text() if rebuilds else []
+        about = fixed.about_text(self.still) if rebuilds else []
         asked = [q for q in questions if not (is_fixed(q) and (rebuilds or q.kind == "dense"))]
-        told = self._probabilities(DESCRIBED.format(prompt=prompt.text), [*map(checkable, asked), *about])
+        described, blind = map(of_image, (DESCRIBED, BLIND)) if self._of_images else (DESCRIBED, BLIND)
+        told = self._probabilities(described.format(prompt=prompt.text), [*map(checkable, asked), *about])
         unsaid = [q for q, p in zip(asked, told, strict=False) if needs_guess(q, p)]
-        guessed = dict(zip(unsaid, self._probabilities(BLIND, list(map(checkable, unsaid))), strict=True))
+        guessed = dict(zip(unsaid, self._probabilities(blind, list(map(checkable, unsaid))), strict=True))
         found = {q: verdict(q, p, guessed.get(q)) for q, p in zip(asked, told, strict=False)}
         if not rebuilds:
             return [found.get(q) or Verdict(q) for q in questions]
@@ -126,8 +129,9 @@ class _Check:
         unfit = {
             q.name for q in about if contradicted(by_text[q.text]) or (q.aspect == "TA" and by_text[q.text] < SURE)
         }
-        chosen = fixed.checks(prompt.text, unfit)
-        kept = [*(fixed.yesno(chosen) if yesno else ()), *(fixed.dense(chosen) if dense else ())]
+        chosen = fixed.checks(prompt.text, unfit, self.still)
+        kept = [*(fixed.yesno(chosen) if yesno else ()), *(fixed.dense(chosen, self.still) if dense else ())]
+        kept = [*about_image(kept)] if self.still else kept
         dropped = [q for q in questions if is_fixed(q) and q.kind == "yesno" and q not in kept]
         left_out = [verdict(q, by_text[q.text]) for q in dropped if contradicted(by_text[q.text])]
         return [*found.values(), *(Verdict(q, by_text.get(q.text)) for q in kept), *left_out]

@@ -55,6 +55,11 @@ def grammar_of(config: Config) -> Grammar:
     return "toyworld" if {critic.id, config.prompts} & {TOYWORLD, READER} else "phrases"
 
 
+def is_still(config: Config) -> bool:
+    """Whether questions are about images: clips of one frame."""
+    return config.video.frames == 1
+
+
 def draft_questions(
     config: Config, prompts: Sequence[Prompt], grammar: Grammar | None = None, strict: bool = True
 ) -> Questions:
@@ -82,7 +87,7 @@ def draft_questions(
     for prompt in prompts:
         try:
             asked = prompt.questions or given.get(prompt.text)
-            made[prompt.id] = asked or make_questions(prompt.text, config.critic.mode, grammar, pool)
+            made[prompt.id] = asked or make_questions(prompt.text, config.critic.mode, grammar, pool, is_still(config))
         except BadInputError as error:
             refused.append((prompt, error))
     if refused:
@@ -139,16 +144,17 @@ def write_missing(
         By text: the fields of each question, or after two answers that cannot be used ``{"unusable": reason}``.
     """
     cache, mode = Cache(cache_folder() / "questions"), config.critic.mode
+    still = is_still(config)
     model = {**critic_key(config), **({"critic": config.critic.writer} if config.critic.writer else {})}
 
     def key(text: str) -> dict[str, object]:
-        return {"prompt": text, "mode": mode, "version": VERSION, **model}
+        return {"prompt": text, "mode": mode, "version": VERSION, **model, **({"still": True} if still else {})}
 
     rows: dict[str, Any] = {prompt.text: cache.get(key(prompt.text)) for prompt in prompts if not prompt.questions}
     missing = sorted((text for text, found in rows.items() if found is None), key=len)  # alike: little padding
     if missing:
         with _writer(config, critic) as writer:
-            for text, new in _write(writer, missing, mode, console):
+            for text, new in _write(writer, missing, mode, still, console):
                 unusable = isinstance(new, UnusableError)
                 rows[text] = {"unusable": str(new)} if unusable else list(map(asdict, cast("list[Question]", new)))
                 cache.put(key(text), rows[text])
@@ -203,10 +209,10 @@ def _writer(config: Config, critic: QwenCritic | None) -> Iterator[QwenCritic]:
 
 
 def _write(
-    writer: QwenCritic, texts: Sequence[str], mode: str, console: Console
+    writer: QwenCritic, texts: Sequence[str], mode: str, still: bool, console: Console
 ) -> Iterator[tuple[str, tuple[Question, ...] | UnusableError]]:
     """Yields the questions of each text, batch by batch, and says what they cost."""
-    count = at_once(writer, [instruction(text, mode) for text in texts])
+    count = at_once(writer, [instruction(text, mode, still) for text in texts])
     console.print(
         f"The writer makes questions for {len(texts)} prompts, {min(count, len(texts))} at once: a pass a token, up to "
         f"{WRITTEN_TOKENS} tokens each. They are cached: a stopped run goes on where it was.",
@@ -223,7 +229,7 @@ def _write(
     with work_bar(console, "writing questions", len(texts)) as advance:
         for i in range(0, len(texts), count):
             some = texts[i : i + count]
-            yield from zip(some, write_questions(some, mode, generate), strict=True)
+            yield from zip(some, write_questions(some, mode, generate, still), strict=True)
             advance(len(some))
     spent = clock(time.monotonic() - start)
     console.print(f"Questions written: {said['tokens']} tokens, {said['passes']} passes, {spent}.", highlight=False)

@@ -37,7 +37,9 @@ def load_t5(
     device, load = torch.device(device), kind.from_pretrained
     with loading("the text encoder", folder_or_id):
         model = complete(load(folder_or_id, subfolder=subfolder, dtype=dtype, output_loading_info=True))
-        tokenizer = AutoTokenizer.from_pretrained(folder_or_id, subfolder=subfolder.replace("text_encoder", "tokenizer"))
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder_or_id, subfolder=subfolder.replace("text_encoder", "tokenizer")
+        )
     model.eval().requires_grad_(False)
     if stream:
         stream_text(model, device, HostStore(device))

@@ -67,7 +67,11 @@ def line_to(depths: Depths) -> Line | None:
 def depths_of(generator: GeneratorConfig, critic: Mapping[str, Any]) -> dict[str, int]:
     """The stacks of a run that consist of equal blocks. ``critic``: its ``config.json``."""
     depths = {"transformer": generator.transformer["num_layers"]} if _equal_blocks(generator) else {}
-    if depths and generator.transformer_2 is not None and generator.transformer_2["num_layers"] != depths["transformer"]:
+    if (
+        depths
+        and generator.transformer_2 is not None
+        and generator.transformer_2["num_layers"] != depths["transformer"]
+    ):
         del depths["transformer"]
     text, vision = critic["text_config"], critic["vision_config"]
     if len(set(text.get("layer_types") or [0])) == 1 and not text.get("use_sliding_window"):

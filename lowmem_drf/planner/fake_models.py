@@ -101,9 +101,7 @@ def fake_tiny(config: Config, generator: GeneratorConfig, mode: FakeTensorMode) 
     return model
 
 
-def fake_text(
-    generator: GeneratorConfig, dtype: torch.dtype, mode: FakeTensorMode, name: str = "text_encoder"
-) -> Any:
+def fake_text(generator: GeneratorConfig, dtype: torch.dtype, mode: FakeTensorMode, name: str = "text_encoder") -> Any:
     """The encoder of ``load_text`` in this subfolder, without the tokenizer."""
     with _disable_current_modes():
         model = family_of(generator).empty_text(generator.text_encoders[name])

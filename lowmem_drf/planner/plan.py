@@ -329,9 +329,7 @@ def _rates(card: Card, config: Config) -> Rates:
     return Rates(flops, card.tf32 * 1e12, memory, card.link_rate, shares, card.int8 * 1e12)
 
 
-def _encode_text(
-    config: Config, generator: GeneratorConfig, name: str, mode: FakeTensorMode, meter: PlanMeter
-) -> None:
+def _encode_text(config: Config, generator: GeneratorConfig, name: str, mode: FakeTensorMode, meter: PlanMeter) -> None:
     """Plans a text encoder, alone on the card, with one batch of prompts."""
     encoder, where = fake_text(generator, DTYPES[config.dtype], mode, name), config.memory.text_device
     nbytes = sum(parameter.nbytes for parameter in encoder.parameters())

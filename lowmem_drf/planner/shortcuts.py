@@ -157,7 +157,9 @@ class _ShortcutBlock:
         if torch.is_grad_enabled() or arguments:
             return self._forward(hidden_BLD, *rest, **arguments)
         run = partial(self._forward, hidden_BLD, *rest)
-        return self._ledger.shortcut(("block", self._kind, hidden_BLD.shape), run, partial(torch.zeros_like, hidden_BLD))
+        return self._ledger.shortcut(
+            ("block", self._kind, hidden_BLD.shape), run, partial(torch.zeros_like, hidden_BLD)
+        )
 
 
 class _ShortcutDecoder:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from lowmem_drf.questions.clauses import NEGATION, either
+from lowmem_drf.questions.still import OVER_TIME, about_image, of_image
 from lowmem_drf.types import Aspect, Question
 
 ANSWER = " Answer yes or no."
@@ -155,26 +156,31 @@ _DENSE = (
 
 
 def texts() -> frozenset[str]:
-    """Every question of this file, in both wordings."""
+    """Every question of this file, in both wordings, of clips and of images."""
     every = (text + ANSWER for check in (*PHYSICS, *QUALITY) for text in (*check.good, *check.bad))
-    return frozenset((*every, *_DENSE))
+    return frozenset(said for text in (*every, *_DENSE) for said in (text, of_image(text)))
 
 
-def about_text() -> list[Question]:
+def about_text(still: bool = False) -> list[Question]:
     """What a critic that reads the prompt answers to choose the properties. If it gives the opposite of an answer, its
     ``name`` belongs to ``contradicted`` of ``checks``."""
     every = (*PHYSICS, *QUALITY)
     abouts = dict.fromkeys(check.about for check in every if check.about)
-    return [
+    made = [
         *yesno({"Phy": PHYSICS, "VQ": QUALITY}),
         *(Question("TA", about + ANSWER, "yes", name=about) for about in abouts),
     ]
+    return [*about_image(made)] if still else made
 
 
-def checks(prompt: str, contradicted: Collection[str] | None = None) -> dict[Aspect, tuple[Check, ...]]:
+def checks(
+    prompt: str, contradicted: Collection[str] | None = None, still: bool = False
+) -> dict[Aspect, tuple[Check, ...]]:
     """The first ``PAIRS`` properties of each aspect that the prompt does not contradict, and at least ``FEWEST``.
 
-    ``contradicted``: the names of the others, from a critic that read the prompt (``check``). ``None``: by stems.
+    Args:
+        contradicted: the names of the others, from a critic that read the prompt (``check``). ``None``: by stems.
+        still: only those that an image can have.
     """
     low = prompt.casefold()
     if contradicted is None:
@@ -185,7 +191,7 @@ def checks(prompt: str, contradicted: Collection[str] | None = None) -> dict[Asp
         unfit = {check.name for check in (*PHYSICS, *QUALITY) if check.about in contradicted}
     chosen: dict[Aspect, tuple[Check, ...]] = {"Phy": PHYSICS, "VQ": QUALITY}
     for aspect, every in chosen.items():
-        asked = [check for check in every if check.name not in unfit]
+        asked = [check for check in every if check.name not in unfit and not (still and check.name in OVER_TIME)]
         kept = [check for check in asked if check.name not in contradicted][:PAIRS]
         seldom_contradicted = [check for check in reversed(asked) if check not in kept]
         chosen[aspect] = (*kept, *seldom_contradicted[: max(FEWEST - len(kept), 0)])
@@ -211,11 +217,11 @@ def yesno(chosen: dict[Aspect, tuple[Check, ...]], heldout: bool = False) -> lis
     ]
 
 
-def dense(chosen: dict[Aspect, tuple[Check, ...]]) -> list[Question]:
+def dense(chosen: dict[Aspect, tuple[Check, ...]], still: bool = False) -> list[Question]:
     """One dense question for each aspect."""
     physics, quality = ([check.clause for check in chosen[aspect]] for aspect in ("Phy", "VQ"))
-    plausible = f"The motion is physically plausible: {'; '.join(physics)}."
-    good = f"The video is {', '.join(quality[:-1])} and {quality[-1]}."
+    plausible = f"{'It' if still else 'The motion'} is physically plausible: {'; '.join(physics)}."
+    good = f"The {'image' if still else 'video'} is {', '.join(quality[:-1])} and {quality[-1]}."
     return [
         Question("Phy", _DENSE[0], plausible, "dense", name="plausible"),
         Question("VQ", _DENSE[1], good, "dense", name="quality"),

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.questions import phrases, toyworld
 from lowmem_drf.questions.clauses import cut
+from lowmem_drf.questions.still import TOYWORLDS, about_image
 from lowmem_drf.types import Question
 
 Grammar = Literal["phrases", "toyworld", "toyworld_phrases"]
@@ -21,7 +22,11 @@ MODES = ("yesno", "dense", "both", "vanilla", "heldout")
 
 
 def make_questions(
-    prompt: str, mode: str = "yesno", grammar: Grammar = "phrases", others: Sequence[phrases.Foil] = ()
+    prompt: str,
+    mode: str = "yesno",
+    grammar: Grammar = "phrases",
+    others: Sequence[phrases.Foil] = (),
+    still: bool = False,
 ) -> tuple[Question, ...]:
     """The questions of a prompt.
 
@@ -30,6 +35,7 @@ def make_questions(
             three; ``both``; ``vanilla`` asks one global question; ``heldout`` is ``yesno`` in wordings that training
             never uses.
         others: ``foils`` of the prompt's set.
+        still: about an image (``still``).
 
     Raises:
         BadInputError: unknown mode or grammar; ToyWorld's: not exactly one shape, color, motion and background.
@@ -39,8 +45,10 @@ def make_questions(
     if grammar not in get_args(Grammar):
         raise BadInputError(f"the grammar {grammar!r} is unknown. Use one of: {', '.join(get_args(Grammar))}.")
     if grammar == "phrases":
-        return phrases.questions(prompt, mode, others)
+        asked = phrases.questions(prompt, mode, others, still)
+        return about_image(asked) if still else asked
     made = _toyworld_questions(prompt, mode)
+    made = tuple(question for question in made if not (still and question.name in TOYWORLDS))
     if grammar == "toyworld" or mode == "dense":
         return made
     if mode == "vanilla":

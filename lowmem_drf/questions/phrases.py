@@ -98,19 +98,19 @@ def language(text: str) -> str:
     return max(hits, key=lambda name: hits[name]) if any(hits.values()) else "en"
 
 
-def questions(prompt: str, mode: str, others: Sequence[Foil] = ()) -> tuple[Question, ...]:
+def questions(prompt: str, mode: str, others: Sequence[Foil] = (), still: bool = False) -> tuple[Question, ...]:
     """The questions of a prompt in a mode of ``make_questions``. ``others``: ``foils`` of the prompt's set."""
     text, heldout = cut(prompt), mode == "heldout"
     if mode == "vanilla":
         return (_yesno(_WHOLE[0].format(text.whole) if text.whole else _NOTHING[0], "global"),)
-    checks = fixed.checks(prompt)
+    checks = fixed.checks(prompt, still=still)
     made: list[Question] = []
     if mode in {"yesno", "both", "heldout"}:
         made += about(text, heldout)
         made += about_others(prompt, others, heldout)
         made += fixed.yesno(checks, heldout)
     if mode in {"dense", "both"}:
-        made += [*_dense(text), *fixed.dense(checks)]
+        made += [*_dense(text), *fixed.dense(checks, still)]
     return tuple(made)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.prompts import parse_question
 from lowmem_drf.questions.fixed import ANSWER
+from lowmem_drf.questions.still import of_image
 from lowmem_drf.types import Question
 
 Generate = Callable[[Sequence[str]], Sequence[str]]
@@ -62,13 +63,13 @@ class UnusableError(ValueError):
 
 
 def write_questions(
-    prompts: Sequence[str], mode: str, generate: Generate
+    prompts: Sequence[str], mode: str, generate: Generate, still: bool = False
 ) -> list[tuple[Question, ...] | UnusableError]:
     """Questions of aspects TA and Phy for each prompt, or the error of its second unusable answer.
 
-    ``mode``: ``yesno``, ``dense`` or ``both``.
+    ``mode``: ``yesno``, ``dense`` or ``both``. ``still``: about images.
     """
-    instructions = [instruction(prompt, mode) for prompt in prompts]
+    instructions = [instruction(prompt, mode, still) for prompt in prompts]
     answers = generate(instructions)
     made = [_read(said, mode) for said in answers]
     again = [i for i, found in enumerate(made) if isinstance(found, UnusableError)]
@@ -82,10 +83,13 @@ def write_questions(
     return made
 
 
-def instruction(prompt: str, mode: str) -> str:
+def instruction(prompt: str, mode: str, still: bool = False) -> str:
     """What a writer is told."""
     example = ",\n ".join([_YESNO] * (mode != "dense") + [_DENSE] * (mode != "yesno"))
-    return _INSTRUCTION.format(prompt=prompt, rules=_RULES[mode], fewest=FEWEST, most=MOST, example=example)
+    frame, rules = _INSTRUCTION, _RULES[mode]
+    if still:
+        frame, rules, example = of_image(frame), of_image(rules), example.replace("video", "image")
+    return frame.format(prompt=prompt, rules=rules, fewest=FEWEST, most=MOST, example=example)
 
 
 def _read(said: str, mode: str) -> tuple[Question, ...] | UnusableError:

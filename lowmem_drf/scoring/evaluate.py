@@ -13,7 +13,7 @@ import torch
 from lowmem_drf.assembly.assemble import Models, critic_frames, derive_seed, reward_spec
 from lowmem_drf.assembly.check import can_check, checked_questions
 from lowmem_drf.assembly.generate import NAN, batches, flaw
-from lowmem_drf.assembly.questions import draft_questions, grammar_of
+from lowmem_drf.assembly.questions import draft_questions, grammar_of, is_still
 from lowmem_drf.assembly.references import finish_questions
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import BadInputError, NonFiniteError
@@ -74,7 +74,7 @@ def make_trial(
     else:
         chosen = tuple(prompts[:count])
         source = "of the training file, with other noise (give held-out ones: lowmem-drf eval --prompts FILE)"
-    heldout = heldout_questions(chosen, grammar_of(config))
+    heldout = heldout_questions(chosen, grammar_of(config), is_still(config))
     return Trial(chosen, seeds, draft_questions(config, chosen, strict=False), heldout, source)
 
 
@@ -269,10 +269,12 @@ def mean_rows(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: fmean(row[name] for row in rows if name in row) for name in names}
 
 
-def heldout_questions(prompts: Sequence[Prompt], grammar: Grammar) -> dict[str, tuple[Question, ...]]:
+def heldout_questions(
+    prompts: Sequence[Prompt], grammar: Grammar, still: bool = False
+) -> dict[str, tuple[Question, ...]]:
     """Questions that training does not ask; empty unless every prompt allows them."""
     try:
         others = foils((prompt.text for prompt in prompts), grammar)
-        return {prompt.id: make_questions(prompt.text, "heldout", grammar, others) for prompt in prompts}
+        return {prompt.id: make_questions(prompt.text, "heldout", grammar, others, still) for prompt in prompts}
     except BadInputError:
         return {}

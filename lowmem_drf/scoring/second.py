@@ -104,8 +104,9 @@ class SecondCritic:
     def _questions(self, trial: Trial, critic: QwenCritic, console: Console) -> Mapping[str, Sequence[Question]]:
         """The held-out questions without those that this critic does not answer as wanted from the prompt; where there
         are none, those of training, with its own reference answers and token weights."""
+        still = self.config.video.frames == 1
         if trial.heldout:
-            heldout = heldout_questions(trial.prompts, "toyworld") if self._phrases else trial.heldout
+            heldout = heldout_questions(trial.prompts, "toyworld", still) if self._phrases else trial.heldout
             return checked_heldout(self.config, trial.prompts, heldout, critic, console)
         asked = {name: tuple(_unweighted(question) for question in some) for name, some in trial.questions.items()}
         return finish_questions(self.config, trial.prompts, asked, critic, console).questions

@@ -1,4 +1,4 @@
-"""The Stable Diffusion 3 transformer as a ``types.Velocity``: flow-matching velocity v = eps - x_0 at noise level sigma.
+"""The transformer of Stable Diffusion 3 as a ``types.Velocity``: flow-matching velocity v = eps - x_0 at noise sigma.
 
 As ``StableDiffusion3Pipeline`` of diffusers 0.42.1 calls it: timestep 1000 sigma, the encoders' pooled text beside the
 tokens, and no mask: the transformer sees the text's padding.

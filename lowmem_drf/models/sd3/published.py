@@ -89,11 +89,12 @@ def refuse(generator: GeneratorConfig, place: str) -> None:
     and for a VAE with a layer before its decoder: those of other models."""
     transformer, vae = generator.transformer, generator.vae
     cure = "Take Stable Diffusion 3 or 3.5, such as tensorart/stable-diffusion-3.5-medium-turbo."
+    text = transformer["caption_projection_dim"]
     width = transformer["num_attention_heads"] * transformer["attention_head_dim"]
-    if not transformer.get("pos_embed_max_size") or transformer["caption_projection_dim"] != width:
+    if not transformer.get("pos_embed_max_size") or text != width:
         raise BadInputError(
-            f"The transformer of {place} has no table of positions, or its text has {transformer['caption_projection_dim']}"
-            f" numbers a token and its image {width}, which is not trained here. {cure}"
+            f"The transformer of {place} has no table of positions, or its text has {text} numbers a token "
+            f"and its image {width}, which is not trained here. {cure}"
         )
     if vae.get("use_post_quant_conv", True):
         raise BadInputError(f"The VAE of {place} has a layer before its decoder, which is not trained here. {cure}")

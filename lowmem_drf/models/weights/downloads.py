@@ -159,7 +159,9 @@ def _wanted(hub_id: str, role: Role, files: list[str], without: tuple[str, ...])
     if role == "generator":
         wanted = [name for name in files if name == MODEL_INDEX or re.match(r"tokenizer(_\d)?/", name)]
         more = [SECOND] if f"{SECOND}/config.json" in files else []
-        more += [name.removesuffix("/config.json") for name in files if re.fullmatch(rf"{MORE_TEXT}\d/config.json", name)]
+        more += [
+            name.removesuffix("/config.json") for name in files if re.fullmatch(rf"{MORE_TEXT}\d/config.json", name)
+        ]
     for subfolder in (*SUBFOLDERS[role], *more):
         if subfolder in without:
             wanted += [name for name in files if name == f"{subfolder}/config.json"]
