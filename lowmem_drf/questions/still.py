@@ -1,4 +1,4 @@
-"""Questions about an image, which is a clip of one frame: none of them is about motion or change, and they say image."""
+"""Questions about an image, a clip of one frame: none is about motion or change, and they say image for video."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ class Measured:
         """A ``result.Side``: means over prompts."""
         means: dict[str, Any] = {
             "reward": 0.0, "reward_by_aspect": dict.fromkeys(get_args(Aspect)), "heldout_reward": None,
-            "diversity": 0.0, "velocity_norm": 0.0, **dict.fromkeys(MEASURES), "motion": 0.0,
+            "diversity": 0.0, "velocity_norm": 0.0, **dict.fromkeys(MEASURES),
         }  # fmt: skip
         for name in dict.fromkeys(name for row in self.by_prompt for name in row):
             group, _, member = name.rpartition(".")

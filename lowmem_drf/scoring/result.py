@@ -37,7 +37,7 @@ class Side(_Part):
     """RMS distance between two clips of one prompt, mean over pairs; 0 with one clip a prompt."""
     velocity_norm: float
     """RMS of the velocity, mean over steps."""
-    motion: float
+    motion: float | None
     """Mean absolute difference of successive frames, 0 to 1."""
     freeze: float | None
     """Share of frames that are as the one before."""

@@ -128,6 +128,17 @@ def tiny_text(dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Any, A
     return model.to(dtype).eval().requires_grad_(False), tokenizer
 
 
+def tiny_t5(seed: int = 0) -> Any:
+    """T5EncoderModel of width 16, for ``tiny_prompt_tokenizer``. Frozen, eval."""
+    from transformers import T5Config, T5EncoderModel
+
+    with _seeded(seed) as generator:
+        words, rest = len(tiny_prompt_tokenizer()), {"num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+        model = T5EncoderModel(T5Config(vocab_size=words, d_model=TEXT_DIM, d_kv=8, d_ff=32, **rest))
+        _spread(model, 1.0, generator)
+    return model.eval().requires_grad_(False)
+
+
 def tiny_critic_tokenizer() -> Any:
     """Word-level tokenizer with Qwen's special tokens and a chat template of Qwen's form."""
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _tiny import TEXT_DIM, _seeded, _spread, tiny_prompt_tokenizer
+from _tiny import TEXT_DIM, _seeded, _spread, tiny_prompt_tokenizer, tiny_t5
 
 CHANNELS = 4
 
@@ -37,17 +37,6 @@ def tiny_ltx_vae(dtype: torch.dtype = torch.float32, seed: int = 0, **config: An
         with torch.no_grad():
             model.decoder.conv_out.conv.weight.mul_(0.7)
     return model.to(dtype).eval().requires_grad_(False)
-
-
-def tiny_t5(seed: int = 0) -> Any:
-    """T5EncoderModel of width 16, for ``tiny_prompt_tokenizer``. Frozen, eval."""
-    from transformers import T5Config, T5EncoderModel
-
-    with _seeded(seed) as generator:
-        words, rest = len(tiny_prompt_tokenizer()), {"num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
-        model = T5EncoderModel(T5Config(vocab_size=words, d_model=TEXT_DIM, d_kv=8, d_ff=32, **rest))
-        _spread(model, 1.0, generator)
-    return model.eval().requires_grad_(False)
 
 
 def save_tiny_ltx(folder: Path) -> Path:

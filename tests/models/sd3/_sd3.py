@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _tiny import TEXT_DIM, _seeded, _spread, tiny_prompt_tokenizer
+from _tiny import TEXT_DIM, _seeded, _spread, tiny_prompt_tokenizer, tiny_t5
 
 CHANNELS = 4
 CLIP_TOKENS = 7
@@ -62,7 +62,6 @@ def tiny_clip(width: int, seed: int) -> Any:
 
 def save_tiny_sd3(folder: Path) -> Path:
     """Writes a complete diffusers folder and returns it."""
-    from _ltx import tiny_t5
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     short, long = tiny_prompt_tokenizer(), tiny_prompt_tokenizer()
