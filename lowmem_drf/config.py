@@ -20,7 +20,9 @@ from pydantic import BaseModel, ValidationError
 import lowmem_drf
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import require_output, write_text
-from lowmem_drf.schema import Config, Log, Model, Node, Video
+from lowmem_drf.levels import TIMESTEPS as TRAINED
+from lowmem_drf.levels import ddim_levels
+from lowmem_drf.schema import Config, Log, Model, Node, Sampler, Video
 from lowmem_drf.texts import escaped, expanded, one_line, parse_toml, read_text, shown, toml_value
 
 _PATTERNS = {
@@ -257,14 +259,15 @@ def _overridden(values: dict[str, tuple[Any, str]], overrides: Iterable[str]) ->
             own |= {k: (v, _option(text)) for k, v in rows}
         except BadInputError as error:
             problems.append(str(error))
-    levels, source = values.get(TIMESTEPS, ([], ""))
+    levels, _ = values.get(TIMESTEPS, ([], ""))
     if "sampler.steps" in own and TIMESTEPS not in own and len(levels) != own["sampler.steps"][0]:
-        values = {**values, TIMESTEPS: ([], source)}  # the preset's are those of another number of steps
+        values = {key: value for key, value in values.items() if key != TIMESTEPS}  # those of another number of steps
     return _validate(_as_published(values | own), problems)
 
 
 def _as_published(values: Mapping[str, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
-    """With the sampling that the model's publishers use, where a value is left out or ``auto``."""
+    """With the sampling that the model's publishers use, where a value is left out or ``auto``. A table with
+    ``snr_shift`` is that of a model trained by discrete diffusion (``levels.py``)."""
     asked = {"model.id": Model().id, "video.width": Video().width, "video.height": Video().height}
     model, *sides = (values.get(key, (default, ""))[0] for key, default in asked.items())
     known: dict[str, tuple[Any, str]] = {}
@@ -276,6 +279,9 @@ def _as_published(values: Mapping[str, tuple[Any, str]]) -> dict[str, tuple[Any,
             shift = row.get("shift_720p", row["shift"]) if large else row["shift"]
             published = (shift, row["guidance"], table["negative_prompt"])
             known = {key: (value, str(file)) for key, value in zip(AS_PUBLISHED, published, strict=True)}
+            steps = values.get("sampler.steps", (Sampler().steps, ""))[0]
+            if "snr_shift" in row and isinstance(steps, int) and 1 <= steps <= TRAINED:
+                known[TIMESTEPS] = (ddim_levels(row["snr_shift"], steps), str(file))
     kept = {key: value for key, value in values.items() if key not in AS_PUBLISHED or value[0] != "auto"}
     return known | kept
 

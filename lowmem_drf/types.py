@@ -70,7 +70,8 @@ class Answer:
 
 
 class Decoder(Protocol):
-    """A video VAE decoder. A chunk is one latent frame and the pixel frames it makes, or the whole clip (``causal``).
+    """A video VAE decoder. A chunk is one latent frame and the pixel frames it makes, or ``group`` of them, or the whole
+    clip (``causal``).
 
     Entering caches in a list are given away: ``chunk`` and ``advance`` may empty it while they work. A trace is what a
     chunk's backward needs of its forward.
@@ -81,6 +82,8 @@ class Decoder(Protocol):
     causal: bool
     """Whether frames depend on earlier latents alone. If not, the one chunk is the whole clip, and there are no caches:
     read F for 1 in the shapes below."""
+    group: int
+    """Latent frames of a chunk. Above 1, the first chunk has one more (``method/frames.py``)."""
 
     def decode(self, latents_BCFhw: Tensor) -> Tensor:
         """All frames at once, as the model library makes them: (B, T, C, H, W) in [0, 1]. Differentiable."""

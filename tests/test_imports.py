@@ -15,6 +15,7 @@ LAWS: dict[str, tuple[int, set[str]]] = {
     "__init__": (0, set()),
     "errors": (0, set()),
     "files": (0, set()),
+    "levels": (0, set()),
     "libraries": (0, set()),
     "shortage": (0, set()),
     "types": (0, {"torch"}),
@@ -52,7 +53,7 @@ PROGRAMS = "toy/build"
 """How ToyWorld's models were trained and what they are worth: may import anything, and nothing imports it."""
 FULL = 14
 """Files of a room, besides ``__init__.py``."""
-LIGHT = {"__init__", "errors", "files", "libraries", "shortage", "schema", "config", "prompts", "texts", "cli", "api"}
+LIGHT = {"__init__", "errors", "files", "levels", "libraries", "shortage", "schema", "config", "prompts", "texts", "cli", "api"}
 """Rooms that import no third-party package but pydantic and typer when they are imported."""
 LAZY = {
     *(

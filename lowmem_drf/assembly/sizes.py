@@ -41,8 +41,8 @@ def latent_shape(config: Config, sizes: GeneratorSizes) -> tuple[int, int, int, 
             )
     if not sizes.temporal and video.frames > 1:
         raise BadInputError(f"video.frames = {video.frames}: {config.model.id} makes images. Set -s video.frames=1")
-    if (video.frames - 1) % every or frames % sizes.patch[0]:
-        unit = every * sizes.patch[0]
+    if (video.frames - 1) % (every * sizes.vae_group) or frames % sizes.patch[0]:
+        unit = every * sizes.vae_group * sizes.patch[0]
         least = every * (sizes.patch[0] - 1) + 1
         nearest = least + max(0, round((video.frames - least) / unit)) * unit
         raise BadInputError(
@@ -91,7 +91,7 @@ def _at_once(config: Config, generator: GeneratorConfig, clips: int) -> list[tup
     attention = 4 * tokens * sizes.width * bytes_of[config.dtype]  # input, query, key and value of one block
     channels = sizes.vae_widths[0]
     pixels = video.width * video.height // sizes.vae_patch**2
-    chunk = sizes.temporal if video.frames > 1 else 1
+    chunk = sizes.temporal * sizes.vae_group if video.frames > 1 else 1
     convolution = (
         2 * chunk * channels * pixels * bytes_of[config.memory.vae_dtype]
     )  # one convolution's input and output

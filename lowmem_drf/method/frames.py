@@ -1,7 +1,7 @@
 """Selection of the pixel frames for the critic, and of the decode chunks that hold them.
 
-A chunk is one latent frame. With the VAE's temporal factor t, chunk 0 makes pixel frame 0, and chunk c > 0 makes frames
-(c - 1) t + 1 .. c t.
+With the VAE's temporal factor t, latent frame 0 makes pixel frame 0, and latent frame l > 0 makes frames
+(l - 1) t + 1 .. l t. A chunk is one latent frame, or a ``group`` of them: then the first chunk has one more.
 """
 
 from __future__ import annotations
@@ -112,14 +112,23 @@ def kept_fps(n_frames: int, fps: float, n_keep: int, mode: FrameMode = "uniform"
     return fps * n_keep / n_frames
 
 
-def chunk_of_frame(frame: int, temporal_factor: int) -> int:
+def chunk_of_frame(frame: int, temporal_factor: int, group: int = 1) -> int:
     """The chunk that makes a pixel frame."""
-    return -(-frame // temporal_factor)
+    latent = -(-frame // temporal_factor)
+    return latent if group == 1 else max(0, latent - 1) // group
 
 
-def frames_of_chunk(chunk: int, temporal_factor: int) -> range:
+def latents_of_chunk(chunk: int, group: int = 1) -> slice:
+    """The latent frames of a chunk. A clip of one has one."""
+    more = int(group > 1)
+    return slice(chunk * group + more if chunk else 0, (chunk + 1) * group + more)
+
+
+def frames_of_chunk(chunk: int, temporal_factor: int, group: int = 1) -> range:
     """The pixel frames that a chunk makes."""
-    return range((chunk - 1) * temporal_factor + 1, chunk * temporal_factor + 1) if chunk else range(1)
+    latents = latents_of_chunk(chunk, group)
+    first = (latents.start - 1) * temporal_factor + 1 if chunk else 0
+    return range(first, (latents.stop - 1) * temporal_factor + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,14 +144,16 @@ class ChunkVisit:
     """Whether the gradients at its entering caches go on to the chunk before."""
 
 
-def backward_chunks(kept: Sequence[int], temporal_factor: int, window: int | None) -> tuple[ChunkVisit, ...]:
+def backward_chunks(
+    kept: Sequence[int], temporal_factor: int, window: int | None, group: int = 1
+) -> tuple[ChunkVisit, ...]:
     """The chunks that the VAE backward recomputes, in reverse time order.
 
     Cache gradients flow from a kept chunk to earlier chunks and stop ``window`` chunks below the last kept chunk they
     passed. ``None``: they never stop (exact); 0: they never leave their chunk. So truncation costs nothing between kept
     chunks within the window of each other.
     """
-    holders = {chunk_of_frame(frame, temporal_factor) for frame in kept}
+    holders = {chunk_of_frame(frame, temporal_factor, group) for frame in kept}
     last = max(holders)
     reach = last if window is None else window
 
@@ -152,7 +163,7 @@ def backward_chunks(kept: Sequence[int], temporal_factor: int, window: int | Non
     visits = []
     for chunk in range(last, -1, -1):
         if chunk in holders or receives(chunk):
-            made = frames_of_chunk(chunk, temporal_factor)
+            made = frames_of_chunk(chunk, temporal_factor, group)
             slots = tuple(i for i, frame in enumerate(kept) if frame in made)
             local = tuple(kept[i] - made.start for i in slots)
             visits.append(ChunkVisit(chunk, slots, local, hands_back=chunk > 0 and receives(chunk - 1)))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem_drf.method.finite import Found, look_at, refuse
-from lowmem_drf.method.frames import ChunkVisit, backward_chunks
+from lowmem_drf.method.frames import ChunkVisit, backward_chunks, latents_of_chunk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,10 +130,10 @@ def _trace(decoder: Decoder, x_0_BCFhw: Tensor, left: ForBackward, last: int, vi
 def _visits(decoder: Decoder, kept: Sequence[int], window: int | None) -> tuple[ChunkVisit, ...]:
     """The chunks of a backward, in reverse time order. The gradient of a whole clip needs no window."""
     if decoder.causal:
-        return backward_chunks(kept, decoder.temporal_factor, window)
+        return backward_chunks(kept, decoder.temporal_factor, window, decoder.group)
     return (ChunkVisit(0, tuple(range(len(kept))), tuple(kept), hands_back=False),)
 
 
 def _frames(decoder: Decoder, chunk: int) -> slice:
     """The latent frames of a chunk."""
-    return slice(chunk, chunk + 1) if decoder.causal else slice(None)
+    return latents_of_chunk(chunk, decoder.group) if decoder.causal else slice(None)

@@ -79,6 +79,8 @@ class GeneratorSizes:
     """Channels of the decoder's levels, that of full resolution first."""
     vae_patch: int
     """Pixels on a side for each output of the decoder's last layer."""
+    vae_group: int = 1
+    """Latent frames that the VAE decodes together, and one more at the beginning (``types.Decoder.group``)."""
     tiny_decoder: str = ""
     """``owner/repo/file.safetensors`` of a published ``model.decoder_file`` for these latents; "" if there is none."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_drf.errors import BadInputError, quoted
+from lowmem_drf.models.cogvideox import family as cogvideox
 from lowmem_drf.models.family import Family, GeneratorConfig, KnownGenerator
 from lowmem_drf.models.ltx import family as ltx
 from lowmem_drf.models.sd3 import family as sd3
@@ -20,6 +21,7 @@ FAMILIES: list[Family] = [
     wan,
     ltx,
     sd3,
+    cogvideox,
 ]
 """Each is one folder beside this file (docs/adding-a-generator.md)."""
 

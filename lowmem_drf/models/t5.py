@@ -13,6 +13,15 @@ from lowmem_drf.models.weights.sources import complete, loading
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+T5_XXL = {
+    "architectures": ["T5EncoderModel"], "model_type": "t5", "vocab_size": 32128, "d_model": 4096, "d_kv": 64,
+    "d_ff": 10240, "num_layers": 24, "num_decoder_layers": 24, "num_heads": 64, "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128, "dropout_rate": 0.1, "layer_norm_epsilon": 1e-06,
+    "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
+"""``config.json`` of T5 v1.1 XXL, written down from memory."""
+
 
 def load_t5(
     kind: type[PreTrainedModel],

@@ -169,7 +169,7 @@ class _ShortcutDecoder:
         self._decoder, self._ledger, self._frames = decoder, ledger, frames
         self._steady: dict[Hashable, bool] = {}
         self._trace_again: dict[Hashable, Callable[[], Any]] = {}
-        self.temporal_factor, self.causal = decoder.temporal_factor, decoder.causal
+        self.temporal_factor, self.causal, self.group = decoder.temporal_factor, decoder.causal, decoder.group
         self.start, self.store, self.decode = decoder.start, decoder.store, decoder.decode
 
     def _shortcut(self, key: Hashable, run: Callable[[], Any], stand_in: Callable[[], Any]) -> Any:
@@ -284,7 +284,8 @@ class _NoDecoder:
     """A ``types.Decoder`` with the same shapes that computes nothing."""
 
     def __init__(self, decoder: Decoder, spatial_factor: int) -> None:
-        self.temporal_factor, self.causal, self.spatial_factor = decoder.temporal_factor, decoder.causal, spatial_factor
+        self.temporal_factor, self.causal, self.group = decoder.temporal_factor, decoder.causal, decoder.group
+        self.spatial_factor = spatial_factor
 
     def start(self, batch: int) -> Caches:
         return (True,)
@@ -305,7 +306,8 @@ class _NoDecoder:
         (first,) = caches
         if not self.causal:
             return self.decode(latents_BC1hw), (False,)
-        return self._blank(latents_BC1hw, 1 if first else self.temporal_factor), (False,)
+        frames = (latents_BC1hw.shape[2] - first) * self.temporal_factor + first
+        return self._blank(latents_BC1hw, frames), (False,)
 
     def chunk_backward(self, latents_BC1hw: Tensor, *_: Any) -> tuple[Tensor, Caches]:
         return torch.zeros_like(latents_BC1hw), ()

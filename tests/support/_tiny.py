@@ -102,6 +102,17 @@ def tae_weights(sizes: Any, seed: int = 0) -> dict[str, Tensor]:
     return made
 
 
+def tiny_t5(seed: int = 0) -> Any:
+    """T5EncoderModel of width 16, for ``tiny_prompt_tokenizer``. Frozen, eval."""
+    from transformers import T5Config, T5EncoderModel
+
+    with _seeded(seed) as generator:
+        words, rest = len(tiny_prompt_tokenizer()), {"num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+        model = T5EncoderModel(T5Config(vocab_size=words, d_model=TEXT_DIM, d_kv=8, d_ff=32, **rest))
+        _spread(model, 1.0, generator)
+    return model.eval().requires_grad_(False)
+
+
 def tiny_prompt_tokenizer() -> Any:
     """Word-level tokenizer that appends ``</s>`` and pads with ``<pad>``, as UMT5's does."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors

@@ -63,7 +63,7 @@ def whole_chunk_backward(decoder, latents_BC1hw, caches, local, d_made_BtCHW, d_
 class ToyDecoder(nn.Module):
     """Two convolutions that are causal in time, a cache for each, and a clamp at the end."""
 
-    temporal_factor, causal = TEMPORAL_FACTOR, True
+    temporal_factor, causal, group = TEMPORAL_FACTOR, True, 1
 
     def __init__(self):
         super().__init__()

@@ -67,7 +67,7 @@ class LTXDecoder:
     Raises BadInputError: fewer than one strip.
     """
 
-    causal = False
+    causal, group = False, 1
 
     def __init__(
         self,

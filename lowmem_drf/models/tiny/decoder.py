@@ -36,7 +36,7 @@ class TinyDecoder:
         store: the run's host memory, where caches wait for the backward.
     """
 
-    causal = True
+    causal, group = True, 1
 
     def __init__(
         self, network: TinyNetwork, *, grad_dtype: torch.dtype | None = None, store: HostStore | None = None
@@ -172,16 +172,16 @@ class TinyBackward:
 
     Caches are those of both, the VAE's first; what waits for the backward is the tiny decoder's alone.
 
-    Raises BadInputError: a VAE that makes all frames at once.
+    Raises BadInputError: a VAE that decodes several latent frames at once.
     """
 
-    causal = True
+    causal, group = True, 1
 
     def __init__(self, exact: Decoder, tiny: TinyDecoder) -> None:
-        if not exact.causal:
+        if not exact.causal or exact.group > 1:
             raise BadInputError(
                 'model.decoder = "tiny_backward" needs a VAE that decodes frame by frame, and that of this generator '
-                "makes the whole clip at once: -s model.decoder=exact"
+                "makes several at once: -s model.decoder=exact"
             )
         self._exact, self._tiny, self._count = exact, tiny, len(exact.start(1))
         self.temporal_factor, self.network = tiny.temporal_factor, tiny.network

@@ -94,7 +94,7 @@ class WanDecoder:
         ValueError: ``norm_silu`` with trainable weights: they would get no gradient.
     """
 
-    causal = True
+    causal, group = True, 1
 
     def __init__(
         self,

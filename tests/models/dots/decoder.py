@@ -9,7 +9,7 @@ from .networks import SPATIAL, TEMPORAL
 
 
 class DotsDecoder:
-    temporal_factor, spatial_factor, causal = TEMPORAL, SPATIAL, True
+    temporal_factor, spatial_factor, causal, group = TEMPORAL, SPATIAL, True, 1
 
     def __init__(self, vae, *, grad_dtype=None, strips=1, caches="card", store=None, norm_silu=None):
         self.vae = vae
