@@ -18,9 +18,10 @@ from pydantic import BaseModel
 
 from lowmem_drf import schema
 from lowmem_drf.config import AS_PUBLISHED, known_keys
-from lowmem_drf.schema import Config
+from lowmem_drf.schema import Config, Reward
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
+REWARDS = "rewards.<name>."
 ABOUT = """\
 # Configuration
 
@@ -50,6 +51,8 @@ def _as_markdown(docstring: str) -> str:
 
 def section_of(key: str) -> type[BaseModel]:
     """The class that a dotted key is a field of."""
+    if key.startswith(REWARDS):
+        return Reward
     section: Any = Config
     for name in key.split(".")[:-1]:
         section = section.model_fields[name].annotation
@@ -66,6 +69,8 @@ def what_it_takes(spec: Mapping[str, Any]) -> str:
         pattern = spec["pattern"].strip("^$").replace(r"\d+(\.\d+)?", "<number>")
         readable = pattern.replace(r"\d+", "<number>").strip("()")
         return " or ".join(f'`"{part}"`' for part in readable.split("|"))
+    if spec["type"] == "object":
+        return "table"
     if spec["type"] == "array":
         return f"list of {what_it_takes(spec['items'])}"
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
@@ -79,7 +84,7 @@ def page() -> str:
     specs = {name: part["properties"] for name, part in properties["$defs"].items()}
     specs["Config"] = properties["properties"]
     lines, before = [ABOUT], None
-    for key in known_keys():
+    for key in (*known_keys(), *(f"{REWARDS}{name}" for name in Reward.model_fields)):
         section, name = section_of(key), key.rpartition(".")[2]
         if not docs[section.__name__].get(name):
             raise ValueError(f"{key} has no docstring in lowmem_drf/schema.py")

@@ -22,12 +22,13 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import require_output, write_text
 from lowmem_drf.levels import TIMESTEPS as TRAINED
 from lowmem_drf.levels import ddim_levels
-from lowmem_drf.schema import Config, Log, Model, Node, Sampler, Video
+from lowmem_drf.schema import Config, Log, Model, Node, Reward, Sampler, Video
 from lowmem_drf.texts import escaped, expanded, one_line, parse_toml, read_text, shown, toml_value
 
 _PATTERNS = {
     "memory.vae_backward": 'should be "exact" or "window:n", for example "window:3"',
     "critic.frames": 'should be a number of frames or "fps:rate", for example "fps:2"',
+    "rewards": "their names should be lower-case letters, digits and underscores, for example rewards.clip.id",
 }
 """Error messages for keys that ``schema`` checks with a regular expression."""
 
@@ -75,6 +76,12 @@ def known_keys(node: type[BaseModel] = Config, prefix: str = "") -> list[str]:
         else:
             keys.append(prefix + name)
     return keys
+
+
+def is_key(key: str) -> bool:
+    """Whether it is a key of the tree: one of ``known_keys``, or ``rewards.<name>.<key>``."""
+    table, _, rest = key.partition(".")
+    return key in known_keys() or (table == "rewards" and rest.partition(".")[2] in Reward.model_fields)
 
 
 def presets() -> dict[str, Path]:
@@ -308,15 +315,16 @@ def _validate(values: Mapping[str, tuple[Any, str]], problems: list[str]) -> Con
     tree: dict[str, Any] = {}
     known = set(known_keys())
     for key, (value, source) in values.items():
-        if key not in known:
+        if key not in known and not is_key(key):
             hint = _did_you_mean(key) if len(problems) < MOST_PROBLEMS else ""  # which takes milliseconds
             problems.append(f"{source}: there is no key {shown(key)}.{hint}")
             continue
         *sections, leaf = key.split(".")
         node = tree
         for section in sections:
-            node = node.setdefault(section, {})
-        node[leaf] = value
+            child = node.get(section)
+            node[section] = node = child if isinstance(child, dict) else {}
+        node[leaf] = dict(value) if isinstance(value, Mapping) else value
     wrong: dict[str, str] = {}
     try:
         config = Config.model_validate(tree)
@@ -347,7 +355,7 @@ def _type_problems(error: ValidationError) -> dict[str, str]:
     for item in error.errors():
         where = [str(part) for part in item["loc"]]
         prefixes = (".".join(where[:n]) for n in range(len(where), 0, -1))
-        key = next((prefix for prefix in prefixes if prefix in known_keys()), ".".join(where))
+        key = next((prefix for prefix in prefixes if is_key(prefix)), ".".join(where))
         said = item["msg"][0].lower() + item["msg"][1:]
         if item["type"] == "string_pattern_mismatch":
             said = _PATTERNS[key]
@@ -376,6 +384,8 @@ def _cross_problems(
 
 def _did_you_mean(key: str) -> str:
     keys = known_keys()
+    if key.startswith("rewards."):
+        return " Those of a reward: " + ", ".join(f"rewards.<name>.{name}" for name in Reward.model_fields)
     if inside := [known for known in keys if known.startswith(f"{key}.")]:
         return f" It is a section: set one of its keys: {', '.join(inside)}"
     leaf, leaves = key.rpartition(".")[2], {known: known.rpartition(".")[2] for known in keys}

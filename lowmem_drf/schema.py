@@ -23,6 +23,7 @@ Weight = Annotated[float, Field(ge=0, le=1e6)]
 Parkable = Literal["critic", "vae", "transformer"]
 Streamable = Literal["critic", "transformer"]
 Name = Annotated[str, Field(min_length=1)]
+RewardName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 
 
 class Node(BaseModel):
@@ -196,7 +197,8 @@ class Sampler(Node):
 
 
 class Weights(Node):
-    """Each aspect's weight in the reward. Its share is its weight over the sum, however many questions it asks."""
+    """Each aspect's weight in the critic's reward. Its share is its weight over the sum, however many questions it
+    asks. With all three 0 there is no critic, and nothing of it is loaded: only ``rewards``."""
 
     TA: Weight = 1.0
     """Text-video alignment."""
@@ -205,9 +207,12 @@ class Weights(Node):
     VQ: Weight = 1.0
     """Visual quality."""
 
+    @property
+    def asked(self) -> bool:
+        """Whether the critic is asked at all."""
+        return self.TA + self.Phy + self.VQ > 0
+
     def problems(self) -> Iterator[tuple[str, str]]:
-        if self.TA + self.Phy + self.VQ == 0:
-            yield "TA", "all three weights are 0: there would be no reward; raise one"
         for name, weight in self:
             if 0 < weight < 1e-6:
                 yield name, f"{weight} is too small to count; set 0, or at least 1e-6"
@@ -265,6 +270,22 @@ class Critic(Node):
                 "questions",
                 '"templates" is gone: use "phrases", which quotes the prompt (any language, no model), or "critic"',
             )
+
+
+class Reward(Node):
+    """A scalar reward: a number for each clip, besides what the critic answers. Every key is ``rewards.<name>.<key>``,
+    under a name of yours; the reward of an update is the critic's plus ``weight`` times the value of each of them."""
+
+    id: str = ""
+    """A CLIP in transformers' layout, as a folder or a Hugging Face id: ``openai/clip-vit-large-patch14``, or
+    ``yuvalkirstain/PickScore_v1``, which was trained on what people prefer. The value is the model's own logit of frame
+    and prompt, a cosine times about 100, and the mean over the frames that the critic sees. Or ``module:function`` for
+    one of yours: ``function(device, dtype)`` returns a callable of (frames (B, T, 3, H, W) in [0, 1], prompts) that
+    gives B values, higher is better, differentiable in the frames. Its memory is in no plan."""
+    weight: Scale = 1.0
+    """The value is multiplied by it. ``critic.normalize`` divides it by the value's spread too."""
+    held_out: bool = False
+    """Training does not use it: ``eval`` and the watch measure it, as part of the held-out reward."""
 
 
 class Lora(Node):
@@ -539,6 +560,8 @@ class Config(Node):
     model: Model = Model()
     sampler: Sampler = Sampler()
     critic: Critic = Critic()
+    rewards: dict[RewardName, Reward] = {}
+    """Scalar rewards by name. Empty: none."""
     lora: Lora = Lora()
     optim: Optim = Optim()
     memory: Memory = Memory()
@@ -554,7 +577,17 @@ class Config(Node):
         if isinstance(frames, str) and not 0 < float(frames.removeprefix("fps:")) <= self.video.fps:
             clip = f"the clip has {self.video.fps} frames a second (video.fps)"
             yield "critic.frames", f"{frames!r}: {clip}; give a rate above 0 and no higher"
+        if not self.critic.weights.asked and not self.trained_rewards:
+            yield "critic.weights.TA", "all three weights are 0: there would be no reward; raise one, or add rewards"
+        for name, reward in self.rewards.items():
+            if not reward.id:
+                yield f"rewards.{name}.id", "is missing: give a CLIP's folder or id, or module:function"
         yield from self._engine_problems()
+
+    @property
+    def trained_rewards(self) -> dict[str, Reward]:
+        """Those that an update asks."""
+        return {name: reward for name, reward in self.rewards.items() if not reward.held_out}
 
     def _engine_problems(self) -> Iterator[tuple[str, str]]:
         count = self.processes
@@ -576,6 +609,8 @@ class Config(Node):
                 "memory.on_oom",
                 f'"adapt" starts one process anew, and not those of engine = {self.engine}; set "stop"',
             )
+        if self.zero.critic and not self.critic.weights.asked:
+            yield "zero.critic", "partitions a critic, and with all critic.weights 0 there is none; leave it out"
         if self.zero.critic and self.engine != "zero3":
             yield "zero.critic", 'partitions the critic\'s weights: set engine = "zero3", or leave it out'
         if self.engine != "zero3":

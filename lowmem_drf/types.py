@@ -34,11 +34,15 @@ OnUpdate = Callable[[Mapping[str, Any]], object]
 class Question:
     """A question about a clip."""
 
-    aspect: Aspect
+    aspect: str
+    """An ``Aspect``; for ``scalar`` the name of the reward."""
     text: str
+    """``scalar``: the prompt."""
     answer: str
-    """The wanted answer: ``"yes"`` or ``"no"`` for ``yesno``, the reference explanation for ``dense``."""
-    kind: Kind = "yesno"
+    """The wanted answer: ``"yes"`` or ``"no"`` for ``yesno``, the reference explanation for ``dense``, empty for
+    ``scalar``."""
+    kind: Kind | Literal["scalar"] = "yesno"
+    """``scalar`` is asked of another reward than the critic's: ``Scalar`` is its answer."""
     weight: float = 1.0
     name: str = ""
     """Short key for metrics (``color``, ``jump``). Empty: the aspect is the key."""
@@ -67,6 +71,18 @@ class Answer:
     """int64 token ids of the wanted answer. ``yesno``: of its first casing; ``yes`` and ``no`` hold all casings."""
     yes: tuple[int, ...] = ()
     no: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Scalar:
+    """The value of a scalar reward for one clip: the higher the better."""
+
+    value: Tensor
+    """(), fp32 or fp64."""
+
+
+ScalarReward = Callable[["Tensor", "Sequence[str]"], "Tensor"]
+"""(frames_BTCHW in [0, 1], the prompt of each clip) -> values (B,), fp32 or fp64. Differentiable in the frames."""
 
 
 class Decoder(Protocol):
@@ -146,7 +162,7 @@ class Decoder(Protocol):
 Velocity = Callable[["Tensor", float, Any], "Tensor"]
 """(latents x_BCFhw, sigma in (0, 1], condition) -> velocity dx/dsigma, same shape, with the LoRA applied."""
 
-Critic = Callable[["Tensor", "Sequence[Sequence[Question]]"], "list[list[Answer]]"]
+Critic = Callable[["Tensor", "Sequence[Sequence[Question]]"], "Sequence[Sequence[Answer | Scalar]]"]
 """(frames_BTCHW in [0, 1], questions of each clip) -> an answer per clip and question. Differentiable in the frames."""
 
 

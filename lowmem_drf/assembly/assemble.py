@@ -28,6 +28,7 @@ from lowmem_drf.method.schedule import TRAIN_TIMESTEPS, choose_graded, draw_nois
 from lowmem_drf.method.step import StepSpec
 from lowmem_drf.models.generators import blocks_of, family_of
 from lowmem_drf.models.lora.adapter import lora_scale
+from lowmem_drf.models.rewards.combined import Combined
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.ops import ranged_attention
 from lowmem_drf.prompts import as_prompts, load_prompts
@@ -147,6 +148,7 @@ class Models:
     velocity: Velocity
     decoder: ClipDecoder
     critic: QwenCritic | None
+    """``None`` where none is asked, too."""
     texts: Mapping[str, Tensor]
     """Text, or negative prompt -> (l, D) on the host, unpadded: padded, a thousand prompts of 512 tokens take 4 GiB."""
     text_tokens: int
@@ -167,6 +169,8 @@ class Models:
     """The transformer that is not trained, if the generator has two."""
     first_level: float = 1.0
     """Sigma of the latents that denoising begins with."""
+    rewards: Mapping[str, torch.nn.Module] = field(default_factory=dict)
+    """Scalar rewards by name (``types.ScalarReward``). They are parked and woken with the critic."""
     tiny: TinyDecoder | TinyBackward | None = None
     """With another ``model.decoder`` than the VAE."""
 
@@ -177,13 +181,20 @@ class Models:
             raise ValueError("the models were loaded without a critic")
         return self.critic
 
+    @property
+    def judge(self) -> Critic:
+        """What answers every question: the critic, with the scalar rewards. Raises ValueError if there is neither."""
+        if not self.rewards:
+            return self.ask or self.asked_critic
+        return Combined(self.ask or self.critic, self.rewards)
+
     def awake(self, *names: Parkable) -> None:
         """Outside the stages of a step: brings these models to the card, and offloads all others that may be."""
         self.residency.need(*names)
 
     def parts(self, lora: Sequence[Tensor], uses: Uses = "exact") -> Parts:
         """For training."""
-        parts = Parts(self.velocity, self.decoder, self.ask or self.asked_critic, lora, self.residency.stage)
+        parts = Parts(self.velocity, self.decoder, self.judge, lora, self.residency.stage)
         parts = replace(parts, base=self.base_velocity)
         if self.recorder is not None:
             parts = replace(parts, recorder=self.recorder)
@@ -232,6 +243,7 @@ def assemble(
     kernels: Mapping[str, Any] | None = None,
     ranks: Ranks = ALONE,
     tiny: TinyNetwork | None = None,
+    rewards: Mapping[str, torch.nn.Module] | None = None,
 ) -> Models:
     """Applies the configuration's memory settings to loaded models, and removes the VAE's encoder.
 
@@ -243,6 +255,7 @@ def assemble(
         store: host memory for parked, streamed and offloaded tensors. A plan passes one that only counts.
         kernels: the run's first choice of operations (``kernel_choice.choose``).
         tiny: of ``model.decoder``. It is small, and stays on the card.
+        rewards: see ``Models``.
 
     Raises BadInputError: the video's size does not fit the models, or a requested kernel cannot run.
     """
@@ -288,7 +301,8 @@ def assemble(
     if tiny is not None:
         small = TinyDecoder(tiny, grad_dtype=DTYPES[memory.vae_grad_dtype], store=store)
         small = small if config.model.decoder == "tiny" else TinyBackward(decoder, small)
-    modules = generators | {"vae": vae} | ({} if critic is None else {"critic": critic.model})
+    judges = [*([] if critic is None else [critic.model]), *(rewards or {}).values()]
+    modules = generators | {"vae": vae} | ({"critic": torch.nn.ModuleList(judges)} if judges else {})
     parked = modules.keys() & {*memory.park, *(["expert"] if "transformer" in memory.park else [])}
     needs = NEEDS if other is None else {**NEEDS, "rollout": ()}  # two_experts brings each transformer in its turn
     residency = Residency(modules, parked, device, store, meter.stage, streamed, needs)
@@ -308,5 +322,5 @@ def assemble(
         device=device, meter=meter, residency=residency, recorder=recorder, kernels=str(chosen),
         kernel_record=chosen.record, expert=other.transformer if other else None,
         first_level=config.sampler.timesteps[0] / TRAIN_TIMESTEPS if config.sampler.timesteps else 1.0,
-        tiny=small,
+        rewards=rewards or {}, tiny=small,
     )  # fmt: skip

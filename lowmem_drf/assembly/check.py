@@ -64,8 +64,8 @@ class Checked:
 
 
 def can_check(config: Config) -> bool:
-    """False if the check is off, or the critic is ToyWorld's default one, which cannot read."""
-    return config.critic.check and config.critic.id != TOYWORLD
+    """False if the check is off, no critic is asked, or it is ToyWorld's default one, which cannot read."""
+    return config.critic.check and config.critic.weights.asked and config.critic.id != TOYWORLD
 
 
 def checked_questions(

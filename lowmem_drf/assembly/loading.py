@@ -21,6 +21,8 @@ from lowmem_drf.libraries import import_all
 from lowmem_drf.memory.meter import Meter
 from lowmem_drf.memory.residency import bring
 from lowmem_drf.models.generators import family_of, generator_config
+from lowmem_drf.models.rewards.clip import load_clip
+from lowmem_drf.models.rewards.users import UserReward, find_maker, is_entry
 from lowmem_drf.models.weights.downloads import check_host_memory, prepare
 from lowmem_drf.models.weights.files import SECOND
 from lowmem_drf.models.weights.sources import READER, TOYWORLD, resolve
@@ -83,8 +85,10 @@ def load_models(
             sizes_in(small, sizes)
         for source, _ in config.model.base_loras():  # a bad file is refused before texts are encoded for minutes
             read_base_lora(source, shapes, say)
-        if with_critic:
+        if with_critic and config.critic.weights.asked:
             prepare(config.critic.id, "critic", say)
+        for reward in config.rewards.values() if with_critic else ():
+            prepare_reward(reward.id, say)
         home = _home(config, "transformer", device)
         # transformers that go to the card, or are packed or partitioned, are never on the host in full
         whole = home.type == "cpu" and config.model.storage == "none" and config.engine != "zero3"
@@ -109,13 +113,16 @@ def load_models(
 
     transformer, other = make_transformers(described, config, load)
     vae = family.load_vae(str(generator), DTYPES[config.memory.vae_dtype], _home(config, "vae", device))
-    critic = load_run_critic(config, _home(config, "critic", device)) if with_critic else None
+    asked, judges = with_critic and config.critic.weights.asked, _home(config, "critic", device)
+    critic = load_run_critic(config, judges) if asked else None
+    rewards = load_rewards(config, judges) if with_critic else {}
     meter, tiny = Meter(device), None
     if small:
         tiny = load_tiny(small, sizes, DTYPES[config.memory.vae_dtype], device)
     models = assemble(
-        config, transformer, vae, critic, encoded, device, meter, other=other, kernels=kernels, ranks=ranks, tiny=tiny
-    )
+        config, transformer, vae, critic, encoded, device, meter, other=other, kernels=kernels, ranks=ranks, tiny=tiny,
+        rewards=rewards,
+    )  # fmt: skip
     if adapters:
         attach_lora(models.transformer, adapters)
     return with_partitioned_critic(config, models) if config.zero.critic and critic else models
@@ -225,6 +232,27 @@ def load_run_critic(config: Config, home: torch.device | None = None) -> QwenCri
     critic = load_critic(str(folder), DTYPES[config.dtype], device, fps, config.critic.quant)
     critic.set_checkpointing(bool(config.memory.checkpoint))
     return critic
+
+
+def load_rewards(config: Config, home: torch.device) -> dict[str, torch.nn.Module]:
+    """The scalar rewards of a run, by name. ``home``: where their weights are to be."""
+    dtype, rewards = DTYPES[config.dtype], dict[str, torch.nn.Module]()
+    for name, reward in config.rewards.items():
+        if is_entry(reward.id):
+            rewards[name] = UserReward(reward.id, resolve_device(config.device), dtype)
+        else:
+            folder = prepare_reward(reward.id, say)
+            check_host_memory(folder, "reward", dtype.itemsize)
+            rewards[name] = load_clip(folder, dtype, home, bool(config.memory.checkpoint), say)
+    return rewards
+
+
+def prepare_reward(reward_id: str, say: Callable[[str], None]) -> Path:
+    """Its complete folder; of an entry point the current one, once the function is found."""
+    if is_entry(reward_id):
+        find_maker(reward_id)
+        return Path()
+    return prepare(reward_id, "reward", say)
 
 
 def _without(config: Config) -> tuple[str, ...]:

@@ -63,7 +63,8 @@ def is_still(config: Config) -> bool:
 def draft_questions(
     config: Config, prompts: Sequence[Prompt], grammar: Grammar | None = None, strict: bool = True
 ) -> Questions:
-    """Questions without a model: from the prompt file, else from the user's questions file, else from the grammar.
+    """Questions without a model: from the prompt file, else from the user's questions file, else from the grammar. None
+    if no critic is asked.
 
     Args:
         grammar: ``None``: the critic's.
@@ -72,6 +73,8 @@ def draft_questions(
     Raises:
         BadInputError: an unusable questions file, or one for other prompts; prompts outside ToyWorld's grammar.
     """
+    if not config.critic.weights.asked:
+        return {prompt.id: () for prompt in prompts}
     source, grammar = config.critic.questions, grammar or grammar_of(config)
     if source == "grammar" and grammar != "toyworld":
         raise BadInputError(
@@ -112,6 +115,17 @@ def writers_of(config: Config, prompts: Sequence[Prompt], grammar: Grammar | Non
     }
 
 
+def with_scalars(
+    config: Config, prompts: Sequence[Prompt], questions: Sequence[Sequence[Question]], held_out: bool = False
+) -> list[tuple[Question, ...]]:
+    """The questions of each prompt, and those of the scalar rewards that training uses, or of the held-out ones."""
+    asked = {name: reward for name, reward in config.rewards.items() if reward.held_out == held_out}
+    return [
+        (*some, *(Question(name, prompt.text, "", "scalar", reward.weight) for name, reward in asked.items()))
+        for prompt, some in zip(prompts, questions, strict=True)
+    ]
+
+
 def require_weights(questions: Mapping[str, Sequence[Question]], spec: RewardSpec) -> None:
     """Raises BadInputError for the first prompt without a question of weight above 0: its clips would get no reward."""
     for prompt, asked in questions.items():
@@ -125,7 +139,7 @@ def require_weights(questions: Mapping[str, Sequence[Question]], spec: RewardSpe
 def needs_writer(config: Config) -> bool:
     """True if a model writes the questions. Vanilla-DRF's one question needs none, and ToyWorld's critics cannot."""
     critic = config.critic
-    can = bool(critic.writer) or critic.id not in (TOYWORLD, READER)
+    can = critic.weights.asked and (bool(critic.writer) or critic.id not in (TOYWORLD, READER))
     return critic.questions == "critic" and critic.mode != "vanilla" and can
 
 

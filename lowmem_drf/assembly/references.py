@@ -49,7 +49,7 @@ def finish_questions(
     config: Config,
     prompts: Sequence[Prompt],
     draft: Mapping[str, tuple[Question, ...]],
-    critic: QwenCritic,
+    critic: QwenCritic | None,
     console: Console,
     ready: Container[str] = (),
 ) -> Checked:
@@ -57,11 +57,14 @@ def finish_questions(
     the configuration asks for it.
 
     Args:
+        critic: ``None``: no critic is asked, and nothing is done.
         ready: ids of prompts whose questions were written and checked before.
 
     Raises BadInputError: an unreadable reference video.
     """
     made, written = dict(draft), set[str]()
+    if critic is None:
+        return Checked(made)
     fresh = [prompt for prompt in prompts if prompt.id not in ready]
     if needs_writer(config):
         made, written = written_questions(config, fresh, draft, critic, console)

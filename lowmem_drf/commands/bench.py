@@ -167,7 +167,8 @@ def count_bytes(config: Config) -> dict[str, float]:
         models, prompts, questions = _random_models(config, torch.device("cpu"), meter, planned_store())
         expert = [models.expert] if models.expert else []
         tiny = [models.tiny.network] if models.tiny else []
-        meter.load([models.transformer, models.decoder.vae, models.asked_critic.model, *expert, *tiny])
+        critic = [models.critic.model] if models.critic else []
+        meter.load([models.transformer, models.decoder.vae, *critic, *models.rewards.values(), *expert, *tiny])
         _updates(config, models, prompts, questions, ledger=ledger)
     return {name: stage.peak_gib for name, stage in meter.stages.items()}
 
@@ -176,8 +177,10 @@ def _random_models(
     config: Config, device: torch.device, meter: Any, store: HostStore | None = None
 ) -> tuple[Models, list[Prompt], dict[str, tuple[Question, ...]]]:
     from lowmem_drf.models.qwen_vl.random_critic import random_critic
+    from lowmem_drf.models.rewards.clip import ClipReward, empty_clip
+    from lowmem_drf.models.rewards.users import is_entry
     from lowmem_drf.models.tiny.files import network_for, planned_sizes
-    from lowmem_drf.models.weights.filling import fill_as_loaded, random_values
+    from lowmem_drf.models.weights.filling import fill, fill_as_loaded, random_values
     from lowmem_drf.models.weights.sources import resolve
 
     generator, dtype = generator_config(config.model.id), DTYPES[config.dtype]
@@ -203,7 +206,15 @@ def _random_models(
         text: torch.randn(config.model.text_tokens, sizes.text_dim, generator=noise).to(dtype)
         for text in [*(p.text for p in prompts), config.sampler.negative_prompt]
     }
-    critic = random_critic(resolve(config.critic.id, "critic"), dtype, device, critic_rate(config), config.critic.quant)
+    critic, rewards, rate = None, dict[str, torch.nn.Module](), critic_rate(config)
+    if config.critic.weights.asked:
+        critic = random_critic(resolve(config.critic.id, "critic"), dtype, device, rate, config.critic.quant)
+    for name, reward in config.rewards.items():
+        if is_entry(reward.id):
+            raise BadInputError(f"bench has no stand-in for the reward {reward.id}. Leave it out: -s rewards={{}}")
+        model, encode = empty_clip(reward.id)
+        fill(model, random_values(device)(dtype), home=device)
+        rewards[name] = ClipReward(model.to(device), encode, recompute=bool(config.memory.checkpoint))
     vae = fill_as_loaded(
         family.empty_vae(generator.vae), DTYPES[config.memory.vae_dtype], random_values(device), device
     )
@@ -211,7 +222,9 @@ def _random_models(
     if config.model.decoder != "exact":
         tiny = network_for(planned_sizes(config.model.id, config.model.decoder_file, sizes), sizes)
         tiny.to(device, vae.dtype)
-    models = assemble(config, transformer, vae, critic, texts, device, meter, other=other, store=store, tiny=tiny)
+    models = assemble(
+        config, transformer, vae, critic, texts, device, meter, other=other, store=store, tiny=tiny, rewards=rewards
+    )
     return with_partitioned_critic(config, models) if config.zero.critic else models, prompts, questions
 
 

@@ -127,7 +127,7 @@ def _measured(chosen: Tuned, trial: Trial, console: Console, watch: Any) -> tupl
             models = tuned.load(chosen, texts, exact, clips=clips, with_lora=with_lora)
         models.awake("critic")
         if not sides:
-            trial = evaluate.finish_trial(config, trial, models.asked_critic, console)
+            trial = evaluate.finish_trial(config, trial, models.critic, console)
             what = f"{chosen.run or config.model.id}, {_of(chosen)}: {evaluate.describe(trial)}"
             console.print(what, highlight=False, markup=False, soft_wrap=True)
         sides |= evaluate.both_sides(config, models, trial, console, watch=watch, sides=names)

@@ -16,6 +16,7 @@ from lowmem_drf.config import chosen_preset, load_config, preset_card, preset_pa
 from lowmem_drf.distributed.ranks import ALONE, Ranks, end_process, join, require_platform, started_processes
 from lowmem_drf.errors import DEBUG, BadInputError, Ended, LowmemError, quoted
 from lowmem_drf.files import text_hash, write_text
+from lowmem_drf.models.rewards.users import is_entry
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.planner.cards import Card, card_named, parse_vram, room_of
 from lowmem_drf.prompts import fingerprint, without
@@ -205,8 +206,9 @@ def start(
             f"Give more prompts, or --num-processes {len(prompts)}."
         )
     draft = draft_questions(config, prompts)
-    require_weights(draft, reward_spec(config))
-    ready = _ready_questions(run, config, prompts) if resume else {}
+    if not config.trained_rewards:
+        require_weights(draft, reward_spec(config))
+    ready = _ready_questions(run, config, prompts) if resume and config.critic.weights.asked else {}
     draft |= ready
     log = config.log
     looked_at = log.watch_prompts if log.watch_every else 0
@@ -246,17 +248,19 @@ def start(
             models.awake("critic")
         if ranks.chief or config.zero.critic:  # a partitioned critic runs in all processes together
             with during("questions"):
-                done = finish_questions(config, prompts, draft, models.asked_critic, console, ready)
+                done = finish_questions(config, prompts, draft, models.critic, console, ready)
                 draft = done.questions
-                trial = finish_trial(config, trial, models.asked_critic, console) if trial else None
-            require_weights(draft, reward_spec(config))
+                trial = finish_trial(config, trial, models.critic, console) if trial else None
+            if not config.trained_rewards:
+                require_weights(draft, reward_spec(config))
         questions, trial = ranks.from_chief((draft, trial))
         asked = to_json({prompt.text: questions[prompt.id] for prompt in prompts})
         if ranks.chief:
             if resume:
                 _require_same_questions(run, prompts, asked)
             write_text(run / "config.toml", to_toml(config))
-            write_text(run / "questions.json", asked)
+            if config.critic.weights.asked:
+                write_text(run / "questions.json", asked)
             write_notes(run, origin, device, plan.as_json(origin.removeprefix("preset ")) if plan else None)
             if models.kernel_record:
                 write_text(run / KERNELS, record_text(models.kernel_record))
@@ -291,6 +295,12 @@ def _absolute(config: Config) -> Config:
     changes["model"] = model.model_copy(update=files)
     if config.lora.init:
         changes["lora"] = config.lora.model_copy(update={"init": absolute(config.lora.init)})
+    if config.rewards:
+        rewards = {
+            name: one.model_copy(update={"id": one.id if is_entry(one.id) else found(one.id)})
+            for name, one in config.rewards.items()
+        }
+        changes["rewards"] = rewards
     if config.prompts not in ("", TOYWORLD):
         changes["prompts"] = absolute(config.prompts)
     if critic.questions not in WRITERS:
@@ -364,7 +374,9 @@ def _announce(
     if models.tiny:
         graded += f", tiny decoder (compared every {config.model.decoder_check_every} updates)"
     clips = f"{len(prompts)} prompts, {config.steps} updates of {config.batch} clips"
-    lines = [first, f"{clips}, {graded}, critic {config.critic.mode}", models.kernels, f"run: {run}"]
+    judges = [f"critic {config.critic.mode}"] if models.critic else []
+    judges += [f"{name} {reward.id}" for name, reward in config.rewards.items()]
+    lines = [first, f"{clips}, {graded}, {', '.join(judges)}", models.kernels, f"run: {run}"]
     if models.device.type == "cuda":
         told = allocator_settings() or "PyTorch's defaults"
         lines.insert(3, f"card's allocator: {told}")

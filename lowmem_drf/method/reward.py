@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.types import Scalar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,13 +52,16 @@ class RewardSpec:
                 raise BadInputError(f"the scale of question {name} is {scale}: it must be above 0")
 
 
-def question_reward(answer: Answer, question: Question, spec: RewardSpec) -> Tensor:
-    """Reward of one answer, a scalar; higher is better; at most 0 for log-probabilities.
+def question_reward(answer: Answer | Scalar, question: Question, spec: RewardSpec) -> Tensor:
+    """Reward of one answer, a scalar; higher is better; at most 0 for log-probabilities. A ``Scalar`` is one already:
+    ``spec.kind`` and ``spec.hinge`` are of what the critic says.
 
     Raises:
         BadInputError: a yes/no question that wants neither yes nor no; a number of token weights that is not the
             answer's number of tokens.
     """
+    if isinstance(answer, Scalar):
+        return _at_least_fp32(answer.value)
     logits_AV = _at_least_fp32(answer.logits_AV)
     if question.kind == "dense":
         logp_A = _at_targets(logits_AV.log_softmax(-1), answer)
@@ -116,14 +120,15 @@ def _wanted_and_other(answer: Answer, question: Question) -> tuple[list[int], li
 
 
 def total_reward(
-    answers: Sequence[Answer], questions: Sequence[Question], spec: RewardSpec
+    answers: Sequence[Answer | Scalar], questions: Sequence[Question], spec: RewardSpec
 ) -> tuple[Tensor, dict[str, float], dict[str, float]]:
     """Reward of one clip.
 
     Returns:
         The total, a scalar with gradient: the weighted mean over aspects of the weighted mean over an aspect's
-        questions, each reward divided by its question's scale. Aspects without a question do not count.
-        The rewards by aspect, weighted by question weight alone.
+        questions, each reward divided by its question's scale, plus weight * value of every scalar reward, divided by
+        its scale too. Aspects without a question do not count.
+        The rewards by aspect, weighted by question weight alone, and the values of the scalar rewards by their names.
         The rewards by question name (or aspect, if it has none; plain mean if several share it).
 
     Raises:
@@ -133,27 +138,32 @@ def total_reward(
     # all at once: each copy waits for the card
     values = torch.stack([reward.detach() for reward in rewards]).tolist() if rewards else []
     of_aspect: dict[str, list[tuple[float, Tensor, float, float]]] = defaultdict(list)
+    added: dict[str, tuple[float, Tensor, float, float]] = {}
     by_question: dict[str, list[float]] = defaultdict(list)
     for question, reward, value in zip(questions, rewards, values, strict=True):
         name = question.name or question.aspect
         by_question[name].append(value)
-        if question.weight > 0:
+        if question.weight > 0 and question.kind == "scalar":
+            added[question.aspect] = question.weight, reward, spec.scales.get(name, 1.0), value
+        elif question.weight > 0:
             of_aspect[question.aspect].append((question.weight, reward, spec.scales.get(name, 1.0), value))
     weights = {aspect: spec.weights.get(aspect, 1.0) for aspect in of_aspect}
-    if not sum(weights.values()) > 0:
+    if not sum(weights.values()) > 0 and not added:
         raise BadInputError("no question has a weight above 0: ask at least one, and give one of its aspects a weight")
-    total = rewards[0].new_zeros(())
+    total, whole = rewards[0].new_zeros(()), sum(weights.values()) or 1.0
     for aspect, rows in of_aspect.items():
-        share = weights[aspect] / sum(weights.values()) / sum(w for w, *_ in rows)
+        share = weights[aspect] / whole / sum(w for w, *_ in rows)
         total = total + share * torch.stack([w / scale * r for w, r, scale, _ in rows]).sum()
+    for weight, reward, scale, _ in added.values():
+        total = total + weight / scale * reward
     by_aspect = {
         aspect: sum(w * value for w, *_, value in rows) / sum(w for w, *_ in rows) for aspect, rows in of_aspect.items()
-    }
+    } | {name: value for name, (*_, value) in added.items()}
     return total, by_aspect, _means(by_question)
 
 
 def mean_reward(
-    answers: Sequence[Sequence[Answer]], questions: Sequence[Sequence[Question]], spec: RewardSpec
+    answers: Sequence[Sequence[Answer | Scalar]], questions: Sequence[Sequence[Question]], spec: RewardSpec
 ) -> tuple[Tensor, dict[str, float], dict[str, float]]:
     """``total_reward`` averaged over clips; an aspect or question name over the clips that have it."""
     clips = [total_reward(a, q, spec) for a, q in zip(answers, questions, strict=True)]

@@ -64,8 +64,8 @@ def line_to(depths: Depths) -> Line | None:
     return best
 
 
-def depths_of(generator: GeneratorConfig, critic: Mapping[str, Any]) -> dict[str, int]:
-    """The stacks of a run that consist of equal blocks. ``critic``: its ``config.json``."""
+def depths_of(generator: GeneratorConfig, critic: Mapping[str, Any] | None) -> dict[str, int]:
+    """The stacks of a run that consist of equal blocks. ``critic``: its ``config.json``, if one is asked."""
     depths = {"transformer": generator.transformer["num_layers"]} if _equal_blocks(generator) else {}
     if (
         depths
@@ -73,6 +73,8 @@ def depths_of(generator: GeneratorConfig, critic: Mapping[str, Any]) -> dict[str
         and generator.transformer_2["num_layers"] != depths["transformer"]
     ):
         del depths["transformer"]
+    if critic is None:
+        return depths
     text, vision = critic["text_config"], critic["vision_config"]
     if len(set(text.get("layer_types") or [0])) == 1 and not text.get("use_sliding_window"):
         depths["language"] = text["num_hidden_layers"]
@@ -127,7 +129,7 @@ _TRANSFORMER = {
     *("lora", "model.quant", "model.products"),
     *(f"memory.{name}" for name in ("checkpoint", "token_slices", "keep_attention", "record_rollout")),
 }
-_CRITIC = {"critic.id", "critic.quant"}
+_CRITIC = {"critic.id", "critic.quant", "rewards"}
 _STEPS = {f"sampler.{name}" for name in ("steps", "graded_steps", "graded")}
 _OTHERS = {
     "transformer": _VAE | _CRITIC,
@@ -152,8 +154,11 @@ def settings_of(group: str, config: Config) -> str:
 
 
 def mark_critic(models: Models, ledger: Ledger) -> None:
-    """Marks where each block of the critic begins, also in its recompute, and where its backward ends."""
-    model = models.asked_critic.model.model
+    """Marks where each block of the critic begins, also in its recompute, and where its backward ends. Of the scalar
+    rewards it marks nothing: they have the same depth in every plan."""
+    if models.critic is None:
+        return
+    model = models.critic.model.model
     kinds: dict[str, list[Any]] = {"language": [layer.input_layernorm for layer in model.language_model.layers]}
     whole = set(getattr(model.visual, "fullatt_block_indexes", ()))
     for place, block in enumerate(model.visual.blocks):

@@ -16,7 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -33,6 +33,8 @@ from lowmem_drf.models.qwen_vl.critic import DEFAULT_FPS, QwenCritic
 from lowmem_drf.models.qwen_vl.files import video_geometry
 from lowmem_drf.models.qwen_vl.known import KNOWN
 from lowmem_drf.models.qwen_vl.random_critic import described, empty_model, remake_rotary
+from lowmem_drf.models.rewards.clip import ClipReward, empty_clip
+from lowmem_drf.models.rewards.users import is_entry
 from lowmem_drf.models.tiny.files import network_for, planned_sizes
 from lowmem_drf.models.tiny.network import TinyNetwork
 from lowmem_drf.models.weights.filling import Value, fill, fill_as_loaded
@@ -101,6 +103,27 @@ def fake_tiny(config: Config, generator: GeneratorConfig, mode: FakeTensorMode) 
     return model
 
 
+def fake_rewards(config: Config, mode: FakeTensorMode) -> dict[str, nn.Module]:
+    """The scalar rewards, as ``load_rewards`` returns them. The user's own are not known before they run: a mean of
+    the frames stands for each."""
+    made: dict[str, nn.Module] = {}
+    for name, reward in config.rewards.items():
+        if is_entry(reward.id):
+            made[name] = _Unknown()
+            continue
+        with _disable_current_modes():
+            model, encode = empty_clip(reward.id)
+        with _packing():
+            fill(model, _fake_value(mode, DTYPES[config.dtype]))
+        made[name] = ClipReward(model, encode, recompute=bool(config.memory.checkpoint))
+    return made
+
+
+class _Unknown(nn.Module):
+    def forward(self, frames_BTCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        return frames_BTCHW.float().mean((1, 2, 3, 4))
+
+
 def fake_text(generator: GeneratorConfig, dtype: torch.dtype, mode: FakeTensorMode, name: str = "text_encoder") -> Any:
     """The encoder of ``load_text`` in this subfolder, without the tokenizer."""
     with _disable_current_modes():
@@ -159,7 +182,8 @@ def _packing() -> Iterator[None]:
 def fake_run(
     config: Config, generator: GeneratorConfig, described: Any, mode: FakeTensorMode, meter: PlanMeter
 ) -> tuple[Models, list[Prompt], dict[str, tuple[Question, ...]]]:
-    """Models of true size, and the prompts of one micro-batch with their questions."""
+    """Models of true size, and the prompts of one micro-batch with their questions. ``described``: of the critic,
+    ``None`` if none is asked."""
     dtype = DTYPES[config.dtype]
     prompts, questions = plan_prompts(config)
     sizes = sizes_of(generator)
@@ -173,15 +197,19 @@ def fake_run(
         text: torch.zeros(config.model.text_tokens, sizes.text_dim, dtype=dtype)
         for text in [*(p.text for p in prompts), config.sampler.negative_prompt]
     }
-    rate = critic_rate(config)
-    critic = fake_critic(config.critic.id, dtype, rate, config.critic.quant, mode=mode, files=described)
+    rate, critic = critic_rate(config), None
+    if described is not None:
+        critic = fake_critic(config.critic.id, dtype, rate, config.critic.quant, mode=mode, files=described)
+    rewards = fake_rewards(config, mode)
     vae = fake_vae(generator, DTYPES[config.memory.vae_dtype], mode)
     tiny = fake_tiny(config, generator, mode)
     more = [*([other.transformer] if other else []), *([tiny] if tiny else [])]
-    meter.load([transformer, vae, critic.model, *more])
+    meter.load([transformer, vae, *([critic.model] if critic else []), *rewards.values(), *more])
     device, ops = torch.device("cpu"), choose_planned(config, sizes.head_dim)
     store = planned_store()
-    models = assemble(config, transformer, vae, critic, texts, device, meter, ops, other, store, tiny=tiny)
+    models = assemble(
+        config, transformer, vae, critic, texts, device, meter, ops, other, store, tiny=tiny, rewards=rewards
+    )
     return models, prompts, questions
 
 

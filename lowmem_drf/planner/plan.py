@@ -137,7 +137,7 @@ def _plan(
     require_room(config, generator, {"micro_batch": config.micro_batch}, FAR * most * GIB, f"{FAR} such cards have")
     if not whole:
         generator = boundary_moved(generator, short)
-    critic = described_critic(config.critic.id)
+    critic = described_critic(config.critic.id) if config.critic.weights.asked else None
     run = _Run(config, short, generator, critic, card, fakes, only, whole, seen, uses)
     shallow = not (whole or deep)
     with _frozen():
@@ -186,12 +186,12 @@ Seen = dict[str, _Stages]
 
 @dataclass
 class _Run:
-    """An update on fake tensors. ``critic``: see ``described_critic``."""
+    """An update on fake tensors. ``critic``: see ``described_critic``; ``None`` if none is asked."""
 
     config: Config
     short: Config
     generator: GeneratorConfig
-    critic: tuple[dict[str, Any], dict[str, Any], Any]
+    critic: tuple[dict[str, Any], dict[str, Any], Any] | None
     card: Card
     fakes: Fakes
     only: str | None
@@ -227,7 +227,7 @@ class _Run:
 
     def update(self, shallow: bool) -> tuple[dict[str, StagePlan], int]:
         """The figures of the update's stages, and the bytes of a step's records."""
-        line = line_to(depths_of(self.generator, self.critic[0])) if shallow else None
+        line = line_to(depths_of(self.generator, self.critic and self.critic[0])) if shallow else None
         if line is None:
             meter, step_bytes = self._update({}, {})
             return meter.stages, step_bytes
@@ -268,7 +268,7 @@ class _Run:
 
         config, short, only = self.config, self.short, self.only
         generator = shallow_generator(self.generator, depths)
-        critic = (shallow_critic(self.critic[0], depths), *self.critic[1:])
+        critic = self.critic and (shallow_critic(self.critic[0], depths), *self.critic[1:])
         ungraded = config.sampler.graded_steps - short.sampler.graded_steps
         forget_windows()  # else the first run of a process would count them alone
         auto = in_8_bit(config, sizes_of(generator).head_dim)

@@ -78,6 +78,7 @@ def _depends_on(config: Config, card: Card, room: Room) -> dict[str, Any]:
     critic = Path(resolve(config.critic.id, "critic"))
     named = [expanded(text) for text in (config.prompts or "", config.critic.questions, config.model.decoder_file)]
     files = [path for path in named if path.is_file()]
+    files += [path / "config.json" for reward in config.rewards.values() if (path := Path(reward.id)).is_dir()]
     # what a critic's folder has besides its weights: configuration, processor, tokenizer
     files += [path for path in critic.glob("*") if path.suffix in (".json", ".jinja", ".txt", ".model")]
     return {
@@ -206,11 +207,23 @@ def laid_out(config: Config) -> Config:
     from lowmem_drf.assembly.loading import prepare_generator
     from lowmem_drf.models.generators import KNOWN_GENERATORS
     from lowmem_drf.models.qwen_vl.known import KNOWN
+    from lowmem_drf.models.rewards.clip import KNOWN as KNOWN_CLIPS
     from lowmem_drf.models.weights.downloads import prepare
 
     model, critic = config.model, config.critic
     if model.id not in (TOYWORLD, *KNOWN_GENERATORS):
         model = model.model_copy(update={"id": str(prepare_generator(config))})
-    if critic.id not in (TOYWORLD, READER, *KNOWN):
+    if critic.weights.asked and critic.id not in (TOYWORLD, READER, *KNOWN):
         critic = critic.model_copy(update={"id": str(prepare(critic.id, "critic", say))})
-    return config.model_copy(update={"model": model, "critic": critic})
+    rewards = {
+        name: one if one.id in KNOWN_CLIPS else one.model_copy(update={"id": _reward_place(one.id)})
+        for name, one in config.rewards.items()
+    }
+    return config.model_copy(update={"model": model, "critic": critic, "rewards": rewards})
+
+
+def _reward_place(reward_id: str) -> str:
+    from lowmem_drf.assembly.loading import prepare_reward
+    from lowmem_drf.models.rewards.users import is_entry
+
+    return reward_id if is_entry(reward_id) else str(prepare_reward(reward_id, say))

@@ -28,7 +28,7 @@ from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.stages import ONCE, STAGES, SUMS, Plan, StagePlan
 from lowmem_drf.planner.stand_ins import again
 from lowmem_drf.schema import Config
-from lowmem_drf.types import Answer, Decoder, Parts, Question
+from lowmem_drf.types import Answer, Decoder, Parts, Question, Scalar
 
 if TYPE_CHECKING:
     from lowmem_drf.models.family import GeneratorConfig
@@ -330,6 +330,7 @@ class AbsentDecoder(_NoDecoder):
         return latents_BC1hw.new_zeros(shape, dtype=dtype), (False,)
 
 
-def _no_critic(frames_BTCHW: Tensor, questions: Sequence[Sequence[Question]]) -> list[list[Answer]]:
+def _no_critic(frames_BTCHW: Tensor, questions: Sequence[Sequence[Question]]) -> Sequence[Sequence[Answer | Scalar]]:
     logits = frames_BTCHW.mean().float() * torch.ones(1, 2)
-    return [[Answer(logits, torch.tensor([0]), yes=(0,), no=(1,)) for _ in asked] for asked in questions]
+    answer, value = Answer(logits, torch.tensor([0]), yes=(0,), no=(1,)), Scalar(logits[0, 0])
+    return [[value if question.kind == "scalar" else answer for question in asked] for asked in questions]

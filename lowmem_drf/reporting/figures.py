@@ -60,7 +60,8 @@ def words(name: str) -> str:
     """A measure, as readers know it."""
     held = {f"heldout_{aspect}": f"held-out questions: {said}" for aspect, said in ASPECTS.items()}
     others = {"lora_norm": "size of the LoRA", **held}
-    return {**NAMES, **REWARDS, **others}.get(name, name.replace("_", " "))
+    scalar = f"held-out reward: {name.removeprefix('heldout_')}" if name.startswith("heldout_") else name
+    return {**NAMES, **REWARDS, **others}.get(name, scalar.replace("_", " "))
 
 
 def _compared(record: Record) -> tuple[list[Figure], str]:

@@ -17,7 +17,7 @@ from lowmem_drf.reporting.figures import ASPECTS, signed, words
 from lowmem_drf.reporting.notes import read_notes
 from lowmem_drf.reporting.read import Record, as_row, curve, names, number, outside
 from lowmem_drf.reporting.verdict import verdict, warnings
-from lowmem_drf.scoring.alarm import HELDOUT
+from lowmem_drf.scoring.alarm import is_heldout
 
 TEMPLATE = "report.html.jinja"
 MOST_TILES, MOST_CURVES, MOST_PROMPTS, MOST_LEFT_OUT = 4, 30, 100, 100
@@ -121,7 +121,7 @@ def _watched(record: Record) -> list[Mapping[str, Any]]:
             continue
         gone = [row["step"] for row in record.watch if name in outside(row)]
         band = _band(bands.get(name))
-        floor = _floor(values, band) if name in HELDOUT else ()
+        floor = _floor(values, band) if is_heldout(name) else ()
         line = Curve(steps, values, record.done, None if floor else band, floor, gone, False, record.alarm, record.best)
         title = words(name)
         row = {"title": title, "first": values[0], "last": values[-1], "outside": bool(gone), "band": band}

@@ -37,6 +37,12 @@ def groups(record: Record) -> Mapping[str, Mapping[str, str]]:
             "reward": critic.reward,
             "aspects": weights,
             "sees": f"{critic.frames} frames" if isinstance(critic.frames, int) else critic.frames,
+        }
+        if critic.weights.asked
+        else {},
+        "Other rewards": {
+            name: f"{reward.id}, {'held out' if reward.held_out else f'times {reward.weight:g}'}"
+            for name, reward in config.rewards.items()
         },
         "Training": {
             "LoRA": f"rank {lora.rank}, alpha {lora.alpha:g}{rs}, {len(lora.targets)} kinds of layers",

@@ -37,16 +37,15 @@ class Rule:
     """The smallest standard deviation that counts, in the measure's own unit; at least ``LEAST_SPREAD`` of its mean."""
 
 
-HELDOUT = ("heldout_TA", "heldout_Phy", "heldout_VQ")
-"""Measures that may not fall back from their own best: held-out questions, by aspect."""
 SCORE = "heldout_reward"
 """By which the best look is chosen; without held-out questions by the reward."""
 NOISE = 0.1
 """Of the held-out answers of a look, in standard deviations between the base's prompts."""
 LEAST_SPREAD = 0.02
 """As a share of a measure's mean: what hardly differs between the base's clips still has a band."""
+HELDOUT = Rule(0.4, high=False)
 RULES: dict[str, Rule] = {
-    **{name: Rule(0.4, high=False) for name in HELDOUT},
+    **dict.fromkeys(("heldout_TA", "heldout_Phy", "heldout_VQ"), HELDOUT),
     "diversity": Rule(1.0, high=False),
     "velocity_norm": Rule(2.0),
     "motion": Rule(4.0),
@@ -76,10 +75,16 @@ def bands(means: Mapping[str, float], spread: Mapping[str, float]) -> dict[str, 
     """The band of each measure, from the base's mean and standard deviation."""
 
     def band(name: str) -> Band:
-        rule, reach = RULES[name], RULES[name].width * spread[name]
+        rule = RULES.get(name, HELDOUT)
+        reach = rule.width * spread[name]
         return means[name] - reach if rule.low else None, means[name] + reach if rule.high else None
 
-    return {name: band(name) for name in RULES if name in spread}
+    return {name: band(name) for name in dict.fromkeys((*RULES, *filter(is_heldout, spread))) if name in spread}
+
+
+def is_heldout(name: str) -> bool:
+    """Whether a measure may not fall back from its own best: held-out questions by aspect, held-out scalar rewards."""
+    return name.startswith("heldout_") and name != SCORE
 
 
 @dataclass(frozen=True)
@@ -138,8 +143,8 @@ class Alarm:
         """Those of the base; of the held-out questions, what the best answers so far may fall back by."""
         first = self.looks[0]
         made = dict(first.bands)
-        for name in HELDOUT:
-            if (band := made.get(name)) and band[0] is not None:
+        for name in filter(is_heldout, first.bands):
+            if (band := made[name])[0] is not None:
                 seen = (look.measures.get(name, math.nan) for look in self.looks)
                 best = max(filter(math.isfinite, seen))  # the base's own is among them
                 made[name] = best - (first.measures[name] - band[0]), None

@@ -13,7 +13,7 @@ import torch
 from lowmem_drf.assembly.assemble import Models, critic_frames, derive_seed, reward_spec
 from lowmem_drf.assembly.check import can_check, checked_questions
 from lowmem_drf.assembly.generate import NAN, batches, flaw
-from lowmem_drf.assembly.questions import draft_questions, grammar_of, is_still
+from lowmem_drf.assembly.questions import draft_questions, grammar_of, is_still, with_scalars
 from lowmem_drf.assembly.references import finish_questions
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import BadInputError, NonFiniteError
@@ -74,7 +74,8 @@ def make_trial(
     else:
         chosen = tuple(prompts[:count])
         source = "of the training file, with other noise (give held-out ones: lowmem-drf eval --prompts FILE)"
-    heldout = heldout_questions(chosen, grammar_of(config), is_still(config))
+    asked = config.critic.weights.asked
+    heldout = heldout_questions(chosen, grammar_of(config), is_still(config)) if asked else {}
     return Trial(chosen, seeds, draft_questions(config, chosen, strict=False), heldout, source)
 
 
@@ -83,9 +84,11 @@ def part_of(trial: Trial | None, prompts: int, seeds: int) -> Trial | None:
     return replace(trial, prompts=trial.prompts[:prompts], seeds=seeds) if trial and prompts else None
 
 
-def finish_trial(config: Config, trial: Trial, critic: QwenCritic, console: Console) -> Trial:
+def finish_trial(config: Config, trial: Trial, critic: QwenCritic | None, console: Console) -> Trial:
     """Finishes the questions as training does (``references.finish_questions``), and checks the held-out ones."""
     questions = finish_questions(config, trial.prompts, trial.questions, critic, console).questions
+    if critic is None:
+        return trial
     heldout = checked_heldout(config, trial.prompts, trial.heldout, critic, console)
     return replace(trial, questions=questions, heldout=heldout)
 
@@ -137,7 +140,7 @@ def both_sides(
 def as_result(trial: Trial, sides: Mapping[str, Measured]) -> dict[str, Any]:
     """The JSON of ``eval``: a ``result.Result`` without ``second``."""
     base, tuned = (sides[name].by_prompt for name in ("base", "tuned"))
-    judged = "heldout_reward" if trial.heldout else "reward"
+    judged = "heldout_reward" if "heldout_reward" in base[0] else "reward"
     rows = zip(trial.prompts, base, tuned, strict=True)
     return {
         "prompts": len(trial.prompts),
@@ -197,7 +200,7 @@ def measure_prompts(
     texts = [prompt.text for prompt in prompts]
     seeds = [derive_seed("eval", i // trial.seeds, i % trial.seeds) for i in range(len(prompts))]
     kept = list(kept_frames(config.video.frames, critic_frames(config)))
-    critic, spec = models.ask or models.asked_critic, reward_spec(config)
+    judge, spec = models.judge, reward_spec(config)
     judged = oracle_for(config, texts) is not None
     rows, drift = dict[int, dict[str, float]](), Drift()
     of_a_prompt: list[tuple[Tensor, dict[str, float]]] = []
@@ -209,10 +212,11 @@ def measure_prompts(
             )
         frames, some = made.frames_BTCHW, [prompts[i] for i in here]
         models.awake("critic")
-        values = rewards(critic, frames[:, kept], some, trial.questions, spec)
-        if trial.heldout:
-            for row, heldout in zip(values, rewards(critic, frames[:, kept], some, trial.heldout, spec), strict=True):
+        values = rewards(judge, frames[:, kept], asked_of(config, trial.questions, some), spec)
+        if any(asked := asked_of(config, trial.heldout, some, held_out=True)):
+            for row, heldout in zip(values, rewards(judge, frames[:, kept], asked, spec), strict=True):
                 row["heldout_reward"] = heldout["reward"]
+                row |= {name: value for name, value in heldout.items() if name not in row}
         if not new:  # another rank's clips, made to keep the ranks together
             continue
         watch(here, frames)
@@ -246,15 +250,17 @@ def describe(trial: Trial) -> str:
     return f"{len(trial.prompts)} prompts x {trial.seeds} seeds, {trial.source}"
 
 
+def asked_of(
+    config: Config, questions: Mapping[str, Sequence[Question]], prompts: Sequence[Prompt], held_out: bool = False
+) -> list[tuple[Question, ...]]:
+    """``with_scalars``, from questions by prompt id."""
+    return with_scalars(config, prompts, [questions.get(prompt.id, ()) for prompt in prompts], held_out)
+
+
 def rewards(
-    critic: Critic,
-    frames_BTCHW: Tensor,
-    prompts: Sequence[Prompt],
-    questions: Mapping[str, Sequence[Question]],
-    spec: RewardSpec,
+    critic: Critic, frames_BTCHW: Tensor, asked: Sequence[Sequence[Question]], spec: RewardSpec
 ) -> list[dict[str, float]]:
-    """The critic's reward of each clip, in total and by aspect."""
-    asked = [questions[prompt.id] for prompt in prompts]
+    """The reward of each clip, in total and by aspect."""
     found = []
     for of_clip, about in zip(critic(frames_BTCHW, asked), asked, strict=True):
         total, by_aspect, _ = total_reward(of_clip, about, spec)

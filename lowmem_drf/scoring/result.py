@@ -6,8 +6,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
-from lowmem_drf.types import Aspect
-
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -28,11 +26,11 @@ class Side(_Part):
     """The base or the tuned model: means over prompts. ``null``: no meaning for these clips, or not asked."""
 
     reward: float
-    """The critic's, on the questions of training."""
-    reward_by_aspect: dict[Aspect, float | None]
-    """``TA``: the prompt, ``Phy``: physics, ``VQ``: quality."""
+    """The critic's, on the questions of training, and ``weight`` times the value of every scalar reward."""
+    reward_by_aspect: dict[str, float | None]
+    """``TA``: the prompt, ``Phy``: physics, ``VQ``: quality; scalar rewards by their names, held-out ones too."""
     heldout_reward: float | None
-    """The critic's, on questions that training does not ask."""
+    """The critic's, on questions that training does not ask, and held-out scalar rewards."""
     diversity: float
     """RMS distance between two clips of one prompt, mean over pairs; 0 with one clip a prompt."""
     velocity_norm: float

@@ -47,5 +47,5 @@ def saliency(critic: Critic, frames_TCHW: Tensor, questions: Sequence[Question],
         raise NonFiniteError(
             "the critic's gradient is NaN or infinite on this clip. Try another precision: -s dtype=fp32"
         )
-    detached = [Answer(a.logits_AV.detach(), a.target_A, a.yes, a.no) for a in answers]
+    detached = [Answer(a.logits_AV.detach(), a.target_A, a.yes, a.no) for a in answers if isinstance(a, Answer)]
     return Saliency(detached, maps[0], torch.stack(maps[1:]))

@@ -48,6 +48,8 @@ class SecondCritic:
     """
 
     def __init__(self, config: Config, critic: str, trial: Trial) -> None:
+        if not config.critic.weights.asked:
+            raise BadInputError(f"--critic {critic}: this run asks no critic, so there are no questions for another.")
         if critic == config.critic.id:
             raise BadInputError(f"--critic {critic} is the critic that this run was trained on. Name another one.")
         if critic in (TOYWORLD, READER) and not all(toyworld.attributes(prompt.text) for prompt in trial.prompts):
@@ -96,7 +98,8 @@ class SecondCritic:
                 here = range(first, min(first + size, self._clips))  # seen shrinks
                 frames = torch.stack([seen.pop(i) for i in here]).to(resolve_device(self.config.device)).float()
                 some = [trial.prompts[i // trial.seeds] for i in here]
-                of_clips += [row["reward"] for row in rewards(critic, frames, some, questions, spec)]
+                asked = [questions[prompt.id] for prompt in some]
+                of_clips += [row["reward"] for row in rewards(critic, frames, asked, spec)]
             values = torch.tensor(of_clips, dtype=torch.float64).view(-1, trial.seeds)
             found[side] = values.mean(1).tolist()
         return found

@@ -15,7 +15,7 @@ from lowmem_drf.models.lora.adapter import lora_scale
 from lowmem_drf.prompts import fingerprint
 from lowmem_drf.schema import Config
 from lowmem_drf.scoring.alarm import Alarm, mark_best, read_looks, save_looks
-from lowmem_drf.scoring.evaluate import Trial, diversity, mean_rows, rewards
+from lowmem_drf.scoring.evaluate import Trial, asked_of, diversity, mean_rows, rewards
 from lowmem_drf.scoring.measures import clip_measures
 
 SEEDS = 2
@@ -103,14 +103,13 @@ def look(config: Config, models: Models, trial: Trial, ranks: Ranks = ALONE) -> 
     seeds = [derive_seed("watch", prompt, clip) for prompt in range(len(prompts)) for clip in range(count)]
     kept, spec = list(kept_frames(config.video.frames, critic_frames(config))), reward_spec(config)
     size = max(1, config.log.eval_batch // count) * count  # whole prompts
-    critic, found = models.ask or models.asked_critic, dict[str, list[float]]()
+    found: dict[str, list[float]] = {}
     for here, made, new in batches(models, config.sampler, texts, seeds, size, ranks, count):
         frames = made.frames_BTCHW
         rows = [clip_measures(clip) | {"velocity_norm": n} for clip, n in zip(frames, made.velocity_norms, strict=True)]
-        if trial.heldout:
+        if any(asked := asked_of(config, trial.heldout, [prompts[i // count] for i in here], held_out=True)):
             models.awake("critic")
-            asked = [prompts[i // count] for i in here]
-            for row, answered in zip(rows, rewards(critic, frames[:, kept], asked, trial.heldout, spec), strict=True):
+            for row, answered in zip(rows, rewards(models.judge, frames[:, kept], asked, spec), strict=True):
                 row |= {f"heldout_{name.removeprefix('reward_by_aspect.')}": value for name, value in answered.items()}
         for first in range(0, len(rows) if new else 0, count):
             of_a_prompt = slice(first, first + count)

@@ -98,7 +98,8 @@ class TrainProgress:
 
     def _rates(self) -> str:
         shown = [f"reward {_mean([r.reward for r in self._recent]):+.3f}"]
-        for name, word in ASPECTS.items():
+        words = ASPECTS | {name: name for r in self._recent for name in r.reward_by_aspect if name not in ASPECTS}
+        for name, word in words.items():
             if values := [r.reward_by_aspect[name] for r in self._recent if name in r.reward_by_aspect]:
                 shown.append(f"{word} {_mean(values):+.3f}")
         if judged := [r.oracle for r in self._recent if r.oracle]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem_drf.assembly.assemble import Models, derive_seed, step_spec
+from lowmem_drf.assembly.questions import with_scalars
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import NonFiniteError
 from lowmem_drf.method.step import StepSpec, drf_step
@@ -211,7 +212,7 @@ def _accumulate(
         some, some_seeds = prompts[part], seeds[part]
         weight = len(some) / len(prompts)
         cond = models.condition([prompt.text for prompt in some])
-        asked = [questions[prompt.id] for prompt in some]
+        asked = with_scalars(config, some, [questions[prompt.id] for prompt in some])
         noise, generators = models.noise(some_seeds), models.generators(some_seeds)
         uncond = models.no_condition(len(some))
         found: list[NonFiniteError] = []

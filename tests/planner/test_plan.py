@@ -60,6 +60,18 @@ def test_planned_bytes_are_those_of_a_real_update(name):
         assert plan.stages[stage].peak_gib == pytest.approx(gib, rel=0.05), stage
 
 
+@pytest.mark.parametrize("critic", [pytest.param(1, marks=slow), 0], ids=["with the critic", "alone"])
+def test_planned_bytes_with_a_scalar_reward_are_real(tmp_path, critic):
+    """A CLIP that has most of the stage's bytes, of which a frame is computed at a time."""
+    tower = {"num_hidden_layers": 3, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512}
+    sizes = {"text_config": tower, "vision_config": tower | {"image_size": 128, "patch_size": 8}}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", **sizes}))
+    weights = [f"critic.weights.{aspect}={critic}" for aspect in ("TA", "Phy", "VQ")]
+    config = load_config("toy", [*SMALL, 'memory.park=["critic"]', *weights, f"rewards.clip.id={tmp_path}"])
+    stage, counted = make_plan(config, CARD, fakes=FAKES).stages["critic"], count_bytes(config)["critic"]
+    assert stage.peak_gib == pytest.approx(counted, rel=0.05) and stage.weights_gib < 0.9 * counted
+
+
 @pytest.mark.parametrize(
     "recorded",
     [pytest.param((), marks=slow), RECORDED[:2], pytest.param((*RECORDED[:2], TRACES), marks=slow)],

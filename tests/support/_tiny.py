@@ -139,17 +139,6 @@ def tiny_text(dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Any, A
     return model.to(dtype).eval().requires_grad_(False), tokenizer
 
 
-def tiny_t5(seed: int = 0) -> Any:
-    """T5EncoderModel of width 16, for ``tiny_prompt_tokenizer``. Frozen, eval."""
-    from transformers import T5Config, T5EncoderModel
-
-    with _seeded(seed) as generator:
-        words, rest = len(tiny_prompt_tokenizer()), {"num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
-        model = T5EncoderModel(T5Config(vocab_size=words, d_model=TEXT_DIM, d_kv=8, d_ff=32, **rest))
-        _spread(model, 1.0, generator)
-    return model.eval().requires_grad_(False)
-
-
 def tiny_critic_tokenizer() -> Any:
     """Word-level tokenizer with Qwen's special tokens and a chat template of Qwen's form."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -427,3 +416,39 @@ class SavedBytes:
     @property
     def total(self) -> int:
         return sum(self._seen.values())
+
+
+def tiny_clip(dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """CLIPModel of 8x8 pixels in patches of 4, and a vocabulary of 16. Frozen, eval."""
+    from transformers import CLIPConfig, CLIPModel
+
+    tower = dict(num_hidden_layers=2, hidden_size=16, num_attention_heads=2, intermediate_size=24)
+    text = tower | dict(vocab_size=16, max_position_embeddings=8, bos_token_id=14, eos_token_id=15, pad_token_id=15)
+    vision = tower | dict(image_size=8, patch_size=4)
+    with _seeded(seed) as generator:
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
+        _spread(model, 1.0, generator)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def tiny_clip_tokenizer() -> Any:
+    """Word-level, with CLIP's begin and end."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*str.split("a red blue circle square moves left right up jumps"), *(f"<{i}>" for i in range(4))]
+    vocab = {word: i for i, word in enumerate([*words, "<begin>", "<end>"])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<0>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = [("<begin>", 14), ("<end>", 15)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<begin> $A <end>", special_tokens=special)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>", unk_token="<0>")
+
+
+def save_tiny_clip(folder: Path, seed: int = 0) -> Path:
+    """Writes a complete transformers folder of ``tiny_clip`` and returns it."""
+    tiny_clip(seed=seed).save_pretrained(folder)
+    tiny_clip_tokenizer().save_pretrained(folder)
+    settings = {"image_mean": [0.5, 0.45, 0.4], "image_std": [0.3, 0.25, 0.27]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder

@@ -105,7 +105,7 @@ def check_host_memory(
         needs["transformer"] = needs.get("transformer", 0) + needs.pop(SECOND)
     largest = max(needs, key=lambda subfolder: needs[subfolder])
     if free is not None and needs[largest] + HOST_MARGIN > free:
-        model = f"{largest} of the generator" if largest else "critic"
+        model = f"{largest} of the generator" if largest else role
         raise LowmemError(
             f"Loading the {model} ({folder}) takes {_gb(needs[largest])} of host memory and {_gb(HOST_MARGIN)} "
             f"besides; {_gb(free)} are free. Close other programs, add swap, take a smaller model"

@@ -12,9 +12,13 @@ from typing import Any, Literal
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.texts import parse_json
 
-Role = Literal["generator", "critic"]
+Role = Literal["generator", "critic", "reward"]
 
-SUBFOLDERS: dict[Role, tuple[str, ...]] = {"generator": ("transformer", "vae", "text_encoder"), "critic": ("",)}
+SUBFOLDERS: dict[Role, tuple[str, ...]] = {
+    "generator": ("transformer", "vae", "text_encoder"),
+    "critic": ("",),
+    "reward": ("",),
+}
 """Folders with weights and a config.json. A generator with two experts also has ``SECOND``, one with several text
 encoders those that begin with ``MORE_TEXT``."""
 

@@ -26,7 +26,7 @@ def random_value(dtype: torch.dtype, device: torch.device, generator: torch.Gene
 
     def value(name: str, shape: Sequence[int]) -> Tensor:
         made = torch.empty(shape, dtype=dtype, device=device)
-        if made.numel() > max(shape):
+        if made.numel() > max(shape, default=1):
             return made.normal_(0, STD, generator=generator)
         return made.fill_(0 if name.endswith("bias") else 1)
 

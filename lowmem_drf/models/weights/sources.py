@@ -22,8 +22,10 @@ FEWSTEP = "toyworld-fewstep"
 WEIGHTS = Path(__file__).resolve().parents[2] / "toy" / "weights"
 
 
-def resolve(model_id: str, role: Literal["generator", "critic"]) -> str:
+def resolve(model_id: str, role: Literal["generator", "critic", "reward"]) -> str:
     """ToyWorld's names -> the folder of that role in the package; a folder or hub id is returned unchanged."""
+    if role == "reward":  # ToyWorld has none
+        return model_id
     near = difflib.get_close_matches(model_id, (TOYWORLD, READER), n=1, cutoff=0.75)
     if near and model_id not in (TOYWORLD, READER) and not os.path.exists(model_id):
         raise BadInputError(f"there is no model {model_id!r}. Did you mean {near[0]}?")
