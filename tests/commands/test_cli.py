@@ -94,12 +94,14 @@ def test_the_file_itself_runs():
     assert done.stdout == f"lowmem-drf {__version__}\n", done.stderr
 
 
-def test_dry_run_prints_a_configuration_that_loads_and_writes_nothing(run_cli, tmp_path):
-    code, out, _ = run_cli("train --dry-run --steps 7 --seed 3 --vram 12GB -s optim.lr=1e-3")
+@pytest.mark.parametrize("preset", ["toy", "rtx3060-sd35"], ids=["the_default", "images"])
+def test_dry_run_prints_a_configuration_that_loads_and_writes_nothing(run_cli, tmp_path, preset):
+    named = "" if preset == "toy" else f" --preset {preset}"
+    code, out, _ = run_cli(f"train{named} --dry-run --steps 7 --seed 3 --vram 12GB -s optim.lr=1e-3")
     assert code == 0
     file = tmp_path / "resolved.toml"
     file.write_text(out, encoding="utf-8")
-    assert load_config(file) == load_config("toy", ["steps=7", "seed=3", "memory.vram_gib=12", "optim.lr=1e-3"])
+    assert load_config(file) == load_config(preset, ["steps=7", "seed=3", "memory.vram_gib=12", "optim.lr=1e-3"])
     assert list(tmp_path.iterdir()) == [file]
 
 

@@ -29,13 +29,14 @@ BUDGET_GIB = {  # whole process, at its peak
     "rtx4080-20step": 7.6, "rtx3060-20step": 7.6, "rtx4060-20step": 5.5,
     "rtx4090-wan14b": 21.0, "rtx4090-wan22-5b": 15.5, "zero3-2gpu": 19.0,
     "rtx4090-ltx": 16.0, "rtx4080-ltx": 6.0, "rtx3060-ltx": 6.0,
+    "rtx3060-sd35": 6.5,
 }  # fmt: skip
 GIB, GB = 1024**3, 10**9
 OTHERS_GIB = 4.0
 """Host memory of each process for Python, libraries, CUDA and the system."""
 HOST_GB = (
     dict.fromkeys(BUDGET_GIB, 64)
-    | dict.fromkeys(("rtx3060", "rtx3060-20step", "rtx3060-ltx", "rtx4060", "rtx4060-20step"), 32)
+    | dict.fromkeys(("rtx3060", "rtx3060-20step", "rtx3060-ltx", "rtx3060-sd35", "rtx4060", "rtx4060-20step"), 32)
     | {"zero3-2gpu": 128}
 )
 SAME_BODY = {"rtx3090": "rtx4090", "rtx5090": "rtx4090"}

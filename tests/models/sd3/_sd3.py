@@ -14,16 +14,16 @@ POOLED = TEXT_DIM // 2 + 2
 """Numbers of the pooled text: those of both CLIPs."""
 
 
-def tiny_sd3_transformer(dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = 3) -> Any:
-    """Latents (B, 4, 1, h, w) with even h and w, text (B, L, 16). The first two blocks have a second attention. Frozen,
-    eval."""
+def tiny_sd3_transformer(dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = 2) -> Any:
+    """Latents (B, 4, 1, h, w) with even h and w, text (B, L, 16). The first block has a second attention, the last no text
+    after it. Frozen, eval."""
     from diffusers import SD3Transformer2DModel
 
     with _seeded(seed) as generator:
         model = SD3Transformer2DModel(
             sample_size=8, in_channels=CHANNELS, out_channels=CHANNELS, num_layers=layers, attention_head_dim=12,
             num_attention_heads=2, joint_attention_dim=TEXT_DIM, caption_projection_dim=24,
-            pooled_projection_dim=POOLED, pos_embed_max_size=24, dual_attention_layers=(0, 1), qk_norm="rms_norm",
+            pooled_projection_dim=POOLED, pos_embed_max_size=24, dual_attention_layers=(0,), qk_norm="rms_norm",
         )  # fmt: skip
         _spread(model, 0.8, generator)
     return model.to(dtype).eval().requires_grad_(False)

@@ -56,7 +56,7 @@ def parts(folder):
 
 @pytest.mark.parametrize("k", [1, 3, STEPS], ids=lambda k: f"K{k}")
 def test_relay_is_naive_for_sd3(parts, k):
-    noise = draw_noise((CHANNELS, 1, 4, 6), range(2)).double()
+    noise = draw_noise((CHANNELS, 1, 2, 4), range(2)).double()
     cond, uncond = (draw_noise((1, 1, 9, TEXT_DIM), seeds)[:, 0, 0].double() for seeds in ([1, 2], [3, 3]))
     plan = plan_of(range(STEPS - k, STEPS), guidance=2.0, guidance_grad="both", kept=(0,))
     expected, naive = lora_gradients(naive_step, parts, plan, noise, cond, uncond, [QUESTIONS] * 2)
@@ -147,9 +147,9 @@ vae_dtype = "fp32"
 checkpoint_every = 1
 sample_every = 2
 sample_prompts = 1
-eval_prompts = 1
-watch_every = 1
-watch_prompts = 1
+sample_first = false
+eval_prompts = 0
+watch_every = 0
 """)
     return str(tmp_path / "sd3.toml")
 
@@ -163,28 +163,23 @@ def test_it_trains_shows_and_exports_images_and_what_saves_memory_changes_nothin
     plain = run_of(preset, tmp_path / "plain")
     stream = ("memory.checkpoint=true", "memory.stream=['transformer']", "memory.park=['critic','vae']")
     more = ("memory.record_rollout=true", "memory.record_decode=1", "memory.text_device=stream")
-    quiet = ("log.sample_every=0", "log.eval_prompts=0", "log.watch_every=0")
-    saving = run_of(preset, tmp_path / "saving", *stream, *more, *quiet)
+    saving = run_of(preset, tmp_path / "saving", *stream, *more, "log.sample_every=0")
     assert plain.keys() == saving.keys() and all(torch.equal(plain[name], saving[name]) for name in plain)
     assert any(tensor.any() for name, tensor in plain.items() if "lora_B" in name)
     asked = json.loads((tmp_path / "plain" / "questions.json").read_text())
     assert not {"direction", "jump", "flicker"} & {q["name"] for row in asked for q in row["questions"]}
     (clip,) = (tmp_path / "plain" / "samples" / "step-000002").glob("*.mp4")
     assert read_video(clip)[0].shape[:2] == (1, 3)
-    for line in (tmp_path / "plain" / "watch.jsonl").read_text().splitlines():
-        assert "NaN" not in line and "motion" not in line and "saturation" in line
     report_command(tmp_path / "plain", None, False, False)
     assert "data:video/mp4" in (tmp_path / "plain" / "report.html").read_text(encoding="utf-8")
-    for form in ("diffusers", "comfyui"):
-        made = export_run(tmp_path / "plain", form=form)
-        assert "diffusers (pipe.load_lora_weights)" in str(made) and "Verified" in str(made)
-        lora = read_lora(made.paths[0])
-        whole = {f"{sd3.BLOCKS}.{i}.{name}" for i in range(3) for name in sd3.NAMES.linears}
-        assert whole - lora.pairs.keys() == {
-            *(f"{sd3.BLOCKS}.2.attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
-            *(f"{sd3.BLOCKS}.2.{name}" for name in ("attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2")),
-        }
-        assert all(name.startswith("transformer.") for name in read_file(made.paths[0]))
+    made = export_run(tmp_path / "plain")
+    assert "diffusers (pipe.load_lora_weights)" in str(made) and "Verified" in str(made)
+    whole = {f"{sd3.BLOCKS}.{i}.{name}" for i in range(2) for name in sd3.NAMES.linears}
+    assert whole - read_lora(made.paths[0]).pairs.keys() == {
+        *(f"{sd3.BLOCKS}.1.attn2.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+        *(f"{sd3.BLOCKS}.1.{name}" for name in ("attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2")),
+    }
+    assert all(name.startswith("transformer.transformer_blocks.") for name in read_file(made.paths[0]))
     with pytest.raises(BadInputError, match="--format comfyui"):
         export_run(tmp_path / "plain", form="kohya")
 
