@@ -556,12 +556,12 @@ class Config(Node):
     processes: Annotated[int, Field(ge=1, le=64)] = 1
     """Number of processes that ``train`` starts; ``batch`` is split over them. Under ``torchrun`` or ``deepspeed``: the
     number that these started."""
+    rewards: dict[RewardName, Reward] = {}
+    """Scalar rewards besides the critic's: a table for each, under a name of yours. Empty: none."""
     video: Video = Video()
     model: Model = Model()
     sampler: Sampler = Sampler()
     critic: Critic = Critic()
-    rewards: dict[RewardName, Reward] = {}
-    """Scalar rewards by name. Empty: none."""
     lora: Lora = Lora()
     optim: Optim = Optim()
     memory: Memory = Memory()

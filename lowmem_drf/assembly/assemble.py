@@ -170,7 +170,8 @@ class Models:
     first_level: float = 1.0
     """Sigma of the latents that denoising begins with."""
     rewards: Mapping[str, torch.nn.Module] = field(default_factory=dict)
-    """Scalar rewards by name (``types.ScalarReward``). They are parked and woken with the critic."""
+    """Scalar rewards by name (``types.ScalarReward``). They are woken with the critic, and parked if it is offloaded
+    or streamed."""
     tiny: TinyDecoder | TinyBackward | None = None
     """With another ``model.decoder`` than the VAE."""
 
@@ -190,7 +191,7 @@ class Models:
 
     def awake(self, *names: Parkable) -> None:
         """Outside the stages of a step: brings these models to the card, and offloads all others that may be."""
-        self.residency.need(*names)
+        self.residency.need(*names, *(["rewards"] if "critic" in names else []))
 
     def parts(self, lora: Sequence[Tensor], uses: Uses = "exact") -> Parts:
         """For training."""
@@ -301,16 +302,19 @@ def assemble(
     if tiny is not None:
         small = TinyDecoder(tiny, grad_dtype=DTYPES[memory.vae_grad_dtype], store=store)
         small = small if config.model.decoder == "tiny" else TinyBackward(decoder, small)
-    judges = [*([] if critic is None else [critic.model]), *(rewards or {}).values()]
-    modules = generators | {"vae": vae} | ({"critic": torch.nn.ModuleList(judges)} if judges else {})
-    parked = modules.keys() & {*memory.park, *(["expert"] if "transformer" in memory.park else [])}
+    modules = generators | {"vae": vae} | ({} if critic is None else {"critic": critic.model})
+    modules |= {"rewards": torch.nn.ModuleList(rewards.values())} if rewards else {}
+    parked = modules.keys() & {
+        *(*memory.park, *(["expert"] if "transformer" in memory.park else [])),
+        *(["rewards"] if "critic" in (*memory.park, *memory.stream) else []),
+    }
     needs = NEEDS if other is None else {**NEEDS, "rollout": ()}  # two_experts brings each transformer in its turn
     residency = Residency(modules, parked, device, store, meter.stage, streamed, needs)
     velocity = family.as_velocity(transformer, recorder, fps=config.video.fps)
     if other is not None:
         second = family.as_velocity(other.transformer, fps=config.video.fps)
         velocity = two_experts(velocity, second, config.model.expert, other.boundary, residency.need)
-    for name in streamed.keys() - parked:
+    for name in (streamed.keys() | modules.keys() & {"rewards"}) - parked:
         bring(modules[name], device)  # the parts that are not streamed were loaded to the host
     if device.type == "cuda":
         torch.cuda.empty_cache()  # loading, packing and timing leave pieces that no stage can use

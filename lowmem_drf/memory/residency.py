@@ -23,7 +23,7 @@ NEEDS: Mapping[str, frozenset[str]] = {
     "text": frozenset(),
     "rollout": frozenset({"transformer"}),
     "decode": frozenset({"vae"}),
-    "critic": frozenset({"critic"}),
+    "critic": frozenset({"critic", "rewards"}),
     "vae_backward": frozenset({"vae"}),
     "denoise_backward": frozenset({"transformer"}),
     "update": frozenset(),
@@ -103,7 +103,7 @@ class Residency:
     """Parks and wakes models around the stages of a step.
 
     Args:
-        modules: the models by name: ``critic``, ``vae``, ``transformer``, ``expert``.
+        modules: the models by name: ``critic``, ``rewards``, ``vae``, ``transformer``, ``expert``.
         parked: names of the models offloaded to the host between their stages. The others stay on the card.
         inner: context of each stage, entered after the other models are parked and before the stage's own are woken. A
             peak meter there counts no other stage's weights, and counts the time of waking.
