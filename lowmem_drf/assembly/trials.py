@@ -244,7 +244,7 @@ class Work:
         critic, grid = self._critic_grid()
         vision, (frames, height, width) = critic.model.config.vision_config, grid[0, :3].tolist()
         ranges = window_ranges(range(0, (frames + 1) * height * width, height * width)).to(self.device)
-        heads = vision.num_heads
+        heads = getattr(vision, "num_heads", None) or vision.num_attention_heads
         self._ranged(ranges, frames * height * width, heads, heads, vision.hidden_size // heads)
 
     def _ranged(self, ranges: Tensor, tokens: int, heads: int, key_heads: int, width: int) -> None:

@@ -49,6 +49,10 @@ class VideoGeometry:
     """The cap of ``cap_pixels_per_frame``. ``frame``: the frames of a clip share 90% of this many tokens; ``None`` is
     Qwen2.5-VL's 128000, which binds from 300 frames on. ``clip``: tokens per frame; ``None`` is Qwen3-VL's 768."""
 
+    square: tuple[int, int] | None = None
+    """SmolVLM2: frames are resized so that the longer side has so many pixels, and then to a square of so many. Those
+    that are such a square already stay as they are."""
+
     @property
     def factor(self) -> int:
         """Pixels of a token of the language model, each side."""
@@ -64,6 +68,8 @@ def smart_resize(height: int, width: int, geometry: VideoGeometry, frames: int =
     Raises:
         BadInputError: an aspect ratio above 200.
     """
+    if geometry.square is not None:
+        return geometry.square[1], geometry.square[1]
     factor = geometry.factor
     low = geometry.min_pixels
     if geometry.bounds == "clip":
@@ -100,9 +106,19 @@ def resized(frames_BTCHW: Tensor, geometry: VideoGeometry) -> Tensor:
     size = smart_resize(height, width, geometry, frames)
     if size == (height, width):
         return frames_BTCHW
-    # bicubic overshoots; uint8 images saturate there, and so do we
-    x = F.interpolate(frames_BTCHW.flatten(0, 1), size=size, mode="bicubic", antialias=True)
-    return x.clamp(0, 1).unflatten(0, (batch, frames))
+    x = frames_BTCHW.flatten(0, 1)
+    for step in [*([] if geometry.square is None else [_longest(height, width, geometry.square[0])]), size]:
+        # bicubic overshoots; uint8 images saturate there, and so do we
+        x = F.interpolate(x, size=step, mode="bicubic", antialias=True).clamp(0, 1)
+    return x.unflatten(0, (batch, frames))
+
+
+def _longest(height: int, width: int, longest: int) -> tuple[int, int]:
+    """The first size of ``SmolVLMVideoProcessor.resize``: the shorter side is even."""
+    longest = min(longest, 4096)
+    shorter = int(longest / (width / height)) if width >= height else int(longest * (width / height))
+    shorter = max(1, shorter + shorter % 2)
+    return (shorter, longest) if width >= height else (longest, shorter)
 
 
 def video_patches(frames_BTCHW: Tensor, geometry: VideoGeometry) -> tuple[Tensor, Tensor]:

@@ -158,11 +158,12 @@ def mark_critic(models: Models, ledger: Ledger) -> None:
     rewards it marks nothing: they have the same depth in every plan."""
     if models.critic is None:
         return
-    model = models.critic.model.model
-    kinds: dict[str, list[Any]] = {"language": [layer.input_layernorm for layer in model.language_model.layers]}
-    whole = set(getattr(model.visual, "fullatt_block_indexes", ()))
-    for place, block in enumerate(model.visual.blocks):
-        kinds.setdefault("whole" if place in whole else "windowed", []).append(block.norm1)
+    stacks, vision = models.critic.stacks, models.critic.model.config.vision_config
+    kinds: dict[str, list[Any]] = {"language": [layer.input_layernorm for layer in stacks.language.layers]}
+    whole = set(getattr(vision, "fullatt_block_indexes", None) or ())
+    for place, block in enumerate(stacks.blocks):
+        norm = getattr(block, "norm1", None) or block.layer_norm1
+        kinds.setdefault("whole" if place in whole else "windowed", []).append(norm)
     for kind, norms in kinds.items():
         for place, norm in enumerate(norms):
             norm.register_forward_pre_hook(_Begins(marker(ledger, kind, place, len(norms))))

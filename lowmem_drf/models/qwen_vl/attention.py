@@ -20,11 +20,10 @@ RangedAttention = Callable[[Tensor, Tensor, Tensor, float, Tensor], Tensor]
 """(q (B, L, H, d), k and v (B, L, G, d), scale, ranges (B or 1, L, 3)) -> (B, L, H, d). Differentiable."""
 
 
-def use_ranges(model: Any, attention: RangedAttention | None) -> None:
-    """Makes the language model of a Qwen VLM take ranges instead of a mask; ``None`` restores masks and SDPA."""
+def use_ranges(language: Any, attention: RangedAttention | None) -> None:
+    """Makes a VLM's language model take ranges instead of a mask; ``None`` restores masks and SDPA."""
     from transformers import AttentionInterface
 
-    language = model.model.language_model
     if attention is None:
         if language.config._attn_implementation == NAME:
             language.config._attn_implementation = "sdpa"

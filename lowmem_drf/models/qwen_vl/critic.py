@@ -1,4 +1,4 @@
-"""A Qwen VLM as a ``types.Critic``: frames in [0, 1] and questions -> logits of the answers, differentiable in the
+"""A VLM as a ``types.Critic``: frames in [0, 1] and questions -> logits of the answers, differentiable in the
 frames.
 
 The vision tower runs once per clip, all questions of a clip share one sequence (``packed_questions``), and logits are
@@ -21,10 +21,9 @@ from lowmem_drf.memory.host import HostStore
 from lowmem_drf.memory.streaming import HostEmbedding, Streamed
 from lowmem_drf.method.preprocess import VideoGeometry
 from lowmem_drf.models.qwen_vl.attention import RangedAttention, use_ranges
+from lowmem_drf.models.qwen_vl.common import Stacks
 from lowmem_drf.models.qwen_vl.families import Family, Prefix, family_of, make_prefix, text_prefix
 from lowmem_drf.models.qwen_vl.files import load_tokenizer, require_fit, video_geometry, video_settings
-from lowmem_drf.models.qwen_vl.packed_questions import Conversation
-from lowmem_drf.models.qwen_vl.vision import speed_up_vision
 from lowmem_drf.models.weights import quant as quantisation
 from lowmem_drf.models.weights.finite import refuse_model
 from lowmem_drf.models.weights.quant import Quant
@@ -42,7 +41,7 @@ def load_critic(
     fps: float | None = None,
     quant: Quant = "none",
 ) -> QwenCritic:
-    """Loads a Qwen2.5-VL or Qwen3-VL in transformers layout, frozen, in eval mode.
+    """Loads a model of one of the ``FAMILIES`` in transformers layout, frozen, in eval mode.
 
     Args:
         fps: frame rate of the clips it will judge. ``None``: the rate in its preprocessor settings, else 2.
@@ -76,7 +75,7 @@ def load_critic(
 
 
 class QwenCritic:
-    """``types.Critic`` on a Qwen2.5-VL or Qwen3-VL, called with (frames_BTCHW in [0, 1], questions of each clip).
+    """``types.Critic`` on a model of any family, called with (frames_BTCHW in [0, 1], questions of each clip).
 
     Gradients flow to the frames, and to the weights only if they were unfrozen. ``fps``: frame rate of the clips; it
     reaches the model as time positions or as timestamps in text.
@@ -88,19 +87,23 @@ class QwenCritic:
         self.model = model
         self.tokenizer = tokenizer
         self.fps = fps
-        self.geometry = replace(geometry, bounds=self.family.BOUNDS)
-        require_fit(model, tokenizer, geometry)
-        self.conversation = Conversation(tokenizer, model.config.video_token_id)
+        require_fit(model, tokenizer)
+        self.geometry = self.family.fitted(replace(geometry, bounds=self.family.BOUNDS), model.config)
+        self.conversation = self.family.conversation(tokenizer, model.config)
         self._prefixes: dict[tuple[float, ...], Prefix] = {}
         self._ranges = False
         self._streamed: Streamed | None = None
         self._streamed_modules: list[Any] = []
-        speed_up_vision(model.model.visual)
+        self.family.speed_up(model)
 
     @property
     def family(self) -> Family:
         """Looked up each time: it is a module, and critics must stay deep-copyable."""
         return family_of(self.model.config.model_type)
+
+    @property
+    def stacks(self) -> Stacks:
+        return self.family.stacks(self.model)
 
     @property
     def _embedding(self) -> Any:
@@ -237,12 +240,11 @@ class QwenCritic:
     def set_attention(self, attention: RangedAttention | None, head_dims: Collection[int] = ()) -> None:
         """Sets the attention kernel of language model and vision tower, each only if its head dimension is in
         ``head_dims``. ``None``: PyTorch's SDPA, with an L x L mask for the questions."""
-        text, vision = self.model.config.get_text_config(), self.model.config.vision_config
+        text = self.model.config.get_text_config()
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         self._ranges = attention is not None and width in head_dims
-        use_ranges(self.model, attention if self._ranges else None)
-        fits_vision = vision.hidden_size // vision.num_heads in head_dims
-        speed_up_vision(self.model.model.visual, attention if fits_vision else None)
+        use_ranges(self.stacks.language, attention if self._ranges else None)
+        self.family.speed_up(self.model, attention, head_dims)
 
     def set_checkpointing(self, on: bool) -> None:
         """Gradient checkpointing of every layer of the vision tower and the language model.
@@ -266,8 +268,8 @@ class QwenCritic:
     def leaves(self) -> list[Any]:
         """Modules to gather as a unit when weights are partitioned: the layers, and the patch embedding, whose code
         reads a submodule's weight without calling it."""
-        visual, language = self.model.model.visual, self.model.model.language_model
-        return [visual.patch_embed, *visual.blocks, *language.layers]
+        stacks = self.stacks
+        return [stacks.patch_embed, *stacks.blocks, *stacks.language.layers]
 
     def stream(self, device: torch.device, store: HostStore) -> Streamed:
         """Streams the weights of the vision blocks, the language model's layers and lm_head to ``device`` on demand;
@@ -277,7 +279,7 @@ class QwenCritic:
         """
         if not isinstance(self._embedding, HostEmbedding):
             self.model.set_input_embeddings(HostEmbedding(self._embedding, device, store))
-        modules = [*self.model.model.visual.blocks, *self.model.model.language_model.layers, self.model.lm_head]
+        modules = [*self.stacks.blocks, *self.stacks.language.layers, self.model.lm_head]
         self._streamed_modules, self._streamed = modules, Streamed(modules, device, store)
         return self._streamed
 

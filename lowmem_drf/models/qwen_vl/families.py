@@ -1,8 +1,8 @@
-"""The interface between the critic and its model families, one file each: ``qwen2_5_vl``, ``qwen3_vl``."""
+"""The interface between the critic and its model families: ``qwen2_5_vl``, ``qwen3_vl``, ``smolvlm.family``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -11,7 +11,10 @@ from torch import Tensor
 
 from lowmem_drf.method.preprocess import VideoGeometry
 from lowmem_drf.models.qwen_vl import qwen2_5_vl, qwen3_vl
+from lowmem_drf.models.qwen_vl.attention import RangedAttention
+from lowmem_drf.models.qwen_vl.common import Stacks
 from lowmem_drf.models.qwen_vl.packed_questions import Conversation
+from lowmem_drf.models.smolvlm import family as smolvlm
 
 
 class Family(Protocol):
@@ -30,6 +33,23 @@ class Family(Protocol):
 
     def model_class(self) -> Any:
         """The class in transformers, imported lazily."""
+        ...
+
+    def fitted(self, geometry: VideoGeometry, config: Any) -> VideoGeometry:
+        """The geometry for a model of this configuration. Raises BadInputError if they do not belong together."""
+        ...
+
+    def conversation(self, tokenizer: Any, config: Any) -> Conversation:
+        """The chat template, with one video token for a clip. Raises BadInputError if there is none."""
+        ...
+
+    def stacks(self, model: Any) -> Stacks:
+        """Where the model has its layers."""
+        ...
+
+    def speed_up(self, model: Any, attention: RangedAttention | None = None, head_dims: Collection[int] = ()) -> None:
+        """Replaces parts of the vision tower by faster ones, if there are any. ``attention``: a kernel for heads whose
+        width is in ``head_dims``."""
         ...
 
     def patches(self, frames_BTCHW: Tensor, geometry: VideoGeometry) -> tuple[Tensor, Tensor]:
@@ -58,7 +78,7 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: tuple[Family, ...] = (qwen2_5_vl, qwen3_vl)
+FAMILIES: tuple[Family, ...] = (qwen2_5_vl, qwen3_vl, smolvlm)
 
 
 def family_of(model_type: str) -> Family:
@@ -66,7 +86,8 @@ def family_of(model_type: str) -> Family:
     for family in FAMILIES:
         if model_type == family.MODEL_TYPE:
             return family
-    known = " or ".join(f"{family.MODEL_TYPE!r} ({family.NAME})" for family in FAMILIES)
+    *others, last = (f"{family.MODEL_TYPE!r} ({family.NAME})" for family in FAMILIES)
+    known = f"{', '.join(others)} or {last}"
     raise ValueError(f"it is a {model_type!r} model, and the critic must be a {known}")
 
 

@@ -12,10 +12,15 @@ from lowmem_drf.texts import parse_json
 
 
 def video_geometry(settings: Mapping[str, Any]) -> VideoGeometry:
-    """A preprocessor's JSON -> the numbers for ``method/preprocess.py`` (``bounds`` comes from the model family).
-    Raises BadInputError if one is missing."""
+    """A preprocessor's JSON -> the numbers for ``method/preprocess.py``, before ``Family.fitted``. Raises BadInputError
+    if one is missing."""
     size = settings.get("size") or {}
     try:
+        if "max_image_size" in settings:  # SmolVLM2's, where ``video_sampling`` comes before ``size``
+            longest = ((settings.get("video_sampling") or {}).get("video_size") or size)["longest_edge"]
+            side = int(settings["max_image_size"]["longest_edge"])
+            mean, std = tuple(settings["image_mean"]), tuple(settings["image_std"])
+            return VideoGeometry(1, 1, 1, side * side, side * side, mean, std, square=(int(longest), side))
         return VideoGeometry(
             patch=int(settings["patch_size"]),
             temporal_patch=int(settings["temporal_patch_size"]),
@@ -30,27 +35,14 @@ def video_geometry(settings: Mapping[str, Any]) -> VideoGeometry:
         raise BadInputError(f"The critic's preprocessor settings lack {error}: use the complete folder.") from error
 
 
-def require_fit(model: Any, tokenizer: Any, geometry: VideoGeometry) -> None:
-    """Raises BadInputError if the model cannot embed every token, or its patches are not the preprocessor's."""
+def require_fit(model: Any, tokenizer: Any) -> None:
+    """Raises BadInputError if the model cannot embed every token."""
     token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if last >= (rows := model.get_input_embeddings().num_embeddings):
         raise BadInputError(
             f"The critic's tokenizer and model do not belong together: token {token!r} has id {last}, and the model "
             f"embeds {rows} tokens. Take the tokenizer's files and the weights from one model."
         )
-    vision = model.config.vision_config
-    pairs = {
-        "patch_size": (geometry.patch, vision.patch_size),
-        "merge_size": (geometry.merge, vision.spatial_merge_size),
-        "temporal_patch_size": (geometry.temporal_patch, vision.temporal_patch_size),
-    }
-    for name, (ours, theirs) in pairs.items():
-        if ours != theirs:
-            raise BadInputError(
-                f"The critic's preprocessor and model do not belong together: {name} is {ours} in the video "
-                f"preprocessor's settings and {theirs} in the model's vision_config. "
-                "Take preprocessor_config.json and config.json from one model."
-            )
 
 
 def load_tokenizer(folder_or_id: str) -> Any:

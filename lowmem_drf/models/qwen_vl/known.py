@@ -71,7 +71,49 @@ def _qwen3_vl(parameters: int, hidden: int, intermediate: int, tied: bool, visio
     return KnownCritic({"model_type": "qwen3_vl", **models, **_TOKENS}, settings, parameters)
 
 
+def _smolvlm(parameters: int, text: dict[str, Any], vision: dict[str, Any], scale: int) -> KnownCritic:
+    text = {
+        "model_type": "llama", "vocab_size": 49280, "max_position_embeddings": 8192, "rms_norm_eps": 1e-05,
+        "pad_token_id": 2, "bos_token_id": 1, "eos_token_id": 49279, "tie_word_embeddings": False, **text,
+    }  # fmt: skip
+    side = {"longest_edge": vision["image_size"]}
+    settings = {
+        "size": {"longest_edge": 4 * vision["image_size"]}, "max_image_size": side,
+        "video_sampling": {"fps": 1, "max_frames": 64, "video_size": side},
+        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5],
+    }  # fmt: skip
+    config = {
+        "model_type": "smolvlm", "text_config": text, "vision_config": vision, "scale_factor": scale,
+        "image_token_id": 49190, "tie_word_embeddings": False,
+    }  # fmt: skip
+    return KnownCritic(config, settings, parameters)
+
+
 KNOWN: dict[str, KnownCritic] = {
+    "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": _smolvlm(
+        507_482_304,
+        {
+            "hidden_size": 960, "intermediate_size": 2560, "num_hidden_layers": 32, "num_attention_heads": 15,
+            "num_key_value_heads": 5, "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+        },
+        {
+            "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+            "image_size": 512, "patch_size": 16,
+        },
+        4,
+    ),
+    "HuggingFaceTB/SmolVLM2-2.2B-Instruct": _smolvlm(
+        2_246_784_880,
+        {
+            "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
+            "num_key_value_heads": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 273768.0},
+        },
+        {
+            "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+            "image_size": 384, "patch_size": 14,
+        },
+        3,
+    ),
     "Qwen/Qwen2.5-VL-3B-Instruct": _qwen2_5_vl(
         3_754_622_976, 2048, 11008, layers=36, heads=16, kv_heads=2, vocab=151936, tied=True
     ),

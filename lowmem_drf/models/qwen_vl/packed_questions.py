@@ -55,6 +55,10 @@ class Conversation:
 
     tokenizer: Any
     video_token_id: int
+    lead: str = ""
+    """Text between the clip and a question."""
+    says: str = ""
+    """Text between the generation prompt and an answer."""
     yes: tuple[int, ...] = field(init=False)
     no: tuple[int, ...] = field(init=False)
     """Every single-token spelling in the vocabulary (``yes``, ``Yes``, ``YES``, with and without a leading space), the
@@ -87,7 +91,7 @@ class Conversation:
 
     def tail(self, text: str) -> list[int]:
         """Tokens of a user's text behind the prefix, with end of turn and generation prompt."""
-        return self._encode(text + self._after)
+        return self._encode(self.lead + text + self._after)
 
     def tokens(self, question: Question) -> QuestionTokens:
         """Tokens of a question, cached: a training run asks the same few thousand repeatedly."""
@@ -111,7 +115,8 @@ class Conversation:
     def _tokenise(self, question: Question) -> QuestionTokens:
         prompt = self.tail(question.text)
         if question.kind == "dense":
-            answer = self._encode(question.answer.strip())
+            words = question.answer.strip()
+            answer = self._encode(self.says + words) if words else []
             if not answer:
                 raise BadInputError(f"The dense question {question.text!r} has no reference answer.")
             return QuestionTokens((*prompt, *answer[:-1]), tuple(answer))

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from lowmem_drf.method.preprocess import VideoGeometry, video_patches
+from lowmem_drf.models.qwen_vl import common
 
 NAME: str = "Qwen2.5-VL"
 MODEL_TYPE: str = "qwen2_5_vl"
 BOUNDS: Literal["frame", "clip"] = "frame"
+fitted, conversation, stacks, speed_up = common.fitted, common.conversation, common.stacks, common.speed_up
 
 
 def model_class() -> Any:

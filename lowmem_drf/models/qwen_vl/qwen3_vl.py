@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from lowmem_drf.method.preprocess import VideoGeometry, video_patches
+from lowmem_drf.models.qwen_vl import common
 
 NAME: str = "Qwen3-VL"
 MODEL_TYPE: str = "qwen3_vl"
 BOUNDS: Literal["frame", "clip"] = "clip"
+fitted, conversation, stacks, speed_up = common.fitted, common.conversation, common.stacks, common.speed_up
 
 
 def model_class() -> Any:

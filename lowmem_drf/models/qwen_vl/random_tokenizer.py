@@ -21,24 +21,26 @@ WORDS = ("yes", "Yes", "YES", "no", "No", "NO")
 
 def byte_tokenizer(config: Mapping[str, Any]) -> Any:
     """A byte-level BPE tokenizer with a chat template of Qwen's form, for a model of this ``config.json`` with a
-    vocabulary of at least 300 tokens."""
+    vocabulary of at least 300 tokens. SmolVLM2's template comes with its family."""
     from transformers import PreTrainedTokenizerFast
 
-    special = {
-        "<|image_pad|>": config["image_token_id"],
-        "<|video_pad|>": config["video_token_id"],
-        "<|vision_start|>": config["vision_start_token_id"],
-        "<|vision_end|>": config["vision_end_token_id"],
-        "<|im_end|>": config["text_config"]["eos_token_id"],
-    }
+    if config["model_type"] == "smolvlm":
+        end, frame = "<end_of_utterance>", ["<fake_token_around_image>", "<global-img>"]
+        special = {"<image>": config["image_token_id"]}
+    else:
+        end, frame = "<|im_end|>", list[str]()
+        names = {"<|image_pad|>": "image", "<|video_pad|>": "video"}
+        names |= {f"<|{name}|>": name for name in ("vision_start", "vision_end")}
+        special = {token: config[f"{name}_token_id"] for token, name in names.items()}
+    special[end] = config["text_config"]["eos_token_id"]
     parts = [word[:end] for word in WORDS for end in range(2, len(word) + 1)]
-    ordinary = dict.fromkeys([*_byte_letters(), *parts, "<|im_start|>", "<|endoftext|>"])
+    ordinary = dict.fromkeys([*_byte_letters(), *parts, "<|im_start|>", "<|endoftext|>", *frame])
     free = (index for index in range(len(ordinary) + len(special)) if index not in special.values())
     vocabulary = dict(zip(ordinary, free, strict=False)) | special
     added = [
         {"id": index, "content": token, "special": True}
         for token, index in vocabulary.items()
-        if token.startswith("<|")
+        if token.startswith("<") and token.endswith(">") and len(token) > 2
     ]
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
@@ -53,7 +55,7 @@ def byte_tokenizer(config: Mapping[str, Any]) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "tokenizer.json"
         file.write_text(json.dumps(content), encoding="utf-8")
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<|im_end|>", pad_token="<|endoftext|>")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token=end, pad_token="<|endoftext|>")
     tokenizer.chat_template = TEMPLATE
     return tokenizer
 

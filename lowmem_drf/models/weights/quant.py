@@ -23,13 +23,16 @@ from lowmem_drf.models.weights.packed_linear import PackedLinear, Packing
 
 Quant = Literal["none"] | Packing
 
-KEPT = ["model.visual", "model.language_model.embed_tokens", "lm_head"]
+KEPT = [
+    *("model.visual", "model.language_model.embed_tokens", "lm_head"),
+    *("model.vision_model", "model.connector", "model.text_model.embed_tokens"),
+]
 """A critic's unquantised modules, named as transformers 5.17 to 5.23 match them."""
 
 
 def in_critic(name: str) -> bool:
     """True if a linear layer of this name is packed in a critic."""
-    return name.startswith("model.language_model.layers.")
+    return name.startswith(("model.language_model.layers.", "model.text_model.layers."))
 
 
 def require_library(quant: str, key: str = "critic.quant", choices: tuple[str, ...] = ("none", "nf4")) -> None:
