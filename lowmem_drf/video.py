@@ -67,6 +67,17 @@ def write_mp4(path: Path, frames_TCHW: Tensor, fps: float, upscale: int = 1, wha
     return path
 
 
+def write_png(path: Path, frames_TCHW: Tensor, upscale: int = 1) -> Path:
+    """Writes the one frame of a clip without loss, as ``write_mp4`` takes it, and returns the path."""
+    from PIL import Image
+
+    (pixels_HWC,) = _to_uint8(frames_TCHW, upscale)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(path) as aside:
+        Image.fromarray(pixels_HWC).save(aside, format="png")
+    return path
+
+
 def is_own_mp4(path: Path, what: str = "clip") -> bool:
     """True for a file that ``write_mp4`` wrote, and nothing has converted since."""
     import av

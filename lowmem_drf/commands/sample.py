@@ -19,7 +19,7 @@ from lowmem_drf.schema import Config
 from lowmem_drf.shared import tuned
 from lowmem_drf.terminal import make_console, say, showing, work_bar
 from lowmem_drf.training.previews import preview_texts
-from lowmem_drf.video import is_own_mp4, read_video, side_by_side, watchable_upscale, write_mp4
+from lowmem_drf.video import is_own_mp4, read_video, side_by_side, watchable_upscale, write_mp4, write_png
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +61,7 @@ def sample_clips(
     overrides: Sequence[str] = (),
     best: bool = False,
 ) -> Iterator[Clip]:
-    """Writes a clip per prompt, and yields it.
+    """Writes a clip per prompt, and yields it. In a folder an image has a PNG beside it.
 
     Args:
         preset: in place of a run: its generator, with the file ``lora`` if there is one.
@@ -109,6 +109,8 @@ def sample_clips(
                 continue
             if base is None:
                 write_mp4(path, after, config.video.fps, upscale)
+                if len(after) == 1 and not (output and output.suffix):  # a name with a hash: nobody else's file
+                    write_png(path.with_suffix(".png"), after, upscale)
             else:
                 write_mp4(path, side_by_side((base, after), ("base", label), upscale), config.video.fps)
             yield Clip(wanted[i], path)

@@ -1,4 +1,4 @@
-"""Sample clips that a run writes while it trains: fixed prompts, fixed seeds, one MP4 each."""
+"""Sample clips that a run writes while it trains: fixed prompts, fixed seeds, one MP4 each, and a PNG of an image."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lowmem_drf.prompts import named_prompts
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import say, working
 from lowmem_drf.types import Prompt
-from lowmem_drf.video import to_pixels, watchable_upscale, write_mp4
+from lowmem_drf.video import to_pixels, watchable_upscale, write_mp4, write_png
 
 
 def preview_texts(config: Config, prompts: Sequence[Prompt]) -> list[str]:
@@ -70,5 +70,7 @@ def write_previews(
                     say(f"update {step}: the sample clip {file.name} {why}")
                 if pixels is not None and ranks.chief:
                     write_mp4(file, pixels, config.video.fps, upscale)
+                    if len(pixels) == 1:
+                        write_png(file.with_suffix(".png"), pixels, upscale)
                 advance(1)
     return folder

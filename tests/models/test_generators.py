@@ -40,6 +40,7 @@ def test_sizes_are_those_written_down(name: str) -> None:
         "vae": family.empty_vae(known.config.vae),
         "text": family.empty_text(known.config.text),
     }
+    models |= {name: family.empty_text(config) for name, config in known.config.more_text.items()}
     if known.config.transformer_2:
         models["transformer_2"] = family.empty_transformer(known.config.transformer_2)
     assert models.keys() == known.parameters.keys()
@@ -49,9 +50,10 @@ def test_sizes_are_those_written_down(name: str) -> None:
     transformer, vae = models["transformer"].config, models["vae"].config
     sizes = family.sizes(known.config.transformer, known.config.vae)
     channels = {transformer.in_channels, transformer.out_channels, vae.get("z_dim") or vae.latent_channels}
-    channels |= {len(vae[key]) for key in ("latents_mean", "latents_std") if key in vae}
+    channels |= {len(vae[key]) for key in ("latents_mean", "latents_std") if vae.get(key)}
     assert channels == {sizes.channels}
-    assert sizes.text_dim == models["text"].config.d_model
+    last = models[["text", *known.config.more_text][-1]]  # T5, of several
+    assert sizes.text_dim == last.config.d_model
 
 
 @pytest.mark.parametrize("name", KNOWN_GENERATORS)
@@ -75,6 +77,8 @@ def test_every_one_can_be_planned(name: str, monkeypatch) -> None:
         'memory.park=["transformer"]',
         f"lora.targets={json.dumps([*family_of(known).NAMES.linears])}",
     )
+    if not family_of(known).sizes(known.transformer, known.vae).temporal:
+        settings = (*settings, "video.frames=1", "critic.frames=1")
     plan = make_plan(
         load_config("toy", [f'model.id="{name}"', *settings]), card_named("RTX 4090"), only="denoise_backward"
     )

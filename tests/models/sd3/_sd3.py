@@ -15,7 +15,7 @@ POOLED = TEXT_DIM // 2 + 2
 
 
 def tiny_sd3_transformer(dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = 2) -> Any:
-    """Latents (B, 4, 1, h, w) with even h and w, text (B, L, 16). The first block has a second attention, the last no text
+    """Latents (B, 4, 1, h, w) with even h and w, text (B, L, 16). One block has a second attention, the last no text
     after it. Frozen, eval."""
     from diffusers import SD3Transformer2DModel
 

@@ -170,6 +170,7 @@ def test_it_trains_shows_and_exports_images_and_what_saves_memory_changes_nothin
     assert not {"direction", "jump", "flicker"} & {q["name"] for row in asked for q in row["questions"]}
     (clip,) = (tmp_path / "plain" / "samples" / "step-000002").glob("*.mp4")
     assert read_video(clip)[0].shape[:2] == (1, 3)
+    assert (read_video(clip.with_suffix(".png"))[0] - read_video(clip)[0]).abs().mean() < 0.05
     report_command(tmp_path / "plain", None, False, False)
     assert "data:video/mp4" in (tmp_path / "plain" / "report.html").read_text(encoding="utf-8")
     made = export_run(tmp_path / "plain")
