@@ -110,7 +110,8 @@ def _shorten(settings: dict[str, Any], layers: int) -> None:
     text, vision = settings["text_config"], settings["vision_config"]
     text["num_hidden_layers"] = min(layers, text["num_hidden_layers"])
     text.pop("layer_types", None)
-    vision["depth"] = depth = min(layers, vision["depth"])
+    key = "depth" if "depth" in vision else "num_hidden_layers"
+    vision[key] = depth = min(layers, vision[key])
     for key in ("fullatt_block_indexes", "deepstack_visual_indexes"):
         if key in vision:
             vision[key] = [index for index in vision[key] if index < depth]

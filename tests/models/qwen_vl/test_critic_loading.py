@@ -74,7 +74,7 @@ BROKEN = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "Cannot load the critic"),
     "another model": (
         take_another_architecture,
-        "'umt5' model, and the critic must be a 'qwen2_5_vl' .Qwen2.5-VL. or 'qwen3_vl' .Qwen3-VL.",
+        "'umt5' model, and the critic must be a 'qwen2_5_vl' .Qwen2.5-VL., 'qwen3_vl' .Qwen3-VL. or 'smolvlm'",
     ),
     "no preprocessor": (lambda folder: (folder / SETTINGS).unlink(), "preprocessor_config.json"),
     "half a preprocessor": (lambda folder: (folder / SETTINGS).write_text('{"patch_size": 4}'), "lack"),

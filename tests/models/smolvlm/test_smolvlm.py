@@ -13,17 +13,19 @@ from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 
+from lowmem_drf.commands.bench import count_bytes
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.preprocess import resized
 from lowmem_drf.method.reward import RewardSpec, mean_reward, token_probabilities
 from lowmem_drf.models.qwen_vl.critic import QwenCritic, load_critic
 from lowmem_drf.models.qwen_vl.files import video_geometry
-from lowmem_drf.models.qwen_vl.known import KNOWN
 from lowmem_drf.models.qwen_vl.random_critic import random_model
 from lowmem_drf.models.qwen_vl.random_tokenizer import byte_tokenizer
 from lowmem_drf.models.smolvlm.family import patches, placeholder
 from lowmem_drf.models.smolvlm.numbers import in_words
+from lowmem_drf.planner.cards import card_named
+from lowmem_drf.planner.plan import make_plan
 from lowmem_drf.types import Question
 
 TEXT = dict(
@@ -191,6 +193,16 @@ def test_language_layers_are_packed_and_nothing_else():
     assert len(packed) == 14 and all(name.startswith("model.text_model.layers.") for name in packed)
 
 
-def test_a_preset_takes_it():
-    config = load_config("rtx4060", ["critic.id=HuggingFaceTB/SmolVLM2-500M-Video-Instruct"])
-    assert config.critic.id in KNOWN
+@pytest.mark.slow
+def test_planned_bytes_are_real(tmp_path):
+    """Of more layers than the plan runs; more pixels make more tokens than the questions have."""
+    wide = CONFIG | {"text_config": TEXT | {"num_hidden_layers": 8}, "vision_config": VISION | {"image_size": 64}}
+    (tmp_path / "config.json").write_text(json.dumps(wide))
+    side = {"longest_edge": 64}
+    settings = SETTINGS | {"max_image_size": side, "video_sampling": {"video_size": side}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    byte_tokenizer(wide).save_pretrained(tmp_path)
+    small = ("micro_batch=1", "batch=1", "sampler.steps=2", "sampler.graded_steps=1", "memory.checkpoint=true")
+    config = load_config("toy", [*small, f"critic.id={tmp_path}", "critic.mode=both"])
+    planned, counted = make_plan(config, card_named("")).stages["critic"], count_bytes(config)["critic"]
+    assert planned.peak_gib == pytest.approx(counted, rel=0.05)
