@@ -223,7 +223,8 @@ class Critic(Node):
     """The frozen vision-language model that judges the clips, and what it is asked."""
 
     id: Name = "Qwen/Qwen2.5-VL-7B-Instruct"
-    """A transformers folder, a Hugging Face id, ``toyworld``, or ``toyworld-reader``, which also understands
+    """A transformers folder or a Hugging Face id of a Qwen2.5-VL, Qwen3-VL or SmolVLM2 (the smallest one:
+    ``HuggingFaceTB/SmolVLM2-500M-Video-Instruct``), ``toyworld``, or ``toyworld-reader``, which also understands
     ``phrases`` and captions. The model's size sets the memory of the critic's stage."""
     quant: Literal["none", "nf4"] = "nf4"
     """Storage format of the critic. ``nf4``: the language layers in 4 bit (bitsandbytes), vision tower and lm_head in

@@ -8,6 +8,7 @@ import pytest
 import torch
 from _relay import LIMIT, relative_difference
 from _tiny import _seeded, _spread
+from torch.nn import functional as F
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
@@ -124,6 +125,25 @@ def test_packed_answers_and_their_gradients_are_those_of_the_plain_model(monkeyp
     assert relative_difference(got, wanted) < LIMIT
     yes, no = critic.conversation.yes, critic.conversation.no
     assert len(yes) == len(no) == 3 and not set(yes) & set(no)
+
+
+def test_its_language_model_takes_ranges():
+    """As the attention kernel does, which this stands for in fp64. The tower stays as it is."""
+    critic, frames, calls = tiny_smolvlm(), clips_of(), []
+
+    def attend(q, k, v, scale, ranges_BL3):
+        calls.append(q.shape)
+        prefix, start, stop = ranges_BL3[..., None, :].unbind(-1)
+        column = torch.arange(k.shape[1])
+        seen = (column < prefix) | ((column >= start) & (column < stop)) | (stop == 0)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, seen[:, None], scale=scale, enable_gqa=True).transpose(1, 2)
+
+    asked = [QUESTIONS, QUESTIONS[:1]]
+    plain = torch.cat([answer.logits_AV for of_clip in critic(frames, asked) for answer in of_clip])
+    critic.set_attention(attend, {12})
+    ranged = torch.cat([answer.logits_AV for of_clip in critic(frames, asked) for answer in of_clip])
+    assert len(calls) == 2 and relative_difference(ranged, plain) < LIMIT
 
 
 def test_the_prompt_is_its_processors(monkeypatch):
