@@ -86,8 +86,8 @@ ScalarReward = Callable[["Tensor", "Sequence[str]"], "Tensor"]
 
 
 class Decoder(Protocol):
-    """A video VAE decoder. A chunk is one latent frame and the pixel frames it makes, or ``group`` of them, or the whole
-    clip (``causal``).
+    """A video VAE decoder. A chunk is one latent frame and the pixel frames it makes, or a ``group`` of them, or the
+    whole clip (``causal``).
 
     Entering caches in a list are given away: ``chunk`` and ``advance`` may empty it while they work. A trace is what a
     chunk's backward needs of its forward.

@@ -53,7 +53,10 @@ PROGRAMS = "toy/build"
 """How ToyWorld's models were trained and what they are worth: may import anything, and nothing imports it."""
 FULL = 14
 """Files of a room, besides ``__init__.py``."""
-LIGHT = {"__init__", "errors", "files", "levels", "libraries", "shortage", "schema", "config", "prompts", "texts", "cli", "api"}
+LIGHT = {
+    *("__init__", "errors", "files", "levels", "libraries", "shortage", "schema", "config", "prompts", "texts"),
+    *("cli", "api"),
+}
 """Rooms that import no third-party package but pydantic and typer when they are imported."""
 LAZY = {
     *(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,8 +29,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Caches = tuple[Any, ...]
-Trace = tuple[Any, ...]
-"""The input of each segment, then the caches that enter the chunk; on the card or the host."""
+
+
+@dataclass
+class Trace:
+    """What a chunk's backward needs of its forward, on the card or the host. The backward empties it on the way."""
+
+    first: bool
+    """Whether the chunk begins a clip."""
+    inputs: list[Any] = field(default_factory=list)
+    """Of each segment."""
+    caches: list[Any] = field(default_factory=list)
+    """That entered."""
 
 
 class CogVideoXDecoder:
@@ -41,7 +52,8 @@ class CogVideoXDecoder:
         grad_dtype: dtype of ``chunk_backward``, of the trace and of stored caches. ``None``: the VAE's.
         strips: strips of rows in which the largest segments run; smaller ones in fewer. Frames and gradients are the
             same up to rounding.
-        caches: ``"host"``: what entered the segments waits in host memory for the backward.
+        caches: ``"host"``: the caches, and in a backward what entered the segments and the gradients of the caches,
+            wait in host memory between uses.
         store: the run's host memory.
         norm_silu: not used.
 
@@ -97,11 +109,11 @@ class CogVideoXDecoder:
     @torch.no_grad()
     def recorded_chunk(self, latents_BCFhw: Tensor, caches: Sequence[Any]) -> tuple[Tensor, Caches, Trace]:
         """As ``chunk`` without gradient, and the trace, on the host."""
-        entering, inputs = tuple(map(self._put, caches)), []
+        trace = Trace(_is_first(caches), caches=[*map(self._put, caches)])
         z = self._into(latents_BCFhw, self.vae.dtype)
-        frames, handed = self._run(z, caches, lambda x: inputs.append(self._put(x)))
+        frames, handed = self._run(z, caches, lambda x: trace.inputs.append(self._put(x)))
         self._host.settle()
-        return frames, handed, (*inputs, *entering)
+        return frames, handed, trace
 
     @torch.no_grad()
     def advance(
@@ -113,9 +125,9 @@ class CogVideoXDecoder:
         if keep == "nothing":
             return self._run(z, caches)[1], None
         put = self._put if self._waits or keep == "trace" else lambda x: x
-        entering, inputs = tuple(map(put, caches)), []
-        handed = self._run(z, caches, lambda x: inputs.append(put(x)), to_the_end=keep == "trace")[1]
-        return handed, (*inputs, *entering)
+        trace = Trace(_is_first(caches), caches=[*map(put, caches)])
+        handed = self._run(z, caches, lambda x: trace.inputs.append(put(x)), to_the_end=keep == "trace")[1]
+        return () if keep == "last" else handed, trace
 
     def chunk_backward(
         self,
@@ -130,34 +142,30 @@ class CogVideoXDecoder:
         leaf = latents_BCFhw.detach().requires_grad_()
         with torch.enable_grad():
             z = self._into(leaf, self._grad_dtype)
-        count = len(self._segments)
-        inputs, caches, strips = [*trace[:count]], [*map(self._back, trace[count:])], self._counts(z)
-        d_handed, d_caches = d_handed or (None,) * len(caches), [None] * len(caches)
-        d_x = self._d_frames(z, caches, local, d_made_BTCHW)
-        d_z = torch.zeros_like(z)
-        for place in reversed(range(count)):
-            x, slots = self._back(inputs.pop()), self._slots[place]
-            if place and isinstance(inputs[-1], Held):
-                inputs[-1].prefetch()
-            ahead = d_handed[slots]
+        strips, count = self._counts(z), len(trace.caches)
+        d_handed, d_caches = d_handed or (None,) * count, [None] * count
+        d_x, d_z = self._d_frames(z, trace.first, local, d_made_BTCHW), torch.zeros_like(z)
+        for place in reversed(range(len(self._segments))):
+            x, slots = self._back(trace.inputs.pop()), self._slots[place]
+            entering, ahead = [*map(self._back, trace.caches[slots])], [*map(self._back, d_handed[slots])]
+            trace.caches[slots] = [None] * len(entering)
+            if place and isinstance(trace.inputs[-1], Held):
+                trace.inputs[-1].prefetch()
             if d_x is None and all(d is None for d in ahead):
                 continue
-            d_x, d, d_caches[slots] = self._segments[place].backward(
-                x, z.detach(), caches[slots], d_x, ahead, strips[place]
-            )
+            d_x, d, made = self._segments[place].backward(x, z.detach(), entering, d_x, ahead, strips[place])
             d_z += d
-            del x, d, ahead
+            if hands_back:
+                d_caches[slots] = [*map(self._wait, made, d_handed[slots])]
+            del x, d, entering, ahead, made
         if d_x is not None:
             d_z += d_x
         return torch.autograd.grad(z, leaf, d_z)[0], tuple(d_caches) if hands_back else ()
 
-    def _d_frames(
-        self, z: Tensor, caches: Sequence[Any], local: Sequence[int], d_made_BTCHW: Tensor
-    ) -> Tensor | None:
+    def _d_frames(self, z: Tensor, first: bool, local: Sequence[int], d_made_BTCHW: Tensor) -> Tensor | None:
         """The gradient at all frames of the chunk, (B, 3, T, H, W)."""
         if not len(local):
             return None
-        first = all(cache is None for cache in caches)
         frames = (z.shape[2] - first) * self.temporal_factor + first
         d = d_made_BTCHW.new_zeros(len(z), d_made_BTCHW.shape[2], frames, *d_made_BTCHW.shape[3:], dtype=z.dtype)
         d[:, :, list(local)] = d_made_BTCHW.transpose(1, 2).to(z.dtype)
@@ -176,7 +184,7 @@ class CogVideoXDecoder:
                 trace(x)
             if to_the_end or place + 1 < len(self._segments):
                 x, made = segment.run(x, z, entering, strips[place])
-                handed += made
+                handed += [self._host.put(one) if self._waits and not one.requires_grad else one for one in made]
         return x.transpose(1, 2), tuple(handed)
 
     def _counts(self, z: Tensor) -> list[int]:
@@ -186,7 +194,7 @@ class CogVideoXDecoder:
             if isinstance(segment, Upsample):
                 frames, height = sum(segment.counts(frames)), 2 * height
             heights.append(height)
-            sizes.append(_width_of(segment) * frames * height**2)
+            sizes.append(segment.channels * frames * height**2)
         return [
             min(rows, max(1, math.ceil(self._strips * size / max(sizes))))
             for size, rows in zip(sizes, heights, strict=True)
@@ -202,6 +210,12 @@ class CogVideoXDecoder:
             return value
         fewer = self._grad_dtype.itemsize < value.dtype.itemsize
         return self._host.put(value.to(self._grad_dtype) if fewer else value)
+
+    def _wait(self, d: Any, before: Any) -> Any:
+        """The gradient at a cache until the next backward: on the host, or in the memory of the one before it."""
+        if d is None or self._waits:
+            return self._put(d)
+        return d if before is None else before.copy_(d)
 
     def _back(self, value: Any) -> Any:
         """In the dtype of the gradient."""
@@ -223,12 +237,8 @@ def _pixels(x: Tensor) -> Tensor:
     return made
 
 
-def _width_of(segment: Segment) -> int:
-    """The most channels that enter or leave it."""
-    if isinstance(segment, Residual):
-        return max(segment.block.in_channels, segment.block.out_channels)
-    conv = segment.conv.conv if isinstance(segment, NormConv) else segment.module.conv
-    return max(conv.in_channels, conv.out_channels)
+def _is_first(caches: Sequence[Any]) -> bool:
+    return all(cache is None for cache in caches)
 
 
 def _as(cache: Any, z: Tensor) -> Any:

@@ -28,6 +28,11 @@ class Segment(Protocol):
         """Caches that it takes and hands on: each the last two frames that entered a convolution, (B, C, 2, h, w)."""
         ...
 
+    @property
+    def channels(self) -> int:
+        """The most that enter or leave it."""
+        ...
+
     def run(self, x: Tensor, z: Tensor, caches: Sequence[Cotangent], strips: int) -> tuple[Tensor, list[Tensor]]:
         """The result, and the caches handed on. ``None`` enters at the beginning of a clip."""
         ...
@@ -47,16 +52,25 @@ class NormConv:
     conv: Any
     norm: Any = None
     end: Callable[[Tensor], Tensor] | None = None
-    slots: int = 1
+    slots = 1
+
+    @property
+    def channels(self) -> int:
+        return _channels(self.conv.conv)
 
     def run(self, x: Tensor, z: Tensor, caches: Sequence[Cotangent], strips: int) -> tuple[Tensor, list[Tensor]]:
         strips = 1 if torch.is_grad_enabled() else strips  # the moments carry no gradient
         zq, (cache,) = self._spread(z, x), caches
         moments = self._moments(x, strips)
-        made = [self._rows(x, zq, cache, moments, rows) for rows in _rows(x.shape[3], strips)]
-        if len(made) == 1:
-            return made[0][0], [made[0][1]]
-        return torch.cat([out for out, _ in made], dim=3), [torch.cat([handed for _, handed in made], dim=3)]
+        whole: list[Tensor] = []
+        for rows in _rows(x.shape[3], strips):
+            made = self._rows(x, zq, cache, moments, rows)
+            if strips == 1:
+                return made[0], [made[1]]
+            whole = whole or [one.new_empty(*one.shape[:3], x.shape[3], one.shape[4]) for one in made]
+            for total, one in zip(whole, made, strict=True):
+                total[:, :, :, rows] = one
+        return whole[0], whole[1:]
 
     def backward(
         self, x: Tensor, z: Tensor, caches: Sequence[Cotangent], d_out: Cotangent, d_handed: Sequence[Cotangent],
@@ -143,8 +157,8 @@ class NormConv:
 
     @torch.no_grad()
     def _moments(self, x: Tensor, strips: int) -> list[Tensor]:
-        """Mean and reciprocal deviation of each group, (B, groups, 1, 1, 1, 1), in fp32 or more. For one strip none: the
-        library's norm takes them."""
+        """Mean and reciprocal deviation of each group, (B, groups, 1, 1, 1, 1), in fp32 or more. None for one strip:
+        the norm takes them itself."""
         if self.norm is None or strips == 1:
             return []
         own = self.norm.norm_layer
@@ -175,14 +189,22 @@ class Residual:
     """A residual block. Its middle is recomputed in the backward."""
 
     block: Any
-    slots: int = 2
+    slots = 2
+
+    @property
+    def channels(self) -> int:
+        return max(self.block.in_channels, self.block.out_channels)
 
     def run(self, x: Tensor, z: Tensor, caches: Sequence[Cotangent], strips: int) -> tuple[Tensor, list[Tensor]]:
         first, second = self._halves()
         middle, one = first.run(x, z, caches[:1], strips)
         out, other = second.run(middle, z, caches[1:], strips)
         del middle
-        return out + self._shortcut(x), [*one, *other]
+        if strips == 1 or torch.is_grad_enabled():
+            return out + self._shortcut(x), [*one, *other]
+        for rows in _rows(out.shape[3], strips):
+            out[:, :, :, rows] += self._shortcut(x[:, :, :, rows])
+        return out, [*one, *other]
 
     def backward(
         self, x: Tensor, z: Tensor, caches: Sequence[Cotangent], d_out: Cotangent, d_handed: Sequence[Cotangent],
@@ -190,14 +212,17 @@ class Residual:
     ) -> tuple[Tensor, Tensor, list[Cotangent]]:  # fmt: skip
         first, second = self._halves()
         with torch.no_grad():
-            middle, _ = first.run(x, z, caches[:1], strips)
+            middle = first.run(x, z, caches[:1], strips)[0]
         d_middle, d_z, d_second = second.backward(middle, z, caches[1:], d_out, d_handed[1:], strips)
         del middle
         d_x, d_z_first, d_first = first.backward(x, z, caches[:1], d_middle, d_handed[:1], strips)
         del d_middle
-        if d_out is not None:
-            conv = self._projection
-            d_x += d_out if conv is None else F.conv3d(d_out, conv.weight.to(d_out.dtype).transpose(0, 1))
+        conv = self._projection
+        for rows in _rows(x.shape[3], strips):
+            if d_out is None:
+                break
+            d = d_out[:, :, :, rows]
+            d_x[:, :, :, rows] += d if conv is None else F.conv3d(d, conv.weight.to(d.dtype).transpose(0, 1))
         return d_x, d_z + d_z_first, [*d_first, *d_second]
 
     def _halves(self) -> tuple[NormConv, NormConv]:
@@ -218,11 +243,15 @@ class Upsample:
     linear. Frames that the library makes twice are made once, and repeated."""
 
     module: Any
-    slots: int = 0
+    slots = 0
+
+    @property
+    def channels(self) -> int:
+        return _channels(self.module.conv)
 
     def run(self, x: Tensor, z: Tensor, caches: Sequence[Cotangent], strips: int) -> tuple[Tensor, list[Tensor]]:
-        made = [self._frame(x[:, :, frame]) for frame in range(x.shape[2])]
-        return torch.stack([one for one, count in zip(made, self.counts(x.shape[2]), strict=True) for _ in range(count)], 2), []
+        made = [[self._frame(x[:, :, frame])] * count for frame, count in enumerate(self.counts(x.shape[2]))]
+        return torch.stack([one for copies in made for one in copies], dim=2), []
 
     def backward(
         self, x: Tensor, z: Tensor, caches: Sequence[Cotangent], d_out: Cotangent, d_handed: Sequence[Cotangent],
@@ -248,6 +277,10 @@ class Upsample:
         if not self.module.compress_time:
             return [1] * frames
         return [1] * (frames % 2) + [2] * (frames - frames % 2)
+
+
+def _channels(conv: Any) -> int:
+    return max(conv.in_channels, conv.out_channels)
 
 
 def _rows(height: int, strips: int) -> Iterator[slice]:

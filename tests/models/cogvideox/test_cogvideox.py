@@ -1,0 +1,228 @@
+"""CogVideoX: rollout, decode and gradient are those of diffusers' classes; what saves memory changes nothing."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from _cogvideox import (
+    CHANNELS,
+    TOKENS,
+    save_tiny_cogvideox,
+    tiny_cogvideox_scheduler,
+    tiny_cogvideox_transformer,
+    tiny_cogvideox_vae,
+)
+from _plans import FAKES
+from _relay import LIMIT, QUESTIONS, STEPS, lora_gradients, plan_of, relative_difference
+from _tiny import TEXT_DIM, randomise_lora, save_tiny_critic, tiny_critic
+from safetensors.torch import load_file as read_file
+
+from lowmem_drf.commands.bench import count_bytes
+from lowmem_drf.commands.export_lora import export_run
+from lowmem_drf.commands.train import train_command
+from lowmem_drf.config import load_config
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.levels import ddim_levels
+from lowmem_drf.memory.host import HostStore
+from lowmem_drf.method.naive import naive_step
+from lowmem_drf.method.schedule import draw_noise, flow_sigmas
+from lowmem_drf.method.step import drf_step, rollout
+from lowmem_drf.method.vae_stream import decode, vae_backward
+from lowmem_drf.models.cogvideox import family as cogvideox
+from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
+from lowmem_drf.models.lora.reading import read_lora
+from lowmem_drf.planner.cards import card_named
+from lowmem_drf.planner.plan import make_plan
+from lowmem_drf.types import Parts
+
+KEPT = (0, 3, 8, 9, 16)
+"""Of 17 frames, which two chunks make: nine and eight."""
+KINDS = {"2b": 3.0, "5b": 1.0}
+"""And their ``snr_shift_scale``."""
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {kind: save_tiny_cogvideox(tmp_path_factory.mktemp(kind), rotary=kind == "5b") for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def parts(folders, kind):
+    transformer = cogvideox.load_transformer(str(folders[kind]), torch.float64)
+    add_lora(transformer, rank=2, alpha=2.0, targets=cogvideox.NAMES.linears)
+    randomise_lora(transformer)
+    cogvideox.set_activations(transformer)
+    decoder = cogvideox.decoder(cogvideox.load_vae(str(folders[kind]), torch.float64), strips=2)
+    velocity = cogvideox.as_velocity(transformer)
+    return Parts(velocity, decoder, tiny_critic(torch.float64), lora_parameters(transformer))
+
+
+@pytest.mark.parametrize(("kind", "k"), [("2b", 1), ("2b", 3), ("2b", STEPS), ("5b", 3)], indirect=["kind"])
+def test_relay_is_naive_for_cogvideox(parts, kind, k):
+    noise = draw_noise((CHANNELS, 5, 2, 2), range(2)).double()
+    cond, uncond = (draw_noise((1, 1, TOKENS, TEXT_DIM), seeds)[:, 0, 0].double() for seeds in ([1, 2], [3, 3]))
+    plan = plan_of(range(STEPS - k, STEPS), guidance=2.0, guidance_grad="both", kept=KEPT)
+    plan = replace(plan, sigmas=flow_sigmas(STEPS, 1.0, ddim_levels(KINDS[kind], STEPS)))
+    expected, naive = lora_gradients(naive_step, parts, plan, noise, cond, uncond, [QUESTIONS] * 2)
+    actual, stats = lora_gradients(drf_step, parts, plan, noise, cond, uncond, [QUESTIONS] * 2)
+    assert relative_difference(actual, expected) < LIMIT
+    assert stats.reward == pytest.approx(naive.reward, abs=1e-12) and stats.frames_BTCHW.shape[1] == len(KEPT)
+
+
+def test_chunks_and_their_gradient_are_those_of_the_librarys_decode():
+    vae = tiny_cogvideox_vae(torch.float64)
+    latents = draw_noise((CHANNELS, 5, 2, 3), [0, 1]).double()
+    z = latents.clone().requires_grad_()
+    wanted = (vae.decode(1 / vae.config.scaling_factor * z).sample * 0.5 + 0.5).transpose(1, 2)
+    inside = (wanted > 0) & (wanted < 1)
+    assert 0.1 < inside.double().mean() < 1
+    d_frames = draw_noise(wanted.shape[1:], [3, 4]).double().where(inside, 0)[:, list(KEPT)]
+    (d_wanted,) = torch.autograd.grad(wanted[:, list(KEPT)], z, d_frames)
+    wanted = wanted.detach().clamp(0, 1)
+    for strips, caches, record in ((1, "card", 0), (1, "host", 1), (3, "card", 2), (40, "host", 0)):
+        decoder = cogvideox.decoder(vae, strips=strips, caches=caches, store=HostStore(torch.device("cpu")))
+        with torch.no_grad():
+            whole = decoder.decode(latents)
+        frames, left = decode(decoder, latents, KEPT, record=record)
+        assert strips > 1 or torch.equal(whole, wanted)
+        assert relative_difference(whole, wanted) < 1e-13 and torch.equal(frames, whole[:, list(KEPT)])
+        assert relative_difference(vae_backward(decoder, latents, left, d_frames, KEPT), d_wanted) < 1e-13
+    one = latents[:, :, :1]
+    assert torch.equal(decoder.decode(one), (vae.decode(1 / 0.7 * one).sample * 0.5 + 0.5).clamp(0, 1).transpose(1, 2))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 6.0])
+def test_rollout_and_clip_are_those_of_the_pipeline(folders, kind, guidance):
+    from diffusers import CogVideoXPipeline
+
+    folder = str(folders[kind])
+    pipe = CogVideoXPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    noise, prompts = draw_noise((CHANNELS, 3, 4, 6), [0]), ["a red circle moves left", ""]
+    wanted = {
+        output: pipe(
+            prompts[0], negative_prompt=prompts[1], height=32, width=48, num_frames=9, latents=noise.transpose(1, 2),
+            num_inference_steps=4, guidance_scale=guidance, output_type=output, max_sequence_length=TOKENS,
+        ).frames
+        for output in ("latent", "pt")
+    }  # fmt: skip
+    cond, uncond = cogvideox.load_text(folder).encode(prompts, TOKENS).split(1)
+    sigmas = flow_sigmas(4, 1.0, ddim_levels(KINDS[kind], 4))
+    transformer = cogvideox.load_transformer(folder)
+    for joint in (False, True):
+        if joint:
+            cogvideox.set_activations(transformer)
+        latents, _ = rollout(cogvideox.as_velocity(transformer), sigmas, noise, cond, uncond, guidance)
+        assert relative_difference(latents, wanted["latent"].transpose(1, 2)) < 1e-5
+    with torch.no_grad():
+        frames = cogvideox.decoder(cogvideox.load_vae(folder)).decode(latents)
+    assert relative_difference(frames, wanted["pt"]) < 1e-5
+
+
+@pytest.mark.parametrize(("model", "shift"), [("zai-org/CogVideoX-2b", 3.0), ("THUDM/CogVideoX-5b", 1.0)])
+def test_the_levels_are_those_of_the_published_scheduler(model, shift):
+    scheduler = tiny_cogvideox_scheduler(shift)
+    alphas, noise = scheduler.alphas_cumprod.sqrt(), (1 - scheduler.alphas_cumprod).sqrt()
+    for setting, steps in (("seed=0", 50), ("sampler.steps=25", 25)):
+        config = load_config("rtx4090-cogvideox", [f"model.id={model}", setting])
+        scheduler.set_timesteps(steps)
+        levels = 1000 * (noise / (alphas + noise))[scheduler.timesteps]
+        assert config.sampler.timesteps == pytest.approx(levels.tolist(), rel=1e-12)
+        assert config.sampler.guidance == 6.0 and config.sampler.timesteps[0] == 1000
+    assert load_config("rtx4090-cogvideox", [f"model.id={model}", "sampler.timesteps=[]"]).sampler.timesteps == []
+
+
+@pytest.fixture
+def preset(folders, tmp_path):
+    critic = save_tiny_critic(tmp_path / "critic")
+    (tmp_path / "cogvideox.toml").write_text(f"""
+prompts = "toyworld"
+steps = 2
+batch = 2
+micro_batch = 1
+dtype = "fp32"
+device = "cpu"
+[video]
+width = 16
+height = 16
+frames = 17
+[model]
+id = "{folders["2b"].as_posix()}"
+text_tokens = {TOKENS}
+[sampler]
+steps = 3
+graded_steps = 2
+guidance = 2.0
+[critic]
+id = "{critic.as_posix()}"
+questions = "grammar"
+check = false
+quant = "none"
+frames = 3
+[lora]
+rank = 2
+targets = {json.dumps([*cogvideox.NAMES.linears])}
+[memory]
+vae_dtype = "fp32"
+[log]
+checkpoint_every = 1
+sample_every = 0
+eval_prompts = 0
+watch_every = 0
+""")
+    return str(tmp_path / "cogvideox.toml")
+
+
+def run_of(preset, folder, *settings):
+    train_command(preset, None, folder, None, None, False, list(settings), False)
+    return read_file(folder / "checkpoints" / "step-000002" / "lora.safetensors")
+
+
+def test_it_trains_and_exports_and_what_saves_memory_changes_nothing(preset, tmp_path):
+    plain = run_of(preset, tmp_path / "plain")
+    stream = ("memory.checkpoint=true", "memory.stream=['transformer']", "memory.park=['critic','vae']")
+    more = ("memory.record_rollout=true", "memory.record_decode=1", "memory.text_device=stream")
+    saving = run_of(preset, tmp_path / "saving", *stream, *more, "memory.vae_caches=host")
+    assert plain.keys() == saving.keys() and all(torch.equal(plain[name], saving[name]) for name in plain)
+    assert any(tensor.any() for name, tensor in plain.items() if "lora_B" in name)
+    made = export_run(tmp_path / "plain", form="diffusers")
+    assert "diffusers (pipe.load_lora_weights)" in str(made) and "Verified" in str(made)
+    modules = {f"{cogvideox.BLOCKS}.{i}.{name}" for i in range(2) for name in cogvideox.NAMES.linears}
+    assert read_lora(made.paths[0]).pairs.keys() == modules
+    with pytest.raises(BadInputError, match="12 tokens, padding included, and these have 16"):
+        run_of(preset, tmp_path / "short", "model.text_tokens=16")
+
+
+def test_its_plan_is_what_an_update_takes(preset):
+    size = ("video.width=64", "video.height=48")
+    config = load_config(preset, ["batch=1", *size, "memory.vae_strips=3", "memory.vae_caches=host"])
+    plan, counted = make_plan(config, card_named("rtx4090"), fakes=FAKES), count_bytes(config)
+    assert {name: plan.stages[name].peak_gib for name in counted} == pytest.approx(counted, rel=0.05)
+
+
+def test_parameter_shapes_are_those_of_the_class():
+    published = [known.config.transformer for known in cogvideox.KNOWN.values()]
+    for config in ({**tiny_cogvideox_transformer().config}, *published):
+        named = cogvideox.empty_transformer(config).named_parameters()
+        assert cogvideox.parameter_shapes(config) == {name: tuple(parameter.shape) for name, parameter in named}
+
+
+def test_relatives_and_sizes_that_are_refused(preset, folders):
+    known = cogvideox.KNOWN["zai-org/CogVideoX-2b"].config
+    for change, said in (
+        ({"transformer": {**known.transformer, "in_channels": 32}}, "takes an image"),
+        ({"transformer": {**known.transformer, "patch_size_t": 2}}, "several latent frames"),
+        ({"vae": {**known.vae, "use_post_quant_conv": True}}, "post_quant_conv"),
+    ):
+        with pytest.raises(BadInputError, match=said):
+            cogvideox.refuse(replace(known, **change), "here")
+    with pytest.raises(BadInputError, match="45 is not 8n [+] 1 .*nearest: 41 or 49"):
+        load_config("rtx4090-cogvideox", ["video.frames=45"])
+    with pytest.raises(BadInputError, match="video.frames = 21 is not 8n [+] 1, .*Nearest: -s video.frames=17"):
+        make_plan(load_config(preset, ["video.frames=21"]), card_named("rtx4090"), fakes=FAKES)
