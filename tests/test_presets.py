@@ -20,10 +20,11 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.schema import Config
 
 CARDS = ("rtx3060", "rtx3090", "rtx4060", "rtx4080", "rtx4090", "rtx5090")
-OTHERS = ("toy", "toy-fast", "rtx4090-wan14b", "rtx4090-wan22-5b", "zero3-2gpu")
+OTHERS = ("toy", "toy-fast", "rtx4080-wan14b", "rtx4090-wan14b", "rtx4090-wan22-5b", "zero3-2gpu")
 IMAGES = ("rtx3060-sd35",)
-LTX = ("rtx3060-ltx", "rtx4080-ltx", "rtx4090-ltx")
-NAMES = {*OTHERS, *LTX, *IMAGES, *CARDS, *(f"{card}-20step" for card in CARDS)}
+COGVIDEOX = ("rtx4090-cogvideox",)
+LTX = ("rtx3060-ltx", "rtx4080-ltx", "rtx4080-ltx13b", "rtx4090-ltx", "rtx4090-ltx13b")
+NAMES = {*OTHERS, *LTX, *IMAGES, *COGVIDEOX, *CARDS, *(f"{card}-20step" for card in CARDS)}
 
 
 def test_these_presets_and_no_others_are_in_the_package():

@@ -1,6 +1,6 @@
 """Plans every preset for its card and writes the figures to docs/fit.md, the README and the presets.
 
-    python -m bench.plans.fit                # all presets; --only NAME: the headers of some presets alone
+    python -m bench.plans.fit                # all presets; --only NAME: some of them, the other rows stay as they are
 
 Writes docs/fit.md, the README's table between the ``fit`` marks, and each preset's ``# Plan:`` line.
 ``tests/planner/test_preset_plans.py`` compares the headers with the plans, and this page with the headers.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_drf.config import load_config, preset_card, preset_summary, presets
+from lowmem_drf.errors import LowmemError
 from lowmem_drf.planner.cards import card_named
 from lowmem_drf.planner.fakes import Fakes
 from lowmem_drf.planner.plan import make_plan, new_fakes
@@ -101,11 +102,22 @@ def measured(name: str) -> str:
     return "not yet" if "not yet" in line else line
 
 
-def page(plans: Mapping[str, Mapping[str, Any]]) -> str:
-    """docs/fit.md."""
+def kept_row(text: str, name: str) -> str:
+    """The row of a preset's plan in a page or in the README."""
+    row = next((line for line in text.splitlines() if line.startswith(f"| `{name}` | ")), None)
+    if row is None:
+        raise LowmemError(f"{name} has no row yet. Plan it too: --only {name}")
+    return row
+
+
+def page(plans: Mapping[str, Mapping[str, Any]], before: str = "") -> str:
+    """docs/fit.md. Rows of presets that are not in ``plans`` are those of the page ``before``."""
     columns = ["preset", "card", *STAGES, "peak, of", "host", "an update", "a run", "copies hidden", "waiting"]
     lines = [f"| {' | '.join(columns)} | measured |", "|---" * (len(columns) + 1) + "|"]
-    for name, made in plans.items():
+    for name in card_presets():
+        if (made := plans.get(name)) is None:
+            lines.append(kept_row(before, name))
+            continue
         peaks = [f"{made['stages'][stage]['peak_gib']:.1f}" for stage in STAGES]
         peaks[STAGES.index(largest(made))] = f"**{peaks[STAGES.index(largest(made))]}**"
         memory = f"{made['peak_gib']:.1f}, {made['usable_gib']:.1f} | {host(made)}"
@@ -116,18 +128,21 @@ def page(plans: Mapping[str, Mapping[str, Any]]) -> str:
         )
     given = ["", "## What was given up to get there", ""]
     given += ["| preset | what it does | what was given up |", "|---|---|---|"]
-    for name in plans:
+    for name in card_presets():
         summary = preset_summary(presets()[name]).rstrip(".")
         given.append(f"| `{name}` | {summary} | {header_line(name, 'Gives up')} |")
     return "\n".join([ABOUT, *lines, *given, AFTER])
 
 
-def readme_table(plans: Mapping[str, Mapping[str, Any]]) -> str:
-    """The README's table: the presets of ``IN_README``."""
+def readme_table(plans: Mapping[str, Mapping[str, Any]], before: str = "") -> str:
+    """The README's table: the presets of ``IN_README``. ``before``: as of ``page``."""
     columns = ("preset", "card", "what is trained", "planned peak", "host memory", "an update", "a run", "measured")
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name in IN_README:
-        made, what = plans[name], preset_summary(presets()[name]).rstrip(".")
+        if (made := plans.get(name)) is None:
+            rows.append(kept_row(before, name))
+            continue
+        what = preset_summary(presets()[name]).rstrip(".")
         rows.append(
             f"| `{name}` | {preset_card(presets()[name])} | {what} | {made['peak_gib']:.1f} GiB ({largest(made)}) "
             f"| {host(made, ' GiB')} | {made['update_s']:,.0f} s, {clips(name)} | {run(name, made)} "
@@ -147,7 +162,7 @@ def card_presets() -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     """Plans and writes."""
     parser = argparse.ArgumentParser(prog=f"python -m {__spec__.name}", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", nargs="+", help="write the headers of these presets, and no page")
+    parser.add_argument("--only", nargs="+", help="plan these presets alone")
     options = parser.parse_args(arguments)
     names = options.only or card_presets()
     fakes, plans = new_fakes(), {}
@@ -159,12 +174,11 @@ def main(arguments: list[str] | None = None) -> None:
         path.write_text(text, encoding="utf-8")
         shares = f"waiting {made['stall_share']:.1%}, hidden {made['hidden_share']:.0%}"
         print(f"{name}: {line}{'' if made['fits'] else ' DOES NOT FIT'}, {shares}", flush=True)
-    if not options.only:
-        PAGE.write_text(page(plans), encoding="utf-8")
-        text = README.read_text(encoding="utf-8")
-        before, _, rest = text.partition(MARKS[0])
-        after = rest.partition(MARKS[1])[2]
-        README.write_text(before + MARKS[0] + readme_table(plans) + MARKS[1] + after, encoding="utf-8")
+    PAGE.write_text(page(plans, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(MARKS[0])
+    table, _, after = rest.partition(MARKS[1])
+    README.write_text(before + MARKS[0] + readme_table(plans, table) + MARKS[1] + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -281,11 +281,12 @@ def assemble(
     for model in generators.values():
         set_products(model, chosen.integers)
     recorder = Recorder(store, memory.keep_attention != "none") if memory.record_rollout else None
-    family.set_activations(
+    unused = family.set_activations(
         transformer, memory.checkpoint, memory.token_slices, store,
         chosen.rows, chosen.attention, memory.keep_attention, recorder, chosen.rollout_attention,
         chosen.graded_attention, streamed.get("transformer"), hooked=config.engine == "zero3",
     )  # fmt: skip
+    said = f"{chosen}; without effect on {family.NAME}: {', '.join(unused)}" if unused else str(chosen)
     if other is not None:  # it has no gradient, and nothing to keep
         family.set_activations(
             other.transformer, checkpoint=False, slices=memory.token_slices, rows=chosen.rows,
@@ -323,7 +324,7 @@ def assemble(
     return Models(
         transformer=transformer, velocity=velocity, decoder=decoder, critic=critic, texts=texts,
         text_tokens=config.model.text_tokens, negative_prompt=config.sampler.negative_prompt, latent_shape=shape,
-        device=device, meter=meter, residency=residency, recorder=recorder, kernels=str(chosen),
+        device=device, meter=meter, residency=residency, recorder=recorder, kernels=said,
         kernel_record=chosen.record, expert=other.transformer if other else None,
         first_level=config.sampler.timesteps[0] / TRAIN_TIMESTEPS if config.sampler.timesteps else 1.0,
         rewards=rewards or {}, tiny=small,

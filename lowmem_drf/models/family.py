@@ -257,7 +257,7 @@ class Family(Protocol):
         graded_attention: Attention | None = None,
         streamed: Streamed | None = None,
         hooked: bool = False,
-    ) -> None:
+    ) -> Sequence[str] | None:
         """Sets how the blocks compute and which activations they keep. May be called again, with or without a LoRA. No
         option changes results, except that ``slices`` changes the rounding of matrix products.
 
@@ -273,6 +273,8 @@ class Family(Protocol):
             graded_attention: self-attention of all other passes. Default: ``attention``.
             streamed: the blocks' weights, if they are streamed.
             hooked: hooks on the blocks' calls provide their weights (``activations.HookedForward``).
+
+        Returns the settings, if any, that change nothing because the family does not bring them.
 
         Raises BadInputError: an option that the family does not bring.
         """

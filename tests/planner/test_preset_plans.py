@@ -28,6 +28,7 @@ BUDGET_GIB = {  # whole process, at its peak
     "rtx4090-20step": 16.5, "rtx3090-20step": 16.5, "rtx5090-20step": 28.5,
     "rtx4080-20step": 7.6, "rtx3060-20step": 7.6, "rtx4060-20step": 5.5,
     "rtx4090-wan14b": 21.0, "rtx4090-wan22-5b": 15.5, "zero3-2gpu": 19.0,
+    "rtx4080-wan14b": 10.0, "rtx4090-ltx13b": 8.5, "rtx4080-ltx13b": 8.5,
     "rtx4090-ltx": 16.0, "rtx4080-ltx": 6.0, "rtx3060-ltx": 6.0,
     "rtx3060-sd35": 6.5,
 }  # fmt: skip
@@ -39,7 +40,10 @@ HOST_GB = (
     | dict.fromkeys(("rtx3060", "rtx3060-20step", "rtx3060-ltx", "rtx3060-sd35", "rtx4060", "rtx4060-20step"), 32)
     | {"zero3-2gpu": 128}
 )
-SAME_BODY = {"rtx3090": "rtx4090", "rtx5090": "rtx4090"}
+SAME_BODY = {
+    "rtx3090": "rtx4090", "rtx5090": "rtx4090",
+    "rtx4080-wan14b": "rtx4090-wan14b", "rtx4080-ltx13b": "rtx4090-ltx13b",
+}  # fmt: skip
 """Presets that ask the same of their card as another."""
 STREAMED = [name for name in BUDGET_GIB if load_config(name).memory.stream]
 

@@ -9,7 +9,9 @@ at either end. Each of them sees one or two frames to either side. So a segment 
 many frames more, and gives the same result. The backward goes through the segments last to first, and through the
 slices of each: one slice of one segment has its graph alive. A trace is what entered each segment.
 
-Arithmetic as in ``LTXVideoDecoder3d`` of diffusers 0.42.1, without timestep and noise.
+Arithmetic as in ``LTXVideoDecoder3d`` of diffusers 0.42.1. A VAE with ``timestep_conditioning`` decodes at a small
+noise level, as the pipelines do: it mixes noise into the latents. That noise is the same for every clip (``_NOISE``),
+so that a clip's frames are those of its latents alone.
 """
 
 from __future__ import annotations
@@ -24,11 +26,16 @@ import torch
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.memory.host import Held, HostStore
+from lowmem_drf.method.schedule import draw_noise
 from lowmem_drf.models.clamp import InwardClamp
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+DECODE_TIMESTEP, DECODE_NOISE_SCALE = 0.05, 0.025
+"""Of a VAE with ``timestep_conditioning``: docs/source/en/api/pipelines/ltx_video.md of diffusers."""
+_NOISE = 0
+"""Seed of the noise that is mixed into its latents."""
 Trace = tuple[Any, ...]
 """The input of each segment, on the card or the host."""
 
@@ -182,9 +189,13 @@ class LTXDecoder:
         return batch * channels * frames * height * side * width * side
 
     def _into(self, latents_BCFhw: Tensor, dtype: torch.dtype) -> Tensor:
-        """Undoes the normalisation, as ``LTXPipeline`` does."""
+        """Undoes the normalisation, and mixes noise in, as ``LTXPipeline`` does."""
         mean, std = (x.view(1, -1, 1, 1, 1).to(latents_BCFhw) for x in (self.vae.latents_mean, self.vae.latents_std))
-        return (latents_BCFhw * std / self.vae.config.scaling_factor + mean).to(dtype)
+        z = latents_BCFhw * std / self.vae.config.scaling_factor + mean
+        if self.vae.config.timestep_conditioning:
+            noise = draw_noise(tuple(z.shape[1:]), [_NOISE]).to(z)
+            z = (1 - DECODE_NOISE_SCALE) * z + DECODE_NOISE_SCALE * noise
+        return z.to(dtype)
 
     def _put(self, x: Tensor) -> Any:
         """On the host, in the dtype of the gradient if that has fewer bytes."""
@@ -211,27 +222,41 @@ def _backward(segment: Segment, x: Tensor, d_out: Tensor, count: int) -> Tensor:
 def _segments_of(decoder: Any) -> list[Segment]:
     """Of an ``LTXVideoDecoder3d``."""
     one = 2 if decoder.conv_in.is_causal else 1  # frames that a convolution sees; behind a frame, if it is causal
-    found = [Segment(partial(_call, decoder.conv_in), one)]
+    found, scale = [Segment(partial(_call, decoder.conv_in), one)], decoder.timestep_scale_multiplier
     blocks = [decoder.mid_block, *decoder.up_blocks]
     for block in blocks:
         before, upsamplers = getattr(block, "conv_in", None), getattr(block, "upsamplers", None)
+        at = None if scale is None else partial(_embedded, block.time_embedder, scale)
         found += [] if before is None else [Segment(partial(_call, before), 2 * one)]
         found += [Segment(partial(_call, upsampler), one, grows=True) for upsampler in upsamplers or ()]
-        found += [Segment(partial(_call, resnet), 2 * one) for resnet in block.resnets]
+        found += [Segment(partial(_call, resnet, at=at), 2 * one) for resnet in block.resnets]
     return [*found, Segment(partial(_pixels, decoder), one)]
 
 
-def _call(module: nn.Module, x: Tensor) -> Tensor:
-    """With the module's weights in the dtype of ``x``."""
+def _call(module: nn.Module, *inputs: Any, at: Callable[[Tensor], Tensor] | None = None, **named: Any) -> Any:
+    """With the module's weights in the dtype of the first input. ``at``: makes the second one of it."""
+    x = inputs[0]
     weights = {name: weight.to(x.dtype) for name, weight in module.named_parameters()}
-    made: Tensor = torch.func.functional_call(module, weights, (x,))
-    return made
+    return torch.func.functional_call(module, weights, inputs if at is None else (x, at(x)), named)
+
+
+def _embedded(embedder: nn.Module, scale: Tensor, x_BCFhw: Tensor) -> Tensor:
+    """A block's embedding of the timestep, (B, D, 1, 1, 1)."""
+    batch, dtype = len(x_BCFhw), x_BCFhw.dtype
+    timestep_B = torch.full((batch,), DECODE_TIMESTEP, dtype=dtype, device=x_BCFhw.device) * scale.to(dtype)
+    made: Tensor = _call(embedder, timestep_B, resolution=None, aspect_ratio=None, batch_size=batch, hidden_dtype=dtype)
+    return made[..., None, None, None]
 
 
 def _pixels(decoder: Any, x_BCFhw: Tensor) -> Tensor:
     """The decoder's end: (B, 3, F, H, W) in [0, 1]."""
-    x = decoder.conv_act(decoder.norm_out(x_BCFhw.movedim(1, -1)).movedim(-1, 1))
-    x, side = _call(decoder.conv_out, x), decoder.patch_size
+    x = decoder.norm_out(x_BCFhw.movedim(1, -1)).movedim(-1, 1)
+    if decoder.time_embedder is not None:
+        at_BDFhw = _embedded(decoder.time_embedder, decoder.timestep_scale_multiplier, x)
+        table = decoder.scale_shift_table.to(x.dtype)[None, ..., None, None, None]
+        shift, scale = (at_BDFhw.unflatten(1, (2, -1)) + table).unbind(1)
+        x = x * (1 + scale) + shift
+    x, side = _call(decoder.conv_out, decoder.conv_act(x)), decoder.patch_size
     x = x.unflatten(1, (-1, side, side)).permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
     made: Tensor = InwardClamp.apply(x * 0.5 + 0.5, 0.0, 1.0)
     return made

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.ltx.published import BLOCKS, NAME, empty_transformer
+from lowmem_drf.models.ltx.published import BLOCKS, NAME, empty_transformer, is_13b
 from lowmem_drf.models.t5 import load_t5, stream_text
 from lowmem_drf.models.weights.finite import refuse_model
 from lowmem_drf.models.weights.quant import Quant
@@ -77,17 +77,21 @@ class TextEncoder:
 
     model: Any
     tokenizer: Any
+    masked: bool = False
+    """Whether the encoder sees no padding, as in ``LTXConditionPipeline``; in ``LTXPipeline`` it does. The transformer
+    never does (``as_velocity``)."""
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str], max_tokens: int = 128) -> Tensor:
         """Embeddings (B, max_tokens, D) in the encoder's dtype, zero after a text's last token. Longer texts are
-        truncated. As in ``LTXPipeline``, the encoder sees the padding; the transformer does not (``as_velocity``)."""
+        truncated."""
         tokens = self.tokenizer(
             list(texts), padding="max_length", max_length=max_tokens, truncation=True, add_special_tokens=True,
             return_attention_mask=True, return_tensors="pt",
         )  # fmt: skip
         mask_BL = tokens.attention_mask.to(self.model.device)
-        embeds_BLD = self.model(tokens.input_ids.to(self.model.device)).last_hidden_state
+        seen_BL = mask_BL if self.masked else None
+        embeds_BLD = self.model(tokens.input_ids.to(self.model.device), attention_mask=seen_BL).last_hidden_state
         return embeds_BLD.masked_fill(mask_BL[..., None] == 0, 0)
 
 
@@ -99,6 +103,9 @@ def load_text(
     subfolder: str = "text_encoder",
 ) -> TextEncoder:
     """See ``t5.load_t5``."""
+    from diffusers import LTXVideoTransformer3DModel
     from transformers import T5EncoderModel
 
-    return TextEncoder(*load_t5(T5EncoderModel, folder_or_id, dtype, device, stream, subfolder))
+    with loading("the transformer's configuration", folder_or_id):
+        masked = is_13b(LTXVideoTransformer3DModel.load_config(folder_or_id, subfolder="transformer"))
+    return TextEncoder(*load_t5(T5EncoderModel, folder_or_id, dtype, device, stream, subfolder), masked)

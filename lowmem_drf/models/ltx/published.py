@@ -1,7 +1,9 @@
-"""LTX-Video's published 2B generator (0.9.0), at true size without a download, and its empty models.
+"""LTX-Video's published generators, at true size without a download, and their empty models: the 2B of 0.9.0, and the
+13B of 0.9.7.
 
-Transformer and VAE are the defaults of diffusers 0.42.1, to which a test compares them; its text encoder is T5 v1.1
-XXL, written down from memory. ``parameters`` counts each tensor once.
+Transformer and VAE of 0.9.0 are the defaults of diffusers 0.42.1, to which a test compares them; those of 0.9.7 are
+from ``scripts/convert_ltx_to_diffusers.py`` in its repository. The text encoder is T5 v1.1 XXL, written down from
+memory. ``parameters`` counts each tensor once.
 """
 
 from __future__ import annotations
@@ -47,6 +49,18 @@ _VAE = {
     "scaling_factor": 1.0, "encoder_causal": True, "decoder_causal": False,
 }  # fmt: skip
 
+_TRANSFORMER_13B = _TRANSFORMER | {"attention_head_dim": 128, "cross_attention_dim": 4096, "num_layers": 48}
+
+_VAE_097 = _VAE | {
+    "block_out_channels": [128, 256, 512, 1024, 2048], "decoder_block_out_channels": [256, 512, 1024],
+    "down_block_types": ["LTXVideo095DownBlock3D"] * 4, "layers_per_block": [4, 6, 6, 2, 2],
+    "downsample_type": ["spatial", "temporal", "spatiotemporal", "spatiotemporal"],
+    "decoder_layers_per_block": [5, 5, 5, 5], "spatio_temporal_scaling": [True] * 4,
+    "decoder_spatio_temporal_scaling": [True] * 3, "decoder_inject_noise": [False] * 4,
+    "upsample_residual": [True] * 3, "upsample_factor": [2, 2, 2], "timestep_conditioning": True,
+    "spatial_compression_ratio": 32, "temporal_compression_ratio": 8,
+}  # fmt: skip
+
 _T5_XXL = {
     "architectures": ["T5EncoderModel"], "model_type": KINDS["text_encoder"], "vocab_size": 32128, "d_model": 4096,
     "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_decoder_layers": 24, "num_heads": 64,
@@ -55,23 +69,37 @@ _T5_XXL = {
     "eos_token_id": 1, "decoder_start_token_id": 0,
 }  # fmt: skip
 
+_13B = KnownGenerator(
+    GeneratorConfig(_TRANSFORMER_13B, _VAE_097, _T5_XXL),
+    {"transformer": 13_042_569_344, "vae": 1_246_913_522, "text": 4_762_310_656},
+)
 KNOWN: Mapping[str, KnownGenerator] = {
     "Lightricks/LTX-Video": KnownGenerator(
         GeneratorConfig(_TRANSFORMER, _VAE, _T5_XXL),
         {"transformer": 1_923_385_472, "vae": 419_193_649, "text": 4_762_310_656},
     ),
+    "Lightricks/LTX-Video-0.9.7-dev": _13B,
+    "Lightricks/LTX-Video-0.9.7-distilled": _13B,
 }
 
 
+def is_13b(transformer: Mapping[str, Any]) -> bool:
+    """Whether it is one of those that ``LTXConditionPipeline`` calls: in their positions the first latent frame lasts
+    one frame."""
+    return bool(transformer["attention_head_dim"] == _TRANSFORMER_13B["attention_head_dim"])
+
+
 def refuse(generator: GeneratorConfig, place: str) -> None:
-    """Raises BadInputError for a VAE that decodes with a timestep and noise (0.9.1 and later), for other factors than
-    ``SPATIAL`` and ``TEMPORAL``, and for a transformer that packs several latents into a token."""
+    """Raises BadInputError for the 2B of versions after 0.9.0, whose VAE decodes with a timestep (and, in 0.9.1, noise
+    in its layers), for other factors than ``SPATIAL`` and ``TEMPORAL``, and for a transformer that packs several
+    latents into a token."""
     transformer, vae = generator.transformer, generator.vae
-    cure = "Take the first version's, in the main branch of Lightricks/LTX-Video."
-    if vae.get("timestep_conditioning") or any(vae.get("decoder_inject_noise", [])):
+    cure = "Take the first version's, in the main branch of Lightricks/LTX-Video, or the 13B of 0.9.7."
+    newer = bool(vae.get("timestep_conditioning"))
+    if any(vae.get("decoder_inject_noise", [])) or newer != is_13b(transformer):
         raise BadInputError(
-            f"The VAE of {place} decodes with a timestep and noise, as LTX-Video's do from version 0.9.1 on: it is not "
-            f"trained here yet. {cure}"
+            f"{place} is neither the 2B of 0.9.0 nor the 13B of 0.9.7: the VAEs of versions between them decode with a "
+            f"timestep and noise, and are not trained here yet. {cure}"
         )
     if (factors := _factors(vae)) != (SPATIAL, TEMPORAL):
         raise BadInputError(
@@ -94,11 +122,15 @@ def sizes(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> GeneratorSi
     """See ``GeneratorSizes``. Positions are real numbers, of seconds and pixels: there is no table that ends, and
     ``positions`` only keeps typing errors out."""
     heads, head_dim = transformer["num_attention_heads"], transformer["attention_head_dim"]
-    spatial, temporal = _factors(vae)
+    (spatial, temporal), ones = _factors(vae), [1] * len(vae["decoder_block_out_channels"])
     return GeneratorSizes(
         channels=transformer["in_channels"], spatial=spatial, temporal=temporal, patch=(1, 1, 1), positions=1024,
         heads=heads, head_dim=head_dim, hidden=4 * heads * head_dim, text_dim=transformer["caption_channels"],
-        vae_widths=tuple(vae["decoder_block_out_channels"]), vae_patch=vae["patch_size"],
+        vae_widths=tuple(
+            width // factor
+            for width, factor in zip(vae["decoder_block_out_channels"], vae.get("upsample_factor", ones), strict=True)
+        ),
+        vae_patch=vae["patch_size"],
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from _ltx import CHANNELS, save_tiny_ltx, tiny_ltx_transformer, tiny_ltx_vae
+from _ltx import CHANNELS, NEWER_VAE, save_tiny_ltx, tiny_ltx_transformer, tiny_ltx_vae
 from _plans import FAKES
 from _relay import LIMIT, QUESTIONS, STEPS, lora_gradients, plan_of, relative_difference
 from _tiny import TEXT_DIM, randomise_lora, save_tiny_critic, tiny_critic
@@ -26,6 +26,7 @@ from lowmem_drf.models.generators import generator_config
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
 from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.models.ltx import family as ltx
+from lowmem_drf.ops import Attention, naive_ops, sdpa_attention
 from lowmem_drf.planner.cards import card_named
 from lowmem_drf.planner.plan import make_plan
 from lowmem_drf.types import Parts
@@ -67,16 +68,22 @@ def test_relay_is_naive_for_ltx(parts, k):
     assert stats.reward == pytest.approx(naive.reward, abs=1e-12) and stats.frames_BTCHW.shape[1] == len(KEPT)
 
 
-@pytest.mark.parametrize("causal", [False, True], ids=["looking_ahead", "causal"])
-def test_frames_and_their_gradient_are_those_of_the_librarys_decode(causal):
-    vae = tiny_ltx_vae(torch.float64, decoder_causal=causal)
+@pytest.mark.parametrize(
+    "kind", [{}, {"decoder_causal": True}, NEWER_VAE], ids=["looking_ahead", "causal", "with_a_timestep"]
+)
+def test_frames_and_their_gradient_are_those_of_the_librarys_decode(kind):
+    vae = tiny_ltx_vae(torch.float64, **kind)
     for module in vae.decoder.modules():  # theirs take variances in fp32, whose sums depend on the layout
         if isinstance(module, RMSNorm):
             module.forward = lambda x, eps=module.eps: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     latents = draw_noise((CHANNELS, 3, 2, 1), [0, 1]).double()
     z = latents.clone().requires_grad_()
     denormalised = z * vae.latents_std.view(-1, 1, 1, 1) + vae.latents_mean.view(-1, 1, 1, 1)
-    wanted = (vae.decode(denormalised).sample * 0.5 + 0.5).transpose(1, 2)
+    timestep = None
+    if "timestep_conditioning" in kind:
+        noise, share = draw_noise(latents.shape[1:], [0]).double(), 0.025
+        denormalised, timestep = (1 - share) * denormalised + share * noise, torch.full((2,), 0.05).double()
+    wanted = (vae.decode(denormalised, timestep).sample * 0.5 + 0.5).transpose(1, 2)
     inside = (wanted > 0) & (wanted < 1)
     assert 0.1 < inside.double().mean() < 1
     d_frames = draw_noise(wanted.shape[1:], [3, 4]).double().where(inside, 0)[:, list(KEPT)]
@@ -110,6 +117,25 @@ def test_velocity_and_clip_are_those_of_the_pipeline(folder):
             v, w = velocity(x, sigma, cond), velocity(x, sigma, uncond)
             x = x + (after - sigma) * (w + 2.5 * (v - w))
         assert relative_difference(ltx.decoder(ltx.load_vae(str(folder))).decode(x), clip) < 1e-4
+
+
+def test_velocity_of_the_13b_is_that_of_its_pipeline(tmp_path):
+    from diffusers import LTXConditionPipeline
+
+    pipe = LTXConditionPipeline.from_pretrained(save_tiny_ltx(tmp_path, newer=True))
+    pipe.set_progress_bar_config(disable=True)
+    x, prompt = torch.randn(1, CHANNELS, 3, 2, 1, generator=torch.Generator().manual_seed(0)), "a red circle moves left"
+    latents = pipe(
+        prompt=prompt, height=64, width=32, num_frames=17, frame_rate=10, generator=torch.Generator().manual_seed(0),
+        timesteps=[1000, 975, 725], guidance_scale=1.0, output_type="latent", max_sequence_length=12,
+    ).frames  # fmt: skip
+    velocity = ltx.as_velocity(ltx.load_transformer(str(tmp_path)), fps=10)
+    cond = ltx.load_text(str(tmp_path)).encode([prompt], 12)
+    with torch.no_grad():
+        for sigma, after in ((1, 0.975), (0.975, 0.725), (0.725, 0)):
+            x = x + (after - sigma) * velocity(x, sigma, cond)
+    assert relative_difference(x, latents) < 1e-5
+    assert generator_config(str(tmp_path)).vae["timestep_conditioning"] is True
 
 
 @pytest.fixture
@@ -161,6 +187,7 @@ def run_of(preset, folder, *settings):
 def test_it_trains_and_exports_and_what_saves_memory_changes_nothing(preset, tmp_path):
     plain = run_of(preset, tmp_path / "plain")
     stream = ("memory.checkpoint=true", "memory.stream=['transformer']", "memory.park=['critic','vae']")
+    stream = (*stream, "memory.keep_attention=host")
     more = ("memory.record_rollout=true", "memory.record_decode=1", "memory.text_device=stream")
     saving = run_of(preset, tmp_path / "saving", *stream, *more)
     assert plain.keys() == saving.keys() and all(torch.equal(plain[name], saving[name]) for name in plain)
@@ -182,9 +209,31 @@ def test_its_plan_is_what_an_update_takes(preset):
     assert {name: plan.stages[name].peak_gib for name in counted} == pytest.approx(counted, rel=0.05)
 
 
+def test_what_its_blocks_do_not_bring_is_said(folder):
+    transformer = ltx.load_transformer(str(folder))
+    called = []
+    eight = Attention("sdpa", lambda q, k, v: called.append("graded") or sdpa_attention().call(q, k, v), ())
+
+    def rollout(q, k, v):
+        called.append("rollout")
+        return sdpa_attention().call(q, k, v)
+
+    rows = replace(naive_ops(), name="fused")
+    unused = ltx.set_activations(
+        transformer, False, slices=2, rows=rows, rollout_attention=rollout, graded_attention=eight
+    )
+    assert unused == ("kernels.ops", "memory.token_slices")
+    noise, velocity = draw_noise((CHANNELS, 3, 2, 1), [0]), ltx.as_velocity(transformer)
+    with torch.no_grad():
+        plain = velocity(noise, 0.5, texts(5, 1))
+    assert torch.equal(velocity(noise, 0.5, texts(5, 1)), plain)
+    assert called == ["rollout"] * 2 + ["graded"] * 2
+    assert ltx.set_activations(transformer) == ()
+
+
 def test_parameter_shapes_are_those_of_the_class():
     config = {**tiny_ltx_transformer().config}
-    for known in (config, ltx.KNOWN["Lightricks/LTX-Video"].config.transformer):
+    for known in (config, *(known.config.transformer for known in ltx.KNOWN.values())):
         named = ltx.empty_transformer(known).named_parameters()
         assert ltx.parameter_shapes(known) == {name: tuple(parameter.shape) for name, parameter in named}
 
@@ -209,7 +258,8 @@ def test_relatives_are_refused(folder, tmp_path):
     known = ltx.KNOWN["Lightricks/LTX-Video"].config
     newer = {**known.vae, "timestep_conditioning": True}
     for change, said in (
-        ({"vae": newer}, "timestep and noise"),
+        ({"vae": newer}, "neither the 2B of 0.9.0 nor the 13B"),
+        ({"transformer": ltx.KNOWN["Lightricks/LTX-Video-0.9.7-dev"].config.transformer}, "neither"),
         ({"vae": {**known.vae, "patch_size": 8}}, "of 64 pixels"),
         ({"transformer": {**known.transformer, "patch_size": 2}}, "several latents"),
     ):
