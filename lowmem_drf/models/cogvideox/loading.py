@@ -93,9 +93,13 @@ class TextEncoder:
 
 
 def load_text(
-    folder_or_id: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", stream: bool = False
+    folder_or_id: str,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    stream: bool = False,
+    subfolder: str = "text_encoder",
 ) -> TextEncoder:
     """See ``t5.load_t5``."""
     from transformers import T5EncoderModel
 
-    return TextEncoder(*load_t5(T5EncoderModel, folder_or_id, dtype, device, stream))
+    return TextEncoder(*load_t5(T5EncoderModel, folder_or_id, dtype, device, stream, subfolder))

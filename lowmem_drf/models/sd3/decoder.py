@@ -42,7 +42,7 @@ class SD3Decoder:
         norm_silu: not used.
     """
 
-    causal = False
+    causal, group = False, 1
     temporal_factor = 1
 
     def __init__(
