@@ -20,8 +20,8 @@ from pydantic import BaseModel, ValidationError
 import lowmem_drf
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import require_output, write_text
-from lowmem_drf.levels import TIMESTEPS as TRAINED
-from lowmem_drf.levels import ddim_levels
+from lowmem_drf.sampling.levels import TIMESTEPS as TRAINED
+from lowmem_drf.sampling.levels import ddim_levels
 from lowmem_drf.schema import Config, Log, Model, Node, Reward, Sampler, Video
 from lowmem_drf.texts import escaped, expanded, one_line, parse_toml, read_text, shown, toml_value
 
@@ -274,7 +274,7 @@ def _overridden(values: dict[str, tuple[Any, str]], overrides: Iterable[str]) ->
 
 def _as_published(values: Mapping[str, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
     """With the sampling that the model's publishers use, where a value is left out or ``auto``. A table with
-    ``snr_shift`` is that of a model trained by discrete diffusion (``levels.py``)."""
+    ``snr_shift`` is that of a model trained by discrete diffusion (``sampling/levels.py``)."""
     asked = {"model.id": Model().id, "video.width": Video().width, "video.height": Video().height}
     model, *sides = (values.get(key, (default, ""))[0] for key, default in asked.items())
     known: dict[str, tuple[Any, str]] = {}

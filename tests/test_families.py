@@ -13,7 +13,7 @@ from test_imports import modules
 from lowmem_drf.models.family import Family
 from lowmem_drf.models.generators import FAMILIES
 
-OTHERS = {"hunyuan", "cogvideo"}
+OTHERS = {"hunyuan"}
 """Names of families that may come."""
 EXCEPTIONS = {
     "lowmem_drf.models.generators": "the registry: one import and one line for each family",

@@ -15,8 +15,8 @@ LAWS: dict[str, tuple[int, set[str]]] = {
     "__init__": (0, set()),
     "errors": (0, set()),
     "files": (0, set()),
-    "levels": (0, set()),
     "libraries": (0, set()),
+    "sampling": (0, set()),
     "shortage": (0, set()),
     "types": (0, {"torch"}),
     "schema": (0, {"pydantic"}),
@@ -54,7 +54,7 @@ PROGRAMS = "toy/build"
 FULL = 14
 """Files of a room, besides ``__init__.py``."""
 LIGHT = {
-    *("__init__", "errors", "files", "levels", "libraries", "shortage", "schema", "config", "prompts", "texts"),
+    *("__init__", "errors", "files", "libraries", "sampling", "shortage", "schema", "config", "prompts", "texts"),
     *("cli", "api"),
 }
 """Rooms that import no third-party package but pydantic and typer when they are imported."""

@@ -8,6 +8,7 @@ from _root import ROOT
 from lowmem_drf.config import (
     AS_PUBLISHED,
     DEFAULT_PRESET,
+    TIMESTEPS,
     copy_preset,
     default_preset,
     load_config,
@@ -39,7 +40,7 @@ def test_a_preset_holds_only_what_differs_from_what_it_extends(name):
     below, loaded = leaves(below.model_dump()), leaves(load_config(name).model_dump())
     own = leaves(table)
     assert {key: loaded[key] for key in own} == own
-    of_the_model = set(AS_PUBLISHED) - own.keys()
+    of_the_model = {*AS_PUBLISHED, TIMESTEPS} - own.keys()
     assert {key for key in loaded if loaded[key] != below[key]} - of_the_model == own.keys()
 
 

@@ -76,6 +76,7 @@ def test_every_one_can_be_planned(name: str, monkeypatch) -> None:
         "sampler.steps=2",
         'memory.park=["transformer"]',
         f"lora.targets={json.dumps([*family_of(known).NAMES.linears])}",
+        f"model.text_tokens={known.transformer.get('max_text_seq_length', 16)}",
     )
     if not family_of(known).sizes(known.transformer, known.vae).temporal:
         settings = (*settings, "video.frames=1", "critic.frames=1")
@@ -83,15 +84,23 @@ def test_every_one_can_be_planned(name: str, monkeypatch) -> None:
         load_config("toy", [f'model.id="{name}"', *settings]), card_named("RTX 4090"), only="denoise_backward"
     )
     transformer = family_of(known).empty_transformer(short["transformer"])
-    parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    parameters = sum(tensor.numel() for tensor in (*transformer.parameters(), *transformer.buffers()))
     for stage in ("rollout", "denoise_backward"):
         gone = plan.stages[stage].weights_gib - plan.stages["decode"].weights_gib
         assert gone == pytest.approx(4 * parameters / 1024**3, rel=0.01), stage
 
 
 def test_what_diffusers_has_as_defaults() -> None:
-    """Its own are those of Wan2.1-14B and of Wan2.1's VAE, and of LTX-Video's transformer and VAE."""
-    from diffusers import AutoencoderKLLTXVideo, AutoencoderKLWan, LTXVideoTransformer3DModel, WanTransformer3DModel
+    """Its own are those of Wan2.1-14B and of Wan2.1's VAE, and of LTX-Video's and CogVideoX-2b's transformer and
+    VAE."""
+    from diffusers import (
+        AutoencoderKLCogVideoX,
+        AutoencoderKLLTXVideo,
+        AutoencoderKLWan,
+        CogVideoXTransformer3DModel,
+        LTXVideoTransformer3DModel,
+        WanTransformer3DModel,
+    )
 
     known = KNOWN_GENERATORS["Wan-AI/Wan2.1-T2V-14B-Diffusers"].config
     with torch.device("meta"):
@@ -101,7 +110,13 @@ def test_what_diffusers_has_as_defaults() -> None:
     }
     assert {**vae.config} | known.vae == {**vae.config} | {"_class_name": "AutoencoderKLWan"}
     ltx = KNOWN_GENERATORS["Lightricks/LTX-Video"].config
-    for kind, written in ((LTXVideoTransformer3DModel, ltx.transformer), (AutoencoderKLLTXVideo, ltx.vae)):
+    cogvideox = KNOWN_GENERATORS["zai-org/CogVideoX-2b"].config
+    for kind, written in (
+        (LTXVideoTransformer3DModel, ltx.transformer),
+        (AutoencoderKLLTXVideo, ltx.vae),
+        (CogVideoXTransformer3DModel, cogvideox.transformer),
+        (AutoencoderKLCogVideoX, cogvideox.vae),
+    ):
         with torch.device("meta"):
             own = json.loads(json.dumps({**kind().config}))
         assert own | written == own | {"_class_name": kind.__name__}

@@ -1,6 +1,6 @@
 """The CogVideoX transformer as a ``types.Velocity``: flow-matching velocity v = eps - x_0 at noise level sigma.
 
-The model predicts alpha eps - s x_0 at an integer timestep. ``lowmem_drf/levels.py`` has the change of variables. It is
+The model predicts alpha eps - s x_0 at an integer timestep. ``sampling/levels.py`` has the change of variables. It is
 exact at any sigma: alpha and s are those of sigma, and the timestep is the one whose own sigma is nearest. At the
 default ``sampler.timesteps`` they agree, and a rollout is that of ``CogVideoXPipeline`` with its DDIM scheduler.
 
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.levels import diffusion_sigmas
 from lowmem_drf.models.blocks import set_blocks
 from lowmem_drf.models.cogvideox.published import NAME, snr_shift
+from lowmem_drf.sampling.levels import diffusion_sigmas
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -136,9 +136,8 @@ def empty_transformer(config: Mapping[str, Any], layers: int | None = None, quan
         model = CogVideoXTransformer3DModel.from_config(_with_layers(config, layers))
     embed: Any = model.patch_embed
     if embed.use_positional_embeddings:
-        embed.pos_embedding = embed._get_positional_embeddings(
-            embed.sample_height, embed.sample_width, embed.sample_frames
-        )
+        table = embed._get_positional_embeddings(embed.sample_height, embed.sample_width, embed.sample_frames)
+        embed.pos_embedding = table.float()
     lay_out(model, quant, _packed)
     check_quantised(model, quant, _packed, "transformer")
     return model

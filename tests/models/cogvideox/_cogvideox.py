@@ -27,12 +27,13 @@ def tiny_cogvideox_transformer(
 
 
 def tiny_cogvideox_vae(dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """Latents (B, 4, F, h, w) <-> frames (B, 3, 4F - 3, 8h, 8w), as all of CogVideoX's. Frozen, eval."""
+    """Latents (B, 4, F, h, w) <-> frames (B, 3, 4F - 3, 4h, 4w): CogVideoX's have one level more. Frozen, eval."""
     from diffusers import AutoencoderKLCogVideoX
 
     with _seeded(seed) as generator:
         model = AutoencoderKLCogVideoX(
-            block_out_channels=(4, 8, 8, 8), latent_channels=CHANNELS, layers_per_block=1, norm_num_groups=2,
+            down_block_types=("CogVideoXDownBlock3D",) * 3, up_block_types=("CogVideoXUpBlock3D",) * 3,
+            block_out_channels=(4, 8, 8), latent_channels=CHANNELS, layers_per_block=1, norm_num_groups=2,
             scaling_factor=0.7, sample_height=32, sample_width=32,
         )  # fmt: skip
         _spread(model, 1.0, generator)

@@ -23,7 +23,6 @@ from lowmem_drf.commands.export_lora import export_run
 from lowmem_drf.commands.train import train_command
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.levels import ddim_levels
 from lowmem_drf.memory.host import HostStore
 from lowmem_drf.method.naive import naive_step
 from lowmem_drf.method.schedule import draw_noise, flow_sigmas
@@ -34,6 +33,7 @@ from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
 from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.planner.cards import card_named
 from lowmem_drf.planner.plan import make_plan
+from lowmem_drf.sampling.levels import ddim_levels
 from lowmem_drf.types import Parts
 
 KEPT = (0, 3, 8, 9, 16)
@@ -85,7 +85,7 @@ def test_chunks_and_their_gradient_are_those_of_the_librarys_decode():
     d_frames = draw_noise(wanted.shape[1:], [3, 4]).double().where(inside, 0)[:, list(KEPT)]
     (d_wanted,) = torch.autograd.grad(wanted[:, list(KEPT)], z, d_frames)
     wanted = wanted.detach().clamp(0, 1)
-    for strips, caches, record in ((1, "card", 0), (1, "host", 1), (3, "card", 2), (40, "host", 0)):
+    for strips, caches, record in ((1, "card", 0), (3, "host", 1), (40, "card", 2)):
         decoder = cogvideox.decoder(vae, strips=strips, caches=caches, store=HostStore(torch.device("cpu")))
         with torch.no_grad():
             whole = decoder.decode(latents)
@@ -107,7 +107,7 @@ def test_rollout_and_clip_are_those_of_the_pipeline(folders, kind, guidance):
     noise, prompts = draw_noise((CHANNELS, 3, 4, 6), [0]), ["a red circle moves left", ""]
     wanted = {
         output: pipe(
-            prompts[0], negative_prompt=prompts[1], height=32, width=48, num_frames=9, latents=noise.transpose(1, 2),
+            prompts[0], negative_prompt=prompts[1], height=16, width=24, num_frames=9, latents=noise.transpose(1, 2),
             num_inference_steps=4, guidance_scale=guidance, output_type=output, max_sequence_length=TOKENS,
         ).frames
         for output in ("latent", "pt")
@@ -195,20 +195,18 @@ def test_it_trains_and_exports_and_what_saves_memory_changes_nothing(preset, tmp
     assert "diffusers (pipe.load_lora_weights)" in str(made) and "Verified" in str(made)
     modules = {f"{cogvideox.BLOCKS}.{i}.{name}" for i in range(2) for name in cogvideox.NAMES.linears}
     assert read_lora(made.paths[0]).pairs.keys() == modules
-    with pytest.raises(BadInputError, match="12 tokens, padding included, and these have 16"):
-        run_of(preset, tmp_path / "short", "model.text_tokens=16")
 
 
 def test_its_plan_is_what_an_update_takes(preset):
-    size = ("video.width=64", "video.height=48")
-    config = load_config(preset, ["batch=1", *size, "memory.vae_strips=3", "memory.vae_caches=host"])
+    size = ("video.width=48", "video.height=64")
+    config = load_config(preset, ["batch=1", *size, "memory.vae_strips=2", "memory.vae_caches=host"])
     plan, counted = make_plan(config, card_named("rtx4090"), fakes=FAKES), count_bytes(config)
     assert {name: plan.stages[name].peak_gib for name in counted} == pytest.approx(counted, rel=0.05)
 
 
 def test_parameter_shapes_are_those_of_the_class():
-    published = [known.config.transformer for known in cogvideox.KNOWN.values()]
-    for config in ({**tiny_cogvideox_transformer().config}, *published):
+    tiny = [{**tiny_cogvideox_transformer(rotary=rotary).config} for rotary in (False, True)]
+    for config in (*tiny, cogvideox.KNOWN["zai-org/CogVideoX-2b"].config.transformer | {"num_layers": 3}):
         named = cogvideox.empty_transformer(config).named_parameters()
         assert cogvideox.parameter_shapes(config) == {name: tuple(parameter.shape) for name, parameter in named}
 
@@ -222,6 +220,9 @@ def test_relatives_and_sizes_that_are_refused(preset, folders):
     ):
         with pytest.raises(BadInputError, match=said):
             cogvideox.refuse(replace(known, **change), "here")
+    velocity = cogvideox.as_velocity(tiny_cogvideox_transformer())
+    with pytest.raises(BadInputError, match="12 tokens, padding included, and these have 16: -s model.text_tokens=12"):
+        velocity(torch.zeros(1, CHANNELS, 3, 4, 4), 1.0, torch.zeros(1, 16, TEXT_DIM))
     with pytest.raises(BadInputError, match="45 is not 8n [+] 1 .*nearest: 41 or 49"):
         load_config("rtx4090-cogvideox", ["video.frames=45"])
     with pytest.raises(BadInputError, match="video.frames = 21 is not 8n [+] 1, .*Nearest: -s video.frames=17"):
