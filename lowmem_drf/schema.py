@@ -45,7 +45,8 @@ class Video(Node):
     """Height in pixels; the same rule as for ``width``."""
     frames: Positive = 81
     """Pixel frames: one for the first latent frame, four for every other (4n + 1), or what the generator's VAE makes
-    (8n + 1 of LTX-Video's; 1 of Stable Diffusion's, an image). The time of attention grows with their square."""
+    (8n + 1 of LTX-Video's and CogVideoX's; 1 of Stable Diffusion's, an image). The time of attention grows with their
+    square."""
     fps: Thousand = 16
     """Frames per second. It is written into the MP4 and tells the critic how fast the motion is; it costs nothing."""
 
@@ -159,7 +160,8 @@ class Sampler(Node):
     timesteps: list[Annotated[float, Field(ge=1, le=1000)]] = []
     """The noise levels themselves, falling, 1000 for pure noise: one for each of ``steps``. A generator distilled to a
     few steps knows no others (docs/few-step.md). Empty: the grid that ``shift`` makes; so it is with another number of
-    ``steps`` than the preset's by ``-s``."""
+    ``steps`` than the preset's by ``-s``. Left out for a model of discrete diffusion that is known: the levels of its
+    scheduler for this number of steps."""
     update: Literal["euler", "renoise"] = "euler"
     """From one noise level to the next: along the velocity (``euler``), or to the predicted clip and back to the next
     level with fresh noise (``renoise``: ``lcm`` in ComfyUI, ``stochastic_sampling`` in diffusers). A distilled
