@@ -237,8 +237,11 @@ def export_lora(
     step: Annotated[int | None, _option("Step of the checkpoint. Default: the last.")] = None,
     best: Best = False,
     format_: Annotated[
-        str, typer.Option("--format", help="comfyui (diffusers loads it too), diffusers, or kohya (musubi-tuner).")
-    ] = "comfyui",
+        str | None,
+        typer.Option(
+            "--format", help="comfyui (the default; diffusers loads it too), diffusers, or kohya (musubi-tuner)."
+        ),
+    ] = None,
     dtype: Annotated[str | None, _option("bf16, fp16 or fp32. Default: the run's dtype (ToyWorld: fp32).")] = None,
     output: Annotated[Path | None, _option("The file to write. Default: in the run.")] = None,
     merge: Annotated[Path | None, _option("Folder for the whole model with the LoRA merged in.")] = None,

@@ -229,7 +229,7 @@ def export_lora(
     *,
     step: int | None = None,
     best: bool = False,
-    format: str = "comfyui",
+    format: str | None = None,
     dtype: str | None = None,
     output: File | None = None,
     merge: File | None = None,
@@ -242,7 +242,8 @@ def export_lora(
         run: default: the latest under ``runs/``.
         step: of a checkpoint. Default: the last one.
         best: the update that the run's watch found best.
-        format: ``comfyui`` (diffusers loads it too), ``diffusers`` or ``kohya``.
+        format: ``comfyui`` (diffusers loads it too), ``diffusers`` or ``kohya``. Default: ``comfyui``, or ``diffusers``
+            for generators for which the first is not written.
         dtype: ``bf16``, ``fp16`` or ``fp32``. Default: the run's.
         output: the file. Default: in the run.
         merge: a folder for the whole model with the LoRA merged in; the file is then written with ``output`` only.

@@ -19,7 +19,7 @@ from lowmem_drf.models.experts import subfolders_of
 from lowmem_drf.models.family import GeneratorConfig
 from lowmem_drf.models.generators import family_of, generator_config
 from lowmem_drf.models.lora.changes import LoraChanges
-from lowmem_drf.models.lora.formats import FORMATS
+from lowmem_drf.models.lora.formats import FORMATS, default_format
 from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.models.weights.downloads import HOST_MARGIN, available_host_bytes
 from lowmem_drf.scoring.alarm import best_step
@@ -51,12 +51,13 @@ class Exported:
 
 
 def export_run(
-    run: Path, step: int | None = None, form: str = "comfyui", dtype: str | None = None,
+    run: Path, step: int | None = None, form: str | None = None, dtype: str | None = None,
     output: Path | None = None, merge: Path | None = None, force: bool = False, best: bool = False,
 ) -> Exported:  # fmt: skip
     """Exports the LoRA of a run's checkpoint ``step`` (default: the last), or of its best update.
 
-    ``dtype``: default: that of the run's base model, because a bf16 file would lose precision on a model in fp32.
+    ``form``: default: ``comfyui``, or ``diffusers`` for a family whose pipeline reads no other. ``dtype``: default:
+    that of the run's base model, because a bf16 file would lose precision on a model in fp32.
     ``output``: the file; default: ``<run>/<run's name>-step-NNNNNN.<format>.safetensors``. ``merge``: a folder for the
     base transformer with the LoRA merged in; the LoRA file is then written only if ``output`` is given too. ``force``:
     ``output`` may replace any file that no run needs.
@@ -67,7 +68,7 @@ def export_run(
         BadInputError: no such run, step, format or dtype; the output cannot be written. Nothing is left behind.
         LowmemError: the written file does not reproduce the tuned model. It is deleted.
     """
-    if form not in FORMATS:
+    if form is not None and form not in FORMATS:
         raise BadInputError(f"--format {form} does not exist. Choose one of: {', '.join(FORMATS)}.")
     if dtype is not None and dtype not in DTYPES:
         raise BadInputError(f"--dtype {dtype} does not exist. Choose one of: {', '.join(DTYPES)}.")
@@ -81,6 +82,7 @@ def export_run(
     import_libraries(config)
     generator = prepare_generator(config)
     described = generator_config(str(generator))
+    form = form or default_format(family_of(described))
     subfolder, other = subfolders_of(described, config.model.expert)
     expert = config.model.expert if other else ""
     suffix = f"{f'-{expert}-noise' if expert else ''}.{form}.safetensors"

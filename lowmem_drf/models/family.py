@@ -108,6 +108,8 @@ class ModuleNames:
     """What stands before a module's name in LoRA files that ComfyUI reads."""
     kohya: bool = True
     """Whether LoRA files are also written in kohya's form, and diffusers reads it."""
+    comfyui: bool = True
+    """The same of ComfyUI's form."""
 
 
 @dataclass(frozen=True)

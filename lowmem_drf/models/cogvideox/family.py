@@ -50,8 +50,10 @@ NAMES = ModuleNames(
     in_block={name: name for name in _IN_BLOCK},
     outside={name: name for name in _OUTSIDE},
     kohya=False,
+    comfyui=False,
 )
-"""diffusers' own: its publishers' code has one layer for query, key and value, so no LoRA has their names."""
+"""diffusers' own: its publishers' code has one layer for query, key and value, so no LoRA has their names. Nor does
+``CogVideoXPipeline`` read another form than diffusers'."""
 
 
 def pipeline(transformer: Any) -> Any:

@@ -36,6 +36,11 @@ LoraFormat = Literal["comfyui", "diffusers", "kohya"]
 FORMATS: tuple[str, ...] = get_args(LoraFormat)
 
 
+def default_format(family: Family) -> LoraFormat:
+    """The one that most programs load."""
+    return "comfyui" if family.NAMES.comfyui else "diffusers"
+
+
 def to_format(lora: LoraChanges, form: LoraFormat, dtype: torch.dtype, family: Family) -> dict[str, Tensor]:
     """The tensors of a file. Alpha is folded in the dtype of the LoRA, before rounding to ``dtype``.
 
@@ -43,10 +48,11 @@ def to_format(lora: LoraChanges, form: LoraFormat, dtype: torch.dtype, family: F
         BadInputError: the LoRA changes more than pairs of Linears; the format has no name for a module, or is not
             written for the family; a value is too large for ``dtype``.
     """
-    if form == "kohya" and not family.NAMES.kohya:
+    written = {"kohya": family.NAMES.kohya, "comfyui": family.NAMES.comfyui, "diffusers": True}
+    if not written[form]:
         raise BadInputError(
-            f"The kohya format is not written for {family.NAME}: diffusers would not read it. Export with "
-            "--format comfyui."
+            f"The {form} format is not written for {family.NAME}: diffusers would not read it. Export with "
+            f"--format {default_format(family)}."
         )
     if lora.others:
         raise BadInputError(

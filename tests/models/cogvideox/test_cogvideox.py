@@ -191,10 +191,12 @@ def test_it_trains_and_exports_and_what_saves_memory_changes_nothing(preset, tmp
     saving = run_of(preset, tmp_path / "saving", *stream, *more, "memory.vae_caches=host")
     assert plain.keys() == saving.keys() and all(torch.equal(plain[name], saving[name]) for name in plain)
     assert any(tensor.any() for name, tensor in plain.items() if "lora_B" in name)
-    made = export_run(tmp_path / "plain", form="diffusers")
+    made = export_run(tmp_path / "plain")
     assert "diffusers (pipe.load_lora_weights)" in str(made) and "Verified" in str(made)
     modules = {f"{cogvideox.BLOCKS}.{i}.{name}" for i in range(2) for name in cogvideox.NAMES.linears}
     assert read_lora(made.paths[0]).pairs.keys() == modules
+    with pytest.raises(BadInputError, match="comfyui format is not written for CogVideoX: .* --format diffusers"):
+        export_run(tmp_path / "plain", form="comfyui")
 
 
 def test_its_plan_is_what_an_update_takes(preset):
