@@ -218,6 +218,8 @@ def load_transformer(
 def load_run_critic(config: Config, home: torch.device | None = None) -> QwenCritic:
     """The critic as a run uses it. ``home``: device of its weights; default: the run's device, which also quantised
     weights get: a CPU takes minutes to quantise what a card does in seconds."""
+    if not config.critic.weights.asked:
+        raise BadInputError("all critic.weights are 0, so there is no critic to ask. Raise one: -s critic.weights.TA=1")
     import_libraries(config)
     from lowmem_drf.models.qwen_vl.critic import load_critic
 

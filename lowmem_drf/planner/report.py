@@ -29,6 +29,7 @@ from lowmem_drf.planner.words import (
     sample_count,
     sample_s,
     set_to_fit,
+    unplanned,
 )
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import can_redraw, say, write_error
@@ -167,8 +168,8 @@ def require_fit(config: Config, console: Console, rooms: Sequence[Room | None]) 
     rates = rates if card.is_in(device) else f", if this card were an {card.name}: its own rates are unknown"
     console.print(f"planned peak: {peak}", highlight=False)
     console.print(f"{on_this_card(plan, config.steps)}{rates}", highlight=False)
-    if line := eight_bit(plan):
-        console.print(line, highlight=False)
+    for line in filter(None, (eight_bit(plan), unplanned(config))):
+        console.print(line, highlight=False, markup=False)
     config = change(config, plan.applied)
     log = _with_first(config, plan, console)
     return config.model_copy(update={"zero": _with_rollout(config.zero, plan), "log": log}), plan

@@ -157,6 +157,14 @@ def _quoted(text: str) -> str:
     return f"'{text}'" if any(letter in text for letter in ' "[]') else text
 
 
+def unplanned(config: Config) -> str:
+    """What no plan counts, as a sentence; empty if it counts all."""
+    from lowmem_drf.models.rewards.users import is_entry
+
+    names = [f"rewards.{name} ({reward.id})" for name, reward in config.rewards.items() if is_entry(reward.id)]
+    return f"not counted: the memory of {', '.join(names)}; leave room for it with --vram" if names else ""
+
+
 def print_plan(plan: Plan, name: str, config: Config, console: Console) -> None:
     """Prints whether it fits and how long it takes, what was set or is advised, and the table."""
     from rich import box
@@ -176,7 +184,7 @@ def print_plan(plan: Plan, name: str, config: Config, console: Console) -> None:
         "bold green" if plan.fits else "bold red",
     )
     say(f"on an {plan.card} about {times(plan, config.steps)}")
-    for line in (watching(plan, config), eight_bit(plan)):
+    for line in (watching(plan, config), eight_bit(plan), unplanned(config)):
         if line:
             say(line)
     if plan.applied:

@@ -60,7 +60,8 @@ def test_planned_bytes_are_those_of_a_real_update(name):
         assert plan.stages[stage].peak_gib == pytest.approx(gib, rel=0.05), stage
 
 
-@pytest.mark.parametrize("critic", [pytest.param(1, marks=slow), 0], ids=["with the critic", "alone"])
+@slow
+@pytest.mark.parametrize("critic", [1, 0], ids=["with the critic", "alone"])
 def test_planned_bytes_with_a_scalar_reward_are_real(tmp_path, critic):
     """A CLIP that has most of the stage's bytes, of which a frame is computed at a time."""
     tower = {"num_hidden_layers": 3, "hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512}

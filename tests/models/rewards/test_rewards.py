@@ -199,30 +199,43 @@ def test_the_watch_sees_a_held_out_reward_fall():
     assert alarm.add(2, {"heldout_pick": 1.5, **steady}, 0.2).outside == ["heldout_pick"]
 
 
-def test_a_run_with_scalar_rewards_alone_loads_no_critic(tiny_preset, here):
-    """And says each of them in metrics, evaluation, watch and report."""
-    clip = save_tiny_clip(here / "clip")
+@pytest.fixture(scope="module")
+def run_alone(tiny_preset, tmp_path_factory):
+    """A run of one update without a critic."""
+    folder = tmp_path_factory.mktemp("alone")
+    (folder / "my_rewards.py").write_text(USERS)
     settings = {
         "critic": {"id": "no/such-critic", "weights": {"TA": 0, "Phy": 0, "VQ": 0}},
         "rewards": {
-            "clip": {"id": str(clip), "weight": 0.5},
+            "clip": {"id": str(save_tiny_clip(folder / "clip")), "weight": 0.5},
             "bright": {"id": "my_rewards:make"},
             "apart": {"id": "my_rewards:make", "held_out": True},
         },
-        "log": {"sample_every": 0, "eval_prompts": 2, "eval_seeds": 1, "watch_every": 1, "watch_prompts": 1},
+        "log": {"sample_every": 0, "eval_prompts": 1, "eval_seeds": 1, "watch_every": 1, "watch_prompts": 1},
         "memory.park": ["critic"],
     }
-    run = api.train(tiny_preset, output=here / "run", steps=1, settings=settings)
-    (row,) = run.metrics()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield api.train(tiny_preset, output=folder / "run", steps=1, settings=settings)
+
+
+def test_a_run_with_scalar_rewards_alone_loads_no_critic(run_alone):
+    """And says each of them in metrics, evaluation and watch."""
+    (row,) = run_alone.metrics()
     by_aspect = row["reward_by_aspect"]
     assert set(by_aspect) == {"clip", "bright"}
     assert row["reward"] == pytest.approx(0.5 * by_aspect["clip"] + by_aspect["bright"], rel=1e-5)
-    tuned = run.result.tuned
+    tuned = run_alone.result.tuned
     assert {"clip", "bright", "apart"} <= set(tuned.reward_by_aspect)
     assert tuned.heldout_reward == pytest.approx(tuned.reward_by_aspect["apart"])
-    looks = [json.loads(line) for line in (run.folder / "watch.jsonl").read_text().splitlines()]
+    looks = [json.loads(line) for line in (run_alone.folder / "watch.jsonl").read_text().splitlines()]
     assert all({"heldout_reward", "heldout_apart"} <= set(look["measures"]) for look in looks)
-    page = api.report(run.folder).read_text()
+    with pytest.raises(BadInputError, match="this run asks no critic"):
+        api.evaluate(run_alone, critic="toyworld")
+
+
+@pytest.mark.slow
+def test_its_report_shows_them_and_it_goes_on(run_alone):
+    page = api.report(run_alone.folder).read_text()
     assert {"<b>clip</b>", "<b>bright</b>", "<b>held-out reward: apart</b>"} <= set(re.findall("<b>.*?</b>", page))
-    more = api.train(output=run.folder, resume=True, steps=2)
-    assert len(more.metrics()) == 2
+    assert len(api.train(output=run_alone.folder, resume=True, steps=2).metrics()) == 2
