@@ -244,7 +244,7 @@ def load_rewards(config: Config, home: torch.device) -> dict[str, torch.nn.Modul
             rewards[name] = UserReward(reward.id, resolve_device(config.device), dtype)
         else:
             folder = prepare_reward(reward.id, say)
-            check_host_memory(folder, "reward", dtype.itemsize)
+            check_host_memory(folder, "reward", 4)  # it is read in fp32
             rewards[name] = load_clip(folder, dtype, home, bool(config.memory.checkpoint), say)
     return rewards
 

@@ -16,7 +16,7 @@ from lowmem_drf.config import chosen_preset, load_config, preset_card, preset_pa
 from lowmem_drf.distributed.ranks import ALONE, Ranks, end_process, join, require_platform, started_processes
 from lowmem_drf.errors import DEBUG, BadInputError, Ended, LowmemError, quoted
 from lowmem_drf.files import text_hash, write_text
-from lowmem_drf.models.rewards.users import is_entry
+from lowmem_drf.models.rewards.users import find_maker, is_entry
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.planner.cards import Card, card_named, parse_vram, room_of
 from lowmem_drf.prompts import fingerprint, without
@@ -216,6 +216,8 @@ def start(
     trial = make_trial(config, used, most, log.eval_seeds) if most else None
     require_trackers(log.trackers)
     require_optimizer(config.optim)
+    for entry in (reward.id for reward in config.rewards.values() if is_entry(reward.id)):
+        find_maker(entry)  # before anything is planned or downloaded
     import_libraries(config)
     # of a run that was stopped before its first checkpoint, the file is all that its LoRA consists of
     init = lora_to_begin_with(config, config.lora.targets) if config.lora.init and not saved_step(run) else None

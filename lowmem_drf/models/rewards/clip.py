@@ -67,6 +67,7 @@ class ClipReward(nn.Module):
         encode: see ``Encode``.
         recompute: the graph keeps only the frames, and each frame is computed again in the backward: the activations of
             one frame of all clips are alive at a time.
+        scale: of the cosine. ``None``: the model's ``logit_scale``, which bf16 would round by a percent.
     """
 
     def __init__(
@@ -76,9 +77,11 @@ class ClipReward(nn.Module):
         mean: Sequence[float] = MEAN,
         std: Sequence[float] = STD,
         recompute: bool = True,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         self.model, self._encode, self._mean, self._std, self._recompute = model, encode, mean, std, recompute
+        self._scale = scale
 
     def forward(self, frames_BTCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B,), in fp32, or fp64 for an fp64 model."""
@@ -115,7 +118,8 @@ class ClipReward(nn.Module):
         model = self.model
         pooled_BD = model.vision_model(pixel_values=self.pixels(frame_BCHW).to(model.dtype)).pooler_output
         image_BD = _unit(model.visual_projection(pooled_BD))
-        return (image_BD * text_BD).sum(-1) * model.logit_scale.to(text_BD.dtype).exp()
+        scale = model.logit_scale.to(text_BD.dtype).exp() if self._scale is None else self._scale
+        return (image_BD * text_BD).sum(-1) * scale
 
 
 def _unit(x_BD: Tensor) -> Tensor:
@@ -134,10 +138,12 @@ def load_clip(folder: Path, dtype: torch.dtype, device: torch.device, recompute:
         if config.model_type != "clip":
             known = " or ".join(KNOWN)
             raise ValueError(f"it is a {config.model_type!r} model, and a scalar reward is a CLIP, like {known}")
-        model = complete(CLIPModel.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True))
+        load = CLIPModel.from_pretrained
+        model = complete(load(folder, config=config, dtype=torch.float32, output_loading_info=True))
         encode = _encoder(folder, config.text_config.max_position_embeddings, say)
     refuse_model(model, f"the reward {folder}")
-    return ClipReward(model.to(device).eval().requires_grad_(False), encode, *_normalised(folder), recompute)
+    scale, model = model.logit_scale.exp().item(), model.to(device, dtype).eval().requires_grad_(False)
+    return ClipReward(model, encode, *_normalised(folder), recompute, scale)
 
 
 def empty_clip(folder_or_id: str) -> tuple[Any, Encode]:

@@ -20,6 +20,7 @@ from lowmem_drf.method.step import drf_step
 from lowmem_drf.models.rewards.clip import ClipReward, load_clip
 from lowmem_drf.models.rewards.combined import Combined
 from lowmem_drf.models.rewards.users import UserReward, is_entry
+from lowmem_drf.planner.words import unplanned
 from lowmem_drf.scoring.alarm import Alarm
 from lowmem_drf.types import Question, Scalar
 
@@ -145,6 +146,10 @@ def test_a_clip_is_read_from_its_folder(tmp_path):
     frames, prompts = frames_of().float(), ["a red circle", LONG]
     read = load_clip(folder, torch.float32, CPU, True, print)
     assert torch.allclose(read(frames, prompts), tiny_reward(torch.float32)(frames, prompts))
+    low = load_clip(folder, torch.bfloat16, CPU, True, print)
+    (gradient,) = torch.autograd.grad((values := low(frames, prompts)).sum(), frames)
+    assert values.dtype == gradient.dtype == torch.float32
+    assert torch.allclose(values, read(frames, prompts), rtol=0.1) and gradient.abs().sum() > 0
     assert not any(parameter.requires_grad for parameter in read.parameters()) and not read.model.training
     (folder / "preprocessor_config.json").write_text("{}")
     with pytest.raises(BadInputError, match=r"preprocessor_config.json has no image_mean"):
@@ -176,6 +181,8 @@ def test_settings_of_rewards():
     assert config.rewards["clip"].weight == 0.5 and 'id = "owner/clip"' in to_toml(config)
     assert change(config, ["rewards.clip.held_out=true"]).trained_rewards == {}
     assert change(config, ["rewards={}"]).rewards == {} == load_config("toy").rewards
+    mine = load_config("toy", ["rewards.mine.id=my_rewards:make"])
+    assert unplanned(config) == "" and "the memory of rewards.mine (my_rewards:make)" in unplanned(mine)
     none = [f"critic.weights.{aspect}=0" for aspect in ("TA", "Phy", "VQ")]
     assert not load_config("toy", [*none, "rewards.a.id=b"]).critic.weights.asked
     for wrong, message in (

@@ -2,12 +2,14 @@
 
 import datetime
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from _relay import LIMIT, relative_difference
+from _relay import LIMIT, lora_gradients, relative_difference
 from _tiny import _seeded, _spread
+from _toys import batch_of, plan_of, toy_parts
 from torch.nn import functional as F
 from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 from transformers.models.smolvlm import processing_smolvlm
@@ -17,8 +19,10 @@ from transformers.processing_utils import ProcessorMixin
 from lowmem_drf.commands.bench import count_bytes
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.method.naive import naive_step
 from lowmem_drf.method.preprocess import resized
 from lowmem_drf.method.reward import RewardSpec, mean_reward, token_probabilities
+from lowmem_drf.method.step import drf_step
 from lowmem_drf.models.qwen_vl.critic import QwenCritic, load_critic
 from lowmem_drf.models.qwen_vl.files import video_geometry
 from lowmem_drf.models.qwen_vl.random_critic import random_model
@@ -125,6 +129,15 @@ def test_packed_answers_and_their_gradients_are_those_of_the_plain_model(monkeyp
     assert relative_difference(got, wanted) < LIMIT
     yes, no = critic.conversation.yes, critic.conversation.no
     assert len(yes) == len(no) == 3 and not set(yes) & set(no)
+
+
+def test_the_relay_is_naive_with_it():
+    parts, (noise, cond, uncond, _) = replace(toy_parts(), critic=tiny_smolvlm()), batch_of(2)
+    arguments = plan_of((1, 4, 5), guidance=3.0), noise, cond, uncond, [QUESTIONS, QUESTIONS[1:]]
+    expected, wanted = lora_gradients(naive_step, parts, *arguments)
+    actual, stats = lora_gradients(drf_step, parts, *arguments)
+    assert relative_difference(actual, expected) < LIMIT and stats.reward == pytest.approx(wanted.reward)
+    assert set(stats.reward_by_question) == {"circle", "jump", "motion"}
 
 
 def test_its_language_model_takes_ranges():
