@@ -39,8 +39,8 @@ class Video(Node):
     """The clips that are generated."""
 
     width: Positive = 832
-    """Width in pixels: a multiple of the generator's patch grid (16 for Wan2.1, 32 for Wan2.2-TI2V-5B and LTX-Video).
-    Memory grows with width x height, the time of attention with its square."""
+    """Width in pixels: a multiple of the generator's patch grid (16 for Wan2.1 and images, 32 for Wan2.2-TI2V-5B and
+    LTX-Video). Memory grows with width x height, the time of attention with its square."""
     height: Positive = 480
     """Height in pixels; the same rule as for ``width``."""
     frames: Positive = 81

@@ -276,7 +276,7 @@ def _of_another_model(key: _Key, family: Family) -> BadInputError:
     """The error for a module that no transformer of the families has."""
     if kind := family.kind_of([f"{key.stem}."], complete=False):
         names = names_of(FAMILIES)
-        return BadInputError(f"it is a LoRA of {kind[0]}, not of a {names} text-to-video model ({shown(key.text)})")
+        return BadInputError(f"it is a LoRA of {kind[0]}, not of a {names} model ({shown(key.text)})")
     return BadInputError(
         f"its tensor {shown(key.text)} belongs to no module of a {family.NAME} transformer: it is of another model"
     )

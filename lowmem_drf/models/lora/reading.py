@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CHECKPOINT_FILE = "lora.safetensors"
-_CURE = f"Give a LoRA of a {names_of(FAMILIES)} text-to-video model in safetensors format."
+_CURE = f"Give a LoRA of a {names_of(FAMILIES)} model in safetensors format."
 _PARAMETERS = ("scale_shift_table",)
 """Modules that are a parameter themselves."""
 

@@ -42,12 +42,14 @@ def pipeline(transformer: Any) -> Any:
     absent = dict.fromkeys(
         f"{kind}{end}" for kind in ("text_encoder", "tokenizer") for end in ("", "_2", "_3")
     )  # fmt: skip
-    return StableDiffusion3Pipeline(transformer=transformer, vae=None, scheduler=None, **absent)
+    pipe = StableDiffusion3Pipeline(transformer=transformer, vae=None, scheduler=None, **absent)
+    pipe.load_lora_into_text_encoder = lambda *arguments, **options: None  # there is none, which it would warn of
+    return pipe
 
 
 def lora_header(generator: GeneratorConfig) -> LoraHeader:
     """The same for all."""
-    return LoraHeader("sd3", "https://github.com/Stability-AI/sd3.5")
+    return LoraHeader("stable-diffusion-3", "https://github.com/Stability-AI/sd3.5")
 
 
 def kind_of(names: Collection[str], complete: bool) -> tuple[str, str] | None:
