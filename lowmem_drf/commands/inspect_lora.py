@@ -111,7 +111,8 @@ def _layers(report: Report) -> Iterator[str]:
     """ "attention and feed-forward of 30 of 30 blocks", and what else is changed."""
     linear = {layer.name: layer for layer in report.layers if layer.blocks}
     parts: dict[tuple[int, ...], list[str]] = defaultdict(list)
-    for part, prefix in _PARTS.items():
+    known = {} if any(name.startswith("attn.") for name in linear) else _PARTS  # attn2 is then no cross-attention
+    for part, prefix in known.items():
         by_blocks: dict[tuple[int, ...], list[str]] = defaultdict(list)
         for name in _LINEARS[prefix]:
             if layer := linear.pop(prefix + name, None):

@@ -29,7 +29,7 @@ from lowmem_drf.models.generators import generator_config
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
 from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.models.sd3 import family as sd3
-from lowmem_drf.models.weights.downloads import prepare
+from lowmem_drf.models.weights import downloads
 from lowmem_drf.planner.cards import card_named
 from lowmem_drf.planner.plan import make_plan
 from lowmem_drf.types import Parts
@@ -225,12 +225,17 @@ def test_text_encoders_are_held_one_after_the_other_and_cached_together(folder, 
         text_cache.encode_texts(load_config(preset, ["model.text_tokens=8"]), str(folder), texts, CPU)
 
 
-def test_a_folder_without_one_of_its_encoders_or_tokenizers(tmp_path):
+def test_all_encoders_and_tokenizers_are_downloaded_and_missed(tmp_path):
     place = save_tiny_sd3(tmp_path)
+    here = [path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()]
+    wanted = downloads._wanted(
+        "owner/name", "generator", [*here, "turbo.safetensors", "text_encoders/x.safetensors"], ()
+    )
+    assert set(wanted) == {name for name in here if not name.startswith("scheduler/")}
     (place / "text_encoder_3" / "model.safetensors").unlink()
     (place / "tokenizer_2").rename(place / "tokenizer_4")
     with pytest.raises(BadInputError, match="(?s)text_encoder_3/.*tokenizer_2/"):
-        prepare(str(place), "generator", print)
+        downloads.prepare(str(place), "generator", print)
     (place / "text_encoder_2" / "config.json").unlink()
     with pytest.raises(BadInputError, match="lacks text_encoder_2/config.json"):
         generator_config(str(place))
