@@ -45,6 +45,16 @@ Streaming makes this table possible: the frozen weights of the transformer's blo
 the card one layer at a time, while the layer before computes ([memory.md](memory.md)).
 """
 
+OTHERS = """
+## LTX-2
+
+Video and sound of 19B parameters, with Gemma 3 12B for its prompts: not trained here. A plan with diffusers' modules at
+true size (`python -m bench.plans.ltx2` writes it): 704x480, 121 frames, distilled to 8 steps, 3 of them graded, two
+clips an update; settings of `rtx4090-ltx13b`: weights in 8 bit, streamed.
+
+"""
+OTHERS_MARKS = "<!-- ltx2: begin -->\n", "<!-- ltx2: end -->\n"
+
 
 UNRECORDED = ("memory.record_decode=0", "memory.record_rollout=false")
 """What ``train`` sets first where the host's memory does not suffice."""
@@ -131,7 +141,8 @@ def page(plans: Mapping[str, Mapping[str, Any]], before: str = "") -> str:
     for name in card_presets():
         summary = preset_summary(presets()[name]).rstrip(".")
         given.append(f"| `{name}` | {summary} | {header_line(name, 'Gives up')} |")
-    return "\n".join([ABOUT, *lines, *given, AFTER])
+    kept = before.partition(OTHERS_MARKS[0])[2].partition(OTHERS_MARKS[1])[0]
+    return "\n".join([ABOUT, *lines, *given, AFTER]) + OTHERS + OTHERS_MARKS[0] + kept + OTHERS_MARKS[1]
 
 
 def readme_table(plans: Mapping[str, Mapping[str, Any]], before: str = "") -> str:
