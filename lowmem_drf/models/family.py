@@ -105,11 +105,9 @@ class ModuleNames:
     outside: Mapping[str, str]
     """Those outside the blocks."""
     comfyui: str = "diffusion_model"
-    """What stands before a module's name in LoRA files that ComfyUI reads."""
+    """What stands before a module's name in LoRA files that ComfyUI reads. Empty: diffusers does not read that form."""
     kohya: bool = True
     """Whether LoRA files are also written in kohya's form, and diffusers reads it."""
-    comfyui: bool = True
-    """The same of ComfyUI's form."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ NAMES = ModuleNames(
     in_block={name: name for name in _IN_BLOCK},
     outside={name: name for name in _OUTSIDE},
     kohya=False,
-    comfyui=False,
+    comfyui="",
 )
 """diffusers' own: its publishers' code has one layer for query, key and value, so no LoRA has their names. Nor does
 ``CogVideoXPipeline`` read another form than diffusers'."""

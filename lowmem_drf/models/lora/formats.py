@@ -48,7 +48,7 @@ def to_format(lora: LoraChanges, form: LoraFormat, dtype: torch.dtype, family: F
         BadInputError: the LoRA changes more than pairs of Linears; the format has no name for a module, or is not
             written for the family; a value is too large for ``dtype``.
     """
-    written = {"kohya": family.NAMES.kohya, "comfyui": family.NAMES.comfyui, "diffusers": True}
+    written = {"kohya": family.NAMES.kohya, "comfyui": bool(family.NAMES.comfyui), "diffusers": True}
     if not written[form]:
         raise BadInputError(
             f"The {form} format is not written for {family.NAME}: diffusers would not read it. Export with "
