@@ -179,7 +179,7 @@ class CogVideoXDecoder:
         x, handed, left = z, [], caches if isinstance(caches, list) else [*caches]
         strips = self._counts(z)
         for place, segment in enumerate(self._segments):
-            entering = [_as(left.pop(0), z) for _ in range(segment.slots)]
+            entering = [_as(left.pop(0), z.dtype) for _ in range(segment.slots)]
             if trace is not None:
                 trace(x)
             if to_the_end or place + 1 < len(self._segments):
@@ -219,8 +219,7 @@ class CogVideoXDecoder:
 
     def _back(self, value: Any) -> Any:
         """In the dtype of the gradient."""
-        value = value.get() if isinstance(value, Held) else value
-        return value.to(self._grad_dtype) if isinstance(value, torch.Tensor) else value
+        return _as(value, self._grad_dtype)
 
 
 def _segments_of(decoder: Any) -> list[Segment]:
@@ -241,6 +240,6 @@ def _is_first(caches: Sequence[Any]) -> bool:
     return all(cache is None for cache in caches)
 
 
-def _as(cache: Any, z: Tensor) -> Any:
-    cache = cache.get() if isinstance(cache, Held) else cache
-    return cache.to(z.dtype) if isinstance(cache, torch.Tensor) else cache
+def _as(value: Any, dtype: torch.dtype) -> Any:
+    value = value.get() if isinstance(value, Held) else value
+    return value.to(dtype) if isinstance(value, torch.Tensor) else value

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Cotangent = Tensor | None
+Maybe = Tensor | None
+"""``None``: a cache at the beginning of a clip; a gradient that is zero."""
 
 
 class Segment(Protocol):
@@ -33,14 +34,14 @@ class Segment(Protocol):
         """The most that enter or leave it."""
         ...
 
-    def run(self, x: Tensor, z: Tensor, caches: Sequence[Cotangent], strips: int) -> tuple[Tensor, list[Tensor]]:
-        """The result, and the caches handed on. ``None`` enters at the beginning of a clip."""
+    def run(self, x: Tensor, z: Tensor, caches: Sequence[Maybe], strips: int) -> tuple[Tensor, list[Tensor]]:
+        """The result, and the caches handed on."""
         ...
 
     def backward(
-        self, x: Tensor, z: Tensor, caches: Sequence[Cotangent], d_out: Cotangent, d_handed: Sequence[Cotangent],
+        self, x: Tensor, z: Tensor, caches: Sequence[Maybe], d_out: Maybe, d_handed: Sequence[Maybe],
         strips: int,
-    ) -> tuple[Tensor, Tensor, list[Cotangent]]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, list[Maybe]]:  # fmt: skip
         """The gradients at ``x``, ``z`` and ``caches``, with one strip's graph at a time."""
         ...
 
@@ -58,7 +59,7 @@ class NormConv:
     def channels(self) -> int:
         return _channels(self.conv.conv)
 
-    def run(self, x: Tensor, z: Tensor, caches: Sequence[Cotangent], strips: int) -> tuple[Tensor, list[Tensor]]:
+    def run(self, x: Tensor, z: Tensor, caches: Sequence[Maybe], strips: int) -> tuple[Tensor, list[Tensor]]:
         strips = 1 if torch.is_grad_enabled() else strips  # the moments carry no gradient
         zq, (cache,) = self._spread(z, x), caches
         moments = self._moments(x, strips)
@@ -73,9 +74,9 @@ class NormConv:
         return whole[0], whole[1:]
 
     def backward(
-        self, x: Tensor, z: Tensor, caches: Sequence[Cotangent], d_out: Cotangent, d_handed: Sequence[Cotangent],
+        self, x: Tensor, z: Tensor, caches: Sequence[Maybe], d_out: Maybe, d_handed: Sequence[Maybe],
         strips: int,
-    ) -> tuple[Tensor, Tensor, list[Cotangent]]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, list[Maybe]]:  # fmt: skip
         (cache,), (d_cache_out,) = caches, d_handed
         z = z.detach().requires_grad_()
         with torch.enable_grad():
@@ -107,14 +108,14 @@ class NormConv:
         return d_x, d_z, [d_cache]
 
     def _rows(
-        self, x: Tensor, zq: Tensor, cache: Cotangent, moments: Sequence[Tensor], rows: slice
+        self, x: Tensor, zq: Tensor, cache: Maybe, moments: Sequence[Tensor], rows: slice
     ) -> tuple[Tensor, Tensor]:
         near = _halo(rows, x.shape[3])
         before = None if cache is None else cache[:, :, :, near]
         return self._part(x[:, :, :, near], zq[:, :, :, near], before, moments, rows, near)
 
     def _part(
-        self, x: Tensor, zq: Tensor, cache: Cotangent, moments: Sequence[Tensor], rows: slice, near: slice
+        self, x: Tensor, zq: Tensor, cache: Maybe, moments: Sequence[Tensor], rows: slice, near: slice
     ) -> tuple[Tensor, Tensor]:
         """Rows ``rows`` of the result and of the cache handed on, from rows ``near`` of what enters."""
         y = x if self.norm is None else F.silu(self._normed(x, zq, moments))
@@ -195,7 +196,7 @@ class Residual:
     def channels(self) -> int:
         return max(self.block.in_channels, self.block.out_channels)
 
-    def run(self, x: Tensor, z: Tensor, caches: Sequence[Cotangent], strips: int) -> tuple[Tensor, list[Tensor]]:
+    def run(self, x: Tensor, z: Tensor, caches: Sequence[Maybe], strips: int) -> tuple[Tensor, list[Tensor]]:
         first, second = self._halves()
         middle, one = first.run(x, z, caches[:1], strips)
         out, other = second.run(middle, z, caches[1:], strips)
@@ -207,9 +208,9 @@ class Residual:
         return out, [*one, *other]
 
     def backward(
-        self, x: Tensor, z: Tensor, caches: Sequence[Cotangent], d_out: Cotangent, d_handed: Sequence[Cotangent],
+        self, x: Tensor, z: Tensor, caches: Sequence[Maybe], d_out: Maybe, d_handed: Sequence[Maybe],
         strips: int,
-    ) -> tuple[Tensor, Tensor, list[Cotangent]]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, list[Maybe]]:  # fmt: skip
         first, second = self._halves()
         with torch.no_grad():
             middle = first.run(x, z, caches[:1], strips)[0]
@@ -249,14 +250,14 @@ class Upsample:
     def channels(self) -> int:
         return _channels(self.module.conv)
 
-    def run(self, x: Tensor, z: Tensor, caches: Sequence[Cotangent], strips: int) -> tuple[Tensor, list[Tensor]]:
+    def run(self, x: Tensor, z: Tensor, caches: Sequence[Maybe], strips: int) -> tuple[Tensor, list[Tensor]]:
         made = [[self._frame(x[:, :, frame])] * count for frame, count in enumerate(self.counts(x.shape[2]))]
         return torch.stack([one for copies in made for one in copies], dim=2), []
 
     def backward(
-        self, x: Tensor, z: Tensor, caches: Sequence[Cotangent], d_out: Cotangent, d_handed: Sequence[Cotangent],
+        self, x: Tensor, z: Tensor, caches: Sequence[Maybe], d_out: Maybe, d_handed: Sequence[Maybe],
         strips: int,
-    ) -> tuple[Tensor, Tensor, list[Cotangent]]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, list[Maybe]]:  # fmt: skip
         assert d_out is not None
         d_x, start = torch.empty_like(x), 0
         for frame, count in enumerate(self.counts(x.shape[2])):
