@@ -1,20 +1,17 @@
 """docs/adding-a-generator.md, followed to the letter: a family in one folder and one line trains, plans and exports."""
 
-import json
-
 import pytest
 import torch
 from _plans import FAKES
 from _relay import LIMIT, QUESTIONS, STEPS, lora_gradients, plan_of, relative_difference
-from _tiny import randomise_lora, save_tiny_critic, tiny_critic
+from _tiny import randomise_lora, tiny_critic
+from _trainer import family_preset, lora_of_run
 from dots import family as dots
 from dots.networks import DotsText, DotsTransformer, DotsVae
-from safetensors.torch import load_file as read_file
 from safetensors.torch import save_file
 
 from lowmem_drf.commands.bench import count_bytes
 from lowmem_drf.commands.export_lora import export_run
-from lowmem_drf.commands.train import train_command
 from lowmem_drf.config import load_config
 from lowmem_drf.method.naive import naive_step
 from lowmem_drf.method.schedule import draw_noise
@@ -56,43 +53,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def preset(folder, tmp_path):
-    critic = save_tiny_critic(tmp_path / "critic")
-    (tmp_path / "dots.toml").write_text(f"""
-prompts = "toyworld"
-steps = 2
-batch = 2
-micro_batch = 1
-dtype = "fp32"
-device = "cpu"
-[video]
-width = 16
-height = 16
-frames = 9
-[model]
-id = "{folder.as_posix()}"
-text_tokens = 12
-[sampler]
-steps = 3
-graded_steps = 2
-guidance = 2.0
-[critic]
-id = "{critic.as_posix()}"
-questions = "grammar"
-check = false
-quant = "none"
-frames = 3
-[lora]
-rank = 2
-targets = {json.dumps(TARGETS)}
-[memory]
-vae_dtype = "fp32"
-[log]
-checkpoint_every = 1
-sample_every = 0
-eval_prompts = 0
-watch_every = 0
-""")
-    return str(tmp_path / "dots.toml")
+    return family_preset(tmp_path, folder, TARGETS, side=16, frames=9)
 
 
 @pytest.fixture(scope="module")
@@ -120,15 +81,10 @@ def test_its_chunks_are_its_librarys_decode(parts):
     assert relative_difference(frames, parts.decoder.vae.decode(latents).clamp(0, 1)) < 1e-14
 
 
-def run_of(preset, folder, *settings):
-    train_command(preset, None, folder, None, None, False, list(settings), False)
-    return read_file(folder / "checkpoints" / "step-000002" / "lora.safetensors")
-
-
 def test_it_trains_and_what_saves_memory_changes_nothing(preset, tmp_path):
-    plain = run_of(preset, tmp_path / "plain")
+    plain = lora_of_run(preset, tmp_path / "plain")
     stream = ("memory.checkpoint=true", "memory.stream=['transformer']", "memory.park=['critic','vae']")
-    saving = run_of(preset, tmp_path / "saving", *stream, "memory.record_rollout=true")
+    saving = lora_of_run(preset, tmp_path / "saving", *stream, "memory.record_rollout=true")
     assert plain.keys() == saving.keys() and all(torch.equal(plain[name], saving[name]) for name in plain)
     assert any(tensor.any() for name, tensor in plain.items() if "lora_B" in name)
     made = export_run(tmp_path / "plain", form="diffusers")
