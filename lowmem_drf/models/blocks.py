@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from lowmem_drf.errors import BadInputError
 from lowmem_drf.memory.activations import BlockPolicy, HookedForward, Pace
 from lowmem_drf.memory.recorded_rollout import RecordedForward
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from lowmem_drf.memory.host import HostStore
     from lowmem_drf.memory.recorded_rollout import Recorder
     from lowmem_drf.memory.streaming import Layer, Streamed
+    from lowmem_drf.ops import Attention, RowOps
 
 
 def set_blocks(
@@ -47,3 +49,34 @@ def set_blocks(
         return
     inputs, kept = store if checkpoint == "host" else None, None if keep_attention == "none" else keep_attention
     transformer.enable_gradient_checkpointing(BlockPolicy(blocks, inputs, kept, store, recorder))
+
+
+def without_effect(
+    name: str,
+    slices: int,
+    rows: RowOps | None,
+    attention: Attention | None,
+    keep_attention: str,
+    others: Sequence[Any],
+) -> tuple[str, ...]:
+    """The settings that change nothing where blocks compute as diffusers does: what ``Family.set_activations`` returns.
+
+    Args:
+        name: of the family, for messages.
+        others: ``rollout_attention`` and ``graded_attention``.
+
+    Raises BadInputError: kept attentions, or an attention in 8 bit, which would change memory or results.
+    """
+    if keep_attention != "none":
+        raise BadInputError(f"The blocks of {name} keep no attentions yet: -s memory.keep_attention=none")
+    if any(other is not None for other in others):
+        raise BadInputError(
+            f"The blocks of {name} have no attention in 8 bit yet: -s kernels.rollout_attention=same "
+            "-s kernels.graded_attention=same"
+        )
+    unused = {
+        "kernels.ops": rows is not None and rows.name == "fused",
+        "kernels.attention": attention is not None and attention.name != "sdpa",
+        "memory.token_slices": slices > 1,
+    }
+    return tuple(name for name, is_set in unused.items() if is_set)

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.schedule import TRAIN_TIMESTEPS
-from lowmem_drf.models.blocks import set_blocks
+from lowmem_drf.models.blocks import set_blocks, without_effect
 from lowmem_drf.models.sd3.published import NAME
 
 if TYPE_CHECKING:
@@ -62,24 +61,19 @@ def set_activations(
     graded_attention: Attention | None = None,
     streamed: Streamed | None = None,
     hooked: bool = False,
-) -> None:
+) -> tuple[str, ...]:
     """See ``Family.set_activations``. The blocks' arithmetic is diffusers' own: ``slices``, ``rows`` and ``attention``,
     which change no results, are not used.
 
     Raises BadInputError: kept attentions, or an attention in 8 bit.
     """
-    if keep_attention != "none":
-        raise BadInputError(f"The blocks of {NAME} keep no attentions yet: -s memory.keep_attention=none")
-    if rollout_attention is not None or graded_attention is not None:
-        raise BadInputError(
-            f"The blocks of {NAME} have no attention in 8 bit yet: -s kernels.rollout_attention=same "
-            "-s kernels.graded_attention=same"
-        )
+    unused = without_effect(NAME, slices, rows, attention, keep_attention, (rollout_attention, graded_attention))
     set_blocks(
         transformer, list(transformer.transformer_blocks), lambda block, weights: _Forward(block), checkpoint, store,
         keep_attention, recorder, streamed, hooked,
     )  # fmt: skip
     transformer.forward = partial(_forward, transformer)
+    return unused
 
 
 def _forward(
