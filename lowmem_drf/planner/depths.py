@@ -65,13 +65,12 @@ def line_to(depths: Depths) -> Line | None:
 
 
 def depths_of(generator: GeneratorConfig, critic: Mapping[str, Any] | None) -> dict[str, int]:
-    """The stacks of a run that consist of equal blocks. ``critic``: its ``config.json``, if one is asked."""
-    depths = {"transformer": generator.transformer["num_layers"]} if _equal_blocks(generator) else {}
-    if (
-        depths
-        and generator.transformer_2 is not None
-        and generator.transformer_2["num_layers"] != depths["transformer"]
-    ):
+    """The stacks of a run that consist of equal blocks; none if the transformer's are not: two runs of all would
+    take longer than one of everything. ``critic``: its ``config.json``, if one is asked."""
+    if not _equal_blocks(generator):
+        return {}
+    depths = {"transformer": generator.transformer["num_layers"]}
+    if generator.transformer_2 is not None and generator.transformer_2["num_layers"] != depths["transformer"]:
         del depths["transformer"]
     if critic is None:
         return depths

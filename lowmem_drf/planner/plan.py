@@ -239,16 +239,15 @@ class _Run:
             self.frames = known["vae"].frames
         first, fewer = self._update(line.first, absent)
         # without stacks of equal blocks: computed at one depth alone
-        rest = GROUPS["vae"] if "transformer" in line.first else (*GROUPS["vae"], *GROUPS["transformer"])
-        once = {name: [one for other, one in first.visits if other == name] for name in rest}
+        once = {name: [one for other, one in first.visits if other == name] for name in GROUPS["vae"]}
         second, more = self._update(line.second, once | absent)
-        left = {name: iter(visits) for name, visits in (once | absent).items()}
+        rest = {name: iter(visits) for name, visits in (once | absent).items()}
         meter = PlanMeter(Ledger())
         for (name, one), (_, other) in zip(first.visits, second.visits, strict=True):
-            here = left.get(name)
+            here = rest.get(name)
             begun = one.begun(other, line.steps)
             meter.add(name, one.extended(other, line.steps) if here is None else next(here).moved(begun))
-        step_bytes = more + line.steps * (more - fewer) if "transformer" in line.first else fewer
+        step_bytes = more + line.steps * (more - fewer)
         if "transformer" in known:
             step_bytes = known["transformer"].step_bytes
         for group, key in keys.items():
