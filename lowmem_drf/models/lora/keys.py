@@ -190,13 +190,14 @@ class _Names:
 
 
 def family_with(modules: Iterable[str]) -> Family:
-    """The family that has most of these modules, by either name."""
+    """The family that has most of these modules, by either name; of several, that whose blocks have fewest others."""
     flat = [module.replace(".", "_") for module in modules]
 
-    def count(family: Family) -> int:
+    def count(family: Family) -> tuple[int, int]:
         names = _Names(family)
         inner = [match[2] if (match := names.block.fullmatch(name)) else name for name in flat]
-        return sum(name in names.in_block or name in names.outside for name in inner)
+        found = sum(name in names.in_block or name in names.outside for name in inner)
+        return found, -len(family.NAMES.linears) if found else 0
 
     return max(FAMILIES, key=count)
 
