@@ -13,13 +13,16 @@ import torch
 
 import lowmem_drf
 from bench.families.tiny import clip_of, name_of
+from lowmem_drf.assembly.sizes import latent_shape
+from lowmem_drf.config import load_config
 from lowmem_drf.method.naive import naive_step
 from lowmem_drf.method.schedule import draw_noise, flow_sigmas
 from lowmem_drf.method.step import StepSpec, drf_step
 from lowmem_drf.method.vae_stream import decode
 from lowmem_drf.models.family import Family
+from lowmem_drf.models.generators import generator_config
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
-from lowmem_drf.toy.captions import heldout_prompts, train_prompts
+from lowmem_drf.toy.captions import train_prompts
 from lowmem_drf.types import Parts, Question
 
 if TYPE_CHECKING:
@@ -27,10 +30,11 @@ if TYPE_CHECKING:
 
     from lowmem_drf.api import Run
 
-UPDATES, PROMPTS, NOISES = 20, 128, 1
-"""Of a training; and held-out prompts that it is judged on, with so many clips each."""
-SAMPLED = 4
-"""Denoising steps, all of them graded."""
+UPDATES, PROMPTS, NOISES = 20, 8, 8
+"""Of a training; its prompts, all of them in every update; and clips of each that it is judged on, of other noise."""
+TEXTS = train_prompts()[:: len(train_prompts()) // PROMPTS][:PROMPTS]
+SAMPLED, TOKENS = 4, 12
+"""Denoising steps, all of them graded; tokens of a prompt."""
 RELAY, DECODE, EXPORT, ERRORS = 1e-10, 1e-5, 1e-4, 2.0
 """The most that may differ: LoRA gradients in fp64, relative to their norm; frames in [0, 1]; velocities of an export.
 The least rise of the reward, in standard errors."""
@@ -59,12 +63,10 @@ def passes(row: dict[str, Any]) -> bool:
 
 def noise_of(family: Family, folder: Path, clip: tuple[int, int, int]) -> Tensor:
     """Latents of two clips, fp32."""
-    transformer, vae = (
-        lowmem_drf.texts.parse_json((folder / name / "config.json").read_bytes()) for name in ("transformer", "vae")
-    )
-    sizes, (width, height, frames) = family.sizes(transformer, vae), clip
-    shape = (frames - 1) // sizes.temporal + 1, height // sizes.spatial, width // sizes.spatial
-    return draw_noise((sizes.channels, *shape), range(2))
+    generator = generator_config(str(folder))
+    settings = (f"video.{name}={size}" for name, size in zip(("width", "height", "frames"), clip, strict=True))
+    config = load_config("toy", [*settings, f"critic.frames={min(clip[2], 9)}"])
+    return draw_noise(latent_shape(config, family.sizes(generator.transformer, generator.vae)), range(2))
 
 
 def relay(family: Family, folder: Path, clip: tuple[int, int, int]) -> dict[str, float]:
@@ -77,8 +79,8 @@ def relay(family: Family, folder: Path, clip: tuple[int, int, int]) -> dict[str,
     family.set_activations(transformer)
     decoder = family.decoder(family.load_vae(str(folder), torch.float64))
     parts = Parts(family.as_velocity(transformer), decoder, tiny_critic(torch.float64), lora_parameters(transformer))
-    texts = [*train_prompts()[:2], ""]
-    cond, uncond = family.load_text(str(folder)).encode(texts, 12).double().split([2, 1])
+    texts = [*TEXTS[:2], ""]
+    cond, uncond = family.load_text(str(folder)).encode(texts, TOKENS).double().split([2, 1])
     asked = [(Question("TA", "is the circle red ?", "yes"), Question("VQ", "does it jump ?", "no"))] * 2
     noise, kept = noise_of(family, folder, clip).double(), range(0, clip[2], 2)
 
@@ -124,17 +126,19 @@ def trained(family: Family, folder: Path, clip: tuple[int, int, int], run: Path,
     """A run of ``UPDATES`` updates, by the method of preset ``toy``."""
     width, height, frames = clip
     settings: dict[str, Any] = {
-        "model": {"id": str(folder), "text_tokens": 16},
+        "model.id": str(folder),
+        "model.text_tokens": TOKENS,
         "video": {"width": width, "height": height, "frames": frames},
+        "batch": PROMPTS,
         "sampler": {"steps": SAMPLED, "graded_steps": SAMPLED},
         "critic.frames": min(frames, 9),
         "lora.targets": list(family.NAMES.linears),
-        "optim": {"lr": 2e-2, "schedule": "constant", "warmup_steps": 0},
+        "optim.lr": 2e-2,
+        "optim.schedule": "constant",
+        "optim.warmup_steps": 0,
         "log": {"watch_every": 0, "eval_prompts": 0, "sample_every": 0},
     }
-    return lowmem_drf.train(
-        "toy", prompts=train_prompts()[:64], output=run, steps=UPDATES, seed=seed, settings=settings
-    )
+    return lowmem_drf.train("toy", prompts=TEXTS, output=run, steps=UPDATES, seed=seed, settings=settings)
 
 
 def exported(run: Run) -> float:
@@ -146,10 +150,10 @@ def exported(run: Run) -> float:
 
 
 def rise(run: Run) -> dict[str, float]:
-    """The reward of the base and of the tuned model at the same held-out prompts and noise, and the standard error of
-    the mean rise over prompts."""
-    result = lowmem_drf.evaluate(run, prompts=heldout_prompts(PROMPTS, seed=0), seeds=NOISES)
+    """The reward of the base and of the tuned model at the same prompts and noise, and the standard error of the mean
+    rise over clips."""
+    result = lowmem_drf.evaluate(run, prompts=TEXTS * NOISES, seeds=1)
     base = [row.base["reward"] for row in result.by_prompt]
     tuned = [row.tuned["reward"] for row in result.by_prompt]
     rises = [b - a for a, b in zip(base, tuned, strict=True)]
-    return {"base": fmean(base), "tuned": fmean(tuned), "rise": fmean(rises), "error": stdev(rises) / PROMPTS**0.5}
+    return {"base": fmean(base), "tuned": fmean(tuned), "rise": fmean(rises), "error": stdev(rises) / len(rises) ** 0.5}

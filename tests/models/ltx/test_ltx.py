@@ -184,12 +184,14 @@ def run_of(preset, folder, *settings):
     return read_file(folder / "checkpoints" / "step-000002" / "lora.safetensors")
 
 
-def test_it_trains_and_exports_and_what_saves_memory_changes_nothing(preset, tmp_path):
+def test_it_trains_and_exports_and_what_saves_memory_changes_nothing(preset, tmp_path, capsys):
     plain = run_of(preset, tmp_path / "plain")
     stream = ("memory.checkpoint=true", "memory.stream=['transformer']", "memory.park=['critic','vae']")
     stream = (*stream, "memory.keep_attention=host")
     more = ("memory.record_rollout=true", "memory.record_decode=1", "memory.text_device=stream")
-    saving = run_of(preset, tmp_path / "saving", *stream, *more)
+    assert "without effect" not in capsys.readouterr().out
+    saving = run_of(preset, tmp_path / "saving", *stream, *more, "memory.token_slices=2")
+    assert "without effect on LTX-Video: memory.token_slices" in " ".join(capsys.readouterr().out.split())
     assert plain.keys() == saving.keys() and all(torch.equal(plain[name], saving[name]) for name in plain)
     assert any(tensor.any() for name, tensor in plain.items() if "lora_B" in name)
     made = export_run(tmp_path / "plain", form="diffusers")
