@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import lowmem_drf
-from bench.families.tiny import clip_of, name_of
+from bench.families.tiny import clip_of, name_of, tokens_of
 from lowmem_drf.assembly.sizes import latent_shape
 from lowmem_drf.config import load_config
 from lowmem_drf.method.naive import naive_step
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 UPDATES, PROMPTS, NOISES = 20, 8, 8
 """Of a training; its prompts, all of them in every update; and clips of each that it is judged on, of other noise."""
 TEXTS = train_prompts()[:: len(train_prompts()) // PROMPTS][:PROMPTS]
-SAMPLED, TOKENS = 4, 12
-"""Denoising steps, all of them graded; tokens of a prompt."""
+SAMPLED = 4
+"""Denoising steps, all of them graded."""
 RELAY, DECODE, EXPORT, ERRORS = 1e-10, 1e-5, 1e-4, 2.0
 """The most that may differ: LoRA gradients in fp64, relative to their norm; frames in [0, 1]; velocities of an export.
 The least rise of the reward, in standard errors."""
@@ -79,8 +79,7 @@ def relay(family: Family, folder: Path, clip: tuple[int, int, int]) -> dict[str,
     family.set_activations(transformer)
     decoder = family.decoder(family.load_vae(str(folder), torch.float64))
     parts = Parts(family.as_velocity(transformer), decoder, tiny_critic(torch.float64), lora_parameters(transformer))
-    texts = [*TEXTS[:2], ""]
-    cond, uncond = family.load_text(str(folder)).encode(texts, TOKENS).double().split([2, 1])
+    cond, uncond = embedded(family, folder, [*TEXTS[:2], ""]).double().split([2, 1])
     asked = [(Question("TA", "is the circle red ?", "yes"), Question("VQ", "does it jump ?", "no"))] * 2
     noise, kept = noise_of(family, folder, clip).double(), range(0, clip[2], 2)
 
@@ -96,6 +95,13 @@ def relay(family: Family, folder: Path, clip: tuple[int, int, int]) -> dict[str,
         one = gradient(naive_step, k)
         found[str(k)] = float((gradient(drf_step, k) - one).norm() / one.norm())
     return found
+
+
+def embedded(family: Family, folder: Path, texts: Sequence[str]) -> Tensor:
+    """Of all text encoders: each has zeros where another one has values."""
+    names, tokens = generator_config(str(folder)).text_encoders, tokens_of(name_of(family))
+    rows = [family.load_text(str(folder), subfolder=name).encode(texts, tokens) for name in names]
+    return torch.stack(rows).sum(0)
 
 
 def decoded(family: Family, folder: Path, clip: tuple[int, int, int]) -> float:
@@ -127,7 +133,7 @@ def trained(family: Family, folder: Path, clip: tuple[int, int, int], run: Path,
     width, height, frames = clip
     settings: dict[str, Any] = {
         "model.id": str(folder),
-        "model.text_tokens": TOKENS,
+        "model.text_tokens": tokens_of(name_of(family)),
         "video": {"width": width, "height": height, "frames": frames},
         "batch": PROMPTS,
         "sampler": {"steps": SAMPLED, "graded_steps": SAMPLED},

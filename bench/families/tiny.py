@@ -15,8 +15,8 @@ from lowmem_drf.models.family import Family
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 sys.path[:0] = [str(TESTS / "support")]
 ELSEWHERE = {"wan": ("_tiny", "save_tiny_generator")}
-CLIPS = {"sd3": (32, 32, 1)}
-"""Width, height and frames of a clip, where they are not ToyWorld's."""
+CLIPS, TOKENS = {"sd3": (32, 32, 1)}, {"sd3": 20}
+"""Width, height and frames of a clip, where they are not ToyWorld's; tokens of a prompt, where they are not twelve."""
 
 
 def name_of(family: Family) -> str:
@@ -26,6 +26,10 @@ def name_of(family: Family) -> str:
 
 def clip_of(name: str) -> tuple[int, int, int]:
     return CLIPS.get(name, (32, 32, 9))
+
+
+def tokens_of(name: str) -> int:
+    return TOKENS.get(name, 12)
 
 
 def writer_of(name: str) -> Callable[[Path], Path] | None:
