@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from lowmem_drf.api import Run
 
-UPDATES, PROMPTS, NOISES = 20, 8, 8
+UPDATES, PROMPTS, NOISES = 20, 8, 16
 """Of a training; its prompts, all of them in every update; and clips of each that it is judged on, of other noise."""
 TEXTS = train_prompts()[:: len(train_prompts()) // PROMPTS][:PROMPTS]
 SAMPLED = 4
