@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from lowmem_drf import schema
-from lowmem_drf.config import AS_PUBLISHED, known_keys
+from lowmem_drf.config import known_keys
+from lowmem_drf.sampling.published import AS_PUBLISHED
 from lowmem_drf.schema import Config, Reward
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"

@@ -9,7 +9,6 @@ differences from the defaults, or from the preset that it names in ``extends``. 
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,9 +19,8 @@ from pydantic import BaseModel, ValidationError
 import lowmem_drf
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import require_output, write_text
-from lowmem_drf.sampling.levels import TIMESTEPS as TRAINED
-from lowmem_drf.sampling.levels import ddim_levels
-from lowmem_drf.schema import Config, Log, Model, Node, Reward, Sampler, Video
+from lowmem_drf.sampling.published import TIMESTEPS, as_published, grid_of
+from lowmem_drf.schema import Config, Log, Node, Reward, Video
 from lowmem_drf.texts import escaped, expanded, one_line, parse_toml, read_text, shown, toml_value
 
 _PATTERNS = {
@@ -55,15 +53,6 @@ _ADDED = {
     **{"log.sample_first": True, "memory.fit": "as_given"},
 }
 """Keys that earlier versions lack, with the value that those versions acted on."""
-
-
-AS_PUBLISHED = ("sampler.shift", "sampler.guidance", "sampler.negative_prompt")
-"""Keys whose default is that of the model's publishers."""
-TIMESTEPS = "sampler.timesteps"
-_SAMPLING = sorted(Path(__file__).with_name("models").glob("*/sampling.toml"))
-"""Of each family of generators that has published its sampling."""
-_LARGE = 600_000
-"""Pixels of a frame: 720p has more, 480p fewer."""
 
 
 def known_keys(node: type[BaseModel] = Config, prefix: str = "") -> list[str]:
@@ -269,37 +258,7 @@ def _overridden(values: dict[str, tuple[Any, str]], overrides: Iterable[str]) ->
     levels, _ = values.get(TIMESTEPS, ([], ""))
     if "sampler.steps" in own and TIMESTEPS not in own and len(levels) != own["sampler.steps"][0]:
         values = {key: value for key, value in values.items() if key != TIMESTEPS}  # those of another number of steps
-    return _validate(_as_published(values | own), problems)
-
-
-def _as_published(values: Mapping[str, tuple[Any, str]]) -> dict[str, tuple[Any, str]]:
-    """With the sampling that the model's publishers use, where a value is left out or ``auto``. A table with
-    ``snr_shift`` is that of a model trained by discrete diffusion (``sampling/levels.py``)."""
-    asked = {"model.id": Model().id, "video.width": Video().width, "video.height": Video().height}
-    model, *sides = (values.get(key, (default, ""))[0] for key, default in asked.items())
-    known: dict[str, tuple[Any, str]] = {}
-    for file in _SAMPLING:
-        table = parse_toml(file.read_text(encoding="utf-8"))
-        row = next((row for row in table["models"] if re.search(row["id"], str(model), re.IGNORECASE)), None)
-        if row:
-            large = all(isinstance(side, int) for side in sides) and math.prod(sides) > _LARGE
-            shift = row.get("shift_720p", row["shift"]) if large else row["shift"]
-            published = (shift, row["guidance"], table["negative_prompt"])
-            known = {key: (value, str(file)) for key, value in zip(AS_PUBLISHED, published, strict=True)}
-            steps = values.get("sampler.steps", (Sampler().steps, ""))[0]
-            if "snr_shift" in row and isinstance(steps, int) and 1 <= steps <= TRAINED:
-                known[TIMESTEPS] = (ddim_levels(row["snr_shift"], steps), str(file))
-    kept = {key: value for key, value in values.items() if key not in AS_PUBLISHED or value[0] != "auto"}
-    return known | kept
-
-
-def _grid(model: str) -> tuple[int, ...]:
-    """Pixel frames of a latent and pixels on a side, of a generator whose family has published them; else empty."""
-    for file in _SAMPLING:
-        table = parse_toml(file.read_text(encoding="utf-8"))
-        if "grid" in table and any(re.search(row["id"], model, re.IGNORECASE) for row in table["models"]):
-            return tuple(table["grid"])
-    return ()
+    return _validate(as_published(values | own), problems)
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -332,7 +291,7 @@ def _validate(values: Mapping[str, tuple[Any, str]], problems: list[str]) -> Con
         wrong = _type_problems(error)
         problems += [f"{sources.get(key, 'default')}: {key}: {message}" for key, message in wrong.items()]
         config = Config.model_validate(_without(tree, wrong))
-    problems += _cross_problems(config, sources, wrong, grid=_grid(config.model.id))
+    problems += _cross_problems(config, sources, wrong, grid=grid_of(config.model.id))
     if problems:
         more = len(problems) - MOST_PROBLEMS
         lines = problems if more <= 1 else [*problems[:MOST_PROBLEMS], f"and {more} more"]

@@ -6,9 +6,7 @@ import pytest
 from _root import ROOT
 
 from lowmem_drf.config import (
-    AS_PUBLISHED,
     DEFAULT_PRESET,
-    TIMESTEPS,
     copy_preset,
     default_preset,
     load_config,
@@ -18,6 +16,7 @@ from lowmem_drf.config import (
     to_toml,
 )
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.sampling.published import AS_PUBLISHED, TIMESTEPS
 from lowmem_drf.schema import Config
 
 CARDS = ("rtx3060", "rtx3090", "rtx4060", "rtx4080", "rtx4090", "rtx5090")

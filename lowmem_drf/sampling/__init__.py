@@ -1,4 +1,4 @@
-"""Noise levels that a configuration takes from its generator's publishers.
+"""How a generator's publishers sample it: what a configuration takes from them.
 
-Not here: the publishers' tables (``models/*/sampling.toml``), the sampler (``method/schedule.py``), and torch.
+Not here: their tables (``models/*/sampling.toml``), the sampler (``method/schedule.py``), and torch.
 """

@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import cache
 from math import sqrt
 
-TIMESTEPS = 1000
+TRAINING_TIMESTEPS = 1000
 """Of the training."""
 _BETAS = (0.00085, 0.012)
 """``beta_start`` and ``beta_end`` of ``CogVideoXDDIMScheduler`` in diffusers, whose betas are ``scaled_linear``."""
@@ -22,8 +22,8 @@ def diffusion_sigmas(snr_shift: float) -> tuple[float, ...]:
     ``rescale_betas_zero_snr`` and ``snr_shift_scale`` = ``snr_shift``."""
     low, high = map(sqrt, _BETAS)
     product, alphas = 1.0, []
-    for timestep in range(TIMESTEPS):
-        product *= 1 - (low + (high - low) * timestep / (TIMESTEPS - 1)) ** 2
+    for timestep in range(TRAINING_TIMESTEPS):
+        product *= 1 - (low + (high - low) * timestep / (TRAINING_TIMESTEPS - 1)) ** 2
         alphas.append(sqrt(product / (snr_shift + (1 - snr_shift) * product)))
     first, last = alphas[0], alphas[-1]
     alphas = [(alpha - last) * first / (first - last) for alpha in alphas]
@@ -35,4 +35,4 @@ def ddim_levels(snr_shift: float, steps: int) -> list[float]:
     ``sampler.timesteps``. Where ``steps`` does not divide 1000, diffusers takes a step to another level than the one
     from which it takes the next; here they are one."""
     sigmas = diffusion_sigmas(snr_shift)
-    return [1000 * sigmas[round(TIMESTEPS - TIMESTEPS / steps * step) - 1] for step in range(steps)]
+    return [1000 * sigmas[round(TRAINING_TIMESTEPS - TRAINING_TIMESTEPS / steps * step) - 1] for step in range(steps)]
