@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -67,13 +68,18 @@ def at(result: Mapping[str, Any], step: int) -> Mapping[str, Any]:
     return row
 
 
+def drift_of(row: Mapping[str, Any], key: str = "mean") -> float:
+    """NaN where no clip shows a shape."""
+    return float(row["drift"].get(key, math.nan))
+
+
 def _line(name: str, rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> str:
     def mean(values: Iterable[float]) -> float:
         return fmean(values)
 
     each = ", ".join(f"{row['oracle']['all'] * 100:.1f}" for row in rows)
     rates = {rate: mean(row["oracle"][rate] for row in rows) for rate in ("all", "physics", "quality")}
-    drift = {key: mean(row["drift"][key] for row in rows) for key in ("mean", "radius", "radius_spread", "edge_px")}
+    drift = {key: mean(drift_of(row, key) for row in rows) for key in ("mean", "radius", "radius_spread", "edge_px")}
     whole = {key: mean(row[key] for row in rows) for key in ("heldout_reward", "second", "diversity", "updates_s")}
     cells = [name, str(rows[0]["step"]), str(len(rows))]
     cells += [f"{rates['all']:.1%}" + (f" ({each})" if len(rows) > 1 else "")]
@@ -106,7 +112,7 @@ def plots(results: Sequence[Mapping[str, Any]], folder: Path = IMAGES) -> None:
     plt.rcParams |= {"svg.hashsalt": "evidence", "svg.fonttype": "none", "font.size": 9}
     curves: tuple[tuple[str, Callable[[Any], float]], ...] = (
         ("all correct, %", lambda row: 100 * row["oracle"]["all"]),
-        ("drift", lambda row: row["drift"]["mean"]),
+        ("drift", drift_of),
         ("held-out questions", lambda row: row["heldout_reward"]),
         ("diversity", lambda row: row["diversity"]),
     )
@@ -132,7 +138,7 @@ def plots(results: Sequence[Mapping[str, Any]], folder: Path = IMAGES) -> None:
             rows = [row for row in result["rows"] if row["scale"] == 1 and row["step"]]
             style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "os^"[number // 10], "lw": 0.8, "ms": 4}
             label = None if place else name
-            x, y = [row["drift"]["mean"] for row in rows], [100 * row["oracle"]["all"] for row in rows]
+            x, y = [drift_of(row) for row in rows], [100 * row["oracle"]["all"] for row in rows]
             axes.plot(x, y, label=label, **style)
     axes.set(xlabel="drift: distance from ToyWorld's own clips", ylabel="held-out clips all correct, %")
     axes.grid(alpha=0.3)

@@ -16,6 +16,7 @@ from bench.evening import passes
 from bench.evidence.alarms import replayed
 from bench.evidence.baselines import method
 from bench.evidence.levers import LEVERS
+from bench.evidence.page import drift_of
 from bench.evidence.variants import Variant
 from bench.script import save
 from bench.toyworld.seeds import LIBRARIES
@@ -86,15 +87,12 @@ def run(name: str, variant: Variant, seed: int, work: Path, file: Path, console:
 
 def line(name: str, seed: int, row: dict[str, Any]) -> str:
     """A measured checkpoint in one line."""
-    oracle, drift = row["oracle"], row["drift"]
+    oracle = row["oracle"]
+    drift, radius, spread, edge = (drift_of(row, key) for key in ("mean", "radius", "radius_spread", "edge_px"))
     said = f"{name} {seed} {row['step']:5d} x{row['scale']}  all {oracle['all']:.1%} physics {oracle['physics']:.1%}"
     said += f" quality {oracle['quality']:.1%}  held-out {row['heldout_reward']:.3f} second {row['second']:.3f}"
     said += f"  diversity {row['diversity']:.3f} velocity {row['velocity_norm']:.2f} lora {row['lora_norm']:.1f}"
-    return (
-        said
-        + f"  drift {drift['mean']:.2f} radius {drift['radius']:.2f} spread {drift['radius_spread']:.2f}"
-        + (f" edge {drift['edge_px']:.2f}")
-    )
+    return f"{said}  drift {drift:.2f} radius {radius:.2f} spread {spread:.2f} edge {edge:.2f}"
 
 
 class Measurer:
