@@ -5,8 +5,9 @@ what differs. docs/configuration.md is generated from the docstrings here: ``pyt
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -304,6 +305,10 @@ class Lora(Node):
     more slowly. LoRA files are written with the ``alpha`` that gives the same, so every program takes them as usual."""
     targets: list[Name] = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
     """Linear layers that get a LoRA, by the end of their names. Fewer layers take less memory and time."""
+    rank_pattern: list[Name] = []
+    """Other ranks for some of them, from 1 to 1024: ``["attn2.to_v=8", "blocks.[0-3].attn1.*=64"]``. What stands before
+    ``=`` is a regular expression for the end of a name, from one of its dots on, as peft's; of two that fit, the first
+    counts. ``alpha`` is that of all, so layers of a lower rank learn faster."""
     init: str = ""
     """A LoRA file of any tool to begin with; ``train --init-lora`` sets it, and takes rank, alpha and targets from the
     file. With another rank it is cut by singular values, or filled up. Empty: begin with a LoRA that changes
@@ -314,9 +319,29 @@ class Lora(Node):
         """The alpha with which ``alpha / rank`` is the LoRA's scale."""
         return self.alpha * math.sqrt(self.rank) if self.rslora else self.alpha
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """``rank_pattern`` as peft has it."""
+        return {pattern: int(rank) for pattern, _, rank in (text.rpartition("=") for text in self.rank_pattern)}
+
+    @property
+    def adapter(self) -> dict[str, Any]:
+        """The arguments of ``models.lora.adapter.add_lora``."""
+        return {"rank": self.rank, "alpha": self.scaled_alpha, "targets": self.targets, "ranks": self.ranks}
+
     def problems(self) -> Iterator[tuple[str, str]]:
         if not self.targets:
             yield "targets", "is empty: nothing would be trained; name some, or leave it out"
+        for text in self.rank_pattern:
+            pattern, _, rank = text.rpartition("=")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield "rank_pattern", f"{pattern!r} is no regular expression: {error}"
+            if not pattern or not re.fullmatch("[0-9]{1,4}", rank) or not 1 <= int(rank) <= 1024:
+                yield "rank_pattern", f'{text!r} should be a pattern and a rank from 1 to 1024, like "attn2.to_v=8"'
+        if self.rslora and self.rank_pattern:
+            yield "rslora", "scales by one rank for all layers; leave it out, or leave rank_pattern out"
 
 
 class Optim(Node):

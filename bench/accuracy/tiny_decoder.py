@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     prompts = run_prompts(config)[: options.updates * config.batch]
     questions = draft_questions(config, prompts)
     models = load_models(config, [prompt.text for prompt in prompts])
-    add_lora(models.transformer, config.lora.rank, config.lora.scaled_alpha, config.lora.targets, seed=0)
+    add_lora(models.transformer, **config.lora.adapter, seed=0)
     rows = []
     for update in range(options.updates):
         some, spec = prompts[update * config.batch : (update + 1) * config.batch], step_spec(config, update)

@@ -199,7 +199,7 @@ def _random_models(
         return fill_as_loaded(empty, dtype, random_values(device), home, taken)
 
     transformer, other = make_transformers(generator, config, make)
-    add_lora(transformer, config.lora.rank, config.lora.scaled_alpha, config.lora.targets)
+    add_lora(transformer, **config.lora.adapter)
     sizes = sizes_of(generator)
     noise = torch.Generator().manual_seed(0)
     texts = {

@@ -244,7 +244,7 @@ def start(
             models = load_models(config, [*texts, *previews], ranks=ranks, clips=clips, kernels=kernels)
             as_previewed(config, models)  # a size that does not fit is said before anything is written
             lora, seed = config.lora, derive_seed(config.seed, "lora")
-            add_lora(models.transformer, lora.rank, lora.scaled_alpha, lora.targets, seed)
+            add_lora(models.transformer, **lora.adapter, seed=seed)
             if init:
                 say(f"{lora.init}: {init_lora(models.transformer, init)}")
             models.awake("critic")

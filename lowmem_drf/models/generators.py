@@ -50,7 +50,8 @@ def blocks_of(transformer: Any) -> list[Any]:
 
 def names_of(families: Iterable[Family]) -> str:
     """ "Wan", or several with "or", for messages."""
-    return " or ".join(family.NAME for family in families)
+    *first, last = (family.NAME for family in families)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def generator_config(folder_or_id: str) -> GeneratorConfig:

@@ -191,7 +191,7 @@ def fake_run(
         generator, config, lambda name: fake_transformer(generator, dtype, mode, config.model.storage, name)
     )
     with _disable_current_modes():
-        add_lora(transformer, config.lora.rank, config.lora.scaled_alpha, config.lora.targets, seed=None)
+        add_lora(transformer, **config.lora.adapter, seed=None)
         empty_lora(transformer, mode)
     texts = {
         text: torch.zeros(config.model.text_tokens, sizes.text_dim, dtype=dtype)

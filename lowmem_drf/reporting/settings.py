@@ -19,6 +19,7 @@ def groups(record: Record) -> Mapping[str, Mapping[str, str]]:
     weights = ", ".join(f"{name} {value:g}" for name, value in critic.weights.model_dump().items())
     versions = {name: str(version) for name, version in as_row(notes.get("versions")).items()}
     rs = " (rsLoRA)" if lora.rslora else ""
+    ranks = " and ".join(map(str, sorted({lora.rank, *lora.ranks.values()})))
     warmup = f", warm-up {optim.warmup_steps}" if optim.warmup_steps else ""
     found = {
         "What": {
@@ -45,7 +46,7 @@ def groups(record: Record) -> Mapping[str, Mapping[str, str]]:
             for name, reward in config.rewards.items()
         },
         "Training": {
-            "LoRA": f"rank {lora.rank}, alpha {lora.alpha:g}{rs}, {len(lora.targets)} kinds of layers",
+            "LoRA": f"rank {ranks}, alpha {lora.alpha:g}{rs}, {len(lora.targets)} kinds of layers",
             "begins with": lora.init,
             "updates": f"{config.steps}, {config.batch} clips each",
             "optimizer": f"{optim.name}, lr {optim.lr:g}, {optim.schedule}{warmup}",

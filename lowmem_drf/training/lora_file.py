@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def load_run_lora(transformer: Any, folder: Path, config: Config) -> int:
     """Adds the LoRA of a run's checkpoint (``checkpoint_folder``) and returns its step."""
     checkpoint = load_checkpoint(folder)
-    add_lora(transformer, config.lora.rank, config.lora.scaled_alpha, config.lora.targets)
+    add_lora(transformer, **config.lora.adapter)
     load_lora_state(transformer, checkpoint.lora)
     return checkpoint.step
 

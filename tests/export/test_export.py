@@ -44,9 +44,13 @@ TARGETS = {
 }
 
 
+RANKS = {"self-attention": {"to_q": 1, "blocks.1.attn1.to_(k|v)": 3}}
+"""Of layers that have another one."""
+
+
 def trained(targets: str = "all", dtype: torch.dtype = torch.float32) -> tuple[LoraChanges, object]:
     transformer = tiny_transformer(dtype)
-    add_lora(transformer, rank=RANK, alpha=ALPHA, targets=TARGETS[targets])
+    add_lora(transformer, rank=RANK, alpha=ALPHA, targets=TARGETS[targets], ranks=RANKS.get(targets))
     randomise_lora(transformer)
     return LoraChanges.from_state(lora_state(transformer), ALPHA), transformer
 

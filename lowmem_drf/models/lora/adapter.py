@@ -38,14 +38,19 @@ def add_lora(
     alpha: float,
     targets: Sequence[str] = DEFAULT_TARGETS,
     seed: int | None = 0,
+    ranks: Mapping[str, int] | None = None,
 ) -> None:
     """Freezes the transformer and adds a LoRA to every Linear with a name that equals or ends in one of ``targets``.
+
+    ``ranks``, peft's ``rank_pattern``: regular expression for the end of a name -> rank of these layers. ``alpha`` is
+    that of all.
 
     The adapter's weights are fp32 for every dtype of the transformer (but fp64 on fp64) and depend only on ``seed`` and
     the architecture (``None``: A is zero too, for who gives it other values). It computes in the transformer's dtype.
 
     Raises:
-        BadInputError: a rank below 1, an alpha that is not positive, a target that matches no Linear.
+        BadInputError: a rank below 1, an alpha that is not positive, a target that matches no Linear, a pattern of
+            ``ranks`` that matches none of those.
         LowmemError: the transformer already has a LoRA.
     """
     from peft import LoraConfig
@@ -63,8 +68,17 @@ def add_lora(
         raise BadInputError(
             f"lora.targets {unmatched or list(targets)} match no Linear of this model. It has: {', '.join(endings)}"
         )
+    trained = [name for name in linears if any(f".{name}".endswith(f".{target}") for target in targets)]
+    for pattern in ranks or ():
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in trained):
+            raise BadInputError(
+                f"lora.rank_pattern: {pattern!r} matches no layer that is trained. They are named like "
+                f"{some(trained)}; the pattern must match the end of a name."
+            )
     own = seed is not None  # peft's first values are replaced by ours
-    _add_adapter(transformer, LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=own))
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=own)
+    config.rank_pattern = dict(ranks or {})
+    _add_adapter(transformer, config)
     if seed is None:
         return
     generator = torch.Generator().manual_seed(seed)

@@ -8,6 +8,7 @@ from _tiny import randomise_lora, tiny_condition, tiny_latents, tiny_transformer
 
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.models.lora.adapter import (
+    ADAPTER,
     add_lora,
     attach_lora,
     load_lora_state,
@@ -171,11 +172,21 @@ def test_attach_refuses_and_leaves_no_adapter(name: str) -> None:
         dict(rank=2, alpha=0.0),
         dict(rank=2, alpha=1.0, targets=["to_q", "to_qq"]),
         dict(rank=2, alpha=1.0, targets=[]),
+        dict(rank=2, alpha=1.0, targets=["to_q"], ranks={"to_v": 3}),
     ],
 )
 def test_bad_settings_are_refused(settings) -> None:
     with pytest.raises(BadInputError, match="lora"):
         add_lora(tiny_transformer(), **settings)
+
+
+def test_layers_of_other_ranks_have_the_same_alpha() -> None:
+    transformer = tiny_transformer()
+    add_lora(transformer, rank=2, alpha=3.0, targets=["to_q", "to_v"], ranks={"attn2.to_q": 1, "blocks.1.*": 5})
+    found = {name: (layer.r[ADAPTER], layer.scaling[ADAPTER]) for name, layer in lora_layers(transformer).items()}
+    assert found["blocks.0.attn1.to_q"] == found["blocks.0.attn2.to_v"] == (2, 1.5)
+    assert found["blocks.0.attn2.to_q"] == found["blocks.1.attn2.to_q"] == (1, 3.0)  # the first pattern that fits
+    assert found["blocks.1.attn1.to_v"] == (5, 0.6)
 
 
 def test_two_adapters_are_refused() -> None:
