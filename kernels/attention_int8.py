@@ -106,8 +106,13 @@ def _weights(q: Tensor, k: Tensor, q_mean: Tensor, k_mean: Tensor) -> tuple[Tens
         for x, mean in ((q, q_mean), (k, k_mean))
     )
     ratio = spread_q.unflatten(1, (G, -1)).mean(2).clamp(min=eps) / spread_k.clamp(min=eps)
-    power = (ratio.log2() / 4).round().clamp(-MOST, MOST).float()
-    return (-power).exp2().repeat_interleave(q_mean.shape[1] // G, 1), power.exp2()
+    exponent = (ratio.log2() / 4).round().clamp(-MOST, MOST).int()
+    return _power_of_two(-exponent).repeat_interleave(q_mean.shape[1] // G, 1), _power_of_two(exponent)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent, exactly, in fp32, from int32; ``exp2`` is compiled at run time on a card."""
+    return ((exponent + 127) << 23).view(torch.float32)
 
 
 def hadamard(d: int) -> Tensor:
@@ -246,7 +251,7 @@ def _scaled(v: Tensor) -> tuple[Tensor, Tensor]:
     """(v in fp16, contiguous, each channel divided by a power of two; these powers, (B, 1, G, d) fp32)."""
     largest = torch.linalg.vector_norm(v, torch.inf, dim=1, keepdim=True)
     exponent = torch.frexp(largest.float()).exponent.clamp(min=-100) - V_BITS  # largest < 2^(exponent + V_BITS)
-    unit = ((exponent + 127) << 23).view(torch.float32)  # 2^exponent, exactly
+    unit = _power_of_two(exponent)
     return torch.div(v, unit, out=v.new_empty(v.shape, dtype=torch.float16)), unit
 
 
