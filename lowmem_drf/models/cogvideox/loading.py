@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowmem_drf.errors import BadInputError
+from lowmem_drf.models import folders
 from lowmem_drf.models.cogvideox.published import BLOCKS, NAME, empty_transformer
 from lowmem_drf.models.t5 import load_t5, stream_text
-from lowmem_drf.models.weights.finite import refuse_model
-from lowmem_drf.models.weights.quant import Quant
-from lowmem_drf.models.weights.reader import Changes, TensorFiles, files_in, fill_from_files, require_complete
-from lowmem_drf.models.weights.sources import complete, downloaded, loading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,53 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["drop_encoder", "load_file", "load_text", "load_transformer", "load_vae", "stream_text"]
 
 
-def load_transformer(
-    folder_or_id: str,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    quant: Quant = "none",
-    subfolder: str = "transformer",
-    home: str | torch.device | None = None,
-    changes: Changes | None = None,
-    blocks: int | None = None,
-    taken: Callable[[torch.nn.Parameter], None] | None = None,
-) -> Any:
-    """See ``Family``."""
-    from diffusers import CogVideoXTransformer3DModel
-
-    with loading("the transformer", folder_or_id):
-        folder = Path(folder_or_id) if Path(folder_or_id).is_dir() else downloaded(folder_or_id, subfolder)
-        model = empty_transformer(CogVideoXTransformer3DModel.load_config(folder, subfolder=subfolder), quant=quant)
-        files = TensorFiles(files_in(folder / subfolder))
-        require_complete(files, model)
-        names = {name: name for name in files.entries}
-        model = fill_from_files(model, files, names, dtype, device, home, changes, blocks, taken, BLOCKS)
-        return model.to(device if home is None else home)  # the table of positions too
-
-
-def load_file(file: str | Path, config: Mapping[str, Any], model: str, *arguments: Any, **options: Any) -> Any:
-    """Raises BadInputError: single files are not read yet."""
-    raise BadInputError(
-        f"model.transformer = {str(file)!r}: transformers of {NAME} are read from folders in diffusers' layout alone. "
-        "Give that folder as model.id, and leave model.transformer empty."
-    )
-
-
-def load_vae(folder_or_id: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> Any:
-    """The VAE in subfolder ``vae`` of a diffusers model: frozen, eval. Raises BadInputError if it cannot be loaded."""
-    from diffusers import AutoencoderKLCogVideoX
-
-    load = AutoencoderKLCogVideoX.from_pretrained
-    with loading("the VAE", folder_or_id):
-        vae = complete(load(folder_or_id, subfolder="vae", torch_dtype=dtype, output_loading_info=True))
-    vae = vae.to(device).eval().requires_grad_(False)
-    refuse_model(vae, f"the VAE of {folder_or_id}")
-    return vae
-
-
-def drop_encoder(vae: Any) -> None:
-    """Frees the weights that only encoding needs."""
-    vae.encoder = None
+load_transformer = partial(folders.load_transformer, "CogVideoXTransformer3DModel", empty_transformer, BLOCKS)
+load_file = partial(folders.refuse_file, NAME)
+load_vae = partial(folders.load_vae, "AutoencoderKLCogVideoX")
+drop_encoder = folders.drop_encoder
 
 
 @dataclass(frozen=True)

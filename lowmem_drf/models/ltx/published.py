@@ -15,6 +15,7 @@ import torch
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.family import GeneratorConfig, GeneratorSizes, KnownGenerator
+from lowmem_drf.models.t5 import T5_XXL
 from lowmem_drf.models.weights.quant import Quant, check_quantised, lay_out, require_library
 
 NAME = "LTX-Video"
@@ -61,21 +62,13 @@ _VAE_097 = _VAE | {
     "spatial_compression_ratio": 32, "temporal_compression_ratio": 8,
 }  # fmt: skip
 
-_T5_XXL = {
-    "architectures": ["T5EncoderModel"], "model_type": KINDS["text_encoder"], "vocab_size": 32128, "d_model": 4096,
-    "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_decoder_layers": 24, "num_heads": 64,
-    "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "dropout_rate": 0.1,
-    "layer_norm_epsilon": 1e-06, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "pad_token_id": 0,
-    "eos_token_id": 1, "decoder_start_token_id": 0,
-}  # fmt: skip
-
 _13B = KnownGenerator(
-    GeneratorConfig(_TRANSFORMER_13B, _VAE_097, _T5_XXL),
+    GeneratorConfig(_TRANSFORMER_13B, _VAE_097, T5_XXL),
     {"transformer": 13_042_569_344, "vae": 1_246_913_522, "text": 4_762_310_656},
 )
 KNOWN: Mapping[str, KnownGenerator] = {
     "Lightricks/LTX-Video": KnownGenerator(
-        GeneratorConfig(_TRANSFORMER, _VAE, _T5_XXL),
+        GeneratorConfig(_TRANSFORMER, _VAE, T5_XXL),
         {"transformer": 1_923_385_472, "vae": 419_193_649, "text": 4_762_310_656},
     ),
     "Lightricks/LTX-Video-0.9.7-dev": _13B,

@@ -13,6 +13,7 @@ import torch
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.family import GeneratorConfig, GeneratorSizes, KnownGenerator
+from lowmem_drf.models.t5 import T5_XXL
 from lowmem_drf.models.weights.quant import Quant, check_quantised, lay_out, require_library
 
 NAME = "Stable Diffusion 3.5"
@@ -61,17 +62,10 @@ _CLIP_G = {
     "hidden_size": 1280, "intermediate_size": 5120, "projection_dim": 1280, "num_hidden_layers": 32,
     "num_attention_heads": 20, "hidden_act": "gelu",
 }  # fmt: skip
-_T5_XXL = {
-    "architectures": ["T5EncoderModel"], "model_type": KINDS["text_encoder_3"], "vocab_size": 32128, "d_model": 4096,
-    "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_decoder_layers": 24, "num_heads": 64,
-    "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "dropout_rate": 0.1,
-    "layer_norm_epsilon": 1e-06, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "pad_token_id": 0,
-    "eos_token_id": 1, "decoder_start_token_id": 0,
-}  # fmt: skip
 
 _MEDIUM = KnownGenerator(
     GeneratorConfig(
-        _TRANSFORMER, _VAE, _CLIP | _CLIP_L, more_text={"text_encoder_2": _CLIP | _CLIP_G, "text_encoder_3": _T5_XXL}
+        _TRANSFORMER, _VAE, _CLIP | _CLIP_L, more_text={"text_encoder_2": _CLIP | _CLIP_G, "text_encoder_3": T5_XXL}
     ),
     {
         "transformer": 2_469_663_936, "vae": 83_819_683, "text": 123_650_304, "text_encoder_2": 694_659_840,
