@@ -1,6 +1,5 @@
 """LTX-Video: velocity, decode and gradient are those of diffusers' classes; what saves memory changes nothing."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -8,13 +7,12 @@ import torch
 from _ltx import CHANNELS, NEWER_VAE, save_tiny_ltx, tiny_ltx_transformer, tiny_ltx_vae
 from _plans import FAKES
 from _relay import LIMIT, QUESTIONS, STEPS, lora_gradients, plan_of, relative_difference
-from _tiny import TEXT_DIM, randomise_lora, save_tiny_critic, tiny_critic
+from _tiny import TEXT_DIM, randomise_lora, tiny_critic
+from _trainer import family_preset, lora_of_run
 from diffusers.models.normalization import RMSNorm
-from safetensors.torch import load_file as read_file
 
 from lowmem_drf.commands.bench import count_bytes
 from lowmem_drf.commands.export_lora import export_run
-from lowmem_drf.commands.train import train_command
 from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.memory.host import HostStore
@@ -140,57 +138,16 @@ def test_velocity_of_the_13b_is_that_of_its_pipeline(tmp_path):
 
 @pytest.fixture
 def preset(folder, tmp_path):
-    critic = save_tiny_critic(tmp_path / "critic")
-    (tmp_path / "ltx.toml").write_text(f"""
-prompts = "toyworld"
-steps = 2
-batch = 2
-micro_batch = 1
-dtype = "fp32"
-device = "cpu"
-[video]
-width = 32
-height = 32
-frames = 17
-[model]
-id = "{folder.as_posix()}"
-text_tokens = 12
-[sampler]
-steps = 3
-graded_steps = 2
-guidance = 2.0
-[critic]
-id = "{critic.as_posix()}"
-questions = "grammar"
-check = false
-quant = "none"
-frames = 3
-[lora]
-rank = 2
-targets = {json.dumps([*ltx.NAMES.linears])}
-[memory]
-vae_dtype = "fp32"
-[log]
-checkpoint_every = 1
-sample_every = 0
-eval_prompts = 0
-watch_every = 0
-""")
-    return str(tmp_path / "ltx.toml")
-
-
-def run_of(preset, folder, *settings):
-    train_command(preset, None, folder, None, None, False, list(settings), False)
-    return read_file(folder / "checkpoints" / "step-000002" / "lora.safetensors")
+    return family_preset(tmp_path, folder, ltx.NAMES.linears, side=32, frames=17)
 
 
 def test_it_trains_and_exports_and_what_saves_memory_changes_nothing(preset, tmp_path, capsys):
-    plain = run_of(preset, tmp_path / "plain")
+    plain = lora_of_run(preset, tmp_path / "plain")
     stream = ("memory.checkpoint=true", "memory.stream=['transformer']", "memory.park=['critic','vae']")
     stream = (*stream, "memory.keep_attention=host")
     more = ("memory.record_rollout=true", "memory.record_decode=1", "memory.text_device=stream")
     assert "without effect" not in capsys.readouterr().out
-    saving = run_of(preset, tmp_path / "saving", *stream, *more, "memory.token_slices=2")
+    saving = lora_of_run(preset, tmp_path / "saving", *stream, *more, "memory.token_slices=2")
     assert "without effect on LTX-Video: memory.token_slices" in " ".join(capsys.readouterr().out.split())
     assert plain.keys() == saving.keys() and all(torch.equal(plain[name], saving[name]) for name in plain)
     assert any(tensor.any() for name, tensor in plain.items() if "lora_B" in name)
