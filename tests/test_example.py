@@ -15,9 +15,9 @@ from lowmem_drf.method.schedule import draw_noise, flow_sigmas
 from lowmem_drf.method.step import StepSpec, drf_step
 from lowmem_drf.models.lora.adapter import DEFAULT_TARGETS, add_lora, load_lora_state, lora_parameters, lora_state
 from lowmem_drf.models.qwen_vl.critic import load_critic
-from lowmem_drf.models.wan.decoder import WanDecoder, load_vae
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
 from lowmem_drf.models.wan.text import load_text
+from lowmem_drf.models.wan.vae.decoder import WanDecoder, load_vae
 from lowmem_drf.models.weights.sources import resolve
 from lowmem_drf.questions.toyworld import attributes, dense
 from lowmem_drf.types import Parts

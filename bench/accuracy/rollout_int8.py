@@ -19,9 +19,9 @@ from bench.script import make_parser, save
 from lowmem_drf.kernels.attention_int8 import attention_int8_naive
 from lowmem_drf.method.schedule import draw_noise, flow_sigmas
 from lowmem_drf.method.step import rollout
-from lowmem_drf.models.wan.decoder import WanDecoder, load_vae
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser, set_activations
 from lowmem_drf.models.wan.text import load_text
+from lowmem_drf.models.wan.vae.decoder import WanDecoder, load_vae
 from lowmem_drf.models.weights.sources import TOYWORLD, resolve
 from lowmem_drf.toy.captions import heldout_prompts, parse
 from lowmem_drf.toy.oracle import measure

@@ -24,7 +24,7 @@ from torch import Tensor
 from bench.accuracy.vae_window import compare, encoded
 from bench.script import make_parser, reports_errors, save
 from lowmem_drf.method.vae_stream import decode, vae_backward
-from lowmem_drf.models.wan.decoder import WanDecoder, load_vae
+from lowmem_drf.models.wan.vae.decoder import WanDecoder, load_vae
 from lowmem_drf.models.weights.sources import TOYWORLD, resolve
 from lowmem_drf.toy.scenes import combos_of, draw_tracks, render
 

@@ -31,7 +31,7 @@ from lowmem_drf.method.reward import RewardSpec
 from lowmem_drf.method.step import critic_backward
 from lowmem_drf.method.vae_stream import decode, vae_backward
 from lowmem_drf.models.qwen_vl.critic import QwenCritic, load_critic
-from lowmem_drf.models.wan.decoder import WanDecoder, load_vae
+from lowmem_drf.models.wan.vae.decoder import WanDecoder, load_vae
 from lowmem_drf.models.weights.sources import TOYWORLD, resolve
 from lowmem_drf.questions.make import make_questions
 from lowmem_drf.toy.captions import caption

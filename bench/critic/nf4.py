@@ -29,9 +29,9 @@ from lowmem_drf.method.schedule import draw_noise, flow_sigmas
 from lowmem_drf.method.step import rollout
 from lowmem_drf.models.qwen_vl.critic import QwenCritic, load_critic
 from lowmem_drf.models.qwen_vl.random_critic import random_critic
-from lowmem_drf.models.wan.decoder import WanDecoder, load_vae
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
 from lowmem_drf.models.wan.text import load_text
+from lowmem_drf.models.wan.vae.decoder import WanDecoder, load_vae
 from lowmem_drf.models.weights.sources import TOYWORLD, resolve
 from lowmem_drf.questions import toyworld
 from lowmem_drf.toy.build.generator import SHIFT, TEXT_TOKENS

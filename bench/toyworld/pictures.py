@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from lowmem_drf.models.wan.decoder import load_vae
+from lowmem_drf.models.wan.vae.decoder import load_vae
 from lowmem_drf.models.weights.sources import TOYWORLD, resolve
 from lowmem_drf.toy.build.critic import reconstruct
 from lowmem_drf.toy.captions import caption

@@ -29,8 +29,8 @@ from lowmem_drf.method.schedule import draw_noise, flow_sigmas
 from lowmem_drf.method.step import StepSpec, drf_step
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
 from lowmem_drf.models.qwen_vl.critic import load_critic
-from lowmem_drf.models.wan.decoder import WanDecoder
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
+from lowmem_drf.models.wan.vae.decoder import WanDecoder
 from lowmem_drf.models.weights.packed_linear import PackedLinear
 from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.stand_ins import planned_store

@@ -11,7 +11,7 @@ from _vae import CONFIGS, fp64_throughout, library_of, oracle, some_latents, str
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.frames import kept_frames
 from lowmem_drf.method.vae_stream import ForBackward, decode, vae_backward
-from lowmem_drf.models.wan.decoder import WanDecoder
+from lowmem_drf.models.wan.vae.decoder import WanDecoder
 from lowmem_drf.planner.ledger import Ledger
 
 pytestmark = pytest.mark.usefixtures(fp64_throughout.__name__)

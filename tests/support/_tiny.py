@@ -295,8 +295,8 @@ def tiny_parts(
     """
     from lowmem_drf.models.experts import two_experts
     from lowmem_drf.models.lora.adapter import DEFAULT_TARGETS, add_lora, lora_parameters
-    from lowmem_drf.models.wan.decoder import WanDecoder
     from lowmem_drf.models.wan.denoiser import as_velocity
+    from lowmem_drf.models.wan.vae.decoder import WanDecoder
     from lowmem_drf.types import Parts
 
     of_transformer, of_vae = GENERATORS[generator]

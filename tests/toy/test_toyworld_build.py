@@ -12,9 +12,9 @@ from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.models.qwen_vl.critic import load_critic
 from lowmem_drf.models.tiny.decoder import TinyDecoder
 from lowmem_drf.models.tiny.files import load_tiny
-from lowmem_drf.models.wan.decoder import WanDecoder, load_vae
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
 from lowmem_drf.models.wan.text import load_text
+from lowmem_drf.models.wan.vae.decoder import WanDecoder, load_vae
 from lowmem_drf.questions.toyworld import PHYSICS, QUALITY, SOUND
 from lowmem_drf.toy.build.__main__ import build
 from lowmem_drf.toy.build.critic import Label, Lesson, answer_loss, ask, drawn_labels, measured_labels, targets_of

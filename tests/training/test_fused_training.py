@@ -20,8 +20,8 @@ from lowmem_drf.method.step import drf_step
 from lowmem_drf.models.attention import attention_named
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
 from lowmem_drf.models.qwen_vl.critic import QwenCritic
-from lowmem_drf.models.wan.decoder import WanDecoder
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
+from lowmem_drf.models.wan.vae.decoder import WanDecoder
 from lowmem_drf.ops import fused_ops, naive_ops, triton_attention
 from lowmem_drf.questions.make import make_questions
 from lowmem_drf.types import Parts

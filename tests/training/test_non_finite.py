@@ -287,7 +287,9 @@ def test_black_clips_of_a_preset_have_a_cure_without_a_run(lora, cure, tiny_pres
 
 
 def test_previews_say_it_and_training_goes_on(tiny_preset, eight, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("lowmem_drf.models.wan.decoder.WanDecoder.decode", lambda self, x: torch.zeros(1, 5, 3, 16, 16))
+    monkeypatch.setattr(
+        "lowmem_drf.models.wan.vae.decoder.WanDecoder.decode", lambda self, x: torch.zeros(1, 5, 3, 16, 16)
+    )
     settings = [*SETTINGS, "log.sample_every=1"]
     train_command(str(tiny_preset), eight, tmp_path / "run", 1, None, False, settings, False)
     said = capsys.readouterr().err

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from lowmem_drf.models.family import GeneratorConfig, LoraHeader, ModuleNames
-from lowmem_drf.models.wan.decoder import WanDecoder as decoder
-from lowmem_drf.models.wan.decoder import drop_encoder, load_vae
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
 from lowmem_drf.models.wan.denoiser import load_denoiser as load_transformer
 from lowmem_drf.models.wan.kinds import kind_of
@@ -16,6 +14,8 @@ from lowmem_drf.models.wan.published import KINDS, KNOWN, parameter_shapes, prob
 from lowmem_drf.models.wan.random_generator import empty_text, empty_transformer, empty_vae
 from lowmem_drf.models.wan.single_file import load_single_file as load_file
 from lowmem_drf.models.wan.text import load_text, stream_text
+from lowmem_drf.models.wan.vae.decoder import WanDecoder as decoder
+from lowmem_drf.models.wan.vae.decoder import drop_encoder, load_vae
 
 __all__ = [
     "BLOCKS", "KINDS", "KNOWN", "NAME", "NAMES", "as_velocity", "decoder", "drop_encoder", "empty_text",

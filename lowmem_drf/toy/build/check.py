@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lowmem_drf.models.qwen_vl.critic import QwenCritic, load_critic
-from lowmem_drf.models.wan.decoder import load_vae
+from lowmem_drf.models.wan.vae.decoder import load_vae
 from lowmem_drf.models.weights.sources import FEWSTEP, TOYWORLD, resolve
 from lowmem_drf.questions import toyworld
 from lowmem_drf.scoring.evaluate import diversity

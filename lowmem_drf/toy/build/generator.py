@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from lowmem_drf.method.schedule import draw_noise, flow_sigmas
 from lowmem_drf.method.step import rollout
 from lowmem_drf.models.lora.base import base_changes
-from lowmem_drf.models.wan.decoder import WanDecoder, load_vae
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
 from lowmem_drf.models.wan.text import load_text
+from lowmem_drf.models.wan.vae.decoder import WanDecoder, load_vae
 from lowmem_drf.toy.build.loop import Schedule, half_products, scaled, train
 from lowmem_drf.toy.build.words import text_tokenizer
 from lowmem_drf.toy.captions import WORDINGS, caption

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from lowmem_drf.models.wan.decoder import load_vae
+from lowmem_drf.models.wan.vae.decoder import load_vae
 from lowmem_drf.toy.build.critic import reconstruct
 from lowmem_drf.toy.drift import DRAWN
 from lowmem_drf.toy.oracle import measure

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowmem_drf.models.qwen_vl.critic import QwenCritic, load_critic, video_geometry
-from lowmem_drf.models.wan.decoder import load_vae
+from lowmem_drf.models.wan.vae.decoder import load_vae
 from lowmem_drf.questions import phrases, toyworld
 from lowmem_drf.questions.check import BLIND, DESCRIBED, RIGHT
 from lowmem_drf.questions.clauses import cut

@@ -17,9 +17,9 @@ from lowmem_drf.models.generators import generator_config
 from lowmem_drf.models.tiny.decoder import TinyDecoder
 from lowmem_drf.models.tiny.files import network_for
 from lowmem_drf.models.tiny.network import PREFIX, Sizes, TinyNetwork
-from lowmem_drf.models.wan.decoder import WanDecoder, load_vae
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
 from lowmem_drf.models.wan.text import load_text
+from lowmem_drf.models.wan.vae.decoder import WanDecoder, load_vae
 from lowmem_drf.toy.build.generator import SHIFT, TEXT_TOKENS, cache_latents
 from lowmem_drf.toy.build.loop import Schedule, scaled, train
 from lowmem_drf.toy.build.vae import shape_nearby

@@ -10,7 +10,7 @@ from _vae import CONFIGS
 from torch import Tensor
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.wan.decoder import WanDecoder, drop_encoder, load_vae
+from lowmem_drf.models.wan.vae.decoder import WanDecoder, drop_encoder, load_vae
 
 
 def chunked(decoder: WanDecoder, latents: Tensor) -> tuple[list[Tensor], list[tuple]]:

@@ -89,8 +89,8 @@ def test_the_frames_are_those_of_the_pipeline(name: str) -> None:
     16 pixels."""
     from diffusers import UniPCMultistepScheduler, WanPipeline
 
-    from lowmem_drf.models.wan.decoder import WanDecoder
     from lowmem_drf.models.wan.text import TextEncoder
+    from lowmem_drf.models.wan.vae.decoder import WanDecoder
 
     (of_transformer, of_vae), (model, tokenizer) = GENERATORS[name], tiny_text()
     transformer, vae = tiny_transformer(**of_transformer), tiny_vae(**of_vae)

@@ -13,10 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from lowmem_drf.models.generators import KNOWN_GENERATORS, generator_config
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
 from lowmem_drf.models.qwen_vl.critic import load_critic
-from lowmem_drf.models.wan.decoder import WanDecoder, load_vae
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
 from lowmem_drf.models.wan.random_generator import random_transformer, random_vae
 from lowmem_drf.models.wan.text import load_text
+from lowmem_drf.models.wan.vae.decoder import WanDecoder, load_vae
 from lowmem_drf.models.weights.packed_linear import PackedLinear, unpack
 from lowmem_drf.planner.depths import shallow_generator
 from lowmem_drf.planner.fake_models import empty_lora, fake_critic, fake_text, fake_transformer, fake_vae

@@ -11,9 +11,9 @@ from _vae import CONFIGS, fp64_throughout, library_of, oracle, some_latents, str
 
 from lowmem_drf.kernels.norm_silu import norm_silu, norm_silu_naive
 from lowmem_drf.method.vae_stream import ForBackward, decode, vae_backward
-from lowmem_drf.models.wan.decoder import WanDecoder
-from lowmem_drf.models.wan.vae import segments_of
-from lowmem_drf.models.wan.vae_fused import Wants
+from lowmem_drf.models.wan.vae.decoder import WanDecoder
+from lowmem_drf.models.wan.vae.fused import Wants
+from lowmem_drf.models.wan.vae.segments import segments_of
 from lowmem_drf.planner.ledger import Ledger
 
 pytestmark = pytest.mark.usefixtures(fp64_throughout.__name__)

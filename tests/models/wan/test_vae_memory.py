@@ -13,7 +13,7 @@ from lowmem_drf.method.frames import kept_frames
 from lowmem_drf.method.vae_stream import decode, vae_backward
 from lowmem_drf.models.generators import KNOWN_GENERATORS
 from lowmem_drf.models.tiny.decoder import TinyDecoder
-from lowmem_drf.models.wan.decoder import WanDecoder
+from lowmem_drf.models.wan.vae.decoder import WanDecoder
 from lowmem_drf.planner.fake_models import fake_tiny, fake_vae
 from lowmem_drf.planner.fakes import Fakes
 from lowmem_drf.planner.ledger import Ledger

@@ -10,9 +10,9 @@ from _vae import CONFIGS, fp64_throughout, some_latents, vae_of
 
 from lowmem_drf.kernels.norm_silu import norm_silu_naive
 from lowmem_drf.models.clamp import InwardClamp
-from lowmem_drf.models.wan.vae import segments_of
-from lowmem_drf.models.wan.vae_fused import Wants
-from lowmem_drf.models.wan.vae_strips import in_strips, segment_backward, sizes_of, strips_of
+from lowmem_drf.models.wan.vae.fused import Wants
+from lowmem_drf.models.wan.vae.segments import segments_of
+from lowmem_drf.models.wan.vae.strips import in_strips, segment_backward, sizes_of, strips_of
 
 pytestmark = pytest.mark.usefixtures(fp64_throughout.__name__)
 

@@ -24,9 +24,9 @@ import torch
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.memory.host import Held, HostStore
-from lowmem_drf.models.wan.vae import Caches, Segment, segments_of
-from lowmem_drf.models.wan.vae_fused import NormSilu, Wants
-from lowmem_drf.models.wan.vae_strips import in_strips, segment_backward, sizes_of, strips_of
+from lowmem_drf.models.wan.vae.fused import NormSilu, Wants
+from lowmem_drf.models.wan.vae.segments import Caches, Segment, segments_of
+from lowmem_drf.models.wan.vae.strips import in_strips, segment_backward, sizes_of, strips_of
 from lowmem_drf.models.weights.finite import refuse_model
 from lowmem_drf.models.weights.sources import complete, loading
 
@@ -79,7 +79,7 @@ class WanDecoder:
         vae: ``decode`` and ``chunk``, which make the critic's frames, run in its dtype.
         grad_dtype: dtype of ``chunk_backward`` and of the caches stored for it. ``None``: the VAE's.
         strips: strips of rows in which ``chunk_backward`` recomputes the largest segments, those of full resolution;
-            smaller ones are cut into fewer, none larger (``vae_strips.strips_of``). The gradient is the same. With
+            smaller ones are cut into fewer, none larger (``strips.strips_of``). The gradient is the same. With
             ``norm_silu`` passes without gradient run in these strips too.
         caches: with ``"host"`` the running caches of a decode, and in ``chunk_backward`` the inputs of the segments and
             the gradients of the caches, wait in host memory between uses; the card holds one segment's, and prefetches
@@ -87,7 +87,7 @@ class WanDecoder:
         store: the run's host memory. Caches stored for the backward, and traces of chunks whose backward does not
             follow at once, are there in any case.
         norm_silu: kernel for (x_BCTHW, gamma_C) -> silu(WanRMS_norm(x)). With it the decoder takes less memory
-            (``vae_fused``); frames and gradients are the same up to rounding. ``None``: diffusers' modules.
+            (``fused``); frames and gradients are the same up to rounding. ``None``: diffusers' modules.
 
     Raises:
         BadInputError: fewer than one strip.

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lowmem_drf.models.wan.vae_fused import Wants
+from lowmem_drf.models.wan.vae.fused import Wants
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowmem_drf.models.wan.vae import Caches, Segment
+    from lowmem_drf.models.wan.vae.segments import Caches, Segment
 
 Cotangents = tuple["Tensor | None", ...]
 

@@ -3,10 +3,10 @@ activations and of caches.
 
 ``WanDecoder3d.forward`` of diffusers 0.42.1, cut where a chunk's activations are one tensor (two inside a residual
 up-block of Wan 2.2, because of the shortcut around it). The segments call diffusers' modules, so values are bitwise the
-same. For a run with kernels, ``vae_fused`` computes the same functions from these modules' weights in less memory.
+same. For a run with kernels, ``fused`` computes the same functions from these modules' weights in less memory.
 
 After the attention of the middle block a segment is one or two convolutions: rows of its output depend on the same rows
-of its input and caches, plus ``halo`` rows on either side. ``vae_strips`` uses that.
+of its input and caches, plus ``halo`` rows on either side. ``strips`` uses that.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from lowmem_drf.models.clamp import InwardClamp
-from lowmem_drf.models.wan import vae_fused
-from lowmem_drf.models.wan.vae_fused import NormSilu, Wants
+from lowmem_drf.models.wan.vae import fused
+from lowmem_drf.models.wan.vae.fused import NormSilu, Wants
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +50,7 @@ class Segment:
     """Its input is also the shortcut, which ends at the next segment with ``ends_shortcut``."""
     ends_shortcut: bool = False
     shape_only: Mapping[int, int] = field(default_factory=dict)
-    """Slot -> channels of the caches of which ``vae_strips.segment_backward`` reads only the shape."""
+    """Slot -> channels of the caches of which ``strips.segment_backward`` reads only the shape."""
     cheap: bool = False
     """Its output is cheaper to recompute than to keep."""
 
@@ -78,7 +78,7 @@ def segments_of(decoder: Any, patch_size: int | None, norm_silu: NormSilu | None
 
     Args:
         patch_size: from the VAE's configuration.
-        norm_silu: replaces the norms with their SiLU, and ``vae_fused`` the layers around them. ``None``: diffusers'
+        norm_silu: replaces the norms with their SiLU, and ``fused`` the layers around them. ``None``: diffusers'
             modules, bitwise.
     """
 
@@ -86,11 +86,11 @@ def segments_of(decoder: Any, patch_size: int | None, norm_silu: NormSilu | None
         channels = block.conv2.out_channels
         if norm_silu is None:
             return Segment(_Plain(block, _with_caches), 2, channels, halo=2, opens_shortcut=opens_shortcut)
-        module, shape_only = vae_fused.Residual(block, norm_silu), {1: block.conv2.in_channels}
+        module, shape_only = fused.Residual(block, norm_silu), {1: block.conv2.in_channels}
         return Segment(module, 2, channels, halo=2, opens_shortcut=opens_shortcut, shape_only=shape_only)
 
     def upsample(block: Any, shortcut: nn.Module | None, opens_next: bool) -> Segment:
-        module = (_Upsample if norm_silu is None else vae_fused.Upsample)(block, shortcut)
+        module = (_Upsample if norm_silu is None else fused.Upsample)(block, shortcut)
         times, channels = (2 if block.mode == "upsample3d" else 1), block.resample[1].out_channels
         ends, cheap = shortcut is not None, norm_silu is not None and not opens_next
         return Segment(module, times - 1, channels, 1, 2, frame_scale=times, ends_shortcut=ends, cheap=cheap)
@@ -162,9 +162,7 @@ class _Head(nn.Module):
             x = _cached(self.conv, self.nonlinearity(self.norm(x)), caches)
         else:
             hands = wants is Wants.ALL
-            x, caches[0] = vae_fused.normed_and_convolved(
-                x, self.norm, self.conv, caches[0], self.norm_silu, hands=hands
-            )
+            x, caches[0] = fused.normed_and_convolved(x, self.norm, self.conv, caches[0], self.norm_silu, hands=hands)
         if self.patch_size is not None:
             from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
