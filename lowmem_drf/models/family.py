@@ -15,6 +15,7 @@ import torch
 from lowmem_drf.types import Decoder
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor, nn
 
     from lowmem_drf.memory.host import HostStore
@@ -40,6 +41,10 @@ class GeneratorConfig:
     """``boundary_ratio`` between two experts, in (0, 1)."""
     more_text: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     """Of further text encoders, by subfolder: ``text_encoder_2`` and so on."""
+    image: dict[str, Any] | None = None
+    """Of an encoder of images (``image_encoder``), if there is one."""
+    first_frame: bool = False
+    """``expand_timesteps``: the model takes a clean first latent frame, with timestep 0 for its tokens."""
 
     @property
     def text_encoders(self) -> dict[str, dict[str, Any]]:
@@ -141,6 +146,58 @@ class TextEncoder(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageCondition:
+    """The condition of a ``Velocity`` whose clip begins with an image: an ``EncodedImage`` beside the text."""
+
+    text_BLD: Tensor
+    latents_BCFhw: Tensor
+    tokens_BLD: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """What a transformer takes of an image, in the family's own form. On the host."""
+
+    latents_CFhw: Tensor
+    tokens_LD: Tensor | None = None
+    """Of ``image_encoder``."""
+
+
+class ImageEncoder(Protocol):
+    """What makes a generator's conditions of images."""
+
+    def encode(self, image: Image, frames: int) -> EncodedImage:
+        """``image``: RGB, of the clip's width and height. ``frames``: pixel frames of the clip."""
+        ...
+
+
+class Images(Protocol):
+    """What a family brings whose clips can begin with an image: a module with these names."""
+
+    def use(self, generator: GeneratorConfig) -> Literal["no", "may", "must"]:
+        """Whether a clip begins with an image of its prompt."""
+        ...
+
+    def encoder(
+        self,
+        folder_or_id: str,
+        generator: GeneratorConfig,
+        vae: Any,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+    ) -> ImageEncoder:
+        """For a generator whose ``use`` is not ``no``.
+
+        Args:
+            vae: of ``Family.load_vae``, with its encoder, on ``device``.
+            dtype: of the image encoder, if the generator has one, and of the results.
+
+        Raises BadInputError: it cannot be loaded.
+        """
+        ...
+
+
 class ClipDecoder(Decoder, Protocol):
     """``types.Decoder`` around a VAE."""
 
@@ -165,6 +222,8 @@ class Family(Protocol):
     BLOCKS: str
     """Name of the transformer's list of blocks, which are checkpointed, streamed and packed one by one."""
     NAMES: ModuleNames
+    IMAGES: Images | None
+    """``None``: no clip begins with an image."""
 
     def refuse(self, generator: GeneratorConfig, place: str) -> None:
         """Raises BadInputError for a model of the family that is not trained here, such as one that takes an image."""

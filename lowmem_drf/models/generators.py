@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lowmem_drf.errors import BadInputError, quoted
 from lowmem_drf.models.cogvideox import family as cogvideox
@@ -41,6 +41,12 @@ def family_of(model: Any) -> Family:
     if found is None:
         raise ValueError(f"no family of generators has a {kind}")
     return found
+
+
+def image_use(generator: GeneratorConfig) -> Literal["no", "may", "must"]:
+    """Whether a clip begins with an image of its prompt."""
+    images = family_of(generator).IMAGES
+    return images.use(generator) if images else "no"
 
 
 def blocks_of(transformer: Any) -> list[Any]:

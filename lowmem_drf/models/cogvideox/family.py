@@ -30,11 +30,11 @@ from lowmem_drf.models.cogvideox.published import (
     refuse,
     sizes,
 )
-from lowmem_drf.models.family import GeneratorConfig, LoraHeader, ModuleNames, Verdict
+from lowmem_drf.models.family import GeneratorConfig, Images, LoraHeader, ModuleNames, Verdict
 from lowmem_drf.models.lora.changes import LoraChanges
 
 __all__ = [
-    "BLOCKS", "KINDS", "KNOWN", "NAME", "NAMES", "as_velocity", "decoder", "drop_encoder", "empty_text",
+    "BLOCKS", "IMAGES", "KINDS", "KNOWN", "NAME", "NAMES", "as_velocity", "decoder", "drop_encoder", "empty_text",
     "empty_transformer", "empty_vae", "kind_of", "load_file", "load_text", "load_transformer", "load_vae",
     "lora_header", "parameter_shapes", "pipeline", "probe", "refuse", "set_activations", "sizes", "stream_text",
     "verdicts",
@@ -45,6 +45,7 @@ _OUTSIDE = (
     *("patch_embed.proj", "patch_embed.text_proj", "time_embedding.linear_1", "time_embedding.linear_2"),
     *("norm_final", "norm_out.linear", "norm_out.norm", "proj_out"),
 )
+IMAGES: Images | None = None
 NAMES = ModuleNames(
     linears={name: name for name in LINEARS},
     in_block={name: name for name in _IN_BLOCK},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lowmem_drf.models.family import GeneratorConfig, LoraHeader, ModuleNames, Verdict
+from lowmem_drf.models.family import GeneratorConfig, Images, LoraHeader, ModuleNames, Verdict
 from lowmem_drf.models.lora.changes import LoraChanges
 from lowmem_drf.models.ltx.decoder import LTXDecoder as decoder
 from lowmem_drf.models.ltx.denoiser import as_velocity, set_activations
@@ -16,7 +16,7 @@ from lowmem_drf.models.ltx.published import empty_transformer as empty_transform
 from lowmem_drf.models.ltx.published import empty_vae as empty_vae
 
 __all__ = [
-    "BLOCKS", "KINDS", "KNOWN", "NAME", "NAMES", "as_velocity", "decoder", "drop_encoder", "empty_text",
+    "BLOCKS", "IMAGES", "KINDS", "KNOWN", "NAME", "NAMES", "as_velocity", "decoder", "drop_encoder", "empty_text",
     "empty_transformer", "empty_vae", "kind_of", "load_file", "load_text", "load_transformer", "load_vae",
     "lora_header", "parameter_shapes", "pipeline", "probe", "refuse", "set_activations", "sizes", "stream_text",
     "verdicts",
@@ -25,6 +25,7 @@ __all__ = [
 _NORMS = {f"attn{i}.norm_{x}": f"attn{i}.{x}_norm" for i in (1, 2) for x in "qk"}
 _TIME = ("emb.timestep_embedder.linear_1", "emb.timestep_embedder.linear_2", "linear")
 _SAME = ("caption_projection.linear_1", "caption_projection.linear_2", "proj_out", "scale_shift_table")
+IMAGES: Images | None = None
 NAMES = ModuleNames(
     linears={name: name for name in LINEARS},
     in_block={name: name for name in (*LINEARS, "scale_shift_table")} | _NORMS,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from lowmem_drf.models.family import GeneratorConfig, LoraHeader, ModuleNames, Verdict
+from lowmem_drf.models.family import GeneratorConfig, Images, LoraHeader, ModuleNames, Verdict
 from lowmem_drf.models.lora.changes import LoraChanges
 from lowmem_drf.models.sd3.decoder import SD3Decoder as decoder
 from lowmem_drf.models.sd3.denoiser import as_velocity, set_activations
@@ -16,7 +16,7 @@ from lowmem_drf.models.sd3.published import empty_transformer as empty_transform
 from lowmem_drf.models.sd3.published import empty_vae as empty_vae
 
 __all__ = [
-    "BLOCKS", "KINDS", "KNOWN", "NAME", "NAMES", "as_velocity", "decoder", "drop_encoder", "empty_text",
+    "BLOCKS", "IMAGES", "KINDS", "KNOWN", "NAME", "NAMES", "as_velocity", "decoder", "drop_encoder", "empty_text",
     "empty_transformer", "empty_vae", "kind_of", "load_file", "load_text", "load_transformer", "load_vae",
     "lora_header", "parameter_shapes", "pipeline", "probe", "refuse", "set_activations", "sizes", "stream_text",
     "verdicts",
@@ -24,6 +24,7 @@ __all__ = [
 
 _NORMS = ("attn.norm_q", "attn.norm_k", "attn.norm_added_q", "attn.norm_added_k", "attn2.norm_q", "attn2.norm_k")
 _TIME = (f"time_text_embed.{part}_embedder.linear_{i}" for part in ("timestep", "text") for i in (1, 2))
+IMAGES: Images | None = None
 NAMES = ModuleNames(
     linears={name: name for name in LINEARS},
     in_block={name: name for name in (*LINEARS, *_NORMS, "norm1.linear", "norm1_context.linear")},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lowmem_drf.models.family import GeneratorConfig, LoraHeader, ModuleNames
+from lowmem_drf.models.family import GeneratorConfig, Images, LoraHeader, ModuleNames
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
 from lowmem_drf.models.wan.denoiser import load_denoiser as load_transformer
 from lowmem_drf.models.wan.kinds import kind_of
@@ -18,7 +18,7 @@ from lowmem_drf.models.wan.vae.decoder import WanDecoder as decoder
 from lowmem_drf.models.wan.vae.decoder import drop_encoder, load_vae
 
 __all__ = [
-    "BLOCKS", "KINDS", "KNOWN", "NAME", "NAMES", "as_velocity", "decoder", "drop_encoder", "empty_text",
+    "BLOCKS", "IMAGES", "KINDS", "KNOWN", "NAME", "NAMES", "as_velocity", "decoder", "drop_encoder", "empty_text",
     "empty_transformer", "empty_vae", "kind_of", "load_file", "load_text", "load_transformer", "load_vae",
     "lora_header", "parameter_shapes", "pipeline", "probe", "refuse", "set_activations", "sizes", "stream_text",
     "verdicts",
@@ -26,6 +26,7 @@ __all__ = [
 
 NAME = "Wan"
 BLOCKS = "blocks"
+IMAGES: Images | None = None
 NAMES = ModuleNames(BLOCK_LINEARS, IN_BLOCK, OUTSIDE)
 
 

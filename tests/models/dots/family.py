@@ -21,6 +21,7 @@ NAME = "Dots"
 KINDS = {"transformer": "DotsTransformer", "vae": "DotsVae", "text_encoder": "dots"}
 KNOWN = {}
 BLOCKS = "dots_blocks"
+IMAGES = None
 _LINEARS = {name: name for name in ("q", "k", "v", "o", "up", "down")}
 NAMES = ModuleNames(_LINEARS, {**_LINEARS, "norm": "norm"}, {x: x for x in ("dots_in", "time", "text", "dots_out")})
 
