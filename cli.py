@@ -204,6 +204,9 @@ def sample(
         Path | None, _option("A LoRA file to use instead of the run's LoRA; without it a preset shows the base model.")
     ] = None,
     prompt: Annotated[list[str] | None, _option("A prompt; repeatable.")] = None,
+    image: Annotated[
+        Path | None, _option("An image with which the clips of --prompt begin, of a model that takes one.")
+    ] = None,
     prompts: PromptFile = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Base and tuned side by side from the same noise.")
@@ -224,7 +227,9 @@ def sample(
     clip beside each."""
     from lowmem_drf.commands.sample import sample_command
 
-    sample_command(run, lora, prompt or [], prompts, compare, lora_scale, seed, output, force, preset, set_ or [], best)
+    sample_command(
+        run, lora, prompt or [], prompts, image, compare, lora_scale, seed, output, force, preset, set_ or [], best
+    )
 
 
 @app.command(

@@ -38,6 +38,11 @@ END = """\
 Five properties of each, both ways, at half a weight a question. A property that the prompt contradicts gives its place
 to the next one.
 """
+IMAGE = """\
+## Of a clip that begins with an image
+
+Of a prompt with an `image`, first of all.
+"""
 
 
 def page() -> str:
@@ -47,6 +52,7 @@ def page() -> str:
     parts = [HEAD, *(_prompt(rows[i], make_questions(rows[i], "both", "phrases", others)) for i in LINES)]
     parts.append(END)
     parts += [_properties("Physics", fixed.PHYSICS), _properties("Quality", fixed.QUALITY)]
+    parts += [IMAGE, _properties("Quality", (fixed.FIRST_FRAME,))]
     return "\n".join(parts)
 
 

@@ -159,10 +159,10 @@ def sample(
     from lowmem_drf.config import as_overrides
 
     with _call(console):
-        texts = [prompt.text for prompt in _prompts_of(prompts) or ()]
+        asked = _prompts_of(prompts) or ()
         place, overrides = _path(output), as_overrides(settings or {})
         name, own = _text(preset), (_path(run), _path(lora))
-        return list(sample_clips(*own, texts, None, compare, lora_scale, seed, place, force, name, overrides, best))
+        return list(sample_clips(*own, asked, compare, lora_scale, seed, place, force, name, overrides, best))
 
 
 def score(

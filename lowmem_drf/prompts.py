@@ -1,7 +1,7 @@
 """Prompt files, and a seeded, resumable stream of prompts.
 
 ``txt``: one prompt per line; blank lines and lines that start with ``#`` are skipped. ``jsonl``: one object per line,
-``{"prompt": str, "id"?: str, "questions"?: [...], "reference_video"?: str}`` where a question is
+``{"prompt": str, "id"?: str, "questions"?: [...], "reference_video"?: str, "image"?: str}`` where a question is
 ``{"aspect": "TA"|"Phy"|"VQ", "text": str, "answer": str, "kind"?: "yesno"|"dense", "weight"?: number, "name"?: str}``.
 UTF-8, with or without a byte order mark.
 """
@@ -24,7 +24,8 @@ from lowmem_drf.types import Aspect, Kind, Prompt, Question
 
 PromptRow = str | Mapping[str, Any]
 """A prompt as a program gives it: a text, or the object of a line of a jsonl prompt file."""
-_PROMPT_KEYS = {"prompt", "id", "questions", "reference_video"}
+_FILES = ("reference_video", "image")
+_PROMPT_KEYS = {"prompt", "id", "questions", *_FILES}
 _OTHER_FORMATS = (
     *(".csv", ".tsv", ".xls", ".xlsx", ".ods", ".parquet", ".arrow", ".yaml", ".yml", ".toml", ".xml", ".html"),
     *(".rtf", ".doc", ".docx", ".pdf"),
@@ -123,7 +124,8 @@ def without(prompts: Sequence[Prompt], skipped: Collection[str]) -> tuple[Prompt
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
     """A hash of the prompts, with which a resumed run checks that they are the same."""
-    return hashlib.sha256(repr(tuple(prompts)).encode()).hexdigest()
+    images = {prompt.id: prompt.image for prompt in prompts if prompt.image}
+    return hashlib.sha256((repr(tuple(prompts)) + (repr(images) if images else "")).encode()).hexdigest()
 
 
 def _from_json(where: str, number: int, text: str, folder: Path) -> Prompt:
@@ -135,11 +137,10 @@ def _from_json(where: str, number: int, text: str, folder: Path) -> Prompt:
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise BadInputError(f'{where}: there is no "prompt". Write one object a line: {{"prompt": "..."}}')
     _refuse_unknown(where, row, _PROMPT_KEYS)
-    video = row.get("reference_video")
-    if video is not None and not (isinstance(video, str) and os.path.isfile(folder / video)):
-        raise BadInputError(
-            f"{where}: reference_video {shown(video)} does not exist (paths are relative to the prompt file)."
-        )
+    files = {key: row.get(key) for key in _FILES}
+    for key, file in files.items():
+        if file is not None and not (isinstance(file, str) and os.path.isfile(folder / file)):
+            raise BadInputError(f"{where}: {key} {shown(file)} does not exist (paths are relative to the prompt file).")
     questions = row.get("questions", [])
     if not isinstance(questions, list):
         raise BadInputError(f"{where}: questions is to be a list of objects.")
@@ -150,7 +151,7 @@ def _from_json(where: str, number: int, text: str, folder: Path) -> Prompt:
         id=str(name),
         text=row["prompt"].strip(),
         questions=tuple(parse_question(f"{where}: question {n}", item) for n, item in enumerate(questions, 1)),
-        reference_video=None if video is None else str(folder / video),
+        **{key: None if file is None else str(folder / file) for key, file in files.items()},
     )
 
 

@@ -59,6 +59,9 @@ class Prompt:
     questions: tuple[Question, ...] = ()
     """The user's questions. Empty: they are made from ``text``."""
     reference_video: str | None = None
+    image: str | None = field(default=None, repr=False)
+    """File of the image with which the clip begins. Not in the ``repr``, which runs are resumed by
+    (``prompts.fingerprint``)."""
 
 
 @dataclass(frozen=True, slots=True)

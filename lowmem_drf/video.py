@@ -18,6 +18,7 @@ from lowmem_drf.files import written_aside
 from lowmem_drf.method.frames import frames_at_rate, kept_fps, kept_frames
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
 CRF = 12
@@ -65,6 +66,24 @@ def write_mp4(path: Path, frames_TCHW: Tensor, fps: float, upscale: int = 1, wha
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels_HWC, format="rgb24")))
         container.mux(stream.encode())
     return path
+
+
+def read_image(path: Path, width: int, height: int) -> Image:
+    """The picture of an image file in RGB, scaled to cover ``width`` x ``height`` and cropped around its centre, as it
+    is turned when looked at. Transparent parts are black.
+
+    Raises BadInputError: it cannot be read as an image.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            whole = ImageOps.exif_transpose(file).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadInputError(f"{path} cannot be read as an image ({error}). Give a PNG, JPEG or WebP.") from error
+    picture = Image.new("RGB", whole.size)
+    picture.paste(whole, mask=whole.getchannel("A"))
+    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
 
 
 def write_png(path: Path, frames_TCHW: Tensor, upscale: int = 1) -> Path:

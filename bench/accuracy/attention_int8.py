@@ -210,13 +210,13 @@ def toy_cosines(preset: str, clips: int, names: Iterable[str] = RELAYS) -> dict[
 def _toy_gradient(preset: str, clips: int, settings: tuple[str, ...]) -> Tensor:
     size = (f"batch={clips}", f"micro_batch={clips}", "memory.checkpoint=true", "critic.token_weights=uniform")
     config = load_config(preset, [*size, *settings])
-    texts = [prompt.text for prompt in run_prompts(config)[:clips]]
-    models: Models = load_models(config, texts)
+    prompts = run_prompts(config)[:clips]
+    models: Models = load_models(config, prompts)
     put_lora(models.transformer, load_denoiser(resolve(TOYWORLD, "generator")))
     lora = lora_parameters(models.transformer)
     seeds = [derive_seed(config.seed, "noise", 0, clip) for clip in range(clips)]
-    cond, uncond = models.condition(texts), models.no_condition(clips)
-    asked = [make_questions(text, "dense") for text in texts]
+    cond, uncond = models.condition(prompts), models.no_condition(prompts)
+    asked = [make_questions(prompt.text, "dense") for prompt in prompts]
     drf_step(models.parts(lora), step_spec(config, 0), models.noise(seeds), cond, uncond, asked)
     return torch.cat([tensor.grad.flatten() for tensor in lora if tensor.grad is not None])
 

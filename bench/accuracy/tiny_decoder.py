@@ -46,13 +46,13 @@ def main(arguments: list[str] | None = None) -> int:
     config = load_config("toy", ["model.decoder=tiny", *options.overrides])
     prompts = run_prompts(config)[: options.updates * config.batch]
     questions = draft_questions(config, prompts)
-    models = load_models(config, [prompt.text for prompt in prompts])
+    models = load_models(config, prompts)
     add_lora(models.transformer, **config.lora.adapter, seed=0)
     rows = []
     for update in range(options.updates):
         some, spec = prompts[update * config.batch : (update + 1) * config.batch], step_spec(config, update)
         noise = models.noise([derive_seed(config.seed, "noise", update, clip) for clip in range(len(some))])
-        texts, nothing = models.condition([prompt.text for prompt in some]), models.no_condition(len(some))
+        texts, nothing = models.condition(some), models.no_condition(some)
         batch = noise, texts, nothing, [questions[prompt.id] for prompt in some]
         row: dict[str, float] = {}
         made: dict[Uses, tuple[Tensor, StepStats]] = {}

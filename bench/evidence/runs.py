@@ -101,12 +101,11 @@ class Measurer:
     def __init__(self, config: Config, folder: Path, console: Console) -> None:
         self.config, self.folder = config, folder
         trial = make_trial(config, (), PROMPTS, SEEDS)
-        texts = [prompt.text for prompt in trial.prompts]
-        self.models = load_models(config, texts)
+        self.models = load_models(config, trial.prompts)
         load_run_lora(self.models.transformer, checkpoint_folder(folder), config)
         self.trial = finish_trial(config, trial, self.models.asked_critic, console)
         other = "toyworld" if config.critic.id == "toyworld-reader" else "toyworld-reader"
-        critic = load_models(change(config, [f"critic.id={other}"]), texts).asked_critic
+        critic = load_models(change(config, [f"critic.id={other}"]), trial.prompts).asked_critic
         self.second = _answered_by(self.models, self.trial, critic)
 
     def __call__(self, step: int, scale: float) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from bench.script import reports_errors
 from lowmem_drf.assembly.generate import base_and_tuned
 from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.files import require_output, written_aside
+from lowmem_drf.prompts import as_prompts
 from lowmem_drf.questions.toyworld import attributes
 from lowmem_drf.toy.captions import heldout_prompts
 from lowmem_drf.toy.oracle import Verdict, judge
@@ -90,9 +91,10 @@ def columns_of(run: Path, prompts: int, seed: int) -> list[Column]:
     """The clips of a run. Raises BadInputError: no such run, or no checkpoint in it."""
     config = run_config(run)
     texts = heldout_prompts(prompts, seed)
-    models = load_models(config, texts, with_critic=False)
+    asked = as_prompts(texts)
+    models = load_models(config, asked, with_critic=False)
     load_run_lora(models.transformer, checkpoint_folder(run), config)
-    pairs = zip(texts, base_and_tuned(config, models, texts, seed), strict=True)
+    pairs = zip(texts, base_and_tuned(config, models, asked, seed), strict=True)
     return [Column(text, tuple((clip, judge(clip, text)) for clip in pair if clip is not None)) for text, pair in pairs]
 
 

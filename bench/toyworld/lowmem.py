@@ -64,7 +64,7 @@ def measure(run: Path, console: Console) -> dict[str, Any]:
     """Base and tuned, as measured by ``eval``."""
     config = run_config(run)
     trial = make_trial(config, (), PROMPTS, SEEDS)
-    models = load_models(config, [prompt.text for prompt in trial.prompts])
+    models = load_models(config, trial.prompts)
     load_run_lora(models.transformer, checkpoint_folder(run), config)
     models.awake("critic")
     return compare(config, models, finish_trial(config, trial, models.asked_critic, console), console)

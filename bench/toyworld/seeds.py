@@ -50,7 +50,7 @@ def train_and_measure(
     train_s, train_cpu_s = time.perf_counter() - start, time.process_time() - cpu
     config = run_config(run)
     trial = make_trial(config, (), EVAL_PROMPTS, EVAL_SEEDS)
-    models = load_models(config, [prompt.text for prompt in trial.prompts])
+    models = load_models(config, trial.prompts)
     load_run_lora(models.transformer, checkpoint_folder(run), config)
     models.awake("critic")
     trial = finish_trial(config, trial, models.asked_critic, console)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from lowmem_drf.assembly.conditions import DTYPES
 from lowmem_drf.assembly.kernel_choice import Chosen, choose
 from lowmem_drf.assembly.sizes import latent_shape
-from lowmem_drf.assembly.text_cache import DTYPES
 from lowmem_drf.assembly.trials import Work
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import BadInputError
@@ -26,6 +26,7 @@ from lowmem_drf.method.frames import frames_at_rate, kept_fps, kept_frames
 from lowmem_drf.method.reward import RewardSpec
 from lowmem_drf.method.schedule import TRAIN_TIMESTEPS, choose_graded, draw_noise, flow_sigmas
 from lowmem_drf.method.step import StepSpec
+from lowmem_drf.models.family import ImageCondition
 from lowmem_drf.models.generators import blocks_of, family_of
 from lowmem_drf.models.lora.adapter import lora_scale
 from lowmem_drf.models.rewards.combined import Combined
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor
 
     from lowmem_drf.models.experts import OtherExpert
-    from lowmem_drf.models.family import ClipDecoder
+    from lowmem_drf.models.family import ClipDecoder, EncodedImage
     from lowmem_drf.models.qwen_vl.critic import QwenCritic
     from lowmem_drf.models.tiny.decoder import TinyBackward, TinyDecoder
     from lowmem_drf.models.tiny.decoder_check import Uses
@@ -153,6 +154,8 @@ class Models:
     """Text, or negative prompt -> (l, D) on the host, unpadded: padded, a thousand prompts of 512 tokens take 4 GiB."""
     text_tokens: int
     """L, to which ``condition`` pads."""
+    images: Mapping[str, EncodedImage]
+    """By file."""
     negative_prompt: str
     latent_shape: tuple[int, int, int, int]
     device: torch.device
@@ -211,15 +214,24 @@ class Models:
         with lora_scale(self.transformer, 0.0):
             return self.velocity(x, sigma, cond)
 
-    def condition(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings (B, L, D) on the device."""
+    def condition(self, prompts: Sequence[Prompt]) -> Tensor | ImageCondition:
+        """Embeddings (B, L, D) on the device; with those of their images, if the prompts have some."""
+        return self._condition([prompt.text for prompt in prompts], prompts)
+
+    def no_condition(self, prompts: Sequence[Prompt]) -> Tensor | ImageCondition:
+        """The same with the negative prompt in the place of each text."""
+        return self._condition([self.negative_prompt] * len(prompts), prompts)
+
+    def _condition(self, texts: Sequence[str], prompts: Sequence[Prompt]) -> Tensor | ImageCondition:
         rows = [self.texts[text] for text in texts]
         padded = [torch.nn.functional.pad(row, (0, 0, 0, self.text_tokens - len(row))) for row in rows]
-        return torch.stack(padded).to(self.device)
-
-    def no_condition(self, batch: int) -> Tensor:
-        """Embeddings of the negative prompt, (B, L, D)."""
-        return self.condition([self.negative_prompt] * batch)
+        text_BLD = torch.stack(padded).to(self.device)
+        images = [self.images[prompt.image] for prompt in prompts if prompt.image]
+        if not images:
+            return text_BLD
+        latents = torch.stack([image.latents_CFhw for image in images]).to(self.device)
+        tokens = [image.tokens_LD for image in images if image.tokens_LD is not None]
+        return ImageCondition(text_BLD, latents, torch.stack(tokens).to(self.device) if tokens else None)
 
     def noise(self, seeds: Sequence[int]) -> Tensor:
         """The latents that denoising begins with: (B, C, F, h, w) fp32 on the device, drawn on the CPU."""
@@ -245,6 +257,7 @@ def assemble(
     ranks: Ranks = ALONE,
     tiny: TinyNetwork | None = None,
     rewards: Mapping[str, torch.nn.Module] | None = None,
+    images: Mapping[str, EncodedImage] | None = None,
 ) -> Models:
     """Applies the configuration's memory settings to loaded models, and removes the VAE's encoder.
 
@@ -256,7 +269,7 @@ def assemble(
         store: host memory for parked, streamed and offloaded tensors. A plan passes one that only counts.
         kernels: the run's first choice of operations (``kernel_choice.choose``).
         tiny: of ``model.decoder``. It is small, and stays on the card.
-        rewards: see ``Models``.
+        rewards, images: see ``Models``.
 
     Raises BadInputError: the video's size does not fit the models, or a requested kernel cannot run.
     """
@@ -323,7 +336,8 @@ def assemble(
         torch.set_num_threads(1)
     return Models(
         transformer=transformer, velocity=velocity, decoder=decoder, critic=critic, texts=texts,
-        text_tokens=config.model.text_tokens, negative_prompt=config.sampler.negative_prompt, latent_shape=shape,
+        text_tokens=config.model.text_tokens, images=images or {}, negative_prompt=config.sampler.negative_prompt,
+        latent_shape=shape,
         device=device, meter=meter, residency=residency, recorder=recorder, kernels=said,
         kernel_record=chosen.record, expert=other.transformer if other else None,
         first_level=config.sampler.timesteps[0] / TRAIN_TIMESTEPS if config.sampler.timesteps else 1.0,

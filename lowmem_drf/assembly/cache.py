@@ -1,5 +1,7 @@
-"""What took long to make (questions and reference answers that a model wrote, plans), cached on disk: one JSON file per
-result, named by the hash of everything that the result depends on."""
+"""What took long to make (questions and reference answers that a model wrote, plans, embeddings), cached on disk: one
+file per result, named by the hash of everything that the result depends on. An unreadable file counts as missing; an
+unwritable folder caches nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,17 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lowmem_drf.files import write_text
+from lowmem_drf.files import write_text, written_aside
 from lowmem_drf.texts import parse_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def cache_folder() -> Path:
@@ -63,7 +68,7 @@ def files_hash(files: Iterable[Path]) -> str:
 
 
 class Cache:
-    """JSON values by JSON key. An unreadable file counts as missing; an unwritable folder caches nothing.
+    """JSON values by JSON key.
 
     ``most``: files in the folder; the oldest are deleted. ``None``: any number.
     """
@@ -94,3 +99,38 @@ class Cache:
     def _file(self, key: dict[str, Any]) -> Path:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return self.folder / f"{digest[:32]}.json"
+
+
+class TensorCache:
+    """Tensors by name, such as a text. ``key``: JSON of everything else that they depend on."""
+
+    def __init__(self, folder: Path, key: dict[str, Any]) -> None:
+        self._folder, self._key = folder, key
+
+    def get(self, name: str) -> dict[str, Tensor] | None:
+        """What ``put`` was given, or ``None``."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self._file(name), framework="pt") as file:
+                own = (file.metadata() or {}).get("key") == self._name(name)
+                return {part: file.get_tensor(part).clone() for part in file.keys()} if own else None  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return None
+
+    def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Written aside and renamed: a reader never sees a part."""
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        with suppress(OSError, SafetensorError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with written_aside(self._file(name)) as aside:
+                rows = {part: tensor.contiguous() for part, tensor in tensors.items()}
+                save_file(rows, aside, metadata={"key": self._name(name)})
+
+    def _name(self, name: str) -> str:
+        return json.dumps(self._key | {"text": name}, sort_keys=True, ensure_ascii=False)
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{hashlib.sha256(self._name(name).encode()).hexdigest()[:32]}.safetensors"

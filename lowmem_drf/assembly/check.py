@@ -89,7 +89,9 @@ def checked_questions(
         ours = not prompt.questions and config.critic.questions in ("critic", "phrases")
         verdicts = check(prompt, made, rebuilds=replaces and ours and check.grammar == "phrases")
         if replaces and _nothing_about_the_prompt(verdicts):
-            spare = make_questions(prompt.text, config.critic.mode, check.grammar, check.foils, check.still)
+            spare = make_questions(
+                prompt.text, config.critic.mode, check.grammar, check.foils, check.still, prompt.image is not None
+            )
             again = check(prompt, [q for q in spare if q.aspect == "TA"], rebuilds=False)
             if _nothing_about_the_prompt(again):
                 again = [Verdict(v.question, v.told, None, "asked all the same: no other is left") for v in again]
@@ -116,7 +118,8 @@ class _Check:
         yesno = any(is_fixed(q) and q.kind == "yesno" for q in questions)
         dense = any(is_fixed(q) and q.kind == "dense" for q in questions)
         rebuilds = rebuilds and (yesno or dense)
-        about = fixed.about_text(self.still) if rebuilds else []
+        begins = prompt.image is not None
+        about = fixed.about_text(self.still, begins) if rebuilds else []
         asked = [q for q in questions if not (is_fixed(q) and (rebuilds or q.kind == "dense"))]
         described, blind = map(of_image, (DESCRIBED, BLIND)) if self._of_images else (DESCRIBED, BLIND)
         told = self._probabilities(described.format(prompt=prompt.text), [*map(checkable, asked), *about])
@@ -129,7 +132,7 @@ class _Check:
         unfit = {
             q.name for q in about if contradicted(by_text[q.text]) or (q.aspect == "TA" and by_text[q.text] < SURE)
         }
-        chosen = fixed.checks(prompt.text, unfit, self.still)
+        chosen = fixed.checks(prompt.text, unfit, self.still, begins)
         kept = [*(fixed.yesno(chosen) if yesno else ()), *(fixed.dense(chosen, self.still) if dense else ())]
         kept = [*about_image(kept)] if self.still else kept
         dropped = [q for q in questions if is_fixed(q) and q.kind == "yesno" and q not in kept]

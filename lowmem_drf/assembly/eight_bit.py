@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from lowmem_drf.assembly.conditions import DTYPES
 from lowmem_drf.assembly.rungs import value_of
-from lowmem_drf.assembly.text_cache import DTYPES
 from lowmem_drf.models.attention import BEHIND_INT8
 from lowmem_drf.ops import AttentionName, why_no_int8
 from lowmem_drf.schema import Config

@@ -14,6 +14,7 @@ from lowmem_drf.method.schedule import flow_sigmas
 from lowmem_drf.method.step import rollout
 from lowmem_drf.models.lora.adapter import lora_scale
 from lowmem_drf.schema import Config, Sampler
+from lowmem_drf.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,11 @@ class Generated:
 
 
 @torch.no_grad()
-def generate(models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequence[int]) -> Generated:
-    """A clip per text and seed, with the LoRA at its present scale. A clip depends only on its own text and seed."""
+def generate(models: Models, sampler: Sampler, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Generated:
+    """A clip per prompt and seed, with the LoRA at its present scale. A clip depends only on its own prompt and
+    seed."""
     sigmas = flow_sigmas(sampler.steps, sampler.shift, sampler.timesteps)
-    cond, uncond = models.condition(texts), models.no_condition(len(texts))
+    cond, uncond = models.condition(prompts), models.no_condition(prompts)
     norms: list[Tensor] = []
     models.residency.need_for("rollout")
     x_0, _ = rollout(
@@ -55,36 +57,42 @@ def flaw(frames: Tensor) -> str:
 
 
 def batches(
-    models: Models, sampler: Sampler, texts: Sequence[str], seeds: Sequence[int], size: int, ranks: Ranks, unit: int = 1
+    models: Models,
+    sampler: Sampler,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    size: int,
+    ranks: Ranks,
+    unit: int = 1,
 ) -> Iterator[tuple[range, Generated, bool]]:
-    """Yields (indices, clips, new) of batches of ``size`` over this rank's share of the texts.
+    """Yields (indices, clips, new) of batches of ``size`` over this rank's share of the prompts.
 
     All ranks generate equally many batches, because partitioned weights are gathered by all of them together: a rank
-    with fewer texts repeats the first batch, with ``new`` False. ``unit``: consecutive texts to keep on one rank.
+    with fewer prompts repeats the first batch, with ``new`` False. ``unit``: consecutive prompts to keep on one rank.
     """
-    parts = [range(part.start * unit, part.stop * unit) for part in ranks.parts(len(texts) // unit)]
+    parts = [range(part.start * unit, part.stop * unit) for part in ranks.parts(len(prompts) // unit)]
     mine = parts[ranks.rank]
     for number in range(max(-(-len(part) // size) for part in parts)):
         new = number * size < len(mine)
-        here = mine[number * size : (number + 1) * size] if new else range(min(size, len(texts)))
-        yield here, generate(models, sampler, texts[here.start : here.stop], seeds[here.start : here.stop]), new
+        here = mine[number * size : (number + 1) * size] if new else range(min(size, len(prompts)))
+        yield here, generate(models, sampler, prompts[here.start : here.stop], seeds[here.start : here.stop]), new
 
 
 def base_and_tuned(
-    config: Config, models: Models, texts: Sequence[str], seed: int, scale: float = 1.0, with_base: bool = True
+    config: Config, models: Models, prompts: Sequence[Prompt], seed: int, scale: float = 1.0, with_base: bool = True
 ) -> Iterator[tuple[Tensor | None, Tensor]]:
-    """Yields (base clip, tuned clip) for each text, from the same noise; the base is ``None`` unless ``with_base``.
+    """Yields (base clip, tuned clip) for each prompt, from the same noise; the base is ``None`` unless ``with_base``.
 
     Clips are (T, 3, H, W), fp32 in [0, 1], on the host, generated ``log.eval_batch`` at a time. ``scale`` multiplies
     the LoRA of the tuned clip.
     """
 
-    def clips(some: Sequence[str], lora: float) -> list[Tensor]:
+    def clips(some: Sequence[Prompt], lora: float) -> list[Tensor]:
         with lora_scale(models.transformer, lora):
             return list(generate(models, config.sampler, some, [seed] * len(some)).frames_BTCHW.float().cpu())
 
     size = config.log.eval_batch
-    for first in range(0, len(texts), size):
-        some = texts[first : first + size]
+    for first in range(0, len(prompts), size):
+        some = prompts[first : first + size]
         tuned = clips(some, scale)
         yield from zip(clips(some, 0.0) if with_base else [None] * len(some), tuned, strict=True)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lowmem_drf.assembly.conditions import DTYPES
 from lowmem_drf.assembly.eight_bit import (
     GRADED,
     LEVERS,
@@ -34,7 +35,6 @@ from lowmem_drf.assembly.eight_bit import (
     on_auto,
     options_of,
 )
-from lowmem_drf.assembly.text_cache import DTYPES
 from lowmem_drf.assembly.trials import Timer, Work, card_seconds, tried
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import BadInputError

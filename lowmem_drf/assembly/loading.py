@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem_drf.assembly.assemble import Models, assemble, critic_rate, resolve_device
+from lowmem_drf.assembly.conditions import DTYPES, encode_images, encode_texts, require_images
 from lowmem_drf.assembly.cudnn import require_fast_vae
 from lowmem_drf.assembly.sizes import free_bytes, require_room, sizes_of
-from lowmem_drf.assembly.text_cache import DTYPES, encode_texts
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.libraries import import_all
@@ -29,6 +29,7 @@ from lowmem_drf.models.weights.sources import READER, TOYWORLD, resolve
 from lowmem_drf.schema import Config, Parkable
 from lowmem_drf.shortage import during
 from lowmem_drf.terminal import say
+from lowmem_drf.types import Prompt
 
 if TYPE_CHECKING:
     from lowmem_drf.models.family import GeneratorConfig
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 def load_models(
     config: Config,
-    texts: Sequence[str],
+    prompts: Sequence[Prompt],
     with_critic: bool = True,
     ranks: Ranks = ALONE,
     clips: Mapping[str, int] | None = None,
@@ -48,7 +49,7 @@ def load_models(
     lora_scale: float = 1.0,
     kernels: Mapping[str, Any] | None = None,
 ) -> Models:
-    """Loads every model of the configuration. The text encoder is freed once ``texts`` are encoded.
+    """Loads every model of the configuration. The encoders are freed once ``prompts`` are encoded.
 
     Everything is downloaded and checked before anything is loaded. One rank per machine downloads and encodes for all;
     under ZeRO-3 the transformer is partitioned while it is read.
@@ -75,6 +76,7 @@ def load_models(
         generator = prepare_generator(config)
         described = generator_config(str(generator))
         require_expert(config, described)
+        require_images(prompts, described, config.model.id)
         require_room(config, described, clips or {}, *free_bytes(device))
         family = family_of(described)
         shapes = family.parameter_shapes(described.transformer)
@@ -98,7 +100,9 @@ def load_models(
         check_host_memory(generator, "generator", DTYPES[config.dtype].itemsize, without, single)
         text_device = torch.device("cpu") if config.memory.text_device == "host" else device
         with during("text"):
-            encoded = encode_texts(config, str(generator), [*texts, config.sampler.negative_prompt], text_device)
+            texts = [*(prompt.text for prompt in prompts), config.sampler.negative_prompt]
+            encoded = encode_texts(config, str(generator), texts, text_device)
+            images = encode_images(config, str(generator), [p.image for p in prompts if p.image], device)
     taken = None
     if config.engine == "zero3":
         from lowmem_drf.distributed.zero import Partition
@@ -121,7 +125,7 @@ def load_models(
         tiny = load_tiny(small, sizes, DTYPES[config.memory.vae_dtype], device)
     models = assemble(
         config, transformer, vae, critic, encoded, device, meter, other=other, kernels=kernels, ranks=ranks, tiny=tiny,
-        rewards=rewards,
+        rewards=rewards, images=images,
     )  # fmt: skip
     if adapters:
         attach_lora(models.transformer, adapters)

@@ -90,7 +90,9 @@ def draft_questions(
     for prompt in prompts:
         try:
             asked = prompt.questions or given.get(prompt.text)
-            made[prompt.id] = asked or make_questions(prompt.text, config.critic.mode, grammar, pool, is_still(config))
+            made[prompt.id] = asked or make_questions(
+                prompt.text, config.critic.mode, grammar, pool, is_still(config), prompt.image is not None
+            )
         except BadInputError as error:
             refused.append((prompt, error))
     if refused:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from lowmem_drf.assembly.text_cache import DTYPES
+from lowmem_drf.assembly.conditions import DTYPES
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.weights.packed_linear import PackedLinear
 from lowmem_drf.ops import (

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from lowmem_drf.assembly.assemble import Models, assemble, critic_rate, resolve_device
+from lowmem_drf.assembly.conditions import DTYPES
 from lowmem_drf.assembly.cudnn import require_fast_vae
 from lowmem_drf.assembly.loading import with_partitioned_critic
 from lowmem_drf.assembly.sizes import free_bytes, require_room, sizes_of
-from lowmem_drf.assembly.text_cache import DTYPES
 from lowmem_drf.config import change, chosen_preset, load_config, preset_card, preset_path
 from lowmem_drf.distributed.ranks import join
 from lowmem_drf.doctor.card_rates import measured_rates

@@ -115,7 +115,6 @@ def _measured(chosen: Tuned, trial: Trial, console: Console, watch: Any) -> tupl
     """The finished trial and both sides. All models are gone when it returns."""
     config = chosen.config
     clips = {"log.eval_batch": min(config.log.eval_batch, len(trial.prompts) * trial.seeds)}
-    texts = [prompt.text for prompt in trial.prompts]
     exact = change(config, ["model.decoder=exact"])  # clips are decoded by the VAE in any case
     turns: list[tuple[bool, Sequence[str]]] = [(True, evaluate.SIDES)]
     if chosen.is_merged:
@@ -124,7 +123,7 @@ def _measured(chosen: Tuned, trial: Trial, console: Console, watch: Any) -> tupl
     sides: dict[str, Measured] = {}
     for with_lora, names in turns:
         with showing(console):
-            models = tuned.load(chosen, texts, exact, clips=clips, with_lora=with_lora)
+            models = tuned.load(chosen, trial.prompts, exact, clips=clips, with_lora=with_lora)
         models.awake("critic")
         if not sides:
             trial = evaluate.finish_trial(config, trial, models.critic, console)

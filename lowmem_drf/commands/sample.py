@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +14,17 @@ from lowmem_drf.assembly.generate import NAN, base_and_tuned, flaw
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.files import readable_name, require_output, short_hash
 from lowmem_drf.models.weights.sources import TOYWORLD
-from lowmem_drf.prompts import load_prompts
+from lowmem_drf.prompts import as_prompts, load_prompts
 from lowmem_drf.schema import Config
 from lowmem_drf.shared import tuned
 from lowmem_drf.terminal import make_console, say, showing, work_bar
-from lowmem_drf.training.previews import preview_texts
+from lowmem_drf.training.previews import preview_prompts
 from lowmem_drf.video import is_own_mp4, read_video, side_by_side, watchable_upscale, write_mp4, write_png
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from lowmem_drf.types import Prompt
 
 SAMPLES = Path("samples")
 """Of a preset, in the current folder; a run's clips go into the run."""
@@ -41,17 +43,35 @@ class Clip:
         return read_video(self.path)[0]
 
 
-def sample_command(*arguments: Any, **named: Any) -> None:
-    """``sample_clips``, and prints the path of every clip."""
-    for clip in sample_clips(*arguments, **named):
+def sample_command(
+    run: Path | None,
+    lora: Path | None,
+    texts: Sequence[str],
+    file: Path | None,
+    image: Path | None,
+    *arguments: Any,
+    **named: Any,
+) -> None:
+    """``sample_clips``, and prints the path of every clip.
+
+    Args:
+        file: prompts after those of ``texts``.
+        image: with which the clips of ``texts`` begin.
+
+    Raises BadInputError: ``image`` is no file, or has no text.
+    """
+    if image is not None and not (texts and image.is_file()):
+        why = f"{image} does not exist" if texts else "give its prompt with --prompt; a file names its own images"
+        raise BadInputError(f"--image: {why}.")
+    asked = [replace(prompt, image=str(image) if image else None) for prompt in as_prompts(texts)]
+    for clip in sample_clips(run, lora, (*asked, *(load_prompts(file) if file else ())), *arguments, **named):
         print(clip.path, flush=True)
 
 
 def sample_clips(
     run_folder: Path | None,
     lora: Path | None,
-    texts: Sequence[str],
-    file: Path | None,
+    asked: Sequence[Prompt],
     compare: bool,
     scale: float,
     seed: int,
@@ -64,6 +84,7 @@ def sample_clips(
     """Writes a clip per prompt, and yields it. In a folder an image has a PNG beside it.
 
     Args:
+        asked: default: the sample prompts of the run or the preset.
         preset: in place of a run: its generator, with the file ``lora`` if there is one.
         best: take the run's best update, not its last.
 
@@ -77,7 +98,7 @@ def sample_clips(
     besides = "; or sample without a run: lowmem-drf sample --preset toy"
     chosen = tuned.choose(run_folder, preset, lora, overrides, best, compare or scale != 1, besides)
     config, run = chosen.config, chosen.run
-    wanted = _texts(config, texts, file)
+    wanted = _wanted(config, asked)
     place = run / "samples" if run else SAMPLES / Path(preset or "").stem
     changed = f"-{short_hash(' '.join(overrides))}" if overrides else ""
     variant = f"seed{seed}{'' if scale == 1 else f'-lora{scale:g}'}{'-compare' if compare else ''}{changed}"
@@ -113,7 +134,7 @@ def sample_clips(
                     write_png(path.with_suffix(".png"), after, upscale)
             else:
                 write_mp4(path, side_by_side((base, after), ("base", label), upscale), config.video.fps)
-            yield Clip(wanted[i], path)
+            yield Clip(wanted[i].text, path)
     if flaws:
         shown = "; ".join(flaws[:3]) + (f"; and {len(flaws) - 3} more" if len(flaws) > 3 else "")
         raise LowmemError(
@@ -134,32 +155,34 @@ def _cure(run: Path | None, from_file: bool) -> str:
     return f"{good} less of the LoRA, --lora-scale 0.5; lowmem-drf inspect-lora says which model it was made for."
 
 
-def _texts(config: Config, texts: Sequence[str], file: Path | None) -> list[str]:
+def _wanted(config: Config, asked: Sequence[Prompt]) -> Sequence[Prompt]:
     """The user's prompts, or else the sample prompts of the run or the preset."""
-    asked = [*texts, *(prompt.text for prompt in (load_prompts(file) if file else ()))]
-    if any(not text.strip() for text in asked):
+    if any(not prompt.text.strip() for prompt in asked):
         raise BadInputError(
             'a prompt is empty. Give it some words: --prompt "a red circle moves left on a gray background"'
         )
     named = not isinstance(config.log.sample_prompts, int)
     if not asked and not named and not config.prompts:
         raise BadInputError('no prompts: give one with --prompt "a corgi surfing a wave", or a file with --prompts.')
-    return asked or preview_texts(config, () if named or config.prompts == TOYWORLD else run_prompts(config))
+    return asked or preview_prompts(config, () if named or config.prompts == TOYWORLD else run_prompts(config))
 
 
-def _paths(output: Path, texts: Sequence[str], variant: str, is_folder: bool, force: bool) -> list[Path]:
+def _paths(output: Path, prompts: Sequence[Prompt], variant: str, is_folder: bool, force: bool) -> list[Path]:
     """One path per prompt: ``output`` itself if it ends in .mp4, else files in it. ``variant``: what tells clips of one
     prompt apart. Checks that they may be written."""
     if not is_folder and output.suffix.lower() == ".mp4":
-        if len(texts) > 1:
-            raise BadInputError(f"--output {output} is one file, and there are {len(texts)} prompts. Give a folder.")
+        if len(prompts) > 1:
+            raise BadInputError(f"--output {output} is one file, and there are {len(prompts)} prompts. Give a folder.")
         paths = [output]
     elif not is_folder and output.suffix:
         raise BadInputError(f"--output {output}: clips are MP4 files. Give a name that ends in .mp4, or a folder.")
     else:
-        number = f"{{:0{len(str(len(texts)))}d}}-" if len(texts) > 1 else ""
-        numbered = [(number.format(i), text) for i, text in enumerate(texts, 1)]
-        paths = [output / readable_name(text, i, f"-{short_hash(text)}-{variant}.mp4") for i, text in numbered]
+        number = f"{{:0{len(str(len(prompts)))}d}}-" if len(prompts) > 1 else ""
+        numbered = [(number.format(i), prompt) for i, prompt in enumerate(prompts, 1)]
+        paths = [
+            output / readable_name(prompt.text, i, f"-{short_hash(prompt.text + (prompt.image or ''))}-{variant}.mp4")
+            for i, prompt in numbered
+        ]
     for path in paths:
         require_output(path, "--output", is_own_mp4, force, kind="clip")
     return paths

@@ -195,7 +195,7 @@ def start(
     from lowmem_drf.training.loop import train
     from lowmem_drf.training.lora_file import lora_to_begin_with
     from lowmem_drf.training.metrics import require_trackers
-    from lowmem_drf.training.previews import as_previewed, preview_texts
+    from lowmem_drf.training.previews import as_previewed, preview_prompts
 
     console = make_console(soft_wrap=True, quiet=not ranks.chief)
     prompts = run_prompts(config)
@@ -231,17 +231,17 @@ def start(
         console.print(text, highlight=False, markup=False)
 
     with claim(run, say, resume) if ranks.chief else nullcontext():
-        previews = preview_texts(config, used)
-        texts = [prompt.text for prompt in (*prompts, *(trial.prompts if trial else ()))]
+        previews = preview_prompts(config, used)
         if config.critic.writer and needs_writer(config) and ranks.chief:  # cached before the memory is taken
             unwritten = [prompt for prompt in prompts if prompt.id not in ready]
             with during("questions"), showing(console):
                 write_missing(config, [*unwritten, *(trial.prompts if trial else ())], None, console)
+        made_of = (*prompts, *(trial.prompts if trial else ()), *previews)
         shown = max(len(previews) if log.sample_every else 0, log.eval_prompts * log.eval_seeds, looked_at * SEEDS)
         clips = {"micro_batch": config.micro_batch, "log.eval_batch": min(log.eval_batch, shown)}
         with during("loading"), showing(console):
             kernels = saved_choice(run, say) if resume and ranks.chief else None
-            models = load_models(config, [*texts, *previews], ranks=ranks, clips=clips, kernels=kernels)
+            models = load_models(config, made_of, ranks=ranks, clips=clips, kernels=kernels)
             as_previewed(config, models)  # a size that does not fit is said before anything is written
             lora, seed = config.lora, derive_seed(config.seed, "lora")
             add_lora(models.transformer, **lora.adapter, seed=seed)

@@ -21,10 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lowmem_drf.assembly.assemble import Models, assemble, critic_rate, run_prompts
+from lowmem_drf.assembly.conditions import DTYPES
 from lowmem_drf.assembly.kernel_choice import choose_planned
 from lowmem_drf.assembly.questions import draft_questions
 from lowmem_drf.assembly.sizes import sizes_of
-from lowmem_drf.assembly.text_cache import DTYPES
 from lowmem_drf.models.experts import make_transformers
 from lowmem_drf.models.family import GeneratorConfig
 from lowmem_drf.models.generators import family_of

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from lowmem_drf.assembly.conditions import BATCH, DTYPES, LARGE_BYTES
 from lowmem_drf.assembly.eight_bit import in_8_bit
 from lowmem_drf.assembly.sizes import require_room, sizes_of
-from lowmem_drf.assembly.text_cache import BATCH, DTYPES, LARGE_BYTES
 from lowmem_drf.libraries import uncollected
 from lowmem_drf.models import import_models
 from lowmem_drf.models.experts import require_expert

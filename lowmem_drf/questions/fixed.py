@@ -149,6 +149,16 @@ QUALITY = (
 )  # fmt: skip
 
 
+FIRST_FRAME = Check("first_frame", "true to its first frame",
+  ("Does the video keep the subject, the colors and the background of its first frame?",
+   "Do people, things and scenery in this clip look to the end as they did in its first frame?"),
+  ("Does the video turn into another subject or scene after its first frame?",
+   "Does what this clip shows soon differ in its looks from the first frame?"),
+  CHANGE + BREAK + GROW + FLUID + UNREAL + LAPSE + LIGHTS + "cuts?_to scene_chang transition another_scene next_scene "
+  "chang(?:e|es|ing) fad(?:e|es|ing) zoom pans_ panning camera_(?:fl|mov|pan|turn|orbit)")  # fmt: skip
+"""Of the quality of a clip that begins with a given image: as the subject and background consistency of VBench
+(arXiv 2311.17982). Asked first, in the place of the last."""
+
 _DENSE = (
     "Explain whether the motion in this video is physically plausible.",
     "Explain the visual quality of this video.",
@@ -157,39 +167,42 @@ _DENSE = (
 
 def texts() -> frozenset[str]:
     """Every question of this file, in both wordings, of clips and of images."""
-    every = (text + ANSWER for check in (*PHYSICS, *QUALITY) for text in (*check.good, *check.bad))
+    every = (text + ANSWER for check in (*PHYSICS, *QUALITY, FIRST_FRAME) for text in (*check.good, *check.bad))
     return frozenset(said for text in (*every, *_DENSE) for said in (text, of_image(text)))
 
 
-def about_text(still: bool = False) -> list[Question]:
+def about_text(still: bool = False, begins: bool = False) -> list[Question]:
     """What a critic that reads the prompt answers to choose the properties. If it gives the opposite of an answer, its
-    ``name`` belongs to ``contradicted`` of ``checks``."""
-    every = (*PHYSICS, *QUALITY)
+    ``name`` belongs to ``contradicted`` of ``checks``. ``still``, ``begins``: as there."""
+    quality = (FIRST_FRAME, *QUALITY) if begins else QUALITY
+    every = (*PHYSICS, *quality)
     abouts = dict.fromkeys(check.about for check in every if check.about)
     made = [
-        *yesno({"Phy": PHYSICS, "VQ": QUALITY}),
+        *yesno({"Phy": PHYSICS, "VQ": quality}),
         *(Question("TA", about + ANSWER, "yes", name=about) for about in abouts),
     ]
     return [*about_image(made)] if still else made
 
 
 def checks(
-    prompt: str, contradicted: Collection[str] | None = None, still: bool = False
+    prompt: str, contradicted: Collection[str] | None = None, still: bool = False, begins: bool = False
 ) -> dict[Aspect, tuple[Check, ...]]:
     """The first ``PAIRS`` properties of each aspect that the prompt does not contradict, and at least ``FEWEST``.
 
     Args:
         contradicted: the names of the others, from a critic that read the prompt (``check``). ``None``: by stems.
         still: only those that an image can have.
+        begins: the clip begins with a given image.
     """
+    quality = (FIRST_FRAME, *QUALITY) if begins else QUALITY
     low = prompt.casefold()
     if contradicted is None:
         there = re.sub(rf"(?:{NEGATION.pattern})[^,.;，。；、]*", "", low)
-        unfit = {check.name for check in (*PHYSICS, *QUALITY) if check.needs and not _has(there, check.needs)}
-        contradicted = {check.name for check in (*PHYSICS, *QUALITY) if _has(low, check.contradicted)}
+        unfit = {check.name for check in (*PHYSICS, *quality) if check.needs and not _has(there, check.needs)}
+        contradicted = {check.name for check in (*PHYSICS, *quality) if _has(low, check.contradicted)}
     else:
-        unfit = {check.name for check in (*PHYSICS, *QUALITY) if check.about in contradicted}
-    chosen: dict[Aspect, tuple[Check, ...]] = {"Phy": PHYSICS, "VQ": QUALITY}
+        unfit = {check.name for check in (*PHYSICS, *quality) if check.about in contradicted}
+    chosen: dict[Aspect, tuple[Check, ...]] = {"Phy": PHYSICS, "VQ": quality}
     for aspect, every in chosen.items():
         asked = [check for check in every if check.name not in unfit and not (still and check.name in OVER_TIME)]
         kept = [check for check in asked if check.name not in contradicted][:PAIRS]

@@ -27,6 +27,7 @@ def make_questions(
     grammar: Grammar = "phrases",
     others: Sequence[phrases.Foil] = (),
     still: bool = False,
+    begins: bool = False,
 ) -> tuple[Question, ...]:
     """The questions of a prompt.
 
@@ -36,6 +37,7 @@ def make_questions(
             never uses.
         others: ``foils`` of the prompt's set.
         still: about an image (``still``).
+        begins: the clip begins with a given image. Critics of ToyWorld's grammar are not asked about that.
 
     Raises:
         BadInputError: unknown mode or grammar; ToyWorld's: not exactly one shape, color, motion and background.
@@ -45,7 +47,7 @@ def make_questions(
     if grammar not in get_args(Grammar):
         raise BadInputError(f"the grammar {grammar!r} is unknown. Use one of: {', '.join(get_args(Grammar))}.")
     if grammar == "phrases":
-        asked = phrases.questions(prompt, mode, others, still)
+        asked = phrases.questions(prompt, mode, others, still, begins)
         return about_image(asked) if still else asked
     made = _toyworld_questions(prompt, mode)
     made = tuple(question for question in made if not (still and question.name in TOYWORLDS))

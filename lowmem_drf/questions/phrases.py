@@ -98,12 +98,14 @@ def language(text: str) -> str:
     return max(hits, key=lambda name: hits[name]) if any(hits.values()) else "en"
 
 
-def questions(prompt: str, mode: str, others: Sequence[Foil] = (), still: bool = False) -> tuple[Question, ...]:
-    """The questions of a prompt in a mode of ``make_questions``. ``others``: ``foils`` of the prompt's set."""
+def questions(
+    prompt: str, mode: str, others: Sequence[Foil] = (), still: bool = False, begins: bool = False
+) -> tuple[Question, ...]:
+    """The questions of a prompt in a mode of ``make_questions``; arguments as there."""
     text, heldout = cut(prompt), mode == "heldout"
     if mode == "vanilla":
         return (_yesno(_WHOLE[0].format(text.whole) if text.whole else _NOTHING[0], "global"),)
-    checks = fixed.checks(prompt, still=still)
+    checks = fixed.checks(prompt, still=still, begins=begins)
     made: list[Question] = []
     if mode in {"yesno", "both", "heldout"}:
         made += about(text, heldout)

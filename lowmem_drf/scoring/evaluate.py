@@ -204,7 +204,7 @@ def measure_prompts(
     judged = oracle_for(config, texts) is not None
     rows, drift = dict[int, dict[str, float]](), Drift()
     of_a_prompt: list[tuple[Tensor, dict[str, float]]] = []
-    for here, made, new in batches(models, config.sampler, texts, seeds, config.log.eval_batch, ranks, trial.seeds):
+    for here, made, new in batches(models, config.sampler, prompts, seeds, config.log.eval_batch, ranks, trial.seeds):
         if bad := [texts[i] for i, clip in zip(here, made.frames_BTCHW, strict=True) if flaw(clip) == NAN]:
             raise NonFiniteError(
                 f"the clip of {bad[0]!r} {NAN}: there is nothing to compare. lowmem-drf sample --compare shows whether "
@@ -281,6 +281,9 @@ def heldout_questions(
     """Questions that training does not ask; empty unless every prompt allows them."""
     try:
         others = foils((prompt.text for prompt in prompts), grammar)
-        return {prompt.id: make_questions(prompt.text, "heldout", grammar, others, still) for prompt in prompts}
+        return {
+            prompt.id: make_questions(prompt.text, "heldout", grammar, others, still, prompt.image is not None)
+            for prompt in prompts
+        }
     except BadInputError:
         return {}

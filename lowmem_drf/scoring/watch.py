@@ -99,12 +99,12 @@ def look(config: Config, models: Models, trial: Trial, ranks: Ranks = ALONE) -> 
     questions, the same by aspect (``heldout_TA``), ``diversity`` and ``velocity_norm``. Every process gets them all, of
     all prompts; the same prompts have the same noise each time, so looks differ by the model alone."""
     prompts, count = trial.prompts, trial.seeds
-    texts = [prompt.text for prompt in prompts for _ in range(count)]
+    made_of = [prompt for prompt in prompts for _ in range(count)]
     seeds = [derive_seed("watch", prompt, clip) for prompt in range(len(prompts)) for clip in range(count)]
     kept, spec = list(kept_frames(config.video.frames, critic_frames(config))), reward_spec(config)
     size = max(1, config.log.eval_batch // count) * count  # whole prompts
     found: dict[str, list[float]] = {}
-    for here, made, new in batches(models, config.sampler, texts, seeds, size, ranks, count):
+    for here, made, new in batches(models, config.sampler, made_of, seeds, size, ranks, count):
         frames = made.frames_BTCHW
         rows = [clip_measures(clip) | {"velocity_norm": n} for clip, n in zip(frames, made.velocity_norms, strict=True)]
         if any(asked := asked_of(config, trial.heldout, [prompts[i // count] for i in here], held_out=True)):

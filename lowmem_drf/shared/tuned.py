@@ -27,6 +27,7 @@ from lowmem_drf.training.run_folder import find_run, in_one_process, run_config
 if TYPE_CHECKING:
     from lowmem_drf.assembly.assemble import Models
     from lowmem_drf.models.lora.changes import LoraChanges
+    from lowmem_drf.types import Prompt
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def choose(
 
 def load(
     tuned: Tuned,
-    texts: Sequence[str],
+    prompts: Sequence[Prompt],
     config: Config | None = None,
     with_critic: bool = True,
     clips: Mapping[str, int] | None = None,
@@ -116,7 +117,7 @@ def load(
     config, lora = config or tuned.config, tuned.lora if with_lora else None
     kernels = saved_choice(tuned.run, say)
     models = load_models(
-        config, texts, with_critic=with_critic, clips=clips, lora=lora, lora_scale=scale, kernels=kernels
+        config, prompts, with_critic=with_critic, clips=clips, lora=lora, lora_scale=scale, kernels=kernels
     )
     if tuned.checkpoint and with_lora:
         load_run_lora(models.transformer, tuned.checkpoint, config)

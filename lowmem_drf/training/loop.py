@@ -59,7 +59,7 @@ def train(
     models: Models,
     prompts: Sequence[Prompt],
     questions: Mapping[str, Sequence[Question]],
-    previews: Sequence[str],
+    previews: Sequence[Prompt],
     console: Console,
     ranks: Ranks = ALONE,
     abort: Callable[[BaseException], None] = lambda error: None,

@@ -14,23 +14,23 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import readable_name
 from lowmem_drf.models.generators import family_of
 from lowmem_drf.models.weights.sources import TOYWORLD
-from lowmem_drf.prompts import named_prompts
+from lowmem_drf.prompts import as_prompts, named_prompts
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import say, working
 from lowmem_drf.types import Prompt
 from lowmem_drf.video import to_pixels, watchable_upscale, write_mp4, write_png
 
 
-def preview_texts(config: Config, prompts: Sequence[Prompt]) -> list[str]:
+def preview_prompts(config: Config, prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
     """Those of ``log.sample_prompts``: for a number held-out prompts in ToyWorld, else the first of ``prompts``."""
     chosen = config.log.sample_prompts
     if not isinstance(chosen, int):
-        return [prompt.text for prompt in named_prompts(chosen)]
+        return named_prompts(chosen)
     if config.prompts == TOYWORLD:
         from lowmem_drf.toy.captions import heldout_prompts
 
-        return heldout_prompts(chosen, seed=0)
-    return [prompt.text for prompt in prompts[:chosen]]
+        return as_prompts(heldout_prompts(chosen, seed=0))
+    return tuple(prompts[:chosen])
 
 
 def as_previewed(config: Config, models: Models) -> tuple[Config, Models]:
@@ -42,6 +42,11 @@ def as_previewed(config: Config, models: Models) -> tuple[Config, Models]:
         models = replace(models, first_level=1.0)
     config = config.model_copy(update={"video": video.model_copy(update=sides), "sampler": sampler})
     if config.video != video:
+        if models.images:
+            raise BadInputError(
+                "prompts with an image have sample clips of the run's own size, for which their images are encoded. "
+                "Leave out log.sample_width, log.sample_height and log.sample_frames."
+            )
         try:
             sizes = family_of(models.transformer).sizes(models.transformer.config, models.decoder.vae.config)
             shape = latent_shape(config, sizes)
@@ -52,20 +57,21 @@ def as_previewed(config: Config, models: Models) -> tuple[Config, Models]:
 
 
 def write_previews(
-    config: Config, run: Path, models: Models, texts: Sequence[str], step: int, ranks: Ranks = ALONE
+    config: Config, run: Path, models: Models, prompts: Sequence[Prompt], step: int, ranks: Ranks = ALONE
 ) -> Path:
-    """Writes ``samples/step-000050/01-<prompt>.mp4`` for every text, from the same noise at every step. Ranks share the
-    clips, and the chief writes them, and says which are black, or NaN: those are not written. Returns the folder."""
+    """Writes ``samples/step-000050/01-<prompt>.mp4`` for every prompt, from the same noise at every step. Ranks share
+    the clips, and the chief writes them, and says which are black, or NaN: those are not written. Returns the folder.
+    """
     folder = run / "samples" / f"step-{step:06d}"
     config, models = as_previewed(config, models)
     upscale = watchable_upscale(config.video.height, config.video.width)
-    seeds = [config.log.sample_seed] * len(texts)
-    with working(f"clips of step {step}", len(texts)) as advance:
-        for here, made, new in batches(models, config.sampler, texts, seeds, config.log.eval_batch, ranks):
+    seeds = [config.log.sample_seed] * len(prompts)
+    with working(f"clips of step {step}", len(prompts)) as advance:
+        for here, made, new in batches(models, config.sampler, prompts, seeds, config.log.eval_batch, ranks):
             rows = zip(here, made.frames_BTCHW, strict=True) if new else ()
             clips = [(i, why := flaw(frames), None if why == NAN else to_pixels(frames)) for i, frames in rows]
             for i, why, pixels in (clip for some in ranks.gather(clips) for clip in some):
-                file = folder / readable_name(texts[i], f"{i + 1:02d}-", ".mp4")
+                file = folder / readable_name(prompts[i].text, f"{i + 1:02d}-", ".mp4")
                 if why and ranks.chief:
                     say(f"update {step}: the sample clip {file.name} {why}")
                 if pixels is not None and ranks.chief:

@@ -211,10 +211,9 @@ def _accumulate(
         part = slice(first, first + config.micro_batch)
         some, some_seeds = prompts[part], seeds[part]
         weight = len(some) / len(prompts)
-        cond = models.condition([prompt.text for prompt in some])
+        cond, uncond = models.condition(some), models.no_condition(some)
         asked = with_scalars(config, some, [questions[prompt.id] for prompt in some])
         noise, generators = models.noise(some_seeds), models.generators(some_seeds)
-        uncond = models.no_condition(len(some))
         found: list[NonFiniteError] = []
         stat = drf_step(parts, spec, noise, cond, uncond, asked, generators, weight, found.append)
         nothing = stat.frames_BTCHW.new_empty(0)  # a slice would keep the whole

@@ -38,7 +38,7 @@ def ready(overrides, ranks: Ranks = ALONE):
     """ToyWorld with a non-zero LoRA: (configuration, models, prompts, questions)."""
     config = load_config("toy", [*COMMON, *overrides, f"processes={ranks.count}"])
     prompts = run_prompts(config)[: config.batch]
-    models = load_models(config, [prompt.text for prompt in prompts], ranks=ranks)
+    models = load_models(config, prompts, ranks=ranks)
     add_lora(models.transformer, config.lora.rank, config.lora.alpha, config.lora.targets, seed=1)
     with torch.no_grad():
         for place, tensor in enumerate(lora_parameters(models.transformer)):

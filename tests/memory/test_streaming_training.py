@@ -18,6 +18,7 @@ from lowmem_drf.method.step import drf_step
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
 from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.stand_ins import planned_store
+from lowmem_drf.prompts import as_prompts
 from lowmem_drf.questions.make import make_questions
 
 TEXT = "a red circle moves right on a gray background"
@@ -44,11 +45,17 @@ def gradient(quant, stream=(), park=(), *overrides):
     quant, *integers = quant.split()
     products = ["model.products=int8"] if integers else []
     config = load_config("toy", [*SMALL, "dtype=bf16", f"model.quant={quant}", *products, *places, *overrides])
-    models = load_models(config, [TEXT])
+    prompts = as_prompts([TEXT])
+    models = load_models(config, prompts)
     add_lora(models.transformer, rank=4, alpha=4.0)
     randomise_lora(models.transformer)
     lora = lora_parameters(models.transformer)
-    inputs = (models.noise([3]), models.condition([TEXT]), models.no_condition(1), [make_questions(TEXT, "dense")])
+    inputs = (
+        models.noise([3]),
+        models.condition(as_prompts([TEXT])),
+        models.no_condition(as_prompts([TEXT])),
+        [make_questions(TEXT, "dense")],
+    )
     for _ in range(2):  # the second one reuses the weights, as all updates after the first do
         for parameter in lora:
             parameter.grad = None

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from bench.plans.fit import IN_README
 from bench.plans.scaling import EIGHT, stage
 from lowmem_drf import cli
-from lowmem_drf.assembly.text_cache import DTYPES
+from lowmem_drf.assembly.conditions import DTYPES
 from lowmem_drf.config import load_config, preset_card, presets
 from lowmem_drf.planner.cards import card_named, fits_in, free_of
 from lowmem_drf.planner.fake_models import fake_critic

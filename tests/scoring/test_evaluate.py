@@ -14,7 +14,7 @@ from lowmem_drf.scoring.result import Result
 def test_a_lora_that_is_not_trained_changes_nothing_and_the_result_has_the_schema():
     config = load_config("toy")
     trial = make_trial(config, (), count=5, seeds=1)
-    models = load_models(config, [prompt.text for prompt in trial.prompts])
+    models = load_models(config, trial.prompts)
     add_lora(models.transformer, 2, 2.0, config.lora.targets, seed=0)
     result = Result.model_validate(json.loads(json.dumps(compare(config, models, trial, Console(quiet=True)))))
     assert result.base == result.tuned

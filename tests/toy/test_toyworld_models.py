@@ -54,7 +54,7 @@ def test_the_distilled_generator_is_well_formed_in_4_steps():
 def test_an_update_of_the_distilled_generator():
     config = load_config("toy-fast", ["batch=1", "micro_batch=1"])
     prompts = as_prompts(train_prompts()[:1])
-    models = load_models(config, [prompt.text for prompt in prompts])
+    models = load_models(config, prompts)
     add_lora(models.transformer, config.lora.rank, config.lora.alpha, seed=0)
     parts, keeping = models.parts(lora_parameters(models.transformer)), Keeping(config, models.transformer)
     report = update(config, models, parts, keeping, 0, prompts, draft_questions(config, prompts), None)

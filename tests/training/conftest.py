@@ -23,7 +23,7 @@ def ready(tiny_preset):
 
     def make(*overrides):
         config, prompts = load_config(tiny_preset, overrides), as_prompts(PROMPTS)
-        models = load_models(config, PROMPTS)
+        models = load_models(config, prompts)
         add_lora(models.transformer, config.lora.rank, config.lora.alpha, config.lora.targets, seed=0)
         parts = models.parts(lora_parameters(models.transformer))
         return config, models, parts, prompts, draft_questions(config, prompts)

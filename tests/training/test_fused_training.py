@@ -23,6 +23,7 @@ from lowmem_drf.models.qwen_vl.critic import QwenCritic
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
 from lowmem_drf.models.wan.vae.decoder import WanDecoder
 from lowmem_drf.ops import fused_ops, naive_ops, triton_attention
+from lowmem_drf.prompts import as_prompts
 from lowmem_drf.questions.make import make_questions
 from lowmem_drf.types import Parts
 
@@ -38,8 +39,8 @@ def test_gradients_of_toyworld(monkeypatch):
     """All kernels at once: rows, attention and its kept results, the VAE's norms, LoRA layers. Their error against fp64
     is at most twice that of PyTorch's fp32."""
     config = load_config("toy", SMALL)
-    models = load_models(config, [TEXT])
-    plan, cond = step_spec(config, 0), models.condition([TEXT])
+    models = load_models(config, as_prompts([TEXT]))
+    plan, cond = step_spec(config, 0), models.condition(as_prompts([TEXT]))
     critic, questions = models.asked_critic, [make_questions(TEXT, "dense")]
     # not seed 3: its gradient is 20 times as large as those of 4 and 5, and amplifies roundings (docs/decisions.md)
     noise = draw_noise(models.latent_shape, [4])
@@ -82,4 +83,4 @@ def test_what_cannot_run_is_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for setting in ("ops=fused", *(f"attention={name}" for name in ("triton", "xformers", "flash"))):
         with pytest.raises(BadInputError, match=rf"kernels\.{setting.split('=')[0]} = .*cannot run: "):
-            load_models(load_config("toy", [*SMALL, f"kernels.{setting}"]), [TEXT])
+            load_models(load_config("toy", [*SMALL, f"kernels.{setting}"]), as_prompts([TEXT]))

@@ -60,9 +60,9 @@ def spoil(monkeypatch):
             now[0] = step + 1
             return step_spec(config, step, scales)
 
-        def spoilt(self, texts):
-            made = condition(self, texts)
-            return made * math.nan if any(text and is_bad(now[0], text) for text in texts) else made
+        def spoilt(self, prompts):
+            made = condition(self, prompts)
+            return made * math.nan if any(is_bad(now[0], prompt.text) for prompt in prompts) else made
 
         monkeypatch.setattr(updating, "step_spec", counted)
         monkeypatch.setattr(Models, "condition", spoilt)
@@ -204,7 +204,7 @@ def test_base_weights_with_nan_are_refused(which, tiny_preset, tiny_folders, tmp
 
     config = load_config(tiny_preset)
     with spoilt_weights(which, monkeypatch), pytest.raises(BadInputError, match=f"{said_of(which)}.*NaN or infinity"):
-        load_models(config, ["a red circle"])
+        load_models(config, as_prompts(["a red circle"]))
     assert finite.not_finite({"ids": torch.zeros(2, dtype=torch.int64), "large": torch.full((4,), 3e38)}) == []
 
 
@@ -269,7 +269,7 @@ def test_sample_says_which_clips_are_black_or_nan_and_fails(tiny_run, tmp_path, 
     monkeypatch.setattr(tuned, "load", lambda *rest, **more: None)
     monkeypatch.setattr(sample, "base_and_tuned", lambda *rest, **more: [(None, clip) for clip in clips])
     with pytest.raises(LowmemError, match=r"2-b-.* \(tuned\) is black; 3-c-.* \(tuned\) holds NaN") as caught:
-        sample.sample_command(tiny_run, None, ["a", "b", "c"], None, False, 1.0, 0, tmp_path / "clips")
+        sample.sample_command(tiny_run, None, ["a", "b", "c"], None, None, False, 1.0, 0, tmp_path / "clips")
     assert caught.value.exit_code == 1
     assert len(list((tmp_path / "clips").iterdir())) == len(capsys.readouterr().out.splitlines()) == 2
     assert "the LoRA of an earlier checkpoint" in str(caught.value)
@@ -283,7 +283,7 @@ def test_black_clips_of_a_preset_have_a_cure_without_a_run(lora, cure, tiny_pres
     monkeypatch.setattr(tuned, "read_lora_for", lambda *rest: SimpleNamespace(metadata={}, merged=list))
     monkeypatch.setattr(sample, "base_and_tuned", lambda *rest, **more: [(None, CLIPS["is black"])])
     with pytest.raises(LowmemError, match=cure):
-        sample.sample_command(None, lora, ["a"], None, False, 1.0, 0, tmp_path / "x.mp4", preset=str(tiny_preset))
+        sample.sample_command(None, lora, ["a"], None, None, False, 1.0, 0, tmp_path / "x.mp4", preset=str(tiny_preset))
 
 
 def test_previews_say_it_and_training_goes_on(tiny_preset, eight, tmp_path, monkeypatch, capsys):

@@ -19,6 +19,7 @@ from lowmem_drf.distributed.ranks import Ranks
 from lowmem_drf.errors import BadInputError, NonFiniteError
 from lowmem_drf.models.lora.adapter import named_lora
 from lowmem_drf.models.qwen_vl.critic import QwenCritic
+from lowmem_drf.prompts import as_prompts
 from lowmem_drf.questions.file import load_questions
 from lowmem_drf.reporting.clips import prompt_of
 from lowmem_drf.reporting.read import read_record
@@ -247,7 +248,7 @@ def test_texts_are_what_the_encoder_makes_of_them_but_kept_short(ready):
 
     config, models, *_ = ready()
     expected = load_text(config.model.id).encode([*PROMPTS, ""], config.model.text_tokens)
-    assert torch.equal(models.condition([*PROMPTS, ""]), expected)
+    assert torch.equal(models.condition(as_prompts([*PROMPTS, ""])), expected)
     assert len(models.texts[""]) < config.model.text_tokens
     assert models.texts[""].untyped_storage().nbytes() == models.texts[""].nbytes
 

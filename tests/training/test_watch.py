@@ -58,7 +58,8 @@ def test_the_alarm_is_said_ends_the_run_and_leaves_the_best_update(tiny_preset, 
     assert "update 2: the reward rises, but" in said and "diversity" in said and "update before it is 1" in said
     assert "It ends here" in said and json.loads((run / "eval.json").read_text())["step"] == 2
     assert sorted(os.listdir(run / "checkpoints")) == ["best", "step-000001", "step-000002"] and best_step(run) == 1
-    sample_command(run, None, ["a red circle moves left on a gray background"], None, False, 1.0, 0, None, best=True)
+    prompts = ["a red circle moves left on a gray background"]
+    sample_command(run, None, prompts, None, None, False, 1.0, 0, None, best=True)
     assert "step-000001" in capfd.readouterr().out
     assert "step-000001" in str(export_run(run, best=True).paths[0])
     (tmp_path / "one.txt").write_text("a red circle moves left on a gray background\n")

@@ -184,7 +184,8 @@ def test_its_updates_follow_those_of_fp32_moments():
     moved = {}
     for name in ("adamw", "adamw8bit"):
         config = load_config("toy", [*SHORT, f"optim.name={name}", "lora.rank=32", "critic.mode=vanilla"])
-        models, prompts = load_models(config, texts), as_prompts(texts)
+        prompts = as_prompts(texts)
+        models = load_models(config, prompts)
         add_lora(models.transformer, config.lora.rank, config.lora.alpha, config.lora.targets, seed=0)
         parts, questions = models.parts(lora_parameters(models.transformer)), draft_questions(config, prompts)
         trainer, before = (

@@ -10,6 +10,7 @@ from lowmem_drf.commands.train import train_command
 from lowmem_drf.config import load_config
 from lowmem_drf.models.lora.adapter import lora_layers
 from lowmem_drf.models.lora.reading import read_lora
+from lowmem_drf.prompts import as_prompts
 from lowmem_drf.training.checkpoint import checkpoint_folder
 from lowmem_drf.training.lora_file import load_run_lora
 from lowmem_drf.training.run_folder import run_config
@@ -53,7 +54,7 @@ def test_rslora_has_the_scale_of_pefts(tiny_preset, tmp_path):
     scale = model.base_model.model[0].scaling["default"]
     pairs = read_lora(checkpoint_folder(run) / "lora.safetensors").pairs
     config = run_config(run)
-    models = load_models(config, ["a red circle"], with_critic=False)
+    models = load_models(config, as_prompts(["a red circle"]), with_critic=False)
     load_run_lora(models.transformer, checkpoint_folder(run), config)
     layers = lora_layers(models.transformer).values()
     found = [*(pair.scale for pair in pairs.values()), *(layer.scaling["default"] for layer in layers)]

@@ -13,7 +13,7 @@ from _sd3 import CHANNELS, CLIP_TOKENS, POOLED, save_tiny_sd3, tiny_sd3_transfor
 from _tiny import TEXT_DIM, randomise_lora, save_tiny_critic, tiny_critic
 from safetensors.torch import load_file as read_file
 
-from lowmem_drf.assembly import text_cache
+from lowmem_drf.assembly import conditions
 from lowmem_drf.commands.bench import count_bytes
 from lowmem_drf.commands.export_lora import export_run
 from lowmem_drf.commands.train import train_command
@@ -205,7 +205,7 @@ def test_parameter_shapes_are_those_of_the_class():
 
 def test_text_encoders_are_held_one_after_the_other_and_cached_together(folder, preset, tmp_path, monkeypatch):
     monkeypatch.setenv("LOWMEM_DRF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(text_cache, "LARGE_BYTES", 1)
+    monkeypatch.setattr(conditions, "LARGE_BYTES", 1)
     load, seen = sd3.load_text, []
 
     def watched(*arguments):
@@ -217,12 +217,12 @@ def test_text_encoders_are_held_one_after_the_other_and_cached_together(folder, 
 
     monkeypatch.setattr(sd3, "load_text", watched)
     config, texts = load_config(preset), ["a red circle", "", "a red circle"]
-    first = text_cache.encode_texts(config, str(folder), texts, CPU)
+    first = conditions.encode_texts(config, str(folder), texts, CPU)
     assert len(seen) == 3 and all(row.shape == (ROWS, TEXT_DIM) for row in first.values())
-    again = text_cache.encode_texts(config, str(folder), texts, CPU)
+    again = conditions.encode_texts(config, str(folder), texts, CPU)
     assert len(seen) == 3 and all(torch.equal(first[text], again[text]) for text in texts)
     with pytest.raises(BadInputError, match="model.text_tokens = 8 is too few"):
-        text_cache.encode_texts(load_config(preset, ["model.text_tokens=8"]), str(folder), texts, CPU)
+        conditions.encode_texts(load_config(preset, ["model.text_tokens=8"]), str(folder), texts, CPU)
 
 
 def test_all_encoders_and_tokenizers_are_downloaded_and_missed(tmp_path):

@@ -60,7 +60,7 @@ def configured(tiny_preset, folder: Path):
 
 def loaded(config):
     """(models with a LoRA whose B is not zero, its tensors)."""
-    models = load_models(config, PROMPTS)
+    models = load_models(config, as_prompts(PROMPTS))
     add_lora(models.transformer, config.lora.rank, config.lora.alpha, config.lora.targets, seed=0)
     lora = lora_parameters(models.transformer)
     with torch.no_grad():
@@ -285,12 +285,12 @@ def test_one_is_on_the_card_at_a_time(configured, expert) -> None:
 
     for model in both.values():
         model.register_forward_pre_hook(awake)
-    made = generate(models, config.sampler, PROMPTS, [0, 1])
+    made = generate(models, config.sampler, as_prompts(PROMPTS), [0, 1])
     order = ["expert", "transformer", "transformer"] if expert is LOW else ["transformer", "expert", "expert"]
     assert seen == [{name} for name in order for _ in range(2)]  # with guidance two passes a step
     awake()
     assert seen[-1] == set()  # the VAE's turn
-    resident = generate(loaded(configured(*expert))[0], config.sampler, PROMPTS, [0, 1])
+    resident = generate(loaded(configured(*expert))[0], config.sampler, as_prompts(PROMPTS), [0, 1])
     assert torch.equal(made.frames_BTCHW, resident.frames_BTCHW)
 
 
@@ -330,7 +330,7 @@ def test_a_run_from_the_command_to_the_file(tiny_preset, folder: Path, tmp_path)
     overrides = [f'model.id="{folder.as_posix()}"', *LOW, "log.sample_every=0", 'memory.park=["transformer"]']
     run = tmp_path / "run"
     train_command(str(tiny_preset), None, run, 1, None, False, overrides, False)
-    sample_command(run, None, PROMPTS[:1], None, True, 1.0, 0, tmp_path / "clip.mp4")
+    sample_command(run, None, PROMPTS[:1], None, None, True, 1.0, 0, tmp_path / "clip.mp4")
     assert (tmp_path / "clip.mp4").stat().st_size > 0
     exported = export_run(run, form="diffusers")
     assert exported.paths == (run / "run-step-000001-low-noise.diffusers.safetensors",)
@@ -353,7 +353,7 @@ def test_an_exported_file_is_read_by_the_pipeline_it_is_for(tiny_preset, folder:
     (file,) = export_run(run, dtype="fp32").paths
     pipe = WanPipeline.from_pretrained(folder)
     pipe.load_lora_weights(file, load_into_transformer_2=True)
-    models = load_models(load_config(run / "config.toml"), PROMPTS, with_critic=False)
+    models = load_models(load_config(run / "config.toml"), as_prompts(PROMPTS), with_critic=False)
     load_run_lora(models.transformer, checkpoint_folder(run), load_config(run / "config.toml"))
     x, text = tiny_latents(1, dtype=torch.float32), tiny_condition(1, torch.float32)
     with torch.no_grad():

@@ -11,8 +11,8 @@ import pytest
 import torch
 from _tiny import save_tiny_generator
 
-from lowmem_drf.assembly import text_cache as module
-from lowmem_drf.assembly.text_cache import encode_texts
+from lowmem_drf.assembly import conditions as module
+from lowmem_drf.assembly.conditions import encode_texts
 from lowmem_drf.config import load_config
 from lowmem_drf.models.wan import family as wan
 
