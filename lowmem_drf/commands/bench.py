@@ -33,7 +33,7 @@ from lowmem_drf.models.generators import family_of, generator_config
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
 from lowmem_drf.models.tiny.decoder_check import DecoderCheck
 from lowmem_drf.planner.cards import GIB, SHARES, card_named, learn, parse_vram, plausible, room_of
-from lowmem_drf.planner.fake_models import plan_prompts
+from lowmem_drf.planner.fake_models import blank_images, plan_prompts
 from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.plan import ALLOCATOR_BLOCK
 from lowmem_drf.planner.report import card_here, planned
@@ -185,7 +185,7 @@ def _random_models(
 
     generator, dtype = generator_config(config.model.id), DTYPES[config.dtype]
     require_room(config, generator, {"micro_batch": config.micro_batch}, *free_bytes(device))
-    prompts, questions = plan_prompts(config)
+    prompts, questions = plan_prompts(config, generator)
     family = family_of(generator)
     on_host = "transformer" in (*config.memory.park, *config.memory.stream)
     home, taken = torch.device("cpu") if on_host else device, None
@@ -223,8 +223,9 @@ def _random_models(
         tiny = network_for(planned_sizes(config.model.id, config.model.decoder_file, sizes), sizes)
         tiny.to(device, vae.dtype)
     models = assemble(
-        config, transformer, vae, critic, texts, device, meter, other=other, store=store, tiny=tiny, rewards=rewards
-    )
+        config, transformer, vae, critic, texts, device, meter, other=other, store=store, tiny=tiny, rewards=rewards,
+        images=blank_images(config, generator, prompts),
+    )  # fmt: skip
     return with_partitioned_critic(config, models) if config.zero.critic else models, prompts, questions
 
 

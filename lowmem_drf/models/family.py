@@ -197,6 +197,10 @@ class Images(Protocol):
         """
         ...
 
+    def blank(self, generator: GeneratorConfig, latents: Sequence[int], dtype: torch.dtype) -> EncodedImage:
+        """Zeros of the shapes and dtypes that ``encoder``'s results have for a clip of latents (F, h, w)."""
+        ...
+
 
 class ClipDecoder(Decoder, Protocol):
     """``types.Decoder`` around a VAE."""

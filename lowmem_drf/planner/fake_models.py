@@ -21,13 +21,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lowmem_drf.assembly.assemble import Models, assemble, critic_rate, run_prompts
-from lowmem_drf.assembly.conditions import DTYPES
+from lowmem_drf.assembly.conditions import DTYPES, require_images
 from lowmem_drf.assembly.kernel_choice import choose_planned
 from lowmem_drf.assembly.questions import draft_questions
-from lowmem_drf.assembly.sizes import sizes_of
+from lowmem_drf.assembly.sizes import latent_shape, sizes_of
 from lowmem_drf.models.experts import make_transformers
-from lowmem_drf.models.family import GeneratorConfig
-from lowmem_drf.models.generators import family_of
+from lowmem_drf.models.family import EncodedImage, GeneratorConfig
+from lowmem_drf.models.generators import family_of, image_use
 from lowmem_drf.models.lora.adapter import ADAPTER, add_lora, lora_layers
 from lowmem_drf.models.qwen_vl.critic import DEFAULT_FPS, QwenCritic
 from lowmem_drf.models.qwen_vl.files import video_geometry
@@ -185,7 +185,7 @@ def fake_run(
     """Models of true size, and the prompts of one micro-batch with their questions. ``described``: of the critic,
     ``None`` if none is asked."""
     dtype = DTYPES[config.dtype]
-    prompts, questions = plan_prompts(config)
+    prompts, questions = plan_prompts(config, generator)
     sizes = sizes_of(generator)
     transformer, other = make_transformers(
         generator, config, lambda name: fake_transformer(generator, dtype, mode, config.model.storage, name)
@@ -208,14 +208,26 @@ def fake_run(
     device, ops = torch.device("cpu"), choose_planned(config, sizes.head_dim)
     store = planned_store()
     models = assemble(
-        config, transformer, vae, critic, texts, device, meter, ops, other, store, tiny=tiny, rewards=rewards
-    )
+        config, transformer, vae, critic, texts, device, meter, ops, other, store, tiny=tiny, rewards=rewards,
+        images=blank_images(config, generator, prompts),
+    )  # fmt: skip
     return models, prompts, questions
 
 
-def plan_prompts(config: Config) -> tuple[list[Prompt], dict[str, tuple[Question, ...]]]:
-    """A batch of those with the longest questions among the first 100 prompts, and their questions by prompt id."""
+def blank_images(config: Config, generator: GeneratorConfig, prompts: Sequence[Prompt]) -> dict[str, EncodedImage]:
+    """What would be encoded of the prompts' images."""
+    images, (_, *latents) = family_of(generator).IMAGES, latent_shape(config, sizes_of(generator))
+    files = [prompt.image for prompt in prompts if prompt.image]
+    return {file: images.blank(generator, latents, DTYPES[config.dtype]) for file in files} if images else {}
+
+
+def plan_prompts(config: Config, generator: GeneratorConfig) -> tuple[list[Prompt], dict[str, tuple[Question, ...]]]:
+    """A batch of those with the longest questions among the first 100 prompts, and their questions by prompt id. The
+    sample prompt has an image if the generator needs one."""
     candidates = run_prompts(config)[:100] if config.prompts else as_prompts([SAMPLE_PROMPT])
+    if not config.prompts and image_use(generator) == "must":
+        candidates = tuple(replace(prompt, image="image.png") for prompt in candidates)
+    require_images(candidates, generator, config.model.id)
     draft = draft_questions(config, candidates)
     if config.critic.id in KNOWN:
         draft = {key: tuple(_shorter(question) for question in asked) for key, asked in draft.items()}

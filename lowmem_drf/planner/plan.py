@@ -29,7 +29,7 @@ from lowmem_drf.libraries import uncollected
 from lowmem_drf.models import import_models
 from lowmem_drf.models.experts import require_expert
 from lowmem_drf.models.family import GeneratorConfig
-from lowmem_drf.models.generators import family_of, generator_config
+from lowmem_drf.models.generators import family_of, generator_config, image_use
 from lowmem_drf.models.lora.adapter import lora_parameters
 from lowmem_drf.models.qwen_vl.vision import forget_windows
 from lowmem_drf.models.tiny.decoder_check import Uses
@@ -45,7 +45,7 @@ from lowmem_drf.planner.depths import (
     shallow_critic,
     shallow_generator,
 )
-from lowmem_drf.planner.fake_models import fake_run, fake_text
+from lowmem_drf.planner.fake_models import fake_run, fake_text, fake_vae
 from lowmem_drf.planner.fakes import Fakes
 from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.shortcuts import (
@@ -77,6 +77,8 @@ T = TypeVar("T")
 FAR = 8
 """What needs more cards of the size than this is refused without a plan, which would take minutes and much host memory
 itself."""
+ENCODED = 9
+"""Frames."""
 
 
 def make_plan(
@@ -203,10 +205,13 @@ class _Run:
 
     def kept(self, what: str, shallow: bool, make: Callable[[bool], T]) -> T:
         """What ``make(shallow)`` returns, once for all plans with the same fakes in which it cannot differ: all of the
-        text encoder's settings are in the key of ``text``, and none of them in that of ``update``."""
+        encoders' settings are in the key of ``text``, and none of them in that of ``update``."""
         config, where = self.config.model_dump_json(exclude={"memory": {"text_device", "vram_gib"}}), ""
         if what == "text":
-            config = json.dumps([self.config.model.text_tokens, self.config.dtype])
+            sizes = self.config.model_dump(include={"model": {"text_tokens"}, "dtype": True})
+            if image_use(self.generator) == "must":
+                sizes |= self.config.model_dump(include={"video": True, "memory": {"vae_dtype"}})
+            config = json.dumps(sizes)
             where = self.config.memory.text_device
         key = (what, shallow, self.only, self.whole, repr(self.card), repr(self.generator), config, where, self.uses)
         if key not in self.fakes.kept:
@@ -261,6 +266,8 @@ class _Run:
             generator = shallow_generator(self.generator, depths)
             for name in generator.text_encoders:
                 _encode_text(self.config, generator, name, self.fakes.mode, meter)
+            if image_use(generator) == "must":
+                _encode_image(self.config, generator, self.fakes.mode, meter)
         return meter
 
     def _update(self, depths: Mapping[str, int], absent: Mapping[str, Sequence[Figures]]) -> tuple[PlanMeter, int]:
@@ -346,6 +353,18 @@ def _encode_text(config: Config, generator: GeneratorConfig, name: str, mode: Fa
     meter.unload()
     del encoder
     gc.collect()  # as in ``encode_texts``: modules and their streamed layers refer to each other
+
+
+def _encode_image(config: Config, generator: GeneratorConfig, mode: FakeTensorMode, meter: PlanMeter) -> None:
+    """Plans the VAE that encodes an image with empty frames after it, alone on the card. It encodes them a few at a
+    time, so that those of ``ENCODED`` take what all take."""
+    vae, video = fake_vae(generator, DTYPES[config.memory.vae_dtype], mode), config.video
+    meter.load([vae])
+    with meter.stage("text"), torch.no_grad():
+        vae.encode(torch.zeros(1, 3, min(video.frames, ENCODED), video.height, video.width, dtype=vae.dtype))
+    meter.unload()
+    del vae
+    gc.collect()
 
 
 def described_critic(critic_id: str) -> tuple[dict[str, Any], dict[str, Any], Any]:
