@@ -88,7 +88,7 @@ def pytest_sessionfinish():
 @pytest.fixture(autouse=True, scope="session")
 def _small():
     """One thread, because tiny models are slower on several and sums depend on their number; and few prompts."""
-    from _few import few_prompts
+    from _root import few_prompts
 
     torch.set_num_threads(1)
     few_prompts()

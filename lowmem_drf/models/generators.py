@@ -13,7 +13,15 @@ from lowmem_drf.models.family import Family, GeneratorConfig, KnownGenerator
 from lowmem_drf.models.ltx import family as ltx
 from lowmem_drf.models.sd3 import family as sd3
 from lowmem_drf.models.wan import family as wan
-from lowmem_drf.models.weights.files import MODEL_INDEX, MORE_TEXT, SECOND, has_second, read_model_index
+from lowmem_drf.models.weights.files import (
+    IMAGE_ENCODER,
+    MODEL_INDEX,
+    MORE_TEXT,
+    SECOND,
+    has_model,
+    has_second,
+    read_model_index,
+)
 from lowmem_drf.models.weights.sources import resolve
 from lowmem_drf.texts import parse_json
 
@@ -84,9 +92,14 @@ def generator_config(folder_or_id: str) -> GeneratorConfig:
             models[field], families = _read(subfolder, file, place, families)
         generator = GeneratorConfig(models["transformer"], models["vae"], models["text"])
         (family,) = families
+        listed = read_model_index(index)
         generator = replace(generator, more_text=_more_text(family, find, place))
+        if family.IMAGES and has_model(listed, IMAGE_ENCODER):
+            file = find(f"{IMAGE_ENCODER}/config.json") or Path(place) / IMAGE_ENCODER
+            generator = replace(generator, image=_read(IMAGE_ENCODER, file, place, families)[0])
+        generator = replace(generator, first_frame=bool(family.IMAGES and listed.get("expand_timesteps")))
         family.refuse(generator, place)
-        boundary = _boundary(read_model_index(index))
+        boundary = _boundary(listed)
         second = find(f"{SECOND}/config.json") if boundary is not None else None
         if boundary is None or second is not None:
             expert = None if second is None else _read(SECOND, second, place, families)[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from _few import few_prompts
+from _root import few_prompts
 
 from lowmem_drf import cli
 from lowmem_drf.commands.train import train_command

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lowmem_drf.models.family import GeneratorConfig, Images, LoraHeader, ModuleNames
+from lowmem_drf.models.wan import images
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
 from lowmem_drf.models.wan.denoiser import load_denoiser as load_transformer
 from lowmem_drf.models.wan.kinds import kind_of
@@ -26,7 +27,7 @@ __all__ = [
 
 NAME = "Wan"
 BLOCKS = "blocks"
-IMAGES: Images | None = None
+IMAGES: Images | None = images
 NAMES = ModuleNames(BLOCK_LINEARS, IN_BLOCK, OUTSIDE)
 
 

@@ -20,6 +20,7 @@ KINDS: Mapping[str, str] = {
     "transformer": "WanTransformer3DModel",
     "vae": "AutoencoderKLWan",
     "text_encoder": "umt5",
+    "image_encoder": "clip_vision_model",
 }
 
 
@@ -72,6 +73,8 @@ _VAE_2_2 = _VAE | {
 
 _WAN_14B = _transformer(heads=40, ffn=13824, layers=40, channels=16)
 
+_TRAINED = "Take a text-to-video model, or an image-to-video one that takes a first image (2.1-I2V, 2.2-I2V, TI2V)."
+
 _TEXT_PARAMETERS = 5_680_910_336
 
 KNOWN: Mapping[str, KnownGenerator] = {
@@ -99,7 +102,7 @@ def sizes(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> GeneratorSi
     width = vae.get("decoder_base_dim") or vae["base_dim"]
     first, second, third = transformer["patch_size"]
     return GeneratorSizes(
-        channels=transformer["in_channels"],
+        channels=vae["z_dim"],
         spatial=vae.get("scale_factor_spatial", 8),
         temporal=vae.get("scale_factor_temporal", 4),
         patch=(first, second, third),
@@ -110,7 +113,7 @@ def sizes(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> GeneratorSi
         text_dim=transformer["text_dim"],
         vae_widths=tuple(width * factor for factor in vae["dim_mult"]),
         vae_patch=vae.get("patch_size") or 1,
-        tiny_decoder=TINY_DECODERS.get(transformer["in_channels"], ""),
+        tiny_decoder=TINY_DECODERS.get(vae["z_dim"], ""),
     )
 
 
@@ -152,10 +155,16 @@ def parameter_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def refuse(generator: GeneratorConfig, place: str) -> None:
-    """Raises BadInputError for an image-to-video model."""
-    taken, made = generator.transformer.get("in_channels"), generator.vae.get("z_dim")
-    if taken != made:
+    """Raises BadInputError for a model that takes something else than noise, text and a first image."""
+    transformer, made = generator.transformer, generator.vae.get("z_dim")
+    taken, tokens = transformer.get("in_channels"), transformer.get("image_dim")
+    image = 2 * made + generator.vae.get("scale_factor_temporal", 4) if made else None
+    if transformer.get("pos_embed_seq_len"):
+        raise BadInputError(f"{place} makes clips between a first and a last image. {_TRAINED}")
+    if taken not in ((image,) if tokens else (made, image)) or (generator.first_frame and taken != made):
         raise BadInputError(
-            f"The transformer of {place} takes {taken} channels, and its VAE's latents have {made}: it is an "
-            "image-to-video model. Take a text-to-video one."
+            f"The transformer of {place} takes {taken} channels, and its VAE's latents have {made}: it is a control "
+            f"model, or an image-to-video model of another kind. {_TRAINED}"
         )
+    if tokens and generator.image is None:
+        raise BadInputError(f"{place} lacks image_encoder, which its transformer needs: give the complete folder.")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.models.weights.files import (
+    IMAGE_ENCODER,
     MODEL_INDEX,
     MORE_TEXT,
     SECOND,
@@ -157,8 +158,10 @@ def _wanted(hub_id: str, role: Role, files: list[str], without: tuple[str, ...])
     """The files of a repository that loading reads. Raises BadInputError if it has no safetensors weights."""
     wanted, more = [], list[str]()
     if role == "generator":
-        wanted = [name for name in files if name == MODEL_INDEX or re.match(r"tokenizer(_\d)?/", name)]
-        more = [SECOND] if f"{SECOND}/config.json" in files else []
+        wanted = [
+            name for name in files if name == MODEL_INDEX or re.match(r"(tokenizer(_\d)?|image_processor)/", name)
+        ]
+        more = [subfolder for subfolder in (SECOND, IMAGE_ENCODER) if f"{subfolder}/config.json" in files]
         more += [
             name.removesuffix("/config.json") for name in files if re.fullmatch(rf"{MORE_TEXT}\d/config.json", name)
         ]

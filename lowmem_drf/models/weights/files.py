@@ -20,11 +20,13 @@ SUBFOLDERS: dict[Role, tuple[str, ...]] = {
     "reward": ("",),
 }
 """Folders with weights and a config.json. A generator with two experts also has ``SECOND``, one with several text
-encoders those that begin with ``MORE_TEXT``."""
+encoders those that begin with ``MORE_TEXT``, some image-to-video ones ``IMAGE_ENCODER``."""
 
 SECOND = "transformer_2"
 MORE_TEXT = "text_encoder_"
 """Before the number of a generator's second text encoder, and of others after it."""
+IMAGE_ENCODER = "image_encoder"
+"""Of a generator whose clips begin with an image; ``image_processor`` beside it has its pixels' scaling."""
 MODEL_INDEX = "model_index.json"
 """Lists a generator's models."""
 
@@ -79,7 +81,9 @@ def find_problems(folder: Path, role: Role, without: tuple[str, ...] = ()) -> li
             elif what := damage(place / name):
                 problems.append(Problem(prefix + name, what, False))
     if role == "generator":
-        for name in [sub.replace("text_encoder", "tokenizer") for sub in subfolders(folder, role) if "text" in sub]:
+        needed = subfolders(folder, role)
+        beside = [sub.replace("text_encoder", "tokenizer") for sub in needed if "text" in sub]
+        for name in [*beside, *(["image_processor"] if IMAGE_ENCODER in needed else [])]:
             if not (folder / name).is_dir():
                 missing(f"{name}/")
         if not (folder / MODEL_INDEX).is_file():
@@ -91,8 +95,9 @@ def subfolders(folder: Path, role: Role) -> tuple[str, ...]:
     """Subfolders in which this model must have weights."""
     file = folder / MODEL_INDEX
     index = read_model_index(file) if role == "generator" and file.is_file() else {}
-    text = [name for name, kind in index.items() if name.startswith(MORE_TEXT) and kind and kind[-1]]
-    return (*SUBFOLDERS[role], *text, *([SECOND] if has_second(index) else []))
+    text = [name for name in index if name.startswith(MORE_TEXT) and has_model(index, name)]
+    image = [IMAGE_ENCODER] if has_model(index, IMAGE_ENCODER) else []
+    return (*SUBFOLDERS[role], *text, *image, *([SECOND] if has_second(index) else []))
 
 
 def read_model_index(file: Path) -> dict[str, Any]:
@@ -107,7 +112,12 @@ def read_model_index(file: Path) -> dict[str, Any]:
 
 def has_second(index: Mapping[str, Any]) -> bool:
     """True if a ``model_index.json`` names a second transformer and the boundary without which it is not used."""
-    return index.get("boundary_ratio") is not None and bool((index.get(SECOND) or [None])[-1])
+    return index.get("boundary_ratio") is not None and has_model(index, SECOND)
+
+
+def has_model(index: Mapping[str, Any], name: str) -> bool:
+    """True if a ``model_index.json`` names a class for a model: ``[null, null]`` stands for none."""
+    return bool((index.get(name) or [None])[-1])
 
 
 def weight_files(names: list[str]) -> list[str]:
