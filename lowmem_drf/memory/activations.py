@@ -148,12 +148,12 @@ def in_slices(
     parameters: Iterable[Tensor] = (),
     unread: bool = False,
 ) -> tuple[Tensor, ...]:
-    """``function(*sliced, *shared)`` in ``count`` slices along dimension 1, each recomputed by itself in the backward:
-    only one slice's intermediate tensors are alive at a time.
+    """``function(0, *sliced, *shared)`` in ``count`` slices along dimension 1, each recomputed by itself in the
+    backward: only one slice's intermediate tensors are alive at a time.
 
     Args:
-        function: acts on each index of dimension 1 independently. All its results have that dimension, as long as the
-            inputs'.
+        function: acts on each index of dimension 1 independently; its first argument is the index at which a slice
+            begins. All its results have that dimension, as long as the inputs'.
         sliced: (B, L, …), kept for the backward.
         shared: passed whole to every slice, and kept.
         parameters: trainable tensors inside ``function``; they get gradients as the inputs do.
@@ -178,7 +178,7 @@ def _run(
     results: tuple[Tensor, ...] = ()
     length = sliced[0].shape[1]
     for start in range(0, length, step):
-        made = function(*_cut(sliced, start, step), *shared)
+        made = function(start, *_cut(sliced, start, step), *shared)
         results = results or tuple(part.new_empty(part.shape[0], length, *part.shape[2:]) for part in made)
         for result, part in zip(results, made, strict=True):
             result[:, start : start + step] = part
@@ -210,7 +210,7 @@ class _Sliced(torch.autograd.Function):
         for start in range(0, sliced[0].shape[1], ctx.step):
             parts = _leaves(_cut(sliced, start, ctx.step), needed)
             with torch.enable_grad():
-                made = ctx.function(*parts, *shared)
+                made = ctx.function(start, *parts, *shared)
             d_made = _cut(cotangents, start, ctx.step)
             pairs = [(out, d) for out, d in zip(made, d_made, strict=True) if out.requires_grad]
             outputs, d_outputs = zip(*pairs, strict=True)
