@@ -8,6 +8,7 @@ clip's first latent frame (``denoiser``), and makes clips without an image too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,11 +33,12 @@ def use(generator: GeneratorConfig) -> Literal["no", "may", "must"]:
 @dataclass(frozen=True)
 class WanImageEncoder:
     """``ImageEncoder``. ``latents_CFhw`` is the mask (4, F, h, w) and the latents (z, F, h, w); for ``first_frame`` it
-    is the latents (z, 1, h, w). ``tokens_LD``: the last layer but one of CLIP, if there is one.
+    is the latents (z, 1, h, w), in fp32: the clip has them as they are. ``tokens_LD``: the last layer but one of CLIP,
+    if there is one.
 
     Args:
         clip: (its model, its image processor).
-        dtype: of the results.
+        dtype: of the other results.
     """
 
     vae: Any
@@ -61,7 +63,7 @@ class WanImageEncoder:
             mask = latents_CFhw.new_zeros(config.scale_factor_temporal, *latents_CFhw.shape[1:])
             mask[:, 0] = 1
             latents_CFhw = torch.cat([mask, latents_CFhw])
-        return EncodedImage(latents_CFhw.to(self.dtype), self._tokens(image))
+        return EncodedImage(latents_CFhw if self.first_frame else latents_CFhw.to(self.dtype), self._tokens(image))
 
     def _tokens(self, image: Image) -> Tensor | None:
         if self.clip is None:
@@ -94,3 +96,15 @@ def _load_clip(folder_or_id: str, dtype: torch.dtype, device: str | torch.device
     model = model.to(device).eval().requires_grad_(False)
     refuse_model(model, f"the image encoder of {folder_or_id}")
     return model, processor
+
+
+def blank(generator: GeneratorConfig, latents: Sequence[int], dtype: torch.dtype) -> EncodedImage:
+    """See ``Images``."""
+    channels, (frames, *sides) = generator.vae["z_dim"], latents
+    if generator.first_frame:
+        return EncodedImage(torch.zeros(channels, 1, *sides))
+    masked = channels + generator.vae.get("scale_factor_temporal", 4)
+    tokens_LD = None
+    if clip := generator.image:
+        tokens_LD = torch.zeros((clip["image_size"] // clip["patch_size"]) ** 2 + 1, clip["hidden_size"], dtype=dtype)
+    return EncodedImage(torch.zeros(masked, frames, *sides, dtype=dtype), tokens_LD)
