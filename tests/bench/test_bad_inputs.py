@@ -8,15 +8,16 @@ import sys
 import pytest
 from _root import ROOT
 
-from bench import bad_inputs
+from bench.bad_inputs.refusals import faults
+from bench.bad_inputs.rows import ROWS
 
 COMMAND = [sys.executable, "-m", "lowmem_drf"]
 
 
 @pytest.mark.slow  # 30 s on one core
 def test_every_row_of_the_table_is_refused_as_it_should_be():
-    assert len(bad_inputs.ROWS) >= 120
-    assert len(set(bad_inputs.ROWS)) == len(bad_inputs.ROWS)
+    assert len(ROWS) >= 120
+    assert len(set(ROWS)) == len(ROWS)
     done = subprocess.run([sys.executable, "-m", "bench.bad_inputs"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -40,7 +41,7 @@ def test_errors_keep_their_form_in_odd_surroundings(surroundings, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **surroundings}
     done = subprocess.run([*COMMAND, "presets", "show", "红"], capture_output=True, cwd=folder, env=environment)
     text = done.stderr.decode("ascii" if "PYTHONIOENCODING" in surroundings else "utf-8")
-    assert bad_inputs.faults(done.returncode, text, "or give a path to a TOML file") == []
+    assert faults(done.returncode, text, "or give a path to a TOML file") == []
     assert list(folder.iterdir()) == []
 
 

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from bench import bad_inputs
+from bench.bad_inputs.refusals import faults
+from bench.bad_inputs.rows import ROWS
 from lowmem_drf import __version__, cli
 from lowmem_drf.config import load_config
 from lowmem_drf.video import read_video
@@ -117,12 +118,12 @@ def test_dry_run_prints_a_configuration_that_loads_and_writes_nothing(run_cli, t
 )
 def test_bad_input_is_one_message_with_its_cure_and_exit_code_2(run_cli, tmp_path, part):
     """One row of each kind of ``bench.bad_inputs``; tests/bench/test_bad_inputs.py runs them all."""
-    command, cure = next(row for row in bad_inputs.ROWS if row[0].startswith(part))
+    command, cure = next(row for row in ROWS if row[0].startswith(part))
     (tmp_path / "latin.txt").write_bytes("Mädchen".encode("latin-1"))
     for name in ("empty.txt", "mine.toml"):
         (tmp_path / name).touch()
     code, out, err = run_cli(command)
-    assert (out, bad_inputs.faults(code, err, cure)) == ("", [])
+    assert (out, faults(code, err, cure)) == ("", [])
     assert {path.name for path in tmp_path.iterdir()} == {"empty.txt", "latin.txt", "mine.toml"}
 
 
