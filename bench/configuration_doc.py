@@ -2,7 +2,7 @@
 
     python -m bench.configuration_doc
 
-The texts are the docstrings of the fields in ``lowmem_drf/schema.py``. ``tests/test_configuration_doc.py`` fails when
+The texts are the docstrings of the fields in ``lowmem_drf/schema/``. ``tests/test_configuration_doc.py`` fails when
 the page differs from them.
 """
 
@@ -19,7 +19,8 @@ from pydantic import BaseModel
 from lowmem_drf import schema
 from lowmem_drf.config import known_keys
 from lowmem_drf.sampling.published import AS_PUBLISHED
-from lowmem_drf.schema import Config, Reward
+from lowmem_drf.schema import Config
+from lowmem_drf.schema.learning import Reward
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 REWARDS = "rewards.<name>."
@@ -29,14 +30,15 @@ ABOUT = """\
 Every key of a preset, of a run's `config.toml`, and of `-s key=value` \
 (`lowmem-drf train -s optim.lr=1e-4 -s memory.park='["critic"]'`), with its
 default. A preset holds only what differs from the defaults. Values are TOML. \
-This page is generated from `lowmem_drf/schema.py`
+This page is generated from `lowmem_drf/schema/`
 (`python -m bench.configuration_doc`)."""
 
 
 def field_docs() -> dict[str, dict[str, str]]:
     """Class -> field -> docstring as Markdown; the field ``""`` has the docstring of the class."""
     docs: dict[str, dict[str, str]] = {}
-    for node in ast.parse(Path(schema.__file__).read_text(encoding="utf-8")).body:
+    files = sorted(Path(schema.__file__).parent.glob("*.py"))
+    for node in (node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body):
         if isinstance(node, ast.ClassDef):
             texts = docs[node.name] = {"": _as_markdown(ast.get_docstring(node) or "")}
             for field, below in zip(node.body, node.body[1:], strict=False):
@@ -88,7 +90,7 @@ def page() -> str:
     for key in (*known_keys(), *(f"{REWARDS}{name}" for name in Reward.model_fields)):
         section, name = section_of(key), key.rpartition(".")[2]
         if not docs[section.__name__].get(name):
-            raise ValueError(f"{key} has no docstring in lowmem_drf/schema.py")
+            raise ValueError(f"{key} has no docstring in lowmem_drf/schema/")
         if section is not before:
             title = f"`{key.rpartition('.')[0]}`" if "." in key else "The run"
             lines += ["", f"## {title}", "", docs[section.__name__][""], ""]

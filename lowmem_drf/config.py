@@ -20,7 +20,11 @@ import lowmem_drf
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import require_output, write_text
 from lowmem_drf.sampling.published import TIMESTEPS, as_published, grid_of
-from lowmem_drf.schema import Config, Log, Node, Reward, Video
+from lowmem_drf.schema import Config
+from lowmem_drf.schema.generator import Video
+from lowmem_drf.schema.learning import Reward
+from lowmem_drf.schema.node import Node
+from lowmem_drf.schema.running import Log
 from lowmem_drf.texts import escaped, expanded, one_line, parse_toml, read_text, shown, toml_value
 
 _PATTERNS = {

@@ -23,7 +23,7 @@ SVD = 64
 def by_base_lora(file: LoraFile, path: Path) -> Found:
     """``model.base_lora``: merged while the transformer is loaded."""
     from lowmem_drf.models.lora.base import base_changes
-    from lowmem_drf.schema import Model
+    from lowmem_drf.schema.generator import Model
 
     changes = base_changes(Model(base_lora=str(path)).base_loras(), _shapes(file), _say)
     return {name: change(file.base[name].clone()) for name, change in changes.items()}

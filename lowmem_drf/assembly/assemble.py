@@ -33,7 +33,8 @@ from lowmem_drf.models.rewards.combined import Combined
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.ops import ranged_attention
 from lowmem_drf.prompts import as_prompts, load_prompts
-from lowmem_drf.schema import Config, Parkable
+from lowmem_drf.schema import Config
+from lowmem_drf.schema.running import Parkable
 from lowmem_drf.types import Parts, Prompt
 
 if TYPE_CHECKING:

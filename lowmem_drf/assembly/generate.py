@@ -13,7 +13,8 @@ from lowmem_drf.distributed.ranks import Ranks
 from lowmem_drf.method.schedule import flow_sigmas
 from lowmem_drf.method.step import rollout
 from lowmem_drf.models.lora.adapter import lora_scale
-from lowmem_drf.schema import Config, Sampler
+from lowmem_drf.schema import Config
+from lowmem_drf.schema.generator import Sampler
 from lowmem_drf.types import Prompt
 
 

@@ -58,7 +58,8 @@ from lowmem_drf.ops import (
     require_int8_products,
     tiles,
 )
-from lowmem_drf.schema import Config, Kernels
+from lowmem_drf.schema import Config
+from lowmem_drf.schema.running import Kernels
 from lowmem_drf.terminal import working
 from lowmem_drf.texts import parse_json, read_text
 

@@ -26,7 +26,8 @@ from lowmem_drf.models.rewards.users import UserReward, find_maker, is_entry
 from lowmem_drf.models.weights.downloads import check_host_memory, prepare
 from lowmem_drf.models.weights.files import SECOND
 from lowmem_drf.models.weights.sources import READER, TOYWORLD, resolve
-from lowmem_drf.schema import Config, Parkable
+from lowmem_drf.schema import Config
+from lowmem_drf.schema.running import Parkable
 from lowmem_drf.shortage import during
 from lowmem_drf.terminal import say
 from lowmem_drf.types import Prompt

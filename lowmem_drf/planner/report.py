@@ -38,7 +38,7 @@ from lowmem_drf.texts import expanded
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lowmem_drf.schema import Log, Zero
+    from lowmem_drf.schema.running import Log, Zero
 
 PLANS = "plans"
 """Folder of finished plans in the cache."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem_drf.sampling.levels import TRAINING_TIMESTEPS, ddim_levels
-from lowmem_drf.schema import Model, Sampler, Video
+from lowmem_drf.schema.generator import Model, Sampler, Video
 from lowmem_drf.texts import parse_toml
 
 AS_PUBLISHED = ("sampler.shift", "sampler.guidance", "sampler.negative_prompt")

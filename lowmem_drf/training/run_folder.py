@@ -16,7 +16,8 @@ from lowmem_drf.config import change, load_config
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import RUN_FILES, make_writable, release, write_text
 from lowmem_drf.prompts import PromptRow, as_jsonl
-from lowmem_drf.schema import Config, Zero
+from lowmem_drf.schema import Config
+from lowmem_drf.schema.running import Zero
 from lowmem_drf.texts import read_text
 from lowmem_drf.training.checkpoint import last_manifest, resume_command
 from lowmem_drf.training.manifest import require_settings

@@ -20,7 +20,8 @@ from lowmem_drf.assembly.questions import with_scalars
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import NonFiniteError
 from lowmem_drf.method.step import StepSpec, drf_step
-from lowmem_drf.schema import Config, Optim
+from lowmem_drf.schema import Config
+from lowmem_drf.schema.learning import Optim
 from lowmem_drf.types import Parts, Prompt, Question, StepStats
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from lowmem_drf.models.tiny.decoder_check import DecoderCheck
 from lowmem_drf.models.tiny.files import load_tiny, planned_sizes, sizes_in, tiny_file, toyworld_file
 from lowmem_drf.models.tiny.network import Sizes
 from lowmem_drf.models.wan.vae.decoder import WanDecoder
-from lowmem_drf.schema import Model
+from lowmem_drf.schema.generator import Model
 
 VAE = replace(sizes_of(generator_config("toyworld")), channels=Z_DIM, spatial=4, tiny_decoder="")
 WAN21, WAN22 = (

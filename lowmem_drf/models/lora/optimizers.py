@@ -19,7 +19,7 @@ import torch
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.libraries import cure
-from lowmem_drf.schema import Optim
+from lowmem_drf.schema.learning import Optim
 
 if TYPE_CHECKING:
     from torch import Tensor

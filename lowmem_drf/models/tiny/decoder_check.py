@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lowmem_drf.schema import Model
+from lowmem_drf.schema.generator import Model
 
 Uses = Literal["exact", "tiny", "both"]
 """``both``: frames and gradient are the VAE's, and the tiny decoder's gradient is compared with it."""

@@ -28,7 +28,7 @@ from lowmem_drf.models.lora.optimizers import (
 from lowmem_drf.planner.cards import card_named
 from lowmem_drf.planner.plan import make_plan
 from lowmem_drf.prompts import as_prompts
-from lowmem_drf.schema import Optim
+from lowmem_drf.schema.learning import Optim
 from lowmem_drf.toy.captions import train_prompts
 from lowmem_drf.training.checkpoint import checkpoint_folder
 from lowmem_drf.training.trainer import SingleTrainer

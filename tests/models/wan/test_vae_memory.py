@@ -18,7 +18,7 @@ from lowmem_drf.planner.fake_models import fake_tiny, fake_vae
 from lowmem_drf.planner.fakes import Fakes
 from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.stand_ins import planned_store
-from lowmem_drf.schema import Memory
+from lowmem_drf.schema.running import Memory
 
 GIB = 1024**3
 FAKES = Fakes(FakeTensorMode(allow_non_fake_inputs=True))
