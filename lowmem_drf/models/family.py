@@ -104,7 +104,7 @@ class ModuleNames:
     """The names of a transformer's modules: diffusers' -> those of LoRA files and original checkpoints."""
 
     linears: Mapping[str, str]
-    """The Linears inside a block, for which every format of LoRA files has a name."""
+    """The Linears inside every block, for which every format of LoRA files has a name."""
     in_block: Mapping[str, str]
     """All modules inside a block, and its parameters."""
     outside: Mapping[str, str]
@@ -113,6 +113,8 @@ class ModuleNames:
     """What stands before a module's name in LoRA files that ComfyUI reads. Empty: diffusers does not read that form."""
     kohya: bool = True
     """Whether LoRA files are also written in kohya's form, and diffusers reads it."""
+    image_linears: Mapping[str, str] = field(default_factory=dict)
+    """More ``linears`` of models whose blocks attend to an image."""
 
 
 @dataclass(frozen=True)
@@ -367,9 +369,10 @@ class Family(Protocol):
         """Frees what only encoding needs."""
         ...
 
-    def probe(self, config: Mapping[str, Any], side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def probe(self, config: Mapping[str, Any], side: int) -> tuple[tuple[int, ...], ...]:
         """Shapes of the smallest latents, two tokens long and ``side`` tokens high and wide, and text embeddings that
-        use all weights of a transformer."""
+        use all weights of a transformer; of one that needs an image, also those of the latents and the tokens of an
+        ``ImageCondition``, as far as it has them."""
         ...
 
     def pipeline(self, transformer: Any) -> Any:

@@ -93,11 +93,13 @@ def adapter_metadata(lora: LoraChanges) -> dict[str, str]:
 
 def diffusers_reads_kohya(lora: LoraChanges, family: Family) -> bool:
     """True if diffusers 0.42.1 can convert the kohya file: it needs every attention and feed-forward Linear of blocks 0
-    to n - 1."""
+    to n - 1; of those for an image all or none."""
     modules = set(lora.pairs)
     blocks = {int(module.split(".")[1]) for module in modules if module.startswith(f"{family.BLOCKS}.")}
-    wanted = {f"{family.BLOCKS}.{i}.{name}" for i in range(len(blocks)) for name in family.NAMES.linears}
-    return bool(blocks) and wanted <= modules
+    names = family.NAMES
+    images = {module for module in modules if module.endswith(tuple(names.image_linears))}
+    kinds = (*names.linears, *(names.image_linears if images else ()))
+    return bool(blocks) and {f"{family.BLOCKS}.{i}.{name}" for i in range(len(blocks)) for name in kinds} <= modules
 
 
 def model_hash(file: bytes) -> str:
@@ -109,9 +111,10 @@ def model_hash(file: bytes) -> str:
 def _stem(module: str, form: LoraFormat, family: Family) -> str:
     """Name of a block's Linear in ComfyUI's or kohya's files."""
     match = re.fullmatch(rf"({family.BLOCKS}\.\d+)\.(.+)", module)
-    if match is None or match[2] not in family.NAMES.linears:
+    linears = {**family.NAMES.linears, **family.NAMES.image_linears}
+    if match is None or match[2] not in linears:
         raise BadInputError(
             f"The {form} format has no name for a LoRA on {one_line(module, 80)}. Export with --format diffusers."
         )
-    own = f"{match[1]}.{family.NAMES.linears[match[2]]}"
+    own = f"{match[1]}.{linears[match[2]]}"
     return f"{family.NAMES.comfyui}.{own}" if form == "comfyui" else f"lora_unet_{own.replace('.', '_')}"

@@ -9,7 +9,7 @@ from lowmem_drf.models.wan import images
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
 from lowmem_drf.models.wan.denoiser import load_denoiser as load_transformer
 from lowmem_drf.models.wan.kinds import kind_of
-from lowmem_drf.models.wan.names import BLOCK_LINEARS, IN_BLOCK, OUTSIDE
+from lowmem_drf.models.wan.names import BLOCK_LINEARS, IMAGE_LINEARS, IN_BLOCK, OUTSIDE
 from lowmem_drf.models.wan.programs import verdicts
 from lowmem_drf.models.wan.published import KINDS, KNOWN, parameter_shapes, probe, refuse, sizes
 from lowmem_drf.models.wan.random_generator import empty_text, empty_transformer, empty_vae
@@ -28,14 +28,16 @@ __all__ = [
 NAME = "Wan"
 BLOCKS = "blocks"
 IMAGES: Images | None = images
-NAMES = ModuleNames(BLOCK_LINEARS, IN_BLOCK, OUTSIDE)
+NAMES = ModuleNames(BLOCK_LINEARS, IN_BLOCK, OUTSIDE, image_linears=IMAGE_LINEARS)
 
 
 def pipeline(transformer: Any) -> Any:
-    """``WanPipeline`` around the transformer alone."""
-    from diffusers import WanPipeline
+    """``WanPipeline``, or the one for image-to-video models, around the transformer alone."""
+    from diffusers import WanImageToVideoPipeline, WanPipeline
 
-    return WanPipeline(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer)
+    image = transformer.config.in_channels != transformer.config.out_channels
+    kind: Any = WanImageToVideoPipeline if image else WanPipeline
+    return kind(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer)
 
 
 def lora_header(generator: GeneratorConfig) -> LoraHeader:

@@ -1,5 +1,6 @@
 """Names the model that a file belongs to, by the names of its tensors, if that is no text-to-video transformer of Wan:
-of single files (``single_file``), and of LoRA files, where names may have underscores in place of dots."""
+of single files that do not fit (``single_file``), and of LoRA files, where names may have underscores in place of
+dots."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ import re
 from collections.abc import Collection
 
 _FROM_ID = "A run takes it from the folder of model.id"
-OURS = "Of Wan's models this program trains text-to-video ones: give one of them"
+OURS = "Of Wan's models this program trains text-to-video and image-to-video ones: give one of them"
+ITS_OWN = "Let model.id name the model that it is a version of, and model.transformer the file"
 _LORA = "Give it to model.base_lora, and leave model.transformer empty"
 
 Kinds = tuple[tuple[str, str, str], ...]
@@ -22,9 +24,10 @@ _VARIANTS: Kinds = (
     (r"^(face_adapter|face_encoder|motion_encoder|pose_patch_embedding)\.", "an Animate transformer", OURS),
     (r"^(casual_audio_encoder|audio_injector|audio_proj)\.", "a speech-to-video transformer", OURS),
     (r"^(ref_conv|control_adapter)\.", "a Fun-control transformer", OURS),
-    (r"^(img_emb|condition_embedder\.image_embedder)\.", "an image-to-video transformer", OURS),
-    (r"\.attn2\.(add_[kv]_proj|norm_added_k)\.", "an image-to-video transformer", OURS),
-    (r"\.cross_attn\.(k_img|v_img|norm_k_img)\.", "an image-to-video transformer", OURS),
+    (r"^(img_emb\.emb_pos|condition_embedder\.image_embedder\.pos_embed)$", "a transformer for two images", OURS),
+    (r"^(img_emb|condition_embedder\.image_embedder)\.", "an image-to-video transformer", ITS_OWN),
+    (r"\.attn2\.(add_[kv]_proj|norm_added_k)\.", "an image-to-video transformer", ITS_OWN),
+    (r"\.cross_attn\.(k_img|v_img|norm_k_img)\.", "an image-to-video transformer", ITS_OWN),
 )
 """Wan's other transformers: text-to-video ones with more tensors."""
 _OTHERS: Kinds = (

@@ -22,11 +22,15 @@ BLOCK_LINEARS = {
     "ffn.net.2": "ffn.2",
 }
 """diffusers' name inside a block -> Wan's own."""
+IMAGE_LINEARS = {f"attn2.add_{x}_proj": f"cross_attn.{x}_img" for x in "kv"}
+"""In the blocks that attend to an image too (2.1-I2V)."""
 
 IN_BLOCK = {
     **BLOCK_LINEARS,
+    **IMAGE_LINEARS,
     **{f"attn1.norm_{x}": f"self_attn.norm_{x}" for x in "qk"},
     **{f"attn2.norm_{x}": f"cross_attn.norm_{x}" for x in "qk"},
+    "attn2.norm_added_k": "cross_attn.norm_k_img",
     "norm2": "norm3",
     "norm3": "norm2",
     "scale_shift_table": "modulation",
@@ -37,6 +41,10 @@ OUTSIDE = {
     "condition_embedder.text_embedder.linear_1": "text_embedding.0",
     "condition_embedder.text_embedder.linear_2": "text_embedding.2",
     "condition_embedder.time_proj": "time_projection.1",
+    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
     "patch_embedding": "patch_embedding",
     "proj_out": "head.head",
     "scale_shift_table": "head.modulation",
@@ -44,8 +52,8 @@ OUTSIDE = {
 
 
 def wan_name(name: str) -> str:
-    """diffusers' name of a module or parameter -> Wan's own. Raises KeyError if no text-to-video model of Wan has
-    it."""
+    """diffusers' name of a module or parameter -> Wan's own. Raises KeyError if no model of Wan that is
+    trained here has it."""
     if block := re.fullmatch(r"(blocks\.\d+)\.(.+)", name):
         return f"{block[1]}.{_renamed(block[2], IN_BLOCK)}"
     return _renamed(name, OUTSIDE)
@@ -54,7 +62,7 @@ def wan_name(name: str) -> str:
 def in_transformer(name: str) -> bool:
     """True if a linear layer of this name (diffusers') is packed: those of attention and feed-forward of a block."""
     block, _, inner = name.partition(".")[2].partition(".")
-    return name.startswith("blocks.") and block.isdecimal() and inner in BLOCK_LINEARS
+    return name.startswith("blocks.") and block.isdecimal() and inner in BLOCK_LINEARS | IMAGE_LINEARS
 
 
 def _renamed(name: str, names: dict[str, str]) -> str:

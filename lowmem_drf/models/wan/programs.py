@@ -14,10 +14,10 @@ from typing import Any
 
 from lowmem_drf.models.family import Verdict
 from lowmem_drf.models.lora.changes import LoraChanges
-from lowmem_drf.models.wan.names import BLOCK_LINEARS, IN_BLOCK, OUTSIDE
+from lowmem_drf.models.wan.names import BLOCK_LINEARS, IMAGE_LINEARS, IN_BLOCK, OUTSIDE
 from lowmem_drf.texts import one_line
 
-_LINEARS = list(BLOCK_LINEARS.values())
+_LINEARS, _OF_IMAGES = list(BLOCK_LINEARS.values()), list(IMAGE_LINEARS.values())
 _IN_BLOCK = {own.replace(".", "_") for own in IN_BLOCK.values()}
 _OUTSIDE = {own.replace(".", "_") for own in OUTSIDE.values()}
 _LORA = ("lora_up.weight", "lora_down.weight", "alpha")
@@ -131,11 +131,14 @@ def _from_wan(rest: set[str]) -> tuple[str, list[str]]:
         dropped |= {key for key in rest if "time_projection" in key}
     left = rest - dropped
     for number in range(min(blocks), max(blocks) + 1):
-        for own in _LINEARS:
+        for own in _LINEARS + _taken_of_images(rest):
             stem = f"blocks.{number}.{own}"
             left -= {f"{stem}.{part}" for part in (f"{down}.weight", f"{up}.weight", "alpha", "diff_b")}
     if f"head.head.{down}.weight" in rest or "head.head.diff_b" in rest:
         left.discard("head.head.diff")
+    for stem in ("img_emb.proj.1", "img_emb.proj.3"):
+        pair = {f"{stem}.{down}.weight", f"{stem}.{up}.weight"}
+        left -= {*pair, *([f"{stem}.diff_b"] if f"{stem}.{up}.weight" in rest else [])}
     for stem in ("time_projection.1", "head.head", *(f"{x}_embedding.{i}" for x in ("text", "time") for i in (0, 2))):
         mine = {key for key in rest - dropped if key.startswith(f"{stem}.")}
         pair = {f"{stem}.{down}.weight", f"{stem}.{up}.weight"}
@@ -146,6 +149,11 @@ def _from_wan(rest: set[str]) -> tuple[str, list[str]]:
         return f"it knows no {_first([key for key in left if '.diff' not in key])} in such a file (ValueError)", []
     used = rest - dropped - left
     return _uneven(used, (f".{down}.weight", ".diff"), ".diff_b"), sorted(dropped | left)
+
+
+def _taken_of_images(rest: Collection[str]) -> list[str]:
+    """The layers for an image, which it takes where a file has some of both kinds."""
+    return _OF_IMAGES if all(any(f"{x}_img" in key for key in rest) for x in "kv") else []
 
 
 def _uneven(used: Collection[str], pairs: tuple[str, ...], biases: str) -> str:
@@ -165,7 +173,7 @@ def _from_kohya(rest: set[str]) -> str:
     if odd := [key for key in rest if not re.match(r"blocks_\d+_", key)]:
         return f"it knows no {_first(odd)} in a file with lora_unet_ (KeyError)"
     count = len({key.split("_")[1] for key in rest})
-    flat = [own.replace(".", "_") for own in _LINEARS]
+    flat = [own.replace(".", "_") for own in _LINEARS + _taken_of_images(rest)]
     wanted = {f"blocks_{i}_{own}.{part}" for i in range(count) for own in flat for part in _LORA}
     if missing := wanted - rest:
         return (

@@ -72,6 +72,14 @@ _VAE_2_2 = _VAE | {
 }  # fmt: skip
 
 _WAN_14B = _transformer(heads=40, ffn=13824, layers=40, channels=16)
+_WAN_14B_IMAGE = _WAN_14B | {"in_channels": 36}
+_WAN_14B_TOKENS = _WAN_14B_IMAGE | {"image_dim": 1280, "added_kv_proj_dim": 5120}
+
+_CLIP_H = {
+    "architectures": ["CLIPVisionModel"], "model_type": KINDS["image_encoder"], "hidden_size": 1280,
+    "intermediate_size": 5120, "projection_dim": 1024, "num_hidden_layers": 32, "num_attention_heads": 16,
+    "num_channels": 3, "image_size": 224, "patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-05,
+}  # fmt: skip
 
 _TRAINED = "Take a text-to-video model, or an image-to-video one that takes a first image (2.1-I2V, 2.2-I2V, TI2V)."
 
@@ -117,15 +125,19 @@ def sizes(transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> GeneratorSi
     )
 
 
-def probe(transformer: Mapping[str, Any], side: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of latents and of text embeddings."""
+def probe(transformer: Mapping[str, Any], side: int) -> tuple[tuple[int, ...], ...]:
+    """Shapes of latents, text embeddings, and an image's latents and tokens. Where there are tokens, diffusers takes
+    the last 512 rows for the text."""
     frames, height, width = transformer["patch_size"]
-    latents = (1, transformer["in_channels"], 2 * frames, side * height, side * width)
-    return latents, (1, 16, transformer["text_dim"])
+    sides, width_of_tokens = (2 * frames, side * height, side * width), transformer.get("image_dim")
+    made, taken = transformer["out_channels"], transformer["in_channels"]
+    text = (1, 512 if width_of_tokens else 16, transformer["text_dim"])
+    image = [(1, taken - made, *sides)] if taken > made else []
+    return (1, made, *sides), text, *image, *([(1, 4, width_of_tokens)] if width_of_tokens else [])
 
 
 def parameter_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of a text-to-video transformer's parameters by name, from its ``config.json``. To make the model, also
+    """Shapes of a transformer's parameters by name, from its ``config.json``. To make the model, also
     without memory, takes the seconds in which diffusers is imported."""
     width, hidden, patch = (
         config["num_attention_heads"] * config["attention_head_dim"],
@@ -150,6 +162,13 @@ def parameter_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {"scale_shift_table": (1, 2, width)}
     shapes |= {f"blocks.{i}.scale_shift_table": (1, 6, width) for i in numbers}
     shapes |= {f"blocks.{i}.attn{j}.norm_{x}.weight": (width,) for i in numbers for j in (1, 2) for x in "qk"}
+    if tokens := config.get("image_dim"):
+        image = f"{embedder}.image_embedder"
+        layers |= {f"{image}.norm1": (tokens,), f"{image}.norm2": (width,)}
+        layers |= {f"{image}.ff.net.0.proj": (tokens, tokens), f"{image}.ff.net.2": (width, tokens)}
+    if added := config.get("added_kv_proj_dim"):
+        layers |= {f"blocks.{i}.attn2.add_{x}_proj": (width, added) for i in numbers for x in "kv"}
+        shapes |= {f"blocks.{i}.attn2.norm_added_k.weight": (width,) for i in numbers}
     shapes |= {f"{name}.weight": shape for name, shape in layers.items()}
     return shapes | {f"{name}.bias": shape[:1] for name, shape in layers.items()}
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.wan.kinds import OURS, kind_of
+from lowmem_drf.models.wan.kinds import ITS_OWN, OURS, kind_of
 from lowmem_drf.models.wan.names import wan_name
 from lowmem_drf.models.wan.random_generator import empty_transformer
 from lowmem_drf.models.weights.files import PICKLES, damage, is_pickle
@@ -123,7 +123,8 @@ def _matched(path: Path, files: Source, model: torch.nn.Module, folder_or_id: st
         files.reshape({in_file[own]: shapes[wanted[own]] for own in wanted.keys() & in_file.keys()})
     held = {own: files.entries[name].shape for own, name in in_file.items()}
     problems = list(_problems(held, {own: shapes[name] for own, name in wanted.items()}, strays))
-    kind = kind_of(in_file or files.entries, wanted.keys() <= in_file.keys()) or _more_channels(held, shapes)
+    odd = in_file.keys() - wanted.keys() if in_file else files.entries.keys()
+    kind = kind_of(odd, wanted.keys() <= in_file.keys()) or _by_channels(held, model, folder_or_id)
     if problems and kind:
         raise BadInputError(f"model.transformer, {path}, is {kind[0]}. {kind[1]}.")
     try:
@@ -168,10 +169,14 @@ def _problems(held: Shapes, wanted: Shapes, strays: list[str]) -> Iterator[str]:
         yield f"has {len(other)} of another shape ({other[0]} is {shapes})"
 
 
-def _more_channels(held: Shapes, shapes: Shapes) -> tuple[str, str] | None:
-    """As ``kind_of``, for transformers that differ from text-to-video in their first layer only."""
-    found, wanted = held.get("patch_embedding.weight", ()), shapes["patch_embedding.weight"]
-    if len(found) != len(wanted) or found[1] <= wanted[1] or (found[0], *found[2:]) != (wanted[0], *wanted[2:]):
+def _by_channels(held: Shapes, model: Any, folder_or_id: str) -> tuple[str, str] | None:
+    """As ``kind_of``, for transformers that differ in the channels of their first layer."""
+    found, wanted = held.get("patch_embedding.weight", ()), tuple(model.patch_embedding.weight.shape)
+    if len(found) != len(wanted) or found[1] == wanted[1] or (found[0], *found[2:]) != (wanted[0], *wanted[2:]):
         return None
-    takes = f"its first layer takes {found[1]} channels, a text-to-video one {wanted[1]}"
-    return f"an image-to-video or control transformer: {takes}", OURS
+    takes = f"its first layer takes {found[1]} channels, that of {folder_or_id} {wanted[1]}"
+    if found[1] == model.config.out_channels:
+        return f"a text-to-video transformer: {takes}", ITS_OWN
+    if found[1] > 2 * model.config.out_channels:
+        return f"an image-to-video or control transformer: {takes}", ITS_OWN
+    return f"a control transformer: {takes}", OURS
