@@ -20,7 +20,7 @@ from lowmem_drf.sampling.published import AS_PUBLISHED, TIMESTEPS
 from lowmem_drf.schema import Config
 
 CARDS = ("rtx3060", "rtx3090", "rtx4060", "rtx4080", "rtx4090", "rtx5090")
-OTHERS = ("toy", "toy-fast", "rtx4080-wan14b", "rtx4090-wan14b", "rtx4090-wan22-5b", "zero3-2gpu")
+OTHERS = ("toy", "toy-fast", "rtx4080-wan14b", "rtx4090-wan14b", "rtx4090-wan14b-i2v", "rtx4090-wan22-5b", "zero3-2gpu")
 IMAGES = ("rtx3060-sd35",)
 COGVIDEOX = ("rtx3060-cogvideox", "rtx4090-cogvideox")
 LTX = ("rtx3060-ltx", "rtx4080-ltx", "rtx4080-ltx13b", "rtx4090-ltx", "rtx4090-ltx13b")

@@ -31,7 +31,7 @@ BUDGET_GIB = {  # whole process, at its peak
     "rtx4080-wan14b": 10.0, "rtx4090-ltx13b": 8.5, "rtx4080-ltx13b": 8.5,
     "rtx4090-ltx": 16.0, "rtx4080-ltx": 6.0, "rtx3060-ltx": 6.0,
     "rtx4090-cogvideox": 18.0, "rtx3060-cogvideox": 8.5,
-    "rtx3060-sd35": 6.5,
+    "rtx3060-sd35": 6.5, "rtx4090-wan14b-i2v": 10.5,
 }  # fmt: skip
 GIB, GB = 1024**3, 10**9
 OTHERS_GIB = 4.0
