@@ -1,0 +1,171 @@
+"""Clips that begin with an image: what diffusers' pipeline makes, and gradients that are those of its transformer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from _blocks import STORE
+from _relay import LIMIT, lora_gradients
+from _relay import relative_difference as relative_norm
+from _tiny import randomise_lora, relative_difference, tiny_condition, tiny_transformer
+from _toys import CHANNELS, QUESTIONS, STEPS, plan_of, toy_parts
+from _wan_images import KINDS, MODELS, TOKENS, save_tiny_i2v, tiny_image
+
+from lowmem_drf.memory.recorded_rollout import Recorder
+from lowmem_drf.memory.streaming import Streamed
+from lowmem_drf.method.naive import naive_step
+from lowmem_drf.method.schedule import draw_noise, flow_sigmas, timestep_of
+from lowmem_drf.method.step import drf_step, rollout
+from lowmem_drf.models.experts import two_experts
+from lowmem_drf.models.family import ImageCondition
+from lowmem_drf.models.generators import generator_config, image_use
+from lowmem_drf.models.lora.adapter import DEFAULT_TARGETS, add_lora, lora_parameters
+from lowmem_drf.models.wan import family as wan
+from lowmem_drf.models.wan import images
+from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
+
+CPU, FP64 = torch.device("cpu"), torch.float64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clips_are_those_of_the_pipeline(kind, tmp_path) -> None:
+    """From the folder, an image and a prompt to latents, with guidance."""
+    from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
+
+    folder = str(save_tiny_i2v(tmp_path, kind))
+    pipe = WanImageToVideoPipeline.from_pretrained(folder)
+    pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config, disable_corrector=[*range(4)])
+    pipe.set_progress_bar_config(disable=True)
+    generator = generator_config(folder)
+    sizes = wan.sizes(generator.transformer, generator.vae)
+    image, noise = tiny_image(8 * sizes.spatial, 4 * sizes.spatial), draw_noise((sizes.channels, 3, 4, 8), [0])
+    wanted = pipe(
+        image, "a red circle", "blue", height=image.height, width=image.width, num_frames=9, num_inference_steps=4,
+        guidance_scale=2.0, latents=noise.clone(), output_type="latent", max_sequence_length=512,
+    ).frames  # fmt: skip
+
+    encoded = images.encoder(folder, generator, wan.load_vae(folder)).encode(image, 9)
+    tokens = None if encoded.tokens_LD is None else encoded.tokens_LD[None]
+    texts = wan.load_text(folder).encode(["a red circle", "blue"]).split(1)
+    conditions = [ImageCondition(text, encoded.latents_CFhw[None], tokens) for text in texts]
+    velocities = []
+    for subfolder in ("transformer", "transformer_2")[: 1 if generator.boundary is None else 2]:
+        transformer = wan.load_transformer(folder, subfolder=subfolder)
+        set_activations(transformer)
+        velocities.append(as_velocity(transformer))
+    velocity = velocities[0]
+    if generator.boundary is not None:
+        velocity = two_experts(velocity, velocities[1], "high", generator.boundary, lambda name: None)
+    with torch.no_grad():
+        x_0 = rollout(velocity, flow_sigmas(4, 3.0), noise, *conditions, 2.0)[0]
+    assert relative_difference(x_0, wanted) < 1e-4
+    if generator.first_frame:
+        assert image_use(generator) == "may"
+        assert torch.allclose(x_0[:, :, :1], conditions[0].latents_BCFhw, rtol=0, atol=1e-6)
+    else:
+        assert image_use(generator) == "must" and sizes.channels * 2 + 4 == generator.transformer["in_channels"]
+
+
+@pytest.fixture
+def fp64_arithmetic(monkeypatch) -> None:
+    """Diffusers computes norms and modulations in fp32, even in an fp64 model."""
+    to_fp32 = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == FP64 else to_fp32(x))
+
+
+def tuned(kind: str, **settings: Any) -> Any:
+    transformer = tiny_transformer(FP64, **MODELS[kind][0] | settings)
+    of_images = wan.NAMES.image_linears if transformer.config.image_dim else ()
+    add_lora(transformer, rank=2, alpha=2.0, targets=[*DEFAULT_TARGETS, *of_images])
+    randomise_lora(transformer)
+    return transformer
+
+
+def condition(transformer: Any, clips: int, text: int = 512, seed: int = 0) -> ImageCondition:
+    config = transformer.config
+    first = config.in_channels == config.out_channels
+    shape = (config.out_channels, 1, 4, 4) if first else (config.in_channels - config.out_channels, 3, 4, 4)
+    tokens = draw_noise((1, 1, TOKENS, config.image_dim), range(clips))[:, 0, 0] if config.image_dim else None
+    return ImageCondition(tiny_condition(clips, tokens=text, seed=seed), draw_noise(shape, range(clips)), tokens)
+
+
+def gradients(velocity: Any, transformer: Any, cond: ImageCondition) -> list[torch.Tensor]:
+    x = draw_noise((transformer.config.out_channels, 3, 4, 4), [8, 9]).double().requires_grad_()
+    v = velocity(x, 0.7, cond)
+    upstream = draw_noise(v.shape[1:], [5, 6]).double()
+    return [v.detach(), *torch.autograd.grad(v, [*lora_parameters(transformer), x], upstream)]
+
+
+@cache
+def wanted(kind: str) -> list[torch.Tensor]:
+    """By diffusers' own transformer and blocks, as the pipeline calls it: a timestep for every token."""
+    transformer = tuned(kind)
+
+    def velocity(x: torch.Tensor, sigma: float, cond: ImageCondition) -> torch.Tensor:
+        t, given = torch.full((2,), float(timestep_of(sigma))), cond.latents_BCFhw.double()
+        tokens = None if cond.tokens_BLD is None else cond.tokens_BLD.double()
+        if given.shape[2] > 1:
+            return transformer(torch.cat([x, given], 1), t, cond.text_BLD, tokens, return_dict=False)[0]
+        every = torch.cat([torch.zeros(2, 4), t[:, None].expand(2, 8)], 1)
+        x, noise = torch.cat([given, x[:, :, 1:]], 2), x[:, :, :1]
+        v = transformer(x, every, cond.text_BLD, return_dict=False)[0]
+        return torch.cat([(noise - given) / sigma, v[:, :, 1:]], 2)
+
+    return gradients(velocity, transformer, condition(transformer, 2))
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "whole": {"checkpoint": False},
+    "slices": {"slices": 5},  # of 12 tokens: the first frame's 4 end within one
+    "kept": {"slices": 3, "checkpoint": "host", "keep_attention": "host"},
+    "streamed": {"slices": 2},
+    "recorded": {"keep_attention": "card"},
+}
+
+
+WAYS = [(kind, how) for kind in ("wan2.1-i2v", "wan2.2-ti2v") for how in SETTINGS]
+
+
+@pytest.mark.parametrize(("kind", "how"), [*WAYS, ("wan2.2-i2v", "kept")])
+def test_gradients_are_those_of_a_timestep_for_each_token(kind, how: str, fp64_arithmetic) -> None:
+    transformer, settings = tuned(kind), dict(SETTINGS[how])
+    cond = condition(transformer, 2)
+    recorder = Recorder(STORE, attentions=True) if how == "recorded" else None
+    if how == "streamed":
+        settings["streamed"] = Streamed(list(transformer.blocks), CPU, STORE)
+    set_activations(transformer, store=STORE, recorder=recorder, **settings)
+    velocity = as_velocity(transformer, recorder)
+    if recorder is None:
+        got = gradients(velocity, transformer, cond)
+    else:
+
+        def replayed(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+            with torch.no_grad(), recorder.record(0, [cond]):
+                velocity(x, *arguments)
+            with recorder.replay(0, cond):
+                return velocity(x, *arguments)
+
+        got = gradients(replayed, transformer, cond)
+    assert len(got) == len(wanted(kind)) and all(tensor.any() for tensor in got)
+    assert max(map(relative_difference, got, wanted(kind))) < 1e-12
+
+
+@pytest.mark.parametrize("k", [1, 3, STEPS], ids=lambda k: f"K{k}")
+@pytest.mark.parametrize("kind", KINDS)
+def test_relay_is_naive_with_an_image(kind, k: int, fp64_arithmetic) -> None:
+    """The real transformer before a decoder and a critic of a few lines."""
+    taken = CHANNELS if kind == "wan2.2-ti2v" else 2 * CHANNELS + 4
+    transformer = tuned(kind, in_channels=taken, out_channels=CHANNELS, layers=1)
+    set_activations(transformer, slices=2)
+    parts = replace(toy_parts(), velocity=as_velocity(transformer), lora=lora_parameters(transformer))
+    noise = draw_noise((CHANNELS, 3, 4, 4), [0]).double()
+    batch = (noise, condition(transformer, 1, 6), condition(transformer, 1, 6, seed=1), [QUESTIONS])
+    plan = plan_of(range(STEPS - k, STEPS), guidance=2.0)
+    expected, naive = lora_gradients(naive_step, parts, plan, *batch)
+    actual, stats = lora_gradients(drf_step, parts, plan, *batch)
+    assert relative_norm(actual, expected) < LIMIT
+    assert stats.reward == pytest.approx(naive.reward, abs=1e-12)
