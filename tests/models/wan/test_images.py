@@ -14,7 +14,10 @@ from _relay import relative_difference as relative_norm
 from _tiny import randomise_lora, relative_difference, tiny_condition, tiny_transformer
 from _toys import CHANNELS, QUESTIONS, STEPS, plan_of, toy_parts
 from _wan_images import KINDS, MODELS, TOKENS, save_tiny_i2v, tiny_image
+from safetensors.torch import load_file, save_file
 
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.export.export import export_lora
 from lowmem_drf.memory.recorded_rollout import Recorder
 from lowmem_drf.memory.streaming import Streamed
 from lowmem_drf.method.naive import naive_step
@@ -23,10 +26,16 @@ from lowmem_drf.method.step import drf_step, rollout
 from lowmem_drf.models.experts import two_experts
 from lowmem_drf.models.family import ImageCondition
 from lowmem_drf.models.generators import generator_config, image_use
-from lowmem_drf.models.lora.adapter import DEFAULT_TARGETS, add_lora, lora_parameters
+from lowmem_drf.models.lora.adapter import DEFAULT_TARGETS, add_lora, lora_parameters, lora_state
+from lowmem_drf.models.lora.changes import LoraChanges
+from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.models.wan import family as wan
 from lowmem_drf.models.wan import images
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
+from lowmem_drf.models.wan.names import wan_name
+from lowmem_drf.models.wan.single_file import load_single_file
+from lowmem_drf.models.weights.files import find_problems
+from lowmem_drf.models.weights.reader import parameter_shapes
 
 CPU, FP64 = torch.device("cpu"), torch.float64
 
@@ -169,3 +178,71 @@ def test_relay_is_naive_with_an_image(kind, k: int, fp64_arithmetic) -> None:
     actual, stats = lora_gradients(drf_step, parts, plan, *batch)
     assert relative_norm(actual, expected) < LIMIT
     assert stats.reward == pytest.approx(naive.reward, abs=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "of_images"), [("wan2.1-i2v", True), ("wan2.1-i2v", False), ("wan2.2-i2v", False)])
+def test_exports_are_the_tuned_model(kind, of_images: bool, tmp_path) -> None:
+    """Loaded by diffusers, which adds pairs of zeros for an image where a file has none."""
+    settings = MODELS[kind][0]
+    targets = [*DEFAULT_TARGETS, *(wan.NAMES.image_linears if of_images else ())]
+    transformer = tiny_transformer(**settings)
+    add_lora(transformer, rank=2, alpha=3.0, targets=targets)
+    randomise_lora(transformer)
+    lora = LoraChanges.from_state(lora_state(transformer), 3.0)
+    assert wan.pipeline(transformer).__class__.__name__ == "WanImageToVideoPipeline"
+    for form in ("comfyui", "diffusers", "kohya"):
+        path, made = export_lora(lora, form, torch.float32, tmp_path / form, tiny_transformer(**settings), {})
+        assert made.by == "diffusers" and made.effect > 0.05 and made.difference < 1e-4
+        read = read_lora(path)
+        assert read.pairs.keys() == lora.pairs.keys()
+        header = {name: {"shape": tensor.shape, "dtype": "F32"} for name, tensor in load_file(path).items()}
+        said = {verdict.program: verdict.takes for verdict in wan.verdicts(read, header)}
+        assert said["diffusers"] == "yes" and said["ComfyUI"] == ("no" if form == "diffusers" else "yes")
+        text_to_video = tiny_transformer()
+        if of_images:
+            with pytest.raises(BadInputError, match=r"this model has no blocks\.0\.attn2\.add_k_proj"):
+                read.require_fit(parameter_shapes(text_to_video))
+
+
+def test_the_probe_uses_every_weight() -> None:
+    for kind in KINDS:
+        transformer = tiny_transformer(**MODELS[kind][0]).requires_grad_(True)
+        x, text, *image = (torch.randn(shape) for shape in wan.probe(transformer.config, 2))
+        v = as_velocity(transformer)(x, 0.5, ImageCondition(text, *image) if image else text)
+        v.square().sum().backward()
+        assert v.shape == x.shape and all(p.grad is not None and p.grad.any() for p in transformer.parameters())
+        assert wan.parameter_shapes(transformer.config) == parameter_shapes(transformer)
+
+
+def test_single_files_fit_their_own_kind(tmp_path) -> None:
+    weights = {kind: tiny_transformer(**MODELS[kind][0]).state_dict() for kind in ("wan2.1-i2v", "wan2.2-i2v")}
+    weights["t2v"] = tiny_transformer().state_dict()
+    for kind, state in weights.items():
+        save_file({wan_name(name): value for name, value in state.items()}, tmp_path / f"{kind}.safetensors")
+    configs = {kind: {**tiny_transformer(**MODELS.get(kind, ({}, {}))[0]).config} for kind in weights}
+    problems = {
+        "wan2.1-i2v": {"wan2.2-i2v": r"lacks \d+ tensors", "t2v": "a text-to-video transformer.*takes 4 channels"},
+        "wan2.2-i2v": {"wan2.1-i2v": "an image-to-video transformer", "t2v": "a text-to-video transformer"},
+        "t2v": {"wan2.1-i2v": "an image-to-video transformer", "wan2.2-i2v": "image-to-video .*takes 12 channels"},
+    }
+    for model, config in configs.items():
+        loaded = load_single_file(tmp_path / f"{model}.safetensors", config, model).state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in weights[model].items())
+        for file, message in problems[model].items():
+            with pytest.raises(BadInputError, match=message):
+                load_single_file(tmp_path / f"{file}.safetensors", config, model)
+
+
+def test_other_kinds_of_models_are_refused(tmp_path) -> None:
+    known = generator_config(str(save_tiny_i2v(tmp_path, "wan2.1-i2v")))
+    for change, message in (
+        ({"pos_embed_seq_len": 514}, "a first and a last image"),
+        ({"in_channels": 16}, "takes 16 channels, and its VAE's latents have 4: it is a control model"),
+    ):
+        with pytest.raises(BadInputError, match=message):
+            wan.refuse(replace(known, transformer=known.transformer | change), "a model")
+    with pytest.raises(BadInputError, match="lacks image_encoder"):
+        wan.refuse(replace(known, image=None), "a model")
+    (tmp_path / "image_processor" / "preprocessor_config.json").unlink()
+    (tmp_path / "image_processor").rmdir()
+    assert [str(problem.file) for problem in find_problems(tmp_path, "generator")] == ["image_processor/"]
