@@ -14,7 +14,8 @@ ROWS = Rows()
 refused = ROWS.refused
 Q = "blocks.1.attn1.to_q"
 
-IMAGE = ("image-to-video",)
+IMAGE = ("not fit", "this model has no")
+"""What a text-to-video model says to a LoRA of an image-to-video one."""
 for name, names, stems in (
     (
         "image to video: k_img, v_img",
@@ -36,10 +37,10 @@ for name, names, stems in (
         for stem in stems:
             add_pair(file, stem, (file.names.a, file.names.b))
 
-    refused(name, names, *IMAGE)(_image)
+    refused(name, names, *IMAGE, of_model=True)(_image)
 
 
-@refused("image to video: norm_k_img alone", COMFY, *IMAGE)
+@refused("image to video: norm_k_img alone", COMFY, *IMAGE, of_model=True)
 def image_norm(file: LoraFile) -> None:
     pairs()(file)
     file.tensors["diffusion_model.blocks.0.cross_attn.norm_k_img.diff"] = file.random(24)

@@ -97,8 +97,7 @@ def _model(report: Report) -> str:
         return f"another {report.family} model: {width}, at least {max(report.blocks, default=-1) + 1} blocks"
     if report.total_blocks:
         width += f", {report.total_blocks} blocks"
-    more = "; image-to-video models of this size have the same layers" if len(names) > 1 else ""
-    return f"{' or '.join(names)} ({width}{more})"
+    return f"{' or '.join(names)} ({width})"
 
 
 def _span(numbers: Sequence[float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,11 @@ if TYPE_CHECKING:
 
 def attach_as_diffusers(transformer: Any, path: Path) -> None:
     """Uses the pipeline's ``load_lora_weights``, which chooses the adapter's name and may raise any exception."""
-    family_of(transformer).pipeline(transformer).load_lora_weights(
-        str(path.parent), weight_name=path.name, local_files_only=True
-    )
+    with warnings.catch_warnings():  # peft's, of layers of an image, for which diffusers adds zeros to the file's pairs
+        warnings.filterwarnings("ignore", "While injecting the PEFT adapters", RuntimeWarning)
+        family_of(transformer).pipeline(transformer).load_lora_weights(
+            str(path.parent), weight_name=path.name, local_files_only=True
+        )
 
 
 def load_as_diffusers(kind: type[Any], folder: Path, subfolder: str, dtype: torch.dtype) -> Any:
