@@ -9,10 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 from _tiny import save_tiny_generator
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from lowmem_drf.config import load_config, presets
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.generators import KNOWN_GENERATORS, SUBFOLDERS, family_of, generator_config
+from lowmem_drf.models.generators import KNOWN_GENERATORS, SUBFOLDERS, family_of, generator_config, image_use
 from lowmem_drf.planner.cards import card_named
 from lowmem_drf.planner.plan import make_plan
 
@@ -43,13 +44,17 @@ def test_sizes_are_those_written_down(name: str) -> None:
     models |= {name: family.empty_text(config) for name, config in known.config.more_text.items()}
     if known.config.transformer_2:
         models["transformer_2"] = family.empty_transformer(known.config.transformer_2)
+    if known.config.image:
+        with torch.device("meta"):
+            models["image"] = CLIPVisionModel(CLIPVisionConfig.from_dict(known.config.image))
     assert models.keys() == known.parameters.keys()
     for field, model in models.items():
         assert sum(parameter.numel() for parameter in model.parameters()) == known.parameters[field], field
         assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     transformer, vae = models["transformer"].config, models["vae"].config
     sizes = family.sizes(known.config.transformer, known.config.vae)
-    channels = {transformer.in_channels, transformer.out_channels, vae.get("z_dim") or vae.latent_channels}
+    taken = () if image_use(known.config) == "must" else (transformer.in_channels,)
+    channels = {*taken, transformer.out_channels, vae.get("z_dim") or vae.latent_channels}
     channels |= {len(vae[key]) for key in ("latents_mean", "latents_std") if vae.get(key)}
     assert channels == {sizes.channels}
     last = models[["text", *known.config.more_text][-1]]  # T5, of several

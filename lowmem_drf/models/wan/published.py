@@ -95,12 +95,25 @@ KNOWN: Mapping[str, KnownGenerator] = {
         {"transformer": 14_288_491_584, "vae": 126_892_531, "text": _TEXT_PARAMETERS},
     ),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": KnownGenerator(
-        GeneratorConfig(_transformer(heads=24, ffn=14336, layers=30, channels=48), _VAE_2_2, _UMT5_XXL),
+        GeneratorConfig(
+            _transformer(heads=24, ffn=14336, layers=30, channels=48), _VAE_2_2, _UMT5_XXL, first_frame=True
+        ),
         {"transformer": 4_999_787_712, "vae": 704_688_668, "text": _TEXT_PARAMETERS},
     ),
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": KnownGenerator(
         GeneratorConfig(_WAN_14B, _VAE, _UMT5_XXL, _WAN_14B, boundary=0.875),
         {"transformer": 14_288_491_584, "transformer_2": 14_288_491_584, "vae": 126_892_531, "text": _TEXT_PARAMETERS},
+    ),
+    **dict.fromkeys(
+        ("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"),
+        KnownGenerator(
+            GeneratorConfig(_WAN_14B_TOKENS, _VAE, _UMT5_XXL, image=_CLIP_H),
+            {"transformer": 16_394_878_784, "vae": 126_892_531, "text": _TEXT_PARAMETERS, "image": 630_766_080},
+        ),
+    ),
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": KnownGenerator(
+        GeneratorConfig(_WAN_14B_IMAGE, _VAE, _UMT5_XXL, _WAN_14B_IMAGE, boundary=0.9),
+        {"transformer": 14_288_901_184, "transformer_2": 14_288_901_184, "vae": 126_892_531, "text": _TEXT_PARAMETERS},
     ),
 }
 
