@@ -112,14 +112,18 @@ class Measurer:
         """``eval``'s measures of this checkpoint (0: the base), ``second``, the other critic's answers to the held-out
         questions, and ``lora_norm``."""
         models, transformer = self.models, self.models.transformer
-        if step:
-            load_lora_state(transformer, load_checkpoint(checkpoint_folder(self.folder, step)).lora)
+        self.load(step)
         scale = scale if step else 0.0
         with lora_scale(transformer, scale):
             seen = measure(self.config, models, self.trial, lambda clips: None)
             second = measure(self.config, *self.second, lambda clips: None)["heldout_reward"]
             norm = lora_norm(transformer) if step else 0.0
         return {**seen, "second": second, "lora_norm": norm}
+
+    def load(self, step: int) -> None:
+        """Takes the LoRA of this checkpoint; 0: it stays."""
+        if step:
+            load_lora_state(self.models.transformer, load_checkpoint(checkpoint_folder(self.folder, step)).lora)
 
 
 def _answered_by(models: Models, trial: Trial, critic: Any) -> tuple[Models, Trial]:
