@@ -8,7 +8,8 @@ Shape letters, used as name suffixes at interfaces (``frames_BTCHW``):
     L  tokens of a text             A  tokens of an answer
 
 Pixel frames are in [0, 1] where a name ends in ``_BTCHW`` or ``_TCHW``; the VAE's own range [-1, 1] does not leave
-``models/wan/vae/decoder.py``. Latents are the transformer's (normalised by the VAE's mean and standard deviation).
+``models/wan/vae/decoder.py`` and ``models/wan/images.py``. Latents are the transformer's (normalised by the VAE's mean
+and standard deviation).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The ``forward`` of a Wan transformer whose clip begins with an image, around blocks with ``BlockForward``.
 
 Two things differ from ``WanTransformer3DModel.forward`` of diffusers 0.42.1, and no result does. Where the first latent
-frame is given (TI2V-5B), diffusers has a timestep for every token, and so a modulation of (B, L, 6, D) in fp32, for 81
-frames of 1280 x 704 some 8 GB. There are two timesteps: here is a modulation of (B, 2, 6, D), for the tokens of the
-first frame and for the others. And where blocks attend to tokens of an image (2.1-I2V), diffusers puts them before the
+frame is given (TI2V-5B), diffusers has a timestep for every token, and so a modulation of (B, L, 6, D) in fp32: 2 GB
+for 121 frames of 1280 x 704. There are two timesteps: here is a modulation of (B, 2, 6, D), for the tokens of the first
+frame and for the others. And where blocks attend to tokens of an image (2.1-I2V), diffusers puts them before the
 text, and cuts before the last 512; here they are an argument of their own.
 """
 
