@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -34,6 +35,7 @@ from lowmem_drf.models.wan import images
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
 from lowmem_drf.models.wan.names import wan_name
 from lowmem_drf.models.wan.single_file import load_single_file
+from lowmem_drf.models.weights.downloads import _wanted
 from lowmem_drf.models.weights.files import find_problems
 from lowmem_drf.models.weights.reader import parameter_shapes
 
@@ -243,6 +245,7 @@ def test_other_kinds_of_models_are_refused(tmp_path) -> None:
             wan.refuse(replace(known, transformer=known.transformer | change), "a model")
     with pytest.raises(BadInputError, match="lacks image_encoder"):
         wan.refuse(replace(known, image=None), "a model")
-    (tmp_path / "image_processor" / "preprocessor_config.json").unlink()
-    (tmp_path / "image_processor").rmdir()
+    names = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*")]
+    assert {*_wanted("some/model", "generator", names, ())} >= {name for name in names if "image" in name}
+    shutil.rmtree(tmp_path / "image_processor")
     assert [str(problem.file) for problem in find_problems(tmp_path, "generator")] == ["image_processor/"]
