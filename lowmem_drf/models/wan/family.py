@@ -33,10 +33,10 @@ NAMES = ModuleNames(BLOCK_LINEARS, IN_BLOCK, OUTSIDE, image_linears=IMAGE_LINEAR
 
 def pipeline(transformer: Any) -> Any:
     """``WanPipeline``, or the one for image-to-video models, around the transformer alone."""
-    from diffusers import WanImageToVideoPipeline, WanPipeline
+    import diffusers
 
     image = transformer.config.in_channels != transformer.config.out_channels
-    kind: Any = WanImageToVideoPipeline if image else WanPipeline
+    kind: Any = diffusers.WanImageToVideoPipeline if image else diffusers.WanPipeline
     return kind(tokenizer=None, text_encoder=None, vae=None, scheduler=None, transformer=transformer)
 
 
