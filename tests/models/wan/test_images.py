@@ -89,7 +89,7 @@ def fp64_arithmetic(monkeypatch) -> None:
 
 
 def tuned(kind: str, **settings: Any) -> Any:
-    transformer = tiny_transformer(FP64, **MODELS[kind][0] | settings)
+    transformer = tiny_transformer(FP64, **MODELS[kind][0] | {"layers": 2} | settings)
     of_images = wan.NAMES.image_linears if transformer.config.image_dim else ()
     add_lora(transformer, rank=2, alpha=2.0, targets=[*DEFAULT_TARGETS, *of_images])
     randomise_lora(transformer)
@@ -131,17 +131,14 @@ def wanted(kind: str) -> list[torch.Tensor]:
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "whole": {"checkpoint": False},
-    "slices": {"slices": 5},  # of 12 tokens: the first frame's 4 end within one
     "kept": {"slices": 3, "checkpoint": "host", "keep_attention": "host"},
-    "streamed": {"slices": 2},
+    "streamed": {"slices": 5},  # of 12 tokens: the first frame's 4 end within one
     "recorded": {"keep_attention": "card"},
 }
 
 
-WAYS = [(kind, how) for kind in ("wan2.1-i2v", "wan2.2-ti2v") for how in SETTINGS]
-
-
-@pytest.mark.parametrize(("kind", "how"), [*WAYS, ("wan2.2-i2v", "kept")])
+@pytest.mark.parametrize("how", SETTINGS)
+@pytest.mark.parametrize("kind", ["wan2.1-i2v", "wan2.2-ti2v"])
 def test_gradients_are_those_of_a_timestep_for_each_token(kind, how: str, fp64_arithmetic) -> None:
     transformer, settings = tuned(kind), dict(SETTINGS[how])
     cond = condition(transformer, 2)
@@ -165,8 +162,10 @@ def test_gradients_are_those_of_a_timestep_for_each_token(kind, how: str, fp64_a
     assert max(map(relative_difference, got, wanted(kind))) < 1e-12
 
 
-@pytest.mark.parametrize("k", [1, 3, STEPS], ids=lambda k: f"K{k}")
-@pytest.mark.parametrize("kind", KINDS)
+STEPS_OF = {"wan2.1-i2v": (1, 3, STEPS), "wan2.2-i2v": (3,), "wan2.2-ti2v": (1, 3, STEPS)}
+
+
+@pytest.mark.parametrize(("kind", "k"), [(kind, k) for kind, counts in STEPS_OF.items() for k in counts])
 def test_relay_is_naive_with_an_image(kind, k: int, fp64_arithmetic) -> None:
     """The real transformer before a decoder and a critic of a few lines."""
     taken = CHANNELS if kind == "wan2.2-ti2v" else 2 * CHANNELS + 4
@@ -182,17 +181,17 @@ def test_relay_is_naive_with_an_image(kind, k: int, fp64_arithmetic) -> None:
     assert stats.reward == pytest.approx(naive.reward, abs=1e-12)
 
 
-@pytest.mark.parametrize(("kind", "of_images"), [("wan2.1-i2v", True), ("wan2.1-i2v", False), ("wan2.2-i2v", False)])
-def test_exports_are_the_tuned_model(kind, of_images: bool, tmp_path) -> None:
+@pytest.mark.parametrize("of_images", [True, False])
+def test_exports_are_the_tuned_model(of_images: bool, tmp_path) -> None:
     """Loaded by diffusers, which adds pairs of zeros for an image where a file has none."""
-    settings = MODELS[kind][0]
+    settings = MODELS["wan2.1-i2v"][0] | {"layers": 1}
     targets = [*DEFAULT_TARGETS, *(wan.NAMES.image_linears if of_images else ())]
     transformer = tiny_transformer(**settings)
     add_lora(transformer, rank=2, alpha=3.0, targets=targets)
     randomise_lora(transformer)
     lora = LoraChanges.from_state(lora_state(transformer), 3.0)
     assert wan.pipeline(transformer).__class__.__name__ == "WanImageToVideoPipeline"
-    for form in ("comfyui", "diffusers", "kohya"):
+    for form in ("comfyui", "diffusers", "kohya") if of_images else ("comfyui",):
         path, made = export_lora(lora, form, torch.float32, tmp_path / form, tiny_transformer(**settings), {})
         assert made.by == "diffusers" and made.effect > 0.05 and made.difference < 1e-4
         read = read_lora(path)
