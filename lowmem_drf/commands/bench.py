@@ -38,7 +38,7 @@ from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.plan import ALLOCATOR_BLOCK
 from lowmem_drf.planner.report import card_here, planned
 from lowmem_drf.planner.shortcuts import one_micro_batch
-from lowmem_drf.planner.stages import Plan
+from lowmem_drf.planner.stages import Plan, StagePlan
 from lowmem_drf.planner.stand_ins import PlanMeter, planned_store
 from lowmem_drf.planner.words import set_to_fit
 from lowmem_drf.schema import Config
@@ -161,7 +161,12 @@ def _learned(config: Config, attention: Attention, device: torch.device, console
 
 
 def count_bytes(config: Config) -> dict[str, float]:
-    """Peak GiB by stage of one real update on the CPU, counted by a ledger as if card and host were apart."""
+    """Peak GiB by stage, as ``count_stages``."""
+    return {name: stage.peak_gib for name, stage in count_stages(config).items()}
+
+
+def count_stages(config: Config) -> dict[str, StagePlan]:
+    """The stages of one real update on the CPU, whose bytes a ledger counts as if card and host were apart."""
     with Ledger(ALLOCATOR_BLOCK) as ledger:
         meter = PlanMeter(ledger)
         models, prompts, questions = _random_models(config, torch.device("cpu"), meter, planned_store())
@@ -170,7 +175,7 @@ def count_bytes(config: Config) -> dict[str, float]:
         critic = [models.critic.model] if models.critic else []
         meter.load([models.transformer, models.decoder.vae, *critic, *models.rewards.values(), *expert, *tiny])
         _updates(config, models, prompts, questions, ledger=ledger)
-    return {name: stage.peak_gib for name, stage in meter.stages.items()}
+    return meter.stages
 
 
 def _random_models(

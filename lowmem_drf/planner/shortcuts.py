@@ -11,12 +11,14 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from lowmem_drf.assembly.assemble import Models, derive_seed
 from lowmem_drf.memory.activations import HookedForward
+from lowmem_drf.memory.host import Held
 from lowmem_drf.memory.recorded_rollout import RecordedForward
 from lowmem_drf.memory.streaming import StreamedForward
 from lowmem_drf.method.schedule import flow_sigmas
@@ -26,7 +28,7 @@ from lowmem_drf.planner.cards import GIB, Card
 from lowmem_drf.planner.depths import begins, marker
 from lowmem_drf.planner.ledger import Ledger
 from lowmem_drf.planner.stages import ONCE, STAGES, SUMS, Plan, StagePlan
-from lowmem_drf.planner.stand_ins import again
+from lowmem_drf.planner.stand_ins import passed_on, trace_again, waiting_in
 from lowmem_drf.schema import Config
 from lowmem_drf.types import Answer, Decoder, Parts, Question, Scalar
 
@@ -168,40 +170,51 @@ class _ShortcutDecoder:
     def __init__(self, decoder: Decoder, ledger: Ledger, frames: Frames) -> None:
         self._decoder, self._ledger, self._frames = decoder, ledger, frames
         self._steady: dict[Hashable, bool] = {}
-        self._trace_again: dict[Hashable, Callable[[], Any]] = {}
+        self._trace_again: dict[Hashable, Callable[[Sequence[Any]], Any]] = {}
+        self._stored: WeakSet[Held] = WeakSet()
         self.temporal_factor, self.causal, self.group = decoder.temporal_factor, decoder.causal, decoder.group
-        self.start, self.store, self.decode = decoder.start, decoder.store, decoder.decode
+        self.start, self.decode = decoder.start, decoder.decode
+
+    def store(self, caches: Caches) -> Caches:
+        stored = self._decoder.store(caches)
+        self._stored.update(cache for cache in stored if isinstance(cache, Held))
+        return stored
 
     def _shortcut(self, key: Hashable, run: Callable[[], Any], stand_in: Callable[[], Any]) -> Any:
         return self._ledger.shortcut(key, run, stand_in) if self._steady.get(key, True) else run()
 
+    def _key(self, name: str, latents_BC1hw: Tensor, caches: Sequence[Any]) -> Hashable:
+        """Entering caches that are stored too are not freed on the way."""
+        stays = any(isinstance(cache, Held) and cache in self._stored for cache in caches)
+        return name, latents_BC1hw.shape, _sizes(caches), stays
+
     def chunk(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> tuple[Tensor, Caches]:
-        received = _sizes(caches)
-        key = ("chunk", latents_BC1hw.shape, received)
+        received, key = _sizes(caches), self._key("chunk", latents_BC1hw, caches)
 
         def run() -> tuple[Tensor, Caches]:
-            made, passed_on = self._decoder.chunk(latents_BC1hw, caches)
-            self._steady[key] = _sizes(passed_on) == received
+            made, handed = self._decoder.chunk(latents_BC1hw, caches)
+            self._steady[key] = _sizes(handed) == received
             self._blank = partial(torch.zeros, made.shape, dtype=made.dtype, device=made.device)
-            return made, passed_on
+            return made, handed
 
-        result: tuple[Tensor, Caches] = self._shortcut(key, run, lambda: (self._blank(), tuple(caches)))
+        result: tuple[Tensor, Caches] = self._shortcut(key, run, lambda: (self._blank(), passed_on(caches)))
         self._frames.append((result[0].shape, result[0].dtype))
         return result
 
     def recorded_chunk(self, latents_BC1hw: Tensor, caches: Sequence[Any]) -> tuple[Tensor, Caches, Any]:
-        received = _sizes(caches)
-        key = ("recorded_chunk", latents_BC1hw.shape, received)
+        received, key = _sizes(caches), self._key("recorded_chunk", latents_BC1hw, caches)
 
         def run() -> tuple[Tensor, Caches, Any]:
-            made, passed_on, trace = self._decoder.recorded_chunk(latents_BC1hw, caches)
-            self._steady[key] = _sizes(passed_on) == received
+            waiting = waiting_in(caches)
+            made, handed, trace = self._decoder.recorded_chunk(latents_BC1hw, caches)
+            self._steady[key] = _sizes(handed) == received
             self._blank = partial(torch.zeros, made.shape, dtype=made.dtype, device=made.device)
-            self._trace_again[key] = _trace_again(trace)
-            return made, passed_on, trace
+            self._trace_again[key] = trace_again(trace, waiting)
+            return made, handed, trace
 
         def stand_in() -> tuple[Tensor, Caches, Any]:
-            return self._blank(), tuple(caches), self._trace_again[key]()
+            trace = self._trace_again[key](caches)
+            return self._blank(), passed_on(caches), trace
 
         result: tuple[Tensor, Caches, Any] = self._shortcut(key, run, stand_in)
         self._frames.append((result[0].shape, result[0].dtype))
@@ -210,17 +223,18 @@ class _ShortcutDecoder:
     def advance(
         self, latents_BC1hw: Tensor, caches: Sequence[Any], keep: Literal["nothing", "trace", "last"]
     ) -> tuple[Caches, Any]:
-        received = _sizes(caches)
-        key = ("advance", latents_BC1hw.shape, received, keep)
+        received, key = _sizes(caches), self._key(f"advance {keep}", latents_BC1hw, caches)
 
         def run() -> tuple[Caches, Any]:
-            passed_on, trace = self._decoder.advance(latents_BC1hw, caches, keep)
-            self._steady[key] = keep == "last" or _sizes(passed_on) == received
-            self._trace_again[key] = _trace_again(trace)
-            return passed_on, trace
+            waiting = waiting_in(caches)
+            handed, trace = self._decoder.advance(latents_BC1hw, caches, keep)
+            self._steady[key] = keep == "last" or _sizes(handed) == received
+            self._trace_again[key] = trace_again(trace, waiting)
+            return handed, trace
 
         def stand_in() -> tuple[Caches, Any]:
-            return () if keep == "last" else tuple(caches), self._trace_again[key]()
+            trace = self._trace_again[key](caches)
+            return () if keep == "last" else passed_on(caches), trace
 
         return self._shortcut(key, run, stand_in)
 
@@ -237,18 +251,6 @@ class _ShortcutDecoder:
             return d_z, d_caches
 
         return self._shortcut(key, run, lambda: (torch.zeros_like(latents_BC1hw), d_handed))
-
-
-def _trace_again(trace: Any) -> Callable[[], Any]:
-    """As ``again``, for a trace."""
-    if trace is None:
-        return lambda: None
-    if isinstance(trace, tuple):
-        parts = [again(part) for part in trace]
-        return lambda: tuple(make() for make in parts)
-    kind, first = type(trace), trace.first
-    inputs, caches = [again(value) for value in trace.inputs], [again(value) for value in trace.caches]
-    return lambda: kind(first, [make() for make in inputs], [make() for make in caches])
 
 
 def _parts(trace: Any) -> Caches:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -89,6 +90,43 @@ def again(value: Any) -> Callable[[], Any]:
         return lambda: value
     shape, dtype, expanded = value.shape, value.dtype, not any(value.stride())
     return lambda: torch.zeros((), dtype=dtype).expand(shape) if expanded else torch.empty(shape, dtype=dtype)
+
+
+def passed_on(caches: Sequence[Any]) -> tuple[Any, ...]:
+    """Caches as large as the entering ones, which are emptied if they are a list. On the card these are handed on; what
+    waits on the host is made anew, as others may keep what entered."""
+    left = caches if isinstance(caches, list) else [*caches]
+    return tuple(_anew(left.pop(0))() for _ in range(len(left)))
+
+
+def _anew(cache: Any) -> Callable[[], Any]:
+    return again(cache) if isinstance(cache, Held) else lambda: cache
+
+
+def waiting_in(caches: Sequence[Any]) -> dict[int, ref[Held]]:
+    """Caches that wait on the host, by place. A chunk may free them."""
+    return {place: ref(cache) for place, cache in enumerate(caches) if isinstance(cache, Held)}
+
+
+def trace_again(trace: Any, waiting: Mapping[int, ref[Held]]) -> Callable[[Sequence[Any]], Any]:
+    """As ``again``, for a trace; called with the entering caches. Those that it shares with the trace, being on the
+    host already, are in its place, and take nothing."""
+    places = {id(cache): place for place, one in waiting.items() if (cache := one()) is not None}
+
+    def makes(value: Any) -> Callable[[Sequence[Any]], Any]:
+        if (place := places.get(id(value))) is not None:
+            return lambda caches: caches[place]
+        make = again(value)
+        return lambda caches: make()
+
+    if trace is None:
+        return lambda caches: None
+    if isinstance(trace, tuple):
+        parts = [makes(part) for part in trace]
+        return lambda caches: tuple(make(caches) for make in parts)
+    kind, first = type(trace), trace.first
+    inputs, kept = [makes(value) for value in trace.inputs], [makes(value) for value in trace.caches]
+    return lambda caches: kind(first, [make(caches) for make in inputs], [make(caches) for make in kept])
 
 
 def _ledger() -> Ledger:
