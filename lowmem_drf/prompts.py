@@ -102,11 +102,20 @@ def as_prompts(texts: Iterable[str]) -> tuple[Prompt, ...]:
 def as_jsonl(row: PromptRow) -> str:
     """A line of a jsonl prompt file. Raises BadInputError for what no file can hold."""
     try:
-        line = json.dumps({"prompt": row} if isinstance(row, str) else dict(row), ensure_ascii=False)
+        named = {"prompt": row} if isinstance(row, str) else dict(row)
+        line = json.dumps(named, ensure_ascii=False, default=os.fspath)
         line.encode()
     except (TypeError, ValueError) as error:
         raise BadInputError(f"the prompt {shown(row)} is no text, and no line of a jsonl prompt file.") from error
     return line
+
+
+def with_absolute_files(row: PromptRow) -> PromptRow:
+    """The same prompt for a prompt file in any folder; its paths are relative to the current one."""
+    if isinstance(row, str) or not isinstance(row, Mapping):
+        return row
+    files = {key: row[key] for key in _FILES if isinstance(row.get(key), str | os.PathLike)}
+    return {**row, **{key: os.path.abspath(file) for key, file in files.items()}}
 
 
 def without(prompts: Sequence[Prompt], skipped: Collection[str]) -> tuple[Prompt, ...]:
@@ -123,9 +132,15 @@ def without(prompts: Sequence[Prompt], skipped: Collection[str]) -> tuple[Prompt
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
-    """A hash of the prompts, with which a resumed run checks that they are the same."""
-    images = {prompt.id: prompt.image for prompt in prompts if prompt.image}
+    """A hash of the prompts, with which a resumed run checks that they are the same. Images count by their content,
+    wherever they are."""
+    images = {prompt.id: _content(prompt.image) for prompt in prompts if prompt.image}
     return hashlib.sha256((repr(tuple(prompts)) + (repr(images) if images else "")).encode()).hexdigest()
+
+
+def _content(file: str) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _from_json(where: str, number: int, text: str, folder: Path) -> Prompt:

@@ -78,12 +78,23 @@ def read_image(path: Path, width: int, height: int) -> Image:
 
     try:
         with Image.open(path) as file:
-            whole = ImageOps.exif_transpose(file).convert("RGBA")
+            whole = _in_8_bit(ImageOps.exif_transpose(file)).convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadInputError(f"{path} cannot be read as an image ({error}). Give a PNG, JPEG or WebP.") from error
     picture = Image.new("RGB", whole.size)
     picture.paste(whole, mask=whole.getchannel("A"))
     return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+
+
+def _in_8_bit(image: Image) -> Image:
+    """Gray of 16 bits, which Pillow would cut off at 255, as the upper eight of them; other images as they are."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels have 32 bits")
+    return image
 
 
 def write_png(path: Path, frames_TCHW: Tensor, upscale: int = 1) -> Path:

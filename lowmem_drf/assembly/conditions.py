@@ -19,6 +19,7 @@ from lowmem_drf.models.generators import KNOWN_GENERATORS, family_of, generator_
 from lowmem_drf.models.weights.finite import not_finite
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import working
+from lowmem_drf.texts import shown
 from lowmem_drf.video import read_image
 
 if TYPE_CHECKING:
@@ -114,7 +115,8 @@ def require_images(prompts: Sequence[Prompt], generator: GeneratorConfig, name: 
     """Raises BadInputError where a prompt lacks the image that the generator needs, or has one that it cannot use.
     ``name``: the generator's."""
     use = image_use(generator)
-    having, lacking = ([p.id for p in prompts if bool(p.image) == has] for has in (True, False))
+    named = [(f"{p.id} ({shown(p.text, 60)})", bool(p.image)) for p in prompts]
+    having, lacking = ([name for name, has in named if has == wanted] for wanted in (True, False))
     if having and use == "no":
         raise BadInputError(
             f"prompt {having[0]} has an image, and {name} makes clips of text alone. Take out the images, or take a "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from lowmem_drf.prompts import as_prompts, load_prompts
 from lowmem_drf.questions import toyworld
 from lowmem_drf.questions.check import Verdict, report
 from lowmem_drf.questions.file import load_questions, to_json
+from lowmem_drf.questions.fixed import FIRST_FRAME
 from lowmem_drf.questions.make import Grammar
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import make_console, showing
@@ -112,7 +114,9 @@ def _asked(
 def _unedited(path: Path, config: Config, grammar: Grammar) -> bool:
     """True for a file that this command would write, without the critic, for the prompts in it."""
     try:
-        prompts = as_prompts(list(load_questions(path)))
+        held = load_questions(path)
+        begin = {text for text, asked in held.items() if any(q.name == FIRST_FRAME.name for q in asked)}
+        prompts = [replace(p, image=p.text if p.text in begin else None) for p in as_prompts(list(held))]
         before = draft_questions(config, prompts, grammar)
         return to_json({p.text: before[p.id] for p in prompts}) == path.read_text(encoding="utf-8")
     except (BadInputError, ValueError):

@@ -26,7 +26,7 @@ from lowmem_drf.shortage import allocator_settings, during
 from lowmem_drf.terminal import is_called, make_console, showing
 from lowmem_drf.texts import expanded, one_line, toml_value
 from lowmem_drf.training.checkpoint import good_step, last_manifest, resume_command, saved_step
-from lowmem_drf.training.manifest import MAY_CHANGE, fixed_settings, same_setting
+from lowmem_drf.training.manifest import MAY_CHANGE, fixed_settings, require_prompts, same_setting
 from lowmem_drf.training.run_folder import RUNS, claim, default_output, find_run, saved_config
 from lowmem_drf.types import OnUpdate, Prompt, Question
 
@@ -205,6 +205,8 @@ def start(
             f"there are {len(prompts)} prompts for {ranks.count} processes: some would get none. "
             f"Give more prompts, or --num-processes {len(prompts)}."
         )
+    if resume and (saved := last_manifest(run)):
+        require_prompts(run, prompts, saved.prompts)
     draft = draft_questions(config, prompts)
     if not config.trained_rewards:
         require_weights(draft, reward_spec(config))
@@ -335,7 +337,8 @@ def _resumed(preset: str | None, output: Path | None, overrides: Sequence[str]) 
 
 def _ready_questions(run: Path, config: Config, prompts: Sequence[Prompt]) -> dict[str, tuple[Question, ...]]:
     """The run's own questions, by prompt id, of the prompts that have none from the user. They were written and
-    checked when the run began."""
+    checked when the run began. The file knows prompts by their text: those of one text that are not asked the same
+    are not among them."""
     from lowmem_drf.assembly.questions import writers_of
     from lowmem_drf.questions.file import load_questions
 
@@ -348,7 +351,10 @@ def _ready_questions(run: Path, config: Config, prompts: Sequence[Prompt]) -> di
             f"Delete {quoted(file)} and resume: the run makes it again."
         ) from error
     makers = writers_of(config, prompts)
-    ours = [prompt for prompt in prompts if makers[prompt.id] in ("phrases", "grammar")]
+    given: dict[str, set[tuple[tuple[Question, ...], str | None]]] = {}
+    for prompt in prompts:
+        given.setdefault(prompt.text, set()).add((prompt.questions, prompt.reference_video))
+    ours = [p for p in prompts if makers[p.id] in ("phrases", "grammar") and len(given[p.text]) == 1]
     return {prompt.id: saved[prompt.text] for prompt in ours if prompt.text in saved}
 
 

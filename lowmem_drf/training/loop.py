@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lowmem_drf.assembly.assemble import Models
 from lowmem_drf.config import to_toml
 from lowmem_drf.distributed.ranks import ALONE, Ranks
-from lowmem_drf.errors import BadInputError, Ended, LowmemError, NonFiniteError, disk_full
+from lowmem_drf.errors import Ended, LowmemError, NonFiniteError, disk_full
 from lowmem_drf.files import text_hash, write_text
 from lowmem_drf.method.reward import Spread
 from lowmem_drf.models.lora.adapter import load_lora_state, lora_norm, lora_parameters, lora_state
@@ -38,7 +38,7 @@ from lowmem_drf.training.checkpoint import (
     set_damaged_aside,
 )
 from lowmem_drf.training.finished import Finished
-from lowmem_drf.training.manifest import fixed_settings
+from lowmem_drf.training.manifest import fixed_settings, require_prompts
 from lowmem_drf.training.metrics import Metrics, open_trackers
 from lowmem_drf.training.pace import Pace
 from lowmem_drf.training.previews import write_previews
@@ -100,6 +100,7 @@ def train(
     lora = lora_parameters(models.transformer)
     check = DecoderCheck(config.model, checkpoint.tiny_cosine if checkpoint else None)
     stream = PromptStream(prompts, config.seed, cursor, config.skip_prompts)
+    own = fingerprint(prompts)  # now: images may change while it trains
     asked_hash = text_hash(to_json({prompt.text: questions[prompt.id] for prompt in prompts}))
     judge = oracle_for(config, [prompt.text for prompt in prompts])
     metrics = Metrics(run, done, open_trackers(config, run)) if ranks.chief else None
@@ -109,7 +110,7 @@ def train(
     def save(step: int, cursor: Cursor | None = None) -> None:
         with trainer.whole():
             weights = lora_state(models.transformer)
-        state = trainer.pack(), cursor or stream.cursor, fingerprint(prompts), spread.seen, skips.saved
+        state = trainer.pack(), cursor or stream.cursor, own, spread.seen, skips.saved
         now = Checkpoint(step, weights, *state, fixed_settings(config), asked_hash, check.fell)
         if ranks.chief:
             save_checkpoint(run, now, config.lora.scaled_alpha, config.log.keep, watch.best)
@@ -224,11 +225,7 @@ def _restored(run: Path, prompts: Sequence[Prompt]) -> Checkpoint | None:
     if not (step := good_step(run)):
         return None
     checkpoint = load_checkpoint(checkpoint_folder(run, step))
-    if checkpoint.prompts != fingerprint(prompts):
-        raise BadInputError(
-            f"the prompts of {run} have changed since its last checkpoint. Restore the file, or start a new run. "
-            "To leave some out: -s 'skip_prompts=[\"0003\"]' (ids, or line numbers of four digits)."
-        )
+    require_prompts(run, prompts, checkpoint.prompts)
     if checkpoint.cursor.index >= len(prompts):
         raise LowmemError(f"the checkpoint of update {step} of {run} is damaged. {CURE}")
     set_damaged_aside(run, step)

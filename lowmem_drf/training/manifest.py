@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from typing import Any
 from lowmem_drf.config import known_keys
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.files import text_hash
+from lowmem_drf.prompts import fingerprint
 from lowmem_drf.schema import Config
 from lowmem_drf.texts import shown
+from lowmem_drf.types import Prompt
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -132,6 +134,15 @@ def require_settings(run: Path, config: Config, manifest: Manifest) -> None:
         raise BadInputError(
             f"{run / 'config.toml'} was edited since update {manifest.step} was saved: {'; '.join(edited[:3])}{more}. "
             "Put the old values back, or start a new run."
+        )
+
+
+def require_prompts(run: Path, prompts: Sequence[Prompt], saved: str) -> None:
+    """Raises BadInputError if ``saved`` is the ``fingerprint`` of other prompts."""
+    if saved != fingerprint(prompts):
+        raise BadInputError(
+            f"the prompts of {run} have changed since its last checkpoint, or their images. Restore the files, or "
+            "start a new run. To leave some out: -s 'skip_prompts=[\"0003\"]' (ids, or line numbers of four digits)."
         )
 
 

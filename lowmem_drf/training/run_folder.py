@@ -15,7 +15,7 @@ from pathlib import Path
 from lowmem_drf.config import change, load_config
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import RUN_FILES, make_writable, release, write_text
-from lowmem_drf.prompts import PromptRow, as_jsonl
+from lowmem_drf.prompts import PromptRow, as_jsonl, with_absolute_files
 from lowmem_drf.schema import Config
 from lowmem_drf.schema.running import Zero
 from lowmem_drf.texts import read_text
@@ -70,7 +70,7 @@ def own_prompts(run: Path, rows: Sequence[PromptRow]) -> Iterator[Path]:
     Raises BadInputError: the folder has other prompts, or a run that took its own from elsewhere.
     """
     file = run / PROMPTS
-    text = "".join(f"{as_jsonl(row)}\n" for row in rows)
+    text = "".join(f"{as_jsonl(with_absolute_files(row))}\n" for row in rows)
     if file.is_file() and read_text(file, str(file)) == text:
         yield file
         return
