@@ -111,16 +111,19 @@ def _collect(device: torch.device) -> None:
             release()  # frees the pinned memory of a streamed encoder, which PyTorch would keep
 
 
-def require_images(prompts: Sequence[Prompt], generator: GeneratorConfig, name: str) -> None:
-    """Raises BadInputError where a prompt lacks the image that the generator needs, or has one that it cannot use.
-    ``name``: the generator's."""
-    use = image_use(generator)
+def require_images(prompts: Sequence[Prompt], generator: GeneratorConfig, config: Config) -> None:
+    """Raises BadInputError where a prompt lacks the image that the generator needs, or has one that it cannot use."""
+    use, name = image_use(generator), config.model.id
     named = [(f"{p.id} ({shown(p.text, 60)})", bool(p.image)) for p in prompts]
     having, lacking = ([name for name, has in named if has == wanted] for wanted in (True, False))
     if having and use == "no":
         raise BadInputError(
             f"prompt {having[0]} has an image, and {name} makes clips of text alone. Take out the images, or take a "
             f"model that begins with one: {', '.join(_with_images())}."
+        )
+    if having and config.video.frames == 1:
+        raise BadInputError(
+            f"prompt {having[0]} has an image, after which a clip of one frame has nothing to make. Raise video.frames."
         )
     if lacking and (having or use == "must"):
         why = "others have one" if use == "may" else f"{name} begins every clip with one"

@@ -77,7 +77,7 @@ def load_models(
         generator = prepare_generator(config)
         described = generator_config(str(generator))
         require_expert(config, described)
-        require_images(prompts, described, config.model.id)
+        require_images(prompts, described, config)
         require_room(config, described, clips or {}, *free_bytes(device))
         family = family_of(described)
         shapes = family.parameter_shapes(described.transformer)

@@ -17,7 +17,6 @@ from lowmem_drf.prompts import as_prompts, load_prompts
 from lowmem_drf.questions import toyworld
 from lowmem_drf.questions.check import Verdict, report
 from lowmem_drf.questions.file import load_questions, to_json
-from lowmem_drf.questions.fixed import FIRST_FRAME
 from lowmem_drf.questions.make import Grammar
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import make_console, showing
@@ -115,10 +114,14 @@ def _unedited(path: Path, config: Config, grammar: Grammar) -> bool:
     """True for a file that this command would write, without the critic, for the prompts in it."""
     try:
         held = load_questions(path)
-        begin = {text for text, asked in held.items() if any(q.name == FIRST_FRAME.name for q in asked)}
-        prompts = [replace(p, image=p.text if p.text in begin else None) for p in as_prompts(list(held))]
-        before = draft_questions(config, prompts, grammar)
-        return to_json({p.text: before[p.id] for p in prompts}) == path.read_text(encoding="utf-8")
+        prompts = as_prompts(list(held))
+        drafts = [  # a file does not say which of its prompts have an image
+            draft_questions(config, [replace(p, image=image) for p in prompts], grammar) for image in (None, "image")
+        ]
+        rows = {
+            p.text: [to_json({p.text: some}) for some in (held[p.text], *(d[p.id] for d in drafts))] for p in prompts
+        }
+        return to_json(held) == path.read_text(encoding="utf-8") and all(own in made for own, *made in rows.values())
     except (BadInputError, ValueError):
         return False
 

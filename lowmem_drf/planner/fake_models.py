@@ -227,7 +227,7 @@ def plan_prompts(config: Config, generator: GeneratorConfig) -> tuple[list[Promp
     candidates = run_prompts(config)[:100] if config.prompts else as_prompts([SAMPLE_PROMPT])
     if not config.prompts and image_use(generator) == "must":
         candidates = tuple(replace(prompt, image="image.png") for prompt in candidates)
-    require_images(candidates, generator, config.model.id)
+    require_images(candidates, generator, config)
     draft = draft_questions(config, candidates)
     if config.critic.id in KNOWN:
         draft = {key: tuple(_shorter(question) for question in asked) for key, asked in draft.items()}

@@ -422,6 +422,32 @@ def _scores() -> Bytes:
     return files_of(*parts, damaged([bytes([i]) + json.dumps(row).encode() for i, row in enumerate(SCORED.values())]))
 
 
+@cache
+def _pictures() -> tuple[bytes, ...]:
+    """Noise, as a JPEG that is turned, an animated GIF and WebP, and PNGs of 8 and of 16 bits."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    made = []
+    rows = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+    picture, turned = Image.fromarray(rows), Image.Exif()
+    turned[0x112] = 6
+    deep = Image.fromarray(rows[..., 0].astype(np.uint16) * 257)
+    more = {"save_all": True, "append_images": [picture.rotate(90)]}
+    kinds = [("JPEG", {"exif": turned}), ("GIF", more), ("WEBP", more), ("PNG", {})]
+    for image, form, settings in (*((picture, *kind) for kind in kinds), (deep, "PNG", {})):
+        file = io.BytesIO()
+        image.save(file, form, **settings)
+        made.append(file.getvalue())
+    return tuple(made)
+
+
+def _read_image(path: Path) -> None:
+    assert video.read_image(path, 16, 16).size == (16, 16)
+
+
 def _videos() -> Bytes:
     playlists = [b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n/dev/zero\n", b"ffconcat version 1.0\nfile clip.mp4\n"]
     return files_of(damaged(_clips()), mp4(_clips()[0]), mp4(_clips()[1]), damaged(playlists))
@@ -449,6 +475,7 @@ TARGETS = {
     ),
     "checkpoint": Target(_checkpoints, "checkpoint", _read_checkpoint, lambda: b"\0" + _checkpoint()["manifest.json"]),
     "scores": Target(_scores, "scores", _read_scores, lambda: b""),
+    "image": Target(lambda: files_of(damaged(_pictures())), "first.png", _read_image, lambda: _pictures()[0]),
     "video": Target(_videos, "clip.mp4", _read_video, lambda: _clips()[0]),
 }
 """The readers by name."""
