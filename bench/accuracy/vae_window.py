@@ -30,7 +30,7 @@ from lowmem_drf.method.frames import backward_chunks, kept_frames
 from lowmem_drf.method.reward import RewardSpec
 from lowmem_drf.method.step import critic_backward
 from lowmem_drf.method.vae_stream import decode, vae_backward
-from lowmem_drf.models.qwen_vl.critic import QwenCritic, load_critic
+from lowmem_drf.models.qwen_vl.critic import VLMCritic, load_critic
 from lowmem_drf.models.wan.vae.decoder import WanDecoder, load_vae
 from lowmem_drf.models.weights.sources import TOYWORLD, resolve
 from lowmem_drf.questions.make import make_questions
@@ -67,7 +67,7 @@ def encoded(decoder: WanDecoder, clips_BTCHW: Tensor) -> Tensor:
     return (decoder.vae.encode(clips_BTCHW.transpose(1, 2) * 2 - 1).latent_dist.mode() - mean) / std
 
 
-def clips_of(decoder: WanDecoder, critic: QwenCritic, combos: Sequence[Combo], frames: int, n_kept: int) -> Clips:
+def clips_of(decoder: WanDecoder, critic: VLMCritic, combos: Sequence[Combo], frames: int, n_kept: int) -> Clips:
     generator = torch.Generator().manual_seed(0)
     drawn = render(draw_tracks(list(combos), generator))[:, turning(frames)].to(decoder.vae.device)
     latents, kept = encoded(decoder, drawn), kept_frames(frames, n_kept)

@@ -27,7 +27,7 @@ from bench.script import make_parser, reports_errors, save
 from lowmem_drf.method.reward import RewardSpec, question_reward
 from lowmem_drf.method.schedule import draw_noise, flow_sigmas
 from lowmem_drf.method.step import rollout
-from lowmem_drf.models.qwen_vl.critic import QwenCritic, load_critic
+from lowmem_drf.models.qwen_vl.critic import VLMCritic, load_critic
 from lowmem_drf.models.qwen_vl.random_critic import random_critic
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
 from lowmem_drf.models.wan.text import load_text
@@ -67,7 +67,7 @@ def kinds_of_reward(questions: Sequence[Question]) -> dict[str, list[int]]:
 
 
 def rewards_and_gradients(
-    critic: QwenCritic, frames_BTCHW: Tensor, questions: Sequence[Sequence[Question]]
+    critic: VLMCritic, frames_BTCHW: Tensor, questions: Sequence[Sequence[Question]]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Rewards (B,) and their gradients (B, T, C, H, W) by kind, fp32 on the CPU. Clips are independent, so the gradient
     of the sum holds the gradient of each clip."""
@@ -124,11 +124,11 @@ def table(title: str, rows: dict[str, dict[str, float]]) -> Table:
     return made
 
 
-def critics(options: argparse.Namespace) -> dict[str, Callable[[], QwenCritic]]:
+def critics(options: argparse.Namespace) -> dict[str, Callable[[], VLMCritic]]:
     """Loaders of the ``reference`` and of the critics to compare with it, so that only one is loaded at a time."""
     reference = DTYPES[options.reference or ("bf16" if options.device.startswith("cuda") else "fp32")]
 
-    def loaded(dtype: torch.dtype, quant: Any) -> QwenCritic:
+    def loaded(dtype: torch.dtype, quant: Any) -> VLMCritic:
         if options.random:
             critic = random_critic(options.random, dtype, options.device, FPS, quant, layers=options.layers)
         else:

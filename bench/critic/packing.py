@@ -24,7 +24,7 @@ from torch import Tensor
 from bench.allocated import Allocated
 from bench.script import device_name, make_parser, reports_errors, save
 from lowmem_drf.method.reward import RewardSpec, total_reward
-from lowmem_drf.models.qwen_vl.critic import QwenCritic, load_critic
+from lowmem_drf.models.qwen_vl.critic import VLMCritic, load_critic
 from lowmem_drf.models.weights.sources import TOYWORLD, resolve
 from lowmem_drf.questions import toyworld
 from lowmem_drf.toy.scenes import all_combos, draw_tracks, render
@@ -45,7 +45,7 @@ def mixed_questions(count: int) -> list[Question]:
     return [next(dense if i % 4 == 3 else yesno) for i in range(count)]
 
 
-def gradient(critic: QwenCritic, frames_BTCHW: Tensor, passes: Sequence[Sequence[Question]]) -> Tensor:
+def gradient(critic: VLMCritic, frames_BTCHW: Tensor, passes: Sequence[Sequence[Question]]) -> Tensor:
     """d mean reward / d frames, summed over the passes."""
     frames = frames_BTCHW.detach().requires_grad_()
     total = torch.zeros_like(frames)
@@ -109,7 +109,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     return allocated.peak
 
 
-def measure(critic: QwenCritic, frames_BTCHW: Tensor, counts: Sequence[int], repeats: int) -> list[dict[str, Any]]:
+def measure(critic: VLMCritic, frames_BTCHW: Tensor, counts: Sequence[int], repeats: int) -> list[dict[str, Any]]:
     """One row per count: ``questions`` and, for ``packed`` and ``separate``, ``s``, ``kept_mib``, ``peak_mib``."""
     runs = {}
     for count in counts:

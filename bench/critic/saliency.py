@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from bench.script import make_parser, save
 from lowmem_drf.method.reward import RewardSpec
-from lowmem_drf.models.qwen_vl.critic import QwenCritic, load_critic
+from lowmem_drf.models.qwen_vl.critic import VLMCritic, load_critic
 from lowmem_drf.models.weights.sources import TOYWORLD, resolve
 from lowmem_drf.questions.make import make_questions
 from lowmem_drf.scoring.saliency import saliency
@@ -28,7 +28,7 @@ from lowmem_drf.toy.captions import caption
 from lowmem_drf.toy.scenes import BACKGROUNDS, Combo, combos_of, coverage, draw_tracks, render
 
 
-def ratios(critic: QwenCritic, frames_TCHW: Tensor, mask_THW: Tensor, combo: Combo) -> dict[str, float]:
+def ratios(critic: VLMCritic, frames_TCHW: Tensor, mask_THW: Tensor, combo: Combo) -> dict[str, float]:
     """Object over background per question; ``all``: their joint reward. ``mask``: the object's share of each pixel."""
     every = make_questions(caption(combo), "yesno", "toyworld")
     questions = [question for question in every if question.name in ("color", "shape", "direction")]
@@ -39,7 +39,7 @@ def ratios(critic: QwenCritic, frames_TCHW: Tensor, mask_THW: Tensor, combo: Com
     return {name: (heat[mask_THW > 0.5].mean() / heat[far].mean()).item() for name, heat in maps.items()}
 
 
-def measure(critic: QwenCritic, seed: int = 11) -> dict[str, dict[str, float]]:
+def measure(critic: VLMCritic, seed: int = 11) -> dict[str, dict[str, float]]:
     """Background -> ``clips``, ``least`` and ``median`` ratio, over all held-out combinations of that background."""
     combos = combos_of("heldout", "unseen")
     tracks = draw_tracks(combos, torch.Generator().manual_seed(seed))

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from lowmem_drf.models.experts import OtherExpert
     from lowmem_drf.models.family import ClipDecoder, EncodedImage
-    from lowmem_drf.models.qwen_vl.critic import QwenCritic
+    from lowmem_drf.models.qwen_vl.critic import VLMCritic
     from lowmem_drf.models.tiny.decoder import TinyBackward, TinyDecoder
     from lowmem_drf.models.tiny.decoder_check import Uses
     from lowmem_drf.models.tiny.network import TinyNetwork
@@ -149,7 +149,7 @@ class Models:
     """The trained one."""
     velocity: Velocity
     decoder: ClipDecoder
-    critic: QwenCritic | None
+    critic: VLMCritic | None
     """``None`` where none is asked, too."""
     texts: Mapping[str, Tensor]
     """Text, or negative prompt -> (l, D) on the host, unpadded: padded, a thousand prompts of 512 tokens take 4 GiB."""
@@ -180,7 +180,7 @@ class Models:
     """With another ``model.decoder`` than the VAE."""
 
     @property
-    def asked_critic(self) -> QwenCritic:
+    def asked_critic(self) -> VLMCritic:
         """The critic. Outside the stages of a step, call ``awake`` first. Raises ValueError if it was not loaded."""
         if self.critic is None:
             raise ValueError("the models were loaded without a critic")
@@ -247,7 +247,7 @@ def assemble(
     config: Config,
     transformer: Any,
     vae: Any,
-    critic: QwenCritic | None,
+    critic: VLMCritic | None,
     texts: Mapping[str, Tensor],
     device: torch.device,
     meter: StageMeter,

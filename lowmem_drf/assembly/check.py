@@ -37,7 +37,7 @@ from lowmem_drf.types import Prompt, Question
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lowmem_drf.models.qwen_vl.critic import QwenCritic
+    from lowmem_drf.models.qwen_vl.critic import VLMCritic
 
 LEFT_OUT = "left_out.json"
 """File in a run's folder: the questions that the check left out or gave less weight, and why."""
@@ -72,7 +72,7 @@ def checked_questions(
     config: Config,
     prompts: Sequence[Prompt],
     questions: Mapping[str, tuple[Question, ...]],
-    critic: QwenCritic,
+    critic: VLMCritic,
     console: Console,
     replaces: bool = True,
 ) -> Checked:
@@ -106,7 +106,7 @@ def checked_questions(
 class _Check:
     """The check of one prompt."""
 
-    def __init__(self, config: Config, prompts: Sequence[Prompt], critic: QwenCritic) -> None:
+    def __init__(self, config: Config, prompts: Sequence[Prompt], critic: VLMCritic) -> None:
         self.grammar, self.still = grammar_of(config), is_still(config)
         self._of_images = self.still and self.grammar == "phrases"
         self.foils = foils((prompt.text for prompt in prompts), self.grammar)

@@ -35,7 +35,7 @@ from lowmem_drf.types import Prompt
 if TYPE_CHECKING:
     from lowmem_drf.models.family import GeneratorConfig
     from lowmem_drf.models.lora.changes import LoraChanges
-    from lowmem_drf.models.qwen_vl.critic import QwenCritic
+    from lowmem_drf.models.qwen_vl.critic import VLMCritic
     from lowmem_drf.models.weights.quant import Quant
     from lowmem_drf.models.weights.reader import Change, Shapes
 
@@ -220,7 +220,7 @@ def load_transformer(
     return family.load_transformer(str(generator), dtype, device, subfolder=subfolder, **rest)
 
 
-def load_run_critic(config: Config, home: torch.device | None = None) -> QwenCritic:
+def load_run_critic(config: Config, home: torch.device | None = None) -> VLMCritic:
     """The critic as a run uses it. ``home``: device of its weights; default: the run's device, which also quantised
     weights get: a CPU takes minutes to quantise what a card does in seconds."""
     if not config.critic.weights.asked:

@@ -27,7 +27,7 @@ from lowmem_drf.types import Prompt, Question
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lowmem_drf.models.qwen_vl.critic import QwenCritic
+    from lowmem_drf.models.qwen_vl.critic import VLMCritic
 
 Questions = dict[str, tuple[Question, ...]]
 """Prompt id -> questions."""
@@ -146,7 +146,7 @@ def needs_writer(config: Config) -> bool:
 
 
 def write_missing(
-    config: Config, prompts: Sequence[Prompt], critic: QwenCritic | None, console: Console
+    config: Config, prompts: Sequence[Prompt], critic: VLMCritic | None, console: Console
 ) -> dict[str, Any]:
     """A model writes the questions of all prompts without questions in the prompt file.
 
@@ -181,7 +181,7 @@ def written_questions(
     config: Config,
     prompts: Sequence[Prompt],
     draft: Mapping[str, tuple[Question, ...]],
-    critic: QwenCritic,
+    critic: VLMCritic,
     console: Console,
 ) -> tuple[Questions, set[str]]:
     """``write_missing``, with the draft's fixed questions. A prompt whose writer failed keeps its draft; that is said.
@@ -207,7 +207,7 @@ def written_questions(
 
 
 @contextmanager
-def _writer(config: Config, critic: QwenCritic | None) -> Iterator[QwenCritic]:
+def _writer(config: Config, critic: VLMCritic | None) -> Iterator[VLMCritic]:
     if critic is not None and not config.critic.writer:
         yield critic
         return
@@ -225,7 +225,7 @@ def _writer(config: Config, critic: QwenCritic | None) -> Iterator[QwenCritic]:
 
 
 def _write(
-    writer: QwenCritic, texts: Sequence[str], mode: str, still: bool, console: Console
+    writer: VLMCritic, texts: Sequence[str], mode: str, still: bool, console: Console
 ) -> Iterator[tuple[str, tuple[Question, ...] | UnusableError]]:
     """Yields the questions of each text, batch by batch, and says what they cost."""
     count = at_once(writer, [instruction(text, mode, still) for text in texts])
@@ -251,7 +251,7 @@ def _write(
     console.print(f"Questions written: {said['tokens']} tokens, {said['passes']} passes, {spent}.", highlight=False)
 
 
-def at_once(writer: QwenCritic, instructions: Sequence[str]) -> int:
+def at_once(writer: VLMCritic, instructions: Sequence[str]) -> int:
     """How many prompts a writer writes for at the same time: they take half of the free memory, at most."""
     if writer.device.type != "cuda":
         return 8

@@ -31,7 +31,7 @@ from lowmem_drf.types import Prompt, Question
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lowmem_drf.models.qwen_vl.critic import QwenCritic
+    from lowmem_drf.models.qwen_vl.critic import VLMCritic
 
 VERSION = 1
 """Part of the cache key."""
@@ -49,7 +49,7 @@ def finish_questions(
     config: Config,
     prompts: Sequence[Prompt],
     draft: Mapping[str, tuple[Question, ...]],
-    critic: QwenCritic | None,
+    critic: VLMCritic | None,
     console: Console,
     ready: Container[str] = (),
 ) -> Checked:
@@ -89,7 +89,7 @@ def finish_questions(
 
 @torch.no_grad()
 def _guided_by_clip(
-    config: Config, prompt: Prompt, questions: Sequence[Question], critic: QwenCritic
+    config: Config, prompt: Prompt, questions: Sequence[Question], critic: VLMCritic
 ) -> tuple[tuple[Question, ...], list[Tensor]]:
     """Questions with the critic's answers about the prompt's real clip, and the probabilities of their tokens (empty
     for yes/no)."""
@@ -124,7 +124,7 @@ def _guided_by_clip(
 
 @torch.no_grad()
 def _weighted_tokens(
-    questions: Questions, seen: Mapping[str, Sequence[Tensor]], critic: QwenCritic, console: Console
+    questions: Questions, seen: Mapping[str, Sequence[Tensor]], critic: VLMCritic, console: Console
 ) -> Questions:
     """Sets ``token_weights`` of all dense questions. ``seen``: token probabilities given the real clip, by prompt id; 1
     without a clip."""
@@ -148,7 +148,7 @@ def _weighted_tokens(
     return {name: tuple(weighted(name, i, q) for i, q in enumerate(some)) for name, some in questions.items()}
 
 
-def _static(critic: QwenCritic) -> Tensor:
+def _static(critic: VLMCritic) -> Tensor:
     """The shortest and smallest white noise that the critic takes, (1, T, 3, H, W). Not gray: critics describe it as a
     scene."""
     geometry = critic.geometry

@@ -30,7 +30,7 @@ from lowmem_drf.texts import one_line
 
 if TYPE_CHECKING:
     from lowmem_drf.models.family import GeneratorSizes
-    from lowmem_drf.models.qwen_vl.critic import QwenCritic
+    from lowmem_drf.models.qwen_vl.critic import VLMCritic
     from lowmem_drf.ops import Attention, RowOps
 
 MOST, ENOUGH_S, ROUNDS = 20, 0.05, 2
@@ -78,7 +78,7 @@ class Work:
 
     config: Config
     sizes: GeneratorSizes
-    critic: QwenCritic | None
+    critic: VLMCritic | None
     critic_frames: int
     latent: tuple[int, int, int, int]
     """(C, F, h, w)."""
@@ -224,7 +224,7 @@ class Work:
         x = torch.randn(1, channels, frames, 4 * h, 4 * w, device=self.device, dtype=dtype, requires_grad=True)
         _backward(norm_silu(x, torch.ones(channels, device=self.device, dtype=dtype)), x)
 
-    def _critic_grid(self) -> tuple[QwenCritic, Tensor]:
+    def _critic_grid(self) -> tuple[VLMCritic, Tensor]:
         assert self.critic is not None
         video = self.config.video
         frames = torch.zeros(1, self.critic_frames, 3, video.height, video.width, device=self.device)

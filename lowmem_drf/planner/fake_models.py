@@ -29,7 +29,7 @@ from lowmem_drf.models.experts import make_transformers
 from lowmem_drf.models.family import EncodedImage, GeneratorConfig
 from lowmem_drf.models.generators import family_of, image_use
 from lowmem_drf.models.lora.adapter import ADAPTER, add_lora, lora_layers
-from lowmem_drf.models.qwen_vl.critic import DEFAULT_FPS, QwenCritic
+from lowmem_drf.models.qwen_vl.critic import DEFAULT_FPS, VLMCritic
 from lowmem_drf.models.qwen_vl.files import video_geometry
 from lowmem_drf.models.qwen_vl.known import KNOWN
 from lowmem_drf.models.qwen_vl.random_critic import described, empty_model, remake_rotary
@@ -134,7 +134,7 @@ def fake_text(generator: GeneratorConfig, dtype: torch.dtype, mode: FakeTensorMo
 
 def fake_critic(
     name_or_folder: str, dtype: torch.dtype, fps: float | None, quant: Quant, mode: FakeTensorMode, files: Any = None
-) -> QwenCritic:
+) -> VLMCritic:
     """The critic, as ``load_critic`` returns it.
 
     Args:
@@ -154,7 +154,7 @@ def fake_critic(
         lay_out(model, quant, in_critic)
         fill(model, _fake_value(mode, dtype))
         rate = fps or float(settings.get("fps") or DEFAULT_FPS)
-        return QwenCritic(model.eval().requires_grad_(False), tokenizer, video_geometry(settings), fps=rate)
+        return VLMCritic(model.eval().requires_grad_(False), tokenizer, video_geometry(settings), fps=rate)
 
 
 def _fake_value(mode: FakeTensorMode, dtype: torch.dtype) -> Value:

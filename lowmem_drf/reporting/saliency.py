@@ -28,7 +28,7 @@ from lowmem_drf.video import read_video, watchable_upscale, write_mp4
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lowmem_drf.models.qwen_vl.critic import QwenCritic
+    from lowmem_drf.models.qwen_vl.critic import VLMCritic
 
 CLIPS = 3
 
@@ -52,7 +52,7 @@ def make_saliency(record: Record, console: Console) -> None:
             advance(1)
 
 
-def _write(record: Record, critic: QwenCritic, file: Path, target: Path, console: Console) -> None:
+def _write(record: Record, critic: VLMCritic, file: Path, target: Path, console: Console) -> None:
     config, text = record.config, prompt_of(record, file.name)
     shown_TCHW, fps = read_video(file, critic_frames(config))
     if config.critic.id not in (TOYWORLD, READER):  # ToyWorld's critics were trained at one frame rate

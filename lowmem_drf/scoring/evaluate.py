@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
-    from lowmem_drf.models.qwen_vl.critic import QwenCritic
+    from lowmem_drf.models.qwen_vl.critic import VLMCritic
 
 SIDES = ("base", "tuned")
 EVAL_PROMPTS, EVAL_SEEDS = 128, 2
@@ -84,7 +84,7 @@ def part_of(trial: Trial | None, prompts: int, seeds: int) -> Trial | None:
     return replace(trial, prompts=trial.prompts[:prompts], seeds=seeds) if trial and prompts else None
 
 
-def finish_trial(config: Config, trial: Trial, critic: QwenCritic | None, console: Console) -> Trial:
+def finish_trial(config: Config, trial: Trial, critic: VLMCritic | None, console: Console) -> Trial:
     """Finishes the questions as training does (``references.finish_questions``), and checks the held-out ones."""
     questions = finish_questions(config, trial.prompts, trial.questions, critic, console).questions
     if critic is None:
@@ -97,7 +97,7 @@ def checked_heldout(
     config: Config,
     prompts: Sequence[Prompt],
     heldout: Mapping[str, Sequence[Question]],
-    critic: QwenCritic,
+    critic: VLMCritic,
     console: Console,
 ) -> dict[str, tuple[Question, ...]]:
     """The held-out questions that this critic answers as wanted from the prompt alone; all of a prompt if none is."""

@@ -16,7 +16,7 @@ from lowmem_drf.types import Answer, Question
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowmem_drf.models.qwen_vl.critic import QwenCritic
+    from lowmem_drf.models.qwen_vl.critic import VLMCritic
 
 SPOKEN_TOKENS = 96
 """Maximum length of the critic's own answer to a dense question."""
@@ -61,7 +61,7 @@ class ClipScore:
 
 
 def score_clip(
-    critic: QwenCritic, frames_TCHW: Tensor, questions: Sequence[Question], answers: Sequence[Answer], spec: RewardSpec
+    critic: VLMCritic, frames_TCHW: Tensor, questions: Sequence[Question], answers: Sequence[Answer], spec: RewardSpec
 ) -> ClipScore:
     """Turns answers about these frames into a score, and generates the critic's own answers to dense questions.
 
@@ -77,7 +77,7 @@ def score_clip(
 
 
 def _verdict(
-    critic: QwenCritic, frames_TCHW: Tensor, question: Question, answer: Answer, spec: RewardSpec
+    critic: VLMCritic, frames_TCHW: Tensor, question: Question, answer: Answer, spec: RewardSpec
 ) -> QuestionScore:
     reward = question_reward(answer, question, spec).item()
     if question.kind == "dense":

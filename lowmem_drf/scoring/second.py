@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch import Tensor
 
-    from lowmem_drf.models.qwen_vl.critic import QwenCritic
+    from lowmem_drf.models.qwen_vl.critic import VLMCritic
 
 SHARE = 0.8
 """Of the host's free memory that kept frames may take."""
@@ -104,7 +104,7 @@ class SecondCritic:
             found[side] = values.mean(1).tolist()
         return found
 
-    def _questions(self, trial: Trial, critic: QwenCritic, console: Console) -> Mapping[str, Sequence[Question]]:
+    def _questions(self, trial: Trial, critic: VLMCritic, console: Console) -> Mapping[str, Sequence[Question]]:
         """The held-out questions without those that this critic does not answer as wanted from the prompt; where there
         are none, those of training, with its own reference answers and token weights."""
         still = self.config.video.frames == 1
@@ -115,7 +115,7 @@ class SecondCritic:
         return finish_questions(self.config, trial.prompts, asked, critic, console).questions
 
 
-def load_critic_alone(config: Config) -> QwenCritic:
+def load_critic_alone(config: Config) -> VLMCritic:
     """The critic by itself on the card, streamed if the run's critic is."""
     device = resolve_device(config.device)
     if "critic" not in config.memory.stream:

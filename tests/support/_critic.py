@@ -15,7 +15,7 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.processing_utils import ProcessorMixin
 
 from lowmem_drf.method.preprocess import video_patches
-from lowmem_drf.models.qwen_vl.critic import QwenCritic
+from lowmem_drf.models.qwen_vl.critic import VLMCritic
 from lowmem_drf.types import Question
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
@@ -62,7 +62,7 @@ def expanded(text: str, grid: list[int], frames: int, fps: float, family: str) -
     return whole
 
 
-def inputs(critic: QwenCritic, frames_1TCHW: Tensor, text: str, answer: str = "") -> dict[str, Any]:
+def inputs(critic: VLMCritic, frames_1TCHW: Tensor, text: str, answer: str = "") -> dict[str, Any]:
     """Arguments of ``…ForConditionalGeneration.forward`` and ``generate`` for a user's text about a clip, ``answer``'s
     tokens but the last behind it."""
     family, config, tokenizer = critic.family.MODEL_TYPE, critic.model.config, critic.tokenizer
@@ -83,7 +83,7 @@ def inputs(critic: QwenCritic, frames_1TCHW: Tensor, text: str, answer: str = ""
     return arguments
 
 
-def separately(critic: QwenCritic, frames_1TCHW: Tensor, question: Question) -> Tensor:
+def separately(critic: VLMCritic, frames_1TCHW: Tensor, question: Question) -> Tensor:
     """The scored logits by transformers' own forward, with its own positions and masks. ``critic.model`` must not be
     the adapter's: that one's vision tower is not transformers' any more."""
     dense = question.kind == "dense"
@@ -92,7 +92,7 @@ def separately(critic: QwenCritic, frames_1TCHW: Tensor, question: Question) -> 
     return critic.model(**arguments).logits[0, -rows:]
 
 
-def untouched(critic: QwenCritic, model: Any) -> Any:
+def untouched(critic: VLMCritic, model: Any) -> Any:
     """What ``separately`` needs of a critic, with a model as transformers made it."""
     return SimpleNamespace(
         family=critic.family, model=model, tokenizer=critic.tokenizer, geometry=critic.geometry, fps=critic.fps

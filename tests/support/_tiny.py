@@ -250,11 +250,11 @@ def tiny_critic(
     family: str = "qwen2_5_vl",
     **config: Any,
 ) -> Any:
-    """``lowmem_drf.models.qwen_vl.critic.QwenCritic`` on the tiny model: a ``types.Critic``."""
-    from lowmem_drf.models.qwen_vl.critic import QwenCritic, video_geometry
+    """``lowmem_drf.models.qwen_vl.critic.VLMCritic`` on the tiny model: a ``types.Critic``."""
+    from lowmem_drf.models.qwen_vl.critic import VLMCritic, video_geometry
 
     model, tokenizer = tiny_critic_model(dtype, seed, family, **config)
-    return QwenCritic(model, tokenizer, video_geometry(tiny_video_settings()), fps=fps or 2.0)
+    return VLMCritic(model, tokenizer, video_geometry(tiny_video_settings()), fps=fps or 2.0)
 
 
 WAN22_VAE: dict[str, Any] = dict(

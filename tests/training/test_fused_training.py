@@ -19,7 +19,7 @@ from lowmem_drf.method.schedule import draw_noise
 from lowmem_drf.method.step import drf_step
 from lowmem_drf.models.attention import attention_named
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
-from lowmem_drf.models.qwen_vl.critic import QwenCritic
+from lowmem_drf.models.qwen_vl.critic import VLMCritic
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
 from lowmem_drf.models.wan.vae.decoder import WanDecoder
 from lowmem_drf.ops import fused_ops, naive_ops, triton_attention
@@ -50,7 +50,7 @@ def test_gradients_of_toyworld(monkeypatch):
         add_lora(transformer, rank=4, alpha=4.0)
         randomise_lora(transformer)
         set_activations(transformer, rows=rows, attention=attention, keep_attention="card")
-        judge = QwenCritic(deepcopy(critic.model).to(dtype), critic.tokenizer, critic.geometry, critic.fps)
+        judge = VLMCritic(deepcopy(critic.model).to(dtype), critic.tokenizer, critic.geometry, critic.fps)
         for parameter in lora_parameters(transformer):
             parameter.data = parameter.data.to(dtype)
         decoder = WanDecoder(vae, norm_silu=rows.norm_silu)

@@ -18,7 +18,7 @@ from lowmem_drf.config import change, load_config
 from lowmem_drf.distributed.ranks import Ranks
 from lowmem_drf.errors import BadInputError, NonFiniteError
 from lowmem_drf.models.lora.adapter import named_lora
-from lowmem_drf.models.qwen_vl.critic import QwenCritic
+from lowmem_drf.models.qwen_vl.critic import VLMCritic
 from lowmem_drf.prompts import as_prompts
 from lowmem_drf.questions.file import load_questions
 from lowmem_drf.reporting.clips import prompt_of
@@ -341,8 +341,8 @@ def test_questions_are_checked_once_when_a_run_begins(tiny_preset, tmp_path, mon
     assert [q.text for q in asked[blue]] == ["is the shape blue ?"]
     assert f'"{red}"' in asked[red][0].text
     heard = []
-    real = QwenCritic.answer_from_text
-    monkeypatch.setattr(QwenCritic, "answer_from_text", lambda *some: heard.append(some[1]) or real(*some))
+    real = VLMCritic.answer_from_text
+    monkeypatch.setattr(VLMCritic, "answer_from_text", lambda *some: heard.append(some[1]) or real(*some))
     shutil.rmtree(tmp_path / "cache")
     train_command(None, None, run, 2, None, True, [], False)
     assert heard and not any(red in text for text in heard)  # a user's questions may have changed, ours have not

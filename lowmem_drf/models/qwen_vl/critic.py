@@ -40,7 +40,7 @@ def load_critic(
     device: str | torch.device = "cpu",
     fps: float | None = None,
     quant: Quant = "none",
-) -> QwenCritic:
+) -> VLMCritic:
     """Loads a model of one of the ``FAMILIES`` in transformers layout, frozen, in eval mode.
 
     Args:
@@ -71,10 +71,10 @@ def load_critic(
         quantisation.check_quantised(model, quant, quantisation.in_critic)
     model.eval().requires_grad_(False)
     refuse_model(model, f"the critic {folder_or_id}")
-    return QwenCritic(model, tokenizer, video_geometry(settings), fps or float(settings.get("fps") or DEFAULT_FPS))
+    return VLMCritic(model, tokenizer, video_geometry(settings), fps or float(settings.get("fps") or DEFAULT_FPS))
 
 
-class QwenCritic:
+class VLMCritic:
     """``types.Critic`` on a model of any family, called with (frames_BTCHW in [0, 1], questions of each clip).
 
     Gradients flow to the frames, and to the weights only if they were unfrozen. ``fps``: frame rate of the clips; it

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.qwen_vl.critic import DEFAULT_FPS, QwenCritic
+from lowmem_drf.models.qwen_vl.critic import DEFAULT_FPS, VLMCritic
 from lowmem_drf.models.qwen_vl.families import family_of
 from lowmem_drf.models.qwen_vl.files import load_tokenizer, video_geometry, video_settings
 from lowmem_drf.models.qwen_vl.known import KNOWN
@@ -32,7 +32,7 @@ def random_critic(
     quant: Quant = "none",
     seed: int = 0,
     layers: int | None = None,
-) -> QwenCritic:
+) -> VLMCritic:
     """A frozen critic with random weights, which depend on seed, device and dtype alone, not on ``quant``.
 
     Args:
@@ -45,7 +45,7 @@ def random_critic(
     require_library(quant)
     config, settings, tokenizer = described(name_or_folder)
     model = random_model(config, dtype, device, quant, seed, layers)
-    return QwenCritic(model, tokenizer, video_geometry(settings), fps=fps or float(settings.get("fps") or DEFAULT_FPS))
+    return VLMCritic(model, tokenizer, video_geometry(settings), fps=fps or float(settings.get("fps") or DEFAULT_FPS))
 
 
 def described(name_or_folder: str) -> tuple[dict[str, Any], dict[str, Any], Any]:

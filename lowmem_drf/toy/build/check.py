@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lowmem_drf.models.qwen_vl.critic import QwenCritic, load_critic
+from lowmem_drf.models.qwen_vl.critic import VLMCritic, load_critic
 from lowmem_drf.models.wan.vae.decoder import load_vae
 from lowmem_drf.models.weights.sources import FEWSTEP, TOYWORLD, resolve
 from lowmem_drf.questions import toyworld
@@ -111,7 +111,7 @@ def _truths(label: Any, combo: list[int], wording: int, generator: torch.Generat
 
 
 @torch.no_grad()
-def check_critic(critic: QwenCritic | None = None, clips: int = 1200, seed: int = 200) -> dict[str, dict[str, float]]:
+def check_critic(critic: VLMCritic | None = None, clips: int = 1200, seed: int = 200) -> dict[str, dict[str, float]]:
     """Question -> recall of yes and of no, on clips of the split ``unseen``; half of the clips clean, every other one a
     reconstruction.
 
@@ -145,7 +145,7 @@ def check_critic(critic: QwenCritic | None = None, clips: int = 1200, seed: int 
 
 @torch.no_grad()
 def check_explanations(
-    critic: QwenCritic | None = None, clips: int = 1200, seed: int = 300
+    critic: VLMCritic | None = None, clips: int = 1200, seed: int = 300
 ) -> dict[str, dict[str, float]]:
     """Dense question -> share of clips of the split ``unseen`` of which the critic, left to itself, would say exactly
     what is true: of clips with nothing to find fault with (``sound``), and of those with a defect to be named."""

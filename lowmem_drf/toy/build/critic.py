@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from lowmem_drf.models.qwen_vl.critic import QwenCritic
+from lowmem_drf.models.qwen_vl.critic import VLMCritic
 from lowmem_drf.questions import toyworld
 from lowmem_drf.toy.build.loop import Schedule, half_products, scaled, train
 from lowmem_drf.toy.build.tower import draw_labelled
@@ -178,7 +178,7 @@ def _lesson(aspect: Aspect, text: str, name: str, shown: str, true: str, weight:
 
 
 def answer_loss(
-    critic: QwenCritic, features: Tensor, grid: Tensor, asked: list[list[Lesson]]
+    critic: VLMCritic, features: Tensor, grid: Tensor, asked: list[list[Lesson]]
 ) -> tuple[Tensor, dict[str, float]]:
     """Weighted cross-entropy of the answers' tokens, and the share of correct yes and of correct no answers."""
     with half_products():
@@ -192,7 +192,7 @@ def questions_of(asked: list[list[Lesson]]) -> list[list[Question]]:
 
 
 def lessons_loss(
-    critic: QwenCritic, logits: Tensor, sizes: list[int], asked: list[list[Lesson]]
+    critic: VLMCritic, logits: Tensor, sizes: list[int], asked: list[list[Lesson]]
 ) -> tuple[Tensor, dict[str, float]]:
     """``answer_loss`` from the results of ``scored_logits``."""
     logits = logits.float()
@@ -208,7 +208,7 @@ def lessons_loss(
     return loss, {"yes": said[is_yes].float().mean().item(), "no": (~said[is_no]).float().mean().item()}
 
 
-def targets_of(critic: QwenCritic, lesson: Lesson) -> list[int]:
+def targets_of(critic: VLMCritic, lesson: Lesson) -> list[int]:
     """The tokens to predict: the answer's, with the wrong word corrected."""
     tokens = list(critic.conversation.tokens(lesson.question).target)
     if lesson.correction:
@@ -237,14 +237,14 @@ def half_reconstructed(vae: AutoencoderKLWan, frames: Tensor, defect: Tensor) ->
 class Language(nn.Module):
     """The modules that the first part trains."""
 
-    def __init__(self, critic: QwenCritic) -> None:
+    def __init__(self, critic: VLMCritic) -> None:
         super().__init__()
         self.language_model, self.lm_head = critic.model.model.language_model, critic.model.lm_head
 
 
 @torch.no_grad()
 def cache_tokens(
-    critic: QwenCritic, vae: AutoencoderKLWan, seed: int, batches: int
+    critic: VLMCritic, vae: AutoencoderKLWan, seed: int, batches: int
 ) -> tuple[Tensor, Tensor, list[Label]]:
     """-> the tower's tokens of 96 clips a batch (n, tokens, width) in fp16, the patch grid (1, 3), the labels."""
     draw = torch.Generator().manual_seed(seed)
@@ -258,7 +258,7 @@ def cache_tokens(
 
 
 def train_language(
-    critic: QwenCritic,
+    critic: VLMCritic,
     vae: AutoencoderKLWan,
     folder: Path,
     seed: int,
@@ -285,7 +285,7 @@ def train_language(
 
 
 def train_together(
-    critic: QwenCritic,
+    critic: VLMCritic,
     vae: AutoencoderKLWan,
     draw: Callable[[], Tensor],
     folder: Path,

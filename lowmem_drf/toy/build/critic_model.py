@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from lowmem_drf.models.qwen_vl.critic import QwenCritic, video_geometry
+from lowmem_drf.models.qwen_vl.critic import VLMCritic, video_geometry
 from lowmem_drf.toy.build.words import critic_tokenizer
 from lowmem_drf.toy.scenes import FPS
 
@@ -34,7 +34,7 @@ PREPROCESSOR = {
 }
 
 
-def build_critic(seed: int) -> QwenCritic:
+def build_critic(seed: int) -> VLMCritic:
     """1.1M parameters: vision 96 x 3 (patch 4, 2 frames a slice, merge 2), language 128 x 3.
 
     The language model is initialised with a standard deviation of 0.08 (embeddings 0.3) instead of the library's 0.02:
@@ -67,7 +67,7 @@ def build_critic(seed: int) -> QwenCritic:
             nn.init.normal_(p, std=0.3 if "embed_tokens" in name else 0.08)
         elif "visual" in name and p.ndim >= 2:
             nn.init.normal_(p, std=0.6 / p.flatten(1).shape[1] ** 0.5)
-    return QwenCritic(model, tok, video_geometry(PREPROCESSOR), fps=FPS)
+    return VLMCritic(model, tok, video_geometry(PREPROCESSOR), fps=FPS)
 
 
 def save_critic(model: Qwen2_5_VLForConditionalGeneration, folder: Path, reader: bool = False) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowmem_drf.models.qwen_vl.critic import QwenCritic, load_critic, video_geometry
+from lowmem_drf.models.qwen_vl.critic import VLMCritic, load_critic, video_geometry
 from lowmem_drf.models.wan.vae.decoder import load_vae
 from lowmem_drf.questions import phrases, toyworld
 from lowmem_drf.questions.check import BLIND, DESCRIBED, RIGHT
@@ -45,7 +45,7 @@ FRAMES = 6
 """Sentences of ``captions``: those of one sentence have equally many words."""
 
 
-def build_reader(critic_folder: Path, seed: int) -> QwenCritic:
+def build_reader(critic_folder: Path, seed: int) -> VLMCritic:
     """The default critic with rows for the new words, of the size of the others."""
     old = load_critic(str(critic_folder))
     tokenizer, model = critic_tokenizer(reader=True), old.model
@@ -55,7 +55,7 @@ def build_reader(critic_folder: Path, seed: int) -> QwenCritic:
     for layer, std in ((model.get_input_embeddings(), 0.3), (model.lm_head, 0.08)):
         new = layer.weight.data[known:]
         new.copy_(std * torch.randn(new.shape, generator=draw))
-    return QwenCritic(model, tokenizer, video_geometry(PREPROCESSOR), fps=FPS)
+    return VLMCritic(model, tokenizer, video_geometry(PREPROCESSOR), fps=FPS)
 
 
 def phrase_lessons(label: Label, generator: torch.Generator) -> list[Lesson]:
@@ -108,7 +108,7 @@ def text_lessons(label: Label, generator: torch.Generator) -> list[Lesson]:
 
 
 def train_reader(
-    critic: QwenCritic,
+    critic: VLMCritic,
     generator_folder: Path,
     folder: Path,
     seed: int,

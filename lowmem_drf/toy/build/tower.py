@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowmem_drf.models.qwen_vl.critic import QwenCritic
+from lowmem_drf.models.qwen_vl.critic import VLMCritic
 from lowmem_drf.toy.build.loop import Schedule, half_products, scaled, train
 from lowmem_drf.toy.defects import DEFECTS, PHYSICS, break_physics, break_quality
 from lowmem_drf.toy.scenes import DIRECTION, FRAMES, RGB, SIZE, Tracks, combos_of, draw_tracks, render
@@ -121,14 +121,14 @@ class SliceHeads(nn.Module):
 class Tower(nn.Module):
     """The modules that are trained here: the critic's vision tower and the heads on it."""
 
-    def __init__(self, critic: QwenCritic) -> None:
+    def __init__(self, critic: VLMCritic) -> None:
         super().__init__()
         self.visual = critic.model.model.visual
         self.heads = SliceHeads(critic.model.config.vision_config.out_hidden_size)
 
 
 def train_tower(
-    critic: QwenCritic, folder: Path, seed: int, scale: float = 1.0, log: Callable[[str], None] = print
+    critic: VLMCritic, folder: Path, seed: int, scale: float = 1.0, log: Callable[[str], None] = print
 ) -> None:
     """Trains the vision tower of ``critic`` in place."""
     torch.manual_seed(seed)

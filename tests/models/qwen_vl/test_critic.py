@@ -21,7 +21,7 @@ from _critic import (
 )
 from _tiny import relative_difference, tiny_critic, tiny_critic_model, tiny_critic_tokenizer, tiny_video_settings
 
-from lowmem_drf.models.qwen_vl.critic import QwenCritic, video_geometry
+from lowmem_drf.models.qwen_vl.critic import VLMCritic, video_geometry
 from lowmem_drf.models.qwen_vl.packed_questions import Conversation
 
 VOCABULARY = len(tiny_critic_tokenizer())
@@ -171,7 +171,7 @@ def test_a_system_prompt_in_the_template_is_part_of_the_prefix() -> None:
     model, tokenizer = tiny_critic_model()
     system = "<|im_start|>system\nYou are a helpful assistant<|im_end|>\n"
     tokenizer.chat_template = system + tokenizer.chat_template
-    prefix = QwenCritic(model, tokenizer, video_geometry(tiny_video_settings())).prefix(torch.tensor([[1, 2, 2]]))
+    prefix = VLMCritic(model, tokenizer, video_geometry(tiny_video_settings())).prefix(torch.tensor([[1, 2, 2]]))
     assert prefix.ids_P[: len(tokenizer(system)["input_ids"])].tolist() == tokenizer(system)["input_ids"]
 
 

@@ -1,4 +1,4 @@
-"""``QwenCritic.generate`` agrees with transformers' ``generate`` token by token."""
+"""``VLMCritic.generate`` agrees with transformers' ``generate`` token by token."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from _critic import DENSE, FAMILIES, SHORT, clips, questions
 from _tiny import save_tiny_critic, save_tiny_generator, tiny_critic, tiny_critic_tokenizer, tiny_video_settings
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.qwen_vl.critic import QwenCritic, load_critic, video_geometry
+from lowmem_drf.models.qwen_vl.critic import VLMCritic, load_critic, video_geometry
 from lowmem_drf.models.qwen_vl.packed_questions import Conversation
 from lowmem_drf.types import Question
 
@@ -176,4 +176,4 @@ def test_clips_of_different_sizes() -> None:
 def test_a_critic_put_together_by_hand_is_checked_too() -> None:
     critic = tiny_critic()
     with pytest.raises(BadInputError, match="patch_size"):
-        QwenCritic(critic.model, critic.tokenizer, video_geometry(tiny_video_settings() | {"patch_size": 14}))
+        VLMCritic(critic.model, critic.tokenizer, video_geometry(tiny_video_settings() | {"patch_size": 14}))

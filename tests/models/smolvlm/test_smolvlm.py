@@ -23,7 +23,7 @@ from lowmem_drf.method.naive import naive_step
 from lowmem_drf.method.preprocess import resized
 from lowmem_drf.method.reward import RewardSpec, mean_reward, token_probabilities
 from lowmem_drf.method.step import drf_step
-from lowmem_drf.models.qwen_vl.critic import QwenCritic, load_critic
+from lowmem_drf.models.qwen_vl.critic import VLMCritic, load_critic
 from lowmem_drf.models.qwen_vl.files import video_geometry
 from lowmem_drf.models.qwen_vl.random_critic import random_model
 from lowmem_drf.models.qwen_vl.random_tokenizer import byte_tokenizer
@@ -72,7 +72,7 @@ def tiny_model(dtype=torch.float64):
 
 
 def tiny_smolvlm(dtype=torch.float64, fps=2.0):
-    return QwenCritic(tiny_model(dtype), byte_tokenizer(CONFIG), video_geometry(SETTINGS), fps=fps)
+    return VLMCritic(tiny_model(dtype), byte_tokenizer(CONFIG), video_geometry(SETTINGS), fps=fps)
 
 
 def clips_of(batch=2, frames=3, size=(12, 20), dtype=torch.float64):
