@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,8 @@ from lowmem_drf.scoring.alarm import Alarm, Look, bands
 
 RATES = ("all", "physics", "quality")
 FALL = 0.05
-"""A rate of the oracle that ends so far below its best is a collapse."""
+"""A rate of the oracle that ends so far below its best is a collapse; a run in which none ever is so far below its best
+until then is sound. A run that fell and came back is neither: an alarm is no mistake there, and none is no miss."""
 NEAR = 0.03
 """So near to the best all-correct rate a marked update is a good one."""
 
@@ -23,6 +24,10 @@ class Judged:
     seed: int
     fallen: tuple[str, ...]
     """Rates of the oracle that collapse."""
+    deepest: float
+    """The most that a rate ever was below its best until then."""
+    drift: float | None
+    """At the end; ``None`` if no clip shows a shape."""
     alarm: int | None
     """The update at which the alarm first began."""
     marked: int | None
@@ -31,9 +36,15 @@ class Judged:
     """All-correct, best of the measured updates, less that of the measured one nearest to the marked one."""
 
     @property
+    def sound(self) -> bool:
+        return self.deepest <= FALL
+
+    @property
     def right(self) -> bool:
         """A collapse has an alarm and a good mark; a sound run has no alarm."""
-        return (self.alarm is not None and self.lost <= NEAR) if self.fallen else self.alarm is None
+        if self.fallen:
+            return self.alarm is not None and self.lost <= NEAR
+        return self.alarm is None or not self.sound
 
 
 def judged(result: Mapping[str, Any]) -> Judged:
@@ -42,11 +53,21 @@ def judged(result: Mapping[str, Any]) -> Judged:
     began = next((look.alarm for look in alarm.looks if look.alarm is not None), None)
     rows = [row for row in result["rows"] if row["scale"] == 1 and row["step"]]
     best = {rate: max(row["oracle"][rate] for row in rows) for rate in RATES}
-    ends = max(rows, key=lambda row: row["step"])["oracle"]
-    fallen = tuple(rate for rate in RATES if ends[rate] < best[rate] - FALL)
+    last = max(rows, key=lambda row: row["step"])
+    fallen = tuple(rate for rate in RATES if last["oracle"][rate] < best[rate] - FALL)
+    drift = last.get("drift", {}).get("mean")
+    falls = (best_until - row["oracle"][rate] for rate in RATES for best_until, row in _with_best(rows, rate))
     marked = alarm.best
     got = min(rows, key=lambda row: abs(row["step"] - marked))["oracle"]["all"] if marked else 0.0
-    return Judged(result["variant"], result["seed"], fallen, began, marked, best["all"] - got)
+    return Judged(result["variant"], result["seed"], fallen, max(falls), drift, began, marked, best["all"] - got)
+
+
+def _with_best(rows: Sequence[Mapping[str, Any]], rate: str) -> Iterator[tuple[float, Mapping[str, Any]]]:
+    """Each row in order, after the best value of a rate until then."""
+    best = 0.0
+    for row in sorted(rows, key=lambda row: row["step"]):
+        best = max(best, row["oracle"][rate])
+        yield best, row
 
 
 def replayed(looks: Sequence[Mapping[str, Any]]) -> Alarm:
@@ -61,11 +82,16 @@ def replayed(looks: Sequence[Mapping[str, Any]]) -> Alarm:
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: a line a run, and the counts."""
     rows = [judged(result) for result in results if result["looks"]]
-    lines = ["| run | seed | collapses | alarm | marked | below the best | |", "|---|---|---|---|---|---|---|"]
+    lines = ["| run | seed | collapses | deepest fall | drift | alarm | marked | below the best | |", "|" + "---|" * 9]
     for row in rows:
-        cells = (f"`{row.variant}`", str(row.seed), ", ".join(row.fallen), str(row.alarm or ""), str(row.marked or ""))
+        cells = (
+            f"`{row.variant}`", str(row.seed), ", ".join(row.fallen), f"{row.deepest:.1%}",
+            "" if row.drift is None else f"{row.drift:.2f}", str(row.alarm or ""), str(row.marked or ""),
+        )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} | {row.lost:.1%} | {'' if row.right else 'wrong'} |")
-    collapsed, sound = [row for row in rows if row.fallen], [row for row in rows if not row.fallen]
-    caught, false = (sum(row.alarm is not None for row in some) for some in (collapsed, sound))
-    counts = f"Collapses with an alarm: {caught} of {len(collapsed)}. Sound runs with one: {false} of {len(sound)}."
+    collapsed, sound = [row for row in rows if row.fallen], [row for row in rows if row.sound]
+    back = [row for row in rows if not (row.fallen or row.sound)]
+    caught, false, between = (sum(row.alarm is not None for row in some) for some in (collapsed, sound, back))
+    counts = f"Collapses with an alarm: {caught} of {len(collapsed)}. Sound runs with one: {false} of {len(sound)}. "
+    counts += f"Runs that fell and came back with one: {between} of {len(back)}."
     return "\n".join([*lines, "", counts])

@@ -53,7 +53,9 @@ VARIANTS: dict[str, Variant] = {
         ),
     ),
     "refl": Variant("baselines", "the prediction of a random step (ReFL)", method="refl"),
-    "best_of_n": Variant("baselines", "flow matching on the better of own clips", method="best_of_n"),
+    "best_of_n": Variant(
+        "baselines", "flow matching on the better of own clips", ("optim.lr=1e-4",), method="best_of_n"
+    ),
     "awm": Variant("baselines", "policy gradient (AWM)", method="awm"),
     **_settings(
         "drift",

@@ -127,5 +127,7 @@ def test_a_collapse_needs_an_alarm_and_a_good_mark():
     assert (fallen.fallen, fallen.alarm, fallen.marked, fallen.lost) == (("all",), 150, 100, 0.0) and fallen.right
     sound = alarms.judged(run | {"rows": rows(0.8, 0.9, 0.89)})
     assert sound.fallen == () and not sound.right  # a false alarm
+    back = alarms.judged(run | {"rows": rows(0.9, 0.7, 0.89)})
+    assert back.fallen == () and back.deepest == pytest.approx(0.2) and back.right  # an alarm while it was down
     late = alarms.judged(run | {"rows": rows(0.95, 0.9, 0.7)})
     assert late.lost == pytest.approx(0.05) and not late.right
