@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,12 +62,20 @@ def test_sizes_are_those_written_down(name: str) -> None:
     assert sizes.text_dim == last.config.d_model
 
 
+def prompts_with_an_image(folder: Path) -> Path:
+    """A file of one. The image is not read for a plan."""
+    (folder / "image.png").touch()
+    row = {"prompt": "a red circle moves left on a gray background", "image": "image.png"}
+    (folder / "prompts.jsonl").write_text(json.dumps(row))
+    return folder / "prompts.jsonl"
+
+
 PLANNED_WHOLE = {load_config(name).model.id for name in presets()}
 """By ``tests/planner/test_preset_plans.py``."""
 
 
 @pytest.mark.parametrize("name", [name for name in KNOWN_GENERATORS if name not in PLANNED_WHOLE])
-def test_every_one_can_be_planned(name: str, monkeypatch) -> None:
+def test_every_one_can_be_planned(name: str, monkeypatch, tmp_path) -> None:
     """Two blocks at their true width, on ToyWorld's clips. Of two transformers one is on the card."""
     known = KNOWN_GENERATORS[name].config
     short = {
@@ -85,6 +94,7 @@ def test_every_one_can_be_planned(name: str, monkeypatch) -> None:
         "sampler.steps=2",
         'memory.park=["transformer"]',
         f"lora.targets={json.dumps([*family_of(known).NAMES.linears])}",
+        *([f"prompts={prompts_with_an_image(tmp_path)}"] if image_use(known) == "must" else []),
         f"model.text_tokens={known.transformer.get('max_text_seq_length', 16)}",
     )
     if not family_of(known).sizes(known.transformer, known.vae).temporal:
