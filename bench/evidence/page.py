@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from bench.evidence import alarms
-from bench.evidence.variants import VARIANTS
+from bench.evidence.variants import SCREEN, VARIANTS
 from lowmem_drf.files import write_text
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -103,7 +103,8 @@ def _filled(found: re.Match[str], results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plots(results: Sequence[Mapping[str, Any]], folder: Path = IMAGES) -> None:
-    """``evidence_long.svg``: what happens with more updates. ``evidence_front.svg``: truth against drift."""
+    """``evidence_long.svg``: what happens with more updates. ``evidence_front.svg``: truth against drift, of long runs
+    their end."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -136,6 +137,7 @@ def plots(results: Sequence[Mapping[str, Any]], folder: Path = IMAGES) -> None:
     for number, name in enumerate(dict.fromkeys(result["variant"] for result in shown)):
         for place, result in enumerate(result for result in shown if result["variant"] == name):
             rows = [row for row in result["rows"] if row["scale"] == 1 and row["step"]]
+            rows = rows if result["updates"] <= SCREEN else rows[-1:]  # a long path hides all others
             style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "os^"[number // 10], "lw": 0.8, "ms": 4}
             label = None if place else name
             x, y = [drift_of(row) for row in rows], [100 * row["oracle"]["all"] for row in rows]
