@@ -232,7 +232,7 @@ class Family(Protocol):
     """``None``: no clip begins with an image."""
 
     def refuse(self, generator: GeneratorConfig, place: str) -> None:
-        """Raises BadInputError for a model of the family that is not trained here, such as one that takes an image."""
+        """Raises BadInputError for a model of the family that is not trained here, such as a control model."""
         ...
 
     def sizes(self, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> GeneratorSizes: ...

@@ -78,7 +78,7 @@ FAR = 8
 """What needs more cards of the size than this is refused without a plan, which would take minutes and much host memory
 itself."""
 ENCODED = 9
-"""Frames."""
+"""Frames of a planned encoding: the first one, and two chunks of four, as Wan's encoder cuts a clip."""
 
 
 def make_plan(
@@ -356,8 +356,8 @@ def _encode_text(config: Config, generator: GeneratorConfig, name: str, mode: Fa
 
 
 def _encode_image(config: Config, generator: GeneratorConfig, mode: FakeTensorMode, meter: PlanMeter) -> None:
-    """Plans the VAE that encodes an image with empty frames after it, alone on the card. It encodes them a few at a
-    time, so that those of ``ENCODED`` take what all take."""
+    """Plans the VAE that encodes an image with empty frames after it. It encodes a chunk at a time, so that ``ENCODED``
+    frames take what all take. An encoder of images beside it is not counted (CLIP-H: 1.2 GiB in 16 bit)."""
     vae, video = fake_vae(generator, DTYPES[config.memory.vae_dtype], mode), config.video
     meter.load([vae])
     with meter.stage("text"), torch.no_grad():

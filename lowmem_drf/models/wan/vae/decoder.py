@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -24,11 +25,10 @@ import torch
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.memory.host import Held, HostStore
+from lowmem_drf.models import folders
 from lowmem_drf.models.wan.vae.fused import NormSilu, Wants
 from lowmem_drf.models.wan.vae.segments import Caches, Segment, segments_of
 from lowmem_drf.models.wan.vae.strips import in_strips, segment_backward, sizes_of, strips_of
-from lowmem_drf.models.weights.finite import refuse_model
-from lowmem_drf.models.weights.sources import complete, loading
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -39,18 +39,7 @@ ON_THE_WAY = 1024**3
 backward of one segment of Wan 2.1 needs in bf16, half of it in fp32."""
 
 
-def load_vae(
-    folder_or_id: str, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> AutoencoderKLWan:
-    """The VAE in subfolder ``vae`` of a diffusers model: frozen, eval. Raises BadInputError if it cannot be loaded."""
-    from diffusers import AutoencoderKLWan
-
-    load = AutoencoderKLWan.from_pretrained
-    with loading("the VAE", folder_or_id):
-        vae = complete(load(folder_or_id, subfolder="vae", torch_dtype=dtype, output_loading_info=True))
-    vae = vae.to(device).eval().requires_grad_(False)
-    refuse_model(vae, f"the VAE of {folder_or_id}")
-    return vae
+load_vae = partial(folders.load_vae, "AutoencoderKLWan")
 
 
 def drop_encoder(vae: AutoencoderKLWan) -> None:
