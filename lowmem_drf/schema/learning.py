@@ -190,8 +190,8 @@ class Optim(Node):
     anchor_every: Positive = 1
     """The anchor's term is part of every n-th update alone, with n times the weight: an n-th of its cost."""
     stop: Literal["never", "alarm"] = "never"
-    """``alarm``: the run ends where the watch finds that clips get worse while the reward rises (``log.watch_every``).
-    ``train --resume`` goes on."""
+    """``alarm``: the run ends where the watch finds that clips get worse while the reward rises, or worse than the
+    base's (``log.watch_every``). ``train --resume`` goes on."""
     max_skipped: Positive = 5
     """An update with a reward or gradient that is NaN or infinite is skipped. After this many in a row the run saves
     and stops."""

@@ -3,6 +3,7 @@
 While a run trains, clips of fixed prompts and seeds are measured again and again (``watch.py``): by questions that
 training does not ask, and by what needs no critic. Each measure has a *band*, from what the base's own clips differ
 by. A reward that has risen while two measures are outside of their bands is no longer to be trusted: that is the alarm.
+So it is where the answers to held-out questions are worse than the base's, whatever the reward does.
 """
 
 from __future__ import annotations
@@ -100,6 +101,8 @@ class Look:
     reward: float | None = None
     """Of training, mean over the updates since the last look."""
     outside: Sequence[str] = ()
+    lost: bool = False
+    """Whether the answers to held-out questions are worse than the base's."""
     alarm: int | None = None
     """The update at which the alarm began, while it lasts."""
     best: int | None = None
@@ -133,11 +136,12 @@ class Alarm:
         """Takes a look. ``reward``: see ``Look``; its rise counts from the first look after the base's."""
         outside = [name for name, band in self._bands().items() if not _within(measures.get(name), band)]
         risen = all(look.reward is None or reward > look.reward for look in self.looks[:2])
-        began = (self.began or step) if len(outside) >= OUTSIDE and risen and self.looks[1:] else None
+        lost = measures.get(SCORE, math.inf) < self._lowest()
+        began = (self.began or step) if len(outside) >= OUTSIDE and (risen or lost) and self.looks[1:] else None
         score = self._score(measures, reward)
         better = math.isfinite(score) and score >= self._most() - self._noise()
         best = step if began is None and better else self.best
-        return self._add(Look(step, dict(measures), reward=reward, outside=outside, alarm=began, best=best))
+        return self._add(Look(step, dict(measures), reward=reward, outside=outside, lost=lost, alarm=began, best=best))
 
     def _bands(self) -> dict[str, Band]:
         """Those of the base; of the held-out questions, what the best answers so far may fall back by."""
@@ -149,6 +153,11 @@ class Alarm:
                 best = max(filter(math.isfinite, seen))  # the base's own is among them
                 made[name] = best - (first.measures[name] - band[0]), None
         return made
+
+    def _lowest(self) -> float:
+        """The held-out reward below which clips are worse than the base's."""
+        base = self.looks[0]
+        return base.measures.get(SCORE, -math.inf) - HELDOUT.width * base.spread.get(SCORE, 0.0)
 
     def _score(self, measures: Mapping[str, float], reward: float) -> float:
         return measures.get(SCORE, reward)
@@ -185,7 +194,7 @@ KEPT = ("step", "measures", "outside", "alarm")
 
 
 def _says(value: object) -> bool:
-    return value is not None and value != {} and value != ""
+    return value is not None and value is not False and value != {} and value != ""
 
 
 def read_looks(run: Path, done: int) -> list[Look]:

@@ -3,7 +3,7 @@
 import pytest
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.scoring.alarm import NOISE, RULES, Alarm, best_step, mark_best, read_looks, save_looks, spreads
+from lowmem_drf.scoring.alarm import HELDOUT, NOISE, RULES, Alarm, best_step, mark_best, read_looks, save_looks, spreads
 
 BASE = {
     **{"heldout_reward": [-0.8, -0.6, -0.4], "heldout_Phy": [-0.5, -0.3, -0.1]},
@@ -36,6 +36,16 @@ def test_two_measures_outside_and_a_reward_that_rose_are_the_alarm():
     assert (look.alarm, sorted(look.outside)) == (100, ["blur", "diversity"])
     assert alarm.add(125, WORSE, -0.3).alarm == alarm.began == 100  # since when
     assert alarm.add(150, GOOD, -0.3).alarm is None
+
+
+def test_answers_worse_than_the_base_s_are_an_alarm_whatever_the_reward_does():
+    alarm = begun()
+    alarm.add(25, GOOD, -1.0)
+    nearly = {**WORSE, "heldout_reward": -0.6 - 0.99 * HELDOUT.width * 0.2}  # a spread of 0.2
+    assert alarm.add(50, nearly, -1.1).alarm is None
+    look = alarm.add(75, {**nearly, "heldout_reward": -0.6 - 1.01 * HELDOUT.width * 0.2}, -1.2)
+    assert look.lost and look.alarm == 75
+    assert not alarm.add(100, {**GOOD, "heldout_reward": -0.9}, -1.2).alarm  # one measure is not enough
 
 
 def test_held_out_questions_of_an_aspect_may_not_fall_back_from_their_best():
