@@ -2,8 +2,8 @@
 
 While a run trains, clips of fixed prompts and seeds are measured again and again (``watch.py``): by questions that
 training does not ask, and by what needs no critic. Each measure has a *band*, from what the base's own clips differ
-by. A reward that has risen while two measures are outside of their bands is no longer to be trusted: that is the alarm.
-So it is where the answers to held-out questions are worse than the base's, whatever the reward does.
+by. A look is *suspect* if two measures are outside of their bands and the reward has risen, or the answers to held-out
+questions are worse than the base's. Two suspect looks in a row are the alarm, or one with three measures outside.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Band = tuple[float | None, float | None]
 """Lowest and highest value; ``None``: open."""
 
 FILE = "watch.jsonl"
-OUTSIDE = 2
-"""So many measures outside of their bands, with a reward that has risen, are the alarm."""
+OUTSIDE, SURE = 2, 3
+"""So many measures outside of their bands make a look suspect; so many are an alarm at once."""
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,13 @@ class Look:
     reward: float | None = None
     """Of training, mean over the updates since the last look."""
     outside: Sequence[str] = ()
+    suspect: bool = False
     lost: bool = False
     """Whether the answers to held-out questions are worse than the base's."""
     alarm: int | None = None
     """The update at which the alarm began, while it lasts."""
     best: int | None = None
-    """The update of the best look so far without an alarm."""
+    """The update of the best look so far that is not suspect."""
     prompts: str = ""
     """Of step 0 alone: a fingerprint. Looks at other prompts cannot be compared."""
 
@@ -137,11 +138,14 @@ class Alarm:
         outside = [name for name, band in self._bands().items() if not _within(measures.get(name), band)]
         risen = all(look.reward is None or reward > look.reward for look in self.looks[:2])
         lost = measures.get(SCORE, math.inf) < self._lowest()
-        began = (self.began or step) if len(outside) >= OUTSIDE and (risen or lost) and self.looks[1:] else None
+        suspect = len(outside) >= OUTSIDE and (risen or lost) and len(self.looks) > 1
+        alarm = suspect and (len(outside) >= SURE or self.looks[-1].suspect)
+        began = (self.began or step) if alarm else None
         score = self._score(measures, reward)
         better = math.isfinite(score) and score >= self._most() - self._noise()
-        best = step if began is None and better else self.best
-        return self._add(Look(step, dict(measures), reward=reward, outside=outside, lost=lost, alarm=began, best=best))
+        best = step if better and not suspect else self.best
+        seen = {"outside": outside, "suspect": suspect, "lost": lost, "alarm": began, "best": best}
+        return self._add(Look(step, dict(measures), reward=reward, **seen))
 
     def _bands(self) -> dict[str, Band]:
         """Those of the base; of the held-out questions, what the best answers so far may fall back by."""
@@ -163,14 +167,17 @@ class Alarm:
         return measures.get(SCORE, reward)
 
     def _most(self) -> float:
-        """The highest score of the looks so far without an alarm."""
-        sound = (look for look in self.looks[1:] if look.alarm is None)
+        """The highest score of the looks so far that are not suspect."""
+        sound = (look for look in self.looks[1:] if not look.suspect)
         scores = (self._score(look.measures, look.reward or 0.0) for look in sound)
         return max(filter(math.isfinite, scores), default=-math.inf)
 
     def _noise(self) -> float:
-        """A later update whose score is lower by less counts as the better one: it learned from more."""
-        return NOISE * self.looks[0].spread.get(SCORE, 0.0)
+        """A later update whose score is lower by less counts as the better one: it learned from more. Answers that are
+        near to certain (a log-probability of 0) have less noise than the base's."""
+        base = self.looks[0]
+        nearer = self._most() / base.measures[SCORE] if base.measures.get(SCORE, 0.0) < 0 else math.inf
+        return base.spread.get(SCORE, 0.0) * min(NOISE, max(0.0, nearer))
 
     def _add(self, look: Look) -> Look:
         self.looks.append(look)

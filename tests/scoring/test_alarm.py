@@ -1,4 +1,4 @@
-"""The alarm: a rising reward with two measures outside of the base's bands, and the best update before it."""
+"""The alarm: looks with measures outside of the base's bands, and the best update before it."""
 
 import pytest
 
@@ -11,6 +11,7 @@ BASE = {
 }
 GOOD = {"heldout_reward": -0.5, "heldout_Phy": -0.3, "diversity": 0.15, "blur": 5.0, "lora_norm": 3.0}
 WORSE = {**GOOD, "diversity": 0.01, "blur": 9.0}
+WORST = {**WORSE, "heldout_Phy": -0.9}
 
 
 def begun():
@@ -27,25 +28,33 @@ def test_a_band_is_what_the_base_s_own_prompts_differ_by():
     assert spread == {"motion": 0.02 * 0.5, "freeze": RULES["freeze"].least}  # hardly differ: a least spread
 
 
-def test_two_measures_outside_and_a_reward_that_rose_are_the_alarm():
+def test_two_measures_outside_and_a_reward_that_rose_are_suspect_and_twice_the_alarm():
     alarm = begun()
-    assert alarm.add(25, GOOD, -1.0).alarm is None
-    assert alarm.add(50, {**GOOD, "blur": 9.0}, -0.5).alarm is None  # one may leave
-    assert alarm.add(75, WORSE, -1.1).alarm is None  # nothing is gained by it
+    assert not alarm.add(25, GOOD, -1.0).suspect
+    assert not alarm.add(50, {**GOOD, "blur": 9.0}, -0.5).suspect  # one may leave
+    assert not alarm.add(75, WORSE, -1.1).suspect  # nothing is gained by it
     look = alarm.add(100, WORSE, -0.4)
-    assert (look.alarm, sorted(look.outside)) == (100, ["blur", "diversity"])
-    assert alarm.add(125, WORSE, -0.3).alarm == alarm.began == 100  # since when
-    assert alarm.add(150, GOOD, -0.3).alarm is None
+    assert (look.suspect, look.alarm, sorted(look.outside)) == (True, None, ["blur", "diversity"])
+    assert alarm.add(125, WORSE, -0.3).alarm == 125
+    assert alarm.add(150, WORSE, -0.3).alarm == alarm.began == 125  # since when
+    assert alarm.add(175, GOOD, -0.3).alarm is None
+    assert alarm.add(200, WORSE, -0.3).alarm is None  # the look before was not
 
 
-def test_answers_worse_than_the_base_s_are_an_alarm_whatever_the_reward_does():
+def test_three_measures_outside_are_the_alarm_at_once():
     alarm = begun()
     alarm.add(25, GOOD, -1.0)
-    nearly = {**WORSE, "heldout_reward": -0.6 - 0.99 * HELDOUT.width * 0.2}  # a spread of 0.2
+    assert alarm.add(50, WORST, -0.5).alarm == 50
+
+
+def test_answers_worse_than_the_base_s_are_suspect_whatever_the_reward_does():
+    alarm = begun()
+    alarm.add(25, GOOD, -1.0)
+    nearly = {**WORST, "heldout_reward": -0.6 - 0.99 * HELDOUT.width * 0.2}  # a spread of 0.2
     assert alarm.add(50, nearly, -1.1).alarm is None
     look = alarm.add(75, {**nearly, "heldout_reward": -0.6 - 1.01 * HELDOUT.width * 0.2}, -1.2)
     assert look.lost and look.alarm == 75
-    assert not alarm.add(100, {**GOOD, "heldout_reward": -0.9}, -1.2).alarm  # one measure is not enough
+    assert not alarm.add(100, {**GOOD, "heldout_reward": -0.9}, -1.2).suspect  # one measure is not enough
 
 
 def test_held_out_questions_of_an_aspect_may_not_fall_back_from_their_best():
@@ -53,7 +62,7 @@ def test_held_out_questions_of_an_aspect_may_not_fall_back_from_their_best():
     better = {**GOOD, "heldout_Phy": -0.05}
     alarm.add(25, better, -1.0)
     look = alarm.add(50, {**better, "heldout_Phy": -0.25, "blur": 9.0}, -0.5)  # still better than the base
-    assert sorted(look.outside) == ["blur", "heldout_Phy"] and look.alarm == 50
+    assert sorted(look.outside) == ["blur", "heldout_Phy"] and look.suspect
     alarm.add(75, {**better, "heldout_Phy": float("nan")}, -0.5)
     assert alarm.add(100, better, -0.5).outside == []  # a clip that was NaN is not the best for good
 
@@ -61,7 +70,7 @@ def test_held_out_questions_of_an_aspect_may_not_fall_back_from_their_best():
 def test_a_measure_that_clips_no_longer_have_is_outside():
     alarm = begun()
     alarm.add(25, GOOD, -1.0)
-    assert alarm.add(50, {"heldout_reward": float("nan"), "diversity": 0.15}, -0.5).alarm == 50
+    assert alarm.add(50, {"heldout_reward": float("nan"), "diversity": 0.15}, -0.5).suspect
 
 
 def test_a_broken_clip_is_no_best_look_and_does_not_hide_a_later_one():
@@ -80,12 +89,15 @@ def test_the_best_look_has_no_alarm_and_the_best_held_out_answers():
     assert alarm.add(100, {**WORSE, "heldout_reward": -0.1}, 0.0).best == 50
     nearly = -0.2 - 0.9 * NOISE * 0.2  # a spread of 0.2: the later update is the better one
     assert alarm.add(125, {**GOOD, "heldout_reward": nearly}, 0.0).best == 125
+    assert alarm.add(150, {**GOOD, "heldout_reward": -0.006}, 0.0).best == 150  # a hundredth of the base's -0.6
+    assert alarm.add(175, {**GOOD, "heldout_reward": -0.006 - 0.9 * 0.01 * 0.2}, 0.0).best == 175
+    assert alarm.add(200, {**GOOD, "heldout_reward": -0.006 - 1.1 * 0.01 * 0.2}, 0.0).best == 175
 
 
 def test_looks_are_kept_and_those_after_the_checkpoint_dropped(tmp_path):
     alarm = begun()
     alarm.add(25, GOOD, -1.0)
-    alarm.add(50, WORSE, -0.5)
+    alarm.add(50, WORST, -0.5)
     save_looks(tmp_path, alarm.looks)
     assert [look.step for look in read_looks(tmp_path, 25)] == [0, 25]
     again = Alarm(read_looks(tmp_path, 50))

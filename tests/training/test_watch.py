@@ -48,7 +48,7 @@ def test_the_alarm_is_said_ends_the_run_and_leaves_the_best_update(tiny_preset, 
     run, add = tmp_path / "run", alarm.Alarm.add
 
     def hacked(self, step, measures, reward):
-        worse = {"diversity": -1.0, "saturation": -1.0} if step > 1 else {}
+        worse = {"diversity": -1.0, "saturation": -1.0, "freeze": 2.0} if step > 1 else {}
         return add(self, step, {**measures, **worse}, float(step))
 
     monkeypatch.setattr(alarm.Alarm, "add", hacked)
