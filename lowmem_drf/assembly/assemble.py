@@ -124,6 +124,7 @@ def step_spec(config: Config, step: int, scales: Mapping[str, float] | None = No
         record_decode=config.memory.record_decode,
         anchor=anchor,
         anchored=(anchored,) if anchor else (),
+        anchor_huber=None if config.optim.anchor_huber == "off" else config.optim.anchor_huber,
         lv_samples=sampler.lv_samples,
         reward=replace(reward_spec(config), scales=scales or {}),
     )

@@ -52,7 +52,10 @@ def naive_step(
         assert parts.base is not None
         with torch.no_grad():
             base = parts.base(x.detach(), sigmas[k], cond)
-        return (parts.velocity(x.detach(), sigmas[k], cond) - base).pow(2).mean() / len(spec.anchored)
+        square = (parts.velocity(x.detach(), sigmas[k], cond) - base).pow(2)
+        if (h := spec.anchor_huber) is not None:
+            square = 2 * h * ((square + h * h).sqrt() - h)
+        return square.mean() / len(spec.anchored)
 
     def reward(x_0: Tensor) -> tuple[Tensor, StepStats]:
         frames = parts.decoder.decode(x_0)[:, list(spec.seen(x_0, parts.decoder.temporal_factor))]

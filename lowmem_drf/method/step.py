@@ -240,13 +240,15 @@ def denoise_backward(
 def _pull(
     parts: Parts, spec: StepSpec, k: int, x_BCFhw: Tensor, v_BCFhw: Tensor, cond: Any, share: float
 ) -> tuple[Tensor, float]:
-    """The anchor at step k, by a pass without the LoRA: the gradient of share * anchor * (mean squared difference to
-    the base's velocity) at the velocity, and the difference itself, each as part of the mean over anchored steps."""
+    """The anchor at step k, by a pass without the LoRA: the gradient of share * its term at the velocity, and the mean
+    squared difference to the base's velocity, each as part of the mean over anchored steps."""
     assert parts.base is not None
     with torch.no_grad():
         base = parts.base(x_BCFhw.detach(), spec.sigmas[k].item(), cond)
     difference, count = v_BCFhw.detach().to(x_BCFhw.dtype) - base.to(x_BCFhw.dtype), len(spec.anchored)
     gradient = 2 * share * spec.anchor / count / difference.numel() * difference
+    if (h := spec.anchor_huber) is not None:
+        gradient *= h / (difference.pow(2) + h * h).sqrt()
     return gradient, difference.pow(2).mean().item() / count
 
 
@@ -286,6 +288,10 @@ class StepSpec:
     """Weight of the mean squared difference between the tuned and the base's velocity, for the same condition, at the
     latents that enter the ``anchored`` steps (a mean over them). These latents count as constants: it says what the
     model is to do there, not how to get away from there. 0: not computed."""
+    anchor_huber: float | None = None
+    """h, in units of the velocity: in place of the square d^2 of an element stands 2 h (sqrt(d^2 + h^2) - h), the same
+    for small d and 2 h |d| for large ones (pseudo-Huber, as arXiv 2310.14189 has it for consistency models). ``None``:
+    the square."""
     anchored: tuple[int, ...] = ()
     """Some of the graded steps."""
     lv_samples: int = 0
@@ -314,6 +320,8 @@ class StepSpec:
             raise BadInputError(
                 f"the anchor is {self.anchor} at steps {self.anchored}: it must be 0 or more, at some graded steps"
             )
+        if self.anchor_huber is not None and self.anchor_huber <= 0:
+            raise BadInputError(f"anchor_huber is {self.anchor_huber}: it must be more than 0, or None")
         if self.lv_samples < 0 or (self.lv_samples and self.graded != (self.steps - 1,)):
             raise BadInputError(f"lv_samples is {self.lv_samples}: it must be 0, or the last step the only graded step")
 

@@ -187,6 +187,10 @@ class Optim(Node):
     """Weight of the mean squared difference between the tuned and the base's velocity, at the latents that enter one of
     the graded steps, drawn anew in each update: keeps what no question asks about as the base makes it. Costs a
     rollout step and a graded step more (at the first graded step no second one); 0: none of them."""
+    anchor_huber: Literal["off"] | Annotated[float, Field(ge=1e-6, le=1e6)] = "off"
+    """A difference of the velocity (whose own size is about 1) beyond which an element is pulled back no harder the
+    farther it is (pseudo-Huber): the few large changes that a question asks for are held back less than the many small
+    ones that nothing asks for. ``off``: the square."""
     anchor_every: Positive = 1
     """The anchor's term is part of every n-th update alone, with n times the weight: an n-th of its cost."""
     stop: Literal["never", "alarm"] = "never"

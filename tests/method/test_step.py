@@ -82,11 +82,13 @@ def test_relay_is_naive_for_draft_lv(parts, samples, guidance, size):
     assert_equal_steps(parts, plan_of((STEPS - 1,), lv_samples=samples, guidance=guidance), size, seed=7)
 
 
+@pytest.mark.parametrize("huber", [None, 0.05], ids=["square", "huber"])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("anchored", [(1,), (5,), (1, 4, 5)], ids=str)
-def test_relay_is_naive_with_an_anchor(parts, anchored, guidance):
+def test_relay_is_naive_with_an_anchor(parts, anchored, guidance, huber):
     parts = replace(parts, base=toy_parts(seed=1).velocity)
-    assert_equal_steps(parts, plan_of((1, 4, 5), guidance=guidance, anchor=0.7, anchored=anchored), size=2)
+    plan = plan_of((1, 4, 5), guidance=guidance, anchor=0.7, anchored=anchored, anchor_huber=huber)
+    assert_equal_steps(parts, plan, size=2)
 
 
 def test_an_anchor_pulls_towards_the_base_with_the_states_as_constants(parts):
@@ -300,6 +302,7 @@ def test_a_non_finite_gradient_between_graded_steps_names_the_step(parts):
     [
         ({"graded": ()}, "graded steps"),
         ({"anchor": 1.0}, "anchor"),
+        ({"anchor_huber": 0.0}, "anchor_huber"),
         ({"anchor": 1.0, "anchored": (0,)}, "anchor"),
         ({"graded": (5, 4)}, "ascending"),
         ({"graded": (STEPS,)}, "in 0..5"),
