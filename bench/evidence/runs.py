@@ -49,6 +49,7 @@ def run(name: str, variant: Variant, seed: int, work: Path, file: Path, console:
     folder, every = work / f"{name}_{seed}", every or (EVERY_ALARM if variant.group == "alarm" else EVERY)
     settings = [
         "optim.anchor=0",
+        "optim.anchor_huber=off",
         *variant.overrides,
         f"steps={variant.updates}",
         f"log.checkpoint_every={every}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 LAZY = ("optim.anchor=1", "optim.anchor_every=8")
+HUBER = ("optim.anchor=4", "optim.anchor_huber=0.05")
 SHORT, SCREEN = 200, 400
 """Updates of the default run, and of an idea's first try."""
 
@@ -79,7 +80,11 @@ VARIANTS: dict[str, Variant] = {
         ).items()
     },
     "short_few_140": Variant("short", "`toy-fast` for 140 updates", ("optim.anchor=1",), "toy-fast", 140),
-    "short_few": Variant("short", "the preset `toy-fast`, 280 updates", ("optim.anchor=1",), "toy-fast", 280),
+    "short_few": Variant("short", "`toy-fast`, 280 updates, anchor 1", ("optim.anchor=1",), "toy-fast", 280),
+    "short_few_huber": Variant("short", "`toy-fast`, 280 updates, anchor 4, Huber's", HUBER, "toy-fast", 280),
+    "short_huber": Variant(
+        "short", "anchor 4 in every eighth update, Huber's", (*HUBER, "optim.anchor_every=8"), updates=SHORT
+    ),
     "short_few_loose": Variant("short", "the same with anchor 0.3", ("optim.anchor=0.3",), "toy-fast", 280),
     "short_few_360": Variant("short", "anchor 0.5, 360 updates", ("optim.anchor=0.5",), "toy-fast", 360),
     "short_some": Variant(
