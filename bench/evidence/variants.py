@@ -77,6 +77,7 @@ VARIANTS: dict[str, Variant] = {
             short_lazy_4=("anchor 1 in every fourth update", "optim.anchor=1 optim.anchor_every=4"),
             short_lazy_8=("anchor 1 in every eighth update", "optim.anchor=1 optim.anchor_every=8"),
             short_fast=("rate 1e-3", "optim.lr=1e-3"),
+            short_hinge=("log-probabilities above -0.05 count as reached", "critic.hinge=-0.05"),
         ).items()
     },
     "short_few_140": Variant("short", "`toy-fast` for 140 updates", ("optim.anchor=1",), "toy-fast", 140),
