@@ -45,11 +45,12 @@ def table(results: Sequence[Mapping[str, Any]], group: str) -> str:
     return "\n".join(lines)
 
 
-def scales(results: Sequence[Mapping[str, Any]], name: str = "default") -> str:
-    """Markdown: a variant's last checkpoint at several strengths of the LoRA."""
-    own = [result for result in results if result["variant"] == name]
+def scales(results: Sequence[Mapping[str, Any]], names: Sequence[str] = ("default", "short_few_huber")) -> str:
+    """Markdown: the last checkpoint of some variants at several strengths of the LoRA."""
     lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
-    if own:
+    for name in names:
+        if not (own := [result for result in results if result["variant"] == name]):
+            continue
         done = min(last(result)["step"] for result in own)
         for scale in sorted({row["scale"] for result in own for row in result["rows"]}, reverse=True):
             rows = [row for result in own for row in result["rows"] if (row["step"], row["scale"]) == (done, scale)]

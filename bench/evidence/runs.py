@@ -37,7 +37,7 @@ EVERY, EVERY_ALARM = 100, 50
 """Updates between two measured checkpoints; where the alarm is judged."""
 PROMPTS, SEEDS = 64, 2
 """Held-out prompts, and clips of each."""
-SCALES = (0.75, 0.5)
+SCALES = (1.5, 0.75, 0.5)
 """Of the LoRA at sampling, measured besides 1 at the end of a run."""
 WATCHED = ("log.watch_every=25", "log.watch_prompts=16")
 SETTINGS = (*WATCHED, "log.sample_every=0", "log.eval_prompts=0", "log.keep=1000")

@@ -29,6 +29,7 @@ from lowmem_drf.training.lora_file import load_run_lora
 from lowmem_drf.training.run_folder import run_config
 
 AT_ONCE = 32
+SPLITS = ("train", "heldout", "unseen")
 
 
 def groups(clips: int) -> dict[str, list[Prompt]]:
@@ -45,9 +46,6 @@ def groups(clips: int) -> dict[str, list[Prompt]]:
         name: [Prompt(f"{name} {i}", text) for i, text in enumerate(random.Random(name).choices(texts, k=clips))]
         for name, texts in made.items()
     }
-
-
-SPLITS = ("train", "heldout", "unseen")
 
 
 @torch.no_grad()

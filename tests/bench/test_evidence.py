@@ -114,10 +114,10 @@ def test_a_collapse_needs_an_alarm_and_a_good_mark():
         oracles = ({"all": rate, "physics": 1.0, "quality": 1.0} for rate in rates)
         return [{"step": 50 * (i + 1), "scale": 1, "oracle": oracle} for i, oracle in enumerate(oracles)]
 
-    base = {"heldout_reward": -0.6, "heldout_TA": -0.6, "flicker": 1.0}
+    base = {"heldout_reward": -0.6, "heldout_TA": -0.6, "flicker": 1.0, "noise": 1.0}
     spread = dict.fromkeys(base, 0.2)
-    good = {"heldout_reward": -0.1, "heldout_TA": -0.1, "flicker": 1.0}
-    bad = {"heldout_reward": -0.3, "heldout_TA": -0.3, "flicker": 9.0}
+    good = {"heldout_reward": -0.1, "heldout_TA": -0.1, "flicker": 1.0, "noise": 1.0}
+    bad = {"heldout_reward": -0.3, "heldout_TA": -0.3, "flicker": 9.0, "noise": 9.0}
     looks = [{"step": 0, "measures": base, "spread": spread}]
     looks += [
         {"step": s, "measures": m, "reward": r} for s, m, r in ((50, good, -1.0), (100, good, -0.5), (150, bad, -0.1))
