@@ -45,6 +45,10 @@ def table(results: Sequence[Mapping[str, Any]], group: str) -> str:
     return "\n".join(lines)
 
 
+FRONT = ("default", "short", "short_few", "short_few_huber")
+"""Variants of other tables that the plot of truth against drift has too."""
+
+
 def scales(results: Sequence[Mapping[str, Any]], names: Sequence[str] = ("default", "short_few_huber")) -> str:
     """Markdown: the last checkpoint of some variants at several strengths of the LoRA."""
     lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
@@ -104,8 +108,8 @@ def _filled(found: re.Match[str], results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plots(results: Sequence[Mapping[str, Any]], folder: Path = IMAGES) -> None:
-    """``evidence_long.svg``: what happens with more updates. ``evidence_front.svg``: truth against drift, of long runs
-    their end."""
+    """``evidence_long.svg``: what happens with more updates. ``evidence_front.svg``: truth against drift, of long and
+    short runs their end; dotted: more than the LoRA's strength."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -134,20 +138,26 @@ def plots(results: Sequence[Mapping[str, Any]], folder: Path = IMAGES) -> None:
     _save(figure, folder / "evidence_long.svg")
 
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    shown = [result for result in results if result["group"] in ("drift", "long") or result["variant"] == "default"]
+    shown = [result for result in results if result["group"] in ("drift", "long") or result["variant"] in FRONT]
     for number, name in enumerate(dict.fromkeys(result["variant"] for result in shown)):
         for place, result in enumerate(result for result in shown if result["variant"] == name):
             rows = [row for row in result["rows"] if row["scale"] == 1 and row["step"]]
-            rows = rows if result["updates"] <= SCREEN else rows[-1:]  # a long path hides all others
+            rows = rows if result["updates"] == SCREEN else rows[-1:]  # a long path hides all others
+            more = [row for row in result["rows"] if row["scale"] > 1]
             style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "os^"[number // 10], "lw": 0.8, "ms": 4}
             label = None if place else name
-            x, y = [drift_of(row) for row in rows], [100 * row["oracle"]["all"] for row in rows]
-            axes.plot(x, y, label=label, **style)
+            axes.plot(*_front(rows), label=label, **style)
+            if more:
+                axes.plot(*_front([rows[-1], *more]), **style, ls=":", mfc="none")
     axes.set(xlabel="drift: distance from ToyWorld's own clips", ylabel="held-out clips all correct, %")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False)
     _save(figure, folder / "evidence_front.svg")
     plt.close("all")
+
+
+def _front(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
+    return [drift_of(row) for row in rows], [100 * row["oracle"]["all"] for row in rows]
 
 
 def _save(figure: Any, path: Path) -> None:
