@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -144,8 +144,8 @@ class Alarm:
         score = self._score(measures, reward)
         better = math.isfinite(score) and score >= self._most() - self._noise()
         best = step if better and not suspect else self.best
-        seen = {"outside": outside, "suspect": suspect, "lost": lost, "alarm": began, "best": best}
-        return self._add(Look(step, dict(measures), reward=reward, **seen))
+        look = Look(step, dict(measures), reward=reward, outside=outside, suspect=suspect, lost=lost)
+        return self._add(replace(look, alarm=began, best=best))
 
     def _bands(self) -> dict[str, Band]:
         """Those of the base; of the held-out questions, what the best answers so far may fall back by."""
