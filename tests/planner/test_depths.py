@@ -19,7 +19,7 @@ CLOSE = ("s", "stall_s", "copy_s")
 SMALL_CLIP = ("video.width=64", "video.height=64", "video.frames=5", "critic.frames=2", "batch=1")
 STREAMED = ('memory.park=["transformer","vae","critic"]', 'memory.stream=["transformer","critic"]')
 SETTINGS = {
-    "streamed": ("rtx4060", *SMALL_CLIP),
+    "streamed, at true size": ("rtx4060",),
     "recorded": ("rtx4090-20step", *SMALL_CLIP, *STREAMED, "memory.record_rollout=true", "memory.token_slices=2"),
     "two experts": (
         "rtx4090-20step",
@@ -27,7 +27,6 @@ SETTINGS = {
         "model.id=Wan-AI/Wan2.2-T2V-A14B-Diffusers",
         'memory.park=["transformer"]',
     ),
-    "true size": ("rtx3060",),
 }
 
 
