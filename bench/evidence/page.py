@@ -17,6 +17,7 @@ from lowmem_drf.files import write_text
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE, IMAGES = DOCS / "evidence.md", DOCS / "images"
+SPLITS = Path(__file__).parents[1] / "results" / "splits.json"
 HEADS: tuple[str, ...] = ("", "updates", "seeds", "all correct", "physics", "quality", "held out", "second critic")
 HEADS += ("diversity", "drift", "radius", "spread", "edge", "passes", "s")
 
@@ -49,7 +50,10 @@ FRONT = ("default", "short", "short_few", "short_few_huber")
 """Variants of other tables that the plot of truth against drift has too."""
 
 
-def scales(results: Sequence[Mapping[str, Any]], names: Sequence[str] = ("default", "short_few_huber")) -> str:
+STRENGTHS = ("default", "short", "short_few_huber")
+
+
+def scales(results: Sequence[Mapping[str, Any]], names: Sequence[str] = STRENGTHS) -> str:
     """Markdown: the last checkpoint of some variants at several strengths of the LoRA."""
     lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
     for name in names:
@@ -59,6 +63,17 @@ def scales(results: Sequence[Mapping[str, Any]], names: Sequence[str] = ("defaul
         for scale in sorted({row["scale"] for result in own for row in result["rows"]}, reverse=True):
             rows = [row for result in own for row in result["rows"] if (row["step"], row["scale"]) == (done, scale)]
             lines.append(_line(f"`{name}`, LoRA x {scale:g}", rows, own[0]))
+    return "\n".join(lines)
+
+
+def splits(_: Sequence[Mapping[str, Any]], file: Path = SPLITS) -> str:
+    """Markdown: what ``bench.evidence.splits`` measured, base and tuned."""
+    runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
+    names = list(dict.fromkeys(name for found in runs.values() for name in found))
+    lines = [f"|  | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for run, found in runs.items():
+        for who in ("base", "tuned"):
+            lines.append(f"| `{run}`, {who} | {' | '.join(f'{found[name][who]:.1%}' for name in names)} |")
     return "\n".join(lines)
 
 
@@ -103,8 +118,8 @@ def write_page(results: Sequence[Mapping[str, Any]], page: Path = PAGE) -> None:
 
 
 def _filled(found: re.Match[str], results: Sequence[Mapping[str, Any]]) -> str:
-    made = {"scales": scales, "alarms": alarms.table}.get(found[2], partial(table, group=found[2]))(results)
-    return f"{found[1]}{made}\n{found[3]}"
+    own = {"scales": scales, "splits": splits, "alarms": alarms.table}
+    return f"{found[1]}{own.get(found[2], partial(table, group=found[2]))(results)}\n{found[3]}"
 
 
 def plots(results: Sequence[Mapping[str, Any]], folder: Path = IMAGES) -> None:

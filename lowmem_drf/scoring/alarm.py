@@ -102,7 +102,8 @@ class Look:
     """Of training, mean over the updates since the last look."""
     outside: Sequence[str] = ()
     suspect: bool = False
-    lost: bool = False
+    """See the head of this file."""
+    worse: bool = False
     """Whether the answers to held-out questions are worse than the base's."""
     alarm: int | None = None
     """The update at which the alarm began, while it lasts."""
@@ -137,14 +138,14 @@ class Alarm:
         """Takes a look. ``reward``: see ``Look``; its rise counts from the first look after the base's."""
         outside = [name for name, band in self._bands().items() if not _within(measures.get(name), band)]
         risen = all(look.reward is None or reward > look.reward for look in self.looks[:2])
-        lost = measures.get(SCORE, math.inf) < self._lowest()
-        suspect = len(outside) >= OUTSIDE and (risen or lost) and len(self.looks) > 1
+        worse = measures.get(SCORE, math.inf) < self._lowest()
+        suspect = len(outside) >= OUTSIDE and (risen or worse) and len(self.looks) > 1
         alarm = suspect and (len(outside) >= SURE or self.looks[-1].suspect)
         began = (self.began or step) if alarm else None
         score = self._score(measures, reward)
         better = math.isfinite(score) and score >= self._most() - self._noise()
         best = step if better and not suspect else self.best
-        look = Look(step, dict(measures), reward=reward, outside=outside, suspect=suspect, lost=lost)
+        look = Look(step, dict(measures), reward=reward, outside=outside, suspect=suspect, worse=worse)
         return self._add(replace(look, alarm=began, best=best))
 
     def _bands(self) -> dict[str, Band]:

@@ -1,5 +1,6 @@
 """``lowmem-drf report``: one page that needs no network and no model, whatever the run's folder holds or lacks."""
 
+import json
 import re
 import shutil
 from html import unescape
@@ -79,6 +80,15 @@ def test_the_verdict_and_the_alarm_come_first(tmp_path):
     assert "prompts.txt" in rest and "anna" not in html
     assert html.count("<svg") == 2 + 3 + 12 + 7
     assert set(re.findall(r"#0000[0-9a-f]{2}\b", html)) == set()
+
+
+def test_an_alarm_for_answers_worse_than_the_base_s_says_so(tmp_path):
+    run = big_run(tmp_path / "run", clips=False)
+    rows = [json.loads(line) for line in (run / "watch.jsonl").read_text("utf-8").splitlines()]
+    rows = [row | {"worse": True} if row["step"] == ALARM else row for row in rows]
+    (run / "watch.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    said = f"From update {ALARM} on held-out answers were worse than the base's, and diversity and velocity norm left"
+    assert said in words(page(run))
 
 
 @pytest.mark.parametrize("damaged", [False, True])

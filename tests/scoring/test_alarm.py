@@ -53,7 +53,7 @@ def test_answers_worse_than_the_base_s_are_suspect_whatever_the_reward_does():
     nearly = {**WORST, "heldout_reward": -0.6 - 0.99 * HELDOUT.width * 0.2}  # a spread of 0.2
     assert alarm.add(50, nearly, -1.1).alarm is None
     look = alarm.add(75, {**nearly, "heldout_reward": -0.6 - 1.01 * HELDOUT.width * 0.2}, -1.2)
-    assert look.lost and look.alarm == 75
+    assert look.worse and look.alarm == 75
     assert not alarm.add(100, {**GOOD, "heldout_reward": -0.9}, -1.2).suspect  # one measure is not enough
 
 
