@@ -38,7 +38,7 @@ EVERY, EVERY_ALARM = 100, 50
 PROMPTS, SEEDS = 64, 2
 """Held-out prompts, and clips of each."""
 SCALES = (1.5, 0.75, 0.5)
-"""Of the LoRA at sampling, measured besides 1 at the end of a run."""
+"""Of the LoRA at sampling, times the run's own, measured besides 1 at the end of a run."""
 WATCHED = ("log.watch_every=25", "log.watch_prompts=16")
 SETTINGS = (*WATCHED, "log.sample_every=0", "log.eval_prompts=0", "log.keep=1000")
 
@@ -50,6 +50,7 @@ def run(name: str, variant: Variant, seed: int, work: Path, file: Path, console:
     settings = [
         "optim.anchor=0",
         "optim.anchor_huber=off",
+        "lora.scale=1",
         *variant.overrides,
         f"steps={variant.updates}",
         f"log.checkpoint_every={every}",

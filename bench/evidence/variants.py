@@ -82,7 +82,10 @@ VARIANTS: dict[str, Variant] = {
     },
     "short_few_140": Variant("short", "`toy-fast` for 140 updates", ("optim.anchor=1",), "toy-fast", 140),
     "short_few": Variant("short", "`toy-fast`, 280 updates, anchor 1", ("optim.anchor=1",), "toy-fast", 280),
-    "short_few_huber": Variant("short", "the preset `toy-fast`, 280 updates", HUBER, "toy-fast", 280),
+    "short_few_huber": Variant("short", "`toy-fast`, 280 updates, LoRA x 1", HUBER, "toy-fast", 280),
+    "short_few_strong": Variant(
+        "short", "the preset `toy-fast`, LoRA x 1.5", (*HUBER, "lora.scale=1.5"), "toy-fast", 280
+    ),
     "short_huber": Variant(
         "short", "anchor 4 in every eighth update, Huber's", (*HUBER, "optim.anchor_every=8"), updates=SHORT
     ),
@@ -109,7 +112,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "long": Variant("long", "anchor 1 in every eighth update", LAZY, updates=1200),
     "longer": Variant("long", "the same", LAZY, updates=2000),
-    "long_few": Variant("long", "the preset `toy-fast`", HUBER, "toy-fast", 1200),
+    "long_few": Variant("long", "`toy-fast`, LoRA x 1", HUBER, "toy-fast", 1200),
     "ema": Variant("drift", "moving average of the LoRA", levers=("ema",)),
     "dropout": Variant("drift", "half of the questions, at random", levers=("dropout",)),
     "aspects": Variant("drift", "each aspect's gradient scaled to its share", levers=("aspects",)),

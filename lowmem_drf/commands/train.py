@@ -393,13 +393,15 @@ def _announce(
 
 
 def _finish(console: Console, config: Config, run: Path, models: Models, trial: Trial | None, ranks: Ranks) -> None:
+    from lowmem_drf.models.lora.adapter import lora_scale
     from lowmem_drf.reporting.notes import write_result
     from lowmem_drf.scoring.evaluate import compare, describe
     from lowmem_drf.scoring.table import print_table
 
     if trial:
         console.print(f"\nBase against tuned: {describe(trial)}", highlight=False, markup=False)
-        result = compare(config, models, trial, console, ranks)
+        with lora_scale(models.transformer, config.lora.scale):
+            result = compare(config, models, trial, console, ranks)
         print_table(result, console)
         if ranks.chief:
             write_result(run, saved_step(run), describe(trial), result)  # the alarm may have ended it early

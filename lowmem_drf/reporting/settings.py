@@ -19,6 +19,7 @@ def groups(record: Record) -> Mapping[str, Mapping[str, str]]:
     weights = ", ".join(f"{name} {value:g}" for name, value in critic.weights.model_dump().items())
     versions = {name: str(version) for name, version in as_row(notes.get("versions")).items()}
     rs = " (rsLoRA)" if lora.rslora else ""
+    used = "" if lora.scale == 1 else f", used at {lora.scale:g} times its strength"
     ranks = " and ".join(map(str, sorted({lora.rank, *lora.ranks.values()})))
     warmup = f", warm-up {optim.warmup_steps}" if optim.warmup_steps else ""
     found = {
@@ -46,7 +47,7 @@ def groups(record: Record) -> Mapping[str, Mapping[str, str]]:
             for name, reward in config.rewards.items()
         },
         "Training": {
-            "LoRA": f"rank {ranks}, alpha {lora.alpha:g}{rs}, {len(lora.targets)} kinds of layers",
+            "LoRA": f"rank {ranks}, alpha {lora.alpha:g}{rs}, {len(lora.targets)} kinds of layers{used}",
             "begins with": lora.init,
             "updates": f"{config.steps}, {config.batch} clips each",
             "optimizer": f"{optim.name}, lr {optim.lr:g}, {optim.schedule}{warmup}",

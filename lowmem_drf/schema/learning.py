@@ -115,6 +115,10 @@ class Lora(Node):
     rslora: bool = False
     """Multiply by ``alpha / sqrt(rank)`` in its place (rsLoRA, arXiv 2312.03732), so that a higher rank does not learn
     more slowly. LoRA files are written with the ``alpha`` that gives the same, so every program takes them as usual."""
+    scale: Scale = 1.0
+    """Strength of the trained LoRA wherever it is used: sample clips, evaluations, the watch, LoRA files. Training is
+    at 1. Above 1 goes on in the direction that training went (extrapolation; ExPO, arXiv 2404.16792), where an anchor has
+    shrunk the change; without one it breaks the clips (docs/evidence.md)."""
     targets: list[Name] = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
     """Linear layers that get a LoRA, by the end of their names. Fewer layers take less memory and time."""
     rank_pattern: list[Name] = []
@@ -130,6 +134,11 @@ class Lora(Node):
     def scaled_alpha(self) -> float:
         """The alpha with which ``alpha / rank`` is the LoRA's scale."""
         return self.alpha * math.sqrt(self.rank) if self.rslora else self.alpha
+
+    @property
+    def used_alpha(self) -> float:
+        """``scaled_alpha`` where the trained LoRA is used."""
+        return self.scaled_alpha * self.scale
 
     @property
     def ranks(self) -> dict[str, int]:

@@ -16,7 +16,7 @@ from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import Ended, LowmemError, NonFiniteError, disk_full
 from lowmem_drf.files import text_hash, write_text
 from lowmem_drf.method.reward import Spread
-from lowmem_drf.models.lora.adapter import load_lora_state, lora_norm, lora_parameters, lora_state
+from lowmem_drf.models.lora.adapter import load_lora_state, lora_norm, lora_parameters, lora_scale, lora_state
 from lowmem_drf.models.tiny.decoder_check import DecoderCheck
 from lowmem_drf.prompts import Cursor, PromptStream, fingerprint
 from lowmem_drf.questions.file import to_json
@@ -113,17 +113,20 @@ def train(
         state = trainer.pack(), cursor or stream.cursor, own, spread.seen, skips.saved
         now = Checkpoint(step, weights, *state, fixed_settings(config), asked_hash, check.fell)
         if ranks.chief:
-            save_checkpoint(run, now, config.lora.scaled_alpha, config.log.keep, watch.best)
+            save_checkpoint(run, now, config.lora.used_alpha, config.log.keep, watch.best)
         ranks.barrier()  # no process may end before the checkpoint is written
 
     def look(step: int) -> None:
-        with trainer.whole():
-            size = lora_norm(models.transformer)
-        if said := watch.look(step, size):
+        with lora_scale(models.transformer, config.lora.scale):
+            with trainer.whole():
+                size = lora_norm(models.transformer)
+            said = watch.look(step, size)
+        if said:
             progress.note(said)
 
     def show(step: int) -> None:
-        folder = write_previews(config, run, models, previews, step, ranks)
+        with lora_scale(models.transformer, config.lora.scale):
+            folder = write_previews(config, run, models, previews, step, ranks)
         if metrics:
             metrics.clips(step, folder)
 

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 
 def load_run_lora(transformer: Any, folder: Path, config: Config) -> int:
-    """Adds the LoRA of a run's checkpoint (``checkpoint_folder``) and returns its step."""
+    """Adds the LoRA of a run's checkpoint (``checkpoint_folder``), at the strength of its use (``lora.scale``), and
+    returns its step."""
     checkpoint = load_checkpoint(folder)
-    add_lora(transformer, **config.lora.adapter)
+    add_lora(transformer, **config.lora.adapter | {"alpha": config.lora.used_alpha})
     load_lora_state(transformer, checkpoint.lora)
     return checkpoint.step
 
@@ -38,7 +39,7 @@ def overrides_from(preset: str, overrides: Sequence[str], file: Path) -> list[st
         blocks = generator_config(config.model.id).transformer["num_layers"]
     except BadInputError:  # not on this machine yet
         blocks = None
-    values: dict[str, object] = {"init": str(file), "targets": init_targets(lora, blocks)}
+    values: dict[str, object] = {"init": str(file), "scale": 1.0, "targets": init_targets(lora, blocks)}
     if lora.pairs and not lora.others:
         largest = max(lora.pairs.values(), key=lambda pair: pair.rank)
         values |= {"rank": largest.rank, "alpha": largest.alpha, "rslora": False}

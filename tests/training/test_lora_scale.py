@@ -1,0 +1,87 @@
+"""``lora.scale``: training is at 1, and everything that uses the trained LoRA at this strength."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lowmem_drf.commands.eval import eval_command
+from lowmem_drf.commands.export_lora import export_run
+from lowmem_drf.commands.sample import sample_command
+from lowmem_drf.commands.train import train_command
+from lowmem_drf.models.lora.reading import read_lora
+from lowmem_drf.scoring.alarm import read_looks
+from lowmem_drf.training.checkpoint import checkpoint_folder
+from lowmem_drf.training.lora_file import overrides_from
+from lowmem_drf.video import read_video
+
+SCALE = 1.5
+SETTINGS = (
+    f"lora.scale={SCALE}", "log.watch_every=4", "log.watch_prompts=2", "log.eval_prompts=1", "log.sample_every=4",
+    "log.sample_first=false",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scaled_run(tiny_preset, tmp_path_factory):
+    run = tmp_path_factory.mktemp("scaled") / "run"
+    train_command(str(tiny_preset), None, run, None, None, False, list(SETTINGS), False)
+    return run
+
+
+def file_of(run):
+    return checkpoint_folder(run) / "lora.safetensors"
+
+
+def test_training_does_not_see_it_and_files_have_it(scaled_run, tiny_run):
+    state, plain = load_file(file_of(scaled_run)), load_file(file_of(tiny_run))
+    assert state.keys() == plain.keys() and all(torch.equal(state[name], plain[name]) for name in plain)
+    pairs, before = (read_lora(file_of(run)).pairs for run in (scaled_run, tiny_run))
+    assert [pair.scale for pair in pairs.values()] == [SCALE * pair.scale for pair in before.values()]
+
+
+def test_an_export_is_as_strong(scaled_run, tiny_run, tmp_path):
+    strong, weak = (
+        read_lora(export_run(run, output=tmp_path / f"{i}.safetensors").paths[0])
+        for i, run in enumerate((scaled_run, tiny_run))
+    )
+    for name, pair in strong.pairs.items():
+        other = weak.pairs[name]
+        change, wanted = pair.scale * pair.b @ pair.a, SCALE * other.scale * other.b @ other.a
+        size = SCALE * other.scale * other.b.abs() @ other.a.abs()
+        # each side rounds twice when the file folds the scale into A and B, in each product, and when it adds two
+        assert bool(((change - wanted).abs() <= 2 * 6 * 2**-24 * size).all())
+
+
+def test_the_runs_own_clips_and_figures_are_those_of_the_commands_after_it(scaled_run, tmp_path, capsys):
+    """In training the LoRA is scaled for a moment, after it the file is: the same model."""
+    own = json.loads((scaled_run / "eval.json").read_text(encoding="utf-8"))["result"]
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(own["by_prompt"][0]["prompt"] + "\n", encoding="utf-8")
+    capsys.readouterr()
+    eval_command(scaled_run, prompt, True, seeds=own["seeds"])
+    again = json.loads(capsys.readouterr().out)
+    assert own["tuned"]["velocity_norm"] != own["base"]["velocity_norm"]
+    for name in ("reward", "heldout_reward", "diversity", "velocity_norm", "saturation"):
+        assert again["tuned"][name] == pytest.approx(own["tuned"][name], rel=1e-5), name
+    for name, scale in (("clip", 1.0), ("weaker", 1 / SCALE)):
+        sample_command(scaled_run, None, (), None, None, False, scale, 0, tmp_path / f"{name}.mp4")
+    clip, weaker = (read_video(tmp_path / f"{name}.mp4")[0] for name in ("clip", "weaker"))
+    (in_training,) = (scaled_run / "samples" / "step-000004").glob("01-*.mp4")
+    assert torch.equal(clip, read_video(in_training)[0])
+    assert not torch.equal(clip, weaker)
+
+
+def test_the_watch_looks_at_it(scaled_run, tiny_preset, tmp_path):
+    run = tmp_path / "run"
+    weak = [*SETTINGS, "lora.scale=1", "log.sample_every=0", "log.eval_prompts=0"]
+    train_command(str(tiny_preset), None, run, None, None, False, weak, False)
+    strong, plain = (read_looks(folder, 4)[-1].measures for folder in (scaled_run, run))
+    assert strong["lora_norm"] == pytest.approx(SCALE * plain["lora_norm"], rel=1e-6)
+    assert strong["heldout_reward"] != plain["heldout_reward"]
+
+
+def test_a_run_that_begins_with_such_a_file_does_not_scale_it_again(scaled_run, tiny_preset):
+    found = overrides_from(str(tiny_preset), [f"lora.scale={SCALE}"], file_of(scaled_run))
+    assert "lora.scale=1.0" in found and f"lora.alpha={2.0 * SCALE}" in found
