@@ -162,7 +162,7 @@ def _main(
 def train(
     preset: Annotated[
         str | None,
-        _option("A preset's name or a TOML file. Default: the largest that fits the CUDA card; toy without a card."),
+        _option("A preset's name or a TOML file. Default: the largest that fits the CUDA card; toy-fast without one."),
     ] = None,
     prompts: PromptFile = None,
     output: Annotated[Path | None, _option("The run's folder. Default: runs/<preset>-<time>.")] = None,

@@ -34,7 +34,7 @@ _PATTERNS = {
 }
 """Error messages for keys that ``schema`` checks with a regular expression."""
 
-DEFAULT_PRESET = "toy"
+DEFAULT_PRESET = "toy-fast"
 """Loaded by ``load_config`` when no preset is named, and by ``train`` on a machine without a card: it runs anywhere."""
 
 
@@ -121,8 +121,8 @@ def preset_card(path: Path) -> str:
 
 
 def default_preset(card_gb: float | None, card: str = "") -> str:
-    """The largest preset that fits a card of ``card_gb`` GB (10^9 bytes), or ``toy`` where none fits or there is no
-    card (``None``). Of equally large ones, the preset made for the card named ``card``, then the shortest name
+    """The largest preset that fits a card of ``card_gb`` GB (10^9 bytes), or ``toy-fast`` where none fits or there is
+    no card (``None``). Of equally large ones, the preset made for the card named ``card``, then the shortest name
     (``rtx4090`` before ``rtx4090-20step``)."""
     sizes = {name: preset_gb(path) for name, path in presets().items()}
     fitting = {name: size for name, size in sizes.items() if size is not None and size <= (card_gb or 0.0)}

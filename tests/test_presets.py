@@ -106,18 +106,18 @@ def test_a_preset_is_short_and_its_header_says_what_and_how(name):
 
 def test_the_default_is_the_largest_preset_that_fits_the_card(tmp_path, monkeypatch):
     files = {}
-    cards = {"toy": "none needed", "rtx3060": "12 GB", "rtx4090": "24 GB (Ada)", "rtx4090-long": "24 GB"}
+    cards = {"toy-fast": "none needed", "rtx3060": "12 GB", "rtx4090": "24 GB (Ada)", "rtx4090-long": "24 GB"}
     for name, card in cards.items():
         files[name] = tmp_path / f"{name}.toml"
         files[name].write_text(f"# what\n#\n# GPU: {card}\n")
     assert preset_card(files["rtx4090"]) == "24 GB (Ada)"
     of_this_package = [default_preset(gb) for gb in (None, 7.9, 8.5, 12.6, 16.9, 1000.0)]
-    assert of_this_package == ["toy", "toy", "rtx4060", "rtx3060", "rtx4080", "rtx5090"]
+    assert of_this_package == ["toy-fast", "toy-fast", "rtx4060", "rtx3060", "rtx4080", "rtx5090"]
     for card, name in (("RTX 4090", "rtx4090"), ("RTX 3090", "rtx3090"), ("another", "rtx3090")):
         assert default_preset(25.3, f"NVIDIA GeForce {card}") == name
     monkeypatch.setattr("lowmem_drf.config.presets", lambda: files)
     chosen = [default_preset(gb) for gb in (None, 8.0, 12.6, 23.0, 25.4, 140.0)]
-    assert chosen == ["toy", "toy", "rtx3060", "rtx3060", "rtx4090", "rtx4090"]
+    assert chosen == ["toy-fast", "toy-fast", "rtx3060", "rtx3060", "rtx4090", "rtx4090"]
 
 
 def test_copy_never_overwrites(tmp_path):

@@ -117,8 +117,8 @@ class Lora(Node):
     more slowly. LoRA files are written with the ``alpha`` that gives the same, so every program takes them as usual."""
     scale: Scale = 1.0
     """Strength of the trained LoRA wherever it is used: sample clips, evaluations, the watch, LoRA files. Training is
-    at 1. Above 1 goes on in the direction that training went (extrapolation; ExPO, arXiv 2404.16792), where an anchor has
-    shrunk the change; without one it breaks the clips (docs/evidence.md)."""
+    at 1. Above 1 goes on in the direction that training went (ExPO, arXiv 2404.16792): for a run whose anchor has
+    shrunk the change. Without an anchor it breaks the clips (docs/evidence.md)."""
     targets: list[Name] = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
     """Linear layers that get a LoRA, by the end of their names. Fewer layers take less memory and time."""
     rank_pattern: list[Name] = []
