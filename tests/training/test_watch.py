@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,8 +11,10 @@ from lowmem_drf.commands.eval import eval_command
 from lowmem_drf.commands.export_lora import export_run
 from lowmem_drf.commands.sample import sample_command
 from lowmem_drf.commands.train import train_command
+from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.scoring import alarm
+from lowmem_drf.prompts import as_prompts, fingerprint
+from lowmem_drf.scoring import alarm, watch
 from lowmem_drf.scoring.alarm import best_step, read_looks
 
 WATCHED = ("log.watch_every=2", "log.watch_prompts=2", "log.sample_every=0", "log.keep=1")
@@ -103,3 +106,19 @@ def test_looks_are_lines_of_json(watched_run):
     rows = [json.loads(line) for line in (watched_run / "watch.jsonl").read_text().splitlines()]
     assert rows[0]["bands"]["diversity"][1] is None and "bands" not in rows[1]
     assert all(row["alarm"] is None and row["outside"] == [] for row in rows[:1])
+
+
+def test_answers_worse_than_the_bases_are_said_though_the_reward_falls(tmp_path, monkeypatch):
+    prompts = as_prompts(["a red circle", "a blue square"])
+    base = {"heldout_reward": [-0.5, -0.6], "heldout_TA": [-0.5, -0.6], "diversity": [0.2, 0.21], "si": [1.0, 1.1]}
+    looks = alarm.Alarm()
+    looks.begin(base, fingerprint(prompts))
+    alarm.save_looks(tmp_path, looks.looks)
+    watched = watch.Watch(load_config("toy"), tmp_path, None, SimpleNamespace(prompts=prompts), done=1)
+    said = []
+    for step, reward, answers in ((1, -0.4, base), (2, -0.5, {name: [-9.0] for name in base})):
+        monkeypatch.setattr(watch, "look", lambda *given, answers=answers: answers)
+        watched.rewards.append(reward)
+        said.append(watched.look(step, 0.1))
+    assert said[0] == "" and said[1].startswith("update 2: held-out answers are worse than the base's, and heldout TA")
+    assert said[1].endswith("the best update before it is 1 (--best).")
