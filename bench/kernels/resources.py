@@ -35,11 +35,10 @@ from rich.table import Table
 from bench.script import make_parser, save
 
 FOLDER = Path(__file__).resolve().parents[2] / "kernels"
-WORKERS = 2
+WORKERS, FEW = 2, 16
 LOG_COLUMNS = 200
 """Width of the table when the output is not a terminal."""
 ALIGNMENT = 16
-QUICK_CARD = 86
 REGISTERS, SHARED, WARPS = 65536, {80: 164, 90: 228}, {80: 64, 90: 64}
 """Of a multiprocessor: registers; KiB of shared memory, 100 on the other cards, of which each block takes one more; and
 warps, 48 on the other cards (CUDA C++ Programming Guide, technical specifications per compute capability)."""
@@ -105,8 +104,30 @@ def quick_jobs(cards: Iterable[int]) -> list[Job]:
     return [job for _, job in chosen.values()]
 
 
+def covering_jobs(cards: Iterable[int]) -> list[Job]:
+    """``quick_jobs``, and each kernel with each of its constants and types once, whatever the tile."""
+    quick = quick_jobs(cards)
+
+    def key(job: Job) -> tuple[Any, ...]:
+        variant = _variants(job[0], job[1])[job[2]]
+        return job[1], variant.kernel.__name__, repr(variant.constants), repr(variant.types)
+
+    left = {key(job): job for job in reversed(all_jobs(cards))}
+    for job in quick:
+        left.pop(key(job), None)
+    return [*quick, *left.values()]
+
+
+def one_job_each(cards: Iterable[int]) -> list[Job]:
+    """Each kernel once, with the first of ``quick_jobs``."""
+    jobs = {}
+    for job in reversed(quick_jobs(cards)):
+        jobs[job[1], _variants(job[0], job[1])[job[2]].kernel.__name__] = job
+    return list(jobs.values())
+
+
 def resources(jobs: Sequence[Job]) -> list[Resource]:
-    """Compiles these jobs in two processes.
+    """Compiles these jobs in two processes, or few of them in one.
 
     Raises:
         RuntimeError: Triton is interpreted here.
@@ -116,8 +137,8 @@ def resources(jobs: Sequence[Job]) -> list[Resource]:
         raise RuntimeError(f"TRITON_INTERPRET is set: there is nothing to compile in this process; {cure}")
     with tempfile.TemporaryDirectory() as cache:
         spawn = multiprocessing.get_context("spawn")
-        workers = ProcessPoolExecutor(WORKERS, spawn, initializer=_start_worker, initargs=(cache,))
-        with workers as pool:
+        count = min(WORKERS, -(-len(jobs) // FEW))
+        with ProcessPoolExecutor(count, spawn, initializer=_start_worker, initargs=(cache,)) as pool:
             return list(pool.map(_compile, *zip(*jobs, strict=True)))
 
 
@@ -231,9 +252,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table; returns the exit code."""
     parser = make_parser(__spec__.name, __doc__)
     parser.add_argument("--card", type=int, nargs="+", help="compute capabilities, 89 for 8.9; default: all")
-    parser.add_argument(
-        "--quick", type=int, nargs="+", help="of these cards each kernel with each tile once; beside --card"
-    )
+    says = {
+        "once": "of these cards each kernel once; beside --card",
+        "quick": "each kernel with each tile once",
+        "covering": "as --quick, and each kernel with each of its constants and types once",
+    }
+    for name, said in says.items():
+        parser.add_argument(f"--{name}", type=int, nargs="+", metavar="CARD", help=said)
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET"):  # read when a kernel is defined: too late for this process
         clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -241,8 +266,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return subprocess.run([sys.executable, "-m", __spec__.name, *words], env=clean).returncode
     from lowmem_drf.kernels.tiles import CARDS
 
-    quick = options.quick or []
-    rows = resources([*quick_jobs(quick), *all_jobs(options.card or ([] if quick else CARDS))])
+    some = [*one_job_each(options.once or []), *quick_jobs(options.quick or [])]
+    some += covering_jobs(options.covering or [])
+    rows = resources([*some, *all_jobs(options.card or ([] if some else CARDS))])
     Console(soft_wrap=True, width=None if sys.stdout.isatty() else LOG_COLUMNS).print(table(rows))
     save(options.json, {"rows": [asdict(row) for row in rows]}, "torch", "triton")
     return 0

@@ -1,7 +1,8 @@
 """Kernels compiled ahead of time: they compile, fit in shared memory and spill no registers.
 
-The fast suite compiles each kernel with each tile of one card once, the slow one for the data center cards too, and
-every configuration for the newest. ``python -m bench.kernels.resources`` has them all.
+The fast suite compiles each kernel once. The slow one compiles for one card each kernel with each tile, and with each
+of its constants and types, and for the newest and the data center cards each with each tile.
+``python -m bench.kernels.resources`` has them all, for all cards.
 """
 
 import importlib
@@ -14,16 +15,16 @@ import pytest
 from bench.kernels import resources as kernel_resources
 from lowmem_drf.kernels.tiles import CARDS, SHARED_KIB, Tile, tiles_for
 
+slow = pytest.mark.slow
 ROOT = kernel_resources.FOLDER.parent
 SHARED = {"tiles", "checks", "operators", "attention_common"}
 """Files of ``kernels/`` without a kernel."""
 FILES = sorted({path.stem for path in (ROOT / "kernels").glob("*.py")} - SHARED)
-QUICK, TWIN = kernel_resources.QUICK_CARD, 89
+CARD, TWIN = 86, 89
 """The twin has the same tiles and limits. Compared once: 87 configurations had the same registers, spills and shared
 memory on both."""
-WHOLE, DATA_CENTER = 120, [80, 90]
-OTHERS = [WHOLE, *DATA_CENTER]
-LEAST = {"quick": 40, "all": 250}
+OTHERS = [90, 120]
+LEAST = 190
 """Configurations that are compiled at least: far fewer means that a table or a card was lost."""
 
 
@@ -41,46 +42,55 @@ def tables():
     return found
 
 
-@pytest.fixture(scope="module", params=["quick", pytest.param("all", marks=pytest.mark.slow)])
-def compiled(request, tmp_path_factory):
-    """(which, rows) of the command itself: it drops TRITON_INTERPRET, which the tests set where there is no card."""
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Of the command itself: it drops TRITON_INTERPRET, which the tests set where there is no card."""
+    found = compiled(tmp_path_factory, "--covering", str(CARD), "--quick", *map(str, OTHERS))
+    assert len(found) >= LEAST
+    return found
+
+
+def compiled(tmp_path_factory, *options):
     path = tmp_path_factory.mktemp("resources") / "rows.json"
-    command = [sys.executable, "-m", "bench.kernels.resources", "--json", str(path)]
-    several = ["--card", str(WHOLE), "--quick", *map(str, DATA_CENTER)]
-    command += ["--quick", str(QUICK)] if request.param == "quick" else several
+    command = [sys.executable, "-m", "bench.kernels.resources", "--json", str(path), *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert f"sm_{QUICK if request.param == 'quick' else OTHERS[0]}" in done.stdout
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    assert len(rows) >= LEAST[request.param]
-    return request.param, rows
+    assert f"sm_{CARD}" in done.stdout
+    return json.loads(path.read_text(encoding="utf-8"))["rows"]
 
 
-@pytest.fixture
-def rows(compiled):
-    return compiled[1]
+def launched():
+    return {name for module in modules().values() for name in vars(module) if name.endswith("_kernel")}
 
 
-def test_every_kernel_file_is_covered(compiled):
-    which, rows = compiled
+def test_every_kernel_compiles(tmp_path_factory):
+    rows = compiled(tmp_path_factory, "--once", str(CARD))
+    assert {row["kernel"] for row in rows} == launched() != set() and len(rows) == len(launched())
+    assert [row["name"] for row in rows if row["spill_bytes"] or row["shared_kib"] > SHARED_KIB[CARD]] == []
+
+
+@slow
+def test_every_kernel_file_is_covered(rows):
     assert kernel_resources.kernel_files() == FILES != []
-    cards = OTHERS if which == "all" else [QUICK]
-    assert {(row["file"], row["card"]) for row in rows} == {(file, card) for file in FILES for card in cards}
+    assert {(row["file"], row["card"]) for row in rows} == {(file, card) for file in FILES for card in (CARD, *OTHERS)}
 
 
+@slow
 def test_every_kernel_is_covered(rows):
-    launched = {name for module in modules().values() for name in vars(module) if name.endswith("_kernel")}
-    assert {row["kernel"] for row in rows} == launched != set()
+    assert {row["kernel"] for row in rows} == launched()
 
 
+@slow
 def test_every_kernel_fits_in_shared_memory(rows):
     assert [row["name"] for row in rows if row["shared_kib"] > SHARED_KIB[row["card"]]] == []
 
 
+@slow
 def test_no_kernel_spills(rows):
     assert [(row["card"], row["name"], row["spill_bytes"]) for row in rows if row["spill_bytes"]] == []
 
 
+@slow
 def test_products_are_counted(rows):
     counted = {(row["kernel"], "p_sums" in row["constants"], row["products"]) for row in rows if row["products"]}
     backward = "attention_key_backward_kernel"
@@ -92,6 +102,7 @@ def test_products_are_counted(rows):
     assert all(row["barriers"] > 0 for row in rows if row["products"] and row["dtype"] != "fp32")
 
 
+@slow
 def test_consumer_cards_sum_in_fp16_where_that_is_twice_as_fast(rows):
     """The integer products of int8 attention, and those of its weights with v; all products of a backward but the
     scores. Nothing else sums in fp16."""
@@ -104,13 +115,13 @@ def test_consumer_cards_sum_in_fp16_where_that_is_twice_as_fast(rows):
     assert {sums for file, sums in others if file not in ("int8_linear", *some)} <= {"f32", ""}
 
 
-def test_every_tile_is_used_and_says_why(compiled):
-    which, rows = compiled
+@slow
+def test_every_tile_is_used_and_says_why(rows):
     used = {(row["file"], json.dumps(row["tile"], sort_keys=True), row["warps"], row["stages"]) for row in rows}
     for (file, name), tiles in tables().items():
         for tile in tiles if name != "WAYS" else ():  # between kernels
             key = file, json.dumps(dict(tile.sizes), sort_keys=True), tile.warps, tile.stages
-            if which == "all" or QUICK in tile.cards:
+            if {CARD, *OTHERS} & set(tile.cards):
                 assert key in used, f"{file}: {name} has a tile that nothing takes: {tile}"
             assert tile.why and tile.cards and set(tile.cards) <= set(CARDS), f"{file}: {name}: {tile}"
 
@@ -122,9 +133,9 @@ def test_every_card_has_a_tile_in_every_table(card):
 
 
 def test_the_card_of_the_fast_suite_is_as_its_twin():
-    assert SHARED_KIB[QUICK] == SHARED_KIB[TWIN]
+    assert SHARED_KIB[CARD] == SHARED_KIB[TWIN]
     for table, tiles in tables().items():
-        assert tiles_for(tiles, QUICK) == tiles_for(tiles, TWIN), table
+        assert tiles_for(tiles, CARD) == tiles_for(tiles, TWIN), table
 
 
 def test_figures_are_those_of_ptxas():
