@@ -17,7 +17,7 @@ from lowmem_drf.training.metrics import read_metrics
 from lowmem_drf.types import Question
 from lowmem_drf.video import read_video
 
-TRIES = {"prompt argument": 50, "metrics": 100, "lora": 250, "model": 60, "GGUF model": 100, "video": 200}
+TRIES = {"prompt argument": 50, "metrics": 100, "lora": 250, "model": 60, "GGUF model": 100, "video": 200, "report": 60}
 
 
 class Content(bytes):

@@ -123,17 +123,18 @@ def relay(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("slices", [1, 3])
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "slices"),
     [
-        dict(),
-        dict(chain="drtune"),
-        dict(guidance=3.0),
-        dict(guidance=3.0, guidance_grad="both"),
-        dict(graded=(1, 3)),
-        dict(graded=(5,), lv_samples=2),
-        dict(guidance=3.0, anchor=0.5, anchored=(3, 4)),
+        (dict(), 1),
+        (dict(), 3),
+        (dict(chain="drtune"), 3),
+        (dict(guidance=3.0), 3),
+        (dict(guidance=3.0, guidance_grad="both"), 1),
+        (dict(guidance=3.0, guidance_grad="both"), 3),
+        (dict(graded=(1, 3)), 3),
+        (dict(graded=(5,), lv_samples=2), 3),
+        (dict(guidance=3.0, anchor=0.5, anchored=(3, 4)), 3),
     ],
     ids=str,
 )

@@ -75,6 +75,7 @@ def test_the_critic_says_yes_and_no_where_it_should(recalls, name):
         assert at_least(rate, bound, 16 if has_it else 200), (answer, recalls[name])
 
 
+@pytest.mark.slow
 def test_the_critics_explanations_are_right():
     found = check_explanations(clips=240)
     for name, rates in found.items():

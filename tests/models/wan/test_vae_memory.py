@@ -67,6 +67,7 @@ def true_size(frames, grad_dtype, strips):
     return peaks
 
 
+@pytest.mark.slow
 def test_the_vae_stage_stays_under_6_gib_whatever_the_frames():
     """Exact gradients, 832x480; the critic sees frames in fp32."""
     short, long = (true_size(frames, torch.bfloat16, strips=2) for frames in (17, 81))
