@@ -50,6 +50,7 @@ def run(name: str, variant: Variant, seed: int, work: Path, file: Path, console:
     settings = [
         "optim.anchor=0",
         "optim.anchor_huber=off",
+        "optim.anchor_every=1",
         "lora.scale=1",
         *variant.overrides,
         f"steps={variant.updates}",
