@@ -25,7 +25,7 @@ class Judged:
     fallen: tuple[str, ...]
     """Rates of the oracle that collapse."""
     deepest: float
-    """The most that a rate ever was below its best until then."""
+    """The most that a rate ever was below its best until then, the base's among them."""
     drift: float | None
     """At the end; ``None`` if no clip shows a shape."""
     alarm: int | None
@@ -51,12 +51,13 @@ def judged(result: Mapping[str, Any]) -> Judged:
     """A run that was watched."""
     alarm = replayed(result["looks"])
     began = next((look.alarm for look in alarm.looks if look.alarm is not None), None)
-    rows = [row for row in result["rows"] if row["scale"] == 1 and row["step"]]
+    with_base = [row for row in result["rows"] if row["scale"] == 1]
+    rows = [row for row in with_base if row["step"]]
     best = {rate: max(row["oracle"][rate] for row in rows) for rate in RATES}
     last = max(rows, key=lambda row: row["step"])
     fallen = tuple(rate for rate in RATES if last["oracle"][rate] < best[rate] - FALL)
     drift = last.get("drift", {}).get("mean")
-    falls = (best_until - row["oracle"][rate] for rate in RATES for best_until, row in _with_best(rows, rate))
+    falls = (best_until - row["oracle"][rate] for rate in RATES for best_until, row in _with_best(with_base, rate))
     marked = alarm.best
     got = min(rows, key=lambda row: abs(row["step"] - marked))["oracle"]["all"] if marked else 0.0
     return Judged(result["variant"], result["seed"], fallen, max(falls), drift, began, marked, best["all"] - got)

@@ -46,24 +46,30 @@ def table(results: Sequence[Mapping[str, Any]], group: str) -> str:
     return "\n".join(lines)
 
 
-FRONT = ("default", "short", "short_few", "short_few_huber")
+FRONT = ("default", "short", "short_few", "short_few_huber", "short_few_four")
 """Variants of other tables that the plot of truth against drift has too."""
 
 
-STRENGTHS = ("default", "short", "short_few_huber")
+STRENGTHS = ("default", "short", "short_few_huber", "short_few_four", "long_few", "long_four")
 
 
 def scales(results: Sequence[Mapping[str, Any]], names: Sequence[str] = STRENGTHS) -> str:
-    """Markdown: the last checkpoint of some variants at several strengths of the LoRA."""
+    """Markdown: the last checkpoint of some variants at several strengths of the LoRA, times that of its training."""
     lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
     for name in names:
         if not (own := [result for result in results if result["variant"] == name]):
             continue
-        done = min(last(result)["step"] for result in own)
+        done, used = min(last(result)["step"] for result in own), strength(name)
         for scale in sorted({row["scale"] for result in own for row in result["rows"]}, reverse=True):
             rows = [row for result in own for row in result["rows"] if (row["step"], row["scale"]) == (done, scale)]
-            lines.append(_line(f"`{name}`, LoRA x {scale:g}", rows, own[0]))
+            lines.append(_line(f"`{name}`, LoRA x {used * scale:g}", rows, own[0]))
     return "\n".join(lines)
+
+
+def strength(name: str) -> float:
+    """``lora.scale`` of a variant: a row's scale is times it."""
+    given = (text.removeprefix("lora.scale=") for text in VARIANTS[name].overrides if text.startswith("lora.scale="))
+    return float(next(given, 1))
 
 
 def splits(_: Sequence[Mapping[str, Any]], file: Path = SPLITS) -> str:
