@@ -40,6 +40,9 @@ PROMPTS, SEEDS = 64, 2
 SCALES = (1.5, 0.75, 0.5)
 """Of the LoRA at sampling, times the run's own, measured besides 1 at the end of a run."""
 WATCHED = ("log.watch_every=25", "log.watch_prompts=16")
+BEFORE = ("optim.anchor=0", "optim.anchor_huber=off", "optim.anchor_every=1", "lora.scale=1")
+BEFORE += ("batch=8", "micro_batch=8", "lora.alpha=16")
+"""What ``toy-fast`` was before the study, and ``toy`` is."""
 SETTINGS = (*WATCHED, "log.sample_every=0", "log.eval_prompts=0", "log.keep=1000")
 
 
@@ -48,10 +51,7 @@ def run(name: str, variant: Variant, seed: int, work: Path, file: Path, console:
     checkpoint."""
     folder, every = work / f"{name}_{seed}", every or (EVERY_ALARM if variant.group == "alarm" else EVERY)
     settings = [
-        "optim.anchor=0",
-        "optim.anchor_huber=off",
-        "optim.anchor_every=1",
-        "lora.scale=1",
+        *BEFORE,
         *variant.overrides,
         f"steps={variant.updates}",
         f"log.checkpoint_every={every}",
