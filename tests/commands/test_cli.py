@@ -95,9 +95,9 @@ def test_the_file_itself_runs():
     assert done.stdout == f"lowmem-drf {__version__}\n", done.stderr
 
 
-@pytest.mark.parametrize("preset", ["toy", "rtx3060-sd35"], ids=["the_default", "images"])
+@pytest.mark.parametrize("preset", ["toy-fast", "rtx3060-sd35"], ids=["the_default", "images"])
 def test_dry_run_prints_a_configuration_that_loads_and_writes_nothing(run_cli, tmp_path, preset):
-    named = "" if preset == "toy" else f" --preset {preset}"
+    named = "" if preset == "toy-fast" else f" --preset {preset}"
     code, out, _ = run_cli(f"train{named} --dry-run --steps 7 --seed 3 --vram 12GB -s optim.lr=1e-3")
     assert code == 0
     file = tmp_path / "resolved.toml"
