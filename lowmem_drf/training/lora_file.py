@@ -28,8 +28,9 @@ def load_run_lora(transformer: Any, folder: Path, config: Config) -> int:
 
 
 def overrides_from(preset: str, overrides: Sequence[str], file: Path) -> list[str]:
-    """The overrides of ``--init-lora``: the file, and rank, scale and targets as it has them, unless the user's
-    overrides say otherwise. The largest of several ranks holds all of them. LoKr and LoHa are cut to the preset's."""
+    """The overrides of ``--init-lora``: the file, rank, alpha and targets as it has them, and ``lora.scale`` 1, which
+    its alpha has already, unless the user's overrides say otherwise. The largest of several ranks holds all of them.
+    LoKr and LoHa are cut to the preset's."""
     from lowmem_drf.models.generators import generator_config
     from lowmem_drf.models.lora.init import init_targets
 
