@@ -29,6 +29,7 @@ def test_the_weights_are_small():
     assert len(files) == 8 and sum(f.stat().st_size for f in files) <= 12e6
 
 
+@pytest.mark.slow
 def test_the_oracle_sees_through_the_vae():
     found = check_oracle(every=7)
     for kind in ("clean", "vae"):
@@ -39,6 +40,7 @@ def test_the_oracle_sees_through_the_vae():
     assert min(found["defect recall"].values()) > 0.85
 
 
+@pytest.mark.slow
 def test_the_base_generator_is_well_formed_and_follows_the_prompt_partly():
     rates = check_generator(prompts=128, seeds=1)
     assert at_least(rates["physics"], 0.85, 128) and at_least(rates["quality"], 0.85, 128), rates
