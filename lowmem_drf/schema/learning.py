@@ -132,7 +132,7 @@ class Lora(Node):
 
     @property
     def scaled_alpha(self) -> float:
-        """The alpha with which ``alpha / rank`` is the LoRA's scale."""
+        """The alpha with which training multiplies B A by ``alpha / rank``."""
         return self.alpha * math.sqrt(self.rank) if self.rslora else self.alpha
 
     @property

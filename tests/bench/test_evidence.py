@@ -17,7 +17,9 @@ sys.path.insert(0, str(ROOT))
 from bench.evidence import __main__ as study
 from bench.evidence import alarms, baselines, page
 from bench.evidence.levers import _some
-from bench.evidence.variants import VARIANTS
+from bench.evidence.runs import BEFORE
+from bench.evidence.variants import NOW, VARIANTS
+from lowmem_drf.config import load_config
 from lowmem_drf.questions.make import make_questions
 
 
@@ -35,6 +37,12 @@ def test_the_page_is_what_its_files_say(tmp_path):
     for result in results:  # each is of the variant as it is now
         variant = VARIANTS[result["variant"]]
         assert tuple(result["overrides"]) == variant.overrides and page.last(result)["step"] == variant.updates
+
+
+def test_what_the_study_says_of_presets_is_what_they_are():
+    """A row of "the preset" is a run of the preset."""
+    assert load_config("toy", BEFORE) == load_config("toy")
+    assert load_config("toy-fast", [*BEFORE, *NOW]) == load_config("toy-fast")
 
 
 def gradient(parts, step, *given, **named):

@@ -63,8 +63,7 @@ def test_the_runs_own_clips_and_figures_are_those_of_the_commands_after_it(scale
     eval_command(scaled_run, prompt, True, seeds=own["seeds"])
     again = json.loads(capsys.readouterr().out)
     assert own["tuned"]["velocity_norm"] != own["base"]["velocity_norm"]
-    for name in ("reward", "heldout_reward", "diversity", "velocity_norm", "saturation"):
-        assert again["tuned"][name] == pytest.approx(own["tuned"][name], rel=1e-5), name
+    assert again["tuned"] == own["tuned"]
     for name, scale in (("clip", 1.0), ("weaker", 1 / SCALE)):
         sample_command(scaled_run, None, (), None, None, False, scale, 0, tmp_path / f"{name}.mp4")
     clip, weaker = (read_video(tmp_path / f"{name}.mp4")[0] for name in ("clip", "weaker"))
@@ -76,7 +75,7 @@ def test_the_runs_own_clips_and_figures_are_those_of_the_commands_after_it(scale
 def test_the_watch_looks_at_it(scaled_run):
     pairs = read_lora(file_of(scaled_run)).pairs.values()
     change = sum(((pair.scale * pair.b.double() @ pair.a.double()) ** 2).sum() for pair in pairs).sqrt().item()
-    assert read_looks(scaled_run, 4)[-1].measures["lora_norm"] == pytest.approx(change, rel=1e-6)
+    assert read_looks(scaled_run, 4)[-1].measures["lora_norm"] == pytest.approx(change, rel=1e-12)  # fp64
 
 
 def test_a_run_that_begins_with_such_a_file_does_not_scale_it_again(scaled_run, tiny_preset):
