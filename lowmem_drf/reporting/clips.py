@@ -123,6 +123,7 @@ def previews(record: Record) -> Shown:
             "Update 0 was not sampled (log.sample_first), so the base's clips are missing. To have them beside the "
             "tuned ones: lowmem-drf sample --compare, then lowmem-drf report again."
         )
+    if 0 not in by_step:  # also of a run without sample clips of its own
         rows = [*_compared(record), *rows][:MOST_PROMPTS]
     if by_step and not trained:
         notes.append("No update was sampled yet: these are the base's clips.")

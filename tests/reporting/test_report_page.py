@@ -128,6 +128,11 @@ def test_clips_that_cannot_be_shown_are_said(tmp_path):
     rows = clips.embedded(clips.previews(read_record(run)).rows, clips.Room(5, nbytes=100))
     why = {clip.lost for row in rows for clip in row.clips}
     assert why == {"left out: the page would be too large", "this file cannot be read"}
+    for path in [*(run / "samples").glob("*/01-*.mp4"), *(run / "samples").glob("*/0[2-9]-*.mp4")]:
+        if "compare" not in path.name:
+            path.unlink()
+    text = words(page(run))  # a run without sample clips of its own
+    assert "base and tuned" in text and "no sample clips yet" not in text and "not sampled" not in text
 
 
 @pytest.mark.slow
