@@ -102,7 +102,7 @@ class Measurer:
     """A run's checkpoints against held-out prompts: two critics and the oracle."""
 
     def __init__(self, config: Config, folder: Path, console: Console) -> None:
-        self.config, self.folder = config, folder
+        self.config, self.folder, self.done = config, folder, saved_step(folder)
         trial = make_trial(config, (), PROMPTS, SEEDS)
         self.models = load_models(config, trial.prompts)
         load_run_lora(self.models.transformer, checkpoint_folder(folder), config)
@@ -112,11 +112,12 @@ class Measurer:
         self.second = _answered_by(self.models, self.trial, critic)
 
     def __call__(self, step: int, scale: float) -> dict[str, Any]:
-        """``eval``'s measures of this checkpoint (0: the base), ``second``, the other critic's answers to the held-out
-        questions, and ``lora_norm``."""
+        """``eval``'s measures of this checkpoint (0: the base) at ``scale`` times its own strength; ``second``, the
+        other critic's answers to the held-out questions; and ``lora_norm``."""
         models, transformer = self.models, self.models.transformer
         self.load(step)
-        scale = scale if step else 0.0
+        loaded = self.config.strength(self.done)  # for the last checkpoint
+        scale = scale * self.config.strength(step) / loaded if step else 0.0
         with lora_scale(transformer, scale):
             seen = measure(self.config, models, self.trial, lambda clips: None)
             second = measure(self.config, *self.second, lambda clips: None)["heldout_reward"]

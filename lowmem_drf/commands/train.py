@@ -400,11 +400,12 @@ def _finish(console: Console, config: Config, run: Path, models: Models, trial: 
 
     if trial:
         console.print(f"\nBase against tuned: {describe(trial)}", highlight=False, markup=False)
-        with lora_scale(models.transformer, config.lora.scale):
+        done = ranks.from_chief(saved_step(run) if ranks.chief else 0)  # the alarm may have ended it early
+        with lora_scale(models.transformer, config.strength(done)):
             result = compare(config, models, trial, console, ranks)
         print_table(result, console)
         if ranks.chief:
-            write_result(run, saved_step(run), describe(trial), result)  # the alarm may have ended it early
+            write_result(run, done, describe(trial), result)
     here = run.parent == RUNS
     console.print("Next:", highlight=False)
     for command in (

@@ -83,6 +83,14 @@ class Config(Node):
         """Those that an update asks."""
         return {name: reward for name, reward in self.rewards.items() if not reward.held_out}
 
+    def strength(self, step: int) -> float:
+        """Of the LoRA after ``step`` updates, where it is used: 1 at first, ``lora.scale`` after the last one."""
+        return 1 + (self.lora.scale - 1) * min(step / self.steps, 1)
+
+    def used_alpha(self, step: int) -> float:
+        """``lora.scaled_alpha`` where the LoRA after ``step`` updates is used."""
+        return self.lora.scaled_alpha * self.strength(step)
+
     def _engine_problems(self) -> Iterator[tuple[str, str]]:
         count = self.processes
         if self.engine == "single" and count > 1:

@@ -118,7 +118,8 @@ class Lora(Node):
     scale: Scale = 1.0
     """Strength of the trained LoRA wherever it is used: sample clips, evaluations, the watch, LoRA files. Training is
     at 1. Above 1 goes on in the direction that training went (ExPO, arXiv 2404.16792): for a run whose anchor has
-    shrunk the change. Without an anchor it breaks the clips (docs/evidence.md)."""
+    shrunk the change. Without an anchor it breaks the clips (docs/evidence.md). A checkpoint on the way has a part of
+    it, from 1 at the first update to all of it at the last: more makes the noise of a high learning rate larger too."""
     targets: list[Name] = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
     """Linear layers that get a LoRA, by the end of their names. Fewer layers take less memory and time."""
     rank_pattern: list[Name] = []
@@ -134,11 +135,6 @@ class Lora(Node):
     def scaled_alpha(self) -> float:
         """The alpha with which training multiplies B A by ``alpha / rank``."""
         return self.alpha * math.sqrt(self.rank) if self.rslora else self.alpha
-
-    @property
-    def used_alpha(self) -> float:
-        """``scaled_alpha`` where the trained LoRA is used."""
-        return self.scaled_alpha * self.scale
 
     @property
     def ranks(self) -> dict[str, int]:

@@ -113,11 +113,11 @@ def train(
         state = trainer.pack(), cursor or stream.cursor, own, spread.seen, skips.saved
         now = Checkpoint(step, weights, *state, fixed_settings(config), asked_hash, check.fell)
         if ranks.chief:
-            save_checkpoint(run, now, config.lora.used_alpha, config.log.keep, watch.best)
+            save_checkpoint(run, now, config.used_alpha(step), config.log.keep, watch.best)
         ranks.barrier()  # no process may end before the checkpoint is written
 
     def look(step: int) -> None:
-        with lora_scale(models.transformer, config.lora.scale):
+        with lora_scale(models.transformer, config.strength(step)):
             with trainer.whole():
                 size = lora_norm(models.transformer)
             said = watch.look(step, size)
@@ -125,7 +125,7 @@ def train(
             progress.note(said)
 
     def show(step: int) -> None:
-        with lora_scale(models.transformer, config.lora.scale):
+        with lora_scale(models.transformer, config.strength(step)):
             folder = write_previews(config, run, models, previews, step, ranks)
         if metrics:
             metrics.clips(step, folder)

@@ -18,8 +18,8 @@ from lowmem_drf.video import read_video
 
 SCALE = 1.5
 SETTINGS = (
-    f"lora.scale={SCALE}", "log.watch_every=4", "log.watch_prompts=2", "log.eval_prompts=1", "log.sample_every=4",
-    "log.sample_first=false",
+    f"lora.scale={SCALE}", "log.watch_every=1", "log.watch_prompts=2", "log.eval_prompts=1", "log.sample_every=4",
+    "log.sample_first=false", "log.keep=9",
 )  # fmt: skip
 
 
@@ -30,8 +30,8 @@ def scaled_run(tiny_preset, tmp_path_factory):
     return run
 
 
-def file_of(run):
-    return checkpoint_folder(run) / "lora.safetensors"
+def file_of(run, step=None):
+    return checkpoint_folder(run, step) / "lora.safetensors"
 
 
 def test_training_does_not_see_it_and_files_have_it(scaled_run, tiny_run):
@@ -41,15 +41,20 @@ def test_training_does_not_see_it_and_files_have_it(scaled_run, tiny_run):
     assert [pair.scale for pair in pairs.values()] == [SCALE * pair.scale for pair in before.values()]
 
 
-def test_an_export_is_as_strong(scaled_run, tiny_run, tmp_path):
-    strong, weak = (
-        read_lora(export_run(run, output=tmp_path / f"{i}.safetensors").paths[0])
-        for i, run in enumerate((scaled_run, tiny_run))
-    )
-    for name, pair in strong.pairs.items():
-        other = weak.pairs[name]
-        change, wanted = pair.scale * pair.b @ pair.a, SCALE * other.scale * other.b @ other.a
-        size = SCALE * other.scale * other.b.abs() @ other.a.abs()
+def test_on_the_way_it_has_a_part_of_it(scaled_run, tiny_run):
+    trained = {pair.scale for pair in read_lora(file_of(tiny_run)).pairs.values()}
+    for step in (1, 2, 3, 4):  # of 4
+        strong = {pair.scale for pair in read_lora(file_of(scaled_run, step)).pairs.values()}
+        assert strong == {scale * (1 + (SCALE - 1) * step / 4) for scale in trained}
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_an_export_is_as_strong(scaled_run, step, tmp_path):
+    exported = read_lora(export_run(scaled_run, step, output=tmp_path / "lora.safetensors").paths[0])
+    for name, other in read_lora(file_of(scaled_run, step)).pairs.items():
+        pair = exported.pairs[name]
+        change, wanted = pair.scale * pair.b @ pair.a, other.scale * other.b @ other.a
+        size = other.scale * other.b.abs() @ other.a.abs()
         # each side rounds twice when the file folds the scale into A and B, in each product, and when it adds two
         assert bool(((change - wanted).abs() <= 2 * 6 * 2**-24 * size).all())
 
@@ -73,9 +78,12 @@ def test_the_runs_own_clips_and_figures_are_those_of_the_commands_after_it(scale
 
 
 def test_the_watch_looks_at_it(scaled_run):
-    pairs = read_lora(file_of(scaled_run)).pairs.values()
-    change = sum(((pair.scale * pair.b.double() @ pair.a.double()) ** 2).sum() for pair in pairs).sqrt().item()
-    assert read_looks(scaled_run, 4)[-1].measures["lora_norm"] == pytest.approx(change, rel=1e-12)  # fp64
+    looks = read_looks(scaled_run, 4)[1:]
+    assert [look.step for look in looks] == [1, 2, 3, 4]
+    for look in looks:
+        pairs = read_lora(file_of(scaled_run, look.step)).pairs.values()
+        change = sum(((pair.scale * pair.b.double() @ pair.a.double()) ** 2).sum() for pair in pairs).sqrt().item()
+        assert look.measures["lora_norm"] == pytest.approx(change, rel=1e-12)  # fp64
 
 
 def test_a_run_that_begins_with_such_a_file_does_not_scale_it_again(scaled_run, tiny_preset):
