@@ -33,7 +33,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 def table(results: Sequence[Mapping[str, Any]], group: str) -> str:
     """Markdown: the base of each preset, and each variant of the group after its last update; means over seeds, in
     brackets each seed's all-correct rate. Runs of other lengths than the default one stand without it."""
-    beside = {"default"} if group not in ("short", "long") else set()
+    beside = {"default"} if group not in ("main", "short", "long") else set()
     mine = [result for result in results if result["group"] == group or result["variant"] in beside]
     lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
     for preset in dict.fromkeys(result["preset"] for result in mine):
@@ -46,11 +46,11 @@ def table(results: Sequence[Mapping[str, Any]], group: str) -> str:
     return "\n".join(lines)
 
 
-FRONT = ("default", "short", "short_few", "short_few_huber", "short_few_four")
+FRONT = ("default", "short", "short_few", "short_few_huber", "short_few_four", "far")
 """Variants of other tables that the plot of truth against drift has too."""
 
 
-STRENGTHS = ("default", "short", "short_few_huber", "short_few_four", "long_few", "long_four")
+STRENGTHS = ("default", "short", "short_few_huber", "short_few_four", "long_few", "long_four", "far")
 
 
 def scales(results: Sequence[Mapping[str, Any]], names: Sequence[str] = STRENGTHS) -> str:
@@ -129,35 +129,16 @@ def _filled(found: re.Match[str], results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def plots(results: Sequence[Mapping[str, Any]], folder: Path = IMAGES) -> None:
-    """``evidence_long.svg``: what happens with more updates. ``evidence_front.svg``: truth against drift, of long and
-    short runs their end; dotted: more than the LoRA's strength."""
+    """``evidence_far.svg`` and ``evidence_long.svg``: what happens with more updates. ``evidence_front.svg``: truth
+    against drift, of long and short runs their end; dotted: more than the LoRA's strength."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
     plt.rcParams |= {"svg.hashsalt": "evidence", "svg.fonttype": "none", "font.size": 9}
-    curves: tuple[tuple[str, Callable[[Any], float]], ...] = (
-        ("all correct, %", lambda row: 100 * row["oracle"]["all"]),
-        ("drift", drift_of),
-        ("held-out questions", lambda row: row["heldout_reward"]),
-        ("diversity", lambda row: row["diversity"]),
-    )
-    figure, all_axes = plt.subplots(2, 2, figsize=(8, 5.2), sharex=True, layout="constrained")
-    for axes, (words, value) in zip(all_axes.flat, curves, strict=True):
-        shown = [result for result in results if result["group"] in ("main", "long")]
-        for number, name in enumerate(dict.fromkeys(result["variant"] for result in shown)):
-            for place, result in enumerate(result for result in shown if result["variant"] == name):
-                rows = [row for row in result["rows"] if row["scale"] == 1]
-                color, label = f"C{number}", None if place else name
-                axes.plot([row["step"] for row in rows], [value(row) for row in rows], color=color, label=label, lw=1.2)
-        axes.set_title(words, loc="left", fontsize=9)
-        axes.grid(alpha=0.3)
-    for axes in all_axes[1]:
-        axes.set_xlabel("updates")
-    figure.legend(*all_axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    _save(figure, folder / "evidence_long.svg")
-
+    _curves([result for result in results if result["group"] == "main"], folder / "evidence_far.svg")
+    _curves([result for result in results if result["group"] in ("free", "long")], folder / "evidence_long.svg")
     figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
     shown = [result for result in results if result["group"] in ("drift", "long") or result["variant"] in FRONT]
     for number, name in enumerate(dict.fromkeys(result["variant"] for result in shown)):
@@ -175,6 +156,33 @@ def plots(results: Sequence[Mapping[str, Any]], folder: Path = IMAGES) -> None:
     figure.legend(loc="outside right upper", frameon=False)
     _save(figure, folder / "evidence_front.svg")
     plt.close("all")
+
+
+CURVES: tuple[tuple[str, Callable[[Any], float]], ...] = (
+    ("all correct, %", lambda row: 100 * row["oracle"]["all"]),
+    ("drift", drift_of),
+    ("held-out questions", lambda row: row["heldout_reward"]),
+    ("diversity", lambda row: row["diversity"]),
+)
+
+
+def _curves(shown: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Each run a line over its updates, each variant a colour."""
+    import matplotlib.pyplot as plt
+
+    figure, all_axes = plt.subplots(2, 2, figsize=(8, 5.2), sharex=True, layout="constrained")
+    for axes, (words, value) in zip(all_axes.flat, CURVES, strict=True):
+        for number, name in enumerate(dict.fromkeys(result["variant"] for result in shown)):
+            for place, result in enumerate(result for result in shown if result["variant"] == name):
+                rows = [row for row in result["rows"] if row["scale"] == 1]
+                color, label = f"C{number}", None if place else name
+                axes.plot([row["step"] for row in rows], [value(row) for row in rows], color=color, label=label, lw=1.2)
+        axes.set_title(words, loc="left", fontsize=9)
+        axes.grid(alpha=0.3)
+    for axes in all_axes[1]:
+        axes.set_xlabel("updates")
+    figure.legend(*all_axes[0, 0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    _save(figure, path)
 
 
 def _front(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:

@@ -9,8 +9,8 @@ HUBER = ("optim.anchor=4", "optim.anchor_huber=0.05")
 NOW: tuple[str, ...] = ("optim.anchor=8", "optim.anchor_huber=0.05", "optim.anchor_every=4")
 NOW += ("lora.alpha=64", "lora.scale=1.5", "batch=4", "micro_batch=4")
 """What ``toy-fast`` has now, which the study's runs do without (``runs.BEFORE``)."""
-SHORT, SCREEN = 200, 400
-"""Updates of the default run, and of an idea's first try."""
+SHORT, SCREEN, FAR = 200, 400, 2000
+"""Updates of `toy`'s run, of an idea's first try, and of what is longer than comfortable."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,21 @@ def _settings(group: str, **rows: tuple[str, str]) -> dict[str, Variant]:
 
 
 VARIANTS: dict[str, Variant] = {
+    **{
+        name: Variant("main", says, (*NOW, *change.split()), "toy-fast", FAR)
+        for name, (says, change) in {
+            "far": ("the preset `toy-fast`", ""),
+            "far_constant": ("a constant rate", "optim.schedule=constant"),
+            "far_free": ("no anchor, used at the strength of training", "optim.anchor=0 lora.scale=1"),
+            "far_yesno": ("yes/no questions in their place", "critic.mode=yesno"),
+            "far_vanilla": ("one global question", "critic.mode=vanilla"),
+            "far_ta_only": ("questions about the text alone", "critic.weights.Phy=0 critic.weights.VQ=0"),
+            "far_draft_1": ("the last step of four graded (DRaFT-1)", "sampler.graded_steps=1"),
+        }.items()
+    },
     **_settings(
-        "main",
-        default=("the preset", ""),
+        "free",
+        default=("the preset `toy`", ""),
         yesno=("yes/no questions in their place", "critic.mode=yesno"),
         vanilla=("one global question", "critic.mode=vanilla"),
         ta_only=("questions about the text alone", "critic.weights.Phy=0 critic.weights.VQ=0"),
@@ -63,23 +75,19 @@ VARIANTS: dict[str, Variant] = {
     "awm": Variant("baselines", "policy gradient (AWM)", method="awm"),
     **_settings(
         "drift",
-        **{f"anchor_{weight}": (f"anchor {weight}", f"optim.anchor={weight}") for weight in (0.1, 0.3, 1, 3, 10)},
+        **{f"anchor_{weight}": (f"anchor {weight}", f"optim.anchor={weight}") for weight in (0.3, 1)},
         hinge=("log-probabilities above -0.05 count as reached", "critic.hinge=-0.05"),
-        decay=("weight decay 0.5", "optim.weight_decay=0.5"),
         rank_4=("rank 4", "lora.rank=4 lora.alpha=4"),
-        slow=("half of the learning rate", "optim.lr=3e-4"),
     ),
     **{
         name: replace(variant, updates=SHORT)
         for name, variant in _settings(
             "short",
-            short=("the preset", ""),
+            short=("the preset `toy`", ""),
             short_anchor=("anchor 1", "optim.anchor=1"),
             short_anchor_fast=("anchor 1, rate 1e-3", "optim.anchor=1 optim.lr=1e-3"),
-            short_anchor_half=("anchor 0.5, rate 1e-3", "optim.anchor=0.5 optim.lr=1e-3"),
             short_lazy_4=("anchor 1 in every fourth update", "optim.anchor=1 optim.anchor_every=4"),
             short_lazy_8=("anchor 1 in every eighth update", "optim.anchor=1 optim.anchor_every=8"),
-            short_fast=("rate 1e-3", "optim.lr=1e-3"),
             short_lazy_fast=("the same, rate 1e-3", "optim.anchor=1 optim.anchor_every=8 optim.lr=1e-3"),
             short_hinge=("log-probabilities above -0.05 count as reached", "critic.hinge=-0.05"),
         ).items()
@@ -112,16 +120,14 @@ VARIANTS: dict[str, Variant] = {
             "questions about the text alone, a constant rate of 1e-3",
             "critic.weights.Phy=0 critic.weights.VQ=0 optim.lr=1e-3 optim.schedule=constant",
         ),
-        default_constant=("a constant rate", "optim.schedule=constant"),
     ),
     "long": Variant("long", "anchor 1 in every eighth update", LAZY, updates=1200),
-    "longer": Variant("long", "the same", LAZY, updates=2000),
+    "longer": Variant("long", "the same", LAZY, updates=FAR),
     "long_few": Variant("long", "`toy-fast` with batches of 8 clips", HUBER, "toy-fast", 1200),
     "long_four": Variant("long", "the preset `toy-fast`", NOW, "toy-fast", 1200),
     "ema": Variant("drift", "moving average of the LoRA", levers=("ema",)),
     "dropout": Variant("drift", "half of the questions, at random", levers=("dropout",)),
     "aspects": Variant("drift", "each aspect's gradient scaled to its share", levers=("aspects",)),
-    "fast": Variant("drift", "the distilled generator", preset="toy-fast"),
 }
 """A new idea is a line."""
 
