@@ -49,7 +49,7 @@ def rows_of(measurer: Measurer, step: int) -> list[Row]:
     measurer.load(step)
     found: list[Row] = []
     for seed in range(SEEDS):
-        with lora_scale(models.transformer, float(step > 0)):
+        with lora_scale(models.transformer, measurer.used(step)):
             frames = generate(
                 models, config.sampler, trial.prompts, [1000 * seed + i for i in range(PROMPTS)]
             ).frames_BTCHW

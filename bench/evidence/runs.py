@@ -116,13 +116,16 @@ class Measurer:
         other critic's answers to the held-out questions; and ``lora_norm``."""
         models, transformer = self.models, self.models.transformer
         self.load(step)
-        loaded = self.config.strength(self.done)  # for the last checkpoint
-        scale = scale * self.config.strength(step) / loaded if step else 0.0
-        with lora_scale(transformer, scale):
+        with lora_scale(transformer, self.used(step, scale)):
             seen = measure(self.config, models, self.trial, lambda clips: None)
             second = measure(self.config, *self.second, lambda clips: None)["heldout_reward"]
             norm = lora_norm(transformer) if step else 0.0
         return {**seen, "second": second, "lora_norm": norm}
+
+    def used(self, step: int, scale: float = 1.0) -> float:
+        """For ``lora_scale``: ``scale`` times this checkpoint's own strength, on a model that was loaded at the last
+        one's; 0: the base."""
+        return scale * self.config.strength(step) / self.config.strength(self.done) if step else 0.0
 
     def load(self, step: int) -> None:
         """Takes the LoRA of this checkpoint; 0: it stays."""

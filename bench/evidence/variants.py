@@ -10,7 +10,7 @@ NOW: tuple[str, ...] = ("optim.anchor=8", "optim.anchor_huber=0.05", "optim.anch
 NOW += ("lora.alpha=64", "lora.scale=1.5", "batch=4", "micro_batch=4")
 """What ``toy-fast`` has now, which the study's runs do without (``runs.BEFORE``)."""
 SHORT, SCREEN, FAR = 200, 400, 2000
-"""Updates of `toy`'s run, of an idea's first try, and of what is longer than comfortable."""
+"""Updates of ``toy``'s run, of an idea's first try, and of what is longer than comfortable."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,17 @@ def _settings(group: str, **rows: tuple[str, str]) -> dict[str, Variant]:
 
 VARIANTS: dict[str, Variant] = {
     **{
-        name: Variant("main", says, (*NOW, *change.split()), "toy-fast", FAR)
-        for name, (says, change) in {
-            "far": ("the preset `toy-fast`", ""),
-            "far_constant": ("a constant rate", "optim.schedule=constant"),
-            "far_free": ("no anchor, used at the strength of training", "optim.anchor=0 lora.scale=1"),
-            "far_yesno": ("yes/no questions in their place", "critic.mode=yesno"),
-            "far_vanilla": ("one global question", "critic.mode=vanilla"),
-            "far_ta_only": ("questions about the text alone", "critic.weights.Phy=0 critic.weights.VQ=0"),
-            "far_draft_1": ("the last step of four graded (DRaFT-1)", "sampler.graded_steps=1"),
-        }.items()
+        name: replace(variant, overrides=(*NOW, *variant.overrides), preset="toy-fast", updates=FAR)
+        for name, variant in _settings(
+            "main",
+            far=("the preset `toy-fast`", ""),
+            far_constant=("a constant rate", "optim.schedule=constant"),
+            far_free=("no anchor, used at the strength of training", "optim.anchor=0 lora.scale=1"),
+            far_yesno=("yes/no questions in their place", "critic.mode=yesno"),
+            far_vanilla=("one global question", "critic.mode=vanilla"),
+            far_ta_only=("questions about the text alone", "critic.weights.Phy=0 critic.weights.VQ=0"),
+            far_draft_1=("the last step of four graded (DRaFT-1)", "sampler.graded_steps=1"),
+        ).items()
     },
     **_settings(
         "free",
