@@ -400,8 +400,9 @@ def _finish(console: Console, config: Config, run: Path, models: Models, trial: 
 
     if trial:
         console.print(f"\nBase against tuned: {describe(trial)}", highlight=False, markup=False)
-        done = ranks.from_chief(saved_step(run) if ranks.chief else 0)  # the alarm may have ended it early
-        with lora_scale(models.transformer, config.strength(done)):
+        saved = ranks.from_chief(last_manifest(run) if ranks.chief else None)
+        done, steps = (saved.step, saved.steps) if saved else (0, 0)  # the alarm may have ended it early
+        with lora_scale(models.transformer, config.strength(done, steps)):
             result = compare(config, models, trial, console, ranks)
         print_table(result, console)
         if ranks.chief:

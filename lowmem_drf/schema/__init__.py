@@ -83,13 +83,14 @@ class Config(Node):
         """Those that an update asks."""
         return {name: reward for name, reward in self.rewards.items() if not reward.held_out}
 
-    def strength(self, step: int) -> float:
-        """Of the LoRA after ``step`` updates, where it is used: 1 at first, ``lora.scale`` after the last one."""
-        return 1 + (self.lora.scale - 1) * min(step / self.steps, 1)
+    def strength(self, step: int, steps: int = 0) -> float:
+        """Of the LoRA after ``step`` of ``steps`` updates (0: of ``self.steps``), where it is used: 1 at first,
+        ``lora.scale`` after the last one."""
+        return 1 + (self.lora.scale - 1) * min(step / (steps or self.steps), 1)
 
-    def used_alpha(self, step: int) -> float:
-        """``lora.scaled_alpha`` where the LoRA after ``step`` updates is used."""
-        return self.lora.scaled_alpha * self.strength(step)
+    def used_alpha(self, step: int, steps: int = 0) -> float:
+        """``lora.scaled_alpha`` where this LoRA is used (``strength``)."""
+        return self.lora.scaled_alpha * self.strength(step, steps)
 
     def _engine_problems(self) -> Iterator[tuple[str, str]]:
         count = self.processes

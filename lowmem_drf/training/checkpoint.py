@@ -54,6 +54,8 @@ class Checkpoint:
     """The hash of the questions' file: a resumed run must ask the same."""
     tiny_cosine: float | None = None
     """``DecoderCheck.fell``."""
+    steps: int = 0
+    """Of how many updates (``Config.steps``, which a resumed run may change); 0: an earlier version did not say."""
 
 
 def resume_command(run: Path) -> str:
@@ -166,6 +168,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint, alpha: float, keep: int, 
         settings=dict(checkpoint.settings),
         questions=checkpoint.questions,
         tiny_cosine=checkpoint.tiny_cosine,
+        steps=checkpoint.steps,
     )
     with written_aside(final) as aside:
         aside.mkdir()
@@ -202,7 +205,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     optimizer = {name: tensor for name, tensor in state.items() if not name.startswith("rng.")}
     cursor = Cursor(saved.epoch, saved.index)
     rest = saved.prompts, saved.spread, saved.skipped, saved.settings, saved.questions, saved.tiny_cosine
-    return Checkpoint(saved.step, lora, optimizer, cursor, *rest)
+    return Checkpoint(saved.step, lora, optimizer, cursor, *rest, saved.steps)
 
 
 def _folder(run: Path, step: int) -> Path:

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,13 +111,17 @@ def train(
         with trainer.whole():
             weights = lora_state(models.transformer)
         state = trainer.pack(), cursor or stream.cursor, own, spread.seen, skips.saved
-        now = Checkpoint(step, weights, *state, fixed_settings(config), asked_hash, check.fell)
+        now = Checkpoint(step, weights, *state, fixed_settings(config), asked_hash, check.fell, config.steps)
         if ranks.chief:
             save_checkpoint(run, now, config.used_alpha(step), config.log.keep, watch.best)
         ranks.barrier()  # no process may end before the checkpoint is written
 
+    def used(step: int) -> AbstractContextManager[None]:
+        of = checkpoint.steps if checkpoint and step == checkpoint.step else 0  # a resumed run may have more of them
+        return lora_scale(models.transformer, config.strength(step, of))
+
     def look(step: int) -> None:
-        with lora_scale(models.transformer, config.strength(step)):
+        with used(step):
             with trainer.whole():
                 size = lora_norm(models.transformer)
             said = watch.look(step, size)
@@ -125,7 +129,7 @@ def train(
             progress.note(said)
 
     def show(step: int) -> None:
-        with lora_scale(models.transformer, config.strength(step)):
+        with used(step):
             folder = write_previews(config, run, models, previews, step, ranks)
         if metrics:
             metrics.clips(step, folder)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def load_run_lora(transformer: Any, folder: Path, config: Config) -> int:
     """Adds the LoRA of a run's checkpoint (``checkpoint_folder``), at the strength of its use, and returns its step."""
     checkpoint = load_checkpoint(folder)
-    add_lora(transformer, **config.lora.adapter | {"alpha": config.used_alpha(checkpoint.step)})
+    add_lora(transformer, **config.lora.adapter | {"alpha": config.used_alpha(checkpoint.step, checkpoint.steps)})
     load_lora_state(transformer, checkpoint.lora)
     return checkpoint.step
 

@@ -67,6 +67,7 @@ class Manifest:
     settings: Mapping[str, Any] = field(default_factory=dict)
     questions: str = ""
     tiny_cosine: float | None = None
+    steps: int = 0
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Name -> ``bytes`` and ``sha256`` of every other file of the checkpoint."""
 
@@ -197,16 +198,16 @@ def _format_1(folder: Path) -> Manifest:
 
 def _manifest(row: Mapping[str, Any]) -> Manifest:
     """Raises ValueError, KeyError, TypeError or AttributeError for a row that is none."""
-    numbers = [row["step"], row["epoch"], row["index"], row.get("skipped", 0)]
+    numbers = [row["step"], row["epoch"], row["index"], row.get("skipped", 0), row.get("steps", 0)]
     files = {str(name): (file["bytes"], file["sha256"]) for name, file in row.get("files", {}).items()}
     numbers += [size for size, _ in files.values()]
     if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise ValueError
     if not all(re.fullmatch(r"\w[\w.-]{0,80}", name, re.ASCII) for name in files):
         raise ValueError
-    step, epoch, index, skipped = numbers[:4]
+    step, epoch, index, skipped, steps = numbers[:5]
     spread = {name: (int(count), float(mean), float(var)) for name, (count, mean, var) in row["spread"].items()}
     cosine = row.get("tiny_cosine")
     rest = dict(row.get("settings", {})), str(row.get("questions", "")), None if cosine is None else float(cosine)
     sizes = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in files.items()}
-    return Manifest(step, epoch, index, str(row["prompts"]), spread, skipped, *rest, sizes)
+    return Manifest(step, epoch, index, str(row["prompts"]), spread, skipped, *rest, steps, sizes)

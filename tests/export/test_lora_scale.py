@@ -1,19 +1,25 @@
 """``lora.scale``: training is at 1, and everything that uses the trained LoRA at this strength."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from lowmem_drf.assembly.loading import load_models
 from lowmem_drf.commands.eval import eval_command
 from lowmem_drf.commands.export_lora import export_run
 from lowmem_drf.commands.sample import sample_command
 from lowmem_drf.commands.train import train_command
+from lowmem_drf.models.lora.adapter import lora_layers, remove_lora
 from lowmem_drf.models.lora.reading import read_lora
+from lowmem_drf.prompts import as_prompts
 from lowmem_drf.scoring.alarm import read_looks
 from lowmem_drf.training.checkpoint import checkpoint_folder
-from lowmem_drf.training.lora_file import overrides_from
+from lowmem_drf.training.lora_file import load_run_lora, overrides_from
+from lowmem_drf.training.manifest import read_manifest
+from lowmem_drf.training.run_folder import run_config
 from lowmem_drf.video import read_video
 
 SCALE = 1.5
@@ -84,6 +90,24 @@ def test_the_watch_looks_at_it(scaled_run):
         pairs = read_lora(file_of(scaled_run, look.step)).pairs.values()
         change = sum(((pair.scale * pair.b.double() @ pair.a.double()) ** 2).sum() for pair in pairs).sqrt().item()
         assert look.measures["lora_norm"] == pytest.approx(change, rel=1e-12)  # fp64
+
+
+def test_a_run_that_goes_on_for_longer_leaves_earlier_updates_as_strong_as_they_were(scaled_run, tmp_path):
+    """Their clips, and the look at the last of them that a killed run missed."""
+    run = tmp_path / "run"
+    shutil.copytree(scaled_run, run)
+    looks = (run / "watch.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (run / "watch.jsonl").write_text("".join(looks[:-1]), encoding="utf-8")
+    train_command(None, None, run, 5, None, True, [], False)
+    assert read_looks(run, 4)[-1].measures == read_looks(scaled_run, 4)[-1].measures
+    config = run_config(run)
+    models = load_models(config, as_prompts(["a red circle"]), with_critic=False)
+    for step in (2, 4, 5):
+        load_run_lora(models.transformer, checkpoint_folder(run, step), config)
+        loaded = {layer.scaling["default"] for layer in lora_layers(models.transformer).values()}
+        assert loaded == {pair.scale for pair in read_lora(file_of(run, step)).pairs.values()}
+        remove_lora(models.transformer)
+    assert read_manifest(checkpoint_folder(run, 4)).steps == 4 and read_manifest(checkpoint_folder(run)).steps == 5
 
 
 def test_a_run_that_begins_with_such_a_file_does_not_scale_it_again(scaled_run, tiny_preset):

@@ -149,7 +149,7 @@ def manifest_of(folder):
 
 def test_the_manifest_is_plain_json(tiny_run):
     row = manifest_of(checkpoint_folder(tiny_run))
-    state = {"format", "step", "epoch", "index", "prompts", "spread", "skipped", "tiny_cosine"}
+    state = {"format", "step", "epoch", "index", "prompts", "spread", "skipped", "tiny_cosine", "steps"}
     assert set(row) == state | {"settings", "questions", "files", "digest"}
     assert (row["step"], row["index"]) == (4, 12)
     assert row["settings"]["lora.rank"] == 2 and "optim.lr" not in row["settings"]

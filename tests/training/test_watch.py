@@ -55,7 +55,7 @@ def test_the_alarm_is_said_ends_the_run_and_leaves_the_best_update(tiny_preset, 
         return add(self, step, {**measures, **worse}, float(step))
 
     monkeypatch.setattr(alarm.Alarm, "add", hacked)
-    stops = ["optim.stop=alarm", *WATCHED, "log.watch_every=1", "log.eval_prompts=1"]
+    stops = ["optim.stop=alarm", "lora.scale=3", *WATCHED, "log.watch_every=1", "log.eval_prompts=1"]
     train_command(str(tiny_preset), None, run, None, None, False, stops, False)
     said = capfd.readouterr().out
     assert "update 2: the reward rises, but" in said and "diversity" in said and "update before it is 1" in said
@@ -68,6 +68,10 @@ def test_the_alarm_is_said_ends_the_run_and_leaves_the_best_update(tiny_preset, 
     (tmp_path / "one.txt").write_text("a red circle moves left on a gray background\n")
     eval_command(run, tmp_path / "one.txt", False, seeds=1, best=True)
     assert "step 1: " in capfd.readouterr().out
+    own = json.loads((run / "eval.json").read_text())["result"]
+    (tmp_path / "own.txt").write_text(own["by_prompt"][0]["prompt"] + "\n")
+    eval_command(run, tmp_path / "own.txt", True, seeds=own["seeds"])
+    assert json.loads(capfd.readouterr().out)["tuned"] == own["tuned"]  # of a LoRA with half of what 3 adds
     with pytest.raises(BadInputError, match="give one of them"):
         export_run(run, 2, best=True)
     again = shutil.copytree(run, tmp_path / "again")
