@@ -12,6 +12,8 @@ RATES = ("all", "physics", "quality")
 FALL = 0.05
 """A rate of the oracle that ends so far below its best is a collapse; a run in which none ever is so far below its best
 until then is sound. A run that fell and came back is neither: an alarm is no mistake there, and none is no miss."""
+ALIKE = 0.5
+"""Diversity that ends below so much of the base's is a collapse too: a prompt's clips are all alike, however right."""
 NEAR = 0.03
 """So near to the best all-correct rate a marked update is a good one."""
 
@@ -23,7 +25,7 @@ class Judged:
     variant: str
     seed: int
     fallen: tuple[str, ...]
-    """Rates of the oracle that collapse."""
+    """Rates of the oracle that collapse, and diversity."""
     deepest: float
     """The most that a rate ever was below its best until then, the base's among them."""
     drift: float | None
@@ -33,11 +35,11 @@ class Judged:
     marked: int | None
     """The best update according to the watch, at the end."""
     lost: float
-    """All-correct, best of the measured updates, less that of the measured one nearest to the marked one."""
+    """All-correct, best of the measured updates with diversity, less that of the one nearest to the marked one."""
 
     @property
     def sound(self) -> bool:
-        return self.deepest <= FALL
+        return self.deepest <= FALL and not self.fallen
 
     @property
     def right(self) -> bool:
@@ -53,14 +55,18 @@ def judged(result: Mapping[str, Any]) -> Judged:
     began = next((look.alarm for look in alarm.looks if look.alarm is not None), None)
     with_base = [row for row in result["rows"] if row["scale"] == 1]
     rows = [row for row in with_base if row["step"]]
+    least = ALIKE * with_base[0]["diversity"]
+    varied = [row for row in rows if row["diversity"] >= least]
     best = {rate: max(row["oracle"][rate] for row in rows) for rate in RATES}
     last = max(rows, key=lambda row: row["step"])
-    fallen = tuple(rate for rate in RATES if last["oracle"][rate] < best[rate] - FALL)
+    fallen = [rate for rate in RATES if last["oracle"][rate] < best[rate] - FALL]
+    fallen += ["diversity"] if last["diversity"] < least else []
     drift = last.get("drift", {}).get("mean")
     falls = (best_until - row["oracle"][rate] for rate in RATES for best_until, row in _with_best(with_base, rate))
     marked = alarm.best
     got = min(rows, key=lambda row: abs(row["step"] - marked))["oracle"]["all"] if marked else 0.0
-    return Judged(result["variant"], result["seed"], fallen, max(falls), drift, began, marked, best["all"] - got)
+    lost = max(row["oracle"]["all"] for row in varied or rows) - got
+    return Judged(result["variant"], result["seed"], tuple(fallen), max(falls), drift, began, marked, lost)
 
 
 def _with_best(rows: Sequence[Mapping[str, Any]], rate: str) -> Iterator[tuple[float, Mapping[str, Any]]]:

@@ -4,6 +4,7 @@ While a run trains, clips of fixed prompts and seeds are measured again and agai
 training does not ask, and by what needs no critic. Each measure has a *band*, from what the base's own clips differ
 by. A look is *suspect* if two measures are outside of their bands and the reward has risen, or the answers to held-out
 questions are worse than the base's. Two suspect looks in a row are the alarm, or one with three measures outside.
+Diversity far outside counts as two: no good run makes clips that are all alike, however right they are.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ class Rule:
     """Whether these ends are closed."""
     least: float = 0.0
     """The smallest standard deviation that counts, in the measure's own unit; at least ``LEAST_SPREAD`` of its mean."""
+    far: float = math.inf
+    """A value so many times as far below the base's mean as the band reaches counts as two measures outside."""
 
 
 SCORE = "heldout_reward"
@@ -47,7 +50,7 @@ LEAST_SPREAD = 0.02
 HELDOUT = Rule(0.4, high=False)
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("heldout_TA", "heldout_Phy", "heldout_VQ"), HELDOUT),
-    "diversity": Rule(1.0, high=False),
+    "diversity": Rule(1.0, high=False, far=1.5),
     "velocity_norm": Rule(2.0),
     "motion": Rule(4.0),
     "freeze": Rule(1.0, low=False, least=0.05),
@@ -137,10 +140,11 @@ class Alarm:
     def add(self, step: int, measures: Mapping[str, float], reward: float) -> Look:
         """Takes a look. ``reward``: see ``Look``; its rise counts from the first look after the base's."""
         outside = [name for name, band in self._bands().items() if not _within(measures.get(name), band)]
+        count = sum(2 if self._far(name, measures.get(name)) else 1 for name in outside)
         risen = all(look.reward is None or reward > look.reward for look in self.looks[:2])
         worse = measures.get(SCORE, math.inf) < self._lowest()
-        suspect = len(outside) >= OUTSIDE and (risen or worse) and len(self.looks) > 1
-        alarm = suspect and (len(outside) >= SURE or self.looks[-1].suspect)
+        suspect = count >= OUTSIDE and (risen or worse) and len(self.looks) > 1
+        alarm = suspect and (count >= SURE or self.looks[-1].suspect)
         began = (self.began or step) if alarm else None
         score = self._score(measures, reward)
         better = math.isfinite(score) and score >= self._most() - self._noise()
@@ -158,6 +162,11 @@ class Alarm:
                 best = max(filter(math.isfinite, seen))  # the base's own is among them
                 made[name] = best - (first.measures[name] - band[0]), None
         return made
+
+    def _far(self, name: str, value: float | None) -> bool:
+        """See ``Rule.far``."""
+        mean, low = self.looks[0].measures[name], self.looks[0].bands[name][0]
+        return value is not None and low is not None and value < mean - RULES.get(name, HELDOUT).far * (mean - low)
 
     def _lowest(self) -> float:
         """The held-out reward below which clips are worse than the base's."""

@@ -118,9 +118,12 @@ def test_every_method_and_lever_is_there():
 
 
 def test_a_collapse_needs_an_alarm_and_a_good_mark():
-    def rows(*rates):
-        oracles = ({"all": rate, "physics": 1.0, "quality": 1.0} for rate in rates)
-        return [{"step": 50 * (i + 1), "scale": 1, "oracle": oracle} for i, oracle in enumerate(oracles)]
+    def rows(*rates, diversity=(0.16, 0.16, 0.16)):
+        found = ((0.5, 0.16), *zip(rates, diversity, strict=True))  # the base first
+        return [
+            {"step": 50 * i, "scale": 1, "oracle": {"all": a, "physics": 1.0, "quality": 1.0}, "diversity": d}
+            for i, (a, d) in enumerate(found)
+        ]
 
     base = {"heldout_reward": -0.6, "heldout_TA": -0.6, "flicker": 1.0, "noise": 1.0}
     spread = dict.fromkeys(base, 0.2)
@@ -139,3 +142,5 @@ def test_a_collapse_needs_an_alarm_and_a_good_mark():
     assert back.fallen == () and back.deepest == pytest.approx(0.2) and back.right  # an alarm while it was down
     late = alarms.judged(run | {"rows": rows(0.95, 0.9, 0.7)})
     assert late.lost == pytest.approx(0.05) and not late.right
+    alike = alarms.judged(run | {"rows": rows(0.8, 0.9, 0.99, diversity=(0.16, 0.09, 0.07))})  # right, and all the same
+    assert (alike.fallen, alike.marked, alike.lost) == (("diversity",), 100, 0.0) and alike.right and not alike.sound

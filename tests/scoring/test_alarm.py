@@ -10,7 +10,7 @@ BASE = {
     **{"diversity": [0.1, 0.2], "blur": [4.0, 5.0, 6.0], "lora_norm": [0.0]},
 }
 GOOD = {"heldout_reward": -0.5, "heldout_Phy": -0.3, "diversity": 0.15, "blur": 5.0, "lora_norm": 3.0}
-WORSE = {**GOOD, "diversity": 0.01, "blur": 9.0}
+WORSE = {**GOOD, "diversity": 0.06, "blur": 9.0}
 WORST = {**WORSE, "heldout_Phy": -0.9}
 
 
@@ -45,6 +45,25 @@ def test_three_measures_outside_are_the_alarm_at_once():
     alarm = begun()
     alarm.add(25, GOOD, -1.0)
     assert alarm.add(50, WORST, -0.5).alarm == 50
+
+
+def test_diversity_far_outside_counts_as_two():
+    alarm = begun()
+    alarm.add(25, GOOD, -1.0)
+    mean, low = 0.15, alarm.looks[0].bands["diversity"][0]
+    outside, far = ({**GOOD, "diversity": mean - times * (mean - low)} for times in (1.49, 1.51))
+    assert not alarm.add(50, outside, -0.5).suspect
+    look = alarm.add(75, far, -0.4)
+    assert look.suspect and look.outside == ["diversity"] and look.alarm is None
+    assert alarm.add(100, far, -0.3).alarm == 100 and alarm.best == 50
+    assert begun_with(GOOD).add(50, {**far, "blur": 9.0}, -0.5).alarm == 50  # two and one
+    assert begun_with(GOOD).add(50, {**GOOD, "blur": 99.0}, -0.5).suspect is False  # diversity alone
+
+
+def begun_with(look):
+    alarm = begun()
+    alarm.add(25, look, -1.0)
+    return alarm
 
 
 def test_answers_worse_than_the_base_s_are_suspect_whatever_the_reward_does():
