@@ -125,6 +125,13 @@ VARIANTS: dict[str, Variant] = {
     "long": Variant("long", "anchor 1 in every eighth update", LAZY, updates=1200),
     "longer": Variant("long", "the same", LAZY, updates=FAR),
     "long_few": Variant("long", "`toy-fast` with batches of 8 clips", HUBER, "toy-fast", 1200),
+    "long_last": Variant(
+        "long",
+        "the same with the last step graded (DRaFT-1)",
+        (*HUBER, "lora.scale=1.5", "sampler.graded_steps=1"),
+        "toy-fast",
+        1200,
+    ),
     "long_four": Variant("long", "the preset `toy-fast`", NOW, "toy-fast", 1200),
     "ema": Variant("drift", "moving average of the LoRA", levers=("ema",)),
     "dropout": Variant("drift", "half of the questions, at random", levers=("dropout",)),
