@@ -46,11 +46,12 @@ def table(results: Sequence[Mapping[str, Any]], group: str) -> str:
     return "\n".join(lines)
 
 
-FRONT = ("default", "short", "short_few", "short_few_huber", "short_few_four", "far")
+FRONT = ("default", "short", "short_few", "short_few_huber", "short_few_four", "far", "far_draft_1")
 """Variants of other tables that the plot of truth against drift has too."""
 
 
-STRENGTHS = ("default", "short", "short_few_huber", "short_few_four", "long_few", "long_four", "far")
+STRENGTHS: tuple[str, ...] = ("default", "short", "short_few_huber", "short_few_four", "long_few", "long_last")
+STRENGTHS += ("long_four", "far", "far_draft_1", "far_free")
 
 
 def scales(results: Sequence[Mapping[str, Any]], names: Sequence[str] = STRENGTHS) -> str:
@@ -130,7 +131,7 @@ def _filled(found: re.Match[str], results: Sequence[Mapping[str, Any]]) -> str:
 
 def plots(results: Sequence[Mapping[str, Any]], folder: Path = IMAGES) -> None:
     """``evidence_far.svg`` and ``evidence_long.svg``: what happens with more updates. ``evidence_front.svg``: truth
-    against drift, of long and short runs their end; dotted: more than the LoRA's strength."""
+    against drift and diversity, of long and short runs their end; dotted: more than the LoRA's strength."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -139,21 +140,24 @@ def plots(results: Sequence[Mapping[str, Any]], folder: Path = IMAGES) -> None:
     plt.rcParams |= {"svg.hashsalt": "evidence", "svg.fonttype": "none", "font.size": 9}
     _curves([result for result in results if result["group"] == "main"], folder / "evidence_far.svg")
     _curves([result for result in results if result["group"] in ("free", "long")], folder / "evidence_long.svg")
-    figure, axes = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    figure, both = plt.subplots(1, 2, figsize=(9, 4.6), sharey=True, layout="constrained")
     shown = [result for result in results if result["group"] in ("drift", "long") or result["variant"] in FRONT]
     for number, name in enumerate(dict.fromkeys(result["variant"] for result in shown)):
+        style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "os^"[number // 10], "lw": 0.8, "ms": 4}
         for place, result in enumerate(result for result in shown if result["variant"] == name):
             rows = [row for row in result["rows"] if row["scale"] == 1 and row["step"]]
             rows = rows if result["updates"] == SCREEN else rows[-1:]  # a long path hides all others
             more = [row for row in result["rows"] if row["scale"] > 1]
-            style: dict[str, Any] = {"color": f"C{number % 10}", "marker": "os^"[number // 10], "lw": 0.8, "ms": 4}
-            label = None if place else name
-            axes.plot(*_front(rows), label=label, **style)
-            if more:
-                axes.plot(*_front([rows[-1], *more]), **style, ls=":", mfc="none")
-    axes.set(xlabel="drift: distance from ToyWorld's own clips", ylabel="held-out clips all correct, %")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False)
+            for axes, measure in zip(both, FRONTS.values(), strict=True):
+                axes.plot(*_front(rows, measure), label=None if place else name, **style)
+                if more:
+                    axes.plot(*_front([rows[-1], *more], measure), **style, ls=":", mfc="none")
+    for axes, says in zip(both, FRONTS, strict=True):
+        axes.set(xlabel=says)
+        axes.grid(alpha=0.3)
+    both[0].set(ylabel="held-out clips all correct, %")
+    both[1].axvline(results[0]["rows"][0]["diversity"], color="gray", lw=0.8, ls="--")
+    figure.legend(*both[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
     _save(figure, folder / "evidence_front.svg")
     plt.close("all")
 
@@ -164,6 +168,13 @@ CURVES: tuple[tuple[str, Callable[[Any], float]], ...] = (
     ("held-out questions", lambda row: row["heldout_reward"]),
     ("diversity", lambda row: row["diversity"]),
 )
+
+
+FRONTS: dict[str, Callable[[Any], float]] = {
+    "drift: distance from ToyWorld's own clips": drift_of,
+    "diversity (dashed: the base's)": lambda row: row["diversity"],
+}
+"""What truth is drawn against."""
 
 
 def _curves(shown: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -185,8 +196,8 @@ def _curves(shown: Sequence[Mapping[str, Any]], path: Path) -> None:
     _save(figure, path)
 
 
-def _front(rows: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[float]]:
-    return [drift_of(row) for row in rows], [100 * row["oracle"]["all"] for row in rows]
+def _front(rows: Sequence[Mapping[str, Any]], measure: Callable[[Any], float]) -> tuple[list[float], list[float]]:
+    return [measure(row) for row in rows], [100 * row["oracle"]["all"] for row in rows]
 
 
 def _save(figure: Any, path: Path) -> None:
