@@ -22,8 +22,8 @@ from lowmem_drf.models.lora.changes import LoraChanges
 from lowmem_drf.models.lora.formats import FORMATS, default_format
 from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.models.weights.downloads import HOST_MARGIN, available_host_bytes
-from lowmem_drf.scoring.alarm import best_step
-from lowmem_drf.training.checkpoint import checkpoint_folder
+from lowmem_drf.scoring.alarm import best_step, lasting
+from lowmem_drf.training.checkpoint import checkpoint_folder, step_of
 from lowmem_drf.training.run_folder import run_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -111,6 +111,8 @@ def export_run(
                 "It is the base's full weights with the LoRA in them; the run trained and sampled on "
                 f"{config.model.storage} ones (model.{'quant' if config.model.quant != 'none' else 'products'})."
             )
+    if step is None and not best and (alarm := lasting(run, step_of(folder))):
+        lines.append(alarm)
     return Exported(tuple(paths), tuple(lines))
 
 

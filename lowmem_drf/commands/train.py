@@ -395,6 +395,7 @@ def _announce(
 def _finish(console: Console, config: Config, run: Path, models: Models, trial: Trial | None, ranks: Ranks) -> None:
     from lowmem_drf.models.lora.adapter import lora_scale
     from lowmem_drf.reporting.notes import write_result
+    from lowmem_drf.scoring.alarm import lasting
     from lowmem_drf.scoring.evaluate import compare, describe
     from lowmem_drf.scoring.table import print_table
 
@@ -407,6 +408,8 @@ def _finish(console: Console, config: Config, run: Path, models: Models, trial: 
         print_table(result, console)
         if ranks.chief:
             write_result(run, done, describe(trial), result)
+    if ranks.chief and (alarm := lasting(run, saved_step(run))):
+        console.print(f"\n{alarm}", highlight=False, markup=False)
     here = run.parent == RUNS
     console.print("Next:", highlight=False)
     for command in (

@@ -224,6 +224,16 @@ def read_looks(run: Path, done: int) -> list[Look]:
         return []
 
 
+def lasting(run: Path, step: int) -> str:
+    """What is to be said of the run's update ``step``: nothing, unless the alarm lasted at the last look until then."""
+    looks = read_looks(run, step)
+    if not looks or looks[-1].alarm is None:
+        return ""
+    best = f" Of the updates without it {looks[-1].best} is the best: --best takes that one." if looks[-1].best else ""
+    now = f"the clips of update {looks[-1].step} are outside of what the base's have"
+    return f"The alarm of update {looks[-1].alarm} lasts: {now}.{best}"
+
+
 BEST = Path("checkpoints") / "best"
 
 

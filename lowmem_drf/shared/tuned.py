@@ -17,9 +17,9 @@ from lowmem_drf.files import readable_name, short_hash
 from lowmem_drf.models.lora.base import left_out
 from lowmem_drf.models.lora.reading import lora_file
 from lowmem_drf.schema import Config
-from lowmem_drf.scoring.alarm import best_step
+from lowmem_drf.scoring.alarm import best_step, lasting
 from lowmem_drf.terminal import say
-from lowmem_drf.training.checkpoint import checkpoint_folder
+from lowmem_drf.training.checkpoint import checkpoint_folder, step_of
 from lowmem_drf.training.lora_file import load_run_lora
 from lowmem_drf.training.manifest import refuse_damaged
 from lowmem_drf.training.run_folder import find_run, in_one_process, run_config
@@ -89,6 +89,8 @@ def choose(
         config = run_config(run, overrides)
     if lora is None:
         folder = checkpoint_folder(run, best_step(run) if best else None) if run else None
+        if run and folder and not best and (alarm := lasting(run, step_of(folder))):
+            say(alarm)
         return Tuned(config, run, folder, None, folder.name if folder else "base")
     refuse_damaged(lora_file(lora))
     read = read_lora_for(config, lora)

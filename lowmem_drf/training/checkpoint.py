@@ -69,6 +69,11 @@ def checkpoint_steps(run: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def saved_step(run: Path) -> int:
     """The step of the last checkpoint, whose files are not read; 0: there is none."""
     return max(checkpoint_steps(run), default=0)

@@ -59,6 +59,8 @@ def test_the_alarm_is_said_ends_the_run_and_leaves_the_best_update(tiny_preset, 
     train_command(str(tiny_preset), None, run, None, None, False, stops, False)
     said = capfd.readouterr().out
     assert "update 2: the reward rises, but" in said and "diversity" in said and "update before it is 1" in said
+    lasts = "The alarm of update 2 lasts: the clips of update 2 are outside of what the base's have."
+    assert f"{lasts} Of the updates without it 1 is the best: --best takes that one." in said
     assert "It ends here" in said and json.loads((run / "eval.json").read_text())["step"] == 2
     assert sorted(os.listdir(run / "checkpoints")) == ["best", "step-000001", "step-000002"] and best_step(run) == 1
     prompts = ["a red circle moves left on a gray background"]
@@ -67,16 +69,19 @@ def test_the_alarm_is_said_ends_the_run_and_leaves_the_best_update(tiny_preset, 
     assert "step-000001" in str(export_run(run, best=True).paths[0])
     (tmp_path / "one.txt").write_text("a red circle moves left on a gray background\n")
     eval_command(run, tmp_path / "one.txt", False, seeds=1, best=True)
-    assert "step 1: " in capfd.readouterr().out
+    best = capfd.readouterr()
+    assert "step 1: " in best.out and "lasts" not in best.err
     own = json.loads((run / "eval.json").read_text())["result"]
     (tmp_path / "own.txt").write_text(own["by_prompt"][0]["prompt"] + "\n")
     eval_command(run, tmp_path / "own.txt", True, seeds=own["seeds"])
-    assert json.loads(capfd.readouterr().out)["tuned"] == own["tuned"]  # of a LoRA with half of what 3 adds
+    again = capfd.readouterr()
+    assert json.loads(again.out)["tuned"] == own["tuned"]  # of a LoRA with half of what 3 adds
+    assert lasts in again.err and lasts in export_run(run).lines[-1]
     with pytest.raises(BadInputError, match="give one of them"):
         export_run(run, 2, best=True)
-    again = shutil.copytree(run, tmp_path / "again")
-    train_command(None, None, again, None, None, True, ["log.watch_every=0"], False)
-    assert sorted(os.listdir(again / "checkpoints")) == ["best", "step-000001", "step-000004"]
+    copy = shutil.copytree(run, tmp_path / "copy")
+    train_command(None, None, copy, None, None, True, ["log.watch_every=0"], False)
+    assert sorted(os.listdir(copy / "checkpoints")) == ["best", "step-000001", "step-000004"]
     train_command(None, None, run, None, None, True, [], False)  # goes on, though the alarm lasts
     assert sorted(os.listdir(run / "checkpoints")) == ["best", "step-000001", "step-000004"]
 
