@@ -67,6 +67,22 @@ def scales(results: Sequence[Mapping[str, Any]], names: Sequence[str] = STRENGTH
     return "\n".join(lines)
 
 
+PARTS = ("size", "edge", "outline", "saturation", "texture", "speed", "x", "y")
+
+
+def parts(results: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: what drift is the mean of, of the main table's runs; means over seeds."""
+    lines = [f"|  | {' | '.join(PARTS)} |", "|---" * (len(PARTS) + 1) + "|"]
+    mine = [result for result in results if result["group"] == "main"]
+    rows: dict[str, list[Mapping[str, Any]]] = {"base of `toy-fast`": [mine[0]["rows"][0]]} if mine else {}
+    for result in mine:
+        rows.setdefault(f"`{result['variant']}`", []).append(last(result))
+    for name, own in rows.items():
+        cells = (f"{fmean(drift_of(row, part) for row in own):.2f}" for part in PARTS)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def strength(name: str) -> float:
     """``lora.scale`` of a variant: a row's scale is times it."""
     given = (text.removeprefix("lora.scale=") for text in VARIANTS[name].overrides if text.startswith("lora.scale="))
@@ -125,7 +141,7 @@ def write_page(results: Sequence[Mapping[str, Any]], page: Path = PAGE) -> None:
 
 
 def _filled(found: re.Match[str], results: Sequence[Mapping[str, Any]]) -> str:
-    own = {"scales": scales, "splits": splits, "alarms": alarms.table}
+    own = {"scales": scales, "parts": parts, "splits": splits, "alarms": alarms.table}
     return f"{found[1]}{own.get(found[2], partial(table, group=found[2]))(results)}\n{found[3]}"
 
 
