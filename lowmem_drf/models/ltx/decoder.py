@@ -4,10 +4,9 @@ Its convolutions look ahead in time. A frame depends on more than ten latents to
 seconds has, so no part of a clip can be decoded alone: the whole clip is one chunk. A part is also what
 ``AutoencoderKLLTXVideo`` decodes with ``use_framewise_decoding``; it blends parts, and makes other frames.
 
-Memory is saved inside the chunk. The decoder is a row of segments: a residual block, an upsampling, or the convolution
-at either end. Each of them sees one or two frames to either side. So a segment runs in slices of frames, each with that
-many frames more, and gives the same result. The backward goes through the segments last to first, and through the
-slices of each: one slice of one segment has its graph alive. A trace is what entered each segment.
+Memory is saved inside the chunk. A segment (``whole_clip.py``) is a residual block, an upsampling, or the convolution
+at either end. Each of them sees one or two frames to either side. So it runs in slices of frames, each with that many
+frames more, and gives the same result; in the backward one slice of one segment has its graph alive.
 
 Arithmetic as in ``LTXVideoDecoder3d`` of diffusers 0.42.1. A VAE with ``timestep_conditioning`` decodes at a small
 noise level, as the pipelines do: it mixes noise into the latents. That noise is the same for every clip (``_NOISE``),
@@ -25,9 +24,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.memory.host import Held, HostStore
+from lowmem_drf.memory.host import HostStore
 from lowmem_drf.method.schedule import draw_noise
 from lowmem_drf.models.clamp import InwardClamp
+from lowmem_drf.models.whole_clip import WholeClipDecoder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,8 +36,6 @@ DECODE_TIMESTEP, DECODE_NOISE_SCALE = 0.05, 0.025
 """Of a VAE with ``timestep_conditioning``: docs/source/en/api/pipelines/ltx_video.md of diffusers."""
 _NOISE = 0
 """Seed of the noise that is mixed into its latents."""
-Trace = tuple[Any, ...]
-"""The input of each segment, on the card or the host."""
 
 
 @dataclass(frozen=True)
@@ -58,23 +56,17 @@ class Segment:
             yield slice(s, e), slice(low - start, high - start), slice(low, high)
 
 
-class LTXDecoder:
-    """``types.Decoder`` for an ``AutoencoderKLLTXVideo``. Latents are the transformer's; frames are in [0, 1], in the
-    VAE's dtype.
+class LTXDecoder(WholeClipDecoder[Segment]):
+    """``types.Decoder`` for an ``AutoencoderKLLTXVideo``.
 
     Args:
-        vae: ``decode`` and ``chunk`` run in its dtype.
-        grad_dtype: dtype of ``chunk_backward`` and of the trace. ``None``: the VAE's.
+        vae, grad_dtype, caches, store: as in ``WholeClipDecoder``.
         strips: slices of frames in which the largest segments run, at most one for each frame; smaller ones in fewer.
             Frames and gradients are the same up to rounding.
-        caches: ``"host"``: what enters the segments waits in host memory for the backward.
-        store: the run's host memory.
         norm_silu: not used.
 
     Raises BadInputError: fewer than one strip.
     """
-
-    causal, group = False, 1
 
     def __init__(
         self,
@@ -88,90 +80,28 @@ class LTXDecoder:
     ) -> None:
         if strips < 1:
             raise BadInputError(f"memory.vae_strips is {strips}: it must be 1 or more")
-        self.vae = vae
+        super().__init__(vae, _segments_of(vae.decoder), grad_dtype, caches, store)
         self.temporal_factor: int = vae.temporal_compression_ratio
         self.spatial_factor: int = vae.spatial_compression_ratio
-        self._grad_dtype, self._strips, self._waits = grad_dtype or vae.dtype, strips, caches == "host"
-        self._host = store or HostStore(vae.device)
-        self._segments = _segments_of(vae.decoder)
+        self._strips = strips
 
-    def decode(self, latents_BCFhw: Tensor) -> Tensor:
-        """(B, C, F, h, w) -> (B, T, 3, H, W) in [0, 1]; with one strip bitwise those of ``vae.decode``. Differentiable,
-        as one graph."""
-        return self._run(latents_BCFhw, self.vae.dtype)[0]
+    def _through(self, segment: Segment, x: Tensor, latents_BCFhw: Tensor) -> Tensor:
+        parts = list(segment.slices(x.shape[2], self._count(segment, x, self._largest(latents_BCFhw))))
+        made = [segment.run(x[:, :, entering])[:, :, valid] for entering, valid, _ in parts]
+        return made[0] if len(made) == 1 else torch.cat(made, dim=2)
 
-    def start(self, batch: int) -> tuple[Any, ...]:
-        """There are no caches."""
-        return ()
+    def _back_through(self, segment: Segment, x: Tensor, d_out: Tensor, latents_BCFhw: Tensor) -> Tensor:
+        return _backward(segment, x, d_out, self._count(segment, x, self._largest(latents_BCFhw)))
 
-    def store(self, caches: tuple[Any, ...]) -> tuple[Any, ...]:
-        return caches
+    def _as_frames(self, made: Tensor) -> Tensor:
+        return made.transpose(1, 2)
 
-    def chunk(self, latents_BCFhw: Tensor, caches: Sequence[Any]) -> tuple[Tensor, tuple[Any, ...]]:
-        """The whole clip, as ``decode``."""
-        return self.decode(latents_BCFhw), ()
-
-    @torch.no_grad()
-    def recorded_chunk(self, latents_BCFhw: Tensor, caches: Sequence[Any]) -> tuple[Tensor, tuple[Any, ...], Trace]:
-        """As ``chunk`` without gradient, and the trace, on the host."""
-        frames, trace = self._run(latents_BCFhw, self.vae.dtype, self._put)
-        self._host.settle()
-        return frames, (), trace
-
-    @torch.no_grad()
-    def advance(
-        self, latents_BCFhw: Tensor, caches: Sequence[Any], keep: Literal["nothing", "trace", "last"]
-    ) -> tuple[tuple[Any, ...], Trace | None]:
-        """The trace, recomputed in the dtype of the gradient. On the host with ``caches = "host"``, or if its backward
-        does not follow at once."""
-        if keep == "nothing":
-            return (), None
-        put = self._put if self._waits or keep == "trace" else lambda x: x
-        return (), self._run(latents_BCFhw, self._grad_dtype, put, to_the_end=False)[1]
-
-    def chunk_backward(
-        self,
-        latents_BCFhw: Tensor,
-        trace: Trace,
-        local: Sequence[int],
-        d_made_BTCHW: Tensor,
-        d_handed: tuple[Any, ...],
-        hands_back: bool,
-    ) -> tuple[Tensor, tuple[Any, ...]]:
-        """The gradient at the latents (B, C, F, h, w), from that at the frames ``local``."""
-        z = latents_BCFhw.detach().requires_grad_()
-        with torch.enable_grad():
-            into = self._into(z, self._grad_dtype)
-        inputs, largest = [*trace], self._largest(z)
-        frames = (z.shape[2] - 1) * self.temporal_factor + 1
-        d = d_made_BTCHW.new_zeros(len(z), d_made_BTCHW.shape[2], frames, *d_made_BTCHW.shape[3:], dtype=into.dtype)
-        d[:, :, list(local)] = d_made_BTCHW.transpose(1, 2).to(into.dtype)
-        for place in reversed(range(len(self._segments))):
-            x = _get(inputs.pop()).to(into.dtype)
-            if place and isinstance(inputs[-1], Held):
-                inputs[-1].prefetch()
-            d = _backward(self._segments[place], x, d, self._count(self._segments[place], x, largest))
-            del x
-        return torch.autograd.grad(into, z, d)[0], ()
-
-    def _run(
-        self,
-        latents_BCFhw: Tensor,
-        dtype: torch.dtype,
-        put: Callable[[Tensor], Any] | None = None,
-        to_the_end: bool = True,
-    ) -> tuple[Tensor, Trace]:
-        """Frames and trace. Without ``to_the_end`` the last segment is left out."""
-        x, trace, largest = self._into(latents_BCFhw, dtype), [], self._largest(latents_BCFhw)
-        for place, segment in enumerate(self._segments):
-            if put is not None:
-                trace.append(put(x))
-            if to_the_end or place + 1 < len(self._segments):
-                parts = list(segment.slices(x.shape[2], self._count(segment, x, largest)))
-                made = [segment.run(x[:, :, entering])[:, :, valid] for entering, valid, _ in parts]
-                x = made[0] if len(made) == 1 else torch.cat(made, dim=2)
-                del made
-        return x.transpose(1, 2), tuple(trace)
+    def _d_made(self, latents_BCFhw: Tensor, local: Sequence[int], d_made_BTCHW: Tensor, dtype: torch.dtype) -> Tensor:
+        frames = (latents_BCFhw.shape[2] - 1) * self.temporal_factor + 1
+        batch, _, colors, *size = d_made_BTCHW.shape
+        d = d_made_BTCHW.new_zeros(batch, colors, frames, *size, dtype=dtype)
+        d[:, :, list(local)] = d_made_BTCHW.transpose(1, 2).to(dtype)
+        return d
 
     def _count(self, segment: Segment, x_BCFhw: Tensor, largest: int) -> int:
         """Slices of a segment, so that none is larger than those of the largest."""
@@ -196,11 +126,6 @@ class LTXDecoder:
             noise = draw_noise(tuple(z.shape[1:]), [_NOISE]).to(z)
             z = (1 - DECODE_NOISE_SCALE) * z + DECODE_NOISE_SCALE * noise
         return z.to(dtype)
-
-    def _put(self, x: Tensor) -> Any:
-        """On the host, in the dtype of the gradient if that has fewer bytes."""
-        fewer = self._grad_dtype.itemsize < x.dtype.itemsize
-        return self._host.put(x.to(self._grad_dtype) if fewer else x)
 
 
 def _backward(segment: Segment, x: Tensor, d_out: Tensor, count: int) -> Tensor:
@@ -259,9 +184,4 @@ def _pixels(decoder: Any, x_BCFhw: Tensor) -> Tensor:
     x, side = _call(decoder.conv_out, decoder.conv_act(x)), decoder.patch_size
     x = x.unflatten(1, (-1, side, side)).permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
     made: Tensor = InwardClamp.apply(x * 0.5 + 0.5, 0.0, 1.0)
-    return made
-
-
-def _get(value: Any) -> Tensor:
-    made: Tensor = value.get() if isinstance(value, Held) else value
     return made
