@@ -19,6 +19,7 @@ from bench.script import make_parser, save
 from lowmem_drf.kernels.attention_int8 import attention_int8_naive
 from lowmem_drf.method.schedule import draw_noise, flow_sigmas
 from lowmem_drf.method.step import rollout
+from lowmem_drf.models.blocks import Activations
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser, set_activations
 from lowmem_drf.models.wan.text import load_text
 from lowmem_drf.models.wan.vae.decoder import WanDecoder, load_vae
@@ -39,7 +40,7 @@ def clips(
     """(B, T, 3, H, W) in [0, 1]."""
     folder = resolve(TOYWORLD, "generator")
     text, decoder, transformer = load_text(folder), WanDecoder(load_vae(folder)), load_denoiser(folder)
-    set_activations(transformer, rollout_attention=attention)
+    set_activations(transformer, Activations(rollout_attention=attention))
     made = []
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]

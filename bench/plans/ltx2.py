@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from lowmem_drf.config import load_config
 from lowmem_drf.memory.streaming import HostEmbedding, Streamed
 from lowmem_drf.method.schedule import TRAIN_TIMESTEPS
 from lowmem_drf.models import generators
-from lowmem_drf.models.blocks import set_blocks
+from lowmem_drf.models.blocks import AS_IN_DIFFUSERS, Activations, set_blocks
 from lowmem_drf.models.family import GeneratorConfig, GeneratorSizes, KnownGenerator
 from lowmem_drf.models.ltx.decoder import LTXDecoder
 from lowmem_drf.models.weights.quant import Quant, lay_out, require_library
@@ -159,14 +160,11 @@ class _Forward:
     unread = __call__
 
 
-def set_activations(transformer: Any, checkpoint: Any = True, slices: int = 1, store: Any = None, *rest: Any,
-                    streamed: Any = None, hooked: bool = False, **options: Any) -> None:  # fmt: skip
-    """Positional arguments as of ``Family.set_activations``; kernels and kept attentions are not brought."""
-    rows, attention, keep_attention, recorder, rollout, graded, *stream = rest or (None,) * 6
-    both, streamed = _Both(), stream[0] if stream else streamed
-    blocks = list(transformer.transformer_blocks)
-    forward_of = lambda block, weights: _Forward(block, both)  # noqa: E731
-    set_blocks(transformer, blocks, forward_of, checkpoint, store, "none", recorder, streamed, hooked)
+def set_activations(transformer: Any, how: Activations = AS_IN_DIFFUSERS) -> None:
+    """See ``Family.set_activations``. Kernels and kept attentions are not brought."""
+    both, blocks = _Both(), list(transformer.transformer_blocks)
+    how = replace(how, keep_attention="none")
+    set_blocks(transformer, blocks, lambda block, weights: _Forward(block, both), how)
     for block in blocks:
         block.register_forward_pre_hook(partial(_enter, both), with_kwargs=True)
     policy = transformer._gradient_checkpointing_func

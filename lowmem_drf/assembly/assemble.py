@@ -26,6 +26,7 @@ from lowmem_drf.method.frames import frames_at_rate, kept_fps, kept_frames
 from lowmem_drf.method.reward import RewardSpec
 from lowmem_drf.method.schedule import TRAIN_TIMESTEPS, choose_graded, draw_noise, flow_sigmas
 from lowmem_drf.method.step import StepSpec
+from lowmem_drf.models.blocks import Activations
 from lowmem_drf.models.family import ImageCondition
 from lowmem_drf.models.generators import blocks_of, family_of
 from lowmem_drf.models.lora.adapter import lora_scale
@@ -296,17 +297,18 @@ def assemble(
     for model in generators.values():
         set_products(model, chosen.integers)
     recorder = Recorder(store, memory.keep_attention != "none") if memory.record_rollout else None
-    unused = family.set_activations(
-        transformer, memory.checkpoint, memory.token_slices, store,
-        chosen.rows, chosen.attention, memory.keep_attention, recorder, chosen.rollout_attention,
-        chosen.graded_attention, streamed.get("transformer"), hooked=config.engine == "zero3",
+    computed = Activations(
+        slices=memory.token_slices, rows=chosen.rows, attention=chosen.attention,
+        rollout_attention=chosen.rollout_attention,
     )  # fmt: skip
+    kept = replace(
+        computed, checkpoint=memory.checkpoint, store=store, keep_attention=memory.keep_attention, recorder=recorder,
+        graded_attention=chosen.graded_attention, streamed=streamed.get("transformer"), hooked=config.engine == "zero3",
+    )  # fmt: skip
+    unused = family.set_activations(transformer, kept)
     said = f"{chosen}; without effect on {family.NAME}: {', '.join(unused)}" if unused else str(chosen)
     if other is not None:  # it has no gradient, and nothing to keep
-        family.set_activations(
-            other.transformer, checkpoint=False, slices=memory.token_slices, rows=chosen.rows,
-            attention=chosen.attention, rollout_attention=chosen.rollout_attention, streamed=streamed.get("expert"),
-        )  # fmt: skip
+        family.set_activations(other.transformer, replace(computed, checkpoint=False, streamed=streamed.get("expert")))
     if critic is not None:
         critic.set_checkpointing(bool(memory.checkpoint))
         critic.set_attention(*(ranged_attention() if chosen.ranged else (None,)))

@@ -20,11 +20,10 @@ if TYPE_CHECKING:
 
     from lowmem_drf.memory.host import HostStore
     from lowmem_drf.memory.recorded_rollout import Recorder
-    from lowmem_drf.memory.streaming import Streamed
+    from lowmem_drf.models.blocks import Activations
     from lowmem_drf.models.lora.changes import LoraChanges
     from lowmem_drf.models.weights.quant import Quant
     from lowmem_drf.models.weights.reader import Changes
-    from lowmem_drf.ops import Attention, RowOps
     from lowmem_drf.types import Velocity
 
 
@@ -308,36 +307,8 @@ class Family(Protocol):
         """Streams the weights of ``empty_text``'s model to ``device`` block by block."""
         ...
 
-    def set_activations(
-        self,
-        transformer: Any,
-        checkpoint: bool | Literal["host"] = True,
-        slices: int = 1,
-        store: HostStore | None = None,
-        rows: RowOps | None = None,
-        attention: Attention | None = None,
-        keep_attention: Literal["none", "card", "host"] = "none",
-        recorder: Recorder | None = None,
-        rollout_attention: Any = None,
-        graded_attention: Attention | None = None,
-        streamed: Streamed | None = None,
-        hooked: bool = False,
-    ) -> Sequence[str] | None:
-        """Sets how the blocks compute and which activations they keep. May be called again, with or without a LoRA. No
-        option changes results, except that ``slices`` changes the rounding of matrix products.
-
-        Args:
-            checkpoint: ``True``: blocks keep their input and recompute in their backward. ``"host"``: the inputs are
-                offloaded to ``store``. ``False``: blocks keep all activations.
-            slices: number of slices of tokens for the per-token work of a block. 1: as in diffusers.
-            rows, attention: implementations; default: diffusers' arithmetic and PyTorch's SDPA.
-            keep_attention: under ``checkpoint``, blocks also keep their self-attention's output instead of recomputing
-                it.
-            recorder: replays forwards that the rollout has recorded.
-            rollout_attention: (q, k, v) -> out; self-attention without gradient that is not recorded.
-            graded_attention: self-attention of all other passes. Default: ``attention``.
-            streamed: the blocks' weights, if they are streamed.
-            hooked: hooks on the blocks' calls provide their weights (``activations.HookedForward``).
+    def set_activations(self, transformer: Any, how: Activations = ...) -> Sequence[str] | None:
+        """Sets how the blocks compute and which activations they keep. May be called again, with or without a LoRA.
 
         Returns the settings, if any, that change nothing because the family does not bring them.
 

@@ -13,6 +13,7 @@ from _true_size import HIDDEN, graded_step, wan_1_3b
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowmem_drf.memory.activations import Pace, in_slices
+from lowmem_drf.models.blocks import Activations
 from lowmem_drf.models.lora.adapter import DEFAULT_TARGETS, lora_parameters, lora_scale
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
 from lowmem_drf.planner.ledger import Ledger
@@ -86,16 +87,16 @@ def test_rounding_over_slices_is_within_the_budget(dtype, monkeypatch):
 
 def test_without_gradient_slices_give_the_same_clip(fp64_throughout):
     transformer = make()
-    set_activations(transformer, **PLAIN)
+    set_activations(transformer, Activations(**PLAIN))
     velocity, x, text = as_velocity(transformer), tiny_latents(1), tiny_condition(1)
     with torch.no_grad():
         wanted = velocity(x, 0.5, text)
-        set_activations(transformer, slices=5)
+        set_activations(transformer, Activations(slices=5))
         assert relative_difference(velocity(x, 0.5, text), wanted) < LIMIT
         with lora_scale(transformer, 0):
             bare = velocity(x, 0.5, text)
         assert relative_difference(bare, wanted) > 0.01  # the LoRA is inside the slices
-        set_activations(transformer, **PLAIN)
+        set_activations(transformer, Activations(**PLAIN))
         assert torch.equal(velocity(x, 0.5, text), wanted)  # and they can be taken off again
 
 
@@ -104,7 +105,7 @@ def test_forwards_may_be_many_before_a_backward_and_may_be_given_up():
     after."""
     transformer = make()
     wanted = gradients(transformer, PLAIN)
-    set_activations(transformer, "host", store=PLANNED)
+    set_activations(transformer, Activations("host", store=PLANNED))
     velocity, x, text = as_velocity(transformer), tiny_latents(2).requires_grad_(), tiny_condition(2)
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     with Ledger() as ledger:
@@ -124,7 +125,7 @@ def test_forwards_may_be_many_before_a_backward_and_may_be_given_up():
 
 def test_a_host_policy_needs_a_store():
     with pytest.raises(ValueError, match="need a store"):
-        set_activations(tiny_transformer(), "host")
+        set_activations(tiny_transformer(), Activations("host"))
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,7 @@ def true_size():
         if key not in seen:
             with FakeTensorMode() as mode:
                 model = wan_1_3b(mode, layers)
-                set_activations(model, store=PLANNED, **settings)
+                set_activations(model, Activations(store=PLANNED, **settings))
                 seen[key] = graded_step(model)
         return seen[key]
 
@@ -233,7 +234,7 @@ def test_the_unread_part_is_not_computed_again():
     velocity, x, text = as_velocity(transformer), tiny_latents(1), tiny_condition(1)
     flops = {}
     for checkpoint in (False, True):
-        set_activations(transformer, checkpoint, slices=2)
+        set_activations(transformer, Activations(checkpoint, slices=2))
         out = velocity(x, 0.5, text)
         with Ledger() as ledger:
             out.backward(torch.ones_like(out))

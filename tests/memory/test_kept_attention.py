@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowmem_drf.memory.recorded_rollout import Recorder
 from lowmem_drf.method.schedule import draw_noise
 from lowmem_drf.method.step import drf_step
+from lowmem_drf.models.blocks import Activations
 from lowmem_drf.models.lora.adapter import lora_parameters
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
 from lowmem_drf.planner.ledger import Ledger
@@ -67,7 +68,7 @@ def test_kept_attentions_change_no_bit_and_run_once(where, checkpoint, slices):
 
 def test_without_gradient_nothing_is_kept():
     transformer = make()
-    set_activations(transformer, store=PLANNED, keep_attention="host")
+    set_activations(transformer, Activations(store=PLANNED, keep_attention="host"))
     with Ledger() as ledger, torch.no_grad():
         as_velocity(transformer)(tiny_latents(1), 0.5, tiny_condition(1))
         assert ledger.host_bytes == 0
@@ -75,7 +76,7 @@ def test_without_gradient_nothing_is_kept():
 
 def test_a_graph_serves_one_backward():
     transformer = make()
-    set_activations(transformer, store=STORE, keep_attention="card")
+    set_activations(transformer, Activations(store=STORE, keep_attention="card"))
     v = as_velocity(transformer)(tiny_latents(1), 0.5, tiny_condition(1))
     lora = lora_parameters(transformer)
     torch.autograd.grad(v, lora, torch.ones_like(v), retain_graph=True)
@@ -103,7 +104,8 @@ def relay(monkeypatch):
     def run(plan, record, attentions=True, store=STORE, **settings):
         recorder = Recorder(store, attentions) if record else None
         set_activations(
-            transformer, store=store, keep_attention="host" if attentions else "none", recorder=recorder, **settings
+            transformer,
+            Activations(store=store, keep_attention="host" if attentions else "none", recorder=recorder, **settings),
         )
         counts = Counter()
 
@@ -189,7 +191,7 @@ def true_size():
     def run(**settings):
         with FakeTensorMode() as mode:
             model = wan_1_3b(mode, 2)
-            set_activations(model, store=PLANNED, **settings)
+            set_activations(model, Activations(store=PLANNED, **settings))
             return graded_step(model)
 
     return run
@@ -211,7 +213,7 @@ def test_bytes_and_operations_of_a_record_at_true_size():
     with FakeTensorMode() as mode:
         model = wan_1_3b(mode, 2)
         recorder = Recorder(PLANNED, attentions=True)
-        set_activations(model, store=PLANNED, keep_attention="host", recorder=recorder)
+        set_activations(model, Activations(store=PLANNED, keep_attention="host", recorder=recorder))
         velocity = as_velocity(model, recorder)
         with Ledger() as ledger:
             ledger.adopt([*model.parameters(), *model.buffers()])

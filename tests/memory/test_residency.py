@@ -27,6 +27,7 @@ from lowmem_drf.memory.host import HostStore
 from lowmem_drf.memory.residency import NEEDS, Parked, Residency
 from lowmem_drf.method.schedule import draw_noise, flow_sigmas
 from lowmem_drf.method.step import StepSpec, drf_step
+from lowmem_drf.models.blocks import Activations
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
 from lowmem_drf.models.qwen_vl.critic import load_critic
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
@@ -231,12 +232,12 @@ def test_a_relay_step_with_every_switch_on_equals_the_plain_one(slices, under_a_
         tiny_condition(1, seed=1),
         asked,
     )
-    set_activations(transformer, checkpoint=False)
+    set_activations(transformer, Activations(checkpoint=False))
     wanted, _ = lora_gradients(drf_step, plain, plan, *inputs)
 
     store = planned_store() if under_a_ledger else HostStore(CPU)
     with Ledger() if under_a_ledger else nullcontext():
-        set_activations(transformer, "host", slices=slices, store=store)
+        set_activations(transformer, Activations("host", slices=slices, store=store))
         modules = {"transformer": transformer, "vae": vae, "critic": critic.model}
         residency = Residency(modules, list(modules), CPU, store, lambda name: nullcontext())
         got, _ = lora_gradients(drf_step, replace(plain, stage=residency.stage), plan, *inputs)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lowmem_drf.memory.host import HostStore
 from lowmem_drf.memory.streaming import HostEmbedding, Streamed
+from lowmem_drf.models.blocks import Activations
 from lowmem_drf.models.lora.adapter import add_lora, lora_layers, lora_parameters
 from lowmem_drf.models.qwen_vl.critic import load_critic
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
@@ -67,11 +68,11 @@ SETTINGS = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=[",".join(map(str, one)) or "plain" for one in SETTINGS])
 def test_gradients_are_those_of_resident_weights_to_the_bit(settings):
     transformer, store = tuned(), planned_store()
-    set_activations(transformer, store=HostStore(CPU), **settings)
+    set_activations(transformer, Activations(store=HostStore(CPU), **settings))
     wanted = passes(transformer)
     with Ledger():  # under which every fetch is a copy of its own
         streamed = Streamed(list(transformer.blocks), CPU, store)
-        set_activations(transformer, store=store, streamed=streamed, **settings)
+        set_activations(transformer, Activations(store=store, streamed=streamed, **settings))
         got = passes(transformer)
     assert len(got) == len(wanted) > 100
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
@@ -83,12 +84,12 @@ def test_gradients_are_right_however_late_the_copies_are(monkeypatch, quant):
     transformer = tuned()
     if quant != "none":
         packed(transformer)
-    set_activations(transformer, slices=2)
+    set_activations(transformer, Activations(slices=2))
     wanted = passes(transformer)
     store = late_store(monkeypatch, arena=1 << 16, in_flight=1 << 12)
     streamed = Streamed(list(transformer.blocks), CPU, store)
     settings: dict[str, Any] = {"checkpoint": "host", "keep_attention": "host", "slices": 2}
-    set_activations(transformer, store=store, streamed=streamed, **settings)
+    set_activations(transformer, Activations(store=store, streamed=streamed, **settings))
     assert all(torch.equal(a, b) for a, b in zip(passes(transformer), wanted, strict=True))
 
 
@@ -104,7 +105,7 @@ def test_a_graph_keeps_no_weights_of_blocks_that_are_recomputed(slices, quant):
         streamed = Streamed(list(transformer.blocks), CPU, planned_store())
         came = arrivals(streamed)
         rows = replace(naive_ops(), lean_linears=True)
-        set_activations(transformer, slices=slices, rows=rows, streamed=streamed)
+        set_activations(transformer, Activations(slices=slices, rows=rows, streamed=streamed))
         graphs = [
             as_velocity(transformer)(tiny_latents(1, dtype=torch.float32), sigma, tiny_condition(1, torch.float32))
             for sigma in (0.7, 0.3)
@@ -124,12 +125,12 @@ def test_kernels_run_on_streamed_weights():
     settings: dict[str, Any] = {"rows": fused_ops(), "attention": triton_attention()}
     settings |= {"slices": 2, "keep_attention": "card"}
     transformer = tuned(attention_head_dim=16)
-    set_activations(transformer, **settings)
+    set_activations(transformer, Activations(**settings))
     wanted = gradients(transformer)
     with Ledger():
         streamed = Streamed(list(transformer.blocks), CPU, planned_store())
         came = arrivals(streamed)
-        set_activations(transformer, streamed=streamed, **settings)
+        set_activations(transformer, Activations(streamed=streamed, **settings))
         assert all(torch.equal(a, b) for a, b in zip(gradients(transformer), wanted, strict=True))
         v = velocity_of(transformer)
         assert len(came) == 3 * LAYERS and alive(came) <= 2 and v.requires_grad
@@ -173,7 +174,7 @@ def test_a_lora_may_come_after_streaming():
     wanted = passes(tuned())
     transformer = tiny_transformer(torch.float32, layers=LAYERS)
     streamed = Streamed(list(transformer.blocks), CPU, HostStore(CPU))
-    set_activations(transformer, streamed=streamed)
+    set_activations(transformer, Activations(streamed=streamed))
     add_lora(transformer, rank=2, alpha=2.0)
     randomise_lora(transformer)
     assert all(torch.equal(a, b) for a, b in zip(passes(transformer), wanted, strict=True))

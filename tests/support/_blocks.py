@@ -4,6 +4,7 @@ import torch
 from _tiny import randomise_lora, tiny_condition, tiny_latents, tiny_transformer
 
 from lowmem_drf.memory.host import HostStore
+from lowmem_drf.models.blocks import Activations
 from lowmem_drf.models.lora.adapter import DEFAULT_TARGETS, add_lora, lora_layers, lora_parameters
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
 from lowmem_drf.models.weights.packed_linear import PackedLinear
@@ -33,7 +34,7 @@ def in_integers(transformer):
 
 def gradients(transformer, settings, dtype=torch.float64, differentiable=True):
     """The velocity, and the gradients at the LoRA and at the latents for an upstream gradient drawn at random."""
-    set_activations(transformer, store=STORE, **settings)
+    set_activations(transformer, Activations(store=STORE, **settings))
     x, text = tiny_latents(2, dtype=dtype).requires_grad_(differentiable), tiny_condition(2, dtype)
     v = as_velocity(transformer)(x, 0.5, text)
     upstream = torch.randn(v.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype)

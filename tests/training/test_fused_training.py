@@ -18,6 +18,7 @@ from lowmem_drf.config import load_config
 from lowmem_drf.method.schedule import draw_noise
 from lowmem_drf.method.step import drf_step
 from lowmem_drf.models.attention import attention_named
+from lowmem_drf.models.blocks import Activations
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
 from lowmem_drf.models.qwen_vl.critic import VLMCritic
 from lowmem_drf.models.wan.denoiser import as_velocity, set_activations
@@ -49,7 +50,7 @@ def test_gradients_of_toyworld(monkeypatch):
         transformer, vae = deepcopy(models.transformer).to(dtype), deepcopy(models.decoder.vae).to(dtype)
         add_lora(transformer, rank=4, alpha=4.0)
         randomise_lora(transformer)
-        set_activations(transformer, rows=rows, attention=attention, keep_attention="card")
+        set_activations(transformer, Activations(rows=rows, attention=attention, keep_attention="card"))
         judge = VLMCritic(deepcopy(critic.model).to(dtype), critic.tokenizer, critic.geometry, critic.fps)
         for parameter in lora_parameters(transformer):
             parameter.data = parameter.data.to(dtype)

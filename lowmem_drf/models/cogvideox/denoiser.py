@@ -13,22 +13,19 @@ from __future__ import annotations
 from bisect import bisect_left
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.blocks import set_blocks, without_effect
+from lowmem_drf.models.blocks import AS_IN_DIFFUSERS, Activations, set_blocks, without_effect
 from lowmem_drf.models.cogvideox.published import NAME, snr_shift
 from lowmem_drf.sampling.levels import diffusion_sigmas
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowmem_drf.memory.host import HostStore
     from lowmem_drf.memory.recorded_rollout import Recorder
-    from lowmem_drf.memory.streaming import Streamed
-    from lowmem_drf.ops import Attention, RowOps
     from lowmem_drf.types import Velocity
 
 
@@ -45,32 +42,15 @@ class _Forward:
     unread = __call__
 
 
-def set_activations(
-    transformer: Any,
-    checkpoint: bool | Literal["host"] = True,
-    slices: int = 1,
-    store: HostStore | None = None,
-    rows: RowOps | None = None,
-    attention: Attention | None = None,
-    keep_attention: Literal["none", "card", "host"] = "none",
-    recorder: Recorder | None = None,
-    rollout_attention: Any = None,
-    graded_attention: Attention | None = None,
-    streamed: Streamed | None = None,
-    hooked: bool = False,
-) -> tuple[str, ...]:
+def set_activations(transformer: Any, how: Activations = AS_IN_DIFFUSERS) -> tuple[str, ...]:
     """See ``Family.set_activations``. The blocks are diffusers' own: ``slices``, ``rows`` and ``attention``, which
     change no results, are not used.
 
     Raises BadInputError: kept attentions, or an attention in 8 bit.
     """
-    unused = without_effect(NAME, slices, rows, attention, keep_attention, (rollout_attention, graded_attention))
-    blocks, tokens = list(transformer.transformer_blocks), transformer.config.max_text_seq_length
+    unused, tokens = without_effect(NAME, how), transformer.config.max_text_seq_length
     transformer.forward = partial(_forward, transformer)
-    set_blocks(
-        transformer, blocks, lambda block, weights: _Forward(block, tokens), checkpoint, store, keep_attention,
-        recorder, streamed, hooked,
-    )  # fmt: skip
+    set_blocks(transformer, list(transformer.transformer_blocks), lambda block, weights: _Forward(block, tokens), how)
     return unused
 
 

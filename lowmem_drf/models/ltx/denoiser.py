@@ -7,23 +7,21 @@ timestep 1000 sigma (a real number), positions in seconds and pixels, and a mask
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lowmem_drf.method.schedule import TRAIN_TIMESTEPS
-from lowmem_drf.models.blocks import set_blocks
+from lowmem_drf.models.blocks import AS_IN_DIFFUSERS, Activations, set_blocks
 from lowmem_drf.models.ltx.published import SPATIAL, TEMPORAL, is_13b
 from lowmem_drf.ops import sdpa_attention
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowmem_drf.memory.host import HostStore
     from lowmem_drf.memory.kept_attention import KeptAttention
     from lowmem_drf.memory.recorded_rollout import Recorder
-    from lowmem_drf.memory.streaming import Streamed
-    from lowmem_drf.ops import Attention, RowOps
+    from lowmem_drf.ops import Attention
     from lowmem_drf.types import Velocity
 
 _ORDER = ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "encoder_attention_mask")
@@ -70,33 +68,17 @@ class _Forward:
         return self(hidden_BLD, *rest, **{**arguments, "recorded": True})
 
 
-def set_activations(
-    transformer: Any,
-    checkpoint: bool | Literal["host"] = True,
-    slices: int = 1,
-    store: HostStore | None = None,
-    rows: RowOps | None = None,
-    attention: Attention | None = None,
-    keep_attention: Literal["none", "card", "host"] = "none",
-    recorder: Recorder | None = None,
-    rollout_attention: Any = None,
-    graded_attention: Attention | None = None,
-    streamed: Streamed | None = None,
-    hooked: bool = False,
-) -> tuple[str, ...]:
+def set_activations(transformer: Any, how: Activations = AS_IN_DIFFUSERS) -> tuple[str, ...]:
     """See ``Family.set_activations``. All but the self-attention is diffusers' own arithmetic: ``slices`` and ``rows``
     are not used."""
-    attention = attention or sdpa_attention()
+    attentions = how.attention or sdpa_attention(), how.rollout_attention, how.graded_attention
     blocks = list(transformer.transformer_blocks)
     for block in blocks:
         if _positional not in block._forward_pre_hooks.values():
             block.register_forward_pre_hook(_positional, with_kwargs=True)
-    set_blocks(
-        transformer, blocks,
-        lambda block, weights: _Forward(block, _SelfAttention(attention, rollout_attention, graded_attention)),
-        checkpoint, store, keep_attention, recorder, streamed, hooked,
-    )  # fmt: skip
-    unused = {"kernels.ops": rows is not None and rows.name == "fused", "memory.token_slices": slices > 1}
+    set_blocks(transformer, blocks, lambda block, weights: _Forward(block, _SelfAttention(*attentions)), how)
+    fused = how.rows is not None and how.rows.name == "fused"
+    unused = {"kernels.ops": fused, "memory.token_slices": how.slices > 1}
     return tuple(name for name, is_set in unused.items() if is_set)
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from lowmem_drf.method.schedule import timestep_of
 from lowmem_drf.models.attention import attention_named
-from lowmem_drf.models.blocks import set_blocks
+from lowmem_drf.models.blocks import AS_IN_DIFFUSERS, Activations, set_blocks
 from lowmem_drf.models.family import ImageCondition
 from lowmem_drf.models.wan.block import BlockForward
 from lowmem_drf.models.wan.forward import ImageForward
@@ -29,10 +29,8 @@ if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
     from torch import Tensor
 
-    from lowmem_drf.memory.host import HostStore
     from lowmem_drf.memory.recorded_rollout import Recorder
-    from lowmem_drf.memory.streaming import Layer, Streamed
-    from lowmem_drf.ops import Attention, RowOps
+    from lowmem_drf.memory.streaming import Layer
     from lowmem_drf.types import Velocity
 
 
@@ -74,35 +72,15 @@ def load_denoiser(
         return cast("WanTransformer3DModel", filled)
 
 
-def set_activations(
-    transformer: WanTransformer3DModel,
-    checkpoint: bool | Literal["host"] = True,
-    slices: int = 1,
-    store: HostStore | None = None,
-    rows: RowOps | None = None,
-    attention: Attention | None = None,
-    keep_attention: Literal["none", "card", "host"] = "none",
-    recorder: Recorder | None = None,
-    rollout_attention: Any = None,
-    graded_attention: Attention | None = None,
-    streamed: Streamed | None = None,
-    hooked: bool = False,
-) -> None:
-    """How the blocks compute and which activations they keep.
-
-    Arguments as of ``Family.set_activations``; ``slices``: see ``block``.
-    """
+def set_activations(transformer: WanTransformer3DModel, how: Activations = AS_IN_DIFFUSERS) -> None:
+    """See ``Family.set_activations``; ``slices``: see ``block``."""
+    rows, attention = how.rows or naive_ops(), how.attention or attention_named("sdpa")
 
     def forward_of(block: Any, weights: Layer | None) -> BlockForward:
-        return BlockForward(
-            block, rows or naive_ops(), attention or attention_named("sdpa"), slices, rollout_attention, weights,
-            graded_attention,
-        )  # fmt: skip
+        return BlockForward(block, rows, attention, how.slices, how.rollout_attention, weights, how.graded_attention)
 
     transformer.forward = ImageForward(transformer)
-    set_blocks(
-        transformer, list(transformer.blocks), forward_of, checkpoint, store, keep_attention, recorder, streamed, hooked
-    )
+    set_blocks(transformer, list(transformer.blocks), forward_of, how)
 
 
 def as_velocity(

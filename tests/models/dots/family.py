@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file as read_safetensors
 
 from lowmem_drf.errors import BadInputError
-from lowmem_drf.models.blocks import set_blocks
+from lowmem_drf.models.blocks import AS_IN_DIFFUSERS, set_blocks
 from lowmem_drf.models.family import GeneratorSizes, LoraHeader, ModuleNames
 from lowmem_drf.models.weights.quant import lay_out, require_library
 from lowmem_drf.models.weights.reader import TensorFiles, files_in, fill_from_files, require_complete
@@ -118,17 +118,11 @@ class _Forward:
     unread = __call__
 
 
-def set_activations(
-    transformer, checkpoint=True, slices=1, store=None, rows=None, attention=None, keep_attention="none",
-    recorder=None, rollout_attention=None, graded_attention=None, streamed=None, hooked=False,
-):  # fmt: skip
+def set_activations(transformer, how=AS_IN_DIFFUSERS):
     """The blocks are diffusers' own: no slices, no kernels."""
-    if keep_attention != "none":
+    if how.keep_attention != "none":
         raise BadInputError(f"{NAME} keeps no attentions: set memory.keep_attention = 'none'.")
-    set_blocks(
-        transformer, list(transformer.dots_blocks), lambda block, weights: _Forward(block), checkpoint, store,
-        keep_attention, recorder, streamed, hooked,
-    )  # fmt: skip
+    set_blocks(transformer, list(transformer.dots_blocks), lambda block, weights: _Forward(block), how)
 
 
 def as_velocity(transformer, recorder=None, call=None, fps=24.0):

@@ -20,6 +20,7 @@ from lowmem_drf.method.naive import naive_step
 from lowmem_drf.method.schedule import draw_noise
 from lowmem_drf.method.step import drf_step
 from lowmem_drf.method.vae_stream import decode, vae_backward
+from lowmem_drf.models.blocks import Activations
 from lowmem_drf.models.generators import generator_config
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
 from lowmem_drf.models.lora.reading import read_lora
@@ -179,7 +180,7 @@ def test_what_its_blocks_do_not_bring_is_said(folder):
 
     rows = replace(naive_ops(), name="fused")
     unused = ltx.set_activations(
-        transformer, False, slices=2, rows=rows, rollout_attention=rollout, graded_attention=eight
+        transformer, Activations(False, slices=2, rows=rows, rollout_attention=rollout, graded_attention=eight)
     )
     assert unused == ("kernels.ops", "memory.token_slices")
     noise, velocity = draw_noise((CHANNELS, 3, 2, 1), [0]), ltx.as_velocity(transformer)

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.schedule import flow_sigmas, timestep_of
 from lowmem_drf.method.step import rollout
+from lowmem_drf.models.blocks import Activations
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser, set_activations
 
@@ -150,7 +151,7 @@ def test_checkpointing_fires_and_changes_no_gradient() -> None:
     velocity, x, condition = as_velocity(transformer), tiny_latents(2), tiny_condition(2)
     saved, flops, gradients = {}, {}, {}
     for on in (False, True):
-        set_activations(transformer, on)
+        set_activations(transformer, Activations(on))
         transformer.zero_grad()
         with SavedBytes(transformer) as bytes_kept:
             out = velocity(x, 0.5, condition)

@@ -10,6 +10,7 @@ from _tiny import tiny_condition, tiny_latents
 from _true_size import graded_step, wan_1_3b
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lowmem_drf.models.blocks import Activations
 from lowmem_drf.models.wan.denoiser import set_activations
 from lowmem_drf.ops import fused_ops, naive_ops
 
@@ -90,7 +91,7 @@ def test_the_recompute_of_a_block_takes_a_third_less_at_true_size():
     for rows in (naive_ops(), fused_ops()):
         with FakeTensorMode() as mode:
             model = wan_1_3b(mode, 2)
-            set_activations(model, rows=rows)
+            set_activations(model, Activations(rows=rows))
             seen = graded_step(model)
         peaks[rows.name] = seen.peak - seen.kept
     assert peaks["fused"] <= 0.65 * peaks["naive"]

@@ -24,6 +24,7 @@ from lowmem_drf.memory.streaming import Streamed
 from lowmem_drf.method.naive import naive_step
 from lowmem_drf.method.schedule import draw_noise, flow_sigmas, timestep_of
 from lowmem_drf.method.step import drf_step, rollout
+from lowmem_drf.models.blocks import Activations
 from lowmem_drf.models.experts import two_experts
 from lowmem_drf.models.family import ImageCondition
 from lowmem_drf.models.generators import generator_config, image_use
@@ -145,7 +146,7 @@ def test_gradients_are_those_of_a_timestep_for_each_token(kind, how: str, fp64_a
     recorder = Recorder(STORE, attentions=True) if how == "recorded" else None
     if how == "streamed":
         settings["streamed"] = Streamed(list(transformer.blocks), CPU, STORE)
-    set_activations(transformer, store=STORE, recorder=recorder, **settings)
+    set_activations(transformer, Activations(store=STORE, recorder=recorder, **settings))
     velocity = as_velocity(transformer, recorder)
     if recorder is None:
         got = gradients(velocity, transformer, cond)
@@ -170,7 +171,7 @@ def test_relay_is_naive_with_an_image(kind, k: int, fp64_arithmetic) -> None:
     """The real transformer before a decoder and a critic of a few lines."""
     taken = CHANNELS if kind == "wan2.2-ti2v" else 2 * CHANNELS + 4
     transformer = tuned(kind, in_channels=taken, out_channels=CHANNELS, layers=1)
-    set_activations(transformer, slices=2)
+    set_activations(transformer, Activations(slices=2))
     parts = replace(toy_parts(), velocity=as_velocity(transformer), lora=lora_parameters(transformer))
     noise = draw_noise((CHANNELS, 3, 4, 4), [0]).double()
     batch = (noise, condition(transformer, 1, 6), condition(transformer, 1, 6, seed=1), [QUESTIONS])

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lowmem_drf.errors import LowmemError
+from lowmem_drf.models.blocks import Activations
 from lowmem_drf.models.lora.adapter import (
     ADAPTER,
     add_lora,
@@ -345,7 +346,7 @@ def test_lora_gradients_are_those_of_the_values_bitwise(quant: str, slices: int)
     x, text = tiny_latents(1), tiny_condition(1)
     made = []
     for transformer in (packed, plain):
-        set_activations(transformer, True, slices=slices)
+        set_activations(transformer, Activations(True, slices=slices))
         v = as_velocity(transformer)(x, 0.5, text)
         made.append(
             [v.detach(), *torch.autograd.grad(v, lora_parameters(transformer), noise(*v.shape, dtype=torch.float64))]
