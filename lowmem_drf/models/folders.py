@@ -29,7 +29,8 @@ def load_transformer(
     blocks: int | None = None,
     taken: Callable[[torch.nn.Parameter], None] | None = None,
 ) -> Any:
-    """See ``Family``.
+    """See ``Family.load_transformer``. Tensors are read, changed and packed one by one, so at most one is in a larger
+    format than the result.
 
     Args:
         kind: its class in diffusers.

@@ -6,23 +6,20 @@ Of clips that begin with an image the condition is an ``ImageCondition`` (``imag
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lowmem_drf.method.schedule import timestep_of
+from lowmem_drf.models import folders
 from lowmem_drf.models.attention import attention_named
 from lowmem_drf.models.blocks import AS_IN_DIFFUSERS, Activations, set_blocks
 from lowmem_drf.models.family import ImageCondition
 from lowmem_drf.models.wan.block import BlockForward
 from lowmem_drf.models.wan.forward import ImageForward
 from lowmem_drf.models.wan.random_generator import empty_transformer
-from lowmem_drf.models.weights.quant import Quant
-from lowmem_drf.models.weights.reader import Changes, TensorFiles, files_in, fill_from_files, require_complete
-from lowmem_drf.models.weights.sources import downloaded, loading
 from lowmem_drf.ops import naive_ops
 
 if TYPE_CHECKING:
@@ -34,42 +31,8 @@ if TYPE_CHECKING:
     from lowmem_drf.types import Velocity
 
 
-def load_denoiser(
-    folder_or_id: str,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    quant: Quant = "none",
-    subfolder: str = "transformer",
-    home: str | torch.device | None = None,
-    changes: Changes | None = None,
-    blocks: int | None = None,
-    taken: Callable[[torch.nn.Parameter], None] | None = None,
-) -> WanTransformer3DModel:
-    """Loads the transformer in a subfolder of a diffusers model: frozen, eval mode. In 16 bits norms and the time
-    embedding stay in fp32, as in ``from_pretrained``.
-
-    Tensors are read, changed and packed one by one, so at most one tensor is in a larger format than the result.
-
-    Args:
-        quant: storage format of the blocks' linear layers (see ``quant``).
-        home: device on which the model stays. Default: ``device``, where weights are changed and packed.
-        changes: to the base's weights, from ``base_changes``.
-        blocks: only the first ``blocks`` blocks get values (``reader.fill_from_files``).
-        taken: called with every parameter as soon as it has its value (``filling.fill``).
-
-    Raises:
-        BadInputError: it cannot be loaded, its weights are already quantised, or bitsandbytes is missing.
-    """
-    from diffusers import WanTransformer3DModel
-
-    with loading("the transformer", folder_or_id):
-        folder = Path(folder_or_id) if Path(folder_or_id).is_dir() else downloaded(folder_or_id, subfolder)
-        model = empty_transformer(WanTransformer3DModel.load_config(folder, subfolder=subfolder), quant=quant)
-        files = TensorFiles(files_in(folder / subfolder))
-        require_complete(files, model)
-        names = {name: name for name in files.entries}
-        filled = fill_from_files(model, files, names, dtype, device, home, changes, blocks, taken)
-        return cast("WanTransformer3DModel", filled)
+load_denoiser = partial(folders.load_transformer, "WanTransformer3DModel", empty_transformer, "blocks")
+"""``Family.load_transformer``. In 16 bits norms and the time embedding stay in fp32, as in ``from_pretrained``."""
 
 
 def set_activations(transformer: WanTransformer3DModel, how: Activations = AS_IN_DIFFUSERS) -> None:
