@@ -84,9 +84,9 @@ def parts(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def strength(name: str) -> float:
-    """``lora.scale`` of a variant: a row's scale is times it."""
-    given = (text.removeprefix("lora.scale=") for text in VARIANTS[name].overrides if text.startswith("lora.scale="))
-    return float(next(given, 1))
+    """``lora.scale`` of a variant, the last that is given: a row's scale is times it."""
+    given = [text.removeprefix("lora.scale=") for text in VARIANTS[name].overrides if text.startswith("lora.scale=")]
+    return float(given[-1] if given else 1)
 
 
 def splits(_: Sequence[Mapping[str, Any]], file: Path = SPLITS) -> str:
