@@ -29,8 +29,6 @@ from lowmem_drf.training.run_folder import run_config
 
 SIDE = 110
 """Pixels for a row's name."""
-
-
 Clips = list[list[Tensor]]
 """For each prompt, one of each noise: (T, 3, H, W) in [0, 1]."""
 
@@ -42,9 +40,8 @@ def clips_of(run: Path, texts: Sequence[str], noises: int) -> tuple[Clips, Clips
     load_run_lora(models.transformer, checkpoint_folder(run), config)
     made = [list(base_and_tuned(config, models, prompts, seed)) for seed in range(noises)]
     pairs = list(zip(*made, strict=True))  # by prompt
-    return [[base for base, _ in pair if base is not None] for pair in pairs], [
-        [tuned for _, tuned in p] for p in pairs
-    ]
+    bases = [[base for base, _ in some if base is not None] for some in pairs]
+    return bases, [[tuned for _, tuned in some] for some in pairs]
 
 
 def picture(rows: Sequence[tuple[str, Clips]], texts: Sequence[str]) -> Image.Image:

@@ -21,6 +21,7 @@ from lowmem_drf.errors import LowmemError
 sys.path.insert(0, str(ROOT))
 
 from bench import evening
+from bench.evidence import alike
 from bench.plans import allocator, zero3
 from bench.script import make_parser, save
 from bench.toyworld import base_and_tuned as picture
@@ -79,6 +80,17 @@ def test_seeds_then_picture(tiny_toyworld, tiny_preset, tmp_path, capsys):
         first = image.convert("RGB")
         assert first.getpixel((0, 0)) == (255, 255, 255)
         assert len(first.getcolors(2**24)) > 100
+
+    stills = tmp_path / "alike.png"
+    runs = [str(tmp_path / "seed-0")] * 2
+    assert alike.main([*runs, "--output", str(stills), "--prompts", "1", "--noises", "2"]) == 0
+    with Image.open(stills) as image:
+        side, row = 32 * picture.ZOOM, 32 * picture.ZOOM + picture.GAP // 2
+        assert image.height == 2 * picture.MARGIN + 2 * picture.LINE + 3 * row  # the base and two runs
+        places = [picture.MARGIN + alike.SIDE + n * (side + picture.GAP // 4) for n in (0, 1)]
+        tops = [picture.MARGIN + 2 * picture.LINE + r * row for r in (0, 1, 2)]
+        shown = [[image.crop((left, top, left + side, top + side)).tobytes() for left in places] for top in tops]
+    assert shown[1] == shown[2] != shown[0] and shown[0][0] != shown[0][1]  # a run twice; two noises
 
 
 @pytest.mark.slow
