@@ -100,6 +100,9 @@ VARIANTS: dict[str, Variant] = {
         "short", "the same, used at 1.5 times the strength", (*HUBER, "lora.scale=1.5"), "toy-fast", 280
     ),
     "short_few_four": Variant("short", "the preset `toy-fast`: batches of 4 clips", NOW, "toy-fast", 480),
+    "short_last": Variant(
+        "short", "the same, the last step graded (DRaFT-1)", (*NOW, "sampler.graded_steps=1"), "toy-fast", 480
+    ),
     "short_huber": Variant(
         "short", "anchor 4 in every eighth update, Huber's", (*HUBER, "optim.anchor_every=8"), updates=SHORT
     ),
