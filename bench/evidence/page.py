@@ -51,7 +51,7 @@ FRONT = ("default", "short", "short_few", "short_few_huber", "short_few_four", "
 
 
 STRENGTHS: tuple[str, ...] = ("default", "short", "short_few_huber", "short_few_four", "long_few", "long_last")
-STRENGTHS += ("long_four", "far", "far_draft_1", "far_free")
+STRENGTHS += ("long_four", "far", "far_draft_1", "far_yesno", "far_free")
 
 
 def scales(results: Sequence[Mapping[str, Any]], names: Sequence[str] = STRENGTHS) -> str:
