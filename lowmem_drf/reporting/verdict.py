@@ -29,8 +29,10 @@ def verdict(record: Record) -> Verdict:
     if lead is None:
         return Verdict("There is nothing to judge yet", _watched(record), figures, source)
     word = {"good": "rose", "bad": "fell"}.get(lead.tone, "did not clearly change")
-    but = f", but the alarm spoke at update {record.alarm}" if record.alarm is not None and record.alarmed else ""
-    headline = f"{SUBJECTS[lead.name]} {word}: {lead.before} to {lead.after}{but}"
+    spoke = ""
+    if record.alarm is not None and record.alarmed:
+        spoke = f", {'but' if word == 'rose' else 'and'} the alarm spoke at update {record.alarm}"
+    headline = f"{SUBJECTS[lead.name]} {word}: {lead.before} to {lead.after}{spoke}"
     return Verdict(headline, _watched(record), figures, source)
 
 

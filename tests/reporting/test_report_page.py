@@ -63,6 +63,17 @@ def test_an_edited_page_is_not_replaced(tmp_path):
             page(run, output=run / name)
 
 
+def test_a_reward_that_fell_is_no_good_news_beside_the_alarm(tmp_path):
+    run = big_run(tmp_path / "big", clips=False)
+    (run / "eval.json").unlink()
+    *rows, last = (run / "watch.jsonl").read_text(encoding="utf-8").splitlines()
+    last = json.loads(last)
+    last["measures"]["heldout_reward"] = -2.0
+    (run / "watch.jsonl").write_text("\n".join([*rows, json.dumps(last)]) + "\n", encoding="utf-8")
+    said = "The reward on held-out questions fell: −0.620 to −2.000, and the alarm spoke at update 160"
+    assert said in words(page(run))
+
+
 def test_the_verdict_and_the_alarm_come_first(tmp_path):
     html = page(big_run(tmp_path / "anna" / "big", clips=False))
     head, rest = words(html).split("Time and memory", 1)[1].split("Clips", 1)
