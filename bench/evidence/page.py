@@ -67,6 +67,25 @@ def scales(results: Sequence[Mapping[str, Any]], names: Sequence[str] = STRENGTH
     return "\n".join(lines)
 
 
+LATES = ("short_few_four", "long_few", "long_last", "long_four", "far", "far_draft_1")
+
+
+def late(results: Sequence[Mapping[str, Any]], names: Sequence[str] = LATES) -> str:
+    """Markdown: the last checkpoint of some variants used in all steps, and at low noise alone (``lora.max_sigma``)."""
+    lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
+    for name in names:
+        own = [result for result in results if result["variant"] == name and result.get("late")]
+        for scale in sorted({row["scale"] for result in own for row in result["late"]}):
+            done, used = last(own[0])["step"], strength(name) * scale
+            everywhere = [
+                row for result in own for row in result["rows"] if (row["step"], row["scale"]) == (done, scale)
+            ]
+            lines.append(_line(f"`{name}`, LoRA x {used:g}", everywhere, own[0]))
+            rows = [row for result in own for row in result["late"] if row["scale"] == scale]
+            lines.append(_line(f"the same, up to sigma {rows[0]['max_sigma']:g}", rows, own[0]))
+    return "\n".join(lines)
+
+
 PARTS = ("size", "edge", "outline", "saturation", "texture", "speed", "x", "y")
 
 
@@ -141,7 +160,7 @@ def write_page(results: Sequence[Mapping[str, Any]], page: Path = PAGE) -> None:
 
 
 def _filled(found: re.Match[str], results: Sequence[Mapping[str, Any]]) -> str:
-    own = {"scales": scales, "parts": parts, "splits": splits, "alarms": alarms.table}
+    own = {"scales": scales, "late": late, "parts": parts, "splits": splits, "alarms": alarms.table}
     return f"{found[1]}{own.get(found[2], partial(table, group=found[2]))(results)}\n{found[3]}"
 
 

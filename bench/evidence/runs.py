@@ -39,6 +39,8 @@ PROMPTS, SEEDS = 64, 2
 """Held-out prompts, and clips of each."""
 SCALES = (1.5, 0.75, 0.5)
 """Of the LoRA at sampling, times the run's own, measured besides 1 at the end of a run."""
+LATE = 0.9
+"""``lora.max_sigma`` at which a run of ``toy-fast`` is measured besides, at its end: the last two steps of four."""
 WATCHED = ("log.watch_every=25", "log.watch_prompts=16")
 BEFORE = ("optim.anchor=0", "optim.anchor_huber=off", "optim.anchor_every=1", "lora.scale=1")
 BEFORE += ("batch=8", "micro_batch=8", "lora.alpha=16")
@@ -67,22 +69,27 @@ def run(name: str, variant: Variant, seed: int, work: Path, file: Path, console:
     config = run_config(folder)
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": []}
     asked = {**asdict(variant), "threads": torch.get_num_threads(), "passes": passes(config)}
-    result = {"variant": name, "seed": seed, **asked, "rows": result["rows"]}
+    result = {"variant": name, "seed": seed, **asked, "rows": result["rows"], "late": result.get("late", [])}
     result["looks"] = [asdict(look) for look in read_looks(folder, variant.updates)]
-    measured = {(row["step"], row["scale"]) for row in result["rows"]}
-    points = [(step, 1.0) for step in (*range(0, variant.updates, every), variant.updates)]
-    points += [(marked, 1.0)] if result["looks"] and (marked := replayed(result["looks"]).best) else []
-    points += [(variant.updates, scale) for scale in SCALES]
+    measured = {(row["step"], row["scale"], row.get("max_sigma", 1)) for row in (*result["rows"], *result["late"])}
+    points = [(step, 1.0, 1.0) for step in (*range(0, variant.updates, every), variant.updates)]
+    points += [(marked, 1.0, 1.0)] if result["looks"] and (marked := replayed(result["looks"]).best) else []
+    points += [(variant.updates, scale, 1.0) for scale in SCALES]
+    points += [(variant.updates, scale, LATE) for scale in (1.0, SCALES[0]) if variant.preset == "toy-fast"]
     if not (left := [point for point in dict.fromkeys(points) if point not in measured]):
         return
     measurer = Measurer(config, folder, console)
     metrics = read_metrics(folder)
-    for step, scale in left:
+    for step, scale, max_sigma in left:
         last = [row for row in metrics if step - 20 < row["step"] <= step]
         trained = {"reward": statistics.fmean(row["reward"] for row in last)} if last else {}
         seconds = sum(row["update_s"] for row in metrics if row["step"] <= step)
-        row = {"step": step, "scale": scale, "updates_s": seconds, "trained": trained, **measurer(step, scale)}
-        result["rows"] = sorted([*result["rows"], row], key=lambda row: (row["step"], -row["scale"]))
+        row = {"step": step, "scale": scale, "updates_s": seconds, "trained": trained}
+        row |= measurer(step, scale, max_sigma)
+        if max_sigma == LATE:
+            result["late"].append({"max_sigma": max_sigma, **row})
+        else:
+            result["rows"] = sorted([*result["rows"], row], key=lambda row: (row["step"], -row["scale"]))
         file.parent.mkdir(parents=True, exist_ok=True)
         save(file, result, *LIBRARIES)
         console.print(line(name, seed, row), highlight=False)
@@ -111,14 +118,16 @@ class Measurer:
         critic = load_models(change(config, [f"critic.id={other}"]), trial.prompts).asked_critic
         self.second = _answered_by(self.models, self.trial, critic)
 
-    def __call__(self, step: int, scale: float) -> dict[str, Any]:
-        """``eval``'s measures of this checkpoint (0: the base) at ``scale`` times its own strength; ``second``, the
-        other critic's answers to the held-out questions; and ``lora_norm``."""
-        models, transformer = self.models, self.models.transformer
+    def __call__(self, step: int, scale: float, max_sigma: float = 1.0) -> dict[str, Any]:
+        """``eval``'s measures of this checkpoint (0: the base) at ``scale`` times its own strength, used up to
+        ``max_sigma``; ``second``, the other critic's answers to the held-out questions; and ``lora_norm``."""
+        models = replace(self.models, max_sigma=max_sigma)
+        transformer, (other, asked) = models.transformer, self.second
         self.load(step)
         with lora_scale(transformer, self.used(step, scale)):
             seen = measure(self.config, models, self.trial, lambda clips: None)
-            second = measure(self.config, *self.second, lambda clips: None)["heldout_reward"]
+            other = replace(other, max_sigma=max_sigma)
+            second = measure(self.config, other, asked, lambda clips: None)["heldout_reward"]
             norm = lora_norm(transformer) if step else 0.0
         return {**seen, "second": second, "lora_norm": norm}
 

@@ -30,6 +30,7 @@ from lowmem_drf.models.blocks import Activations
 from lowmem_drf.models.family import ImageCondition
 from lowmem_drf.models.generators import blocks_of, family_of
 from lowmem_drf.models.lora.adapter import lora_scale
+from lowmem_drf.models.lora.levels import up_to
 from lowmem_drf.models.rewards.combined import Combined
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.ops import ranged_attention
@@ -175,6 +176,8 @@ class Models:
     """The transformer that is not trained, if the generator has two."""
     first_level: float = 1.0
     """Sigma of the latents that denoising begins with."""
+    max_sigma: float = 1.0
+    """``lora.max_sigma``."""
     rewards: Mapping[str, torch.nn.Module] = field(default_factory=dict)
     """Scalar rewards by name (``types.ScalarReward``). They are woken with the critic, and parked if it is offloaded
     or streamed."""
@@ -211,6 +214,11 @@ class Models:
         if uses == "both" and self.tiny is not None:
             return replace(parts, compared=self.tiny, same_frames="decode" not in self.tiny.spares)
         return parts
+
+    @property
+    def used_velocity(self) -> Velocity:
+        """The velocity for clips outside of training."""
+        return up_to(self.max_sigma, self.velocity, self.transformer)
 
     def base_velocity(self, x: Tensor, sigma: float, cond: Any) -> Tensor:
         """The velocity without the LoRA."""
@@ -345,5 +353,5 @@ def assemble(
         device=device, meter=meter, residency=residency, recorder=recorder, kernels=said,
         kernel_record=chosen.record, expert=other.transformer if other else None,
         first_level=config.sampler.timesteps[0] / TRAIN_TIMESTEPS if config.sampler.timesteps else 1.0,
-        rewards=rewards or {}, tiny=small,
+        max_sigma=config.lora.max_sigma, rewards=rewards or {}, tiny=small,
     )  # fmt: skip

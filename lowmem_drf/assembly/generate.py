@@ -37,7 +37,7 @@ def generate(models: Models, sampler: Sampler, prompts: Sequence[Prompt], seeds:
     norms: list[Tensor] = []
     models.residency.need_for("rollout")
     x_0, _ = rollout(
-        models.velocity, sigmas, models.noise(seeds), cond, uncond, sampler.guidance,
+        models.used_velocity, sigmas, models.noise(seeds), cond, uncond, sampler.guidance,
         watch=lambda v: norms.append(v.pow(2).flatten(1).mean(1).sqrt()),
         update=sampler.update, generators=models.generators(seeds),
     )  # fmt: skip

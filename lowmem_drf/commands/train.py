@@ -186,6 +186,7 @@ def start(
     from lowmem_drf.assembly.references import finish_questions
     from lowmem_drf.models.lora.adapter import add_lora
     from lowmem_drf.models.lora.init import init_lora
+    from lowmem_drf.models.lora.levels import require_use
     from lowmem_drf.models.lora.optimizers import require_optimizer
     from lowmem_drf.planner.report import card_here, require_fit
     from lowmem_drf.questions.file import to_json
@@ -218,6 +219,7 @@ def start(
     trial = make_trial(config, used, most, log.eval_seeds) if most else None
     require_trackers(log.trackers)
     require_optimizer(config.optim)
+    require_use(config)
     for entry in (reward.id for reward in config.rewards.values() if is_entry(reward.id)):
         find_maker(entry)  # before anything is planned or downloaded
     import_libraries(config)

@@ -11,13 +11,16 @@ from typing import Any
 
 from lowmem_drf.config import change
 from lowmem_drf.errors import BadInputError
+from lowmem_drf.models.lora.levels import first_step
 from lowmem_drf.schema import Config
 from lowmem_drf.texts import one_line, parse_json
 
 HEADER = "lowmem_drf.trained_with"
 _BASE = ("model.transformer", "model.base_lora", "model.base_lora_scale")
 _SAMPLER = ("steps", "graded_steps", "graded", "timesteps", "update", "shift", "guidance")
-_KEYS = (*_BASE, *(f"sampler.{key}" for key in _SAMPLER))
+_KEYS = (*_BASE, *(f"sampler.{key}" for key in _SAMPLER), "lora.max_sigma")
+_BEFORE = {"lora.max_sigma": 1.0}
+"""Of files that do not say it."""
 
 
 def public(file: str) -> str:
@@ -39,10 +42,17 @@ def in_words(config: Config, file: str) -> str:
     if sampler.timesteps:
         levels = f"sigmas {', '.join(f'{level / 1000:.4g}' for level in sampler.timesteps)}, 0"
     fresh = "with fresh noise at each (lcm)" if sampler.update == "renoise" else "by Euler"
-    return (
+    said = (
         f"To be used as it was trained: load {', then '.join(loads)}; {sampler.steps} steps {fresh}, {levels}, "
         f"guidance {sampler.guidance:g}."
     )
+    if first := first_step(config):
+        without = "the first step" if first == 1 else f"the first {first} steps"
+        said += (
+            f" Its clips were made with it at sigmas up to {config.lora.max_sigma:g} alone (lora.max_sigma), {without} "
+            "without: docs/lora.md."
+        )
+    return said
 
 
 def as_trained(
@@ -58,6 +68,7 @@ def as_trained(
         return config, []
     try:
         told = parse_json(metadata[HEADER])
+        told = _BEFORE | told
         model, settings = str(told["model.id"]), {key: told[key] for key in _KEYS if key in told}
         said = list(_said(config, model, settings))
         own = [text.partition("=")[0].strip() for text in asked]

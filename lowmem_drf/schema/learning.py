@@ -120,6 +120,12 @@ class Lora(Node):
     at 1. Above 1 goes on in the direction that training went (ExPO, arXiv 2404.16792): for a run whose anchor has
     shrunk the change. Without an anchor it breaks the clips (docs/evidence.md). A checkpoint on the way has a part of
     it, from 1 at the first update to all of it at the last: more makes the noise of a high learning rate larger too."""
+    max_sigma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The trained LoRA is used in denoising steps up to this noise level (1: pure noise, so in all): in sample clips,
+    evaluations and the watch. Training is in all steps. In the steps before, which decide where things are, the model
+    is its base, and clips of a prompt stay more various (docs/evidence.md). It costs nothing and can be tried on any
+    trained LoRA: ``sample -s lora.max_sigma=0.9``. Other programs use a LoRA file in all steps unless told otherwise
+    (docs/lora.md)."""
     targets: list[Name] = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
     """Linear layers that get a LoRA, by the end of their names. Fewer layers take less memory and time."""
     rank_pattern: list[Name] = []

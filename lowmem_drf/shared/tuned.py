@@ -15,6 +15,7 @@ from lowmem_drf.errors import BadInputError
 from lowmem_drf.export.trained_with import as_trained
 from lowmem_drf.files import readable_name, short_hash
 from lowmem_drf.models.lora.base import left_out
+from lowmem_drf.models.lora.levels import require_use
 from lowmem_drf.models.lora.reading import lora_file
 from lowmem_drf.schema import Config
 from lowmem_drf.scoring.alarm import best_step, lasting
@@ -117,6 +118,8 @@ def load(
         scale: strength of what is merged; ``adapter.lora_scale`` sets that of the rest.
     """
     config, lora = config or tuned.config, tuned.lora if with_lora else None
+    if with_lora and tuned.has_lora:
+        require_use(config)
     kernels = saved_choice(tuned.run, say)
     models = load_models(
         config, prompts, with_critic=with_critic, clips=clips, lora=lora, lora_scale=scale, kernels=kernels

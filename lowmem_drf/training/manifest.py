@@ -34,7 +34,7 @@ MAY_CHANGE = (
         f"optim.{key}"
         for key in ("lr", "grad_clip", "schedule", "cycles", "power", "warmup_steps", "eps", "weight_decay")
     ),
-    *("optim.anchor", "optim.stop", "optim.max_skipped", "lora.scale"),
+    *("optim.anchor", "optim.stop", "optim.max_skipped", "lora.scale", "lora.max_sigma"),
     *(
         f"memory.{key}"
         for key in ("checkpoint", "token_slices", "park", "stream", "text_device", "vram_gib", "fit", "on_oom")

@@ -31,6 +31,16 @@ def test_a_preset_samples_it_as_it_was_trained():
     assert as_trained(RUN, header(RUN), [], may_change=True) == (RUN, [])
 
 
+def test_where_the_lora_is_used_is_said_and_done():
+    late = change(RUN, ["lora.max_sigma=0.7"])
+    assert "sigmas up to 0.7 alone (lora.max_sigma), the first 2 steps without: docs/lora.md." in in_words(late, "a")
+    assert "lora.max_sigma" not in in_words(RUN, "a")
+    config, (line,) = as_trained(RUN, header(late), [], may_change=True)
+    assert config == late and line == "as it was trained: lora.max_sigma=0.7"
+    old = {HEADER: json.dumps({"model.id": RUN.model.id})}  # of a version that had it in all steps
+    assert as_trained(late, old, [], may_change=True)[0] == RUN
+
+
 def test_what_the_user_sets_stays_and_a_run_keeps_its_settings():
     base = load_config("rtx4090-20step")
     asked = ['model.base_lora=""', "model.base_lora_scale=1.0", "sampler.steps=4"]

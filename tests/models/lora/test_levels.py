@@ -1,0 +1,66 @@
+"""A LoRA that is used at low noise alone: in which steps, and what clips make of it."""
+
+import pytest
+import torch
+from _tiny import randomise_lora, tiny_condition, tiny_latents, tiny_transformer
+
+from lowmem_drf.assembly.generate import generate
+from lowmem_drf.assembly.loading import load_models
+from lowmem_drf.config import load_config
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.method.schedule import flow_sigmas
+from lowmem_drf.method.step import rollout
+from lowmem_drf.models.lora.adapter import add_lora, lora_scale
+from lowmem_drf.models.lora.levels import first_step, require_use, up_to
+from lowmem_drf.models.wan.denoiser import as_velocity
+from lowmem_drf.prompts import as_prompts
+
+
+@torch.no_grad()
+def test_it_is_there_up_to_its_level_and_above_the_model_is_bitwise_the_base():
+    transformer = tiny_transformer()
+    add_lora(transformer, rank=2, alpha=4.0)
+    randomise_lora(transformer)
+    whole = as_velocity(transformer)
+    limited = up_to(0.5, whole, transformer)
+    x, cond = tiny_latents(1), tiny_condition(1)
+    assert up_to(1.0, whole, transformer) is whole
+    with lora_scale(transformer, 0.0):
+        base = {sigma: whole(x, sigma, cond) for sigma in (0.9, 0.5)}
+        assert all(torch.equal(limited(x, sigma, cond), base[sigma]) for sigma in base)
+    assert torch.equal(limited(x, 0.9, cond), base[0.9]) and not torch.equal(whole(x, 0.9, cond), base[0.9])
+    assert torch.equal(limited(x, 0.5, cond), whole(x, 0.5, cond)) and not torch.equal(base[0.5], whole(x, 0.5, cond))
+
+
+def config(*settings):
+    """Sigmas 1, 0.94, 0.83, 0.63."""
+    return load_config("toy-fast", ["lora.max_sigma=0.9", *settings])
+
+
+def test_clips_have_it_in_the_last_steps_alone():
+    prompts = as_prompts(["a red circle moves right"])
+    models = load_models(config(), prompts, with_critic=False)
+    add_lora(models.transformer, rank=2, alpha=2.0)
+    randomise_lora(models.transformer)
+    sampler = config().sampler
+    sigmas = flow_sigmas(sampler.steps, sampler.shift, sampler.timesteps)
+    noise, cond = models.noise([3]), models.condition(prompts)
+    with lora_scale(models.transformer, 0.0):
+        _, base = rollout(models.velocity, sigmas, noise, cond, cond, keep=(2,))
+    tuned, entering = rollout(models.velocity, sigmas, noise, cond, cond, keep=(2,))
+    assert not torch.equal(entering[2], base[2])
+    late, _ = rollout(models.velocity, sigmas[2:], base[2], cond, cond)
+    seen = generate(models, sampler, prompts, [3]).frames_BTCHW
+    assert torch.equal(seen, models.decoder.decode(late)) and not torch.equal(seen, models.decoder.decode(tuned))
+
+
+def test_where_it_would_be_used_in_no_step_that_is_said():
+    assert first_step(config()) == 2 and first_step(config("lora.max_sigma=0.7")) == 3
+    require_use(config())
+    with pytest.raises(BadInputError, match=r"in no denoising step .* the last one is at sigma 0\.626"):
+        require_use(config("lora.max_sigma=0.6"))
+
+
+@pytest.mark.parametrize("name", ["toy", "toy-fast", "rtx4090", "rtx4090-20step", "rtx4090-ltx", "rtx4090-cogvideox"])
+def test_of_no_preset_the_first_step_is_lost_to_rounding(name):
+    assert first_step(load_config(name, ["lora.max_sigma=1"])) == 0
