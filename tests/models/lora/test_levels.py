@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from _tiny import randomise_lora, tiny_condition, tiny_latents, tiny_transformer
+from _root import ROOT
+from _tiny import randomise_lora, tiny_condition, tiny_latents, tiny_text, tiny_transformer, tiny_vae
+from safetensors.torch import save_file
 
 from lowmem_drf.assembly.generate import generate
 from lowmem_drf.assembly.loading import load_models
@@ -10,9 +12,10 @@ from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.method.schedule import flow_sigmas
 from lowmem_drf.method.step import rollout
-from lowmem_drf.models.lora.adapter import add_lora, lora_scale
+from lowmem_drf.models.lora.adapter import add_lora, lora_scale, lora_state
 from lowmem_drf.models.lora.levels import first_step, require_use, up_to
 from lowmem_drf.models.wan.denoiser import as_velocity
+from lowmem_drf.models.wan.text import TextEncoder
 from lowmem_drf.prompts import as_prompts
 
 
@@ -52,6 +55,43 @@ def test_clips_have_it_in_the_last_steps_alone():
     late, _ = rollout(models.velocity, sigmas[2:], base[2], cond, cond)
     seen = generate(models, sampler, prompts, [3]).frames_BTCHW
     assert torch.equal(seen, models.decoder.decode(late)) and not torch.equal(seen, models.decoder.decode(tuned))
+
+
+def test_the_callback_of_the_docs_is_what_our_sampler_does(tmp_path, monkeypatch):
+    """docs/lora.md's code for diffusers, run as it stands there."""
+    from diffusers import UniPCMultistepScheduler, WanPipeline
+
+    code = (ROOT / "docs" / "lora.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    for number, name in enumerate(("distilled", "tuned")):
+        add_lora(other := tiny_transformer(), rank=2, alpha=4.0)
+        randomise_lora(other, seed=number)
+        tensors = {f"transformer.{key}": tensor.contiguous() for key, tensor in lora_state(other).items()}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    monkeypatch.chdir(tmp_path)
+    transformer, noise = tiny_transformer(), tiny_latents(1, dtype=torch.float32)
+    model, tokenizer = tiny_text()
+    flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0, solver_order=1)
+    scheduler = UniPCMultistepScheduler(**flow, disable_corrector=list(range(5)))
+    pipe = WanPipeline(tokenizer, model, tiny_vae(), scheduler, transformer)
+    pipe.set_progress_bar_config(disable=True)
+    size = dict(height=16, width=16, num_frames=9, num_inference_steps=5, max_sequence_length=12)
+    settings = dict(**size, output_type="latent", latents=noise.clone(), guidance_scale=1.0)
+    told = {"pipe": pipe, "prompt": "a red circle", "settings": settings}
+    exec(code, told)
+    sigmas = pipe.scheduler.sigmas
+    assert 0 < sum(sigmas > told["max_sigma"]) < 5
+    velocity, cond = as_velocity(transformer), TextEncoder(model, tokenizer).encode(["a red circle"], 12)
+
+    @torch.no_grad()
+    def limited(x, sigma, cond):
+        pipe.set_adapters(told["names"], [1.0, float(sigma <= told["max_sigma"])])
+        return velocity(x, sigma, cond)
+
+    ours, _ = rollout(limited, sigmas.double(), noise, cond, cond)
+    assert (ours - told["clip"]).abs().max() < 5 * 16 * torch.finfo(torch.float32).eps * ours.abs().max()
+    pipe.set_adapters(told["names"], [1.0, 1.0])
+    everywhere, _ = rollout(velocity, sigmas.double(), noise, cond, cond)
+    assert (everywhere - ours).abs().max() > 0.01 * ours.abs().max()
 
 
 def test_where_it_would_be_used_in_no_step_that_is_said():
