@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from bench.evidence import alarms
-from bench.evidence.variants import SCREEN, VARIANTS
+from bench.evidence.variants import LATE, SCREEN, VARIANTS
 from lowmem_drf.files import write_text
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -82,7 +82,7 @@ def late(results: Sequence[Mapping[str, Any]], names: Sequence[str] = LATES) -> 
             ]
             lines.append(_line(f"`{name}`, LoRA x {used:g}", everywhere, own[0]))
             rows = [row for result in own for row in result["late"] if row["scale"] == scale]
-            lines.append(_line(f"the same, up to sigma {rows[0]['max_sigma']:g}", rows, own[0]))
+            lines.append(_line(f"the same, up to sigma {LATE:g}", rows, own[0]))
     return "\n".join(lines)
 
 
@@ -90,12 +90,18 @@ PARTS = ("size", "edge", "outline", "saturation", "texture", "speed", "x", "y")
 
 
 def parts(results: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: what drift is the mean of, of the main table's runs; means over seeds."""
+    """Markdown: what drift is the mean of, of the main table's runs, and of the best one used in all steps and at low
+    noise alone; means over seeds."""
     lines = [f"|  | {' | '.join(PARTS)} |", "|---" * (len(PARTS) + 1) + "|"]
     mine = [result for result in results if result["group"] == "main"]
     rows: dict[str, list[Mapping[str, Any]]] = {"base of `toy-fast`": [mine[0]["rows"][0]]} if mine else {}
     for result in mine:
         rows.setdefault(f"`{result['variant']}`", []).append(last(result))
+    for result in (result for result in results if result["variant"] == (name := "long_few")):
+        more = max(row["scale"] for row in result["late"])
+        said = f"`{name}`, LoRA x {strength(name) * more:g}"
+        rows.setdefault(said, []).extend(row for row in result["rows"] if row["scale"] == more)
+        rows.setdefault(f"{said}, up to sigma {LATE:g}", []).extend(r for r in result["late"] if r["scale"] == more)
     for name, own in rows.items():
         cells = (f"{fmean(drift_of(row, part) for row in own):.2f}" for part in PARTS)
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -166,7 +172,8 @@ def _filled(found: re.Match[str], results: Sequence[Mapping[str, Any]]) -> str:
 
 def plots(results: Sequence[Mapping[str, Any]], folder: Path = IMAGES) -> None:
     """``evidence_far.svg`` and ``evidence_long.svg``: what happens with more updates. ``evidence_front.svg``: truth
-    against drift and diversity, of long and short runs their end; dotted: more than the LoRA's strength."""
+    against drift and diversity, of long and short runs their end; dotted: more than the LoRA's strength.
+    ``evidence_late.svg``: the same of a LoRA used in all steps, and at low noise alone."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -187,14 +194,31 @@ def plots(results: Sequence[Mapping[str, Any]], folder: Path = IMAGES) -> None:
                 axes.plot(*_front(rows, measure), label=None if place else name, **style)
                 if more:
                     axes.plot(*_front([rows[-1], *more], measure), **style, ls=":", mfc="none")
+    _finish(figure, both, results[0]["rows"][0]["diversity"], folder / "evidence_front.svg")
+    figure, both = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    for number, name in enumerate(LATES[1:]):
+        own = [result for result in results if result["variant"] == name and result.get("late")]
+        ends = [row for result in own for row in result["rows"] if row["step"] == last(result)["step"]]
+        for rows, style in ((ends, {"ls": ":", "mfc": "none"}), ([r for result in own for r in result["late"]], {})):
+            each = [[row for row in rows if row["scale"] == scale] for scale in sorted({row["scale"] for row in rows})]
+            truth = [100 * fmean(row["oracle"]["all"] for row in some) for some in each]
+            label = None if rows is ends else name
+            for axes, measure in zip(both, FRONTS.values(), strict=True):
+                means = [fmean(measure(row) for row in some) for some in each]
+                axes.plot(means, truth, label=label, color=f"C{number}", marker="o", lw=1, ms=4, **style)
+    _finish(figure, both, results[-1]["rows"][0]["diversity"], folder / "evidence_late.svg")
+    plt.close("all")
+
+
+def _finish(figure: Any, both: Sequence[Any], base: float, path: Path) -> None:
+    """Words, grid and legend of a plot of truth against ``FRONTS``; ``base``: its diversity."""
     for axes, says in zip(both, FRONTS, strict=True):
         axes.set(xlabel=says)
         axes.grid(alpha=0.3)
     both[0].set(ylabel="held-out clips all correct, %")
-    both[1].axvline(results[0]["rows"][0]["diversity"], color="gray", lw=0.8, ls="--")
+    both[1].axvline(base, color="gray", lw=0.8, ls="--")
     figure.legend(*both[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    _save(figure, folder / "evidence_front.svg")
-    plt.close("all")
+    _save(figure, path)
 
 
 CURVES: tuple[tuple[str, Callable[[Any], float]], ...] = (

@@ -17,7 +17,7 @@ from bench.evidence.alarms import replayed
 from bench.evidence.baselines import method
 from bench.evidence.levers import LEVERS
 from bench.evidence.page import drift_of
-from bench.evidence.variants import Variant
+from bench.evidence.variants import LATE, Variant
 from bench.script import save
 from bench.toyworld.seeds import LIBRARIES
 from lowmem_drf.assembly.assemble import Models
@@ -39,8 +39,6 @@ PROMPTS, SEEDS = 64, 2
 """Held-out prompts, and clips of each."""
 SCALES = (1.5, 0.75, 0.5)
 """Of the LoRA at sampling, times the run's own, measured besides 1 at the end of a run."""
-LATE = 0.9
-"""``lora.max_sigma`` at which a run of ``toy-fast`` is measured besides, at its end: the last two steps of four."""
 WATCHED = ("log.watch_every=25", "log.watch_prompts=16")
 BEFORE = ("optim.anchor=0", "optim.anchor_huber=off", "optim.anchor_every=1", "lora.scale=1")
 BEFORE += ("batch=8", "micro_batch=8", "lora.alpha=16")

@@ -11,6 +11,8 @@ NOW += ("lora.alpha=64", "lora.scale=1.5", "batch=4", "micro_batch=4")
 """What ``toy-fast`` has now, which the study's runs do without (``runs.BEFORE``)."""
 SHORT, SCREEN, FAR = 200, 400, 2000
 """Updates of ``toy``'s run, of an idea's first try, and of what is longer than comfortable."""
+LATE = 0.9
+"""``lora.max_sigma`` at which a run of ``toy-fast`` is measured besides, at its end: the last two steps of four."""
 
 
 @dataclass(frozen=True)
