@@ -67,7 +67,7 @@ def scales(results: Sequence[Mapping[str, Any]], names: Sequence[str] = STRENGTH
     return "\n".join(lines)
 
 
-LATES = ("short_few_four", "long_few", "long_last", "long_four", "far", "far_draft_1")
+LATES = ("default", "short_few_four", "long_few", "long_last", "long_four", "far", "far_draft_1")
 
 
 def late(results: Sequence[Mapping[str, Any]], names: Sequence[str] = LATES) -> str:
@@ -196,7 +196,7 @@ def plots(results: Sequence[Mapping[str, Any]], folder: Path = IMAGES) -> None:
                     axes.plot(*_front([rows[-1], *more], measure), **style, ls=":", mfc="none")
     _finish(figure, both, results[0]["rows"][0]["diversity"], folder / "evidence_front.svg")
     figure, both = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    for number, name in enumerate(LATES[1:]):
+    for number, name in enumerate(LATES[2:]):
         own = [result for result in results if result["variant"] == name and result.get("late")]
         ends = [row for result in own for row in result["rows"] if row["step"] == last(result)["step"]]
         for rows, style in ((ends, {"ls": ":", "mfc": "none"}), ([r for result in own for r in result["late"]], {})):

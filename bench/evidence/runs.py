@@ -17,7 +17,7 @@ from bench.evidence.alarms import replayed
 from bench.evidence.baselines import method
 from bench.evidence.levers import LEVERS
 from bench.evidence.page import drift_of
-from bench.evidence.variants import LATE, Variant
+from bench.evidence.variants import LATE, QUICK, Variant
 from bench.script import save
 from bench.toyworld.seeds import LIBRARIES
 from lowmem_drf.assembly.assemble import Models
@@ -72,8 +72,9 @@ def run(name: str, variant: Variant, seed: int, work: Path, file: Path, console:
     measured = {(row["step"], row["scale"], row.get("max_sigma", 1)) for row in (*result["rows"], *result["late"])}
     points = [(step, 1.0, 1.0) for step in (*range(0, variant.updates, every), variant.updates)]
     points += [(marked, 1.0, 1.0)] if result["looks"] and (marked := replayed(result["looks"]).best) else []
-    points += [(variant.updates, scale, 1.0) for scale in SCALES]
-    points += [(variant.updates, scale, LATE) for scale in (1.0, SCALES[0]) if variant.preset == "toy-fast"]
+    if variant.updates > QUICK:
+        points += [(variant.updates, scale, 1.0) for scale in SCALES]
+        points += [(variant.updates, scale, LATE) for scale in (1.0, SCALES[0])]
     if not (left := [point for point in dict.fromkeys(points) if point not in measured]):
         return
     measurer = Measurer(config, folder, console)

@@ -12,7 +12,7 @@ NOW += ("lora.alpha=64", "lora.scale=1.5", "batch=4", "micro_batch=4")
 SHORT, SCREEN, FAR = 200, 400, 2000
 """Updates of ``toy``'s run, of an idea's first try, and of what is longer than comfortable."""
 LATE = 0.9
-"""``lora.max_sigma`` at which a run of ``toy-fast`` is measured besides, at its end: the last two steps of four."""
+"""``lora.max_sigma`` at which a run is measured besides, at its end: the last two of four steps, seven of ten."""
 
 
 @dataclass(frozen=True)
