@@ -160,6 +160,7 @@ def file_metadata(config: Config, checkpoint: str, generator: GeneratorConfig, e
         **({"timesteps": ", ".join(f"{level:g}" for level in sampler.timesteps)} if sampler.timesteps else {}),
         "shift": sampler.shift,
         "guidance": sampler.guidance,
+        **({"max_sigma": f"{config.lora.max_sigma:g}"} if config.lora.max_sigma < 1 else {}),
         "video": f"{video.width}x{video.height}, {video.frames} frames, {video.fps} fps",
         "targets": ",".join(config.lora.targets),
         "steps": step,

@@ -16,7 +16,7 @@ from bench.allocated import Allocated
 from lowmem_drf.assembly.loading import load_transformer
 from lowmem_drf.commands import export_lora as command
 from lowmem_drf.commands.export_lora import DTYPES, export_run
-from lowmem_drf.config import load_config, to_toml
+from lowmem_drf.config import change, load_config, to_toml
 from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.export import export, verify
 from lowmem_drf.export.export import export_lora, file_metadata, merge_lora
@@ -30,6 +30,7 @@ from lowmem_drf.models.lora.formats import (
     to_format,
 )
 from lowmem_drf.models.lora.reading import read_lora
+from lowmem_drf.models.lora.report import training_facts
 from lowmem_drf.models.wan import family as wan
 from lowmem_drf.models.wan.denoiser import as_velocity, load_denoiser
 from lowmem_drf.prompts import Cursor
@@ -141,6 +142,8 @@ def test_the_header_names_what_a_run_was_made_of_without_the_users_folders() -> 
     made = file_metadata(config, "step-000001", generator_config("toyworld"), "")
     assert made["lowmem_drf.base_lora"] == "a.safetensors x 1, owner/repo/b.safetensors x 1"
     assert (made["lowmem_drf.init_lora"], made["lowmem_drf.transformer"]) == ("c.safetensors", "d.safetensors")
+    late = file_metadata(change(config, ["lora.max_sigma=0.9"]), "step-000001", generator_config("toyworld"), "")
+    assert "max_sigma" not in training_facts(made) and training_facts(late)["max_sigma"] == "0.9"
 
 
 def test_metadata(tmp_path) -> None:

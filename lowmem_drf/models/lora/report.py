@@ -46,6 +46,7 @@ _FACTS = {
     "timesteps": ("lowmem_drf.timesteps",),
     "shift": ("lowmem_drf.shift", "ss_discrete_flow_shift"),
     "guidance": ("lowmem_drf.guidance",),
+    "max_sigma": ("lowmem_drf.max_sigma",),
     "seed": ("ss_seed",),
     "date": ("modelspec.date",),
     "trigger_phrase": ("modelspec.trigger_phrase",),
