@@ -76,6 +76,9 @@ class Config(Node):
         for name, reward in self.rewards.items():
             if not reward.id:
                 yield f"rewards.{name}.id", "is missing: give a CLIP's folder or id, or module:function"
+        if self.lora.max_sigma < 1 and self.model.expert == "high":
+            reason = f'{self.lora.max_sigma:g} would leave out steps of model.expert = "high", which denoises no others'
+            yield "lora.max_sigma", f"{reason} than those of high noise; leave it at 1"
         yield from self._engine_problems()
 
     @property

@@ -99,6 +99,8 @@ def test_where_it_would_be_used_in_no_step_that_is_said():
     require_use(config())
     with pytest.raises(BadInputError, match=r"in no denoising step .* the last one is at sigma 0\.626"):
         require_use(config("lora.max_sigma=0.6"))
+    with pytest.raises(BadInputError, match=r'model\.expert = "high"'):
+        config("model.expert=high")
 
 
 @pytest.mark.parametrize("name", ["toy", "toy-fast", "rtx4090", "rtx4090-20step", "rtx4090-ltx", "rtx4090-cogvideox"])
