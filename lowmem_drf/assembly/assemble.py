@@ -30,7 +30,6 @@ from lowmem_drf.models.blocks import Activations
 from lowmem_drf.models.family import ImageCondition
 from lowmem_drf.models.generators import blocks_of, family_of
 from lowmem_drf.models.lora.adapter import lora_scale
-from lowmem_drf.models.lora.levels import up_to
 from lowmem_drf.models.rewards.combined import Combined
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.ops import ranged_attention
@@ -214,11 +213,6 @@ class Models:
         if uses == "both" and self.tiny is not None:
             return replace(parts, compared=self.tiny, same_frames="decode" not in self.tiny.spares)
         return parts
-
-    @property
-    def used_velocity(self) -> Velocity:
-        """The velocity for clips outside of training."""
-        return up_to(self.max_sigma, self.velocity, self.transformer)
 
     def base_velocity(self, x: Tensor, sigma: float, cond: Any) -> Tensor:
         """The velocity without the LoRA."""

@@ -13,6 +13,7 @@ from lowmem_drf.distributed.ranks import Ranks
 from lowmem_drf.method.schedule import flow_sigmas
 from lowmem_drf.method.step import rollout
 from lowmem_drf.models.lora.adapter import lora_scale
+from lowmem_drf.models.lora.levels import up_to
 from lowmem_drf.schema import Config
 from lowmem_drf.schema.generator import Sampler
 from lowmem_drf.types import Prompt
@@ -30,14 +31,15 @@ class Generated:
 
 @torch.no_grad()
 def generate(models: Models, sampler: Sampler, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Generated:
-    """A clip per prompt and seed, with the LoRA at its present scale. A clip depends only on its own prompt and
-    seed."""
+    """A clip per prompt and seed, with the LoRA at its present scale in steps up to ``models.max_sigma``. A clip
+    depends only on its own prompt and seed."""
     sigmas = flow_sigmas(sampler.steps, sampler.shift, sampler.timesteps)
     cond, uncond = models.condition(prompts), models.no_condition(prompts)
     norms: list[Tensor] = []
+    velocity = up_to(models.max_sigma, models.velocity, models.transformer)
     models.residency.need_for("rollout")
     x_0, _ = rollout(
-        models.used_velocity, sigmas, models.noise(seeds), cond, uncond, sampler.guidance,
+        velocity, sigmas, models.noise(seeds), cond, uncond, sampler.guidance,
         watch=lambda v: norms.append(v.pow(2).flatten(1).mean(1).sqrt()),
         update=sampler.update, generators=models.generators(seeds),
     )  # fmt: skip
