@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         plots(results)
     elif options.show:
         for result in results:
-            for row in result["rows"]:
+            for row in (*result["rows"], *result.get("late", ())):
                 print(line(result["variant"], result["seed"], row))
     else:
         for name, seed in ((name, seed) for seed in options.seeds for name in options.variants):

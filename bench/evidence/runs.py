@@ -86,7 +86,8 @@ def run(name: str, variant: Variant, seed: int, work: Path, file: Path, console:
         row = {"step": step, "scale": scale, "updates_s": seconds, "trained": trained}
         row |= measurer(step, scale, max_sigma)
         if max_sigma == LATE:
-            result["late"].append({"max_sigma": max_sigma, **row})
+            row = {"max_sigma": max_sigma, **row}
+            result["late"].append(row)
         else:
             result["rows"] = sorted([*result["rows"], row], key=lambda row: (row["step"], -row["scale"]))
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -98,8 +99,10 @@ def line(name: str, seed: int, row: dict[str, Any]) -> str:
     """A measured checkpoint in one line."""
     oracle = row["oracle"]
     drift, radius, spread, edge = (drift_of(row, key) for key in ("mean", "radius", "radius_spread", "edge_px"))
-    said = f"{name} {seed} {row['step']:5d} x{row['scale']}  all {oracle['all']:.1%} physics {oracle['physics']:.1%}"
-    said += f" quality {oracle['quality']:.1%}  held-out {row['heldout_reward']:.3f} second {row['second']:.3f}"
+    late = f" up to {row['max_sigma']}" if "max_sigma" in row else ""
+    said = f"{name} {seed} {row['step']:5d} x{row['scale']}{late}  all {oracle['all']:.1%}"
+    said += f" physics {oracle['physics']:.1%} quality {oracle['quality']:.1%}"
+    said += f"  held-out {row['heldout_reward']:.3f} second {row['second']:.3f}"
     said += f"  diversity {row['diversity']:.3f} velocity {row['velocity_norm']:.2f} lora {row['lora_norm']:.1f}"
     return f"{said}  drift {drift:.2f} radius {radius:.2f} spread {spread:.2f} edge {edge:.2f}"
 
