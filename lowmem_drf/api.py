@@ -93,7 +93,7 @@ def train(
     """Trains a LoRA, and compares base and tuned.
 
     Args:
-        preset: a name or a TOML file. Default: the largest that fits the card; ``toy`` without one.
+        preset: a name or a TOML file. Default: the largest that fits the card; ``toy-fast`` without one.
         prompts: default: the preset's. Texts are kept in the run, as ``prompts.jsonl``.
         output: the run's folder. Default: ``runs/<preset>-<time>``.
         settings: over the preset's.

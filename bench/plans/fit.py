@@ -39,7 +39,7 @@ and a run is its preset's `steps` updates.
 as a share of the update.
 """
 AFTER = """
-All of them also keep the critic's language model in 4 bit, and the VAE's gradients (not its frames) in 16.
+All of them also keep the critic's language model in 4 bit, and decode frames and take the VAE's gradients in 16.
 
 Streaming makes this table possible: the frozen weights of the transformer's blocks and of the critic's layers come to
 the card one layer at a time, while the layer before computes ([memory.md](memory.md)).

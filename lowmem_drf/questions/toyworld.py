@@ -139,6 +139,6 @@ def dense(values: Mapping[str, str]) -> tuple[Question, ...]:
 
 
 def vanilla(caption: str, wording: int = 0) -> tuple[Question, ...]:
-    """One global yes/no question: the baseline that collapses."""
+    """One global yes/no question: the paper's baseline."""
     words = " ".join(caption.lower().replace("grey", "gray").replace(",", " ,").split())
     return (Question("TA", GLOBAL[wording].format(caption=words), "yes", name="global"),)

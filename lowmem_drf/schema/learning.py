@@ -46,7 +46,7 @@ class Critic(Node):
     ``dtype``. ``none``: everything in ``dtype``, which takes more than twice the memory."""
     mode: Literal["yesno", "dense", "both", "vanilla"] = "both"
     """What is asked: yes/no questions of all three aspects (``yesno``), explanations scored token by token (``dense``),
-    ``both``, or one global yes/no question (``vanilla``, the baseline that collapses). One pass answers all questions,
+    ``both``, or one global yes/no question (``vanilla``, the paper's baseline). One pass answers all questions,
     so more of them cost little."""
     questions: Name = "critic"
     """Who writes the questions: ``critic`` (the critic itself, or ``writer``, once before training; cached),
@@ -118,13 +118,14 @@ class Lora(Node):
     scale: Scale = 1.0
     """Strength of the trained LoRA wherever it is used: sample clips, evaluations, the watch, LoRA files. Training is
     at 1. Above 1 goes on in the direction that training went (ExPO, arXiv 2404.16792): for a run whose anchor has
-    shrunk the change. Without an anchor it breaks the clips (docs/evidence.md). A checkpoint on the way has a part of
+    shrunk the change. Without an anchor it spoils clips (docs/evidence.md). A checkpoint on the way has a part of
     it, from 1 at the first update to all of it at the last: more makes the noise of a high learning rate larger too."""
     max_sigma: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The trained LoRA is used in denoising steps up to this noise level (1: pure noise, so in all): in sample clips,
     evaluations and the watch. Training is in all steps. In the steps before, which decide where things are, the model
     is its base, and clips of a prompt stay more various (docs/evidence.md). It costs nothing and can be tried on any
-    trained LoRA: ``sample -s lora.max_sigma=0.9``. Other programs use a LoRA file in all steps unless told otherwise
+    trained LoRA: ``sample -s lora.max_sigma=0.7`` leaves it out of the first two of rCM's four steps (``rtx4090``),
+    0.9 out of the first two of ``toy-fast``. Other programs use a LoRA file in all steps unless told otherwise
     (docs/lora.md)."""
     targets: list[Name] = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
     """Linear layers that get a LoRA, by the end of their names. Fewer layers take less memory and time."""
@@ -199,7 +200,7 @@ class Optim(Node):
     the graded steps, drawn anew in each update: keeps what no question asks about as the base makes it. Costs a
     rollout step and a graded step more (at the first graded step no second one); 0: none of them."""
     anchor_huber: Literal["off"] | Annotated[float, Field(ge=1e-6, le=1e6)] = "off"
-    """A difference of the velocity (whose own size is about 1) beyond which an element is pulled back no harder the
+    """A difference of the velocity (whose own size is 1 to 2) beyond which an element is pulled back no harder the
     farther it is (pseudo-Huber): the few large changes that a question asks for are held back less than the many small
     ones that nothing asks for. ``off``: the square."""
     anchor_every: Positive = 1

@@ -158,7 +158,7 @@ class Log(Node):
     a minute, and where nothing is planned, on a CPU."""
     watch_every: NonNegative = 50
     """Look at clips of fixed prompts and seeds every this many updates, and at the end: questions that training does
-    not ask, and measures that need no critic, against what the base's clips differ by. With a
+    not ask, and measures that need no critic, each with a band from what the base's clips differ by. With a
     reward that has risen, or held-out answers worse than the base's, two of them outside in two looks in a row are an
     alarm, three at once. The best update before is kept (``--best``). 0: never."""
     watch_prompts: Thousand = 4

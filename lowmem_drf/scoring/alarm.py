@@ -2,9 +2,10 @@
 
 While a run trains, clips of fixed prompts and seeds are measured again and again (``watch.py``): by questions that
 training does not ask, and by what needs no critic. Each measure has a *band*, from what the base's own clips differ
-by. A look is *suspect* if two measures are outside of their bands and the reward has risen, or the answers to held-out
-questions are worse than the base's. Two suspect looks in a row are the alarm, or one with three measures outside.
-Diversity far outside counts as two: no good run makes clips that are all alike, however right they are.
+by; held-out answers by aspect may not fall back from the run's own best by more. A look is *suspect* if two measures
+are outside of their bands and the reward has risen, or the answers to held-out questions are worse than the base's. Two
+suspect looks in a row are the alarm, or one with three measures outside. Diversity far outside counts as two: no good
+run makes clips that are all alike, however right they are.
 """
 
 from __future__ import annotations
@@ -230,7 +231,7 @@ def lasting(run: Path, step: int) -> str:
     if not looks or looks[-1].alarm is None:
         return ""
     best = f" Of the updates without it {looks[-1].best} is the best: --best takes that one." if looks[-1].best else ""
-    now = f"the clips of update {looks[-1].step} are outside of what the base's have"
+    now = f"the clips of update {looks[-1].step} are outside of their bands"
     return f"The alarm of update {looks[-1].alarm} lasts: {now}.{best}"
 
 

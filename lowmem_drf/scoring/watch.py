@@ -82,9 +82,9 @@ class Watch:
             best = f"the best update before it is {seen.best} (--best)" if seen.best else "no earlier look was better"
             what = ", ".join(name.replace("_", " ") for name in seen.outside)
             but = "held-out answers are worse than the base's, and" if seen.worse else "the reward rises, but"
-            return f"update {step}: {but} {what} left what the base's clips have: {best}."
+            return f"update {step}: {but} {what} left their bands: {best}."
         if before is not None and seen.alarm is None:
-            return f"update {step}: the clips are back within what the base's have."
+            return f"update {step}: the clips are back within their bands."
         return ""
 
     def _save(self) -> None:

@@ -59,7 +59,7 @@ def test_the_alarm_is_said_ends_the_run_and_leaves_the_best_update(tiny_preset, 
     train_command(str(tiny_preset), None, run, None, None, False, stops, False)
     said = capfd.readouterr().out
     assert "update 2: the reward rises, but" in said and "diversity" in said and "update before it is 1" in said
-    lasts = "The alarm of update 2 lasts: the clips of update 2 are outside of what the base's have."
+    lasts = "The alarm of update 2 lasts: the clips of update 2 are outside of their bands."
     assert f"{lasts} Of the updates without it 1 is the best: --best takes that one." in said
     assert "It ends here" in said and json.loads((run / "eval.json").read_text())["step"] == 2
     assert sorted(os.listdir(run / "checkpoints")) == ["best", "step-000001", "step-000002"] and best_step(run) == 1
