@@ -226,8 +226,10 @@ class Compared:
         return Compared(self.own + more.own, self.both + more.both, self.other + more.other)
 
     @property
-    def cosine(self) -> float:
-        """0 if a gradient is NaN, infinite or zero."""
+    def cosine(self) -> float | None:
+        """0 if a gradient is NaN or infinite, or the other one zero; ``None`` if both are: nothing was compared."""
+        if self.own == self.other == 0:
+            return None
         size = self.own * self.other
         return self.both / size**0.5 if 0 < size < float("inf") else 0.0
 

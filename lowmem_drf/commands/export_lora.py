@@ -20,6 +20,7 @@ from lowmem_drf.models.family import GeneratorConfig
 from lowmem_drf.models.generators import family_of, generator_config
 from lowmem_drf.models.lora.changes import LoraChanges
 from lowmem_drf.models.lora.formats import FORMATS, default_format
+from lowmem_drf.models.lora.levels import first_step
 from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.models.weights.downloads import HOST_MARGIN, available_host_bytes
 from lowmem_drf.scoring.alarm import best_step, lasting
@@ -106,6 +107,11 @@ def export_run(
         paths.append(merge)
         call = f'{type(transformer).__name__}.from_pretrained({json.dumps(str(merge))}, subfolder="{subfolder}")'
         lines += [f"{merge} ({dtype}) loads with {call}.", str(verified)]
+        if first_step(config):
+            level = f"lora.max_sigma = {config.lora.max_sigma:g}"
+            lines.append(
+                f"It has the LoRA in all steps; the run's own clips have it in the later ones alone ({level})."
+            )
         if config.model.storage != "none":
             lines.append(
                 "It is the base's full weights with the LoRA in them; the run trained and sampled on "

@@ -119,6 +119,7 @@ class ZeroEngine:
         module: ``zero3``: the model that contains them, partitioned. ``zero1`` and ``zero2`` ignore it: its frozen
             weights stay whole.
         leaves: modules of ``module`` that are gathered whole.
+        keeps: whether a forward under ``no_grad`` keeps what it gathers, with ``zero.rollout = "gathered"``.
         abort: called with an exception inside ``accumulate`` before anything else happens. It need not return.
     """
 
@@ -130,8 +131,9 @@ class ZeroEngine:
         module: nn.Module | None = None,
         leaves: Sequence[nn.Module] = (),
         abort: Callable[[BaseException], None] = lambda error: None,
+        keeps: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._lora, self._adamw, self._abort = dict(lora), optimizer, abort
+        self._lora, self._adamw, self._abort, self._keeps = dict(lora), optimizer, abort, keeps
         self._stage = STAGES[config.engine]
         self._gathers = config.zero.rollout == "gathered"
         model = module if module is not None and self._stage == 3 else _Holder(lora.values())
@@ -139,8 +141,8 @@ class ZeroEngine:
 
     def __call__(self, *inputs: Any, **arguments: Any) -> Any:
         """``zero3``: the module's forward, which gathers weights as it needs them. With ``zero.rollout = "gathered"``,
-        a forward under ``no_grad`` keeps them until ``drop``."""
-        if self._gathers and not torch.is_grad_enabled():
+        a forward under ``no_grad`` keeps them until ``drop``, if ``keeps``."""
+        if self._gathers and not torch.is_grad_enabled() and self._keeps():
             for parameter in self._engine.module.parameters():
                 parameter.ds_active_sub_modules.add(_PINNED)
         return self._engine(*inputs, **arguments)

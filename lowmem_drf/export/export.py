@@ -179,5 +179,5 @@ def file_metadata(config: Config, checkpoint: str, generator: GeneratorConfig, e
         "ss_learning_rate": str(config.optim.lr),
         "ss_seed": str(config.seed),
         **{f"lowmem_drf.{key}": str(value) for key, value in training.items()},
-        **header(config),
+        **header(config, expert),
     }

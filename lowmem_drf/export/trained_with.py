@@ -21,6 +21,9 @@ _SAMPLER = ("steps", "graded_steps", "graded", "timesteps", "update", "shift", "
 _KEYS = (*_BASE, *(f"sampler.{key}" for key in _SAMPLER), "lora.max_sigma")
 _BEFORE = {"lora.max_sigma": 1.0}
 """Of files that do not say it."""
+_GRID = {"sampler.steps", "sampler.timesteps", "sampler.graded", "sampler.graded_steps"}
+"""Go together: levels and graded steps are those of a number of steps."""
+_EXPERT = "model.expert"
 
 
 def public(file: str) -> str:
@@ -28,9 +31,11 @@ def public(file: str) -> str:
     return Path(file).name if Path(file).is_absolute() else file
 
 
-def header(config: Config) -> dict[str, str]:
-    """For the file's header: the settings by key, as JSON, so that ``sample`` finds them again."""
-    return {HEADER: json.dumps({"model.id": public(config.model.id), **_settings(config)})}
+def header(config: Config, expert: str = "") -> dict[str, str]:
+    """For the file's header: the settings by key, as JSON, so that ``sample`` finds them again. ``expert``: empty for a
+    model with one transformer."""
+    of_two = {_EXPERT: expert} if expert else {}
+    return {HEADER: json.dumps({"model.id": public(config.model.id), **of_two, **_settings(config)})}
 
 
 def in_words(config: Config, file: str) -> str:
@@ -63,24 +68,35 @@ def as_trained(
     Args:
         asked: overrides of the user, which stay.
         may_change: else the settings are only said.
+
+    Raises BadInputError: it is for the other one of two transformers.
     """
     if HEADER not in metadata:
         return config, []
     try:
         told = parse_json(metadata[HEADER])
         told = _BEFORE | told
-        model, settings = str(told["model.id"]), {key: told[key] for key in _KEYS if key in told}
+        model, settings = str(told["model.id"]), {key: told[key] for key in (*_KEYS, _EXPERT) if key in told}
         said = list(_said(config, model, settings))
         own = [text.partition("=")[0].strip() for text in asked]
         kept = {key for key in settings if any(key == name or key.startswith(f"{name}.") for name in own)}
-        now = _settings(config)
+        kept |= _GRID if kept & {"sampler.steps", "sampler.timesteps"} else set()
+        now = {_EXPERT: config.model.expert, **_settings(config)}
+        is_kept = _EXPERT in kept or not may_change
+        is_other = is_kept and settings.get(_EXPERT, config.model.expert) != config.model.expert
         wanted = {key: value for key, value in settings.items() if key not in kept and value != now[key]}
+        wanted = {} if is_other else wanted
         if any(_is_local(file) for file in _names(wanted)):  # not to be found by its name alone
             wanted = {key: value for key, value in wanted.items() if key not in _BASE}
         settings_words = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in wanted.items()]
         changed = change(config, settings_words)
     except (BadInputError, ValueError, KeyError, TypeError, AttributeError):
         return config, ["its header says how it was trained, and cannot be used"]
+    if is_other:
+        raise BadInputError(
+            f"the LoRA was trained for the {one_line(str(settings[_EXPERT]), 20)}-noise transformer, and "
+            f'model.expert = "{config.model.expert}" would use it in the other one.'
+        )
     if not wanted:
         return config, said
     shown = one_line(" ".join(settings_words), 400)

@@ -127,6 +127,8 @@ class Residency:
         self._streamed: Mapping[str, Droppable] = streamed or {}
         self._needs = needs
         self._inner = inner
+        self.running = ""
+        """The stage that runs."""
 
     def add(self, name: str, layers: Droppable) -> None:
         """Adds streamed weights of a model."""
@@ -140,7 +142,11 @@ class Residency:
         self._park_but(needed)
         with self._inner(name):
             self._wake(needed)
-            yield
+            self.running = name
+            try:
+                yield
+            finally:
+                self.running = ""
 
     def need_for(self, stage: str) -> None:
         """Outside a step: wakes and parks as at the beginning of a stage."""

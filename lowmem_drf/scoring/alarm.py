@@ -115,6 +115,8 @@ class Look:
     """The update of the best look so far that is not suspect."""
     prompts: str = ""
     """Of step 0 alone: a fingerprint. Looks at other prompts cannot be compared."""
+    use: str = ""
+    """Of step 0 alone: how the LoRA is used in those after it. Others cannot be compared, the base's own can."""
 
 
 class Alarm:
@@ -131,12 +133,12 @@ class Alarm:
     def best(self) -> int | None:
         return self.looks[-1].best if self.looks else None
 
-    def begin(self, base: Mapping[str, Sequence[float]], prompts: str = "") -> Look:
-        """Takes the base's measures, one value a prompt. ``prompts``: see ``Look``."""
+    def begin(self, base: Mapping[str, Sequence[float]], prompts: str = "", use: str = "") -> Look:
+        """Takes the base's measures, one value a prompt. ``prompts``, ``use``: see ``Look``."""
         finite = {name: [value for value in values if math.isfinite(value)] for name, values in base.items()}
         finite = {name: values for name, values in finite.items() if values}
         means, spread = {name: fmean(values) for name, values in finite.items()}, spreads(finite)
-        return self._add(Look(0, means, spread, bands(means, spread), prompts=prompts))
+        return self._add(Look(0, means, spread, bands(means, spread), prompts=prompts, use=use))
 
     def add(self, step: int, measures: Mapping[str, float], reward: float) -> Look:
         """Takes a look. ``reward``: see ``Look``; its rise counts from the first look after the base's."""

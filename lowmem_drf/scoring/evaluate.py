@@ -17,7 +17,7 @@ from lowmem_drf.assembly.questions import draft_questions, grammar_of, is_still,
 from lowmem_drf.assembly.references import finish_questions
 from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import BadInputError, NonFiniteError
-from lowmem_drf.method.frames import kept_frames
+from lowmem_drf.method.frames import kept_fps, kept_frames
 from lowmem_drf.method.reward import RewardSpec, total_reward
 from lowmem_drf.models.lora.adapter import lora_scale
 from lowmem_drf.models.weights.sources import TOYWORLD
@@ -28,7 +28,7 @@ from lowmem_drf.scoring.intervals import changes, win_rates
 from lowmem_drf.scoring.measures import MEASURES, clip_measures
 from lowmem_drf.scoring.oracle_rates import Drift, oracle_by_clip, oracle_for
 from lowmem_drf.terminal import work_bar
-from lowmem_drf.types import Aspect, Critic, Prompt, Question
+from lowmem_drf.types import Answer, Aspect, Critic, Prompt, Question, Scalar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -199,8 +199,7 @@ def measure_prompts(
     prompts = [prompt for prompt in trial.prompts for _ in range(trial.seeds)]
     texts = [prompt.text for prompt in prompts]
     seeds = [derive_seed("eval", i // trial.seeds, i % trial.seeds) for i in range(len(prompts))]
-    kept = list(kept_frames(config.video.frames, critic_frames(config)))
-    judge, spec = models.judge, reward_spec(config)
+    (kept, judge), spec = judge_evenly(config, models), reward_spec(config)
     judged = oracle_for(config, texts) is not None
     rows, drift = dict[int, dict[str, float]](), Drift()
     of_a_prompt: list[tuple[Tensor, dict[str, float]]] = []
@@ -255,6 +254,24 @@ def asked_of(
 ) -> list[tuple[Question, ...]]:
     """``with_scalars``, from questions by prompt id."""
     return with_scalars(config, prompts, [questions.get(prompt.id, ()) for prompt in prompts], held_out)
+
+
+def judge_evenly(config: Config, models: Models) -> tuple[list[int], Critic]:
+    """The frames that are judged outside of updates, evenly spaced whatever ``critic.frame_sampling`` is; and what
+    judges them: ``Models.judge``, whose critic is told their rate."""
+    video, critic = config.video, models.critic
+    kept = list(kept_frames(video.frames, critic_frames(config)))
+
+    def judge(frames_BTCHW: Tensor, asked: Sequence[Sequence[Question]]) -> Sequence[Sequence[Answer | Scalar]]:
+        if critic is None or critic.fps is None:
+            return models.judge(frames_BTCHW, asked)
+        trained, critic.fps = critic.fps, kept_fps(video.frames, video.fps, len(kept))
+        try:
+            return models.judge(frames_BTCHW, asked)
+        finally:
+            critic.fps = trained
+
+    return kept, judge
 
 
 def rewards(

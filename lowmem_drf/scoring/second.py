@@ -20,7 +20,7 @@ from lowmem_drf.assembly.references import finish_questions
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.memory.host import HostStore
 from lowmem_drf.memory.residency import bring
-from lowmem_drf.method.frames import kept_frames
+from lowmem_drf.method.frames import kept_fps, kept_frames
 from lowmem_drf.models.weights.downloads import available_host_bytes, prepare
 from lowmem_drf.models.weights.sources import READER, TOYWORLD
 from lowmem_drf.questions import toyworld
@@ -90,6 +90,8 @@ class SecondCritic:
         """Loads the critic, and returns its mean reward of each prompt, by side. The frames are gone afterwards."""
         with showing(console):
             critic, size = load_critic_alone(self.config), self.config.log.eval_batch
+        if critic.fps is not None:  # of these frames, not of those that updates show
+            critic.fps = kept_fps(self.config.video.frames, self.config.video.fps, len(self._kept))
         questions, spec = self._questions(trial, critic, console), reward_spec(self.config)
         found: dict[str, list[float]] = {}
         for side, seen in self._seen.items():

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 import torch
 
-from lowmem_drf.assembly.assemble import Models, critic_frames, derive_seed, reward_spec
+from lowmem_drf.assembly.assemble import Models, derive_seed, reward_spec
 from lowmem_drf.assembly.generate import batches
 from lowmem_drf.distributed.ranks import ALONE, Ranks
-from lowmem_drf.method.frames import kept_frames
 from lowmem_drf.models.lora.adapter import lora_scale
 from lowmem_drf.prompts import fingerprint
 from lowmem_drf.schema import Config
 from lowmem_drf.scoring.alarm import Alarm, mark_best, read_looks, save_looks
-from lowmem_drf.scoring.evaluate import Trial, asked_of, diversity, mean_rows, rewards
+from lowmem_drf.scoring.evaluate import Trial, asked_of, diversity, judge_evenly, mean_rows, rewards
 from lowmem_drf.scoring.measures import clip_measures
 
 SEEDS = 2
@@ -37,6 +37,10 @@ class Watch:
         self._prompts = fingerprint(trial.prompts) if trial else ""
         if trial and before and before[0].prompts != self._prompts:
             before = []  # log.watch_prompts or skip_prompts was changed: looked at anew
+        self._use = f"lora.scale={config.lora.scale:g} lora.max_sigma={config.lora.max_sigma:g}"
+        self._anew = bool(trial and before and before[0].use not in ("", self._use))
+        if self._anew:
+            before = [replace(before[0], use=self._use)]
         self._alarm = Alarm(before)
         self.rewards: list[float] = []
         """Of the updates since the last look."""
@@ -61,12 +65,13 @@ class Watch:
         if self._trial and self._config.log.watch_every and not self._alarm.looks:
             with lora_scale(self._models.transformer, 0.0):
                 base = look(self._config, self._models, self._trial, self._ranks)
-            self._alarm.begin({**base, "lora_norm": [0.0]}, self._prompts)
+            self._alarm.begin({**base, "lora_norm": [0.0]}, self._prompts, self._use)
             self._save()
 
     def missed(self, done: int) -> bool:
-        """Whether a run that was interrupted after update ``done`` has not looked at it."""
-        return done > 0 and self.is_due(done, False) and self._alarm.looks[-1].step < done
+        """Whether a run that goes on after update ``done`` has not looked at it as it is used now."""
+        due = self.is_due(done, last=self._anew)
+        return done > 0 and due and self._alarm.looks[-1].step < done
 
     def look(self, step: int, lora_norm: float) -> str:
         """Looks at the model after update ``step``, which is saved; ``lora_norm``: the size of its LoRA. Returns a line
@@ -102,7 +107,7 @@ def look(config: Config, models: Models, trial: Trial, ranks: Ranks = ALONE) -> 
     prompts, count = trial.prompts, trial.seeds
     made_of = [prompt for prompt in prompts for _ in range(count)]
     seeds = [derive_seed("watch", prompt, clip) for prompt in range(len(prompts)) for clip in range(count)]
-    kept, spec = list(kept_frames(config.video.frames, critic_frames(config))), reward_spec(config)
+    (kept, judge), spec = judge_evenly(config, models), reward_spec(config)
     size = max(1, config.log.eval_batch // count) * count  # whole prompts
     found: dict[str, list[float]] = {}
     for here, made, new in batches(models, config.sampler, made_of, seeds, size, ranks, count):
@@ -110,7 +115,7 @@ def look(config: Config, models: Models, trial: Trial, ranks: Ranks = ALONE) -> 
         rows = [clip_measures(clip) | {"velocity_norm": n} for clip, n in zip(frames, made.velocity_norms, strict=True)]
         if any(asked := asked_of(config, trial.heldout, [prompts[i // count] for i in here], held_out=True)):
             models.awake("critic")
-            for row, answered in zip(rows, rewards(models.judge, frames[:, kept], asked, spec), strict=True):
+            for row, answered in zip(rows, rewards(judge, frames[:, kept], asked, spec), strict=True):
                 row |= {f"heldout_{name.removeprefix('reward_by_aspect.')}": value for name, value in answered.items()}
         for first in range(0, len(rows) if new else 0, count):
             of_a_prompt = slice(first, first + count)

@@ -98,6 +98,11 @@ def choose(
     config, trained = as_trained(config, read.metadata, overrides, may_change=run is None)
     for line in (*left_out(read), *trained):
         say(f"{lora}: {line}")
+    if read.merged() and config.lora.max_sigma < 1:
+        raise BadInputError(
+            f"{lora}: a part of it is merged into the weights (LoKr, LoHa, DoRA, norms, biases or convolutions), and "
+            f"is there in all steps: lora.max_sigma = {config.lora.max_sigma:g} cannot leave it out. Set it to 1."
+        )
     # files of one name in two folders are two LoRAs
     return Tuned(config, run, None, read, readable_name(lora.stem, after=f"-{short_hash(str(lora.resolve()))}"))
 

@@ -13,6 +13,7 @@ from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import readable_name
 from lowmem_drf.models.generators import family_of
+from lowmem_drf.models.lora.levels import require_use
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.prompts import as_prompts, named_prompts
 from lowmem_drf.schema import Config
@@ -34,7 +35,8 @@ def preview_prompts(config: Config, prompts: Sequence[Prompt]) -> tuple[Prompt, 
 
 
 def as_previewed(config: Config, models: Models) -> tuple[Config, Models]:
-    """Both with the size and the steps of sample clips. Raises BadInputError: the size does not fit the models."""
+    """Both with the size and the steps of sample clips. Raises BadInputError: the size does not fit the models, or the
+    LoRA would be used in no step (``lora.max_sigma``)."""
     log, video, sampler = config.log, config.video, config.sampler
     sides = {name: getattr(log, f"sample_{name}") or getattr(video, name) for name in ("width", "height", "frames")}
     if log.sample_steps and log.sample_steps != sampler.steps:
@@ -53,6 +55,10 @@ def as_previewed(config: Config, models: Models) -> tuple[Config, Models]:
         except BadInputError as error:
             raise BadInputError(str(error).replace("video.", "log.sample_")) from error
         models = replace(models, latent_shape=shape)
+    try:
+        require_use(config)
+    except BadInputError as error:
+        raise BadInputError(str(error).replace("sampler.steps", "log.sample_steps")) from error
     return config, models
 
 

@@ -121,9 +121,13 @@ def make_trainer(
     from lowmem_drf.distributed.zero import ZeroEngine
 
     optimizer: AdamW = make_optimizer(config.optim, list(lora.values()))  # type: ignore[assignment]  # the schema asks for adamw
-    engine = ZeroEngine(config, lora, optimizer, models.transformer, blocks_of(models.transformer), abort)
+    blocks, residency = blocks_of(models.transformer), models.residency
+    # the anchor's pass is one of a stage that has room for a block's weights, not for all
+    engine = ZeroEngine(
+        config, lora, optimizer, models.transformer, blocks, abort, lambda: residency.running != "denoise_backward"
+    )
     if config.engine == "zero3":
-        models.residency.add("transformer", engine)
+        residency.add("transformer", engine)
         family, fps = family_of(models.transformer), config.video.fps
         models = replace(models, velocity=family.as_velocity(models.transformer, call=engine, fps=fps))
     return engine, models

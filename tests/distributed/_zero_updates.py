@@ -31,6 +31,7 @@ COMMON = (
     "memory.checkpoint=true",
     "kernels.ops=naive",
     "optim.warmup_steps=0",
+    "optim.anchor=0.5",
 )
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from lowmem_drf.config import change, load_config
+from lowmem_drf.errors import BadInputError
 from lowmem_drf.export.trained_with import HEADER, as_trained, header, in_words
 
 RUN = load_config("rtx4090", ["model.base_lora_scale=0.9"])
@@ -72,3 +73,25 @@ def test_a_header_makes_no_file_of_this_machine_be_read(file):
 def test_a_header_that_says_nonsense_is_left_alone(told):
     config, lines = as_trained(RUN, {HEADER: told}, [], may_change=True)
     assert config == RUN and lines == ["its header says how it was trained, and cannot be used"]
+
+
+def test_another_number_of_steps_takes_its_own_levels_and_all_else_from_the_file():
+    late = change(RUN, ["lora.max_sigma=0.95"])
+    for preset in ("rtx4090", "rtx4090-20step"):
+        asked = ["sampler.steps=8", "sampler.graded_steps=2"]
+        config, _ = as_trained(load_config(preset, asked), header(late), asked, may_change=True)
+        assert config.sampler.steps == 8 and config.sampler.timesteps == [] and config.sampler.graded_steps == 2
+        assert config.lora == late.lora and config.model.base_lora == RUN.model.base_lora
+        assert config.sampler.update == "renoise" and config.sampler.guidance == 1
+
+
+def test_a_file_of_one_of_two_transformers_is_used_in_that_one():
+    low = load_config("rtx4090-20step", ["model.id=Wan-AI/Wan2.2-T2V-A14B-Diffusers"])
+    high = change(low, ["model.expert=high"])
+    told = header(change(low, ["lora.max_sigma=0.7"]), "low")
+    config, _ = as_trained(high, told, [], may_change=True)
+    assert config.model.expert == "low" and config.lora.max_sigma == 0.7
+    for asked, may_change in ((["model.expert=high"], True), ([], False)):
+        with pytest.raises(BadInputError, match="trained for the low-noise transformer"):
+            as_trained(high, told, asked, may_change)
+    assert as_trained(low, header(low), [], may_change=True) == (low, [])  # no word of it: one transformer

@@ -1,5 +1,6 @@
 """The tiny decoder: TAEHV's architecture by its key names, chunk by chunk what its formula is as a whole."""
 
+import math
 from copy import deepcopy
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from lowmem_drf.models.tiny.files import load_tiny, planned_sizes, sizes_in, tin
 from lowmem_drf.models.tiny.network import Sizes
 from lowmem_drf.models.wan.vae.decoder import WanDecoder
 from lowmem_drf.schema.generator import Model
+from lowmem_drf.types import Compared
 
 VAE = replace(sizes_of(generator_config("toyworld")), channels=Z_DIM, spatial=4, tiny_decoder="")
 WAN21, WAN22 = (
@@ -134,6 +136,8 @@ def test_other_files_are_refused_with_a_cure(tmp_path):
 
 
 def test_a_run_goes_back_to_the_vae_below_the_bound():
+    assert Compared(0.0, 0.0, 0.0).cosine is None  # every question is answered well enough: nothing was compared
+    assert Compared(1.0, 0.0, 0.0).cosine == Compared(math.nan, 0.0, 1.0).cosine == 0
     settings = Model(decoder="tiny", decoder_check_every=3, decoder_least_cosine=0.6)
     check = DecoderCheck(settings)
     assert [check.uses(step) for step in range(4)] == ["both", "tiny", "tiny", "both"]

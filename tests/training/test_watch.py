@@ -104,6 +104,16 @@ def test_other_prompts_are_looked_at_anew(watched_run, tmp_path):
     assert [look.step for look in read_looks(run, 5)] == [0, 4, 5]
 
 
+def test_a_lora_that_is_used_otherwise_is_looked_at_anew(watched_run, tmp_path):
+    """The base's look stays; the update so far is looked at at once, so that --best is one that was seen so."""
+    run = shutil.copytree(watched_run, tmp_path / "run")
+    base = read_looks(run, 0)[0]
+    train_command(None, None, run, 5, None, True, ["lora.scale=1.5", "log.watch_every=3"], False)
+    looks = read_looks(run, 5)
+    assert [look.step for look in looks] == [0, 4, 5] and looks[0].measures == base.measures
+    assert looks[0].use == "lora.scale=1.5 lora.max_sigma=1" != base.use
+
+
 def test_a_run_without_a_watch_has_no_best_update(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run, tmp_path / "run")
     assert not (run / "watch.jsonl").exists()

@@ -17,6 +17,8 @@ from lowmem_drf.models.lora.levels import first_step, require_use, up_to
 from lowmem_drf.models.wan.denoiser import as_velocity
 from lowmem_drf.models.wan.text import TextEncoder
 from lowmem_drf.prompts import as_prompts
+from lowmem_drf.shared.tuned import choose
+from lowmem_drf.training.previews import as_previewed
 
 
 @torch.no_grad()
@@ -78,15 +80,19 @@ def test_the_callback_of_the_docs_is_what_our_sampler_does(tmp_path, monkeypatch
     pipe = WanPipeline(tokenizer, model, tiny_vae(), scheduler, tiny_transformer())
     pipe.set_progress_bar_config(disable=True)
     size = dict(height=16, width=16, num_frames=9, num_inference_steps=5, max_sequence_length=12)
-    settings = dict(**size, output_type="latent", latents=noise.clone(), guidance_scale=1.0)
+    settings = dict(**size, output_type="latent", latents=noise, guidance_scale=1.0)
     told = {"pipe": pipe, "prompt": "a red circle", "settings": settings}
     exec(code, told)
     sigmas, velocity = pipe.scheduler.sigmas.double(), as_velocity(mine)
-    assert 0 < sum(sigmas > told["max_sigma"]) < 5
+    first, count = told["first"], pipe.num_timesteps
+    assert 0 < first < count == 5
+    level = (sigmas[first - 1] + sigmas[first]).item() / 2
     cond = TextEncoder(model, tokenizer).encode(["a red circle"], 12)
-    ours, _ = rollout(up_to(told["max_sigma"], velocity, mine), sigmas, noise, cond, cond)
+    ours, _ = rollout(up_to(level, velocity, mine), sigmas, noise, cond, cond)
     limit = 5 * 16 * torch.finfo(torch.float32).eps * ours.abs().max()  # as in tests/models/wan/test_denoiser.py
     assert (ours - told["clip"]).abs().max() < limit
+    again = pipe(told["prompt"], callback_on_step_end=told["late"], **settings).frames
+    assert torch.equal(again, told["clip"])  # the tuned LoRA is off again
     everywhere, _ = rollout(velocity, sigmas, noise, cond, cond)
     assert (everywhere - ours).abs().max() > limit
 
@@ -103,3 +109,21 @@ def test_where_it_would_be_used_in_no_step_that_is_said():
 @pytest.mark.parametrize("name", ["toy", "toy-fast", "rtx4090", "rtx4090-20step", "rtx4090-ltx", "rtx4090-cogvideox"])
 def test_of_no_preset_the_first_step_is_lost_to_rounding(name):
     assert first_step(load_config(name, ["lora.max_sigma=1"])) == 0
+
+
+def test_what_is_merged_cannot_be_left_out(tmp_path):
+    """A LoKr is there in all steps; above its level the model would not be the base."""
+    names = {"lokr_w1": (2, 2), "lokr_w2": (64, 64), "alpha": ()}
+    tensors = {f"diffusion_model.blocks.0.self_attn.q.{name}": torch.ones(shape) for name, shape in names.items()}
+    save_file(tensors, file := tmp_path / "lokr.safetensors")
+    assert choose(None, "toy-fast", file).is_merged
+    with pytest.raises(BadInputError, match=r"is there in all steps: lora\.max_sigma = 0\.9 cannot leave it out"):
+        choose(None, "toy-fast", file, ["lora.max_sigma=0.9"])
+
+
+def test_sample_clips_of_few_steps_are_not_the_bases_unsaid():
+    previewed = config("lora.max_sigma=0.7", "log.sample_steps=2")  # sigmas 1, 0.83
+    require_use(previewed)
+    models = load_models(previewed, as_prompts(["a red circle moves right"]), with_critic=False)
+    with pytest.raises(BadInputError, match=r"log\.sample_steps = 2; the last one is at sigma 0\.83"):
+        as_previewed(previewed, models)
