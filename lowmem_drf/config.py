@@ -141,6 +141,18 @@ def chosen_preset() -> tuple[str, str]:
     return default_preset(gb, card.name), f" (the default: the largest that fits the {card.name}, {gb:.0f} GB)"
 
 
+def require_card(preset: str, config: Config) -> None:
+    """Raises BadInputError where a preset is for a card and torch sees none, unless the CPU was asked for."""
+    import torch
+
+    card = preset_card(preset_path(preset))
+    if config.device == "auto" and " GB" in card and not torch.cuda.is_available():
+        raise BadInputError(
+            f"{preset} is for a card ({card}), and torch {torch.__version__} sees no CUDA card here. lowmem-drf doctor "
+            "says why. On a CPU an update may take hours; if that is what you want: -s device=cpu"
+        )
+
+
 def _is_for(preset: str, card: str) -> bool:
     """True if the header (``24 GB (RTX 4090)``) names the card ("NVIDIA GeForce RTX 4090")."""
     named = re.search(r"\((.+?)\)", preset_card(presets()[preset]))

@@ -13,6 +13,7 @@ from lowmem_drf.config import (
     preset_card,
     preset_summary,
     presets,
+    require_card,
     to_toml,
 )
 from lowmem_drf.errors import BadInputError
@@ -118,6 +119,16 @@ def test_the_default_is_the_largest_preset_that_fits_the_card(tmp_path, monkeypa
     monkeypatch.setattr("lowmem_drf.config.presets", lambda: files)
     chosen = [default_preset(gb) for gb in (None, 8.0, 12.6, 23.0, 25.4, 140.0)]
     assert chosen == ["toy-fast", "toy-fast", "rtx3060", "rtx3060", "rtx4090", "rtx4090"]
+
+
+def test_a_cards_preset_is_not_begun_unasked_where_torch_sees_no_card(monkeypatch):
+    """Before anything is downloaded."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for name in ("rtx4090", "zero3-2gpu"):
+        with pytest.raises(BadInputError, match=rf"{name} is for a card .* sees no CUDA card here"):
+            require_card(name, load_config(name))
+    require_card("rtx4090", load_config("rtx4090", ["device=cpu"]))
+    require_card("toy-fast", load_config("toy-fast"))
 
 
 def test_copy_never_overwrites(tmp_path):

@@ -164,6 +164,14 @@ def all_in_one(file: LoraFile) -> None:
         file.tensors[name] = file.random(4, 4)
 
 
+@refused("a checkpoint's state", COMFY, "the optimizer's state of a checkpoint", "lora.safetensors beside it")
+def state(file: LoraFile) -> None:
+    key = "blocks.0.attn1.to_k.lora_A.weight"
+    file.tensors = {f"{key}.{part}": file.random(4, 4) for part in ("exp_avg", "exp_avg_sq")} | {
+        "rng.cpu": file.random(9)
+    }
+
+
 @refused("a VAE", COMFY, "no LoRA")
 def vae(file: LoraFile) -> None:
     file.tensors = {

@@ -21,10 +21,10 @@ from lowmem_drf.models.generators import family_of, generator_config
 from lowmem_drf.models.lora.changes import LoraChanges
 from lowmem_drf.models.lora.formats import FORMATS, default_format
 from lowmem_drf.models.lora.levels import first_step
-from lowmem_drf.models.lora.reading import read_lora
 from lowmem_drf.models.weights.downloads import HOST_MARGIN, available_host_bytes
 from lowmem_drf.scoring.alarm import best_step, lasting
 from lowmem_drf.training.checkpoint import checkpoint_folder, step_of
+from lowmem_drf.training.lora_file import used_lora
 from lowmem_drf.training.run_folder import run_config
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -78,7 +78,8 @@ def export_run(
     folder = checkpoint_folder(run, best_step(run) if best else step)
     if merge is not None:
         _require_free(merge)
-    config, lora = run_config(run), read_lora(folder / "lora.safetensors")
+    config = run_config(run)
+    lora = used_lora(folder, config)
     dtype = dtype or config.dtype
     import_libraries(config)
     generator = prepare_generator(config)

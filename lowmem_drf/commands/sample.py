@@ -15,9 +15,11 @@ from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.files import readable_name, require_output, short_hash
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.prompts import as_prompts, load_prompts
+from lowmem_drf.questions import toyworld
 from lowmem_drf.schema import Config
 from lowmem_drf.shared import tuned
 from lowmem_drf.terminal import make_console, say, showing, work_bar
+from lowmem_drf.texts import one_line
 from lowmem_drf.training.previews import preview_prompts
 from lowmem_drf.video import is_own_mp4, read_video, side_by_side, watchable_upscale, write_mp4, write_png
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 SAMPLES = Path("samples")
 """Of a preset, in the current folder; a run's clips go into the run."""
+EXAMPLE = "a red circle moves left on a gray background"
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ def sample_clips(
     chosen = tuned.choose(run_folder, preset, lora, overrides, best, compare or scale != 1, besides)
     config, run = chosen.config, chosen.run
     wanted = _wanted(config, asked)
+    if config.model.id == TOYWORLD and (odd := [one.text for one in wanted if not toyworld.attributes(one.text)]):
+        say(f"ToyWorld's generator knows the words of {EXAMPLE!r} and its like, not those of {one_line(odd[0], 80)!r}")
     place = run / "samples" if run else SAMPLES / Path(preset or "").stem
     changed = f"-{short_hash(' '.join(overrides))}" if overrides else ""
     variant = f"seed{seed}{'' if scale == 1 else f'-lora{scale:g}'}{'-compare' if compare else ''}{changed}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_drf import __version__
-from lowmem_drf.config import chosen_preset, load_config, preset_card, preset_path, to_toml
+from lowmem_drf.config import chosen_preset, load_config, preset_card, preset_path, require_card, to_toml
 from lowmem_drf.distributed.ranks import ALONE, Ranks, end_process, join, require_platform, started_processes
 from lowmem_drf.errors import DEBUG, BadInputError, Ended, LowmemError, quoted
 from lowmem_drf.files import text_hash, write_text
@@ -85,6 +85,8 @@ def train_command(
         if os.environ.get("RANK", "0") == "0":
             _print(config, name or str(run), preset_card(preset_path(name)) if name else "")
         return run
+    if not resume:
+        require_card(name, config)
     if is_called():
         _require_one_process(config, on_update)
     if config.engine != "single":
@@ -184,6 +186,7 @@ def start(
     from lowmem_drf.assembly.loading import import_libraries, load_models
     from lowmem_drf.assembly.questions import draft_questions, needs_writer, require_weights, write_missing
     from lowmem_drf.assembly.references import finish_questions
+    from lowmem_drf.export.trained_with import as_trained
     from lowmem_drf.models.lora.adapter import add_lora
     from lowmem_drf.models.lora.init import init_lora
     from lowmem_drf.models.lora.levels import require_use
@@ -191,8 +194,8 @@ def start(
     from lowmem_drf.planner.report import card_here, require_fit
     from lowmem_drf.questions.file import to_json
     from lowmem_drf.reporting.notes import write_notes
-    from lowmem_drf.scoring.evaluate import finish_trial, make_trial, part_of
-    from lowmem_drf.scoring.watch import SEEDS
+    from lowmem_drf.scoring.evaluate import finish_trial, finish_watched, make_trial
+    from lowmem_drf.scoring.watch import BLIND, SEEDS
     from lowmem_drf.training.loop import train
     from lowmem_drf.training.lora_file import lora_to_begin_with
     from lowmem_drf.training.metrics import require_trackers
@@ -215,8 +218,10 @@ def start(
     draft |= ready
     log = config.log
     looked_at = log.watch_prompts if log.watch_every else 0
-    most = max(log.eval_prompts, looked_at)
-    trial = make_trial(config, used, most, log.eval_seeds) if most else None
+    watched = make_trial(config, used, looked_at, SEEDS) if looked_at else None  # its own: questions hang on prompts
+    trial = make_trial(config, used, log.eval_prompts, log.eval_seeds) if log.eval_prompts else None
+    if config.optim.stop == "alarm" and watched and len(watched.prompts) < 2:
+        raise BadInputError(f'optim.stop = "alarm": {BLIND}')
     require_trackers(log.trackers)
     require_optimizer(config.optim)
     require_use(config)
@@ -240,7 +245,8 @@ def start(
             unwritten = [prompt for prompt in prompts if prompt.id not in ready]
             with during("questions"), showing(console):
                 write_missing(config, [*unwritten, *(trial.prompts if trial else ())], None, console)
-        made_of = (*prompts, *(trial.prompts if trial else ()), *previews)
+        tried = [prompt for one in (watched, trial) if one for prompt in one.prompts]
+        made_of = (*prompts, *tried, *previews)
         shown = max(len(previews) if log.sample_every else 0, log.eval_prompts * log.eval_seeds, looked_at * SEEDS)
         clips = {"micro_batch": config.micro_batch, "log.eval_batch": min(log.eval_batch, shown)}
         with during("loading"), showing(console):
@@ -250,16 +256,19 @@ def start(
             lora, seed = config.lora, derive_seed(config.seed, "lora")
             add_lora(models.transformer, **lora.adapter, seed=seed)
             if init:
-                say(f"{lora.init}: {init_lora(models.transformer, init)}")
+                _, trained = as_trained(config, init.metadata, (), may_change=False)
+                for line in (init_lora(models.transformer, init), *trained):
+                    say(f"{lora.init}: {line}")
             models.awake("critic")
         if ranks.chief or config.zero.critic:  # a partitioned critic runs in all processes together
             with during("questions"):
                 done = finish_questions(config, prompts, draft, models.critic, console, ready)
                 draft = done.questions
                 trial = finish_trial(config, trial, models.critic, console) if trial else None
+                watched = finish_watched(config, watched, models.critic, console) if watched else None
             if not config.trained_rewards:
                 require_weights(draft, reward_spec(config))
-        questions, trial = ranks.from_chief((draft, trial))
+        questions, trial, watched = ranks.from_chief((draft, trial, watched))
         asked = to_json({prompt.text: questions[prompt.id] for prompt in prompts})
         if ranks.chief:
             if resume:
@@ -275,10 +284,10 @@ def start(
         _announce(console, config, run, models, prompts, origin)
         models = train(
             config, run, models, prompts, questions, previews, console, ranks, abort,
-            part_of(trial, looked_at, SEEDS), on_update or (lambda row: None),
+            watched, on_update or (lambda row: None),
         )  # fmt: skip
         with during("evaluation"):
-            _finish(console, config, run, models, part_of(trial, log.eval_prompts, log.eval_seeds), ranks)
+            _finish(console, config, run, models, trial, ranks)
 
 
 def _absolute(config: Config) -> Config:
@@ -405,8 +414,12 @@ def _finish(console: Console, config: Config, run: Path, models: Models, trial: 
         console.print(f"\nBase against tuned: {describe(trial)}", highlight=False, markup=False)
         saved = ranks.from_chief(last_manifest(run) if ranks.chief else None)
         done, steps = (saved.step, saved.steps) if saved else (0, 0)  # the alarm may have ended it early
-        with lora_scale(models.transformer, config.strength(done, steps)):
-            result = compare(config, models, trial, console, ranks)
+        try:
+            with lora_scale(models.transformer, config.strength(done, steps)):
+                result = compare(config, models, trial, console, ranks)
+        except KeyboardInterrupt:
+            later = f"To compare base and tuned: lowmem-drf eval {quoted(run)}"
+            raise KeyboardInterrupt(f"Interrupted. Training is over, and all of it is saved. {later}") from None
         print_table(result, console)
         if ranks.chief:
             write_result(run, done, describe(trial), result)

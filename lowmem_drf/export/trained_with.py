@@ -12,6 +12,7 @@ from typing import Any
 from lowmem_drf.config import change
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.lora.levels import first_step
+from lowmem_drf.models.weights.sources import FEWSTEP
 from lowmem_drf.schema import Config
 from lowmem_drf.texts import one_line, parse_json
 
@@ -136,6 +137,9 @@ def _as_list(value: Any) -> list[str]:
 
 
 def _is_local(file: str) -> bool:
-    """Whether it is no file of the hub (``owner/repo/file``). Headers come from anybody: no path is followed."""
+    """Whether it is no file of the hub (``owner/repo/file``), nor of this package. Headers come from anybody: no path
+    is followed."""
+    if file == FEWSTEP:
+        return False
     owner, *rest = str(file).split("/")
     return len(rest) < 2 or not owner[:1].isalnum() or ":" in owner or ".." in rest

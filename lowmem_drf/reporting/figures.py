@@ -78,7 +78,9 @@ def _compared(record: Record) -> tuple[list[Figure], str]:
         found.append(Figure(shown, _minus(before), _minus(after), _minus(change), _minus(ends), tone))
     was, now = as_row(result.get("base")), as_row(result.get("tuned"))
     found = [_kept(figure, was.get(figure.name), now.get(figure.name)) for figure in found]
-    return found, f"Base against tuned: {record.result.get('source')}; intervals of 95% over prompts."
+    step = number(record.result.get("step"))
+    when = f", update {step:g}, of {record.done} that are done" if step is not None and step < record.done else ""
+    return found, f"Base against tuned{when}: {record.result.get('source')}; intervals of 95% over prompts."
 
 
 def _watched(record: Record) -> tuple[list[Figure], str]:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import write_text
@@ -103,7 +104,8 @@ class Look:
     """Of step 0 alone, as ``bands``: standard deviations between the base's prompts."""
     bands: Mapping[str, Band] = field(default_factory=dict)
     reward: float | None = None
-    """Of training, mean over the updates since the last look."""
+    """Of training, mean over the updates since the last look. Of step 0 only where looks begin anew: of the run's first
+    look before."""
     outside: Sequence[str] = ()
     suspect: bool = False
     """See the head of this file."""
@@ -112,7 +114,7 @@ class Look:
     alarm: int | None = None
     """The update at which the alarm began, while it lasts."""
     best: int | None = None
-    """The update of the best look so far that is not suspect."""
+    """The update of the best look so far that is not suspect; of step 0 where looks begin anew, of those before."""
     prompts: str = ""
     """Of step 0 alone: a fingerprint. Looks at other prompts cannot be compared."""
     use: str = ""
@@ -133,12 +135,12 @@ class Alarm:
     def best(self) -> int | None:
         return self.looks[-1].best if self.looks else None
 
-    def begin(self, base: Mapping[str, Sequence[float]], prompts: str = "", use: str = "") -> Look:
-        """Takes the base's measures, one value a prompt. ``prompts``, ``use``: see ``Look``."""
+    def begin(self, base: Mapping[str, Sequence[float]], **notes: Any) -> Look:
+        """Takes the base's measures, one value a prompt. ``notes``: other fields of its ``Look``."""
         finite = {name: [value for value in values if math.isfinite(value)] for name, values in base.items()}
         finite = {name: values for name, values in finite.items() if values}
         means, spread = {name: fmean(values) for name, values in finite.items()}, spreads(finite)
-        return self._add(Look(0, means, spread, bands(means, spread), prompts=prompts, use=use))
+        return self._add(Look(0, means, spread, bands(means, spread), **notes))
 
     def add(self, step: int, measures: Mapping[str, float], reward: float) -> Look:
         """Takes a look. ``reward``: see ``Look``; its rise counts from the first look after the base's."""
@@ -146,7 +148,8 @@ class Alarm:
         count = sum(2 if self._far(name, measures.get(name)) else 1 for name in outside)
         risen = all(look.reward is None or reward > look.reward for look in self.looks[:2])
         worse = measures.get(SCORE, math.inf) < self._lowest()
-        suspect = count >= OUTSIDE and (risen or worse) and len(self.looks) > 1
+        compared = len(self.looks) > 1 or self.looks[0].reward is not None
+        suspect = count >= OUTSIDE and (risen or worse) and compared
         alarm = suspect and (count >= SURE or self.looks[-1].suspect)
         began = (self.began or step) if alarm else None
         score = self._score(measures, reward)
@@ -222,7 +225,7 @@ def read_looks(run: Path, done: int) -> list[Look]:
     try:
         rows = (run / FILE).read_text(encoding="utf-8").splitlines()
         looks = [Look(**json.loads(row)) for row in rows]
-        return [look for look in looks if look.step <= done] if looks and looks[0].bands else []
+        return [look for look in looks if look.step <= done] if looks and looks[0].step == 0 else []
     except (OSError, ValueError, TypeError):
         return []
 

@@ -79,18 +79,17 @@ def make_trial(
     return Trial(chosen, seeds, draft_questions(config, chosen, strict=False), heldout, source)
 
 
-def part_of(trial: Trial | None, prompts: int, seeds: int) -> Trial | None:
-    """The first prompts, with so many clips of each; ``None`` without any."""
-    return replace(trial, prompts=trial.prompts[:prompts], seeds=seeds) if trial and prompts else None
-
-
 def finish_trial(config: Config, trial: Trial, critic: VLMCritic | None, console: Console) -> Trial:
     """Finishes the questions as training does (``references.finish_questions``), and checks the held-out ones."""
     questions = finish_questions(config, trial.prompts, trial.questions, critic, console).questions
+    return replace(finish_watched(config, trial, critic, console), questions=questions if critic else trial.questions)
+
+
+def finish_watched(config: Config, trial: Trial, critic: VLMCritic | None, console: Console) -> Trial:
+    """Checks the held-out questions: a watch asks no others."""
     if critic is None:
         return trial
-    heldout = checked_heldout(config, trial.prompts, trial.heldout, critic, console)
-    return replace(trial, questions=questions, heldout=heldout)
+    return replace(trial, heldout=checked_heldout(config, trial.prompts, trial.heldout, critic, console))
 
 
 def checked_heldout(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 
@@ -14,12 +17,16 @@ from lowmem_drf.distributed.ranks import ALONE, Ranks
 from lowmem_drf.models.lora.adapter import lora_scale
 from lowmem_drf.prompts import fingerprint
 from lowmem_drf.schema import Config
-from lowmem_drf.scoring.alarm import Alarm, mark_best, read_looks, save_looks
+from lowmem_drf.scoring.alarm import FILE, Alarm, Look, mark_best, read_looks, save_looks
 from lowmem_drf.scoring.evaluate import Trial, asked_of, diversity, judge_evenly, mean_rows, rewards
 from lowmem_drf.scoring.measures import clip_measures
 
 SEEDS = 2
 """Clips of a prompt: diversity needs two."""
+BLIND = (
+    "one prompt is watched: there is nothing to tell what the base's own clips differ by, so there can be no alarm. "
+    "Give more prompts (log.watch_prompts)."
+)
 
 
 class Watch:
@@ -35,12 +42,14 @@ class Watch:
         self._config, self._run, self._models, self._trial, self._ranks = config, run, models, trial, ranks
         before = ranks.from_chief(read_looks(run, done) if ranks.chief else [])
         self._prompts = fingerprint(trial.prompts) if trial else ""
-        if trial and before and before[0].prompts != self._prompts:
-            before = []  # log.watch_prompts or skip_prompts was changed: looked at anew
         self._use = f"lora.scale={config.lora.scale:g} lora.max_sigma={config.lora.max_sigma:g}"
-        self._anew = bool(trial and before and before[0].use not in ("", self._use))
+        self._notes: dict[str, Any] = {"prompts": self._prompts, "use": self._use}
+        self._anew = self._other(before) if trial and before else ""
+        self._kept = f"watch-until-{before[-1].step:06d}.jsonl" if self._anew else ""
         if self._anew:
-            before = [replace(before[0], use=self._use)]
+            self._notes |= {"reward": before[1].reward if before[1:] else None, "best": before[-1].best}
+            is_same = before[0].prompts == self._prompts  # then the base's clips are as they were
+            before = [replace(before[0], **self._notes)] if is_same else []
         self._alarm = Alarm(before)
         self.rewards: list[float] = []
         """Of the updates since the last look."""
@@ -60,17 +69,37 @@ class Watch:
         every = self._config.log.watch_every
         return self._trial is not None and every > 0 and (last or step % every == 0)
 
-    def begin(self) -> None:
-        """Looks at the base, unless that was done: the LoRA is off meanwhile."""
-        if self._trial and self._config.log.watch_every and not self._alarm.looks:
+    def begin(self) -> str:
+        """Looks at the base, unless that was done: the LoRA is off meanwhile. Returns a line to print, or nothing."""
+        if not self._trial or not self._config.log.watch_every:
+            return ""
+        if self._anew and self._ranks.chief and (self._run / FILE).exists():
+            os.replace(self._run / FILE, self._run / self._kept)
+        if not self._alarm.looks:
             with lora_scale(self._models.transformer, 0.0):
                 base = look(self._config, self._models, self._trial, self._ranks)
-            self._alarm.begin({**base, "lora_norm": [0.0]}, self._prompts, self._use)
+            self._alarm.begin({**base, "lora_norm": [0.0]}, **self._notes)
             self._save()
+        if self._anew:
+            return f"{self._anew} {self._kept} has the looks until then."
+        return "" if self._alarm.looks[0].bands else BLIND
+
+    def _other(self, before: Sequence[Look]) -> str:
+        """Why looks begin anew, and what those before knew; empty if they go on."""
+        first, last = before[0], before[-1]
+        if first.prompts != self._prompts:
+            why = "it has other prompts"
+        elif first.use not in ("", self._use):
+            why = f"the LoRA is used with {self._use}, before with {first.use}"
+        else:
+            return ""
+        best = "none" if last.best is None else f"update {last.best}"
+        alarm = "" if last.alarm is None else f", and the alarm of update {last.alarm} lasted"
+        return f"the watch begins anew: {why}. The best until update {last.step} was {best}{alarm}."
 
     def missed(self, done: int) -> bool:
         """Whether a run that goes on after update ``done`` has not looked at it as it is used now."""
-        due = self.is_due(done, last=self._anew)
+        due = self.is_due(done, last=bool(self._anew))
         return done > 0 and due and self._alarm.looks[-1].step < done
 
     def look(self, step: int, lora_norm: float) -> str:

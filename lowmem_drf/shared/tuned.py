@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lowmem_drf.assembly.kernel_choice import saved_choice
 from lowmem_drf.assembly.loading import load_models, read_lora_for
-from lowmem_drf.config import load_config
+from lowmem_drf.config import load_config, require_card
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.export.trained_with import as_trained
 from lowmem_drf.files import readable_name, short_hash
@@ -85,6 +85,7 @@ def choose(
         raise BadInputError("--best is an update of a run: it does not go with --preset or --lora.")
     if preset is not None:
         config = in_one_process(load_config(preset, overrides))
+        require_card(preset, config)
     else:
         run = find_run(run, besides)
         config = run_config(run, overrides)

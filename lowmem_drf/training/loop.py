@@ -143,7 +143,8 @@ def train(
             with during("previews"), showing(console):
                 show(0)
         with during("watch"), showing(console):
-            watch.begin()
+            if said := watch.begin():
+                progress.note(said)
             if watch.missed(done):
                 look(done)
         progress.alarm = watch.began

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from lowmem_drf.models.lora.adapter import add_lora, load_lora_state
 from lowmem_drf.schema import Config
 from lowmem_drf.texts import expanded, toml_value
 from lowmem_drf.training.checkpoint import load_checkpoint
-from lowmem_drf.training.manifest import refuse_damaged
+from lowmem_drf.training.manifest import read_manifest, refuse_damaged
 
 if TYPE_CHECKING:
     from lowmem_drf.models.lora.changes import LoraChanges
@@ -24,6 +25,16 @@ def load_run_lora(transformer: Any, folder: Path, config: Config) -> int:
     add_lora(transformer, **config.lora.adapter | {"alpha": config.used_alpha(checkpoint.step, checkpoint.steps)})
     load_lora_state(transformer, checkpoint.lora)
     return checkpoint.step
+
+
+def used_lora(folder: Path, config: Config) -> LoraChanges:
+    """The LoRA of a run's checkpoint, at the strength of its use as the run is configured now: that of its file is from
+    when it was saved."""
+    from lowmem_drf.models.lora.reading import read_lora
+
+    lora, saved = read_lora(folder / "lora.safetensors"), read_manifest(folder)
+    alpha = config.used_alpha(saved.step, saved.steps)
+    return replace(lora, pairs={module: replace(pair, alpha=alpha) for module, pair in lora.pairs.items()})
 
 
 def overrides_from(preset: str, overrides: Sequence[str], file: Path) -> list[str]:

@@ -65,6 +65,16 @@ def test_an_export_is_as_strong(scaled_run, step, tmp_path):
         assert bool(((change - wanted).abs() <= 2 * 6 * 2**-24 * size).all())
 
 
+def test_a_run_with_another_strength_exports_what_its_clips_show(scaled_run, tmp_path):
+    """As after ``train --resume -s lora.scale=1``: the checkpoint's file is from before."""
+    run = shutil.copytree(scaled_run, tmp_path / "run")
+    file = run / "config.toml"
+    file.write_text(file.read_text(encoding="utf-8").replace(f"scale = {SCALE}", "scale = 1.0"), encoding="utf-8")
+    exported = read_lora(export_run(run, output=tmp_path / "lora.safetensors").paths[0])
+    alpha = float(exported.metadata["lowmem_drf.alpha"])
+    assert alpha == run_config(run).lora.alpha == read_lora(file_of(run)).alpha / SCALE
+
+
 def test_the_runs_own_clips_and_figures_are_those_of_the_commands_after_it(scaled_run, tmp_path, capsys):
     """In training the LoRA is scaled for a moment, after it the file is: the same model."""
     own = json.loads((scaled_run / "eval.json").read_text(encoding="utf-8"))["result"]

@@ -59,6 +59,12 @@ def test_files_of_the_users_own_are_named_and_not_looked_for():
     assert any("give that: -s model.base_lora=FOLDER/mine.safetensors" in line for line in lines)
 
 
+def test_the_base_of_the_package_is_set_as_one_of_the_hub_is():
+    fast = load_config("toy-fast")
+    config, (line,) = as_trained(load_config("toy"), header(fast), [], may_change=True)
+    assert (config.model.base_lora, config.sampler.steps) == (fast.model.base_lora, 4) and "FOLDER" not in line
+
+
 @pytest.mark.parametrize(
     "file", ["/a/b/c.safetensors", "~/b/c.safetensors", "../../c.safetensors", "C:/b/c.safetensors"]
 )

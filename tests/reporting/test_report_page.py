@@ -63,6 +63,14 @@ def test_an_edited_page_is_not_replaced(tmp_path):
             page(run, output=run / name)
 
 
+def test_a_comparison_of_an_earlier_update_is_called_so(tmp_path):
+    run = big_run(tmp_path / "big", clips=False)
+    assert "Base against tuned: 8 prompts" in words(page(run))
+    result = json.loads((run / "eval.json").read_text(encoding="utf-8")) | {"step": 20}
+    (run / "eval.json").write_text(json.dumps(result), encoding="utf-8")
+    assert "Base against tuned, update 20, of " in words(page(run, force=True))
+
+
 def test_a_reward_that_fell_is_no_good_news_beside_the_alarm(tmp_path):
     run = big_run(tmp_path / "big", clips=False)
     (run / "eval.json").unlink()

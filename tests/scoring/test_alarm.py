@@ -41,6 +41,15 @@ def test_two_measures_outside_and_a_reward_that_rose_are_suspect_and_twice_the_a
     assert alarm.add(200, WORSE, -0.3).alarm is None  # the look before was not
 
 
+def test_looks_that_begin_anew_know_what_those_before_did():
+    """A first look has nothing to have risen from; one after others has, and an update that they doubted is no best."""
+    for notes, (suspect, best) in (({}, (False, 300)), ({"reward": -1.0, "best": 200}, (True, 200))):
+        alarm = Alarm()
+        alarm.begin(BASE, **notes)
+        look = alarm.add(300, WORSE, -0.4)
+        assert (look.suspect, look.best) == (suspect, best)
+
+
 def test_three_measures_outside_are_the_alarm_at_once():
     alarm = begun()
     alarm.add(25, GOOD, -1.0)

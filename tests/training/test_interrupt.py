@@ -88,6 +88,16 @@ def test_a_second_ctrl_c_stops_at_once_and_costs_nothing_that_is_saved(started, 
     assert lora.read_bytes() == expected.read_bytes()
 
 
+def test_ctrl_c_while_base_and_tuned_are_compared_says_that_all_is_saved(tiny_preset, tmp_path, monkeypatch):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowmem_drf.scoring.evaluate.compare", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="all of it is saved. To compare base and tuned: lowmem-drf eval"):
+        train_command(str(tiny_preset), None, tmp_path / "run", 1, None, False, ["log.eval_prompts=1"], False)
+    assert checkpoint_folder(tmp_path / "run").name == "step-000001"
+
+
 @pytest.mark.parametrize(
     ("steps", "said"),
     [(4, "after update 1; it is saved. Go on with"), (1, "after update 1; it is saved. The run is complete.")],

@@ -98,10 +98,28 @@ def test_a_look_that_a_killed_run_missed_is_made_on_resume(watched_run, tiny_pre
     assert json.loads(last[0])["measures"] == json.loads(last[1])["measures"]
 
 
-def test_other_prompts_are_looked_at_anew(watched_run, tmp_path):
+def test_other_prompts_are_looked_at_anew(watched_run, tmp_path, capfd):
+    """What the looks before knew is not lost."""
     run = shutil.copytree(watched_run, tmp_path / "run")
+    before = (run / "watch.jsonl").read_bytes()
+    best = read_looks(run, 4)[-1].best
     train_command(None, None, run, 5, None, True, ["log.watch_prompts=3"], False)
-    assert [look.step for look in read_looks(run, 5)] == [0, 4, 5]
+    looks = read_looks(run, 5)
+    assert [look.step for look in looks] == [0, 4, 5] and looks[0].best == best is not None
+    assert (run / "watch-until-000004.jsonl").read_bytes() == before
+    said = f"begins anew: it has other prompts. The best until update 4 was update {best}. watch-until-000004.jsonl has"
+    assert said in capfd.readouterr().out
+
+
+def test_one_prompt_cannot_be_judged_and_that_is_said(watched_run, tmp_path, capfd):
+    run = shutil.copytree(watched_run, tmp_path / "run")
+    train_command(None, None, run, 5, None, True, ["log.watch_prompts=1"], False)
+    assert "so there can be no alarm" not in capfd.readouterr().out  # what was said is that looks begin anew
+    train_command(None, None, run, 6, None, True, [], False)
+    assert "one prompt is watched: " in capfd.readouterr().out
+    assert [look.step for look in read_looks(run, 6)] == [0, 4, 5, 6]
+    with pytest.raises(BadInputError, match=r'optim\.stop = "alarm": one prompt is watched'):
+        train_command(None, None, run, 7, None, True, ["optim.stop=alarm"], False)
 
 
 def test_a_lora_that_is_used_otherwise_is_looked_at_anew(watched_run, tmp_path):
@@ -131,7 +149,7 @@ def test_answers_worse_than_the_bases_are_said_though_the_reward_falls(tmp_path,
     prompts = as_prompts(["a red circle", "a blue square"])
     base = {"heldout_reward": [-0.5, -0.6], "heldout_TA": [-0.5, -0.6], "diversity": [0.2, 0.21], "si": [1.0, 1.1]}
     looks = alarm.Alarm()
-    looks.begin(base, fingerprint(prompts))
+    looks.begin(base, prompts=fingerprint(prompts))
     alarm.save_looks(tmp_path, looks.looks)
     watched = watch.Watch(load_config("toy"), tmp_path, None, SimpleNamespace(prompts=prompts), done=1)
     said = []

@@ -258,6 +258,8 @@ def _layout(keys: Collection[_Key], names: _Names) -> str:
 
 def _refuse_plain(plain: list[str], has_lora: bool) -> None:
     """Raises BadInputError for keys that end in no part of a LoRA."""
+    if any(key.endswith((".exp_avg", ".exp_avg_sq")) for key in plain):
+        raise BadInputError("it is the optimizer's state of a checkpoint; the LoRA is lora.safetensors beside it")
     for pattern, method in _OTHER_METHODS.items():
         if hit := next((key for key in plain if re.search(pattern, key)), ""):
             raise BadInputError(f"it is {method} ({shown(hit)}), which is not read: LoRA, LoKr, LoHa and DoRA are")
