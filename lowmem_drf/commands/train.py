@@ -230,6 +230,7 @@ def start(
     import_libraries(config)
     # of a run that was stopped before its first checkpoint, the file is all that its LoRA consists of
     init = lora_to_begin_with(config, config.lora.targets) if config.lora.init and not saved_step(run) else None
+    _, trained = as_trained(config, init.metadata, (), may_change=False) if init else (config, [])
     device = resolve_device(config.device)
     require_fast_vae(config, device)
     require_kernels(config, device)
@@ -256,7 +257,6 @@ def start(
             lora, seed = config.lora, derive_seed(config.seed, "lora")
             add_lora(models.transformer, **lora.adapter, seed=seed)
             if init:
-                _, trained = as_trained(config, init.metadata, (), may_change=False)
                 for line in (init_lora(models.transformer, init), *trained):
                     say(f"{lora.init}: {line}")
             models.awake("critic")

@@ -46,13 +46,15 @@ class Watch:
         self._notes: dict[str, Any] = {"prompts": self._prompts, "use": self._use}
         self._anew = self._other(before) if trial and before else ""
         self._kept = f"watch-until-{before[-1].step:06d}.jsonl" if self._anew else ""
+        self.rewards: list[float] = []
+        """Of the updates since the last look."""
         if self._anew:
-            self._notes |= {"reward": before[1].reward if before[1:] else None, "best": before[-1].best}
+            first, last = before[min(1, len(before) - 1)], before[-1]
+            self._notes |= {"reward": first.reward, "best": last.best}
+            self.rewards += [last.reward] if last.reward is not None else []  # of the update that is looked at anew
             is_same = before[0].prompts == self._prompts  # then the base's clips are as they were
             before = [replace(before[0], **self._notes)] if is_same else []
         self._alarm = Alarm(before)
-        self.rewards: list[float] = []
-        """Of the updates since the last look."""
 
     @property
     def began(self) -> int | None:

@@ -102,12 +102,13 @@ def test_other_prompts_are_looked_at_anew(watched_run, tmp_path, capfd):
     """What the looks before knew is not lost."""
     run = shutil.copytree(watched_run, tmp_path / "run")
     before = (run / "watch.jsonl").read_bytes()
-    best = read_looks(run, 4)[-1].best
+    _, first, last = read_looks(run, 4)
     train_command(None, None, run, 5, None, True, ["log.watch_prompts=3"], False)
     looks = read_looks(run, 5)
-    assert [look.step for look in looks] == [0, 4, 5] and looks[0].best == best is not None
+    assert [look.step for look in looks] == [0, 4, 5] and looks[0].best == last.best is not None
+    assert [look.reward for look in looks[:2]] == [first.reward, last.reward]
     assert (run / "watch-until-000004.jsonl").read_bytes() == before
-    said = f"begins anew: it has other prompts. The best until update 4 was update {best}. watch-until-000004.jsonl has"
+    said = f"begins anew: it has other prompts. The best until update 4 was update {last.best}. watch-until-000004.jsonl has"
     assert said in capfd.readouterr().out
 
 
