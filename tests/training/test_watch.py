@@ -108,7 +108,7 @@ def test_other_prompts_are_looked_at_anew(watched_run, tmp_path, capfd):
     assert [look.step for look in looks] == [0, 4, 5] and looks[0].best == last.best is not None
     assert [look.reward for look in looks[:2]] == [first.reward, last.reward]
     assert (run / "watch-until-000004.jsonl").read_bytes() == before
-    said = f"begins anew: it has other prompts. The best until update 4 was update {last.best}. watch-until-000004.jsonl has"
+    said = f"anew: it has other prompts. The best until update 4 was update {last.best}. watch-until-000004.jsonl has"
     assert said in capfd.readouterr().out
 
 
