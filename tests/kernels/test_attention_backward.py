@@ -6,12 +6,19 @@ from functools import partial
 
 import pytest
 import torch
+from _close import assert_within_budget
 from test_attention import check, random_ranges, run, tensors
 
 from lowmem_drf.kernels import attention as forward_file
 from lowmem_drf.kernels import attention_backward as backward_file
 from lowmem_drf.kernels import attention_common
-from lowmem_drf.kernels.attention import attention, attention_backward, packed_ranges, window_ranges
+from lowmem_drf.kernels.attention import (
+    attention,
+    attention_backward,
+    attention_naive,
+    packed_ranges,
+    window_ranges,
+)
 from lowmem_drf.kernels.attention_backward import attention_backward_workspace
 from lowmem_drf.kernels.attention_query_backward import QUERY_TILES, attention_query_backward_kernel
 from lowmem_drf.kernels.tiles import tuned
@@ -138,11 +145,26 @@ def test_queries_in_parts(ranges, deterministic, device, monkeypatch):
 
 @pytest.mark.parametrize("ranges", [False, True], ids=["all keys", "ranges"])
 def test_keys_with_large_scores_have_no_twin_in_dq(ranges, device):
-    """The last block of keys is not full; what stands for the rest scores far above or below the keys."""
+    """The last block of keys is not full; what stands for the rest scores far above or below the keys.
+
+    dQ = scale sum P (dP - delta) K: P comes from a score and a log-sum-exp that are each rounded in the forward and
+    again in the backward. A score sums 16 products of one sign and is scaled, so it is off by at most 18 roundings of
+    itself, and so is P in proportion; softmax's own backward, which has P at hand, is exact there."""
     (q, k, v), d_out = tensors((1, 40, 33, 1, 1, 16), torch.float32, device)
     window = window_ranges([0, 33], "cpu").repeat(1, 2, 1)[:, :40].to(device) if ranges else None
     for shift in (30.0, -30.0):
-        check([q.abs(), k.abs() + shift, v], d_out, ranges=window)
+        qkv = [q.abs(), k.abs() + shift, v]
+        got, eager = (run(one, qkv, d_out, ranges=window) for one in (attention, attention_naive))
+        exact = run(attention_naive, qkv, d_out, dtype=torch.float64, ranges=window)
+        for place, name in ((0, "out"), (2, "dk"), (3, "dv")):
+            assert_within_budget(name, got[place], exact[place], eager[place])
+        Q, K, V, D = (x[0, :, 0].double() for x in (*qkv, d_out))
+        scores = Q @ K.T / 4
+        dP = D @ V.T
+        size = scores.softmax(-1) * (dP - (exact[0][0, :, 0] * D).sum(-1, keepdim=True)).abs() @ K.abs() / 4
+        off = (got[1].double() - exact[1])[0, :, 0].abs()
+        assert bool((off <= 2 * 18 * 2.0**-24 * scores.abs().max() * size).all())
+        assert bool((off < exact[1].abs().max() / 100).all())  # and a twin would be as large as what is sought
 
 
 class NotLaunched:

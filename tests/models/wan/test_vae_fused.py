@@ -42,7 +42,8 @@ def test_a_window_is_the_graph_with_its_caches_detached(name, window):
 
 @pytest.mark.parametrize(("name", "strips"), [("toy", 1), ("wan21", 2), ("wan22", 1)])
 def test_with_the_kernel_frames_and_gradient_are_within_the_budget_of_eager(name, strips):
-    latents, kept, upstream = some_latents(2), (0, 4), None
+    """Of three upstream gradients together: of one alone, eager PyTorch's roundings may happen to cancel."""
+    latents, kept = some_latents(2), (0, 4)
     runs = {}
     for label, dtype, make in (
         ("exact", torch.float64, WanDecoder),
@@ -50,13 +51,12 @@ def test_with_the_kernel_frames_and_gradient_are_within_the_budget_of_eager(name
         ("kernel", torch.float32, fused),
     ):
         decoder = make(vae_of(name, dtype), strips=strips)
-        frames, entering = decode(decoder, latents.to(dtype), kept)
-        upstream = (
-            torch.randn(frames.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-            if upstream is None
-            else upstream
-        )
-        runs[label] = frames, vae_backward(decoder, latents.to(dtype), entering, upstream.to(dtype), kept)
+        gradients = []
+        for seed in (2, 3, 4):
+            frames, entering = decode(decoder, latents.to(dtype), kept)
+            upstream = torch.randn(frames.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            gradients.append(vae_backward(decoder, latents.to(dtype), entering, upstream.to(dtype), kept))
+        runs[label] = frames, torch.stack(gradients)
     for i, what in enumerate(("frames", "gradient")):
         assert_within_budget(what, runs["kernel"][i], runs["exact"][i], runs["eager"][i])
 
