@@ -8,7 +8,7 @@ import gc
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -58,7 +58,10 @@ def encode_texts(config: Config, generator: str, texts: Sequence[str], device: t
     """
     unique = list(dict.fromkeys(texts))
     described = generator_config(generator)
-    cache = _cache_for(config, Path(generator), list(described.text_encoders), device)
+    # LTX-Video's transformers do not agree on whether the padding of a text is masked
+    own = {key: value for key, value in described.transformer.items() if not key.startswith("_")}
+    depends = {"max_tokens": config.model.text_tokens, "transformer": own}
+    cache = _cache_for("texts", config, Path(generator), list(described.text_encoders), device, depends)
     encoded = {text: found["embedding_LD"] for text in unique if cache is not None and (found := cache.get(text))}
     missing = [text for text in unique if text not in encoded]
     if missing:
@@ -155,7 +158,8 @@ def encode_images(
         return {}
     vae_dtype = DTYPES[config.memory.vae_dtype]
     names = ["vae", *(["image_encoder"] if described.image else [])]
-    cache = _cache_for(config, place, names, device, {"vae_dtype": config.memory.vae_dtype, "frames": video.frames})
+    depends = {"vae_dtype": config.memory.vae_dtype, "frames": video.frames}
+    cache = _cache_for("images", config, place, names, device, depends)
     encoder: ImageEncoder | None = None
     encoded: dict[str, EncodedImage] = {}
     unique = list(dict.fromkeys(files))
@@ -193,13 +197,14 @@ def without_padding(row_LD: Tensor) -> Tensor:
 
 
 def _cache_for(
+    kind: Literal["texts", "images"],
     config: Config,
     generator: Path,
     encoders: Sequence[str],
     device: torch.device,
-    of_images: Mapping[str, Any] | None = None,
+    depends: Mapping[str, Any],
 ) -> TensorCache | None:
-    """``None`` for small encoders, and for a hub id. ``of_images``: the settings on which the results depend."""
+    """``None`` for small encoders, and for a hub id. ``depends``: on what the results depend besides the encoders."""
     weights = sum(file.stat().st_size for name in encoders for file in (generator / name).glob("*.safetensors"))
     if weights < LARGE_BYTES:
         return None
@@ -207,10 +212,10 @@ def _cache_for(
         "version": VERSION,
         "encoder": _fingerprint(generator, encoders),
         "dtype": config.dtype,
-        **({"max_tokens": config.model.text_tokens} if of_images is None else of_images),
+        **depends,
         "device": device.type,
     }
-    return TensorCache(cache_folder() / ("texts" if of_images is None else "images"), key)
+    return TensorCache(cache_folder() / kind, key)
 
 
 def _fingerprint(generator: Path, encoders: Sequence[str]) -> str:

@@ -163,9 +163,7 @@ def _cure(run: Path | None, from_file: bool) -> str:
 def _wanted(config: Config, asked: Sequence[Prompt]) -> Sequence[Prompt]:
     """The user's prompts, or else the sample prompts of the run or the preset."""
     if any(not prompt.text.strip() for prompt in asked):
-        raise BadInputError(
-            'a prompt is empty. Give it some words: --prompt "a red circle moves left on a gray background"'
-        )
+        raise BadInputError(f'a prompt is empty. Give it some words: --prompt "{EXAMPLE}"')
     named = not isinstance(config.log.sample_prompts, int)
     if not asked and not named and not config.prompts:
         raise BadInputError('no prompts: give one with --prompt "a corgi surfing a wave", or a file with --prompts.')

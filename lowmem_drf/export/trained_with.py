@@ -94,9 +94,10 @@ def as_trained(
     except (BadInputError, ValueError, KeyError, TypeError, AttributeError):
         return config, ["its header says how it was trained, and cannot be used"]
     if is_other:
+        meant = one_line(str(settings[_EXPERT]), 20)
         raise BadInputError(
-            f"the LoRA was trained for the {one_line(str(settings[_EXPERT]), 20)}-noise transformer, and "
-            f'model.expert = "{config.model.expert}" would use it in the other one.'
+            f"the LoRA was trained for the {meant}-noise transformer, and this is the {config.model.expert}-noise one. "
+            f"Use it with model.expert={meant}; a run keeps its own, so sample with --preset."
         )
     if not wanted:
         return config, said

@@ -255,16 +255,21 @@ def asked_of(
     return with_scalars(config, prompts, [questions.get(prompt.id, ()) for prompt in prompts], held_out)
 
 
+def evenly(config: Config) -> tuple[list[int], float]:
+    """The frames that are judged outside of updates, evenly spaced whatever ``critic.frame_sampling`` is, and how many
+    a second they are."""
+    video, count = config.video, critic_frames(config)
+    return list(kept_frames(video.frames, count)), kept_fps(video.frames, video.fps, count)
+
+
 def judge_evenly(config: Config, models: Models) -> tuple[list[int], Critic]:
-    """The frames that are judged outside of updates, evenly spaced whatever ``critic.frame_sampling`` is; and what
-    judges them: ``Models.judge``, whose critic is told their rate."""
-    video, critic = config.video, models.critic
-    kept = list(kept_frames(video.frames, critic_frames(config)))
+    """The frames of ``evenly``, and what judges them: ``Models.judge``, whose critic is told their rate."""
+    critic, (kept, rate) = models.critic, evenly(config)
 
     def judge(frames_BTCHW: Tensor, asked: Sequence[Sequence[Question]]) -> Sequence[Sequence[Answer | Scalar]]:
         if critic is None or critic.fps is None:
             return models.judge(frames_BTCHW, asked)
-        trained, critic.fps = critic.fps, kept_fps(video.frames, video.fps, len(kept))
+        trained, critic.fps = critic.fps, rate
         try:
             return models.judge(frames_BTCHW, asked)
         finally:

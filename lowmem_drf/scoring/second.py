@@ -13,19 +13,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lowmem_drf.assembly.assemble import critic_frames, resolve_device, reward_spec
+from lowmem_drf.assembly.assemble import resolve_device, reward_spec
 from lowmem_drf.assembly.loading import load_run_critic
 from lowmem_drf.assembly.questions import grammar_of
 from lowmem_drf.assembly.references import finish_questions
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.memory.host import HostStore
 from lowmem_drf.memory.residency import bring
-from lowmem_drf.method.frames import kept_fps, kept_frames
 from lowmem_drf.models.weights.downloads import available_host_bytes, prepare
 from lowmem_drf.models.weights.sources import READER, TOYWORLD
 from lowmem_drf.questions import toyworld
 from lowmem_drf.schema import Config
-from lowmem_drf.scoring.evaluate import Trial, checked_heldout, heldout_questions, rewards
+from lowmem_drf.scoring.evaluate import Trial, checked_heldout, evenly, heldout_questions, rewards
 from lowmem_drf.shortage import GIB
 from lowmem_drf.terminal import counted, say, showing
 from lowmem_drf.types import Question
@@ -62,7 +61,7 @@ class SecondCritic:
         self.config, self._clips = config.model_copy(update={"critic": named}), trial.seeds * len(trial.prompts)
         # ToyWorld's default critic does not understand quoted phrases
         self._phrases = critic == TOYWORLD and grammar_of(config) != "toyworld"
-        self._kept = list(kept_frames(config.video.frames, critic_frames(config)))
+        self._kept, self._rate = evenly(config)
         # what a critic makes of them is computed in the run's dtype, and half precision is finer than bf16 there
         self._dtype = torch.float32 if config.dtype == "fp32" else torch.float16
         self._seen: dict[str, dict[int, Tensor]] = defaultdict(dict)
@@ -91,7 +90,7 @@ class SecondCritic:
         with showing(console):
             critic, size = load_critic_alone(self.config), self.config.log.eval_batch
         if critic.fps is not None:  # of these frames, not of those that updates show
-            critic.fps = kept_fps(self.config.video.frames, self.config.video.fps, len(self._kept))
+            critic.fps = self._rate
         questions, spec = self._questions(trial, critic, console), reward_spec(self.config)
         found: dict[str, list[float]] = {}
         for side, seen in self._seen.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import weakref
 from pathlib import Path
@@ -138,6 +139,10 @@ def test_another_encoder_or_setting_has_its_own(generator, cache, large, loads, 
     ):
         encode_texts(configuration(tiny_preset, *settings), str(folder), TEXTS[:1], CPU)
         assert len(loads) == expected
+    described = same / "transformer" / "config.json"  # with which an encoder may change what it makes of a text
+    described.write_text(json.dumps(json.loads(described.read_text(encoding="utf-8")) | {"freq_dim": 128}))
+    encode_texts(configuration(tiny_preset), str(same), TEXTS[:1], CPU)
+    assert len(loads) == 5
 
 
 def test_large_files_are_told_apart_by_slices(tmp_path, monkeypatch) -> None:
