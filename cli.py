@@ -441,7 +441,7 @@ def doctor(
 @_reports_errors
 def presets_list() -> None:
     """List every preset with its purpose and its card."""
-    from lowmem_drf.config import preset_card, preset_summary, presets
+    from lowmem_drf.preset_files import preset_card, preset_summary, presets
 
     for name, path in presets().items():
         print(f"{name:<20} {preset_summary(path)}\n{'':<20} GPU: {preset_card(path)}")
@@ -451,7 +451,7 @@ def presets_list() -> None:
 @_reports_errors
 def presets_show(name: Annotated[str, typer.Argument(help="A preset's name or a TOML file.")]) -> None:
     """Print a preset."""
-    from lowmem_drf.config import preset_text
+    from lowmem_drf.preset_files import preset_text
 
     print(printable(preset_text(name)), end="")
 
@@ -468,8 +468,8 @@ def presets_copy(
     force: Force = False,
 ) -> None:
     """Copy a preset to a new file to edit."""
-    from lowmem_drf.config import copy_preset
     from lowmem_drf.files import replaceable
+    from lowmem_drf.preset_files import copy_preset
 
     path = copy_preset(name, target, force)
     if replaceable(path):

@@ -111,7 +111,8 @@ def train(
         LowmemError: the work failed; saved updates stay.
     """
     from lowmem_drf.commands.train import train_command
-    from lowmem_drf.config import as_overrides, chosen_preset
+    from lowmem_drf.config import as_overrides
+    from lowmem_drf.preset_files import chosen_preset
     from lowmem_drf.training.run_folder import default_output, find_run, own_prompts
 
     run, name, overrides = _path(output), _text(preset), as_overrides(settings or {})
@@ -216,7 +217,8 @@ def plan(
         ``changes``: what else would be to give up.
     """
     from lowmem_drf.commands.plan import plan_of
-    from lowmem_drf.config import as_overrides, chosen_preset, load_config
+    from lowmem_drf.config import as_overrides, load_config
+    from lowmem_drf.preset_files import chosen_preset
     from lowmem_drf.terminal import make_console
 
     with _call(console):

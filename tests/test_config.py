@@ -5,10 +5,11 @@ import tomllib
 import pytest
 
 from lowmem_drf.assembly.sizes import require_room
-from lowmem_drf.config import known_keys, load_config, parse_override, preset_path, to_toml
+from lowmem_drf.config import known_keys, load_config, parse_override, to_toml
 from lowmem_drf.distributed.launch import launch
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.generators import generator_config
+from lowmem_drf.preset_files import preset_path
 from lowmem_drf.sampling.published import AS_PUBLISHED
 from lowmem_drf.schema import Config
 

@@ -4,8 +4,9 @@ import re
 
 from _root import ROOT
 
-from lowmem_drf.config import known_keys, presets
+from lowmem_drf.config import known_keys
 from lowmem_drf.files import RUN_FILES
+from lowmem_drf.preset_files import presets
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_FILES = {"modeling_qwen2_5_vl.py"}

@@ -20,7 +20,8 @@ LAWS: dict[str, tuple[int, set[str]]] = {
     "shortage": (0, set()),
     "types": (0, {"torch"}),
     "schema": (0, {"pydantic"}),
-    "config": (0, {"pydantic", "tomli_w", "torch"}),
+    "config": (0, {"pydantic", "tomli_w"}),
+    "preset_files": (0, {"torch"}),
     "prompts": (0, set()),
     "texts": (0, {"pydantic_core"}),
     "ops": (1, {"torch"}),
@@ -54,7 +55,8 @@ PROGRAMS = "toy/build"
 FULL = 14
 """Files of a room, besides ``__init__.py``."""
 LIGHT = {
-    *("__init__", "errors", "files", "libraries", "sampling", "shortage", "schema", "config", "prompts", "texts"),
+    *("__init__", "errors", "files", "libraries", "sampling", "shortage", "schema", "config", "preset_files"),
+    *("prompts", "texts"),
     *("cli", "api"),
 }
 """Rooms that import no third-party package but pydantic and typer when they are imported."""

@@ -5,18 +5,17 @@ import tomllib
 import pytest
 from _root import ROOT
 
-from lowmem_drf.config import (
+from lowmem_drf.config import load_config, to_toml
+from lowmem_drf.errors import BadInputError
+from lowmem_drf.preset_files import (
     DEFAULT_PRESET,
     copy_preset,
     default_preset,
-    load_config,
     preset_card,
     preset_summary,
     presets,
     require_card,
-    to_toml,
 )
-from lowmem_drf.errors import BadInputError
 from lowmem_drf.sampling.published import AS_PUBLISHED, TIMESTEPS
 from lowmem_drf.schema import Config
 
@@ -116,7 +115,7 @@ def test_the_default_is_the_largest_preset_that_fits_the_card(tmp_path, monkeypa
     assert of_this_package == ["toy-fast", "toy-fast", "rtx4060", "rtx3060", "rtx4080", "rtx5090"]
     for card, name in (("RTX 4090", "rtx4090"), ("RTX 3090", "rtx3090"), ("another", "rtx3090")):
         assert default_preset(25.3, f"NVIDIA GeForce {card}") == name
-    monkeypatch.setattr("lowmem_drf.config.presets", lambda: files)
+    monkeypatch.setattr("lowmem_drf.preset_files.presets", lambda: files)
     chosen = [default_preset(gb) for gb in (None, 8.0, 12.6, 23.0, 25.4, 140.0)]
     assert chosen == ["toy-fast", "toy-fast", "rtx3060", "rtx3060", "rtx4090", "rtx4090"]
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from bench.families.tiny import name_of
 from bench.plans.fit import README, card_presets, header_line, measured
-from lowmem_drf.config import load_config, preset_card, presets
+from lowmem_drf.config import load_config
 from lowmem_drf.models.family import Family
 from lowmem_drf.models.generators import FAMILIES
+from lowmem_drf.preset_files import preset_card, presets
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "families.json"
 MARKS = "<!-- families: begin -->\n", "<!-- families: end -->\n"

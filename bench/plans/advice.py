@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lowmem_drf.assembly.rungs import keeps_gradient
-from lowmem_drf.config import change, load_config, preset_card, preset_path
+from lowmem_drf.config import change, load_config
 from lowmem_drf.planner.cards import Card, card_named
 from lowmem_drf.planner.fakes import Fakes
 from lowmem_drf.planner.ladder import advise
 from lowmem_drf.planner.plan import Seen, make_plan, new_fakes
 from lowmem_drf.planner.stages import Plan
+from lowmem_drf.preset_files import preset_card, preset_path
 from lowmem_drf.schema import Config
 
 SETTINGS: tuple[tuple[str, float, tuple[str, ...]], ...] = (

@@ -20,9 +20,10 @@ from typing import Any
 
 from bench.script import reports_errors
 from bench.versions import versions
-from lowmem_drf.config import load_config, preset_card, presets
+from lowmem_drf.config import load_config
 from lowmem_drf.errors import LowmemError
 from lowmem_drf.files import write_text
+from lowmem_drf.preset_files import preset_card, presets
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "allocator.json"
 KEPT = ("peak_gib", "measured_gib")

@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowmem_drf.config import load_config, preset_card, preset_summary, presets
+from lowmem_drf.config import load_config
 from lowmem_drf.errors import LowmemError
 from lowmem_drf.planner.cards import card_named
 from lowmem_drf.planner.fakes import Fakes
 from lowmem_drf.planner.plan import make_plan, new_fakes
 from lowmem_drf.planner.stages import STAGES
 from lowmem_drf.planner.words import in_words
+from lowmem_drf.preset_files import preset_card, preset_summary, presets
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, README = ROOT / "docs" / "fit.md", ROOT / "README.md"

@@ -17,9 +17,9 @@ from typing import Any
 from bench.card.presets import MEMORY, PEAK, memory_row, time_row
 from bench.card.sections import BY_NAME
 from bench.plans import fit
-from lowmem_drf.config import presets
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import write_text
+from lowmem_drf.preset_files import presets
 
 RESULTS = fit.ROOT / "bench" / "results"
 STAGES = ("rollout", "decode", "critic", "vae_backward", "denoise_backward", "update")

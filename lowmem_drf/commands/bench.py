@@ -21,7 +21,7 @@ from lowmem_drf.assembly.conditions import DTYPES
 from lowmem_drf.assembly.cudnn import require_fast_vae
 from lowmem_drf.assembly.loading import with_partitioned_critic
 from lowmem_drf.assembly.sizes import free_bytes, require_room, sizes_of
-from lowmem_drf.config import change, chosen_preset, load_config, preset_card, preset_path
+from lowmem_drf.config import change, load_config
 from lowmem_drf.distributed.ranks import join
 from lowmem_drf.doctor.card_rates import measured_rates
 from lowmem_drf.errors import BadInputError, LowmemError
@@ -41,6 +41,7 @@ from lowmem_drf.planner.shortcuts import one_micro_batch
 from lowmem_drf.planner.stages import Plan, StagePlan
 from lowmem_drf.planner.stand_ins import PlanMeter, planned_store
 from lowmem_drf.planner.words import set_to_fit
+from lowmem_drf.preset_files import chosen_preset, preset_card, preset_path
 from lowmem_drf.schema import Config
 from lowmem_drf.terminal import make_console
 from lowmem_drf.training.trainer import SingleTrainer, make_trainer

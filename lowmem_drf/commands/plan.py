@@ -6,10 +6,11 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from lowmem_drf.config import chosen_preset, load_config, preset_card, preset_path
+from lowmem_drf.config import load_config
 from lowmem_drf.planner.cards import at_share, card_named, parse_vram, room_of
 from lowmem_drf.planner.report import planned
 from lowmem_drf.planner.words import print_plan, times
+from lowmem_drf.preset_files import chosen_preset, preset_card, preset_path
 from lowmem_drf.terminal import make_console
 
 if TYPE_CHECKING:

@@ -48,7 +48,8 @@ def questions_command(
         check: a questions file, in place of prompts: load the critic, and show what it thinks of each question.
         force: ``output`` may replace a file that was edited.
     """
-    from lowmem_drf.config import chosen_preset, load_config
+    from lowmem_drf.config import load_config
+    from lowmem_drf.preset_files import chosen_preset
 
     if [prompt, file, check].count(None) != 2:
         raise BadInputError(

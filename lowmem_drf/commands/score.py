@@ -15,11 +15,12 @@ from lowmem_drf.assembly.assemble import reward_spec
 from lowmem_drf.assembly.loading import load_run_critic
 from lowmem_drf.assembly.questions import draft_questions, require_weights
 from lowmem_drf.assembly.references import finish_questions
-from lowmem_drf.config import chosen_preset, load_config
+from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import require_output
 from lowmem_drf.method.preprocess import resized
 from lowmem_drf.models.weights.sources import READER, TOYWORLD
+from lowmem_drf.preset_files import chosen_preset
 from lowmem_drf.prompts import as_prompts
 from lowmem_drf.questions import toyworld
 from lowmem_drf.schema import Config

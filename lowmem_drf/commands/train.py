@@ -12,22 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowmem_drf import __version__
-from lowmem_drf.config import chosen_preset, load_config, preset_card, preset_path, require_card, to_toml
+from lowmem_drf.config import load_config, to_toml
 from lowmem_drf.distributed.ranks import ALONE, Ranks, end_process, join, require_platform, started_processes
 from lowmem_drf.errors import DEBUG, BadInputError, Ended, LowmemError, quoted
 from lowmem_drf.files import text_hash, write_text
 from lowmem_drf.models.rewards.users import find_maker, is_entry
-from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.planner.cards import Card, card_named, parse_vram, room_of
+from lowmem_drf.preset_files import chosen_preset, preset_card, preset_path, require_card
 from lowmem_drf.prompts import fingerprint, without
-from lowmem_drf.questions.file import WRITERS
 from lowmem_drf.schema import Config
 from lowmem_drf.shortage import allocator_settings, during
 from lowmem_drf.terminal import is_called, make_console, showing
-from lowmem_drf.texts import expanded, one_line, toml_value
+from lowmem_drf.texts import one_line, toml_value
 from lowmem_drf.training.checkpoint import good_step, last_manifest, resume_command, saved_step
 from lowmem_drf.training.manifest import MAY_CHANGE, fixed_settings, require_prompts, same_setting
-from lowmem_drf.training.run_folder import RUNS, claim, default_output, find_run, saved_config
+from lowmem_drf.training.run_folder import RUNS, claim, default_output, find_run, saved_config, with_absolute_paths
 from lowmem_drf.types import OnUpdate, Prompt, Question
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ def train_command(
             from lowmem_drf.training.lora_file import overrides_from
 
             overrides = [*overrides_from(name, overrides, init_lora), *overrides]
-        run, config = output or default_output(name), _absolute(load_config(name, overrides))
+        run, config = output or default_output(name), with_absolute_paths(load_config(name, overrides))
         origin = f"preset {name}{why}"
     if dry_run:
         if os.environ.get("RANK", "0") == "0":
@@ -290,49 +289,13 @@ def start(
             _finish(console, config, run, models, trial, ranks)
 
 
-def _absolute(config: Config) -> Config:
-    """Makes the paths of files absolute, so that the run can be resumed from any folder."""
-
-    def absolute(path: str) -> str:
-        return str(expanded(path).absolute())
-
-    model, critic, changes = config.model, config.critic, dict[str, object]()
-
-    def found(file: str) -> str:
-        return absolute(file) if file and expanded(file).exists() else file
-
-    loras = model.base_lora
-    files = {
-        "transformer": found(model.transformer),
-        "decoder_file": found(model.decoder_file),
-        "base_lora": found(loras) if isinstance(loras, str) else [found(lora) for lora in loras],
-    }
-    changes["model"] = model.model_copy(update=files)
-    if config.lora.init:
-        changes["lora"] = config.lora.model_copy(update={"init": absolute(config.lora.init)})
-    if config.rewards:
-        rewards = {
-            name: one.model_copy(update={"id": one.id if is_entry(one.id) else found(one.id)})
-            for name, one in config.rewards.items()
-        }
-        changes["rewards"] = rewards
-    if config.prompts not in ("", TOYWORLD):
-        changes["prompts"] = absolute(config.prompts)
-    if critic.questions not in WRITERS:
-        changes["critic"] = critic.model_copy(update={"questions": absolute(critic.questions)})
-    if isinstance(config.log.sample_prompts, str):
-        shown = absolute(config.log.sample_prompts)
-        changes["log"] = config.log.model_copy(update={"sample_prompts": shown})
-    return config.model_copy(update=changes)
-
-
 def _resumed(preset: str | None, output: Path | None, overrides: Sequence[str]) -> tuple[Path, Config, int]:
     """The run to resume, its configuration, and its updates so far. Raises BadInputError if settings differ too much,
     or it is complete."""
     if preset is not None:
         raise BadInputError("--preset does not go with --resume: the run keeps its own configuration. Leave it out.")
     run = find_run(output)
-    before, config = saved_config(run), _absolute(load_config(run / "config.toml", overrides))
+    before, config = saved_config(run), with_absolute_paths(load_config(run / "config.toml", overrides))
     wanted = fixed_settings(config)
     if changed := [key for key, value in fixed_settings(before).items() if not same_setting(wanted[key], value)]:
         raise BadInputError(

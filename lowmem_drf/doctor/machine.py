@@ -115,8 +115,9 @@ def disks() -> Iterator[Check]:
 
 def models() -> Iterator[Check]:
     """Which models of the presets are in the hub's cache."""
-    from lowmem_drf.config import load_config, presets
+    from lowmem_drf.config import load_config
     from lowmem_drf.models.weights.downloads import cached
+    from lowmem_drf.preset_files import presets
 
     roles: dict[str, Any] = {}
     for config in map(load_config, presets()):
@@ -133,8 +134,8 @@ def models() -> Iterator[Check]:
 
 def fitting(card: str, total: int) -> Iterator[Check]:
     """The presets that fit a card and this host, from their headers alone. ``total``: bytes of the card; 0: none."""
-    from lowmem_drf.config import default_preset, preset_gb, presets
     from lowmem_drf.models.weights.downloads import HOST_MARGIN, available_host_bytes
+    from lowmem_drf.preset_files import default_preset, preset_gb, presets
 
     takes = default_preset(total / 1e9 if total else None, card)
     free = available_host_bytes()

@@ -6,9 +6,10 @@ import math
 from typing import TYPE_CHECKING
 
 from lowmem_drf.assembly.rungs import ROUNDED
-from lowmem_drf.config import DEFAULT_PRESET, default_preset, load_config, preset_gb, preset_path
+from lowmem_drf.config import load_config
 from lowmem_drf.planner.cards import GIB, SPARE, card_named, learned
 from lowmem_drf.planner.stages import Plan
+from lowmem_drf.preset_files import DEFAULT_PRESET, default_preset, preset_gb, preset_path
 from lowmem_drf.prompts import named_prompts
 from lowmem_drf.schema import Config
 

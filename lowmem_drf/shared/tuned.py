@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 from lowmem_drf.assembly.kernel_choice import saved_choice
 from lowmem_drf.assembly.loading import load_models, read_lora_for
-from lowmem_drf.config import load_config, require_card
+from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.export.trained_with import as_trained
 from lowmem_drf.files import readable_name, short_hash
 from lowmem_drf.models.lora.base import left_out
 from lowmem_drf.models.lora.levels import require_use
 from lowmem_drf.models.lora.reading import lora_file
+from lowmem_drf.preset_files import require_card
 from lowmem_drf.schema import Config
 from lowmem_drf.scoring.alarm import best_step, lasting
 from lowmem_drf.terminal import say

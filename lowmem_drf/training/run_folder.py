@@ -15,10 +15,13 @@ from pathlib import Path
 from lowmem_drf.config import change, load_config
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.files import RUN_FILES, make_writable, release, write_text
+from lowmem_drf.models.rewards.users import is_entry
+from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.prompts import PromptRow, as_jsonl, with_absolute_files
+from lowmem_drf.questions.file import WRITERS
 from lowmem_drf.schema import Config
 from lowmem_drf.schema.running import Zero
-from lowmem_drf.texts import read_text
+from lowmem_drf.texts import expanded, read_text
 from lowmem_drf.training.checkpoint import last_manifest, resume_command
 from lowmem_drf.training.manifest import require_settings
 from lowmem_drf.training.run_lock import locked
@@ -27,6 +30,42 @@ RUNS = Path("runs")
 PROMPTS = "prompts.jsonl"
 """Of a run that was given its prompts as texts, by the Python API."""
 _CONTENTS = ("config.toml", "metrics.jsonl", "checkpoints", "samples", "tensorboard")
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Makes the paths of files absolute, so that the run can be resumed from any folder."""
+
+    def absolute(path: str) -> str:
+        return str(expanded(path).absolute())
+
+    model, critic, changes = config.model, config.critic, dict[str, object]()
+
+    def found(file: str) -> str:
+        return absolute(file) if file and expanded(file).exists() else file
+
+    loras = model.base_lora
+    files = {
+        "transformer": found(model.transformer),
+        "decoder_file": found(model.decoder_file),
+        "base_lora": found(loras) if isinstance(loras, str) else [found(lora) for lora in loras],
+    }
+    changes["model"] = model.model_copy(update=files)
+    if config.lora.init:
+        changes["lora"] = config.lora.model_copy(update={"init": absolute(config.lora.init)})
+    if config.rewards:
+        rewards = {
+            name: one.model_copy(update={"id": one.id if is_entry(one.id) else found(one.id)})
+            for name, one in config.rewards.items()
+        }
+        changes["rewards"] = rewards
+    if config.prompts not in ("", TOYWORLD):
+        changes["prompts"] = absolute(config.prompts)
+    if critic.questions not in WRITERS:
+        changes["critic"] = critic.model_copy(update={"questions": absolute(critic.questions)})
+    if isinstance(config.log.sample_prompts, str):
+        shown = absolute(config.log.sample_prompts)
+        changes["log"] = config.log.model_copy(update={"sample_prompts": shown})
+    return config.model_copy(update=changes)
 
 
 def default_output(preset: str) -> Path:

@@ -21,9 +21,9 @@ from bench.card.table import cells, markdown, rich_table
 from bench.card.tiles import _Case, _pin, _worst, tuners
 from bench.kernels.ops import OPS, build
 from bench.plans import record
-from lowmem_drf.config import presets as presets_of_the_package
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.kernels import attention_int8
+from lowmem_drf.preset_files import presets as presets_of_the_package
 
 BY_NAME = {op.name: op for op in OPS}
 ROW = '{"what": "x", "measured": 2.0, "unit": "s", "expected": 1.0, "state": "%s", "note": ""}'

@@ -221,7 +221,7 @@ def test_an_empty_argument_is_not_the_default(option, run_cli, tmp_path):
 
 def test_the_default_preset_is_named_with_its_reason(run_cli, tmp_path, tiny_preset, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("lowmem_drf.config.default_preset", lambda card_gb: str(tiny_preset))
+    monkeypatch.setattr("lowmem_drf.preset_files.default_preset", lambda card_gb: str(tiny_preset))
     code, out, err = run_cli("train --steps 1 -s log.sample_every=0")
     assert code == 0, err
     assert f"preset {tiny_preset} (the default: there is no CUDA card)" in out

@@ -23,8 +23,9 @@ from _mutations import RAW, Bytes, changed, damaged, dumped, encoded, files_of, 
 from hypothesis import strategies as st
 
 from lowmem_drf import video
-from lowmem_drf.config import change, known_keys, load_config, preset_card, preset_path, to_toml
+from lowmem_drf.config import change, known_keys, load_config, to_toml
 from lowmem_drf.errors import explain
+from lowmem_drf.preset_files import preset_card, preset_path
 from lowmem_drf.prompts import as_prompts, load_prompts
 from lowmem_drf.questions.file import load_questions, require_same_prompts, to_json
 

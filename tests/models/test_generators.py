@@ -12,11 +12,12 @@ import torch
 from _tiny import save_tiny_generator
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from lowmem_drf.config import load_config, presets
+from lowmem_drf.config import load_config
 from lowmem_drf.errors import BadInputError
 from lowmem_drf.models.generators import KNOWN_GENERATORS, SUBFOLDERS, family_of, generator_config, image_use
 from lowmem_drf.planner.cards import card_named
 from lowmem_drf.planner.plan import make_plan
+from lowmem_drf.preset_files import presets
 
 
 @pytest.fixture

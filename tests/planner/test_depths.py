@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 from _plans import FAKES, SMALL
 
-from lowmem_drf.config import load_config, preset_card, presets
+from lowmem_drf.config import load_config
 from lowmem_drf.models.generators import generator_config
 from lowmem_drf.planner import depths, plan
 from lowmem_drf.planner.cards import card_named
 from lowmem_drf.planner.depths import LEAST, Line, line_to
 from lowmem_drf.planner.plan import make_plan
+from lowmem_drf.preset_files import preset_card, presets
 
 slow = pytest.mark.slow
 EXACT = ("peak_gib", "weights_gib", "kept_gib", "host_gib", "tflop", "moved_gib", "between_gib")

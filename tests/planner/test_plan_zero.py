@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from lowmem_drf.assembly.rungs import LADDERS
-from lowmem_drf.config import change, default_preset, load_config
+from lowmem_drf.config import change, load_config
 from lowmem_drf.distributed.zero import LIVE_NUMEL, PERSIST_NUMEL, PREFETCH_NUMEL, REDUCE_BUCKET
 from lowmem_drf.models.generators import generator_config
 from lowmem_drf.models.lora.adapter import add_lora, lora_parameters
@@ -24,6 +24,7 @@ from lowmem_drf.planner.plan import decide_rollout, make_plan
 from lowmem_drf.planner.stages import STAGES, StagePlan
 from lowmem_drf.planner.words import print_plan
 from lowmem_drf.planner.zero import PlannedZero3
+from lowmem_drf.preset_files import default_preset
 
 CARD = card_named("")
 COMMON = (

@@ -18,10 +18,11 @@ from bench.plans.fit import IN_README
 from bench.plans.scaling import EIGHT, stage
 from lowmem_drf import cli
 from lowmem_drf.assembly.conditions import DTYPES
-from lowmem_drf.config import load_config, preset_card, presets
+from lowmem_drf.config import load_config
 from lowmem_drf.planner.cards import card_named, fits_in, free_of
 from lowmem_drf.planner.fake_models import fake_critic
 from lowmem_drf.planner.plan import make_plan
+from lowmem_drf.preset_files import preset_card, presets
 
 BUDGET_GIB = {  # whole process, at its peak
     "rtx4090": 16.5, "rtx3090": 16.5, "rtx5090": 16.5, "rtx4080": 7.6, "rtx3060": 7.6, "rtx4060": 5.5,
