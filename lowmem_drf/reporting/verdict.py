@@ -61,10 +61,10 @@ def _watched(record: Record) -> str:
     if record.alarm is not None:
         gone = {name for row in record.watch if row["step"] >= record.alarm for name in outside(row)}
         left = _listed(sorted(map(words, gone))) or "the clips"
-        over = "" if record.alarmed else " In the end the clips were back within it."
+        over = "" if record.alarmed else " In the end the clips were back within them."
         worse = next((row.get("worse") for row in record.watch if row["step"] == record.alarm), False)
         but = "held-out answers were worse than the base's, and" if worse else "the reward rose while"
-        return f"From update {record.alarm} on {but} {left} left what the base makes.{over}{best}"
+        return f"From update {record.alarm} on {but} {left} left their bands.{over}{best}"
     if not record.watch[0].get("bands"):
         return f"Looked at {len(record.watch)} times, at one prompt: nothing to compare with, so no alarm.{best}"
     return f"Looked at {len(record.watch)} times: nothing that the alarm speaks for.{best}"
