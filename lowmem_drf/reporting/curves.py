@@ -64,7 +64,8 @@ def draw(curve: Curve, said: str, size: tuple[int, int] = SMALL) -> str:
     width, height = size
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width / 72, height / 72))  # SVG's unit is then the pixel
-        axes = figure.add_axes((60 / width, 32 / height, 1 - 78 / width, 1 - 40 / height))  # 18 on the right: half of four digits
+        # 18 pixels on the right: half of a label of four digits
+        axes = figure.add_axes((60 / width, 32 / height, 1 - 78 / width, 1 - 40 / height))
         _lines(axes, curve)
         axes.set_xlim(0, max(curve.last, 1))
         round_numbers = [1, 2, 2.5, 5, 10]

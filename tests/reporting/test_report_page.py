@@ -86,9 +86,7 @@ def test_the_verdict_and_the_alarm_come_first(tmp_path):
     html = page(big_run(tmp_path / "anna" / "big", clips=False))
     head, rest = words(html).split("Time and memory", 1)[1].split("Clips", 1)
     assert "The reward on held-out questions rose: −0.620 to −0.240, but the alarm spoke at update 160" in head
-    assert (
-        f"diversity and velocity norm left their bands. The best checkpoint is that of update {BEST}." in head
-    )
+    assert f"diversity and velocity norm left their bands. The best checkpoint is that of update {BEST}." in head
     assert "2 updates were skipped, the first is 61: the gradient in vae_backward." in head
     assert "prompts won, held-out 93.8% (72.0% … 99.0%)" in head and "diversity 0.128 from 0.161 · 80%" in head
     assert "91.9 s 88.0 s planned" in head and "13.8 GiB 13.7 GiB planned" in head
