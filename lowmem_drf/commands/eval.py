@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +12,17 @@ import torch
 
 from lowmem_drf.assembly.assemble import run_prompts
 from lowmem_drf.config import change
-from lowmem_drf.errors import BadInputError
+from lowmem_drf.errors import BadInputError, LowmemError
 from lowmem_drf.models.weights.sources import TOYWORLD
 from lowmem_drf.prompts import load_prompts
+from lowmem_drf.reporting.notes import write_result
 from lowmem_drf.scoring import evaluate
 from lowmem_drf.scoring.second import SecondCritic
 from lowmem_drf.scoring.table import print_table
 from lowmem_drf.scoring.vbench import Export, with_scores
 from lowmem_drf.shared import tuned
 from lowmem_drf.terminal import make_console, say, showing
+from lowmem_drf.training.checkpoint import step_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -108,7 +110,17 @@ def compared(
                 row["second_reward"] = value
         asked = "held out" if trial.heldout else "of training"
         result = evaluate.as_result(trial, sides) | {"second": {"critic": critic, "questions": asked}}
+    if chosen.run and chosen.checkpoint and given is None and not (best or overrides):
+        _keep(chosen.run, step_of(chosen.checkpoint), evaluate.describe(trial), result)
     return result, exported
+
+
+def _keep(run: Path, step: int, source: str, result: Mapping[str, Any]) -> None:
+    """Puts a run's comparison as it was trained where ``train`` puts its own, for the report."""
+    try:
+        write_result(run, step, source, result)
+    except (OSError, LowmemError) as error:  # the figures are not lost for it: they are shown
+        say(f"The report will not show this comparison: {run} cannot be written to ({error}).")
 
 
 def _measured(chosen: Tuned, trial: Trial, console: Console, watch: Any) -> tuple[Trial, dict[str, Measured]]:

@@ -24,7 +24,7 @@ from lowmem_drf.terminal import say
 from lowmem_drf.training.checkpoint import checkpoint_folder, step_of
 from lowmem_drf.training.lora_file import load_run_lora
 from lowmem_drf.training.manifest import refuse_damaged
-from lowmem_drf.training.run_folder import find_run, in_one_process, run_config
+from lowmem_drf.training.run_folder import find_run, in_one_process, run_config, run_of
 
 if TYPE_CHECKING:
     from lowmem_drf.assembly.assemble import Models
@@ -88,7 +88,7 @@ def choose(
         config = in_one_process(load_config(preset, overrides))
         require_card(preset, config)
     else:
-        run = find_run(run, besides)
+        run = find_run(run or (run_of(lora) if lora else None), besides)
         config = run_config(run, overrides)
     if lora is None:
         folder = checkpoint_folder(run, best_step(run) if best else None) if run else None

@@ -142,6 +142,13 @@ def find_run(folder: Path | None = None, besides: str = "") -> Path:
     return max(found, key=_last_written)
 
 
+def run_of(lora: Path) -> Path | None:
+    """The run whose checkpoint a LoRA's file or folder is, if any."""
+    checkpoint = Path(os.path.abspath(lora if lora.is_dir() else lora.parent))
+    run = checkpoint.parent.parent
+    return run if checkpoint.parent.name == "checkpoints" and (run / "config.toml").is_file() else None
+
+
 def saved_config(run: Path) -> Config:
     """The resolved configuration of a run. Raises BadInputError if it was edited in a key that may not change."""
     config = load_config(run / "config.toml")

@@ -9,8 +9,13 @@ from typer.testing import CliRunner
 
 import cli
 from bench.eval_schema import FILE, schema_text
+from lowmem_drf.commands import eval as commands
+from lowmem_drf.prompts import as_prompts
+from lowmem_drf.reporting.notes import read_notes
 from lowmem_drf.scoring.measures import MEASURES
 from lowmem_drf.scoring.result import Result
+from lowmem_drf.shared.tuned import choose
+from lowmem_drf.terminal import make_console
 from lowmem_drf.video import read_video
 
 PROMPTS = ("a red circle moves left on a gray background", "a blue square moves up on a black background")
@@ -99,6 +104,32 @@ def test_without_held_out_questions_the_second_critic_is_asked_those_of_training
     assert result["second"]["questions"] == "of training" and result["base"]["heldout_reward"] is None
     assert result["base"]["second_reward"] == pytest.approx(result["base"]["reward"], rel=1e-5)
     assert set(result["wins"]) == {"reward", "second_reward"}
+
+
+def test_a_run_keeps_its_own_comparison_for_the_report(tiny_run, tmp_path, monkeypatch):
+    """As after a Ctrl-C in that at training's end. Its checkpoint is known by the file: a newer run lies in runs/."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    newer = shutil.copytree(tiny_run, tmp_path / "runs" / "newer")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lowmem_drf.scoring.evaluate.EVAL_PROMPTS", 2)
+    checkpoint = run / "checkpoints" / "step-000004"
+    prompts = as_prompts(PROMPTS)
+
+    def compared(*words, given=None):
+        return commands.compared(*words, (), False, given, "", 1, None, None, make_console())[0]
+
+    assert not (run / "eval.json").exists()
+    result = compared(run, None, None)
+    kept = read_notes(run / "eval.json")
+    assert kept["step"] == 4 and kept["result"] == json.loads(json.dumps(result)) and "x 1 seed" in kept["source"]
+    before = (run / "eval.json").read_bytes()
+    for lora in (checkpoint, checkpoint / "lora.safetensors"):
+        assert choose(None, None, lora).run == run and choose(newer, None, lora).run == newer
+    other = shutil.copy(checkpoint / "lora.safetensors", tmp_path / "other.safetensors")
+    assert choose(None, None, other).run == newer.relative_to(tmp_path)
+    compared(run, None, None, given=prompts)
+    compared(run, None, checkpoint)
+    assert (run / "eval.json").read_bytes() == before and not (newer / "eval.json").exists()
 
 
 def test_bad_requests_are_refused_before_anything_is_loaded(evaluate, tmp_path, tiny_folders, monkeypatch):
