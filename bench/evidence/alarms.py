@@ -36,6 +36,8 @@ class Judged:
     """The best update according to the watch, at the end."""
     lost: float
     """All-correct, best of the measured updates with diversity, less that of the one nearest to the marked one."""
+    alike: bool
+    """Whether that one has no diversity, although others have."""
 
     @property
     def sound(self) -> bool:
@@ -45,7 +47,7 @@ class Judged:
     def right(self) -> bool:
         """A collapse has an alarm and a good mark; a sound run has no alarm."""
         if self.fallen:
-            return self.alarm is not None and self.lost <= NEAR
+            return self.alarm is not None and self.lost <= NEAR and not self.alike
         return self.alarm is None or not self.sound
 
 
@@ -64,9 +66,10 @@ def judged(result: Mapping[str, Any]) -> Judged:
     drift = last.get("drift", {}).get("mean")
     falls = (best_until - row["oracle"][rate] for rate in RATES for best_until, row in _with_best(with_base, rate))
     marked = alarm.best
-    got = min(rows, key=lambda row: abs(row["step"] - marked))["oracle"]["all"] if marked else 0.0
-    lost = max(row["oracle"]["all"] for row in varied or rows) - got
-    return Judged(result["variant"], result["seed"], tuple(fallen), max(falls), drift, began, marked, lost)
+    near = min(rows, key=lambda row: abs(row["step"] - marked)) if marked else None
+    lost = max(row["oracle"]["all"] for row in varied or rows) - (near["oracle"]["all"] if near else 0.0)
+    alike = near is not None and bool(varied) and near["diversity"] < least
+    return Judged(result["variant"], result["seed"], tuple(fallen), max(falls), drift, began, marked, lost, alike)
 
 
 def _with_best(rows: Sequence[Mapping[str, Any]], rate: str) -> Iterator[tuple[float, Mapping[str, Any]]]:

@@ -77,10 +77,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     require_output(options.output, "--output", lambda existing: False, options.force, kind="PNG")
     texts, rows = heldout_prompts(options.prompts), list[tuple[str, Clips]]()
-    for run in options.runs:
+    variants = [run.name.rpartition("_")[0] or run.name for run in options.runs]  # the study's folders: variant_seed
+    for run, variant in zip(options.runs, variants, strict=True):
         base, tuned = clips_of(run, texts, options.noises)
         rows += [("base", base)] if not rows else []
-        rows.append((run.name.rpartition("_")[0] or run.name, tuned))  # the study's folders: variant_seed
+        rows.append((variant if variants.count(variant) == 1 else run.name, tuned))
     with written_aside(options.output, ".png") as aside:
         picture(rows, texts).save(aside, optimize=True)
     print(options.output)

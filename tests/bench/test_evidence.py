@@ -144,3 +144,5 @@ def test_a_collapse_needs_an_alarm_and_a_good_mark():
     assert late.lost == pytest.approx(0.05) and not late.right
     alike = alarms.judged(run | {"rows": rows(0.8, 0.9, 0.99, diversity=(0.16, 0.09, 0.07))})  # right, and all the same
     assert (alike.fallen, alike.marked, alike.lost) == (("diversity",), 100, 0.0) and alike.right and not alike.sound
+    marked = alarms.judged(run | {"rows": rows(0.8, 0.9, 0.99, diversity=(0.16, 0.07, 0.07))})
+    assert marked.lost < 0 and marked.alike and not marked.right  # what is marked is alike already
