@@ -120,7 +120,7 @@ def _keep(run: Path, step: int, source: str, result: Mapping[str, Any]) -> None:
     try:
         write_result(run, step, source, result)
     except (OSError, LowmemError) as error:  # the figures are not lost for it: they are shown
-        say(f"The report will not show this comparison: {run} cannot be written to ({error}).")
+        say(f"{run} cannot be written to ({error}): the report will not have this comparison. Keep what is shown here.")
 
 
 def _measured(chosen: Tuned, trial: Trial, console: Console, watch: Any) -> tuple[Trial, dict[str, Measured]]:

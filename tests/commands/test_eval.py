@@ -106,7 +106,7 @@ def test_without_held_out_questions_the_second_critic_is_asked_those_of_training
     assert set(result["wins"]) == {"reward", "second_reward"}
 
 
-def test_a_run_keeps_its_own_comparison_for_the_report(tiny_run, tmp_path, monkeypatch):
+def test_a_run_keeps_its_own_comparison_for_the_report(tiny_run, tmp_path, monkeypatch, capsys):
     """As after a Ctrl-C in that at training's end. Its checkpoint is known by the file: a newer run lies in runs/."""
     run = shutil.copytree(tiny_run, tmp_path / "run")
     newer = shutil.copytree(tiny_run, tmp_path / "runs" / "newer")
@@ -129,6 +129,9 @@ def test_a_run_keeps_its_own_comparison_for_the_report(tiny_run, tmp_path, monke
     assert choose(None, None, other).run == newer.relative_to(tmp_path)
     compared(run, None, None, given=prompts)
     compared(run, None, checkpoint)
+    (newer / "eval.json").mkdir()  # what cannot be written costs no figure
+    assert compared(newer, None, None) == result and "cannot be written to" in capsys.readouterr().err
+    (newer / "eval.json").rmdir()
     assert (run / "eval.json").read_bytes() == before and not (newer / "eval.json").exists()
 
 
